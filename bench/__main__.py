@@ -1,0 +1,106 @@
+"""`python -m bench [names] [--threads N] [--readme]`: measure, print, write build/bench.json.
+
+Imports no torch before its threads are settled: how many, and that waiting ones sleep.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from bench import report
+from bench.harness import Row
+
+ROOT = Path(__file__).parent.parent
+README, JSON = ROOT / "README.md", ROOT / "build" / "bench.json"
+ROWS = {
+    "import": "startup:package",
+    "import-clients": "startup:clients",
+    "queue-p50": "queue:usual_latency",
+    "queue-p99": "queue:worst_latency",
+    "pipeline": "queue:pipelined_steps",
+    "pipeline-short": "queue:pipelined_short_steps",
+    "training": "training:all_labelled",
+    "training-ragged": "training:ragged",
+    "training-quarter": "training:quarter_labelled",
+    "sampling": "sampling:sums",
+    "memory": "memory:after_a_thousand_steps",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        names = select(chosen.rows)
+        if chosen.readme:
+            check_readme(names)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    with tempfile.TemporaryDirectory(prefix="tensafe-bench-") as home:
+        settle(chosen.threads, home)
+        about = report.facts(chosen.threads)
+        print(report.machine_line(about))
+        rows = {name: measured(name) for name in names}
+    JSON.parent.mkdir(exist_ok=True)
+    JSON.write_text(report.as_json(about, rows), encoding="utf-8")
+    print(f"\nwritten: {JSON.relative_to(ROOT)}")
+    if chosen.readme:
+        page = README.read_text(encoding="utf-8")
+        README.write_text(report.between_markers(page, report.table(about, rows)), encoding="utf-8")
+        print(f"updated: {README.relative_to(ROOT)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m bench", description="Measure tensafe_nb against named peers.")
+    parser.add_argument("rows", nargs="*", help=f"names, or how they begin; all when none: {', '.join(ROWS)}")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    return parser
+
+
+def select(wanted: Sequence[str]) -> list[str]:
+    """Return the rows so named, or else those whose names begin so; all when none is wanted."""
+    chosen: set[str] = set()
+    for name in wanted:
+        found = {name} & ROWS.keys() or {row for row in ROWS if row.startswith(name)}
+        if not found:
+            raise ValueError(f"there is no row {name!r}; there are {', '.join(ROWS)}")
+        chosen |= found
+    return [row for row in ROWS if row in chosen or not wanted]
+
+
+def check_readme(names: Sequence[str]) -> None:
+    """Refuse, before two minutes are spent, what could not be written in the end."""
+    if list(names) != list(ROWS):
+        raise ValueError("--readme writes the whole table, of one run: give no names with it")
+    report.check_markers(README.read_text(encoding="utf-8"), README.name)
+
+
+def settle(threads: int, home: str) -> None:
+    """Fix what would distort the figures; child processes inherit it."""
+    os.environ.update(
+        OMP_NUM_THREADS=str(threads),
+        OMP_WAIT_POLICY="PASSIVE",  # a waiting thread that spins takes the core from the one it waits for
+        TENSAFE_HOME=home,
+    )
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def measured(name: str) -> Row:
+    """Measure a row and show it."""
+    module, _, function = ROWS[name].partition(":")
+    measure: Callable[[], Row] = getattr(import_module(f"bench.{module}"), function)
+    started = time.perf_counter()
+    row = measure()
+    print(f"\n{report.lines(name, row)}   [{time.perf_counter() - started:.0f} s]", flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What a row of the table is, and how its numbers are taken: ours and the peer's in turns, in the same run.
+
+A machine that others use too is faster at one moment and slower at the next. Two measurements taken one right after
+the other see much the same machine, so the median of their ratios is worth more than the ratio of two medians.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any, Literal
+
+Action = Callable[[], object]
+FASTER = "peer ÷ ours"  # ratio of speeds: above 1, ours is the faster one
+LARGER = "ours ÷ peer"  # above 1, ours takes more
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a row's ratio, or its own figure, should reach."""
+
+    sign: Literal["≥", "≤"]
+    limit: float
+    of: Literal["ratio", "ours"] = "ratio"
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.sign == "≥" else value <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What was measured: `ours[i]` and `peer[i]` one right after the other; no `peer` where there is none.
+
+    `cpu` is the same runs in CPU time of the whole process, which the load of others stretches least.
+    """
+
+    ours: Sequence[float]
+    peer: Sequence[float] = ()
+    cpu: "Taken | None" = None
+
+    def __add__(self, other: "Taken") -> "Taken":
+        cpu = self.cpu + other.cpu if self.cpu and other.cpu else None
+        return Taken([*self.ours, *other.ours], [*self.peer, *other.peer], cpu)
+
+    def ratios(self, compares: str) -> list[float]:
+        """Return one ratio for each pair."""
+        pairs = zip(self.ours, self.peer, strict=True) if self.peer else ()
+        return [peer / ours if compares == FASTER else ours / peer for ours, peer in pairs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        what: What is measured.
+        peer: What it is compared with; "" for nothing.
+        precision: Of both sides; "" where no model computes.
+        sizes: Of both sides.
+        unit: Of the measurements: "s" or "MiB".
+        taken: The measurements.
+        compares: FASTER or LARGER: how a ratio is formed.
+        figure: What of the measurements is shown.
+        target: What was promised.
+    """
+
+    what: str
+    peer: str
+    taken: Taken
+    precision: str = ""
+    sizes: str = ""
+    unit: str = "s"
+    compares: str = FASTER
+    figure: Callable[[Sequence[float]], float] = median
+    target: Target | None = None
+
+    @property
+    def ours(self) -> float:
+        return self.figure(self.taken.ours)
+
+    @property
+    def theirs(self) -> float | None:
+        return self.figure(self.taken.peer) if self.taken.peer else None
+
+    @property
+    def ratios(self) -> list[float]:
+        return self.taken.ratios(self.compares)
+
+    @property
+    def ratio(self) -> float | None:
+        return median(self.ratios) if self.ratios else None
+
+    @property
+    def cpu_ratio(self) -> float | None:
+        return median(self.taken.cpu.ratios(self.compares)) if self.taken.cpu else None
+
+    @property
+    def middle_half(self) -> tuple[float, float] | None:
+        """Between which two values half of the ratios lie."""
+        if len(self.ratios) < 4:
+            return None
+        first, _, third = quantiles(self.ratios, n=4)
+        return first, third
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
+        value = self.ours if self.target.of == "ours" else self.ratio
+        return value is not None and self.target.met(value)
+
+
+def p99(values: Sequence[float]) -> float:
+    """Return what 99 % of the values do not exceed."""
+    return quantiles(values, n=100, method="inclusive")[98]
+
+
+def stopwatch(action: Action) -> tuple[float, float]:
+    """Return seconds and CPU seconds of the whole process."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - started, time.process_time() - cpu_started
+
+
+def paired(
+    ours: Action,
+    peer: Action,
+    *,
+    seconds: float,
+    at_least: int = 4,
+    warmup: int = 2,
+    watch: Callable[[Action], tuple[float, float]] = stopwatch,
+) -> Taken:
+    """Run ours and the peer's in turns; each goes first in every other pair.
+
+    Args:
+        ours: Does the work once.
+        peer: Does the same work once.
+        seconds: Take pairs for so long: a faster or quieter machine takes more of them.
+        at_least: Take so many, however long it takes.
+        warmup: Pairs to run before, unmeasured.
+        watch: Runs an action and returns its seconds and CPU seconds.
+    """
+    for _ in range(warmup):
+        ours(), peer()
+    sides = ((ours, mine := []), (peer, theirs := []))
+    end = time.perf_counter() + seconds
+    while len(mine) < at_least or time.perf_counter() < end:
+        for action, taken in sides if len(mine) % 2 == 0 else reversed(sides):
+            taken.append(watch(action))
+    (wall, cpu), (peer_wall, peer_cpu) = zip(*mine, strict=True), zip(*theirs, strict=True)
+    return Taken(wall, peer_wall, Taken(cpu, peer_cpu))
+
+
+def fresh_process(code: str) -> Any:
+    """Run code in a new Python and return the JSON it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"a measurement in a fresh process failed:\n{code}\n{done.stderr}")
+    return json.loads(done.stdout)

@@ -1,0 +1,174 @@
+"""What becomes of the rows: lines in the terminal, `build/bench.json`, the table in the README."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench.harness import Row
+
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+COLUMNS = ("row", "measured", "against", "precision, sizes", "ours", "peer", "ratio", "target")
+Facts = Mapping[str, Any]
+
+
+def facts(threads: int) -> dict[str, Any]:
+    """Say on what machine and with what software the rows were measured."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "cpu_count": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1)
+        if hasattr(os, "getloadavg")
+        else None,  # None on Windows
+        "torch_threads": threads,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or None
+
+
+def machine_line(about: Facts) -> str:
+    return (
+        f"{about['cpu_count']} CPU cores ({about['cpu']}; load average {about['load_average']} before), "
+        f"{about['torch_threads']} torch thread(s), "
+        f"OMP_WAIT_POLICY={about['OMP_WAIT_POLICY']}, torch {about['torch']}, transformers {about['transformers']}, "
+        f"peft {about['peft']}, Python {about['python']}, {about['date'][:10]}"
+    )
+
+
+def lines(name: str, row: Row) -> str:
+    """Return a row as it is shown in the terminal."""
+    against = f"against {row.peer}" if row.peer else "against nothing"
+    figures = [f"{row.figure.__name__} {amount(row.ours, row.unit)}"]
+    if row.theirs is not None:
+        figures += [
+            f"peer {amount(row.theirs, row.unit)}",
+            f"ratio {_ratio(row)}, {row.compares}{_spread(row)}",
+        ]
+    said = (row.what, "; ".join(part for part in (against, _circumstances(row)) if part), " · ".join(figures))
+    return "\n".join(
+        f"{title:17} {line}"
+        for title, line in zip((name, "", "", ""), (*said, f"target: {target(row)}"), strict=True)
+    )
+
+
+def amount(value: float, unit: str) -> str:
+    """Three significant digits, seconds below one in milliseconds: 0.02 s → 20.0 ms, 29.53 → 29.5, 1034 → 1034."""
+    if unit == "s" and abs(value) < 1:
+        value, unit = 1e3 * value, "ms"
+    decimals = next(d for d, limit in ((0, 100), (1, 10), (2, 1), (3, 0.1), (4, 0)) if abs(value) >= limit)
+    return f"{value:.{decimals}f} {unit}"
+
+
+def target(row: Row) -> str:
+    if row.target is None:
+        return "none"
+    own = row.target.of == "ours"
+    limit = amount(row.target.limit, row.unit) if own else f"{row.target.limit:g}"
+    what = row.figure.__name__ if own else "ratio"
+    return f"{what} {row.target.sign} {limit}: {'met' if row.met else 'missed'}"
+
+
+def _circumstances(row: Row) -> str:
+    return ", ".join(part for part in (row.precision, row.sizes) if part)
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is None:
+        return "–"
+    return f"{row.ratio:.3g}" if row.ratio >= 10 else f"{row.ratio:.3f}"
+
+
+def _spread(row: Row) -> str:
+    parts = []
+    if row.middle_half is not None:
+        parts.append(
+            f"half of {len(row.ratios)} pairs in {row.middle_half[0]:.3f} to {row.middle_half[1]:.3f}"
+        )
+    if row.cpu_ratio is not None:
+        parts.append(f"in CPU time {row.cpu_ratio:.3f}")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def as_json(about: Facts, rows: Mapping[str, Row]) -> str:
+    measured = {name: _plain(row) for name, row in rows.items()}
+    return json.dumps({"machine": about, "rows": measured}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {
+        **{name: getattr(row, name) for name in ("what", "peer", "precision", "sizes", "unit", "compares")},
+        "figure": row.figure.__name__,
+        **{name: getattr(row, name) for name in ("ours", "theirs", "ratio", "cpu_ratio", "middle_half")},
+        "measurements": len(row.taken.ours),
+        "target": target(row),
+        "met": row.met,
+    }
+
+
+def table(about: Facts, rows: Mapping[str, Row]) -> str:
+    """Return the rows as a Markdown table, with the command and the machine under it."""
+    cells = [COLUMNS, ("---",) * len(COLUMNS), *(_cells(name, row) for name, row in rows.items())]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return (
+        f"{body}\n\n`make bench`: ours and the peer in turns in one run, medians, and the median of the paired ratios "
+        f"(in CPU time in brackets). {machine_line(about)}."
+    )
+
+
+def _cells(name: str, row: Row) -> tuple[str, ...]:
+    theirs = "–" if row.theirs is None else amount(row.theirs, row.unit)
+    cpu = "" if row.cpu_ratio is None else f" [{row.cpu_ratio:.3g}]"
+    ratio = "–" if row.ratio is None else f"{row.ratio:.3g}{cpu}, {row.compares}"
+    return (
+        name,
+        row.what,
+        row.peer or "–",
+        _circumstances(row) or "–",
+        amount(row.ours, row.unit),
+        theirs,
+        ratio,
+        target(row),
+    )
+
+
+def check_markers(text: str, where: str) -> None:
+    """Refuse a page that has no place for the table.
+
+    Raises:
+        ValueError: Not exactly one pair of markers, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(
+            f"{where} has no place for the table: write the lines {BEGIN} and {END}, once each and in this order, "
+            f"where it belongs."
+        )
+
+
+def between_markers(text: str, content: str, where: str = "README.md") -> str:
+    """Return the text with `content` in place of what stands between the two markers."""
+    check_markers(text, where)
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"

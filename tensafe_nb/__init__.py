@@ -1,0 +1,92 @@
+"""Train language models from a notebook: awaitable operations, live curves, verifiable rewards, privacy.
+
+Names load when first used, so that `import tensafe_nb` is quick and loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ServiceClient": "client",
+    "TrainingClient": "client",
+    "TrainingConfig": "config",
+    "LoRAConfig": "config",
+    "OptimizerConfig": "config",
+    "SamplingConfig": "config",
+    "LossConfig": "config",
+    "Recipe": "recipe",
+    "load_config": "recipe",
+    "BatchData": "types",
+    "ClientStatus": "types",
+    "FutureStatus": "types",
+    "RunStatus": "types",
+    "FutureHandle": "futures",
+    "enable_nested_asyncio": "futures",
+    "TrainingRun": "runs",
+    "list_runs": "records",
+    "load_run": "records",
+    **dict.fromkeys(
+        (
+            "TGTinkerError",
+            "ValidationError",
+            "ModelLoadError",
+            "NonFiniteLossError",
+            "InsufficientMemoryError",
+            "ClientClosedError",
+            "QueueFullError",
+            "RewardError",
+            "NotFoundError",
+            "TrainingClientNotFoundError",
+            "RunNotFoundError",
+            "FutureError",
+            "FutureTimeoutError",
+            "FutureCancelledError",
+            "FutureFailedError",
+        ),
+        "errors",
+    ),
+}
+_MODULES = ("data", "datasets", "losses", "rlvr", "events", "errors")
+
+__all__ = ["__version__", *_HOMES, *_MODULES]
+
+if TYPE_CHECKING:
+    from tensafe_nb import data, datasets, errors, events, losses, rlvr
+    from tensafe_nb.client import ServiceClient, TrainingClient
+    from tensafe_nb.config import LoRAConfig, LossConfig, OptimizerConfig, SamplingConfig, TrainingConfig
+    from tensafe_nb.errors import (
+        ClientClosedError,
+        FutureCancelledError,
+        FutureError,
+        FutureFailedError,
+        FutureTimeoutError,
+        InsufficientMemoryError,
+        ModelLoadError,
+        NonFiniteLossError,
+        NotFoundError,
+        QueueFullError,
+        RewardError,
+        RunNotFoundError,
+        TGTinkerError,
+        TrainingClientNotFoundError,
+        ValidationError,
+    )
+    from tensafe_nb.futures import FutureHandle, enable_nested_asyncio
+    from tensafe_nb.recipe import Recipe, load_config
+    from tensafe_nb.records import list_runs, load_run
+    from tensafe_nb.runs import TrainingRun
+    from tensafe_nb.types import BatchData, ClientStatus, FutureStatus, RunStatus
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"tensafe_nb.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"tensafe_nb.{name}")
+    raise AttributeError(f"module 'tensafe_nb' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,194 @@
+"""What a user types to configure training: frozen, checked where it is typed, every name the field's own."""
+
+from typing import Any, Literal, Self
+
+import pydantic
+
+from tensafe_nb.errors import ValidationError, nearest
+
+Positive = pydantic.PositiveInt
+NonNegativeFloat = pydantic.NonNegativeFloat
+MIN_TEMPERATURE = 1e-4  # below, the logits leave the range of numbers; 0 means greedy
+
+
+class Config(pydantic.BaseModel):
+    """Base of all configurations: immutable, unknown names refused with the nearest spelling."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            problems = [found for problem in error.errors() for found in self._problems(dict(problem))]
+            message = " ".join(text for _, text in problems)
+            raise ValidationError(message, details={"problems": problems}) from None
+
+    @classmethod
+    def _problems(cls, problem: dict[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
+        """Return where and what, one by one; a configuration inside this one has found its own already."""
+        inner = problem.get("ctx", {}).get("error")
+        found = inner.details.get("problems") if isinstance(inner, ValidationError) else None
+        return [((*problem["loc"], *at), text) for at, text in found or [((), cls._explain_one(problem))]]
+
+    @classmethod
+    def _explain_one(cls, problem: dict[str, Any]) -> str:
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            return f"{cls.__name__} has no field {where!r}.{nearest(where, cls.model_fields)}"
+        reason = problem["msg"].removeprefix("Value error, ")
+        field = f".{where}" if where else ""
+        return f"{cls.__name__}{field}: {reason} (got {problem['input']!r})."
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, checked again."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+class LoRAConfig(Config):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) · B·A.
+
+    Args:
+        rank: Rank of the two factors.
+        alpha: Scale; the adapter's output is multiplied by alpha / rank.
+        dropout: Probability with which an input of the adapter is dropped while training.
+        target_modules: Names of the linear layers to adapt, or "all-linear".
+        bias: Which biases are trained besides: "none", "all", or "lora_only".
+    """
+
+    rank: Positive = 16
+    alpha: pydantic.PositiveFloat = 32
+    dropout: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+
+class OptimizerConfig(Config):
+    """The optimiser and its learning-rate schedule.
+
+    Args:
+        name: "adamw", "adam", "sgd" or "adafactor", from torch.optim.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled for adamw and adafactor, added to the gradient for adam and sgd.
+        betas: Decay rates of adam's moments.
+        eps: Added to adam's denominator.
+        momentum: For sgd.
+        max_grad_norm: Global norm to which gradients are scaled down; None leaves them.
+        schedule: "constant", or "linear" or "cosine" down to 0 at `total_steps`.
+        warmup_steps: Steps over which the rate rises linearly from 0.
+        total_steps: Length of the schedule; needed by "linear" and "cosine".
+    """
+
+    name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
+    learning_rate: pydantic.PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: pydantic.PositiveFloat = 1e-8
+    momentum: float = pydantic.Field(default=0.9, ge=0.0, lt=1.0)
+    max_grad_norm: pydantic.PositiveFloat | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: pydantic.NonNegativeInt = 0
+    total_steps: Positive | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _schedule_has_an_end(self) -> Self:
+        if self.schedule != "constant" and self.total_steps is None:
+            raise ValueError(f"schedule={self.schedule!r} needs total_steps")
+        if self.total_steps is not None and self.warmup_steps > self.total_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is more than total_steps={self.total_steps}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must lie in [0, 1)")
+        return self
+
+
+class LossConfig(Config):
+    """The loss of a training client, where an operation names no other.
+
+    Args:
+        type: A registered name, or "package.module:attribute".
+        kwargs: Keywords of the loss function.
+    """
+
+    type: str = "token_ce"
+    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+
+class SamplingConfig(Config):
+    """How tokens are drawn.
+
+    Args:
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Keep the smallest set of tokens whose probability reaches this (nucleus sampling).
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        num_samples: Completions per prompt.
+        stop: Strings that end a completion; they are cut from its text.
+        seed: Fixes every row's random stream; None takes the client's next one.
+        ignore_end: Go on past end tokens, so that every completion has `max_new_tokens` ("fixed").
+    """
+
+    max_new_tokens: Positive = 64
+    temperature: NonNegativeFloat = 1.0
+    top_p: float = pydantic.Field(default=1.0, gt=0.0, le=1.0)
+    top_k: pydantic.NonNegativeInt = 0
+    num_samples: Positive = 1
+    stop: tuple[str, ...] = ()
+    seed: pydantic.NonNegativeInt | None = None
+    ignore_end: bool = False
+
+    @pydantic.field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_string_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _stop_strings_can_stop(self) -> Self:
+        if self.ignore_end and self.stop:
+            raise ValueError(
+                "ignore_end goes on past every end, so that stop strings have no effect: give one of them"
+            )
+        return self
+
+    @pydantic.field_validator("temperature")
+    @classmethod
+    def _temperature_is_zero_or_not_tiny(cls, value: float) -> float:
+        if 0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"a temperature is 0 (the most likely token) or at least {MIN_TEMPERATURE}")
+        return value
+
+    @pydantic.field_validator("stop")
+    @classmethod
+    def _stop_strings_are_not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not text for text in value):
+            raise ValueError("a stop string must not be empty")
+        return value
+
+
+class TrainingConfig(Config):
+    """Everything that makes a training client.
+
+    Args:
+        model_ref: A built-in ("builtin:tiny", "builtin:sums"), a local folder, or a hub id.
+        lora_config: Adapters to train; None trains all weights.
+        optimizer: The optimiser.
+        loss: The loss, where an operation names no other.
+        batch_size: Rows per batch, read by the data helpers and `fit`.
+        gradient_accumulation_steps: Batches per optimiser step, read by `fit`.
+        micro_batch_tokens: The engine splits batches into micro-batches of at most this many tokens.
+        seed: Fixes initialisation, dropout and sampling.
+        dtype: "float32", "bfloat16" (bf16 compute, fp32 trained weights), or "auto".
+        device: "cpu", "cuda", "mps", or "auto".
+    """
+
+    model_ref: str = "builtin:tiny"
+    lora_config: LoRAConfig | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    batch_size: Positive = 8
+    gradient_accumulation_steps: Positive = 1
+    micro_batch_tokens: Positive = 16_384
+    seed: pydantic.NonNegativeInt = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

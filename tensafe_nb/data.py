@@ -1,0 +1,367 @@
+"""Texts, completions, chats and pairs → batches: tokenised, prompts masked, padded, shuffled with a seed."""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.types import IGNORE, BatchData, Prompt
+
+Row: TypeAlias = str | Mapping[str, Any]
+POOL = 50  # batches over which rows of like length are brought together
+PREFERENCE = frozenset({"prompt", "chosen", "rejected"})
+VIEWS = frozenset({"anchor", "positive"})
+EXPECTED = (
+    "Expected 'text', 'prompt' and 'completion', or 'messages'; "
+    "of a pair, 'prompt', 'chosen' and 'rejected', or 'anchor' and 'positive'."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence: `labels[t]` is the target for position t, already shifted, -100 where nothing is learnt.
+
+    `target` holds the numbers that the loss `mse` compares it with.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    target: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def read_rows(source: str | Path | Iterable[Row]) -> list[Row]:
+    """Read rows from a .jsonl file, a list, any iterable, or a Hugging Face dataset.
+
+    Raises:
+        ValidationError: No such file, a line that is not JSON, or no row at all.
+    """
+    if isinstance(source, Mapping):
+        raise ValidationError("One row was given where rows are expected: put it in a list, [row].")
+    rows = _read_jsonl(Path(source)) if isinstance(source, str | Path) else list(source)
+    if not rows:
+        raise ValidationError(
+            f"There are no rows in {source if isinstance(source, str | Path) else 'the data'}."
+        )
+    return rows
+
+
+def encode(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Example:
+    """Tokenise one row.
+
+    Args:
+        row: A text, {"text"}, {"prompt", "completion"} (only the completion is learnt), or {"messages"}
+            (a chat; only the assistant's turns are learnt). Beside these, {"target"}: numbers for the loss `mse`.
+        tokenizer: The model's, for instance `tc.tokenizer`. An end token is appended to texts and completions.
+        max_length: Longer sequences are cut at the end.
+
+    Raises:
+        ValidationError: A row of another kind, or one of which nothing is left to learn.
+    """
+    if max_length is not None and max_length < 2:
+        raise ValidationError(
+            f"max_length={max_length} must be at least 2: one token to read, one to predict."
+        )
+    tokens, learnt = _tokens(row, tokenizer)
+    tokens, learnt = tokens[:max_length], learnt[:max_length]
+    labels = [token if wanted else IGNORE for token, wanted in zip(tokens[1:], learnt[1:], strict=True)] + [
+        IGNORE
+    ]
+    if all(label == IGNORE for label in labels):
+        raise ValidationError(
+            f"Nothing is left to learn of {_short(row)}: {len(tokens)} tokens at max_length={max_length}, none of them "
+            f"to be predicted. Raise max_length, or leave the row out."
+        )
+    return Example(tuple(tokens), tuple(labels), _target(row))
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> BatchData:
+    """Pad examples on the right to the longest and stack them: (B, T), and their targets as `targets` (B, K).
+
+    Raises:
+        ValidationError: Some examples have more numbers in their target than others.
+    """
+    width = max(map(len, examples))
+    ids = np.full((len(examples), width), pad_token_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    labels = np.full_like(ids, IGNORE)
+    for row, example in enumerate(examples):
+        ids[row, : len(example)] = example.input_ids
+        mask[row, : len(example)] = 1
+        labels[row, : len(example)] = example.labels
+    targets = [example.target for example in examples]
+    return BatchData(ids, mask, labels, {"targets": targets} if _target_width(examples) else None)
+
+
+class Batches:
+    """Batches of examples; every pass over it is the next seeded shuffle. Made by `batches`.
+
+    Args:
+        examples: What to batch.
+        batch_size: Rows per batch, or groups of rows: 8 pairs are 16 rows. The last of a pass may have fewer.
+        pad_token_id: Fills up shorter rows.
+        group: So many examples, one after the other, stay together in this order: 2 for pairs.
+        shuffle: False keeps the order, in every pass.
+        bucket: Bring rows of like length together, so that less is padding.
+        seed: Of the shuffles.
+
+    Raises:
+        ValidationError: No batch size, examples that do not make whole groups, or targets of different lengths.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        pad_token_id: int,
+        *,
+        group: int = 1,
+        shuffle: bool = True,
+        bucket: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValidationError(f"batch_size={batch_size} must be at least 1.")
+        if group < 1 or len(examples) % group:
+            raise ValidationError(f"{len(examples)} examples do not make whole groups of {group}.")
+        _target_width(examples)
+        self.examples = list(examples)
+        self.batch_size = batch_size
+        self.group = group
+        self.passes = 0
+        self._pad_token_id = pad_token_id
+        self._shuffle = shuffle
+        self._bucket = bucket
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // (self.batch_size * self.group))
+
+    def __iter__(self) -> Iterator[BatchData]:
+        order = self._order(random.Random(f"{self._seed}/{self.passes}"))
+        self.passes += 1
+        for numbers in order:
+            yield collate([one for number in numbers for one in self._members(number)], self._pad_token_id)
+
+    def __repr__(self) -> str:
+        unit = {1: "rows", 2: "pairs"}.get(self.group, f"groups of {self.group}")
+        return f"<Batches {len(self)} of {self.batch_size} {unit}, {len(self.examples)} examples>"
+
+    def _order(self, rng: random.Random) -> list[list[int]]:
+        """Return the numbers of the groups of each batch; a row by itself is a group of one."""
+        numbers = list(range(len(self.examples) // self.group))
+        if not self._shuffle:
+            return _chunks(numbers, self.batch_size)
+        rng.shuffle(numbers)
+        if self._bucket:
+            pools = _chunks(numbers, self.batch_size * POOL)
+            numbers = [number for pool in pools for number in sorted(pool, key=self._longest)]
+        ordered = _chunks(numbers, self.batch_size)
+        rng.shuffle(ordered)
+        return ordered
+
+    def _members(self, number: int) -> list[Example]:
+        return self.examples[number * self.group : (number + 1) * self.group]
+
+    def _longest(self, number: int) -> int:
+        return max(map(len, self._members(number)))
+
+
+def batches(
+    source: str | Path | Iterable[Row],
+    tokenizer: Any,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    shuffle: bool = True,
+    bucket: bool = True,
+    seed: int = 0,
+) -> Batches:
+    """Tokenise rows and batch them.
+
+    Args:
+        source: As for `read_rows`. All rows as `encode` takes them; or all pairs, {"prompt", "chosen", "rejected"}
+            (two completions, for `margin_ranking`) or {"anchor", "positive"} (two texts, for `contrastive`).
+        tokenizer: The model's, for instance `tc.tokenizer`.
+        batch_size: Rows of the source per batch. A pair is one of them, and makes two rows of the batch: 2i and 2i+1.
+        max_length: Longer sequences are cut at the end.
+        shuffle: Shuffle anew for every pass.
+        bucket: Bring rows of like length together.
+        seed: Of the shuffles.
+
+    Raises:
+        ValidationError: Rows that cannot be read, or pairs among rows that are none.
+
+    Example:
+        >>> train = batches([{"prompt": "2+2=", "completion": "4"}], tc.tokenizer, batch_size=1)
+        >>> pairs = batches([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}], tc.tokenizer, batch_size=1)
+    """
+    rows = read_rows(source)
+    members = [_members(row) for row in rows]
+    group = len(members[0])
+    for number, one in enumerate(members):
+        if len(one) != group:
+            raise ValidationError(
+                f"Row {number} is {'no pair, row 0 is one' if group == 2 else 'a pair, row 0 is none'}: "
+                f"batch them separately. {EXPECTED}"
+            )
+    examples = [encode(one, tokenizer, max_length=max_length) for pair in members for one in pair]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    return Batches(examples, batch_size, pad, group=group, shuffle=shuffle, bucket=bucket, seed=seed)
+
+
+def read_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """Tell one prompt from a list of prompts, and check each.
+
+    Raises:
+        ValidationError: No prompt, an empty one, or what is none.
+    """
+    if isinstance(prompts, str):
+        return (prompts,)
+    if isinstance(prompts, Mapping):
+        raise ValidationError("sample() was given one chat message: put it in a list, [message].")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise ValidationError(
+            f"sample(): a prompt is a text, a list of messages or of token ids, not {type(prompts).__name__}."
+        )
+    given: list[Any] = list(prompts)
+    if not given:
+        raise ValidationError("sample() was given no prompt.")
+    if isinstance(given[0], Integral | Mapping):  # one prompt: token ids, or chat messages
+        given = [given]
+    return tuple(_one_prompt(prompt, index) for index, prompt in enumerate(given))
+
+
+def _one_prompt(prompt: Any, index: int) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt
+    parts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, bytes | Mapping) else []
+    if all(isinstance(part, Integral) and not isinstance(part, bool) for part in parts) and parts:
+        return tuple(int(part) for part in parts)
+    if all(isinstance(part, Mapping) for part in parts) and parts:
+        for part in parts:
+            if not isinstance(part.get("role"), str) or not isinstance(part.get("content"), str):
+                raise ValidationError(
+                    f"Prompt {index}: a chat message has 'role' and 'content', both text: {part!r}."
+                )
+        return tuple(dict(part) for part in parts)
+    if isinstance(prompt, Sequence) and not parts:
+        raise ValidationError(f"Prompt {index} is empty: give at least one token.")
+    raise ValidationError(
+        f"Prompt {index} is {prompt!r}: a prompt is a text, a list of chat messages, or a list of token ids."
+    )
+
+
+def _members(row: Row) -> list[Row]:
+    """Take a pair apart into its two rows; any other row is a group of one."""
+    if isinstance(row, Mapping) and row.keys() >= PREFERENCE:
+        return [{"prompt": row["prompt"], "completion": row[name]} for name in ("chosen", "rejected")]
+    if isinstance(row, Mapping) and row.keys() >= VIEWS:
+        return [row["anchor"], row["positive"]]
+    return [row]
+
+
+def _target(row: Row) -> tuple[float, ...]:
+    if isinstance(row, str) or "target" not in row:
+        return ()
+    numbers = row["target"] if isinstance(row["target"], Sequence | np.ndarray) else [row["target"]]
+    if isinstance(numbers, str) or not all(isinstance(number, Real) for number in numbers):
+        raise ValidationError(
+            f"The target of {_short(row)} is no list of numbers. It is what the loss 'mse' compares a row with; "
+            f"give anything else another name."
+        )
+    return tuple(map(float, numbers))
+
+
+def _target_width(examples: Sequence[Example]) -> int:
+    widths = {len(example.target) for example in examples}
+    if len(widths) > 1:
+        raise ValidationError(
+            f"The targets have between {min(widths)} and {max(widths)} numbers: every row needs as many."
+        )
+    return max(widths, default=0)
+
+
+def _tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Return a row's tokens, and which of them are to be learnt."""
+    if isinstance(row, str):
+        row = {"text": row}
+    if "messages" in row:
+        return _chat_tokens(row["messages"], tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if "prompt" in row and "completion" in row:
+        prompt = list(tokenizer(row["prompt"])["input_ids"])
+        completion = list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + end
+        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    if "text" in row:
+        tokens = list(tokenizer(row["text"])["input_ids"]) + end
+        return tokens, [True] * len(tokens)
+    raise ValidationError(f"A row with the keys {sorted(row)} cannot be read. {EXPECTED}")
+
+
+def _chat_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    if tokenizer.chat_template is None:
+        raise ValidationError(
+            "This model has no chat template: give rows with 'prompt' and 'completion' instead."
+        )
+    tokens: list[int] = []
+    learnt: list[bool] = []
+    for count, message in enumerate(messages, start=1):
+        if message["role"] != "assistant":
+            continue
+        opened = _template(tokenizer, messages[: count - 1], add_generation_prompt=True)
+        closed = _template(tokenizer, messages[:count])
+        if opened[: len(tokens)] != tokens or closed[: len(opened)] != opened:
+            raise ValidationError(
+                "This model's chat template rewrites earlier turns, so that the assistant's tokens cannot be told "
+                "apart. Give one row per assistant turn, as 'prompt' and 'completion'."
+            )
+        learnt += [False] * (len(opened) - len(tokens)) + [True] * (len(closed) - len(opened))
+        tokens = closed
+    return tokens, learnt
+
+
+def _template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template([dict(m) for m in messages], return_dict=False, **options))
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise ValidationError(
+            f"There is no file {str(path)!r} (looked in {Path.cwd()}). A text goes in a list: [text]."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValidationError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+    lines = enumerate(text.split("\n"), start=1)  # JSON may hold every other line separator as it is
+    return [_read_line(path, number, line) for number, line in lines if line.strip()]
+
+
+def _read_line(path: Path, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValidationError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+    if not isinstance(row, str | Mapping):
+        raise ValidationError(
+            f"{path}, line {number} is a {type(row).__name__}: one JSON object per line is expected."
+        )
+    return row
+
+
+def _chunks(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _short(row: Row) -> str:
+    text = repr(row)
+    return text if len(text) <= 80 else f"{text[:80]}…"

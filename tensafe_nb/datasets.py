@@ -1,0 +1,275 @@
+"""Real training data without a download.
+
+Prose comes from the docstrings of the running Python's standard library, read with `ast` from the source
+files: nothing is imported, so nothing runs. Arithmetic comes from a counter. Text is split by module, sums by
+a stable hash, so held-out means held out.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import random
+import re
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from tensafe_nb.errors import ValidationError
+
+Split = Literal["train", "heldout"]
+Kind = Literal["module", "class", "function", "method"]
+Documentable = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+TRAIN_MODULES = (
+    "argparse", "asyncio", "bdb", "bz2", "cmd", "codecs", "collections", "concurrent", "configparser",
+    "contextlib", "datetime", "dis", "doctest", "email", "enum", "ftplib", "functools", "html", "http",
+    "imaplib", "importlib", "inspect", "ipaddress", "locale", "logging", "lzma", "mailbox", "mimetypes",
+    "multiprocessing", "numbers", "optparse", "os", "pdb", "pickle", "pkgutil", "poplib", "pydoc",
+    "selectors", "site", "smtplib", "socket", "socketserver", "ssl", "subprocess", "sysconfig", "tarfile",
+    "threading", "timeit", "trace", "traceback", "tracemalloc", "typing", "unittest", "urllib", "uuid",
+    "warnings", "weakref", "webbrowser", "wsgiref", "zipimport",
+)  # fmt: skip
+HELDOUT_MODULES = (
+    "abc", "ast", "base64", "bisect", "calendar", "copy", "csv", "dataclasses", "difflib", "filecmp",
+    "fileinput", "fnmatch", "fractions", "getpass", "glob", "graphlib", "gzip", "heapq", "hmac", "json",
+    "linecache", "pathlib", "platform", "pprint", "queue", "random", "sched", "secrets", "shelve", "shlex",
+    "shutil", "statistics", "string", "symtable", "tempfile", "textwrap", "tokenize", "tomllib", "types",
+    "wave", "zipfile", "zoneinfo",
+)  # fmt: skip
+
+_SKIPPED = {
+    "antigravity", "encodings", "idle_test", "idlelib", "lib2to3", "site-packages", "test", "tests", "this",
+    "turtledemo",
+}  # fmt: skip
+_COMPLETION_CHARS = (15, 120)
+_PROMPT_CHARS = 120
+_HELP_TOPIC_CHARS = 1500
+_SUMS_HELDOUT_PERCENT = 10
+
+
+def docstring_pairs(split: Split) -> list[dict[str, str]]:
+    r"""Signatures and the first sentence of their docstrings, for fine-tuning a model to document code.
+
+    Args:
+        split: `"train"` reads `TRAIN_MODULES`, `"heldout"` reads `HELDOUT_MODULES`.
+
+    Returns:
+        Pairs such as `{"prompt": "heapq.heappop(heap)\n", "completion": "Pop the smallest item off ..."}` in
+        a fixed order. No completion occurs twice, within a split or across the two.
+
+    Raises:
+        ValidationError: the split has another name.
+    """
+    _check_split(split)
+    return [{"prompt": prompt, "completion": text} for text, prompt in _completions()[split].items()]
+
+
+def pretraining_texts() -> list[str]:
+    """Help pages of every other module, for training a base model that has not seen the pairs.
+
+    Returns:
+        One text for each documented function, class and module outside `TRAIN_MODULES` and
+        `HELDOUT_MODULES`, and Python's own help topics. A text that contains a completion of
+        `docstring_pairs` is left out.
+    """
+    splits = _completions()
+    fine_tuned = {*TRAIN_MODULES, *HELDOUT_MODULES}
+    modules = [name for name in _standard_modules() if name not in fine_tuned]
+    texts = dict.fromkeys(text for name in modules for text in _help_texts(name))
+    contains_completion = _finder([*splits["train"], *splits["heldout"]])
+    return [text for text in texts if not contains_completion(_one_line(text))]
+
+
+def sums(count: int, *, seed: int, split: Split = "train") -> list[dict[str, str]]:
+    """Additions of two-digit numbers with their answers, for training and for rewards that can be checked.
+
+    Args:
+        count: how many to draw; none comes twice unless `count` exceeds the split.
+        seed: the same seed draws the same sums.
+        split: a tenth of the 10,000 pairs, chosen by a stable hash, is `"heldout"`.
+
+    Returns:
+        Items such as `{"prompt": "12+34=", "answer": "046"}`.
+
+    Raises:
+        ValidationError: the split has another name, or `count` is negative.
+    """
+    _check_split(split)
+    if count < 0:
+        raise ValidationError(f"count must be 0 or more, got {count}.")
+    pairs, rng = list(_sum_pairs(split)), random.Random(seed)
+    drawn: list[tuple[int, int]] = []
+    while len(drawn) < count:
+        drawn += rng.sample(pairs, min(count - len(drawn), len(pairs)))
+    return [{"prompt": f"{a:02d}+{b:02d}=", "answer": f"{a + b:03d}"} for a, b in drawn]
+
+
+def _check_split(split: str) -> None:
+    if split not in ("train", "heldout"):
+        raise ValidationError(f"split must be 'train' or 'heldout', got {split!r}.")
+
+
+@cache
+def _sum_pairs(split: Split) -> tuple[tuple[int, int], ...]:
+    every = ((a, b) for a in range(100) for b in range(100))
+    return tuple(pair for pair in every if _is_heldout_sum(*pair) == (split == "heldout"))
+
+
+def _is_heldout_sum(a: int, b: int) -> bool:
+    digest = hashlib.sha256(f"{a:02d}+{b:02d}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") % 100 < _SUMS_HELDOUT_PERCENT
+
+
+@dataclass(frozen=True, slots=True)
+class _Documented:
+    """A module, class, function or method that has a docstring, without the syntax tree it came from."""
+
+    kind: Kind
+    path: str  # dotted, from the top-level module's name: "collections.Counter.update"
+    arguments: str  # parameters, or the bases of a class
+    doc: str
+
+
+@cache
+def _completions() -> dict[Split, dict[str, str]]:
+    """Completion -> prompt of both splits."""
+    train = _pairs(TRAIN_MODULES, taken=set())
+    return {"train": train, "heldout": _pairs(HELDOUT_MODULES, taken=set(train))}
+
+
+def _pairs(modules: Sequence[str], taken: set[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in (item for name in modules for item in _documented(name) if item.kind != "module"):
+        prompt, text = _prompt(item), _first_sentence(item.doc)
+        if _is_usable(item, prompt, text) and taken.isdisjoint((prompt, text)):
+            pairs[text] = prompt
+            taken |= {prompt, text}
+    return pairs
+
+
+def _is_usable(item: _Documented, prompt: str, completion: str) -> bool:
+    low, high = _COMPLETION_CHARS
+    is_public = not re.search(r"(^|\.)_(?!_)", item.path)
+    is_prose = completion[:1].isupper() and " " in completion and not re.search("->|>>>", completion)
+    return is_public and is_prose and low <= len(completion) <= high and len(prompt) <= _PROMPT_CHARS
+
+
+def _prompt(item: _Documented) -> str:
+    arguments = re.sub(r"^(self|cls)(, |$)", "", item.arguments) if item.kind == "method" else item.arguments
+    return _signature(item.kind, item.path, arguments) + "\n"
+
+
+def _signature(kind: str, name: str, arguments: str) -> str:
+    if kind in ("module", "class"):
+        return f"{kind} {name}({arguments})" if arguments else f"{kind} {name}"
+    return f"{name}({arguments})"
+
+
+def _first_sentence(doc: str) -> str:
+    paragraph = _one_line(doc.strip().split("\n\n")[0])
+    return re.split(r"(?<=[a-z)\]'\"`]\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _help_texts(module: str) -> Iterator[str]:
+    """Unlike the prompts of the pairs: short names, `self`, the whole docstring indented."""
+    for item in _documented(module):
+        name = item.path if item.kind == "module" else item.path.rpartition(".")[2]
+        doc = "\n".join(f"    {line}".rstrip() for line in item.doc.strip().splitlines())
+        yield f"{_signature(item.kind, name, item.arguments)}\n{doc}"
+    if module == "pydoc_data":
+        yield from _help_topics()
+
+
+def _help_topics() -> Iterator[str]:
+    """The pages of `help("topics")`: a literal dict in `pydoc_data/topics.py`, cut into short texts."""
+    for _, tree in _sources("pydoc_data"):
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+                for page in ast.literal_eval(node.value).values():
+                    yield from _cut(page)
+
+
+def _cut(page: str) -> Iterator[str]:
+    text = ""
+    for paragraph in page.strip().split("\n\n"):
+        if text and len(text) + len(paragraph) > _HELP_TOPIC_CHARS:
+            yield text
+            text = ""
+        text = f"{text}\n\n{paragraph}" if text else paragraph
+    yield text
+
+
+@cache
+def _documented(module: str) -> tuple[_Documented, ...]:
+    """In source order, all files of a top-level module; empty where this Python lacks it."""
+    return tuple(item for name, tree in _sources(module) for item in _walk(tree, "module", name))
+
+
+def _walk(node: Documentable, kind: Kind, path: str) -> Iterator[_Documented]:
+    """Depth first. What a function defines inside itself is nobody's interface."""
+    if doc := ast.get_docstring(node):
+        yield _Documented(kind, path, _arguments(node), doc)
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for child in node.body:
+            if isinstance(child, ast.ClassDef):
+                yield from _walk(child, "class", f"{path}.{child.name}")
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from _walk(child, "function" if kind == "module" else "method", f"{path}.{child.name}")
+
+
+def _arguments(node: Documentable) -> str:
+    if isinstance(node, ast.Module):
+        return ""
+    if isinstance(node, ast.ClassDef):
+        return ", ".join(ast.unparse(base) for base in node.bases)
+    for argument in ast.walk(node.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    return ast.unparse(node.args)
+
+
+def _sources(module: str) -> Iterator[tuple[str, ast.Module]]:
+    """Dotted name and syntax tree of each file. Trees are heavy: one at a time, never kept."""
+    for path in _files(_library() / module):
+        parts = path.relative_to(_library()).with_suffix("").parts
+        if not _SKIPPED & set(parts):
+            yield ".".join(parts).removesuffix(".__init__"), ast.parse(path.read_bytes())
+
+
+def _files(module: Path) -> list[Path]:
+    single = module.with_suffix(".py")
+    return [single] if single.is_file() else sorted(module.rglob("*.py"))
+
+
+def _standard_modules() -> list[str]:
+    packages = {path.parent.name for path in _library().glob("*/__init__.py")}
+    files = {path.stem for path in _library().glob("*.py")}
+    return sorted((packages | files) - _SKIPPED)
+
+
+@cache
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _finder(phrases: Sequence[str]) -> Callable[[str], bool]:
+    """A test whether a text contains any of many phrases, which looks up each position of the text once."""
+    width = _COMPLETION_CHARS[0]
+    by_head: dict[str, list[str]] = {}
+    for phrase in phrases:
+        by_head.setdefault(phrase[:width], []).append(phrase)
+
+    def contains(text: str) -> bool:
+        starts = range(len(text) - width + 1)
+        found = ((start, by_head.get(text[start : start + width], ())) for start in starts)
+        return any(text.startswith(phrase, start) for start, candidates in found for phrase in candidates)
+
+    return contains

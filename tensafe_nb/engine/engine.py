@@ -1,0 +1,457 @@
+"""One model in training: forward, backward, optimiser step, sampling. Synchronous; knows no queue and no widget.
+
+Gradients are accumulated as weighted sums with the sum of weights beside them, and divided once, in `optim_step`:
+so k micro-batches equal one big batch, ragged or not. A window is what lies between two optimiser steps.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tensafe_nb.config import SamplingConfig, TrainingConfig
+from tensafe_nb.engine import models, optimizers, sampling
+from tensafe_nb.errors import NonFiniteLossError, ValidationError
+from tensafe_nb.losses import Loss, LossOutputs
+from tensafe_nb.losses.base import Declaration, LossValue
+from tensafe_nb.losses.views import chunk_rows
+from tensafe_nb.types import (
+    IGNORE,
+    Array,
+    BatchData,
+    ForwardBackwardResult,
+    ForwardResult,
+    LogprobsResult,
+    OptimStepResult,
+    Prompt,
+    SampleResult,
+)
+
+Tick = Callable[[int, int], None]
+WATCHED = 4_000_000  # weights whose change is measured; of more, every k-th
+
+
+def no_tick(done: int, total: int) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass(slots=True)
+class _Window:
+    """What has been accumulated since the last optimiser step."""
+
+    weight: float = 0.0
+    batches: int = 0
+    prenormalised: bool | None = None
+
+    def join(self, loss: Loss) -> None:
+        if self.prenormalised not in (None, loss.declares.prenormalised):
+            raise ValidationError(
+                f"The loss {loss.name!r} cannot share an optimiser step with the losses before it: policy losses are "
+                f"sums that are never divided, other losses are means. Call optim_step() in between."
+            )
+        self.prenormalised = loss.declares.prenormalised
+
+    @property
+    def divisor(self) -> float:
+        return 1.0 if self.prenormalised else self.weight
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Adds up the values of micro-batches."""
+
+    prenormalised: bool
+    total: float = 0.0
+    weight: float = 0.0
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, value: LossValue, total: float) -> None:
+        self.total += total
+        self.weight += value.weight
+        for name, metric in value.metrics.items():
+            self.sums[name] += metric if self.prenormalised else metric * value.weight
+
+    @property
+    def divisor(self) -> float:
+        return 1.0 if self.prenormalised else max(self.weight, 1e-12)
+
+    @property
+    def loss(self) -> float:
+        return self.total / self.divisor
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: total / self.divisor for name, total in self.sums.items()}
+
+
+class Engine:
+    """A model, its adapters, its optimiser and its random streams.
+
+    Args:
+        config: What to load and how to train it.
+
+    Raises:
+        ModelLoadError: The model cannot be loaded.
+        ValidationError: The adapter does not fit it.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.model = models.load(config)
+        self.step = 0
+        self.policy_version = 0
+        self._parameters = [parameter for _, parameter in self.model.trainable]
+        self._optimizer = optimizers.build(config.optimizer, self._parameters)
+        self._window = _Window()
+        self._samples_drawn = 0
+        self._has_dropout = self.model.has_dropout
+        head = self.model.causal.get_output_embeddings()
+        self._head_is_frozen = not any(p.requires_grad for p in head.parameters())
+        self._dropout_state = torch.Generator().manual_seed(config.seed).get_state()
+        if self.model.device.type == "cuda":
+            self._cuda_dropout_state = torch.Generator(self.model.device).manual_seed(config.seed).get_state()
+
+    # training
+
+    def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick = no_tick) -> ForwardBackwardResult:
+        """Add the gradient of a batch's loss to the window.
+
+        On any failure, a cancelling `tick` included, what the window holds is dropped.
+
+        Raises:
+            ValidationError: Tokens outside the vocabulary, or a loss that does not fit.
+            NonFiniteLossError: The loss or its gradient is NaN or infinite; says in which rows.
+        """
+        self._check(batch, loss)
+        try:
+            self._window.join(loss)
+            with self._training_mode():
+                tally = self._accumulate(batch, loss, tick)
+            self._window.weight += tally.weight
+            self._window.batches += 1
+            grad_norm = self._grad_norm()
+        except BaseException:
+            self.discard_gradients()
+            raise
+        if not math.isfinite(grad_norm):
+            self.discard_gradients()
+            raise NonFiniteLossError(
+                f"The gradient of the loss {loss.name!r} is {grad_norm}, though the loss is finite. "
+                f"No weight has moved. "
+                f"Lower the learning rate, or look for a log or square root of 0 in the loss."
+            )
+        labelled = int((batch.labels != IGNORE).sum())
+        return ForwardBackwardResult(tally.loss, grad_norm, labelled, tally.metrics, tally.weight)
+
+    def optim_step(self) -> OptimStepResult:
+        """Divide the window's gradients by its weight, clip, and take one optimiser step.
+
+        Raises:
+            ValidationError: The window is empty.
+        """
+        if not self._window.batches:
+            raise ValidationError(
+                "optim_step() found no gradients: call forward_backward() before each optim_step()."
+            )
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if not gradients or self._window.divisor == 0:
+            self.discard_gradients()
+            raise ValidationError(
+                "optim_step() found no mean gradient: the losses of this step have weight 0, or do not depend on the "
+                "trained weights. No weight has moved; leave such batches out."
+            )
+        torch._foreach_div_(gradients, self._window.divisor)
+        grad_norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(grad_norm):
+            self.discard_gradients()
+            raise NonFiniteLossError(f"optim_step(): the gradient is {grad_norm}. No weight has moved.")
+        if self.config.optimizer.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(
+                self._parameters,
+                self.config.optimizer.max_grad_norm,
+                torch.tensor(grad_norm, device=self.model.device),
+            )
+        rate = optimizers.learning_rate(self.config.optimizer, self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        with self._measured_change() as change:
+            self._optimizer.step()
+        self.discard_gradients()
+        self.step += 1
+        self.policy_version += 1
+        return OptimStepResult(self.step, rate, grad_norm, self.policy_version, change[0])
+
+    def discard_gradients(self) -> None:
+        """Drop what has been accumulated; the next window starts clean."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._window = _Window()
+
+    # scoring and sampling
+
+    @torch.no_grad()
+    def forward(
+        self, batch: BatchData, loss: Loss, return_logprobs: bool = False, tick: Tick = no_tick
+    ) -> ForwardResult:
+        """Evaluate a loss without dropout or gradients; with per-token logprobs (B, T) when asked for."""
+        self._check(batch, loss)
+        tally = _Tally(loss.declares.prenormalised)
+        logprobs = np.zeros(batch.shape, dtype=np.float32) if return_logprobs else None
+        for start, part in self._micro_batches(batch, loss, tick):
+            outputs, value = self._evaluate(part, batch, loss)
+            tally.add(value, value.total.item())
+            if logprobs is not None:
+                _place(logprobs, batch, start, len(part), outputs.logprobs)
+        return ForwardResult(
+            tally.loss, int((batch.labels != IGNORE).sum()), tally.metrics, logprobs, tally.weight
+        )
+
+    @torch.no_grad()
+    def compute_logprobs(
+        self, batch: BatchData, temperature: float = 1.0, reference: bool = False, tick: Tick = no_tick
+    ) -> LogprobsResult:
+        """Score a batch's labels: logprobs and exact entropy, (B, T), at a temperature.
+
+        Args:
+            batch: What to score.
+            temperature: Divides the logits.
+            reference: Score under the frozen base weights, adapters switched off.
+            tick: Called between micro-batches.
+        """
+        self._check_vocabulary(batch)
+        logprobs, entropy = (np.zeros(batch.shape, dtype=np.float32) for _ in range(2))
+        with self._reference() if reference else contextlib.nullcontext():
+            for start, part in self._micro_batches(batch, None, tick):
+                tensors = self._tensors(part, batch)
+                outputs = self._outputs(part, tensors)
+                scores = torch.log_softmax(outputs.logits / temperature, -1)
+                picked = scores.gather(1, tensors["labels"].unsqueeze(1)).squeeze(1)
+                _place(logprobs, batch, start, len(part), picked)
+                _place(entropy, batch, start, len(part), -(scores.exp() * scores).sum(-1))
+        return LogprobsResult(logprobs, entropy, None if reference else self.policy_version)
+
+    def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, tick: Tick = no_tick) -> SampleResult:
+        """Draw completions.
+
+        Args:
+            prompts: Each a text (tokenised as it is), chat messages (by the chat template), or token ids.
+            config: How to draw. Without a seed, the client's next one is taken.
+            tick: Called before each token.
+
+        Raises:
+            ValidationError: An empty prompt, a token outside the vocabulary, or more tokens than fit the context.
+        """
+        ids = [self._encode(prompt, index, config.max_new_tokens) for index, prompt in enumerate(prompts)]
+        seed = config.seed
+        if seed is None:
+            self._samples_drawn += 1
+            seed = _mix(self.config.seed, self._samples_drawn)
+        return SampleResult(tuple(sampling.sample(self.model, ids, config, seed, tick)), self.policy_version)
+
+    # inside
+
+    def _accumulate(self, batch: BatchData, loss: Loss, tick: Tick) -> _Tally:
+        tally = _Tally(loss.declares.prenormalised)
+        for start, part in self._micro_batches(batch, loss, tick):
+            _, value = self._evaluate(part, batch, loss)
+            total = value.total.item()
+            if not math.isfinite(total):
+                raise NonFiniteLossError(_where_not_finite(loss.name, total, batch, start, len(part)))
+            value.total.backward()  # type: ignore[no-untyped-call]
+            tally.add(value, total)
+        return tally
+
+    def _evaluate(self, part: BatchData, batch: BatchData, loss: Loss) -> tuple[LossOutputs, LossValue]:
+        tensors = self._tensors(part, batch)
+        outputs = self._outputs(part, tensors)
+        return outputs, loss(outputs, tensors)
+
+    def _micro_batches(
+        self, batch: BatchData, loss: Loss | None, tick: Tick
+    ) -> Iterator[tuple[int, BatchData]]:
+        """Yield (first row, rows) in pieces of at most `micro_batch_tokens`, padding cut off."""
+        rows, columns = batch.shape
+        declares = loss.declares if loss is not None else Declaration()
+        size = declares.rows_at_a_time(rows, fitting=self.config.micro_batch_tokens // columns)
+        for start in range(0, rows, size):
+            tick(start, rows)
+            part = batch.rows(start, min(start + size, rows))
+            if declares.per == "row" or (part.labels != IGNORE).any():
+                yield start, part
+
+    def _tensors(self, part: BatchData, batch: BatchData) -> dict[str, Tensor]:
+        """Return what a loss may read: labels and per-token extras flattened to the N labelled positions."""
+        device = self.model.device
+        where = part.labels != IGNORE
+        tensors = {
+            "input_ids": torch.from_numpy(part.input_ids).to(device),
+            "attention_mask": torch.from_numpy(part.attention_mask).to(device),
+            "labels": torch.from_numpy(part.labels[where]).to(device),
+            "sequence_index": torch.from_numpy(where.nonzero()[0]).to(device),
+        }
+        for name, value in part.extras.items():
+            if value.dtype.kind in "iufb":
+                flat = value[where] if batch.per_token(name) else value
+                flat = flat.astype(np.float32) if flat.dtype.kind == "f" else flat
+                tensors[name] = torch.from_numpy(np.ascontiguousarray(flat)).to(device)
+        return tensors
+
+    def _outputs(self, part: BatchData, tensors: Mapping[str, Tensor]) -> LossOutputs:
+        inputs = {"input_ids": tensors["input_ids"], "use_cache": False}
+        mask, given = tensors["attention_mask"], part.attention_mask
+        if (given[:, 1:] > given[:, :-1]).any():  # padding before tokens: a causal model needs to be told
+            inputs["attention_mask"] = mask
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        labels = torch.from_numpy(part.labels).to(self.model.device)
+        with sampling.autocast(self.model):
+            if self.model.split:
+                hidden, logits = self.model.body(**inputs).last_hidden_state, None
+            else:
+                answer = self.model.causal(**inputs, output_hidden_states=True)
+                hidden, logits = answer.hidden_states[-1], answer.logits
+        frozen = self._head_is_frozen
+        rows = chunk_rows(self.model.vocab_size, hidden.shape[-1], frozen)
+        return LossOutputs(hidden, self._head, labels, mask, logits, chunk_rows=rows, head_is_frozen=frozen)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        with sampling.autocast(self.model):
+            return self.model.head(hidden)
+
+    @contextlib.contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Dropout on, drawn from this engine's own stream; nothing to do for a model without dropout."""
+        if not self._has_dropout:
+            yield
+            return
+        with models.GLOBAL_RANDOM, torch.random.fork_rng(devices=_cuda(self.model.device)):
+            torch.random.set_rng_state(self._dropout_state)
+            if self.model.device.type == "cuda":
+                torch.cuda.set_rng_state(self._cuda_dropout_state, self.model.device)
+            self.model.causal.train()
+            try:
+                yield
+            finally:
+                self.model.causal.eval()
+                self._dropout_state = torch.random.get_rng_state()
+                if self.model.device.type == "cuda":
+                    self._cuda_dropout_state = torch.cuda.get_rng_state(self.model.device)
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[None]:
+        if self.model.peft is None:
+            raise ValidationError(
+                "compute_logprobs(reference=True) needs a LoRA client: with all weights trained, no reference is kept."
+            )
+        lora = self.config.lora_config
+        if lora is not None and lora.bias != "none":
+            raise ValidationError(
+                f"compute_logprobs(reference=True): LoRAConfig.bias={lora.bias!r} means that the model's own "
+                f"biases are trained too, so that the base is not kept. Use bias='none'."
+            )
+        with self.model.peft.disable_adapter():
+            yield
+
+    @contextlib.contextmanager
+    def _measured_change(self) -> Iterator[list[float]]:
+        """Give a list that holds, afterwards, the norm of what the weights changed by."""
+        total = sum(p.numel() for p in self._parameters)
+        stride = -(-total // WATCHED)
+        watched = [p.detach().reshape(-1)[::stride] for p in self._parameters]
+        before = [p.clone() for p in watched]
+        change: list[float] = []
+        yield change
+        deltas = torch._foreach_sub(watched, before)
+        share = sum(p.numel() for p in watched) / total
+        change.append(float(nn.utils.get_total_norm(deltas)) / math.sqrt(share))
+
+    def _grad_norm(self) -> float:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if not gradients or self._window.divisor == 0:
+            return 0.0
+        return float(nn.utils.get_total_norm(gradients)) / self._window.divisor
+
+    def _check(self, batch: BatchData, loss: Loss) -> None:
+        self._check_vocabulary(batch)
+        loss.check(batch)
+
+    def _check_vocabulary(self, batch: BatchData) -> None:
+        labels = np.where(batch.labels == IGNORE, 0, batch.labels)
+        for name, ids in (("input_ids", batch.input_ids), ("labels", labels)):
+            outside = (ids < 0) | (ids >= self.model.vocab_size)
+            if outside.any():
+                row, column = np.argwhere(outside)[0]
+                raise ValidationError(
+                    f"BatchData.{name}[{row}][{column}] is {ids[row, column]}: {self.config.model_ref!r} has the "
+                    f"tokens 0 to {self.model.vocab_size - 1}. Was the text tokenised for another model? "
+                    f"Use tc.tokenizer."
+                )
+
+        context = self.model.context
+        if context is not None and batch.shape[1] > context:
+            raise ValidationError(
+                f"BatchData has rows of {batch.shape[1]} tokens; {self.config.model_ref!r} reads at most {context}. "
+                f"Cut them: max_length={context} in tensafe_nb.data.batches."
+            )
+
+    def _encode(self, prompt: Prompt, index: int, new_tokens: int) -> list[int]:
+        ids = encode_prompt(self.model.tokenizer, prompt)
+        if not ids:
+            raise ValidationError(f"Prompt {index} is empty: give at least one token.")
+        if min(ids) < 0 or max(ids) >= self.model.vocab_size:
+            raise ValidationError(
+                f"Prompt {index} holds a token outside 0 to {self.model.vocab_size - 1}, the model's vocabulary."
+            )
+        context = self.model.context
+        if context is not None and len(ids) + new_tokens > context:
+            raise ValidationError(
+                f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new_tokens} that is more than the "
+                f"model's context of {context}. Shorten one of them."
+            )
+        return ids
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return the token ids of a text, of chat messages (opened for the assistant's answer), or of ids."""
+    if isinstance(prompt, str):
+        try:
+            return list(tokenizer(prompt)["input_ids"])
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise ValidationError(
+                f"The model's tokenizer cannot read the prompt {prompt!r}: {error}."
+            ) from error
+    if prompt and isinstance(prompt[0], Mapping):
+        if tokenizer.chat_template is None:
+            raise ValidationError(
+                "This model has no chat template: give prompts as text instead of messages."
+            )
+        messages = [dict(message) for message in prompt]  # type: ignore[arg-type]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+
+def _place(target: Array, batch: BatchData, start: int, rows: int, values: Tensor) -> None:
+    """Write values of the labelled positions of some rows into a (B, T) array."""
+    target[start : start + rows][batch.labels[start : start + rows] != IGNORE] = values.float().cpu().numpy()
+
+
+def _where_not_finite(loss: str, total: float, batch: BatchData, start: int, rows: int) -> str:
+    ids = batch.extras.get("example_ids")
+    named = f" (examples {', '.join(map(str, ids[start : start + rows][:8]))})" if ids is not None else ""
+    return (
+        f"The loss {loss!r} is {total} in rows {start} to {start + rows - 1} of the batch{named}. No weight has moved. "
+        f"Look at these rows, lower the learning rate, or set max_grad_norm."
+    )
+
+
+def _mix(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=6).digest(), "big")
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,452 @@
+"""One engine, one thread, one lane: operations run in the order they were submitted, and every failure is a future's.
+
+`Lane` keeps the order and the rules; `Worker` owns the thread, drives the engine and publishes what happens.
+"""
+
+import logging
+import os
+import threading
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.engine import models
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.errors import (
+    ClientClosedError,
+    FutureCancelledError,
+    FutureFailedError,
+    InsufficientMemoryError,
+    QueueFullError,
+    TGTinkerError,
+)
+from tensafe_nb.events import (
+    Event,
+    EventBus,
+    Metrics,
+    OperationCancelled,
+    OperationFailed,
+    OperationFinished,
+    OperationQueued,
+    OperationStarted,
+    Progress,
+    StatusChanged,
+)
+from tensafe_nb.futures import FutureHandle, Promise
+from tensafe_nb.losses import Loss, resolve_loss
+from tensafe_nb.types import (
+    ClientStatus,
+    ComputeLogprobs,
+    Forward,
+    ForwardBackward,
+    ForwardBackwardResult,
+    ForwardResult,
+    FutureStatus,
+    LogprobsResult,
+    Operation,
+    OptimStep,
+    OptimStepResult,
+    Result,
+    Sample,
+    SampleResult,
+    TrainingClientInfo,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_PENDING = 1_000
+NAMES: dict[type, tuple[str, type]] = {
+    ForwardBackward: ("forward_backward", ForwardBackwardResult),
+    Forward: ("forward", ForwardResult),
+    OptimStep: ("optim_step", OptimStepResult),
+    Sample: ("sample", SampleResult),
+    ComputeLogprobs: ("compute_logprobs", LogprobsResult),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """An operation in its place in the lane; once finished it lets go of the operation and its batch."""
+
+    operation: Operation | None
+    name: str
+    kind: type
+    future_id: str = field(default_factory=lambda: f"fut-{uuid.uuid4().hex[:12]}")
+    promise: Promise[Any] = field(default_factory=Promise)
+    loss: Loss | None = None
+
+
+class Lane:
+    """First in, first out, with the one rule that a failed window fails its optimiser step. Knows no thread."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+        self._broken: tuple[Job, str] | None = None
+        self.stale_gradients = False  # a window ended without its step: what it accumulated must go
+
+    def put(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def check_room(self) -> None:
+        if self.depth >= MAX_PENDING:
+            raise QueueFullError(
+                f"{MAX_PENDING} operations of this training client are waiting already. Wait for some results "
+                f"before you submit more."
+            )
+
+    def take(self) -> Job | None:
+        """Return the next job that is still wanted; cancelled ones leave their mark on the window."""
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.promise.start():
+                return job
+            self.mark_broken(job, "was cancelled")
+        return None
+
+    @property
+    def depth(self) -> int:
+        return sum(not job.promise.done for job in self._jobs)
+
+    def position(self, job: Job) -> int | None:
+        waiting = [other for other in self._jobs if not other.promise.done]
+        return waiting.index(job) if job in waiting else None
+
+    def pending(self) -> list[Job]:
+        return [job for job in self._jobs if not job.promise.done]
+
+    def mark_broken(self, job: Job, how: str) -> None:
+        """Note that a job did not complete: a forward_backward breaks its window, an optim_step ends it."""
+        if job.kind is ForwardBackward and self._broken is None:
+            self._broken = (job, how)
+        elif job.kind is OptimStep:
+            self._broken, self.stale_gradients = None, True
+
+    def end_window(self) -> FutureFailedError | None:
+        """Close the window for an optimiser step; the error it must fail with, if the window is broken."""
+        broken, self._broken = self._broken, None
+        if broken is None:
+            return None
+        job, how = broken
+        error = FutureFailedError(
+            f"optim_step was not run: {job.name} {job.future_id} of the same step {how}. The weights are untouched "
+            f"and the gradients cleared; the next step starts clean.",
+            details={"cause": job.future_id},
+        )
+        error.__cause__ = job.promise.error
+        return error
+
+
+class Worker:
+    """Runs the operations of one training client on a thread of its own.
+
+    Args:
+        training_client_id: Names the thread.
+        config: What the engine is made of; it is loaded on the thread.
+        bus: Where to publish.
+        default_loss: For operations that name none.
+    """
+
+    def __init__(
+        self, training_client_id: str, config: TrainingConfig, bus: EventBus, default_loss: Loss
+    ) -> None:
+        self.training_client_id = training_client_id
+        self.config = config
+        self.bus = bus
+        self.created_at = time.time()
+        self._pid = os.getpid()
+        self.status = ClientStatus.INITIALIZING
+        self.reason: str | None = None
+        self.step = 0
+        self.policy_version = 0
+        self.loaded: Promise[Any] = Promise()  # the tokenizer, once there is one
+        self._engine: Engine | None = None
+        self._failure: TGTinkerError | None = None
+        self._losses: list[tuple[ForwardBackwardResult, bool]] = []
+        self._lane = Lane()
+        self._running: Job | None = None
+        self._closing = False
+        self._default_loss = default_loss
+        self._changed = threading.Condition()
+        self._submitting = threading.RLock()
+        self._thread = threading.Thread(
+            target=self._main, name=f"tsnb-worker-{training_client_id}", daemon=True
+        )
+        self._thread.start()
+
+    # called from any thread
+
+    def submit(self, operation: Operation) -> FutureHandle[Any]:
+        """Put an operation at the end of the lane.
+
+        Raises:
+            ClientClosedError: The client is closed.
+            QueueFullError: Too many wait already.
+        """
+        name, result_type = NAMES[type(operation)]
+        job = Job(operation, name, type(operation), loss=self._loss_of(operation))
+        job.promise.owner = self._thread
+        with (
+            self._submitting
+        ):  # keeps the order of events; the lane's own lock is never held while publishing
+            self._refuse_if_closed(name)
+            self._publish(OperationQueued(future_id=job.future_id, operation=name))
+            with self._changed:
+                failure, late = self._failure, self._closing
+                if failure is None:
+                    self._lane.put(job)
+                self._changed.notify_all()
+        if failure is not None:
+            self._fail(job, failure)
+        elif late:  # closed while this was being submitted
+            self._cancel(job)
+        return FutureHandle(
+            job.promise,
+            operation=name,
+            future_id=job.future_id,
+            training_client_id=self.training_client_id,
+            result_type=result_type,
+            cancel=lambda: self._cancel(job),
+            position=lambda: self._position(job),
+        )
+
+    def _loss_of(self, operation: Operation) -> Loss | None:
+        """Resolve an operation's loss where it is submitted, so that a wrong name is an error of the call."""
+        if not isinstance(operation, ForwardBackward | Forward):
+            return None
+        loss = self._default_loss if operation.loss_fn is None else resolve_loss(operation.loss_fn)
+        loss = loss.bind(**operation.loss_kwargs)
+        loss.check(operation.batch)
+        return loss
+
+    def _refuse_if_closed(self, name: str) -> None:
+        if os.getpid() != self._pid:
+            raise ClientClosedError(
+                f"{name}: the training client {self.training_client_id} belongs to the process this one was forked "
+                f"from. Create a client here."
+            )
+        with self._changed:
+            if self._closing:
+                raise ClientClosedError(
+                    f"{name}: the training client {self.training_client_id} is closed. Create a new one."
+                )
+            self._lane.check_room()
+
+    def info(self) -> TrainingClientInfo:
+        with self._changed:
+            depth = self._lane.depth + (self._running is not None)
+        return TrainingClientInfo(
+            self.training_client_id,
+            self.config.model_ref,
+            str(self.status),
+            self.step,
+            depth,
+            self.created_at,
+            self.reason,
+        )
+
+    def close(self) -> None:
+        """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model."""
+        if os.getpid() != self._pid:
+            return  # a forked child has no thread to end, and the log is its parent's
+        with self._changed:
+            self._closing = True
+            pending = self._lane.pending()
+            if self._running is not None:
+                self._running.promise.cancel_requested = True
+            self._changed.notify_all()
+        for job in pending:
+            self._cancel(job)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._announce(ClientStatus.TERMINATED)
+
+    def _cancel(self, job: Job) -> bool:
+        if job.promise.cancel_pending():
+            job.operation = None
+            self._publish(OperationCancelled(future_id=job.future_id, operation=job.name))
+            return True
+        job.promise.cancel_requested = True
+        if threading.current_thread() is not self._thread:
+            job.promise.wait()
+        return job.promise.state is FutureStatus.CANCELLED
+
+    def _position(self, job: Job) -> int | None:
+        with self._changed:
+            return self._lane.position(job)
+
+    # on the worker's thread
+
+    def _main(self) -> None:
+        try:
+            if self._load():
+                self._work()
+        except BaseException as error:
+            logger.exception("the worker of %s died", self.training_client_id)
+            self._die(FutureFailedError(f"The worker of {self.training_client_id} died: {error!r}"))
+        finally:
+            self._engine = None
+
+    def _load(self) -> bool:
+        try:
+            self._engine = Engine(self.config)
+        except Exception as error:  # noqa: BLE001  # whatever breaks a load becomes the client's state
+            self._die(models.refuse(error, self.config.model_ref))
+            return False
+        self._announce(ClientStatus.READY)
+        self.loaded.succeed(self._engine.model.tokenizer)
+        return True
+
+    def _die(self, failure: TGTinkerError) -> None:
+        with self._changed:
+            self._failure = failure
+            doomed = self._lane.pending() + ([self._running] if self._running else [])
+        self.loaded.fail(failure)
+        for job in doomed:
+            self._fail(job, failure)
+        self._announce(ClientStatus.ERROR, str(failure))
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            self.status = ClientStatus.BUSY
+            self._publish(OperationStarted(future_id=job.future_id, operation=job.name))
+            self._run(job)
+            with self._changed:
+                self._running = None
+                if self._lane.depth == 0:
+                    self.status = ClientStatus.READY
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            while True:
+                self._running = self._lane.take()
+                if self._running is not None or self._closing:
+                    return self._running
+                self._changed.wait()
+
+    def _run(self, job: Job) -> None:
+        started = time.perf_counter()
+        try:
+            result = self._perform(job)
+        except FutureCancelledError:
+            self._lane.mark_broken(job, "was cancelled")
+            job.operation = None
+            self._publish(OperationCancelled(future_id=job.future_id, operation=job.name))
+            job.promise.cancel()
+        except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
+            self._lane.mark_broken(job, "failed")
+            self._fail(job, _presentable(error))
+        else:
+            job.operation = None
+            duration = time.perf_counter() - started
+            try:
+                self._publish(
+                    OperationFinished(future_id=job.future_id, operation=job.name, duration=duration)
+                )
+            finally:  # whoever waits is told, whatever happens to the log
+                job.promise.succeed(result)
+
+    def _perform(self, job: Job) -> Result:
+        engine, operation = cast(Engine, self._engine), job.operation
+        tick = self._tick(job)
+        if self._lane.stale_gradients:
+            self._lane.stale_gradients = False
+            self._losses.clear()
+            engine.discard_gradients()
+        match operation:
+            case ForwardBackward(batch):
+                loss = cast(Loss, job.loss)
+                result = engine.forward_backward(batch, loss, tick)
+                self._losses.append((result, loss.declares.prenormalised))
+                return result
+            case Forward(batch, return_logprobs=wanted):
+                return engine.forward(batch, cast(Loss, job.loss), wanted, tick)
+            case OptimStep():
+                return self._optim_step(engine)
+            case Sample(prompts, sampling):
+                return engine.sample(prompts, sampling, tick)
+            case ComputeLogprobs(batch, temperature, reference):
+                return engine.compute_logprobs(batch, temperature, reference, tick)
+        raise AssertionError(operation)
+
+    def _optim_step(self, engine: Engine) -> OptimStepResult:
+        losses, self._losses = self._losses, []
+        error = self._lane.end_window()
+        if error is not None:
+            engine.discard_gradients()
+            raise error
+        result = engine.optim_step()
+        self.step, self.policy_version = result.step, result.policy_version
+        values = {
+            **_mean_of(losses),
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "param_delta_norm": result.param_delta_norm,
+        }
+        self._publish(Metrics(step=result.step, values=values))
+        return result
+
+    def _tick(self, job: Job) -> Callable[[int, int], None]:
+        def tick(done: int, total: int) -> None:
+            if job.promise.cancel_requested:
+                raise FutureCancelledError("cancelled while running")
+            job.promise.progress = (done, total)
+            if done:
+                self._publish(Progress(future_id=job.future_id, done=done, total=total))
+
+        return tick
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        job.operation = None
+        code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
+        failed = OperationFailed(future_id=job.future_id, operation=job.name, code=code, message=str(error))
+        try:
+            self._publish(failed)
+        finally:  # whoever waits is told, whatever happens to the log
+            job.promise.fail(error)
+
+    def _announce(self, status: ClientStatus, reason: str | None = None) -> None:
+        """Enter a status that lasts; READY and BUSY take turns unannounced, as the operations' events tell."""
+        if status is not self.status:
+            self.status, self.reason = status, reason or self.reason
+            self._publish(StatusChanged(status=str(status), reason=reason))
+
+    def _publish(self, event: Event) -> None:
+        self.bus.publish(event)
+
+
+def _mean_of(losses: list[tuple[ForwardBackwardResult, bool]]) -> dict[str, float]:
+    """Combine the losses and metrics of a window: weighted means; sums of pre-normalised losses add up."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for result, prenormalised in losses:
+        weight = 1.0 if prenormalised else result.weight
+        for name, value in {"loss": result.loss, **result.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + weight * value
+            weights[name] = 1.0 if prenormalised else weights.get(name, 0.0) + weight
+    return {name: total / weights[name] for name, total in sums.items() if weights[name]}
+
+
+def _presentable(error: BaseException) -> BaseException:
+    """Let go of the tensors that the traceback holds, and name a lack of memory."""
+    traceback.clear_frames(error.__traceback__)
+    message = str(error)
+    lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in message or "out of memory" in message)
+    )
+    if not lacks_memory:
+        return error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    named = InsufficientMemoryError(
+        f"There is not enough memory for this operation ({message.splitlines()[0][:200]}). The client is still usable: "
+        f"lower micro_batch_tokens in TrainingConfig, or shorten or split the batch."
+    )
+    named.__cause__ = error
+    return named

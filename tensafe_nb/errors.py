@@ -1,0 +1,154 @@
+"""Every error that leaves the package.
+
+TGTinkerError
+├── ValidationError (ValueError)            something the caller gave does not fit; says what, where, what next
+├── ModelLoadError                          a model_ref that cannot be loaded; the client is in ERROR
+├── NonFiniteLossError                      a loss or gradient that is NaN or infinite; weights untouched
+├── InsufficientMemoryError                 an operation that did not fit; the client lives on
+├── ClientClosedError                       an operation after close()
+├── QueueFullError                          too many operations are waiting
+├── RewardError                             a reward function that failed on a rollout
+├── NotFoundError (LookupError)
+│   ├── TrainingClientNotFoundError
+│   └── RunNotFoundError
+└── FutureError
+    ├── FutureTimeoutError (TimeoutError)   waiting took too long; the operation goes on
+    ├── FutureCancelledError                the operation was cancelled
+    └── FutureFailedError                   the operation failed; `__cause__` says why
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class TGTinkerError(Exception):
+    """Base of every error of this package.
+
+    Args:
+        message: What happened, where, and what to do next.
+        code: Stable machine-readable name; the class's own by default.
+        details: Plain data about the failure.
+        request_id: The operation it belongs to, if any.
+    """
+
+    code = "error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        details: Mapping[str, Any] | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or type(self).code
+        self.details = dict(details or {})
+        self.request_id = request_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.code, self.details, self.request_id)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def _rebuild(
+    cls: type[TGTinkerError], message: str, code: str, details: dict[str, Any], request_id: str | None
+) -> TGTinkerError:
+    return cls(message, code=code, details=details, request_id=request_id)
+
+
+class ValidationError(TGTinkerError, ValueError):
+    """Input that does not fit: a shape, a name, a value."""
+
+    code = "validation_error"
+
+
+class ModelLoadError(TGTinkerError):
+    """The model a client was asked for could not be loaded. Nothing is ever put in its place."""
+
+    code = "model_load_error"
+
+
+class NonFiniteLossError(TGTinkerError):
+    """A loss or gradient was NaN or infinite; no weight has moved."""
+
+    code = "non_finite_loss"
+
+
+class InsufficientMemoryError(TGTinkerError):
+    """An operation needed more memory than there is; the client stays usable."""
+
+    code = "insufficient_memory"
+
+
+class ClientClosedError(TGTinkerError):
+    """An operation was given to a client that has been closed."""
+
+    code = "client_closed"
+
+
+class QueueFullError(TGTinkerError):
+    """The queue holds as many waiting operations as it may."""
+
+    code = "queue_full"
+
+
+class RewardError(TGTinkerError):
+    """A reward function raised or returned something that is not a score."""
+
+    code = "reward_error"
+
+
+class NotFoundError(TGTinkerError, LookupError):
+    """Something was asked for by an id that nothing has."""
+
+    code = "not_found"
+
+
+class TrainingClientNotFoundError(NotFoundError):
+    """No training client has this id."""
+
+    code = "training_client_not_found"
+
+
+class RunNotFoundError(NotFoundError):
+    """No recorded run has this id."""
+
+    code = "run_not_found"
+
+
+class FutureError(TGTinkerError):
+    """Something about waiting for an operation."""
+
+    code = "future_error"
+
+
+class FutureTimeoutError(FutureError, TimeoutError):
+    """The result was not there in time. The operation itself goes on."""
+
+    code = "future_timeout"
+
+
+class FutureCancelledError(FutureError):
+    """The operation was cancelled before it completed."""
+
+    code = "future_cancelled"
+
+
+class FutureFailedError(FutureError):
+    """The operation failed with a foreign exception, or because one it depends on failed."""
+
+    code = "future_failed"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest known name, or the list of all, for an error message."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(options) or 'none'}."

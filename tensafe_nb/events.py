@@ -1,0 +1,299 @@
+"""What happened, in order: events, the bus that numbers them, and the log that outlives the process."""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.plain import from_plain, plain, to_plain
+from tensafe_nb.types import Array
+
+if sys.platform != "win32":  # there, a run of another process counts as interrupted
+    import fcntl
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of all events; the bus fills in `seq` (1, 2, 3 … per training client) and `time` (Unix seconds)."""
+
+    seq: int = 0
+    time: float = 0.0
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationQueued(Event):
+    future_id: str
+    operation: str
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationStarted(Event):
+    future_id: str
+    operation: str
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress(Event):
+    """(done, total) micro-batches or tokens of a running operation; not persisted."""
+
+    future_id: str
+    done: int
+    total: int
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationFinished(Event):
+    future_id: str
+    operation: str
+    duration: float
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationFailed(Event):
+    future_id: str
+    operation: str
+    code: str
+    message: str
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationCancelled(Event):
+    future_id: str
+    operation: str
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusChanged(Event):
+    status: str
+    reason: str | None = None
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientCreated(Event):
+    """First event of a log: what this training client is (`config` as plain data)."""
+
+    training_client_id: str
+    config: Mapping[str, Any]
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics(Event):
+    """Values measured at an optimiser step."""
+
+    step: int
+    values: Mapping[str, float]
+    run_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.step, int | np.integer):
+            raise ValidationError(f"Metrics: the step is {self.step!r}; it must be a whole number.")
+        for name, value in self.values.items():
+            if not isinstance(value, int | float | np.number):
+                raise ValidationError(f"Metrics: the value of {name!r} is {value!r}; a metric is a number.")
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState(Event):
+    """A run started, paused, resumed or ended; `step` is the client's step at that moment."""
+
+    run_id: str
+    state: str
+    step: int
+    planned_steps: int | None = None
+    reason: str | None = None
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStep(Event):
+    """A run finished its step number `done` (1, 2, 3 …), `duration` seconds after the one before."""
+
+    run_id: str
+    done: int
+    duration: float
+
+
+class RunHistory:
+    """The history of a training client: every metric as a curve, every event on disk.
+
+    Curves are held as columns; events are read from the log when asked for, so memory does not grow with them.
+
+    Args:
+        path: The log, one event per line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._steps: dict[str, array[int]] = {}
+        self._values: dict[str, array[float]] = {}
+        self._measured: dict[str, int] = {}
+        self.last_seq = 0
+
+    @classmethod
+    def load(cls, path: Path) -> "RunHistory":
+        """Read a log that another process wrote, or this one; a torn last line is ignored."""
+        history = cls(path)
+        for event in history.events():
+            history.add(event)
+        return history
+
+    def __getitem__(self, name: str) -> Array:
+        """Values of a metric, in order of time."""
+        return self.series(name)[1]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}: {len(self._values[name])}" for name in self.names)
+        return f"<RunHistory {self.last_seq} events; {sizes or 'no metrics yet'}>"
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics there are."""
+        return sorted(self._values)
+
+    def series(self, name: str) -> tuple[Array, Array]:
+        """Return (steps, values) of a metric; empty when it was never measured."""
+        values = self._values.get(name, array("d"))
+        steps = self._steps.get(name, array("q"))
+        count = min(len(values), len(steps))
+        return np.array(steps[:count], dtype=np.int64), np.array(values[:count], dtype=np.float64)
+
+    def last(self, after: int = 0) -> dict[str, float]:
+        """Return the latest value of every metric measured since event number `after`."""
+        return {name: self._values[name][-1] for name in self.names if self._measured[name] > after}
+
+    def events(self, after: int = 0) -> Iterator[Event]:
+        """Iterate over the recorded events with a number above `after`."""
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if not line.endswith("\n"):
+                    return
+                event = from_plain(json.loads(line))
+                if event.seq > after:
+                    yield event
+
+    def add(self, event: Event) -> None:
+        self.last_seq = event.seq
+        if isinstance(event, Metrics):
+            for name, value in event.values.items():
+                self._steps.setdefault(name, array("q")).append(event.step)
+                self._values.setdefault(name, array("d")).append(value)
+                self._measured[name] = event.seq
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether some process, this one included, holds the log open: its end is still to come."""
+    if sys.platform == "win32":
+        return False
+    with path.open("r") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _hold(log: TextIO) -> None:
+    if sys.platform != "win32":
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class EventBus:
+    """Numbers, records and hands out the events of one training client.
+
+    Args:
+        path: The log; created with its folder, readable by its owner only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.history = RunHistory(path)
+        self._seq = 0
+        self._pid = os.getpid()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            opened = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        except OSError as error:
+            raise ValidationError(
+                f"The event log {path} cannot be written ({error.strerror}). "
+                f"Set TENSAFE_HOME to a folder that can be."
+            ) from error
+        self._log: TextIO = os.fdopen(opened, "w", encoding="utf-8")
+        _hold(self._log)
+        self._lock = threading.RLock()
+        self._subscribers: list[Callable[[Event], None]] = []
+
+    def publish(self, event: Event) -> Event:
+        """Give an event its number and time, record it, and tell the subscribers."""
+        with self._lock:
+            self._seq += 1
+            event = replace(event, seq=self._seq, time=time.time())
+            if not isinstance(event, Progress) and not self._log.closed and os.getpid() == self._pid:
+                self._log.write(json.dumps(to_plain(event), allow_nan=False) + "\n")
+                self._log.flush()
+                self.history.add(event)
+            for subscriber in tuple(self._subscribers):
+                try:
+                    subscriber(event)
+                except Exception:
+                    logger.exception("a subscriber failed at %s; the work goes on", type(event).__name__)
+        return event
+
+    def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
+        """Call `subscriber(event)` for every event: recorded ones above `after` first, then live ones.
+
+        A subscriber must be quick and must not wait for an operation. Without `after` only live events come.
+
+        Returns:
+            A function that ends the subscription.
+        """
+        with self._lock:
+            if after is not None:
+                for event in self.history.events(after):
+                    subscriber(event)
+            self._subscribers.append(subscriber)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                if subscriber in self._subscribers:
+                    self._subscribers.remove(subscriber)
+
+        return unsubscribe
+
+    def sync(self) -> None:
+        """Put everything recorded so far on the disk."""
+        with self._lock:
+            if not self._log.closed and os.getpid() == self._pid:
+                os.fsync(self._log.fileno())
+
+    def close(self) -> None:
+        """Write out the log; later events are still handed to subscribers but recorded no more."""
+        self.sync()
+        with self._lock:
+            self._log.close()

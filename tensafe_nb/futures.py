@@ -1,0 +1,395 @@
+"""A FutureHandle for whoever waits, a Promise for whoever does the work: one future for sync and async."""
+
+import asyncio
+import contextlib
+import html
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
+
+from tensafe_nb.errors import (
+    FutureCancelledError,
+    FutureFailedError,
+    FutureTimeoutError,
+    TGTinkerError,
+    ValidationError,
+)
+from tensafe_nb.types import FutureStatus
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT = 0.1  # s; how often a wait looks up, so that an interrupted cell gets its prompt back
+R = TypeVar("R")
+
+
+class Promise(Generic[R]):
+    """The producer's half: who does the work reports here. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._finished = threading.Event()
+        self._callbacks: list[Callable[[], None]] = []
+        self.state = FutureStatus.PENDING
+        self.progress: tuple[int, int] | None = None
+        self.cancel_requested = False
+        self.created_at = time.time()
+        self.started_at: float | None = None
+        self.ended_at: float | None = None
+        self.value: R | None = None
+        self.error: BaseException | None = None
+        self.owner: threading.Thread | None = None  # who does the work: waiting there would wait for itself
+
+    @property
+    def done(self) -> bool:
+        return self._finished.is_set()
+
+    def start(self) -> bool:
+        """PENDING → RUNNING; False if it was cancelled before."""
+        with self._lock:
+            if self.state is not FutureStatus.PENDING:
+                return False
+            self.state, self.started_at = FutureStatus.RUNNING, time.time()
+            return True
+
+    def succeed(self, value: R) -> None:
+        self._end(FutureStatus.COMPLETED, value=value)
+
+    def fail(self, error: BaseException) -> None:
+        self._end(FutureStatus.FAILED, error=error)
+
+    def cancel(self) -> bool:
+        """End as CANCELLED unless it has ended; True if this call did it."""
+        return self._end(FutureStatus.CANCELLED)
+
+    def cancel_pending(self) -> bool:
+        """End as CANCELLED if it has not started."""
+        return self._end(FutureStatus.CANCELLED, only_from=FutureStatus.PENDING)
+
+    def on_done(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call back once ended (at once if it has); returns a function that forgets the callback."""
+        with self._lock:
+            if not self.done:
+                self._callbacks.append(callback)
+                return lambda: self._forget(callback)
+        callback()
+        return lambda: None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block in slices, so that Ctrl-C is seen everywhere; True if it ended in time."""
+        if not self.done and threading.current_thread() is self.owner:
+            raise ValidationError(
+                "This runs on the training client's own thread (a callback, a loss or a subscriber): waiting here for "
+                "another of its operations would wait for ever. Submit it here, and wait elsewhere."
+            )
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.done:
+            left = HEARTBEAT if deadline is None else min(HEARTBEAT, deadline - time.monotonic())
+            if left <= 0:
+                return False
+            self._finished.wait(left)
+        return True
+
+    def outcome(self) -> R:
+        """Return the value or raise the error of what has ended."""
+        if self.state is FutureStatus.CANCELLED:
+            raise FutureCancelledError("The operation was cancelled; it left no trace on the weights.")
+        if isinstance(self.error, TGTinkerError):
+            raise self.error
+        if self.error is not None:
+            raise FutureFailedError(
+                f"The operation failed: {type(self.error).__name__}: {self.error}"
+            ) from self.error
+        return self.value  # type: ignore[return-value]
+
+    async def wait_async(self) -> None:
+        """Await the end. Cancelling the await cancels nothing else; the heartbeat lets an interrupt through."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        forget = self.on_done(lambda: _wake(loop, waiter))
+        try:
+            while not self.done:
+                await asyncio.wait({waiter}, timeout=HEARTBEAT)
+        finally:
+            forget()
+            waiter.cancel()
+
+    def _end(
+        self,
+        state: FutureStatus,
+        *,
+        value: R | None = None,
+        error: BaseException | None = None,
+        only_from: FutureStatus | None = None,
+    ) -> bool:
+        with self._lock:
+            if self.done or (only_from is not None and self.state is not only_from):
+                return False
+            self.value, self.error = value, error
+            self.state, self.ended_at = state, time.time()
+            self._finished.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:
+                logger.exception("a done-callback failed; the operation itself is not affected")
+        return True
+
+    def _forget(self, callback: Callable[[], None]) -> None:
+        with self._lock, contextlib.suppress(ValueError):
+            self._callbacks.remove(callback)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, waiter: "asyncio.Future[None]") -> None:
+    def finish() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+        loop.call_soon_threadsafe(finish)
+
+
+class FutureHandle(Generic[R]):
+    """An operation that was queued: await it, or ask for its `result()`.
+
+    Both work any number of times, from any thread, also inside a running event loop. Interrupting a wait stops
+    the waiting; the operation goes on until `cancel()`. A handle lends the fields of its result: reading
+    `handle.loss` waits for the result and returns its loss.
+
+    Example:
+        >>> handle = tc.forward_backward(batch)
+        >>> (await handle).loss == handle.result().loss == handle.loss
+        True
+    """
+
+    def __init__(
+        self,
+        promise: Promise[R],
+        *,
+        operation: str,
+        future_id: str,
+        training_client_id: str,
+        result_type: type[R],
+        cancel: Callable[[], bool],
+        position: Callable[[], int | None],
+    ) -> None:
+        self._promise = promise
+        self._cancel = cancel
+        self._position = position
+        self._lent = frozenset(_public_names(result_type))
+        self.operation = operation
+        self.future_id = future_id
+        self.training_client_id = training_client_id
+
+    @property
+    def state(self) -> FutureStatus:
+        """PENDING, RUNNING, COMPLETED, FAILED or CANCELLED."""
+        return self._promise.state
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """(done, total) micro-batches or tokens, once it runs."""
+        return self._promise.progress
+
+    @property
+    def queue_position(self) -> int | None:
+        """How many operations run before this one; None once it runs."""
+        return self._position() if self.state is FutureStatus.PENDING else None
+
+    def done(self) -> bool:
+        """Whether it completed, failed or was cancelled."""
+        return self._promise.done
+
+    def result(self, timeout: float | None = None) -> R:
+        """Wait for the result.
+
+        Args:
+            timeout: Seconds to wait; None waits as long as it takes.
+
+        Raises:
+            FutureTimeoutError: Not there in time; the operation goes on.
+            FutureCancelledError: It was cancelled.
+            TGTinkerError: What made it fail.
+        """
+        if not self._promise.wait(timeout):
+            raise FutureTimeoutError(
+                f"{self.operation} was not done after {timeout} s ({self._place()}). It goes on: "
+                f"wait again, or call cancel().",
+                request_id=self.future_id,
+            )
+        return self._promise.outcome()
+
+    def exception(self, timeout: float | None = None) -> TGTinkerError | None:
+        """Wait, and return the error instead of raising it; None if it completed."""
+        try:
+            self.result(timeout)
+        except FutureTimeoutError:
+            raise
+        except TGTinkerError as error:
+            return error
+        return None
+
+    def cancel(self) -> bool:
+        """Cancel: what is pending never runs; what runs stops at the next micro-batch or token.
+
+        Returns:
+            True if it was cancelled before it completed.
+        """
+        return self._cancel()
+
+    def add_done_callback(self, callback: "Callable[[FutureHandle[R]], object]") -> None:
+        """Call `callback(handle)` when it has ended, on the thread that ended it."""
+        self._promise.on_done(lambda: _discard(callback(self)))
+
+    def __await__(self) -> Generator[Any, None, R]:
+        yield from self._promise.wait_async().__await__()
+        return self._promise.outcome()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._lent:
+            raise AttributeError(
+                f"A {self.operation} handle has no {name!r}; its result lends {sorted(self._lent)}."
+            )
+        return getattr(self.result(), name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._lent})
+
+    def __copy__(self) -> "FutureHandle[R]":
+        return self
+
+    def __deepcopy__(self, _memo: object) -> "FutureHandle[R]":
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise ValidationError(
+            "A FutureHandle belongs to this process and cannot be pickled; pickle handle.result()."
+        )
+
+    def __repr__(self) -> str:
+        return f"<FutureHandle {self.operation} {self.future_id} {self._place()}>"
+
+    def _place(self) -> str:
+        position, progress = self.queue_position, self.progress
+        if position is not None:
+            return f"{self.state}, {position} before it"
+        return (
+            f"{self.state} {progress[0]}/{progress[1]}" if progress and not self.done() else str(self.state)
+        )
+
+    def _repr_html_(self) -> str:
+        promise = self._promise
+        rows = [("operation", self.operation), ("state", self._place())]
+        if promise.started_at is not None:
+            rows.append(("duration", f"{(promise.ended_at or time.time()) - promise.started_at:.3f} s"))
+        if promise.error is not None:
+            rows.append((type(promise.error).__name__, str(promise.error)))
+        if promise.state is FutureStatus.COMPLETED:
+            rows += [(name, _short(getattr(promise.value, name))) for name in sorted(self._lent)]
+        cells = "".join(
+            f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>'
+            for name, text in rows
+        )
+        return f"<table><caption>{html.escape(self.future_id)}</caption>{cells}</table>"
+
+
+def completed(value: R, *, operation: str, training_client_id: str) -> FutureHandle[R]:
+    """Return a handle of something that needed no waiting."""
+    promise: Promise[R] = Promise()
+    promise.succeed(value)
+    return _handle(promise, operation, training_client_id, type(value), cancel=lambda: False)
+
+
+def combine(
+    handles: Sequence[FutureHandle[Any]],
+    result_of: Callable[[list[Any]], R],
+    *,
+    operation: str,
+    result_type: type[R],
+) -> FutureHandle[R]:
+    """Return one handle for several: `result_of(results)` once all are there, or the first failure.
+
+    Cancelling it cancels all of them.
+    """
+    promise: Promise[R] = Promise()
+    promise.start()
+
+    def finish() -> None:
+        if promise.done or not all(handle.done() for handle in handles):
+            return
+        try:
+            value = result_of([handle.result() for handle in handles])
+        except FutureCancelledError:
+            promise.cancel()
+        except Exception as error:  # noqa: BLE001  # any failure becomes the handle's
+            promise.fail(error)
+        else:
+            promise.succeed(value)
+
+    def cancel() -> bool:
+        return sum(handle.cancel() for handle in handles) > 0  # each of them, not only up to the first
+
+    for handle in handles:
+        handle.add_done_callback(lambda _: finish())
+    return _handle(promise, operation, handles[0].training_client_id, result_type, cancel)
+
+
+def _handle(
+    promise: Promise[R],
+    operation: str,
+    training_client_id: str,
+    result_type: type[R],
+    cancel: Callable[[], bool],
+) -> FutureHandle[R]:
+    return FutureHandle(
+        promise,
+        operation=operation,
+        future_id=f"fut-{uuid.uuid4().hex[:12]}",
+        training_client_id=training_client_id,
+        result_type=result_type,
+        cancel=cancel,
+        position=lambda: None,
+    )
+
+
+def _discard(_: object) -> None:
+    pass
+
+
+def _public_names(result_type: type) -> list[str]:
+    """Fields and properties a result declares: the names a handle may lend."""
+    properties = [name for name, value in vars(result_type).items() if isinstance(value, property)]
+    return [f.name for f in fields(result_type)] + properties
+
+
+def _short(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def enable_nested_asyncio() -> None:
+    """Let `asyncio.run()` work inside a notebook cell, by patching asyncio with nest_asyncio.
+
+    You seldom need this: cells can `await`, and `handle.result()` never blocks an event loop's work, since the
+    work is on another thread. The patch has a price, measured on ipykernel 7.4: while a cell runs, clicks in a
+    live panel are lost (nest_asyncio) or wait for the end of the cell (nest_asyncio2). nest_asyncio2 is used
+    where it is installed.
+    """
+    import importlib
+    import warnings
+
+    for name in ("nest_asyncio2", "nest_asyncio"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name).apply()
+            break
+    else:
+        raise ValidationError(
+            "Neither nest_asyncio2 nor nest_asyncio is installed: pip install nest-asyncio2"
+        )
+    warnings.warn(
+        "panel buttons may be lost or delayed until the cell ends (nest_asyncio: lost)", stacklevel=2
+    )

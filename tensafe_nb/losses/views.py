@@ -1,0 +1,165 @@
+"""What a loss sees of the model: views that are computed when they are read, large vocabularies a chunk at a time."""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from tensafe_nb.errors import ValidationError
+
+LogitsFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+CHUNK = 2**24  # logits that are computed at a time: 64 MiB in float32
+
+
+class LossOutputs:
+    """What the model says about a batch, computed when first read; a view that is not read costs nothing.
+
+    N is the number of labelled positions of all sequences, in row order; B rows, T positions, V tokens, D width.
+
+    Args:
+        hidden: (B, T, D) last hidden states.
+        head: Turns hidden states (…, D) into logits (…, V), each position by itself.
+        labels: (B, T), -100 where nothing is labelled.
+        attention_mask: (B, T).
+        full_logits: (B, T, V), of a model whose logits cannot be had position by position.
+        chunk_rows: Positions whose logits `map_logits` computes at a time; None takes all at once.
+        head_is_frozen: The head has no weight that is trained.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Callable[[Tensor], Tensor],
+        labels: Tensor,
+        attention_mask: Tensor,
+        full_logits: Tensor | None = None,
+        *,
+        chunk_rows: int | None = None,
+        head_is_frozen: bool = False,
+    ) -> None:
+        self._hidden = hidden
+        self._head = head
+        self._attention_mask = attention_mask
+        self._where = (labels != -100).nonzero(as_tuple=True)
+        self._labels = labels[self._where]
+        self._given_logits = full_logits
+        self._chunk_rows = chunk_rows
+        self._head_is_frozen = head_is_frozen
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(N, V) logits at the labelled positions only."""
+        if self._given_logits is not None:
+            return _precise(self._given_logits[self._where])
+        return _precise(self._head(self._hidden[self._where]))
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """(N,) log-probability of each label, at temperature 1."""
+        return -self.map_logits(partial(F.cross_entropy, reduction="none"))
+
+    @cached_property
+    def sequence_logprobs(self) -> Tensor:
+        """(B,) sum of `logprobs` over each row; 0 for a row without labels."""
+        zeros = self.logprobs.new_zeros(self._hidden.shape[0])
+        return zeros.index_add(0, self._where[0], self.logprobs)
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """(B, D) mean of the last hidden state over each row's tokens."""
+        hidden = _precise(self._hidden)
+        mask = self._attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    @cached_property
+    def full_logits(self) -> Tensor:
+        """(B, T, V) logits at every position; large: prefer `logits`."""
+        return _precise(self._head(self._hidden) if self._given_logits is None else self._given_logits)
+
+    def map_logits(self, function: LogitsFunction) -> Tensor:
+        """Return (N,) values of `function(logits, labels)`, without ever holding all logits of a large vocabulary.
+
+        Args:
+            function: Takes logits (n, V) and labels (n,) of some positions, and returns (n,) values. Each value may
+                depend on its own position only; keep what needs several positions for afterwards.
+
+        Raises:
+            ValidationError: It returns another shape.
+
+        Example:
+            >>> entropy = outputs.map_logits(lambda logits, labels: Categorical(logits=logits).entropy())
+        """
+        rows = self._chunk_rows
+        if self._given_logits is not None or rows is None or len(self._labels) <= rows:
+            return _one_each(function(self.logits, self._labels), self._labels)
+
+        def values_of(hidden: Tensor, labels: Tensor) -> Tensor:
+            return _one_each(function(_precise(self._head(hidden)), labels), labels)
+
+        hidden = self._hidden[self._where]
+        if not torch.is_grad_enabled():
+            return torch.cat([values_of(*chunk) for chunk in _chunks(hidden, self._labels, rows)])
+        if self._head_is_frozen:
+            return _GradientInForward.apply(hidden, self._labels, values_of, rows)  # type: ignore[no-any-return, no-untyped-call]
+        again = partial(checkpoint, values_of, use_reentrant=False)
+        return torch.cat([again(*chunk) for chunk in _chunks(hidden, self._labels, rows)])
+
+
+def chunk_rows(vocab_size: int, width: int, head_is_frozen: bool) -> int:
+    """Return how many positions' logits to compute at a time.
+
+    Every chunk adds a gradient of the head's size to that of a trained head. With fewer rows than the head is wide,
+    that costs more than the logits do.
+    """
+    rows = max(1, CHUNK // vocab_size)
+    return rows if head_is_frozen else max(rows, width)
+
+
+class _GradientInForward(torch.autograd.Function):
+    """Values of each position with their gradient by its hidden state, (N, D), computed while its logits are there.
+
+    As exact as keeping the logits, and no slower: value i depends on state i alone, so its gradient only has to be
+    scaled in the backward pass. It leaves out the head's own weights, which are frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, values_of: LogitsFunction, rows: int) -> Tensor:
+        values: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for states, targets in _chunks(hidden, labels, rows):
+            leaf = states.detach().requires_grad_()
+            with torch.enable_grad():
+                value = values_of(leaf, targets)
+            slopes += torch.autograd.grad(value, leaf, torch.ones_like(value))
+            values.append(value.detach())
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (gradient.unsqueeze(1) * slopes).to(slopes.dtype), None, None, None
+
+
+def _chunks(hidden: Tensor, labels: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
+
+
+def _precise(values: Tensor) -> Tensor:
+    """Losses are computed in float32, whatever the model computes in; float64 stays."""
+    return values if values.dtype is torch.float64 else values.float()
+
+
+def _one_each(values: Tensor, labels: Tensor) -> Tensor:
+    if values.shape != labels.shape:
+        raise ValidationError(
+            f"map_logits: the function returned shape {tuple(values.shape)} for {len(labels)} positions: "
+            f"return one value for each, ({len(labels)},)."
+        )
+    return values

@@ -1,0 +1,77 @@
+"""Plain data ↔ JSON: operations, results and events can be logged, and later carried by a server.
+
+`from_plain(json.loads(json.dumps(to_plain(x)))) == x` for every class marked with `@plain`. Never pickle.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tensafe_nb import config
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.registry import name_of
+
+C = TypeVar("C", bound=type)
+_CLASSES: dict[str, type] = {"SamplingConfig": config.SamplingConfig, "TrainingConfig": config.TrainingConfig}
+
+
+def plain(cls: C) -> C:
+    """Class decorator: instances can be written as JSON and read back."""
+    _CLASSES[cls.__name__] = cls
+    return cls
+
+
+def to_plain(value: Any) -> Any:
+    """Turn operations, results and events into what `json.dumps(…, allow_nan=False)` takes.
+
+    Raises:
+        ValidationError: The value holds a Python function, which cannot leave the process.
+    """
+    match value:
+        case None | bool() | str() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else {"$float": str(value)}
+        case np.ndarray():
+            return {"$array": to_plain(value.tolist()), "dtype": value.dtype.str}
+        case np.generic():
+            return to_plain(value.item())
+        case Mapping():
+            items = {str(key): to_plain(item) for key, item in value.items()}
+            return {"$map": list(items.items())} if any(key.startswith("$") for key in items) else items
+        case list() | tuple():
+            return [to_plain(item) for item in value]
+        case config.Config():
+            return {"$": type(value).__name__} | to_plain(value.model_dump())
+    if type(value).__name__ in _CLASSES and dataclasses.is_dataclass(value):
+        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"$": type(value).__name__} | fields
+    if callable(value):
+        raise ValidationError(
+            f"The Python function {name_of(value)!r} cannot leave this process. "
+            f"Remotely, losses are given by registered name."
+        )
+    raise ValidationError(f"A {type(value).__name__} cannot be written as plain data.")
+
+
+def from_plain(data: Any) -> Any:
+    """Read back what `to_plain` wrote. Sequences come back as tuples."""
+    if isinstance(data, list):
+        return tuple(from_plain(item) for item in data)
+    if not isinstance(data, dict):
+        return data
+    if "$float" in data:
+        return float(data["$float"])
+    if "$map" in data:
+        return {key: from_plain(item) for key, item in data["$map"]}
+    if "$array" in data:
+        return np.array(from_plain(data["$array"]), dtype=data["dtype"])
+    values = {key: from_plain(item) for key, item in data.items() if key != "$"}
+    if "$" not in data:
+        return values
+    if data["$"] not in _CLASSES:
+        raise ValidationError(f"Unknown plain type {data['$']!r}: written by a newer version?")
+    return _CLASSES[data["$"]](**values)

@@ -1,0 +1,319 @@
+"""A training run as a YAML file describes it: `load_config` reads the file and names the line of whatever is wrong."""
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
+
+import pydantic
+
+from tensafe_nb.client import TrainingClient
+from tensafe_nb.config import Config, LossConfig, Positive, TrainingConfig
+from tensafe_nb.data import Row, read_rows
+from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.rlvr import REINFORCE, REINFORCEConfig, RLVRTrainer, resolve_reward
+from tensafe_nb.runs import TrainingRun
+from tensafe_nb.yaml_file import Keys, Problem, YamlFile, to_yaml
+
+Rows: TypeAlias = str | Path | Iterable[Row]
+
+# Where a file says what: keys in the file → fields of a Recipe.
+LAYOUT: dict[Keys, Keys] = {
+    ("training", "mode"): ("mode",),
+    ("training", "steps"): ("steps",),
+    ("training", "epochs"): ("epochs",),
+    ("training", "eval_every"): ("eval_every",),
+    ("training", "seed"): ("training", "seed"),
+    ("model", "model_ref"): ("training", "model_ref"),
+    ("model", "dtype"): ("training", "dtype"),
+    ("model", "device"): ("training", "device"),
+    ("lora",): ("training", "lora_config"),
+    ("optimizer",): ("training", "optimizer"),
+    ("batch", "batch_size"): ("training", "batch_size"),
+    ("batch", "gradient_accumulation_steps"): ("training", "gradient_accumulation_steps"),
+    ("batch", "micro_batch_tokens"): ("training", "micro_batch_tokens"),
+    ("batch", "max_length"): ("max_length",),
+    ("loss",): ("training", "loss"),
+    ("rlvr",): ("rlvr",),
+}
+SFT_ONLY: set[Keys] = {
+    ("epochs",),
+    ("max_length",),
+    ("training", "batch_size"),
+    ("training", "gradient_accumulation_steps"),
+    ("training", "loss"),
+}
+SHORT = {"model": "model_ref", "loss": "type"}  # `model: builtin:tiny` is `model: {model_ref: builtin:tiny}`
+NO_DP = "differential privacy is not part of this version. Remove the section dp to train without it."
+
+
+class RewardConfig(Config):
+    """A reward function by name.
+
+    Args:
+        type: A registered name, or "package.module:attribute".
+        kwargs: Its keywords beyond prompt, response and meta.
+    """
+
+    type: str
+    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+
+class AlgoConfig(Config):
+    """How rewards become optimiser steps.
+
+    Args:
+        type: "reinforce".
+        kwargs: Fields of REINFORCEConfig.
+    """
+
+    type: Literal["reinforce"] = "reinforce"
+    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+    @pydantic.field_validator("kwargs")
+    @classmethod
+    def _kwargs_fit(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        REINFORCEConfig(**kwargs)
+        return kwargs
+
+
+class RLVRConfig(Config):
+    """Reinforcement learning with verifiable rewards: what `RLVRTrainer` is made of.
+
+    Args:
+        reward: How an answer is scored.
+        algo: How to update.
+        prompts_per_step: Prompts drawn for each step.
+        group_size: Rollouts per prompt.
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Of the rollouts.
+        stop: Strings that end a completion.
+        fixed_length: Every completion has `max_new_tokens`.
+        eval_samples: Sampled answers per held-out prompt.
+    """
+
+    reward: RewardConfig
+    algo: AlgoConfig = AlgoConfig()
+    prompts_per_step: Positive = 16
+    group_size: Positive = 8
+    max_new_tokens: Positive = 64
+    temperature: pydantic.PositiveFloat = 1.0
+    stop: tuple[str, ...] = ()
+    fixed_length: bool = False
+    eval_samples: Positive = 1
+
+    @pydantic.field_validator("reward", "algo", mode="before")
+    @classmethod
+    def _a_word_is_the_type(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+
+class Recipe(Config):
+    """What to train and how, as a file says it; made by `load_config`.
+
+    Args:
+        mode: "sft" learns from examples, "rlvr" from rewards.
+        training: What the training client is made of.
+        steps: Optimiser steps; needed in mode rlvr.
+        epochs: Passes over the rows, in mode sft; 1 when `steps` is not given either.
+        eval_every: Steps between evaluations on held-out rows.
+        max_length: Longer sequences are cut, in mode sft.
+        rlvr: Rewards and rollouts, in mode rlvr.
+
+    Example:
+        >>> recipe = load_config("recipe.yaml")
+        >>> tc = service.create_training_client(recipe.training)
+        >>> run = recipe.start(tc, "rows.jsonl")
+    """
+
+    mode: Literal["sft", "rlvr"] = "sft"
+    training: TrainingConfig = TrainingConfig()
+    steps: Positive | None = None
+    epochs: Positive | None = None
+    eval_every: Positive | None = None
+    max_length: Positive | None = None
+    rlvr: RLVRConfig | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _nothing_goes_unread(self) -> Self:
+        problems = list(self._unread())
+        if problems:
+            raise ValidationError(" ".join(text for _, text in problems), details={"problems": problems})
+        return self
+
+    def _unread(self) -> Iterator[Problem]:
+        if self.mode == "sft":
+            if self.rlvr is not None:
+                yield ("rlvr",), "The section rlvr is for mode rlvr, and the mode is sft."
+            return
+        if self.rlvr is None:
+            yield ("mode",), "Mode rlvr needs a section rlvr that names a reward."
+        values: Any = self.model_dump()
+        defaults: Any = Recipe.model_construct().model_dump()
+        for place, at in LAYOUT.items():
+            if at in SFT_ONLY and reduce(getitem, at, values) != reduce(getitem, at, defaults):
+                yield at, f"{'.'.join(map(str, place))} is not read in mode rlvr: leave it out."
+
+    def start(
+        self, training_client: TrainingClient, data: Rows, eval_data: Rows | None = None, *, show: bool = True
+    ) -> TrainingRun:
+        """Train a client made of `training`. Returns at once with the run.
+
+        Args:
+            training_client: What to train.
+            data: Rows, or a .jsonl file: examples in mode sft, prompts with their columns in mode rlvr.
+            eval_data: Held-out rows of the same kind.
+            show: Show the progress.
+
+        Raises:
+            ValidationError: Rows, steps or a function named in the recipe that do not fit.
+        """
+        rows = read_rows(data)
+        held_out = [] if eval_data is None else read_rows(eval_data)
+        if self.eval_every is not None and not held_out:
+            raise ValidationError(
+                f"training.eval_every is {self.eval_every}, but there are no held-out rows."
+            )
+        if self.rlvr is not None:
+            return self._reinforce(self.rlvr, training_client, rows, held_out, show)
+        length, seed = self.max_length, self.training.seed
+        return training_client.fit(
+            training_client.batches(rows, max_length=length, seed=seed),
+            epochs=self.epochs,
+            steps=self.steps,
+            eval_batches=training_client.batches(held_out, max_length=length) if held_out else None,
+            eval_every=self.eval_every,
+            show=show,
+        )
+
+    def _reinforce(
+        self, rlvr: RLVRConfig, client: TrainingClient, rows: list[Row], held_out: list[Row], show: bool
+    ) -> TrainingRun:
+        if self.steps is None:
+            raise ValidationError("Mode rlvr needs a number of steps, and training.steps is not given.")
+        trainer = RLVRTrainer(
+            client,
+            rows,
+            resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
+            REINFORCE(REINFORCEConfig(**rlvr.algo.kwargs)),
+            eval_prompts=held_out or None,
+            eval_every=self.eval_every,
+            seed=self.training.seed,
+            **{name: value for name, value in rlvr if name not in ("reward", "algo")},
+        )
+        return trainer.run(steps=self.steps, show=show)
+
+    def to_yaml(self) -> str:
+        """Return the text of a file that `load_config` reads as this recipe.
+
+        Raises:
+            ValidationError: A keyword holds what YAML cannot say, such as a Python function.
+        """
+        values: Any = self.model_dump()
+        document: dict[str | int, Any] = {}
+        for place, at in LAYOUT.items():
+            value = reduce(getitem, at, values)
+            if value is not None:
+                section = document if len(place) == 1 else document.setdefault(place[0], {})
+                section[place[-1]] = value
+        return to_yaml(document)
+
+
+def load_config(path: str | Path) -> Recipe:
+    """Read a training run from a YAML file.
+
+    Sections: `training` (mode, steps, epochs, eval_every, seed), `model`, `lora`, `optimizer`, `batch`, `loss`,
+    `rlvr`; all have defaults. Reading a file runs no code of yours: what it names as "package.module:attribute"
+    is imported when training starts.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValidationError: An unknown key, a wrong value, or no such file; says the line and the nearest spelling.
+    """
+    file = YamlFile.read(Path(path))
+    file.refuse(_misplaced(file.data))
+    try:
+        recipe = Recipe(**_arranged(file.data))
+    except ValidationError as error:
+        problems: list[Problem] = error.details["problems"]
+        raise file.error([(_place_of(at), text) for at, text in problems]) from None
+    file.refuse(_unknown_functions(recipe))
+    return recipe
+
+
+def _misplaced(data: Any) -> Iterator[Problem]:
+    """Find what has no place in a recipe."""
+    if not isinstance(data, Mapping):
+        yield (), f"A recipe is a mapping of sections; this is {'empty' if data is None else repr(data)}."
+        return
+    sections = {str(place[0]) for place in LAYOUT}
+    for section, value in data.items():
+        if section == "dp":
+            yield ("dp",), NO_DP
+        elif section not in sections:
+            yield (str(section),), f"There is no section {section!r}.{nearest(str(section), sections)}"
+        else:
+            yield from _misplaced_keys(section, value)
+
+
+def _misplaced_keys(section: str, value: Any) -> Iterator[Problem]:
+    keys = [str(place[1]) for place in LAYOUT if place[0] == section and len(place) == 2]
+    if not keys or (section in SHORT and isinstance(value, str)):
+        return
+    if not isinstance(value, Mapping):
+        yield (section,), f"The section {section} is a mapping of {', '.join(keys)}; this is {value!r}."
+        return
+    for key in value:
+        if key not in keys:
+            problem = f"The section {section} has no key {key!r}.{nearest(str(key), keys)}"
+            yield (section, str(key)), problem
+
+
+def _arranged(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the file's sections into the fields of a Recipe."""
+    fields: dict[Any, Any] = {"training": {}}
+    for place, at in LAYOUT.items():
+        section = data.get(str(place[0]), {})
+        if isinstance(section, str) and place[0] in SHORT:
+            section = {SHORT[str(place[0])]: section}
+        owner = fields if len(at) == 1 else fields["training"]
+        if len(place) == 1 and place[0] in data:
+            owner[at[-1]] = section
+        elif len(place) == 2 and place[1] in section:
+            owner[at[-1]] = section[place[1]]
+    return fields
+
+
+def _place_of(at: Keys) -> Keys:
+    """Turn fields of a Recipe into keys of the file."""
+    for place, start in LAYOUT.items():
+        if at[: len(start)] == start:
+            return (*place, *at[len(start) :])
+    return ()
+
+
+def _unknown_functions(recipe: Recipe) -> Iterator[Problem]:
+    """Find what names no loss or reward. Only the core knows its losses: without torch here, it will say."""
+    if recipe.rlvr is not None:
+        yield from _unresolved(("rlvr", "reward"), recipe.rlvr.reward, resolve_reward)
+    elif importlib.util.find_spec("torch"):
+        from tensafe_nb.losses import resolve_loss
+
+        yield from _unresolved(("loss",), recipe.training.loss, resolve_loss)
+
+
+def _unresolved(at: Keys, named: LossConfig | RewardConfig, resolve: Callable[..., Any]) -> Iterator[Problem]:
+    if ":" in named.type:
+        return
+    calls: list[tuple[Keys, dict[str, Any]]] = [((*at, "type"), {})]
+    calls += [((*at, "kwargs", key), {key: value}) for key, value in named.kwargs.items()]
+    for place, kwargs in calls:
+        try:
+            resolve(named.type, **kwargs)
+        except ValidationError as error:
+            yield place, str(error)
+            return

@@ -1,0 +1,157 @@
+"""From rewards to advantages, and from masks to weights. NumPy only: it runs beside a remote core as well.
+
+Rewards are (N,) float64, NaN where unscored; `groups` (N,) says which prompt a rollout belongs to. An
+unscored rollout has advantage 0 and is left out of every mean and standard deviation.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from tensafe_nb.rlvr.rollouts import NO_SIGNAL, bessel_std
+from tensafe_nb.types import Array
+
+Baseline: TypeAlias = Literal["none", "ema", "rloo", "group"]
+Scale: TypeAlias = Literal["none", "group", "batch"]
+Aggregation: TypeAlias = Literal["token_mean", "seq_mean", "const", "sum"]
+STD_EPS = 1e-4  # TRL's; verl adds 1e-6, OpenRLHF 1e-9
+
+
+def centre(rewards: Array, groups: Array) -> Array:
+    """Return r_i − mean of the group (Dr. GRPO, arXiv:2503.20783); exactly 0 where all rewards are equal."""
+    return _per_group(rewards, groups, _centre)
+
+
+def rloo(rewards: Array, groups: Array) -> Array:
+    """Return r_i − mean of the *others* in the group (Ahmadian et al. 2024, arXiv:2402.14740).
+
+    The same as G/(G−1) · `centre`, and exactly unbiased; 0 where there are no others.
+    """
+    return _per_group(rewards, groups, _leave_one_out)
+
+
+def scale_by_group(advantages: Array, rewards: Array, groups: Array, eps: float = STD_EPS) -> Array:
+    """Divide by the Bessel std of the group's rewards + eps: with `centre`, GRPO (arXiv:2402.03300)."""
+    return advantages / _per_group(
+        rewards, groups, lambda scored: np.full(scored.size, _divisor(scored, eps)), elsewhere=1.0
+    )
+
+
+def scale_by_batch(advantages: Array, rewards: Array, eps: float = STD_EPS) -> Array:
+    """Divide by the Bessel std of all rewards + eps (Lite PPO, arXiv:2508.08221)."""
+    return advantages / _divisor(rewards[np.isfinite(rewards)], eps)
+
+
+class EMABaseline:
+    """A running mean of the rewards of earlier batches, corrected for its start at 0.
+
+    The first batch is compared with the mean of its own other rollouts.
+
+    Args:
+        decay: Weight of the past.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.decay = decay
+        self.total = 0.0
+        self.updates = 0
+
+    @property
+    def value(self) -> float | None:
+        """The baseline; None before the first batch."""
+        return self.total / (1 - self.decay**self.updates) if self.updates else None
+
+    def advantages(self, rewards: Array) -> Array:
+        """Return r − b, with b from earlier batches only."""
+        scored = np.isfinite(rewards)
+        if self.value is None and scored.sum() > 1:
+            return rloo(rewards, np.zeros(len(rewards)))
+        return np.where(scored, rewards - (self.value or 0.0), 0.0)
+
+    def update(self, rewards: Array) -> None:
+        """Take in the mean of a batch."""
+        scored = rewards[np.isfinite(rewards)]
+        if scored.size:
+            self.total = self.decay * self.total + (1 - self.decay) * float(scored.mean())
+            self.updates += 1
+
+
+def advantages(
+    rewards: Array,
+    groups: Array,
+    *,
+    baseline: Baseline,
+    scale: Scale = "none",
+    ema: EMABaseline | None = None,
+) -> Array:
+    """Return one advantage per rollout, (N,).
+
+    Args:
+        rewards: (N,), NaN where unscored.
+        groups: (N,) group numbers.
+        baseline: What a reward is compared with.
+        scale: What the difference is divided by.
+        ema: State of the "ema" baseline; read, not updated.
+    """
+    match baseline:
+        case "none":
+            values = np.where(np.isfinite(rewards), rewards, 0.0)
+        case "ema":
+            values = (ema or EMABaseline()).advantages(rewards)
+        case "rloo":
+            values = rloo(rewards, groups)
+        case "group":
+            values = centre(rewards, groups)
+    if scale == "group":
+        return scale_by_group(values, rewards, groups)
+    return scale_by_batch(values, rewards) if scale == "batch" else values
+
+
+def token_weights(mask: Array, aggregation: Aggregation, max_tokens: int) -> Array:
+    """Return the weight of every token in the loss, (N, T): the whole normaliser of an optimiser step.
+
+    Args:
+        mask: (N, T), 1 for the tokens in the loss.
+        aggregation: "token_mean" m/Σm, "seq_mean" m/(|y|·N), "const" m/(N·max_tokens) or "sum" m.
+        max_tokens: The longest completion there could have been.
+    """
+    divisor: Any = 1.0
+    match aggregation:
+        case "token_mean":
+            divisor = max(mask.sum(), 1.0)
+        case "seq_mean":
+            divisor = np.maximum(mask.sum(1, keepdims=True), 1.0) * len(mask)
+        case "const":
+            divisor = len(mask) * max_tokens
+    weights: Array = mask / divisor
+    return weights
+
+
+def _per_group(
+    rewards: Array, groups: Array, function: Callable[[Array], Array], elsewhere: float = 0.0
+) -> Array:
+    """Apply `function` to the scored rewards of each group."""
+    values = np.full(len(rewards), elsewhere)
+    scored = np.isfinite(rewards)
+    for group in np.unique(groups[scored]):
+        members = scored & (groups == group)
+        values[members] = function(rewards[members])
+    return values
+
+
+def _centre(rewards: Array) -> Array:
+    if np.ptp(rewards) <= NO_SIGNAL:  # exactly 0, not the rounding error of a mean
+        return np.zeros_like(rewards)
+    centred: Array = rewards - rewards.mean()
+    return centred
+
+
+def _leave_one_out(rewards: Array) -> Array:
+    return _centre(rewards) * (rewards.size / max(rewards.size - 1, 1))
+
+
+def _divisor(rewards: Array, eps: float) -> float:
+    """Return std + eps; 1 where the rewards do not differ: dividing by eps alone would blow rounding up."""
+    std = bessel_std(rewards)
+    return std + eps if std >= NO_SIGNAL else 1.0

@@ -1,0 +1,1 @@
+"""Where things are kept: the home folder and, later, artifacts and keys."""

@@ -1,0 +1,22 @@
+"""The one file that knows where things are kept: TENSAFE_HOME, else the platform's user data folder."""
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def home() -> Path:
+    """Return the folder under which the toolkit keeps everything."""
+    chosen = os.environ.get("TENSAFE_HOME")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_data_dir("tensafe_nb"))
+
+
+def runs() -> Path:
+    """Return the folder that holds one folder per training client."""
+    return home() / "runs"
+
+
+def event_log(training_client_id: str) -> Path:
+    """Return the path of a training client's event log."""
+    return runs() / training_client_id / "events.jsonl"

@@ -1,0 +1,1 @@
+"""How a client reaches its core: in the same process now, over HTTP later."""

@@ -1,0 +1,50 @@
+"""Where are we: a notebook kernel, a terminal, or a log file? One answer for everything that shows something."""
+
+import os
+import sys
+from enum import StrEnum
+from typing import Any
+
+from tensafe_nb.errors import ValidationError, nearest
+
+VARIABLE = "TENSAFE_NB_RENDERER"
+
+
+class Renderer(StrEnum):
+    """How progress is shown."""
+
+    WIDGET = "widget"  # the live panel, with a static part beneath for viewers that run nothing
+    HTML = "html"  # the static part alone, refreshed
+    TEXT = "text"  # a bar, or lines where the output is no terminal
+
+
+def choose() -> Renderer:
+    """Return what TENSAFE_NB_RENDERER asks for, else the widget in a notebook kernel and text elsewhere.
+
+    Raises:
+        ValidationError: The variable names no renderer.
+    """
+    asked = os.environ.get(VARIABLE, "").strip().lower()
+    if not asked:
+        return Renderer.WIDGET if in_kernel() else Renderer.TEXT
+    if asked not in list(Renderer):
+        raise ValidationError(
+            f"{VARIABLE}={asked!r} is none of widget, html, text.{nearest(asked, list(Renderer))}"
+        )
+    return Renderer(asked) if in_kernel() else Renderer.TEXT
+
+
+def in_kernel() -> bool:
+    """Whether cells of a notebook run here; never imports IPython."""
+    return hasattr(shell(), "kernel")
+
+
+def shell() -> Any:
+    """Return IPython's shell, or None where there is none."""
+    ipython = sys.modules.get("IPython")
+    return None if ipython is None else ipython.get_ipython()
+
+
+def execution_count() -> int:
+    """Return the number of the cell that runs, or ran last."""
+    return int(shell().execution_count) if in_kernel() else 0

@@ -1,0 +1,176 @@
+// The page's half of the wire: a cache of the history that the kernel holds. Other half: widgets/wire.py.
+// Every message says at which point of a series it starts; whoever finds a gap says hello and is told everything.
+
+const PROTOCOL = 1;
+const RETRY_MS = 2000;
+
+// JSON has no NaN: non-finite numbers travel by name.
+function parseNumber(value) {
+  return typeof value === "string" ? { nan: NaN, inf: Infinity, "-inf": -Infinity }[value] : value;
+}
+
+// A growing curve with its bias-corrected exponential mean (Kingma and Ba 2015, section 3).
+class Series {
+  constructor(smoothing) {
+    this.smoothing = smoothing;
+    this.clear();
+  }
+
+  clear() {
+    this.n = this.bad = 0;
+    this.steps = new Float64Array(256);
+    this.values = new Float64Array(256);
+    this.smooth = new Float64Array(256);
+    this.mean = this.weight = 0;
+  }
+
+  append(steps, values) {
+    this.reserve(this.n + steps.length);
+    this.steps.set(steps, this.n);
+    this.values.set(values, this.n);
+    const from = this.n;
+    this.n += steps.length;
+    this.smoothFrom(from);
+  }
+
+  reserve(size) {
+    for (let room = this.steps.length; room < size; ) {
+      room *= 2;
+      for (const column of ["steps", "values", "smooth"]) {
+        const grown = new Float64Array(room);
+        grown.set(this[column].subarray(0, this.n));
+        this[column] = grown;
+      }
+    }
+  }
+
+  smoothFrom(from) {
+    for (let i = from; i < this.n; i++) {
+      const value = this.values[i];
+      if (Number.isFinite(value)) {
+        this.mean = this.smoothing * this.mean + (1 - this.smoothing) * value;
+        this.weight = this.smoothing * this.weight + (1 - this.smoothing);
+      } else {
+        this.bad++;
+      }
+      this.smooth[i] = this.weight ? this.mean / this.weight : NaN;
+    }
+  }
+
+  resmooth(smoothing) {
+    this.smoothing = smoothing;
+    this.mean = this.weight = this.bad = 0;
+    this.smoothFrom(0);
+  }
+}
+
+// What a page knows. `send` posts to the kernel; whoever is in `listeners` is called after every message.
+class Store {
+  constructor(send, smoothing, now = () => performance.now()) {
+    this.send = send;
+    this.smoothing = smoothing;
+    this.now = now;
+    this.series = new Map();
+    this.status = {};
+    this.error = null;
+    this.refusal = null;
+    this.pending = new Map(); // number of a command → when it was given
+    this.given = this.acked = 0;
+    this.latency = null;
+    this.heardAt = now();
+    this.asked = -Infinity;
+    this.listeners = new Set();
+  }
+
+  get points() {
+    let sum = 0;
+    for (const series of this.series.values()) sum += series.n;
+    return sum;
+  }
+
+  get(name) {
+    if (!this.series.has(name)) this.series.set(name, new Series(this.smoothing));
+    return this.series.get(name);
+  }
+
+  hello(mount = false) {
+    if (!mount && this.now() - this.asked < RETRY_MS) return;
+    this.asked = this.now();
+    this.send({ t: "hello", v: PROTOCOL, n: this.points, mount });
+  }
+
+  command(what) {
+    this.given++;
+    this.pending.set(this.given, this.now());
+    this.refusal = null;
+    this.send({ t: "do", do: what, n: this.given });
+    this.tell();
+  }
+
+  setSmoothing(weight) {
+    this.smoothing = weight;
+    for (const series of this.series.values()) series.resmooth(weight);
+    this.tell();
+  }
+
+  receive(message, buffers = []) {
+    this.heardAt = this.now();
+    if (message.t === "delta") this.takeDelta(message);
+    else if (message.t === "full") this.takeColumns(message, buffers);
+    else if (message.t === "status") this.takeStatus(message);
+    else if (message.t === "ack") this.takeAnswer(message);
+    else if (message.t === "error") this.error = message.text;
+    this.tell();
+  }
+
+  takeDelta(message) {
+    for (const [name, [offset, steps, values]] of Object.entries(message.s)) {
+      this.take(name, offset, steps, values.map(parseNumber));
+    }
+    if (message.at) this.latency = Date.now() - message.at;
+    if (message.step !== undefined) this.status = { ...this.status, step: message.step };
+  }
+
+  takeColumns(message, [steps, values]) {
+    if (message.new) this.series.clear();
+    this.take(message.name, message.o, columnOf(Uint32Array, steps), columnOf(Float32Array, values));
+  }
+
+  take(name, offset, steps, values) {
+    const series = this.get(name);
+    if (offset === 0) series.clear();
+    if (offset === series.n) series.append(steps, values);
+    else this.hello();
+  }
+
+  takeStatus(message) {
+    this.status = message;
+    if (message.n > this.points) this.hello();
+  }
+
+  takeAnswer(message) {
+    this.pending.delete(message.n);
+    this.acked = message.n;
+    this.refusal = message.why;
+  }
+
+  tell() {
+    for (const listener of this.listeners) listener(this);
+  }
+}
+
+// A column of a binary message; copied, since its bytes need not be aligned.
+function columnOf(Type, view) {
+  return new Type(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+}
+
+// Ties a widget's model to a store, once per page; returns the store.
+function connect(model) {
+  const store = new Store((content) => model.send(content), model.get("smoothing"));
+  model.on("msg:custom", (message, buffers) => store.receive(message, buffers));
+  model.on("change:smoothing", () => store.setSmoothing(model.get("smoothing")));
+  store.hello(true);
+  return store;
+}
+
+export { Series, Store, connect, parseNumber };

@@ -1,0 +1,149 @@
+"""A YAML file that knows its lines, so that whoever reads it can say where something is wrong."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import yaml
+
+from tensafe_nb.errors import ValidationError
+
+Keys: TypeAlias = tuple[str | int, ...]  # from the top
+Problem: TypeAlias = tuple[Keys, str]  # where, and what
+
+
+@dataclass(frozen=True, slots=True)
+class YamlFile:
+    """What a YAML file holds.
+
+    Attributes:
+        path: Where it is.
+        data: Its content.
+        lines: The line of every key and list index, by the keys that lead there from the top.
+    """
+
+    path: Path
+    data: Any
+    lines: Mapping[Keys, int]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file.
+
+        Raises:
+            ValidationError: It cannot be read, is not YAML, or says something twice.
+        """
+        try:
+            node, data = _parse(path.read_text(encoding="utf-8"))
+            marks = dict(_marks(node))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}, line {mark.line + 1}" if mark else str(path)
+            problem = getattr(error, "problem", None) or error
+            raise ValidationError(f"{where}: this cannot be read as YAML: {problem}.") from error
+        except (OSError, ValueError) as error:
+            raise ValidationError(f"{path} cannot be read (looked in {Path.cwd()}): {error}.") from error
+        except RecursionError as error:
+            raise ValidationError(f"{path}: something in it contains itself.") from error
+        return cls(path, data, marks)
+
+    def refuse(self, problems: Iterable[Problem]) -> None:
+        """Raise if there is any problem.
+
+        Raises:
+            ValidationError: One line for each problem.
+        """
+        found = list(problems)
+        if found:
+            raise self.error(found)
+
+    def error(self, problems: Iterable[Problem]) -> ValidationError:
+        """Return the error that names the file and the line of each problem."""
+        found = sorted((self._line(at), text) for at, text in problems)
+        return ValidationError("\n".join(f"{self.path}, line {line}: {text}" for line, text in found))
+
+    def _line(self, at: Keys) -> int:
+        """Return the line of a key, or of what is around it; names that do not stand in the file are passed over."""
+        place: Keys = ()
+        for key in at:
+            place = (*place, key) if (*place, key) in self.lines else place
+        return self.lines.get(place, 1)
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _marks(node: yaml.Node | None, at: Keys = ()) -> Iterator[tuple[Keys, int]]:
+    """Yield every key and list index with its line."""
+    children: list[tuple[str | int, int, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(key.value, key.start_mark.line, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(index, item.start_mark.line, item) for index, item in enumerate(node.value)]
+    for key, line, child in children:
+        yield (*at, key), line + 1
+        yield from _marks(child, (*at, key))
+
+
+def to_yaml(document: Mapping[Any, Any]) -> str:
+    """Write plain data as YAML that `YamlFile.read` reads as the same data.
+
+    Raises:
+        ValidationError: It holds what YAML cannot say, such as a Python function.
+    """
+    try:
+        return str(yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    except yaml.representer.RepresenterError as error:
+        raise ValidationError(f"This cannot be written as YAML: {error.args[-1]!r}.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads the scalars of YAML 1.2: `no` is a word and 1e-4 a number, unlike in 1.1, PyYAML's own."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse what PyYAML lets pass: a key that stands twice, or is no text."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str" or key.value in seen:
+                wrong = "stands here twice" if key.value in seen else "must be text: put it in quotes"
+                problem = f"the key {key.value!r} {wrong}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Escape the line breaks of Unicode, which PyYAML would write as they are and read as spaces."""
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _name, (_pattern, _first) in _SCALARS.items():
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)

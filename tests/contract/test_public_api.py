@@ -1,0 +1,103 @@
+"""What must hold of the package as a whole."""
+
+import ast
+import inspect
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import tensafe_nb as tn
+from tensafe_nb import errors
+
+PACKAGE = Path(tn.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+ERRORS = [
+    value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)
+]
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_the_package_loads_nothing_heavy_and_starts_no_thread() -> None:
+    code = """
+import sys, threading, tensafe_nb
+heavy = {"torch", "transformers", "peft", "opacus", "tenseal", "anywidget", "matplotlib", "IPython", "numpy"}
+print(sorted(heavy & set(sys.modules)), threading.active_count())
+"""
+    assert run(code).strip() == "[] 1"
+
+
+def test_the_thin_side_runs_where_torch_cannot_be_imported() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import tensafe_nb.client, tensafe_nb.rlvr, tensafe_nb.widgets, tensafe_nb.data, tensafe_nb.runs
+import tensafe_nb.cli, tensafe_nb.recipe, tensafe_nb.compat
+print("fine")
+"""
+    assert run(code).strip() == "fine"
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    for name in tn.__all__:
+        value = getattr(tn, name)
+        assert name in dir(tn)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), name
+
+
+@pytest.mark.parametrize(
+    "cls", [tn.ServiceClient, tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, tn.BatchData]
+)
+def test_every_public_method_is_documented(cls: type) -> None:
+    for name, member in vars(cls).items():
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+            assert inspect.getdoc(member), f"{cls.__name__}.{name}"
+
+
+@pytest.mark.parametrize("cls", ERRORS)
+def test_errors_pickle_and_are_of_one_family(cls: type[errors.TGTinkerError]) -> None:
+    error = cls("what, where, what next", details={"step": 3}, request_id="fut-1")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.code, again.details, again.request_id) == (
+        cls, "what, where, what next", cls.code, {"step": 3}, "fut-1",
+    )  # fmt: skip
+    assert issubclass(cls, errors.TGTinkerError)
+    assert not hasattr(__builtins__, cls.__name__)
+
+
+def test_the_error_tree_in_the_docstring_names_every_error() -> None:
+    for cls in ERRORS:
+        assert cls.__name__ in (errors.__doc__ or ""), cls
+
+
+def test_a_class_name_has_one_definition() -> None:
+    classes = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in classes.items() if count > 1] == []
+
+
+def test_every_file_opens_with_why_it_exists() -> None:
+    assert [str(path) for path in SOURCES if not ast.get_docstring(ast.parse(path.read_text()))] == []
+
+
+def test_files_stay_readable() -> None:
+    long = {path.name: count for path in SOURCES if (count := len(path.read_text().splitlines())) > 460}
+    assert long == {}
+
+
+def test_nothing_is_pickled_and_no_remote_code_is_trusted() -> None:
+    for path in SOURCES:
+        text = path.read_text()
+        assert "import pickle" not in text and "torch.load" not in text, path
+        assert "trust_remote_code=True" not in text, path

@@ -1,0 +1,165 @@
+"""Our decode loop against transformers' generate, and the laws of its random streams."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tensafe_nb as tn
+from tensafe_nb.engine import sampling
+from tensafe_nb.engine.engine import Engine
+from tests.conftest import ARCHITECTURES
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tn.TrainingConfig(device="cpu", lora_config=tn.LoRAConfig(rank=4)))
+
+
+def draw(engine: Engine, prompts: Any = PROMPTS, **fields: Any) -> list[Any]:
+    return list(
+        engine.sample(prompts, tn.SamplingConfig(**{"max_new_tokens": 12, "seed": 7, **fields})).sequences
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_tokens_equal_generates_one_by_one(random_model: Any, architecture: str) -> None:
+    engine = Engine(tn.TrainingConfig(model_ref=random_model(architecture), device="cpu", dtype="float32"))
+    model = engine.model.causal
+    for ours in draw(engine, temperature=0):
+        ids = torch.tensor([list(ours.prompt_tokens)])
+        theirs = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=True, pad_token_id=2)
+        assert list(ours.tokens) == theirs[0, ids.shape[1] :].tolist()
+        uncached = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False, pad_token_id=2)
+        assert list(ours.tokens) == uncached[0, ids.shape[1] :].tolist()
+
+
+def test_a_row_is_the_same_whatever_its_batch_mates(engine: Engine) -> None:
+    together = draw(engine, num_samples=2)
+    for index, prompt in enumerate(PROMPTS):
+        alone = draw(engine, [prompt], num_samples=2)
+        for a, b in zip(alone, together[2 * index : 2 * index + 2], strict=True):
+            assert a.tokens == b.tokens
+            assert np.abs(np.subtract(a.logprobs, b.logprobs)).max() <= 1e-4
+
+
+def test_sampler_and_training_logprobs_agree(engine: Engine) -> None:
+    for sequence in draw(engine, temperature=1.0):
+        ids = [*sequence.prompt_tokens, *sequence.tokens]
+        labels = [-100] * len(ids)
+        start = len(sequence.prompt_tokens) - 1
+        labels[start:-1] = sequence.tokens
+        scored = engine.compute_logprobs(tn.BatchData([ids], labels=[labels])).logprobs[0, start:-1]
+        assert np.abs(scored - np.array(sequence.raw_logprobs)).max() <= 1e-4
+
+
+def test_no_hidden_top_k_narrows_what_is_drawn() -> None:
+    logits = torch.zeros(5000, 1000)
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(5000))
+    tokens, logprobs, _ = sampling._draw(logits, tn.SamplingConfig(), uniforms)
+    assert len(tokens.unique()) > 900
+    assert torch.allclose(logprobs, torch.tensor(-np.log(1000), dtype=torch.float32))
+
+
+def test_frequencies_follow_the_distribution_cut_by_top_k_and_top_p() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(20_000, 1)
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    for config, expected in [
+        (tn.SamplingConfig(top_k=2), [0.625, 0.375, 0, 0]),
+        (tn.SamplingConfig(top_p=0.6), [0.625, 0.375, 0, 0]),
+        (tn.SamplingConfig(top_p=0.5), [1, 0, 0, 0]),
+        (tn.SamplingConfig(temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365),
+    ]:
+        tokens, logprobs, raw = sampling._draw(logits, config, uniforms)
+        shares = torch.bincount(tokens, minlength=4) / len(tokens)
+        assert np.abs(shares.numpy() - expected).max() < 0.02
+        assert np.allclose(logprobs.exp().numpy(), np.array(expected)[tokens.numpy()], atol=1e-5)
+        assert np.allclose(raw.exp().numpy(), np.array([0.5, 0.3, 0.15, 0.05])[tokens.numpy()], atol=1e-5)
+
+
+def test_uniforms_look_uniform_and_independent_of_their_neighbours() -> None:
+    rows = [sampling._Row(0, (1,), seed) for seed in range(2000)]
+    columns = np.stack([sampling._uniforms(rows, position).numpy() for position in range(20)])
+    assert abs(columns.mean() - 0.5) < 0.01
+    assert abs(columns.var() - 1 / 12) < 0.005
+    assert abs(np.corrcoef(columns[:-1].ravel(), columns[1:].ravel())[0, 1]) < 0.02
+    assert (columns < 1).all()
+
+
+def test_several_samples_of_one_prompt_differ_and_are_counted(engine: Engine) -> None:
+    sequences = draw(engine, num_samples=4)
+    assert [s.prompt_index for s in sequences] == [0] * 4 + [1] * 4 + [2] * 4
+    assert len({s.tokens for s in sequences[:4]}) > 1
+    assert len({s.seed for s in sequences}) == 12
+
+
+def test_without_a_seed_every_call_draws_anew_and_every_client_alike() -> None:
+    config = tn.SamplingConfig(max_new_tokens=8)
+    first, second = (Engine(tn.TrainingConfig(device="cpu")) for _ in range(2))
+    one, two = first.sample([[5, 6]], config), first.sample([[5, 6]], config)
+    assert one.sequences[0].tokens != two.sequences[0].tokens
+    assert second.sample([[5, 6]], config).sequences == one.sequences
+
+
+def test_finish_reasons_are_recorded_by_the_loop(engine: Engine) -> None:
+    text = draw(engine, [[5, 6, 7]], temperature=0, max_new_tokens=12)[0].text
+    stop = text[len(text) // 2]
+    stopped = draw(engine, [[5, 6, 7]], temperature=0, stop=[stop])[0]
+    assert (stopped.finish_reason, stopped.text) == ("stop_string", text[: text.index(stop)])
+    assert draw(engine, [[5, 6]], max_new_tokens=1)[0].finish_reason in ("length", "stop")
+    fixed = draw(engine, ignore_end=True, max_new_tokens=5)
+    assert {(s.finish_reason, len(s.tokens)) for s in fixed} == {("fixed", 5)}
+
+
+def test_the_end_token_is_kept_in_the_tokens_and_cut_from_the_text(random_model: Any) -> None:
+    engine = Engine(tn.TrainingConfig(model_ref="builtin:sums", device="cpu"))
+    sequence = draw(engine, ["12+34="], temperature=0)[0]
+    assert sequence.finish_reason == "stop"
+    assert sequence.tokens[-1] in engine.model.end_tokens
+    assert sequence.text.isdigit() and len(sequence.text) == 3
+
+
+def test_a_tick_can_stop_between_tokens(engine: Engine) -> None:
+    def tick(done: int, total: int) -> None:
+        if done == 3:
+            raise tn.FutureCancelledError("enough")
+
+    with pytest.raises(tn.FutureCancelledError):
+        engine.sample(PROMPTS, tn.SamplingConfig(max_new_tokens=8), tick)
+
+
+def test_chat_messages_go_through_the_chat_template(engine: Engine) -> None:
+    messages = ({"role": "user", "content": "What is a list?"},)
+    sequence = draw(engine, [messages], max_new_tokens=2)[0]
+    expected = engine.model.tokenizer.apply_chat_template(
+        [dict(m) for m in messages], add_generation_prompt=True, return_dict=False
+    )
+    assert list(sequence.prompt_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[5], []], "Prompt 1 is empty"),
+        ([[999_999]], "outside 0 to"),
+        ([[5] * 600], "more than the model's context"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_named(engine: Engine, prompts: Any, message: str) -> None:
+    with pytest.raises(tn.ValidationError, match=message):
+        draw(engine, prompts)
+
+
+def test_a_text_the_tokenizer_cannot_read_is_named() -> None:
+    engine = Engine(tn.TrainingConfig(model_ref="builtin:sums", device="cpu"))
+    with pytest.raises(tn.ValidationError, match="tokenizer cannot read the prompt 'hello'"):
+        draw(engine, ["hello"])
+
+
+def test_prompts_that_take_turns_get_the_same_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = draw(engine, num_samples=2)
+    monkeypatch.setattr(sampling, "TOKENS_AT_ONCE", 1)
+    assert [s.tokens for s in draw(engine, num_samples=2)] == [s.tokens for s in together]

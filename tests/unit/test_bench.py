@@ -1,0 +1,180 @@
+"""The arithmetic of the benchmark table; the measurements themselves are `make bench`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import bench.__main__ as command
+from bench import report
+from bench.harness import FASTER, LARGER, Row, Taken, Target, fresh_process, p99, paired, stopwatch
+
+MACHINE = {
+    "cpu_count": 2,
+    "cpu": "a CPU",
+    "load_average": 0.1,
+    "torch_threads": 1,
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "torch": "2",
+    "transformers": "5",
+    "peft": "0.18",
+    "python": "3.11",
+    "date": "2026-01-31T12:00:00+00:00",
+}
+
+
+def row(taken: Taken, **fields: object) -> Row:
+    return Row(what="a step", peer="by hand", precision="fp32", sizes="8×64", taken=taken, **fields)
+
+
+def test_the_ratio_is_the_median_of_the_pairs_ratios_not_the_ratio_of_the_medians() -> None:
+    taken = Taken(ours=[1.0, 10.0, 4.0], peer=[2.0, 10.0, 1.0])
+    assert row(taken, compares=FASTER).ratio == 1.0  # 2, 1, 0.25
+    assert row(taken, compares=LARGER).ratio == 1.0  # 0.5, 1, 4
+    assert row(Taken([1.0, 1.0, 8.0], [2.0, 3.0, 4.0])).ratio == 2.0
+    assert row(Taken([1.0, 1.0, 8.0], [2.0, 3.0, 4.0])).ours == 1.0
+
+
+def test_ours_and_the_peer_take_turns_in_going_first() -> None:
+    order: list[str] = []
+    taken = paired(
+        lambda: order.append("ours"), lambda: order.append("peer"), seconds=0, at_least=3, warmup=1
+    )
+    assert order == ["ours", "peer", "ours", "peer", "peer", "ours", "ours", "peer"]
+    assert len(taken.ours) == len(taken.peer) == len(taken.cpu.ours) == 3
+
+
+def test_pairs_stay_pairs_whoever_goes_first() -> None:
+    clock = iter(range(100))
+
+    def watch(action):
+        return (next(clock) + action(), 1.0)
+
+    taken = paired(lambda: 0, lambda: 1000, seconds=0, at_least=3, warmup=0, watch=watch)
+    assert list(taken.ours) == [0, 3, 4]
+    assert list(taken.peer) == [1001, 1002, 1005]
+    assert set(taken.cpu.ours) == {1.0}
+
+
+def test_the_watch_sees_the_time_an_action_takes() -> None:
+    wall, cpu = stopwatch(lambda: sum(range(200_000)))
+    assert wall > 0 and cpu > 0
+
+
+def test_p99_is_what_one_in_a_hundred_exceeds() -> None:
+    assert p99(list(range(101))) == 99
+
+
+def test_a_target_is_met_or_missed_by_the_ratio_or_by_our_own_figure() -> None:
+    taken = Taken([2.0, 2.0], [2.0, 2.0])
+    assert row(taken, target=Target("≥", 0.97)).met is True
+    assert row(taken, target=Target("≤", 0.97)).met is False
+    assert row(taken, target=Target("≤", 0.5, "ours")).met is False
+    assert row(taken).met is None
+    assert row(Taken([2.0]), target=Target("≥", 0.97)).met is False  # no peer, no ratio
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.0002134, "s", "0.213 ms"),
+        (0.02, "s", "20.0 ms"),
+        (2.345, "s", "2.35 s"),
+        (0.00001, "s", "0.0100 ms"),
+        (431.9, "MiB", "432 MiB"),
+        (0.0, "s", "0.0000 ms"),
+    ],
+)
+def test_amounts_have_three_digits_and_a_fitting_unit(value: float, unit: str, text: str) -> None:
+    assert report.amount(value, unit) == text
+
+
+def test_a_row_is_shown_with_peer_circumstances_spread_and_verdict() -> None:
+    taken = Taken([0.1] * 4, [0.2] * 4, Taken([1.0] * 4, [1.5] * 4))
+    text = report.lines("training", row(taken, target=Target("≥", 0.97)))
+    for part in (
+        "training  ",
+        "against by hand; fp32, 8×64",
+        "median 100 ms · peer 200 ms · ratio 2.000, peer ÷ ours",
+        "half of 4 pairs in 2.000 to 2.000; in CPU time 1.500",
+        "target: ratio ≥ 0.97: met",
+    ):
+        assert part in text
+
+
+def test_the_table_has_one_line_for_each_row_and_names_the_command_and_the_machine() -> None:
+    rows = {
+        "training": row(Taken([0.1], [0.05]), target=Target("≥", 0.97)),
+        "queue-p99": Row(what="latency", peer="", taken=Taken([0.006, 0.006]), figure=p99),
+    }
+    table = report.table(MACHINE, rows)
+    lines = table.splitlines()
+    assert lines[2] == (
+        "| training | a step | by hand | fp32, 8×64 | 100 ms | 50.0 ms | 0.5, peer ÷ ours | ratio ≥ 0.97: missed |"
+    )
+    assert lines[3] == "| queue-p99 | latency | – | – | 6.00 ms | – | – | none |"
+    assert {line.count("|") for line in lines[:4]} == {len(report.COLUMNS) + 1}
+    assert "`make bench`" in table and "2 CPU cores (a CPU" in table and "2026-01-31" in table
+
+
+def test_the_json_holds_what_the_table_holds() -> None:
+    rows = {"training": row(Taken([0.1], [0.05]), target=Target("≥", 0.97))}
+    found = json.loads(report.as_json(MACHINE, rows))
+    assert found["machine"] == MACHINE
+    assert found["rows"]["training"] | {"ours": 0.1, "ratio": 0.5, "met": False} == found["rows"]["training"]
+
+
+def test_the_table_replaces_what_stands_between_the_markers_and_nothing_else() -> None:
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.between_markers(page, "new")
+    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert report.between_markers(once, "new") == once
+
+
+@pytest.mark.parametrize(
+    "page", ["", report.BEGIN, report.END, report.END + report.BEGIN, (report.BEGIN + report.END) * 2]
+)
+def test_a_page_without_its_one_pair_of_markers_is_refused(page: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"README\.md has no place for the table: write the lines <!-- bench -->"
+    ):
+        report.between_markers(page, "new")
+
+
+def test_rows_are_chosen_by_name_or_by_how_names_begin() -> None:
+    assert command.select([]) == list(command.ROWS)
+    assert command.select(["queue", "import"]) == ["import", "queue-p50", "queue-p99"]
+    assert command.select(["training-"]) == ["training-ragged", "training-quarter"]
+    with pytest.raises(ValueError, match="no row 'typo'"):
+        command.select(["typo"])
+
+
+def test_the_readme_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    monkeypatch.setattr(command, "README", readme)
+    for arguments, why in ((["--readme"], "no place for the table"), (["--readme", "queue"], "no names")):
+        with pytest.raises(SystemExit):
+            command.main(arguments)
+        assert why in capsys.readouterr().err
+    assert readme.read_text() == "no markers"
+
+
+def test_every_row_is_a_function_that_exists() -> None:
+    for where in command.ROWS.values():
+        module, _, function = where.partition(":")
+        source = Path(command.__file__).with_name(f"{module}.py").read_text()
+        assert f"def {function}() -> Row:" in source
+
+
+def test_a_failure_in_a_fresh_process_shows_its_code_and_error() -> None:
+    assert fresh_process("import json; print(json.dumps([1, 2]))") == [1, 2]
+    with pytest.raises(RuntimeError, match=r"raise KeyError\('why'\)"):
+        fresh_process("raise KeyError('why')")
+
+
+def test_the_harness_loads_no_torch() -> None:
+    code = "import sys, json, bench.__main__; print(json.dumps('torch' in sys.modules))"
+    assert fresh_process(code) is False

@@ -1,0 +1,90 @@
+import asyncio
+import stat
+from pathlib import Path
+
+import pytest
+
+import tensafe_nb as tn
+from tensafe_nb.events import EventBus, Metrics, OperationStarted, Progress, RunHistory, is_being_written
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> EventBus:
+    return EventBus(tmp_path / "run" / "events.jsonl")
+
+
+def metrics(step: int, **values: float) -> Metrics:
+    return Metrics(step=step, values=values)
+
+
+def test_events_are_numbered_in_order_and_persisted_readable_by_their_owner_only(bus: EventBus) -> None:
+    for step in range(3):
+        bus.publish(metrics(step, loss=1.0 / (step + 1)))
+    bus.close()
+    assert stat.S_IMODE(bus.history.path.stat().st_mode) == 0o600
+    again = RunHistory.load(bus.history.path)
+    assert [event.seq for event in again.events()] == [1, 2, 3]
+    assert again["loss"].tolist() == bus.history["loss"].tolist() == [1.0, 0.5, 1 / 3]
+
+
+def test_progress_is_shown_and_not_persisted(bus: EventBus) -> None:
+    seen: list[object] = []
+    bus.subscribe(seen.append)
+    bus.publish(Progress(future_id="f", done=1, total=2))
+    bus.publish(OperationStarted(future_id="f", operation="sample"))
+    assert [type(event).__name__ for event in seen] == ["Progress", "OperationStarted"]
+    assert [type(event).__name__ for event in bus.history.events()] == ["OperationStarted"]
+    bus.close()
+
+
+def test_a_late_subscriber_gets_the_whole_history_and_then_what_comes(bus: EventBus) -> None:
+    for step in range(5):
+        bus.publish(metrics(step, loss=0.0))
+    seen: list[int] = []
+    unsubscribe = bus.subscribe(lambda event: seen.append(event.seq), after=2)
+    bus.publish(metrics(5, loss=0.0))
+    unsubscribe()
+    bus.publish(metrics(6, loss=0.0))
+    assert seen == [3, 4, 5, 6]
+    bus.close()
+
+
+def test_a_torn_last_line_is_ignored(bus: EventBus) -> None:
+    bus.publish(metrics(0, loss=1.0))
+    bus.close()
+    with bus.history.path.open("a") as log:
+        log.write('{"$": "Metrics", "st')
+    assert len(list(RunHistory.load(bus.history.path).events())) == 1
+
+
+def test_non_finite_values_survive_the_log(bus: EventBus) -> None:
+    bus.publish(metrics(0, loss=float("nan"), grad_norm=float("inf")))
+    bus.close()
+    history = RunHistory.load(bus.history.path)
+    assert str(history["loss"]) == "[nan]"
+    assert str(history["grad_norm"]) == "[inf]"
+
+
+def test_a_log_that_is_being_written_can_be_told_from_one_that_is_not(bus: EventBus) -> None:
+    bus.publish(metrics(0, loss=1.0))
+    assert is_being_written(bus.history.path)
+    bus.close()
+    assert not is_being_written(bus.history.path)
+
+
+def test_the_clients_events_end_when_it_is_closed(service: tn.ServiceClient) -> None:
+    tc = service.create_training_client()
+
+    async def main() -> list[str]:
+        await tc.ready()
+        tc.close()
+        return [type(event).__name__ async for event in tc.events()]
+
+    assert asyncio.run(main()) == ["ClientCreated", "StatusChanged", "StatusChanged"]
+
+
+def test_a_metric_that_is_no_number_is_refused_before_it_is_written(bus: EventBus) -> None:
+    with pytest.raises(tn.ValidationError, match="the value of 'loss' is 'low'"):
+        bus.publish(Metrics(step=1, values={"loss": "low"}))
+    assert list(bus.history.events()) == []
+    bus.close()

@@ -1,0 +1,196 @@
+"""A training client that only publishes, a view whose time is turned by hand, a widget whose messages are kept."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensafe_nb.config import LoRAConfig, TrainingConfig
+from tensafe_nb.events import Event, EventBus, Metrics, RunState, RunStep, StatusChanged
+from tensafe_nb.types import RunStatus, TrainingClientInfo
+from tensafe_nb.widgets import dashboard, snapshot
+from tensafe_nb.widgets import feed as feeds
+from tensafe_nb.widgets.feed import Feed
+from tensafe_nb.widgets.view import Member, View
+
+PLANNED = 10
+
+
+class HandView(View):
+    """A view without a thread: `pass_time` moves its clock, `flush` does what the thread would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = 100.0
+        self.woken: list[Member] = []
+
+    def wake(self, member: Member, *, urgent: bool = False) -> None:
+        self.woken.append(member)
+
+    def aside(self, work: Callable[[], None]) -> None:
+        work()
+
+    def now(self) -> float:
+        return self.time
+
+
+@dataclass
+class FakeRun:
+    """A run that changes state when told, and notes what it was told."""
+
+    run_id: str = "tc-1/1"
+    planned_steps: int | None = PLANNED
+    steps_done: int = 0
+    started_at: float = field(default_factory=time.time)
+    curve: str = "loss"
+    state: RunStatus = RunStatus.RUNNING
+    told: list[str] = field(default_factory=list)
+    threads: list[str] = field(default_factory=list)
+
+    def pause(self) -> None:
+        self._note("pause")
+
+    def resume(self) -> None:
+        self._note("resume")
+
+    def stop(self) -> None:
+        self._note("stop")
+
+    def done(self) -> bool:
+        return self.state.ended
+
+    def _note(self, what: str) -> None:
+        self.told.append(what)
+        self.threads.append(threading.current_thread().name)
+
+
+class FakeClient:
+    """A training client without a core: its events are published by the test."""
+
+    training_client_id = "tc-1"
+    config = TrainingConfig(lora_config=LoRAConfig(rank=8))
+
+    def __init__(self, log: Path) -> None:
+        self.bus = EventBus(log)
+        self.runs: tuple[Any, ...] = ()
+        self.step = 0
+        self.status, self.queue_depth, self.reason = "READY", 0, None
+        self.history, self.subscribe = self.bus.history, self.bus.subscribe
+
+    def refresh(self) -> TrainingClientInfo:
+        return TrainingClientInfo(
+            "tc-1", "builtin:tiny", self.status, self.step, self.queue_depth, 0.0, self.reason
+        )
+
+    def publish(self, event: Event) -> None:
+        self.bus.publish(event)
+
+    def start(self, run: FakeRun | None = None) -> FakeRun:
+        run = run or FakeRun()
+        self.runs = (*self.runs, run)
+        self.turn(run, RunStatus.RUNNING)
+        return run
+
+    def turn(self, run: FakeRun, state: RunStatus, reason: str | None = None) -> None:
+        run.state = state
+        self.publish(RunState(run_id=run.run_id, state=str(state), step=self.step, reason=reason))
+
+    def measure(self, **values: float) -> None:
+        """Publish one step's metrics; `eval_loss` stands for `eval/loss`."""
+        self.step += 1
+        self.publish(
+            Metrics(step=self.step, values={name.replace("_", "/"): value for name, value in values.items()})
+        )
+
+    def advance(self, run: FakeRun, loss: float = 1.0, duration: float = 2.0) -> None:
+        self.measure(loss=loss)
+        run.steps_done += 1
+        self.publish(RunStep(run_id=run.run_id, done=run.steps_done, duration=duration))
+
+    def close(self) -> None:
+        self.status = "TERMINATED"
+        self.publish(StatusChanged(status="TERMINATED"))
+        self.bus.close()
+
+
+@dataclass
+class Output:
+    """An output of a cell."""
+
+    data: dict[str, Any]
+    metadata: dict[str, Any]
+    display_id: str | None
+    update: bool
+
+
+@pytest.fixture(autouse=True)
+def _no_client_of_another_test() -> Iterator[None]:
+    yield
+    feeds._feeds.clear()
+    dashboard._panels.clear()
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[FakeClient]:
+    client = FakeClient(tmp_path / "events.jsonl")
+    yield client
+    client.bus.close()
+
+
+@pytest.fixture
+def view() -> HandView:
+    return HandView()
+
+
+@pytest.fixture
+def feed(client: FakeClient, view: HandView) -> Feed:
+    return Feed(client, view)
+
+
+@pytest.fixture
+def outputs(monkeypatch: pytest.MonkeyPatch) -> list[Output]:
+    """What cells were given to show, in order."""
+    shown: list[Output] = []
+
+    def publish(data: Any, metadata: Any, display_id: str | None = None, *, update: bool = False) -> None:
+        shown.append(Output(data, metadata, display_id, update))
+
+    monkeypatch.setattr(snapshot, "publish", publish)
+    monkeypatch.setattr(dashboard, "publish", publish)
+    return shown
+
+
+class Wire:
+    """The line of one widget: what it sent, and a page at the other end."""
+
+    def __init__(self, widget: Any) -> None:
+        self.widget = widget
+        self.sent: list[tuple[dict[str, Any], list[bytes]]] = []
+        widget.send = lambda content, buffers=None: self.sent.append((content, buffers or []))
+
+    def page_says(self, **content: Any) -> None:
+        self.widget._handle_custom_msg(content, [])
+
+    def mount(self) -> None:
+        self.page_says(t="hello", v=1, n=0, mount=True)
+        self.flush()
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Flush once and return what was sent."""
+        self.sent.clear()
+        self.again = self.widget.flush()
+        return [content for content, _ in self.sent]
+
+    def flush_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [content for content in self.flush() if content["t"] == kind]
+
+
+@pytest.fixture
+def wire(feed: Feed) -> Iterator[Wire]:
+    widget = dashboard.Dashboard(feed)
+    yield Wire(widget)
+    widget.close()

@@ -1,0 +1,72 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { columnPath, extent, nearest, niceTicks, numberText, summary, tickText } from "../../../tensafe_nb/widgets/static/chart.js";
+import { Series } from "../../../tensafe_nb/widgets/static/wire.js";
+
+const same = (x) => x;
+
+test("ticks are round and lie inside", () => {
+  const { ticks, step } = niceTicks(3.97, 8.93, 5);
+  assert.equal(step, 1);
+  assert.deepEqual(ticks, [4, 5, 6, 7, 8]);
+  assert.deepEqual(niceTicks(0, 0.03, 3).ticks.map((t) => tickText(t, 0.01)), ["0.00", "0.01", "0.02", "0.03"]);
+});
+
+test("numbers have four digits, and the rest is said in words", () => {
+  assert.equal(numberText(2.345678), "2.346");
+  assert.equal(numberText(0.0000123), "1.23e-5");
+  assert.equal(numberText(0), "0.000");
+  assert.equal(numberText(NaN), "not a number");
+  assert.equal(numberText(-Infinity), "−∞");
+});
+
+test("an extent skips what is not finite and is never empty", () => {
+  assert.deepEqual(extent([[[1, NaN, 5], 3]]), [1, 5]);
+  const [low, high] = extent([[[2], 1]]);
+  assert.ok(low < 2 && high > 2);
+  assert.deepEqual(extent([[[], 0]]), [0, 1]);
+});
+
+test("a spike of one step survives among 100,000 points", () => {
+  const n = 100_000;
+  const steps = Float64Array.from({ length: n }, (_, i) => i);
+  const values = new Float64Array(n);
+  values[40_000] = 7;
+  values[40_003] = -5;
+  const path = columnPath(steps, values, n, (x) => (x / n) * 800, same);
+  const drawn = path.filter((_, i) => i % 2);
+  assert.ok(path.length <= 2 * 2 * 2 * 801);
+  assert.equal(Math.max(...drawn), 7);
+  assert.equal(Math.min(...drawn), -5);
+});
+
+test("a path steps over what is not finite", () => {
+  assert.deepEqual(columnPath([1, 2, 3], [5, NaN, 6], 3, same, same), [1, 5, 3, 6]);
+});
+
+test("a million points take less than a frame's time", () => {
+  const n = 1_000_000;
+  const steps = Float64Array.from({ length: n }, (_, i) => i);
+  const values = Float64Array.from({ length: n }, (_, i) => Math.sin(i));
+  columnPath(steps, values, n, (x) => (x / n) * 800, same);
+  const started = performance.now();
+  for (let i = 0; i < 10; i++) columnPath(steps, values, n / 10, (x) => (x / n) * 8000, same);
+  assert.ok((performance.now() - started) / 10 < 16);
+});
+
+test("the nearest point is found", () => {
+  const steps = [0, 10, 20, 30];
+  assert.equal(nearest(steps, 4, 14), 1);
+  assert.equal(nearest(steps, 4, 16), 2);
+  assert.equal(nearest(steps, 4, -5), 0);
+  assert.equal(nearest(steps, 4, 99), 3);
+});
+
+test("a curve is told in words", () => {
+  const series = new Series(0);
+  assert.equal(summary("loss", series), "loss: no values yet");
+  for (let i = 1; i <= 60; i++) series.append([i], [i < 30 ? 5 - i / 10 : 2]);
+  assert.equal(summary("loss", series), "loss fell from 4.900 to 2.000 over 60 steps, last 20 flat");
+  series.append([61], [NaN]);
+  assert.match(summary("loss", series), /1 values not finite$/);
+});

@@ -1,0 +1,301 @@
+"""The panel without a browser: what it sends, when, and what it does with what it is told."""
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensafe_nb.events import OperationStarted
+from tensafe_nb.types import RunStatus
+from tensafe_nb.widgets import renderer
+from tensafe_nb.widgets.dashboard import Dashboard, panel_of
+from tensafe_nb.widgets.feed import Feed
+
+from .conftest import PLANNED, FakeClient, FakeRun, HandView, Output, Wire
+
+
+def from_here(call: Callable[[], None]) -> None:
+    call()
+
+
+def from_a_foreign_thread(call: Callable[[], None]) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+def from_a_loop_on_another_thread(call: Callable[[], None]) -> None:
+    async def main() -> None:
+        call()
+
+    from_a_foreign_thread(lambda: asyncio.run(main()))
+
+
+def test_nothing_is_sent_before_a_page_says_hello(client: FakeClient, wire: Wire) -> None:
+    client.measure(loss=1.0)
+    assert wire.flush() == []
+
+
+def test_hello_is_answered_by_the_badge_and_then_the_whole_history(client: FakeClient, wire: Wire) -> None:
+    client.measure(loss=3.0, eval_loss=2.5)
+    client.measure(loss=2.0)
+    wire.page_says(t="hello", v=1, n=0, mount=True)
+    assert [content["t"] for content in wire.flush()] == ["status", "full", "full"]
+    columns = {
+        content["name"]: np.frombuffer(buffers[1], "<f4").tolist() for content, buffers in wire.sent[1:]
+    }
+    assert columns == {"loss": [3.0, 2.0], "eval/loss": [2.5]}
+
+
+def test_what_follows_is_told_as_deltas_with_the_moment_and_the_step(client: FakeClient, wire: Wire) -> None:
+    run = client.start()
+    client.advance(run, loss=3.0)
+    wire.mount()
+    client.advance(run, loss=2.0)
+    [delta] = wire.flush_kind("delta")
+    assert delta["s"] == {"loss": [1, [2], [2.0]]}
+    assert delta["step"] == 2
+    assert delta["at"] > 1_700_000_000_000
+
+
+def test_a_page_that_found_a_gap_is_told_everything_anew(client: FakeClient, wire: Wire) -> None:
+    client.measure(loss=3.0)
+    wire.mount()
+    wire.page_says(t="hello", v=1, n=0, mount=False)
+    [full] = wire.flush_kind("full")
+    assert full["o"] == 0
+    assert full["new"]
+    assert wire.widget.pages == 1
+
+
+def test_the_reward_is_the_curve_once_there_is_one(client: FakeClient, wire: Wire) -> None:
+    client.measure(loss=3.0)
+    wire.mount()
+    client.measure(reward=0.25, eval_reward=0.5)
+    assert set(wire.flush_kind("delta")[0]["s"]) == {"reward", "eval/reward"}
+    wire.widget.feed.view.time += 1
+    assert wire.flush_kind("status")[0]["curve"] == "reward"
+
+
+@pytest.mark.parametrize("call", [from_here, from_a_foreign_thread, from_a_loop_on_another_thread])
+def test_a_handler_only_notes_and_wakes_whatever_thread_it_is_on(
+    client: FakeClient, wire: Wire, view: HandView, call: Callable[[Callable[[], None]], None]
+) -> None:
+    run = client.start()
+    wire.mount()
+    view.woken.clear()
+    wire.sent.clear()
+    call(lambda: wire.page_says(t="do", do="pause", n=1))
+    assert (run.told, wire.sent, view.woken) == ([], [], [wire.widget])
+    assert {"t": "ack", "n": 1, "why": None} in wire.flush()
+    assert run.told == ["pause"]
+    assert run.threads == [threading.current_thread().name]
+
+
+def test_each_button_does_what_it_says(client: FakeClient, wire: Wire) -> None:
+    run = client.start()
+    wire.mount()
+    for number, command in enumerate(("pause", "resume", "stop"), start=1):
+        wire.page_says(t="do", do=command, n=number)
+    assert [content["n"] for content in wire.flush_kind("ack")] == [1, 2, 3]
+    assert run.told == ["pause", "resume", "stop"]
+
+
+def test_a_command_is_refused_with_its_reason(client: FakeClient, wire: Wire) -> None:
+    wire.mount()
+    wire.page_says(t="do", do="pause", n=1)
+    assert wire.flush_kind("ack")[0]["why"] == "There is no run to pause."
+    run = client.start()
+    client.turn(run, RunStatus.FINISHED)
+    wire.page_says(t="do", do="pause", n=2)
+    assert wire.flush_kind("ack")[0]["why"] == "The run has ended: FINISHED."
+    wire.page_says(t="do", do="delete everything", n=3)
+    assert "delete everything" in wire.flush_kind("ack")[0]["why"]
+    assert run.told == []
+
+
+def test_a_command_that_breaks_is_answered_too(
+    client: FakeClient, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = client.start()
+    wire.mount()
+    monkeypatch.setattr(run, "pause", lambda: 1 / 0)
+    wire.page_says(t="do", do="pause", n=1)
+    assert wire.flush_kind("ack")[0]["why"] == "ZeroDivisionError: division by zero"
+
+
+def test_a_change_of_state_is_told_at_once_and_of_the_rest_twice_a_second_at_most(
+    client: FakeClient, wire: Wire, view: HandView
+) -> None:
+    run = client.start()
+    wire.mount()
+    client.advance(run)
+    assert wire.flush_kind("status") == []
+    assert wire.again == 0.5
+    view.time += 0.5
+    assert wire.flush_kind("status")[0]["step"] == 1
+    client.turn(run, RunStatus.PAUSING)
+    assert wire.flush_kind("status")[0]["state"] == "PAUSING"
+
+
+def test_a_running_run_gives_a_sign_of_life_every_five_seconds(
+    client: FakeClient, wire: Wire, view: HandView
+) -> None:
+    client.start()
+    wire.mount()
+    view.time += 4.9
+    assert wire.flush() == []
+    view.time += 0.2
+    assert len(wire.flush_kind("status")) == 1
+
+
+def test_a_resting_client_is_silent(client: FakeClient, wire: Wire, view: HandView) -> None:
+    wire.mount()
+    view.time += 60
+    assert wire.flush() == []
+    assert wire.again is None
+
+
+def test_a_status_is_below_600_bytes_and_what_is_unknown_is_null(client: FakeClient, wire: Wire) -> None:
+    client.start(FakeRun(planned_steps=None))
+    client.queue_depth = 3
+    client.publish(OperationStarted(future_id="f", operation="forward_backward"))
+    wire.page_says(t="hello", v=1, n=0, mount=True)
+    status = wire.flush_kind("status")[0]
+    assert len(json.dumps(status)) < 600
+    assert (status["of"], status["eta"], status["reason"]) == (None, None, None)
+    assert (status["queue"], status["op"], status["run"]) == (3, "forward_backward", "1")
+
+
+def test_the_time_left_is_told_after_five_steps_from_the_median_step(client: FakeClient, feed: Feed) -> None:
+    run = client.start()
+    for _ in range(5):
+        client.advance(run, duration=2.0)
+    assert feed.facts().eta is None
+    client.advance(run, duration=100.0)
+    assert feed.facts().eta == 2.0 * (PLANNED - 6)
+    client.turn(run, RunStatus.PAUSED)
+    assert feed.facts().eta is None
+
+
+def test_a_failure_is_told_with_its_reason(client: FakeClient, wire: Wire) -> None:
+    run = client.start()
+    wire.mount()
+    client.turn(run, RunStatus.FAILED, reason="batch 3 holds <b>nothing</b>")
+    status = wire.flush_kind("status")[0]
+    assert (status["state"], status["reason"], status["ended"]) == (
+        "FAILED",
+        "batch 3 holds <b>nothing</b>",
+        True,
+    )
+
+
+def test_an_error_of_our_own_appears_in_the_panel(
+    client: FakeClient, wire: Wire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wire.mount()
+    monkeypatch.setattr(client, "refresh", lambda: 1 / 0)
+    with caplog.at_level(logging.CRITICAL):
+        [error] = wire.flush_kind("error")
+    assert "ZeroDivisionError" in error["text"]
+
+
+def test_the_state_of_the_widget_does_not_grow_with_the_training(client: FakeClient, wire: Wire) -> None:
+    before = set(wire.widget.get_state())
+    size = len(str(wire.widget.get_state()))
+    run = client.start()
+    for _ in range(500):
+        client.advance(run)
+    wire.mount()
+    assert set(wire.widget.get_state()) == before
+    assert len(str(wire.widget.get_state())) == size
+
+
+def test_only_smoothing_is_to_be_set_from_outside(wire: Wire) -> None:
+    own = {name for name in wire.widget.keys if not name.startswith("_")} - {"layout", "tabbable", "tooltip"}
+    assert own == {"smoothing", "title"}
+
+
+def test_there_is_one_panel_per_training_client_until_it_is_closed(client: FakeClient) -> None:
+    first, again = panel_of(client), panel_of(client)
+    assert first is again
+    first.close()
+    second = panel_of(client)
+    assert second is not first
+    second.close()
+    client.close()
+    assert first.feed.settle(10)
+
+
+def test_a_panel_is_shown_with_what_stays_in_the_file_above_it(
+    client: FakeClient, wire: Wire, outputs: list[Output]
+) -> None:
+    wire.widget.show(client.start())
+    picture, table, live = (output.data for output in outputs)
+    assert "tsnb-frozen-picture" in picture["text/html"]
+    assert 'class="tsnb-frozen"' in table["text/html"]
+    assert live["application/vnd.jupyter.widget-view+json"]["model_id"] == wire.widget.model_id
+    assert "run 1 of tc-1: open in Jupyter" in live["text/html"]
+
+
+def test_a_cell_that_shows_the_panel_already_is_known_by_its_number(
+    wire: Wire, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = 7
+    monkeypatch.setattr(renderer, "execution_count", lambda: cell)
+    assert not wire.widget.is_shown_here
+    wire.widget._repr_mimebundle_()
+    assert wire.widget.is_shown_here
+    cell = 8
+    assert not wire.widget.is_shown_here
+
+
+def test_a_retired_panel_is_one_line_of_text(client: FakeClient, wire: Wire, outputs: list[Output]) -> None:
+    wire.widget.show(client.start())
+    live = outputs[-1]
+    wire.widget.retire()
+    assert outputs[-1].update
+    assert outputs[-1].display_id == live.display_id
+    assert list(outputs[-1].data) == ["text/plain"]
+
+
+def test_a_page_loaded_again_learns_that_the_picture_in_the_file_is_old(
+    client: FakeClient, wire: Wire, outputs: list[Output]
+) -> None:
+    run = client.start()
+    wire.widget.show(run)
+    wire.mount()
+    wire.page_says(t="hello", v=1, n=0, mount=True)
+    assert "run.freeze()" in wire.flush_kind("status")[0]["hint"]
+    wire.widget.show(run)
+    wire.page_says(t="hello", v=1, n=0, mount=False)
+    hints: list[Any] = [status["hint"] for status in wire.flush_kind("status")]
+    assert hints == [None]
+
+
+def test_the_panel_says_its_last_when_the_client_is_closed(client: FakeClient, wire: Wire) -> None:
+    wire.mount()
+    assert wire.widget.live
+    client.close()
+    assert wire.flush_kind("status")[0]["state"] == "TERMINATED"
+    assert not wire.widget.live
+
+
+def test_a_page_that_comes_after_the_end_is_told_everything(client: FakeClient, wire: Wire) -> None:
+    client.measure(loss=1.0)
+    client.close()
+    wire.page_says(t="hello", v=1, n=0, mount=True)
+    assert wire.widget.live
+    assert [content["t"] for content in wire.flush()][:2] == ["status", "full"]
+    assert not wire.widget.live
+
+
+def test_closing_the_panel_stops_no_run(client: FakeClient, feed: Feed) -> None:
+    run = client.start()
+    Dashboard(feed).close()
+    assert run.told == []

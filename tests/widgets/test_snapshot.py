@@ -1,0 +1,196 @@
+"""What stays in the file."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from tensafe_nb.types import RunStatus
+from tensafe_nb.widgets import snapshot
+from tensafe_nb.widgets.feed import Feed
+from tensafe_nb.widgets.snapshot import Snapshot, StaticPart, extremes, smoothed
+
+from .conftest import FakeClient, FakeRun, HandView, Output
+
+
+class Cell:
+    """A static part in a cell, and whether a page listens."""
+
+    def __init__(self, feed: Feed, run: FakeRun | None, outputs: list[Output]) -> None:
+        self.alone = True
+        self.outputs = outputs
+        self.part = StaticPart(feed, run, alone=lambda: self.alone)  # type: ignore[arg-type]
+        self.part.place()
+        outputs.clear()
+
+    def flush(self) -> list[str]:
+        """Flush, twice since a picture is sent by the flush after it was drawn; return what was renewed."""
+        self.outputs.clear()
+        self.part.flush()
+        self.part.flush()
+        return [str(output.display_id).rpartition("-")[2] for output in self.outputs]
+
+
+@pytest.fixture
+def run(client: FakeClient) -> FakeRun:
+    return client.start()
+
+
+@pytest.fixture
+def cell(feed: Feed, run: FakeRun, outputs: list[Output], monkeypatch: pytest.MonkeyPatch) -> Cell:
+    monkeypatch.setattr(Snapshot, "_draw", lambda self: b"png")
+    return Cell(feed, run, outputs)
+
+
+def test_the_caption_says_everything_in_words(client: FakeClient, feed: Feed) -> None:
+    run = client.start()
+    client.advance(run, loss=3.0)
+    client.measure(loss=2.34567, eval_loss=2.5)
+    client.turn(run, RunStatus.FINISHED)
+    sentence = Snapshot.take(feed, None).sentence
+    assert sentence.startswith("Run 1 of tc-1: FINISHED at step 1 of 10, loss 2.346, eval/loss 2.5, 20")
+
+
+def test_the_table_has_a_caption_and_row_headers_and_its_text_is_escaped(
+    client: FakeClient, feed: Feed
+) -> None:
+    run = client.start()
+    client.measure(loss=3.0)
+    client.turn(run, RunStatus.FAILED, reason="<img src=x onerror=alert(1)>")
+    table = Snapshot.take(feed, None).table()["text/html"]
+    assert ">Run 1 of tc-1: FAILED at step 0 of 10, loss 3, " in table
+    assert '<th scope="row">state</th><td>FAILED: &lt;img src=x onerror=alert(1)&gt;</td>' in table
+    assert "<img" not in table
+    assert "color" not in table
+
+
+def test_only_a_table_that_is_all_there_is_names_the_calls_to_type(client: FakeClient, feed: Feed) -> None:
+    client.start()
+    assert "run.pause()" in Snapshot.take(feed, None, steering=True).table()["text/html"]
+    assert "run.pause()" not in Snapshot.take(feed, None).table()["text/html"]
+
+
+def test_the_picture_is_a_png_of_960_by_300_below_45_kb_with_words_for_who_does_not_see_it(
+    client: FakeClient, feed: Feed
+) -> None:
+    values = np.random.default_rng(0).normal(size=3_000).cumsum()
+    for value in values:
+        client.measure(loss=float(value))
+    client.measure(loss=float("nan"), eval_loss=1.0)
+    taken = Snapshot.take(feed, None)
+    drawn = taken.picture()
+    assert drawn is not None
+    data, metadata = drawn
+    png = data["image/png"]
+    assert struct.unpack(">II", png[16:24]) == (960, 300)
+    assert len(png) < 45_000
+    assert metadata["image/png"] == {"alt": taken.sentence, "needs_background": "light"}
+
+
+def test_there_is_no_picture_of_nothing(feed: Feed) -> None:
+    assert Snapshot.take(feed, None).picture() is None
+
+
+def test_a_spike_survives_however_long_the_curve() -> None:
+    values = np.zeros(100_000)
+    values[[40_000, 40_003]] = 7.0, -5.0
+    steps, kept = extremes(np.arange(len(values)), values)
+    assert len(kept) <= 1_800
+    assert (kept.max(), kept.min()) == (7.0, -5.0)
+    assert np.all(np.diff(steps) > 0)
+
+
+def test_smoothing_is_unbiased_from_the_first_value_on_and_steps_over_what_is_not_finite() -> None:
+    assert smoothed(np.array([5.0, 5.0, np.nan, 5.0])) == pytest.approx([5.0] * 4)
+    assert smoothed(np.array([0.0, 1.0]), weight=0.5)[1] == pytest.approx(2 / 3)
+
+
+def test_outputs_are_placed_empty(feed: Feed, run: FakeRun, outputs: list[Output]) -> None:
+    StaticPart(feed, run, alone=lambda: True).place()  # type: ignore[arg-type]
+    assert [output.data["text/plain"] for output in outputs] == ["", ""]
+    assert not any(output.update for output in outputs)
+
+
+def test_without_a_page_the_table_is_renewed_every_2_s_and_the_picture_every_30(
+    client: FakeClient, view: HandView, cell: Cell
+) -> None:
+    client.measure(loss=1.0)
+    assert cell.flush() == []
+    view.time += 2.0
+    assert cell.flush() == ["table", "picture"]
+    view.time += 2.0
+    assert cell.flush() == ["table"]
+    view.time += 28.0
+    assert cell.flush() == ["table", "picture"]
+
+
+def test_with_a_page_nothing_is_renewed_until_the_end(
+    client: FakeClient, view: HandView, run: FakeRun, cell: Cell
+) -> None:
+    cell.alone = False
+    client.measure(loss=1.0)
+    view.time += 100.0
+    assert cell.flush() == []
+    client.turn(run, RunStatus.FINISHED)
+    assert cell.flush() == ["table", "picture"]
+    assert "FINISHED" in cell.outputs[0].data["text/html"]
+    assert not cell.part.live
+
+
+@pytest.mark.parametrize("end", [RunStatus.FAILED, RunStatus.STOPPED])
+def test_the_end_is_pictured_however_it_came(
+    client: FakeClient, run: FakeRun, cell: Cell, end: RunStatus
+) -> None:
+    cell.alone = False
+    client.turn(run, end, reason="because")
+    assert cell.flush() == ["table", "picture"]
+
+
+def test_pauses_are_pictured_once_in_30_s_at_most(
+    client: FakeClient, view: HandView, run: FakeRun, cell: Cell
+) -> None:
+    cell.alone = False
+    renewed = []
+    for _ in range(2):
+        client.advance(run)
+        client.turn(run, RunStatus.PAUSED)
+        renewed.append(cell.flush())
+        client.turn(run, RunStatus.RUNNING)
+        view.time += 5
+    assert renewed == [["table", "picture"], ["table"]]
+
+
+def test_after_a_reload_it_is_known_of_which_step_the_picture_in_the_file_is(
+    client: FakeClient, run: FakeRun, cell: Cell
+) -> None:
+    cell.part.lose()
+    assert "no picture" in (cell.part.hint or "")
+    client.advance(run)
+    client.turn(run, RunStatus.PAUSED)
+    cell.flush()
+    cell.part.lose()
+    assert "a picture of step 1;" in (cell.part.hint or "")
+    cell.part.place()
+    assert cell.part.hint is None
+
+
+def test_a_client_without_a_run_is_pictured_when_it_is_closed(
+    client: FakeClient, feed: Feed, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Snapshot, "_draw", lambda self: b"png")
+    cell = Cell(feed, None, outputs)
+    cell.alone = False
+    client.measure(loss=1.0)
+    assert cell.flush() == []
+    client.close()
+    assert cell.flush() == ["table", "picture"]
+    assert not cell.part.live
+
+
+def test_freezing_puts_picture_and_table_into_the_calling_cell(
+    client: FakeClient, feed: Feed, outputs: list[Output]
+) -> None:
+    run = client.start()
+    client.advance(run)
+    snapshot.display(feed, run)  # type: ignore[arg-type]
+    assert [next(iter(output.data)) for output in outputs] == ["image/png", "text/html"]

@@ -1,0 +1,127 @@
+"""The one thread that sends."""
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tensafe_nb.widgets.view import PERIOD, View
+
+PATIENCE = 10.0
+
+
+class Lamp:
+    """A member that notes on which thread it was flushed, and how often."""
+
+    def __init__(self, again: float | None = None) -> None:
+        self.live = True
+        self.again = again
+        self.flushed = threading.Semaphore(0)
+        self.threads: set[str] = set()
+        self.flushes = 0
+
+    def flush(self) -> float | None:
+        self.threads.add(threading.current_thread().name)
+        self.flushes += 1
+        self.flushed.release()
+        return self.again
+
+
+class Broken(Lamp):
+    def flush(self) -> float | None:
+        super().flush()
+        raise RuntimeError("broken")
+
+
+@pytest.fixture
+def view() -> Iterator[View]:
+    view = View()
+    yield view
+    view.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "tsnb-view"]
+
+
+def test_a_woken_member_is_flushed_on_the_views_thread(view: View) -> None:
+    lamp = Lamp()
+    view.wake(lamp)
+    assert lamp.flushed.acquire(timeout=PATIENCE)
+    assert lamp.threads == {"tsnb-view"}
+
+
+def test_many_wakes_are_one_flush(view: View) -> None:
+    lamp = Lamp()
+    view.wake(lamp)
+    assert lamp.flushed.acquire(timeout=PATIENCE)
+    for _ in range(1_000):
+        view.wake(lamp)
+    assert lamp.flushed.acquire(timeout=PATIENCE)
+    assert lamp.flushes <= 3
+
+
+def test_an_urgent_wake_does_not_wait_for_its_turn() -> None:
+    view = View()
+    view.now = lambda: 50.0  # type: ignore[method-assign]  # time stands still: no period ever ends
+    view._flushed_at = 50.0
+    lamp = Lamp()
+    view._due[lamp] = None
+    view._woken = True
+    assert view._seconds_to_wait() == pytest.approx(PERIOD)
+    view._urgent = True
+    assert view._seconds_to_wait() == 0.0
+
+
+def test_a_member_may_ask_to_be_called_again(view: View) -> None:
+    lamp = Lamp(again=0.0)
+    view.wake(lamp)
+    for _ in range(3):
+        assert lamp.flushed.acquire(timeout=PATIENCE)
+
+
+def test_the_thread_ends_with_the_last_live_member_and_comes_back_when_woken(view: View) -> None:
+    lamp = Lamp()
+    view.wake(lamp)
+    assert lamp.flushed.acquire(timeout=PATIENCE)
+    lamp.live = False
+    view.wake(lamp)
+    assert view.settle([lamp], PATIENCE)
+    assert view._thread is None
+    view.wake(lamp, urgent=True)
+    assert view.settle([lamp], PATIENCE)
+    assert lamp.flushes >= 3
+
+
+def test_settling_does_not_wait_for_members_that_live_on(view: View) -> None:
+    ended, living = Lamp(), Lamp()
+    ended.live = False
+    view.wake(living)
+    view.wake(ended)
+    assert view.settle([ended], PATIENCE)
+    assert not view.settle([living], 0.01)
+
+
+def test_a_broken_member_does_not_silence_the_others(view: View, caplog: pytest.LogCaptureFixture) -> None:
+    broken, lamp = Broken(), Lamp()
+    with caplog.at_level(logging.CRITICAL):
+        view.wake(broken)
+        view.wake(lamp)
+        assert lamp.flushed.acquire(timeout=PATIENCE)
+        view.wake(lamp)
+        assert lamp.flushed.acquire(timeout=PATIENCE)
+
+
+def test_a_closed_view_starts_no_thread() -> None:
+    view = View()
+    view.close()
+    view.wake(Lamp())
+    assert view._thread is None
+
+
+def test_a_forked_child_starts_anew() -> None:
+    view = View()
+    view.close()
+    view.start_anew()
+    lamp = Lamp()
+    view.wake(lamp)
+    assert lamp.flushed.acquire(timeout=PATIENCE)
+    view.close()
