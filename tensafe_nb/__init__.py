@@ -18,7 +18,7 @@ _HOMES = {
     "LossConfig": "config",
     "Recipe": "recipe",
     "load_config": "recipe",
-    "BatchData": "types",
+    "BatchData": "batch",
     "ClientStatus": "types",
     "FutureStatus": "types",
     "RunStatus": "types",
@@ -54,6 +54,7 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr
+    from tensafe_nb.batch import BatchData
     from tensafe_nb.client import ServiceClient, TrainingClient
     from tensafe_nb.config import LoRAConfig, LossConfig, OptimizerConfig, SamplingConfig, TrainingConfig
     from tensafe_nb.errors import (
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
     from tensafe_nb.recipe import Recipe, load_config
     from tensafe_nb.records import list_runs, load_run
     from tensafe_nb.runs import TrainingRun
-    from tensafe_nb.types import BatchData, ClientStatus, FutureStatus, RunStatus
+    from tensafe_nb.types import ClientStatus, FutureStatus, RunStatus
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tensafe_nb.batch import BatchData
 from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig
 from tensafe_nb.data import Batches, Row, batches, read_prompts
 from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
@@ -17,7 +18,6 @@ from tensafe_nb.registry import load_dotted
 from tensafe_nb.runs import Batch, Loop, SupervisedLoop, TrainingRun
 from tensafe_nb.transports.base import Channel, Transport
 from tensafe_nb.types import (
-    BatchData,
     ClientStatus,
     ComputeLogprobs,
     Forward,

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from tensafe_nb.batch import IGNORE, BatchData
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.types import IGNORE, BatchData, Prompt
+from tensafe_nb.types import Prompt
 
 Row: TypeAlias = str | Mapping[str, Any]
 POOL = 50  # batches over which rows of like length are brought together

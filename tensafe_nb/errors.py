@@ -8,9 +8,14 @@ TGTinkerError
 ├── ClientClosedError                       an operation after close()
 ├── QueueFullError                          too many operations are waiting
 ├── RewardError                             a reward function that failed on a rollout
+├── StorageError                            the home folder could not be written or read; what was there is intact
+├── DecryptionError                         a wrong key or an altered file: one message for both; nothing was loaded
+│   └── KeyUnavailableError                 the key that would open it is not here; says which one that is
+├── AuditLogError                           the audit log cannot be read or continued
 ├── NotFoundError (LookupError)
 │   ├── TrainingClientNotFoundError
-│   └── RunNotFoundError
+│   ├── RunNotFoundError
+│   └── ArtifactNotFoundError
 └── FutureError
     ├── FutureTimeoutError (TimeoutError)   waiting took too long; the operation goes on
     ├── FutureCancelledError                the operation was cancelled
@@ -103,6 +108,30 @@ class RewardError(TGTinkerError):
     code = "reward_error"
 
 
+class StorageError(TGTinkerError):
+    """The home folder could not be written or read: a full disk, a missing right. What was there before is intact."""
+
+    code = "storage_error"
+
+
+class DecryptionError(TGTinkerError):
+    """A sealed file did not open: a wrong key, or a file that was altered. Nothing of it was used."""
+
+    code = "decryption_error"
+
+
+class KeyUnavailableError(DecryptionError):
+    """The key that is needed is not here; `details["key_ids"]` lists the keys that would open the file."""
+
+    code = "key_unavailable"
+
+
+class AuditLogError(TGTinkerError):
+    """The audit log cannot be read or continued."""
+
+    code = "audit_log_error"
+
+
 class NotFoundError(TGTinkerError, LookupError):
     """Something was asked for by an id that nothing has."""
 
@@ -119,6 +148,12 @@ class RunNotFoundError(NotFoundError):
     """No recorded run has this id."""
 
     code = "run_not_found"
+
+
+class ArtifactNotFoundError(NotFoundError):
+    """No stored artifact has this id or name."""
+
+    code = "artifact_not_found"
 
 
 class FutureError(TGTinkerError):

@@ -14,9 +14,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from tensafe_nb.batch import Array
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import from_plain, plain, to_plain
-from tensafe_nb.types import Array
 
 if sys.platform != "win32":  # there, a run of another process counts as interrupted
     import fcntl

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Si
 from math import ceil
 from typing import Any, Protocol, TypeVar
 
+from tensafe_nb.batch import BatchData
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import (
     ClientClosedError,
@@ -21,7 +22,7 @@ from tensafe_nb.errors import (
 from tensafe_nb.events import Event, Metrics, RunHistory, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise
 from tensafe_nb.registry import load_dotted
-from tensafe_nb.types import BatchData, ForwardResult, FutureStatus, RunResult, RunStatus
+from tensafe_nb.types import ForwardResult, FutureStatus, RunResult, RunStatus
 
 logger = logging.getLogger(__name__)
 

@@ -1,22 +1,16 @@
-"""The plain data that flows through the toolkit: batches, operations, results, statuses."""
+"""The plain data that flows through the toolkit: statuses, operations, results."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
 from tensafe_nb import config
-from tensafe_nb.errors import ValidationError
+from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.plain import plain
 
-Array: TypeAlias = NDArray[Any]
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
-IGNORE = -100
-PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id")
 
 
 class ClientStatus(StrEnum):
@@ -54,193 +48,6 @@ class RunStatus(StrEnum):
     @property
     def ended(self) -> bool:
         return self in (RunStatus.STOPPED, RunStatus.FINISHED, RunStatus.FAILED, RunStatus.INTERRUPTED)
-
-
-@plain
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchData:
-    """A batch of token sequences, checked once, here.
-
-    `labels[b][t]` is the target for position t: already shifted; the model never shifts again. -100 is ignored.
-
-    Args:
-        input_ids: (B, T) token ids.
-        attention_mask: (B, T), 1 for tokens and 0 for padding; all 1 when None.
-        labels: (B, T); when None, the next token of the same row.
-        extras: What a loss needs besides: per token (B, T), or per sequence (B,) or (B, D).
-
-    Raises:
-        ValidationError: Ragged, empty, or shapes that do not fit.
-
-    Example:
-        >>> batch = BatchData(input_ids=[[1, 2, 3, 4]], labels=[[2, 3, 4, -100]])
-        >>> batch.shape
-        (1, 4)
-    """
-
-    input_ids: Array
-    attention_mask: Array = None  # type: ignore[assignment]  # filled below
-    labels: Array = None  # type: ignore[assignment]  # filled below
-    extras: Mapping[str, Array] = field(default_factory=dict)
-
-    def __init__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        labels: ArrayLike | None = None,
-        extras: Mapping[str, ArrayLike] | None = None,
-        **more_extras: ArrayLike,
-    ) -> None:
-        ids = _integers(input_ids, "input_ids")
-        if ids.ndim != 2 or ids.size == 0:
-            raise ValidationError(
-                f"BatchData.input_ids has shape {ids.shape}: expected (rows, tokens) with at least one of each."
-            )
-        mask = np.ones_like(ids) if attention_mask is None else _integers(attention_mask, "attention_mask")
-        _same_shape(mask, ids, "attention_mask")
-        if not np.isin(mask, (0, 1)).all():
-            raise ValidationError("BatchData.attention_mask may hold only 0 (padding) and 1 (token).")
-        targets = next_token_labels(ids, mask) if labels is None else _integers(labels, "labels")
-        _same_shape(targets, ids, "labels")
-        _check_labels(targets, mask, derived=labels is None)
-        values = {k: _extra(v, k, len(ids)) for k, v in {**(extras or {}), **more_extras}.items()}
-        self._set(ids, mask, targets, values)
-
-    @classmethod
-    def of(cls, batch: "BatchData | Mapping[str, Any]") -> "BatchData":
-        """Return a BatchData from one, or from a dict with the same names."""
-        if isinstance(batch, BatchData):
-            return batch
-        if not isinstance(batch, Mapping):
-            raise ValidationError(
-                f"A batch is a BatchData or a dict with 'input_ids', not a {type(batch).__name__}."
-            )
-        if "input_ids" not in batch:
-            raise ValidationError(f"The batch has no 'input_ids'; it has {sorted(batch)}.")
-        return cls(**batch)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and tokens per row, padding included."""
-        rows, tokens = self.input_ids.shape
-        return rows, tokens
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BatchData) and all(
-            a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-            for a, b in zip(self._arrays(), other._arrays(), strict=True)
-        )
-
-    def _arrays(self) -> Iterator[Array]:
-        yield from (self.input_ids, self.attention_mask, self.labels)
-        yield from (self.extras[name] for name in sorted(self.extras))
-
-    def __repr__(self) -> str:
-        labelled = int((self.labels != IGNORE).sum())
-        extras = f", extras={sorted(self.extras)}" if self.extras else ""
-        return f"BatchData(rows={len(self)}, tokens={int(self.attention_mask.sum())}, labelled={labelled}{extras})"
-
-    def per_token(self, name: str) -> bool:
-        """Whether the extra `name` has one value per token, (B, T)."""
-        return self.extras[name].shape == self.shape and name not in PER_SEQUENCE
-
-    def rows(self, start: int, stop: int) -> "BatchData":
-        """Return rows start:stop without the columns that are padding in all of them."""
-        used = np.flatnonzero(self.attention_mask[start:stop].any(axis=0))
-        columns = slice(int(used[0]), int(used[-1]) + 1)
-
-        def cut(name: str) -> Array:
-            value = self.extras[name][start:stop]
-            return value[:, columns] if self.per_token(name) else value
-
-        part = object.__new__(BatchData)  # checked already: a part may well have no label at all
-        part._set(
-            self.input_ids[start:stop, columns],
-            self.attention_mask[start:stop, columns],
-            self.labels[start:stop, columns],
-            {name: cut(name) for name in self.extras},
-        )
-        return part
-
-    def _set(
-        self, input_ids: Array, attention_mask: Array, labels: Array, extras: Mapping[str, Array]
-    ) -> None:
-        for name, value in zip(self.__slots__, (input_ids, attention_mask, labels, extras), strict=True):
-            object.__setattr__(self, name, value)
-
-
-def next_token_labels(input_ids: Array, attention_mask: Array) -> Array:
-    """Return labels (B, T): the next token where this one and the next are tokens, else -100."""
-    labels = np.full_like(input_ids, IGNORE)
-    both = (attention_mask[:, :-1] == 1) & (attention_mask[:, 1:] == 1)
-    labels[:, :-1] = np.where(both, input_ids[:, 1:], IGNORE)
-    return labels
-
-
-def _integers(value: ArrayLike, name: str) -> Array:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        lengths = [len(row) if isinstance(row, Sequence | np.ndarray) else None for row in value]
-        for row, length in enumerate(lengths):
-            if length is not None and length != lengths[0]:
-                raise ValidationError(
-                    f"BatchData.{name}: row {row} has {length} entries, row 0 has {lengths[0]}. "
-                    f"Rows must be equally long: pad them, or let tensafe_nb.data.batches do it."
-                )
-    array = _array(value, name)
-    if array.size and array.dtype.kind not in "iub":
-        raise ValidationError(f"BatchData.{name} holds {array.dtype}, expected whole numbers.")
-    return array.astype(
-        np.int64
-    )  # a copy: the caller may reuse its buffer while the batch waits in the queue
-
-
-def _same_shape(array: Array, ids: Array, name: str) -> None:
-    if array.shape != ids.shape:
-        raise ValidationError(
-            f"BatchData.{name} has shape {array.shape}, input_ids has {ids.shape}: they must match."
-        )
-
-
-def _check_labels(labels: Array, mask: Array, *, derived: bool) -> None:
-    if not mask.any(axis=1).all():
-        row = int(np.flatnonzero(~mask.any(axis=1))[0])
-        raise ValidationError(f"BatchData: row {row} is all padding (attention_mask 0). Leave it out.")
-    stray = (labels != IGNORE) & (mask == 0)
-    if stray.any():
-        row, column = np.argwhere(stray)[0]
-        raise ValidationError(
-            f"BatchData.labels[{row}][{column}] is {labels[row, column]} where attention_mask is 0: "
-            f"padding must have the label {IGNORE}."
-        )
-    if (labels == IGNORE).all():
-        why = "the rows are one token long" if derived else f"every label is {IGNORE}"
-        raise ValidationError(f"BatchData has nothing to learn from: {why}. Label at least one position.")
-
-
-def _array(value: ArrayLike, name: str) -> Array:
-    """Return a copy: the caller may reuse its buffer while the batch waits in the queue."""
-    try:
-        array = np.asarray(value).copy()
-    except (ValueError, TypeError, RuntimeError) as error:  # ragged; or a tensor that numpy cannot read
-        reason = str(error).splitlines()[0]
-        raise ValidationError(f"BatchData.{name} cannot be read as one array of numbers: {reason}") from error
-    if array.dtype.kind == "O":
-        raise ValidationError(
-            f"BatchData.{name} cannot be read as one array of numbers: it holds mixed objects."
-        )
-    return array
-
-
-def _extra(value: ArrayLike, name: str, rows: int) -> Array:
-    array = _array(value, name)
-    if array.ndim == 0 or len(array) != rows:
-        raise ValidationError(
-            f"BatchData.{name} has shape {array.shape}: the first dimension must be the {rows} rows of the batch."
-        )
-    return array
 
 
 @plain
@@ -291,7 +98,28 @@ class ComputeLogprobs:
     reference: bool = False
 
 
-Operation: TypeAlias = ForwardBackward | Forward | OptimStep | Sample | ComputeLogprobs
+@plain
+@dataclass(frozen=True, slots=True)
+class SaveState:
+    """Seal the client's state as an artifact; `position` says where a run stood in its data."""
+
+    include_optimizer: bool = True
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    position: Mapping[str, Any] | None = None
+
+
+@plain
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """Take the state of an artifact, given by its id or its name."""
+
+    artifact_id: str
+
+
+Operation: TypeAlias = (
+    ForwardBackward | Forward | OptimStep | Sample | ComputeLogprobs | SaveState | LoadState
+)
 
 
 @plain
@@ -404,7 +232,150 @@ class LogprobsResult:
     policy_version: int | None
 
 
-Result: TypeAlias = ForwardBackwardResult | ForwardResult | OptimStepResult | SampleResult | LogprobsResult
+@plain
+@dataclass(frozen=True, slots=True)
+class Encryption:
+    """How an artifact is sealed, and the id of the key that opens it."""
+
+    algorithm: str
+    key_id: str
+
+
+@plain
+@dataclass(frozen=True, slots=True)
+class SaveStateResult:
+    """What `save_state` wrote, and what `list_artifacts` finds.
+
+    Attributes:
+        artifact_id: Names it everywhere; `load_state` takes it.
+        artifact_type: "checkpoint".
+        size_bytes: Of the sealed file.
+        content_hash: "sha256:…" of header and sealed content; changing the key does not change it.
+        encryption: Algorithm and key id.
+        metadata: The user's own. None where this process has no key to read it.
+        created_at: Unix seconds.
+        name: The user's own. None without one, or without the key.
+        step: Optimiser steps taken when it was saved.
+        model_ref: The base model.
+        saved_by: Id of the training client.
+        dp_metrics: None without differential privacy.
+    """
+
+    artifact_id: str
+    artifact_type: str
+    size_bytes: int
+    content_hash: str
+    encryption: Encryption
+    metadata: Mapping[str, Any] | None
+    created_at: float
+    name: str | None
+    step: int
+    model_ref: str
+    saved_by: str
+    dp_metrics: None = None
+
+
+@plain
+@dataclass(frozen=True, slots=True)
+class LoadStateResult:
+    """What `load_state` took.
+
+    Attributes:
+        loaded_artifact_id: The artifact.
+        step: Optimiser steps taken by the state that is now loaded.
+        status: "READY".
+        optimizer_restored: Whether the artifact held the optimiser's moments; without them they start at zero.
+        position: Where the run that saved it stood in its data; None outside a run.
+    """
+
+    loaded_artifact_id: str
+    step: int
+    status: str
+    optimizer_restored: bool
+    position: Mapping[str, Any] | None = None
+
+
+@plain
+@dataclass(frozen=True, slots=True)
+class AuditLogEntry:
+    """One record of the audit log: who did what when, chained to the record before it.
+
+    Attributes:
+        entry_id: Names the record.
+        seq: Its number in the log, from 0.
+        kind: "op", "key", "artifact" (deleted, imported, exported), "genesis".
+        tenant_id: Whose log it is.
+        training_client_id: None for what no client did.
+        operation: The verb.
+        request_hash: Keyed hash of what was asked for: without the key nobody can test guesses about the data.
+        request_size_bytes: Size of what was asked for.
+        artifact_ids_produced: Artifacts written.
+        artifact_ids_consumed: Artifacts read or deleted.
+        started_at: Unix seconds.
+        completed_at: Unix seconds.
+        duration_ms: Between the two.
+        success: Whether it completed.
+        error_code: Of the error, or "cancelled".
+        error_message: The class of the error; never its text, which could hold data.
+        prev_hash: `record_hash` of the record before; 64 zeros in the first.
+        record_hash: SHA-256 of this record.
+        dp_metrics: None without differential privacy.
+    """
+
+    entry_id: str
+    seq: int
+    kind: str
+    tenant_id: str
+    training_client_id: str | None
+    operation: str
+    request_hash: str
+    request_size_bytes: int
+    artifact_ids_produced: tuple[str, ...]
+    artifact_ids_consumed: tuple[str, ...]
+    started_at: float
+    completed_at: float
+    duration_ms: float
+    success: bool
+    error_code: str | None
+    error_message: str | None
+    prev_hash: str
+    record_hash: str
+    dp_metrics: None = None
+
+
+@plain
+@dataclass(frozen=True, slots=True)
+class AuditVerification:
+    """What verifying an audit log showed.
+
+    Attributes:
+        ok: Whether every check that could be made passed.
+        records: Records checked.
+        first_bad_seq: Number of the first record that does not fit; None when all do.
+        reason: What is wrong with it, or None.
+        head: `record_hash` of the last record: note it elsewhere, it is the anchor of the next verification.
+        anchors_matched: The given anchors that are in the log.
+        not_checked: Checks that could not be made, and what they need.
+    """
+
+    ok: bool
+    records: int
+    first_bad_seq: int | None
+    reason: str | None
+    head: str | None
+    anchors_matched: tuple[str, ...] = ()
+    not_checked: tuple[str, ...] = ()
+
+
+Result: TypeAlias = (
+    ForwardBackwardResult
+    | ForwardResult
+    | OptimStepResult
+    | SampleResult
+    | LogprobsResult
+    | SaveStateResult
+    | LoadStateResult
+)
 
 
 @plain

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.engine import models, optimizers, sampling
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
@@ -23,9 +24,6 @@ from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import Declaration, LossValue
 from tensafe_nb.losses.views import chunk_rows
 from tensafe_nb.types import (
-    IGNORE,
-    Array,
-    BatchData,
     ForwardBackwardResult,
     ForwardResult,
     LogprobsResult,

@@ -19,10 +19,10 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from tensafe_nb.batch import BatchData
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses.views import LossOutputs
 from tensafe_nb.registry import Registry, check_keywords, name_of
-from tensafe_nb.types import BatchData
 
 LossFunction: TypeAlias = Callable[..., "Tensor | Mapping[str, Any]"]
 ALWAYS_ALLOWED = frozenset(

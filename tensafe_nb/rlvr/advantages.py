@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from tensafe_nb.batch import Array
 from tensafe_nb.rlvr.rollouts import NO_SIGNAL, bessel_std
-from tensafe_nb.types import Array
 
 Baseline: TypeAlias = Literal["none", "ema", "rloo", "group"]
 Scale: TypeAlias = Literal["none", "group", "batch"]

@@ -8,13 +8,14 @@ from typing import Any, Literal, Self
 import numpy as np
 import pydantic
 
+from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.config import Config
 from tensafe_nb.errors import TGTinkerError, ValidationError
 from tensafe_nb.futures import FutureHandle, combine, completed
 from tensafe_nb.plain import plain
 from tensafe_nb.rlvr.advantages import Aggregation, Baseline, EMABaseline, Scale, advantages, token_weights
 from tensafe_nb.rlvr.rollouts import MOCK, PolicyClient, Trajectory, TrajectoryBatch
-from tensafe_nb.types import IGNORE, Array, BatchData, ForwardBackwardResult, OptimStepResult
+from tensafe_nb.types import ForwardBackwardResult, OptimStepResult
 
 MOCK_NOTE = "off-policy: mock data"
 

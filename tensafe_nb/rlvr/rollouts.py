@@ -10,19 +10,12 @@ from typing import Any, Protocol, TypeAlias, overload
 
 import numpy as np
 
+from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle, combine
-from tensafe_nb.types import (
-    Array,
-    BatchData,
-    ForwardBackwardResult,
-    Message,
-    OptimStepResult,
-    SampledSequence,
-    SampleResult,
-)
+from tensafe_nb.types import ForwardBackwardResult, Message, OptimStepResult, SampledSequence, SampleResult
 
 MOCK = "mock"
 NO_SIGNAL = 1e-6  # rewards of a group that differ by less teach nothing

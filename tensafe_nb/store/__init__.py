@@ -1,1 +1,1 @@
-"""Where things are kept: the home folder and, later, artifacts and keys."""
+"""Where things are kept: the home folder, keys, sealed artifacts, the audit log."""

@@ -20,3 +20,18 @@ def runs() -> Path:
 def event_log(training_client_id: str) -> Path:
     """Return the path of a training client's event log."""
     return runs() / training_client_id / "events.jsonl"
+
+
+def keys() -> Path:
+    """Return the folder of the local key file and of the salts of passphrases."""
+    return home() / "keys"
+
+
+def artifacts(tenant: str) -> Path:
+    """Return the folder of a tenant's sealed artifacts."""
+    return home() / "artifacts" / tenant
+
+
+def audit(tenant: str) -> Path:
+    """Return the folder of a tenant's audit log."""
+    return home() / "audit" / tenant

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from tensafe_nb.batch import Array
 from tensafe_nb.runs import TrainingRun
-from tensafe_nb.types import Array, RunStatus
+from tensafe_nb.types import RunStatus
 from tensafe_nb.widgets.feed import Facts, Feed
 from tensafe_nb.widgets.format import clock, number
 

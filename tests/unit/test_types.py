@@ -9,9 +9,9 @@ from hypothesis.extra import numpy as hnp
 
 import tensafe_nb as tn
 from tensafe_nb import types
+from tensafe_nb.batch import BatchData
 from tensafe_nb.events import Metrics, OperationFailed, RunState
 from tensafe_nb.plain import from_plain, to_plain
-from tensafe_nb.types import BatchData
 
 
 def round_trip(value: Any) -> Any:

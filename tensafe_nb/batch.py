@@ -1,0 +1,202 @@
+"""A batch of token sequences, checked once, where it enters."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.plain import plain
+
+Array: TypeAlias = NDArray[Any]
+IGNORE = -100
+PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id")
+
+
+@plain
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchData:
+    """A batch of token sequences, checked once, here.
+
+    `labels[b][t]` is the target for position t: already shifted; the model never shifts again. -100 is ignored.
+
+    Args:
+        input_ids: (B, T) token ids.
+        attention_mask: (B, T), 1 for tokens and 0 for padding; all 1 when None.
+        labels: (B, T); when None, the next token of the same row.
+        extras: What a loss needs besides: per token (B, T), or per sequence (B,) or (B, D).
+
+    Raises:
+        ValidationError: Ragged, empty, or shapes that do not fit.
+
+    Example:
+        >>> batch = BatchData(input_ids=[[1, 2, 3, 4]], labels=[[2, 3, 4, -100]])
+        >>> batch.shape
+        (1, 4)
+    """
+
+    input_ids: Array
+    attention_mask: Array = None  # type: ignore[assignment]  # filled below
+    labels: Array = None  # type: ignore[assignment]  # filled below
+    extras: Mapping[str, Array] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        extras: Mapping[str, ArrayLike] | None = None,
+        **more_extras: ArrayLike,
+    ) -> None:
+        ids = _integers(input_ids, "input_ids")
+        if ids.ndim != 2 or ids.size == 0:
+            raise ValidationError(
+                f"BatchData.input_ids has shape {ids.shape}: expected (rows, tokens) with at least one of each."
+            )
+        mask = np.ones_like(ids) if attention_mask is None else _integers(attention_mask, "attention_mask")
+        _same_shape(mask, ids, "attention_mask")
+        if not np.isin(mask, (0, 1)).all():
+            raise ValidationError("BatchData.attention_mask may hold only 0 (padding) and 1 (token).")
+        targets = next_token_labels(ids, mask) if labels is None else _integers(labels, "labels")
+        _same_shape(targets, ids, "labels")
+        _check_labels(targets, mask, derived=labels is None)
+        values = {k: _extra(v, k, len(ids)) for k, v in {**(extras or {}), **more_extras}.items()}
+        self._set(ids, mask, targets, values)
+
+    @classmethod
+    def of(cls, batch: "BatchData | Mapping[str, Any]") -> "BatchData":
+        """Return a BatchData from one, or from a dict with the same names."""
+        if isinstance(batch, BatchData):
+            return batch
+        if not isinstance(batch, Mapping):
+            raise ValidationError(
+                f"A batch is a BatchData or a dict with 'input_ids', not a {type(batch).__name__}."
+            )
+        if "input_ids" not in batch:
+            raise ValidationError(f"The batch has no 'input_ids'; it has {sorted(batch)}.")
+        return cls(**batch)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens per row, padding included."""
+        rows, tokens = self.input_ids.shape
+        return rows, tokens
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BatchData) and all(
+            a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+            for a, b in zip(self._arrays(), other._arrays(), strict=True)
+        )
+
+    def _arrays(self) -> Iterator[Array]:
+        yield from (self.input_ids, self.attention_mask, self.labels)
+        yield from (self.extras[name] for name in sorted(self.extras))
+
+    def __repr__(self) -> str:
+        labelled = int((self.labels != IGNORE).sum())
+        extras = f", extras={sorted(self.extras)}" if self.extras else ""
+        return f"BatchData(rows={len(self)}, tokens={int(self.attention_mask.sum())}, labelled={labelled}{extras})"
+
+    def per_token(self, name: str) -> bool:
+        """Whether the extra `name` has one value per token, (B, T)."""
+        return self.extras[name].shape == self.shape and name not in PER_SEQUENCE
+
+    def rows(self, start: int, stop: int) -> "BatchData":
+        """Return rows start:stop without the columns that are padding in all of them."""
+        used = np.flatnonzero(self.attention_mask[start:stop].any(axis=0))
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+
+        def cut(name: str) -> Array:
+            value = self.extras[name][start:stop]
+            return value[:, columns] if self.per_token(name) else value
+
+        part = object.__new__(BatchData)  # checked already: a part may well have no label at all
+        part._set(
+            self.input_ids[start:stop, columns],
+            self.attention_mask[start:stop, columns],
+            self.labels[start:stop, columns],
+            {name: cut(name) for name in self.extras},
+        )
+        return part
+
+    def _set(
+        self, input_ids: Array, attention_mask: Array, labels: Array, extras: Mapping[str, Array]
+    ) -> None:
+        for name, value in zip(self.__slots__, (input_ids, attention_mask, labels, extras), strict=True):
+            object.__setattr__(self, name, value)
+
+
+def next_token_labels(input_ids: Array, attention_mask: Array) -> Array:
+    """Return labels (B, T): the next token where this one and the next are tokens, else -100."""
+    labels = np.full_like(input_ids, IGNORE)
+    both = (attention_mask[:, :-1] == 1) & (attention_mask[:, 1:] == 1)
+    labels[:, :-1] = np.where(both, input_ids[:, 1:], IGNORE)
+    return labels
+
+
+def _integers(value: ArrayLike, name: str) -> Array:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        lengths = [len(row) if isinstance(row, Sequence | np.ndarray) else None for row in value]
+        for row, length in enumerate(lengths):
+            if length is not None and length != lengths[0]:
+                raise ValidationError(
+                    f"BatchData.{name}: row {row} has {length} entries, row 0 has {lengths[0]}. "
+                    f"Rows must be equally long: pad them, or let tensafe_nb.data.batches do it."
+                )
+    array = _array(value, name)
+    if array.size and array.dtype.kind not in "iub":
+        raise ValidationError(f"BatchData.{name} holds {array.dtype}, expected whole numbers.")
+    return array.astype(
+        np.int64
+    )  # a copy: the caller may reuse its buffer while the batch waits in the queue
+
+
+def _same_shape(array: Array, ids: Array, name: str) -> None:
+    if array.shape != ids.shape:
+        raise ValidationError(
+            f"BatchData.{name} has shape {array.shape}, input_ids has {ids.shape}: they must match."
+        )
+
+
+def _check_labels(labels: Array, mask: Array, *, derived: bool) -> None:
+    if not mask.any(axis=1).all():
+        row = int(np.flatnonzero(~mask.any(axis=1))[0])
+        raise ValidationError(f"BatchData: row {row} is all padding (attention_mask 0). Leave it out.")
+    stray = (labels != IGNORE) & (mask == 0)
+    if stray.any():
+        row, column = np.argwhere(stray)[0]
+        raise ValidationError(
+            f"BatchData.labels[{row}][{column}] is {labels[row, column]} where attention_mask is 0: "
+            f"padding must have the label {IGNORE}."
+        )
+    if (labels == IGNORE).all():
+        why = "the rows are one token long" if derived else f"every label is {IGNORE}"
+        raise ValidationError(f"BatchData has nothing to learn from: {why}. Label at least one position.")
+
+
+def _array(value: ArrayLike, name: str) -> Array:
+    """Return a copy: the caller may reuse its buffer while the batch waits in the queue."""
+    try:
+        array = np.asarray(value).copy()
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged; or a tensor that numpy cannot read
+        reason = str(error).splitlines()[0]
+        raise ValidationError(f"BatchData.{name} cannot be read as one array of numbers: {reason}") from error
+    if array.dtype.kind == "O":
+        raise ValidationError(
+            f"BatchData.{name} cannot be read as one array of numbers: it holds mixed objects."
+        )
+    return array
+
+
+def _extra(value: ArrayLike, name: str, rows: int) -> Array:
+    array = _array(value, name)
+    if array.ndim == 0 or len(array) != rows:
+        raise ValidationError(
+            f"BatchData.{name} has shape {array.shape}: the first dimension must be the {rows} rows of the batch."
+        )
+    return array
