@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ServiceClient": "client",
+    "ServiceClient": "service",
     "TrainingClient": "client",
     "TrainingConfig": "config",
     "LoRAConfig": "config",
@@ -37,9 +37,14 @@ _HOMES = {
             "ClientClosedError",
             "QueueFullError",
             "RewardError",
+            "StorageError",
+            "DecryptionError",
+            "KeyUnavailableError",
+            "AuditLogError",
             "NotFoundError",
             "TrainingClientNotFoundError",
             "RunNotFoundError",
+            "ArtifactNotFoundError",
             "FutureError",
             "FutureTimeoutError",
             "FutureCancelledError",
@@ -55,21 +60,26 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr
     from tensafe_nb.batch import BatchData
-    from tensafe_nb.client import ServiceClient, TrainingClient
+    from tensafe_nb.client import TrainingClient
     from tensafe_nb.config import LoRAConfig, LossConfig, OptimizerConfig, SamplingConfig, TrainingConfig
     from tensafe_nb.errors import (
+        ArtifactNotFoundError,
+        AuditLogError,
         ClientClosedError,
+        DecryptionError,
         FutureCancelledError,
         FutureError,
         FutureFailedError,
         FutureTimeoutError,
         InsufficientMemoryError,
+        KeyUnavailableError,
         ModelLoadError,
         NonFiniteLossError,
         NotFoundError,
         QueueFullError,
         RewardError,
         RunNotFoundError,
+        StorageError,
         TGTinkerError,
         TrainingClientNotFoundError,
         ValidationError,
@@ -78,6 +88,7 @@ if TYPE_CHECKING:
     from tensafe_nb.recipe import Recipe, load_config
     from tensafe_nb.records import list_runs, load_run
     from tensafe_nb.runs import TrainingRun
+    from tensafe_nb.service import ServiceClient
     from tensafe_nb.types import ClientStatus, FutureStatus, RunStatus
 
 

@@ -1,4 +1,4 @@
-"""The command `tensafe-nb`: run the demo, open the notebooks, train from a file."""
+"""The command `tensafe-nb`: run the demo, open the notebooks, train from a file; `store_cli` adds the rest."""
 
 import argparse
 import asyncio
@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tensafe_nb.client import ServiceClient
 from tensafe_nb.errors import TGTinkerError, ValidationError
 from tensafe_nb.events import Metrics, RunHistory, RunState, RunStep
 from tensafe_nb.recipe import load_config
+from tensafe_nb.service import ServiceClient
 from tensafe_nb.store import home
+from tensafe_nb.store_cli import add_commands
 from tensafe_nb.types import RunResult, RunStatus
 
 QUICKSTART = "01_quickstart.ipynb"
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tensafe-nb", description="Train language models from a notebook.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|lab|run")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="run the quickstart notebook without a browser and leave a page")
     demo.add_argument(
         "--to", type=Path, default=Path("build/demo.html"), help="the page (default: %(default)s)"
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--eval", type=Path, help="a .jsonl file with held-out rows")
     run.add_argument("--steps", type=int, help="optimiser steps, instead of the file's steps and epochs")
     run.set_defaults(run=_run)
+    add_commands(commands)
     return parser
 
 

@@ -1,7 +1,6 @@
-"""What a notebook holds: a ServiceClient, and the TrainingClients it makes."""
+"""What a notebook holds: a TrainingClient, whose every verb queues an operation and returns a handle."""
 
 import asyncio
-import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import Any, Self
 from tensafe_nb.batch import BatchData
 from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig
 from tensafe_nb.data import Batches, Row, batches, read_prompts
-from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
+from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.events import Event, RunHistory, StatusChanged
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.plain import plain_metadata
 from tensafe_nb.registry import load_dotted
-from tensafe_nb.runs import Batch, Loop, SupervisedLoop, TrainingRun
-from tensafe_nb.transports.base import Channel, Transport
+from tensafe_nb.retention import Checkpoints
+from tensafe_nb.runs import Batch, Loop, TrainingRun
+from tensafe_nb.supervised import SupervisedLoop
+from tensafe_nb.transports.base import Channel
 from tensafe_nb.types import (
     ClientStatus,
     ComputeLogprobs,
@@ -24,6 +26,8 @@ from tensafe_nb.types import (
     ForwardBackward,
     ForwardBackwardResult,
     ForwardResult,
+    LoadState,
+    LoadStateResult,
     LogprobsResult,
     Operation,
     OptimStep,
@@ -31,105 +35,26 @@ from tensafe_nb.types import (
     Prompt,
     Sample,
     SampleResult,
+    SaveState,
+    SaveStateResult,
     TrainingClientInfo,
 )
 
 LossSpec = str | Callable[..., Any]
+MAX_NAME = 200  # characters of a checkpoint's name
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
-VERBS = frozenset({"forward_backward", "forward", "optim_step", "sample", "compute_logprobs"})
-
-
-class ServiceClient:
-    """The way in: makes training clients.
-
-    Args:
-        base_url: A remote core; None (and no TENSAFE_BASE_URL) trains in this process.
-        api_key: For a remote core; else TENSAFE_API_KEY.
-
-    Raises:
-        ValidationError: A remote core was asked for, which this version does not have yet.
-
-    Example:
-        >>> service = ServiceClient()
-        >>> tc = service.create_training_client(model_ref="builtin:tiny", lora_config=LoRAConfig(rank=8))
-    """
-
-    def __init__(self, base_url: str | None = None, api_key: str | None = None) -> None:
-        base_url = base_url or os.environ.get("TENSAFE_BASE_URL")
-        if base_url is not None:
-            raise ValidationError(
-                f"A remote core ({base_url}) cannot be reached by this version: it trains in this process only. "
-                f"Call ServiceClient() without base_url, and unset TENSAFE_BASE_URL."
-            )
-        _let_waiting_threads_sleep()
-        from tensafe_nb.transports.embedded import EmbeddedTransport
-
-        self._transport: Transport = EmbeddedTransport()
-        self._clients: dict[str, TrainingClient] = {}
-        self._closed = False
-
-    def create_training_client(self, config: TrainingConfig | None = None, **fields: Any) -> "TrainingClient":
-        """Make a training client. Returns at once; its model loads in the background.
-
-        Before you load a transformers model of your own, wait for it (`await tc.ready()`): transformers patches torch
-        while it loads, and two loads at once corrupt each other.
-
-        Args:
-            config: What to train; None for the defaults.
-            fields: Fields of TrainingConfig, instead of or on top of `config`.
-
-        Raises:
-            ValidationError: A field that does not fit.
-        """
-        if config is not None and not isinstance(config, TrainingConfig):
-            raise ValidationError(
-                f"create_training_client takes a TrainingConfig, or its fields as keywords, not {config!r}."
-            )
-        if self._closed:
-            raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
-        config = TrainingConfig(**fields) if config is None else config.replace(**fields)
-        client = TrainingClient(self._transport.create(config))
-        self._clients[client.training_client_id] = client
-        return client
-
-    def list_training_clients(self) -> list[TrainingClientInfo]:
-        """Return the training clients that are not closed, oldest first."""
-        return [channel.info() for channel in self._transport.channels()]
-
-    def get_training_client(self, training_client_id: str) -> "TrainingClient":
-        """Return a training client by its id.
-
-        Raises:
-            TrainingClientNotFoundError: This service has none of that id.
-        """
-        if training_client_id not in self._clients:
-            raise TrainingClientNotFoundError(
-                f"There is no training client {training_client_id!r} in this process. Known: {sorted(self._clients)}. "
-                f"The history of earlier ones is in list_runs()."
-            )
-        return self._clients[training_client_id]
-
-    def close(self) -> None:
-        """Close every training client of this service; idempotent."""
-        self._closed = True
-        for client in self._clients.values():
-            client.close()
-        self._transport.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        await asyncio.to_thread(self.close)
-
-    def __repr__(self) -> str:
-        return f"<ServiceClient embedded, {len(self._transport.channels())} training clients>"
+VERBS = frozenset(
+    {
+        "forward_backward",
+        "forward",
+        "optim_step",
+        "sample",
+        "compute_logprobs",
+        "save_state",
+        "load_state",
+    }
+)
+Fork = Callable[[Channel, TrainingConfig, Callable[[], str]], "TrainingClient"]
 
 
 class TrainingClient:
@@ -143,8 +68,8 @@ class TrainingClient:
         >>> print((await loss).loss, (await step).step)
     """
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, fork: Fork, delete_artifact: Callable[[str], None]) -> None:
+        self._channel, self._fork, self._delete_artifact = channel, fork, delete_artifact
         self._runs: list[TrainingRun] = []
 
     # verbs
@@ -231,6 +156,73 @@ class TrainingClient:
             )
         return self._submit(ComputeLogprobs(BatchData.of(batch), temperature, reference))
 
+    def save_state(
+        self,
+        include_optimizer: bool = True,
+        metadata: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        *,
+        position: Mapping[str, Any] | None = None,
+    ) -> FutureHandle[SaveStateResult]:
+        """Seal everything that training needs to go on, as an artifact in the home folder.
+
+        It holds exactly the operations submitted before it: weights, optimiser, gradients of an open step, random
+        streams, step, configuration.
+
+        Args:
+            include_optimizer: False leaves out the optimiser's moments (two thirds of the size with adamw).
+            metadata: Your own plain data, sealed with the state.
+            name: A name for `load_state`; the newest artifact of a name counts.
+            position: Where a run stands in its data; `run.checkpoint()` fills it in.
+
+        Raises:
+            ValidationError: Metadata that is not plain data, or a name that is no text.
+        """
+        if name is not None and (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME):
+            raise ValidationError(f"save_state: name={name!r} must be a text of 1 to {MAX_NAME} characters.")
+        metadata = plain_metadata(metadata or {})
+        return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
+
+    def load_state(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
+        """Take the state of an artifact in place of this client's own; all of it, or on any failure nothing.
+
+        Args:
+            artifact_id: Its id, or its name.
+
+        Raises:
+            ValidationError: No id. The handle fails with `ArtifactNotFoundError`, `DecryptionError`, or, for an
+                artifact of another model, adapter or optimiser, with a ValidationError that lists the differences.
+        """
+        if not isinstance(artifact_id, str) or not artifact_id:
+            raise ValidationError(f"load_state takes an artifact's id or name, not {artifact_id!r}.")
+        return self._submit(LoadState(artifact_id))
+
+    def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
+        """Return a new training client that starts from a state of this one, sharing its frozen weights.
+
+        Args:
+            artifact_id: The state; None saves and takes it as it is now.
+            changes: Fields of TrainingConfig that are to be different; of `optimizer` and `loss` only those that
+                differ: `optimizer={"learning_rate": 1e-3}`.
+
+        Raises:
+            ValidationError: A field that does not fit, or that the state would not fit.
+        """
+        for field in ("model_ref", "lora_config"):
+            if field in changes:
+                raise ValidationError(
+                    f"fork: {field} cannot change: the state would not fit. Create a new client for it."
+                )
+        config = self.config.change(**changes)
+        if artifact_id is not None:
+            return self._fork(self._channel, config, lambda: artifact_id)
+        saved = self.save_state(metadata={"reason": "fork"})
+        return self._fork(self._channel, config, lambda: saved.result().artifact_id)
+
+    def delete_checkpoint(self, artifact_id: str) -> None:
+        """Delete an artifact for good; retention does this to a run's own checkpoints."""
+        self._delete_artifact(artifact_id)
+
     # data and runs
 
     def batches(
@@ -249,6 +241,10 @@ class TrainingClient:
         steps: int | None = None,
         eval_batches: Iterable[Batch] | None = None,
         eval_every: int | None = None,
+        checkpoint_every: int | None = None,
+        keep_last: int | None = None,
+        keep_best: str | None = None,
+        resume_from: str | None = None,
         show: bool = True,
     ) -> TrainingRun:
         """Train on batches. Returns at once with a run that can be awaited, paused and stopped.
@@ -259,27 +255,36 @@ class TrainingClient:
             steps: Optimiser steps after which to end.
             eval_batches: Held-out batches; their loss appears as "eval/loss" before the first and after the last step.
             eval_every: Evaluate every so many steps as well.
+            checkpoint_every: Save the state every so many steps, and after the last.
+            keep_last: Of the checkpoints this run saved by itself, keep the newest so many; None keeps all.
+            keep_best: Keep the one with the best value of this metric as well, for instance "eval/loss".
+            resume_from: A checkpoint of a run like this one: go on where it stood in the data. `steps` and `epochs`
+                count from that run's beginning.
             show: Show the progress: a bar, or plain lines where the output is no terminal.
 
         Raises:
             ValidationError: A number that is not positive.
         """
-        for name, value in (("epochs", epochs), ("steps", steps), ("eval_every", eval_every)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValidationError(f"fit: {name}={value!r} must be a whole number, at least 1.")
-        if eval_every is not None and eval_batches is None:
-            raise ValidationError(f"fit: eval_every={eval_every} needs eval_batches.")
-        for name, given in (("batches", batches), ("eval_batches", eval_batches or ())):
-            if isinstance(given, BatchData | Mapping | str) or not isinstance(given, Iterable):
-                raise ValidationError(
-                    f"fit: {name} is a list of batches (or another iterable), not {given!r}."
-                )
         loop = SupervisedLoop(
             self, batches, epochs=epochs, steps=steps, eval_batches=eval_batches, eval_every=eval_every
         )
-        return self.start_run(loop, planned_steps=loop.planned_steps, show=show)
+        return self.start_run(
+            loop,
+            planned_steps=loop.planned_steps,
+            show=show,
+            checkpoints=Checkpoints(checkpoint_every, keep_last, keep_best),
+            resume_from=resume_from,
+        )
 
-    def start_run(self, loop: Loop, *, planned_steps: int | None = None, show: bool = True) -> TrainingRun:
+    def start_run(
+        self,
+        loop: Loop,
+        *,
+        planned_steps: int | None = None,
+        show: bool = True,
+        checkpoints: Checkpoints | None = None,
+        resume_from: str | None = None,
+    ) -> TrainingRun:
         """Run a loop of your own on a thread of its own; `fit` and `RLVRTrainer` are made of this."""
         if self.status is ClientStatus.TERMINATED:
             raise ClientClosedError(
@@ -290,7 +295,7 @@ class TrainingClient:
                 f"The run {self._runs[-1].run_id} is still under way, and two would mix their steps. "
                 f"Await it, or stop() it first; another model can train at the same time on a client of its own."
             )
-        run = TrainingRun(self, loop, len(self._runs) + 1, planned_steps)
+        run = TrainingRun(self, loop, len(self._runs) + 1, planned_steps, checkpoints, resume_from)
         self._runs.append(run)
         if show:
             load_dotted("tensafe_nb.widgets:show_run")(run)
@@ -439,16 +444,6 @@ class TrainingClient:
 
     def _submit(self, operation: Operation) -> FutureHandle[Any]:
         return self._channel.submit(operation)
-
-
-def _let_waiting_threads_sleep() -> None:
-    """Ask OpenMP, before torch is first imported, not to spin while its threads wait for each other.
-
-    On a shared machine a spinning thread takes the core from the one it waits for: with two other busy processes
-    on two cores, 30 small steps took 97 s spinning and 5 s sleeping. A value the user has set stays.
-    """
-    if "torch" not in sys.modules:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _put(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Event]", event: Event) -> None:

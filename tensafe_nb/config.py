@@ -46,6 +46,19 @@ class Config(pydantic.BaseModel):
         """Return a copy with some fields changed, checked again."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
+    def change(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed; a dict changes only the fields it names of a configuration inside.
+
+        Example:
+            >>> config.change(optimizer={"learning_rate": 1e-3})  # the rest of the optimiser stays
+        """
+        inner = {
+            name: getattr(self, name).replace(**value)
+            for name, value in changes.items()
+            if isinstance(value, dict) and isinstance(getattr(self, name, None), Config)
+        }
+        return self.replace(**(changes | inner))
+
 
 class LoRAConfig(Config):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) · B·A.

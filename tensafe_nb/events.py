@@ -136,6 +136,36 @@ class RunStep(Event):
     duration: float
 
 
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A state was sealed as an artifact."""
+
+    artifact_id: str
+    step: int
+    size_bytes: int
+    content_hash: str
+    name: str | None = None
+    run_id: str | None = None
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateLoaded(Event):
+    """The state of an artifact took the place of the client's own: its step is `step` from now on."""
+
+    artifact_id: str
+    step: int
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactDeleted(Event):
+    """A checkpoint of this client was deleted."""
+
+    artifact_id: str
+
+
 class RunHistory:
     """The history of a training client: every metric as a curve, every event on disk.
 

@@ -301,7 +301,7 @@ def completed(value: R, *, operation: str, training_client_id: str) -> FutureHan
     """Return a handle of something that needed no waiting."""
     promise: Promise[R] = Promise()
     promise.succeed(value)
-    return _handle(promise, operation, training_client_id, type(value), cancel=lambda: False)
+    return handle_of(promise, operation, training_client_id, type(value), cancel=lambda: False)
 
 
 def combine(
@@ -335,23 +335,39 @@ def combine(
 
     for handle in handles:
         handle.add_done_callback(lambda _: finish())
-    return _handle(promise, operation, handles[0].training_client_id, result_type, cancel)
+    return handle_of(promise, operation, handles[0].training_client_id, result_type, cancel)
 
 
-def _handle(
+def follow(handle: FutureHandle[R], promise: Promise[R]) -> None:
+    """Let a promise end as a handle ends."""
+
+    def end(ended: FutureHandle[R]) -> None:
+        if ended.state is FutureStatus.CANCELLED:
+            promise.cancel()
+        elif (error := ended.exception()) is not None:
+            promise.fail(error)
+        else:
+            promise.succeed(ended.result())
+
+    promise.start()
+    handle.add_done_callback(end)
+
+
+def handle_of(
     promise: Promise[R],
     operation: str,
     training_client_id: str,
     result_type: type[R],
-    cancel: Callable[[], bool],
+    cancel: Callable[[], bool] | None = None,
 ) -> FutureHandle[R]:
+    """Return the consumer's half of a promise."""
     return FutureHandle(
         promise,
         operation=operation,
         future_id=f"fut-{uuid.uuid4().hex[:12]}",
         training_client_id=training_client_id,
         result_type=result_type,
-        cancel=cancel,
+        cancel=cancel or promise.cancel_pending,
         position=lambda: None,
     )
 

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -75,3 +76,29 @@ def from_plain(data: Any) -> Any:
     if data["$"] not in _CLASSES:
         raise ValidationError(f"Unknown plain type {data['$']!r}: written by a newer version?")
     return _CLASSES[data["$"]](**values)
+
+
+def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a user's metadata as it will come back from JSON; numbers of numpy become Python's.
+
+    Raises:
+        ValidationError: Something in it that JSON does not know; says what.
+    """
+    if not isinstance(metadata, Mapping):
+        raise ValidationError(f"metadata is a dict of plain data, not {metadata!r}.")
+    for name, value in metadata.items():
+        try:
+            json.dumps({name: value}, allow_nan=False, default=_python_number)
+        except (TypeError, ValueError) as error:
+            raise ValidationError(
+                f"metadata[{name!r}] is {value!r}, which JSON cannot hold ({error}). Give text, numbers that are "
+                f"finite, True, False, None, lists and dicts."
+            ) from error
+    copied: dict[str, Any] = json.loads(json.dumps(dict(metadata), default=_python_number))
+    return copied
+
+
+def _python_number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__}")

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError
-from tensafe_nb.events import RunHistory, RunState, is_being_written
+from tensafe_nb.events import CheckpointSaved, RunHistory, RunState, StateLoaded, is_being_written
 from tensafe_nb.plain import from_plain
 from tensafe_nb.store import home
 from tensafe_nb.types import RunStatus
 
 logger = logging.getLogger(__name__)
+
+TOLD = ('"RunState"', '"Metrics"', '"CheckpointSaved"', '"StateLoaded"')  # the events a record is made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class RunRecord:
         planned_steps: How many it was to take, if known.
         started_at: Unix seconds.
         reason: Why it failed.
+        last_checkpoint: Artifact id of its newest checkpoint: `fit(…, resume_from=…)` goes on from there.
     """
 
     run_id: str
@@ -34,6 +37,7 @@ class RunRecord:
     planned_steps: int | None
     started_at: float
     reason: str | None = None
+    last_checkpoint: str | None = None
 
     @property
     def history(self) -> RunHistory:
@@ -75,23 +79,31 @@ def _log_of(run_id: str) -> Path:
 
 def _records(log: Path) -> list[RunRecord]:
     states: dict[str, list[RunState]] = {}
+    checkpoints: dict[str, str] = {}
     last_step = 0
     if not log.exists():
         return []
     with log.open(encoding="utf-8") as lines:
         for line in lines:
-            if line.endswith("\n") and ('"RunState"' in line or '"Metrics"' in line):
+            if line.endswith("\n") and any(name in line for name in TOLD):
                 event = from_plain(json.loads(line))
                 if isinstance(event, RunState):
                     states.setdefault(event.run_id, []).append(event)
-                last_step = max(last_step, event.step)
-    return [_record(run_id, seen, last_step, is_being_written(log)) for run_id, seen in states.items()]
+                if isinstance(event, CheckpointSaved) and event.run_id is not None:
+                    checkpoints[event.run_id] = event.artifact_id
+                last_step = event.step if isinstance(event, StateLoaded) else max(last_step, event.step)
+    alive = is_being_written(log)
+    return [
+        _record(run_id, seen, last_step, alive, checkpoints.get(run_id)) for run_id, seen in states.items()
+    ]
 
 
-def _record(run_id: str, states: Sequence[RunState], last_step: int, alive: bool) -> RunRecord:
+def _record(
+    run_id: str, states: Sequence[RunState], last_step: int, alive: bool, checkpoint: str | None
+) -> RunRecord:
     first, last = states[0], states[-1]
     state = RunStatus(last.state)
     if not state.ended and not alive:
         state = RunStatus.INTERRUPTED
     step = last.step if RunStatus(last.state).ended else last_step
-    return RunRecord(run_id, state, step, first.planned_steps, first.time, last.reason)
+    return RunRecord(run_id, state, step, first.planned_steps, first.time, last.reason, checkpoint)

@@ -1,13 +1,11 @@
 """A training loop you can watch, await, pause, step and stop; and the record of those that ran before."""
 
 import contextlib
-import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from math import ceil
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from tensafe_nb.batch import BatchData
@@ -17,19 +15,19 @@ from tensafe_nb.errors import (
     FutureCancelledError,
     FutureFailedError,
     FutureTimeoutError,
+    TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.events import Event, Metrics, RunHistory, RunState, RunStep
-from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise
+from tensafe_nb.events import Event, RunHistory, RunState, RunStep
+from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.registry import load_dotted
-from tensafe_nb.types import ForwardResult, FutureStatus, RunResult, RunStatus
+from tensafe_nb.retention import Checkpoints, checkpoint_of
+from tensafe_nb.types import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 
 logger = logging.getLogger(__name__)
 
 Batch = BatchData | Mapping[str, Any]
 R = TypeVar("R")
-EVAL_SLICE = 64  # held-out batches in the queue at a time
-LONG_WINDOW = 400  # batches per step from which on the queue holds one step only
 
 
 class RunClient(Protocol):
@@ -48,6 +46,12 @@ class RunClient(Protocol):
     def forward_backward(self, batch: Batch) -> FutureHandle[Any]: ...
     def forward(self, batch: Batch) -> FutureHandle[Any]: ...
     def optim_step(self) -> FutureHandle[Any]: ...
+    def save_state(
+        self, *, metadata: Mapping[str, Any], position: Mapping[str, Any]
+    ) -> FutureHandle[SaveStateResult]: ...
+    def load_state(self, artifact_id: str) -> FutureHandle[LoadStateResult]: ...
+    def fork(self, artifact_id: str | None, **changes: Any) -> Any: ...
+    def delete_checkpoint(self, artifact_id: str) -> None: ...
 
 
 class Loop(Protocol):
@@ -65,6 +69,12 @@ class Loop(Protocol):
     def collect(self, index: int, results: Sequence[Any]) -> None:
         """Take the results of step `index`."""
 
+    def position(self) -> Mapping[str, Any]:
+        """Return, as plain data, where the loop stands in its data, behind what it has submitted."""
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go to such a place, forwards or back."""
+
 
 class TrainingRun:
     """A loop on a thread of its own. The cell that starts it returns at once.
@@ -77,7 +87,15 @@ class TrainingRun:
         >>> result = await run
     """
 
-    def __init__(self, client: RunClient, loop: Loop, number: int, planned_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        client: RunClient,
+        loop: Loop,
+        number: int,
+        planned_steps: int | None = None,
+        checkpoints: Checkpoints | None = None,
+        resume_from: str | None = None,
+    ) -> None:
         self.run_id = f"{client.training_client_id}/{number}"
         self.planned_steps = planned_steps
         self.steps_done = 0
@@ -88,9 +106,15 @@ class TrainingRun:
         self._state = RunStatus.RUNNING
         self._wants_pause = self._wants_stop = False
         self._credit: int | None = None  # steps left to take before pausing again
+        self._index = 0  # of the next step
+        self._checkpoints = checkpoints or Checkpoints()
+        self._resume_from = resume_from
+        self._requests: deque[tuple[Callable[[], FutureHandle[Any]], Promise[Any]]] = deque()
         self._inflight: deque[tuple[int, Sequence[FutureHandle[Any]]]] = deque()
         self._changed = threading.Condition()
         self._promise: Promise[RunResult] = Promise()
+        self._served_last = False
+        self._steps_taken = 0  # before the last time it went back
         self._first_step, self._first_event = client.step, client.history.last_seq
         self._last_step_at = time.perf_counter()
         self._thread = threading.Thread(target=self._main, name=f"tsnb-run-{number}", daemon=True)
@@ -150,6 +174,36 @@ class TrainingRun:
             self._wants_stop = True
             self._set_state(RunStatus.STOPPING)
             self._changed.notify_all()
+
+    def checkpoint(self, **metadata: Any) -> FutureHandle[SaveStateResult]:
+        """Save the state, and where the run stands in its data, between two steps.
+
+        Args:
+            metadata: Kept, sealed, with the state.
+        """
+        return self._between_steps(lambda: self._save(metadata), "save_state", SaveStateResult)
+
+    def rollback(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
+        """Go back to a checkpoint: weights, optimiser, random streams and place in the data.
+
+        The run is paused there; `resume()` goes on. The curves keep the part that was abandoned.
+        """
+        return self._between_steps(lambda: self._go_back(artifact_id), "load_state", LoadStateResult)
+
+    def fork(self, artifact_id: str | None = None, step: int | None = None, **changes: Any) -> Any:
+        """Return a new training client that starts from a state of this one, sharing its frozen weights.
+
+        Args:
+            artifact_id: The state; None takes that of `step`, or as it is now.
+            step: An optimiser step of which there is a checkpoint.
+            changes: Fields of TrainingConfig that are to be different: `optimizer={"learning_rate": 1e-3}`.
+
+        Raises:
+            ValidationError: No checkpoint of that step, or a change that the state would not fit.
+        """
+        if step is not None and artifact_id is None:
+            artifact_id = checkpoint_of(step, self.history)
+        return self._client.fork(artifact_id, **changes)
 
     def done(self) -> bool:
         """Whether it has ended."""
@@ -234,26 +288,35 @@ class TrainingRun:
             self._end(RunStatus.STOPPED if self._wants_stop else RunStatus.FINISHED, None)
 
     def _drive(self) -> None:
-        for index in itertools.count():
-            if self._over(index):
-                break
-            handles = self._loop.submit(index)
+        if self._resume_from is not None:
+            self._seek(self.wait(self._client.load_state(self._resume_from)))
+        while not self._over():
+            handles = self._loop.submit(self._index)
             if handles is None:
                 break
             with self._changed:
-                self._inflight.append((index, handles))
+                self._inflight.append((self._index, handles))
+            self._index += 1
             while len(self._inflight) > self._loop.lookahead:
                 self._collect()
+            if self._checkpoints.due(self._index, self.planned_steps):
+                self._checkpoints.add(self._save({}))
+        self._collect_all()
+        if not self._wants_stop and self._checkpoints.missing(self._index):
+            self._checkpoints.add(self._save({}))
+        self._tidy(wait=True)
+
+    def _collect_all(self) -> None:
         while self._inflight:
             self._collect()
 
-    def _over(self, index: int) -> bool:
-        """Wait while paused; then say whether the run has reached its end or was stopped."""
-        if self.planned_steps is not None and index >= self.planned_steps:
+    def _over(self) -> bool:
+        """Serve requests, wait while paused; then say whether the run has reached its end or was stopped."""
+        self._serve()
+        if self.planned_steps is not None and self._index >= self.planned_steps:
             return True
         if self._wants_pause or self._credit == 0:
-            while self._inflight:
-                self._collect()
+            self._collect_all()
             self._wait_while_paused()
         with self._changed:
             if self._credit is not None:
@@ -264,13 +327,20 @@ class TrainingRun:
         with self._changed:
             if self._credit == 0:
                 self._wants_pause, self._credit = True, None
-            if self._wants_stop or not self._wants_pause:
+            if self._goes_on():
                 return  # what was in flight took a while: the user has gone on meanwhile
             self._set_state(RunStatus.PAUSED)
             self._client.sync_events()
-            self._changed.wait_for(lambda: self._wants_stop or not self._wants_pause)
+        while not self._goes_on():
+            self._serve()
+            with self._changed:
+                self._changed.wait_for(lambda: self._goes_on() or bool(self._requests))
+        with self._changed:
             if self._state is RunStatus.PAUSED:
                 self._set_state(RunStatus.RUNNING)
+
+    def _goes_on(self) -> bool:
+        return self._wants_stop or not self._wants_pause
 
     def _collect(self) -> None:
         index, handles = self._inflight[0]
@@ -286,6 +356,60 @@ class TrainingRun:
             RunStep(run_id=self.run_id, done=self.steps_done, duration=now - self._last_step_at)
         )
         self._last_step_at = now
+        self._tidy()
+
+    # checkpoints
+
+    def _between_steps(
+        self, action: Callable[[], FutureHandle[R]], operation: str, result_type: type[R]
+    ) -> FutureHandle[R]:
+        """Let the run's thread do something between two steps; the handle is there at once."""
+        promise: Promise[R] = Promise()
+        with self._changed:
+            if not self._served_last:
+                self._requests.append((action, promise))
+                self._changed.notify_all()
+                return handle_of(promise, operation, self._client.training_client_id, result_type)
+        return action()  # the run is over: nothing is between steps any more
+
+    def _serve(self) -> None:
+        while self._requests:
+            action, promise = self._requests.popleft()
+            try:
+                follow(action(), promise)
+            except TGTinkerError as error:
+                promise.fail(error)
+
+    def _save(self, metadata: Mapping[str, Any]) -> FutureHandle[SaveStateResult]:
+        position = {"run_id": self.run_id, "index": self._index, "loop": self._loop.position()}
+        return self._client.save_state(metadata=metadata, position=position)
+
+    def _go_back(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
+        if self._state.ended:
+            return self._client.load_state(artifact_id)
+        self._collect_all()
+        self._steps_taken += self._client.step - self._first_step
+        loaded = self._client.load_state(artifact_id)
+        self._seek(self.wait(loaded))
+        self._wants_pause, self._credit = True, None
+        return loaded
+
+    def _seek(self, loaded: LoadStateResult) -> None:
+        self._first_step = loaded.step
+        position = loaded.position
+        if position is None:
+            raise ValidationError(
+                f"The checkpoint {loaded.loaded_artifact_id!r} was not saved by a run, so it does not say where in "
+                f"the data to go on. Its state is loaded now: start a run from it with fit()."
+            )
+        self._loop.seek(position["loop"])
+        self._index = self.steps_done = position["index"]
+
+    def _tidy(self, *, wait: bool = False) -> None:
+        """Delete the automatic checkpoints that need not be kept."""
+        for saved in self._checkpoints.settled(wait):
+            for artifact_id in self._checkpoints.keep(saved, self._client.history):
+                self._client.delete_checkpoint(artifact_id)
 
     def _end(self, state: RunStatus, error: BaseException | None) -> None:
         failed = state is RunStatus.FAILED
@@ -293,12 +417,14 @@ class TrainingRun:
             self._cancel_rest()
             with self._changed:
                 self._set_state(state, str(error) if failed else None)
+                self._served_last = True
+            self._serve()
             self._client.sync_events()
         finally:  # whoever waits is told, whatever happens to the log
             if failed and error is not None:
                 self._promise.fail(error)
             else:
-                steps = self._client.step - self._first_step
+                steps = self._steps_taken + self._client.step - self._first_step
                 metrics = self._client.history.last(after=self._first_event)
                 self._promise.succeed(RunResult(self.run_id, str(state), steps, metrics))
 
@@ -322,105 +448,3 @@ class TrainingRun:
                 reason=reason,
             )
         )
-
-
-class SupervisedLoop:
-    """Batches → forward_backward → optim_step, with held-out evaluation in between.
-
-    Args:
-        client: What to train.
-        batches: A list, a `data.Batches`, or any iterable; iterated anew for each epoch.
-        epochs: Passes over the batches; None repeats them until the run's steps are reached, or once.
-        eval_batches: Held-out batches, evaluated before the first step, every `eval_every` steps, and at the end.
-        eval_every: Steps between evaluations.
-        steps: Planned steps; None takes what the epochs give.
-    """
-
-    curve = "loss"
-
-    def __init__(
-        self,
-        client: RunClient,
-        batches: Iterable[Batch],
-        *,
-        epochs: int | None,
-        steps: int | None,
-        eval_batches: Iterable[Batch] | None,
-        eval_every: int | None,
-    ) -> None:
-        self._client = client
-        self._accumulation = client.config.gradient_accumulation_steps
-        self.lookahead = 1 if self._accumulation < LONG_WINDOW else 0
-        self._eval_batches = [BatchData.of(batch) for batch in eval_batches or ()]
-        self._eval_every = eval_every
-        self._passes = epochs if epochs is not None else (None if steps is not None else 1)
-        self._evaluated_after: int | None = None
-        self._batches = self._each_batch(batches)
-        self.planned_steps = steps if steps is not None else self._count(batches)
-        if isinstance(batches, Sized) and len(batches) == 0:
-            self._refuse_emptiness()
-
-    def attach(self, run: TrainingRun) -> None:
-        self._run = run
-
-    def submit(self, index: int) -> Sequence[FutureHandle[Any]] | None:
-        batches = [BatchData.of(batch) for batch in itertools.islice(self._batches, self._accumulation)]
-        if not batches:
-            self._end_of_data(index)
-            return None
-        if index == 0:
-            self._evaluate()
-        training = [self._client.forward_backward(batch) for batch in batches] + [self._client.optim_step()]
-        due = self._eval_every is not None and (index + 1) % self._eval_every == 0
-        if due or index + 1 == self.planned_steps:
-            self._evaluated_after = index
-            self._evaluate()
-        return training
-
-    def collect(self, index: int, results: Sequence[Any]) -> None:
-        """Nothing to do: the worker publishes what a step measured."""
-
-    def _end_of_data(self, index: int) -> None:
-        """Evaluate after the last step, which nobody knew to be the last; refuse to have had none at all."""
-        if index == 0:
-            self._refuse_emptiness()
-        if self._evaluated_after != index - 1:
-            self._evaluate()
-
-    @staticmethod
-    def _refuse_emptiness() -> None:
-        raise ValidationError("fit() was given no batches: there is nothing to train on.")
-
-    def _evaluate(self) -> None:
-        """Measure the held-out loss behind whatever is queued, a slice at a time: the queue has an end."""
-        results: list[ForwardResult] = []
-        for start in range(0, len(self._eval_batches), EVAL_SLICE):
-            part = self._eval_batches[start : start + EVAL_SLICE]
-            results += [self._run.wait(handle) for handle in [self._client.forward(batch) for batch in part]]
-        if results:
-            values = {"eval/loss": _mean_loss(results)}
-            self._client.publish(Metrics(step=self._client.step, values=values, run_id=self._run.run_id))
-
-    def _each_batch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for epoch in itertools.count() if self._passes is None else range(self._passes):
-            empty = True
-            for batch in batches:
-                empty = False
-                yield batch
-            if empty and epoch and self._passes is not None:
-                raise ValidationError(
-                    f"fit: epochs={self._passes}, but the batches could be iterated only once. "
-                    f"Give a list or data.Batches instead of a generator."
-                )
-            if empty:
-                return
-
-    def _count(self, batches: Iterable[Batch]) -> int | None:
-        if self._passes is None or not isinstance(batches, Sized):
-            return None
-        return ceil(len(batches) * self._passes / self._accumulation)
-
-
-def _mean_loss(results: Sequence[ForwardResult]) -> float:
-    weight = sum(result.weight for result in results)
-    return sum(result.loss * result.weight for result in results) / weight

@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.config import SamplingConfig, TrainingConfig
-from tensafe_nb.engine import models, optimizers, sampling
+from tensafe_nb.engine import inputs, models, optimizers, sampling
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import Declaration, LossValue
@@ -41,7 +40,7 @@ def no_tick(done: int, total: int) -> None:
 
 
 @dataclass(slots=True)
-class _Window:
+class Window:
     """What has been accumulated since the last optimiser step."""
 
     weight: float = 0.0
@@ -94,27 +93,29 @@ class Engine:
 
     Args:
         config: What to load and how to train it.
+        relative: A model of the same reference and adapter, whose frozen weights to share instead of loading them.
 
     Raises:
         ModelLoadError: The model cannot be loaded.
         ValidationError: The adapter does not fit it.
     """
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: TrainingConfig, relative: models.LoadedModel | None = None) -> None:
         self.config = config
-        self.model = models.load(config)
+        self.model = models.load(config) if relative is None else models.share(relative)
         self.step = 0
         self.policy_version = 0
         self._parameters = [parameter for _, parameter in self.model.trainable]
-        self._optimizer = optimizers.build(config.optimizer, self._parameters)
-        self._window = _Window()
-        self._samples_drawn = 0
+        self.optimizer = optimizers.build(config.optimizer, self._parameters)
+        self.window = Window()
+        self.samples_drawn = 0
         self._has_dropout = self.model.has_dropout
         head = self.model.causal.get_output_embeddings()
         self._head_is_frozen = not any(p.requires_grad for p in head.parameters())
-        self._dropout_state = torch.Generator().manual_seed(config.seed).get_state()
+        self.base_fingerprint: str | None = None  # computed when a checkpoint first asks
+        self.random = {"cpu": torch.Generator().manual_seed(config.seed).get_state()}  # the dropout streams
         if self.model.device.type == "cuda":
-            self._cuda_dropout_state = torch.Generator(self.model.device).manual_seed(config.seed).get_state()
+            self.random["cuda"] = torch.Generator(self.model.device).manual_seed(config.seed).get_state()
 
     # training
 
@@ -127,13 +128,14 @@ class Engine:
             ValidationError: Tokens outside the vocabulary, or a loss that does not fit.
             NonFiniteLossError: The loss or its gradient is NaN or infinite; says in which rows.
         """
-        self._check(batch, loss)
+        inputs.check_batch(batch, self.model, self.config.model_ref)
+        loss.check(batch)
         try:
-            self._window.join(loss)
+            self.window.join(loss)
             with self._training_mode():
                 tally = self._accumulate(batch, loss, tick)
-            self._window.weight += tally.weight
-            self._window.batches += 1
+            self.window.weight += tally.weight
+            self.window.batches += 1
             grad_norm = self._grad_norm()
         except BaseException:
             self.discard_gradients()
@@ -154,18 +156,18 @@ class Engine:
         Raises:
             ValidationError: The window is empty.
         """
-        if not self._window.batches:
+        if not self.window.batches:
             raise ValidationError(
                 "optim_step() found no gradients: call forward_backward() before each optim_step()."
             )
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not gradients or self._window.divisor == 0:
+        if not gradients or self.window.divisor == 0:
             self.discard_gradients()
             raise ValidationError(
                 "optim_step() found no mean gradient: the losses of this step have weight 0, or do not depend on the "
                 "trained weights. No weight has moved; leave such batches out."
             )
-        torch._foreach_div_(gradients, self._window.divisor)
+        torch._foreach_div_(gradients, self.window.divisor)
         grad_norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(grad_norm):
             self.discard_gradients()
@@ -177,10 +179,10 @@ class Engine:
                 torch.tensor(grad_norm, device=self.model.device),
             )
         rate = optimizers.learning_rate(self.config.optimizer, self.step)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self._measured_change() as change:
-            self._optimizer.step()
+            self.optimizer.step()
         self.discard_gradients()
         self.step += 1
         self.policy_version += 1
@@ -188,8 +190,8 @@ class Engine:
 
     def discard_gradients(self) -> None:
         """Drop what has been accumulated; the next window starts clean."""
-        self._optimizer.zero_grad(set_to_none=True)
-        self._window = _Window()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.window = Window()
 
     # scoring and sampling
 
@@ -198,7 +200,8 @@ class Engine:
         self, batch: BatchData, loss: Loss, return_logprobs: bool = False, tick: Tick = no_tick
     ) -> ForwardResult:
         """Evaluate a loss without dropout or gradients; with per-token logprobs (B, T) when asked for."""
-        self._check(batch, loss)
+        inputs.check_batch(batch, self.model, self.config.model_ref)
+        loss.check(batch)
         tally = _Tally(loss.declares.prenormalised)
         logprobs = np.zeros(batch.shape, dtype=np.float32) if return_logprobs else None
         for start, part in self._micro_batches(batch, loss, tick):
@@ -222,7 +225,7 @@ class Engine:
             reference: Score under the frozen base weights, adapters switched off.
             tick: Called between micro-batches.
         """
-        self._check_vocabulary(batch)
+        inputs.check_batch(batch, self.model, self.config.model_ref)
         logprobs, entropy = (np.zeros(batch.shape, dtype=np.float32) for _ in range(2))
         with self._reference() if reference else contextlib.nullcontext():
             for start, part in self._micro_batches(batch, None, tick):
@@ -245,11 +248,14 @@ class Engine:
         Raises:
             ValidationError: An empty prompt, a token outside the vocabulary, or more tokens than fit the context.
         """
-        ids = [self._encode(prompt, index, config.max_new_tokens) for index, prompt in enumerate(prompts)]
+        ids = [
+            inputs.encode(prompt, index, config.max_new_tokens, self.model)
+            for index, prompt in enumerate(prompts)
+        ]
         seed = config.seed
         if seed is None:
-            self._samples_drawn += 1
-            seed = _mix(self.config.seed, self._samples_drawn)
+            self.samples_drawn += 1
+            seed = _mix(self.config.seed, self.samples_drawn)
         return SampleResult(tuple(sampling.sample(self.model, ids, config, seed, tick)), self.policy_version)
 
     # inside
@@ -328,17 +334,17 @@ class Engine:
             yield
             return
         with models.GLOBAL_RANDOM, torch.random.fork_rng(devices=_cuda(self.model.device)):
-            torch.random.set_rng_state(self._dropout_state)
-            if self.model.device.type == "cuda":
-                torch.cuda.set_rng_state(self._cuda_dropout_state, self.model.device)
+            torch.random.set_rng_state(self.random["cpu"])
+            if "cuda" in self.random:
+                torch.cuda.set_rng_state(self.random["cuda"], self.model.device)
             self.model.causal.train()
             try:
                 yield
             finally:
                 self.model.causal.eval()
-                self._dropout_state = torch.random.get_rng_state()
-                if self.model.device.type == "cuda":
-                    self._cuda_dropout_state = torch.cuda.get_rng_state(self.model.device)
+                self.random["cpu"] = torch.random.get_rng_state()
+                if "cuda" in self.random:
+                    self.random["cuda"] = torch.cuda.get_rng_state(self.model.device)
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[None]:
@@ -370,67 +376,9 @@ class Engine:
 
     def _grad_norm(self) -> float:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not gradients or self._window.divisor == 0:
+        if not gradients or self.window.divisor == 0:
             return 0.0
-        return float(nn.utils.get_total_norm(gradients)) / self._window.divisor
-
-    def _check(self, batch: BatchData, loss: Loss) -> None:
-        self._check_vocabulary(batch)
-        loss.check(batch)
-
-    def _check_vocabulary(self, batch: BatchData) -> None:
-        labels = np.where(batch.labels == IGNORE, 0, batch.labels)
-        for name, ids in (("input_ids", batch.input_ids), ("labels", labels)):
-            outside = (ids < 0) | (ids >= self.model.vocab_size)
-            if outside.any():
-                row, column = np.argwhere(outside)[0]
-                raise ValidationError(
-                    f"BatchData.{name}[{row}][{column}] is {ids[row, column]}: {self.config.model_ref!r} has the "
-                    f"tokens 0 to {self.model.vocab_size - 1}. Was the text tokenised for another model? "
-                    f"Use tc.tokenizer."
-                )
-
-        context = self.model.context
-        if context is not None and batch.shape[1] > context:
-            raise ValidationError(
-                f"BatchData has rows of {batch.shape[1]} tokens; {self.config.model_ref!r} reads at most {context}. "
-                f"Cut them: max_length={context} in tensafe_nb.data.batches."
-            )
-
-    def _encode(self, prompt: Prompt, index: int, new_tokens: int) -> list[int]:
-        ids = encode_prompt(self.model.tokenizer, prompt)
-        if not ids:
-            raise ValidationError(f"Prompt {index} is empty: give at least one token.")
-        if min(ids) < 0 or max(ids) >= self.model.vocab_size:
-            raise ValidationError(
-                f"Prompt {index} holds a token outside 0 to {self.model.vocab_size - 1}, the model's vocabulary."
-            )
-        context = self.model.context
-        if context is not None and len(ids) + new_tokens > context:
-            raise ValidationError(
-                f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new_tokens} that is more than the "
-                f"model's context of {context}. Shorten one of them."
-            )
-        return ids
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Return the token ids of a text, of chat messages (opened for the assistant's answer), or of ids."""
-    if isinstance(prompt, str):
-        try:
-            return list(tokenizer(prompt)["input_ids"])
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise ValidationError(
-                f"The model's tokenizer cannot read the prompt {prompt!r}: {error}."
-            ) from error
-    if prompt and isinstance(prompt[0], Mapping):
-        if tokenizer.chat_template is None:
-            raise ValidationError(
-                "This model has no chat template: give prompts as text instead of messages."
-            )
-        messages = [dict(message) for message in prompt]  # type: ignore[arg-type]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    return [int(token) for token in prompt]  # type: ignore[arg-type]
+        return float(nn.utils.get_total_norm(gradients)) / self.window.divisor
 
 
 def _place(target: Array, batch: BatchData, start: int, rows: int, values: Tensor) -> None:

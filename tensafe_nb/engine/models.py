@@ -1,10 +1,11 @@
 """From a `model_ref` to a model on a device: loading, adapters, and the split into body and head."""
 
 import contextlib
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,16 @@ def load(config: TrainingConfig) -> LoadedModel:
     peft = _add_adapter(causal, config.lora_config, config.seed) if config.lora_config else None
     causal.eval()
     return LoadedModel(causal, peft, tokenizer, device, dtype, _head_of_body_is_the_model(causal, device))
+
+
+def share(model: LoadedModel) -> LoadedModel:
+    """Return a model of its own whose frozen tensors are the given one's; adapters are copies."""
+    frozen = [p for p in model.causal.parameters() if not p.requires_grad] + list(model.causal.buffers())
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in frozen}
+    peft, causal = copy.deepcopy((model.peft, model.causal), memo)
+    causal.zero_grad(set_to_none=True)
+    causal.eval()
+    return replace(model, peft=peft, causal=causal)
 
 
 def _locate(model_ref: str) -> str:

@@ -1,33 +1,32 @@
-"""One engine, one thread, one lane: operations run in the order they were submitted, and every failure is a future's.
-
-`Lane` keeps the order and the rules; `Worker` owns the thread, drives the engine and publishes what happens.
-"""
+"""One engine, one thread, one lane: operations run in the order they came, and every failure is a future's."""
 
 import logging
 import os
 import threading
 import time
 import traceback
-import uuid
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any, cast
 
 import torch
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.engine import models
+from tensafe_nb.engine import checkpoints, models
+from tensafe_nb.engine.auditing import Auditor
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.lane import NAMES, Job, Lane, mean_of
+from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.errors import (
     ClientClosedError,
     FutureCancelledError,
     FutureFailedError,
     InsufficientMemoryError,
-    QueueFullError,
     TGTinkerError,
 )
 from tensafe_nb.events import (
+    CheckpointSaved,
     Event,
     EventBus,
     Metrics,
@@ -37,110 +36,46 @@ from tensafe_nb.events import (
     OperationQueued,
     OperationStarted,
     Progress,
+    StateLoaded,
     StatusChanged,
 )
 from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.losses import Loss, resolve_loss
+from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.store.vault import Vault
 from tensafe_nb.types import (
     ClientStatus,
     ComputeLogprobs,
     Forward,
     ForwardBackward,
     ForwardBackwardResult,
-    ForwardResult,
     FutureStatus,
-    LogprobsResult,
+    LoadState,
+    LoadStateResult,
     Operation,
     OptimStep,
     OptimStepResult,
     Result,
     Sample,
-    SampleResult,
+    SaveState,
+    SaveStateResult,
     TrainingClientInfo,
 )
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING = 1_000
-NAMES: dict[type, tuple[str, type]] = {
-    ForwardBackward: ("forward_backward", ForwardBackwardResult),
-    Forward: ("forward", ForwardResult),
-    OptimStep: ("optim_step", OptimStepResult),
-    Sample: ("sample", SampleResult),
-    ComputeLogprobs: ("compute_logprobs", LogprobsResult),
-}
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a training client comes from, when it does not start afresh.
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """An operation in its place in the lane; once finished it lets go of the operation and its batch."""
+    Attributes:
+        artifact_id: Waits for the id of the state to start from, if it is still being written.
+        relative: The client whose loaded base weights to share, if there is one.
+    """
 
-    operation: Operation | None
-    name: str
-    kind: type
-    future_id: str = field(default_factory=lambda: f"fut-{uuid.uuid4().hex[:12]}")
-    promise: Promise[Any] = field(default_factory=Promise)
-    loss: Loss | None = None
-
-
-class Lane:
-    """First in, first out, with the one rule that a failed window fails its optimiser step. Knows no thread."""
-
-    def __init__(self) -> None:
-        self._jobs: deque[Job] = deque()
-        self._broken: tuple[Job, str] | None = None
-        self.stale_gradients = False  # a window ended without its step: what it accumulated must go
-
-    def put(self, job: Job) -> None:
-        self._jobs.append(job)
-
-    def check_room(self) -> None:
-        if self.depth >= MAX_PENDING:
-            raise QueueFullError(
-                f"{MAX_PENDING} operations of this training client are waiting already. Wait for some results "
-                f"before you submit more."
-            )
-
-    def take(self) -> Job | None:
-        """Return the next job that is still wanted; cancelled ones leave their mark on the window."""
-        while self._jobs:
-            job = self._jobs.popleft()
-            if job.promise.start():
-                return job
-            self.mark_broken(job, "was cancelled")
-        return None
-
-    @property
-    def depth(self) -> int:
-        return sum(not job.promise.done for job in self._jobs)
-
-    def position(self, job: Job) -> int | None:
-        waiting = [other for other in self._jobs if not other.promise.done]
-        return waiting.index(job) if job in waiting else None
-
-    def pending(self) -> list[Job]:
-        return [job for job in self._jobs if not job.promise.done]
-
-    def mark_broken(self, job: Job, how: str) -> None:
-        """Note that a job did not complete: a forward_backward breaks its window, an optim_step ends it."""
-        if job.kind is ForwardBackward and self._broken is None:
-            self._broken = (job, how)
-        elif job.kind is OptimStep:
-            self._broken, self.stale_gradients = None, True
-
-    def end_window(self) -> FutureFailedError | None:
-        """Close the window for an optimiser step; the error it must fail with, if the window is broken."""
-        broken, self._broken = self._broken, None
-        if broken is None:
-            return None
-        job, how = broken
-        error = FutureFailedError(
-            f"optim_step was not run: {job.name} {job.future_id} of the same step {how}. The weights are untouched "
-            f"and the gradients cleared; the next step starts clean.",
-            details={"cause": job.future_id},
-        )
-        error.__cause__ = job.promise.error
-        return error
+    artifact_id: Callable[[], str]
+    relative: "Worker | None" = None
 
 
 class Worker:
@@ -151,10 +86,18 @@ class Worker:
         config: What the engine is made of; it is loaded on the thread.
         bus: Where to publish.
         default_loss: For operations that name none.
+        vault: Where states are kept, and what happened is written down.
+        origin: Where it starts; afresh when None.
     """
 
     def __init__(
-        self, training_client_id: str, config: TrainingConfig, bus: EventBus, default_loss: Loss
+        self,
+        training_client_id: str,
+        config: TrainingConfig,
+        bus: EventBus,
+        default_loss: Loss,
+        vault: Vault,
+        origin: Origin | None = None,
     ) -> None:
         self.training_client_id = training_client_id
         self.config = config
@@ -173,6 +116,9 @@ class Worker:
         self._running: Job | None = None
         self._closing = False
         self._default_loss = default_loss
+        self._vault = vault
+        self._auditor = Auditor(vault.audit, training_client_id)
+        self._origin = origin
         self._changed = threading.Condition()
         self._submitting = threading.RLock()
         self._thread = threading.Thread(
@@ -252,12 +198,15 @@ class Worker:
         )
 
     def close(self) -> None:
-        """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model."""
+        """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.
+
+        A `save_state` that comes next is carried out: the checkpoint of a script that then fails is not lost.
+        """
         if os.getpid() != self._pid:
             return  # a forked child has no thread to end, and the log is its parent's
         with self._changed:
             self._closing = True
-            pending = self._lane.pending()
+            pending = list(dropwhile(lambda job: job.kind is SaveState, self._lane.pending()))
             if self._running is not None:
                 self._running.promise.cancel_requested = True
             self._changed.notify_all()
@@ -269,8 +218,7 @@ class Worker:
 
     def _cancel(self, job: Job) -> bool:
         if job.promise.cancel_pending():
-            job.operation = None
-            self._publish(OperationCancelled(future_id=job.future_id, operation=job.name))
+            self._note_cancelled(job)
             return True
         job.promise.cancel_requested = True
         if threading.current_thread() is not self._thread:
@@ -295,13 +243,24 @@ class Worker:
 
     def _load(self) -> bool:
         try:
-            self._engine = Engine(self.config)
+            self._engine = Engine(self.config, self._shared_model())
+            if self._origin is not None:
+                self._load_state(self._engine, self._origin.artifact_id(), lenient_optimizer=True)
         except Exception as error:  # noqa: BLE001  # whatever breaks a load becomes the client's state
             self._die(models.refuse(error, self.config.model_ref))
             return False
         self._announce(ClientStatus.READY)
         self.loaded.succeed(self._engine.model.tokenizer)
         return True
+
+    def _shared_model(self) -> LoadedModel | None:
+        """Return the model of the client this one was forked from, if all but its adapter can be shared."""
+        relative = self._origin.relative if self._origin is not None else None
+        if relative is None or self.config.lora_config is None:
+            return None
+        relative.loaded.wait()
+        engine = relative._engine
+        return engine.model if engine is not None else None  # closed meanwhile: load it again
 
     def _die(self, failure: TGTinkerError) -> None:
         with self._changed:
@@ -333,16 +292,17 @@ class Worker:
     def _run(self, job: Job) -> None:
         started = time.perf_counter()
         try:
+            self._auditor.catch_up()
             result = self._perform(job)
         except FutureCancelledError:
             self._lane.mark_broken(job, "was cancelled")
-            job.operation = None
-            self._publish(OperationCancelled(future_id=job.future_id, operation=job.name))
+            self._note_cancelled(job)
             job.promise.cancel()
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
             self._lane.mark_broken(job, "failed")
             self._fail(job, _presentable(error))
         else:
+            self._auditor.record(job, result)
             job.operation = None
             duration = time.perf_counter() - started
             try:
@@ -373,7 +333,46 @@ class Worker:
                 return engine.sample(prompts, sampling, tick)
             case ComputeLogprobs(batch, temperature, reference):
                 return engine.compute_logprobs(batch, temperature, reference, tick)
+            case SaveState():
+                return self._save_state(engine, operation)
+            case LoadState(artifact_id):
+                return self._load_state(engine, artifact_id)
         raise AssertionError(operation)
+
+    def _save_state(self, engine: Engine, operation: SaveState) -> SaveStateResult:
+        saved = checkpoints.save(
+            engine,
+            self._vault.artifacts,
+            operation,
+            training_client_id=self.training_client_id,
+            ledger_head=self._vault.audit.head(),
+            facts={"losses": to_plain(self._losses)},
+        )
+        run_id = (operation.position or {}).get("run_id")
+        self._publish(
+            CheckpointSaved(
+                artifact_id=saved.artifact_id,
+                step=saved.step,
+                size_bytes=saved.size_bytes,
+                content_hash=saved.content_hash,
+                name=saved.name,
+                run_id=run_id,
+            )
+        )
+        self.bus.sync()
+        return saved
+
+    def _load_state(
+        self, engine: Engine, artifact_id: str, *, lenient_optimizer: bool = False
+    ) -> LoadStateResult:
+        loaded, facts = checkpoints.load(
+            engine, self._vault.artifacts, artifact_id, lenient_optimizer=lenient_optimizer
+        )
+        self._lane.end_window()
+        self._losses = [tuple(pair) for pair in from_plain(facts["losses"])]
+        self.step, self.policy_version = engine.step, engine.policy_version
+        self._publish(StateLoaded(artifact_id=loaded.loaded_artifact_id, step=loaded.step))
+        return loaded
 
     def _optim_step(self, engine: Engine) -> OptimStepResult:
         losses, self._losses = self._losses, []
@@ -384,7 +383,7 @@ class Worker:
         result = engine.optim_step()
         self.step, self.policy_version = result.step, result.policy_version
         values = {
-            **_mean_of(losses),
+            **mean_of(losses),
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "param_delta_norm": result.param_delta_norm,
@@ -402,7 +401,13 @@ class Worker:
 
         return tick
 
+    def _note_cancelled(self, job: Job) -> None:
+        self._auditor.record(job, FutureCancelledError("cancelled"))
+        job.operation = None
+        self._publish(OperationCancelled(future_id=job.future_id, operation=job.name))
+
     def _fail(self, job: Job, error: BaseException) -> None:
+        self._auditor.record(job, error)
         job.operation = None
         code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
         failed = OperationFailed(future_id=job.future_id, operation=job.name, code=code, message=str(error))
@@ -419,18 +424,6 @@ class Worker:
 
     def _publish(self, event: Event) -> None:
         self.bus.publish(event)
-
-
-def _mean_of(losses: list[tuple[ForwardBackwardResult, bool]]) -> dict[str, float]:
-    """Combine the losses and metrics of a window: weighted means; sums of pre-normalised losses add up."""
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for result, prenormalised in losses:
-        weight = 1.0 if prenormalised else result.weight
-        for name, value in {"loss": result.loss, **result.metrics}.items():
-            sums[name] = sums.get(name, 0.0) + weight * value
-            weights[name] = 1.0 if prenormalised else weights.get(name, 0.0) + weight
-    return {name: total / weights[name] for name, total in sums.items() if weights[name]}
 
 
 def _presentable(error: BaseException) -> BaseException:

@@ -145,6 +145,14 @@ class REINFORCE:
             return self._skip(batch, training_client)
         return _step(batch, data, training_client, self._loss_kwargs(batch))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it remembers from batch to batch, as plain data: the running baseline."""
+        return {"total": self.ema.total, "updates": self.ema.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        self.ema.total, self.ema.updates = float(state["total"]), int(state["updates"])
+
     def _check(self, batch: TrajectoryBatch) -> None:
         if not np.isfinite(batch.rewards).any():
             raise ValidationError(

@@ -320,7 +320,8 @@ class PolicySampler:
                 stacklevel=2,
             )
         self._client = training_client
-        self._seeds = None if seed is None else random.Random(seed)
+        self._seed = seed
+        self.draws = 0  # batches drawn so far: all there is to save
 
     def __repr__(self) -> str:
         return f"PolicySampler({self._client.training_client_id}, {self.sampling!r})"
@@ -339,8 +340,9 @@ class PolicySampler:
     def submit(self, prompts: Sequence[PromptSpec]) -> FutureHandle[TrajectoryBatch]:
         """Queue the sampling and return at once with a handle on the batch."""
         sampling = self.sampling
-        if self._seeds is not None:
-            sampling = sampling.replace(seed=self._seeds.getrandbits(48))
+        if self._seed is not None:
+            sampling = sampling.replace(seed=random.Random(f"{self._seed}/{self.draws}").getrandbits(48))
+        self.draws += 1
         return submit_rollouts(self._client, prompts, sampling)
 
 

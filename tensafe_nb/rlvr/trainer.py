@@ -12,6 +12,7 @@ from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import Metrics
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.retention import Checkpoints
 from tensafe_nb.rlvr.algorithms import REINFORCE, UpdateResult
 from tensafe_nb.rlvr.rewards import Reward, RewardFunction, check_scored, resolve_reward, score
 from tensafe_nb.rlvr.rollouts import (
@@ -32,12 +33,22 @@ class Algorithm(Protocol):
     """What turns a scored batch into optimiser steps."""
 
     def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]: ...
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class RunningClient(PolicyClient, Protocol):
     """A training client that can drive a loop."""
 
-    def start_run(self, loop: Loop, *, planned_steps: int | None, show: bool) -> TrainingRun: ...
+    def start_run(
+        self,
+        loop: Loop,
+        *,
+        planned_steps: int | None,
+        show: bool,
+        checkpoints: Checkpoints | None,
+        resume_from: str | None,
+    ) -> TrainingRun: ...
 
 
 class RLVRTrainer:
@@ -116,11 +127,24 @@ class RLVRTrainer:
         client = self.training_client.training_client_id
         return f"RLVRTrainer({client}, {self.reward.name!r}, {self.algo!r}, {self.sampler.sampling!r})"
 
-    def run(self, *, steps: int, show: bool = True) -> TrainingRun:
+    def run(
+        self,
+        *,
+        steps: int,
+        checkpoint_every: int | None = None,
+        keep_last: int | None = None,
+        keep_best: str | None = None,
+        resume_from: str | None = None,
+        show: bool = True,
+    ) -> TrainingRun:
         """Start training and return at once.
 
         Args:
             steps: How many to take; a second call goes on with the next prompts.
+            checkpoint_every: Save the state every so many steps, and after the last.
+            keep_last: Of the checkpoints this run saved by itself, keep the newest so many; None keeps all.
+            keep_best: Keep the one with the best value of this metric as well, for instance "eval/reward".
+            resume_from: A checkpoint of a run like this one: go on where it stood; `steps` counts from its beginning.
             show: Show the live panel in a notebook.
 
         Raises:
@@ -128,7 +152,13 @@ class RLVRTrainer:
         """
         if steps < 1:
             raise ValidationError(f"RLVRTrainer.run: steps={steps} must be at least 1.")
-        return self.training_client.start_run(_RLVRLoop(self, steps), planned_steps=steps, show=show)
+        return self.training_client.start_run(
+            _RLVRLoop(self, steps),
+            planned_steps=steps,
+            show=show,
+            checkpoints=Checkpoints(checkpoint_every, keep_last, keep_best),
+            resume_from=resume_from,
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the held-out prompts, and wait for it.
@@ -259,6 +289,24 @@ class _RLVRLoop:
         row = rollout_metrics(step.batch) | update_metrics(update) | step.seconds
         row["num_tokens"] = trainer._tokens_seen
         self._publish(trainer._at, row | (measured[0] if measured else {}))
+
+    def position(self) -> dict[str, Any]:
+        """Return where prompts, rollout seeds, rows and baselines stand."""
+        trainer = self._trainer
+        return {
+            "prompts": trainer.prompts.position,
+            "draws": trainer.sampler.draws,
+            "row": trainer._at,
+            "tokens": trainer._tokens_seen,
+            "algo": dict(trainer.algo.state_dict()),
+        }
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go to such a place."""
+        trainer = self._trainer
+        trainer.prompts.position, trainer.sampler.draws = position["prompts"], position["draws"]
+        trainer._at, trainer._tokens_seen = position["row"], position["tokens"]
+        trainer.algo.load_state_dict(position["algo"])
 
     def _evaluation_after(self, index: int) -> list[FutureHandle[TrajectoryBatch]]:
         done, every = index + 1, self._trainer.eval_every

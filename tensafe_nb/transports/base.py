@@ -1,11 +1,19 @@
 """What a client needs of its core, whatever lies between them."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.events import EventBus
 from tensafe_nb.futures import FutureHandle, Promise
-from tensafe_nb.types import Operation, TrainingClientInfo
+from tensafe_nb.types import (
+    AuditLogEntry,
+    AuditVerification,
+    Operation,
+    SaveStateResult,
+    TrainingClientInfo,
+)
 
 
 class Channel(Protocol):
@@ -29,13 +37,50 @@ class Channel(Protocol):
 
 
 class Transport(Protocol):
-    """A service that holds training clients."""
+    """A service that holds training clients and their artifacts."""
 
     def create(self, config: TrainingConfig) -> Channel:
         """Make a training client; returns before its model is loaded."""
 
+    def restore(
+        self, config: TrainingConfig, artifact_id: Callable[[], str], relative: Channel | None = None
+    ) -> Channel:
+        """Make a training client that starts from a stored state, sharing a relative's base weights."""
+
     def channels(self) -> list[Channel]:
         """Return the training clients that are not closed, oldest first."""
 
+    def list_artifacts(self, training_client_id: str | None) -> list[SaveStateResult]:
+        """Return the stored artifacts, newest first."""
+
+    def get_artifact(self, artifact_id: str) -> SaveStateResult:
+        """Return one, by id or name."""
+
+    def config_of(self, artifact_id: str) -> TrainingConfig:
+        """Return the configuration of the client that saved it."""
+
+    def pull_artifact(self, artifact_id: str, to: Path | None) -> bytes | Path:
+        """Return the sealed file, or write it to a path."""
+
+    def push_artifact(self, path: Path) -> SaveStateResult:
+        """Take in a sealed file."""
+
+    def delete_artifact(self, artifact_id: str) -> None:
+        """Delete one for good."""
+
+    def export_adapter(self, artifact_id: str, path: Path, merged: bool) -> Path:
+        """Write one as a folder that PEFT and transformers read."""
+
+    def rotate_keys(self) -> int:
+        """Make a new key and rewrap every artifact with it."""
+
+    def audit_logs(
+        self, training_client_id: str | None, operation: str | None, limit: int, offset: int
+    ) -> Sequence[AuditLogEntry]:
+        """Return records of the audit log, newest first."""
+
+    def verify_audit_log(self, anchors: Sequence[str]) -> AuditVerification:
+        """Verify the audit log."""
+
     def close(self) -> None:
-        """Close all of them."""
+        """Close all training clients."""

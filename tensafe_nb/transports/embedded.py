@@ -2,35 +2,90 @@
 
 import atexit
 import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.engine.worker import Worker
-from tensafe_nb.events import ClientCreated, EventBus
+from tensafe_nb.engine import checkpoints, export
+from tensafe_nb.engine.worker import Origin, Worker
+from tensafe_nb.events import ArtifactDeleted, ClientCreated, EventBus
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.plain import to_plain
 from tensafe_nb.store import home
+from tensafe_nb.store.vault import Vault
 from tensafe_nb.transports.base import Channel
+from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult
 
 
 class EmbeddedTransport:
-    """Training clients of this process."""
+    """Training clients of this process, and the artifacts of this home folder.
 
-    def __init__(self) -> None:
+    Args:
+        key_source: "file", "env" or "passphrase": where the key of the artifacts comes from.
+    """
+
+    def __init__(self, key_source: str | None = None) -> None:
         self._workers: dict[str, Worker] = {}
+        self._vault = Vault(key_source)
         atexit.register(self.close)  # a script that just ends leaves no thread inside torch
 
     def create(self, config: TrainingConfig) -> Channel:
+        return self._start(config, None)
+
+    def restore(
+        self, config: TrainingConfig, artifact_id: Callable[[], str], relative: Channel | None = None
+    ) -> Channel:
+        parent = self._workers.get(relative.training_client_id) if relative is not None else None
+        return self._start(config, Origin(artifact_id, parent))
+
+    def _start(self, config: TrainingConfig, origin: Origin | None) -> Channel:
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
         training_client_id = f"tc-{uuid.uuid4().hex[:12]}"
         created = ClientCreated(training_client_id=training_client_id, config=to_plain(config))
         bus = EventBus(home.event_log(training_client_id))
         bus.publish(created)
-        worker = Worker(training_client_id, config, bus, loss)
+        worker = Worker(training_client_id, config, bus, loss, self._vault, origin)
         self._workers[training_client_id] = worker
         return worker
 
     def channels(self) -> list[Channel]:
         return [worker for worker in self._workers.values() if worker.info().status != "TERMINATED"]
+
+    def list_artifacts(self, training_client_id: str | None) -> list[SaveStateResult]:
+        return self._vault.list(training_client_id)
+
+    def get_artifact(self, artifact_id: str) -> SaveStateResult:
+        return self._vault.artifacts.get(artifact_id)
+
+    def config_of(self, artifact_id: str) -> TrainingConfig:
+        return checkpoints.config_of(self._vault.artifacts, artifact_id)
+
+    def pull_artifact(self, artifact_id: str, to: Path | None) -> bytes | Path:
+        return self._vault.pull(artifact_id, to)
+
+    def push_artifact(self, path: Path) -> SaveStateResult:
+        return self._vault.push(path)
+
+    def delete_artifact(self, artifact_id: str) -> None:
+        found = self._vault.artifacts.get(artifact_id)
+        self._vault.delete(found.artifact_id)
+        if found.saved_by in self._workers:
+            self._workers[found.saved_by].bus.publish(ArtifactDeleted(artifact_id=found.artifact_id))
+
+    def export_adapter(self, artifact_id: str, path: Path, merged: bool) -> Path:
+        with self._vault.exported(artifact_id):
+            return export.export(self._vault.artifacts, artifact_id, path, merged=merged)
+
+    def rotate_keys(self) -> int:
+        return self._vault.rotate()
+
+    def audit_logs(
+        self, training_client_id: str | None, operation: str | None, limit: int, offset: int
+    ) -> Sequence[AuditLogEntry]:
+        return self._vault.logs(training_client_id, operation, limit, offset)
+
+    def verify_audit_log(self, anchors: Sequence[str]) -> AuditVerification:
+        return self._vault.verify(anchors)
 
     def close(self) -> None:
         for worker in self._workers.values():

@@ -29,14 +29,8 @@ BLOCKS = {
 DIAGRAMS = {1}
 pytestmark = pytest.mark.skipif(not BLOCKS, reason=f"the guide is not here: {GUIDE} (set TENSAFE_GUIDE)")
 
-CHECKPOINTS = "checkpoints", r"no attribute '(save_state|load_state|pull_artifact)'"
 EXPECTED_TO_FAIL = {  # case: the subject of a later issue, and what is said until then
     "16 PPO": ("PPO", r"cannot import name 'PPO'"),
-    "19 saving a checkpoint": CHECKPOINTS,
-    "20 loading a checkpoint": CHECKPOINTS,
-    "21 downloading a checkpoint": CHECKPOINTS,
-    "25 a checkpoint every 100 steps": CHECKPOINTS,
-    "26 a checkpoint after a failure": CHECKPOINTS,
     "3 a private step": ("differential privacy", r"no field 'dp_config'"),
 }
 MY_LOSSES = """
@@ -198,7 +192,7 @@ def check_loaded(ran: Ran) -> None:
 def check_downloaded(ran: Ran) -> None:
     data = (ran.folder / "checkpoint.bin").read_bytes()
     assert data == ran.data and len(data) > 0
-    assert b"base_model" not in data  # sealed
+    assert b"model.layers" not in data  # sealed
 
 
 def check_state(ran: Ran) -> None:
@@ -228,8 +222,9 @@ def check_trained(ran: Ran) -> None:
 
 def check_emergency(ran: Ran) -> None:
     assert isinstance(ran.raised, tn.ValidationError) and str(ran.raised) in ran.printed
+    ran.service.close()  # as the end of the script would: the checkpoint is written first
     (artifact,) = ran.service.list_artifacts()
-    assert "vocabulary" in artifact.metadata["error"]
+    assert "999999" in artifact.metadata["error"]
 
 
 def trains(ran: Ran, config: tn.TrainingConfig) -> bool:

@@ -354,7 +354,11 @@ tc.forward({"input_ids": [[5, 6]]}).result()
     ended = subprocess.run(
         [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60
     )
-    assert (ended.returncode, ended.stderr) == (0, "")
+    told, *more = ended.stderr.splitlines()
+    assert (ended.returncode, more) == (
+        0,
+        [],
+    ) and "Back this up" in told  # the key of a new home, and nothing else
 
 
 def test_one_chat_message_and_what_is_no_prompt_are_refused(tc: tn.TrainingClient) -> None:

@@ -33,7 +33,7 @@ def ragged(seed: int = 0, rows: int = 6, width: int = 12) -> tn.BatchData:
 
 def gradients(engine: Engine, batch: tn.BatchData, **options: Any) -> tuple[float, list[torch.Tensor]]:
     result = engine.forward_backward(batch, TOKEN_CE, **options)
-    weight = engine._window.divisor
+    weight = engine.window.divisor
     found = [p.grad.clone() / weight for p in engine._parameters]
     engine.discard_gradients()
     return result.loss, found
@@ -66,7 +66,7 @@ def test_accumulated_batches_equal_one_big_batch(engine: Engine) -> None:
     whole = gradients(engine, batch)
     for start in range(0, 6, 2):
         engine.forward_backward(batch.rows(start, start + 2), TOKEN_CE)
-    accumulated = [p.grad / engine._window.divisor for p in engine._parameters]
+    accumulated = [p.grad / engine.window.divisor for p in engine._parameters]
     engine.discard_gradients()
     assert largest_difference(whole[1], accumulated) <= 1e-6
 
@@ -126,7 +126,7 @@ def test_an_optimiser_step_equals_torchs_own(name: str) -> None:
     for seed in range(3):
         engine.forward_backward(ragged(seed), TOKEN_CE)
         for weight, parameter in zip(weights, engine._parameters, strict=True):
-            weight.grad = parameter.grad / engine._window.divisor
+            weight.grad = parameter.grad / engine.window.divisor
         reference.step()
         engine.optim_step()
     assert largest_difference(weights, engine._parameters) <= 1e-6

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensafe_nb.engine.worker import Job, Lane
+from tensafe_nb.engine.lane import Job, Lane
 from tensafe_nb.types import ForwardBackward, FutureStatus, OptimStep
 
 KINDS = {"fb": ForwardBackward, "opt": OptimStep}

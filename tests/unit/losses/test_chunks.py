@@ -195,7 +195,7 @@ def test_the_engine_takes_chunks_of_a_large_vocabulary_and_finds_the_same_gradie
     with Memory() as memory:
         result = engine.forward_backward(batch, resolve_loss("token_ce"))
     assert memory.largest <= CHUNK * FLOAT
-    found = [p.grad / engine._window.divisor for p in engine._parameters]
+    found = [p.grad / engine.window.divisor for p in engine._parameters]
     engine.discard_gradients()
     logits = engine.model.causal(input_ids=torch.from_numpy(ids)).logits
     reference = F.cross_entropy(logits[:, :-1].flatten(0, 1), torch.from_numpy(ids)[:, 1:].flatten())

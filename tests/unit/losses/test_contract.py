@@ -341,7 +341,7 @@ def test_the_gradient_of_a_focal_loss_is_the_one_plain_torch_computes(lora: Any,
         [[5, 6, 7, 8], [9, 10, 11, 0], [12, 13, 0, 0]], [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
     )
     result = engine.forward_backward(batch, resolve_loss(focal, gamma=1.5))
-    found = [p.grad.clone() / engine._window.divisor for p in engine._parameters]
+    found = [p.grad.clone() / engine.window.divisor for p in engine._parameters]
     engine.discard_gradients()
 
     logits = engine.model.causal(input_ids=torch.from_numpy(batch.input_ids)).logits.flatten(0, 1)

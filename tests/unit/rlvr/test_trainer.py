@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from tensafe_nb import datasets
-from tensafe_nb.client import ServiceClient
+from tensafe_nb.service import ServiceClient
 from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.errors import RewardError, ValidationError
 from tensafe_nb.events import Metrics, RunState

@@ -1,0 +1,92 @@
+"""One record of the audit log for every operation that ended, whichever way."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tensafe_nb.batch import BatchData
+from tensafe_nb.engine.lane import Job
+from tensafe_nb.errors import AuditLogError, FutureCancelledError, StorageError, TGTinkerError
+from tensafe_nb.plain import to_plain
+from tensafe_nb.registry import name_of
+from tensafe_nb.store.audit_log import AuditLog
+from tensafe_nb.types import LoadStateResult, Operation, SaveStateResult
+
+
+class Auditor:
+    """Writes down what one training client did.
+
+    A record that cannot be written is kept, and the client does no further work until it is: what happened
+    unseen is at most one operation, and it is caught up.
+
+    Args:
+        log: The tenant's audit log.
+        training_client_id: Who.
+    """
+
+    def __init__(self, log: AuditLog, training_client_id: str) -> None:
+        self._log = log
+        self._training_client_id = training_client_id
+        self._owed: list[dict[str, Any]] = []
+        self._lock = threading.RLock()
+
+    def catch_up(self) -> None:
+        """Write the records that could not be written before.
+
+        Raises:
+            StorageError: They still cannot be.
+        """
+        with self._lock:
+            while self._owed:
+                self._log.append(**self._owed[0])
+                del self._owed[0]
+
+    def record(self, job: Job, outcome: object) -> None:
+        """Write down how a job ended: `outcome` is its result or its error."""
+        error = outcome if isinstance(outcome, BaseException) else None
+        now = time.time()
+        entry: dict[str, Any] = {
+            "operation": job.name,
+            "training_client_id": self._training_client_id,
+            "request": _buffers(job.operation) if job.operation is not None else (),
+            "produced": (outcome.artifact_id,) if isinstance(outcome, SaveStateResult) else (),
+            "consumed": (outcome.loaded_artifact_id,) if isinstance(outcome, LoadStateResult) else (),
+            "started_at": job.promise.started_at or now,
+            "completed_at": now,
+            "success": error is None,
+            "error_code": _code(error),
+            "error_class": None if error is None else type(error).__name__,
+        }
+        with self._lock:
+            try:
+                self.catch_up()
+                self._log.append(**entry)
+            except (AuditLogError, StorageError):
+                self._owed.append(entry | {"request": ()})
+
+
+def _code(error: BaseException | None) -> str | None:
+    if error is None:
+        return None
+    if isinstance(error, FutureCancelledError):
+        return "cancelled"
+    return error.code if isinstance(error, TGTinkerError) else "failed"
+
+
+def _buffers(operation: Operation) -> Iterator[Any]:
+    """Yield what was asked for, as bytes to hash: small fields as JSON, arrays as they lie in memory."""
+    yield type(operation).__name__.encode()
+    for name in operation.__slots__:
+        value = getattr(operation, name)
+        if isinstance(value, BatchData):
+            arrays = {"input_ids": value.input_ids, "mask": value.attention_mask, "labels": value.labels}
+            for key, array in (arrays | dict(value.extras)).items():
+                yield f"{key}{array.dtype.str}{array.shape}".encode()
+                yield np.ascontiguousarray(array).data.cast("B")
+        else:
+            plain = name_of(value) if callable(value) else to_plain(value)
+            yield json.dumps([name, plain], sort_keys=True).encode()

@@ -1,0 +1,72 @@
+"""What only the model knows about its inputs: its vocabulary, its context, its chat template."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tensafe_nb.batch import IGNORE, BatchData
+from tensafe_nb.engine.models import LoadedModel
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.types import Prompt
+
+
+def check_batch(batch: BatchData, model: LoadedModel, model_ref: str) -> None:
+    """Refuse tokens outside the vocabulary and rows longer than the context.
+
+    Raises:
+        ValidationError: Says which token, or how long.
+    """
+    labels = np.where(batch.labels == IGNORE, 0, batch.labels)
+    for name, ids in (("input_ids", batch.input_ids), ("labels", labels)):
+        if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
+            row, column = np.argwhere((ids < 0) | (ids >= model.vocab_size))[0]
+            raise ValidationError(
+                f"BatchData.{name}[{row}][{column}] is {ids[row, column]}: {model_ref!r} has the tokens 0 to "
+                f"{model.vocab_size - 1}. Was the text tokenised for another model? Use tc.tokenizer."
+            )
+    if model.context is not None and batch.shape[1] > model.context:
+        raise ValidationError(
+            f"BatchData has rows of {batch.shape[1]} tokens; {model_ref!r} reads at most {model.context}. "
+            f"Cut them: max_length={model.context} in tensafe_nb.data.batches."
+        )
+
+
+def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> list[int]:
+    """Return the token ids of prompt `index`, checked against vocabulary and context.
+
+    Raises:
+        ValidationError: Empty, outside the vocabulary, or too long together with what is to be drawn.
+    """
+    ids = encode_prompt(model.tokenizer, prompt)
+    if not ids:
+        raise ValidationError(f"Prompt {index} is empty: give at least one token.")
+    if min(ids) < 0 or max(ids) >= model.vocab_size:
+        raise ValidationError(
+            f"Prompt {index} holds a token outside 0 to {model.vocab_size - 1}, the model's vocabulary."
+        )
+    if model.context is not None and len(ids) + new_tokens > model.context:
+        raise ValidationError(
+            f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new_tokens} that is more than the "
+            f"model's context of {model.context}. Shorten one of them."
+        )
+    return ids
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return the token ids of a text, of chat messages (opened for the assistant's answer), or of ids."""
+    if isinstance(prompt, str):
+        try:
+            return list(tokenizer(prompt)["input_ids"])
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise ValidationError(
+                f"The model's tokenizer cannot read the prompt {prompt!r}: {error}."
+            ) from error
+    if prompt and isinstance(prompt[0], Mapping):
+        if tokenizer.chat_template is None:
+            raise ValidationError(
+                "This model has no chat template: give prompts as text instead of messages."
+            )
+        messages = [dict(message) for message in prompt]  # type: ignore[arg-type]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return [int(token) for token in prompt]  # type: ignore[arg-type]

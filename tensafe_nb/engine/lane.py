@@ -1,0 +1,122 @@
+"""The order of a training client's operations: first in, first out; a failed window fails its optimiser step."""
+
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensafe_nb.errors import FutureFailedError, QueueFullError
+from tensafe_nb.futures import Promise
+from tensafe_nb.losses import Loss
+from tensafe_nb.types import (
+    ComputeLogprobs,
+    Forward,
+    ForwardBackward,
+    ForwardBackwardResult,
+    ForwardResult,
+    LoadState,
+    LoadStateResult,
+    LogprobsResult,
+    Operation,
+    OptimStep,
+    OptimStepResult,
+    Sample,
+    SampleResult,
+    SaveState,
+    SaveStateResult,
+)
+
+MAX_PENDING = 1_000
+NAMES: dict[type, tuple[str, type]] = {
+    ForwardBackward: ("forward_backward", ForwardBackwardResult),
+    Forward: ("forward", ForwardResult),
+    OptimStep: ("optim_step", OptimStepResult),
+    Sample: ("sample", SampleResult),
+    ComputeLogprobs: ("compute_logprobs", LogprobsResult),
+    SaveState: ("save_state", SaveStateResult),
+    LoadState: ("load_state", LoadStateResult),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """An operation in its place in the lane; once finished it lets go of the operation and its batch."""
+
+    operation: Operation | None
+    name: str
+    kind: type
+    future_id: str = field(default_factory=lambda: f"fut-{uuid.uuid4().hex[:12]}")
+    promise: Promise[Any] = field(default_factory=Promise)
+    loss: Loss | None = None
+
+
+class Lane:
+    """Jobs in order, and what became of the window they belong to. Knows no thread."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+        self._broken: tuple[Job, str] | None = None
+        self.stale_gradients = False  # a window ended without its step: what it accumulated must go
+
+    def put(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def check_room(self) -> None:
+        if self.depth >= MAX_PENDING:
+            raise QueueFullError(
+                f"{MAX_PENDING} operations of this training client are waiting already. Wait for some results "
+                f"before you submit more."
+            )
+
+    def take(self) -> Job | None:
+        """Return the next job that is still wanted; cancelled ones leave their mark on the window."""
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.promise.start():
+                return job
+            self.mark_broken(job, "was cancelled")
+        return None
+
+    @property
+    def depth(self) -> int:
+        return sum(not job.promise.done for job in self._jobs)
+
+    def position(self, job: Job) -> int | None:
+        waiting = [other for other in self._jobs if not other.promise.done]
+        return waiting.index(job) if job in waiting else None
+
+    def pending(self) -> list[Job]:
+        return [job for job in self._jobs if not job.promise.done]
+
+    def mark_broken(self, job: Job, how: str) -> None:
+        """Note that a job did not complete: a forward_backward breaks its window, an optim_step ends it."""
+        if job.kind is ForwardBackward and self._broken is None:
+            self._broken = (job, how)
+        elif job.kind is OptimStep:
+            self._broken, self.stale_gradients = None, True
+
+    def end_window(self) -> FutureFailedError | None:
+        """Close the window for an optimiser step; the error it must fail with, if the window is broken."""
+        broken, self._broken = self._broken, None
+        if broken is None:
+            return None
+        job, how = broken
+        error = FutureFailedError(
+            f"optim_step was not run: {job.name} {job.future_id} of the same step {how}. The weights are untouched "
+            f"and the gradients cleared; the next step starts clean.",
+            details={"cause": job.future_id},
+        )
+        error.__cause__ = job.promise.error
+        return error
+
+
+def mean_of(losses: list[tuple[ForwardBackwardResult, bool]]) -> dict[str, float]:
+    """Combine the losses and metrics of a window: weighted means; sums of pre-normalised losses add up."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for result, prenormalised in losses:
+        weight = 1.0 if prenormalised else result.weight
+        for name, value in {"loss": result.loss, **result.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + weight * value
+            weights[name] = 1.0 if prenormalised else weights.get(name, 0.0) + weight
+    return {name: total / weights[name] for name, total in sums.items() if weights[name]}

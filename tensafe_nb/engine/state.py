@@ -1,0 +1,177 @@
+"""The state of an engine as named tensors and plain facts, and back; a state that does not fit moves nothing."""
+
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensafe_nb.config import LoRAConfig, TrainingConfig
+from tensafe_nb.engine.engine import Engine, Window
+from tensafe_nb.errors import ValidationError
+
+PROBES = 64  # values of each frozen tensor that tell one base model from another
+
+
+@dataclass(slots=True)
+class EngineState:
+    """What has to come back so that training goes on as if it had never stopped.
+
+    Attributes:
+        facts: Step, window, random streams, configuration: plain data.
+        weights: Trained weights by parameter name.
+        optimizer: Moments by "state.<number of the parameter>.<name>"; None when left out.
+        gradients: Sums of an open accumulation window by parameter name.
+    """
+
+    facts: dict[str, Any]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor] | None
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def capture(engine: Engine, include_optimizer: bool) -> EngineState:
+    """Return an engine's state. The tensors are the live ones: use them before the engine goes on."""
+    facts = {
+        "step": engine.step,
+        "policy_version": engine.policy_version,
+        "config": engine.config.model_dump(mode="json"),
+        "base": fingerprint(engine),
+        "samples_drawn": engine.samples_drawn,
+        "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in engine.random.items()},
+        "window": {
+            "weight": engine.window.weight,
+            "batches": engine.window.batches,
+            "prenormalised": engine.window.prenormalised,
+        },
+    }
+    trained = engine.model.trainable
+    gradients = {name: p.grad for name, p in trained if p.grad is not None}
+    moments = dict(_moments(engine)) if include_optimizer else None
+    return EngineState(facts, {name: p.detach() for name, p in trained}, moments, gradients)
+
+
+def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) -> None:
+    """Give an engine a state that `check` has found to fit.
+
+    Args:
+        engine: Whose state to replace.
+        state: What to replace it with.
+        keep_moments: False starts the optimiser's moments at zero.
+
+    Raises:
+        ValidationError: Tensors are missing, or have other shapes. Nothing has changed.
+    """
+    _check_tensors(engine, state)
+    facts, parameters = state.facts, dict(engine.model.trainable)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state.weights[name])
+    engine.discard_gradients()
+    for name, gradient in state.gradients.items():
+        parameters[name].grad = gradient.to(parameters[name].device)
+    engine.window = Window(**facts["window"])
+    _restore_moments(engine, state.optimizer if keep_moments else None)
+    if facts["config"]["seed"] == engine.config.seed:  # the streams belong to the seed
+        engine.samples_drawn = facts["samples_drawn"]
+        for name in engine.random.keys() & facts["random"].keys():
+            engine.random[name] = torch.tensor(
+                list(base64.b64decode(facts["random"][name])), dtype=torch.uint8
+            )
+    engine.step = facts["step"]
+    engine.policy_version = _next_version(engine.policy_version, facts["policy_version"])
+
+
+def check(engine: Engine, facts: Mapping[str, Any], artifact_id: str, *, with_moments: bool) -> None:
+    """Refuse a state that was saved by a client of another model, adapter or optimiser.
+
+    Raises:
+        ValidationError: Lists every difference; `details["differences"]` holds them as well.
+    """
+    saved = TrainingConfig(**facts["config"])
+    found = list(_differences(saved, engine.config, same_base=facts["base"] == fingerprint(engine)))
+    if with_moments and saved.optimizer.name != engine.config.optimizer.name:
+        found.append(("optimizer.name", saved.optimizer.name, engine.config.optimizer.name))
+    if found:
+        listed = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, there, here in found)
+        raise ValidationError(
+            f"The checkpoint {artifact_id!r} does not fit this training client ({listed}). Nothing was loaded. "
+            f"Create a client with the checkpoint's configuration: service.restore({artifact_id!r}).",
+            details={"differences": [list(difference) for difference in found]},
+        )
+
+
+def fingerprint(engine: Engine) -> str:
+    """Return a hash that tells base models apart: names, shapes, and some values of every frozen tensor."""
+    if engine.base_fingerprint is None:
+        digest = hashlib.sha256()
+        for name, parameter in engine.model.causal.named_parameters():
+            if ".lora_" not in name:
+                digest.update(f"{name.replace('.base_layer', '')}{tuple(parameter.shape)}".encode())
+                digest.update(_probes(parameter) if engine.model.peft is not None else b"")
+        engine.base_fingerprint = f"sha256:{digest.hexdigest()}"
+    return engine.base_fingerprint
+
+
+def _probes(parameter: Tensor) -> bytes:
+    if parameter.requires_grad:
+        return b""
+    values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // PROBES)]
+    return values.to(torch.bfloat16).float().cpu().numpy().tobytes()  # the same whatever dtype it is kept in
+
+
+def _differences(
+    saved: TrainingConfig, here: TrainingConfig, *, same_base: bool
+) -> Iterator[tuple[str, Any, Any]]:
+    there, mine = saved.lora_config, here.lora_config
+    if (there is None) != (mine is None):
+        yield "lora_config", _adapter_name(there), _adapter_name(mine)
+    elif not same_base:
+        same_name = saved.model_ref == here.model_ref
+        note = " (other weights under the same name)" if same_name else ""
+        yield "model_ref", saved.model_ref, here.model_ref + note
+    if there is not None and mine is not None:
+        for name in ("rank", "alpha", "target_modules", "bias"):
+            if getattr(there, name) != getattr(mine, name):
+                yield f"lora_config.{name}", getattr(there, name), getattr(mine, name)
+
+
+def _adapter_name(lora: LoRAConfig | None) -> str:
+    return "all weights" if lora is None else f"LoRA of rank {lora.rank}"
+
+
+def _check_tensors(engine: Engine, state: EngineState) -> None:
+    expected = {name: tuple(p.shape) for name, p in engine.model.trainable}
+    found = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
+    strays = {n for n, t in state.gradients.items() if expected.get(n) != tuple(t.shape)}
+    wrong = sorted({n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)} | strays)
+    if wrong:
+        name = wrong[0]
+        raise ValidationError(
+            f"{len(wrong)} tensors of the checkpoint do not fit the model; the first is {name!r}: "
+            f"{found.get(name, 'missing')} there, {expected.get(name, 'none')} here. Nothing was loaded."
+        )
+
+
+def _moments(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    for number, values in engine.optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                yield f"state.{number}.{name}", value
+
+
+def _restore_moments(engine: Engine, moments: Mapping[str, Tensor] | None) -> None:
+    groups = engine.optimizer.state_dict()["param_groups"]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in (moments or {}).items():
+        _, number, name = key.split(".", 2)
+        state.setdefault(int(number), {})[name] = value
+    engine.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _next_version(here: int, saved: int) -> int:
+    """A client that has trained gives the loaded weights a number of their own: a version never names two."""
+    return saved if here == 0 else max(here, saved) + 1

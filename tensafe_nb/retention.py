@@ -1,0 +1,112 @@
+"""Which checkpoints of a training client there are, and which of a run's own are kept."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.events import ArtifactDeleted, CheckpointSaved, RunHistory
+from tensafe_nb.futures import FutureHandle
+from tensafe_nb.types import SaveStateResult
+
+SMALLER_IS_BETTER = ("loss", "perplexity", "error", "kl")
+
+
+class Checkpoints:
+    """When a run saves by itself, and what it may delete again. Checkpoints a user asked for are never deleted.
+
+    Args:
+        every: Steps between checkpoints; None saves none.
+        keep_last: How many of the newest to keep; None keeps all, unless `keep_best` is given.
+        keep_best: A metric; the checkpoint with its best value is kept besides the newest. Metrics named after a
+            loss, an error, a perplexity or a KL divergence are better when small, all others when large.
+
+    Raises:
+        ValidationError: A number below 1, or something to keep while nothing is saved.
+    """
+
+    def __init__(
+        self, every: int | None = None, keep_last: int | None = None, keep_best: str | None = None
+    ) -> None:
+        for name, value in (("checkpoint_every", every), ("keep_last", keep_last)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValidationError(f"{name}={value!r} must be a whole number, at least 1.")
+        if every is None and (keep_last is not None or keep_best is not None):
+            raise ValidationError(
+                "keep_last and keep_best need checkpoint_every: nothing is saved without it."
+            )
+        if keep_best is not None and not isinstance(keep_best, str):
+            raise ValidationError(
+                f"keep_best={keep_best!r} must be the name of a metric, such as 'eval/loss'."
+            )
+        self._every, self._keep_last, self._keep_best = every, keep_last, keep_best
+        self._saving: deque[FutureHandle[SaveStateResult]] = deque()
+        self._kept: list[tuple[str, float]] = []
+        self._last_index = 0
+
+    def due(self, index: int, planned: int | None) -> bool:
+        """Whether to save after step number `index` (1, 2, 3 …)."""
+        if self._every is None or (index % self._every and index != planned):
+            return False
+        self._last_index = index
+        return True
+
+    def missing(self, index: int) -> bool:
+        """Whether the last step, which nobody knew to be the last, is still to be saved."""
+        return self._every is not None and index > self._last_index
+
+    def add(self, handle: FutureHandle[SaveStateResult]) -> None:
+        """Take note of a checkpoint under way."""
+        self._saving.append(handle)
+
+    def settled(self, wait: bool) -> Iterator[SaveStateResult]:
+        """Yield the checkpoints that have been written since; wait for the rest if asked to."""
+        while self._saving and (wait or self._saving[0].done()):
+            yield self._saving.popleft().result()
+
+    def keep(self, saved: SaveStateResult, history: RunHistory) -> list[str]:
+        """Count in a checkpoint; return the ids of those that are no longer needed."""
+        self._kept.append((saved.artifact_id, self._score(saved.step, history)))
+        if self._keep_last is None and self._keep_best is None:
+            return []
+        newest = {artifact_id for artifact_id, _ in self._kept[-(self._keep_last or 1) :]}
+        if self._keep_best is not None:
+            newest.add(max(self._kept, key=lambda kept: kept[1])[0])
+        gone = [artifact_id for artifact_id, _ in self._kept if artifact_id not in newest]
+        self._kept = [kept for kept in self._kept if kept[0] in newest]
+        return gone
+
+    def _score(self, step: int, history: RunHistory) -> float:
+        """Return what is to be large: the metric as it was last measured by that step."""
+        if self._keep_best is None:
+            return 0.0
+        steps, values = history.series(self._keep_best)
+        finite = np.isfinite(values)
+        by_then: Any = values[finite & (steps <= step)]
+        known = by_then if by_then.size else values[finite]
+        if not known.size:
+            raise ValidationError(
+                f"keep_best={self._keep_best!r}: no such metric has been measured. "
+                f"There are: {', '.join(history.names) or 'none'}."
+            )
+        small = any(word in self._keep_best.lower() for word in SMALLER_IS_BETTER)
+        return float(-known[-1] if small else known[-1])
+
+
+def checkpoint_of(step: int, history: RunHistory) -> str:
+    """Return the id of the newest checkpoint of an optimiser step.
+
+    Raises:
+        ValidationError: There is none; says of which steps there are.
+    """
+    saved: dict[int, str] = {}
+    for event in history.events():
+        if isinstance(event, CheckpointSaved):
+            saved[event.step] = event.artifact_id
+        elif isinstance(event, ArtifactDeleted):
+            saved = {at: found for at, found in saved.items() if found != event.artifact_id}
+    if step not in saved:
+        raise ValidationError(f"There is no checkpoint of step {step}; there are those of {sorted(saved)}.")
+    return saved[step]

@@ -1,0 +1,274 @@
+"""The way in: a ServiceClient makes training clients, and keeps their artifacts and their audit log."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+from tensafe_nb.client import TrainingClient
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
+from tensafe_nb.transports.base import Channel, Transport
+from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
+
+
+class ServiceClient:
+    """The way in: makes training clients, and keeps what they save.
+
+    Args:
+        base_url: A remote core; None (and no TENSAFE_BASE_URL) trains in this process.
+        api_key: For a remote core; else TENSAFE_API_KEY.
+        key_source: Where the key of the artifacts comes from: "file" (made on first use in the home folder), "env"
+            (TENSAFE_KEK, 32 bytes in base64) or "passphrase" (TENSAFE_PASSPHRASE, else asked for). None takes
+            TENSAFE_KEK where it is set, else the file.
+
+    Raises:
+        ValidationError: A remote core was asked for, which this version does not have yet; or an unknown key source.
+
+    Example:
+        >>> service = ServiceClient()
+        >>> tc = service.create_training_client(model_ref="builtin:tiny", lora_config=LoRAConfig(rank=8))
+    """
+
+    def __init__(
+        self, base_url: str | None = None, api_key: str | None = None, *, key_source: str | None = None
+    ) -> None:
+        base_url = base_url or os.environ.get("TENSAFE_BASE_URL")
+        if base_url is not None:
+            raise ValidationError(
+                f"A remote core ({base_url}) cannot be reached by this version: it trains in this process only. "
+                f"Call ServiceClient() without base_url, and unset TENSAFE_BASE_URL."
+            )
+        _let_waiting_threads_sleep()
+        from tensafe_nb.transports.embedded import EmbeddedTransport
+
+        self._transport: Transport = EmbeddedTransport(key_source)
+        self._clients: dict[str, TrainingClient] = {}
+        self._closed = False
+
+    def create_training_client(self, config: TrainingConfig | None = None, **fields: Any) -> TrainingClient:
+        """Make a training client. Returns at once; its model loads in the background.
+
+        Before you load a transformers model of your own, wait for it (`await tc.ready()`): transformers patches torch
+        while it loads, and two loads at once corrupt each other.
+
+        Args:
+            config: What to train; None for the defaults.
+            fields: Fields of TrainingConfig, instead of or on top of `config`.
+
+        Raises:
+            ValidationError: A field that does not fit.
+        """
+        if config is not None and not isinstance(config, TrainingConfig):
+            raise ValidationError(
+                f"create_training_client takes a TrainingConfig, or its fields as keywords, not {config!r}."
+            )
+        self._refuse_if_closed()
+        config = TrainingConfig(**fields) if config is None else config.replace(**fields)
+        return self._adopt(self._transport.create(config))
+
+    def restore(self, artifact_id: str, **changes: Any) -> TrainingClient:
+        """Make a training client of a checkpoint: its configuration, its weights, its optimiser, its random streams.
+
+        Returns at once. A state that cannot be loaded puts the client in ERROR.
+
+        Args:
+            artifact_id: The checkpoint's id, or its name.
+            changes: Fields of TrainingConfig that are to be different, such as `device` or
+                `optimizer={"learning_rate": 1e-3}`.
+
+        Raises:
+            ArtifactNotFoundError: There is none.
+            DecryptionError: It does not open.
+            ValidationError: A field that does not fit.
+        """
+        self._refuse_if_closed()
+        config = self._transport.config_of(artifact_id).change(**changes)
+        return self._adopt(self._transport.restore(config, lambda: artifact_id))
+
+    def _adopt(self, channel: Channel) -> TrainingClient:
+        client = TrainingClient(channel, self._fork, self._transport.delete_artifact)
+        self._clients[client.training_client_id] = client
+        return client
+
+    def _fork(
+        self, parent: Channel, config: TrainingConfig, artifact_id: Callable[[], str]
+    ) -> TrainingClient:
+        self._refuse_if_closed()
+        return self._adopt(self._transport.restore(config, artifact_id, parent))
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
+
+    def list_training_clients(self) -> list[TrainingClientInfo]:
+        """Return the training clients that are not closed, oldest first."""
+        return [channel.info() for channel in self._transport.channels()]
+
+    def get_training_client(self, training_client_id: str) -> TrainingClient:
+        """Return a training client by its id.
+
+        Raises:
+            TrainingClientNotFoundError: This service has none of that id.
+        """
+        if training_client_id not in self._clients:
+            raise TrainingClientNotFoundError(
+                f"There is no training client {training_client_id!r} in this process. Known: {sorted(self._clients)}. "
+                f"The history of earlier ones is in list_runs()."
+            )
+        return self._clients[training_client_id]
+
+    # artifacts
+
+    def list_artifacts(self, training_client_id: str | None = None) -> list[SaveStateResult]:
+        """Return the stored artifacts, newest first.
+
+        Args:
+            training_client_id: Only those that this client saved.
+        """
+        return self._transport.list_artifacts(training_client_id)
+
+    def get_artifact(self, artifact_id: str) -> SaveStateResult:
+        """Return what is known of an artifact.
+
+        Args:
+            artifact_id: Its id, or its name: then the newest of that name.
+
+        Raises:
+            ArtifactNotFoundError: There is none.
+        """
+        return self._transport.get_artifact(artifact_id)
+
+    @overload
+    def pull_artifact(self, artifact_id: str, to: None = None) -> bytes: ...
+    @overload
+    def pull_artifact(self, artifact_id: str, to: str | Path) -> Path: ...
+    def pull_artifact(self, artifact_id: str, to: str | Path | None = None) -> bytes | Path:
+        """Return an artifact as it lies on the disk: sealed.
+
+        Args:
+            artifact_id: Its id, or its name.
+            to: Copy it to this file instead, whatever its size.
+
+        Returns:
+            The bytes, or the path.
+
+        Raises:
+            ArtifactNotFoundError: There is none.
+            StorageError: The file cannot be written.
+        """
+        return self._transport.pull_artifact(artifact_id, None if to is None else Path(to))
+
+    def push_artifact(self, path: str | Path) -> SaveStateResult:
+        """Take in a sealed file, from `pull_artifact` here or elsewhere.
+
+        Raises:
+            DecryptionError: It is no artifact, or was altered.
+        """
+        return self._transport.push_artifact(Path(path))
+
+    def delete_artifact(self, artifact_id: str) -> None:
+        """Delete an artifact for good.
+
+        Raises:
+            ArtifactNotFoundError: There is none.
+        """
+        self._transport.delete_artifact(artifact_id)
+
+    def export_adapter(self, artifact_id: str, path: str | Path, merged: bool = False) -> Path:
+        """Write a state in the clear, as a folder that plain PEFT (or, merged, plain transformers) loads.
+
+        Args:
+            artifact_id: Its id, or its name.
+            path: A folder that does not exist yet, or is empty.
+            merged: Write a whole model with the adapter added into its weights. States of clients that train all
+                weights always are whole models.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ArtifactNotFoundError: There is no such artifact.
+            ModelLoadError: Its base model is not here.
+            ValidationError: The folder holds something already.
+        """
+        return self._transport.export_adapter(artifact_id, Path(path), merged)
+
+    def rotate_keys(self) -> int:
+        """Wrap every artifact's own key with a new key; what is sealed is not written again.
+
+        The local key file gets a new key, and keeps the old one, retired. With a key from the environment or a
+        passphrase, the one that is set now takes over.
+
+        Returns:
+            How many artifacts were rewrapped.
+
+        Raises:
+            KeyUnavailableError: An artifact's present key is not here.
+        """
+        return self._transport.rotate_keys()
+
+    # audit log
+
+    def get_audit_logs(
+        self,
+        training_client_id: str | None = None,
+        operation: str | None = None,
+        limit: int = 100,
+        offset: int = 0,
+    ) -> Sequence[AuditLogEntry]:
+        """Return records of the audit log, newest first.
+
+        Args:
+            training_client_id: Only of this client.
+            operation: Only of this verb.
+            limit: At most so many.
+            offset: Leave out so many of the newest.
+        """
+        for name, value in (("limit", limit), ("offset", offset)):
+            if not isinstance(value, int) or value < 0:
+                raise ValidationError(f"get_audit_logs: {name}={value!r} must be a whole number, 0 or more.")
+        return self._transport.audit_logs(training_client_id, operation, limit, offset)
+
+    def verify_audit_log(self, anchors: Sequence[str] = ()) -> AuditVerification:
+        """Check the audit log from its first record to its last.
+
+        Args:
+            anchors: Heads noted earlier (`verification.head`): they must still be in the log.
+        """
+        return self._transport.verify_audit_log((anchors,) if isinstance(anchors, str) else tuple(anchors))
+
+    def close(self) -> None:
+        """Close every training client of this service; idempotent."""
+        self._closed = True
+        for client in self._clients.values():
+            client.close()
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        await asyncio.to_thread(self.close)
+
+    def __repr__(self) -> str:
+        return f"<ServiceClient embedded, {len(self._transport.channels())} training clients>"
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Ask OpenMP, before torch is first imported, not to spin while its threads wait for each other.
+
+    On a shared machine a spinning thread takes the core from the one it waits for: with two other busy processes
+    on two cores, 30 small steps took 97 s spinning and 5 s sleeping. A value the user has set stays.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,117 @@
+"""Keys, artifacts and audit log of one tenant: what a service asks of its store, every change of it on record."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.store import home
+from tensafe_nb.store.artifacts import ArtifactStore
+from tensafe_nb.store.audit_log import AuditLog
+from tensafe_nb.store.keys import Keys
+from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult
+
+TENANT = "local"
+
+
+class Vault:
+    """The store of one tenant in the home folder.
+
+    Args:
+        key_source: "file", "env" or "passphrase"; None takes TENSAFE_KEK where it is set, else the local key file.
+        tenant: Whose.
+    """
+
+    def __init__(self, key_source: str | None = None, tenant: str = TENANT) -> None:
+        self.keys = Keys(home.keys(), key_source, tenant=tenant)
+        self.artifacts = ArtifactStore(home.artifacts(tenant), self.keys, tenant)
+        self.audit = AuditLog(home.audit(tenant), self.keys, tenant)
+
+    def list(self, training_client_id: str | None = None) -> list[SaveStateResult]:
+        """Return the artifacts, newest first; of one training client when it is given."""
+        stored = self.artifacts.list()
+        return [found for found in stored if training_client_id in (None, found.saved_by)]
+
+    def pull(self, artifact_id: str, to: Path | None = None) -> bytes | Path:
+        """Return the sealed file, or copy it to a path."""
+        with self._on_record("pull_artifact") as record:
+            found = self.artifacts.resolve(artifact_id)
+            record.consumed.append(found)
+            return self.artifacts.pull(found) if to is None else self.artifacts.pull_to(found, to)
+
+    def push(self, path: Path) -> SaveStateResult:
+        """Take in a sealed file."""
+        with self._on_record("push_artifact") as record:
+            pushed = self.artifacts.push(path)
+            record.produced.append(pushed.artifact_id)
+            return pushed
+
+    def delete(self, artifact_id: str) -> None:
+        """Delete an artifact for good."""
+        with self._on_record("delete_artifact") as record:
+            found = self.artifacts.resolve(artifact_id)
+            record.consumed.append(found)
+            self.artifacts.delete(found)
+
+    def rotate(self) -> int:
+        """Wrap every artifact's own key with a new key, and retire the old one.
+
+        A key file gets a new key; from the environment or a passphrase comes the one that is set now.
+
+        Returns:
+            How many artifacts were rewrapped.
+        """
+        with self._on_record("rotate_keys", kind="key"):
+            old = self.keys.primary_id()
+            if self.keys.source == "file":
+                self.keys.new()
+            count = self.artifacts.rotate()
+            self.audit.rewrap()
+            if self.keys.source == "file":
+                self.keys.retire(old)
+            return count
+
+    def logs(
+        self, training_client_id: str | None, operation: str | None, limit: int, offset: int
+    ) -> Sequence[AuditLogEntry]:
+        """Return records of the audit log, newest first."""
+        return self.audit.entries(training_client_id, operation, limit, offset)
+
+    def verify(self, anchors: Sequence[str]) -> AuditVerification:
+        """Verify the audit log."""
+        return self.audit.verify(anchors)
+
+    @contextmanager
+    def exported(self, artifact_id: str) -> Iterator[None]:
+        """Put an export on record."""
+        with self._on_record("export_adapter") as record:
+            record.consumed.append(self.artifacts.resolve(artifact_id))
+            yield
+
+    @contextmanager
+    def _on_record(self, operation: str, kind: str = "artifact") -> "Iterator[_Record]":
+        record, started, error = _Record(), time.time(), None
+        try:
+            yield record
+        except TGTinkerError as raised:
+            error = raised
+            raise
+        finally:
+            self.audit.append(
+                kind=kind,
+                operation=operation,
+                produced=tuple(record.produced),
+                consumed=tuple(record.consumed),
+                started_at=started,
+                completed_at=time.time(),
+                success=error is None,
+                error_code=None if error is None else error.code,
+                error_class=None if error is None else type(error).__name__,
+            )
+
+
+class _Record:
+    def __init__(self) -> None:
+        self.produced: list[str] = []
+        self.consumed: list[str] = []

@@ -1,0 +1,196 @@
+"""Supervised training as a loop: batches → forward_backward → optim_step, with held-out evaluation in between."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from math import ceil
+from typing import Any
+
+from tensafe_nb.batch import BatchData
+from tensafe_nb.data import Batches
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.events import Metrics
+from tensafe_nb.futures import FutureHandle
+from tensafe_nb.runs import Batch, RunClient, TrainingRun
+from tensafe_nb.types import ForwardResult
+
+EVAL_SLICE = 64  # held-out batches in the queue at a time
+LONG_WINDOW = 400  # batches per step from which on the queue holds one step only
+
+
+class BatchCursor:
+    """Deals batches, pass after pass, and can go back to any place.
+
+    Args:
+        batches: A list, a `data.Batches`, or any iterable; iterated anew for each pass.
+        passes: How many; None deals until nobody asks any more.
+    """
+
+    def __init__(self, batches: Iterable[Batch], passes: int | None) -> None:
+        self._batches, self._passes = batches, passes
+        self._epoch = self._dealt = 0
+        self._shuffle = batches.passes if isinstance(batches, Batches) else 0
+        self._iterator: Iterator[Batch] | None = None
+
+    def take(self, count: int) -> list[Batch]:
+        """Return the next batches; fewer at the end, across passes."""
+        taken: list[Batch] = []
+        while len(taken) < count and (self._passes is None or self._epoch < self._passes):
+            found = list(itertools.islice(self._open(), count - len(taken)))
+            taken += found
+            self._dealt += len(found)
+            if len(taken) < count and not self._next_pass():
+                break
+        return taken
+
+    def position(self) -> dict[str, int]:
+        """Return the number of the pass, the batches dealt in it, and the number of its shuffle."""
+        return {"epoch": self._epoch, "dealt": self._dealt, "shuffle": self._shuffle}
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go to a position: the batches must come in the order in which they came then.
+
+        Raises:
+            ValidationError: There are fewer batches than that.
+        """
+        self._epoch, self._dealt, self._shuffle = (position[name] for name in ("epoch", "dealt", "shuffle"))
+        self._iterator = None
+        passed = sum(1 for _ in itertools.islice(self._open(), self._dealt))
+        if passed < self._dealt:
+            raise ValidationError(
+                f"The checkpoint was saved after {self._dealt} batches of a pass; there are only {passed} now. "
+                f"Go on with the batches of the original run, or load_state() the checkpoint and start a new run."
+            )
+
+    def _open(self) -> Iterator[Batch]:
+        if self._iterator is None:
+            if isinstance(self._batches, Batches):
+                self._batches.passes = self._shuffle
+            self._iterator = iter(self._batches)
+        return self._iterator
+
+    def _next_pass(self) -> bool:
+        """Begin the next pass; False when this one was empty, so that the next would be too."""
+        if not self._dealt:
+            if self._epoch and self._passes is not None:
+                raise ValidationError(
+                    f"fit: epochs={self._passes}, but the batches could be iterated only once. "
+                    f"Give a list or data.Batches instead of a generator."
+                )
+            return False
+        self._epoch, self._dealt, self._shuffle = self._epoch + 1, 0, self._shuffle + 1
+        self._iterator = None
+        return True
+
+
+class SupervisedLoop:
+    """Batches → forward_backward → optim_step, with held-out evaluation in between.
+
+    Args:
+        client: What to train.
+        batches: A list, a `data.Batches`, or any iterable; iterated anew for each epoch.
+        epochs: Passes over the batches; None repeats them until the run's steps are reached, or once.
+        eval_batches: Held-out batches, evaluated before the first step, every `eval_every` steps, and at the end.
+        eval_every: Steps between evaluations.
+        steps: Planned steps; None takes what the epochs give.
+    """
+
+    curve = "loss"
+
+    def __init__(
+        self,
+        client: RunClient,
+        batches: Iterable[Batch],
+        *,
+        epochs: int | None,
+        steps: int | None,
+        eval_batches: Iterable[Batch] | None,
+        eval_every: int | None,
+    ) -> None:
+        check_numbers(epochs=epochs, steps=steps, eval_every=eval_every)
+        if eval_every is not None and eval_batches is None:
+            raise ValidationError(f"fit: eval_every={eval_every} needs eval_batches.")
+        check_batches(batches=batches, eval_batches=eval_batches or ())
+        self._client = client
+        self._accumulation = client.config.gradient_accumulation_steps
+        self.lookahead = 1 if self._accumulation < LONG_WINDOW else 0
+        self._eval_batches = [BatchData.of(batch) for batch in eval_batches or ()]
+        self._eval_every = eval_every
+        self._passes = epochs if epochs is not None else (None if steps is not None else 1)
+        self._evaluated_after: int | None = None
+        self._cursor = BatchCursor(batches, self._passes)
+        self.planned_steps = steps if steps is not None else self._count(batches)
+        if isinstance(batches, Sized) and len(batches) == 0:
+            self._refuse_emptiness()
+
+    def attach(self, run: TrainingRun) -> None:
+        self._run = run
+
+    def submit(self, index: int) -> Sequence[FutureHandle[Any]] | None:
+        batches = [BatchData.of(batch) for batch in self._cursor.take(self._accumulation)]
+        if not batches:
+            self._end_of_data(index)
+            return None
+        if index == 0:
+            self._evaluate()
+        training = [self._client.forward_backward(batch) for batch in batches] + [self._client.optim_step()]
+        due = self._eval_every is not None and (index + 1) % self._eval_every == 0
+        if due or index + 1 == self.planned_steps:
+            self._evaluated_after = index
+            self._evaluate()
+        return training
+
+    def collect(self, index: int, results: Sequence[Any]) -> None:
+        """Nothing to do: the worker publishes what a step measured."""
+
+    def position(self) -> dict[str, int]:
+        """Return where the batches stand."""
+        return self._cursor.position()
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go to a place in the batches."""
+        self._cursor.seek(position)
+
+    def _end_of_data(self, index: int) -> None:
+        """Evaluate after the last step, which nobody knew to be the last; refuse to have had none at all."""
+        if index == 0:
+            self._refuse_emptiness()
+        if self._evaluated_after != index - 1:
+            self._evaluate()
+
+    @staticmethod
+    def _refuse_emptiness() -> None:
+        raise ValidationError("fit() was given no batches: there is nothing to train on.")
+
+    def _evaluate(self) -> None:
+        """Measure the held-out loss behind whatever is queued, a slice at a time: the queue has an end."""
+        results: list[ForwardResult] = []
+        for start in range(0, len(self._eval_batches), EVAL_SLICE):
+            part = self._eval_batches[start : start + EVAL_SLICE]
+            results += [self._run.wait(handle) for handle in [self._client.forward(batch) for batch in part]]
+        if results:
+            values = {"eval/loss": _mean_loss(results)}
+            self._client.publish(Metrics(step=self._client.step, values=values, run_id=self._run.run_id))
+
+    def _count(self, batches: Iterable[Batch]) -> int | None:
+        if self._passes is None or not isinstance(batches, Sized):
+            return None
+        return ceil(len(batches) * self._passes / self._accumulation)
+
+
+def _mean_loss(results: Sequence[ForwardResult]) -> float:
+    weight = sum(result.weight for result in results)
+    return sum(result.loss * result.weight for result in results) / weight
+
+
+def check_numbers(**given: int | None) -> None:
+    """Refuse a count that is not a whole number above 0."""
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValidationError(f"fit: {name}={value!r} must be a whole number, at least 1.")
+
+
+def check_batches(**given: object) -> None:
+    """Refuse one batch where a list of them is meant."""
+    for name, batches in given.items():
+        if isinstance(batches, BatchData | Mapping | str) or not isinstance(batches, Iterable):
+            raise ValidationError(f"fit: {name} is a list of batches (or another iterable), not {batches!r}.")
