@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -99,5 +100,5 @@ def test_files_stay_readable() -> None:
 def test_nothing_is_pickled_and_no_remote_code_is_trusted() -> None:
     for path in SOURCES:
         text = path.read_text()
-        assert "import pickle" not in text and "torch.load" not in text, path
+        assert "import pickle" not in text and not re.search(r"(?<![\w.])torch\.load\(", text), path
         assert "trust_remote_code=True" not in text, path
