@@ -28,6 +28,12 @@ ROWS = {
     "training-quarter": "training:quarter_labelled",
     "sampling": "sampling:sums",
     "memory": "memory:after_a_thousand_steps",
+    "checkpoint-write": "store:write",
+    "checkpoint-read": "store:read",
+    "checkpoint-seal": "store:sealing",
+    "checkpoint-lora": "store:checkpoint",
+    "key-rotation": "store:rotation",
+    "audit": "store:audit",
 }
 
 

@@ -17,7 +17,8 @@ from tensafe_nb.config import SamplingConfig
 from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.types import SampledSequence
 
-TOKENS_AT_ONCE = 262_144  # prompts and completions decoded together; more prompts take turns
+TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
+ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
 Tick = Callable[[int, int], None]
 
 
@@ -64,16 +65,25 @@ def sample(
     rows = _rows(prompts, sampling.num_samples, seed)
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     samples = sampling.num_samples
-    at_once = max(1, TOKENS_AT_ONCE // (longest * samples))
-    for start in range(0, len(prompts), at_once):
+    at_once = max(1, _tokens_at_once(model) // (longest * samples))
+    turns = range(0, len(prompts), at_once)
+    for turn, start in enumerate(turns):
         _decode(
             model,
             prompts[start : start + at_once],
             rows[start * samples : (start + at_once) * samples],
             sampling,
-            tick,
+            _of_turn(turn, len(turns), tick),
         )
     return [row.finished(model.tokenizer) for row in rows]
+
+
+def _tokens_at_once(model: LoadedModel) -> int:
+    return TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
+
+
+def _of_turn(turn: int, turns: int, tick: Tick) -> Tick:
+    return lambda done, most: tick(turn * most + done, turns * most)
 
 
 def _decode(

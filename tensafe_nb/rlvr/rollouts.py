@@ -55,7 +55,9 @@ class Trajectory:
         logprobs: Per token, under the distribution sampled from.
         raw_logprobs: Per token, at temperature 1 over the whole vocabulary.
         reward: None until scored, and where scoring failed.
+        reward_parts: What each part of a composed reward gave, by name.
         reward_error: Why scoring failed.
+        reward_version: Which text of which function scored it.
         finish_reason: "stop", "stop_string", "length" or "fixed".
         policy_version: Weights that sampled it; "mock" when none did.
         seed: Of its random stream.
@@ -71,7 +73,9 @@ class Trajectory:
     logprobs: list[float] | None = None
     raw_logprobs: list[float] | None = None
     reward: float | None = None
+    reward_parts: dict[str, float] | None = None
     reward_error: str | None = None
+    reward_version: str | None = None
     finish_reason: str = "stop"
     policy_version: int | str | None = None
     seed: int | None = None

@@ -171,12 +171,12 @@ class ArtifactStore:
         if self._folder.present(id_or_name):
             return id_or_name
         stored = self.list()
-        for info in stored:
-            if info.name == id_or_name:
-                return info.artifact_id
-        raise missing(
-            id_or_name, [info.artifact_id for info in stored] + [info.name for info in stored if info.name]
-        )
+        names = {
+            info.name: info.artifact_id for info in reversed(stored) if info.name
+        }  # the newest comes last
+        if id_or_name in names:
+            return names[id_or_name]
+        raise missing(id_or_name, [*names, *(info.artifact_id for info in stored)])
 
     def needing(self, key_id: str) -> Sequence[str]:
         """Return the ids of the artifacts that a key is needed for: before that key is forgotten."""
@@ -230,8 +230,10 @@ class ArtifactStore:
             ArtifactNotFoundError: There is none of this id.
         """
         with disk_errors(f"delete {artifact_id}"), self._folder.shared(), _deleted_meanwhile(artifact_id):
-            self._folder.files.unlink(self._folder.find(artifact_id))
+            path = self._folder.find(artifact_id)
+            self._folder.files.unlink(path)
             self._folder.files.fsync_folder(self._folder.path)
+        self._manifests.pop(path.name, None)
 
     def verify(self, artifact_id: str) -> SaveStateResult:
         """Read an artifact to its end and check all of it.
@@ -296,9 +298,9 @@ class ArtifactStore:
                 opened = open_sealed(file, self._keys)
             except KeyUnavailableError:
                 return describe(file, path, read_header(file), None)
-            if path.name not in self._manifests:
-                self._manifests[path.name] = Manifest.read(PayloadStream(opened.chunks()))
-            return describe(file, path, opened.header, self._manifests[path.name])
+            manifest = self._manifests.get(path.name) or Manifest.read(PayloadStream(opened.chunks()))
+            self._manifests[path.name] = manifest
+            return describe(file, path, opened.header, manifest)
 
     def _whole(self, file: BinaryIO) -> str:
         """Check as much of a file as the keys that are here allow, and return its content hash."""

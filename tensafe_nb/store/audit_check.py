@@ -81,7 +81,7 @@ def _checked(
     log: BinaryIO, size: int, raw: bytes, keys: Keys | None, anchors: Sequence[str], own: bool
 ) -> AuditVerification:
     page, page_fault = _page(raw)
-    secret, secret_fault = _secret(_wrapped(log, size, page), keys) if keys and size else (None, None)
+    secret, secret_fault = _secret(_wrapped(log, size), keys) if keys and size else (None, None)
     walk = _walk(log, size, chain.first_tip(secret), page, set(anchors))
     faults: list[Fault | None] = [
         (walk.tip.seq, f"record {walk.tip.seq}: {walk.fault}") if walk.fault else None,
@@ -131,14 +131,14 @@ def _page(raw: bytes) -> tuple[KeyPage | None, Fault | None]:
         return None, (None, error.message)
 
 
-def _wrapped(log: BinaryIO, size: int, page: KeyPage | None) -> list[Any]:
-    """Return the wrapped secrets, latest first: of the key file, and of the records that carry one."""
+def _wrapped(log: BinaryIO, size: int) -> list[Any]:
+    """Return the wrapped secrets of the records that carry one, latest first."""
     found: deque[Any] = deque(maxlen=MOST_WRAPPED)
     for line in chain.lines(log, 0, size):
         if b'"stanzas":' in line:
             with suppress(AuditLogError):
                 found.append(chain.parse_record(line).get("stanzas"))
-    return ([page.stanzas] if page else []) + list(reversed(found))
+    return list(reversed(found))
 
 
 def _secret(wrapped: Sequence[Any], keys: Keys) -> tuple[bytes | None, Fault | None]:

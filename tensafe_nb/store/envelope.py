@@ -11,11 +11,13 @@ byte 0.
 
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeAlias
 
@@ -113,10 +115,12 @@ class _Chunks:
         self._nonce_prefix = nonce_prefix
         self._associated = hashlib.sha256(prefix).digest()
 
-    def seal(self, chunk: Buffer, counter: int, last: bool) -> bytes:
-        return self._cipher.encrypt(self._nonce(counter, last), chunk, self._associated)
+    def seal(self, chunk: Buffer, counter: int, last: bool, into: bytearray) -> memoryview:
+        block = memoryview(into)[: len(chunk) + TAG]
+        self._cipher.encrypt_into(self._nonce(counter, last), chunk, self._associated, block)
+        return block
 
-    def open(self, block: bytes, counter: int, last: bool) -> bytes:
+    def open(self, block: Buffer, counter: int, last: bool) -> bytes:
         try:
             chunk = self._cipher.decrypt(self._nonce(counter, last), block, self._associated)
         except InvalidTag as err:
@@ -148,7 +152,7 @@ class Opened:
         for _, chunk in self._pairs():
             yield chunk
 
-    def _pairs(self) -> Iterator[tuple[bytes, bytes]]:
+    def _pairs(self) -> Iterator[tuple[Buffer, bytes]]:
         for counter, (block, last) in enumerate(_blocks(self._file, self.header.prefix)):
             yield block, self._chunks.open(block, counter, last)
 
@@ -170,14 +174,21 @@ def seal(out: BinaryIO, header: Mapping[str, Any], payload: Iterable[Buffer], ke
     nonce_prefix, data_key = os.urandom(7), os.urandom(32)
     prefix = _prefix(header, nonce_prefix)
     stanza = keys.wrap(data_key)
-    out_hash, size = hashlib.sha256(prefix), 0
-    size += _write(out, prefix) + _write(out, _slot(prefix, [stanza], data_key))
-    chunks = _Chunks(data_key, nonce_prefix, prefix)
-    for counter, (chunk, last) in enumerate(_cut(payload)):
-        block = chunks.seal(chunk, counter, last)
-        out_hash.update(block)
-        size += _write(out, block)
-    return Sealed(f"sha256:{out_hash.hexdigest()}", size, str(stanza["kek_id"]))
+    seen, size = hashlib.sha256(prefix), len(prefix) + SLOT
+    chunks, buffers = (
+        _Chunks(data_key, nonce_prefix, prefix),
+        (bytearray(CHUNK + TAG), bytearray(CHUNK + TAG)),
+    )
+    with ThreadPoolExecutor(1, "tensafe-seal") as writer:
+        written = writer.submit(_write, out, prefix + _slot(prefix, [stanza], data_key))
+        for counter, (chunk, last) in enumerate(_cut(payload)):
+            block = chunks.seal(chunk, counter, last, buffers[counter % 2])
+            seen.update(block)
+            size += len(block)
+            written.result()  # before the next: the other buffer is free again, and an error comes out here
+            written = writer.submit(_write, out, block)
+        written.result()
+    return Sealed(f"sha256:{seen.hexdigest()}", size, str(stanza["kek_id"]))
 
 
 def read_header(file: BinaryIO) -> Header:
@@ -334,15 +345,25 @@ def _cut(payload: Iterable[Buffer]) -> Iterator[tuple[Buffer, bool]]:
     yield staged, True
 
 
-def _blocks(file: BinaryIO, prefix: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Yield the sealed chunks behind the slot, and whether the file ends with each; one at least, be it empty."""
-    end = file.seek(0, os.SEEK_END)
-    at, block = len(prefix) + SLOT, None
-    while block is None or (block and at < end):
-        file.seek(at)
-        block = _read(file, CHUNK + TAG)
-        at += len(block)
-        yield block, at >= end
+def _blocks(file: BinaryIO, prefix: bytes) -> Iterator[tuple[Buffer, bool]]:
+    """Yield the sealed chunks behind the slot, and whether the file ends with each; each is gone at the next."""
+    file.seek(len(prefix) + SLOT)
+    buffers = bytearray(CHUNK + TAG), bytearray(CHUNK + TAG)
+    block = _fill(file, buffers[0])
+    for turn in itertools.count(1):
+        following = _fill(file, buffers[turn % 2])
+        yield block, not following
+        if not following:
+            return
+        block = following
+
+
+def _fill(file: BinaryIO, buffer: bytearray) -> memoryview:
+    """Read until the buffer is full, less only at the end: an unbuffered file may give less at a time."""
+    view, filled = memoryview(buffer), 0
+    while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    return view[:filled]
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
@@ -353,9 +374,8 @@ def _read(file: BinaryIO, size: int) -> bytes:
     return data
 
 
-def _write(out: BinaryIO, data: bytes) -> int:
+def _write(out: BinaryIO, data: Buffer) -> None:
     """Write everything: an unbuffered file on a full disk takes a part and says so only at the next write."""
     written = out.write(data)
     while written < len(data):
         written += out.write(memoryview(data)[written:])
-    return len(data)

@@ -174,6 +174,8 @@ class PartStream(io.RawIOBase):
 
     def readinto(self, buffer: "Buffer", /) -> int:
         """Fill a buffer and return how many bytes there were for it."""
+        if self.closed:
+            raise ValueError("This part has ended: it is closed when the next one is asked for.")
         count = self._payload.readinto(memoryview(buffer).cast("B")[: self._left])
         self._left -= count
         return count

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tensafe_nb.store.artifacts import ArtifactStore
+from tensafe_nb.store.files import DRAFTS
 from tensafe_nb.store.keys import Keys
+from tensafe_nb.store.rotation import JOURNAL
 
 HEADER = {
     "training_client": "tc-1",
@@ -123,13 +125,13 @@ def lives(home: Path, task: str) -> Iterator[Lives]:
 
 
 def survive(home: Path, task: str, count: int, seed: int) -> int:
-    """Kill it `count` times at random moments; return how often it left a file unfinished."""
+    """Kill it `count` times at random moments; return how often it left something unfinished."""
     draw, promised, interrupted = random.Random(seed), set(), 0
     store = store_in(home)
     with lives(home, task) as process:
         for _ in range(count):
             new = process.one(draw.randrange(4), draw.uniform(0, 0.02))
-            interrupted += bool([*(home / "artifacts" / "local").glob(".tensafe-*.tmp")])
+            interrupted += bool(unfinished(home))
             known = {info.artifact_id for info in store.list()}
             promised.update(new)
             assert promised <= known, f"lost (seed {seed}): {promised - known}"
@@ -140,8 +142,13 @@ def survive(home: Path, task: str, count: int, seed: int) -> int:
     for info in store.list():
         store.verify(info.artifact_id)
     save(store, 0)
-    assert not [*(home / "artifacts" / "local").glob(".tensafe-*.tmp")]
+    assert unfinished(home) == []
     return interrupted
+
+
+def unfinished(home: Path) -> list[Path]:
+    folder = home / "artifacts" / "local"
+    return [*folder.glob(DRAFTS), *folder.glob(JOURNAL)]
 
 
 if __name__ == "__main__":

@@ -323,11 +323,12 @@ def test_without_the_key_such_a_chain_is_found_by_an_anchor_or_else_named_as_unc
     assert anchor in (found.reason or "")
 
 
-def test_a_whole_log_forged_with_a_known_secret_of_something_else_is_found(log: AuditLog) -> None:
+@pytest.mark.parametrize("size", [32, 40, 48])
+def test_a_whole_log_forged_with_a_known_secret_of_something_else_is_found(log: AuditLog, size: int) -> None:
     """An artifact's data key that leaked is wrapped under the same key as the log's secret."""
     keys = quiet_keys(log.path.parents[2] / "keys")
     leaked = b"k" * 32
-    stanzas = (keys.wrap(leaked),)
+    stanzas = (keys.wrap(b"k" * size),)
     tip, forged = audit_chain.first_tip(leaked), []
     for record in records(log):
         record |= {"stanzas": list(stanzas)} if tip.seq == 0 else {}
@@ -363,6 +364,24 @@ def test_a_flip_of_any_bit_of_the_key_file_is_found_and_ends_the_log(
         with pytest.raises((AuditLogError, KeyUnavailableError)):
             put(log)
         assert log.path.read_bytes() == sample.path.read_bytes()
+
+
+def test_a_key_file_of_another_length_or_spelling_is_refused(log: AuditLog) -> None:
+    page = key_file(log).read_bytes()
+    public, sealed = page.split(b"\n")[:2]
+    shouted = (public + b"\n" + sealed.rstrip().upper()).ljust(4095) + b"\n"
+    for altered in (page[:-1], page + b"\n", page[:-1] + b"\x0b", shouted):
+        key_file(log).write_bytes(altered)
+        assert (log.verify().ok, verify_file(log.path, None).ok) == (False, False)
+
+
+def test_a_key_file_of_another_history_of_this_log_is_found(log: AuditLog) -> None:
+    with copied(log) as twin:
+        put(twin, 1)
+        page = key_file(twin).read_bytes()
+    put(log, 2)
+    key_file(log).write_bytes(page)
+    assert (log.verify().ok, log.verify().reason) == (False, "the key file does not fit the records")
 
 
 @contextmanager
@@ -659,30 +678,43 @@ def _something_inserted(log: AuditLog) -> None:
     write(log, [records(log)[0], *records(log)])
 
 
-DAMAGES = [_cut, _last_altered, _last_garbled, _strange_record, _no_key_file, _empty, _something_inserted]
+DAMAGES = {
+    _cut: "its end was cut off",
+    _empty: "its end was cut off",
+    _last_altered: "record 6 is not the one",
+    _last_garbled: "record 6 is not the one",
+    _something_inserted: "record 6 is not the one",
+    _strange_record: "record 7 is not a continuation of it: its MAC is wrong",
+    _no_key_file: "its key file is missing",
+}
 
 
-@pytest.mark.parametrize("restarted", [True, False])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_log_is_not_continued_until_it_is_moved_away(
-    log: AuditLog, damage: Callable[[AuditLog], None], restarted: bool
+    log: AuditLog, damage: Callable[[AuditLog], None]
 ) -> None:
-    size = log.path.stat().st_size
     damage(log)
-    if damage in (_last_altered, _last_garbled) and not restarted:
-        assert log.path.stat().st_size == size
-        put(log)  # same size: this process knows the end by heart, and its record still tells
-        assert log.verify().first_bad_seq == RECORDS - 1
-        return
     broken = log.path.read_bytes()
-    log = again(log) if restarted else log
-    with pytest.raises(AuditLogError, match="move the folder"):
-        put(log)
+    with pytest.raises(AuditLogError, match=f"{DAMAGES[damage]}.*move the folder"):
+        put(again(log))
     assert log.path.read_bytes() == broken
     assert not log.verify().ok
     log.path.parent.rename(log.path.parent.with_name("evidence"))
     assert put(log).seq == 1
     assert log.verify().ok
+
+
+@pytest.mark.parametrize("damage", [_cut, _empty, _something_inserted, _strange_record, _no_key_file])
+def test_a_process_that_wrote_the_log_sees_it_too(log: AuditLog, damage: Callable[[AuditLog], None]) -> None:
+    damage(log)
+    with pytest.raises(AuditLogError, match="move the folder"):
+        put(log)
+
+
+def test_what_a_process_goes_on_behind_without_reading_it_again_is_found_by_verifying(log: AuditLog) -> None:
+    _last_altered(log)  # the size is as before
+    put(log)
+    assert (log.verify().ok, log.verify().first_bad_seq) == (False, RECORDS - 1)
 
 
 def test_a_key_file_that_claims_what_is_no_number_is_refused(log: AuditLog) -> None:
@@ -778,18 +810,20 @@ home = Path(sys.argv[1])
 log = AuditLog(home / "audit" / "local", Keys(home / "keys", "file", announce=lambda _: None))
 print("ready", flush=True)
 sys.stdin.readline()
-for number in range(40):
-    log.append(operation="sample", training_client_id=sys.argv[2], started_at=1.0, completed_at=2.0)
+for number in range(int(sys.argv[3])):
+    entry = log.append(operation="sample", training_client_id=sys.argv[2], started_at=1.0, completed_at=2.0)
+    print(entry.seq, flush=True)
 assert "torch" not in sys.modules
 """
 
 
+def appender(home: Path, name: str, count: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", APPENDER, str(home), name, str(count)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def test_two_processes_and_two_threads_append_to_one_valid_log(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", APPENDER, str(tmp_path)]
-    processes = [
-        subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in ("one", "two")
-    ]
+    processes = [appender(tmp_path, name, 40) for name in ("one", "two")]
     log = AuditLog(tmp_path / "audit" / "local", quiet_keys(tmp_path / "keys"))
     for process in processes:
         assert process.stdout and process.stdout.readline() == "ready\n"
@@ -804,6 +838,23 @@ def test_two_processes_and_two_threads_append_to_one_valid_log(tmp_path: Path) -
     found = log.verify()
     assert (found.ok, found.records) == (True, 1 + 2 * 40 + 2 * 20)
     assert {len(log.entries(training_client_id=name)) for name in ("one", "two")} == {40}
+
+
+@pytest.mark.parametrize("acknowledged", [1, 30])
+def test_a_killed_process_leaves_a_log_with_every_record_it_was_told_of(
+    log: AuditLog, acknowledged: int
+) -> None:
+    with appender(log.path.parents[2], "killed", 1_000_000) as process:
+        assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
+        process.stdin.write("\n")
+        process.stdin.flush()
+        told = [int(process.stdout.readline()) for _ in range(acknowledged)]
+        process.kill()
+        told += [int(line) for line in process.stdout if line.endswith("\n")]
+    assert told == list(range(RECORDS, RECORDS + len(told)))
+    assert log.verify().ok
+    assert put(log).seq in (told[-1] + 1, told[-1] + 2)
+    assert log.verify().ok
 
 
 # Listing

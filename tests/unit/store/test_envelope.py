@@ -339,7 +339,8 @@ class TestWhatWasChangedIsRefused:
         writer = envelope._Chunks(
             keys.unwrap(stanzas_of(data)), bytes.fromhex(fields_of(data)["nonce_prefix"]), prefix
         )
-        body = writer.seal(PAYLOAD[:CHUNK], 0, False) + writer.seal(b"", 1, True)
+        chunks = enumerate((PAYLOAD[:CHUNK], b""))
+        body = b"".join(bytes(writer.seal(c, n, n == 1, bytearray(CHUNK + 16))) for n, c in chunks)
         refuses(prefix + slot + body, keys)
 
     @pytest.mark.parametrize(
