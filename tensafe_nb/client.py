@@ -18,7 +18,7 @@ from tensafe_nb.registry import load_dotted
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.runs import Batch, Loop, TrainingRun
 from tensafe_nb.supervised import SupervisedLoop
-from tensafe_nb.transports.base import Channel
+from tensafe_nb.transports.base import VERBS, Channel
 from tensafe_nb.types import (
     ClientStatus,
     ComputeLogprobs,
@@ -26,6 +26,8 @@ from tensafe_nb.types import (
     ForwardBackward,
     ForwardBackwardResult,
     ForwardResult,
+    FreezeReference,
+    FreezeReferenceResult,
     LoadState,
     LoadStateResult,
     LogprobsResult,
@@ -43,17 +45,6 @@ from tensafe_nb.types import (
 LossSpec = str | Callable[..., Any]
 MAX_NAME = 200  # characters of a checkpoint's name
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
-VERBS = frozenset(
-    {
-        "forward_backward",
-        "forward",
-        "optim_step",
-        "sample",
-        "compute_logprobs",
-        "save_state",
-        "load_state",
-    }
-)
 Fork = Callable[[Channel, TrainingConfig, Callable[[], str]], "TrainingClient"]
 
 
@@ -147,7 +138,7 @@ class TrainingClient:
 
         Args:
             batch: As for `forward_backward`.
-            reference: Score under the frozen base weights (LoRA clients).
+            reference: Score under the reference's weights: those of `freeze_reference`, else the base without adapter.
             temperature: Divides the logits.
         """
         if not temperature >= MIN_TEMPERATURE:
@@ -155,6 +146,13 @@ class TrainingClient:
                 f"compute_logprobs: temperature={temperature} must be at least {MIN_TEMPERATURE}."
             )
         return self._submit(ComputeLogprobs(BatchData.of(batch), temperature, reference))
+
+    def freeze_reference(self) -> FutureHandle[FreezeReferenceResult]:
+        """Keep a copy of the trained weights: what `compute_logprobs(reference=True)` scores with from now on.
+
+        A LoRA client that has not trained yet needs none: its reference is the base. The copy is part of checkpoints.
+        """
+        return self._submit(FreezeReference())
 
     def save_state(
         self,
@@ -340,8 +338,13 @@ class TrainingClient:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """The verbs its core knows."""
-        return VERBS
+        """The verbs its core knows, "value_head" if the model has one, "base_reference" if its base stays as it was."""
+        lora = self.config.lora_config
+        has = {
+            "value_head": self.config.value_head,
+            "base_reference": lora is not None and lora.bias == "none",
+        }
+        return VERBS | {name for name, is_so in has.items() if is_so}
 
     @property
     def tokenizer(self) -> Any:

@@ -193,6 +193,7 @@ class TrainingConfig(Config):
         seed: Fixes initialisation, dropout and sampling.
         dtype: "float32", "bfloat16" (bf16 compute, fp32 trained weights), or "auto".
         device: "cpu", "cuda", "mps", or "auto".
+        value_head: Add a scalar head on the hidden states, for PPO with advantage="gae".
     """
 
     model_ref: str = "builtin:tiny"
@@ -205,3 +206,4 @@ class TrainingConfig(Config):
     seed: pydantic.NonNegativeInt = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    value_head: bool = False

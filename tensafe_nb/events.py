@@ -166,6 +166,31 @@ class ArtifactDeleted(Event):
     artifact_id: str
 
 
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollouts(Event):
+    """A step's rollouts were scored; their texts lie in `path`."""
+
+    run_id: str
+    step: int
+    rollouts: int
+    path: str
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm(Event):
+    """Something about a run needs a look: what, how bad ("amber" or "red"), why, and what helps."""
+
+    run_id: str
+    step: int
+    name: str
+    level: str
+    message: str
+    remedy: str
+    rollouts: tuple[int, ...] = ()
+
+
 class RunHistory:
     """The history of a training client: every metric as a curve, every event on disk.
 

@@ -75,6 +75,9 @@ class Loop(Protocol):
     def seek(self, position: Mapping[str, Any]) -> None:
         """Go to such a place, forwards or back."""
 
+    def close(self) -> None:
+        """Release what it holds; called once, when the run ends."""
+
 
 class TrainingRun:
     """A loop on a thread of its own. The cell that starts it returns at once.
@@ -280,7 +283,10 @@ class TrainingRun:
 
     def _main(self) -> None:
         try:
-            self._drive()
+            try:
+                self._drive()
+            finally:
+                self._loop.close()
         except BaseException as error:  # noqa: BLE001  # whatever the user's data or rewards raise ends this run, visibly
             by_stop = isinstance(error, FutureCancelledError | FutureFailedError | ClientClosedError)
             self._end(RunStatus.STOPPED if self._wants_stop and by_stop else RunStatus.FAILED, error)

@@ -150,6 +150,9 @@ class SupervisedLoop:
         """Go to a place in the batches."""
         self._cursor.seek(position)
 
+    def close(self) -> None:
+        """Nothing to do: it holds nothing."""
+
     def _end_of_data(self, index: int) -> None:
         """Evaluate after the last step, which nobody knew to be the last; refuse to have had none at all."""
         if index == 0:

@@ -111,6 +111,12 @@ class SaveState:
 
 @plain
 @dataclass(frozen=True, slots=True)
+class FreezeReference:
+    """Keep a copy of the trained weights: the reference that later scores are compared with."""
+
+
+@plain
+@dataclass(frozen=True, slots=True)
 class LoadState:
     """Take the state of an artifact, given by its id or its name."""
 
@@ -118,7 +124,7 @@ class LoadState:
 
 
 Operation: TypeAlias = (
-    ForwardBackward | Forward | OptimStep | Sample | ComputeLogprobs | SaveState | LoadState
+    ForwardBackward | Forward | OptimStep | Sample | ComputeLogprobs | FreezeReference | SaveState | LoadState
 )
 
 
@@ -225,11 +231,21 @@ class LogprobsResult:
         logprobs: Log-probability of each label.
         entropy: Exact entropy of the distribution at each labelled position, in nats.
         policy_version: Version of the weights; None for the reference.
+        values: (B, T) of the value head; None without one.
     """
 
     logprobs: Array
     entropy: Array
     policy_version: int | None
+    values: Array | None = None
+
+
+@plain
+@dataclass(frozen=True, slots=True)
+class FreezeReferenceResult:
+    """The reference is set: `reference_version` is the version of the weights it holds."""
+
+    reference_version: int
 
 
 @plain
@@ -373,6 +389,7 @@ Result: TypeAlias = (
     | OptimStepResult
     | SampleResult
     | LogprobsResult
+    | FreezeReferenceResult
     | SaveStateResult
     | LoadStateResult
 )

@@ -18,11 +18,12 @@ from tensafe_nb.store.tensors import TensorPart, read_tensors
 from tensafe_nb.types import LoadStateResult, SaveState, SaveStateResult
 
 SCHEMA = 1
-FACTS, WEIGHTS, MOMENTS, WINDOW = (
+FACTS, WEIGHTS, MOMENTS, WINDOW, REFERENCE = (
     "trainer.json",
     "model.safetensors",
     "optimizer.safetensors",
     "accumulation.safetensors",
+    "reference.safetensors",
 )
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -63,6 +64,8 @@ def save(
         parts[MOMENTS] = _part(state.optimizer)
     if state.gradients:
         parts[WINDOW] = _part(state.gradients)
+    if state.reference is not None:
+        parts[REFERENCE] = _part(state.reference)
     header = {
         "training_client": training_client_id,
         "step": engine.step,
@@ -97,7 +100,8 @@ def load(
         facts, tensors = _read(engine, artifact, artifact_id, with_moments=not lenient_optimizer)
         found = artifact.info.artifact_id
     moments = tensors.get(MOMENTS)
-    state = EngineState(facts, tensors[WEIGHTS], moments, tensors.get(WINDOW, {}))
+    window, reference = tensors.get(WINDOW, {}), tensors.get(REFERENCE)
+    state = EngineState(facts, tensors[WEIGHTS], moments, window, reference)
     same = facts["config"]["optimizer"]["name"] == engine.config.optimizer.name
     states.restore(engine, state, keep_moments=same)
     restored = moments is not None and same
@@ -119,7 +123,7 @@ def _read(
         if name == FACTS:
             facts = _parse(stream.read(size), artifact_id)
             states.check(engine, facts, artifact_id, with_moments=with_moments and facts["has_moments"])
-        elif name in (WEIGHTS, MOMENTS, WINDOW):
+        elif name in (WEIGHTS, MOMENTS, WINDOW, REFERENCE):
             found = read_tensors(stream, size)
             tensors[name] = {key: _tensor(dtype, shape, data) for key, dtype, shape, data in found}
     return facts, tensors

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.engine import inputs, models, optimizers, sampling
+from tensafe_nb.engine.reference import Reference
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import Declaration, LossValue
+from tensafe_nb.losses.policy import exact_entropy, label_logprobs
 from tensafe_nb.losses.views import chunk_rows
 from tensafe_nb.types import (
     ForwardBackwardResult,
     ForwardResult,
+    FreezeReferenceResult,
     LogprobsResult,
     OptimStepResult,
     Prompt,
@@ -107,6 +111,7 @@ class Engine:
         self.policy_version = 0
         self._parameters = [parameter for _, parameter in self.model.trainable]
         self.optimizer = optimizers.build(config.optimizer, self._parameters)
+        self.reference = Reference(self.model, config.lora_config)
         self.window = Window()
         self.samples_drawn = 0
         self._has_dropout = self.model.has_dropout
@@ -209,6 +214,7 @@ class Engine:
             tally.add(value, value.total.item())
             if logprobs is not None:
                 _place(logprobs, batch, start, len(part), outputs.logprobs)
+            del outputs, value  # its logits can be large: let go of them before the next piece's are computed
         return ForwardResult(
             tally.loss, int((batch.labels != IGNORE).sum()), tally.metrics, logprobs, tally.weight
         )
@@ -217,25 +223,33 @@ class Engine:
     def compute_logprobs(
         self, batch: BatchData, temperature: float = 1.0, reference: bool = False, tick: Tick = no_tick
     ) -> LogprobsResult:
-        """Score a batch's labels: logprobs and exact entropy, (B, T), at a temperature.
+        """Score a batch's labels: logprobs, exact entropy and the value head's estimates, (B, T), at a temperature.
 
         Args:
             batch: What to score.
             temperature: Divides the logits.
-            reference: Score under the frozen base weights, adapters switched off.
+            reference: Score under the reference's weights: the base without adapter, or a frozen copy.
             tick: Called between micro-batches.
         """
         inputs.check_batch(batch, self.model, self.config.model_ref)
         logprobs, entropy = (np.zeros(batch.shape, dtype=np.float32) for _ in range(2))
-        with self._reference() if reference else contextlib.nullcontext():
+        values = np.zeros(batch.shape, dtype=np.float32) if self.model.value_head and not reference else None
+        with self.reference.in_place() if reference else contextlib.nullcontext():
             for start, part in self._micro_batches(batch, None, tick):
-                tensors = self._tensors(part, batch)
-                outputs = self._outputs(part, tensors)
-                scores = torch.log_softmax(outputs.logits / temperature, -1)
-                picked = scores.gather(1, tensors["labels"].unsqueeze(1)).squeeze(1)
-                _place(logprobs, batch, start, len(part), picked)
-                _place(entropy, batch, start, len(part), -(scores.exp() * scores).sum(-1))
-        return LogprobsResult(logprobs, entropy, None if reference else self.policy_version)
+                outputs, rows = self._outputs(part, self._tensors(part, batch)), len(part)
+                picked = outputs.map_logits(partial(label_logprobs, temperature=temperature))
+                _place(logprobs, batch, start, rows, picked)
+                spread = outputs.map_logits(partial(exact_entropy, temperature=temperature))
+                _place(entropy, batch, start, rows, spread)
+                if values is not None:
+                    _place(values, batch, start, rows, outputs.values)
+                del outputs  # its logits can be large: let go of them before the next piece's are computed
+        return LogprobsResult(logprobs, entropy, None if reference else self.policy_version, values)
+
+    def freeze_reference(self) -> FreezeReferenceResult:
+        """Keep a copy of the trained weights as the reference from now on."""
+        self.reference.freeze(self.policy_version)
+        return FreezeReferenceResult(self.policy_version)
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, tick: Tick = no_tick) -> SampleResult:
         """Draw completions.
@@ -263,13 +277,17 @@ class Engine:
     def _accumulate(self, batch: BatchData, loss: Loss, tick: Tick) -> _Tally:
         tally = _Tally(loss.declares.prenormalised)
         for start, part in self._micro_batches(batch, loss, tick):
-            _, value = self._evaluate(part, batch, loss)
-            total = value.total.item()
-            if not math.isfinite(total):
-                raise NonFiniteLossError(_where_not_finite(loss.name, total, batch, start, len(part)))
-            value.total.backward()  # type: ignore[no-untyped-call]
-            tally.add(value, total)
+            self._learn_from(part, start, batch, loss, tally)
         return tally
+
+    def _learn_from(self, part: BatchData, start: int, batch: BatchData, loss: Loss, tally: _Tally) -> None:
+        """Add a piece's gradient. A method, so that nothing of the piece outlives it: its logits can be large."""
+        _, value = self._evaluate(part, batch, loss)
+        total = value.total.item()
+        if not math.isfinite(total):
+            raise NonFiniteLossError(_where_not_finite(loss.name, total, batch, start, len(part)))
+        value.total.backward()  # type: ignore[no-untyped-call]
+        tally.add(value, total)
 
     def _evaluate(self, part: BatchData, batch: BatchData, loss: Loss) -> tuple[LossOutputs, LossValue]:
         tensors = self._tensors(part, batch)
@@ -321,11 +339,24 @@ class Engine:
                 hidden, logits = answer.hidden_states[-1], answer.logits
         frozen = self._head_is_frozen
         rows = chunk_rows(self.model.vocab_size, hidden.shape[-1], frozen)
-        return LossOutputs(hidden, self._head, labels, mask, logits, chunk_rows=rows, head_is_frozen=frozen)
+        return LossOutputs(
+            hidden,
+            self._head,
+            labels,
+            mask,
+            logits,
+            chunk_rows=rows,
+            head_is_frozen=frozen,
+            value_head=self._values if self.model.value_head is not None else None,
+        )
 
     def _head(self, hidden: Tensor) -> Tensor:
         with sampling.autocast(self.model):
             return self.model.head(hidden)
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        values: Tensor = self.model.value_head(hidden)  # type: ignore[misc]
+        return values.squeeze(-1)
 
     @contextlib.contextmanager
     def _training_mode(self) -> Iterator[None]:
@@ -345,21 +376,6 @@ class Engine:
                 self.random["cpu"] = torch.random.get_rng_state()
                 if "cuda" in self.random:
                     self.random["cuda"] = torch.cuda.get_rng_state(self.model.device)
-
-    @contextlib.contextmanager
-    def _reference(self) -> Iterator[None]:
-        if self.model.peft is None:
-            raise ValidationError(
-                "compute_logprobs(reference=True) needs a LoRA client: with all weights trained, no reference is kept."
-            )
-        lora = self.config.lora_config
-        if lora is not None and lora.bias != "none":
-            raise ValidationError(
-                f"compute_logprobs(reference=True): LoRAConfig.bias={lora.bias!r} means that the model's own "
-                f"biases are trained too, so that the base is not kept. Use bias='none'."
-            )
-        with self.model.peft.disable_adapter():
-            yield
 
     @contextlib.contextmanager
     def _measured_change(self) -> Iterator[list[float]]:

@@ -14,6 +14,8 @@ from tensafe_nb.types import (
     ForwardBackward,
     ForwardBackwardResult,
     ForwardResult,
+    FreezeReference,
+    FreezeReferenceResult,
     LoadState,
     LoadStateResult,
     LogprobsResult,
@@ -33,6 +35,7 @@ NAMES: dict[type, tuple[str, type]] = {
     OptimStep: ("optim_step", OptimStepResult),
     Sample: ("sample", SampleResult),
     ComputeLogprobs: ("compute_logprobs", LogprobsResult),
+    FreezeReference: ("freeze_reference", FreezeReferenceResult),
     SaveState: ("save_state", SaveStateResult),
     LoadState: ("load_state", LoadStateResult),
 }

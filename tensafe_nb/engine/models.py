@@ -34,6 +34,7 @@ class LoadedModel:
         device: Where it lives.
         compute_dtype: float32, or bfloat16 for autocast.
         split: Whether head(body(x)) equals the model's own logits, so that logits can be had per position.
+        value_head: A scalar head on the hidden states; None without one.
     """
 
     causal: Any
@@ -42,6 +43,7 @@ class LoadedModel:
     device: torch.device
     compute_dtype: torch.dtype
     split: bool
+    value_head: nn.Linear | None = None
 
     @property
     def body(self) -> Callable[..., Any]:
@@ -69,7 +71,9 @@ class LoadedModel:
 
     @property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.causal.named_parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in self.causal.named_parameters() if p.requires_grad]
+        head = self.value_head.named_parameters(prefix="value_head") if self.value_head is not None else ()
+        return [*trained, *head]
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -96,17 +100,36 @@ def load(config: TrainingConfig) -> LoadedModel:
     causal = causal.to(device=device, dtype=dtype if frozen else torch.float32)
     peft = _add_adapter(causal, config.lora_config, config.seed) if config.lora_config else None
     causal.eval()
-    return LoadedModel(causal, peft, tokenizer, device, dtype, _head_of_body_is_the_model(causal, device))
+    split = _head_of_body_is_the_model(causal, device)
+    return LoadedModel(
+        causal,
+        peft,
+        tokenizer,
+        device,
+        dtype,
+        split,
+        _value_head(causal, device) if config.value_head else None,
+    )
+
+
+def _value_head(causal: Any, device: torch.device) -> nn.Linear:
+    """Return a head that says 0 everywhere before it is trained, in fp32."""
+    width = causal.get_output_embeddings().weight.shape[1]
+    with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]):
+        head = nn.Linear(width, 1, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def share(model: LoadedModel) -> LoadedModel:
     """Return a model of its own whose frozen tensors are the given one's; adapters are copies."""
     frozen = [p for p in model.causal.parameters() if not p.requires_grad] + list(model.causal.buffers())
     memo: dict[int, Any] = {id(tensor): tensor for tensor in frozen}
-    peft, causal = copy.deepcopy((model.peft, model.causal), memo)
+    peft, causal, value_head = copy.deepcopy((model.peft, model.causal, model.value_head), memo)
     causal.zero_grad(set_to_none=True)
     causal.eval()
-    return replace(model, peft=peft, causal=causal)
+    return replace(model, peft=peft, causal=causal, value_head=value_head)
 
 
 def _locate(model_ref: str) -> str:

@@ -25,12 +25,14 @@ class EngineState:
         weights: Trained weights by parameter name.
         optimizer: Moments by "state.<number of the parameter>.<name>"; None when left out.
         gradients: Sums of an open accumulation window by parameter name.
+        reference: Frozen weights of the reference policy; None where the base is the reference.
     """
 
     facts: dict[str, Any]
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor] | None
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    reference: dict[str, Tensor] | None = None
 
 
 def capture(engine: Engine, include_optimizer: bool) -> EngineState:
@@ -41,6 +43,7 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
         "config": engine.config.model_dump(mode="json"),
         "base": fingerprint(engine),
         "samples_drawn": engine.samples_drawn,
+        "reference_version": engine.reference.version,
         "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in engine.random.items()},
         "window": {
             "weight": engine.window.weight,
@@ -51,7 +54,8 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
     trained = engine.model.trainable
     gradients = {name: p.grad for name, p in trained if p.grad is not None}
     moments = dict(_moments(engine)) if include_optimizer else None
-    return EngineState(facts, {name: p.detach() for name, p in trained}, moments, gradients)
+    weights = {name: p.detach() for name, p in trained}
+    return EngineState(facts, weights, moments, gradients, engine.reference.weights)
 
 
 def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) -> None:
@@ -81,6 +85,7 @@ def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) ->
             engine.random[name] = torch.tensor(
                 list(base64.b64decode(facts["random"][name])), dtype=torch.uint8
             )
+    engine.reference.restore(state.reference, facts["reference_version"])
     engine.step = facts["step"]
     engine.policy_version = _next_version(engine.policy_version, facts["policy_version"])
 
@@ -133,6 +138,8 @@ def _differences(
         same_name = saved.model_ref == here.model_ref
         note = " (other weights under the same name)" if same_name else ""
         yield "model_ref", saved.model_ref, here.model_ref + note
+    if saved.value_head != here.value_head:
+        yield "value_head", saved.value_head, here.value_head
     if there is not None and mine is not None:
         for name in ("rank", "alpha", "target_modules", "bias"):
             if getattr(there, name) != getattr(mine, name):
@@ -146,7 +153,8 @@ def _adapter_name(lora: LoRAConfig | None) -> str:
 def _check_tensors(engine: Engine, state: EngineState) -> None:
     expected = {name: tuple(p.shape) for name, p in engine.model.trainable}
     found = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
-    strays = {n for n, t in state.gradients.items() if expected.get(n) != tuple(t.shape)}
+    others = [*state.gradients.items(), *(state.reference or {}).items()]
+    strays = {n for n, t in others if expected.get(n) != tuple(t.shape)}
     wrong = sorted({n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)} | strays)
     if wrong:
         name = wrong[0]

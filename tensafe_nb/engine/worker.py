@@ -49,6 +49,7 @@ from tensafe_nb.types import (
     Forward,
     ForwardBackward,
     ForwardBackwardResult,
+    FreezeReference,
     FutureStatus,
     LoadState,
     LoadStateResult,
@@ -333,6 +334,8 @@ class Worker:
                 return engine.sample(prompts, sampling, tick)
             case ComputeLogprobs(batch, temperature, reference):
                 return engine.compute_logprobs(batch, temperature, reference, tick)
+            case FreezeReference():
+                return engine.freeze_reference()
             case SaveState():
                 return self._save_state(engine, operation)
             case LoadState(artifact_id):

@@ -29,6 +29,7 @@ class LossOutputs:
         full_logits: (B, T, V), of a model whose logits cannot be had position by position.
         chunk_rows: Positions whose logits `map_logits` computes at a time; None takes all at once.
         head_is_frozen: The head has no weight that is trained.
+        value_head: Turns hidden states (…, D) into values (…,); None for a model without one.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class LossOutputs:
         *,
         chunk_rows: int | None = None,
         head_is_frozen: bool = False,
+        value_head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self._value_head = value_head
         self._hidden = hidden
         self._head = head
         self._attention_mask = attention_mask
@@ -62,6 +65,19 @@ class LossOutputs:
     def logprobs(self) -> Tensor:
         """(N,) log-probability of each label, at temperature 1."""
         return -self.map_logits(partial(F.cross_entropy, reduction="none"))
+
+    @cached_property
+    def values(self) -> Tensor:
+        """(N,) estimates of the value head, from detached hidden states: its loss cannot disturb the policy.
+
+        Raises:
+            ValidationError: The model has no value head.
+        """
+        if self._value_head is None:
+            raise ValidationError(
+                "This training client has no value head: create it with TrainingConfig(value_head=True)."
+            )
+        return self._value_head(_precise(self._hidden[self._where].detach()))
 
     @cached_property
     def sequence_logprobs(self) -> Tensor:

@@ -4,21 +4,30 @@ The way of a step: `rollouts` (sample) → `rewards` (score) → `advantages` �
 `trainer`. No torch here: the policy is behind the training client, embedded or remote.
 """
 
-from tensafe_nb.rlvr.algorithms import REINFORCE, REINFORCEConfig, UpdateResult
-from tensafe_nb.rlvr.rewards import Reward, get_registered_rewards, register_reward, resolve_reward
-from tensafe_nb.rlvr.rollouts import (
-    MockRolloutSampler,
-    PolicySampler,
-    RolloutGroup,
-    Trajectory,
-    TrajectoryBatch,
+from tensafe_nb.rlvr.advantages import get_registered_advantages, register_advantage
+from tensafe_nb.rlvr.algorithms import PPO, REINFORCE
+from tensafe_nb.rlvr.options import (
+    PPOConfig,
+    REINFORCEConfig,
+    ValueOptions,
+    get_presets,
+    register_preset,
 )
+from tensafe_nb.rlvr.rewards import Reward, get_registered_rewards, register_reward, resolve_reward
+from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr.samplers import MockRolloutSampler, PolicySampler
 from tensafe_nb.rlvr.trainer import RLVRTrainer
+from tensafe_nb.rlvr.updates import UpdateResult
 
 __all__ = [
     "RLVRTrainer",
     "REINFORCE",
     "REINFORCEConfig",
+    "PPO",
+    "PPOConfig",
+    "ValueOptions",
+    "get_presets",
+    "register_preset",
     "UpdateResult",
     "PolicySampler",
     "MockRolloutSampler",
@@ -29,4 +38,6 @@ __all__ = [
     "register_reward",
     "resolve_reward",
     "get_registered_rewards",
+    "register_advantage",
+    "get_registered_advantages",
 ]

@@ -10,12 +10,54 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tensafe_nb.batch import Array
+from tensafe_nb.registry import Registry
 from tensafe_nb.rlvr.rollouts import NO_SIGNAL, bessel_std
 
+AdvantageFunction: TypeAlias = Callable[..., Array]
 Baseline: TypeAlias = Literal["none", "ema", "rloo", "group"]
 Scale: TypeAlias = Literal["none", "group", "batch"]
 Aggregation: TypeAlias = Literal["token_mean", "seq_mean", "const", "sum"]
 STD_EPS = 1e-4  # TRL's; verl adds 1e-6, OpenRLHF 1e-9
+
+
+_ADVANTAGES: Registry[AdvantageFunction] = Registry("advantage")
+
+
+def register_advantage(
+    name: str, *, overwrite: bool = False
+) -> Callable[[AdvantageFunction], AdvantageFunction]:
+    """Return a decorator that registers `fn(rewards, groups, mask)` as a way to compute advantages.
+
+    `rewards` (N,) is NaN where unscored, `groups` (N,) numbers the prompts, `mask` (N, T) marks completion tokens.
+    It returns one advantage per rollout (N,), or one per token (N, T).
+
+    Args:
+        name: What `REINFORCEConfig(advantage=…)` and `PPOConfig(advantage=…)` know it by.
+        overwrite: Replace a different function of this name. Running a cell again needs no overwrite.
+
+    Raises:
+        ValidationError: The name is taken by a different function.
+
+    Example:
+        >>> @register_advantage("max_rl")
+        ... def max_rl(rewards, groups, mask):
+        ...     return (rewards - np.nanmean(rewards)) / np.nanmean(rewards)
+    """
+    return _ADVANTAGES.register(name, overwrite=overwrite)
+
+
+def get_registered_advantages() -> list[str]:
+    """Return the names of all registered advantages."""
+    return list(_ADVANTAGES)
+
+
+def resolve_advantage(name: str) -> AdvantageFunction:
+    """Return a registered advantage function.
+
+    Raises:
+        ValidationError: There is none of this name.
+    """
+    return _ADVANTAGES.resolve(name)
 
 
 def centre(rewards: Array, groups: Array) -> Array:
@@ -106,6 +148,68 @@ def advantages(
     if scale == "group":
         return scale_by_group(values, rewards, groups)
     return scale_by_batch(values, rewards) if scale == "batch" else values
+
+
+def gae(
+    rewards: Array, values: Array, mask: Array, *, gamma: float = 1.0, lam: float = 1.0
+) -> tuple[Array, Array]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438), over the tokens of the mask only.
+
+    δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1}; behind the last token V is 0. With γ = λ = 1 and one reward
+    at the end, A = r − V. Positions outside the mask are passed over as if they were not there.
+
+    Args:
+        rewards: (N, T) per token.
+        values: (N, T) estimates before each token.
+        mask: (N, T), 1 for the tokens that count.
+        gamma: Discount.
+        lam: 1 is unbiased, 0 trusts the value head.
+
+    Returns:
+        Advantages and returns A + V, both (N, T), 0 outside the mask.
+    """
+    advantage = np.zeros_like(values)
+    following, following_value = np.zeros(len(values)), np.zeros(len(values))
+    for t in range(values.shape[1] - 1, -1, -1):
+        counts = mask[:, t] > 0
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        advantage[:, t] = np.where(counts, delta + gamma * lam * following, 0.0)
+        following = np.where(counts, advantage[:, t], following)
+        following_value = np.where(counts, values[:, t], following_value)
+    return advantage, np.where(mask > 0, advantage + values, 0.0)
+
+
+def whiten(values: Array, mask: Array) -> Array:
+    """Return values (N, T) with mean 0 and variance 1 over the mask: (x − mean) / √(var + 1e-8); 0 outside."""
+    inside = values[mask > 0]
+    if inside.size < 2 or np.ptp(inside) <= NO_SIGNAL:
+        return np.zeros_like(values)
+    whitened = (values - inside.mean()) / np.sqrt(inside.var(ddof=1) + 1e-8)
+    return np.where(mask > 0, whitened, 0.0)
+
+
+def at_the_end(rewards: Array, mask: Array) -> Array:
+    """Return (N, T) with each rollout's reward (N,) on its last token of the mask; unscored ones have none."""
+    placed = np.zeros(mask.shape)
+    rows = np.flatnonzero(mask.any(1) & np.isfinite(rewards))
+    last = mask.shape[1] - 1 - np.argmax(mask[rows, ::-1] > 0, axis=1)
+    placed[rows, last] = rewards[rows]
+    return placed
+
+
+@register_advantage("reinforce_pp")
+def reinforce_pp(rewards: Array, groups: Array, mask: Array) -> Array:
+    """REINFORCE++ (Hu 2025, arXiv:2501.03262): the return of every token, whitened over the whole batch.
+
+    Args:
+        rewards: (N,) per rollout, or (N, T) per token (with a KL penalty inside).
+        groups: Not read.
+        mask: (N, T).
+    """
+    per_token = rewards if rewards.ndim == 2 else at_the_end(rewards, mask)
+    returns, _ = gae(per_token, np.zeros(mask.shape), mask)
+    scored = mask * (np.isfinite(rewards)[:, None] if rewards.ndim == 1 else 1)
+    return whiten(returns, scored)
 
 
 def token_weights(mask: Array, aggregation: Aggregation, max_tokens: int) -> Array:

@@ -1,134 +1,85 @@
-"""From a scored batch to an optimiser step: advantages → weights → a batch with a named loss → step."""
+"""From a scored batch to optimiser steps: read → advantages → weights → a batch with a named loss → step.
+
+`REINFORCE` and `PPO` are one driver with other options. With one pass over fresh rollouts their gradients are equal.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-import pydantic
 
-from tensafe_nb.batch import IGNORE, Array, BatchData
-from tensafe_nb.config import Config
+from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.errors import TGTinkerError, ValidationError
 from tensafe_nb.futures import FutureHandle, combine, completed
-from tensafe_nb.plain import plain
-from tensafe_nb.rlvr.advantages import Aggregation, Baseline, EMABaseline, Scale, advantages, token_weights
-from tensafe_nb.rlvr.rollouts import MOCK, PolicyClient, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr import updates
+from tensafe_nb.rlvr.advantages import (
+    EMABaseline,
+    advantages,
+    at_the_end,
+    gae,
+    resolve_advantage,
+    token_weights,
+    whiten,
+)
+from tensafe_nb.rlvr.options import (
+    PolicyConfig,
+    PPOConfig,
+    REINFORCEConfig,
+    ValueOptions,
+    preset,
+    smallest_group,
+)
+from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
+from tensafe_nb.rlvr.updates import UpdateResult
 from tensafe_nb.types import ForwardBackwardResult, OptimStepResult
 
-MOCK_NOTE = "off-policy: mock data"
+SAME_PATH = 2e-4  # approx_kl of the very first minibatch: more, and scoring and training disagree
+C = TypeVar("C", bound=PolicyConfig)
 
 
-class REINFORCEConfig(Config):
-    """Options of REINFORCE (Williams 1992): one pass over fresh rollouts, gradient A · ∇log π.
+@dataclass(slots=True)
+class _Readings:
+    """What was read before the update, each (N, C) or None."""
 
-    Args:
-        baseline: What a reward is compared with: "rloo" the mean of the prompt's other rollouts, "group" the
-            mean of all of them, "ema" a running mean of earlier batches, "none". Unset: rloo where every
-            prompt has two rollouts or more, else ema.
-        use_baseline: False is baseline="none".
-        scale: Divide advantages by the standard deviation of the "group", of the "batch", or by nothing.
-        normalize_advantages: True is scale="batch".
-        aggregation: How tokens are weighed: "token_mean", "seq_mean", "const" (every rollout by the longest
-            length there could have been: no bias towards short or long answers), or "sum".
-        entropy_coef: Weight of the entropy bonus.
-        mask_truncated: Leave rollouts that ran into the token limit out of the loss; their reward still
-            counts in the baseline.
-        ema_decay: Weight of the past in the "ema" baseline.
-    """
-
-    baseline: Baseline | None = None
-    use_baseline: bool = True
-    scale: Scale | None = None
-    normalize_advantages: bool = False
-    aggregation: Aggregation = "const"
-    entropy_coef: pydantic.NonNegativeFloat = 0.0
-    mask_truncated: bool = True
-    ema_decay: float = pydantic.Field(default=0.9, ge=0.0, lt=1.0)
-
-    @pydantic.model_validator(mode="after")
-    def _options_agree(self) -> Self:
-        if not self.use_baseline and self.baseline not in (None, "none"):
-            raise ValueError(f"use_baseline=False contradicts baseline={self.baseline!r}: leave one out")
-        if self.normalize_advantages and self.scale not in (None, "batch"):
-            raise ValueError(f"normalize_advantages=True is scale='batch', not {self.scale!r}: leave one out")
-        return self
-
-    @property
-    def effective_scale(self) -> Scale:
-        """`scale`, with `normalize_advantages` taken into account."""
-        return "batch" if self.normalize_advantages else self.scale or "none"
-
-    def effective_baseline(self, smallest_group: int) -> Baseline:
-        """`baseline`, chosen by the smallest group where it is unset."""
-        if not self.use_baseline:
-            return "none"
-        return self.baseline or ("rloo" if smallest_group >= 2 else "ema")
+    old: Array | None = None
+    values: Array | None = None
+    reference: Array | None = None
 
 
-@plain
-@dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """What an update did.
-
-    Attributes:
-        step: The client's optimiser step after it.
-        policy_version: Version of the weights after it.
-        mean_reward: Over the scored rollouts.
-        policy_loss: The weighted sum that was differentiated; not a measure of progress.
-        entropy: Exact, in nats, mean over the tokens in the loss; None when nothing was computed.
-        approx_kl: KL(old ‖ new), k3 estimate over the tokens in the loss; 0 in one pass over fresh data.
-        clip_ratio: Share of tokens at which a clip acted; 0 where nothing clips.
-        grad_norm: Before clipping.
-        param_delta_norm: Norm of the change of the weights.
-        tokens: Tokens in the loss.
-        skipped: Why nothing was queued; None when a step was taken.
-        notes: What to know about this update, such as "off-policy: mock data".
-        metrics: Per-token means of the loss's own sums.
-    """
-
-    step: int
-    policy_version: int
-    mean_reward: float
-    policy_loss: float = 0.0
-    entropy: float | None = None
-    approx_kl: float = 0.0
-    clip_ratio: float = 0.0
-    grad_norm: float = 0.0
-    param_delta_norm: float = 0.0
-    tokens: int = 0
-    skipped: Literal["no signal", "all truncated"] | None = None
-    notes: tuple[str, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-class REINFORCE:
-    """Policy gradient with a baseline: `update(batch, training_client)` takes one optimiser step.
+class PolicyGradient(Generic[C]):
+    """The driver of an update; `REINFORCE` and `PPO` say what its options are.
 
     Args:
-        config: The options; or give its fields by name.
-
-    Example:
-        >>> algo = REINFORCE(REINFORCEConfig(baseline="rloo"))
-        >>> result = algo.update(batch, training_client)  # a handle, at once
-        >>> result.param_delta_norm > 0
-        True
+        config: The options, or the name of a preset; or give its fields by name.
     """
 
-    def __init__(self, config: REINFORCEConfig | None = None, **fields: Any) -> None:
-        config = config or REINFORCEConfig()
-        self.config = config.replace(**fields) if fields else config
+    options: ClassVar[type[PolicyConfig]]
+
+    def __init__(self, config: C | str | None = None, **fields: Any) -> None:
+        chosen: Any = preset(config, self.options) if isinstance(config, str) else config or self.options()
+        if not isinstance(chosen, self.options):
+            raise ValidationError(
+                f"{type(self).__name__} takes a {self.options.__name__}, a preset's name, or fields; not {config!r}."
+            )
+        settled: Any = chosen.replace(**fields) if fields else chosen
+        self.config: C = settled
         self.ema = EMABaseline(self.config.ema_decay)
+        self.updates = 0
+        self._has_reference = False
 
     def __repr__(self) -> str:
-        return f"REINFORCE({self.config!r})"
+        idle = self.config.idle_options
+        return f"{type(self).__name__}({self.config!r})" + (
+            f"  # no effect in this run: {', '.join(idle)}" if idle else ""
+        )
 
     def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]:
-        """Queue one step on a scored batch; return at once.
+        """Queue the steps on a scored batch. Returns when the last of them is queued.
 
-        Fills in every trajectory's `advantage`. With nothing to learn from (all advantages 0 and no entropy
-        bonus) nothing is queued and no weight moves: the result says so in `skipped`.
+        Fills in every trajectory's `advantage`. With nothing to learn from (all advantages 0, no entropy bonus, no
+        KL, no value head) nothing is queued and no weight moves: the result says so in `skipped`.
 
         Args:
             batch: Rollouts with rewards.
@@ -137,23 +88,38 @@ class REINFORCE:
         Raises:
             ValidationError: Nothing is scored, a group is too small for the baseline, or sampling was greedy.
         """
-        self._check(batch)
-        tokenize_mock(batch, training_client)
-        self._fill_in_advantages(batch)
-        data = policy_batch(batch, self.config)
-        if data is None:
+        method = self.config.method(batch, training_client.capabilities)
+        self._check(batch, method)
+        updates.tokenize_mock(batch, training_client)
+        mask = updates.loss_mask(batch, self.config.mask_truncated)
+        readings = self._read(batch, method, training_client)
+        returns = self._fill_in_advantages(batch, method, mask, readings)
+        rows = self._rows_that_matter(batch, mask, method)
+        if not rows.size:
             return self._skip(batch, training_client)
-        return _step(batch, data, training_client, self._loss_kwargs(batch))
+        job = _Job(self.config, batch, mask, readings, returns, training_client)
+        warming = (
+            returns is not None and self.config.value is not None and self.updates < self.config.value.warmup
+        )
+        handle = job.run(rows, value_only=warming)
+        self.updates += 1
+        return handle
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it remembers from batch to batch, as plain data: the running baseline."""
-        return {"total": self.ema.total, "updates": self.ema.updates}
+        """Return what it remembers from batch to batch, as plain data: the running baseline, the number of updates."""
+        return {
+            "total": self.ema.total,
+            "ema_updates": self.ema.updates,
+            "updates": self.updates,
+            "has_reference": self._has_reference,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
-        self.ema.total, self.ema.updates = float(state["total"]), int(state["updates"])
+        self.ema.total, self.ema.updates = float(state["total"]), int(state["ema_updates"])
+        self.updates, self._has_reference = int(state["updates"]), bool(state["has_reference"])
 
-    def _check(self, batch: TrajectoryBatch) -> None:
+    def _check(self, batch: TrajectoryBatch, method: str) -> None:
         if not np.isfinite(batch.rewards).any():
             raise ValidationError(
                 "No trajectory of the batch has a reward: "
@@ -161,31 +127,79 @@ class REINFORCE:
             )
         if batch.sampling.temperature == 0:
             raise ValidationError("Greedy rollouts (temperature=0) teach nothing: sample with temperature=1.")
-        smallest = _smallest_group(batch)
-        needs_two = self._baseline(batch) in ("rloo", "group") or self.config.effective_scale == "group"
-        if needs_two and smallest < 2:
+        smallest = smallest_group(batch)
+        if smallest < 2 and (method in ("rloo", "group") or self.config.effective_scale == "group"):
             raise ValidationError(
-                f"baseline={self._baseline(batch)!r}, scale={self.config.effective_scale!r} compare the "
-                f"rollouts of a prompt, but a group has {smallest}. Sample with group_size ≥ 2, or use "
-                f"baseline='ema'."
+                f"baseline={method!r}, scale={self.config.effective_scale!r} compare the rollouts of a prompt, but a "
+                f"group has {smallest}. Sample with group_size ≥ 2, or use baseline='ema'."
             )
 
-    def _baseline(self, batch: TrajectoryBatch) -> Baseline:
-        return self.config.effective_baseline(_smallest_group(batch))
+    def _read(self, batch: TrajectoryBatch, method: str, client: PolicyClient) -> _Readings:
+        """Score the batch with the weights as they are, and with the reference, where the options need it."""
+        config, width = self.config, max(int(batch.lengths.max()), 1)
+        if not (config.reads_old or method == "gae" or config.kl_coef):
+            return _Readings()
+        rows, temperature = list(batch), batch.sampling.temperature
+        data = updates.pack(rows, {})
+        if config.kl_coef and not self._has_reference:
+            self._settle_reference(client)
+        own = client.compute_logprobs(data, temperature=temperature)
+        other = (
+            client.compute_logprobs(data, reference=True, temperature=temperature) if config.kl_coef else None
+        )
+        scored = own.result()
+        if method == "gae" and scored.values is None:
+            raise ValidationError(
+                "advantage='gae' needs a value head: create the client with TrainingConfig(value_head=True)."
+            )
+        return _Readings(
+            updates.unpack(rows, scored.logprobs, width)
+            if config.reads_old or config.kl_in == "reward"
+            else None,
+            None if scored.values is None else updates.unpack(rows, scored.values, width),
+            None if other is None else updates.unpack(rows, other.result().logprobs, width),
+        )
 
-    def _fill_in_advantages(self, batch: TrajectoryBatch) -> None:
-        groups = np.repeat(np.arange(len(batch.groups)), [len(group.rollouts) for group in batch.groups])
-        baseline, scale, rewards = self._baseline(batch), self.config.effective_scale, batch.rewards
-        values = advantages(rewards, groups, baseline=baseline, scale=scale, ema=self.ema)
-        self.ema.update(rewards)
-        for trajectory, value in zip(batch, values.tolist(), strict=True):
-            trajectory.advantage = value
+    def _settle_reference(self, client: PolicyClient) -> None:
+        """Freeze the policy as it is before the first update; an adapter that is still at zero has its base."""
+        if client.step > 0 or "base_reference" not in client.capabilities:
+            client.freeze_reference()
+        self._has_reference = True
 
-    def _loss_kwargs(self, batch: TrajectoryBatch) -> dict[str, float]:
-        return {"temperature": batch.sampling.temperature, "entropy_coef": self.config.entropy_coef}
+    def _fill_in_advantages(
+        self, batch: TrajectoryBatch, method: str, mask: Array, readings: _Readings
+    ) -> Array | None:
+        """Set every trajectory's advantage; return the value head's targets (N, C), if it is to learn."""
+        rewards, config, targets = batch.rewards, self.config, None
+        penalty = None
+        if config.kl_coef and config.kl_in == "reward" and readings.old is not None:
+            penalty = config.kl_coef * (readings.old - _needed(readings.reference)) * mask  # k1 per token
+        if method == "gae":
+            per_token = at_the_end(rewards, mask) - (0.0 if penalty is None else penalty)
+            head = config.value or ValueOptions()
+            values, targets = gae(per_token, _needed(readings.values), mask, gamma=head.gamma, lam=head.lam)
+            values = whiten(values, mask) if head.whiten else values
+        elif method in ("none", "ema", "rloo", "group"):
+            rewards = rewards if penalty is None else rewards - penalty.sum(1)
+            groups = updates.group_numbers(batch)
+            baseline: Any = method
+            values = advantages(
+                rewards, groups, baseline=baseline, scale=config.effective_scale, ema=self.ema
+            )
+        else:
+            values = _custom(method, rewards, penalty, batch, mask)
+        self.ema.update(batch.rewards)
+        for trajectory, value in zip(batch, values, strict=True):
+            trajectory.advantage = value[: len(trajectory.tokens)].tolist() if value.ndim else float(value)
+        return targets
+
+    def _rows_that_matter(self, batch: TrajectoryBatch, mask: Array, method: str) -> Array:
+        """Return the rows of which some token has a gradient; the others only count in the normaliser."""
+        always = self.config.entropy_coef > 0 or (self.config.kl_coef > 0 and self.config.kl_in == "loss")
+        return np.flatnonzero(mask.any(1) & (has_advantage(batch) | always | (method == "gae")))
 
     def _skip(self, batch: TrajectoryBatch, client: PolicyClient) -> FutureHandle[UpdateResult]:
-        cut = bool(_advantages(batch).any())
+        cut = bool(has_advantage(batch).any())
         if cut:
             warnings.warn(
                 f"Every rollout that could teach something was cut at max_new_tokens="
@@ -197,129 +211,204 @@ class REINFORCE:
             client.policy_version,
             batch.mean_reward,
             skipped="all truncated" if cut else "no signal",
-            notes=_notes(batch),
+            notes=updates.notes_on(batch),
         )
         return completed(result, operation="update", training_client_id=client.training_client_id)
 
 
-def tokenize_mock(batch: TrajectoryBatch, client: PolicyClient) -> None:
-    """Give mock rollouts the tokens that the client's model would read; real ones keep their own.
-
-    Raises:
-        ValidationError: The tokenizer knows nothing of a text.
-    """
-    for trajectory in batch:
-        if trajectory.policy_version == MOCK and not trajectory.tokens:
-            end = [] if trajectory.truncated else [client.tokenizer.eos_token_id]
-            trajectory.prompt_tokens = _encode(client, trajectory.prompt, special=True)
-            trajectory.tokens = _encode(client, trajectory.response, special=False) + end
-
-
-def _encode(client: PolicyClient, text: str, *, special: bool) -> list[int]:
-    try:
-        tokens = list(client.tokenizer(text, add_special_tokens=special)["input_ids"])
-    except Exception as error:  # tokenizers raises bare Exception for letters it does not know
-        raise ValidationError(f"The model's tokenizer cannot read {text!r}: {error}.") from error
-    if not tokens:
-        raise ValidationError(f"The model's tokenizer turns {text!r} into no tokens at all.")
-    return tokens
-
-
-def policy_batch(batch: TrajectoryBatch, config: REINFORCEConfig) -> BatchData | None:
-    """Return the batch of a policy loss, or None when no token of it would have a gradient.
-
-    Weights are computed over all rollouts; rows that cannot matter are then left out of the forward pass.
-    """
-    mask = _loss_mask(batch, config.mask_truncated)  # (N, C)
-    weights = token_weights(mask, config.aggregation, batch.sampling.max_new_tokens)
-    matters = mask.any(1) & ((_advantages(batch) != 0) | (config.entropy_coef > 0))
-    kept = np.flatnonzero(matters)
-    rows = list(batch)
-    return pack([rows[row] for row in kept], weights[kept]) if kept.size else None
-
-
-def pack(trajectories: Sequence[Trajectory], weights: Array) -> BatchData:
-    """Lay trajectories out as rows, padded on the right.
-
-    `labels[t]` is the token at t + 1, so a completion's first label sits at the prompt's last position, and
-    its last token (the end token) is a label but never an input.
+class REINFORCE(PolicyGradient[REINFORCEConfig]):
+    """Policy gradient with a baseline (Williams 1992): one optimiser step per batch.
 
     Args:
-        trajectories: B of them, with tokens and advantage.
-        weights: (B, C) weight of each completion token.
+        config: The options, or a preset ("reinforce", "rloo", "reinforce_pp"); or give its fields by name.
 
-    Returns:
-        input_ids, attention_mask, labels, advantages and weights, each (B, T).
+    Example:
+        >>> algo = REINFORCE(REINFORCEConfig(baseline="rloo"))
+        >>> result = algo.update(batch, training_client)  # a handle, at once
+        >>> result.param_delta_norm > 0
+        True
     """
-    shape = (len(trajectories), max(len(t.prompt_tokens) + len(t.tokens) - 1 for t in trajectories))
-    ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORE, np.int64)
-    extras = {"advantages": np.zeros(shape), "weights": np.zeros(shape)}
+
+    options = REINFORCEConfig
+
+
+class PPO(PolicyGradient[PPOConfig]):
+    """Proximal policy optimisation (Schulman et al. 2017) with group or value-head advantages; GRPO and its kin.
+
+    Args:
+        config: The options, or a preset ("grpo", "dr_grpo", "cispo", "gspo", "ppo_value"); or its fields by name.
+
+    Example:
+        >>> algo = PPO("grpo", ppo_epochs=2, target_kl=0.01)
+        >>> result = algo.update(batch, training_client)
+        >>> result.epochs_run
+        2
+    """
+
+    options = PPOConfig
+
+
+@dataclass(slots=True)
+class _Job:
+    """One update on its way: passes over minibatches of whole prompt groups."""
+
+    config: PolicyConfig
+    batch: TrajectoryBatch
+    mask: Array
+    readings: _Readings
+    returns: Array | None
+    client: PolicyClient
+
+    def run(self, rows: Array, *, value_only: bool) -> FutureHandle[UpdateResult]:
+        gradients: list[FutureHandle[ForwardBackwardResult]] = []
+        steps: list[FutureHandle[OptimStepResult]] = []
+        epochs, stopped = 0, False
+        for epoch in range(self.config.passes):
+            if epoch and self._too_far():
+                stopped = True
+                break
+            for minibatch in self._minibatches(rows, epoch):
+                first = self.config.reads_old and not gradients
+                self._step(self._data(minibatch, value_only), gradients, steps, value_only, first=first)
+            epochs += 1
+        mean_reward, notes = (
+            self.batch.mean_reward,
+            updates.notes_on(self.batch),
+        )  # rewards may be edited later
+        count = len(gradients)
+        return combine(
+            [*gradients, *steps],
+            lambda results: updates.read_results(
+                results[:count],
+                results[count:],
+                mean_reward=mean_reward,
+                epochs_run=epochs,
+                early_stopped=stopped,
+                notes=notes,
+            ),
+            operation="update",
+            result_type=UpdateResult,
+        )
+
+    def _step(
+        self,
+        data: BatchData,
+        gradients: list[FutureHandle[ForwardBackwardResult]],
+        steps: list[FutureHandle[OptimStepResult]],
+        value_only: bool,
+        *,
+        first: bool,
+    ) -> None:
+        name, kwargs = self._loss(value_only)
+        gradient = self.client.forward_backward(data, loss_fn=name, loss_kwargs=kwargs)
+        try:
+            if first and not value_only:
+                check_same_path(gradient.result())
+            steps.append(self.client.optim_step())
+        except TGTinkerError:
+            gradient.cancel()  # a full queue must not leave half an update behind
+            raise
+        gradients.append(gradient)
+
+    def _loss(self, value_only: bool) -> tuple[str, dict[str, Any]]:
+        head = self.config.value if self.returns is not None else None
+        value = {} if head is None else {"value": {"coef": head.coef, "clip": head.clip}}
+        if value_only:
+            return "policy_value", value
+        name, kwargs = self.config.loss_terms
+        shared = {"temperature": self.batch.sampling.temperature, "entropy_coef": self.config.entropy_coef}
+        return name, shared | kwargs | value
+
+    def _minibatches(self, rows: Array, epoch: int) -> list[Array]:
+        """Split the rows into minibatches of whole prompt groups, in an order of its own in every pass."""
+        count = self.config.parts
+        if count == 1:
+            return [rows]
+        groups = updates.group_numbers(self.batch)
+        order = np.random.default_rng([self.client.policy_version, epoch]).permutation(
+            np.unique(groups[rows])
+        )
+        parts = [rows[np.isin(groups[rows], part)] for part in np.array_split(order, count)]
+        return [part for part in parts if part.size]
+
+    def _data(self, rows: Array, value_only: bool) -> BatchData:
+        whole = self.config.parts == 1  # the normaliser counts every rollout of the optimiser step
+        counted = np.arange(len(self.batch)) if whole else rows
+        weights = np.zeros(self.mask.shape)
+        weights[counted] = token_weights(
+            self.mask[counted], self.config.aggregation, self.batch.sampling.max_new_tokens
+        )
+        trajectories, width = list(self.batch), self.mask.shape[1]
+        chosen = [trajectories[row] for row in rows]
+        extras: dict[str, Array | None] = {"weights": weights[rows], "old_values": None}
+        if self.returns is not None:
+            extras |= {"returns": self.returns[rows], "old_values": _rows(self.readings.values, rows)}
+        if not value_only:
+            extras |= {
+                "advantages": _advantage_rows(chosen, width),
+                "old_logprobs": _rows(self.readings.old, rows),
+                "ref_logprobs": _rows(self.readings.reference, rows),
+                "sampler_logprobs": updates.sampler_logprobs(chosen, width),
+            }
+        return updates.pack(chosen, {name: values for name, values in extras.items() if values is not None})
+
+    def _too_far(self) -> bool:
+        """Measure KL(old ‖ new) over the whole batch, against the target. Nothing has to be thrown away for it."""
+        if self.config.kl_limit is None or self.readings.old is None:
+            return False
+        rows = list(self.batch)
+        scored = self.client.compute_logprobs(
+            updates.pack(rows, {}), temperature=self.batch.sampling.temperature
+        )
+        new = updates.unpack(rows, scored.result().logprobs, self.mask.shape[1])
+        difference = np.clip(new - self.readings.old, -20, 20)
+        k3 = (np.expm1(difference) - difference) * self.mask
+        return bool(k3.sum() / max(self.mask.sum(), 1.0) > 1.5 * self.config.kl_limit)
+
+
+def check_same_path(result: ForwardBackwardResult) -> None:
+    """Refuse to go on where scoring and training give the same weights different log-probabilities.
+
+    Raises:
+        ValidationError: They do, before any weight has moved.
+    """
+    approx_kl = result.metrics["approx_kl_sum"] / max(result.metrics["tokens"], 1.0)
+    if approx_kl > SAME_PATH:
+        raise ValidationError(
+            f"The scoring path differs from the training path: before any step, KL(old ‖ new) is {approx_kl:.2g} per "
+            f"token where it must be 0. Dropout does this: set LoRAConfig(dropout=0) for reinforcement learning."
+        )
+
+
+def has_advantage(batch: TrajectoryBatch) -> Array:
+    """Return (N,) whether a rollout has an advantage other than 0."""
+    return np.array([bool(np.any(trajectory.advantage)) for trajectory in batch])
+
+
+def _custom(name: str, rewards: Array, penalty: Array | None, batch: TrajectoryBatch, mask: Array) -> Array:
+    given = rewards if penalty is None else at_the_end(rewards, mask) - penalty
+    values = np.asarray(resolve_advantage(name)(given, updates.group_numbers(batch), mask), dtype=np.float64)
+    if values.shape not in ((len(batch),), mask.shape) or not np.isfinite(values).all():
+        raise ValidationError(
+            f"The advantage {name!r} returned shape {values.shape} for {len(batch)} rollouts: return one finite number "
+            f"per rollout, ({len(batch)},), or per token, {mask.shape}."
+        )
+    unscored = ~np.isfinite(batch.rewards)
+    values[unscored] = 0.0
+    return values
+
+
+def _advantage_rows(trajectories: Sequence[Any], width: int) -> Array:
+    found = np.zeros((len(trajectories), width))
     for row, trajectory in enumerate(trajectories):
-        start, count = len(trajectory.prompt_tokens) - 1, len(trajectory.tokens)
-        completion = slice(start, start + count)
-        ids[row, : start + count] = [*trajectory.prompt_tokens, *trajectory.tokens[:-1]]
-        mask[row, : start + count] = 1
-        labels[row, completion] = trajectory.tokens
-        extras["advantages"][row, completion] = trajectory.advantage
-        extras["weights"][row, completion] = weights[row, :count]
-    return BatchData(ids, mask, labels, extras)
+        found[row, : len(trajectory.tokens)] = trajectory.advantage
+    return found
 
 
-def _loss_mask(batch: TrajectoryBatch, mask_truncated: bool) -> Array:
-    """Return (N, C): 1 for completion tokens, the end token included, except those of truncated rollouts."""
-    lengths = np.where([t.truncated and mask_truncated for t in batch], 0, batch.lengths)
-    positions = np.arange(max(int(batch.lengths.max()), 1))
-    return (positions < lengths[:, None]).astype(np.float64)
+def _needed(values: Array | None) -> Array:
+    assert values is not None, "read before it is used"
+    return values
 
 
-def _advantages(batch: TrajectoryBatch) -> Array:
-    return np.array([trajectory.advantage for trajectory in batch], dtype=np.float64)
-
-
-def _smallest_group(batch: TrajectoryBatch) -> int:
-    return min((len(group.rollouts) for group in batch.groups), default=0)
-
-
-def _notes(batch: TrajectoryBatch) -> tuple[str, ...]:
-    return (MOCK_NOTE,) if any(trajectory.policy_version == MOCK for trajectory in batch) else ()
-
-
-def _step(
-    batch: TrajectoryBatch, data: BatchData, client: PolicyClient, loss_kwargs: Mapping[str, float]
-) -> FutureHandle[UpdateResult]:
-    gradient = client.forward_backward(data, loss_fn="policy_reinforce", loss_kwargs=loss_kwargs)
-    try:
-        step = client.optim_step()
-    except TGTinkerError:
-        gradient.cancel()  # a full queue must not leave half an update behind
-        raise
-    mean_reward, notes = batch.mean_reward, _notes(batch)  # as they are now: rewards may be edited later
-    return combine(
-        [gradient, step],
-        lambda results: _result(results[0], results[1], mean_reward, notes),
-        operation="update",
-        result_type=UpdateResult,
-    )
-
-
-def _result(
-    gradient: ForwardBackwardResult, step: OptimStepResult, mean_reward: float, notes: tuple[str, ...]
-) -> UpdateResult:
-    tokens = gradient.metrics["tokens"]
-    sums = {name: total for name, total in gradient.metrics.items() if name.endswith("_sum")}
-    means = {name.removesuffix("_sum"): total / tokens for name, total in sums.items()}
-    return UpdateResult(
-        step.step,
-        step.policy_version,
-        mean_reward,
-        policy_loss=gradient.loss,
-        entropy=means["entropy"],
-        approx_kl=means.get("approx_kl", 0.0),
-        clip_ratio=means.get("clipped", 0.0),
-        grad_norm=step.grad_norm,
-        param_delta_norm=step.param_delta_norm,
-        tokens=int(tokens),
-        notes=notes,
-        metrics=means,
-    )
+def _rows(values: Array | None, rows: Array) -> Array | None:
+    return None if values is None else values[rows]

@@ -1,22 +1,35 @@
-"""Reward functions: how they are named, called and counted. A reward that failed is None, never 0."""
+"""Reward functions: how they are named, resolved, composed and called. A reward that failed is None, never 0."""
 
+import asyncio
+import hashlib
 import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Real
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, TypeAlias
 
-import numpy as np
+from tensafe_nb.errors import RewardError, ValidationError, nearest
+from tensafe_nb.registry import Registry, check_keywords, load_dotted, name_of
+from tensafe_nb.rlvr import builtin_rewards, code_reward, parsed_rewards, shaping_rewards
+from tensafe_nb.rlvr.calls import Call, Outcome, Sample, Style
+from tensafe_nb.rlvr.composite import Part, combined, read_parts
+from tensafe_nb.rlvr.signatures import call_for
 
-from tensafe_nb.errors import RewardError, ValidationError
-from tensafe_nb.registry import Registry, check_keywords, name_of
-from tensafe_nb.rlvr.rollouts import Trajectory
-
-RewardFunction: TypeAlias = Callable[..., "float | None"]
+RewardFunction: TypeAlias = Callable[..., Any]
 
 _REWARDS: Registry[RewardFunction] = Registry("reward")
-_FOREIGN = {"completions", "solution_str", "queries"}  # parameters of TRL's, verl's and OpenRLHF's functions
+_BUILTINS = {
+    **builtin_rewards.BUILTINS,
+    **parsed_rewards.BUILTINS,
+    **shaping_rewards.BUILTINS,
+    **code_reward.BUILTINS,
+}
+_CHECKS = {builtin.function: builtin.check for builtin in _BUILTINS.values() if builtin.check}
+_INLINE = {builtin.function for builtin in _BUILTINS.values() if builtin.inline}
+_EXTRAS = {"math": ("tensafe_nb.rlvr.math_reward:math", "math")}  # name → function, extra it needs
 
 
 def register_reward(name: str, *, overwrite: bool = False) -> Callable[[RewardFunction], RewardFunction]:
@@ -39,34 +52,104 @@ def register_reward(name: str, *, overwrite: bool = False) -> Callable[[RewardFu
 
 def get_registered_rewards() -> list[str]:
     """Return the names of all registered rewards."""
-    return list(_REWARDS)
+    return sorted({*_REWARDS, *_EXTRAS})
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A reward function with its keywords bound: `reward(prompt, response, meta)` gives what it returns.
+    """A reward function with its keywords bound: `reward(prompt, response, meta)` gives a number or None.
+
+    Called like this it runs here and now, and shows the function's own exceptions. A run scores through a
+    `Scorer`, which outlives them.
 
     Attributes:
         name: What a person calls it.
         function: The user's own.
-        kwargs: Its keywords beyond prompt, response and meta.
-        positional: How many of (prompt, response, meta) it takes.
+        kwargs: Its bound keywords.
+        call: How it is called; None for a composite, which is its parts.
+        parts: What a composite adds up.
     """
 
     name: str
-    function: RewardFunction
+    function: Any
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    positional: int = 3
+    call: Call | None = None
+    parts: tuple[Part, ...] = ()
 
-    def __call__(self, prompt: str, response: str, meta: Mapping[str, Any] | None = None) -> "float | None":
-        return self.function(*(prompt, response, meta)[: self.positional], **self.kwargs)
+    def __call__(
+        self,
+        prompt: str,
+        response: str,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        tokens: Sequence[int] = (),
+    ) -> float | None:
+        """Score one response.
+
+        Args:
+            prompt: The question.
+            response: The answer.
+            meta: Further columns of the prompt.
+            tokens: The response's token ids, for rewards that count them.
+
+        Raises:
+            RewardError: The function returned what is no score.
+        """
+        if self.call is None:
+            outcomes = [Outcome(part.reward(prompt, response, meta, tokens=tokens)) for part in self.parts]
+            return combined(self.parts, outcomes).score
+        given: Any = meta if self.call.style is Style.OURS else (meta or {})
+        outcome = _called(self.call, Sample(prompt, response, given, tokens))
+        if outcome.error is not None:
+            raise RewardError(f"The reward {self.name!r} {outcome.error}.")
+        return outcome.score
+
+    @property
+    def batched(self) -> bool:
+        """Whether one call sees rollouts of several prompts, in this reward or a part of it."""
+        return any(call.batched for _, call in self.leaves())
+
+    @property
+    def inline(self) -> bool:
+        """Whether it is a built-in that cannot hang: it needs no process of its own."""
+        return inspect.isfunction(self.function) and self.function in _INLINE
+
+    @property
+    def true(self) -> str | None:
+        """The name of the part that is marked as the true aim, if one is."""
+        return next((part.name for part in self.parts if part.true), None)
+
+    @property
+    def version(self) -> str:
+        """A hash of its source and keywords: scores of two versions are not comparable."""
+        return hashlib.sha256(_described(self).encode()).hexdigest()[:12]
+
+    def leaves(self) -> "Iterator[tuple[Reward, Call]]":
+        """Yield the functions it is made of, each with its call: itself, or those of its parts."""
+        if self.call is not None:
+            yield self, self.call
+        for part in self.parts:
+            yield from part.reward.leaves()
 
 
-def resolve_reward(spec: "str | RewardFunction | Reward", **kwargs: Any) -> Reward:
+def resolve_reward(spec: Any, *, conversational: bool = False, **kwargs: Any) -> Reward:
     """Return the reward that `spec` means, with keywords bound.
 
+    A function's parameters say how it is called:
+
+    - `(prompt, response[, meta])`: ours, one response at a time; a parameter `tokens` gets its token ids.
+      It returns a number, None to abstain, or a dict with `score` and further parts.
+    - `completions`, with `prompts`, `completion_ids` and columns: TRL's, all completions of a step at once.
+    - `solution_str`, with `data_source`, `ground_truth`, `extra_info`: verl's.
+    - `queries, prompts, labels`: OpenRLHF's.
+    - `completion`, with `prompt`, `answer`, `state`, `task`, `info`, `parser`: verifiers', single turn.
+    - an object with `score_answer`: a reasoning-gym data set.
+
+    Coroutine functions of each are awaited, on a thread of ours.
+
     Args:
-        spec: A registered name, "package.module:attribute", or a callable `fn(prompt, response, meta=None)`.
+        spec: A registered name, "package.module:attribute", a callable, or a reasoning-gym data set.
+        conversational: Give a TRL or verifiers function each text as a list of one chat message.
         kwargs: Further keywords of the function.
 
     Raises:
@@ -78,117 +161,122 @@ def resolve_reward(spec: "str | RewardFunction | Reward", **kwargs: Any) -> Rewa
         1.0
     """
     if isinstance(spec, Reward):
-        return resolve_reward(spec.function, **{**spec.kwargs, **kwargs}) if kwargs else spec
-    function = _REWARDS.resolve(spec)
+        return _rebound(spec, kwargs) if kwargs else spec
+    function = _function(spec)
     name = spec if isinstance(spec, str) else name_of(function)
-    positional = _positional(function, name)
-    check_keywords(function, kwargs, "reward", positional)
-    return Reward(name, function, kwargs, positional)
+    if function is composite:
+        parts = read_parts(kwargs.pop("parts", None), resolve_reward)
+        check_keywords(composite, kwargs, "reward", 3)
+        return Reward(name, composite, {"parts": parts}, parts=parts)
+    call = call_for(function, name, kwargs, conversational, _check_keywords)
+    if inspect.isfunction(function) and function in _CHECKS:
+        _CHECKS[function](**kwargs)
+    return Reward(name, function, kwargs, call)
 
 
-def _positional(function: RewardFunction, name: str) -> int:
-    """Return how many of (prompt, response, meta) it takes, 3 or 2; refuse any other signature."""
-    signature = inspect.signature(function)
-    counts = [count for count in (3, 2) if _takes(signature, count)]
-    if not counts or _FOREIGN & set(signature.parameters) or inspect.iscoroutinefunction(function):
-        raise ValidationError(
-            f"The reward {name!r} has the signature {signature}: expected a plain function "
-            f"fn(prompt, response, meta=None) -> float."
-        )
-    return counts[0]
+def _rebound(reward: Reward, kwargs: Mapping[str, Any]) -> Reward:
+    conversational = reward.call is not None and reward.call.conversational
+    again = resolve_reward(reward.function, conversational=conversational, **{**reward.kwargs, **kwargs})
+    return replace(again, name=reward.name)
 
 
-def _takes(signature: inspect.Signature, count: int) -> bool:
+def _function(spec: Any) -> Any:
+    if hasattr(spec, "score_answer"):
+        return spec
+    if isinstance(spec, str) and spec in _EXTRAS and spec not in _REWARDS:
+        return _load_extra(*_EXTRAS[spec])
+    if isinstance(spec, str) and ":" not in spec and spec not in _REWARDS:
+        raise ValidationError(f"There is no reward named {spec!r}.{nearest(spec, get_registered_rewards())}")
+    return _REWARDS.resolve(spec)
+
+
+def _load_extra(path: str, extra: str) -> RewardFunction:
     try:
-        signature.bind_partial(*range(count))
-    except TypeError:
-        return False
-    return True
+        return load_dotted(path, "reward")  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise ValidationError(f"{error} It is an extra: pip install 'tensafe_nb[{extra}]'.") from error
 
 
-def score(trajectories: Iterable[Trajectory], reward: Reward) -> None:
-    """Fill in `reward`, or `reward_error` where the function failed; such a trajectory stays unscored.
-
-    A function that returns None abstains: no reward, and no error either.
-    """
-    for trajectory in trajectories:
-        trajectory.reward, trajectory.reward_error = _score_one(trajectory, reward)
+def _check_keywords(function: RewardFunction, kwargs: Mapping[str, Any], positional: int) -> None:
+    check_keywords(function, dict(kwargs), "reward", positional)
 
 
-def _score_one(trajectory: Trajectory, reward: Reward) -> tuple[float | None, str | None]:
-    try:
-        value: Any = reward(trajectory.prompt, trajectory.response, trajectory.meta)
-    except Exception as error:  # noqa: BLE001  # user code may raise anything: kept as text, counted, shown
-        return None, f"{type(error).__name__}: {error}"
-    if value is None:
-        return None, None
-    try:
-        number = float(value) if isinstance(value, Real | np.bool_) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        return None, f"returned {str(value)[:80]!r}, expected a finite number or None"
-    return number, None
+def _called(call: Call, sample: Sample) -> Outcome:
+    """Call the function once, here, and let its exceptions through."""
+    log: dict[str, list[Any]] = {}
+    value = call.invoke([sample], log)
+    if inspect.isawaitable(value):
+        with ThreadPoolExecutor(1, thread_name_prefix="tsnb-reward") as thread:  # this one may have a loop
+            value = thread.submit(asyncio.run, _awaited(value)).result()
+    return call.read(value, [sample], log)[0]
 
 
-def check_scored(trajectories: Sequence[Trajectory], reward: Reward) -> None:
-    """Refuse a step of which nothing was scored.
-
-    Raises:
-        RewardError: Names the first error.
-    """
-    if any(trajectory.reward is not None for trajectory in trajectories):
-        return
-    errors = [trajectory for trajectory in trajectories if trajectory.reward_error is not None]
-    if not errors:
-        raise RewardError(f"The reward {reward.name!r} returned None for all {len(trajectories)} rollouts.")
-    first = errors[0]
-    raise RewardError(
-        f"The reward {reward.name!r} scored none of {len(trajectories)} rollouts. Its first error, on prompt "
-        f"{first.prompt!r} and response {first.response!r}: {first.reward_error}. Fix the function and run "
-        f"again; failed rewards are never counted as 0.",
-        details={"errors": len(errors), "prompt": first.prompt, "response": first.response},
-    )
+async def _awaited(value: Any) -> Any:
+    return await value
 
 
-@register_reward("keyword_contains")
-def keyword_contains(
-    prompt: str,
-    response: str,
-    meta: Mapping[str, Any] | None = None,
-    *,
-    keywords: Sequence[str] = (),
-    positive_reward: float = 1.0,
-    negative_reward: float = -0.5,
-) -> float:
-    """Reward a response that contains any of the keywords, whatever their case.
+@_REWARDS.register("composite")
+def composite(
+    prompt: str, response: str, meta: Mapping[str, Any] | None = None, *, parts: Any = ()
+) -> float | None:
+    """Add up several rewards, each with a weight.
+
+    A part that abstains is left out of the sum. A part that fails makes the whole unscored, unless its weight
+    is 0.
 
     Args:
-        prompt: Not read.
-        response: Where they are looked for.
-        meta: `meta["keywords"]`, if any, takes the place of `keywords`.
-        keywords: One or more; a string counts as one.
-        positive_reward: When one is found.
-        negative_reward: When none is.
+        prompt: Given to each part.
+        response: Given to each part.
+        meta: Given to each part.
+        parts: {"exact_match": 1.0, "format_compliance": 0.2}, or a list of `Part`s or of dicts with `reward`,
+            and `weight`, `name`, `true`, `kwargs` if wanted. Weight 0 is a metric only; `true` marks the one
+            part that says what you really want.
 
     Raises:
-        ValidationError: There are no keywords.
+        ValidationError: No parts, two of one name, or two marked as true.
+
+    Example:
+        >>> reward = resolve_reward("composite", parts={"exact_match": 1.0, "format_compliance": 0.2})
     """
-    wanted = (meta or {}).get("keywords", keywords)
-    wanted = (wanted,) if isinstance(wanted, str) else wanted
-    if not wanted:
-        raise ValidationError("keyword_contains has no keywords: pass keywords=[…], or a column 'keywords'.")
-    text = response.casefold()
-    return positive_reward if any(word.casefold() in text for word in wanted) else negative_reward
+    return resolve_reward(composite, parts=parts)(prompt, response, meta)
 
 
-@register_reward("exact_match")
-def exact_match(prompt: str, response: str, meta: Mapping[str, Any] | None = None) -> float:
-    """Reward 1 for a response that equals `meta["answer"]`, surrounding white space apart; else 0.
+def _described(value: Any) -> str:
+    """Write a reward, a function or a keyword down so that equal texts mean equal scores."""
+    if isinstance(value, Reward):
+        return _described([value.function, value.kwargs])
+    if isinstance(value, Part):
+        return _described([value.reward, value.weight, value.name, value.true])
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_described(value[key])}' for key in sorted(value, key=str))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_described, value))}]"
+    if callable(value) or hasattr(value, "score_answer"):
+        return _source(value)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
-    Raises:
-        ValidationError: The prompt has no column 'answer'.
-    """
-    if not meta or "answer" not in meta:
-        raise ValidationError('exact_match needs an answer: give prompts as {"prompt": …, "answer": …}.')
-    return float(response.strip() == str(meta["answer"]).strip())
+
+def _source(function: Any) -> str:
+    """Return a function's text with the values it closes over, or its bytecode where there is no text."""
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    try:
+        text = inspect.getsource(function if code else type(function))
+    except (OSError, TypeError):
+        text = "" if code is None else json.dumps([code.co_code.hex(), repr(code.co_consts), code.co_names])
+    if code is None:
+        return text + name_of(function) + _described(sorted(getattr(function, "__dict__", {}).items()))
+    closed_over = inspect.getclosurevars(function).nonlocals
+    values = {name: value for name, value in closed_over.items() if not callable(value)}
+    return text + _described([values, function.__defaults__, function.__kwdefaults__])
+
+
+for _name, _builtin in _BUILTINS.items():
+    _REWARDS.register(_name)(_builtin.function)
+
+
+def __getattr__(name: str) -> Any:
+    """Lend `score` and `check_scored`, which have moved to `scoring`, to those who import them from here."""
+    if name in ("score", "check_scored"):
+        return getattr(import_module("tensafe_nb.rlvr.scoring"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

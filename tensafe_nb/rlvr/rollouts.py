@@ -1,25 +1,34 @@
-"""What was sampled, and who samples it: trajectories grouped by prompt, from the policy or from a mock."""
+"""What was sampled: trajectories grouped by prompt, their statistics, and how they are written and read back."""
 
-import hashlib
+import importlib
 import json
-import random
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, overload
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.config import SamplingConfig
-from tensafe_nb.errors import ValidationError
+from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.events import Event
-from tensafe_nb.futures import FutureHandle, combine
-from tensafe_nb.types import ForwardBackwardResult, Message, OptimStepResult, SampledSequence, SampleResult
+from tensafe_nb.futures import FutureHandle
+from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.types import (
+    ForwardBackwardResult,
+    FreezeReferenceResult,
+    LogprobsResult,
+    OptimStepResult,
+    Prompt,
+    SampleResult,
+)
 
 MOCK = "mock"
 NO_SIGNAL = 1e-6  # rewards of a group that differ by less teach nothing
-PromptSpec: TypeAlias = str | Sequence[Message] | Mapping[str, Any]
+GOOD = 0.5  # a rollout with at least this reward counts as solved
+FORMAT = "tensafe_nb rollouts 1"
 
 
 class PolicyClient(Protocol):
@@ -32,12 +41,18 @@ class PolicyClient(Protocol):
     @property
     def policy_version(self) -> int: ...
     @property
+    def capabilities(self) -> frozenset[str]: ...
+    @property
     def tokenizer(self) -> Any: ...
 
-    def sample(self, prompts: Any, sampling: SamplingConfig) -> FutureHandle[SampleResult]: ...
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> FutureHandle[SampleResult]: ...
     def forward_backward(
         self, batch: BatchData, loss_fn: str, loss_kwargs: Mapping[str, Any]
     ) -> FutureHandle[ForwardBackwardResult]: ...
+    def compute_logprobs(
+        self, batch: BatchData, reference: bool = False, *, temperature: float = 1.0
+    ) -> FutureHandle[LogprobsResult]: ...
+    def freeze_reference(self) -> FutureHandle[FreezeReferenceResult]: ...
     def optim_step(self) -> FutureHandle[OptimStepResult]: ...
     def publish(self, event: Event) -> Any: ...
 
@@ -61,8 +76,9 @@ class Trajectory:
         finish_reason: "stop", "stop_string", "length" or "fixed".
         policy_version: Weights that sampled it; "mock" when none did.
         seed: Of its random stream.
-        advantage: Filled in by the update.
+        advantage: Filled in by the update; one per token where a value head was asked.
         prompt_id: Stable name of the prompt and its columns.
+        mask: Per token, 0 for what the loss leaves out besides; None leaves nothing out.
     """
 
     prompt: str
@@ -79,8 +95,9 @@ class Trajectory:
     finish_reason: str = "stop"
     policy_version: int | str | None = None
     seed: int | None = None
-    advantage: float | None = None
+    advantage: float | list[float] | None = None
     prompt_id: str = ""
+    mask: list[int] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -106,6 +123,7 @@ class RolloutGroup:
 
     @property
     def mean(self) -> float:
+        """Mean reward."""
         return mean(_scored(self.rollouts))
 
     @property
@@ -118,6 +136,11 @@ class RolloutGroup:
         """Whether the rewards differ."""
         scored = _scored(self.rollouts)
         return scored.size > 1 and bool(np.ptp(scored) > NO_SIGNAL)
+
+    @property
+    def p_hat(self) -> float:
+        """Share with a reward of 0.5 or more: how likely the policy solves the prompt. NaN with none scored."""
+        return mean((_scored(self.rollouts) >= GOOD).astype(float))
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -190,6 +213,66 @@ class TrajectoryBatch(Sequence[Trajectory]):
         """Share of the rollouts that ran into the token limit."""
         return mean(np.array([trajectory.truncated for trajectory in self], dtype=float))
 
+    def subset(self, group_size: int) -> "TrajectoryBatch":
+        """Return the first `group_size` rollouts of each group; the trajectories are the same objects.
+
+        Raises:
+            ValidationError: A group has fewer.
+        """
+        smallest = min((len(group.rollouts) for group in self.groups), default=0)
+        if not 1 <= group_size <= smallest:
+            raise ValidationError(
+                f"subset({group_size!r}): give a number from 1 to {smallest}, the size of the smallest group."
+            )
+        groups = [replace(group, rollouts=group.rollouts[:group_size]) for group in self.groups]
+        return TrajectoryBatch(groups, self.sampling.replace(num_samples=group_size))
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return one dict per rollout: the number of its group, then every field of `Trajectory`."""
+        return [
+            {"group": number} | {f.name: getattr(trajectory, f.name) for f in fields(trajectory)}
+            for number, group in enumerate(self.groups)
+            for trajectory in group.rollouts
+        ]
+
+    def to_frame(self) -> Any:
+        """Return `to_rows()` as a pandas DataFrame.
+
+        Raises:
+            ValidationError: pandas is not installed.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ValidationError(
+                "to_frame() needs pandas, which is not installed: pip install pandas, or use to_rows()."
+            ) from error
+        return pandas.DataFrame(self.to_rows())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the batch as JSON lines, readable by its owner only: how it was sampled, then a line per group.
+
+        Columns of a prompt that JSON cannot hold are written as their text.
+
+        Returns:
+            The path.
+
+        Raises:
+            StorageError: It could not be written; what was there is intact.
+        """
+        path = Path(path)
+        write_private(path, "".join(f"{line}\n" for line in _lines(self)))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TrajectoryBatch":
+        """Read what `save` wrote.
+
+        Raises:
+            ValidationError: There is no such file, or it is no file of rollouts; says at which line.
+        """
+        return _read(Path(path))
+
 
 def mean(values: Array) -> float:
     """Return the mean; NaN of nothing."""
@@ -210,238 +293,88 @@ def _scored(trajectories: Sequence[Trajectory]) -> Array:
     return rewards[np.isfinite(rewards)]
 
 
-@dataclass(frozen=True, slots=True)
-class PromptItem:
-    """A prompt as it is sent, as the reward sees it, and its further columns."""
-
-    content: str | Sequence[Message]
-    text: str
-    meta: dict[str, Any]
-
-    @classmethod
-    def of(cls, spec: PromptSpec) -> "PromptItem":
-        """Read a text, a list of chat messages, or a dict with `prompt` and further columns.
-
-        Raises:
-            ValidationError: It is none of these.
-        """
-        meta: dict[str, Any] = {}
-        content: Any = spec
-        if isinstance(spec, Mapping):
-            if "prompt" not in spec:
-                raise ValidationError(f"A prompt given as a dict needs 'prompt'; it has {sorted(spec)}.")
-            content = spec["prompt"]
-            meta = {name: value for name, value in spec.items() if name != "prompt"}
-        return cls(content, _prompt_text(content), meta)
-
-    @property
-    def prompt_id(self) -> str:
-        """A name that depends on the prompt and its columns alone."""
-        written = json.dumps([self.content, self.meta], sort_keys=True, default=str)
-        return hashlib.sha256(written.encode()).hexdigest()[:12]
-
-
-def prompt_items(prompts: Sequence[PromptSpec]) -> list[PromptItem]:
-    """Read the prompts a user gave.
+def write_private(path: Path, text: str) -> None:
+    """Write a file for its owner only, whole or not at all.
 
     Raises:
-        ValidationError: There are none, or one cannot be read.
+        StorageError: It could not be written; what was there is intact.
     """
-    if isinstance(prompts, str | Mapping):
-        raise ValidationError("prompts is a list of prompts: put the one prompt into a list.")
-    if not isinstance(prompts, Iterable):
-        raise ValidationError(f"prompts is a list of prompts, not {prompts!r}.")
-    items = [PromptItem.of(spec) for spec in prompts]
-    if not items:
-        raise ValidationError("There are no prompts: give at least one.")
-    return items
+    temp = path.with_name(f"{path.name}.tmp")
+    try:
+        with os.fdopen(
+            os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+        ) as file:
+            file.write(text)
+        temp.replace(path)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise StorageError(
+            f"The rollouts could not be written to {path} ({error.strerror}). Make room or choose another folder."
+        ) from error
 
 
-def _prompt_text(content: Any) -> str:
-    if isinstance(content, str) and content:
-        return content
-    if isinstance(content, Sequence) and content and all(_is_message(message) for message in content):
-        return "\n".join(message["content"] for message in content)
-    raise ValidationError(
-        f"A prompt is a text, a list of messages with 'role' and 'content', or a dict with 'prompt' and "
-        f"further columns; not {content!r}."
-    )
+def _lines(batch: TrajectoryBatch) -> Iterator[str]:
+    yield json.dumps({"format": FORMAT, "sampling": to_plain(batch.sampling)})
+    for group in batch.groups:
+        record = _record(group) | {"rollouts": [_record(trajectory) for trajectory in group.rollouts]}
+        yield json.dumps(record, allow_nan=False)
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, Mapping) and {"role", "content"} <= set(message)
+def _record(item: RolloutGroup | Trajectory) -> dict[str, Any]:
+    """Return the fields as JSON takes them, those that are None left out."""
+    values = {f.name: getattr(item, f.name) for f in fields(item) if f.name != "rollouts"}
+    values["meta"] = {name: _column(value) for name, value in item.meta.items()}
+    return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
-class PolicySampler:
-    """Samples groups of rollouts from a training client's current weights.
-
-    A sample takes its place in the client's queue: submitted after `optim_step`, it sees the new weights.
-
-    Args:
-        training_client: Whose policy to sample.
-        group_size: Rollouts per prompt.
-        max_new_tokens: Longest completion, in tokens.
-        temperature: Divides the logits; 1 samples the policy itself.
-        top_p: Below 1 cuts the distribution; the update does not correct for that.
-        top_k: Above 0 cuts the distribution likewise.
-        stop: Strings that end a completion.
-        fixed_length: Go on past end tokens: every completion has `max_new_tokens`, none counts as truncated.
-        seed: Makes the rollouts repeatable; None takes the client's next seed.
-
-    Example:
-        >>> sampler = PolicySampler(tc, group_size=8, max_new_tokens=5)
-        >>> batch = sampler.generate_trajectories([{"prompt": "12+34=", "answer": "046"}])
-        >>> len(batch)
-        8
-    """
-
-    def __init__(
-        self,
-        training_client: PolicyClient,
-        group_size: int = 8,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        *,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        stop: Sequence[str] = (),
-        fixed_length: bool = False,
-        seed: int | None = None,
-    ) -> None:
-        self.sampling = SamplingConfig(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            num_samples=group_size,
-            stop=tuple(stop) if not isinstance(stop, str) else (stop,),
-            ignore_end=fixed_length,
-        )
-        if top_p < 1 or top_k > 0:
-            warnings.warn(
-                "top_p < 1 or top_k > 0 samples from a cut distribution, the update trains the whole one: "
-                "expect biased gradients. Leave both at their defaults for training.",
-                stacklevel=2,
-            )
-        self._client = training_client
-        self._seed = seed
-        self.draws = 0  # batches drawn so far: all there is to save
-
-    def __repr__(self) -> str:
-        return f"PolicySampler({self._client.training_client_id}, {self.sampling!r})"
-
-    def generate_trajectories(self, prompts: Sequence[PromptSpec]) -> TrajectoryBatch:
-        """Sample and wait.
-
-        Args:
-            prompts: Texts, chat messages, or dicts with `prompt` and further columns.
-
-        Raises:
-            ValidationError: A prompt that is none of these.
-        """
-        return self.submit(prompts).result()
-
-    def submit(self, prompts: Sequence[PromptSpec]) -> FutureHandle[TrajectoryBatch]:
-        """Queue the sampling and return at once with a handle on the batch."""
-        sampling = self.sampling
-        if self._seed is not None:
-            sampling = sampling.replace(seed=random.Random(f"{self._seed}/{self.draws}").getrandbits(48))
-        self.draws += 1
-        return submit_rollouts(self._client, prompts, sampling)
+def _column(value: Any) -> Any:
+    """Return a value that JSON can hold: itself, or its text."""
+    try:
+        _plain(value)
+    except ValidationError:
+        return str(value)
+    return value
 
 
-def submit_rollouts(
-    client: PolicyClient, prompts: Sequence[PromptSpec], sampling: SamplingConfig
-) -> FutureHandle[TrajectoryBatch]:
-    """Queue `sampling.num_samples` rollouts of each prompt and return at once with a handle on the batch."""
-    items = prompt_items(prompts)
-    sampled = client.sample([item.content for item in items], sampling=sampling)
-    return combine(
-        [sampled],
-        lambda results: _batch_of(items, results[0], sampling),
-        operation="sample",
-        result_type=TrajectoryBatch,
-    )
+def _plain(value: Any) -> Any:
+    """`to_plain`, but a list of finite numbers is taken as it is: one by one they take seconds."""
+    kinds = set(map(type, value)) if isinstance(value, list) else set()
+    if kinds == {int} or (kinds == {float} and np.isfinite(value).all()):
+        return value
+    return to_plain(value)
 
 
-def _batch_of(items: Sequence[PromptItem], result: SampleResult, sampling: SamplingConfig) -> TrajectoryBatch:
-    groups = [
-        RolloutGroup(item.prompt_id, item.text, [], item.meta, result.policy_version, sampling.seed)
-        for item in items
-    ]
-    for sequence in result.sequences:
-        group, item = groups[sequence.prompt_index], items[sequence.prompt_index]
-        group.rollouts.append(_trajectory_of(item, sequence, result.policy_version))
-    return TrajectoryBatch(groups, sampling)
+def _read(path: Path) -> TrajectoryBatch:
+    number = 1
+    try:
+        with path.open(encoding="utf-8") as lines:
+            head = json.loads(next(lines, ""))
+            if head["format"] != FORMAT:
+                raise ValueError(f"its format is {head['format']!r}")
+            groups = []
+            for number, line in enumerate(lines, 2):  # noqa: B007
+                groups.append(_group(json.loads(line, object_hook=_revive)))
+    except OSError as error:
+        raise ValidationError(f"The rollouts {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValidationError(
+            f"{path} is no file of rollouts: line {number} does not fit ({error})."
+        ) from error
+    return TrajectoryBatch(groups, from_plain(head["sampling"]))
 
 
-def _trajectory_of(item: PromptItem, sequence: SampledSequence, policy_version: int) -> Trajectory:
-    return Trajectory(
-        item.text,
-        sequence.text,
-        item.meta,
-        list(sequence.prompt_tokens),
-        list(sequence.tokens),
-        list(sequence.logprobs),
-        list(sequence.raw_logprobs),
-        finish_reason=sequence.finish_reason,
-        policy_version=policy_version,
-        seed=sequence.seed,
-        prompt_id=item.prompt_id,
-    )
+def _group(record: dict[str, Any]) -> RolloutGroup:
+    rollouts = [Trajectory(**{"prompt": "", "response": ""} | rollout) for rollout in record.pop("rollouts")]
+    return RolloutGroup(**record, rollouts=rollouts)
 
 
-_CANNED = (
-    "The answer is {number}.",
-    "The solution is {number}.",
-    "Let me think step by step. The final answer is {number}.",
-    "Here is my solution: {number}",
-    "I think it is {number}.",
-    "It could be {number}, but I am not sure.",
-    "I do not know.",
-    "That is a good question.",
-)
-
-
-class MockRolloutSampler:
-    """A stand-in for a model: canned responses, for demonstrations and tests without one.
-
-    Its rollouts come from no policy. An update on them is real, and flagged "off-policy: mock data".
-
-    Args:
-        max_new_tokens: Longest response, in words; no model, no tokens.
-        group_size: Rollouts per prompt.
-        seed: The same seed gives the same responses.
-
-    Example:
-        >>> MockRolloutSampler(seed=0).generate_trajectories(["What is 3 * 4?"])
-        <TrajectoryBatch 4 rollouts of 1 prompts, mean reward nan, mock data>
-    """
-
-    def __init__(self, max_new_tokens: int = 64, group_size: int = 4, seed: int = 0) -> None:
-        self.sampling = SamplingConfig(max_new_tokens=max_new_tokens, num_samples=group_size, seed=seed)
-        self._random = random.Random(seed)
-
-    def __repr__(self) -> str:
-        limit = self.sampling.max_new_tokens
-        return f"<MockRolloutSampler max_new_tokens={limit}: canned responses, no model>"
-
-    def generate_trajectories(self, prompts: Sequence[PromptSpec]) -> TrajectoryBatch:
-        """Return canned responses to the prompts, `group_size` each."""
-        return TrajectoryBatch([self._group(item) for item in prompt_items(prompts)], self.sampling)
-
-    def _group(self, item: PromptItem) -> RolloutGroup:
-        rollouts = [self._rollout(item) for _ in range(self.sampling.num_samples)]
-        return RolloutGroup(item.prompt_id, item.text, rollouts, item.meta, MOCK, self.sampling.seed)
-
-    def _rollout(self, item: PromptItem) -> Trajectory:
-        words = self._random.choice(_CANNED).format(number=self._random.randrange(20)).split()
-        limit = self.sampling.max_new_tokens
-        return Trajectory(
-            item.text,
-            " ".join(words[:limit]),
-            item.meta,
-            finish_reason="length" if len(words) > limit else "stop",
-            policy_version=MOCK,
-            prompt_id=item.prompt_id,
-        )
+def _revive(data: dict[str, Any]) -> Any:
+    """Undo `to_plain` for one JSON object; unlike `from_plain` it leaves lists lists."""
+    match data:
+        case {"$float": text}:
+            return float(text)
+        case {"$map": items}:
+            return dict(items)
+        case {"$array": values, "dtype": dtype}:
+            return np.array(values, dtype=dtype)
+    return data

@@ -1,32 +1,28 @@
-"""The loop: prompts → sample → score → update → metric row. `TrainingRun` drives, pauses and stops it."""
+"""What a user holds: prompts, a reward, an algorithm and a policy; `run()` makes them a run that learns."""
 
-import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tensafe_nb.config import SamplingConfig
+from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import Metrics
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.retention import Checkpoints
-from tensafe_nb.rlvr.algorithms import REINFORCE, UpdateResult
-from tensafe_nb.rlvr.rewards import Reward, RewardFunction, check_scored, resolve_reward, score
-from tensafe_nb.rlvr.rollouts import (
-    PolicyClient,
-    PolicySampler,
-    PromptSpec,
-    TrajectoryBatch,
-    mean,
-    prompt_items,
-    submit_rollouts,
-)
+from tensafe_nb.rlvr.alarm_rules import BF16_GAP, FP32_GAP
+from tensafe_nb.rlvr.alarms import Alarms
+from tensafe_nb.rlvr.algorithms import REINFORCE
+from tensafe_nb.rlvr.evaluation import HeldOut
+from tensafe_nb.rlvr.loop import RLVRLoop
+from tensafe_nb.rlvr.metrics import known
+from tensafe_nb.rlvr.rescoring import Rescored, rescore_steps
+from tensafe_nb.rlvr.rewards import Reward, RewardFunction, resolve_reward
+from tensafe_nb.rlvr.rollout_store import RolloutStore
+from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
+from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptSpec, prompt_items
+from tensafe_nb.rlvr.scoring import Scorer, check_scored
+from tensafe_nb.rlvr.updates import UpdateResult
 from tensafe_nb.runs import Loop, TrainingRun
-
-GOOD = 0.5  # a rollout with a higher reward counts as solved in pass@k
 
 
 class Algorithm(Protocol):
@@ -39,6 +35,9 @@ class Algorithm(Protocol):
 
 class RunningClient(PolicyClient, Protocol):
     """A training client that can drive a loop."""
+
+    @property
+    def config(self) -> TrainingConfig: ...
 
     def start_run(
         self,
@@ -54,10 +53,12 @@ class RunningClient(PolicyClient, Protocol):
 class RLVRTrainer:
     """Reinforcement learning with verifiable rewards: sample, score, update, and again.
 
+    Every step leaves a row of metrics, its rollouts on the disk, and an alarm where something looks wrong.
+
     Args:
         training_client: Whose policy to train.
         prompts: Texts, chat messages, or dicts with `prompt` and further columns: the reward's `meta`.
-        reward: `fn(prompt, response, meta=None) -> float`, or its registered name.
+        reward: `fn(prompt, response, meta=None) -> float`, or its registered name; see `resolve_reward`.
         algo: How to update; REINFORCE with its defaults when None.
         prompts_per_step: Prompts drawn for each step, without repetition within an epoch.
         group_size: Rollouts per prompt.
@@ -65,9 +66,13 @@ class RLVRTrainer:
         temperature: Of the rollouts.
         stop: Strings that end a completion.
         fixed_length: Every completion has `max_new_tokens`, and none counts as truncated.
+        chat: Whether texts become chat messages: "auto", "never" or "always", as for `PolicySampler`.
         eval_prompts: Held-out prompts.
         eval_every: Steps between evaluations on them; before the first and after the last step always.
         eval_samples: Sampled answers per held-out prompt; from 2 on there is `eval/pass@k` as well.
+        reward_timeout: Seconds a call of the reward may take in its process; None calls it here, without a limit.
+        on_reward_errors: When the reward fails on more than half of a step's rollouts: "pause" the run, for you to
+            mend the function, or "fail", for scripts that nobody watches.
         seed: Fixes the order of prompts and every rollout.
 
     Example:
@@ -89,19 +94,19 @@ class RLVRTrainer:
         temperature: float = 1.0,
         stop: Sequence[str] = (),
         fixed_length: bool = False,
+        chat: Chat = "auto",
         eval_prompts: Sequence[PromptSpec] | None = None,
         eval_every: int | None = None,
         eval_samples: int = 1,
+        reward_timeout: float | None = 5.0,
+        on_reward_errors: Literal["pause", "fail"] = "pause",
         seed: int = 0,
     ) -> None:
-        if eval_every is not None and (eval_prompts is None or eval_every < 1):
-            raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
-        if algo is not None and (isinstance(algo, type) or not hasattr(algo, "update")):
-            raise ValidationError(f"RLVRTrainer: algo is an algorithm such as REINFORCE(), not {algo!r}.")
-        if not isinstance(seed, int) or seed < 0:
-            raise ValidationError(f"RLVRTrainer: seed={seed!r} must be a whole number, 0 or more.")
+        _check(algo, eval_prompts, eval_every, on_reward_errors, seed)
         self.training_client = training_client
         self.reward = resolve_reward(reward)
+        self.reward_timeout = reward_timeout
+        self.on_reward_errors = on_reward_errors
         self.algo = algo or REINFORCE()
         self.prompts = PromptCursor(prompts, prompts_per_step, seed)
         self.sampler = PolicySampler(
@@ -111,17 +116,21 @@ class RLVRTrainer:
             temperature,
             stop=stop,
             fixed_length=fixed_length,
+            chat=chat,
             seed=seed,
         )
         self.eval_every = eval_every
-        self._tokens_seen = 0
-        self._evaluation = None
+        self.held_out = None
         if eval_prompts is not None:
-            held_out = self.sampler.sampling.replace(num_samples=eval_samples, seed=seed)
-            self._evaluation = _Evaluation(training_client, eval_prompts, self.reward, held_out)
-        self._at = (
+            sampling = self.sampler.sampling.replace(num_samples=eval_samples, seed=seed)
+            self.held_out = HeldOut(training_client, eval_prompts, sampling, chat)
+        self.alarms = Alarms(_gap(training_client.config))
+        self.store: RolloutStore | None = None  # of the newest run
+        self.tokens = 0  # seen by the policy so far
+        self.row = (
             training_client.step
-        )  # of the last row: counts this trainer's steps, those without signal too
+        )  # of the newest row: counts this trainer's steps, those without signal too
+        self._versions: list[str] = []  # of the rewards used so far, in order
 
     def __repr__(self) -> str:
         client = self.training_client.training_client_id
@@ -153,12 +162,39 @@ class RLVRTrainer:
         if steps < 1:
             raise ValidationError(f"RLVRTrainer.run: steps={steps} must be at least 1.")
         return self.training_client.start_run(
-            _RLVRLoop(self, steps),
+            RLVRLoop(self, steps),
             planned_steps=steps,
             show=show,
             checkpoints=Checkpoints(checkpoint_every, keep_last, keep_best),
             resume_from=resume_from,
         )
+
+    def set_reward(self, reward: str | RewardFunction | Reward, **kwargs: Any) -> None:
+        """Score with another function from the next step on; the metric `reward_version` marks where.
+
+        Args:
+            reward: As for `RLVRTrainer`.
+            kwargs: Keywords of the function.
+
+        Raises:
+            ValidationError: An unknown name or keyword, or a function with another signature.
+        """
+        self.reward = resolve_reward(reward, **kwargs)
+
+    def rescore(self, last: int = 20, reward: str | RewardFunction | Reward | None = None) -> Rescored:
+        """Ask what a reward says of the rollouts of the last steps, without sampling or training anything.
+
+        Args:
+            last: How many steps of the newest run, as far as their rollouts are still on the disk.
+            reward: What scores; the trainer's own, as `set_reward` left it, when None.
+
+        Raises:
+            ValidationError: There are no rollouts yet.
+        """
+        if self.store is None:
+            raise ValidationError("There are no rollouts yet: start a run first.")
+        scorer = self.reward if reward is None else resolve_reward(reward)
+        return rescore_steps(self.store.last(last), scorer, self.reward_timeout)
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the held-out prompts, and wait for it.
@@ -170,11 +206,43 @@ class RLVRTrainer:
 
         Raises:
             ValidationError: There are no held-out prompts.
+            RewardError: Nothing was scored.
         """
-        if self._evaluation is None:
+        if self.held_out is None:
             raise ValidationError("There is nothing to evaluate on: give RLVRTrainer eval_prompts.")
-        sampled, greedy = (handle.result() for handle in self._evaluation.submit())
-        return self._evaluation.measure(sampled, greedy)
+        sampled, greedy = (handle.result() for handle in self.held_out.submit())
+        with Scorer(self.reward, self.reward_timeout) as scorer:
+            values = self.held_out.measure(sampled, greedy, scorer.score)
+        check_scored(sampled, self.reward)
+        return known(values)
+
+    # what a run and its checkpoints need
+
+    def number_of(self, version: str) -> int:
+        """Return the number of a reward's version: 1 for the first that was used, and so on."""
+        if version not in self._versions:
+            self._versions.append(version)
+        return self._versions.index(version) + 1
+
+    def position(self) -> dict[str, Any]:
+        """Return, as plain data, where prompts, rollout seeds, rows, baselines and alarms stand."""
+        return {
+            "prompts": self.prompts.position,
+            "draws": self.sampler.draws,
+            "row": self.row,
+            "tokens": self.tokens,
+            "algo": dict(self.algo.state_dict()),
+            "alarms": self.alarms.state_dict(),
+            "reward_versions": list(self._versions),
+        }
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go to such a place; versions of the reward that came later keep numbers of their own."""
+        self.prompts.position, self.sampler.draws = position["prompts"], position["draws"]
+        self.row, self.tokens = position["row"], position["tokens"]
+        self.algo.load_state_dict(position["algo"])
+        self.alarms.load_state_dict(position["alarms"])
+        self._versions = list(dict.fromkeys([*position["reward_versions"], *self._versions]))
 
 
 class PromptCursor:
@@ -209,148 +277,22 @@ class PromptCursor:
             yield from order[max(start - epoch * size, 0) : stop - epoch * size].tolist()
 
 
-class _Evaluation:
-    """Held-out prompts, and how they are answered: sampled and greedily, with the same seed every time."""
-
-    def __init__(
-        self, client: PolicyClient, prompts: Sequence[PromptSpec], reward: Reward, sampling: SamplingConfig
-    ) -> None:
-        prompt_items(prompts)
-        self._client, self._prompts, self._reward, self._sampling = client, list(prompts), reward, sampling
-
-    def submit(self) -> list[FutureHandle[TrajectoryBatch]]:
-        """Queue the sampled and the greedy answers."""
-        greedy = self._sampling.replace(num_samples=1, temperature=0.0)
-        return [
-            submit_rollouts(self._client, self._prompts, sampling) for sampling in (self._sampling, greedy)
-        ]
-
-    def measure(self, sampled: TrajectoryBatch, greedy: TrajectoryBatch) -> dict[str, float]:
-        """Score the answers and return their metrics."""
-        for batch in (sampled, greedy):
-            score(batch, self._reward)
-            check_scored(batch, self._reward)
-        values = {"eval/reward": sampled.mean_reward, "eval/greedy": greedy.mean_reward}
-        if self._sampling.num_samples > 1:
-            solved = [bool((group.rewards > GOOD).any()) for group in sampled.groups]
-            values[f"eval/pass@{self._sampling.num_samples}"] = float(np.mean(solved))
-        return values
+def _check(
+    algo: Any, eval_prompts: object, eval_every: int | None, on_reward_errors: str, seed: object
+) -> None:
+    if eval_every is not None and (eval_prompts is None or eval_every < 1):
+        raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
+    if algo is not None and (isinstance(algo, type) or not hasattr(algo, "update")):
+        raise ValidationError(f"RLVRTrainer: algo is an algorithm such as REINFORCE(), not {algo!r}.")
+    if on_reward_errors not in ("pause", "fail"):
+        raise ValidationError(
+            f"RLVRTrainer: on_reward_errors={on_reward_errors!r} must be 'pause' or 'fail'."
+        )
+    if not isinstance(seed, int) or seed < 0:
+        raise ValidationError(f"RLVRTrainer: seed={seed!r} must be a whole number, 0 or more.")
 
 
-@dataclass(slots=True)
-class _Step:
-    """A step on its way, between `submit` and `collect`."""
-
-    batch: TrajectoryBatch
-    seconds: dict[str, float]
-
-
-class _RLVRLoop:
-    """What `TrainingRun` drives. A sample waits for the update before it, so nothing is ever off-policy."""
-
-    lookahead = 0
-    curve = "reward"
-
-    def __init__(self, trainer: RLVRTrainer, steps: int) -> None:
-        self._trainer, self._steps = trainer, steps
-        self._client, self._evaluation = trainer.training_client, trainer._evaluation
-        self._under_way: dict[int, _Step] = {}
-
-    def attach(self, run: TrainingRun) -> None:
-        self._run = run
-
-    def submit(self, index: int) -> list[FutureHandle[Any]]:
-        """Sample, score and queue the update of one step; wait for the samples in between."""
-        trainer, clock = self._trainer, _Clock()
-        before = self._evaluation.submit() if self._evaluation and index == 0 else []
-        try:
-            batch = self._run.wait(trainer.sampler.submit(trainer.prompts.take()))
-        except BaseException:
-            for handle in before:
-                handle.cancel()
-            raise
-        clock.lap("time/sample")
-        score(batch, trainer.reward)
-        check_scored(batch, trainer.reward)
-        clock.lap("time/reward")
-        update = trainer.algo.update(batch, self._client)
-        update.add_done_callback(lambda _: clock.lap("time/update"))
-        self._under_way[index] = _Step(batch, clock.seconds)
-        return [update, *before, *self._evaluation_after(index)]
-
-    def collect(self, index: int, results: Sequence[Any]) -> None:
-        """Publish the metric rows of one step."""
-        trainer, step, (update, *evaluations) = self._trainer, self._under_way.pop(index), results
-        measured = [self._measure(*evaluations[at : at + 2]) for at in range(0, len(evaluations), 2)]
-        if index == 0 and measured:
-            self._publish(trainer._at, measured.pop(0))
-        trainer._at += 1
-        trainer._tokens_seen += sum(len(t.prompt_tokens) + len(t.tokens) for t in step.batch)
-        row = rollout_metrics(step.batch) | update_metrics(update) | step.seconds
-        row["num_tokens"] = trainer._tokens_seen
-        self._publish(trainer._at, row | (measured[0] if measured else {}))
-
-    def position(self) -> dict[str, Any]:
-        """Return where prompts, rollout seeds, rows and baselines stand."""
-        trainer = self._trainer
-        return {
-            "prompts": trainer.prompts.position,
-            "draws": trainer.sampler.draws,
-            "row": trainer._at,
-            "tokens": trainer._tokens_seen,
-            "algo": dict(trainer.algo.state_dict()),
-        }
-
-    def seek(self, position: Mapping[str, Any]) -> None:
-        """Go to such a place."""
-        trainer = self._trainer
-        trainer.prompts.position, trainer.sampler.draws = position["prompts"], position["draws"]
-        trainer._at, trainer._tokens_seen = position["row"], position["tokens"]
-        trainer.algo.load_state_dict(position["algo"])
-
-    def _evaluation_after(self, index: int) -> list[FutureHandle[TrajectoryBatch]]:
-        done, every = index + 1, self._trainer.eval_every
-        due = done == self._steps or (every is not None and done % every == 0)
-        return self._evaluation.submit() if self._evaluation and due else []
-
-    def _measure(self, sampled: TrajectoryBatch, greedy: TrajectoryBatch) -> dict[str, float]:
-        return self._evaluation.measure(sampled, greedy) if self._evaluation else {}
-
-    def _publish(self, step: int, values: Mapping[str, float]) -> None:
-        known = {name: float(value) for name, value in values.items() if not math.isnan(value)}
-        self._client.publish(Metrics(step=step, values=known, run_id=self._run.run_id))
-
-
-def rollout_metrics(batch: TrajectoryBatch) -> dict[str, float]:
-    """Return what a scored batch says about the policy; NaN where it says nothing."""
-    spread = batch.reward_std_by_group
-    logprobs = np.array([logprob for t in batch for logprob in t.logprobs or ()])
-    return {
-        "reward": batch.mean_reward,
-        "reward_std": batch.std_reward,
-        "group/reward_std": mean(spread[np.isfinite(spread)]),
-        "frac_reward_zero_std": batch.frac_zero_signal,
-        "rewards/errors": sum(t.reward_error is not None for t in batch),
-        "completions/mean_length": mean(batch.lengths),
-        "completions/clipped_ratio": batch.clipped_ratio,
-        "entropy_sampled": -mean(logprobs),
-    }
-
-
-def update_metrics(update: UpdateResult) -> dict[str, float]:
-    """Return what the worker does not publish by itself: nothing but zeros where no step was taken."""
-    if update.skipped:
-        return {"grad_norm": 0.0, "param_delta_norm": 0.0}
-    return {"entropy": math.nan if update.entropy is None else update.entropy}
-
-
-class _Clock:
-    """Names the seconds between laps."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+def _gap(config: TrainingConfig) -> float:
+    """Return by how much logprobs of sampler and training may differ on average, as far as precision goes."""
+    exact = config.dtype == "float32" or config.model_ref.startswith("builtin:")
+    return FP32_GAP if exact and config.dtype != "bfloat16" else BF16_GAP

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from tensafe_nb.errors import ArtifactNotFoundError, DecryptionError, KeyUnavailableError, ValidationError
-from tensafe_nb.store.description import check_schema, claimed_id, describe, result, unfit
+from tensafe_nb.store.description import check_schema, claimed_id, describe, describe_file, result, unfit
 from tensafe_nb.store.envelope import Opened, content_hash, open_sealed, read_header, seal
 from tensafe_nb.store.files import Draft, Files, disk_errors
 from tensafe_nb.store.folder import ArtifactFolder, hash_of, id_of, is_named, missing
@@ -118,8 +118,10 @@ class ArtifactStore:
         with disk_errors("save the artifact"), self._folder.draft() as draft:
             sealed = seal(draft.file, fields, payload(manifest, parts), self._keys)
             draft.sync()
+            target = self._folder.place(fields["artifact_id"], sealed.content_hash)
             with self._folder.shared():
-                draft.publish(self._folder.place(fields["artifact_id"], sealed.content_hash))
+                draft.publish(target)
+        self._manifests[target.name] = manifest
         return result(fields, sealed.key_id, sealed.size_bytes, sealed.content_hash, manifest)
 
     @contextmanager
@@ -171,9 +173,7 @@ class ArtifactStore:
         if self._folder.present(id_or_name):
             return id_or_name
         stored = self.list()
-        names = {
-            info.name: info.artifact_id for info in reversed(stored) if info.name
-        }  # the newest comes last
+        names = {info.name: info.artifact_id for info in reversed(stored) if info.name}  # the newest wins
         if id_or_name in names:
             return names[id_or_name]
         raise missing(id_or_name, [*names, *(info.artifact_id for info in stored)])
@@ -314,6 +314,25 @@ class ArtifactStore:
                 return self._whole(file) == hash_of(path)
         except (DecryptionError, FileNotFoundError):
             return False
+
+
+@contextmanager
+def open_file(path: Path, keys: Keys) -> Iterator[StoredArtifact]:
+    """Open a sealed file wherever it lies, as `ArtifactStore.open` opens one of its own.
+
+    Raises:
+        KeyUnavailableError: The key that opens it is not here.
+        DecryptionError: It is no artifact, or was altered or cut.
+        StorageError: It cannot be read.
+    """
+    with ExitStack() as stack:
+        with disk_errors(f"read {path}"):
+            file = stack.enter_context(path.open("rb"))
+            opened = open_sealed(file, keys)
+            manifest = checked(opened.chunks())
+            info = describe_file(file, opened.header, content_hash(file), manifest)
+        check_schema(info, opened.header)
+        yield StoredArtifact(info, opened.header.fields, manifest.metadata, manifest, opened)
 
 
 def _chunks(opened: Opened, artifact_id: str) -> Iterator[bytes]:

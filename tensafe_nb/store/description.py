@@ -52,8 +52,20 @@ def describe(file: BinaryIO, path: Path, header: Header, manifest: Manifest | No
     """
     if claimed_id(header) != id_of(path):
         raise refused("header")
+    return describe_file(file, header, hash_of(path), manifest)
+
+
+def describe_file(
+    file: BinaryIO, header: Header, content_hash: str, manifest: Manifest | None
+) -> SaveStateResult:
+    """Return what a listing would tell of a file that lies anywhere.
+
+    Raises:
+        DecryptionError: Its header is not that of an artifact.
+    """
+    claimed_id(header)
     size = os.fstat(file.fileno()).st_size
-    return result(header.fields, header.key_id, size, hash_of(path), manifest)
+    return result(header.fields, header.key_id, size, content_hash, manifest)
 
 
 def result(

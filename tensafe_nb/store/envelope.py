@@ -175,13 +175,12 @@ def seal(out: BinaryIO, header: Mapping[str, Any], payload: Iterable[Buffer], ke
     prefix = _prefix(header, nonce_prefix)
     stanza = keys.wrap(data_key)
     seen, size = hashlib.sha256(prefix), len(prefix) + SLOT
-    chunks, buffers = (
-        _Chunks(data_key, nonce_prefix, prefix),
-        (bytearray(CHUNK + TAG), bytearray(CHUNK + TAG)),
-    )
+    chunks, buffers = _Chunks(data_key, nonce_prefix, prefix), [bytearray(), bytearray()]
     with ThreadPoolExecutor(1, "tensafe-seal") as writer:
         written = writer.submit(_write, out, prefix + _slot(prefix, [stanza], data_key))
         for counter, (chunk, last) in enumerate(_cut(payload)):
+            if len(buffers[counter % 2]) < len(chunk) + TAG:
+                buffers[counter % 2] = bytearray(len(chunk) + TAG)
             block = chunks.seal(chunk, counter, last, buffers[counter % 2])
             seen.update(block)
             size += len(block)
@@ -347,8 +346,11 @@ def _cut(payload: Iterable[Buffer]) -> Iterator[tuple[Buffer, bool]]:
 
 def _blocks(file: BinaryIO, prefix: bytes) -> Iterator[tuple[Buffer, bool]]:
     """Yield the sealed chunks behind the slot, and whether the file ends with each; each is gone at the next."""
-    file.seek(len(prefix) + SLOT)
-    buffers = bytearray(CHUNK + TAG), bytearray(CHUNK + TAG)
+    begin = len(prefix) + SLOT
+    left = max(file.seek(0, os.SEEK_END) - begin, 0)
+    file.seek(begin)
+    size = min(left, CHUNK + TAG)
+    buffers = bytearray(size), bytearray(min(left - size, size))
     block = _fill(file, buffers[0])
     for turn in itertools.count(1):
         following = _fill(file, buffers[turn % 2])

@@ -109,7 +109,7 @@ class Draft:
         with suppress(OSError):  # a full disk refuses at closing, too, what it refused before
             self.file.close()
         if self._path is not None:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # the error that led here is the one to tell; the next save sweeps
                 self._files.unlink(self._path)
 
     def sync(self) -> None:
@@ -142,7 +142,7 @@ def make_folder(files: Files, folder: Path) -> None:
 def sweep_drafts(files: Files, folder: Path) -> None:
     """Remove drafts whose process died. Nobody may make one meanwhile."""
     for path in folder.glob(DRAFTS):
-        with suppress(FileNotFoundError, PermissionError), path.open("rb") as draft:
+        with suppress(FileNotFoundError, PermissionError), path.open("r+b") as draft:
             if _flock(draft, exclusive=True, wait=False):
                 files.unlink(path)
 
@@ -150,7 +150,9 @@ def sweep_drafts(files: Files, folder: Path) -> None:
 @contextmanager
 def locked(path: Path, *, exclusive: bool, wait: bool = True) -> Iterator[bool]:
     """Hold the lock that a file stands for, and yield whether it was to be had."""
-    with open(path, "ab", opener=_private) as file:
+    with open(
+        path, "a+b", opener=_private
+    ) as file:  # both ways, for network folders lock only what is open so
         held = _flock(file, exclusive, wait)
         try:
             yield held

@@ -22,6 +22,11 @@ def event_log(training_client_id: str) -> Path:
     return runs() / training_client_id / "events.jsonl"
 
 
+def rollouts(training_client_id: str) -> Path:
+    """Return the folder of a training client's rollout texts."""
+    return runs() / training_client_id / "rollouts"
+
+
 def keys() -> Path:
     """Return the folder of the local key file and of the salts of passphrases."""
     return home() / "keys"

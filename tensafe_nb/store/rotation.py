@@ -42,8 +42,8 @@ def rotate(files: Files, folder: Path, paths: Iterable[Path], keys: Keys) -> int
     if slots:
         _write_journal(files, folder, slots)
         _apply(files, folder, slots)
-        for name in slots:
-            _check(folder / name, keys, primary)
+        for name, slot in slots.items():
+            _check(folder / name, slot, keys)
         files.unlink(folder / JOURNAL)
         files.fsync_folder(folder)
     return len(slots)
@@ -103,11 +103,11 @@ def _apply(files: Files, folder: Path, slots: Mapping[str, bytes]) -> None:
             logger.warning("%s could not be rewrapped: %s", name, error)
 
 
-def _check(path: Path, keys: Keys, primary: str) -> None:
+def _check(path: Path, slot: bytes, keys: Keys) -> None:
     try:
         with path.open("rb") as file:
-            written = open_sealed(file, keys).header.key_id
+            written = open_sealed(file, keys).header.slot
     except DecryptionError as err:
         raise StorageError(f"The key slot that was just written to {path} cannot be read back.") from err
-    if written != primary:
+    if written != slot:
         raise StorageError(f"{path} does not hold the key slot that was just written to it.")

@@ -15,6 +15,19 @@ from tensafe_nb.types import (
     TrainingClientInfo,
 )
 
+VERBS = frozenset(  # what an embedded core knows
+    {
+        "forward_backward",
+        "forward",
+        "optim_step",
+        "sample",
+        "compute_logprobs",
+        "freeze_reference",
+        "save_state",
+        "load_state",
+    }
+)
+
 
 class Channel(Protocol):
     """The line to one training client's core."""

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+START = (Path(__file__).parents[2] / "binder/start").read_text()
+SETTINGS = dict(re.findall(r"((?:OMP|MALLOC)_\w+)=(\d+)", START))  # measured as Binder runs it
 MEMORY = """\
 with open("/proc/self/status") as status:  # not getrusage: its peak is inherited from the parent process
     print(next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM")))"""
@@ -25,7 +27,7 @@ def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("TENSAFE_NB_FAST", "1")
     monkeypatch.setenv("TENSAFE_NB_RENDERER", "widget")
-    for name, value in {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}.items():  # as in binder/start
+    for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(MEMORY))

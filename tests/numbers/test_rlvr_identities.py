@@ -123,6 +123,12 @@ TABLE = {
     ("clip", 0.2, 0.28): {
         "seq_mean": -0.00142244, "token_mean": -0.00520058, "const": -0.00390043, "sum": -0.04680520
     },
+    ("clip", 0.2, 0.2, "sequence"): {
+        "seq_mean": -0.05884716, "token_mean": -0.07588555, "const": -0.05691416, "sum": -0.68296994,
+    },
+    ("clip", 3e-4, 4e-4, "sequence"): {
+        "seq_mean": 0.00291066, "token_mean": 0.00118807, "const": 0.00089105, "sum": 0.01069264,
+    },
     ("is",): {"seq_mean": -0.05234604, "token_mean": -0.06949649, "const": -0.05212237, "sum": -0.62546845},
 }  # fmt: skip
 CELLS = [(loss, aggregation, value) for loss, row in TABLE.items() for aggregation, value in row.items()]
@@ -139,8 +145,11 @@ class TwoTokenOutputs:
     def logprobs(self):
         return self.logits.log_softmax(-1)[:, 0]
 
+    def map_logits(self, function):
+        return function(self.logits, torch.zeros(len(self.logits), dtype=torch.long))
 
-def evaluate(name, weights, advantage=ADVANTAGES, old=OLD, new=NEW, **kwargs):
+
+def evaluate(name, weights, advantage=ADVANTAGES, old=OLD, new=NEW, more=None, **kwargs):
     """Return the loss's value with its gradient by the new log-probabilities, (N,), at hand."""
     outputs = TwoTokenOutputs(new[TOKENS])
     batch = {
@@ -148,6 +157,8 @@ def evaluate(name, weights, advantage=ADVANTAGES, old=OLD, new=NEW, **kwargs):
         "advantages": torch.tensor(np.broadcast_to(advantage[:, None], MASK.shape)[TOKENS]),
         "weights": torch.tensor(weights[TOKENS]),
         "input_ids": torch.zeros(4, 3),
+        "sequence_index": torch.tensor(np.nonzero(TOKENS)[0]),
+        **{name: torch.tensor(values[TOKENS]) for name, values in (more or {}).items()},
     }
     if old is not None:
         batch["old_logprobs"] = torch.tensor(old[TOKENS])
@@ -158,7 +169,7 @@ def evaluate(name, weights, advantage=ADVANTAGES, old=OLD, new=NEW, **kwargs):
 
 def policy_loss(loss, weights, **changes):
     name, *bounds = loss
-    kwargs = dict(zip(("clip_low", "clip_high"), bounds, strict=False))
+    kwargs = dict(zip(("clip_low", "clip_high", "ratio"), bounds, strict=False))
     value, _ = evaluate(f"policy_{name}", weights, **kwargs, **changes)
     return value.total.item()
 
@@ -243,7 +254,8 @@ def test_a_ratio_is_clamped_against_overflow_only():
 def random_outputs(vocabulary=7, tokens=5):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(tokens, vocabulary, generator=generator, dtype=torch.float64).requires_grad_()
-    outputs = type("Outputs", (), {"logits": logits, "logprobs": None})()
+    outputs = TwoTokenOutputs([-1.0])
+    outputs.logits, outputs.map_logits = logits, lambda function: function(logits, torch.arange(tokens))
     batch = {
         "labels": torch.arange(tokens),
         "advantages": torch.linspace(-1, 1, tokens, dtype=torch.float64),

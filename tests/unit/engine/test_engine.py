@@ -290,7 +290,7 @@ def test_extras_per_sequence_stay_so_in_every_micro_batch(engine: Engine) -> Non
 
 def test_biases_trained_along_leave_no_reference() -> None:
     engine = engine_of(lora_config=tn.LoRAConfig(rank=4, bias="all"))
-    with pytest.raises(tn.ValidationError, match=r"biases are trained"):
+    with pytest.raises(tn.ValidationError, match=r"trains the model's own biases"):
         engine.compute_logprobs(ragged(), reference=True)
 
 

@@ -20,7 +20,7 @@ from tensafe_nb.rlvr import (
     TrajectoryBatch,
     UpdateResult,
 )
-from tensafe_nb.rlvr.algorithms import pack, policy_batch
+from tensafe_nb.rlvr.updates import pack, unpack
 from tensafe_nb.types import ForwardBackwardResult, OptimStepResult
 
 METRICS = {"tokens": 4.0, "entropy_sum": 2.0, "logprob_sum": -8.0, "approx_kl_sum": 0.0}
@@ -37,6 +37,7 @@ class RecordingClient:
     """Takes every operation and says what a core would."""
 
     training_client_id = "tc-test"
+    capabilities = frozenset({"base_reference"})
     step = 7
     policy_version = 9
     tokenizer = CharacterTokenizer()
@@ -54,6 +55,13 @@ class RecordingClient:
 
     def done(self, result):
         return completed(result, operation="test", training_client_id=self.training_client_id)
+
+
+def policy_batch(batch, config):
+    """Return what an update sends."""
+    client = RecordingClient()
+    REINFORCE(config).update(batch, client)
+    return client.operations[0][1]
 
 
 def trajectory(reward, tokens=(5, 1), **fields):
@@ -122,7 +130,8 @@ def test_an_update_queues_one_gradient_and_one_step_and_returns_their_results_as
         grad_norm=1.25,
         param_delta_norm=0.125,
         tokens=4,
-        metrics={"entropy": 0.5, "logprob": -2.0, "approx_kl": 0.0},
+        epochs_run=1,
+        metrics={"policy/epochs_run": 1.0},
     )
     assert handle.approx_kl == 0.0  # lent, as in the guide
     assert from_plain(to_plain(result)) == result
@@ -166,11 +175,14 @@ def test_truncated_rollouts_are_masked_but_count_in_the_baseline():
 
 def test_a_row_holds_prompt_and_completion_with_labels_already_shifted():
     rollout = trajectory(1, tokens=(5, 6, 1), advantage=2.0)
-    data = pack([rollout, trajectory(0, tokens=(1,), advantage=-1.0)], np.array([[0.5] * 3, [0.25, 0, 0]]))
+    weights, values = np.array([[0.5] * 3, [0.25, 0, 0]]), np.array([[1.0, 2, 3], [4, 0, 0]])
+    rows = [rollout, trajectory(0, tokens=(1,), advantage=-1.0)]
+    data = pack(rows, {"weights": weights, "advantages": values})
     assert data.input_ids.tolist() == [[3, 4, 5, 6], [3, 4, 0, 0]]
     assert data.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert data.labels.tolist() == [[-100, 5, 6, 1], [-100, 1, -100, -100]]
-    assert data.extras["advantages"].tolist() == [[0, 2, 2, 2], [0, -1, 0, 0]]
+    assert data.extras["advantages"].tolist() == [[0, 1, 2, 3], [0, 4, 0, 0]]
+    assert unpack(rows, data.extras["advantages"], 3).tolist() == values.tolist()
     assert data.extras["weights"].tolist() == [[0, 0.5, 0.5, 0.5], [0, 0.25, 0, 0]]
 
 

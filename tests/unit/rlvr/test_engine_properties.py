@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tensafe_nb.config import LoRAConfig, OptimizerConfig, SamplingConfig, TrainingConfig
+from tensafe_nb.config import LoRAConfig, OptimizerConfig, SamplingConfig
 from tensafe_nb.engine import models, sampling
-from tensafe_nb.engine.engine import Engine, no_tick
-from tensafe_nb.futures import completed
+from tensafe_nb.engine.engine import no_tick
 from tensafe_nb.losses import LossOutputs, resolve_loss
 from tensafe_nb.rlvr import (
     REINFORCE,
@@ -17,43 +16,11 @@ from tensafe_nb.rlvr import (
     Trajectory,
     TrajectoryBatch,
 )
-from tensafe_nb.rlvr.algorithms import pack, policy_batch
 from tensafe_nb.rlvr.rewards import resolve_reward, score
+from tensafe_nb.rlvr.updates import pack
+from tests.unit.rlvr.clients import TINY, EngineClient, policy_batch
 
 PROMPTS = ["def", "class Counter(dict):\n", "import os, sys"]  # of different lengths
-TINY = TrainingConfig(model_ref="builtin:tiny", optimizer=OptimizerConfig(learning_rate=1e-3))
-
-
-class EngineClient:
-    """The policy client's verbs straight on an engine: no queue, no thread, weights in reach."""
-
-    training_client_id = "tc-engine"
-
-    def __init__(self, config=TINY):
-        self.engine = Engine(config)
-        self.operations = []
-
-    step = property(lambda self: self.engine.step)
-    policy_version = property(lambda self: self.engine.policy_version)
-    tokenizer = property(lambda self: self.engine.model.tokenizer)
-
-    def sample(self, prompts, sampling):
-        return self._done("sample", self.engine.sample(prompts, sampling))
-
-    def forward_backward(self, batch, loss_fn, loss_kwargs):
-        return self._done(
-            "forward_backward", self.engine.forward_backward(batch, resolve_loss(loss_fn, **loss_kwargs))
-        )
-
-    def optim_step(self):
-        return self._done("optim_step", self.engine.optim_step())
-
-    def weights(self):
-        return {name: p.detach().clone() for name, p in self.engine.model.causal.named_parameters()}
-
-    def _done(self, operation, result):
-        self.operations.append(operation)
-        return completed(result, operation=operation, training_client_id=self.training_client_id)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +30,7 @@ def client():
 
 
 def rollouts(client, group_size=4, temperature=1.0, rewards=None, **options):
-    sampler = PolicySampler(client, group_size, 8, temperature, seed=0, **options)
+    sampler = PolicySampler(client, group_size, 8, temperature, seed=0, chat="never", **options)
     batch = sampler.generate_trajectories(PROMPTS)
     for number, trajectory in enumerate(batch):
         trajectory.reward = float(number % 3 == 0) if rewards is None else rewards
@@ -75,7 +42,7 @@ def test_b1_the_samplers_logprobs_are_those_of_the_training_forward(client, temp
     batch = rollouts(client, temperature=temperature)
     for trajectory in batch:
         trajectory.advantage = 0.0
-    rows = pack(list(batch), np.ones((len(batch), 8)))
+    rows = pack(list(batch), {})
     labelled = rows.labels != -100
     for scored_at, name in ((temperature, "logprobs"), (1.0, "raw_logprobs")):
         trained = client.engine.compute_logprobs(rows, temperature=scored_at).logprobs[labelled]
@@ -121,8 +88,8 @@ def test_b2_greedy_decoding_equals_generate_and_a_loop_without_cache(client):
 
 
 def test_b3_a_rollout_is_the_same_whoever_else_is_in_the_batch(client):
-    alone = PolicySampler(client, 2, 8, seed=3).generate_trajectories(PROMPTS[:1])
-    together = PolicySampler(client, 2, 8, seed=3).generate_trajectories(PROMPTS[::-1])
+    alone = PolicySampler(client, 2, 8, seed=3, chat="never").generate_trajectories(PROMPTS[:1])
+    together = PolicySampler(client, 2, 8, seed=3, chat="never").generate_trajectories(PROMPTS[::-1])
     for one, other in zip(alone, together.groups[-1].rollouts, strict=True):
         assert one.tokens == other.tokens
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
@@ -145,7 +112,8 @@ def test_b4_no_top_k_leaks_into_sampling(client):
 def test_b5_prompt_and_padding_have_no_gradient_and_the_end_token_has():
     stops = Trajectory("", "", prompt_tokens=[5, 6, 7], tokens=[8, 1], advantage=1.0)  # 1 ends
     goes_on = Trajectory("", "", prompt_tokens=[5], tokens=[8, 9, 10, 11, 12], advantage=-1.0)
-    batch = pack([stops, goes_on], np.ones((2, 5)))
+    advantages = np.array([[1.0] * 5, [-1.0] * 5])
+    batch = pack([stops, goes_on], {"weights": np.ones((2, 5)), "advantages": advantages})
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 0], [5, 8, 9, 10, 11]]
     assert batch.labels.tolist() == [[-100, -100, 8, 1, -100], [8, 9, 10, 11, 12]]
     hidden = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -161,7 +129,6 @@ def test_b5_prompt_and_padding_have_no_gradient_and_the_end_token_has():
 
 def gradient_of(config, batch, micro_batch_tokens):
     client = EngineClient(TINY.replace(micro_batch_tokens=micro_batch_tokens))
-    REINFORCE(config)._fill_in_advantages(batch)
     kwargs = {"entropy_coef": config.entropy_coef}
     result = client.forward_backward(policy_batch(batch, config), "policy_reinforce", kwargs).result()
     gradients = [p.grad.flatten() for p in client.engine.model.causal.parameters() if p.grad is not None]
@@ -182,7 +149,7 @@ def test_b6_micro_batching_changes_neither_loss_nor_gradient(client, aggregation
         result, gradient = gradient_of(config, batch, rows * width)
         assert result.loss == pytest.approx(whole.loss, abs=1e-6)
         assert (gradient - expected).abs().max() <= 1e-6
-        assert result.metrics == pytest.approx(whole.metrics, rel=1e-5)
+        assert result.metrics == pytest.approx(whole.metrics, rel=1e-5, abs=1e-5)
 
 
 def test_b6_sum_holds_relative_to_its_size(client):
@@ -235,7 +202,7 @@ def test_a_step_makes_what_was_rewarded_more_likely_and_the_rest_less():
     batch = rollouts(client, group_size=8)
     score(batch, resolve_reward(lambda prompt, response: len(response) % 2))
     REINFORCE(mask_truncated=False).update(batch, client).result()
-    rows = pack(list(batch), np.ones((len(batch), 8)))
+    rows = pack(list(batch), {})
     now = client.engine.compute_logprobs(rows).logprobs.sum(1)
     before = np.array([sum(trajectory.raw_logprobs) for trajectory in batch])
     advantage = np.array([trajectory.advantage for trajectory in batch])

@@ -1,6 +1,9 @@
 """Trajectories, their groups, and the two samplers."""
 
 import math
+import sys
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, completed
 from tensafe_nb.rlvr import MockRolloutSampler, PolicySampler, RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.rollouts import PromptItem
+from tensafe_nb.rlvr.samplers import PromptItem
 from tensafe_nb.types import SampledSequence, SampleResult
 
 
@@ -72,6 +75,47 @@ def test_lengths_and_truncation_are_read_from_the_tokens_and_the_finish_reason()
     assert batch.clipped_ratio == 0.25
 
 
+def test_p_hat_is_the_share_of_the_scored_rollouts_that_are_good():
+    assert batch_of([1, 0.5, 0, None]).groups[0].p_hat == pytest.approx(2 / 3)
+    assert math.isnan(batch_of([None]).groups[0].p_hat)
+
+
+def test_a_subset_has_the_first_rollouts_of_every_group_and_shares_them():
+    batch = batch_of([1, 2, 3], [4, 5])
+    part = batch.subset(2)
+    assert [trajectory.reward for trajectory in part] == [1, 2, 4, 5]
+    assert part[0] is batch[0]
+    assert part.sampling.num_samples == 2
+    assert len(batch) == 5
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_a_subset_larger_than_the_smallest_group_is_refused(size):
+    with pytest.raises(ValidationError, match="from 1 to 2"):
+        batch_of([1, 2, 3], [4, 5]).subset(size)
+
+
+def test_rows_have_every_field_of_a_rollout_and_the_number_of_its_group():
+    batch = batch_of([1], [None], tokens=3)
+    rows = batch.to_rows()
+    assert [(row["group"], row["reward"], row["tokens"]) for row in rows] == [
+        (0, 1, [1] * 3), (1, None, [1] * 3)
+    ]  # fmt: skip
+    assert {"prompt", "response", "meta", "reward_error", "mask", "advantage"} <= set(rows[0])
+
+
+def test_a_frame_is_made_with_pandas_and_without_it_says_what_to_install(monkeypatch):
+    class Pandas:
+        DataFrame = staticmethod(lambda rows: ("frame", rows))
+
+    batch = batch_of([1])
+    monkeypatch.setitem(sys.modules, "pandas", Pandas)
+    assert batch.to_frame() == ("frame", batch.to_rows())
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ValidationError, match="pip install pandas"):
+        batch.to_frame()
+
+
 def test_the_mock_says_in_its_repr_that_it_is_one_and_so_does_its_batch():
     sampler = MockRolloutSampler(max_new_tokens=64)
     assert "Mock" in repr(sampler)
@@ -102,8 +146,9 @@ class OneTokenClient:
 
     training_client_id = "tc-test"
 
-    def __init__(self):
+    def __init__(self, chat_template=None):
         self.calls = []
+        self.tokenizer = SimpleNamespace(chat_template=chat_template)
 
     def sample(self, prompts, sampling):
         self.calls.append((prompts, sampling))
@@ -176,6 +221,44 @@ def test_chat_messages_are_sent_as_they_are_and_shown_to_the_reward_as_text():
     assert client.calls[0][0] == [messages, messages]
     assert [trajectory.prompt for trajectory in batch] == ["Be brief.\n3 * 4?"] * 2
     assert batch[1].meta == {"answer": 12}
+
+
+MESSAGES = [{"role": "user", "content": "3 * 4?"}]
+
+
+def test_a_text_for_a_chat_model_warns_once_and_is_sent_as_it_is():
+    sampler = PolicySampler(client := OneTokenClient("{{ messages }}"))
+    with pytest.warns(UserWarning, match='chat="always"') as caught:
+        for _ in range(2):
+            sampler.generate_trajectories(["3 * 4?"])
+    assert len(caught) == 1
+    assert client.calls[0][0] == ["3 * 4?"]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "chat"),
+    [(None, "3 * 4?", "auto"), ("{{ messages }}", MESSAGES, "auto"), ("{{ messages }}", "3 * 4?", "never")],
+)
+def test_nothing_is_said_where_there_is_nothing_to_mistake(template, prompt, chat):
+    client = OneTokenClient(template)
+    with warnings.catch_warnings(action="error"):
+        PolicySampler(client, chat=chat).generate_trajectories([prompt])
+    assert client.calls[0][0] == [prompt]
+
+
+def test_on_demand_a_text_becomes_the_message_of_a_user_and_the_reward_sees_the_text():
+    client = OneTokenClient("{{ messages }}")
+    batch = PolicySampler(client, chat="always").generate_trajectories(
+        ["3 * 4?", {"prompt": MESSAGES, "answer": 12}]
+    )
+    assert client.calls[0][0] == [MESSAGES, MESSAGES]
+    assert batch.groups[0].prompt == "3 * 4?"
+    assert batch.groups[0].prompt_id == PromptItem.of("3 * 4?").prompt_id
+
+
+def test_an_unknown_way_to_chat_is_refused():
+    with pytest.raises(ValidationError, match="'auto', 'never', 'always'"):
+        PolicySampler(OneTokenClient(), chat="sometimes")
 
 
 def test_the_prompt_id_depends_on_the_prompt_and_its_columns_alone():

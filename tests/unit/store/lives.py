@@ -27,6 +27,10 @@ HEADER = {
     "ledger_head": None,
     "schema": 1,
 }
+LONGEST = {
+    "save": 0.02,
+    "rotate": 0.15,
+}  # seconds a life goes on after its last save: several more of its kind
 
 
 def store_in(home: Path) -> ArtifactStore:
@@ -130,7 +134,7 @@ def survive(home: Path, task: str, count: int, seed: int) -> int:
     store = store_in(home)
     with lives(home, task) as process:
         for _ in range(count):
-            new = process.one(draw.randrange(4), draw.uniform(0, 0.02))
+            new = process.one(draw.randrange(4), draw.uniform(0, LONGEST[task]))
             interrupted += bool(unfinished(home))
             known = {info.artifact_id for info in store.list()}
             promised.update(new)

@@ -27,7 +27,7 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.store.artifacts import ArtifactStore, StoredArtifact
+from tensafe_nb.store.artifacts import ArtifactStore, StoredArtifact, open_file
 from tensafe_nb.store.envelope import CHUNK, canonical, seal
 from tensafe_nb.store.keys import Keys
 from tensafe_nb.store.payload import MAX_MANIFEST
@@ -473,6 +473,24 @@ def test_what_is_pulled_is_the_sealed_file_and_can_be_pushed_where_the_key_is(
     assert elsewhere.push(copy) == saved
     assert elsewhere.push(copy) == saved
     assert elsewhere.list() == [saved]
+
+
+def test_a_pulled_file_is_opened_where_it_lies(store: ArtifactStore, tmp_path: Path, keys: Keys) -> None:
+    saved = save(store, metadata={"a": 1}, name="travels")
+    copy = store.pull_to(saved.artifact_id, tmp_path / "any name.tsnb")
+    with open_file(copy, keys) as artifact:
+        assert artifact.info == saved
+        assert contents(artifact) == PARTS
+    flip(copy, -1)
+    with pytest.raises(DecryptionError), open_file(copy, keys):
+        pass
+    with pytest.raises(StorageError, match="Could not read"), open_file(tmp_path / "absent", keys):
+        pass
+    with (
+        pytest.raises(DecryptionError),
+        open_file(sealed_by_hand(copy, keys, payload_of(b"x"), step="1"), keys),
+    ):
+        pass
 
 
 def test_pulling_to_where_nothing_can_be_written_says_so(store: ArtifactStore, tmp_path: Path) -> None:

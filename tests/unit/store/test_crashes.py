@@ -235,6 +235,43 @@ def test_where_nothing_may_be_written_the_message_says_so(tmp_path: Path, keys: 
         lives.save(ArtifactStore(folder_in(tmp_path), keys), 1)
 
 
+def test_an_artifact_whose_name_may_not_last_is_taken_back(tmp_path: Path, keys: Keys) -> None:
+    class NamesFail(Files):
+        def fsync_folder(self, folder: Path) -> None:
+            if [*folder.glob("art-*")]:
+                raise OSError(errno.EIO, "Input/output error")
+
+    folder = folder_in(tmp_path)
+    with pytest.raises(StorageError, match="Input/output error"):
+        lives.save(ArtifactStore(folder, keys, files=NamesFail()), 1)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_slot_that_cannot_be_read_back_is_written_again_from_the_journal(
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ArtifactStore(folder_in(tmp_path), keys)
+    saved, new = lives.save(store, 1), keys.new().key_id
+    with monkeypatch.context() as broken:
+        broken.setattr(rotation, "write_slot", lambda file, slot: None)
+        with pytest.raises(StorageError, match="just written"):
+            store.rotate()
+    assert (folder_in(tmp_path) / rotation.JOURNAL).exists()
+    assert store.verify(saved).encryption.key_id == new
+
+
+def test_a_new_slot_that_does_not_open_never_replaces_one_that_does(
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ArtifactStore(folder_in(tmp_path), keys)
+    saved = lives.save(store, 1)
+    keys.new()
+    monkeypatch.setattr(rotation, "rewrapped_slot", lambda file, keys: bytes(4096))
+    assert store.rotate() == 0
+    assert "was not rewrapped" in caplog.text
+    assert store.verify(saved)
+
+
 def test_what_interrupts_a_save_leaves_no_trace(tmp_path: Path, keys: Keys) -> None:
     class Interrupted(Files):
         def fsync(self, file: Any) -> None:

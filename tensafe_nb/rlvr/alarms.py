@@ -1,0 +1,83 @@
+"""What speaks up when a run goes wrong: the rules' findings, announced once, as events."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from tensafe_nb.events import Alarm
+from tensafe_nb.rlvr import alarm_rules as rules
+from tensafe_nb.rlvr.alarm_rules import Finding, Level, Memory, Rule
+from tensafe_nb.rlvr.metrics import Row
+from tensafe_nb.rlvr.rollouts import TrajectoryBatch
+
+QUIET = 5  # steps without a sign after which a trouble is over
+
+
+class Alarms:
+    """Looks at every step of a run and speaks up when a trouble begins or its level changes, not at every step.
+
+    A trouble is over after five steps without a sign of it.
+
+    Args:
+        gap: Mean difference of logprobs between sampler and training path that the precision explains.
+    """
+
+    def __init__(self, gap: float = rules.FP32_GAP) -> None:
+        self.memory = Memory()
+        self._rules: tuple[Rule, ...] = (
+            rules.truncation,
+            rules.no_signal,
+            rules.no_learning,
+            rules.entropy,
+            rules.sampler_mismatch(gap),
+            rules.policy_kl,
+            rules.reward_errors,
+        )
+        self._sounding: dict[str, tuple[Level, int]] = {}  # name → level, steps since the last sign
+
+    def observe(self, run_id: str, step: int, row: Row, batch: TrajectoryBatch) -> list[Alarm]:
+        """Return the alarms that begin, or change their level, with this step."""
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
+        self.memory.take(row, batch)
+        findings = [found for rule in self._rules if (found := rule(self.memory, row, batch)) is not None]
+        fresh = [found for found in findings if self._level_of(found.name) != found.level]
+        self._forget({found.name: found.level for found in findings})
+        return [alarm_of(run_id, step, found) for found in fresh]
+
+    def forget_announcements(self) -> None:
+        """Announce anew what goes on: another run, or another process, begins to listen."""
+        self._sounding.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as plain data."""
+        return asdict(self.memory)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        values: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in state.items()}
+        self.memory = Memory(**values)
+        self.forget_announcements()
+
+    def _level_of(self, name: str) -> Level | None:
+        return self._sounding[name][0] if name in self._sounding else None
+
+    def _forget(self, found: Mapping[str, Level]) -> None:
+        silent = {
+            name: (level, since + 1) for name, (level, since) in self._sounding.items() if name not in found
+        }
+        sounding = {name: (level, 0) for name, level in found.items()}
+        self._sounding = sounding | {name: kept for name, kept in silent.items() if kept[1] < QUIET}
+
+
+def alarm_of(run_id: str, step: int, found: Finding) -> Alarm:
+    """Return the event that announces a finding."""
+    return Alarm(
+        run_id=run_id,
+        step=step,
+        name=found.name,
+        level=found.level,
+        message=found.message,
+        remedy=found.remedy,
+        rollouts=found.rollouts,
+    )

@@ -1,0 +1,89 @@
+"""What a composite reward is made of, and how its parts add up."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.rlvr.calls import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a composite reward.
+
+    Attributes:
+        reward: What scores it: a name, a function, or a resolved reward when it has keywords.
+        weight: Its factor in the sum; 0 makes it a metric that trains nothing.
+        name: In metrics and `reward_parts`; the reward's own when empty.
+        true: It is what you really want, a held-out check on the rest. At most one part is.
+    """
+
+    reward: Any
+    weight: float = 1.0
+    name: str = ""
+    true: bool = False
+
+
+def read_parts(given: Any, resolve: Callable[..., Any]) -> "tuple[Part, ...]":
+    if isinstance(given, Mapping):
+        given = [{"reward": name, "weight": weight} for name, weight in given.items()]
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise ValidationError(
+            'composite needs parts: {"exact_match": 1.0, "format_compliance": 0.2}, or a list of Part(reward, weight).'
+        )
+    parts = tuple(_read_part(part, resolve) for part in given)
+    names = [part.name for part in parts]
+    if len(set(names)) < len(names):
+        raise ValidationError(
+            f"composite has two parts of one name ({', '.join(names)}): give each a name=…."
+        )
+    if sum(part.true for part in parts) > 1:
+        raise ValidationError(
+            "composite has more than one part with true=True: one at most can be the true aim."
+        )
+    if not any(part.weight for part in parts):
+        raise ValidationError("composite: the weight of every part is 0, so there is nothing to learn from.")
+    return parts
+
+
+def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
+    if isinstance(given, Mapping):
+        known = {"reward", "weight", "name", "true", "kwargs"}
+        for key in set(given) - known:
+            raise ValidationError(f"composite: a part has no {key!r}.{nearest(str(key), known)}")
+        if "reward" not in given:
+            raise ValidationError(f"composite: the part {dict(given)!r} does not say which reward it is.")
+        values = {key: given[key] for key in ("weight", "name", "true") if key in given}
+        given = Part(resolve(given["reward"], **given.get("kwargs", {})), **values)
+    part = given if isinstance(given, Part) else Part(given)
+    reward = resolve(part.reward)
+    if (
+        isinstance(part.weight, bool)
+        or not isinstance(part.weight, int | float)
+        or part.weight != part.weight
+    ):
+        raise ValidationError(
+            f"composite: the weight of {reward.name!r} is {part.weight!r}, expected a number."
+        )
+    return Part(reward, part.weight, part.name or reward.name, part.true)
+
+
+def combined(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the outcome of a composite from those of its parts, in their order."""
+    named = list(zip(parts, outcomes, strict=True))
+    failures = [f"{part.name}: {outcome.error}" for part, outcome in named if outcome.error]
+    fatal = any(outcome.error and part.weight for part, outcome in named)
+    terms = [part.weight * o.score for part, o in named if part.weight and o.score is not None]
+    return Outcome(
+        None if fatal or not terms else sum(terms),
+        {name: value for part, outcome in named for name, value in named_parts(part.name, outcome).items()},
+        "; ".join(failures) or None,
+        any(outcome.timed_out for outcome in outcomes),
+    )
+
+
+def named_parts(name: str, outcome: Outcome) -> dict[str, float]:
+    """Return a function's score under its name, and what else it returned under "name/…"."""
+    own = {} if outcome.score is None else {name: outcome.score}
+    return own | {f"{name}/{key}": value for key, value in (outcome.parts or {}).items()}

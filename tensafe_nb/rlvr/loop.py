@@ -1,0 +1,207 @@
+"""One step of reinforcement learning after another: prompts → sample → score → update → row, texts, alarms."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tensafe_nb.errors import NonFiniteLossError, RewardError
+from tensafe_nb.events import Metrics, Rollouts
+from tensafe_nb.futures import FutureHandle
+from tensafe_nb.rlvr.alarm_rules import not_finite
+from tensafe_nb.rlvr.alarms import alarm_of
+from tensafe_nb.rlvr.metrics import BY_OPTIM_STEP, Row, known, rollout_metrics, update_metrics
+from tensafe_nb.rlvr.rewards import Reward
+from tensafe_nb.rlvr.rollout_store import RolloutStore
+from tensafe_nb.rlvr.rollouts import TrajectoryBatch
+from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, check_scored
+from tensafe_nb.rlvr.updates import UpdateResult
+from tensafe_nb.runs import TrainingRun
+
+if TYPE_CHECKING:
+    from tensafe_nb.rlvr.trainer import RLVRTrainer
+
+TOO_MANY = 0.5  # share of failed rewards above which nobody should train on the rest
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step on its way, between `submit` and `collect`; without an update where nothing was scored."""
+
+    batch: TrajectoryBatch
+    report: ScoreReport
+    clock: "_Clock"
+    update: FutureHandle[UpdateResult] | None = None
+    error: NonFiniteLossError | None = None  # of an update that failed while it was being queued
+
+    def failure(self) -> Exception | None:
+        """Return what made the update fail."""
+        return self.update.exception() if self.update is not None and self.update.done() else self.error
+
+
+class RLVRLoop:
+    """What `TrainingRun` drives. A sample waits for the update before it, so nothing is ever off-policy."""
+
+    lookahead = 0
+    curve = "reward"
+
+    def __init__(self, trainer: "RLVRTrainer", steps: int) -> None:
+        self._trainer, self._steps = trainer, steps
+        self._client, self._held_out = trainer.training_client, trainer.held_out
+        self._under_way: dict[int, _Step] = {}
+        self._scorer: Scorer | None = None
+        self._scores: Reward | None = None  # what the scorer was made for
+
+    def attach(self, run: TrainingRun) -> None:
+        """Get to know the run."""
+        self._run = run
+        self._trainer.store = RolloutStore(run.run_id)
+        self._trainer.alarms.forget_announcements()
+
+    def submit(self, index: int) -> list[FutureHandle[Any]]:
+        """Sample, score and queue the update of one step; wait for the samples in between."""
+        clock = _Clock()
+        before = self._held_out.submit() if self._held_out and index == 0 else []
+        batch = self._sample(before)
+        clock.lap("time/sample")
+        report = self._score(batch)
+        clock.lap("time/reward")
+        step = self._under_way[index] = _Step(batch, report, clock)
+        try:
+            if self._can_go_on(index, batch):
+                step.update = self._trainer.algo.update(batch, self._client)
+                step.update.add_done_callback(lambda _: clock.lap("time/update"))
+        except NonFiniteLossError as error:
+            step.error = error
+            raise
+        finally:
+            self._keep(batch)  # while the update is under way; and when there will be none, above all
+        updates = [] if step.update is None else [step.update]
+        return [*updates, *before, *self._evaluation_after(index)]
+
+    def collect(self, index: int, results: Sequence[Any]) -> None:
+        """Publish the metric rows of one step, and the alarms it sets off."""
+        trainer, step = self._trainer, self._under_way.pop(index)
+        step.clock.lap("time/update")
+        update, evaluations = (None, results) if step.update is None else (results[0], results[1:])
+        measured = [self._measure(index, *evaluations[at : at + 2]) for at in range(0, len(evaluations), 2)]
+        if index == 0 and measured:
+            self._publish(trainer.row, measured.pop(0))
+        trainer.row += 1
+        trainer.tokens += sum(len(t.prompt_tokens) + len(t.tokens) for t in step.batch)
+        row = self._row(step, update)
+        written = BY_OPTIM_STEP if update is not None and not update.skipped else ()
+        self._publish(trainer.row, known(row, without=written) | (measured[0] if measured else {}))
+        for alarm in trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch):
+            self._client.publish(alarm)
+        if update is None or _failed(step.batch) > TOO_MANY:
+            self._run.pause()
+
+    def position(self) -> dict[str, Any]:
+        """Return where the trainer stands."""
+        return self._trainer.position()
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go to such a place."""
+        self._trainer.seek(position)
+
+    def close(self) -> None:
+        """End the scoring processes; say which rollouts an update without a finite loss was about."""
+        if self._scorer is not None:
+            self._scorer.close()
+        for step in self._under_way.values():
+            if isinstance(error := step.failure(), NonFiniteLossError):
+                found = not_finite(step.batch, error)
+                self._client.publish(alarm_of(self._run.run_id, self._trainer.row + 1, found))
+
+    def _sample(self, before: Sequence[FutureHandle[Any]]) -> TrajectoryBatch:
+        trainer = self._trainer
+        prompts = trainer.prompts.take()
+        try:
+            batch = self._run.wait(trainer.sampler.submit(prompts))
+        except BaseException:
+            for handle in before:
+                handle.cancel()
+            raise
+        trainer.sampler.warn_of_texts(prompts)
+        return batch
+
+    def _score(self, batch: TrajectoryBatch) -> ScoreReport:
+        """Score with the trainer's reward as it is now; it may have been replaced since the step before."""
+        reward = self._trainer.reward
+        if self._scorer is None or self._scores is not reward:
+            if self._scorer is not None:
+                self._scorer.close()
+            self._scorer, self._scores = Scorer(reward, self._trainer.reward_timeout), reward
+        return self._scorer.score(batch)
+
+    def _can_go_on(self, index: int, batch: TrajectoryBatch) -> bool:
+        """Whether there is something to update on. A run ends here if its first step has nothing at all."""
+        trainer = self._trainer
+        if index == 0 or trainer.on_reward_errors == "fail":
+            check_scored(batch, trainer.reward)
+        if trainer.on_reward_errors == "fail" and _failed(batch) > TOO_MANY:
+            first = next(trajectory.reward_error for trajectory in batch if trajectory.reward_error)
+            raise RewardError(
+                f"The reward {trainer.reward.name!r} failed on {_failed(batch):.0%} of the rollouts of step "
+                f"{trainer.row + 1}, and on_reward_errors='fail'. The first error: {first}"
+            )
+        return bool(np.isfinite(batch.rewards).any())
+
+    def _keep(self, batch: TrajectoryBatch) -> None:
+        """Write the rollouts to the disk."""
+        trainer = self._trainer
+        if trainer.store is None:
+            return
+        step = trainer.row + 1
+        path = trainer.store.add(step, batch)
+        self._client.publish(
+            Rollouts(run_id=self._run.run_id, step=step, rollouts=len(batch), path=str(path))
+        )
+
+    def _row(self, step: _Step, update: UpdateResult | None) -> Row:
+        row = rollout_metrics(step.batch) | step.report.metrics
+        row |= {} if update is None else update_metrics(update)
+        row |= step.clock.seconds | {"time/total": step.clock.total}
+        version = self._trainer.number_of(step.report.version)
+        return row | {"num_tokens": self._trainer.tokens, "reward_version": version}
+
+    def _evaluation_after(self, index: int) -> list[FutureHandle[TrajectoryBatch]]:
+        done, every = index + 1, self._trainer.eval_every
+        due = done == self._steps or (every is not None and done % every == 0)
+        return self._held_out.submit() if self._held_out and due else []
+
+    def _measure(self, index: int, sampled: TrajectoryBatch, greedy: TrajectoryBatch) -> Row:
+        """Measure the held-out answers; what cannot be scored ends the run at its first step only."""
+        if self._held_out is None:
+            return {}
+        values = self._held_out.measure(sampled, greedy, self._score)
+        if index == 0:
+            check_scored(sampled, self._trainer.reward)
+        return known(values)
+
+    def _publish(self, step: int, values: Row) -> None:
+        self._client.publish(Metrics(step=step, values=values, run_id=self._run.run_id))
+
+
+def _failed(batch: TrajectoryBatch) -> float:
+    return float(np.mean([trajectory.reward_error is not None for trajectory in batch]))
+
+
+class _Clock:
+    """Names the seconds between laps; a name counts once, whoever is first."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        if name not in self.seconds:
+            self.seconds[name], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._started

@@ -1,0 +1,46 @@
+"""The reward "math": is the response's answer mathematically the right one? Needs tensafe_nb[math].
+
+math-verify's own time limits use `signal.alarm`, which works in a main thread only (Math-Verify #50, #55), so
+they are off: a run's scoring processes have a clock of their own.
+"""
+
+import math_verify  # type: ignore[import-untyped, unused-ignore]
+from math_verify import grader, parser
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.rlvr.builtin_rewards import Meta, column_of
+
+parser.TIMEOUT_WARNING_SHOWN = grader.TIMEOUT_WARNING_SHOWN = True  # we do provide the clock it asks for
+_EXTRACT = (  # boxed answers first
+    math_verify.LatexExtractionConfig(boxed_match_priority=0),
+    math_verify.ExprExtractionConfig(),
+)
+
+
+def math(prompt: str, response: str, meta: Meta = None, *, column: str = "answer") -> float:
+    r"""Reward 1 for a response whose final answer equals the right one as mathematics; else 0.
+
+    "0.5", "\frac{1}{2}" and "\boxed{1/2}" are equal. The final answer is what is boxed, else the last formula
+    or number found. Scored by math-verify (github.com/huggingface/Math-Verify), the right answer first: its
+    comparison is not symmetric.
+
+    Args:
+        prompt: Not read.
+        response: Holds the answer.
+        meta: Holds the right one, in LaTeX or plain.
+        column: Under this name.
+
+    Raises:
+        ValidationError: The prompt has no such column, or there is no mathematics in it.
+    """
+    right = str(column_of(meta, column, "math"))
+    gold = _parsed(right if "$" in right or "\\boxed" in right else f"${right}$") or _parsed(right)
+    if not gold:
+        raise ValidationError(
+            f"math: math-verify finds no mathematics in the column {column!r}: {right[:80]!r}."
+        )
+    return float(math_verify.verify(gold, _parsed(response), timeout_seconds=None, raise_on_error=True))
+
+
+def _parsed(text: str) -> list[object]:
+    return list(math_verify.parse(text, list(_EXTRACT), parsing_timeout=None, raise_on_error=True))

@@ -1,0 +1,141 @@
+"""Built-in rewards that read a response as something else than text: JSON, an arithmetic expression."""
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta, column_of
+
+_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+
+
+def json_schema(
+    prompt: str,
+    response: str,
+    meta: Meta = None,
+    *,
+    schema: Mapping[str, Any] | None = None,
+    column: str = "schema",
+    partial: float = 0.0,
+) -> float:
+    """Reward 1 for JSON that satisfies a JSON Schema, `partial` for other JSON, 0 for what is no JSON.
+
+    Args:
+        prompt: Not read.
+        response: JSON, alone or in a fenced block.
+        meta: Holds the schema when none is bound.
+        schema: For all prompts (json-schema.org).
+        column: Under this name.
+        partial: For JSON that does not satisfy the schema.
+
+    Raises:
+        ValidationError: There is no schema.
+    """
+    import jsonschema  # type: ignore[import-untyped, unused-ignore]
+
+    wanted = column_of(meta, column, "json_schema") if schema is None else schema
+    blocks = _FENCED.findall(response)
+    try:
+        value = json.loads(blocks[-1] if blocks else response)
+    except (ValueError, RecursionError):
+        return 0.0
+    return 1.0 if jsonschema.validators.validator_for(wanted)(wanted).is_valid(value) else partial
+
+
+def _check_json_schema(*, schema: Mapping[str, Any] | None = None, **_: Any) -> None:
+    if schema is None:
+        return
+    import jsonschema
+
+    try:
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValidationError(f"json_schema: this is no JSON Schema ({error.message}).") from error
+
+
+MAX_EXPRESSION = 200  # characters; a longer countdown is no answer
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def countdown(
+    prompt: str,
+    response: str,
+    meta: Meta = None,
+    *,
+    numbers: str = "numbers",
+    target: str = "target",
+    use_all: bool = True,
+    partial: float = 0.0,
+) -> float:
+    """Reward 1 for an expression of +, -, *, / and brackets that makes the target of the numbers.
+
+    The expression is what stands in the last <answer>…</answer>, else on the last line; "= 24" at its end is
+    left off. It is parsed with `ast` and computed in exact fractions; nothing is evaluated. The task is that of
+    TinyZero.
+
+    Args:
+        prompt: Not read.
+        response: Holds the expression.
+        meta: Holds numbers and target.
+        numbers: Column of the numbers, each to be used at most once.
+        target: Column of the target.
+        use_all: Each number must be used.
+        partial: For a well-formed expression of the right numbers with another value.
+
+    Raises:
+        ValidationError: The prompt has no such columns.
+    """
+    allowed = Counter(Fraction(number) for number in column_of(meta, numbers, "countdown"))
+    aim = Fraction(column_of(meta, target, "countdown"))
+    read = _expression(response)
+    if read is None:
+        return 0.0
+    value, used = read
+    if used - allowed or (use_all and used != allowed):
+        return 0.0
+    return 1.0 if value == aim else partial
+
+
+def _expression(response: str) -> tuple[Fraction | None, Counter[Fraction]] | None:
+    """Return the value (None of a division by zero) and the numbers of the response's expression."""
+    tagged = _ANSWER_TAG.findall(response)
+    lines = (tagged[-1] if tagged else response).strip().splitlines()
+    text = (
+        lines[-1].split("=")[0].strip().replace("×", "*").replace("÷", "/").replace("−", "-") if lines else ""
+    )
+    if not text or len(text) > MAX_EXPRESSION:
+        return None
+    used: Counter[Fraction] = Counter()
+    try:
+        return _value(ast.parse(text, mode="eval").body, used), used
+    except ZeroDivisionError:
+        return None, used
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _value(node: ast.expr, used: Counter[Fraction]) -> Fraction:
+    match node:
+        case ast.Constant(value=int() as number) if not isinstance(number, bool):
+            used[Fraction(number)] += 1
+            return Fraction(number)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _value(left, used) + _value(right, used)
+        case ast.BinOp(left=left, op=ast.Sub(), right=right):
+            return _value(left, used) - _value(right, used)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _value(left, used) * _value(right, used)
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            return _value(left, used) / _value(right, used)
+    raise ValueError("neither a number nor one of + - * /")
+
+
+BUILTINS = {
+    "json_schema": Builtin(json_schema, _check_json_schema, inline=False),
+    "countdown": Builtin(countdown),
+}

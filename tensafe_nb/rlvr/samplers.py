@@ -1,0 +1,282 @@
+"""Who samples: the policy behind a training client, or a mock; and how the prompts a user gave are read."""
+
+import hashlib
+import json
+import random
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from tensafe_nb.config import SamplingConfig
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.futures import FutureHandle, combine
+from tensafe_nb.rlvr.rollouts import MOCK, PolicyClient, RolloutGroup, Trajectory, TrajectoryBatch
+from tensafe_nb.types import Message, SampledSequence, SampleResult
+
+PromptSpec: TypeAlias = str | Sequence[Message] | Mapping[str, Any]
+Chat: TypeAlias = Literal["auto", "never", "always"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    """A prompt as it is sent, as the reward sees it, and its further columns."""
+
+    content: str | Sequence[Message]
+    text: str
+    meta: dict[str, Any]
+
+    @classmethod
+    def of(cls, spec: PromptSpec) -> "PromptItem":
+        """Read a text, a list of chat messages, or a dict with `prompt` and further columns.
+
+        Raises:
+            ValidationError: It is none of these.
+        """
+        meta: dict[str, Any] = {}
+        content: Any = spec
+        if isinstance(spec, Mapping):
+            if "prompt" not in spec:
+                raise ValidationError(f"A prompt given as a dict needs 'prompt'; it has {sorted(spec)}.")
+            content = spec["prompt"]
+            meta = {name: value for name, value in spec.items() if name != "prompt"}
+        return cls(content, _prompt_text(content), meta)
+
+    @property
+    def prompt_id(self) -> str:
+        """A name that depends on the prompt and its columns alone."""
+        written = json.dumps([self.content, self.meta], sort_keys=True, default=str)
+        return hashlib.sha256(written.encode()).hexdigest()[:12]
+
+
+def prompt_items(prompts: Sequence[PromptSpec]) -> list[PromptItem]:
+    """Read the prompts a user gave.
+
+    Raises:
+        ValidationError: There are none, or one cannot be read.
+    """
+    if isinstance(prompts, str | Mapping):
+        raise ValidationError("prompts is a list of prompts: put the one prompt into a list.")
+    if not isinstance(prompts, Iterable):
+        raise ValidationError(f"prompts is a list of prompts, not {prompts!r}.")
+    items = [PromptItem.of(spec) for spec in prompts]
+    if not items:
+        raise ValidationError("There are no prompts: give at least one.")
+    return items
+
+
+def _prompt_text(content: Any) -> str:
+    if isinstance(content, str) and content:
+        return content
+    if isinstance(content, Sequence) and content and all(_is_message(message) for message in content):
+        return "\n".join(message["content"] for message in content)
+    raise ValidationError(
+        f"A prompt is a text, a list of messages with 'role' and 'content', or a dict with 'prompt' and "
+        f"further columns; not {content!r}."
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and {"role", "content"} <= set(message)
+
+
+class PolicySampler:
+    """Samples groups of rollouts from a training client's current weights.
+
+    A sample takes its place in the client's queue: submitted after `optim_step`, it sees the new weights.
+
+    Args:
+        training_client: Whose policy to sample.
+        group_size: Rollouts per prompt.
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Divides the logits; 1 samples the policy itself.
+        top_p: Below 1 cuts the distribution; the update does not correct for that.
+        top_k: Above 0 cuts the distribution likewise.
+        stop: Strings that end a completion.
+        fixed_length: Go on past end tokens: every completion has `max_new_tokens`, none counts as truncated.
+        chat: "auto" sends texts as they are and warns, once, if the model has a chat template; "never" sends them
+            without a warning; "always" makes each text the message of a user. Messages always go by the template.
+        seed: Makes the rollouts repeatable; None takes the client's next seed.
+
+    Example:
+        >>> sampler = PolicySampler(tc, group_size=8, max_new_tokens=5)
+        >>> batch = sampler.generate_trajectories([{"prompt": "12+34=", "answer": "046"}])
+        >>> len(batch)
+        8
+    """
+
+    def __init__(
+        self,
+        training_client: PolicyClient,
+        group_size: int = 8,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        *,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        fixed_length: bool = False,
+        chat: Chat = "auto",
+        seed: int | None = None,
+    ) -> None:
+        if chat not in get_args(Chat):
+            raise ValidationError(f"chat={chat!r} must be one of {', '.join(map(repr, get_args(Chat)))}.")
+        self.sampling = SamplingConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            num_samples=group_size,
+            stop=tuple(stop) if not isinstance(stop, str) else (stop,),
+            ignore_end=fixed_length,
+        )
+        if top_p < 1 or top_k > 0:
+            warnings.warn(
+                "top_p < 1 or top_k > 0 samples from a cut distribution, the update trains the whole one: "
+                "expect biased gradients. Leave both at their defaults for training.",
+                stacklevel=2,
+            )
+        self.chat = chat
+        self._client = training_client
+        self._seed = seed
+        self._looked = chat != "auto"  # whether texts have been compared with the model's template
+        self.draws = 0  # batches drawn so far: all there is to save
+
+    def __repr__(self) -> str:
+        return f"PolicySampler({self._client.training_client_id}, {self.sampling!r})"
+
+    def generate_trajectories(self, prompts: Sequence[PromptSpec]) -> TrajectoryBatch:
+        """Sample and wait.
+
+        Args:
+            prompts: Texts, chat messages, or dicts with `prompt` and further columns.
+
+        Raises:
+            ValidationError: A prompt that is none of these.
+        """
+        batch = self.submit(prompts).result()
+        self.warn_of_texts(prompts)
+        return batch
+
+    def submit(self, prompts: Sequence[PromptSpec]) -> FutureHandle[TrajectoryBatch]:
+        """Queue the sampling and return at once with a handle on the batch."""
+        sampling = self.sampling
+        if self._seed is not None:
+            sampling = sampling.replace(seed=random.Random(f"{self._seed}/{self.draws}").getrandbits(48))
+        self.draws += 1
+        return submit_rollouts(self._client, prompts, sampling, self.chat)
+
+    def warn_of_texts(self, prompts: Sequence[PromptSpec]) -> None:
+        """Warn, once, of texts that go to a chat model as they are; waits for the model to be loaded."""
+        looked, self._looked = self._looked, True
+        if looked or not any(isinstance(item.content, str) for item in prompt_items(prompts)):
+            return
+        if getattr(self._client.tokenizer, "chat_template", None) is not None:
+            warnings.warn(
+                "The model has a chat template, and the prompts are plain texts: they are sent as they are, and a chat "
+                'model may answer such a text with endless prose. chat="always" makes each the message of a user; '
+                'chat="never" keeps them and this warning away.',
+                stacklevel=3,
+            )
+
+
+def submit_rollouts(
+    client: PolicyClient, prompts: Sequence[PromptSpec], sampling: SamplingConfig, chat: Chat = "auto"
+) -> FutureHandle[TrajectoryBatch]:
+    """Queue `sampling.num_samples` rollouts of each prompt and return at once with a handle on the batch."""
+    items = prompt_items(prompts)
+    sent = [_message(item.content) if chat == "always" else item.content for item in items]
+    sampled = client.sample(sent, sampling=sampling)
+    return combine(
+        [sampled],
+        lambda results: _batch_of(items, results[0], sampling),
+        operation="sample",
+        result_type=TrajectoryBatch,
+    )
+
+
+def _message(content: str | Sequence[Message]) -> Sequence[Message]:
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+
+def _batch_of(items: Sequence[PromptItem], result: SampleResult, sampling: SamplingConfig) -> TrajectoryBatch:
+    groups = [
+        RolloutGroup(item.prompt_id, item.text, [], item.meta, result.policy_version, sampling.seed)
+        for item in items
+    ]
+    for sequence in result.sequences:
+        group, item = groups[sequence.prompt_index], items[sequence.prompt_index]
+        group.rollouts.append(_trajectory_of(item, sequence, result.policy_version))
+    return TrajectoryBatch(groups, sampling)
+
+
+def _trajectory_of(item: PromptItem, sequence: SampledSequence, policy_version: int) -> Trajectory:
+    return Trajectory(
+        item.text,
+        sequence.text,
+        item.meta,
+        list(sequence.prompt_tokens),
+        list(sequence.tokens),
+        list(sequence.logprobs),
+        list(sequence.raw_logprobs),
+        finish_reason=sequence.finish_reason,
+        policy_version=policy_version,
+        seed=sequence.seed,
+        prompt_id=item.prompt_id,
+    )
+
+
+_CANNED = (
+    "The answer is {number}.",
+    "The solution is {number}.",
+    "Let me think step by step. The final answer is {number}.",
+    "Here is my solution: {number}",
+    "I think it is {number}.",
+    "It could be {number}, but I am not sure.",
+    "I do not know.",
+    "That is a good question.",
+)
+
+
+class MockRolloutSampler:
+    """A stand-in for a model: canned responses, for demonstrations and tests without one.
+
+    Its rollouts come from no policy. An update on them is real, and flagged "off-policy: mock data".
+
+    Args:
+        max_new_tokens: Longest response, in words; no model, no tokens.
+        group_size: Rollouts per prompt.
+        seed: The same seed gives the same responses.
+
+    Example:
+        >>> MockRolloutSampler(seed=0).generate_trajectories(["What is 3 * 4?"])
+        <TrajectoryBatch 4 rollouts of 1 prompts, mean reward nan, mock data>
+    """
+
+    def __init__(self, max_new_tokens: int = 64, group_size: int = 4, seed: int = 0) -> None:
+        self.sampling = SamplingConfig(max_new_tokens=max_new_tokens, num_samples=group_size, seed=seed)
+        self._random = random.Random(seed)
+
+    def __repr__(self) -> str:
+        limit = self.sampling.max_new_tokens
+        return f"<MockRolloutSampler max_new_tokens={limit}: canned responses, no model>"
+
+    def generate_trajectories(self, prompts: Sequence[PromptSpec]) -> TrajectoryBatch:
+        """Return canned responses to the prompts, `group_size` each."""
+        return TrajectoryBatch([self._group(item) for item in prompt_items(prompts)], self.sampling)
+
+    def _group(self, item: PromptItem) -> RolloutGroup:
+        rollouts = [self._rollout(item) for _ in range(self.sampling.num_samples)]
+        return RolloutGroup(item.prompt_id, item.text, rollouts, item.meta, MOCK, self.sampling.seed)
+
+    def _rollout(self, item: PromptItem) -> Trajectory:
+        words = self._random.choice(_CANNED).format(number=self._random.randrange(20)).split()
+        limit = self.sampling.max_new_tokens
+        return Trajectory(
+            item.text,
+            " ".join(words[:limit]),
+            item.meta,
+            finish_reason="length" if len(words) > limit else "stop",
+            policy_version=MOCK,
+            prompt_id=item.prompt_id,
+        )

@@ -1,0 +1,119 @@
+"""Which convention a reward function follows: its parameters say so, and what fits none is refused."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.rlvr.calls import Call, Style
+
+_VERIFIERS = frozenset({"prompt", "completion", "answer", "state", "task", "info", "parser"})
+_NOT_META = frozenset({"answer", "ground_truth", "label", "target", "solution", "gold", "completion"})
+_COLUMNS_UNKNOWN = {Style.TRL, Style.VERL}  # which columns there are is known when the prompts are
+
+
+def call_for(
+    spec: Any, name: str, kwargs: Mapping[str, Any], conversational: bool, check: Callable[..., None]
+) -> Call:
+    """Find out how to call a function.
+
+    Args:
+        spec: A callable, or an object with `score_answer`.
+        name: What a person calls it, for messages.
+        kwargs: Keywords to bind.
+        conversational: Completions are to go as chat messages.
+        check: `check(function, kwargs, positional)` refuses unknown keywords.
+
+    Raises:
+        ValidationError: A signature that is none of those known, or an unknown keyword.
+    """
+    if hasattr(spec, "score_answer"):
+        if kwargs:
+            raise ValidationError(f"The reward {name!r} is a data set's score_answer and takes no keywords.")
+        return Call(spec.score_answer, {}, Style.GYM, frozenset({"answer", "entry"}))
+    signature = inspect.signature(spec)
+    style = _style_of(signature, kwargs)
+    positional = _positional(signature, name, kwargs) if style is Style.OURS else 0
+    check(spec, kwargs, positional)
+    if conversational and style not in (Style.TRL, Style.VERIFIERS):
+        raise ValidationError(
+            f"The reward {name!r}: conversational=True is for TRL's and verifiers' functions, this one has the "
+            f"signature {signature}."
+        )
+    call = _described(spec, signature, style, kwargs, positional, conversational)
+    _refuse_unbound(call, name)
+    return call
+
+
+def _style_of(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> Style:
+    names = set(signature.parameters)
+    if "completions" in names:
+        return Style.TRL
+    if "solution_str" in names:
+        return Style.VERL
+    if {"queries", "prompts"} <= names:
+        return Style.OPENRLHF
+    if "completion" in names and names - {"kwargs", "_"} <= _VERIFIERS | set(kwargs):
+        return Style.VERIFIERS
+    return Style.OURS
+
+
+def _described(
+    function: Callable[..., Any],
+    signature: inspect.Signature,
+    style: Style,
+    kwargs: Mapping[str, Any],
+    positional: int,
+    conversational: bool,
+) -> Call:
+    parameters = list(signature.parameters.values())
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return Call(
+        function,
+        dict(kwargs),
+        style,
+        frozenset(p.name for p in named),
+        frozenset(p.name for p in named if p.default is p.empty),
+        any(p.kind is p.VAR_KEYWORD for p in parameters),
+        positional,
+        conversational,
+    )
+
+
+def _refuse_unbound(call: Call, name: str) -> None:
+    """Refuse a foreign function that needs what nobody can give it."""
+    if call.style in _COLUMNS_UNKNOWN or call.style is Style.OURS:
+        return
+    known = _VERIFIERS - {"parser"} if call.style is Style.VERIFIERS else {"queries", "prompts", "labels"}
+    missing = call.required - known - set(call.kwargs)
+    if missing:
+        raise ValidationError(
+            f"The reward {name!r} needs {', '.join(sorted(missing))}: bind it with "
+            f"resolve_reward(function, {min(missing)}=…)."
+        )
+
+
+def _positional(signature: inspect.Signature, name: str, kwargs: Mapping[str, Any]) -> int:
+    """Return how many of (prompt, response, meta) a function of our style takes: 3 or 2."""
+    names = list(signature.parameters)
+    ambiguous = names[1:2] == ["answer"] or bool(set(names[2:3]) & (_NOT_META - set(kwargs)))
+    keywords = set(kwargs) | ({"tokens"} & set(names[2:]))
+    counts = [count for count in (3, 2) if _binds(signature, count, keywords)]
+    if counts and not ambiguous:
+        return counts[0]
+    hint = ""
+    if ambiguous:
+        hint = " Columns of the prompts come in meta: read meta['answer'], and name the response 'response'."
+    raise ValidationError(
+        f"The reward {name!r} has the signature {signature}: expected fn(prompt, response, meta=None) -> float, "
+        f"or the signature of a TRL, verl, OpenRLHF or verifiers function.{hint}"
+    )
+
+
+def _binds(signature: inspect.Signature, count: int, keywords: set[str]) -> bool:
+    known = {name for name in keywords if name in signature.parameters}  # unknown ones are refused elsewhere
+    try:
+        signature.bind(*range(count), **dict.fromkeys(known))
+    except TypeError:
+        return False
+    return True
