@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--data", type=Path, required=True, help="a .jsonl file with one row per line")
     run.add_argument("--eval", type=Path, help="a .jsonl file with held-out rows")
     run.add_argument("--steps", type=int, help="optimiser steps, instead of the file's steps and epochs")
+    run.add_argument(
+        "--resume", metavar="ARTIFACT", help="go on from a checkpoint of an earlier run of this file"
+    )
     run.set_defaults(run=_run)
     add_commands(commands)
     return parser
@@ -75,7 +78,7 @@ def _run(chosen: argparse.Namespace) -> int:
     if chosen.steps is not None:
         recipe = recipe.replace(steps=chosen.steps, epochs=None)
     with ServiceClient() as service, service.create_training_client(recipe.training) as tc:
-        run = recipe.start(tc, chosen.data, chosen.eval)
+        run = recipe.start(tc, chosen.data, chosen.eval, resume_from=chosen.resume)
         try:
             result = run.result()
         except KeyboardInterrupt:

@@ -181,11 +181,12 @@ class TrainingClient:
         metadata = plain_metadata(metadata or {})
         return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
 
-    def load_state(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
+    def load_state(self, artifact_id: str, *, for_run: bool = False) -> FutureHandle[LoadStateResult]:
         """Take the state of an artifact in place of this client's own; all of it, or on any failure nothing.
 
         Args:
             artifact_id: Its id, or its name.
+            for_run: Refuse a state that does not say where a run stood in its data.
 
         Raises:
             ValidationError: No id. The handle fails with `ArtifactNotFoundError`, `DecryptionError`, or, for an
@@ -193,7 +194,7 @@ class TrainingClient:
         """
         if not isinstance(artifact_id, str) or not artifact_id:
             raise ValidationError(f"load_state takes an artifact's id or name, not {artifact_id!r}.")
-        return self._submit(LoadState(artifact_id))
+        return self._submit(LoadState(artifact_id, for_run))
 
     def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
         """Return a new training client that starts from a state of this one, sharing its frozen weights.

@@ -13,7 +13,15 @@ from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import Config, LossConfig, Positive, TrainingConfig
 from tensafe_nb.data import Row, read_rows
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.rlvr import REINFORCE, REINFORCEConfig, RLVRTrainer, resolve_reward
+from tensafe_nb.rlvr import (
+    PPO,
+    REINFORCE,
+    PPOConfig,
+    REINFORCEConfig,
+    RLVRTrainer,
+    get_presets,
+    resolve_reward,
+)
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.yaml_file import Keys, Problem, YamlFile, to_yaml
 
@@ -25,10 +33,14 @@ LAYOUT: dict[Keys, Keys] = {
     ("training", "steps"): ("steps",),
     ("training", "epochs"): ("epochs",),
     ("training", "eval_every"): ("eval_every",),
+    ("training", "checkpoint_every"): ("checkpoint_every",),
+    ("training", "keep_last"): ("keep_last",),
+    ("training", "keep_best"): ("keep_best",),
     ("training", "seed"): ("training", "seed"),
     ("model", "model_ref"): ("training", "model_ref"),
     ("model", "dtype"): ("training", "dtype"),
     ("model", "device"): ("training", "device"),
+    ("model", "value_head"): ("training", "value_head"),
     ("lora",): ("training", "lora_config"),
     ("optimizer",): ("training", "optimizer"),
     ("batch", "batch_size"): ("training", "batch_size"),
@@ -65,18 +77,38 @@ class AlgoConfig(Config):
     """How rewards become optimiser steps.
 
     Args:
-        type: "reinforce".
-        kwargs: Fields of REINFORCEConfig.
+        type: "reinforce", "ppo", or a preset: "grpo", "dr_grpo", "cispo", "gspo", "rloo", "reinforce_pp", "ppo_value".
+        kwargs: Fields of REINFORCEConfig or PPOConfig that are to be different.
     """
 
-    type: Literal["reinforce"] = "reinforce"
+    type: str = "reinforce"
     kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+    @pydantic.field_validator("type")
+    @classmethod
+    def _type_is_known(cls, name: str) -> str:
+        known = {"ppo", *get_presets()}
+        if name not in known:
+            raise ValidationError(f"There is no algorithm {name!r}.{nearest(name, known)}")
+        return name
 
     @pydantic.field_validator("kwargs")
     @classmethod
-    def _kwargs_fit(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        REINFORCEConfig(**kwargs)
+    def _kwargs_fit(cls, kwargs: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
+        if "type" in info.data:
+            _options(info.data["type"]).replace(**kwargs)
         return kwargs
+
+    def algorithm(self) -> REINFORCE | PPO:
+        """Return the algorithm."""
+        options = _options(self.type).replace(**self.kwargs)
+        return PPO(options) if isinstance(options, PPOConfig) else REINFORCE(options)
+
+
+def _options(name: str) -> Any:
+    """Return an algorithm's options before they are changed; "reinforce" by itself chooses its baseline."""
+    plain = {"reinforce": REINFORCEConfig(), "ppo": PPOConfig()}
+    return plain[name] if name in plain else get_presets()[name]
 
 
 class RLVRConfig(Config):
@@ -119,6 +151,9 @@ class Recipe(Config):
         steps: Optimiser steps; needed in mode rlvr.
         epochs: Passes over the rows, in mode sft; 1 when `steps` is not given either.
         eval_every: Steps between evaluations on held-out rows.
+        checkpoint_every: Save the state every so many steps, and after the last.
+        keep_last: Keep the newest so many of these checkpoints; None keeps all.
+        keep_best: Keep the one with the best value of this metric as well.
         max_length: Longer sequences are cut, in mode sft.
         rlvr: Rewards and rollouts, in mode rlvr.
 
@@ -133,6 +168,9 @@ class Recipe(Config):
     steps: Positive | None = None
     epochs: Positive | None = None
     eval_every: Positive | None = None
+    checkpoint_every: Positive | None = None
+    keep_last: Positive | None = None
+    keep_best: str | None = None
     max_length: Positive | None = None
     rlvr: RLVRConfig | None = None
 
@@ -157,7 +195,13 @@ class Recipe(Config):
                 yield at, f"{'.'.join(map(str, place))} is not read in mode rlvr: leave it out."
 
     def start(
-        self, training_client: TrainingClient, data: Rows, eval_data: Rows | None = None, *, show: bool = True
+        self,
+        training_client: TrainingClient,
+        data: Rows,
+        eval_data: Rows | None = None,
+        *,
+        resume_from: str | None = None,
+        show: bool = True,
     ) -> TrainingRun:
         """Train a client made of `training`. Returns at once with the run.
 
@@ -165,6 +209,7 @@ class Recipe(Config):
             training_client: What to train.
             data: Rows, or a .jsonl file: examples in mode sft, prompts with their columns in mode rlvr.
             eval_data: Held-out rows of the same kind.
+            resume_from: A checkpoint of a run of this recipe on these rows: go on where it stood.
             show: Show the progress.
 
         Raises:
@@ -176,8 +221,14 @@ class Recipe(Config):
             raise ValidationError(
                 f"training.eval_every is {self.eval_every}, but there are no held-out rows."
             )
+        saving = {
+            "checkpoint_every": self.checkpoint_every,
+            "keep_last": self.keep_last,
+            "keep_best": self.keep_best,
+            "resume_from": resume_from,
+        }
         if self.rlvr is not None:
-            return self._reinforce(self.rlvr, training_client, rows, held_out, show)
+            return self._reinforce(self.rlvr, training_client, rows, held_out, saving | {"show": show})
         length, seed = self.max_length, self.training.seed
         return training_client.fit(
             training_client.batches(rows, max_length=length, seed=seed),
@@ -186,10 +237,16 @@ class Recipe(Config):
             eval_batches=training_client.batches(held_out, max_length=length) if held_out else None,
             eval_every=self.eval_every,
             show=show,
+            **saving,  # type: ignore[arg-type]
         )
 
     def _reinforce(
-        self, rlvr: RLVRConfig, client: TrainingClient, rows: list[Row], held_out: list[Row], show: bool
+        self,
+        rlvr: RLVRConfig,
+        client: TrainingClient,
+        rows: list[Row],
+        held_out: list[Row],
+        how: dict[str, Any],
     ) -> TrainingRun:
         if self.steps is None:
             raise ValidationError("Mode rlvr needs a number of steps, and training.steps is not given.")
@@ -197,13 +254,14 @@ class Recipe(Config):
             client,
             rows,
             resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
-            REINFORCE(REINFORCEConfig(**rlvr.algo.kwargs)),
+            rlvr.algo.algorithm(),
             eval_prompts=held_out or None,
             eval_every=self.eval_every,
             seed=self.training.seed,
+            on_reward_errors="fail",  # nobody sits before a file: a pause would wait for ever
             **{name: value for name, value in rlvr if name not in ("reward", "algo")},
         )
-        return trainer.run(steps=self.steps, show=show)
+        return trainer.run(steps=self.steps, **how)
 
     def to_yaml(self) -> str:
         """Return the text of a file that `load_config` reads as this recipe.

@@ -49,7 +49,7 @@ class RunClient(Protocol):
     def save_state(
         self, *, metadata: Mapping[str, Any], position: Mapping[str, Any]
     ) -> FutureHandle[SaveStateResult]: ...
-    def load_state(self, artifact_id: str) -> FutureHandle[LoadStateResult]: ...
+    def load_state(self, artifact_id: str, *, for_run: bool) -> FutureHandle[LoadStateResult]: ...
     def fork(self, artifact_id: str | None, **changes: Any) -> Any: ...
     def delete_checkpoint(self, artifact_id: str) -> None: ...
 
@@ -74,6 +74,9 @@ class Loop(Protocol):
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Go to such a place, forwards or back."""
+
+    def interrupt(self) -> None:
+        """Give up what a step waits for outside the queue; called by `stop()`, on any thread."""
 
     def close(self) -> None:
         """Release what it holds; called once, when the run ends."""
@@ -116,7 +119,7 @@ class TrainingRun:
         self._inflight: deque[tuple[int, Sequence[FutureHandle[Any]]]] = deque()
         self._changed = threading.Condition()
         self._promise: Promise[RunResult] = Promise()
-        self._served_last = False
+        self._served_last = self._torn = False
         self._steps_taken = 0  # before the last time it went back
         self._first_step, self._first_event = client.step, client.history.last_seq
         self._last_step_at = time.perf_counter()
@@ -177,6 +180,7 @@ class TrainingRun:
             self._wants_stop = True
             self._set_state(RunStatus.STOPPING)
             self._changed.notify_all()
+        self._loop.interrupt()
 
     def checkpoint(self, **metadata: Any) -> FutureHandle[SaveStateResult]:
         """Save the state, and where the run stands in its data, between two steps.
@@ -295,7 +299,7 @@ class TrainingRun:
 
     def _drive(self) -> None:
         if self._resume_from is not None:
-            self._seek(self.wait(self._client.load_state(self._resume_from)))
+            self._seek(self.wait(self._client.load_state(self._resume_from, for_run=True)))
         while not self._over():
             handles = self._loop.submit(self._index)
             if handles is None:
@@ -381,10 +385,14 @@ class TrainingRun:
     def _serve(self) -> None:
         while self._requests:
             action, promise = self._requests.popleft()
+            if not promise.start():
+                continue  # cancelled meanwhile
             try:
                 follow(action(), promise)
-            except TGTinkerError as error:
+            except BaseException as error:
                 promise.fail(error)
+                if self._torn or not isinstance(error, TGTinkerError):
+                    raise
 
     def _save(self, metadata: Mapping[str, Any]) -> FutureHandle[SaveStateResult]:
         position = {"run_id": self.run_id, "index": self._index, "loop": self._loop.position()}
@@ -392,22 +400,20 @@ class TrainingRun:
 
     def _go_back(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
         if self._state.ended:
-            return self._client.load_state(artifact_id)
+            return self._client.load_state(artifact_id, for_run=False)
         self._collect_all()
         self._steps_taken += self._client.step - self._first_step
-        loaded = self._client.load_state(artifact_id)
-        self._seek(self.wait(loaded))
+        loaded = self._client.load_state(artifact_id, for_run=True)
+        result = self.wait(loaded)
+        self._torn = True  # until the data stands where the weights do
+        self._seek(result)
+        self._torn = False
         self._wants_pause, self._credit = True, None
         return loaded
 
     def _seek(self, loaded: LoadStateResult) -> None:
         self._first_step = loaded.step
-        position = loaded.position
-        if position is None:
-            raise ValidationError(
-                f"The checkpoint {loaded.loaded_artifact_id!r} was not saved by a run, so it does not say where in "
-                f"the data to go on. Its state is loaded now: start a run from it with fit()."
-            )
+        position = loaded.position or {}
         self._loop.seek(position["loop"])
         self._index = self.steps_done = position["index"]
 

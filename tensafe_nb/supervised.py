@@ -150,6 +150,9 @@ class SupervisedLoop:
         """Go to a place in the batches."""
         self._cursor.seek(position)
 
+    def interrupt(self) -> None:
+        """Nothing to do: all it waits for is in the queue."""
+
     def close(self) -> None:
         """Nothing to do: it holds nothing."""
 

@@ -118,9 +118,10 @@ class FreezeReference:
 @plain
 @dataclass(frozen=True, slots=True)
 class LoadState:
-    """Take the state of an artifact, given by its id or its name."""
+    """Take the state of an artifact, given by its id or its name; `for_run` refuses one that no run saved."""
 
     artifact_id: str
+    for_run: bool = False
 
 
 Operation: TypeAlias = (

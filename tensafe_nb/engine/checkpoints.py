@@ -78,7 +78,12 @@ def save(
 
 
 def load(
-    engine: Engine, store: ArtifactStore, artifact_id: str, *, lenient_optimizer: bool = False
+    engine: Engine,
+    store: ArtifactStore,
+    artifact_id: str,
+    *,
+    lenient_optimizer: bool = False,
+    for_run: bool = False,
 ) -> tuple[LoadStateResult, Mapping[str, Any]]:
     """Give an engine the state of an artifact; on any failure the engine stays as it was.
 
@@ -87,6 +92,7 @@ def load(
         store: Where it is kept.
         artifact_id: Its id, or its name.
         lenient_optimizer: Moments of another optimiser are left out instead of refused.
+        for_run: The state must say where a run stood in its data.
 
     Returns:
         The result, and the facts that were saved.
@@ -98,6 +104,11 @@ def load(
     """
     with store.open(store.resolve(artifact_id)) as artifact:
         facts, tensors = _read(engine, artifact, artifact_id, with_moments=not lenient_optimizer)
+        if for_run and facts["position"] is None:
+            raise ValidationError(
+                f"The checkpoint {artifact_id!r} was not saved by a run, so it does not say where in the data to go "
+                f"on. Nothing was loaded. load_state() it, and start a new run from there."
+            )
         found = artifact.info.artifact_id
     moments = tensors.get(MOMENTS)
     window, reference = tensors.get(WINDOW, {}), tensors.get(REFERENCE)
@@ -157,6 +168,6 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _tensor(dtype: str, shape: tuple[int, ...], data: bytearray) -> Tensor:
+def _tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> Tensor:
     kind = DTYPES[dtype]
     return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)

@@ -36,6 +36,7 @@ from tensafe_nb.types import (
 )
 
 Tick = Callable[[int, int], None]
+MAXIMUM = "_max"  # a metric of such a name is the largest of the micro-batches' values, not their mean
 WATCHED = 4_000_000  # weights whose change is measured; of more, every k-th
 
 
@@ -72,12 +73,16 @@ class _Tally:
     total: float = 0.0
     weight: float = 0.0
     sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    maxima: dict[str, float] = field(default_factory=dict)
 
     def add(self, value: LossValue, total: float) -> None:
         self.total += total
         self.weight += value.weight
         for name, metric in value.metrics.items():
-            self.sums[name] += metric if self.prenormalised else metric * value.weight
+            if name.endswith(MAXIMUM):
+                self.maxima[name] = max(self.maxima.get(name, -math.inf), metric)
+            else:
+                self.sums[name] += metric if self.prenormalised else metric * value.weight
 
     @property
     def divisor(self) -> float:
@@ -89,7 +94,7 @@ class _Tally:
 
     @property
     def metrics(self) -> dict[str, float]:
-        return {name: total / self.divisor for name, total in self.sums.items()}
+        return {name: total / self.divisor for name, total in self.sums.items()} | self.maxima
 
 
 class Engine:

@@ -338,8 +338,8 @@ class Worker:
                 return engine.freeze_reference()
             case SaveState():
                 return self._save_state(engine, operation)
-            case LoadState(artifact_id):
-                return self._load_state(engine, artifact_id)
+            case LoadState(artifact_id, for_run):
+                return self._load_state(engine, artifact_id, for_run=for_run)
         raise AssertionError(operation)
 
     def _save_state(self, engine: Engine, operation: SaveState) -> SaveStateResult:
@@ -365,12 +365,8 @@ class Worker:
         self.bus.sync()
         return saved
 
-    def _load_state(
-        self, engine: Engine, artifact_id: str, *, lenient_optimizer: bool = False
-    ) -> LoadStateResult:
-        loaded, facts = checkpoints.load(
-            engine, self._vault.artifacts, artifact_id, lenient_optimizer=lenient_optimizer
-        )
+    def _load_state(self, engine: Engine, artifact_id: str, **options: bool) -> LoadStateResult:
+        loaded, facts = checkpoints.load(engine, self._vault.artifacts, artifact_id, **options)
         self._lane.end_window()
         self._losses = [tuple(pair) for pair in from_plain(facts["losses"])]
         self.step, self.policy_version = engine.step, engine.policy_version

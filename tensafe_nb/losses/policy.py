@@ -249,8 +249,15 @@ def _weighted(
         value_loss, more = _value_loss(outputs, batch, value)
         loss, sums = loss + value_loss, sums | more
     metrics = {f"{name}_sum": values.detach()[counted].sum().item() for name, values in sums.items()}
+    metrics["log_ratio_max"] = _largest(tokens.log_ratio.detach().abs()[counted])
+    if "sampler_difference" in sums:
+        metrics["sampler_difference_max"] = _largest(sums["sampler_difference"][counted])
     total = (weights * (loss - entropy_coef * tokens.entropy)).sum()
     return {"loss": total, "metrics": metrics | {"tokens": counted.sum().item()}}
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
 
 
 def _k3(difference: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ The way of a step: `rollouts` (sample) → `rewards` (score) → `advantages` �
 
 from tensafe_nb.rlvr.advantages import get_registered_advantages, register_advantage
 from tensafe_nb.rlvr.algorithms import PPO, REINFORCE
+from tensafe_nb.rlvr.composite import Part
+from tensafe_nb.rlvr.gym import gym_prompts
 from tensafe_nb.rlvr.options import (
     PPOConfig,
     REINFORCEConfig,
@@ -13,9 +15,11 @@ from tensafe_nb.rlvr.options import (
     get_presets,
     register_preset,
 )
+from tensafe_nb.rlvr.preview import RewardPreview, preview_reward
 from tensafe_nb.rlvr.rewards import Reward, get_registered_rewards, register_reward, resolve_reward
 from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.samplers import MockRolloutSampler, PolicySampler
+from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, rescore
 from tensafe_nb.rlvr.trainer import RLVRTrainer
 from tensafe_nb.rlvr.updates import UpdateResult
 
@@ -38,6 +42,13 @@ __all__ = [
     "register_reward",
     "resolve_reward",
     "get_registered_rewards",
+    "Part",
+    "Scorer",
+    "ScoreReport",
+    "rescore",
+    "preview_reward",
+    "RewardPreview",
+    "gym_prompts",
     "register_advantage",
     "get_registered_advantages",
 ]

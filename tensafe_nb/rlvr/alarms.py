@@ -17,7 +17,7 @@ QUIET = 5  # steps without a sign after which a trouble is over
 class Alarms:
     """Looks at every step of a run and speaks up when a trouble begins or its level changes, not at every step.
 
-    A trouble is over after five steps without a sign of it.
+    A trouble is over, or no longer red, after five steps in a row without such a sign.
 
     Args:
         gap: Mean difference of logprobs between sampler and training path that the precision explains.
@@ -41,8 +41,9 @@ class Alarms:
         row = {name: value for name, value in row.items() if not math.isnan(value)}
         self.memory.take(row, batch)
         findings = [found for rule in self._rules if (found := rule(self.memory, row, batch)) is not None]
-        fresh = [found for found in findings if self._level_of(found.name) != found.level]
-        self._forget({found.name: found.level for found in findings})
+        before = {name: level for name, (level, _) in self._sounding.items()}
+        self._listen({found.name: found.level for found in findings})
+        fresh = [found for found in findings if self._begins(found, before.get(found.name))]
         return [alarm_of(run_id, step, found) for found in fresh]
 
     def forget_announcements(self) -> None:
@@ -59,15 +60,21 @@ class Alarms:
         self.memory = Memory(**values)
         self.forget_announcements()
 
-    def _level_of(self, name: str) -> Level | None:
-        return self._sounding[name][0] if name in self._sounding else None
+    def _listen(self, found: Mapping[str, Level]) -> None:
+        """A level rises at once, and falls after QUIET steps in a row that did not reach it."""
+        for name in {*found, *self._sounding}:
+            level, below = self._sounding.get(name, (None, QUIET))
+            now = found.get(name)
+            below = 0 if now == level or now == "red" else below + 1
+            if now == "red" or (now is not None and below >= QUIET):
+                level, below = now, 0
+            if level is None or below >= QUIET:
+                self._sounding.pop(name, None)
+            else:
+                self._sounding[name] = (level, below)
 
-    def _forget(self, found: Mapping[str, Level]) -> None:
-        silent = {
-            name: (level, since + 1) for name, (level, since) in self._sounding.items() if name not in found
-        }
-        sounding = {name: (level, 0) for name, level in found.items()}
-        self._sounding = sounding | {name: kept for name, kept in silent.items() if kept[1] < QUIET}
+    def _begins(self, found: Finding, before: Level | None) -> bool:
+        return self._sounding[found.name][0] == found.level != before
 
 
 def alarm_of(run_id: str, step: int, found: Finding) -> Alarm:

@@ -350,7 +350,7 @@ class _Job:
                 "ref_logprobs": _rows(self.readings.reference, rows),
                 "sampler_logprobs": updates.sampler_logprobs(chosen, width),
             }
-        return updates.pack(chosen, {name: values for name, values in extras.items() if values is not None})
+        return updates.pack(chosen, {name: v for name, v in extras.items() if v is not None}, numbers=rows)
 
     def _too_far(self) -> bool:
         """Measure KL(old ‖ new) over the whole batch, against the target. Nothing has to be thrown away for it."""

@@ -30,7 +30,7 @@ class Style(StrEnum):
     GYM = "reasoning-gym"
 
 
-class Sample(NamedTuple):
+class RewardSample(NamedTuple):
     """What a reward function may know of a rollout."""
 
     prompt: str
@@ -85,20 +85,20 @@ class Call:
             getattr(function, "__call__", None)  # noqa: B004  # an object whose __call__ is a coroutine function
         )
 
-    def units(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+    def units(self, samples: Sequence[RewardSample]) -> list[list[RewardSample]]:
         """Return the rollouts of each call."""
         if self.batched:
             return [list(samples)] if samples else []
         return [[sample] for sample in samples]
 
-    def invoke(self, unit: Sequence[Sample], log: dict[str, list[Any]]) -> Any:
+    def invoke(self, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> Any:
         """Call the function on the rollouts of one call; `log` takes what it logs by the way."""
         if self.style is Style.OURS:
             return self._ours(unit[0])
         return self.function(**self._chosen(_OFFERS[self.style](self, unit, log)))
 
     def read(
-        self, value: Any, unit: Sequence[Sample], log: Mapping[str, list[Any]] = _NO_LOG
+        self, value: Any, unit: Sequence[RewardSample], log: Mapping[str, list[Any]] = _NO_LOG
     ) -> list[Outcome]:
         """Return the outcome of each rollout of one call.
 
@@ -118,7 +118,7 @@ class Call:
             for row, reward in enumerate(rewards)
         ]
 
-    def _ours(self, sample: Sample) -> Any:
+    def _ours(self, sample: RewardSample) -> Any:
         tokens = {}
         if "tokens" in self.names and "tokens" not in self.kwargs:
             tokens["tokens"] = sample.tokens
@@ -139,7 +139,7 @@ class Call:
         return [{"role": role, "content": text}] if self.conversational else text
 
 
-def outcomes_of(call: Call, unit: Sequence[Sample]) -> list[Outcome]:
+def outcomes_of(call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
     """Make one call and return the outcome of each of its rollouts; what it raises becomes text."""
     log: dict[str, list[Any]] = {}
     try:
@@ -148,7 +148,7 @@ def outcomes_of(call: Call, unit: Sequence[Sample]) -> list[Outcome]:
         return [failed(error)] * len(unit)
 
 
-async def awaited_outcomes(call: Call, unit: Sequence[Sample]) -> list[Outcome]:
+async def awaited_outcomes(call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
     """Do the same with a coroutine function."""
     log: dict[str, list[Any]] = {}
     try:
@@ -215,7 +215,7 @@ def _list(value: Any) -> list[Any]:
     return list(value)
 
 
-def _verl(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def _verl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
     (sample,) = unit
     meta = sample.meta
     offered = {
@@ -228,7 +228,7 @@ def _verl(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) -> dict
     return offered | ({"ground_truth": gold[0]} if gold else {})
 
 
-def _verifiers(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def _verifiers(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
     (sample,) = unit
     offered = {
         "prompt": call._said("user", sample.prompt),
@@ -241,7 +241,7 @@ def _verifiers(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) ->
     return offered | {"state": dict(offered)}
 
 
-def _trl(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def _trl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
     def log_extra(column: str, values: Sequence[Any]) -> None:
         log[column] = list(values)
 
@@ -259,7 +259,7 @@ def _trl(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) -> dict[
     }
 
 
-def _openrlhf(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def _openrlhf(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
     def label(meta: Mapping[str, Any]) -> Any:
         return next((meta[name] for name in ("label", "labels", "answer") if name in meta), None)
 
@@ -270,7 +270,7 @@ def _openrlhf(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) -> 
     }
 
 
-def _gym(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def _gym(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
     (sample,) = unit
     missing = {"answer", "metadata"} - set(sample.meta)
     if missing:
@@ -282,7 +282,7 @@ def _gym(call: Call, unit: Sequence[Sample], log: dict[str, list[Any]]) -> dict[
     return {"answer": sample.response.strip(), "entry": entry}
 
 
-_OFFERS: dict[Style, Callable[[Call, Sequence[Sample], dict[str, list[Any]]], dict[str, Any]]] = {
+_OFFERS: dict[Style, Callable[[Call, Sequence[RewardSample], dict[str, list[Any]]], dict[str, Any]]] = {
     Style.TRL: _trl,
     Style.VERL: _verl,
     Style.OPENRLHF: _openrlhf,

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from tensafe_nb.errors import ClientClosedError
-from tensafe_nb.rlvr.calls import Call, Outcome, Sample, awaited_outcomes
+from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, awaited_outcomes
 
 AT_ONCE = 32  # calls under way: what a judge behind an API bears
 
@@ -36,7 +36,7 @@ class CoroutinePool:
         self._calls.append(call)
         return len(self._calls) - 1
 
-    def evaluate(self, key: int, samples: Sequence[Sample]) -> list[Outcome]:
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
         """Await function number `key` on all samples.
 
         Raises:
@@ -70,7 +70,7 @@ class CoroutinePool:
             self._loop = self._thread = None
 
     async def _all(
-        self, call: Call, units: Sequence[Sequence[Sample]], outcomes: list[list[Outcome] | None]
+        self, call: Call, units: Sequence[Sequence[RewardSample]], outcomes: list[list[Outcome] | None]
     ) -> None:
         free = asyncio.Semaphore(AT_ONCE)
 
@@ -80,7 +80,7 @@ class CoroutinePool:
 
         await asyncio.gather(*(one(index) for index in range(len(units))))
 
-    async def _within_limit(self, call: Call, unit: Sequence[Sample]) -> list[Outcome]:
+    async def _within_limit(self, call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
         awaited = asyncio.ensure_future(awaited_outcomes(call, unit))
         try:
             done, _ = await asyncio.wait([awaited], timeout=self._timeout)

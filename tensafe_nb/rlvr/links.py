@@ -18,10 +18,10 @@ from typing import IO, Any, Protocol, TypeAlias
 
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
-from tensafe_nb.rlvr.calls import Call, Sample, outcomes_of
+from tensafe_nb.rlvr.calls import Call, RewardSample, outcomes_of
 
 _PROGRAM = Path(__file__).with_name("pool_process.py")
-Unit: TypeAlias = list[Sample]  # the rollouts of one call
+Unit: TypeAlias = list[RewardSample]  # the rollouts of one call
 Message: TypeAlias = "list[Any] | None"  # None: there is nobody there any more
 Inbox: TypeAlias = "queue.SimpleQueue[tuple[Link, Message]]"
 

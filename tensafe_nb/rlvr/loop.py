@@ -57,27 +57,19 @@ class RLVRLoop:
     def attach(self, run: TrainingRun) -> None:
         """Get to know the run."""
         self._run = run
-        self._trainer.store = RolloutStore(run.run_id)
+        self._store = self._trainer.store = RolloutStore(run.run_id)
         self._trainer.alarms.forget_announcements()
 
     def submit(self, index: int) -> list[FutureHandle[Any]]:
         """Sample, score and queue the update of one step; wait for the samples in between."""
-        clock = _Clock()
         before = self._held_out.submit() if self._held_out and index == 0 else []
-        batch = self._sample(before)
-        clock.lap("time/sample")
-        report = self._score(batch)
-        clock.lap("time/reward")
-        step = self._under_way[index] = _Step(batch, report, clock)
         try:
-            if self._can_go_on(index, batch):
-                step.update = self._trainer.algo.update(batch, self._client)
-                step.update.add_done_callback(lambda _: clock.lap("time/update"))
-        except NonFiniteLossError as error:
-            step.error = error
+            step = self._under_way[index] = self._sampled_and_scored()
+            self._update(index, step)
+        except BaseException:
+            for handle in before:
+                handle.cancel()
             raise
-        finally:
-            self._keep(batch)  # while the update is under way; and when there will be none, above all
         updates = [] if step.update is None else [step.update]
         return [*updates, *before, *self._evaluation_after(index)]
 
@@ -107,6 +99,11 @@ class RLVRLoop:
         """Go to such a place."""
         self._trainer.seek(position)
 
+    def interrupt(self) -> None:
+        """End the scoring processes: whoever waits for a reward waits no more."""
+        if self._scorer is not None:
+            self._scorer.close()
+
     def close(self) -> None:
         """End the scoring processes; say which rollouts an update without a finite loss was about."""
         if self._scorer is not None:
@@ -116,17 +113,14 @@ class RLVRLoop:
                 found = not_finite(step.batch, error)
                 self._client.publish(alarm_of(self._run.run_id, self._trainer.row + 1, found))
 
-    def _sample(self, before: Sequence[FutureHandle[Any]]) -> TrajectoryBatch:
-        trainer = self._trainer
-        prompts = trainer.prompts.take()
-        try:
-            batch = self._run.wait(trainer.sampler.submit(prompts))
-        except BaseException:
-            for handle in before:
-                handle.cancel()
-            raise
-        trainer.sampler.warn_of_texts(prompts)
-        return batch
+    def _sampled_and_scored(self) -> _Step:
+        clock, sampler, prompts = _Clock(), self._trainer.sampler, self._trainer.prompts.take()
+        batch = self._run.wait(sampler.submit(prompts))
+        sampler.warn_of_texts(prompts)
+        clock.lap("time/sample")
+        report = self._score(batch)
+        clock.lap("time/reward")
+        return _Step(batch, report, clock)
 
     def _score(self, batch: TrajectoryBatch) -> ScoreReport:
         """Score with the trainer's reward as it is now; it may have been replaced since the step before."""
@@ -136,6 +130,17 @@ class RLVRLoop:
                 self._scorer.close()
             self._scorer, self._scores = Scorer(reward, self._trainer.reward_timeout), reward
         return self._scorer.score(batch)
+
+    def _update(self, index: int, step: _Step) -> None:
+        try:
+            if self._can_go_on(index, step.batch):
+                step.update = self._trainer.algo.update(step.batch, self._client)
+                step.update.add_done_callback(lambda _: step.clock.lap("time/update"))
+        except NonFiniteLossError as error:
+            step.error = error
+            raise
+        finally:
+            self._keep(step.batch)  # while the update is under way; and when there will be none, above all
 
     def _can_go_on(self, index: int, batch: TrajectoryBatch) -> bool:
         """Whether there is something to update on. A run ends here if its first step has nothing at all."""
@@ -152,11 +157,8 @@ class RLVRLoop:
 
     def _keep(self, batch: TrajectoryBatch) -> None:
         """Write the rollouts to the disk."""
-        trainer = self._trainer
-        if trainer.store is None:
-            return
-        step = trainer.row + 1
-        path = trainer.store.add(step, batch)
+        step = self._trainer.row + 1
+        path = self._store.add(step, batch)
         self._client.publish(
             Rollouts(run_id=self._run.run_id, step=step, rollouts=len(batch), path=str(path))
         )

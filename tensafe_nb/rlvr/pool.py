@@ -10,11 +10,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
 from tensafe_nb.errors import ClientClosedError, RewardError
-from tensafe_nb.rlvr.calls import Call, Outcome, Sample, failed
+from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, failed
 from tensafe_nb.rlvr.links import Inbox, Link, Message, ProcessLink, ThreadLink, Unit
 
 LOAD_SECONDS = 60.0  # to start a process and import what a function needs
@@ -32,13 +33,13 @@ class _Worker:
 
     link: Link
     loaded: set[int] = field(default_factory=set)
-    loading: bool = False
+    loading: int | None = None  # the function it is loading
     under_way: deque[int] = field(default_factory=deque)
     since: float = 0.0
 
     @property
     def busy(self) -> bool:
-        return self.loading or bool(self.under_way)
+        return self.loading is not None or bool(self.under_way)
 
 
 class _Job:
@@ -92,7 +93,7 @@ class RewardPool:
         self._blobs.append(blob)
         return len(self._calls) - 1
 
-    def evaluate(self, key: int, samples: Sequence[Sample]) -> list[Outcome]:
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
         """Call function number `key` on all samples.
 
         Raises:
@@ -101,7 +102,7 @@ class RewardPool:
             RewardError: The process died while it loaded the function.
         """
         with self._lock:
-            self._forget_dead()
+            self._catch_up()
             job = _Job(key, self._calls[key].units(samples), self._processes)
             try:
                 while job.open:
@@ -127,11 +128,13 @@ class RewardPool:
                 worker.link.join()
         self._workers.clear()
 
-    def _forget_dead(self) -> None:
-        """Drop processes that ended between rounds; they took no call with them."""
+    def _catch_up(self) -> None:
+        """Hear what happened between rounds: a process was ready, or ended, and took no call with it."""
         while not self._inbox.empty():
             link, message = self._inbox.get()
-            if message is None and link in self._workers:
+            if link in self._workers and message is not None and message[1] is None:
+                self._loaded(self._workers[link], message)
+            elif link in self._workers:
                 del self._workers[link]
                 link.kill()
 
@@ -158,7 +161,7 @@ class RewardPool:
     def _assign(self, worker: _Worker, job: _Job) -> None:
         worker.since = time.monotonic()
         if job.key not in worker.loaded:
-            worker.loading = True
+            worker.loading = job.key
             worker.link.load(job.key, self._blobs[job.key])
             return
         chunk = job.waiting.popleft()
@@ -187,25 +190,29 @@ class RewardPool:
             self._take(self._workers[link], message, job)
 
     def _deadline(self, worker: _Worker) -> float:
-        return worker.since + (LOAD_SECONDS if worker.loading else self._timeout)
+        return worker.since + (LOAD_SECONDS if worker.loading is not None else self._timeout)
 
     def _take(self, worker: _Worker, message: Message, job: _Job) -> None:
         if message is None:
             self._died(worker, job)
         elif message[0] == "loaded":
-            worker.loading = False
-            if message[1] is not None:
-                raise CannotShip(message[1])
-            worker.loaded.add(job.key)
+            self._loaded(worker, message)
         else:
             worker.under_way.popleft()
             worker.since, job.lost = time.monotonic(), 0
             job.settle(message[0], [Outcome(*outcome) for outcome in message[1]])
 
+    def _loaded(self, worker: _Worker, message: list[Any]) -> None:
+        assert worker.loading is not None
+        if message[1] is not None:
+            raise CannotShip(message[1])
+        worker.loaded.add(worker.loading)
+        worker.loading = None
+
     def _died(self, worker: _Worker, job: _Job) -> None:
         if self._closed:
             return
-        if worker.loading:
+        if worker.loading is not None:
             self._drop(worker, job)
             raise RewardError(
                 "The process that scores ended while it loaded the reward function; see its output."
@@ -213,7 +220,7 @@ class RewardPool:
         self._lose(worker, job, Outcome(error="the process that scores ended during this call"))
 
     def _overdue(self, worker: _Worker, job: _Job) -> None:
-        if worker.loading:
+        if worker.loading is not None:
             self._drop(worker, job)
             raise RewardError(f"The reward function was not loaded after {LOAD_SECONDS:g} s.")
         text = f"took longer than {self._timeout:g} s and was ended"

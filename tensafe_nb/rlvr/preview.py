@@ -133,7 +133,9 @@ def _histogram(rewards: "np.ndarray[Any, np.dtype[np.float64]]") -> tuple[tuple[
     """Return counts and edges: one bin for each value while there are few, ten bins beyond."""
     scored = rewards[np.isfinite(rewards)]
     values = np.unique(scored)
-    edges = values if 0 < values.size <= BINS else np.histogram_bin_edges(scored, BINS)[:-1]
+    if not values.size:
+        return (), ()
+    edges = values if values.size <= BINS else np.histogram_bin_edges(scored, BINS)[:-1]
     counts = np.bincount(np.searchsorted(edges, scored, side="right") - 1, minlength=edges.size)
     return tuple(counts.tolist()), tuple(edges.tolist())
 

@@ -8,13 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from typing import Any, TypeAlias
 
 from tensafe_nb.errors import RewardError, ValidationError, nearest
 from tensafe_nb.registry import Registry, check_keywords, load_dotted, name_of
 from tensafe_nb.rlvr import builtin_rewards, code_reward, parsed_rewards, shaping_rewards
-from tensafe_nb.rlvr.calls import Call, Outcome, Sample, Style
+from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, Style
 from tensafe_nb.rlvr.composite import Part, combined, read_parts
 from tensafe_nb.rlvr.signatures import call_for
 
@@ -99,7 +98,7 @@ class Reward:
             outcomes = [Outcome(part.reward(prompt, response, meta, tokens=tokens)) for part in self.parts]
             return combined(self.parts, outcomes).score
         given: Any = meta if self.call.style is Style.OURS else (meta or {})
-        outcome = _called(self.call, Sample(prompt, response, given, tokens))
+        outcome = _called(self.call, RewardSample(prompt, response, given, tokens))
         if outcome.error is not None:
             raise RewardError(f"The reward {self.name!r} {outcome.error}.")
         return outcome.score
@@ -201,7 +200,7 @@ def _check_keywords(function: RewardFunction, kwargs: Mapping[str, Any], positio
     check_keywords(function, dict(kwargs), "reward", positional)
 
 
-def _called(call: Call, sample: Sample) -> Outcome:
+def _called(call: Call, sample: RewardSample) -> Outcome:
     """Call the function once, here, and let its exceptions through."""
     log: dict[str, list[Any]] = {}
     value = call.invoke([sample], log)
@@ -273,10 +272,3 @@ def _source(function: Any) -> str:
 
 for _name, _builtin in _BUILTINS.items():
     _REWARDS.register(_name)(_builtin.function)
-
-
-def __getattr__(name: str) -> Any:
-    """Lend `score` and `check_scored`, which have moved to `scoring`, to those who import them from here."""
-    if name in ("score", "check_scored"):
-        return getattr(import_module("tensafe_nb.rlvr.scoring"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

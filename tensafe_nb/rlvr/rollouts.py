@@ -1,5 +1,6 @@
 """What was sampled: trajectories grouped by prompt, their statistics, and how they are written and read back."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -316,32 +317,33 @@ def write_private(path: Path, text: str) -> None:
 def _lines(batch: TrajectoryBatch) -> Iterator[str]:
     yield json.dumps({"format": FORMAT, "sampling": to_plain(batch.sampling)})
     for group in batch.groups:
-        record = _record(group) | {"rollouts": [_record(trajectory) for trajectory in group.rollouts]}
-        yield json.dumps(record, allow_nan=False)
+        yield _line(_record(group) | {"rollouts": [_record(trajectory) for trajectory in group.rollouts]})
 
 
 def _record(item: RolloutGroup | Trajectory) -> dict[str, Any]:
-    """Return the fields as JSON takes them, those that are None left out."""
-    values = {f.name: getattr(item, f.name) for f in fields(item) if f.name != "rollouts"}
-    values["meta"] = {name: _column(value) for name, value in item.meta.items()}
-    return {name: _plain(value) for name, value in values.items() if value is not None}
+    """Return the fields that are not None."""
+    names = [name for name in item.__slots__ if name != "rollouts"]
+    return {name: value for name in names if (value := getattr(item, name)) is not None}
+
+
+def _line(record: dict[str, Any]) -> str:
+    """Write a record as strict JSON: as it is, or where it holds what JSON does not know, by `to_plain`."""
+    with contextlib.suppress(TypeError, ValueError):
+        text = json.dumps(record, allow_nan=False)
+        if '"$' not in text:  # could be taken for one of the marks of to_plain
+            return text
+    for item in (record, *record["rollouts"]):
+        item["meta"] = {name: _column(value) for name, value in item["meta"].items()}
+    return json.dumps(to_plain(record), allow_nan=False)
 
 
 def _column(value: Any) -> Any:
     """Return a value that JSON can hold: itself, or its text."""
     try:
-        _plain(value)
+        to_plain(value)
     except ValidationError:
         return str(value)
     return value
-
-
-def _plain(value: Any) -> Any:
-    """`to_plain`, but a list of finite numbers is taken as it is: one by one they take seconds."""
-    kinds = set(map(type, value)) if isinstance(value, list) else set()
-    if kinds == {int} or (kinds == {float} and np.isfinite(value).all()):
-        return value
-    return to_plain(value)
 
 
 def _read(path: Path) -> TrajectoryBatch:

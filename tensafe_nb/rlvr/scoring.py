@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
-from tensafe_nb.rlvr.calls import Call, Outcome, Sample, outcomes_of
+from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, outcomes_of
 from tensafe_nb.rlvr.composite import combined, named_parts
 from tensafe_nb.rlvr.coroutine_pool import CoroutinePool
 from tensafe_nb.rlvr.pool import CannotShip, RewardPool
@@ -84,7 +84,7 @@ class _Lane(Protocol):
     """Who makes the calls of some functions."""
 
     def add(self, call: Call) -> int: ...
-    def evaluate(self, key: int, samples: Sequence[Sample]) -> list[Outcome]: ...
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]: ...
     def close(self) -> None: ...
 
 
@@ -98,7 +98,7 @@ class _Here:
         self._calls.append(call)
         return len(self._calls) - 1
 
-    def evaluate(self, key: int, samples: Sequence[Sample]) -> list[Outcome]:
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
         call = self._calls[key]
         return [outcome for unit in call.units(samples) for outcome in outcomes_of(call, unit)]
 
@@ -178,7 +178,7 @@ class Scorer:
         """
         if self._closed:
             raise ClientClosedError("The scorer is closed. Make a new Scorer to go on.")
-        samples = [Sample(t.prompt, t.response, t.meta, t.tokens) for t in trajectories]
+        samples = [RewardSample(t.prompt, t.response, t.meta, t.tokens) for t in trajectories]
         found: dict[str, list[Outcome]] = {}
         outcomes = self._outcomes(self._root, samples, found)
         for trajectory, outcome in zip(trajectories, outcomes, strict=True):
@@ -194,7 +194,7 @@ class Scorer:
             lane.close()
 
     def _outcomes(
-        self, node: _Node, samples: Sequence[Sample], found: dict[str, list[Outcome]]
+        self, node: _Node, samples: Sequence[RewardSample], found: dict[str, list[Outcome]]
     ) -> list[Outcome]:
         """Return one outcome for each sample, and note those of every function under its path."""
         if node.parts:
@@ -203,7 +203,7 @@ class Scorer:
         found[node.path] = outcomes = self._evaluated(node, samples)
         return outcomes
 
-    def _evaluated(self, node: _Node, samples: Sequence[Sample]) -> list[Outcome]:
+    def _evaluated(self, node: _Node, samples: Sequence[RewardSample]) -> list[Outcome]:
         try:
             return node.lane.evaluate(node.key, samples)
         except CannotShip as reason:

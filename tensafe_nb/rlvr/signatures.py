@@ -98,7 +98,8 @@ def _positional(signature: inspect.Signature, name: str, kwargs: Mapping[str, An
     names = list(signature.parameters)
     ambiguous = names[1:2] == ["answer"] or bool(set(names[2:3]) & (_NOT_META - set(kwargs)))
     keywords = set(kwargs) | ({"tokens"} & set(names[2:]))
-    counts = [count for count in (3, 2) if _binds(signature, count, keywords)]
+    most = 2 if _has_its_own_value(list(signature.parameters.values())[2:3]) else 3
+    counts = [count for count in (3, 2) if count <= most and _binds(signature, count, keywords)]
     if counts and not ambiguous:
         return counts[0]
     hint = ""
@@ -107,6 +108,13 @@ def _positional(signature: inspect.Signature, name: str, kwargs: Mapping[str, An
     raise ValidationError(
         f"The reward {name!r} has the signature {signature}: expected fn(prompt, response, meta=None) -> float, "
         f"or the signature of a TRL, verl, OpenRLHF or verifiers function.{hint}"
+    )
+
+
+def _has_its_own_value(third: list[inspect.Parameter]) -> bool:
+    """Whether a third parameter is an option with a default, as in fn(prompt, response, limit=20): no meta."""
+    return any(
+        p.default is not p.empty and p.default is not None and not p.name.startswith("meta") for p in third
     )
 
 

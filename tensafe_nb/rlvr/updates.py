@@ -22,6 +22,10 @@ SUMS = {  # a loss's sums, and the metrics that their per-token means are
     "sampler_difference": "sampling/sampling_logp_difference/mean",
     "mismatch_kl": "sampling/mismatch_kl",
 }
+MAXIMA = {
+    "log_ratio_max": "policy/log_ratio_max",
+    "sampler_difference_max": "sampling/sampling_logp_difference/max",
+}
 
 
 @plain
@@ -81,6 +85,9 @@ def read_results(
     tokens = sum(result.metrics["tokens"] for result in gradients)
     means = _per_token(gradients, tokens)
     metrics = {name: means[key] for key, name in SUMS.items() if key in means}
+    for key, name in MAXIMA.items():
+        found = [result.metrics[key] for result in gradients if key in result.metrics]
+        metrics |= {name: max(found)} if found else {}
     return UpdateResult(
         steps[-1].step,
         steps[-1].policy_version,
@@ -147,7 +154,9 @@ def loss_mask(batch: TrajectoryBatch, mask_truncated: bool) -> Array:
     return mask
 
 
-def pack(trajectories: Sequence[Trajectory], extras: Mapping[str, Array]) -> BatchData:
+def pack(
+    trajectories: Sequence[Trajectory], extras: Mapping[str, Array], numbers: Array | None = None
+) -> BatchData:
     """Lay trajectories out as rows, padded on the right.
 
     `labels[t]` is the token at t + 1, so a completion's first label sits at the prompt's last position, and
@@ -156,6 +165,7 @@ def pack(trajectories: Sequence[Trajectory], extras: Mapping[str, Array]) -> Bat
     Args:
         trajectories: B of them, with tokens.
         extras: (B, C) per completion token: weights, advantages, old_logprobs, …
+        numbers: (B,) what an error calls the rows: their numbers in the batch of trajectories.
 
     Returns:
         input_ids, attention_mask, labels and the extras, each (B, T).
@@ -171,6 +181,8 @@ def pack(trajectories: Sequence[Trajectory], extras: Mapping[str, Array]) -> Bat
         labels[row, completion] = trajectory.tokens
         for name, values in extras.items():
             laid_out[name][row, completion] = values[row, : len(trajectory.tokens)]
+    if numbers is not None:
+        laid_out["example_ids"] = numbers
     return BatchData(ids, mask, labels, laid_out)
 
 

@@ -335,7 +335,7 @@ def open_file(path: Path, keys: Keys) -> Iterator[StoredArtifact]:
         yield StoredArtifact(info, opened.header.fields, manifest.metadata, manifest, opened)
 
 
-def _chunks(opened: Opened, artifact_id: str) -> Iterator[bytes]:
+def _chunks(opened: Opened, artifact_id: str) -> Iterator[memoryview]:
     with disk_errors(f"read {artifact_id}"):
         yield from opened.chunks()
 

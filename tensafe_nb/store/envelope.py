@@ -120,13 +120,17 @@ class _Chunks:
         self._cipher.encrypt_into(self._nonce(counter, last), chunk, self._associated, block)
         return block
 
-    def open(self, block: Buffer, counter: int, last: bool) -> bytes:
+    def open(self, block: Buffer, counter: int, last: bool, into: bytearray) -> memoryview:
+        size = len(block) - TAG
+        if size < 0 or (
+            size == 0 and counter
+        ):  # an empty chunk is how nothing is sealed, never how something ends
+            raise refused(f"chunk {counter}")
+        chunk = memoryview(into)[:size]
         try:
-            chunk = self._cipher.decrypt(self._nonce(counter, last), block, self._associated)
+            self._cipher.decrypt_into(self._nonce(counter, last), block, self._associated, chunk)
         except InvalidTag as err:
             raise refused(f"chunk {counter}") from err
-        if not chunk and counter:  # an empty chunk is how nothing is sealed, never how something ends
-            raise refused(f"chunk {counter}")
         return chunk
 
     def _nonce(self, counter: int, last: bool) -> bytes:
@@ -141,20 +145,22 @@ class Opened:
     _file: BinaryIO = field(repr=False)
     _chunks: _Chunks = field(repr=False)
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[memoryview]:
         """Yield the payload chunk by chunk, from its beginning at every call, each one authenticated.
 
-        Only the end tells that nothing was cut off: whoever must not act on a part reads twice.
+        A chunk is gone when the next is asked for: its memory is used again. Only the end tells that nothing was cut
+        off: whoever must not act on a part reads twice.
 
         Raises:
             DecryptionError: At the first chunk that is altered, missing, moved or too many.
         """
-        for _, chunk in self._pairs():
-            yield chunk
+        return (chunk for _, chunk in self._pairs())
 
-    def _pairs(self) -> Iterator[tuple[Buffer, bytes]]:
+    def _pairs(self) -> Iterator[tuple[Buffer, memoryview]]:
+        buffer = bytearray()
         for counter, (block, last) in enumerate(_blocks(self._file, self.header.prefix)):
-            yield block, self._chunks.open(block, counter, last)
+            buffer = buffer or bytearray(len(block))  # the first is the longest
+            yield block, self._chunks.open(block, counter, last, buffer)
 
 
 def seal(out: BinaryIO, header: Mapping[str, Any], payload: Iterable[Buffer], keys: Keys) -> Sealed:

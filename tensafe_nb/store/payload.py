@@ -113,7 +113,7 @@ def payload(manifest: Manifest, parts: Mapping[str, bytes | TensorPart]) -> Iter
             yield content
 
 
-def checked(chunks: Iterator[bytes]) -> Manifest:
+def checked(chunks: "Iterator[Buffer]") -> Manifest:
     """Read a payload to its end, keeping nothing, and return its manifest.
 
     Raises:
@@ -129,7 +129,7 @@ def checked(chunks: Iterator[bytes]) -> Manifest:
 class PayloadStream(io.RawIOBase):
     """Chunks read as one stream, forward only. Unlike other raw streams, reads are short only at the end."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
+    def __init__(self, chunks: "Iterator[Buffer]") -> None:
         super().__init__()
         self._chunks = chunks
         self._rest = memoryview(b"")

@@ -129,7 +129,7 @@ def _header(entries: Iterable[_Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def read_tensors(stream: Readable, size: int) -> Iterator[tuple[str, str, tuple[int, ...], bytearray]]:
+def read_tensors(stream: Readable, size: int) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
     """Yield (name, dtype, shape, bytes) for each tensor of a safetensors stream, in the order of the file.
 
     The header is checked whole before the first tensor is yielded. Nothing yielded is kept here.
@@ -187,15 +187,14 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _read(stream: Readable, size: int) -> bytearray:
-    data = bytearray(size)
-    at, view = 0, memoryview(data)
+def _read(stream: Readable, size: int) -> memoryview:
+    view, at = memoryview(bytearray(size)), 0
     while at < size:
         count = stream.readinto(view[at:])
         if not count:
             raise _malformed(f"it ends {size - at} bytes early")
         at += count
-    return data
+    return view
 
 
 def _malformed(reason: str) -> ValidationError:

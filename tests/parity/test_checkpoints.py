@@ -423,12 +423,27 @@ def until(run: tn.TrainingRun, state: str, steps: int | None = None) -> None:
 def test_a_rollback_to_what_no_run_saved_says_so_and_the_run_goes_on(tc: tn.TrainingClient) -> None:
     saved = tc.save_state().result()
     run = tc.fit(Endless(), steps=10_000, show=False)
+    run.pause()
+    run.step(2)
+    until(run, "PAUSED")
+    step = tc.step
     with pytest.raises(tn.ValidationError, match="not saved by a run"):
         run.rollback(saved.artifact_id).result()
+    assert tc.step == step, "nothing was loaded"
     with pytest.raises(tn.errors.ArtifactNotFoundError):
         run.rollback("art-none").result()
     assert not run.done()
     run.stop()
+
+
+def test_a_resume_on_fewer_batches_than_were_trained_on_is_refused(tc: tn.TrainingClient) -> None:
+    run = tc.fit([training_batch(seed) for seed in range(5)], steps=4, checkpoint_every=4, show=False)
+    run.result()
+    checkpoint = tn.load_run(run.run_id).last_checkpoint
+    assert checkpoint is not None
+    resumed = tc.fit([training_batch(0)] * 2, steps=8, resume_from=checkpoint, show=False)
+    with pytest.raises(tn.ValidationError, match="after 4 batches of a pass; there are only 2"):
+        resumed.result()
 
 
 def test_retention_keeps_the_newest_and_the_best(service: tn.ServiceClient, tc: tn.TrainingClient) -> None:

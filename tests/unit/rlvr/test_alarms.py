@@ -212,6 +212,15 @@ def test_a_trouble_that_lasts_is_announced_once_and_again_after_it_was_over():
     assert watch([bad] + [fine] * 5 + [bad]) == [(1, "kl", "amber"), (7, "kl", "amber")]
 
 
+def test_a_level_rises_at_once_and_falls_after_five_milder_steps():
+    red, amber = (
+        ({"policy/log_ratio_max": 6.0}, batch_of(MIXED)),
+        ({"policy/approx_kl": 0.5}, batch_of(MIXED)),
+    )
+    assert watch([amber, red, amber, red, amber]) == [(1, "kl", "amber"), (2, "kl", "red")]
+    assert watch([red, *[amber] * 6, red]) == [(1, "kl", "red"), (6, "kl", "amber"), (8, "kl", "red")]
+
+
 def test_the_memory_survives_a_checkpoint_and_what_goes_on_is_announced_anew():
     steps = [({"entropy": 0.2}, batch_of(MIXED))] * 5 + [({"entropy": 0.2}, batch_of(BAD))] * 19
     whole, first, second = Alarms(), Alarms(), Alarms()

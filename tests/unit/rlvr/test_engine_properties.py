@@ -16,7 +16,8 @@ from tensafe_nb.rlvr import (
     Trajectory,
     TrajectoryBatch,
 )
-from tensafe_nb.rlvr.rewards import resolve_reward, score
+from tensafe_nb.rlvr.rewards import resolve_reward
+from tensafe_nb.rlvr.scoring import score
 from tensafe_nb.rlvr.updates import pack
 from tests.unit.rlvr.clients import TINY, EngineClient, policy_batch
 

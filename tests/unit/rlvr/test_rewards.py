@@ -96,6 +96,13 @@ def test_a_third_parameter_may_be_a_bound_keyword():
     assert reward("", "7", {"answer": "8"}) == 1.0
 
 
+def test_a_third_parameter_with_a_default_of_its_own_is_an_option_not_meta():
+    assert resolve_reward(lambda prompt, response, limit=20: limit)("", "", {"answer": 1}) == 20
+    assert (
+        resolve_reward(lambda prompt, response, context=None: context["answer"])("", "", {"answer": 1}) == 1
+    )
+
+
 def test_a_parameter_named_tokens_gets_the_token_ids_unless_it_is_bound():
     def length(prompt, response, meta=None, tokens=()):
         return len(tokens)
@@ -154,10 +161,10 @@ def test_trl_functions_get_all_completions_and_columns_at_once_and_may_log():
 
 
 def test_trl_functions_get_chat_messages_when_asked():
-    reward = resolve_reward(
-        lambda prompts, completions, **columns: [len(c[0]["content"] + p[-1]["content"]) for p, c in zip(prompts, completions)],
-        conversational=True,
-    )  # fmt: skip
+    def lengths(prompts, completions, **columns):
+        return [len(p[-1]["content"] + c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
+
+    reward = resolve_reward(lengths, conversational=True)
     assert reward("ab", "cde") == 5
     assert resolve_reward(reward) is reward
     with pytest.raises(ValidationError, match="conversational=True is for"):
@@ -189,7 +196,7 @@ def test_openrlhf_functions_get_queries_and_labels_and_return_tensors():
 
     def reward_func(queries, prompts, labels):
         assert queries == ["q1a", "q2bb"]
-        values = torch.tensor([float(len(query) - len(prompt)) for query, prompt in zip(queries, prompts)])
+        values = torch.tensor([len(q) - len(p) for q, p in zip(queries, prompts, strict=True)])
         return {"rewards": values, "scores": values, "extra_logs": {"label": torch.tensor(labels)}}
 
     trajectories = [Trajectory("q1", "a", {"label": 5}), Trajectory("q2", "bb", {"label": 6})]

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import threading
-import time
 from itertools import islice
 
 import numpy as np
@@ -64,8 +63,9 @@ def paused(client):
     return happened
 
 
-def letters(prompt, response, meta=None):
-    return float(len(set(response)))
+def checksum(prompt, response, meta=None):
+    """A reward without a meaning that differs from answer to answer."""
+    return float(sum(map(ord, response)) % 7)
 
 
 # prompts
@@ -253,7 +253,7 @@ def test_the_algorithm_can_be_any_object_that_updates(client):
 
 
 def test_every_step_leaves_its_rollouts_on_the_disk_with_rewards_and_advantages(client):
-    run = train(client, letters, steps=2)
+    run = train(client, checksum, steps=2)
     run.result(60)
     found = events(client, Rollouts)
     assert [(event.run_id, event.step, event.rollouts) for event in found] == [
@@ -284,7 +284,7 @@ def broken(prompt, response, meta=None):
 
 
 def test_a_reward_that_fails_on_more_than_half_pauses_the_run_until_it_is_mended(client, paused):
-    trainer = trainer_of(client, letters)
+    trainer = trainer_of(client, checksum)
     run = trainer.run(steps=4, show=False)
     run.pause()
     assert paused.wait(60)
@@ -301,7 +301,7 @@ def test_a_reward_that_fails_on_more_than_half_pauses_the_run_until_it_is_mended
     row = rows(client)[-1].values
     assert not {"reward", "entropy", "policy/approx_kl"} & set(row)
     assert row["rewards/broken/errors"] == 16
-    trainer.set_reward(letters)
+    trainer.set_reward(checksum)
     run.resume()
     assert run.result(60).state == "FINISHED"
     assert client.step == 3
@@ -311,7 +311,7 @@ def test_a_reward_that_fails_on_most_rollouts_still_trains_on_the_rest_before_th
     calls = iter(range(1000))
 
     def mostly_broken(prompt, response, meta=None):
-        return letters(prompt, response) if next(calls) % 4 == 0 else 1 / 0
+        return checksum(prompt, response) if next(calls) % 4 == 0 else 1 / 0
 
     run = train(client, mostly_broken, algo=REINFORCE(baseline="none"), steps=3)
     assert paused.wait(60)
@@ -330,7 +330,7 @@ def test_a_script_that_nobody_watches_fails_instead_of_waiting_for_ever(client):
 
 
 def test_another_reward_takes_over_and_the_row_says_where(client, paused):
-    trainer = trainer_of(client, letters)
+    trainer = trainer_of(client, checksum)
     run = trainer.run(steps=5, show=False)
     run.pause()
     assert paused.wait(60)
@@ -339,7 +339,7 @@ def test_another_reward_takes_over_and_the_row_says_where(client, paused):
     paused.clear()
     run.step(1)
     assert paused.wait(60)
-    trainer.set_reward(letters)
+    trainer.set_reward(checksum)
     run.resume()
     run.result(60)
     versions = client.history["reward_version"].tolist()
@@ -354,12 +354,12 @@ def test_another_reward_takes_over_and_the_row_says_where(client, paused):
 def test_stored_rollouts_are_scored_anew_without_sampling_or_training(client):
     trainer = trainer_of(client, lambda prompt, response: 1.0)
     trainer.run(steps=3, show=False).result(60)
-    found = trainer.rescore(last=2, reward=letters)
+    found = trainer.rescore(last=2, reward=checksum)
     assert found.steps == (2, 3)
     assert len(found.after) == 32
     assert (found.before.frac_zero_signal, found.errors) == (1.0, 0)
     assert found.gained_signal == 1 - found.after.frac_zero_signal > 0
-    assert [t.reward for t in found.after] == [letters(t.prompt, t.response) for t in found.before]
+    assert [t.reward for t in found.after] == [checksum(t.prompt, t.response) for t in found.before]
     assert trainer.rescore(last=1).after.mean_reward == 1.0, "the trainer's own reward when none is given"
     assert client.step == 0
 
@@ -369,24 +369,26 @@ def test_rescoring_before_any_run_says_what_to_do(client):
         trainer_of(client).rescore()
 
 
-@pytest.mark.parametrize(
-    ("reward", "shown"), [(broken, "ZeroDivisionError"), (time.sleep, "timed out|ran out of time|no answer")]
-)
-def test_a_reward_that_raises_or_hangs_in_its_process_scores_nothing_and_is_seen(client, reward, shown):
+def raises_or_hangs(prompt, response, meta=None, *, on, seconds):
+    import time
+
+    if prompt == on:
+        time.sleep(seconds)
+        raise ZeroDivisionError("no")
+    return 1.0
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "ZeroDivisionError: no"), (60, "longer than 0.5 s")])
+def test_a_reward_that_raises_or_hangs_in_its_process_scores_nothing_and_is_seen(client, seconds, shown):
     """B11."""
-
-    def sometimes(prompt, response, meta=None):
-        if response[:1] in "01":
-            return reward(60) if reward is time.sleep else reward(prompt, response)
-        return 1.0
-
-    train(client, sometimes, steps=1, reward_timeout=0.3).result(60)
+    reward = resolve_reward(raises_or_hangs, on=SUMS[0]["prompt"], seconds=seconds)
+    train(client, reward, steps=1, prompts_per_step=8, group_size=2, reward_timeout=0.5).result(60)
     batch = TrajectoryBatch.load(events(client, Rollouts)[0].path)
-    failed = [trajectory for trajectory in batch if trajectory.response[:1] in "01"]
-    assert failed
-    assert {trajectory.reward for trajectory in failed} == {None}
-    assert all(trajectory.reward_error for trajectory in failed)
-    assert client.history["rewards/sometimes/errors"].tolist() == [len(failed)]
+    failed = [trajectory for trajectory in batch if trajectory.reward is None]
+    assert [trajectory.prompt for trajectory in failed] == [SUMS[0]["prompt"]] * 2
+    assert all(shown in trajectory.reward_error for trajectory in failed)
+    assert client.history["rewards/raises_or_hangs/errors"].tolist() == [2]
+    assert client.history["rewards/raises_or_hangs/timeouts"].tolist() == [2 if seconds else 0]
     assert client.history["reward"].tolist() == [1.0]
 
 
@@ -394,7 +396,7 @@ def test_a_reward_that_raises_or_hangs_in_its_process_scores_nothing_and_is_seen
 
 
 def huge(prompt, response, meta=None):
-    return 1e38 * len(set(response))
+    return 1e38 * (sum(map(ord, response)) % 3)
 
 
 @pytest.mark.parametrize("algo", [REINFORCE(), PPO(ppo_epochs=2)], ids=["REINFORCE", "PPO"])
@@ -419,7 +421,7 @@ def test_equal_rewards_sound_the_no_signal_alarm_once(client):
 
 
 def test_answers_that_are_all_cut_sound_the_truncation_alarm_and_the_next_run_does_so_again(client):
-    trainer = trainer_of(client, letters, algo=REINFORCE(mask_truncated=False), max_new_tokens=2)
+    trainer = trainer_of(client, checksum, algo=REINFORCE(mask_truncated=False), max_new_tokens=2)
     runs = []
     for _ in range(2):
         runs.append(trainer.run(steps=2, show=False))
@@ -439,13 +441,13 @@ def test_a_run_that_was_resumed_has_the_rows_it_would_have_had(client, service):
     """B8, B9: weights, baselines, prompts, seeds, counters, and what the alarms remember."""
 
     def trainer(client):
-        return trainer_of(client, letters, algo=REINFORCE(baseline="ema"), seed=3)
+        return trainer_of(client, checksum, algo=REINFORCE(baseline="ema"), seed=3)
 
     whole = trainer(client)
     whole.run(steps=6, show=False).result(60)
     other, third = (service.create_training_client(CONFIG) for _ in range(2))
     half = trainer(other)
-    half.set_reward(letters)
+    half.set_reward(checksum)
     half.run(steps=3, checkpoint_every=3, show=False).result(60)
     saved = service.list_artifacts(other.training_client_id)[0].artifact_id
     resumed = trainer(third)
@@ -453,6 +455,32 @@ def test_a_run_that_was_resumed_has_the_rows_it_would_have_had(client, service):
     assert [row.step for row in rows(third)] == [4, 5, 6]
     assert [without_times(row) for row in rows(third)] == [without_times(row) for row in rows(client)[3:]]
     assert resumed.position() == whole.position()
+
+
+def test_a_run_that_was_rolled_back_takes_the_same_steps_again_and_keeps_both_texts(client, paused, service):
+    started, seen = threading.Event(), []
+
+    def pausing(prompt, response, meta=None):
+        seen.append(prompt)
+        if len(seen) == 4 * 16:  # the last rollout of step 4
+            assert started.wait(60)
+            run.pause()
+        return checksum(prompt, response)
+
+    run = trainer_of(client, pausing).run(steps=6, checkpoint_every=2, show=False)
+    started.set()
+    assert paused.wait(60)
+    (saved,) = [
+        artifact for artifact in service.list_artifacts(client.training_client_id) if artifact.step == 2
+    ]
+    run.rollback(saved.artifact_id).result(60)
+    run.resume()
+    run.result(60)
+    found = [without_times(row) | {"policy_version": 0} for row in rows(client)]
+    assert [row.step for row in rows(client)] == [1, 2, 3, 4, 3, 4, 5, 6]
+    assert found[2:4] == found[4:6]
+    paths = [event.path for event in events(client, Rollouts)]
+    assert len(set(paths)) == len(paths) == 8
 
 
 def test_versions_of_a_reward_keep_their_numbers_over_a_rollback(client):

@@ -1,0 +1,448 @@
+"""Scoring in processes that can be killed: order, failures, timeouts, coroutines, and nothing left behind."""
+
+import asyncio
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from tensafe_nb.config import SamplingConfig
+from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
+from tensafe_nb.rlvr import MockRolloutSampler, Trajectory, TrajectoryBatch, resolve_reward
+from tensafe_nb.rlvr.preview import preview_reward
+from tensafe_nb.rlvr.rewards import Part
+from tensafe_nb.rlvr.rollouts import RolloutGroup
+from tensafe_nb.rlvr.scoring import Scorer, rescore, score
+
+
+def rollouts(*responses, **meta):
+    return [Trajectory("q", response, meta) for response in responses]
+
+
+def batch_of(*groups):
+    made = [RolloutGroup(f"p{i}", "q", rollouts(*responses)) for i, responses in enumerate(groups)]
+    return TrajectoryBatch(made, SamplingConfig())
+
+
+def is_alive(pid):
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def length(prompt, response, meta=None):
+    return len(response)
+
+
+def process_id(prompt, response, meta=None):
+    return float(os.getpid())
+
+
+def ours():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("tsnb-")]
+
+
+def make_awkward():
+    """Return a function, of a cell as it were, that fails in every way there is."""
+
+    def awkward(prompt, response, meta=None):
+        match response:
+            case "raise":
+                return {}["missing"]
+            case "exit":
+                raise SystemExit(3)
+            case "hang":
+                while True:
+                    pass
+            case "die":
+                os._exit(3)
+            case "none":
+                return None
+            case "nan":
+                return math.nan
+            case "text":
+                return "1.0"
+        print("noise on standard output", flush=True)
+        return float(len(response))
+
+    return awkward
+
+
+def test_results_come_in_order_from_a_function_defined_in_a_cell():
+    scale = 2
+    with Scorer(lambda prompt, response: scale * len(response), processes=2) as scorer:
+        for _ in range(2):
+            trajectories = rollouts(*("x" * n for n in range(50)))
+            report = scorer.score(trajectories)
+            assert [t.reward for t in trajectories] == [2.0 * n for n in range(50)]
+    assert (report.scored, report.errors, report.timeouts, report.abstained) == (50, 0, 0, 0)
+
+
+def test_whatever_goes_wrong_the_others_are_scored_and_no_score_is_invented():
+    awkward = make_awkward()
+    trajectories = rollouts("ok", "raise", "hang", "none", "exit", "nan", "die", "text", "fine")
+    with Scorer(awkward, timeout=0.5, processes=2) as scorer:
+        report = scorer.score(trajectories)
+    found = {t.response: (t.reward, t.reward_error) for t in trajectories}
+    assert found == {
+        "ok": (2.0, None),
+        "raise": (None, "KeyError: 'missing'"),
+        "hang": (None, "took longer than 0.5 s and was ended"),
+        "none": (None, None),
+        "exit": (None, "SystemExit: 3"),
+        "nan": (None, "returned 'nan', expected a finite number or None"),
+        "die": (None, "the process that scores ended during this call"),
+        "text": (None, "returned '1.0', expected a finite number or None"),
+        "fine": (4.0, None),
+    }
+    assert (report.scored, report.abstained, report.errors, report.timeouts) == (2, 1, 6, 1)
+    assert report.metrics == pytest.approx(
+        {
+            "rewards/awkward/mean": 3.0,
+            "rewards/awkward/std": math.sqrt(2),
+            "rewards/awkward/errors": 6,
+            "rewards/awkward/timeouts": 1,
+        }
+    )
+
+
+def test_a_regular_expression_that_never_ends_is_ended_though_it_holds_the_interpreter():
+    trajectories = rollouts("a" * 40 + "b", "aaa")
+    with Scorer(resolve_reward("regex", pattern="(a+)+$", full=True), timeout=0.5, processes=1) as scorer:
+        scorer.score(trajectories)
+    assert [t.reward for t in trajectories] == [None, 1.0]
+
+
+def test_a_function_that_only_hangs_or_dies_is_given_up_before_all_have_had_their_turn():
+    calls = rollouts(*["die"] * 40)
+    with Scorer(make_awkward(), processes=2) as scorer:
+        report = scorer.score(calls)
+    texts = [t.reward_error for t in calls]
+    assert report.errors == 40
+    assert sum("ended during this call" in text and "not called" not in text for text in texts) < 40
+    assert re.match(r"not called: \d+ calls in a row were lost", texts[-1])
+
+
+def test_processes_start_with_the_first_rollouts_stay_and_are_gone_after_close():
+    trajectories, processes = rollouts(*"abcd"), set()
+    with Scorer(process_id, processes=2) as scorer:
+        assert ours() == []
+        for _ in range(3):
+            scorer.score(trajectories)
+            processes |= {t.reward for t in trajectories}
+        assert 1 <= len(processes) <= 2
+        assert os.getpid() not in processes
+        assert all(map(is_alive, processes))
+    scorer.close()
+    assert not any(map(is_alive, processes))
+    assert ours() == []
+    with pytest.raises(ClientClosedError, match="Make a new Scorer"):
+        scorer.score(trajectories)
+
+
+def test_a_process_that_became_ready_after_its_round_serves_the_next_also_another_function():
+    parts = [Part(process_id, name="first"), Part(process_id, name="second")]
+    with Scorer(resolve_reward("composite", parts=parts), processes=2) as scorer:
+        for _ in range(5):
+            assert scorer.score(rollouts(*"ab")).errors == 0
+
+
+def test_a_process_that_ended_between_two_rounds_costs_nothing():
+    import signal
+
+    trajectories = rollouts("a")
+    with Scorer(process_id, processes=1) as scorer:
+        scorer.score(trajectories)
+        before = trajectories[0].reward
+        [worker] = scorer._pool._workers.values()
+        os.kill(int(before), signal.SIGTERM)
+        worker.link._process.wait()
+        worker.link._reader.join()
+        report = scorer.score(trajectories)
+    assert report.errors == 0
+    assert trajectories[0].reward != before
+
+
+def test_built_ins_start_no_process():
+    with Scorer("exact_match") as scorer:
+        scorer.score(rollouts("7", answer="7"))
+        assert ours() == []
+
+
+def test_closing_from_another_thread_ends_a_round_under_way(tmp_path):
+    reached = tmp_path / "reached"
+    os.mkfifo(reached)
+
+    def hang(prompt, response, meta=None):
+        with open(meta["reached"], "w") as fifo:  # noqa: PTH123  # runs elsewhere
+            fifo.write("here")
+        while True:
+            pass
+
+    scorer, raised = Scorer(hang, timeout=60, processes=1), []
+
+    def drive():
+        try:
+            scorer.score(rollouts("a", reached=str(reached)))
+        except ClientClosedError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    assert reached.read_text() == "here"
+    scorer.close()
+    thread.join(10)
+    assert len(raised) == 1
+
+
+def test_a_function_that_cannot_be_pickled_runs_in_a_thread_and_says_so():
+    lock, never = threading.Lock(), threading.Event()
+
+    def locked(prompt, response, meta=None):
+        with lock:
+            if response == "hang":
+                never.wait()
+            return float(len(response))
+
+    with pytest.warns(
+        UserWarning, match=r"'locked' cannot be sent to another process .*lock.* cannot be ended"
+    ):
+        scorer = Scorer(locked, timeout=0.3)
+    trajectories = rollouts("ok", "hang")
+    report = scorer.score(trajectories)
+    assert (report.scored, report.timeouts) == (1, 1)
+    assert trajectories[0].reward == 2.0
+    never.set()
+    scorer.score(rollouts("a", "bc"))
+    scorer.close()
+
+
+def test_a_function_whose_module_cannot_be_imported_elsewhere_runs_in_a_thread_and_says_so(monkeypatch):
+    import types
+
+    module = types.ModuleType("of_this_process_only")
+    exec("def reward(prompt, response, meta=None):\n    return 5.0", module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    trajectories = rollouts("a")
+    with Scorer(module.reward, processes=1) as scorer:
+        with pytest.warns(UserWarning, match="No module named 'of_this_process_only'"):
+            scorer.score(trajectories)
+        scorer.score(trajectories)
+    assert trajectories[0].reward == 5.0
+
+
+def test_columns_that_cannot_be_sent_leave_their_rollouts_unscored():
+    with Scorer(length, processes=1) as scorer:
+        trajectories = rollouts("a", lock=threading.Lock())
+        scorer.score(trajectories)
+        assert trajectories[0].reward is None
+        assert "the prompt's columns cannot be sent" in trajectories[0].reward_error
+        again = rollouts("abc")
+        scorer.score(again)
+        assert again[0].reward == 3.0
+
+
+def test_a_batch_function_is_called_once_with_everything():
+    def relative(completions, answer, **columns):
+        longest = max(map(len, completions))
+        return [len(text) / longest for text in completions]
+
+    trajectories = rollouts("a", "bb", "cccc", answer="x")
+    with Scorer(relative) as scorer:
+        scorer.score(trajectories)
+    assert [t.reward for t in trajectories] == [0.25, 0.5, 1.0]
+
+
+def test_coroutines_are_awaited_together_and_one_that_takes_too_long_is_cancelled():
+    together = threading.Barrier(1)  # cannot be pickled: coroutines stay in this process
+    waiting, all_wait = [], asyncio.Event()
+
+    async def judge(prompt, response, meta=None):
+        waiting.append(response)
+        if len(waiting) == 3:
+            all_wait.set()
+        await all_wait.wait()
+        if response == "hang":
+            await asyncio.Event().wait()
+        if response == "raise":
+            raise ValueError("no verdict")
+        return together.parties * len(response)
+
+    trajectories = rollouts("ok", "hang", "raise")
+    with Scorer(judge, timeout=0.3) as scorer:
+        report = scorer.score(trajectories)
+        scorer.score(rollouts("again"))
+    assert [t.reward for t in trajectories] == [2.0, None, None]
+    assert trajectories[1].reward_error == "took longer than 0.3 s and was cancelled"
+    assert trajectories[2].reward_error == "ValueError: no verdict"
+    assert (report.errors, report.timeouts) == (2, 1)
+
+
+def test_a_coroutine_that_blocks_its_loop_is_left_behind():
+    release = threading.Event()
+
+    async def blocks(prompt, response, meta=None):
+        if response == "block":
+            release.wait()
+        return 1.0
+
+    trajectories = rollouts("block", "other")
+    with Scorer(blocks, timeout=0.2) as scorer:
+        report = scorer.score(trajectories)
+        assert "it must await, not wait" in trajectories[0].reward_error
+        assert report.timeouts == 2
+        release.set()
+        assert scorer.score(rollouts("fine")).scored == 1
+
+
+def test_a_composite_reports_each_part_and_fills_in_the_trajectory():
+    parts = [Part("exact_match", 1.0), Part(make_awkward(), 0.0, "judge", true=True)]
+    reward = resolve_reward("composite", parts=parts)
+    trajectories = rollouts("7", "raise", answer="7")
+    with Scorer(reward, processes=1) as scorer:
+        report = scorer.score(trajectories)
+    assert [t.reward for t in trajectories] == [1.0, 0.0]
+    assert trajectories[0].reward_parts == {"exact_match": 1.0, "judge": 1.0}
+    assert trajectories[1].reward_error == "judge: KeyError: 'missing'"
+    assert trajectories[0].reward_version == reward.version == report.version
+    assert report.metrics["rewards/exact_match/mean"] == 0.5
+    assert report.metrics["rewards/judge/errors"] == 1
+    assert report.metrics["rewards/true"] == 1.0
+
+
+def test_composites_within_composites_are_named_by_their_path():
+    inner = resolve_reward("composite", parts=[Part(lambda p, r: {"score": 1.0, "acc": 0.5}, name="deep")])
+    reward = resolve_reward("composite", parts=[Part(inner, 2.0, "inner"), Part(length, name="length")])
+    trajectories = rollouts("abc")
+    with Scorer(reward, processes=1) as scorer:
+        report = scorer.score(trajectories)
+    assert trajectories[0].reward == 5.0
+    assert set(report.functions) == {"inner/deep", "inner/deep/acc", "length"}
+    assert trajectories[0].reward_parts["inner/deep"] == 1.0
+
+
+def test_nothing_to_score_is_no_trouble():
+    for reward in (length, "exact_match", lambda completions, **columns: []):
+        with Scorer(reward) as scorer:
+            assert scorer.score([]).scored == 0
+
+
+@pytest.mark.parametrize("kwargs", [{"timeout": 0}, {"timeout": -1.0}, {"processes": 0}])
+def test_settings_that_cannot_work_are_refused(kwargs):
+    with pytest.raises(ValidationError, match="Scorer: "):
+        Scorer("exact_match", **kwargs)
+
+
+def test_a_process_that_cannot_be_started_is_an_error_that_says_why(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with Scorer(length) as scorer, pytest.raises(RewardError, match="/no/such/python"):
+        scorer.score(rollouts("a"))
+
+
+def test_scoring_here_and_scoring_elsewhere_agree():
+    here, elsewhere = (rollouts("ok", "raise", "none", "fine") for _ in range(2))
+    report = score(here, resolve_reward(make_awkward()))
+    with Scorer(make_awkward(), processes=2) as scorer:
+        other = scorer.score(elsewhere)
+    assert [(t.reward, t.reward_error) for t in here] == [(t.reward, t.reward_error) for t in elsewhere]
+    assert report.metrics == other.metrics
+
+
+SCRIPT = """
+import sys, threading
+from tensafe_nb.rlvr import Trajectory
+from tensafe_nb.rlvr.scoring import Scorer
+
+print("the script runs")
+LIMIT = 3
+
+def helper(text):
+    return len(text) > LIMIT
+
+def reward(prompt, response, meta=None):
+    import sys
+    assert "torch" not in sys.modules
+    return float(helper(response))
+
+rollouts = [Trajectory("q", text) for text in ("ab", "abcd")]
+
+def drive():
+    with Scorer(reward, processes=2) as scorer:
+        print(scorer.score(rollouts).errors, [t.reward for t in rollouts])
+
+thread = threading.Thread(target=drive)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("how", ["-c", "stdin", "file"])
+def test_it_works_without_an_importable_main_and_never_runs_the_script_again(how, tmp_path):
+    file = tmp_path / "script.py"  # no guard by __name__: multiprocessing would run it in each process
+    file.write_text(textwrap.dedent(SCRIPT))
+    command = {"-c": ["-c", SCRIPT], "stdin": ["-"], "file": [str(file)]}[how]
+    given = SCRIPT if how == "stdin" else None
+    ran = subprocess.run([sys.executable, *command], input=given, capture_output=True, text=True, check=True)
+    assert ran.stdout.split("\n") == ["the script runs", "0 [0.0, 1.0]", ""]
+
+
+def test_rescoring_returns_a_copy_and_leaves_the_batch_as_it_is():
+    batch = batch_of(["a", "bb"], ["ccc", "dddd"])
+    score(batch, resolve_reward(length))
+    for trajectory in batch:
+        trajectory.advantage = 1.0
+    again = rescore(batch, lambda prompt, response: -len(response))
+    assert [t.reward for t in again] == [-1.0, -2.0, -3.0, -4.0]
+    assert [t.advantage for t in again] == [None] * 4
+    assert [t.reward for t in batch] == [1.0, 2.0, 3.0, 4.0]
+    assert [group.prompt_id for group in again.groups] == ["p0", "p1"]
+    assert again[0].reward_version != batch[0].reward_version
+
+
+def test_a_preview_shows_the_spread_the_best_the_worst_and_the_errors():
+    batch = batch_of(["a", "bb", "raise"], ["cccc", "cccc", "<b>"])
+    preview = preview_reward(make_awkward(), batch)
+    assert preview.counts == (1, 1, 1, 2)
+    assert preview.edges == (1.0, 2.0, 3.0, 4.0)
+    assert [t.response for t in preview.best] == ["cccc", "cccc", "<b>"]
+    assert [t.response for t in preview.worst] == ["a", "bb", "<b>"]
+    assert preview.errors == {"KeyError: 'missing'": 1}
+    assert preview.groups_with_signal == 1.0
+    assert preview.rollouts.mean_reward == 2.8
+    assert all(t.reward is None for t in batch)
+    assert "5 scored, 0 abstained, 1 errors" in repr(preview)
+    assert "████" in repr(preview)
+    html = preview._repr_html_()
+    assert "&lt;b&gt;" in html
+    assert "<b>" not in html
+
+
+def test_a_preview_names_rollouts_that_are_rewarded_but_miss_the_true_aim():
+    parts = [Part("keyword_contains", 1.0), Part("exact_match", 0.0, true=True)]
+    reward = resolve_reward("composite", parts=parts)
+    group = RolloutGroup("p", "q", rollouts("7", "7 or 8", "8", "9", answer="7", keywords=["7"]))
+    preview = preview_reward(reward, TrajectoryBatch([group], SamplingConfig()))
+    assert [t.response for t in preview.suspects] == ["7 or 8"]
+    assert "suspect: 1  '7 or 8'" in repr(preview)
+
+
+def test_a_preview_of_what_scores_nothing_still_shows_why():
+    preview = preview_reward(
+        lambda prompt, response: 1 / 0, MockRolloutSampler().generate_trajectories(["q"])
+    )
+    assert preview.counts == ()
+    assert "ZeroDivisionError" in repr(preview)
+    assert "ZeroDivisionError" in preview._repr_html_()
+
+
+def test_many_different_rewards_fall_into_ten_bins():
+    preview = preview_reward(length, batch_of(["x" * n for n in range(40)]), timeout=None)
+    assert len(preview.counts) == 10
+    assert sum(preview.counts) == 40
