@@ -19,9 +19,9 @@ class Reference(griffe.Extension):
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
         """Give a subclass of `tensafe_nb.config.Config` the `__init__` that pydantic makes at run time."""
-        if [str(base) for base in cls.bases] != ["Config"]:
+        if not is_config(cls):
             return
-        fields = [member for member in cls.members.values() if member.is_attribute and member.annotation]
+        fields = fields_of(cls)
         parameters = [
             griffe.Parameter("self", kind=griffe.ParameterKind.positional_or_keyword),
             *(
@@ -30,6 +30,21 @@ class Reference(griffe.Extension):
             ),
         ]
         cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*parameters)))
+
+
+def is_config(cls: griffe.Class) -> bool:
+    """Whether it is a `Config`, or a subclass of one in the same file."""
+    bases = [str(base) for base in cls.bases]
+    above = cls.parent.members.get(bases[0]) if len(bases) == 1 and cls.parent else None
+    return bases == ["Config"] or (isinstance(above, griffe.Class) and is_config(above))
+
+
+def fields_of(cls: griffe.Class) -> list[Any]:
+    """Return the fields of a configuration, those it inherits first."""
+    own = [member for member in cls.members.values() if member.is_attribute and member.annotation]
+    above = cls.parent.members.get(str(cls.bases[0])) if cls.parent else None
+    inherited = fields_of(above) if isinstance(above, griffe.Class) and is_config(above) else []
+    return [*inherited, *(field for field in own if "property" not in field.labels)]
 
 
 def default(field: griffe.Attribute) -> Any:

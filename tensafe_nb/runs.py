@@ -126,8 +126,6 @@ class TrainingRun:
         self._thread = threading.Thread(target=self._main, name=f"tsnb-run-{number}", daemon=True)
         loop.attach(self)
 
-    # what a user does
-
     @property
     def state(self) -> RunStatus:
         """RUNNING, PAUSING, PAUSED, STOPPING, STOPPED, FINISHED or FAILED."""
@@ -243,8 +241,6 @@ class TrainingRun:
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)
-
-    # what the thread does
 
     def start(self) -> "TrainingRun":
         """Start the thread; called once, by the training client."""
@@ -367,8 +363,6 @@ class TrainingRun:
         )
         self._last_step_at = now
         self._tidy()
-
-    # checkpoints
 
     def _between_steps(
         self, action: Callable[[], FutureHandle[R]], operation: str, result_type: type[R]
