@@ -10,15 +10,20 @@ import pytest
 
 from tensafe_nb import datasets
 from tensafe_nb.config import OptimizerConfig, TrainingConfig
-from tensafe_nb.rlvr import REINFORCE, RLVRTrainer
+from tensafe_nb.rlvr import PPO, REINFORCE, RLVRTrainer
 
 pytestmark = pytest.mark.soak
 
 STEPS = 400
+ALGORITHMS = {
+    "REINFORCE with rloo": (lambda: REINFORCE(baseline="rloo"), STEPS),
+    "GRPO": (lambda: PPO("grpo"), STEPS),
+    "PPO with a value head": (lambda: PPO("ppo_value", ppo_epochs=2), STEPS // 2),
+}
 HELDOUT = datasets.sums(977, seed=0, split="heldout")
 
 
-def trainer_of(service, seed, learning_rate, steps):
+def trainer_of(service, seed, learning_rate, steps, algo):
     optimizer = OptimizerConfig(
         learning_rate=learning_rate,
         betas=(0.9, 0.95),
@@ -26,14 +31,17 @@ def trainer_of(service, seed, learning_rate, steps):
         max_grad_norm=1.0,
         schedule="linear",
         warmup_steps=5,
-        total_steps=steps,
+        total_steps=steps * algo.config.passes,
     )
-    config = TrainingConfig(model_ref="builtin:sums", optimizer=optimizer, seed=seed)  # all weights
+    value_head = getattr(algo.config, "advantage", None) == "gae"
+    config = TrainingConfig(
+        model_ref="builtin:sums", optimizer=optimizer, seed=seed, value_head=value_head
+    )  # all weights
     return RLVRTrainer(
         service.create_training_client(config),
         datasets.sums(9000, seed=seed),
         "exact_match",
-        REINFORCE(baseline="rloo"),
+        algo,
         prompts_per_step=32,
         group_size=8,
         max_new_tokens=4,
@@ -48,9 +56,9 @@ def line(label, values):
     return f"{label:>16}" + "".join(f"   {name.removeprefix('eval/')} {values[name]:.3f}" for name in names)
 
 
-def trained(service, capsys, seed, learning_rate=3e-4, steps=STEPS):
+def trained(service, capsys, seed, learning_rate=3e-4, steps=STEPS, algo=None):
     """Return what was measured before and after, and the seconds in between."""
-    trainer = trainer_of(service, seed, learning_rate, steps)
+    trainer = trainer_of(service, seed, learning_rate, steps, algo or REINFORCE(baseline="rloo"))
     before = trainer.evaluate()
     start = time.perf_counter()
     trainer.run(steps=steps, show=False).result()
@@ -62,9 +70,12 @@ def trained(service, capsys, seed, learning_rate=3e-4, steps=STEPS):
     return before, after, seconds, history
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rewards_alone_teach_the_model_to_add(service, capsys, seed):
-    before, after, seconds, history = trained(service, capsys, seed)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_rewards_alone_teach_the_model_to_add(service, capsys, name, seed):
+    algo, steps = ALGORITHMS[name]
+    before, after, seconds, history = trained(service, capsys, seed, steps=steps, algo=algo())
     assert before["eval/reward"] < 0.6
     assert after["eval/reward"] >= 0.80
     assert after["eval/greedy"] >= before["eval/greedy"] + 0.10
