@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRL := .venv-trl
+TRL_VERSION := 1.16.0
+TRL_READY := $(TRL)/.ready-$(TRL_VERSION)
 
-.PHONY: demo lab test test-browser soak lint fix bench docs clean
+.PHONY: demo lab test test-browser soak trl-parity lint fix bench docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -13,6 +16,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --upgrade "pip>=24"
 	$(BIN)/python -m pip install -qq --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(TRL_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(TRL)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(TRL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(TRL)/bin/python -m pip install -qq --constraint constraints.txt trl==$(TRL_VERSION)
 	touch $@
 
 demo: $(READY)  ## train the built-in model on real text; leaves build/demo.html
@@ -31,6 +41,9 @@ test-browser: $(READY)  ## real JupyterLab in real Chromium
 soak: $(READY)  ## long and many-seed tests, outside CI
 	$(BIN)/python -m pytest -m soak -s
 
+trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the same numbers; a TRL of its own, in .venv-trl
+	$(TRL)/bin/python -m scripts.trl_parity
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +61,4 @@ docs: $(READY)  ## the pages and the API reference; leaves build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(TRL)

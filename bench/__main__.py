@@ -27,6 +27,8 @@ ROWS = {
     "training-ragged": "training:ragged",
     "training-quarter": "training:quarter_labelled",
     "sampling": "sampling:sums",
+    "rl-update": "rl:update",
+    "rl-overhead": "rl:overhead",
     "memory": "memory:after_a_thousand_steps",
     "checkpoint-write": "store:write",
     "checkpoint-read": "store:read",

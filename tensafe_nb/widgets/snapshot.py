@@ -107,11 +107,15 @@ class Snapshot:
             return None
         figure = Figure(figsize=(9.6, 3.0), dpi=100, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
+        for piece in abandoned(steps):
+            axes.plot(*extremes(steps[piece], values[piece]), color=BLUE, alpha=0.2, linewidth=1)
+        steps, values = (column[current(steps)] for column in (steps, values))
         axes.plot(*extremes(steps, values), color=BLUE, alpha=0.35, linewidth=1)
         axes.plot(*extremes(steps, smoothed(values)), color=BLUE, linewidth=2, label=name)
         if held_out in history:
+            measured = history.series(held_out)
             axes.plot(
-                *history.series(held_out),
+                *(column[current(measured[0])] for column in measured),
                 color=ORANGE,
                 linestyle="--",
                 marker="o",
@@ -147,6 +151,19 @@ def _style(axes: Any, title: str) -> None:
     axes.legend(fontsize=9, frameon=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+
+
+def current(steps: Array) -> Array:
+    """Return which points belong to the curve as it stands: after a rollback, not those that were abandoned."""
+    later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.iinfo(np.int64).max)
+    kept: Array = steps < later
+    return kept
+
+
+def abandoned(steps: Array) -> list[Array]:
+    """Return the stretches of points that rollbacks have left behind, as indices."""
+    left = np.flatnonzero(~current(steps))
+    return [part for part in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if part.size]
 
 
 def smoothed(values: Array, weight: float = 0.8) -> Array:

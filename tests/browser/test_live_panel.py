@@ -63,6 +63,34 @@ def test_pause_and_stop_act_within_a_second_and_resume_goes_on(notebook: Open) -
         lab.screenshot("stopped-light", of=lab.panel)
 
 
+def test_a_rollback_takes_the_panel_back_to_the_checkpoint_and_the_run_goes_on_from_there(
+    notebook: Open,
+) -> None:
+    cells = [
+        SETUP,
+        FIT.format(steps=5000, every=5000),
+        "good = await run.checkpoint(note='here'); good.step",
+        "back = await run.rollback(good.artifact_id); back.step == good.step",
+        "run.resume()",
+        "run.stop()",
+    ]
+    with notebook(cells) as lab:
+        start(lab)
+        lab.finish_cell(2)
+        saved = int(lab.output(2).inner_text().split()[-1])
+        lab.wait_until(f"data.points > {saved + 10}")
+        lab.finish_cell(3)
+        assert "True" in lab.output(3).inner_text()
+        lab.wait_until(f"data.state === 'PAUSED' && data.step === {saved}")
+        points = int(lab.value("points"))
+        assert points > saved + 10, "what was abandoned is still to be seen"
+        lab.finish_cell(4)
+        lab.wait_until(f"data.state === 'RUNNING' && data.points > {points + 20}")
+        lab.screenshot("rolled-back-light")
+        lab.finish_cell(5)
+        lab.wait_until("data.state === 'STOPPED'")
+
+
 def test_a_click_while_a_cell_blocks_says_what_it_waits_for_and_is_obeyed_afterwards(notebook: Open) -> None:
     block = "try:\n    run.result(6)\nexcept TimeoutError:\n    pass"
     with notebook([SETUP, FIT.format(steps=5000, every=500), block]) as lab:

@@ -194,3 +194,10 @@ def test_freezing_puts_picture_and_table_into_the_calling_cell(
     client.advance(run)
     snapshot.display(feed, run)  # type: ignore[arg-type]
     assert [next(iter(output.data)) for output in outputs] == ["image/png", "text/html"]
+
+
+def test_after_a_rollback_the_curve_is_the_branch_that_is_trained() -> None:
+    steps = np.array([1, 2, 3, 4, 3, 4, 5, 2, 3])
+    assert snapshot.current(steps).tolist() == [True, *[False] * 6, True, True]
+    assert [part.tolist() for part in snapshot.abandoned(steps)] == [[1, 2, 3, 4, 5, 6]]
+    assert snapshot.current(np.arange(5)).all() and snapshot.abandoned(np.arange(5)) == []

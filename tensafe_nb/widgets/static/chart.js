@@ -164,11 +164,11 @@ class Chart {
   }
 
   get series() {
-    return this.store.get(this.name);
+    return this.store.get(this.name).current;
   }
 
   get heldOut() {
-    return this.store.get(`eval/${this.name}`);
+    return this.store.get(`eval/${this.name}`).current;
   }
 
   schedule() {
@@ -196,7 +196,7 @@ class Chart {
   }
 
   scale(width, height) {
-    const [main, held] = [this.series, this.heldOut];
+    const [main, held] = [this.store.get(this.name), this.heldOut]; // all there is, what was abandoned too
     const [left, right] = extent([[main.steps, main.n], [held.steps, held.n]]);
     const [low, high] = extent([[main.values, main.n], [held.values, held.n]]);
     const pad = (high - low) * 0.06;
@@ -249,7 +249,11 @@ class Chart {
     const style = getComputedStyle(this.el);
     const [main, held] = [style.getPropertyValue("--tsnb-c0").trim(), style.getPropertyValue("--tsnb-c1").trim()];
     const smoothing = this.store.smoothing > 0;
-    const { steps, values, smooth, n } = this.series;
+    const { steps, values, smooth, n, abandoned } = this.series;
+    for (const piece of abandoned) {
+      const [at, was] = [piece.map(([step]) => step), piece.map(([, value]) => value)];
+      this.line(pen, at, was, at.length, { color: main, alpha: 0.25, width: 1 });
+    }
     this.line(pen, steps, values, n, { color: main, alpha: smoothing ? 0.5 : 1, width: smoothing ? 1 : 2 });
     if (smoothing) this.line(pen, steps, smooth, n, { color: main, alpha: 1, width: 2.25 });
     this.line(pen, this.heldOut.steps, this.heldOut.values, this.heldOut.n, {

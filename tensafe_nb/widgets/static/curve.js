@@ -16,7 +16,7 @@ export default () => {
       root.append(chart.el);
       el.append(root);
       const update = () => {
-        root.dataset.points = chart.series.n;
+        root.dataset.points = store.get(chart.name).n;
         chart.describe();
         chart.schedule();
       };

@@ -141,7 +141,7 @@ class Panel {
     this.fresh.textContent = freshness(store.status, silence);
     this.root.dataset.stale = String(Boolean(store.status.active) && silence > STALE_MS);
     this.root.dataset.curve = this.chart.name;
-    this.root.dataset.points = this.chart.series.n;
+    this.root.dataset.points = this.store.get(this.chart.name).n;
     this.root.dataset.acked = store.acked;
     if (store.latency !== null) this.root.dataset.latency = store.latency;
     this.speak();

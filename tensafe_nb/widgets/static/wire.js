@@ -13,6 +13,7 @@ function parseNumber(value) {
 class Series {
   constructor(smoothing) {
     this.smoothing = smoothing;
+    this.abandoned = [];
     this.clear();
   }
 
@@ -22,6 +23,8 @@ class Series {
     this.values = new Float64Array(256);
     this.smooth = new Float64Array(256);
     this.mean = this.weight = 0;
+    this.wentBack = false;
+    this.branch = null;
   }
 
   append(steps, values) {
@@ -30,7 +33,34 @@ class Series {
     this.values.set(values, this.n);
     const from = this.n;
     this.n += steps.length;
+    for (let i = Math.max(from, 1); i < this.n; i++) this.wentBack ||= this.steps[i] <= this.steps[i - 1];
+    this.branch = null;
     this.smoothFrom(from);
+  }
+
+  // The curve as it stands: after a rollback without what was abandoned, which lies in `abandoned`, piece by piece.
+  get current() {
+    if (!this.wentBack) return this;
+    this.branch ??= this.parted();
+    return this.branch;
+  }
+
+  parted() {
+    const [kept, pieces] = [[], []];
+    let reached = Infinity;
+    for (let i = this.n - 1; i >= 0; i--) {
+      const live = this.steps[i] < reached;
+      if (live) reached = this.steps[i];
+      const rejoins = !live && (i === this.n - 1 || pieces.length === 0 || pieces.at(-1).at(-1) !== i + 1);
+      if (rejoins) pieces.push([]);
+      (live ? kept : pieces.at(-1)).push(i);
+    }
+    const of = (indices) => indices.reverse().map((i) => [this.steps[i], this.values[i]]);
+    const branch = new Series(this.smoothing);
+    const live = of(kept);
+    branch.append(live.map(([step]) => step), live.map(([, value]) => value));
+    branch.abandoned = pieces.map((piece) => of(piece));
+    return branch;
   }
 
   reserve(size) {
@@ -60,6 +90,7 @@ class Series {
   resmooth(smoothing) {
     this.smoothing = smoothing;
     this.mean = this.weight = this.bad = 0;
+    this.branch = null;
     this.smoothFrom(0);
   }
 }

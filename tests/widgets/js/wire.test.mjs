@@ -104,3 +104,20 @@ test("a store is tied to its model and says hello", () => {
   handlers["msg:custom"]({ t: "status", state: "READY" }, []);
   assert.equal(page.status.state, "READY");
 });
+
+test("after a rollback the curve is the branch that is trained, and what was abandoned lies beside it", () => {
+  const series = new Series(0.5);
+  series.append([1, 2, 3, 4], [8, 7, 6, 5]);
+  assert.equal(series.current, series);
+  series.append([3, 4], [3, 2]);
+  assert.deepEqual([...series.current.steps.subarray(0, series.current.n)], [1, 2, 3, 4]);
+  assert.deepEqual([...series.current.values.subarray(0, series.current.n)], [8, 7, 3, 2]);
+  assert.deepEqual(series.current.abandoned, [[[3, 6], [4, 5]]]);
+  const straight = new Series(0.5);
+  straight.append([1, 2, 3, 4], [8, 7, 3, 2]);
+  assert.deepEqual(series.current.smooth.subarray(0, 4), straight.smooth.subarray(0, 4));
+  series.append([2, 3], [1, 0]); // back again, beyond the first time
+  assert.deepEqual([...series.current.values.subarray(0, series.current.n)], [8, 1, 0]);
+  assert.equal(series.current.abandoned.flat().length, 5);
+  assert.equal(series.n, 8);
+});

@@ -1,0 +1,159 @@
+"""An update of reinforcement learning, reward included, against TRL's; and what of a step is none of its parts."""
+
+import contextlib
+import json
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import tensafe_nb as tn
+from bench import trl_peer, workload
+from bench.harness import LARGER, Row, Taken, Target, paired, stopwatch
+from tensafe_nb.datasets import sums
+from tensafe_nb.events import Event, Metrics, RunState, RunStep
+from tensafe_nb.rlvr import PPO, RLVRTrainer
+
+ROOT = Path(__file__).parent.parent
+TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
+UPDATES = 5  # in a row, before the other side has its turn
+STEPS, FIRST = 80, 10  # of the run whose steps are taken apart; the first are warm-up
+PARTS = ("time/sample", "time/reward", "time/update")
+SIZES = (
+    f"builtin:sums LoRA r{workload.RANK}, {trl_peer.PROMPTS} prompts × {trl_peer.GROUP} completions × "
+    f"{trl_peer.TOKENS} tokens"
+)
+Turn = Callable[[], tuple[float, float]]  # some updates; seconds and CPU seconds of each
+
+
+def update() -> Row:
+    """Issue 6: at most 0.6 of the time."""
+    with _trl() as peer, _ours() as ours:
+        taken = paired(ours, peer, seconds=30, watch=_as_it_says)
+    return Row(
+        what="an update by RLVRTrainer (GRPO): sample, score, train; rollouts, metrics and alarms kept",
+        peer="`trl.GRPOTrainer`, same model, prompts, reward and optimiser, without logging",
+        precision="fp32",
+        sizes=f"{SIZES}, one pass, no KL",
+        taken=taken,
+        compares=LARGER,
+        target=Target("≤", 0.6),
+    )
+
+
+def overhead() -> Row:
+    """Issue 6: at most 5 %."""
+    with tn.ServiceClient() as service:
+        trainer = _trainer(service)
+        trainer.run(steps=STEPS, show=False).result()
+        shares = _shares(list(trainer.training_client.history.events()))
+    return Row(
+        what="share of a step of RLVRTrainer outside sampling, scoring and updating",
+        peer="",
+        precision="fp32",
+        sizes=SIZES,
+        unit="%",
+        taken=Taken(shares[FIRST:]),
+        target=Target("≤", 5, "ours"),
+    )
+
+
+def _shares(events: Sequence[Event]) -> list[float]:
+    """Return for each step with an update the percentage of its time that its `time/*` metrics leave over."""
+    rows = [event.values for event in events if isinstance(event, Metrics) and PARTS[0] in event.values]
+    seconds = [event.duration for event in events if isinstance(event, RunStep)]
+    return [
+        100 * (1 - sum(row[part] for part in PARTS) / whole)
+        for row, whole in zip(rows, seconds, strict=True)
+        if "policy/approx_kl" in row
+    ]
+
+
+def _as_it_says(turn: Turn) -> tuple[float, float]:
+    return turn()
+
+
+def _trainer(service: tn.ServiceClient) -> RLVRTrainer:
+    tc = service.create_training_client(
+        model_ref="builtin:sums",
+        lora_config=tn.LoRAConfig(rank=workload.RANK, alpha=workload.ALPHA),
+        optimizer={
+            "name": "adamw",
+            "learning_rate": trl_peer.LEARNING_RATE,
+            "weight_decay": trl_peer.WEIGHT_DECAY,
+            "max_grad_norm": trl_peer.MAX_GRAD_NORM,
+        },
+        dtype="float32",
+        device="cpu",
+    )
+    return RLVRTrainer(
+        tc,
+        sums(trl_peer.DATA, seed=trl_peer.SEED),
+        trl_peer.begins_with_answer,
+        PPO("grpo"),
+        prompts_per_step=trl_peer.PROMPTS,
+        group_size=trl_peer.GROUP,
+        max_new_tokens=trl_peer.TOKENS,
+        fixed_length=True,
+        seed=trl_peer.SEED,
+    )
+
+
+@contextlib.contextmanager
+def _ours() -> Iterator[Turn]:
+    """Run a trainer that rests between turns."""
+    with tn.ServiceClient() as service:
+        trainer, rests = _trainer(service), threading.Event()
+
+        def watch(event: Event) -> None:
+            if isinstance(event, RunState) and event.state in ("PAUSED", "FAILED"):
+                rests.set()
+
+        trainer.training_client.subscribe(watch)
+        run = trainer.run(steps=10**6, show=False)
+        run.pause()
+        rests.wait()
+
+        def go_on() -> None:
+            rests.clear()
+            run.step(UPDATES)
+            rests.wait()
+
+        yield lambda: _each(stopwatch(go_on))
+        run.stop()
+        run.result()  # raises what made it fail
+
+
+@contextlib.contextmanager
+def _trl() -> Iterator[Turn]:
+    """Start TRL's side in its own environment, where it rests between turns."""
+    if not TRL_PYTHON.exists():
+        raise SystemExit(
+            f"rl-update: TRL has an environment of its own, {TRL_PYTHON}: `make trl-parity` makes it."
+        )
+    with tempfile.TemporaryFile("w+") as errors:
+        command = [str(TRL_PYTHON), "-m", trl_peer.__name__]
+        process = subprocess.Popen(
+            command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+        )
+        assert process.stdin and process.stdout
+
+        def turn() -> tuple[float, float]:
+            print(UPDATES, file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            if not line:
+                errors.seek(0)
+                raise RuntimeError(f"TRL's side failed:\n{errors.read()}")
+            return _each(json.loads(line))
+
+        try:
+            yield turn
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+def _each(times: Sequence[float]) -> tuple[float, float]:
+    wall, cpu = times
+    return wall / UPDATES, cpu / UPDATES

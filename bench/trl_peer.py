@@ -1,0 +1,115 @@
+"""TRL's side of an update of reinforcement learning, and what both sides share.
+
+A program of its own, run by `.venv-trl/bin/python`: TRL has a Python environment of its own. It reads how many updates to take, takes them, and
+answers with seconds and CPU seconds; and so on until its standard input ends. Imports nothing heavy before it runs:
+the processes that call our reward read this file too.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from typing import Any, TextIO
+
+PROMPTS, GROUP, TOKENS = 16, 8, 8  # 128 completions
+DATA, SEED = 4096, 0
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = (
+    1e-5,
+    0.01,
+    1.0,
+)  # a policy that hardly moves: every update is alike
+
+
+def begins_with_answer(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """Reward what begins with the answer: completions go on to their full length."""
+    return [float(text.startswith(right)) for text, right in zip(completions, answer, strict=True)]
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints must not disturb
+    with tempfile.TemporaryDirectory(prefix="trl-peer-") as folder:
+        _trainer(folder, answers).train()
+
+
+def _trainer(folder: str, answers: TextIO) -> Any:
+    """Return a GRPOTrainer in its fastest plain settings: all at once, one pass, no KL, nothing written."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+    from trl import GRPOConfig, GRPOTrainer
+
+    from bench import workload
+    from tensafe_nb.datasets import sums
+    from tensafe_nb.engine.models import ASSETS
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    logging.set_verbosity_error()
+    options = GRPOConfig(
+        output_dir=folder,
+        max_steps=10**6,
+        per_device_train_batch_size=PROMPTS * GROUP,
+        num_generations=GROUP,
+        max_completion_length=TOKENS,
+        generation_kwargs={"min_new_tokens": TOKENS},
+        loss_type="grpo",
+        beta=0.0,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        optim="adamw_torch_fused",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=SEED,
+    )
+    return GRPOTrainer(
+        model=workload.plain_model("sums"),
+        reward_funcs=begins_with_answer,
+        args=options,
+        train_dataset=Dataset.from_list(sums(DATA, seed=SEED)),
+        processing_class=AutoTokenizer.from_pretrained(ASSETS / "sums", padding_side="left"),
+        peft_config=LoraConfig(
+            r=workload.RANK, lora_alpha=workload.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+        callbacks=[_turns(answers)],
+    )
+
+
+def _turns(answers: TextIO) -> Any:
+    """Return the callback that stops between two updates until it is told how many to take."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        left = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._next(control)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.left -= 1
+            if not self.left:
+                now = time.perf_counter(), time.process_time()
+                answers.write(json.dumps([now[0] - self.started[0], now[1] - self.started[1]]) + "\n")
+                self._next(control)
+
+        def _next(self, control: Any) -> None:
+            line = sys.stdin.readline()
+            control.should_training_stop = not line
+            self.left = int(line or 0)
+            self.started = time.perf_counter(), time.process_time()
+
+    return Turns()
+
+
+if __name__ == "__main__":
+    main()
