@@ -54,7 +54,7 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## ratios against named peers, measured in one run; writes build/bench.json
+bench: $(TRL_READY)  ## ratios against named peers, measured in one run; writes build/bench.json
 	$(BIN)/python -m bench
 
 docs: $(READY)  ## the pages and the API reference; leaves build/site/index.html

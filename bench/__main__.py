@@ -29,6 +29,7 @@ ROWS = {
     "sampling": "sampling:sums",
     "rl-update": "rl:update",
     "rl-overhead": "rl:overhead",
+    "rl-waiting": "rl:waiting",
     "memory": "memory:after_a_thousand_steps",
     "checkpoint-write": "store:write",
     "checkpoint-read": "store:read",

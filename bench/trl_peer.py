@@ -1,8 +1,8 @@
 """TRL's side of an update of reinforcement learning, and what both sides share.
 
-A program of its own, run by `.venv-trl/bin/python`: TRL has a Python environment of its own. It reads how many updates to take, takes them, and
-answers with seconds and CPU seconds; and so on until its standard input ends. Imports nothing heavy before it runs:
-the processes that call our reward read this file too.
+A program of its own, run by `.venv-trl/bin/python`: TRL has a Python environment of its own. It reads how many
+updates to take, takes them, and answers with seconds and CPU seconds; and so on until its standard input ends.
+Imports nothing heavy before it runs: the processes that call our reward read this file too.
 """
 
 import json

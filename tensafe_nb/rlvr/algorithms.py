@@ -6,7 +6,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -46,6 +46,14 @@ class _Readings:
     old: Array | None = None
     values: Array | None = None
     reference: Array | None = None
+
+
+class Algorithm(Protocol):
+    """What turns a scored batch into optimiser steps."""
+
+    def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]: ...
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class PolicyGradient(Generic[C]):

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -11,19 +11,42 @@ from tensafe_nb.errors import NonFiniteLossError, RewardError
 from tensafe_nb.events import Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.rlvr.alarm_rules import not_finite
-from tensafe_nb.rlvr.alarms import alarm_of
+from tensafe_nb.rlvr.alarms import Alarms, alarm_of
+from tensafe_nb.rlvr.algorithms import Algorithm
+from tensafe_nb.rlvr.evaluation import HeldOut
 from tensafe_nb.rlvr.metrics import BY_OPTIM_STEP, Row, known, rollout_metrics, update_metrics
 from tensafe_nb.rlvr.rewards import Reward
 from tensafe_nb.rlvr.rollout_store import RolloutStore
-from tensafe_nb.rlvr.rollouts import TrajectoryBatch
+from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
+from tensafe_nb.rlvr.samplers import PolicySampler, PromptCursor
 from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, check_scored
 from tensafe_nb.rlvr.updates import UpdateResult
 from tensafe_nb.runs import TrainingRun
 
-if TYPE_CHECKING:
-    from tensafe_nb.rlvr.trainer import RLVRTrainer
-
 TOO_MANY = 0.5  # share of failed rewards above which nobody should train on the rest
+
+
+class Trainer(Protocol):
+    """What the loop reads and moves of a trainer, whose options may change between two steps."""
+
+    reward: Reward
+    reward_timeout: float | None
+    on_reward_errors: Literal["pause", "fail"]
+    algo: Algorithm
+    prompts: PromptCursor
+    sampler: PolicySampler
+    eval_every: int | None
+    held_out: HeldOut | None
+    alarms: Alarms
+    store: RolloutStore | None
+    tokens: int
+    row: int
+
+    @property
+    def training_client(self) -> PolicyClient: ...
+    def number_of(self, version: str) -> int: ...
+    def position(self) -> dict[str, Any]: ...
+    def seek(self, position: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -47,7 +70,7 @@ class RLVRLoop:
     lookahead = 0
     curve = "reward"
 
-    def __init__(self, trainer: "RLVRTrainer", steps: int) -> None:
+    def __init__(self, trainer: Trainer, steps: int) -> None:
         self._trainer, self._steps = trainer, steps
         self._client, self._held_out = trainer.training_client, trainer.held_out
         self._under_way: dict[int, _Step] = {}

@@ -4,9 +4,11 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import ValidationError
@@ -280,3 +282,35 @@ class MockRolloutSampler:
             policy_version=MOCK,
             prompt_id=item.prompt_id,
         )
+
+
+class PromptCursor:
+    """Deals prompts: shuffled anew in every epoch, none twice before all have been dealt.
+
+    Args:
+        prompts: What to deal.
+        count: How many at a time.
+        seed: Fixes the order.
+
+    Raises:
+        ValidationError: No prompts, or what is none.
+    """
+
+    def __init__(self, prompts: Sequence[PromptSpec], count: int, seed: int) -> None:
+        prompts = list(prompts) if isinstance(prompts, Iterator) else prompts
+        prompt_items(prompts)
+        if count < 1:
+            raise ValidationError(f"prompts_per_step is {count}: a step needs at least one prompt.")
+        self._prompts, self._count, self._seed = list(prompts), count, seed
+        self.position = 0  # prompts dealt so far: all there is to save
+
+    def take(self) -> list[PromptSpec]:
+        """Return the next prompts."""
+        start, self.position = self.position, self.position + self._count
+        return [self._prompts[index] for index in self._order(start, self.position)]
+
+    def _order(self, start: int, stop: int) -> Iterator[int]:
+        size = len(self._prompts)
+        for epoch in range(start // size, (stop - 1) // size + 1):
+            order = np.random.default_rng([self._seed, epoch]).permutation(size)
+            yield from order[max(start - epoch * size, 0) : stop - epoch * size].tolist()

@@ -1,36 +1,24 @@
 """What a user holds: prompts, a reward, an algorithm and a policy; `run()` makes them a run that learns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
-
-import numpy as np
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.futures import FutureHandle
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.rlvr.alarm_rules import BF16_GAP, FP32_GAP
 from tensafe_nb.rlvr.alarms import Alarms
-from tensafe_nb.rlvr.algorithms import REINFORCE
+from tensafe_nb.rlvr.algorithms import REINFORCE, Algorithm
 from tensafe_nb.rlvr.evaluation import HeldOut
 from tensafe_nb.rlvr.loop import RLVRLoop
 from tensafe_nb.rlvr.metrics import known
 from tensafe_nb.rlvr.rescoring import Rescored, rescore_steps
 from tensafe_nb.rlvr.rewards import Reward, RewardFunction, resolve_reward
 from tensafe_nb.rlvr.rollout_store import RolloutStore
-from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
-from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptSpec, prompt_items
+from tensafe_nb.rlvr.rollouts import PolicyClient
+from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptCursor, PromptSpec
 from tensafe_nb.rlvr.scoring import Scorer, check_scored
-from tensafe_nb.rlvr.updates import UpdateResult
 from tensafe_nb.runs import Loop, TrainingRun
-
-
-class Algorithm(Protocol):
-    """What turns a scored batch into optimiser steps."""
-
-    def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]: ...
-    def state_dict(self) -> Mapping[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class RunningClient(PolicyClient, Protocol):
@@ -243,38 +231,6 @@ class RLVRTrainer:
         self.algo.load_state_dict(position["algo"])
         self.alarms.load_state_dict(position["alarms"])
         self._versions = list(dict.fromkeys([*position["reward_versions"], *self._versions]))
-
-
-class PromptCursor:
-    """Deals prompts: shuffled anew in every epoch, none twice before all have been dealt.
-
-    Args:
-        prompts: What to deal.
-        count: How many at a time.
-        seed: Fixes the order.
-
-    Raises:
-        ValidationError: No prompts, or what is none.
-    """
-
-    def __init__(self, prompts: Sequence[PromptSpec], count: int, seed: int) -> None:
-        prompts = list(prompts) if isinstance(prompts, Iterator) else prompts
-        prompt_items(prompts)
-        if count < 1:
-            raise ValidationError(f"prompts_per_step is {count}: a step needs at least one prompt.")
-        self._prompts, self._count, self._seed = list(prompts), count, seed
-        self.position = 0  # prompts dealt so far: all there is to save
-
-    def take(self) -> list[PromptSpec]:
-        """Return the next prompts."""
-        start, self.position = self.position, self.position + self._count
-        return [self._prompts[index] for index in self._order(start, self.position)]
-
-    def _order(self, start: int, stop: int) -> Iterator[int]:
-        size = len(self._prompts)
-        for epoch in range(start // size, (stop - 1) // size + 1):
-            order = np.random.default_rng([self._seed, epoch]).permutation(size)
-            yield from order[max(start - epoch * size, 0) : stop - epoch * size].tolist()
 
 
 def _check(

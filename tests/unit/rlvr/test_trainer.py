@@ -22,7 +22,7 @@ from tensafe_nb.rlvr import (
     TrajectoryBatch,
     resolve_reward,
 )
-from tensafe_nb.rlvr.trainer import PromptCursor
+from tensafe_nb.rlvr.samplers import PromptCursor
 from tensafe_nb.service import ServiceClient
 
 CONFIG = TrainingConfig(
