@@ -140,10 +140,12 @@ def _ours() -> Iterator[Turn]:
             rests.clear()
             run.step(UPDATES)
             rests.wait()
+            if run.state.ended:
+                run.result()  # raises what made it fail
 
         yield lambda: _each(stopwatch(go_on))
         run.stop()
-        run.result()  # raises what made it fail
+        run.result()
 
 
 @contextlib.contextmanager
@@ -157,7 +159,8 @@ def _trl() -> Iterator[Turn]:
         assert process.stdin and process.stdout
 
         def turn() -> tuple[float, float]:
-            print(UPDATES, file=process.stdin, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # it has died: it says why
+                print(UPDATES, file=process.stdin, flush=True)
             line = process.stdout.readline()
             if not line:
                 errors.seek(0)
@@ -167,7 +170,8 @@ def _trl() -> Iterator[Turn]:
         try:
             yield turn
         finally:
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             process.wait()
 
 

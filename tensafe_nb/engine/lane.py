@@ -114,12 +114,16 @@ class Lane:
 
 
 def mean_of(losses: list[tuple[ForwardBackwardResult, bool]]) -> dict[str, float]:
-    """Combine the losses and metrics of a window: weighted means; sums of pre-normalised losses add up."""
+    """Combine the losses and metrics of a window: weighted means; pre-normalised losses add up.
+
+    The metrics of those are sums and maxima over tokens, which the algorithm that sent the batch turns into means.
+    """
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     for result, prenormalised in losses:
         weight = 1.0 if prenormalised else result.weight
-        for name, value in {"loss": result.loss, **result.metrics}.items():
+        metrics = {} if prenormalised else result.metrics
+        for name, value in {"loss": result.loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + weight * value
             weights[name] = 1.0 if prenormalised else weights.get(name, 0.0) + weight
     return {name: total / weights[name] for name, total in sums.items() if weights[name]}

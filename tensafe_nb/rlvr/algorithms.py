@@ -283,7 +283,7 @@ class _Job:
             self.batch.mean_reward,
             updates.notes_on(self.batch),
         )  # rewards may be edited later
-        count = len(gradients)
+        count, explained = len(gradients), self._explained()
         return combine(
             [*gradients, *steps],
             lambda results: updates.read_results(
@@ -293,10 +293,23 @@ class _Job:
                 epochs_run=epochs,
                 early_stopped=stopped,
                 notes=notes,
+                metrics=explained,
             ),
             operation="update",
             result_type=UpdateResult,
         )
+
+    def _explained(self) -> dict[str, float]:
+        """Return the share of the returns' variance that the value head foresaw: 1 is all, below 0 worse than none."""
+        if self.returns is None or self.readings.values is None:
+            return {}
+        inside = self.mask > 0
+        spread = self.returns[inside].var()
+        if spread <= 0:
+            return {}
+        return {
+            "value/explained_var": float(1 - (self.returns - self.readings.values)[inside].var() / spread)
+        }
 
     def _step(
         self,

@@ -1,6 +1,7 @@
 """The options of the algorithms, what may go together, and presets: well-known algorithms as values of the options."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import pydantic
@@ -48,7 +49,17 @@ class PolicyConfig(Config):
             )
         if self.kl_in == "reward" and self.kl_estimator in ("k2", "k3"):
             raise ValueError(f"kl_in='reward' takes k1; for {self.kl_estimator} use kl_in='loss'")
+        if self.kl_estimator == "k3":
+            warnings.warn(
+                "k3 in the loss descends the forward KL(reference ‖ policy), as TRL's GRPO does; 'k2' the reverse one.",
+                stacklevel=4,
+            )
         return self
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show what differs from the defaults."""
+        fields = type(self).model_fields
+        return ((name, value) for name, value in self if value != fields[name].default)
 
     @property
     def effective_scale(self) -> Scale:

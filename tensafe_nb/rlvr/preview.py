@@ -50,7 +50,7 @@ class RewardPreview:
         top = max(self.counts, default=0)
         bars = [f"{low:>8.3g} {'█' * round(WIDTH * n / top)} {n}" for low, n in self._bars()]
         examples = [
-            f"{title}: {t.reward:.3g}  {_short(t.response)!r}"
+            f"{title}: {t.reward:.3g}  {_short(t.prompt)!r} → {_short(t.response)!r}"
             for title, chosen in self._chosen()
             for t in chosen
         ]
@@ -66,8 +66,8 @@ class RewardPreview:
             for low, n in self._bars()
         )
         examples = "".join(
-            f"<tr><td>{title}</td><td>{t.reward:.3g}</td><td style='text-align:left'>{escape(_short(t.response))}"
-            f"</td></tr>"
+            f"<tr><td>{title}</td><td>{t.reward:.3g}</td><td style='text-align:left'>{escape(_short(t.prompt))}</td>"
+            f"<td style='text-align:left'>{escape(_short(t.response))}</td></tr>"
             for title, chosen in self._chosen()
             for t in chosen
         )
@@ -107,7 +107,8 @@ def preview_reward(reward: Any, batch: TrajectoryBatch, *, timeout: float | None
     with Scorer(reward, timeout) as scorer:
         report = scorer.score(rollouts)
         name = scorer.reward.name
-    ranked = sorted((t for t in rollouts if t.reward is not None), key=_reward, reverse=True)
+    distinct = {(t.prompt, t.response): t for t in rollouts if t.reward is not None}
+    ranked = sorted(distinct.values(), key=_reward, reverse=True)
     counts, edges = _histogram(rollouts.rewards)
     signal = [group.has_signal for group in rollouts.groups]
     return RewardPreview(

@@ -120,9 +120,9 @@ class _Node:
 class Scorer:
     """Scores rollouts with one reward, again and again; the processes it starts live until it is closed.
 
-    Built-ins that cannot hang are called here. Other functions are called in processes: what they print goes to
-    the terminal of the kernel, and what they change in the notebook's variables stays there. Coroutine functions
-    are awaited on a loop of its own, many at a time.
+    Built-ins that cannot hang are called here. Other functions are called in processes: what they print goes to the
+    error output of this process (in a notebook, under the running cell), and what they change in the notebook's
+    variables stays there. Coroutine functions are awaited on a loop of its own, many at a time.
 
     Args:
         reward: What scores: a name, a function, or a resolved reward.

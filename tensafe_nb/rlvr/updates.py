@@ -80,11 +80,12 @@ def read_results(
     epochs_run: int,
     early_stopped: bool,
     notes: tuple[str, ...],
+    metrics: Mapping[str, float],
 ) -> UpdateResult:
     """Combine the results of an update's optimiser steps."""
     tokens = sum(result.metrics["tokens"] for result in gradients)
     means = _per_token(gradients, tokens)
-    metrics = {name: means[key] for key, name in SUMS.items() if key in means}
+    metrics = {**metrics, **{name: means[key] for key, name in SUMS.items() if key in means}}
     for key, name in MAXIMA.items():
         found = [result.metrics[key] for result in gradients if key in result.metrics]
         metrics |= {name: max(found)} if found else {}
