@@ -411,7 +411,7 @@ def test_a_preview_shows_the_spread_the_best_the_worst_and_the_errors():
     preview = preview_reward(make_awkward(), batch)
     assert preview.counts == (1, 1, 1, 2)
     assert preview.edges == (1.0, 2.0, 3.0, 4.0)
-    assert [t.response for t in preview.best] == ["cccc", "cccc", "<b>"]
+    assert [t.response for t in preview.best] == ["cccc", "<b>", "bb"], "equal texts once"
     assert [t.response for t in preview.worst] == ["a", "bb", "<b>"]
     assert preview.errors == {"KeyError: 'missing'": 1}
     assert preview.groups_with_signal == 1.0
@@ -430,7 +430,7 @@ def test_a_preview_names_rollouts_that_are_rewarded_but_miss_the_true_aim():
     group = RolloutGroup("p", "q", rollouts("7", "7 or 8", "8", "9", answer="7", keywords=["7"]))
     preview = preview_reward(reward, TrajectoryBatch([group], SamplingConfig()))
     assert [t.response for t in preview.suspects] == ["7 or 8"]
-    assert "suspect: 1  '7 or 8'" in repr(preview)
+    assert "suspect: 1  'q' → '7 or 8'" in repr(preview)
 
 
 def test_a_preview_of_what_scores_nothing_still_shows_why():
