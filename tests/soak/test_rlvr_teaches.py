@@ -91,3 +91,25 @@ def test_without_a_learning_rate_nothing_is_learned(service, capsys):
     rewards = history["reward"]
     noise = rewards.std(ddof=1) * (2 / 10) ** 0.5  # of the difference between two means of ten steps
     assert abs(rewards[-10:].mean() - rewards[:10].mean()) <= 3 * noise
+
+
+def drift(service, **options):
+    """Return the mean distance from the base's log-probabilities, over held-out answers, after 120 steps."""
+    trainer = trainer_of(service, 0, 3e-4, 120, PPO("grpo", **options))
+    client = trainer.training_client
+    client.freeze_reference()
+    trainer.run(steps=120, show=False).result()
+    rows = client.batches([{"prompt": row["prompt"], "completion": row["answer"]} for row in HELDOUT[:200]])
+    scores = [(client.compute_logprobs(b), client.compute_logprobs(b, reference=True)) for b in rows]
+    moved = [abs(now.logprobs - then.logprobs)[now.logprobs != 0].mean() for now, then in scores]
+    return float(sum(moved) / len(moved)), client.history["reward"][-10:].mean()
+
+
+def test_a_kl_penalty_keeps_the_policy_closer_to_its_base(service, capsys):
+    free, reward = drift(service)
+    held, held_reward = drift(service, kl_coef=1.0, kl_in="loss")
+    with capsys.disabled():
+        print(
+            f"\n from the base: {free:.3f} nats without, {held:.3f} with KL; reward {reward:.3f}, {held_reward:.3f}"
+        )
+    assert held < 0.8 * free

@@ -1,5 +1,7 @@
 """Clients that the algorithms are tested with: an engine without queue and thread, and what an update sends to it."""
 
+import torch
+
 from tensafe_nb.config import OptimizerConfig, TrainingConfig
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.futures import completed
@@ -46,6 +48,12 @@ class EngineClient:
 
     def weights(self):
         return {name: p.detach().clone() for name, p in self.engine.model.causal.named_parameters()}
+
+    def gradient(self):
+        """Return what has been accumulated, flattened."""
+        return torch.cat(
+            [p.grad.flatten() for p in self.engine.model.causal.parameters() if p.grad is not None]
+        )
 
     def _done(self, operation, result):
         self.operations.append(operation)

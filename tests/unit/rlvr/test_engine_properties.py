@@ -9,6 +9,7 @@ from tensafe_nb.engine import models, sampling
 from tensafe_nb.engine.engine import no_tick
 from tensafe_nb.losses import LossOutputs, resolve_loss
 from tensafe_nb.rlvr import (
+    PPO,
     REINFORCE,
     PolicySampler,
     REINFORCEConfig,
@@ -19,6 +20,7 @@ from tensafe_nb.rlvr import (
 from tensafe_nb.rlvr.rewards import resolve_reward
 from tensafe_nb.rlvr.scoring import score
 from tensafe_nb.rlvr.updates import pack
+from tensafe_nb.types import OptimStepResult
 from tests.unit.rlvr.clients import TINY, EngineClient, policy_batch
 
 PROMPTS = ["def", "class Counter(dict):\n", "import os, sys"]  # of different lengths
@@ -222,3 +224,36 @@ def test_a_batch_of_groups_made_by_hand_works_like_a_sampled_one():
     made = [Trajectory("def", "", prompt_tokens=prompt, tokens=[4 + n], reward=float(n)) for n in range(2)]
     batch = TrajectoryBatch([RolloutGroup("g", "def", made)], SamplingConfig(max_new_tokens=1))
     assert REINFORCE().update(batch, client).result().tokens == 2
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [
+        REINFORCE(baseline="none"),
+        PPO(advantage="none"),
+        PPO(advantage="none", loss="cispo", clip_range=(0, 5)),
+    ],
+    ids=["REINFORCE", "PPO", "CISPO"],
+)
+def test_the_gradient_of_an_update_is_the_exact_policy_gradient_by_enumeration(algo):
+    """Every one-token answer once, its reward weighed by its probability: the sum is the expectation."""
+    client = EngineClient()
+    causal, size = client.engine.model.causal, client.engine.model.vocab_size
+    prompt = client.tokenizer("def")["input_ids"]
+    values = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    policy = causal(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    objective = -(policy * values).sum()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(objective, list(causal.parameters()))])
+    rewards = (policy * values * size).tolist()
+    answers = [Trajectory("", "", prompt_tokens=prompt, tokens=[a], reward=r) for a, r in enumerate(rewards)]
+    batch = TrajectoryBatch([RolloutGroup("g", "", answers)], SamplingConfig(max_new_tokens=1))
+    found = []
+
+    def optim_step():
+        found.append(client.gradient())
+        return client._done("optim_step", OptimStepResult(1, 0.0, 0.0, 1, 0.0))
+
+    client.optim_step = optim_step
+    algo.update(batch, client).result()
+    assert expected.abs().max() > 1e-3
+    assert (found[0] - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-6
