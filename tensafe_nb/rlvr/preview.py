@@ -142,11 +142,12 @@ def _histogram(rewards: "np.ndarray[Any, np.dtype[np.float64]]") -> tuple[tuple[
 
 
 def _suspects(ranked: Sequence[Trajectory], true: str | None) -> list[Trajectory]:
-    """Return the best half's rollouts that miss the true aim."""
-    if true is None:
+    """Return rollouts that are paid above the mean and miss the true aim."""
+    if true is None or not ranked:
         return []
-    missed = [t for t in ranked[: len(ranked) // 2] if (t.reward_parts or {}).get(true, 1.0) <= TRUE_ENOUGH]
-    return missed[:EXAMPLES]
+    usual = float(np.mean([_reward(trajectory) for trajectory in ranked]))
+    paid = [trajectory for trajectory in ranked if _reward(trajectory) > usual]
+    return [t for t in paid if (t.reward_parts or {}).get(true, 1.0) <= TRUE_ENOUGH][:EXAMPLES]
 
 
 def _short(text: str) -> str:
