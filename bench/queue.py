@@ -22,7 +22,7 @@ STEPS = 100
 class EngineThatDoesNothing:
     """Stands in for the engine: what is left of an operation is its way through the queue."""
 
-    def __init__(self, config: tn.TrainingConfig, relative: object = None) -> None:
+    def __init__(self, config: tn.TrainingConfig, model: object = None) -> None:
         self.model = SimpleNamespace(tokenizer=None)
 
     def forward(self, *_: Any) -> ForwardResult:

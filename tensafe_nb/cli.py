@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown: {' '.join(chosen.options)}")
     try:
         return int(chosen.run(chosen))
-    except TGTinkerError as error:
+    except (TGTinkerError, OSError) as error:
         print(f"tensafe-nb {chosen.command}: {error}", file=sys.stderr)
         return 1
 

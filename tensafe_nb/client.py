@@ -13,10 +13,11 @@ from tensafe_nb.data import Batches, Row, batches, read_prompts
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.events import Event, RunHistory, StatusChanged
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.loops import Batch, Loop
 from tensafe_nb.plain import plain_metadata
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.retention import Checkpoints
-from tensafe_nb.runs import Batch, Loop, TrainingRun
+from tensafe_nb.runs import TrainingRun
 from tensafe_nb.supervised import SupervisedLoop
 from tensafe_nb.transports.base import VERBS, Channel
 from tensafe_nb.types import (
@@ -181,12 +182,12 @@ class TrainingClient:
         metadata = plain_metadata(metadata or {})
         return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
 
-    def load_state(self, artifact_id: str, *, for_run: bool = False) -> FutureHandle[LoadStateResult]:
+    def load_state(self, artifact_id: str, *, for_run: str | None = None) -> FutureHandle[LoadStateResult]:
         """Take the state of an artifact in place of this client's own; all of it, or on any failure nothing.
 
         Args:
             artifact_id: Its id, or its name.
-            for_run: Refuse a state that does not say where a run stood in its data.
+            for_run: Refuse a state that was not saved by a run with a loop of this name.
 
         Raises:
             ValidationError: No id. The handle fails with `ArtifactNotFoundError`, `DecryptionError`, or, for an

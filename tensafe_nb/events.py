@@ -290,6 +290,7 @@ class EventBus:
     def __init__(self, path: Path) -> None:
         self.history = RunHistory(path)
         self._seq = 0
+        self._refused = False
         self._pid = os.getpid()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -310,8 +311,7 @@ class EventBus:
             self._seq += 1
             event = replace(event, seq=self._seq, time=time.time())
             if not isinstance(event, Progress) and not self._log.closed and os.getpid() == self._pid:
-                self._log.write(json.dumps(to_plain(event), allow_nan=False) + "\n")
-                self._log.flush()
+                self._write(json.dumps(to_plain(event), allow_nan=False) + "\n")
                 self.history.add(event)
             for subscriber in tuple(self._subscribers):
                 try:
@@ -319,6 +319,20 @@ class EventBus:
                 except Exception:
                     logger.exception("a subscriber failed at %s; the work goes on", type(event).__name__)
         return event
+
+    def _write(self, line: str) -> None:
+        """Write a line. What a full disk refuses stays in the file's buffer and is tried again with the next one."""
+        try:
+            self._log.write(line)
+            self._log.flush()
+        except OSError as error:
+            if not self._refused:
+                logger.error(
+                    "%s cannot be written (%s); it is tried again", self.history.path, error.strerror
+                )
+            self._refused = True
+        else:
+            self._refused = False
 
     def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` for every event: recorded ones above `after` first, then live ones.

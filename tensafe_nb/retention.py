@@ -1,5 +1,6 @@
 """Which checkpoints of a training client there are, and which of a run's own are kept."""
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from tensafe_nb.events import ArtifactDeleted, CheckpointSaved, RunHistory
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.types import SaveStateResult
 
-SMALLER_IS_BETTER = ("loss", "perplexity", "error", "kl")
+SMALLER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl"}  # as a word of a metric's name
 
 
 class Checkpoints:
@@ -42,7 +43,7 @@ class Checkpoints:
                 f"keep_best={keep_best!r} must be the name of a metric, such as 'eval/loss'."
             )
         self._every, self._keep_last, self._keep_best = every, keep_last, keep_best
-        self._saving: deque[FutureHandle[SaveStateResult]] = deque()
+        self._saving: deque[tuple[FutureHandle[SaveStateResult], float | None]] = deque()
         self._kept: list[tuple[str, float]] = []
         self._last_index = 0
 
@@ -57,18 +58,21 @@ class Checkpoints:
         """Whether the last step, which nobody knew to be the last, is still to be saved."""
         return self._every is not None and index > self._last_index
 
-    def add(self, handle: FutureHandle[SaveStateResult]) -> None:
-        """Take note of a checkpoint under way."""
-        self._saving.append(handle)
+    def add(self, handle: FutureHandle[SaveStateResult], history: RunHistory, *, measured: bool) -> None:
+        """Take note of a checkpoint under way; `measured` says that the metrics of its step are there already."""
+        known = history.last().get(self._keep_best or "") if measured else None
+        self._saving.append((handle, known))
 
-    def settled(self, wait: bool) -> Iterator[SaveStateResult]:
-        """Yield the checkpoints that have been written since; wait for the rest if asked to."""
-        while self._saving and (wait or self._saving[0].done()):
-            yield self._saving.popleft().result()
+    def settled(self, wait: bool) -> Iterator[tuple[SaveStateResult, float | None]]:
+        """Yield the checkpoints that have been written since, with their metric; wait for the rest if asked to."""
+        while self._saving and (wait or self._saving[0][0].done()):
+            handle, known = self._saving.popleft()
+            yield handle.result(), known
 
-    def keep(self, saved: SaveStateResult, history: RunHistory) -> list[str]:
+    def keep(self, saved: SaveStateResult, known: float | None, history: RunHistory) -> list[str]:
         """Count in a checkpoint; return the ids of those that are no longer needed."""
-        self._kept.append((saved.artifact_id, self._score(saved.step, history)))
+        score = self._score(saved.step, history) if known is None else self._signed(known)
+        self._kept.append((saved.artifact_id, score))
         if self._keep_last is None and self._keep_best is None:
             return []
         newest = {artifact_id for artifact_id, _ in self._kept[-(self._keep_last or 1) :]}
@@ -91,8 +95,14 @@ class Checkpoints:
                 f"keep_best={self._keep_best!r}: no such metric has been measured. "
                 f"There are: {', '.join(history.names) or 'none'}."
             )
-        small = any(word in self._keep_best.lower() for word in SMALLER_IS_BETTER)
-        return float(-known[-1] if small else known[-1])
+        return self._signed(float(known[-1]))
+
+    def _signed(self, value: float) -> float:
+        """Return a value that is large when the checkpoint is good."""
+        if self._keep_best is None or not np.isfinite(value):
+            return -np.inf
+        small = bool(SMALLER_IS_BETTER & set(re.split("[/_ ]", self._keep_best.lower())))
+        return -value if small else value
 
 
 def checkpoint_of(step: int, history: RunHistory) -> str:

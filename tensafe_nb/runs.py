@@ -6,11 +6,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from tensafe_nb.batch import BatchData
-from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import (
+    ArtifactNotFoundError,
     ClientClosedError,
     FutureCancelledError,
     FutureFailedError,
@@ -18,68 +17,16 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.events import Event, RunHistory, RunState, RunStep
+from tensafe_nb.events import RunHistory, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
+from tensafe_nb.loops import Loop, RunClient
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.retention import Checkpoints, checkpoint_of
 from tensafe_nb.types import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 
 logger = logging.getLogger(__name__)
 
-Batch = BatchData | Mapping[str, Any]
 R = TypeVar("R")
-
-
-class RunClient(Protocol):
-    """What a run needs of a training client."""
-
-    @property
-    def training_client_id(self) -> str: ...
-    @property
-    def config(self) -> TrainingConfig: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def history(self) -> RunHistory: ...
-    def publish(self, event: Event) -> Event: ...
-    def sync_events(self) -> None: ...
-    def forward_backward(self, batch: Batch) -> FutureHandle[Any]: ...
-    def forward(self, batch: Batch) -> FutureHandle[Any]: ...
-    def optim_step(self) -> FutureHandle[Any]: ...
-    def save_state(
-        self, *, metadata: Mapping[str, Any], position: Mapping[str, Any]
-    ) -> FutureHandle[SaveStateResult]: ...
-    def load_state(self, artifact_id: str, *, for_run: bool) -> FutureHandle[LoadStateResult]: ...
-    def fork(self, artifact_id: str | None, **changes: Any) -> Any: ...
-    def delete_checkpoint(self, artifact_id: str) -> None: ...
-
-
-class Loop(Protocol):
-    """What a run repeats; every method is called on the run's own thread."""
-
-    lookahead: int  # steps that may be under way before the oldest is collected
-    curve: str  # the metric that tells how it goes
-
-    def attach(self, run: "TrainingRun") -> None:
-        """Get to know the run: its id for metrics, and its `wait` for results needed within a step."""
-
-    def submit(self, index: int) -> Sequence[FutureHandle[Any]] | None:
-        """Queue step `index` and return the handles to wait for; None when there is nothing left."""
-
-    def collect(self, index: int, results: Sequence[Any]) -> None:
-        """Take the results of step `index`."""
-
-    def position(self) -> Mapping[str, Any]:
-        """Return, as plain data, where the loop stands in its data, behind what it has submitted."""
-
-    def seek(self, position: Mapping[str, Any]) -> None:
-        """Go to such a place, forwards or back."""
-
-    def interrupt(self) -> None:
-        """Give up what a step waits for outside the queue; called by `stop()`, on any thread."""
-
-    def close(self) -> None:
-        """Release what it holds; called once, when the run ends."""
 
 
 class TrainingRun:
@@ -295,7 +242,9 @@ class TrainingRun:
 
     def _drive(self) -> None:
         if self._resume_from is not None:
-            self._seek(self.wait(self._client.load_state(self._resume_from, for_run=True)))
+            self._seek(
+                self.wait(self._client.load_state(self._resume_from, for_run=type(self._loop).__name__))
+            )
         while not self._over():
             handles = self._loop.submit(self._index)
             if handles is None:
@@ -306,10 +255,10 @@ class TrainingRun:
             while len(self._inflight) > self._loop.lookahead:
                 self._collect()
             if self._checkpoints.due(self._index, self.planned_steps):
-                self._checkpoints.add(self._save({}))
+                self._save_by_itself()
         self._collect_all()
         if not self._wants_stop and self._checkpoints.missing(self._index):
-            self._checkpoints.add(self._save({}))
+            self._save_by_itself()
         self._tidy(wait=True)
 
     def _collect_all(self) -> None:
@@ -388,17 +337,27 @@ class TrainingRun:
                 if self._torn or not isinstance(error, TGTinkerError):
                     raise
 
+    def _save_by_itself(self) -> None:
+        measured = self._loop.lookahead == 0  # then the step has been collected
+        self._checkpoints.add(self._save({}), self._client.history, measured=measured)
+
     def _save(self, metadata: Mapping[str, Any]) -> FutureHandle[SaveStateResult]:
-        position = {"run_id": self.run_id, "index": self._index, "loop": self._loop.position()}
+        position = {
+            "run_id": self.run_id,
+            "kind": type(self._loop).__name__,
+            "index": self._index,
+            "loop": self._loop.position(),
+        }
         return self._client.save_state(metadata=metadata, position=position)
 
     def _go_back(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
         if self._state.ended:
-            return self._client.load_state(artifact_id, for_run=False)
+            return self._client.load_state(artifact_id, for_run=None)
         self._collect_all()
-        self._steps_taken += self._client.step - self._first_step
-        loaded = self._client.load_state(artifact_id, for_run=True)
+        before = self._client.step
+        loaded = self._client.load_state(artifact_id, for_run=type(self._loop).__name__)
         result = self.wait(loaded)
+        self._steps_taken += before - self._first_step
         self._torn = True  # until the data stands where the weights do
         self._seek(result)
         self._torn = False
@@ -413,9 +372,10 @@ class TrainingRun:
 
     def _tidy(self, *, wait: bool = False) -> None:
         """Delete the automatic checkpoints that need not be kept."""
-        for saved in self._checkpoints.settled(wait):
-            for artifact_id in self._checkpoints.keep(saved, self._client.history):
-                self._client.delete_checkpoint(artifact_id)
+        for saved, known in self._checkpoints.settled(wait):
+            for artifact_id in self._checkpoints.keep(saved, known, self._client.history):
+                with contextlib.suppress(ArtifactNotFoundError):  # the user was first
+                    self._client.delete_checkpoint(artifact_id)
 
     def _end(self, state: RunStatus, error: BaseException | None) -> None:
         failed = state is RunStatus.FAILED

@@ -10,7 +10,7 @@ from tensafe_nb.data import Batches
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import Metrics
 from tensafe_nb.futures import FutureHandle
-from tensafe_nb.runs import Batch, RunClient, TrainingRun
+from tensafe_nb.loops import Batch, Run, RunClient
 from tensafe_nb.types import ForwardResult
 
 EVAL_SLICE = 64  # held-out batches in the queue at a time
@@ -52,6 +52,12 @@ class BatchCursor:
         Raises:
             ValidationError: There are fewer batches than that.
         """
+        once = iter(self._batches) is self._batches  # a generator: what it has dealt is gone
+        if once and (self._iterator is not None or position["epoch"]):
+            raise ValidationError(
+                "These batches are a generator, which cannot go back to where the checkpoint stood. "
+                "Give fit() a list or data.Batches."
+            )
         self._epoch, self._dealt, self._shuffle = (position[name] for name in ("epoch", "dealt", "shuffle"))
         self._iterator = None
         passed = sum(1 for _ in itertools.islice(self._open(), self._dealt))
@@ -122,7 +128,7 @@ class SupervisedLoop:
         if isinstance(batches, Sized) and len(batches) == 0:
             self._refuse_emptiness()
 
-    def attach(self, run: TrainingRun) -> None:
+    def attach(self, run: Run) -> None:
         self._run = run
 
     def submit(self, index: int) -> Sequence[FutureHandle[Any]] | None:

@@ -118,10 +118,10 @@ class FreezeReference:
 @plain
 @dataclass(frozen=True, slots=True)
 class LoadState:
-    """Take the state of an artifact, given by its id or its name; `for_run` refuses one that no run saved."""
+    """Take the state of an artifact, given by its id or its name; `for_run` refuses one that no such run saved."""
 
     artifact_id: str
-    for_run: bool = False
+    for_run: str | None = None
 
 
 Operation: TypeAlias = (

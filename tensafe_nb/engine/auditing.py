@@ -3,14 +3,14 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from tensafe_nb.batch import BatchData
 from tensafe_nb.engine.lane import Job
-from tensafe_nb.errors import AuditLogError, FutureCancelledError, StorageError, TGTinkerError
+from tensafe_nb.errors import FutureCancelledError, TGTinkerError, ValidationError
 from tensafe_nb.plain import to_plain
 from tensafe_nb.registry import name_of
 from tensafe_nb.store.audit_log import AuditLog
@@ -52,7 +52,7 @@ class Auditor:
         entry: dict[str, Any] = {
             "operation": job.name,
             "training_client_id": self._training_client_id,
-            "request": _buffers(job.operation) if job.operation is not None else (),
+            "request": tuple(_buffers(job.operation)) if job.operation is not None else (),
             "produced": (outcome.artifact_id,) if isinstance(outcome, SaveStateResult) else (),
             "consumed": (outcome.loaded_artifact_id,) if isinstance(outcome, LoadStateResult) else (),
             "started_at": job.promise.started_at or now,
@@ -65,8 +65,22 @@ class Auditor:
             try:
                 self.catch_up()
                 self._log.append(**entry)
-            except (AuditLogError, StorageError):
+            except (
+                TGTinkerError
+            ):  # the log is broken, the disk is full, the key is gone: `catch_up` will say so
                 self._owed.append(entry | {"request": ()})
+
+
+def _described(value: Any) -> Any:
+    """Return plain data that stands for a value; of what is none, a tensor or a function, its name."""
+    if isinstance(value, Mapping):
+        return {str(key): _described(item) for key, item in value.items()}
+    if callable(value):
+        return name_of(value)
+    try:
+        return to_plain(value)
+    except ValidationError:
+        return type(value).__name__
 
 
 def _code(error: BaseException | None) -> str | None:
@@ -88,5 +102,4 @@ def _buffers(operation: Operation) -> Iterator[Any]:
                 yield f"{key}{array.dtype.str}{array.shape}".encode()
                 yield np.ascontiguousarray(array).data.cast("B")
         else:
-            plain = name_of(value) if callable(value) else to_plain(value)
-            yield json.dumps([name, plain], sort_keys=True).encode()
+            yield json.dumps([name, _described(value)], sort_keys=True).encode()

@@ -83,7 +83,7 @@ def load(
     artifact_id: str,
     *,
     lenient_optimizer: bool = False,
-    for_run: bool = False,
+    for_run: str | None = None,
 ) -> tuple[LoadStateResult, Mapping[str, Any]]:
     """Give an engine the state of an artifact; on any failure the engine stays as it was.
 
@@ -92,7 +92,7 @@ def load(
         store: Where it is kept.
         artifact_id: Its id, or its name.
         lenient_optimizer: Moments of another optimiser are left out instead of refused.
-        for_run: The state must say where a run stood in its data.
+        for_run: The state must say where a run with a loop of this name stood in its data.
 
     Returns:
         The result, and the facts that were saved.
@@ -104,10 +104,10 @@ def load(
     """
     with store.open(store.resolve(artifact_id)) as artifact:
         facts, tensors = _read(engine, artifact, artifact_id, with_moments=not lenient_optimizer)
-        if for_run and facts["position"] is None:
+        if for_run is not None and (facts["position"] or {}).get("kind") != for_run:
             raise ValidationError(
-                f"The checkpoint {artifact_id!r} was not saved by a run, so it does not say where in the data to go "
-                f"on. Nothing was loaded. load_state() it, and start a new run from there."
+                f"The checkpoint {artifact_id!r} was not saved by a run of this kind, so it does not say where in the "
+                f"data to go on. Nothing was loaded. load_state() it, and start a new run from there."
             )
         found = artifact.info.artifact_id
     moments = tensors.get(MOMENTS)

@@ -102,16 +102,16 @@ class Engine:
 
     Args:
         config: What to load and how to train it.
-        relative: A model of the same reference and adapter, whose frozen weights to share instead of loading them.
+        model: The model, where it is there already: a copy that shares another's frozen weights.
 
     Raises:
         ModelLoadError: The model cannot be loaded.
         ValidationError: The adapter does not fit it.
     """
 
-    def __init__(self, config: TrainingConfig, relative: models.LoadedModel | None = None) -> None:
+    def __init__(self, config: TrainingConfig, model: models.LoadedModel | None = None) -> None:
         self.config = config
-        self.model = models.load(config) if relative is None else models.share(relative)
+        self.model = models.load(config) if model is None else model
         self.step = 0
         self.policy_version = 0
         self._parameters = [parameter for _, parameter in self.model.trainable]

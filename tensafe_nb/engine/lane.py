@@ -59,6 +59,7 @@ class Lane:
     def __init__(self) -> None:
         self._jobs: deque[Job] = deque()
         self._broken: tuple[Job, str] | None = None
+        self.inherited: str | None = None  # how the window of a loaded state was broken
         self.stale_gradients = False  # a window ended without its step: what it accumulated must go
 
     def put(self, job: Job) -> None:
@@ -96,20 +97,28 @@ class Lane:
         if job.kind is ForwardBackward and self._broken is None:
             self._broken = (job, how)
         elif job.kind is OptimStep:
-            self._broken, self.stale_gradients = None, True
+            self._broken, self.inherited, self.stale_gradients = None, None, True
+
+    @property
+    def broken(self) -> str | None:
+        """How the open window was broken, in words; None when it is whole."""
+        if self._broken is None:
+            return self.inherited
+        job, how = self._broken
+        return f"{job.name} {job.future_id} of the same step {how}"
 
     def end_window(self) -> FutureFailedError | None:
         """Close the window for an optimiser step; the error it must fail with, if the window is broken."""
-        broken, self._broken = self._broken, None
-        if broken is None:
+        reason, broken = self.broken, self._broken
+        self._broken = self.inherited = None
+        if reason is None:
             return None
-        job, how = broken
         error = FutureFailedError(
-            f"optim_step was not run: {job.name} {job.future_id} of the same step {how}. The weights are untouched "
-            f"and the gradients cleared; the next step starts clean.",
-            details={"cause": job.future_id},
+            f"optim_step was not run: {reason}. The weights are untouched and the gradients cleared; the next step "
+            f"starts clean.",
+            details={"cause": broken[0].future_id} if broken else {},
         )
-        error.__cause__ = job.promise.error
+        error.__cause__ = broken[0].promise.error if broken else None
         return error
 
 

@@ -120,6 +120,7 @@ class Worker:
         self._vault = vault
         self._auditor = Auditor(vault.audit, training_client_id)
         self._origin = origin
+        self._computing = threading.Lock()
         self._changed = threading.Condition()
         self._submitting = threading.RLock()
         self._thread = threading.Thread(
@@ -212,7 +213,12 @@ class Worker:
                 self._running.promise.cancel_requested = True
             self._changed.notify_all()
         for job in pending:
-            self._cancel(job)
+            if self._cancel(job) and job.kind is SaveState:
+                logger.warning(
+                    "closing %s: a save_state was given up, as what comes before it in the queue was; wait for the "
+                    "handle of a checkpoint you want",
+                    self.training_client_id,
+                )
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._announce(ClientStatus.TERMINATED)
@@ -255,13 +261,18 @@ class Worker:
         return True
 
     def _shared_model(self) -> LoadedModel | None:
-        """Return the model of the client this one was forked from, if all but its adapter can be shared."""
+        """Return a copy of the model of the client this one was forked from, if its frozen weights can be shared."""
         relative = self._origin.relative if self._origin is not None else None
         if relative is None or self.config.lora_config is None:
             return None
+        if (relative.config.dtype, relative.config.device) != (self.config.dtype, self.config.device):
+            return None
         relative.loaded.wait()
-        engine = relative._engine
-        return engine.model if engine is not None else None  # closed meanwhile: load it again
+        with relative._computing:  # between two of its operations: within one, adapters may be switched off
+            engine = relative._engine
+            return (
+                models.share(engine.model) if engine is not None else None
+            )  # closed meanwhile: load it again
 
     def _die(self, failure: TGTinkerError) -> None:
         with self._changed:
@@ -294,7 +305,8 @@ class Worker:
         started = time.perf_counter()
         try:
             self._auditor.catch_up()
-            result = self._perform(job)
+            with self._computing:
+                result = self._perform(job)
         except FutureCancelledError:
             self._lane.mark_broken(job, "was cancelled")
             self._note_cancelled(job)
@@ -349,7 +361,7 @@ class Worker:
             operation,
             training_client_id=self.training_client_id,
             ledger_head=self._vault.audit.head(),
-            facts={"losses": to_plain(self._losses)},
+            facts={"losses": to_plain(self._losses), "broken": self._lane.broken},
         )
         run_id = (operation.position or {}).get("run_id")
         self._publish(
@@ -365,9 +377,10 @@ class Worker:
         self.bus.sync()
         return saved
 
-    def _load_state(self, engine: Engine, artifact_id: str, **options: bool) -> LoadStateResult:
+    def _load_state(self, engine: Engine, artifact_id: str, **options: Any) -> LoadStateResult:
         loaded, facts = checkpoints.load(engine, self._vault.artifacts, artifact_id, **options)
         self._lane.end_window()
+        self._lane.inherited = facts["broken"]
         self._losses = [tuple(pair) for pair in from_plain(facts["losses"])]
         self.step, self.policy_version = engine.step, engine.policy_version
         self._publish(StateLoaded(artifact_id=loaded.loaded_artifact_id, step=loaded.step))

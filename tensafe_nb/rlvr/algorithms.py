@@ -66,7 +66,13 @@ class PolicyGradient(Generic[C]):
     options: ClassVar[type[PolicyConfig]]
 
     def __init__(self, config: C | str | None = None, **fields: Any) -> None:
-        chosen: Any = preset(config, self.options) if isinstance(config, str) else config or self.options()
+        chosen: Any = (
+            preset(config, self.options)
+            if isinstance(config, str)
+            else self.options()
+            if config is None
+            else config
+        )
         if not isinstance(chosen, self.options):
             raise ValidationError(
                 f"{type(self).__name__} takes a {self.options.__name__}, a preset's name, or fields; not {config!r}."
@@ -75,7 +81,9 @@ class PolicyGradient(Generic[C]):
         self.config: C = settled
         self.ema = EMABaseline(self.config.ema_decay)
         self.updates = 0
-        self._has_reference = False
+        self._reference_of: str | None = (
+            None  # the client whose reference is settled; "" after a resume: the next one
+        )
 
     def __repr__(self) -> str:
         idle = self.config.idle_options
@@ -105,7 +113,7 @@ class PolicyGradient(Generic[C]):
         rows = self._rows_that_matter(batch, mask, method)
         if not rows.size:
             return self._skip(batch, training_client)
-        job = _Job(self.config, batch, mask, readings, returns, training_client)
+        job = _Job(self.config, batch, mask, readings, returns, training_client, self.updates)
         warming = (
             returns is not None and self.config.value is not None and self.updates < self.config.value.warmup
         )
@@ -119,13 +127,13 @@ class PolicyGradient(Generic[C]):
             "total": self.ema.total,
             "ema_updates": self.ema.updates,
             "updates": self.updates,
-            "has_reference": self._has_reference,
+            "has_reference": self._reference_of is not None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
         self.ema.total, self.ema.updates = float(state["total"]), int(state["ema_updates"])
-        self.updates, self._has_reference = int(state["updates"]), bool(state["has_reference"])
+        self.updates, self._reference_of = int(state["updates"]), "" if state["has_reference"] else None
 
     def _check(self, batch: TrajectoryBatch, method: str) -> None:
         if not np.isfinite(batch.rewards).any():
@@ -149,7 +157,7 @@ class PolicyGradient(Generic[C]):
             return _Readings()
         rows, temperature = list(batch), batch.sampling.temperature
         data = updates.pack(rows, {})
-        if config.kl_coef and not self._has_reference:
+        if config.kl_coef:
             self._settle_reference(client)
         own = client.compute_logprobs(data, temperature=temperature)
         other = (
@@ -170,9 +178,12 @@ class PolicyGradient(Generic[C]):
 
     def _settle_reference(self, client: PolicyClient) -> None:
         """Freeze the policy as it is before the first update; an adapter that is still at zero has its base."""
-        if client.step > 0 or "base_reference" not in client.capabilities:
+        if self._reference_of == client.training_client_id:
+            return
+        fresh = client.step == 0 and "base_reference" in client.capabilities
+        if self._reference_of != "" and not fresh:
             client.freeze_reference()
-        self._has_reference = True
+        self._reference_of = client.training_client_id
 
     def _fill_in_advantages(
         self, batch: TrajectoryBatch, method: str, mask: Array, readings: _Readings
@@ -266,6 +277,7 @@ class _Job:
     readings: _Readings
     returns: Array | None
     client: PolicyClient
+    number: int
 
     def run(self, rows: Array, *, value_only: bool) -> FutureHandle[UpdateResult]:
         gradients: list[FutureHandle[ForwardBackwardResult]] = []
@@ -346,9 +358,7 @@ class _Job:
         if count == 1:
             return [rows]
         groups = updates.group_numbers(self.batch)
-        order = np.random.default_rng([self.client.policy_version, epoch]).permutation(
-            np.unique(groups[rows])
-        )
+        order = np.random.default_rng([self.number, epoch]).permutation(np.unique(groups[rows]))
         parts = [rows[np.isin(groups[rows], part)] for part in np.array_split(order, count)]
         return [part for part in parts if part.size]
 
@@ -408,14 +418,14 @@ def has_advantage(batch: TrajectoryBatch) -> Array:
 
 def _custom(name: str, rewards: Array, penalty: Array | None, batch: TrajectoryBatch, mask: Array) -> Array:
     given = rewards if penalty is None else at_the_end(rewards, mask) - penalty
-    values = np.asarray(resolve_advantage(name)(given, updates.group_numbers(batch), mask), dtype=np.float64)
+    values = np.array(resolve_advantage(name)(given, updates.group_numbers(batch), mask), dtype=np.float64)
+    if values.shape[:1] == (len(batch),):
+        values[~np.isfinite(batch.rewards)] = 0.0
     if values.shape not in ((len(batch),), mask.shape) or not np.isfinite(values).all():
         raise ValidationError(
             f"The advantage {name!r} returned shape {values.shape} for {len(batch)} rollouts: return one finite number "
             f"per rollout, ({len(batch)},), or per token, {mask.shape}."
         )
-    unscored = ~np.isfinite(batch.rewards)
-    values[unscored] = 0.0
     return values
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from tensafe_nb.errors import NonFiniteLossError, RewardError
 from tensafe_nb.events import Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.loops import Run
 from tensafe_nb.rlvr.alarm_rules import not_finite
 from tensafe_nb.rlvr.alarms import Alarms, alarm_of
 from tensafe_nb.rlvr.algorithms import Algorithm
@@ -21,7 +22,6 @@ from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
 from tensafe_nb.rlvr.samplers import PolicySampler, PromptCursor
 from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, check_scored
 from tensafe_nb.rlvr.updates import UpdateResult
-from tensafe_nb.runs import TrainingRun
 
 TOO_MANY = 0.5  # share of failed rewards above which nobody should train on the rest
 
@@ -77,7 +77,7 @@ class RLVRLoop:
         self._scorer: Scorer | None = None
         self._scores: Reward | None = None  # what the scorer was made for
 
-    def attach(self, run: TrainingRun) -> None:
+    def attach(self, run: Run) -> None:
         """Get to know the run."""
         self._run = run
         self._store = self._trainer.store = RolloutStore(run.run_id)

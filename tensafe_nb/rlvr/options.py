@@ -241,6 +241,13 @@ class PPOConfig(PolicyConfig):
             )
         if self.loss == "cispo" and isinstance(self.clip_range, float):
             raise ValueError("loss='cispo' takes both bounds: clip_range=(smallest, largest), such as (0, 5)")
+        low, high = self.bounds
+        if self.loss == "cispo" and low >= high:
+            raise ValueError(f"clip_range={self.clip_range}: the smallest factor must be below the largest")
+        if self.loss == "clip" and low >= 1:
+            raise ValueError(
+                f"clip_range={self.clip_range}: the ratio cannot fall by {low}; below must be under 1"
+            )
         if self.advantage not in ("auto", "group", "rloo", "gae", "ema", "none"):
             _check_advantage(self.advantage, None, self.effective_scale)
         return self
@@ -321,7 +328,7 @@ _PRESETS: dict[str, PolicyConfig] = {
 
 
 def register_preset(name: str, config: PolicyConfig, *, overwrite: bool = False) -> None:
-    """Give options a name: `REINFORCE("name")` or `PPO("name")`, and `rlvr.preset: name` in a file.
+    """Give options a name: `REINFORCE("name")` or `PPO("name")`, and `rlvr: {algo: name}` in a file.
 
     Raises:
         ValidationError: The name is taken.

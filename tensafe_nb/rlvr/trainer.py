@@ -5,6 +5,7 @@ from typing import Any, Literal, Protocol
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.loops import Loop
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.rlvr.alarm_rules import BF16_GAP, FP32_GAP
 from tensafe_nb.rlvr.alarms import Alarms
@@ -18,7 +19,7 @@ from tensafe_nb.rlvr.rollout_store import RolloutStore
 from tensafe_nb.rlvr.rollouts import PolicyClient
 from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptCursor, PromptSpec
 from tensafe_nb.rlvr.scoring import Scorer, check_scored
-from tensafe_nb.runs import Loop, TrainingRun
+from tensafe_nb.runs import TrainingRun
 
 
 class RunningClient(PolicyClient, Protocol):

@@ -8,6 +8,7 @@ from pathlib import Path
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.engine import checkpoints, export
 from tensafe_nb.engine.worker import Origin, Worker
+from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.events import ArtifactDeleted, ClientCreated, EventBus
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.plain import to_plain
@@ -43,6 +44,11 @@ class EmbeddedTransport:
         training_client_id = f"tc-{uuid.uuid4().hex[:12]}"
         created = ClientCreated(training_client_id=training_client_id, config=to_plain(config))
         bus = EventBus(home.event_log(training_client_id))
+        try:
+            self._vault.keys.primary_id()  # one that cannot be had is an error of the call, not of the first operation
+        except TGTinkerError:
+            bus.close()
+            raise
         bus.publish(created)
         worker = Worker(training_client_id, config, bus, loss, self._vault, origin)
         self._workers[training_client_id] = worker

@@ -12,7 +12,12 @@ START = (Path(__file__).parents[2] / "binder/start").read_text()
 SETTINGS = dict(re.findall(r"((?:OMP|MALLOC)_\w+)=(\d+)", START))  # measured as Binder runs it
 MEMORY = """\
 with open("/proc/self/status") as status:  # not getrusage: its peak is inherited from the parent process
-    print(next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM")))"""
+    found = {line.split()[0]: line.split()[-2] for line in status if line.endswith("kB\\n")}
+print(int(found["VmHWM:"]) // 1024, int(found["RssFile:"]) // 1024)"""
+# The libraries' code is mapped from files: how much of it counts as resident depends on how the files came to lie in the
+# page cache (101 MB in an old environment, 174 MB in one just installed, the heap being the same), and it is dropped
+# under pressure. So it is counted as what it was when the bound of 600 MB was set.
+LIBRARIES = 110
 
 
 def cells(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -39,8 +44,9 @@ def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         extra_arguments=["--log-level=ERROR"],
     )
     client.execute(cwd=str(path.parent))
-    peak = int(notebook.cells.pop().outputs[0].text)
-    print(f"{path.stem}: the kernel's peak memory is {peak} MB")
+    resident, mapped = map(int, notebook.cells.pop().outputs[0].text.split())
+    peak = resident - mapped + LIBRARIES
+    print(f"{path.stem}: the kernel's peak memory is {peak} MB ({resident} resident, {mapped} of it mapped files)")
     assert peak <= 600, "a kernel on Binder has 1 GB, the notebook server included"
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]

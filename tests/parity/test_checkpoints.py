@@ -354,6 +354,51 @@ def test_a_checkpoint_that_comes_next_is_written_though_the_client_is_closed(
     assert [handle.state for handle in (doomed, lost)] == ["CANCELLED", "CANCELLED"]
 
 
+def test_a_window_that_was_broken_when_it_was_saved_is_broken_when_it_is_loaded(
+    service: tn.ServiceClient, tc: tn.TrainingClient, batch: tn.BatchData
+) -> None:
+    tc.forward_backward(batch), tc.forward_backward({"input_ids": [[1, 999_999]]})
+    saved = tc.save_state().result()
+    restored = service.restore(saved.artifact_id)
+    for client in (tc, restored):
+        client.forward_backward(batch)
+        with pytest.raises(tn.FutureFailedError, match="optim_step was not run"):
+            client.optim_step().result()
+        client.forward_backward(batch)
+        assert client.optim_step().step == 1
+
+
+def test_forks_made_while_the_parent_scores_its_reference_are_whole(service: tn.ServiceClient) -> None:
+    parent = service.create_training_client(model_ref="builtin:sums", lora_config=tn.LoRAConfig(rank=2))
+    saved, rows = parent.save_state().result(), tn.BatchData([[3, 4, 5, 6] * 6] * 100)
+    expected = parent.forward(rows).loss
+    for _ in range(5):
+        scoring = [parent.compute_logprobs(rows, reference=True) for _ in range(3)]
+        fork = parent.fork(saved.artifact_id)
+        assert fork.forward(rows).loss == expected
+        [handle.result() for handle in scoring]
+        before = weights(parent)
+        fork.forward_backward(rows), fork.optim_step().result()
+        assert_equal(weights(parent), before)
+        fork.close()
+
+
+def test_what_cannot_be_written_as_plain_data_is_still_audited(
+    service: tn.ServiceClient, tc: tn.TrainingClient, batch: tn.BatchData
+) -> None:
+    def scaled(outputs: Any, batch: Any, by: Any = None) -> Any:
+        return outputs.logprobs.mean() * by.sum()
+
+    tc.forward_backward(batch, loss_fn=scaled, loss_kwargs={"by": torch.ones(2)}).result(timeout=20)
+    assert service.get_audit_logs(limit=1)[0].operation == "forward_backward"
+
+
+def test_a_key_that_cannot_be_had_is_an_error_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSAFE_KEK", "YWJj")
+    with tn.ServiceClient() as service, pytest.raises(tn.errors.KeyUnavailableError, match="exactly 32 random bytes"):
+        service.create_training_client()
+
+
 # runs
 
 
@@ -427,7 +472,7 @@ def test_a_rollback_to_what_no_run_saved_says_so_and_the_run_goes_on(tc: tn.Trai
     run.step(2)
     until(run, "PAUSED")
     step = tc.step
-    with pytest.raises(tn.ValidationError, match="not saved by a run"):
+    with pytest.raises(tn.ValidationError, match="not saved by a run of this kind"):
         run.rollback(saved.artifact_id).result()
     assert tc.step == step, "nothing was loaded"
     with pytest.raises(tn.errors.ArtifactNotFoundError):
@@ -444,6 +489,49 @@ def test_a_resume_on_fewer_batches_than_were_trained_on_is_refused(tc: tn.Traini
     resumed = tc.fit([training_batch(0)] * 2, steps=8, resume_from=checkpoint, show=False)
     with pytest.raises(tn.ValidationError, match="after 4 batches of a pass; there are only 2"):
         resumed.result()
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_refused_before_anything_is_loaded(
+    service: tn.ServiceClient, tc: tn.TrainingClient
+) -> None:
+    run = tc.fit([training_batch(0)], steps=2, checkpoint_every=2, show=False)
+    run.result()
+    (saved,) = service.list_artifacts()
+    other = service.create_training_client(tc.config)
+    trainer = tn.rlvr.RLVRTrainer(other, ["a"], "exact_match", chat="never")
+    resumed = trainer.run(steps=4, resume_from=saved.artifact_id, show=False)
+    with pytest.raises(tn.ValidationError, match="not saved by a run of this kind"):
+        resumed.result()
+    assert other.step == 0
+
+
+def test_a_generator_cannot_be_rolled_back(tc: tn.TrainingClient) -> None:
+    run = tc.fit((training_batch(seed) for seed in range(1000)), steps=500, show=False)
+    run.pause()
+    run.step(2)
+    until(run, "PAUSED")
+    saved = run.checkpoint().result()
+    run.step(2)
+    until(run, "PAUSED", steps=saved.step + 2)
+    with pytest.raises(tn.ValidationError, match="a generator, which cannot go back"):
+        run.rollback(saved.artifact_id).result()
+
+
+def test_a_checkpoint_the_user_deleted_first_is_no_reason_to_fail(
+    service: tn.ServiceClient, tc: tn.TrainingClient
+) -> None:
+    run = tc.fit(Endless(), steps=8, checkpoint_every=2, keep_last=1, show=False)
+    tc.subscribe(lambda e: service.delete_artifact(e.artifact_id) if isinstance(e, CheckpointSaved) else None)
+    assert run.result().steps == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "small"), [("eval/loss", True), ("policy/approx_kl", True), ("checklist", False)]
+)
+def test_a_metric_counts_as_small_is_better_by_its_words_not_its_letters(name: str, small: bool) -> None:
+    from tensafe_nb.retention import Checkpoints
+
+    assert (Checkpoints(1, keep_best=name)._signed(2.0) < 0) == small
 
 
 def test_retention_keeps_the_newest_and_the_best(service: tn.ServiceClient, tc: tn.TrainingClient) -> None:

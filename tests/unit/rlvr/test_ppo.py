@@ -106,7 +106,7 @@ def test_a_kl_penalty_keeps_the_policy_closer_to_where_it_began(lora, placement)
     def drift(**options):
         client, algo = EngineClient(config), REINFORCE(baseline="group", mask_truncated=False, **options)
         client.freeze_reference()
-        algo._has_reference = True
+        algo._reference_of = client.training_client_id
         batch = rollouts(client)
         for _ in range(6):
             result = algo.update(batch, client).result()
@@ -215,6 +215,10 @@ def test_an_advantage_of_ones_own_is_used_and_checked():
     with pytest.raises(ValidationError, match=r"no advantage named 'halvs'.*'halves'"):
         REINFORCE(advantage="halvs")
 
+    batch[0].reward = None  # unscored: NaN from the function is no advantage, and no error
+    REINFORCE(advantage="halves", mask_truncated=False).update(batch, client)
+    assert batch[0].advantage == 0
+
     register_advantage("wrong", overwrite=True)(lambda rewards, groups, mask: rewards[:2])
     with pytest.raises(ValidationError, match=r"'wrong' returned shape \(2,\)"):
         REINFORCE(advantage="wrong").update(batch, client)
@@ -249,6 +253,8 @@ def test_presets_can_be_added_and_belong_to_their_algorithm():
         ({"advantage": "gae", "scale": "group"}, "whitens by itself"),
         ({"loss": "cispo", "clip_range": 0.2}, "both bounds"),
         ({"advantage": "reinforce_pp", "scale": "batch"}, "leave baseline and scale out"),
+        ({"loss": "cispo", "clip_range": (5, 0)}, "below the largest"),
+        ({"clip_range": (2, 3)}, "below must be under 1"),
         ({"ppo_epoch": 4}, "ppo_epochs"),
     ],
 )
