@@ -395,7 +395,10 @@ def test_what_cannot_be_written_as_plain_data_is_still_audited(
 
 def test_a_key_that_cannot_be_had_is_an_error_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSAFE_KEK", "YWJj")
-    with tn.ServiceClient() as service, pytest.raises(tn.errors.KeyUnavailableError, match="exactly 32 random bytes"):
+    with (
+        tn.ServiceClient() as service,
+        pytest.raises(tn.errors.KeyUnavailableError, match="exactly 32 random bytes"),
+    ):
         service.create_training_client()
 
 
