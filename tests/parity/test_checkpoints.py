@@ -593,3 +593,39 @@ def test_an_rl_run_resumed_in_a_new_client_equals_one_that_was_not(service: tn.S
     assert_equal(weights(second), weights(whole))
     assert second.history["reward"].tolist() == whole.history["reward"][3:].tolist()
     assert second.history["num_tokens"].tolist() == whole.history["num_tokens"][3:].tolist()
+
+
+def test_an_unchanged_fork_of_an_rl_run_gives_the_same_rows(service: tn.ServiceClient) -> None:
+    from tensafe_nb.events import Metrics
+
+    config = tn.TrainingConfig(
+        model_ref="builtin:sums", lora_config=tn.LoRAConfig(rank=4), optimizer={"learning_rate": 3e-3}
+    )
+
+    def run(tc: tn.TrainingClient, **options: Any) -> tn.TrainingRun:
+        algo = tn.rlvr.PPO("grpo", ppo_epochs=2, minibatches=2, kl_coef=0.05)
+        trainer = tn.rlvr.RLVRTrainer(
+            tc,
+            tn.datasets.sums(40, seed=1),
+            "exact_match",
+            algo,
+            prompts_per_step=6,
+            max_new_tokens=4,
+            seed=3,
+        )
+        return trainer.run(show=False, **options)
+
+    def rows(tc: tn.TrainingClient) -> list[dict[str, float]]:
+        found = [e.values for e in tc.history.events() if isinstance(e, Metrics) and "reward" in e.values]
+        return [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "policy_version"))} for row in found
+        ]
+
+    parent = service.create_training_client(config)
+    first = run(parent, steps=4, checkpoint_every=2)
+    first.result()
+    saved = service.list_artifacts(parent.training_client_id)[1]
+    fork = first.fork(saved.artifact_id)
+    run(fork, steps=4, resume_from=saved.artifact_id).result()
+    assert len(rows(fork)) == 2 and rows(fork) == rows(parent)[2:]
+    assert_equal(weights(fork), weights(parent))
