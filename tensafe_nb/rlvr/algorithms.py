@@ -147,7 +147,8 @@ class PolicyGradient(Generic[C]):
         if smallest < 2 and (method in ("rloo", "group") or self.config.effective_scale == "group"):
             raise ValidationError(
                 f"baseline={method!r}, scale={self.config.effective_scale!r} compare the rollouts of a prompt, but a "
-                f"group has {smallest}. Sample with group_size ≥ 2, or use baseline='ema'."
+                f"group has {smallest}. Sample with group_size ≥ 2, or use a running mean: baseline='ema' "
+                f"(of PPO: advantage='ema')."
             )
 
     def _read(self, batch: TrajectoryBatch, method: str, client: PolicyClient) -> _Readings:

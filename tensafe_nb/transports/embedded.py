@@ -8,7 +8,7 @@ from pathlib import Path
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.engine import checkpoints, export
 from tensafe_nb.engine.worker import Origin, Worker
-from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.errors import DecryptionError, TGTinkerError
 from tensafe_nb.events import ArtifactDeleted, ClientCreated, EventBus
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.plain import to_plain
@@ -73,10 +73,14 @@ class EmbeddedTransport:
         return self._vault.push(path)
 
     def delete_artifact(self, artifact_id: str) -> None:
-        found = self._vault.artifacts.get(artifact_id)
-        self._vault.delete(found.artifact_id)
-        if found.saved_by in self._workers:
-            self._workers[found.saved_by].bus.publish(ArtifactDeleted(artifact_id=found.artifact_id))
+        found = self._vault.artifacts.resolve(artifact_id)
+        try:
+            owner = self._vault.artifacts.get(found).saved_by
+        except DecryptionError:  # damaged: it can still be thrown away
+            owner = ""
+        self._vault.delete(found)
+        if owner in self._workers:
+            self._workers[owner].bus.publish(ArtifactDeleted(artifact_id=found))
 
     def export_adapter(self, artifact_id: str, path: Path, merged: bool) -> Path:
         with self._vault.exported(artifact_id):

@@ -202,6 +202,8 @@ def test_an_altered_artifact_is_refused_and_the_client_goes_on_unchanged(
         tc.load_state(saved.artifact_id).result()
     assert_equal(weights(tc), before)
     assert tc.step == 1
+    service.delete_artifact(saved.artifact_id)
+    assert not stored.exists(), "what is damaged can be thrown away"
 
 
 def test_a_state_goes_to_another_home_as_a_file_and_back(
