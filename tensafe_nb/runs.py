@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -387,6 +388,8 @@ class TrainingRun:
             self._serve()
             self._client.sync_events()
         finally:  # whoever waits is told, whatever happens to the log
+            if "tensafe_nb.widgets" in sys.modules:  # the cell that waits ends after its outputs show the end
+                load_dotted("tensafe_nb.widgets:settle")(self)
             if failed and error is not None:
                 self._promise.fail(error)
             else:
