@@ -45,7 +45,7 @@ def read() -> Row:
     """Issue 5: at most 1.6 times."""
     import torch
 
-    from tensafe_nb.engine.checkpoints import _tensor
+    from tensafe_nb.engine.checkpoints import tensor_of
     from tensafe_nb.store.tensors import read_tensors
 
     with _folder() as folder:
@@ -56,7 +56,7 @@ def read() -> Row:
         def ours() -> dict[str, Any]:
             with store.open(artifact_id) as artifact:
                 return {
-                    name: _tensor(dtype, shape, data)
+                    name: tensor_of(dtype, shape, data)
                     for _, size, stream in artifact.parts()
                     for name, dtype, shape, data in read_tensors(stream, size)
                 }
@@ -192,10 +192,10 @@ def _state() -> dict[str, Any]:
 
 
 def _save(store: Any, state: dict[str, Any]) -> str:
-    from tensafe_nb.engine.checkpoints import _part
+    from tensafe_nb.engine.checkpoints import tensor_part
 
     artifact_id: str = store.save(
-        {"model.safetensors": _part(state)}, header=HEADER | {"schema": 1}
+        {"model.safetensors": tensor_part(state)}, header=HEADER | {"schema": 1}
     ).artifact_id
     return artifact_id
 

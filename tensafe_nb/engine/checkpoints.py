@@ -59,13 +59,13 @@ def save(
         "position": operation.position,
     }
     parts: dict[str, bytes | TensorPart] = {FACTS: json.dumps(state.facts | known | dict(facts)).encode()}
-    parts[WEIGHTS] = _part(state.weights)
+    parts[WEIGHTS] = tensor_part(state.weights)
     if state.optimizer is not None:
-        parts[MOMENTS] = _part(state.optimizer)
+        parts[MOMENTS] = tensor_part(state.optimizer)
     if state.gradients:
-        parts[WINDOW] = _part(state.gradients)
+        parts[WINDOW] = tensor_part(state.gradients)
     if state.reference is not None:
-        parts[REFERENCE] = _part(state.reference)
+        parts[REFERENCE] = tensor_part(state.reference)
     header = {
         "training_client": training_client_id,
         "step": engine.step,
@@ -136,7 +136,7 @@ def _read(
             states.check(engine, facts, artifact_id, with_moments=with_moments and facts["has_moments"])
         elif name in (WEIGHTS, MOMENTS, WINDOW, REFERENCE):
             found = read_tensors(stream, size)
-            tensors[name] = {key: _tensor(dtype, shape, data) for key, dtype, shape, data in found}
+            tensors[name] = {key: tensor_of(dtype, shape, data) for key, dtype, shape, data in found}
     return facts, tensors
 
 
@@ -157,7 +157,8 @@ def _parse(text: bytes, artifact_id: str) -> dict[str, Any]:
     return facts
 
 
-def _part(tensors: Mapping[str, Tensor]) -> TensorPart:
+def tensor_part(tensors: Mapping[str, Tensor]) -> TensorPart:
+    """Return tensors as the part of an artifact; each is copied to the CPU when its turn comes."""
     return TensorPart(
         [(name, NAMES[t.dtype], tuple(t.shape), partial(_bytes, t)) for name, t in tensors.items()]
     )
@@ -168,6 +169,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> Tensor:
+def tensor_of(dtype: str, shape: tuple[int, ...], data: memoryview) -> Tensor:
+    """Return the tensor that lies in some bytes, without copying them."""
     kind = DTYPES[dtype]
     return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)

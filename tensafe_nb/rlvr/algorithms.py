@@ -4,15 +4,14 @@
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from tensafe_nb.batch import Array, BatchData
-from tensafe_nb.errors import TGTinkerError, ValidationError
-from tensafe_nb.futures import FutureHandle, combine, completed
+from tensafe_nb.batch import Array
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.futures import FutureHandle, completed
 from tensafe_nb.rlvr import updates
 from tensafe_nb.rlvr.advantages import (
     EMABaseline,
@@ -20,7 +19,6 @@ from tensafe_nb.rlvr.advantages import (
     at_the_end,
     gae,
     resolve_advantage,
-    token_weights,
     whiten,
 )
 from tensafe_nb.rlvr.options import (
@@ -31,21 +29,11 @@ from tensafe_nb.rlvr.options import (
     preset,
     smallest_group,
 )
+from tensafe_nb.rlvr.passes import Passes, Readings
 from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
 from tensafe_nb.rlvr.updates import UpdateResult
-from tensafe_nb.types import ForwardBackwardResult, OptimStepResult
 
-SAME_PATH = 2e-4  # approx_kl of the very first minibatch: more, and scoring and training disagree
 C = TypeVar("C", bound=PolicyConfig)
-
-
-@dataclass(slots=True)
-class _Readings:
-    """What was read before the update, each (N, C) or None."""
-
-    old: Array | None = None
-    values: Array | None = None
-    reference: Array | None = None
 
 
 class Algorithm(Protocol):
@@ -113,7 +101,7 @@ class PolicyGradient(Generic[C]):
         rows = self._rows_that_matter(batch, mask, method)
         if not rows.size:
             return self._skip(batch, training_client)
-        job = _Job(self.config, batch, mask, readings, returns, training_client, self.updates)
+        job = Passes(self.config, batch, mask, readings, returns, training_client, self.updates)
         warming = (
             returns is not None and self.config.value is not None and self.updates < self.config.value.warmup
         )
@@ -151,11 +139,11 @@ class PolicyGradient(Generic[C]):
                 f"(of PPO: advantage='ema')."
             )
 
-    def _read(self, batch: TrajectoryBatch, method: str, client: PolicyClient) -> _Readings:
+    def _read(self, batch: TrajectoryBatch, method: str, client: PolicyClient) -> Readings:
         """Score the batch with the weights as they are, and with the reference, where the options need it."""
         config, width = self.config, max(int(batch.lengths.max()), 1)
         if not (config.reads_old or method == "gae" or config.kl_coef):
-            return _Readings()
+            return Readings()
         rows, temperature = list(batch), batch.sampling.temperature
         data = updates.pack(rows, {})
         if config.kl_coef:
@@ -169,7 +157,7 @@ class PolicyGradient(Generic[C]):
             raise ValidationError(
                 "advantage='gae' needs a value head: create the client with TrainingConfig(value_head=True)."
             )
-        return _Readings(
+        return Readings(
             updates.unpack(rows, scored.logprobs, width)
             if config.reads_old or config.kl_in == "reward"
             else None,
@@ -187,7 +175,7 @@ class PolicyGradient(Generic[C]):
         self._reference_of = client.training_client_id
 
     def _fill_in_advantages(
-        self, batch: TrajectoryBatch, method: str, mask: Array, readings: _Readings
+        self, batch: TrajectoryBatch, method: str, mask: Array, readings: Readings
     ) -> Array | None:
         """Set every trajectory's advantage; return the value head's targets (N, C), if it is to learn."""
         rewards, config, targets = batch.rewards, self.config, None
@@ -268,150 +256,6 @@ class PPO(PolicyGradient[PPOConfig]):
     options = PPOConfig
 
 
-@dataclass(slots=True)
-class _Job:
-    """One update on its way: passes over minibatches of whole prompt groups."""
-
-    config: PolicyConfig
-    batch: TrajectoryBatch
-    mask: Array
-    readings: _Readings
-    returns: Array | None
-    client: PolicyClient
-    number: int
-
-    def run(self, rows: Array, *, value_only: bool) -> FutureHandle[UpdateResult]:
-        gradients: list[FutureHandle[ForwardBackwardResult]] = []
-        steps: list[FutureHandle[OptimStepResult]] = []
-        epochs, stopped = 0, False
-        for epoch in range(self.config.passes):
-            if epoch and self._too_far():
-                stopped = True
-                break
-            for minibatch in self._minibatches(rows, epoch):
-                first = self.config.reads_old and not gradients
-                self._step(self._data(minibatch, value_only), gradients, steps, value_only, first=first)
-            epochs += 1
-        mean_reward, notes = (
-            self.batch.mean_reward,
-            updates.notes_on(self.batch),
-        )  # rewards may be edited later
-        count, explained = len(gradients), self._explained()
-        return combine(
-            [*gradients, *steps],
-            lambda results: updates.read_results(
-                results[:count],
-                results[count:],
-                mean_reward=mean_reward,
-                epochs_run=epochs,
-                early_stopped=stopped,
-                notes=notes,
-                metrics=explained,
-            ),
-            operation="update",
-            result_type=UpdateResult,
-        )
-
-    def _explained(self) -> dict[str, float]:
-        """Return the share of the returns' variance that the value head foresaw: 1 is all, below 0 worse than none."""
-        if self.returns is None or self.readings.values is None:
-            return {}
-        inside = self.mask > 0
-        spread = self.returns[inside].var()
-        if spread <= 0:
-            return {}
-        return {
-            "value/explained_var": float(1 - (self.returns - self.readings.values)[inside].var() / spread)
-        }
-
-    def _step(
-        self,
-        data: BatchData,
-        gradients: list[FutureHandle[ForwardBackwardResult]],
-        steps: list[FutureHandle[OptimStepResult]],
-        value_only: bool,
-        *,
-        first: bool,
-    ) -> None:
-        name, kwargs = self._loss(value_only)
-        gradient = self.client.forward_backward(data, loss_fn=name, loss_kwargs=kwargs)
-        try:
-            if first and not value_only:
-                check_same_path(gradient.result())
-            steps.append(self.client.optim_step())
-        except TGTinkerError:
-            gradient.cancel()  # a full queue must not leave half an update behind
-            raise
-        gradients.append(gradient)
-
-    def _loss(self, value_only: bool) -> tuple[str, dict[str, Any]]:
-        head = self.config.value if self.returns is not None else None
-        value = {} if head is None else {"value": {"coef": head.coef, "clip": head.clip}}
-        if value_only:
-            return "policy_value", value
-        name, kwargs = self.config.loss_terms
-        shared = {"temperature": self.batch.sampling.temperature, "entropy_coef": self.config.entropy_coef}
-        return name, shared | kwargs | value
-
-    def _minibatches(self, rows: Array, epoch: int) -> list[Array]:
-        """Split the rows into minibatches of whole prompt groups, in an order of its own in every pass."""
-        count = self.config.parts
-        if count == 1:
-            return [rows]
-        groups = updates.group_numbers(self.batch)
-        order = np.random.default_rng([self.number, epoch]).permutation(np.unique(groups[rows]))
-        parts = [rows[np.isin(groups[rows], part)] for part in np.array_split(order, count)]
-        return [part for part in parts if part.size]
-
-    def _data(self, rows: Array, value_only: bool) -> BatchData:
-        whole = self.config.parts == 1  # the normaliser counts every rollout of the optimiser step
-        counted = np.arange(len(self.batch)) if whole else rows
-        weights = np.zeros(self.mask.shape)
-        weights[counted] = token_weights(
-            self.mask[counted], self.config.aggregation, self.batch.sampling.max_new_tokens
-        )
-        trajectories, width = list(self.batch), self.mask.shape[1]
-        chosen = [trajectories[row] for row in rows]
-        extras: dict[str, Array | None] = {"weights": weights[rows], "old_values": None}
-        if self.returns is not None:
-            extras |= {"returns": self.returns[rows], "old_values": _rows(self.readings.values, rows)}
-        if not value_only:
-            extras |= {
-                "advantages": _advantage_rows(chosen, width),
-                "old_logprobs": _rows(self.readings.old, rows),
-                "ref_logprobs": _rows(self.readings.reference, rows),
-                "sampler_logprobs": updates.sampler_logprobs(chosen, width),
-            }
-        return updates.pack(chosen, {name: v for name, v in extras.items() if v is not None}, numbers=rows)
-
-    def _too_far(self) -> bool:
-        """Measure KL(old ‖ new) over the whole batch, against the target. Nothing has to be thrown away for it."""
-        if self.config.kl_limit is None or self.readings.old is None:
-            return False
-        rows = list(self.batch)
-        scored = self.client.compute_logprobs(
-            updates.pack(rows, {}), temperature=self.batch.sampling.temperature
-        )
-        new = updates.unpack(rows, scored.result().logprobs, self.mask.shape[1])
-        difference = np.clip(new - self.readings.old, -20, 20)
-        k3 = (np.expm1(difference) - difference) * self.mask
-        return bool(k3.sum() / max(self.mask.sum(), 1.0) > 1.5 * self.config.kl_limit)
-
-
-def check_same_path(result: ForwardBackwardResult) -> None:
-    """Refuse to go on where scoring and training give the same weights different log-probabilities.
-
-    Raises:
-        ValidationError: They do, before any weight has moved.
-    """
-    approx_kl = result.metrics["approx_kl_sum"] / max(result.metrics["tokens"], 1.0)
-    if approx_kl > SAME_PATH:
-        raise ValidationError(
-            f"The scoring path differs from the training path: before any step, KL(old ‖ new) is {approx_kl:.2g} per "
-            f"token where it must be 0. Dropout does this: set LoRAConfig(dropout=0) for reinforcement learning."
-        )
-
-
 def has_advantage(batch: TrajectoryBatch) -> Array:
     """Return (N,) whether a rollout has an advantage other than 0."""
     return np.array([bool(np.any(trajectory.advantage)) for trajectory in batch])
@@ -430,17 +274,6 @@ def _custom(name: str, rewards: Array, penalty: Array | None, batch: TrajectoryB
     return values
 
 
-def _advantage_rows(trajectories: Sequence[Any], width: int) -> Array:
-    found = np.zeros((len(trajectories), width))
-    for row, trajectory in enumerate(trajectories):
-        found[row, : len(trajectory.tokens)] = trajectory.advantage
-    return found
-
-
 def _needed(values: Array | None) -> Array:
     assert values is not None, "read before it is used"
     return values
-
-
-def _rows(values: Array | None, rows: Array) -> Array | None:
-    return None if values is None else values[rows]

@@ -1,6 +1,7 @@
 """The options of the algorithms, what may go together, and presets: well-known algorithms as values of the options."""
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
@@ -66,14 +67,14 @@ class PolicyConfig(Config):
         """`scale`, or "none"."""
         return self.scale or "none"
 
+    @abstractmethod
     def method(self, batch: TrajectoryBatch, capabilities: frozenset[str]) -> str:
         """Return how advantages are computed for a batch: a baseline, "gae", or a registered name."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def loss_terms(self) -> tuple[str, dict[str, Any]]:
         """The name of the loss, and its keywords."""
-        raise NotImplementedError
 
     @property
     def _shared_terms(self) -> dict[str, Any]:
