@@ -65,9 +65,7 @@ class Auditor:
             try:
                 self.catch_up()
                 self._log.append(**entry)
-            except (
-                TGTinkerError
-            ):  # the log is broken, the disk is full, the key is gone: `catch_up` will say so
+            except TGTinkerError:  # a broken log, a full disk, a missing key: `catch_up` will say so
                 self._owed.append(entry | {"request": ()})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.errors import KeyUnavailableError, StorageError
+from tensafe_nb.store.files import Files
 
 if sys.platform != "win32":
     import fcntl
@@ -65,7 +66,7 @@ def publish(path: Path, data: bytes, *, fresh: bool) -> None:
             os.link(temp, path)  # unlike a rename, never replaces
         else:
             temp.replace(path)
-        _sync_folder(path.parent)
+        Files().fsync_folder(path.parent)
     except FileExistsError:
         raise
     except OSError as err:
@@ -80,16 +81,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

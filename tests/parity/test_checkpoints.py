@@ -631,3 +631,107 @@ def test_an_unchanged_fork_of_an_rl_run_gives_the_same_rows(service: tn.ServiceC
     run(fork, steps=4, resume_from=saved.artifact_id).result()
     assert len(rows(fork)) == 2 and rows(fork) == rows(parent)[2:]
     assert_equal(weights(fork), weights(parent))
+
+
+def reinforced(tc: tn.TrainingClient, reward: Any, algo: Any, **options: Any) -> tn.TrainingRun:
+    prompts = tn.datasets.sums(40, seed=1)
+    trainer = tn.rlvr.RLVRTrainer(
+        tc, prompts, reward, algo, prompts_per_step=4, max_new_tokens=4, seed=3, reward_timeout=None
+    )
+    return trainer.run(show=False, **options)
+
+
+SUMS = tn.TrainingConfig(
+    model_ref="builtin:sums", lora_config=tn.LoRAConfig(rank=4), optimizer={"learning_rate": 3e-3}
+)
+
+
+def test_the_best_checkpoint_of_an_rl_run_is_that_of_the_best_row(service: tn.ServiceClient) -> None:
+    tc, calls = service.create_training_client(SUMS), iter(range(10_000))
+
+    def checklist(prompt: str, response: str, meta: Any = None) -> float:
+        step, number = divmod(next(calls), 32)
+        return [0.1, 0.2, 9.0, 5.0, 4.0][step] + 0.01 * (
+            number % 2
+        )  # the third step is the best, and all teach
+
+    algo = tn.rlvr.PPO("grpo", ppo_epochs=2, mask_truncated=False)
+    reinforced(tc, checklist, algo, steps=5, checkpoint_every=1, keep_best="reward").result()
+    assert np.argmax(tc.history["reward"]) == 2
+    assert {artifact.step for artifact in service.list_artifacts()} == {6, 10}, (
+        "two optimiser steps for each row"
+    )
+
+
+def test_a_rolled_back_run_with_minibatches_repeats_itself(service: tn.ServiceClient) -> None:
+    tc = service.create_training_client(SUMS)
+    algo = tn.rlvr.PPO("grpo", ppo_epochs=2, minibatches=2, mask_truncated=False)
+    run = reinforced(tc, "exact_match", algo, steps=100)
+    run.pause()
+    run.step(1)
+    until(run, "PAUSED")
+    done, saved = run.steps_done, run.checkpoint().result()
+    run.step(2)
+    until(run, "PAUSED", steps=done + 2)
+    after = weights(tc)
+    run.rollback(saved.artifact_id).result()
+    until(run, "PAUSED", steps=done)
+    run.step(2)
+    until(run, "PAUSED", steps=done + 2)
+    assert_equal(weights(tc), after)
+    run.stop()
+
+
+def test_one_algorithm_settles_the_reference_of_every_client_it_updates(service: tn.ServiceClient) -> None:
+    algo = tn.rlvr.REINFORCE(kl_coef=0.1, kl_in="loss", mask_truncated=False)
+    for _ in range(2):
+        tc = service.create_training_client(SUMS)
+        tc.forward_backward(tn.BatchData([[3, 4, 5, 6]])), tc.optim_step().result()  # it has trained before
+        batch = tn.rlvr.PolicySampler(tc, 4, 4, seed=0).generate_trajectories(["12+34=", "7+5="])
+        for number, trajectory in enumerate(batch):
+            trajectory.reward = float(number % 2)
+        assert algo.update(batch, tc).kl == pytest.approx(0, abs=1e-6), "the reference is the policy it found"
+
+
+def test_a_fork_of_another_precision_is_loaded_in_it(service: tn.ServiceClient) -> None:
+    parent = service.create_training_client(SUMS)
+    fork = settled(parent.fork(dtype="bfloat16"))
+    kinds = {p.dtype for p in fork._channel._engine.model.causal.parameters() if not p.requires_grad}  # type: ignore[attr-defined]
+    assert kinds == {torch.bfloat16}
+
+
+def test_a_rollback_that_fails_counts_no_steps(tc: tn.TrainingClient) -> None:
+    run = tc.fit(Endless(), steps=10, show=False)
+    run.pause()
+    run.step(2)
+    until(run, "PAUSED")
+    for _ in range(2):
+        with pytest.raises(tn.errors.ArtifactNotFoundError):
+            run.rollback("nope").result()
+    run.resume()
+    assert run.result().steps == 10
+
+
+def test_a_full_disk_stops_neither_the_worker_nor_the_history(
+    tc: tn.TrainingClient, batch: tn.BatchData, caplog: pytest.LogCaptureFixture
+) -> None:
+    tc.forward_backward(batch).result()
+    log = tc._channel.bus._log  # type: ignore[attr-defined]
+
+    class Full:
+        closed = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(log, name)
+
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    tc._channel.bus._log = Full()  # type: ignore[attr-defined, assignment]
+    assert tc.optim_step().step == 1
+    assert caplog.text.count("No space left on device") == 1, "said once, not with every event"
+    tc._channel.bus._log = log  # type: ignore[attr-defined]
+    tc.forward_backward(batch), tc.optim_step().result()
+    assert [e.seq for e in tc.history.events()] == list(range(1, tc.history.last_seq + 1)), (
+        "nothing is missing"
+    )

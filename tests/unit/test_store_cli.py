@@ -138,3 +138,12 @@ def test_the_audit_log_is_verified_against_anchors_and_checkpoints(
     copy.write_text("".join(lines))
     assert run("audit", "verify", str(copy), "--anchor", head)[0] == 0
     assert run("audit", "verify", "nowhere.jsonl")[0] == 1
+
+
+def test_a_path_that_cannot_be_used_is_one_message(run: Run, saved: tn.types.SaveStateResult) -> None:
+    for command in (
+        ("artifacts", "decrypt", "first", "--to", "/proc/nowhere"),
+        ("audit", "verify", "--artifact", "missing.bin"),
+    ):
+        status, _, err = run(*command)
+        assert status == 1 and err.startswith("tensafe-nb ") and err.count("\n") == 1
