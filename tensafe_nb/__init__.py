@@ -16,6 +16,7 @@ _HOMES = {
     "OptimizerConfig": "config",
     "SamplingConfig": "config",
     "LossConfig": "config",
+    "DPConfig": "config",
     "Recipe": "recipe",
     "load_config": "recipe",
     "BatchData": "batch",
@@ -41,6 +42,9 @@ _HOMES = {
             "DecryptionError",
             "KeyUnavailableError",
             "AuditLogError",
+            "LedgerError",
+            "PrivacyUnitError",
+            "DPBudgetExceededError",
             "NotFoundError",
             "TrainingClientNotFoundError",
             "RunNotFoundError",
@@ -61,21 +65,31 @@ if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr
     from tensafe_nb.batch import BatchData
     from tensafe_nb.client import TrainingClient
-    from tensafe_nb.config import LoRAConfig, LossConfig, OptimizerConfig, SamplingConfig, TrainingConfig
+    from tensafe_nb.config import (
+        DPConfig,
+        LoRAConfig,
+        LossConfig,
+        OptimizerConfig,
+        SamplingConfig,
+        TrainingConfig,
+    )
     from tensafe_nb.errors import (
         ArtifactNotFoundError,
         AuditLogError,
         ClientClosedError,
         DecryptionError,
+        DPBudgetExceededError,
         FutureCancelledError,
         FutureError,
         FutureFailedError,
         FutureTimeoutError,
         InsufficientMemoryError,
         KeyUnavailableError,
+        LedgerError,
         ModelLoadError,
         NonFiniteLossError,
         NotFoundError,
+        PrivacyUnitError,
         QueueFullError,
         RewardError,
         RunNotFoundError,

@@ -179,6 +179,35 @@ class SamplingConfig(Config):
         return value
 
 
+class DPConfig(Config):
+    """Differentially private training: DP-SGD (Abadi et al. 2016, arXiv:1607.00133) and what it is accounted by.
+
+    Args:
+        enabled: False trains without privacy, as if there were no DPConfig.
+        noise_multiplier: Sigma: the noise's standard deviation, in units of `max_grad_norm`. 0 gives no privacy.
+        max_grad_norm: C: the norm to which each privacy unit's gradient is clipped.
+        target_epsilon: The step that would spend more is refused; None never refuses.
+        target_delta: The probability that epsilon does not cover; choose it well below 1 / `dataset_size`.
+        accountant_type: "rdp", or "prv" (tighter, slower).
+        sampling: "poisson": draws of `tc.dp_batches`. "worst_case": your own batches with `example_ids`, without
+            amplification by sampling.
+        dataset_size: N, the number of privacy units, which becomes public; needed for "poisson".
+        expected_batch_size: L, units per step on average; None takes batch_size · gradient_accumulation_steps.
+        dataset_id: Names the account that training on the same data shares; None is this client and its forks.
+    """
+
+    enabled: bool = True
+    noise_multiplier: NonNegativeFloat = 1.0
+    max_grad_norm: pydantic.PositiveFloat = 1.0
+    target_epsilon: pydantic.PositiveFloat | None = 8.0
+    target_delta: float = pydantic.Field(default=1e-5, gt=0.0, lt=1.0)
+    accountant_type: Literal["rdp", "prv"] = "rdp"
+    sampling: Literal["poisson", "worst_case"] = "poisson"
+    dataset_size: Positive | None = None
+    expected_batch_size: Positive | None = None
+    dataset_id: str | None = pydantic.Field(default=None, min_length=1, max_length=200)
+
+
 class TrainingConfig(Config):
     """Everything that makes a training client.
 
@@ -194,6 +223,7 @@ class TrainingConfig(Config):
         dtype: "float32", "bfloat16" (bf16 compute, fp32 trained weights), or "auto".
         device: "cpu", "cuda", "mps", or "auto".
         value_head: Add a scalar head on the hidden states, for PPO with advantage="gae".
+        dp_config: Train with differential privacy; None trains without.
     """
 
     model_ref: str = "builtin:tiny"
@@ -207,3 +237,4 @@ class TrainingConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     value_head: bool = False
+    dp_config: DPConfig | None = None

@@ -2,6 +2,7 @@
 
 TGTinkerError
 ├── ValidationError (ValueError)            something the caller gave does not fit; says what, where, what next
+│   └── PrivacyUnitError                    a batch or loss whose rows cannot be told apart: no privacy
 ├── ModelLoadError                          a model_ref that cannot be loaded; the client is in ERROR
 ├── NonFiniteLossError                      a loss or gradient that is NaN or infinite; weights untouched
 ├── InsufficientMemoryError                 an operation that did not fit; the client lives on
@@ -12,6 +13,8 @@ TGTinkerError
 ├── DecryptionError                         a wrong key or an altered file: one message for both; nothing was loaded
 │   └── KeyUnavailableError                 the key that would open it is not here; says which one that is
 ├── AuditLogError                           the audit log cannot be read or continued
+│   └── LedgerError                         the privacy ledger cannot be written or read: nothing more is spent
+├── DPBudgetExceededError                   the next step would spend more than the privacy budget; weights untouched
 ├── NotFoundError (LookupError)
 │   ├── TrainingClientNotFoundError
 │   ├── RunNotFoundError
@@ -72,6 +75,12 @@ class ValidationError(TGTinkerError, ValueError):
     code = "validation_error"
 
 
+class PrivacyUnitError(ValidationError):
+    """A batch, loss or model in which one privacy unit cannot be told from another, or a draw that was altered."""
+
+    code = "privacy_unit"
+
+
 class ModelLoadError(TGTinkerError):
     """The model a client was asked for could not be loaded. Nothing is ever put in its place."""
 
@@ -130,6 +139,21 @@ class AuditLogError(TGTinkerError):
     """The audit log cannot be read or continued."""
 
     code = "audit_log_error"
+
+
+class LedgerError(AuditLogError):
+    """The privacy ledger cannot be written or read; the step that it was to pay for was not taken."""
+
+    code = "ledger_error"
+
+
+class DPBudgetExceededError(TGTinkerError):
+    """The next step would spend more than the budget. No weight has moved; the client stays usable.
+
+    `details` holds `current_epsilon` (spent, without the refused step), `max_epsilon`, `next_epsilon` and `step`.
+    """
+
+    code = "dp_budget_exceeded"
 
 
 class NotFoundError(TGTinkerError, LookupError):

@@ -191,6 +191,36 @@ class Alarm(Event):
     rollouts: tuple[int, ...] = ()
 
 
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacySpent(Event):
+    """How the privacy account stands after a step, a refused step, or an event that made its guarantee void.
+
+    Attributes:
+        step: The client's step.
+        epsilon_spent: By this step; 0 for a step that was refused.
+        total_epsilon: Of the account; infinite where there is no guarantee, and then for good.
+        delta: At which epsilon is stated.
+        target_epsilon: The budget; None has none.
+        accountant: "rdp", "prv" or "gaussian".
+        adjacency: What two neighbouring data sets differ by, in words.
+        projected_step: The last step that the budget will pay for, at this rate; None if it has no end.
+        refused: Whether this step was refused: the next would cost more than the budget.
+        void: Why there is no guarantee; None while there is one.
+    """
+
+    step: int
+    epsilon_spent: float
+    total_epsilon: float
+    delta: float
+    target_epsilon: float | None
+    accountant: str
+    adjacency: str
+    projected_step: int | None = None
+    refused: bool = False
+    void: str | None = None
+
+
 class RunHistory:
     """The history of a training client: every metric as a curve, every event on disk.
 

@@ -163,6 +163,30 @@ class ForwardResult:
 
 @plain
 @dataclass(frozen=True, slots=True)
+class DPMetrics:
+    """What a private step spent. The norms and the count are for the operator: epsilon does not cover them.
+
+    Attributes:
+        noise_applied: Whether noise was added in this step.
+        epsilon_spent: By this step; the values of a run add up to the total.
+        total_epsilon: Of the account, after this step; infinite where there is no guarantee.
+        delta: At which epsilon is stated.
+        grad_norm_before_clip: Mean over the step's units; 0 for an empty draw.
+        grad_norm_after_clip: Mean of min(norm, C).
+        num_clipped: Units whose norm was above C.
+    """
+
+    noise_applied: bool
+    epsilon_spent: float
+    total_epsilon: float
+    delta: float
+    grad_norm_before_clip: float
+    grad_norm_after_clip: float
+    num_clipped: int
+
+
+@plain
+@dataclass(frozen=True, slots=True)
 class OptimStepResult:
     """What `optim_step` did.
 
@@ -180,7 +204,7 @@ class OptimStepResult:
     grad_norm: float
     policy_version: int
     param_delta_norm: float
-    dp_metrics: None = None
+    dp_metrics: DPMetrics | None = None
 
 
 @plain

@@ -110,6 +110,10 @@ class Engine:
     """
 
     def __init__(self, config: TrainingConfig, model: models.LoadedModel | None = None) -> None:
+        if config.dp_config is not None and config.dp_config.enabled:
+            raise ValidationError(
+                "Differential privacy is not part of this version. Train with dp_config=None."
+            )
         self.config = config
         self.model = models.load(config) if model is None else model
         self.step = 0
