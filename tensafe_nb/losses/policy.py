@@ -252,6 +252,8 @@ def _weighted(
     metrics["log_ratio_max"] = _largest(tokens.log_ratio.detach().abs()[counted])
     if "sampler_difference" in sums:
         metrics["sampler_difference_max"] = _largest(sums["sampler_difference"][counted])
+        metrics["sampler_ratio_max"] = _largest(sums["sampler_ratio"][counted])
+        metrics["sampler_ratio_inverse_max"] = _largest(1 / sums["sampler_ratio"][counted])
     total = (weights * (loss - entropy_coef * tokens.entropy)).sum()
     return {"loss": total, "metrics": metrics | {"tokens": counted.sum().item()}}
 
@@ -294,9 +296,11 @@ def _against_sampler(
     """Compare the training path with the sampler, token by token; correct for it where asked to."""
     old = batch.get("old_logprobs", tokens.logprobs).detach()
     difference = old - batch["sampler_logprobs"]
+    ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if tis_cap is not None:
-        loss = loss * difference.exp().clamp(max=tis_cap)
-    return loss, {"sampler_difference": difference.abs(), "mismatch_kl": _k3(difference)}
+        loss = loss * ratio.clamp(max=tis_cap)
+    compared = {"sampler_difference": difference.abs(), "sampler_ratio": ratio, "mismatch_kl": _k3(difference)}
+    return loss, compared
 
 
 def _value_loss(outputs: LossOutputs, batch: Batch, value: Terms) -> tuple[Tensor, dict[str, Tensor]]:
