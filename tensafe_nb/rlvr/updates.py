@@ -23,7 +23,9 @@ SUMS = {  # a loss's sums, and the metrics that their per-token means are
     "sampler_ratio": "sampling/importance_sampling_ratio/mean",
     "mismatch_kl": "sampling/mismatch_kl",
 }
-SMALLEST_RATIO = "sampling/importance_sampling_ratio/min"  # comes as its inverse: the core knows largest values only
+SMALLEST_RATIO = (
+    "sampling/importance_sampling_ratio/min"  # comes as its inverse: the core knows largest values only
+)
 MAXIMA = {
     "log_ratio_max": "policy/log_ratio_max",
     "sampler_difference_max": "sampling/sampling_logp_difference/max",
