@@ -261,3 +261,9 @@ class TrainingConfig(Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     value_head: bool = False
     dp_config: DPConfig | None = None
+
+    @property
+    def expected_units(self) -> int:
+        """L of a private step: the privacy units it holds on average, as declared."""
+        declared = self.dp_config.expected_batch_size if self.dp_config is not None else None
+        return declared or self.batch_size * self.gradient_accumulation_steps

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tensafe_nb.batch import TICKET, Array, BatchData
-from tensafe_nb.config import DPConfig, TrainingConfig
+from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import Example, collate
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy.tickets import ticket
@@ -94,12 +94,7 @@ def sample_rate_of(config: TrainingConfig) -> float:
             "dp_batches() draws for DPConfig(sampling='poisson'); this client accounts for batches of your own."
         )
     assert dp.dataset_size is not None  # a configuration without it is refused
-    return min(1.0, expected_units(config, dp) / dp.dataset_size)
-
-
-def expected_units(config: TrainingConfig, dp: DPConfig) -> int:
-    """Return L, the units of a step on average: declared, never counted."""
-    return dp.expected_batch_size or config.batch_size * config.gradient_accumulation_steps
+    return min(1.0, config.expected_units / dp.dataset_size)
 
 
 def units_of(examples: int, group: int, unit_ids: Sequence[object] | None, declared: int | None) -> Array:

@@ -21,7 +21,7 @@ from tensafe_nb.config import DPConfig, TrainingConfig
 from tensafe_nb.engine import inputs
 from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.engine.window import Tally, Tick, Window
-from tensafe_nb.errors import DPBudgetExceededError, PrivacyUnitError, ValidationError
+from tensafe_nb.errors import PrivacyUnitError, ValidationError
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import LossValue
 from tensafe_nb.privacy.dp_sgd import ClippedSum, Norms, sum_units
@@ -66,11 +66,19 @@ class Account(Protocol):
     def epsilon(self) -> float:
         """Return what is spent so far; infinite where there is no guarantee."""
 
-    def quote(self, step: int, participants: Mapping[str, int]) -> float:
-        """Return what would be spent after one more step in which these units took part, each so many times."""
+    def charge(self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool) -> None:
+        """Write the step down, durably: it counts from here on, whatever happens to it.
 
-    def charge(self, step: int, participants: Mapping[str, int], *, noised: bool) -> None:
-        """Write the step down, durably: it counts from here on, whatever happens to it."""
+        Args:
+            step: Its number.
+            participants: How often each unit takes part in it.
+            unit: What a unit is, in a word or two.
+            noised: Whether noise will be added.
+
+        Raises:
+            DPBudgetExceededError: It would spend more than the budget; nothing was written.
+            LedgerError: It could not be written.
+        """
 
 
 class PrivateTraining:
@@ -102,6 +110,7 @@ class PrivateTraining:
         self._chosen: dict[str, PerExampleGradients | None] = {}
         self._draws = DrawBook(client_id)
         self._participants: Counter[str] = Counter()
+        self._unit = "example"
         size = sum(p.numel() for p in engine.parameters)
         self._rows_at_a_time = max(1, MAX_GRADIENTS // size)
 
@@ -161,9 +170,11 @@ class PrivateTraining:
     def _number(self, batch: BatchData) -> tuple[Array, list[str]]:
         if self._dp.sampling == "poisson":
             self._draws.admit(batch)
+            self._unit = next((IDS[name] for name in IDS if name in batch.extras), "example")
             return count_units(batch, batch.extras[TICKET][: len(batch), UNIT].tolist())
         for name in IDS:
             if name in batch.extras and batch.extras[name].ndim == 1:
+                self._unit = IDS[name]
                 return count_units(batch, batch.extras[name].tolist())
         raise PrivacyUnitError(
             "These rows do not say whose they are: give example_ids (B,) (or unit_ids, where several rows are one "
@@ -316,8 +327,7 @@ class PrivateTraining:
         engine, before = self._engine, self._account.epsilon()
         try:
             self._check(apply_noise, before)
-            self._check_budget(before)
-            self._account.charge(engine.step + 1, self._participants, noised=apply_noise)
+            self._account.charge(engine.step + 1, self._participants, self._unit, noised=apply_noise)
             norms, sigma = self._sum.norms, self._dp.noise_multiplier if apply_noise else 0.0
             means = self._sum.release(sigma, self._expected_units, self._noise)
             self._draws.spend()
@@ -359,25 +369,6 @@ class PrivateTraining:
             )
         if self._dp.sampling == "poisson":
             self._draws.settle()
-
-    def _check_budget(self, epsilon: float) -> None:
-        limit = self._dp.target_epsilon
-        if limit is None or math.isinf(epsilon):
-            return
-        following = self._account.quote(self._engine.step + 1, self._participants)
-        if following > limit:
-            raise DPBudgetExceededError(
-                f"The privacy budget is spent: epsilon is {epsilon:.4g} of {limit:g}, and step {self._engine.step + 1} "
-                f"would make it {following:.4g}. No weight has moved, and the client stays usable: save_state() keeps "
-                f"the model. More steps need more noise from the start, fewer units per step, or a larger "
-                f"target_epsilon in a new DPConfig.",
-                details={
-                    "current_epsilon": epsilon,
-                    "max_epsilon": limit,
-                    "next_epsilon": following,
-                    "step": self._engine.step,
-                },
-            )
 
 
 def check_model(engine: Core) -> None:

@@ -17,20 +17,19 @@ TOKEN_CE = resolve_loss("token_ce")
 
 
 class CountingAccount:
-    """Spends 1 for each step; void from the start if asked to be."""
+    """Spends 1 for each step, up to a budget; void from the start if asked to be."""
 
-    def __init__(self, void: bool = False) -> None:
-        self.charges: list[tuple[int, dict[str, int], bool]] = []
-        self._void = void
+    def __init__(self, void: bool = False, budget: float = math.inf) -> None:
+        self.charges: list[tuple[int, dict[str, int], str, bool]] = []
+        self._void, self._budget = void, budget
 
     def epsilon(self) -> float:
         return math.inf if self._void else float(len(self.charges))
 
-    def quote(self, step: int, participants: Mapping[str, int]) -> float:
-        return len(self.charges) + 1.0
-
-    def charge(self, step: int, participants: Mapping[str, int], *, noised: bool) -> None:
-        self.charges.append((step, dict(participants), noised))
+    def charge(self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool) -> None:
+        if len(self.charges) + 1 > self._budget:
+            raise tn.DPBudgetExceededError("spent")
+        self.charges.append((step, dict(participants), unit, noised))
 
 
 class RecordedNoise:

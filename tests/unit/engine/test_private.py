@@ -282,18 +282,15 @@ def test_noise_is_drawn_once_a_step_and_the_divisor_is_declared() -> None:
 
 
 def test_a_step_over_the_budget_moves_nothing_and_every_later_one_is_refused_too() -> None:
-    account = CountingAccount()
-    engine = private_engine(account, dp={"noise_multiplier": 1.0, "target_epsilon": 2.5})
+    account = CountingAccount(budget=2)
+    engine = private_engine(account, dp={"noise_multiplier": 1.0})
     for _ in range(2):
         engine.forward_backward(examples(LENGTHS), TOKEN_CE), engine.optim_step()
     before = [p.detach().clone() for p in engine.parameters]
     for _ in range(2):
         engine.forward_backward(examples(LENGTHS), TOKEN_CE)
-        with pytest.raises(DPBudgetExceededError, match=r"epsilon is 2 of 2\.5") as refused:
+        with pytest.raises(DPBudgetExceededError):
             engine.optim_step()
-        assert refused.value.details == {
-            "current_epsilon": 2.0, "max_epsilon": 2.5, "next_epsilon": 3.0, "step": 2,
-        }  # fmt: skip
     assert len(account.charges) == 2 and engine.step == 2
     assert all(torch.equal(p, b) for p, b in zip(engine.parameters, before, strict=True))
     with pytest.raises(ValidationError, match="no gradients"):
@@ -342,7 +339,7 @@ def test_units_that_take_part_twice_in_a_step_are_counted_twice() -> None:
     engine = private_engine(account)
     engine.forward_backward(examples((4, 5)), TOKEN_CE), engine.forward_backward(examples((4,)), TOKEN_CE)
     engine.optim_step()
-    assert account.charges == [(1, {"0": 2, "1": 1}, True)]
+    assert account.charges == [(1, {"0": 2, "1": 1}, "example", True)]
 
 
 # guards
