@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+LEAST_SIGMA = 0.05  # below, the bound for q = 1 is used: at no noise to speak of, sampling hides nothing
 GRID = 32  # points per sigma: the trapezoidal rule is exact to rounding on what falls off like a Gaussian
 
 
 def replace_one_log_moment(order: float, sigma: float, q: float) -> float:
-    """Return log of the integral of P^alpha Q^(1-alpha): (alpha - 1) · RDP(alpha)."""
+    """Return log of the integral of P^alpha Q^(1-alpha), or a bound of it: (alpha - 1) · RDP(alpha)."""
+    if sigma < LEAST_SIGMA:
+        return float(order * (order - 1) * 2 / sigma / sigma) if sigma > 1e-100 else np.inf
     reach = (
         2 * order + 12 * sigma
     )  # the integrand's peaks lie within [-1, 2 alpha - 1], and are as wide as P's
