@@ -73,23 +73,32 @@ class Ledger:
 
     def state(self) -> Spent:
         """Return how the account stands; with a ledger that cannot be read, epsilon is infinite and says why."""
+        return self.snapshot()[0]
+
+    def snapshot(self) -> tuple[Spent, Mapping[str, Account]]:
+        """Return how the account stands, and the records of it and of those joined to it, of one moment."""
+        unreadable = None
         try:
-            together = self._read()
+            self._read()
         except (AuditLogError, DecryptionError, StorageError) as error:
-            return self._spent(self._book.together(self.account), unreadable=error.message)
-        return self._spent(together)
+            unreadable = error.message
+        together = self._book.together(self.account)
+        return self._spent(together, unreadable), together
 
-    def accounts(self) -> Mapping[str, Account]:
-        """Return the account and those joined to it, as the records have them.
-
-        Raises:
-            LedgerError: The ledger cannot be read.
-        """
-        return self._read()
-
-    def epsilon(self, accountant_type: str, adjacency: Adjacency = "add_remove") -> Epsilon:
-        """Return epsilon of what was charged by an accountant of choice, whatever is claimed."""
-        return self._computed(self._read(), accountant_type=accountant_type, adjacency=adjacency)
+    def computed(
+        self,
+        together: Mapping[str, Account],
+        accountant_type: str | None = None,
+        adjacency: Adjacency = "add_remove",
+    ) -> Epsilon:
+        """Return epsilon of what was charged, whatever was claimed before; by the ledger's accountant or another."""
+        return accounting.epsilon_of_account(
+            history_of(together),
+            mu_squared_of(together),
+            self.delta,
+            accountant_type or self.accountant_type,
+            adjacency,
+        )
 
     def quote(self, charge: Charge) -> float:
         """Return the account's epsilon after a step. Nothing is written.
@@ -283,7 +292,7 @@ class Ledger:
         voids = voids_of(together)
         if unreadable is not None:
             voids = (*voids, (unreadable, time.time()))
-        claimed = Epsilon(math.inf, self.accountant_type) if voids else self._computed(together)
+        claimed = Epsilon(math.inf, self.accountant_type) if voids else self.computed(together)
         opened = min(account.opened_at for account in together.values())
         return Spent(
             account=self.account,
@@ -305,7 +314,7 @@ class Ledger:
         """Return the account's epsilon: what is computed, and never less than was claimed before."""
         if voids_of(together):
             return math.inf
-        return max(self._computed(together).value, self._floor(together))
+        return max(self.computed(together).value, self._floor(together))
 
     def _after(self, together: Mapping[str, Account], charge: Charge, mu_squared: float) -> float:
         if voids_of(together):
@@ -315,21 +324,6 @@ class Ledger:
             [*history_of(together), *step], mu_squared, self.delta, self.accountant_type
         )
         return max(computed.value, self._floor(together))
-
-    def _computed(
-        self,
-        together: Mapping[str, Account],
-        *,
-        accountant_type: str | None = None,
-        adjacency: Adjacency = "add_remove",
-    ) -> Epsilon:
-        return accounting.epsilon_of_account(
-            history_of(together),
-            mu_squared_of(together),
-            self.delta,
-            accountant_type or self.accountant_type,
-            adjacency,
-        )
 
     def _floor(self, together: Mapping[str, Account]) -> float:
         """Return the largest epsilon that was claimed at this delta or a larger one."""
