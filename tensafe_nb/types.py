@@ -344,7 +344,8 @@ class AuditLogEntry:
     Attributes:
         entry_id: Names the record.
         seq: Its number in the log, from 0.
-        kind: "op", "key", "artifact" (deleted, imported, exported), "genesis".
+        kind: "op", "key", "artifact" (deleted, imported, exported), "genesis"; of the privacy ledger "dp_charge",
+            "dp_void", "dp_join", "import".
         tenant_id: Whose log it is.
         training_client_id: None for what no client did.
         operation: The verb.
@@ -360,7 +361,8 @@ class AuditLogEntry:
         error_message: The class of the error; never its text, which could hold data.
         prev_hash: `record_hash` of the record before; 64 zeros in the first.
         record_hash: SHA-256 of this record.
-        dp_metrics: None without differential privacy.
+        dp_metrics: Of a charge for a private step, by the names of `DPMetrics`; what epsilon does not cover is None,
+            and so is an infinite epsilon. None for other records.
     """
 
     entry_id: str
@@ -381,7 +383,7 @@ class AuditLogEntry:
     error_message: str | None
     prev_hash: str
     record_hash: str
-    dp_metrics: None = None
+    dp_metrics: Mapping[str, Any] | None = None
 
 
 @plain
