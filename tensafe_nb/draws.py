@@ -30,6 +30,7 @@ class PoissonDraws:
         examples: What to draw from.
         units: (examples,) the number of each example's privacy unit; a unit is drawn with all its examples.
         sample_rate: q, the probability with which a unit comes into a step.
+        unit: What a unit is: "example" or "user".
         steps: Draws per pass.
         pad_token_id: Fills up shorter rows.
         client_id: The training client that the draws are for.
@@ -41,11 +42,14 @@ class PoissonDraws:
         units: Array,
         sample_rate: float,
         *,
+        unit: str = "example",
         steps: int,
         pad_token_id: int,
         client_id: str,
     ) -> None:
-        self.examples, self.sample_rate, self.steps = list(examples), sample_rate, steps
+        if not isinstance(steps, int) or steps < 1:
+            raise ValidationError(f"dp_batches: steps={steps!r} must be a whole number, at least 1.")
+        self.examples, self.sample_rate, self.steps, self.unit = list(examples), sample_rate, steps, unit
         self._units, self._count = units, int(units.max()) + 1
         self._pad_token_id, self._client_id = pad_token_id, client_id
         self._sampler, self._drawn = secrets.randbits(62), 0
@@ -65,7 +69,9 @@ class PoissonDraws:
         if not len(rows):
             return BatchData.nothing(mark)
         batch = collate([self.examples[row] for row in rows], self._pad_token_id)
-        return BatchData(batch.input_ids, batch.attention_mask, batch.labels, {**batch.extras, TICKET: mark})
+        owners = {"unit_ids": self._units[rows]} if self.unit == "user" else {}
+        extras = {**batch.extras, TICKET: mark, **owners}
+        return BatchData(batch.input_ids, batch.attention_mask, batch.labels, extras)
 
     def __repr__(self) -> str:
         return f"<PoissonDraws {self.steps} of {self._count} units at rate {self.sample_rate:.4g}>"

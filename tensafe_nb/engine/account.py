@@ -9,7 +9,7 @@ from tensafe_nb.events import PrivacySpent
 from tensafe_nb.privacy import noise
 from tensafe_nb.privacy.charges import Charge, LedgerLog, Spent, account_name
 from tensafe_nb.privacy.ledger import Ledger
-from tensafe_nb.privacy.statement import PrivacyStatement, statement_of
+from tensafe_nb.privacy.statement import PrivacyStatement
 
 ADJACENCY = {
     "poisson": "add or remove one privacy unit",
@@ -64,9 +64,9 @@ class PrivacyAccount:
         """Take over what a checkpoint carried; its account is joined to this one."""
         self.ledger.adopt(carried, carried.get("head"), training_client_id=self._client_id)
 
-    def statement(self, ways: tuple[str, ...]) -> PrivacyStatement:
-        """Return the privacy statement; `ways` says how gradients were told apart."""
-        return statement_of(self.ledger, self._dp, ways)
+    def statement(self) -> PrivacyStatement:
+        """Return the privacy statement."""
+        return PrivacyStatement.of(self.ledger, self._dp)
 
     def event(self, step: int, epsilon_before: float, *, refused: bool = False) -> PrivacySpent:
         """Return how the account stands after a step, as an event."""

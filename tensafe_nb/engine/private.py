@@ -32,11 +32,11 @@ from tensafe_nb.types import DPMetrics, ForwardBackwardResult, OptimStepResult
 
 logger = logging.getLogger(__name__)
 
-IDS = (
-    "unit_ids",
-    "record_id",
-    "example_ids",
-)  # batch entries that say whose row it is; the first that is there counts
+IDS = {  # batch entries that say whose row it is, and what that makes a unit; the first that is there counts
+    "unit_ids": "user",
+    "record_id": "prompt group",
+    "example_ids": "example",
+}
 MAX_GRADIENTS = 2**25  # values of row-by-row gradients that are held at a time: 128 MiB
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, of the probes
 ONE_AT_A_TIME = "one at a time"

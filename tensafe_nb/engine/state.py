@@ -37,7 +37,11 @@ class EngineState:
 
 
 def capture(engine: Engine, include_optimizer: bool) -> EngineState:
-    """Return an engine's state. The tensors are the live ones: use them before the engine goes on."""
+    """Return an engine's state. The tensors are the live ones: use them before the engine goes on.
+
+    Of private training, the open window is left out: its gradients carry no noise yet.
+    """
+    window = Window() if engine.is_private else engine.window
     facts = {
         "step": engine.step,
         "policy_version": engine.policy_version,
@@ -47,9 +51,9 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
         "reference_version": engine.reference.version,
         "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in engine.random.items()},
         "window": {
-            "weight": engine.window.weight,
-            "batches": engine.window.batches,
-            "prenormalised": engine.window.prenormalised,
+            "weight": window.weight,
+            "batches": window.batches,
+            "prenormalised": window.prenormalised,
         },
     }
     trained = engine.model.trainable
