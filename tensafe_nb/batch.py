@@ -117,6 +117,10 @@ class BatchData:
         """Whether the extra `name` has one value per token, (B, T)."""
         return self.extras[name].shape == self.shape and name not in PER_SEQUENCE
 
+    def labelled_with(self, **extras: ArrayLike) -> "BatchData":
+        """Return the batch with further entries."""
+        return BatchData(self.input_ids, self.attention_mask, self.labels, {**self.extras, **extras})
+
     def rows(self, start: int, stop: int) -> "BatchData":
         """Return rows start:stop without the columns that are padding in all of them."""
         return self.take(slice(start, stop))

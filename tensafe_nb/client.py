@@ -253,9 +253,17 @@ class TrainingClient:
     def batches(
         self, source: str | Path | Iterable[Row], *, max_length: int | None = None, seed: int = 0
     ) -> Batches:
-        """Tokenise rows for this model and batch them, `config.batch_size` rows each; see `tensafe_nb.data.batches`."""
+        """Tokenise rows for this model and batch them, `config.batch_size` rows each; see `tensafe_nb.data.batches`.
+
+        For a private client with sampling="worst_case", each batch says which rows it holds.
+        """
         return batches(
-            source, self.tokenizer, batch_size=self.config.batch_size, max_length=max_length, seed=seed
+            source,
+            self.tokenizer,
+            batch_size=self.config.batch_size,
+            max_length=max_length,
+            seed=seed,
+            with_ids="differential_privacy" in self.capabilities,
         )
 
     def dp_batches(
@@ -304,6 +312,7 @@ class TrainingClient:
         Raises:
             ValidationError: This client trains without differential privacy.
         """
+        self._channel.loaded.wait()
         return self._channel.privacy_statement()
 
     def privacy_audit(self, canaries: int = 1000, steps: int = 1) -> PrivacyAudit:
@@ -472,9 +481,16 @@ class TrainingClient:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """The verbs its core knows, "value_head" if the model has one, "base_reference" if its base stays as it was."""
-        lora = self.config.lora_config
+        """What its core can do.
+
+        The verbs; "value_head" if the model has one; "base_reference" if its base stays as it was;
+        "differential_privacy" if it trains privately, and "differential_privacy:poisson" if on Poisson draws.
+        """
+        lora, dp = self.config.lora_config, self.config.dp_config
+        private = dp is not None and dp.enabled
         has = {
+            "differential_privacy": private,
+            "differential_privacy:poisson": private and dp is not None and dp.sampling == "poisson",
             "value_head": self.config.value_head,
             "base_reference": lora is not None and lora.bias == "none",
         }

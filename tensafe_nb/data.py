@@ -113,6 +113,7 @@ class Batches:
         shuffle: False keeps the order, in every pass.
         bucket: Bring rows of like length together, so that less is padding.
         seed: Of the shuffles.
+        with_ids: Each batch says which rows it holds, as `example_ids`: the same number in every pass.
 
     Raises:
         ValidationError: No batch size, examples that do not make whole groups, or targets of different lengths.
@@ -128,6 +129,7 @@ class Batches:
         shuffle: bool = True,
         bucket: bool = True,
         seed: int = 0,
+        with_ids: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValidationError(f"batch_size={batch_size} must be at least 1.")
@@ -142,6 +144,7 @@ class Batches:
         self._shuffle = shuffle
         self._bucket = bucket
         self._seed = seed
+        self._with_ids = with_ids
 
     def __len__(self) -> int:
         return -(-len(self.examples) // (self.batch_size * self.group))
@@ -150,7 +153,10 @@ class Batches:
         order = self._order(random.Random(f"{self._seed}/{self.passes}"))
         self.passes += 1
         for numbers in order:
-            yield collate([one for number in numbers for one in self._members(number)], self._pad_token_id)
+            batch = collate([one for number in numbers for one in self._members(number)], self._pad_token_id)
+            if self._with_ids:
+                batch = batch.labelled_with(example_ids=np.repeat(numbers, self.group))
+            yield batch
 
     def __repr__(self) -> str:
         unit = {1: "rows", 2: "pairs"}.get(self.group, f"groups of {self.group}")
@@ -185,6 +191,7 @@ def batches(
     shuffle: bool = True,
     bucket: bool = True,
     seed: int = 0,
+    with_ids: bool = False,
 ) -> Batches:
     """Tokenise rows and batch them.
 
@@ -197,6 +204,7 @@ def batches(
         shuffle: Shuffle anew for every pass.
         bucket: Bring rows of like length together.
         seed: Of the shuffles.
+        with_ids: Each batch says which rows it holds, as `example_ids`.
 
     Raises:
         ValidationError: Rows that cannot be read, or pairs among rows that are none.
@@ -207,7 +215,16 @@ def batches(
     """
     examples, group = encode_rows(source, tokenizer, max_length=max_length)
     pad = padding_of(tokenizer)
-    return Batches(examples, batch_size, pad, group=group, shuffle=shuffle, bucket=bucket, seed=seed)
+    return Batches(
+        examples,
+        batch_size,
+        pad,
+        group=group,
+        shuffle=shuffle,
+        bucket=bucket,
+        seed=seed,
+        with_ids=with_ids,
+    )
 
 
 def encode_rows(

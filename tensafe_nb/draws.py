@@ -70,8 +70,7 @@ class PoissonDraws:
             return BatchData.nothing(mark)
         batch = collate([self.examples[row] for row in rows], self._pad_token_id)
         owners = {"unit_ids": self._units[rows]} if self.unit == "user" else {}
-        extras = {**batch.extras, TICKET: mark, **owners}
-        return BatchData(batch.input_ids, batch.attention_mask, batch.labels, extras)
+        return batch.labelled_with(**{TICKET: mark, **owners})
 
     def __repr__(self) -> str:
         return f"<PoissonDraws {self.steps} of {self._count} units at rate {self.sample_rate:.4g}>"

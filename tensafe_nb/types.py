@@ -476,9 +476,11 @@ class RunResult:
         state: FINISHED or STOPPED.
         steps: Optimiser steps this run took.
         metrics: The last value of every metric.
+        reason: Why it stopped by itself before its planned end: the privacy budget was spent.
     """
 
     run_id: str
     state: str
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    reason: str | None = None

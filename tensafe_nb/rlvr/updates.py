@@ -164,7 +164,10 @@ def loss_mask(batch: TrajectoryBatch, mask_truncated: bool) -> Array:
 
 
 def pack(
-    trajectories: Sequence[Trajectory], extras: Mapping[str, Array], numbers: Array | None = None
+    trajectories: Sequence[Trajectory],
+    extras: Mapping[str, Array],
+    numbers: Array | None = None,
+    owners: Array | None = None,
 ) -> BatchData:
     """Lay trajectories out as rows, padded on the right.
 
@@ -175,6 +178,7 @@ def pack(
         trajectories: B of them, with tokens.
         extras: (B, C) per completion token: weights, advantages, old_logprobs, …
         numbers: (B,) what an error calls the rows: their numbers in the batch of trajectories.
+        owners: (B,) whose privacy unit each row belongs to.
 
     Returns:
         input_ids, attention_mask, labels and the extras, each (B, T).
@@ -192,6 +196,8 @@ def pack(
             laid_out[name][row, completion] = values[row, : len(trajectory.tokens)]
     if numbers is not None:
         laid_out["example_ids"] = numbers
+    if owners is not None:
+        laid_out["record_id"] = owners
     return BatchData(ids, mask, labels, laid_out)
 
 
