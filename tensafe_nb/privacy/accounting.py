@@ -33,7 +33,9 @@ ORDERS: Array = np.array(
     + [float(x) for x in (*range(12, 64), 72, 96, 128, 192, 256, 512, 1024)]
 )
 CONVERSION: Array = np.log1p(-1 / ORDERS) - np.log(ORDERS) / (ORDERS - 1)  # conv(alpha), but for its delta
-ROUNDING = 1e-12  # of a log moment; at tiny q rounding would otherwise swallow what a step costs
+ROUNDING = (
+    1e-10  # of a log moment: sums of thousands of terms are off by 1e-12, and may not make a step cheaper
+)
 PRV_ERROR = 0.01  # the half-width of PRV's error bound on epsilon
 PRV_POINTS = 4e6  # of a grid; where more would be needed, the error bound is widened instead
 PRV_STALLS = 100.0  # above this epsilon PRV takes for ever, and RDP is reported
