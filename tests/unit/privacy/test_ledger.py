@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tensafe_nb.engine.ledger_binding import TenantLedger
 from tensafe_nb.errors import (
     DPBudgetExceededError,
     KeyUnavailableError,
@@ -26,8 +28,11 @@ from tensafe_nb.privacy import accounting
 from tensafe_nb.privacy.charges import account_name
 from tensafe_nb.privacy.ledger import Ledger
 from tensafe_nb.privacy.participation import Participation
+from tensafe_nb.store import home as home_folder
 from tensafe_nb.store.audit_files import LogFiles
 from tensafe_nb.store.audit_log import verify_file
+from tensafe_nb.store.envelope import read_header
+from tensafe_nb.store.vault import Vault
 from tests.unit.privacy.homes import ACCOUNT, DELTA, Home, step, turn
 
 
@@ -161,6 +166,22 @@ def test_the_projected_step_is_the_last_one_that_the_budget_pays_for(home: Home)
 def test_a_process_that_dies_between_record_and_step_has_paid(home: Home) -> None:
     home.ledger().charge(step(1))
     assert home.again().ledger().state().total_epsilon == epsilon_of(1)
+
+
+def test_threads_that_share_a_ledger_lose_no_charge(home: Home) -> None:
+    ledger = home.ledger()
+
+    def charge() -> None:
+        for number in range(10):
+            ledger.quote(step(number))
+            ledger.charge(step(number))
+
+    threads = [threading.Thread(target=charge) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ledger.state().total_epsilon == home.again().ledger().state().total_epsilon == epsilon_of(40)
 
 
 def test_a_charge_that_cannot_be_written_is_not_counted(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -705,6 +726,18 @@ def test_a_rotation_of_keys_keeps_the_table(home: Home) -> None:
     opened = home.again().ledger()
     opened.charge(turn(2, "a"))
     assert opened.state().mu == pytest.approx(math.sqrt(2))
+
+
+def test_a_vault_rotates_the_table_with_everything_else() -> None:
+    vault = Vault()
+    ledger = Ledger(TenantLedger(vault.audit, vault.tables), "dataset:a", delta=DELTA)
+    ledger.charge(turn(1, "a"))
+    vault.rotate()
+    (table,) = home_folder.ledger("local").glob("*.tsnb")
+    with table.open("rb") as file:
+        assert read_header(file).key_id == vault.keys.primary_id()
+    ledger.charge(turn(2, "a"))
+    assert ledger.state().mu == pytest.approx(math.sqrt(2))
 
 
 def test_a_checkpoint_takes_the_table_along(home: Home, tmp_path: Path) -> None:
