@@ -9,12 +9,16 @@ from typing import Any, Self
 
 from tensafe_nb.batch import BatchData
 from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig
-from tensafe_nb.data import Batches, Row, batches, read_prompts
+from tensafe_nb.data import Batches, Row, batches, encode_rows, padding_of, read_prompts
+from tensafe_nb.draws import PoissonDraws, sample_rate_of, units_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.events import Event, RunHistory, StatusChanged
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.loops import Batch, Loop
 from tensafe_nb.plain import plain_metadata
+from tensafe_nb.privacy.audit_canary import PrivacyAudit
+from tensafe_nb.privacy.statement import PrivacyStatement
+from tensafe_nb.privacy.what_if import WhatIf, what_if
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.runs import TrainingRun
@@ -23,6 +27,7 @@ from tensafe_nb.transports.base import VERBS, Channel
 from tensafe_nb.types import (
     ClientStatus,
     ComputeLogprobs,
+    DPMetrics,
     Forward,
     ForwardBackward,
     ForwardBackwardResult,
@@ -41,6 +46,8 @@ from tensafe_nb.types import (
     SaveState,
     SaveStateResult,
     TrainingClientInfo,
+    VoidPrivacy,
+    VoidPrivacyResult,
 )
 
 LossSpec = str | Callable[..., Any]
@@ -103,7 +110,12 @@ class TrainingClient:
         """Apply the accumulated gradients with the optimiser.
 
         Args:
-            apply_dp_noise: Has no effect on a client without differential privacy.
+            apply_dp_noise: Without differential privacy it has no effect. With it, False is refused while there is a
+                guarantee to lose; see `void_privacy`.
+
+        Raises:
+            ValidationError: Not a truth value. The handle of a private client's step fails with `PrivacyUnitError` for
+                a draw that is not whole, and with `DPBudgetExceededError` instead of spending more than the budget.
         """
         if not isinstance(apply_dp_noise, bool):
             raise ValidationError(f"optim_step(apply_dp_noise=…) is True or False, not {apply_dp_noise!r}.")
@@ -197,6 +209,19 @@ class TrainingClient:
             raise ValidationError(f"load_state takes an artifact's id or name, not {artifact_id!r}.")
         return self._submit(LoadState(artifact_id, for_run))
 
+    def void_privacy(self, reason: str) -> FutureHandle[VoidPrivacyResult]:
+        """Give up this client's privacy guarantee, for good: epsilon is infinite from then on, and the budget ends.
+
+        Args:
+            reason: Why; it is on record, and the privacy statement shows it.
+
+        Raises:
+            ValidationError: No reason.
+        """
+        if not isinstance(reason, str) or not reason.strip():
+            raise ValidationError("void_privacy(reason): say why; the privacy statement shows it.")
+        return self._submit(VoidPrivacy(reason.strip()))
+
     def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
         """Return a new training client that starts from a state of this one, sharing its frozen weights.
 
@@ -231,6 +256,113 @@ class TrainingClient:
         """Tokenise rows for this model and batch them, `config.batch_size` rows each; see `tensafe_nb.data.batches`."""
         return batches(
             source, self.tokenizer, batch_size=self.config.batch_size, max_length=max_length, seed=seed
+        )
+
+    def dp_batches(
+        self,
+        examples: str | Path | Iterable[Row],
+        *,
+        steps: int | None = None,
+        unit_ids: Sequence[object] | None = None,
+        max_length: int | None = None,
+    ) -> PoissonDraws:
+        """Return Poisson draws of rows for private training: one item is one step's batch, sometimes an empty one.
+
+        Args:
+            examples: Rows, as for `batches`.
+            steps: Draws per pass; None takes as many as use each unit once on average.
+            unit_ids: Whose each row is: all rows of one person are drawn, and clipped, together. None takes each row
+                for itself.
+            max_length: Longer sequences are cut at the end.
+
+        Raises:
+            ValidationError: No DPConfig with sampling="poisson", or rows that cannot be read.
+
+        Example:
+            >>> for draw in tc.dp_batches(rows, steps=100):
+            ...     tc.forward_backward(draw), tc.optim_step()
+        """
+        sample_rate = sample_rate_of(self.config)
+        encoded, group = encode_rows(examples, self.tokenizer, max_length=max_length)
+        dp = self.config.dp_config
+        units = units_of(len(encoded), group, unit_ids, dp.dataset_size if dp is not None else None)
+        return PoissonDraws(
+            encoded,
+            units,
+            sample_rate,
+            unit="user" if unit_ids is not None else "example",
+            steps=max(1, round(1 / sample_rate)) if steps is None else steps,
+            pad_token_id=padding_of(self.tokenizer),
+            client_id=self.training_client_id,
+        )
+
+    # privacy
+
+    def privacy_statement(self) -> PrivacyStatement:
+        """Return what may be said about the privacy of what was trained so far: as Markdown, and as JSON.
+
+        Raises:
+            ValidationError: This client trains without differential privacy.
+        """
+        return self._channel.privacy_statement()
+
+    def privacy_audit(self, canaries: int = 1000, steps: int = 1) -> PrivacyAudit:
+        """Measure, on made-up canaries, whether clip, sum and noise of this client keep what its epsilon promises.
+
+        A model of canaries is trained by the same code with the same DPConfig. Nothing of this client's data or budget
+        is used. It can find a violation; that it finds none is evidence, not proof.
+
+        Args:
+            canaries: How many, 100 to 10,000; half of them take part.
+            steps: Private steps.
+
+        Raises:
+            ValidationError: No differential privacy, or no noise.
+        """
+        if self.config.dp_config is None or not self.config.dp_config.enabled:
+            raise ValidationError("privacy_audit(): this client trains without differential privacy.")
+        return self._channel.privacy_audit(canaries, steps)
+
+    def what_if(
+        self,
+        *,
+        noise_multiplier: float | None = None,
+        target_epsilon: float | None = None,
+        steps: int | None = None,
+        epochs: float | None = None,
+        expected_batch_size: int | None = None,
+        dataset_size: int | None = None,
+    ) -> WhatIf:
+        """Return what a plan would spend, or how much noise it needs; nothing is spent, and no step of yours waits.
+
+        Args:
+            noise_multiplier: Sigma; None and no `target_epsilon` either takes the client's own.
+            target_epsilon: Solve sigma for this epsilon instead.
+            steps: Planned steps; or give `epochs`.
+            epochs: How often to use each unit, on average; 1 when `steps` is not given either.
+            expected_batch_size: L; None takes the client's own.
+            dataset_size: N; None takes the client's own.
+
+        Raises:
+            ValidationError: No N, or arguments that do not go together.
+        """
+        dp = self.config.dp_config
+        size = dataset_size or (dp.dataset_size if dp is not None else None)
+        if size is None:
+            raise ValidationError("what_if() needs dataset_size, the number of privacy units.")
+        if noise_multiplier is None and target_epsilon is None:
+            noise_multiplier = dp.noise_multiplier if dp is not None else 1.0
+        return what_if(
+            dataset_size=size,
+            expected_batch_size=expected_batch_size or self.config.expected_units,
+            steps=steps,
+            epochs=1 if steps is None and epochs is None else epochs,
+            noise_multiplier=noise_multiplier,
+            target_epsilon=target_epsilon,
+            delta=1e-5 if dp is None else dp.target_delta,
+            accountant_type="rdp" if dp is None else dp.accountant_type,
+            sampling="poisson" if dp is None else dp.sampling,
+            parameters=self._channel.trained_parameters or None,
         )
 
     def fit(
@@ -334,9 +466,9 @@ class TrainingClient:
         return self._channel.policy_version
 
     @property
-    def dp_metrics(self) -> None:
-        """None: this client trains without differential privacy."""
-        return None
+    def dp_metrics(self) -> DPMetrics | None:
+        """What the last private step spent, and the total; None without differential privacy, or before a step."""
+        return self._channel.info().dp_metrics
 
     @property
     def capabilities(self) -> frozenset[str]:

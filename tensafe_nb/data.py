@@ -205,8 +205,20 @@ def batches(
         >>> train = batches([{"prompt": "2+2=", "completion": "4"}], tc.tokenizer, batch_size=1)
         >>> pairs = batches([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}], tc.tokenizer, batch_size=1)
     """
-    rows = read_rows(source)
-    members = [_members(row) for row in rows]
+    examples, group = encode_rows(source, tokenizer, max_length=max_length)
+    pad = padding_of(tokenizer)
+    return Batches(examples, batch_size, pad, group=group, shuffle=shuffle, bucket=bucket, seed=seed)
+
+
+def encode_rows(
+    source: str | Path | Iterable[Row], tokenizer: Any, *, max_length: int | None = None
+) -> tuple[list[Example], int]:
+    """Tokenise rows; return their examples, and how many examples each row makes: 2 for pairs.
+
+    Raises:
+        ValidationError: Rows that cannot be read, or pairs among rows that are none.
+    """
+    members = [_members(row) for row in read_rows(source)]
     group = len(members[0])
     for number, one in enumerate(members):
         if len(one) != group:
@@ -214,9 +226,13 @@ def batches(
                 f"Row {number} is {'no pair, row 0 is one' if group == 2 else 'a pair, row 0 is none'}: "
                 f"batch them separately. {EXPECTED}"
             )
-    examples = [encode(one, tokenizer, max_length=max_length) for pair in members for one in pair]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return Batches(examples, batch_size, pad, group=group, shuffle=shuffle, bucket=bucket, seed=seed)
+    return [encode(one, tokenizer, max_length=max_length) for pair in members for one in pair], group
+
+
+def padding_of(tokenizer: Any) -> int:
+    """Return the token that fills up shorter rows."""
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
 
 
 def read_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[Prompt, ...]:

@@ -111,6 +111,14 @@ class SaveState:
 
 @plain
 @dataclass(frozen=True, slots=True)
+class VoidPrivacy:
+    """Give the privacy guarantee up, for good; the reason is on record."""
+
+    reason: str
+
+
+@plain
+@dataclass(frozen=True, slots=True)
 class FreezeReference:
     """Keep a copy of the trained weights: the reference that later scores are compared with."""
 
@@ -125,7 +133,15 @@ class LoadState:
 
 
 Operation: TypeAlias = (
-    ForwardBackward | Forward | OptimStep | Sample | ComputeLogprobs | FreezeReference | SaveState | LoadState
+    ForwardBackward
+    | Forward
+    | OptimStep
+    | Sample
+    | ComputeLogprobs
+    | FreezeReference
+    | SaveState
+    | LoadState
+    | VoidPrivacy
 )
 
 
@@ -275,6 +291,15 @@ class FreezeReferenceResult:
 
 @plain
 @dataclass(frozen=True, slots=True)
+class VoidPrivacyResult:
+    """The guarantee is given up: `total_epsilon` is infinite from now on."""
+
+    reason: str
+    total_epsilon: float
+
+
+@plain
+@dataclass(frozen=True, slots=True)
 class Encryption:
     """How an artifact is sealed, and the id of the key that opens it."""
 
@@ -299,7 +324,9 @@ class SaveStateResult:
         step: Optimiser steps taken when it was saved.
         model_ref: The base model.
         saved_by: Id of the training client.
-        dp_metrics: None without differential privacy.
+        dp_metrics: Of the last private step before it; None without differential privacy, and in listings.
+        dropped_batches: Under differential privacy, batches of an unfinished step: their gradients carry no noise yet,
+            so that they are not in the file.
     """
 
     artifact_id: str
@@ -313,7 +340,8 @@ class SaveStateResult:
     step: int
     model_ref: str
     saved_by: str
-    dp_metrics: None = None
+    dp_metrics: DPMetrics | None = None
+    dropped_batches: int = 0
 
 
 @plain
@@ -419,6 +447,7 @@ Result: TypeAlias = (
     | FreezeReferenceResult
     | SaveStateResult
     | LoadStateResult
+    | VoidPrivacyResult
 )
 
 
@@ -434,6 +463,7 @@ class TrainingClientInfo:
     queue_depth: int
     created_at: float
     reason: str | None = None
+    dp_metrics: DPMetrics | None = None
 
 
 @plain

@@ -98,6 +98,6 @@ def _buffers(operation: Operation) -> Iterator[Any]:
             arrays = {"input_ids": value.input_ids, "mask": value.attention_mask, "labels": value.labels}
             for key, array in (arrays | dict(value.extras)).items():
                 yield f"{key}{array.dtype.str}{array.shape}".encode()
-                yield np.ascontiguousarray(array).data.cast("B")
+                yield np.ascontiguousarray(array).data.cast("B") if array.size else b""
         else:
             yield json.dumps([name, _described(value)], sort_keys=True).encode()

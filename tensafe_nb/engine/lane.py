@@ -26,6 +26,8 @@ from tensafe_nb.types import (
     SampleResult,
     SaveState,
     SaveStateResult,
+    VoidPrivacy,
+    VoidPrivacyResult,
 )
 
 MAX_PENDING = 1_000
@@ -38,6 +40,7 @@ NAMES: dict[type, tuple[str, type]] = {
     FreezeReference: ("freeze_reference", FreezeReferenceResult),
     SaveState: ("save_state", SaveStateResult),
     LoadState: ("load_state", LoadStateResult),
+    VoidPrivacy: ("void_privacy", VoidPrivacyResult),
 }
 
 

@@ -20,11 +20,17 @@ SUMS = {  # a loss's sums, and the metrics that their per-token means are
     "value_loss": "value/loss",
     "value_clipped": "value/clip_ratio",
     "sampler_difference": "sampling/sampling_logp_difference/mean",
+    "sampler_ratio": "sampling/importance_sampling_ratio/mean",
     "mismatch_kl": "sampling/mismatch_kl",
 }
+SMALLEST_RATIO = (
+    "sampling/importance_sampling_ratio/min"  # comes as its inverse: the core knows largest values only
+)
 MAXIMA = {
     "log_ratio_max": "policy/log_ratio_max",
     "sampler_difference_max": "sampling/sampling_logp_difference/max",
+    "sampler_ratio_max": "sampling/importance_sampling_ratio/max",
+    "sampler_ratio_inverse_max": SMALLEST_RATIO,
 }
 
 
@@ -89,6 +95,8 @@ def read_results(
     for key, name in MAXIMA.items():
         found = [result.metrics[key] for result in gradients if key in result.metrics]
         metrics |= {name: max(found)} if found else {}
+    if SMALLEST_RATIO in metrics:
+        metrics[SMALLEST_RATIO] = 1 / metrics[SMALLEST_RATIO] if metrics[SMALLEST_RATIO] else 0.0
     return UpdateResult(
         steps[-1].step,
         steps[-1].policy_version,
