@@ -15,6 +15,7 @@ subsampled noise and hand-made moments bounds are not offered: both report less 
 import math
 from collections.abc import Iterable
 from functools import lru_cache
+from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,7 +34,9 @@ ORDERS: Array = np.array(
     + [float(x) for x in (*range(12, 64), 72, 96, 128, 192, 256, 512, 1024)]
 )
 CONVERSION: Array = np.log1p(-1 / ORDERS) - np.log(ORDERS) / (ORDERS - 1)  # conv(alpha), but for its delta
-ROUNDING = 1e-12  # of a log moment; at tiny q rounding would otherwise swallow what a step costs
+ROUNDING = (
+    1e-10  # of a log moment: sums of thousands of terms are off by 1e-12, and may not make a step cheaper
+)
 PRV_ERROR = 0.01  # the half-width of PRV's error bound on epsilon
 PRV_POINTS = 4e6  # of a grid; where more would be needed, the error bound is widened instead
 PRV_STALLS = 100.0  # above this epsilon PRV takes for ever, and RDP is reported
@@ -65,6 +68,12 @@ def check_accountant(name: str) -> None:
     if name not in ("rdp", "prv"):
         reason = REFUSED.get(name, 'there are "rdp", and "prv", which is tighter and slower')
         raise ValidationError(f"accountant_type={name!r} is not offered: {reason}.")
+
+
+@lru_cache(maxsize=1)
+def accountant_version() -> str:
+    """Return whose RDP and PRV these are, with its version."""
+    return f"opacus {metadata.version('opacus')}"
 
 
 def sample_rate(expected_batch_size: int, dataset_size: int) -> float:
@@ -404,15 +413,6 @@ def solve_noise_multiplier(
     def spends(sigma: float) -> float:
         return epsilon_of_account([(sigma, sample_rate, steps)], 0.0, delta, accountant_type).value
 
-    return least_noise(spends, target_epsilon)
-
-
-def least_noise(spends: Any, target_epsilon: float) -> float:
-    """Return the least sigma, to 1 in 10,000, at which `spends(sigma)` is not above the target.
-
-    Raises:
-        ValidationError: There is none up to 10,000.
-    """
     low, high = 0.0, 1.0
     while spends(high) > target_epsilon:
         low, high = high, high * 2

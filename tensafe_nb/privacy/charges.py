@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from tensafe_nb.errors import ValidationError
+from tensafe_nb.errors import DPBudgetExceededError, ValidationError
 from tensafe_nb.privacy import accounting
 
 
@@ -160,3 +160,36 @@ class Spent:
 def account_name(dataset_id: str | None, training_client_id: str) -> str:
     """Return the name of an account: a data set's, or that of a client and everything forked from it."""
     return f"client:{training_client_id}" if dataset_id is None else f"dataset:{dataset_id}"
+
+
+def metrics_of(charge: Charge, before: float, after: float, delta: float) -> dict[str, Any]:
+    """Return what the log's listing shows of a charge, by the names of `DPMetrics`: the operator's view stays empty."""
+    spent = 0.0 if math.isinf(before) else after - before
+    return {
+        "noise_applied": charge.noise_multiplier > 0,
+        "epsilon_spent": finite(spent),
+        "total_epsilon": finite(after),
+        "delta": delta,
+        "grad_norm_before_clip": None,
+        "grad_norm_after_clip": None,
+        "num_clipped": None,
+    }
+
+
+def exceeded(charge: Charge, before: float, target: float, after: float) -> DPBudgetExceededError:
+    """Return the error for a step that does not fit into the budget."""
+    return DPBudgetExceededError(
+        f"Step {charge.step} would bring epsilon to {after:.4g}; the budget is {target:g} and {before:.4g} is spent. "
+        f"No weight has moved and nothing was charged. Save the state, or raise target_epsilon.",
+        details={
+            "current_epsilon": before,
+            "max_epsilon": target,
+            "next_epsilon": after,
+            "step": charge.step,
+        },
+    )
+
+
+def finite(value: float) -> float | None:
+    """Return a number as JSON can hold it: infinity is null."""
+    return None if math.isinf(value) else value

@@ -8,27 +8,36 @@ The records are part of the audit log. The ledger sees it through `LedgerLog`.
 """
 
 import base64
+import copy
+import functools
 import math
+import threading
 import time
-from collections.abc import Mapping
-from importlib import metadata
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tensafe_nb.errors import (
     AuditLogError,
     DecryptionError,
-    DPBudgetExceededError,
     LedgerError,
     StorageError,
     ValidationError,
 )
 from tensafe_nb.privacy import accounting
 from tensafe_nb.privacy.accounting import Adjacency, Epsilon
-from tensafe_nb.privacy.charges import Charge, Charged, LedgerLog, LedgerRecord, Spent
+from tensafe_nb.privacy.charges import (
+    Charge,
+    Charged,
+    LedgerLog,
+    LedgerRecord,
+    Spent,
+    exceeded,
+    finite,
+    metrics_of,
+)
 from tensafe_nb.privacy.ledger_book import (
     Account,
     LedgerBook,
-    finite,
     groups_of,
     head_of,
     history_of,
@@ -42,12 +51,25 @@ from tensafe_nb.privacy.ledger_book import (
 from tensafe_nb.privacy.participation import Participation
 
 SCHEMA = 1
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(method: "Callable[Concatenate[Ledger, P], R]") -> "Callable[Concatenate[Ledger, P], R]":
+    """Let one thread at a time into a ledger."""
+
+    @functools.wraps(method)
+    def entered(self: "Ledger", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return entered
 
 
 class Ledger:
     """One account of the ledger, as one training client sees it.
 
-    Nothing is read before the first use. No call lowers epsilon.
+    Nothing is read before the first use. No call lowers epsilon. Threads may share it.
 
     Args:
         log: Where the records are.
@@ -66,24 +88,26 @@ class Ledger:
         self.delta = delta
         self.accountant_type = accountant_type
         self._log = log
+        self._lock = threading.RLock()
         self._book = LedgerBook()
         self._table: tuple[Participation, str] | None = None
 
     # what was spent
 
+    @_alone
     def state(self) -> Spent:
         """Return how the account stands; with a ledger that cannot be read, epsilon is infinite and says why."""
-        return self.snapshot()[0]
-
-    def snapshot(self) -> tuple[Spent, Mapping[str, Account]]:
-        """Return how the account stands, and the records of it and of those joined to it, of one moment."""
         unreadable = None
         try:
             self._read()
         except (AuditLogError, DecryptionError, StorageError) as error:
             unreadable = error.message
-        together = self._book.together(self.account)
-        return self._spent(together, unreadable), together
+        return self._spent(self._book.together(self.account), unreadable)
+
+    @_alone
+    def snapshot(self) -> tuple[Spent, Mapping[str, Account]]:
+        """Return `state`, and a copy of the records of the account and of those joined to it, of one moment."""
+        return self.state(), copy.deepcopy(self._book.together(self.account))
 
     def computed(
         self,
@@ -100,8 +124,9 @@ class Ledger:
             adjacency,
         )
 
+    @_alone
     def quote(self, charge: Charge) -> float:
-        """Return the account's epsilon after a step. Nothing is written.
+        """Return the account's epsilon after a step. Nothing is written, unless the account turns out to be void.
 
         Raises:
             LedgerError: The ledger cannot be read, or no longer says who took part before.
@@ -109,6 +134,7 @@ class Ledger:
         together = self._read()
         return self._after(together, charge, self._mu_squared_after(together, charge))
 
+    @_alone
     def projected_step(self, charge: Charge, target_epsilon: float | None) -> int | None:
         """Return the last step that the target pays for, if all steps from the next on cost what `charge` does.
 
@@ -127,6 +153,7 @@ class Ledger:
 
     # charges
 
+    @_alone
     def charge(self, charge: Charge, *, target_epsilon: float | None = None) -> Charged:
         """Pay for a step: when this returns, its record is on the disk and the step may be taken.
 
@@ -145,19 +172,20 @@ class Ledger:
             mu_squared = self._mu_squared_after(together, charge)
             after = self._after(together, charge, mu_squared)
             if target_epsilon is not None and after > target_epsilon and not voids_of(together):
-                raise _exceeded(charge, before, target_epsilon, after)
+                raise exceeded(charge, before, target_epsilon, after)
             table = self._take_part(charge) if charge.mode == "worst_case" else None
-            metrics = _metrics(charge, before, after, self.delta)
+            metrics = metrics_of(charge, before, after, self.delta)
             record = self._append(
                 self._entry(charge, after, mu_squared, table), charge.training_client_id, metrics
             )
         return Charged(before, after, record.seq, record.record_hash)
 
+    @_alone
     def void(self, reason: str, *, training_client_id: str | None = None) -> None:
         """Write down that there is no guarantee any more: from then on epsilon is infinite, for good.
 
         Args:
-            reason: Why; it is shown in the privacy statement.
+            reason: Why; shown in the privacy statement, and readable by whoever reads the audit log.
             training_client_id: Who says so.
 
         Raises:
@@ -169,6 +197,7 @@ class Ledger:
             )
         self._append({"what": "void", "account": self.account, "reason": reason}, training_client_id)
 
+    @_alone
     def join(self, account: str, *, training_client_id: str | None = None) -> None:
         """Join another account to this one, for good: what was spent on either counts for both."""
         with self._log.held():
@@ -177,6 +206,7 @@ class Ledger:
 
     # checkpoints
 
+    @_alone
     def carried(self) -> dict[str, Any]:
         """Return the account's records, for a checkpoint: plain data, with participation tables in base 64.
 
@@ -194,6 +224,7 @@ class Ledger:
             "tables": {name: base64.b64encode(found[0]).decode() for name, found in tables.items() if found},
         }
 
+    @_alone
     def adopt(
         self,
         carried: Mapping[str, Any] | None,
@@ -403,7 +434,7 @@ class Ledger:
             "noise_source": charge.noise_source,
             "sampling": charge.sampling,
             "accountant": self.accountant_type,
-            "accountant_version": f"opacus {metadata.version('opacus')}",
+            "accountant_version": accounting.accountant_version(),
             "epsilon_after": finite(after),
             "step": charge.step,
         }
@@ -414,29 +445,3 @@ class Ledger:
 
 def _import_entry(account: str, accounts: Mapping[str, Any]) -> dict[str, Any]:
     return {"what": "import", "account": account, "accounts": accounts}
-
-
-def _metrics(charge: Charge, before: float, after: float, delta: float) -> dict[str, Any]:
-    spent = 0.0 if math.isinf(before) else after - before
-    return {
-        "noise_applied": charge.noise_multiplier > 0,
-        "epsilon_spent": finite(spent),
-        "total_epsilon": finite(after),
-        "delta": delta,
-        "grad_norm_before_clip": None,
-        "grad_norm_after_clip": None,
-        "num_clipped": None,
-    }
-
-
-def _exceeded(charge: Charge, before: float, target: float, after: float) -> DPBudgetExceededError:
-    return DPBudgetExceededError(
-        f"Step {charge.step} would bring epsilon to {after:.4g}; the budget is {target:g} and {before:.4g} is spent. "
-        f"No weight has moved and nothing was charged. Save the state, or raise target_epsilon.",
-        details={
-            "current_epsilon": before,
-            "max_epsilon": target,
-            "next_epsilon": after,
-            "step": charge.step,
-        },
-    )

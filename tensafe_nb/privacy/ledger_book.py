@@ -12,7 +12,7 @@ from typing import Any
 
 from tensafe_nb.errors import LedgerError
 from tensafe_nb.privacy.accounting import Step
-from tensafe_nb.privacy.charges import LedgerRecord
+from tensafe_nb.privacy.charges import LedgerRecord, finite
 
 NO_NOISE = "a step was taken without noise (sigma = 0)"
 _HASH = re.compile("[0-9a-f]{64}")
@@ -269,11 +269,6 @@ def head_of(together: Mapping[str, Account]) -> Mapping[str, Any] | None:
     """Return the newest record of the accounts in this log: {"account", "seq", "record_hash"}."""
     heads = [account.head for account in together.values() if account.head]
     return max(heads, key=lambda head: int(head["seq"]), default=None)
-
-
-def finite(value: float) -> float | None:
-    """Return a number as JSON can hold it: infinity is null."""
-    return None if math.isinf(value) else value
 
 
 def infinite(value: float | None) -> float:

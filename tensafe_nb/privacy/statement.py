@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensafe_nb.config import DPConfig
-from tensafe_nb.privacy.charges import Spent
+from tensafe_nb.privacy.charges import Spent, finite
 from tensafe_nb.privacy.ledger import Ledger
-from tensafe_nb.privacy.ledger_book import Account, ChargedGroup, finite, groups_of
+from tensafe_nb.privacy.ledger_book import Account, ChargedGroup, groups_of
 
 ADJACENCY = {
     "poisson": "two data sets are neighbours if one has one {unit} more than the other",

@@ -48,7 +48,8 @@ class SealedTables:
                 yield
                 return
             with disk_errors("lock the privacy ledger"):
-                make_folder(self._files, self._folder)
+                if not self._folder.is_dir():
+                    make_folder(self._files, self._folder)
             with locked(self._folder / ".lock", exclusive=True):
                 self._depth += 1
                 try:
