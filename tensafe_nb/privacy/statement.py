@@ -9,7 +9,7 @@ from typing import Any
 from tensafe_nb.config import DPConfig
 from tensafe_nb.privacy.charges import Spent, finite
 from tensafe_nb.privacy.ledger import Ledger
-from tensafe_nb.privacy.ledger_book import LedgerAccount, ChargedGroup, groups_of
+from tensafe_nb.privacy.ledger_book import ChargedGroup, LedgerAccount, groups_of
 
 ADJACENCY = {
     "poisson": "two data sets are neighbours if one has one {unit} more than the other",
