@@ -36,7 +36,7 @@ from tensafe_nb.privacy.charges import (
     metrics_of,
 )
 from tensafe_nb.privacy.ledger_book import (
-    Account,
+    LedgerAccount,
     LedgerBook,
     groups_of,
     head_of,
@@ -105,13 +105,13 @@ class Ledger:
         return self._spent(self._book.together(self.account), unreadable)
 
     @_alone
-    def snapshot(self) -> tuple[Spent, Mapping[str, Account]]:
+    def snapshot(self) -> tuple[Spent, Mapping[str, LedgerAccount]]:
         """Return `state`, and a copy of the records of the account and of those joined to it, of one moment."""
         return self.state(), copy.deepcopy(self._book.together(self.account))
 
     def computed(
         self,
-        together: Mapping[str, Account],
+        together: Mapping[str, LedgerAccount],
         accountant_type: str | None = None,
         adjacency: Adjacency = "add_remove",
     ) -> Epsilon:
@@ -308,7 +308,7 @@ class Ledger:
 
     # reading and adding up
 
-    def _read(self) -> dict[str, Account]:
+    def _read(self) -> dict[str, LedgerAccount]:
         self._book.read(self._log.records())
         return self._book.together(self.account)
 
@@ -319,7 +319,7 @@ class Ledger:
         self._read()
         return record
 
-    def _spent(self, together: Mapping[str, Account], unreadable: str | None = None) -> Spent:
+    def _spent(self, together: Mapping[str, LedgerAccount], unreadable: str | None = None) -> Spent:
         voids = voids_of(together)
         if unreadable is not None:
             voids = (*voids, (unreadable, time.time()))
@@ -341,13 +341,13 @@ class Ledger:
             opened_at=None if math.isinf(opened) else opened,
         )
 
-    def _claimed(self, together: Mapping[str, Account]) -> float:
+    def _claimed(self, together: Mapping[str, LedgerAccount]) -> float:
         """Return the account's epsilon: what is computed, and never less than was claimed before."""
         if voids_of(together):
             return math.inf
         return max(self.computed(together).value, self._floor(together))
 
-    def _after(self, together: Mapping[str, Account], charge: Charge, mu_squared: float) -> float:
+    def _after(self, together: Mapping[str, LedgerAccount], charge: Charge, mu_squared: float) -> float:
         if voids_of(together):
             return math.inf
         step = [] if charge.sample_rate is None else [(charge.noise_multiplier, charge.sample_rate, 1)]
@@ -356,12 +356,14 @@ class Ledger:
         )
         return max(computed.value, self._floor(together))
 
-    def _floor(self, together: Mapping[str, Account]) -> float:
+    def _floor(self, together: Mapping[str, LedgerAccount]) -> float:
         """Return the largest epsilon that was claimed at this delta or a larger one."""
         groups = groups_of(together)
         return max((group.epsilon for group in groups if group.mechanism["delta"] >= self.delta), default=0.0)
 
-    def _further(self, together: Mapping[str, Account], charge: Charge, target_epsilon: float) -> int | None:
+    def _further(
+        self, together: Mapping[str, LedgerAccount], charge: Charge, target_epsilon: float
+    ) -> int | None:
         past = accounting.rdp_of_history(history_of(together))
         mu_squared = mu_squared_of(together)
         if charge.sample_rate is not None:
@@ -376,7 +378,7 @@ class Ledger:
 
     # who took part
 
-    def _mu_squared_after(self, together: Mapping[str, Account], charge: Charge) -> float:
+    def _mu_squared_after(self, together: Mapping[str, LedgerAccount], charge: Charge) -> float:
         now = mu_squared_of(together)
         if charge.mode == "poisson":
             return now

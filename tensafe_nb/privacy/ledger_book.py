@@ -57,7 +57,7 @@ class ChargedGroup:
 
 
 @dataclass(slots=True)
-class Account:
+class LedgerAccount:
     """What the records say about one account.
 
     Attributes:
@@ -84,7 +84,7 @@ class LedgerBook:
 
     def __init__(self) -> None:
         self.known: set[str] = set()
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, LedgerAccount] = {}
         self._seen = 0
 
     def read(self, records: Sequence[LedgerRecord]) -> None:
@@ -98,11 +98,11 @@ class LedgerBook:
                 self._take(record)
             self._seen += 1
 
-    def account(self, name: str) -> Account:
+    def account(self, name: str) -> LedgerAccount:
         """Return an account, opened if there is none."""
-        return self._accounts.setdefault(name, Account())
+        return self._accounts.setdefault(name, LedgerAccount())
 
-    def together(self, name: str) -> dict[str, Account]:
+    def together(self, name: str) -> dict[str, LedgerAccount]:
         """Return an account and those that were ever joined to it, the account first."""
         found, ahead = {name: self.account(name)}, [name]
         neighbours = self._neighbours()
@@ -139,14 +139,14 @@ class LedgerBook:
             raise ValueError(f"there are no records of kind {kind!r}")
         self.known.add(record.record_hash)
 
-    def _charge(self, account: Account, dp: Mapping[str, Any], record: LedgerRecord) -> None:
+    def _charge(self, account: LedgerAccount, dp: Mapping[str, Any], record: LedgerRecord) -> None:
         mu = 0.0 if dp["mode"] == "poisson" else infinite(dp["mu_max"])
         values = {"opened_at": record.at, "epsilon": dp["epsilon_after"], "mu_squared": finite(mu * mu)}
         self._add(account, {**dp, **values, "hashes": [record.record_hash]})
         if dp["mode"] != "poisson":
             account.table = dp["participation"]
 
-    def _add(self, account: Account, entry: Mapping[str, Any]) -> None:
+    def _add(self, account: LedgerAccount, entry: Mapping[str, Any]) -> None:
         """Count the steps of an entry that are not known yet."""
         mechanism = {name: entry[name] for name in MECHANISM}
         _check(mechanism, entry["hashes"])
@@ -194,7 +194,7 @@ def missing_of(accounts: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
     return found
 
 
-def plain_of(accounts: Mapping[str, Account]) -> dict[str, Any]:
+def plain_of(accounts: Mapping[str, LedgerAccount]) -> dict[str, Any]:
     """Return accounts as JSON."""
     return {
         name: {
@@ -232,18 +232,18 @@ def _check(mechanism: Mapping[str, Any], hashes: Sequence[Any]) -> None:
         raise ValueError("a hash is none")
 
 
-def groups_of(together: Mapping[str, Account]) -> Iterator[ChargedGroup]:
+def groups_of(together: Mapping[str, LedgerAccount]) -> Iterator[ChargedGroup]:
     """Yield all steps of accounts, those charged alike together."""
     for account in together.values():
         yield from account.groups.values()
 
 
-def history_of(together: Mapping[str, Account]) -> Iterator[Step]:
+def history_of(together: Mapping[str, LedgerAccount]) -> Iterator[Step]:
     """Yield the Poisson steps of accounts, for the accountant."""
     return (group.step for group in groups_of(together) if group.mechanism["mode"] == "poisson")
 
 
-def voids_of(together: Mapping[str, Account]) -> tuple[tuple[str, float], ...]:
+def voids_of(together: Mapping[str, LedgerAccount]) -> tuple[tuple[str, float], ...]:
     """Return every event that made an account void: (reason, when), in their order."""
     found = [event for account in together.values() for event in account.voids.values()]
     found += [
@@ -254,18 +254,18 @@ def voids_of(together: Mapping[str, Account]) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(found, key=lambda event: event[1]))
 
 
-def mu_squared_of(together: Mapping[str, Account]) -> float:
+def mu_squared_of(together: Mapping[str, LedgerAccount]) -> float:
     """Return a bound on mu² of a unit over all worst-case steps: ids of two accounts cannot be compared."""
     return math.fsum(account.mu_squared for account in together.values())
 
 
-def participation_rate(together: Mapping[str, Account]) -> float | None:
+def participation_rate(together: Mapping[str, LedgerAccount]) -> float | None:
     """Return what a worst-case step has added to the largest mu², on average."""
     steps = sum(len(group.hashes) for group in groups_of(together) if group.mechanism["mode"] == "worst_case")
     return mu_squared_of(together) / steps if steps else None
 
 
-def head_of(together: Mapping[str, Account]) -> Mapping[str, Any] | None:
+def head_of(together: Mapping[str, LedgerAccount]) -> Mapping[str, Any] | None:
     """Return the newest record of the accounts in this log: {"account", "seq", "record_hash"}."""
     heads = [account.head for account in together.values() if account.head]
     return max(heads, key=lambda head: int(head["seq"]), default=None)

@@ -9,7 +9,7 @@ from typing import Any
 from tensafe_nb.config import DPConfig
 from tensafe_nb.privacy.charges import Spent, finite
 from tensafe_nb.privacy.ledger import Ledger
-from tensafe_nb.privacy.ledger_book import Account, ChargedGroup, groups_of
+from tensafe_nb.privacy.ledger_book import ChargedGroup, LedgerAccount, groups_of
 
 ADJACENCY = {
     "poisson": "two data sets are neighbours if one has one {unit} more than the other",
@@ -180,7 +180,7 @@ class _Epsilons:
     replace_one: float | None = None
 
 
-def _epsilons(ledger: Ledger, together: Mapping[str, Account], modes: set[str]) -> _Epsilons:
+def _epsilons(ledger: Ledger, together: Mapping[str, LedgerAccount], modes: set[str]) -> _Epsilons:
     poisson, worst_case = modes == {"poisson"}, modes == {"worst_case"}
     return _Epsilons(
         rdp=None if worst_case else ledger.computed(together, "rdp").value,
@@ -190,7 +190,7 @@ def _epsilons(ledger: Ledger, together: Mapping[str, Account], modes: set[str]) 
     )
 
 
-def _mechanisms(together: Mapping[str, Account]) -> Iterator[Mechanism]:
+def _mechanisms(together: Mapping[str, LedgerAccount]) -> Iterator[Mechanism]:
     for name, account in together.items():
         yield from (_mechanism(name, group) for group in groups_of({name: account}) if group.hashes)
 
