@@ -84,28 +84,40 @@ def seen_by_the_audit() -> bool:
     return canaries.audit(CONFIG, 1000, 1).violated
 
 
-def most_moved(engine: Engine) -> float:
-    """Return how far one adversarial example moves the sum, in units of C."""
+def private(limit: float) -> Engine:
+    return private_engine(dp={"max_grad_norm": limit}, model_ref="builtin:tiny")
+
+
+def pulled_by_an_opposite() -> float:
+    """Return how far one example with a gradient of -100 g moves the sum of seven of g, in units of C."""
 
     def signed(outputs: Any, batch: Any) -> Tensor:
         rows: Tensor = -outputs.sum_rows(outputs.logprobs) * batch["sign"]
         return rows
 
-    row, loss = examples((9,)).input_ids, resolve_loss(signed)
+    row, loss, engine = examples((9,)).input_ids, resolve_loss(signed), private(C)
     aligned = tn.BatchData(np.repeat(row, 7, 0), example_ids=np.arange(7), sign=np.full(7, 1.0))
     against = tn.BatchData(
         np.repeat(row, 8, 0), example_ids=np.arange(8), sign=np.array([1.0] * 7 + [-100.0])
     )
-    without, long = examples((3,) * 15), examples((40,), seed=1)
+    return (
+        float((clipped_sum(engine, against, loss=loss) - clipped_sum(engine, aligned, loss=loss)).norm()) / C
+    )
+
+
+def pulled_by_a_long_one() -> float:
+    """Return how far one long example moves the sum of fifteen short ones that the clip leaves alone, in units of C."""
+    row, long = examples((3,)).input_ids, examples((40,), seed=1)
+    short = tn.BatchData(np.repeat(row, 15, 0), example_ids=np.arange(15))
     pad = ((0, 0), (0, 37))
     joined = tn.BatchData(
-        np.vstack([np.pad(without.input_ids, pad), long.input_ids]),
-        np.vstack([np.pad(without.attention_mask, pad), long.attention_mask]),
+        np.vstack([np.pad(short.input_ids, pad), long.input_ids]),
+        np.vstack([np.pad(short.attention_mask, pad), long.attention_mask]),
         example_ids=np.arange(16),
     )
-    opposite = clipped_sum(engine, against, loss=loss) - clipped_sum(engine, aligned, loss=loss)
-    diluting = clipped_sum(engine, joined) - clipped_sum(engine, without)
-    return max(float(opposite.norm()), float(diluting.norm())) / C
+    limit = 1.1 * float(clipped_sum(private(1e6), short).norm()) / 15
+    engine = private(limit)
+    return float((clipped_sum(engine, joined) - clipped_sum(engine, short)).norm()) / limit
 
 
 @pytest.mark.parametrize(
@@ -123,8 +135,7 @@ def test_each_planted_fault_is_caught_by_the_audit_or_by_the_sensitivity(
     fault: Fault, audit: bool, sensitivity: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault(monkeypatch)
-    engine = private_engine(dp={"max_grad_norm": C}, model_ref="builtin:tiny", micro_batch_tokens=100_000)
-    moved = most_moved(engine)
+    moved = max(pulled_by_an_opposite(), pulled_by_a_long_one())
     print(f"{fault.__name__}: one example moves the sum by {moved:.2f} C")
     assert (moved > 1 + 1e-5) is sensitivity
     if fault is not token_mean:  # whose rows the canaries do not have
