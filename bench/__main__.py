@@ -37,6 +37,10 @@ ROWS = {
     "checkpoint-lora": "store:checkpoint",
     "key-rotation": "store:rotation",
     "audit": "store:audit",
+    "dp-step": "privacy:step_tiny",
+    "dp-step-llama": "privacy:step_llama",
+    "dp-opacus": "privacy:step_opacus",
+    "dp-memory": "privacy:memory",
     "dp-accounting-step": "privacy:accounting_step",
 }
 
