@@ -60,6 +60,9 @@ class TrainingClient:
         >>> print((await loss).loss, (await step).step)
     """
 
+    marks: tuple[str, ...] = ()
+    steerable = True
+
     def __init__(self, channel: Channel, fork: Fork, delete_artifact: Callable[[str], None]) -> None:
         self._channel, self._fork, self._delete_artifact = channel, fork, delete_artifact
         self._runs: list[TrainingRun] = []

@@ -43,6 +43,14 @@ class Watched(Protocol):
     def runs(self) -> tuple[TrainingRun, ...]: ...
     @property
     def step(self) -> int: ...
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Words that badge, picture and text carry, so that nobody takes it for something else: "REPLAY"."""
+
+    @property
+    def steerable(self) -> bool:
+        """Whether buttons can reach it; where not, there are none."""
+
     def refresh(self) -> TrainingClientInfo: ...
     def subscribe(
         self, subscriber: Callable[[Event], None], after: int | None = None

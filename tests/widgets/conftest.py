@@ -73,6 +73,8 @@ class FakeClient:
 
     training_client_id = "tc-1"
     config = TrainingConfig(lora_config=LoRAConfig(rank=8))
+    marks: tuple[str, ...] = ()
+    steerable = True
 
     def __init__(self, log: Path) -> None:
         self.bus = EventBus(log)
