@@ -304,7 +304,7 @@ def _placeholder(name: str) -> Bundle:
     return {"text/html": f'<div class="{name}"></div>', "text/plain": ""}
 
 
-def display(feed: Feed, run: TrainingRun | None) -> None:
+def display(feed: Feed, run: TrainingRun | None, samples: int = 0) -> None:
     """Put a picture and a table of this moment into the calling cell."""
     snapshot = Snapshot.take(feed, run)
     drawn = snapshot.picture()
