@@ -24,11 +24,16 @@ ROLLOUT_SECONDS = 2.0  # between two steps whose rollouts are sent unasked
 
 
 def esm(*names: str) -> str:
-    """Join ES modules of `static/` into one: a page loads a widget's code as a blob, from which nothing can import."""
+    """Join ES modules of `static/` into one: a page loads a widget's code as a blob, from which nothing can import.
+
+    Comments and indentation stay behind: the text is part of every widget's state.
+    """
     lines = (
-        line for name in names for line in (STATIC / f"{name}.js").read_text(encoding="utf-8").splitlines()
+        line.strip()
+        for name in names
+        for line in (STATIC / f"{name}.js").read_text(encoding="utf-8").splitlines()
     )
-    return "\n".join(line for line in lines if not line.startswith(("import {", "export {"))) + "\n"
+    return "\n".join(line for line in lines if not line.startswith(("import {", "export {", "//"))) + "\n"
 
 
 def css(name: str) -> str:

@@ -17,7 +17,6 @@ MOST_CURVES = 6  # colours that can be told apart on light and dark
 class _AloneCurve(CurveWidget):
     """A widget that is one chart: what LossCurve and RewardHistory share."""
 
-    _esm = esm("wire", "page", "chart", "curves", "curve")
     _css = css("panel")
     parts: ClassVar[tuple[Part, ...]] = ("marks",)
 
@@ -55,6 +54,8 @@ class LossCurve(_AloneCurve):
         >>> HBox([LossCurve(run), LossCurve(other_run, log_scale=True)])
     """
 
+    _esm = esm("wire", "page", "chart", "curves", "curve")
+
     @property
     def curve(self) -> str:
         return self.feed.curve
@@ -74,6 +75,7 @@ class RewardHistory(_AloneCurve):
         >>> VBox([history, inspector])
     """
 
+    _esm = esm("wire", "page", "chart", "curves", "rewards")
     all_curves = True
 
     def __init__(self, source: Source, **traits: Any) -> None:

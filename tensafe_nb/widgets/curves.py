@@ -22,6 +22,7 @@ REWARDED = (
 def names_of(feed: Feed, *, all_curves: bool) -> list[str]:
     """Return the curves to send of a training client: the one to watch with its held-out twin, or all there are."""
     curve = feed.curve
+    kept: tuple[str, ...]
     if not all_curves:
         kept = (curve, f"eval/{curve}", "group/reward_std") if curve == "reward" else (curve, f"eval/{curve}")
     else:
