@@ -49,7 +49,9 @@ def test_the_caption_says_everything_in_words(client: FakeClient, feed: Feed) ->
     client.measure(loss=2.34567, eval_loss=2.5)
     client.turn(run, RunStatus.FINISHED)
     sentence = Snapshot.take(feed, None).sentence
-    assert sentence.startswith("Run 1 of tc-1: FINISHED at step 1 of 10, loss 2.346, eval/loss 2.5, DP off, 20")
+    assert sentence.startswith(
+        "Run 1 of tc-1: FINISHED at step 1 of 10, loss 2.346, eval/loss 2.5, DP off, 20"
+    )
 
 
 def test_the_table_has_a_caption_and_row_headers_and_its_text_is_escaped(
