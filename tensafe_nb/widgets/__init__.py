@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.widgets import feed, progress, renderer
+from tensafe_nb.widgets.recording import RecordedRun
 
 if TYPE_CHECKING:
     from tensafe_nb.widgets.curve import LossCurve
@@ -22,7 +23,7 @@ def panel(source: feed.Source) -> "Dashboard":
     return dashboard.panel_of(source)
 
 
-def show_run(run: TrainingRun) -> None:
+def show_run(run: TrainingRun | RecordedRun) -> None:
     """Show the progress of a run that is about to start, in whatever way this place can show it."""
     match renderer.choose():
         case renderer.Renderer.TEXT:
@@ -67,8 +68,8 @@ def _static_part(source: feed.Source) -> None:
     StaticPart(feed.feed_of(source), _run_of(source), alone=lambda: True).place(filled=True)
 
 
-def _run_of(source: feed.Source) -> TrainingRun | None:
-    return source if isinstance(source, TrainingRun) else feed.feed_of(source).latest
+def _run_of(source: feed.Source) -> Any:
+    return source if isinstance(source, TrainingRun | RecordedRun) else feed.feed_of(source).latest
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from tensafe_nb.runs import TrainingRun
 from tensafe_nb.types import RunStatus
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.base import LiveWidget, css, esm, view_bundle
-from tensafe_nb.widgets.feed import Source, feed_of
+from tensafe_nb.widgets.feed import Feed, Source, feed_of
 from tensafe_nb.widgets.snapshot import Bundle, StaticPart, publish
 
 STATUS_SECONDS = 0.5  # between two messages about the same state
@@ -40,7 +40,7 @@ class Dashboard(LiveWidget):
 
     # showing
 
-    def show(self, run: TrainingRun | None = None) -> None:
+    def show(self, run: Any = None) -> None:
         """Show the panel in the calling cell, with the part that stays in the file above it."""
         self._place_static(run or self.feed.latest)
         identity = f"{self.model_id}-{len(self._live_ids)}"
@@ -132,15 +132,15 @@ class Dashboard(LiveWidget):
         {"pause": run.pause, "resume": run.resume, "stop": run.stop}[command]()
 
 
-_panels: dict[str, Dashboard] = {}
+_panels: dict[Feed, Dashboard] = {}
 
 
 def panel_of(source: Source) -> Dashboard:
-    """Return the one panel of a training client, or of a run's client."""
+    """Return the one panel of a training client, of a run's client, or of a recorded run."""
     feed = feed_of(source)
-    known = _panels.get(feed.client.training_client_id)
+    known = _panels.get(feed)
     if known is None or known.comm is None:  # a panel that was closed has no line to any page
-        known = _panels[feed.client.training_client_id] = Dashboard(feed)
+        known = _panels[feed] = Dashboard(feed)
     return known
 
 

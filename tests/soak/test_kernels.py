@@ -1,4 +1,4 @@
-"""Waits in a cell, plain and interrupted, on the ipykernel versions that behave differently (jupyter_client, no page)."""
+"""Waits in a cell, plain and interrupted, on the ipykernel versions that behave differently; no page is open."""
 
 import json
 import time
