@@ -11,15 +11,16 @@ from tensafe_nb.batch import BatchData
 from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig
 from tensafe_nb.data import Batches, Row, batches, read_prompts
 from tensafe_nb.errors import ClientClosedError, ValidationError
-from tensafe_nb.events import Event, RunHistory, StatusChanged
-from tensafe_nb.futures import FutureHandle
+from tensafe_nb.events import Event, RunHistory
+from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.loops import Batch, Loop
 from tensafe_nb.plain import plain_metadata
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.runs import TrainingRun
+from tensafe_nb.streaming import stream
 from tensafe_nb.supervised import SupervisedLoop
-from tensafe_nb.transports.base import VERBS, Channel
+from tensafe_nb.transports.base import VERBS, Channel, Transport
 from tensafe_nb.types import (
     ClientStatus,
     ComputeLogprobs,
@@ -63,9 +64,10 @@ class TrainingClient:
     marks: tuple[str, ...] = ()
     steerable = True
 
-    def __init__(self, channel: Channel, fork: Fork, delete_artifact: Callable[[str], None]) -> None:
-        self._channel, self._fork, self._delete_artifact = channel, fork, delete_artifact
+    def __init__(self, channel: Channel, fork: Fork, transport: Transport) -> None:
+        self._channel, self._fork, self._transport = channel, fork, transport
         self._runs: list[TrainingRun] = []
+        self._outstanding = Outstanding()
 
     # verbs
 
@@ -224,7 +226,19 @@ class TrainingClient:
 
     def delete_checkpoint(self, artifact_id: str) -> None:
         """Delete an artifact for good; retention does this to a run's own checkpoints."""
-        self._delete_artifact(artifact_id)
+        self._transport.delete_artifact(artifact_id)
+
+    def get_checkpoint(self, artifact_id: str) -> SaveStateResult:
+        """Return what is known of an artifact: size, hash, encryption, metadata."""
+        return self._transport.get_artifact(artifact_id)
+
+    def export_checkpoint(self, artifact_id: str, path: str | Path) -> Path:
+        """Write an artifact in the clear, as a folder for plain PEFT; see `ServiceClient.export_adapter`."""
+        return self._transport.export_adapter(artifact_id, Path(path), merged=False)
+
+    def cancel_pending(self) -> int:
+        """Cancel what waits in the queue; what runs finishes. Returns how many operations there were."""
+        return self._outstanding.cancel()
 
     # data and runs
 
@@ -377,19 +391,9 @@ class TrainingClient:
         """Every metric as a curve, every event by number; outlives the process."""
         return self._channel.bus.history
 
-    async def events(self, after: int = 0) -> AsyncIterator[Event]:
+    def events(self, after: int = 0) -> AsyncIterator[Event]:
         """Iterate over what happened since event number `after`, then over what happens, until the client is closed."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        unsubscribe = self.subscribe(lambda event: _put(loop, queue, event), after=after)
-        try:
-            while True:
-                event = await queue.get()
-                yield event
-                if isinstance(event, StatusChanged) and event.status == ClientStatus.TERMINATED:
-                    return
-        finally:
-            unsubscribe()
+        return stream(self.subscribe, after)
 
     def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` on every event, at once and on whatever thread it happens; see `events()`.
@@ -411,9 +415,9 @@ class TrainingClient:
 
     # how it looks in a notebook
 
-    def dashboard(self) -> Any:
-        """Return the live panel of this client: a widget, to place or to show again."""
-        return load_dotted("tensafe_nb.widgets:panel")(self)
+    def dashboard(self, sections: Sequence[str] | None = None) -> Any:
+        """Return the live panel of this client, a widget; or one with only some sections: see `widgets.Dashboard`."""
+        return load_dotted("tensafe_nb.widgets:panel")(self, sections)
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)
@@ -451,9 +455,6 @@ class TrainingClient:
         )
 
     def _submit(self, operation: Operation) -> FutureHandle[Any]:
-        return self._channel.submit(operation)
-
-
-def _put(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Event]", event: Event) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(queue.put_nowait, event)
+        handle = self._channel.submit(operation)
+        self._outstanding.add(handle)
+        return handle

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
@@ -409,3 +410,24 @@ def enable_nested_asyncio() -> None:
     warnings.warn(
         "panel buttons may be lost or delayed until the cell ends (nest_asyncio: lost)", stacklevel=2
     )
+
+
+class Outstanding:
+    """The handles of one training client that are not done yet, whoever else holds them, in the order of its queue."""
+
+    def __init__(self) -> None:
+        self._handles: deque[FutureHandle[Any]] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, handle: FutureHandle[Any]) -> None:
+        """Take in the newest; let go of the oldest that are done."""
+        with self._lock:
+            self._handles.append(handle)
+            while self._handles and self._handles[0].done():
+                self._handles.popleft()
+
+    def cancel(self) -> int:
+        """Cancel those that wait, newest first; return how many there were."""
+        with self._lock:
+            waiting = [handle for handle in self._handles if handle.state is FutureStatus.PENDING]
+        return sum(handle.cancel() for handle in reversed(waiting))

@@ -90,7 +90,7 @@ class ServiceClient:
         return self._adopt(self._transport.restore(config, lambda: artifact_id))
 
     def _adopt(self, channel: Channel) -> TrainingClient:
-        client = TrainingClient(channel, self._fork, self._transport.delete_artifact)
+        client = TrainingClient(channel, self._fork, self._transport)
         self._clients[client.training_client_id] = client
         return client
 

@@ -396,6 +396,7 @@ class Worker:
         self.step, self.policy_version = result.step, result.policy_version
         values = {
             **mean_of(losses),
+            "tokens": sum(result.tokens_processed for result, _ in losses),
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "param_delta_norm": result.param_delta_norm,

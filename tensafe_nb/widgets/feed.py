@@ -1,11 +1,12 @@
 """What the events of one training client add up to: the facts of badge, table and bar, ready at any moment."""
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import TGTinkerError
@@ -25,6 +26,7 @@ from tensafe_nb.events import (
 from tensafe_nb.records import RunRecord
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.types import ClientStatus, RunStatus, TrainingClientInfo
+from tensafe_nb.widgets.landmarks import KINDS, Landmarks
 from tensafe_nb.widgets.recording import RecordedRun, Recording
 from tensafe_nb.widgets.view import VIEW, Member, View
 
@@ -124,7 +126,23 @@ class Feed:
         self._operation: OperationStarted | None = None
         self._closed = client.refresh().status == ClientStatus.TERMINATED
         self.measured_at = 0.0  # Unix seconds of the latest metrics
+        self.landmarks = Landmarks()
+        self._noting = threading.Lock()
+        self._early: list[Event] | None = []  # what happens while the past is read
         client.subscribe(self._on_event)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Read what was left along the curves before anybody watched."""
+        known = self.client.history.last_seq
+        for event in self.client.history.events(kinds=KINDS):
+            if event.seq <= known:
+                self.landmarks.note(event)
+        with self._noting:
+            early, self._early = self._early or [], None
+            for event in early:
+                if event.seq > known:
+                    self._note(event)
 
     def watch(self, member: Member) -> None:
         """Have a member flushed after every event from now on."""
@@ -151,6 +169,35 @@ class Feed:
         if self.latest is not None:
             return self.latest.curve
         return "reward" if "reward" in self.client.history else "loss"
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What it is not: a recording is no live run, what a mock made up is no measurement."""
+        return (*self.client.marks, *(("MOCK",) if self.landmarks.mocked else ()))
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it trains with differential privacy: then curves and texts are for its operator only."""
+        return self.client.config.dp_config is not None
+
+    def decode(self) -> Callable[[Sequence[int]], list[str]] | None:
+        """Return what turns token ids into texts; None where there is no tokenizer."""
+        tokenizer = getattr(self.client, "tokenizer", None) if self.client.steerable else None
+        return None if tokenizer is None else lambda ids: [tokenizer.decode([token]) for token in ids]
+
+    def count_saving(self, change: int) -> None:
+        """A checkpoint that a button asked for is on its way, or there."""
+        with self._noting:
+            self.landmarks.saving += change
+            self.landmarks.changes["rows"] += 1
+        self._wake()
+
+    def learn(self, details: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take in what was looked up of checkpoints."""
+        with self._noting:
+            self.landmarks.details.update(details)
+            self.landmarks.changes["rows"] += 1
+        self._wake()
 
     @property
     def description(self) -> str:
@@ -183,11 +230,19 @@ class Feed:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Progress):
             return
-        self._note(event)
+        with self._noting:
+            if self._early is not None:
+                self._early.append(event)
+            else:
+                self._note(event)
+        self._wake()
+
+    def _wake(self) -> None:
         for member in self._members:
             self.view.wake(member)
 
     def _note(self, event: Event) -> None:
+        self.landmarks.note(event)
         match event:
             case Metrics(time=moment):
                 self.measured_at = moment

@@ -37,7 +37,7 @@ class Report(ABC):
 
     def __init__(self, run: TrainingRun | RecordedRun) -> None:
         self.run_id, self.planned = run.run_id, run.planned_steps
-        self.marks = "".join(f"{mark} " for mark in getattr(run.client, "marks", ()))
+        self.marks = "".join(f"{mark} " for mark in run.client.marks) if isinstance(run, RecordedRun) else ""
         self.done = 0
         self.values: dict[str, float] = {}
         self._unsubscribe: Callable[[], None] = lambda: None

@@ -1,8 +1,9 @@
 """A run that was, as something to watch: what its log says, told event by event, all at once or at a pace."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, final
 
 from tensafe_nb.config import TrainingConfig
@@ -14,12 +15,14 @@ from tensafe_nb.events import (
     OperationFailed,
     OperationFinished,
     OperationQueued,
+    Rollouts,
     RunHistory,
     RunState,
     RunStep,
     StateLoaded,
     StatusChanged,
 )
+from tensafe_nb.plain import from_plain
 from tensafe_nb.records import RunRecord
 from tensafe_nb.types import ClientStatus, RunStatus, TrainingClientInfo
 
@@ -100,7 +103,7 @@ class Recording:
         """Iterate over what is to be told, up to the run's end: also one that its process could not write any more."""
         last: Event = Event()
         for last in RunHistory(self._record.log).events():
-            yield last
+            yield self._beside_the_log(last) if isinstance(last, Rollouts) else last
             if isinstance(last, RunState) and last.run_id == self.run.run_id and RunStatus(last.state).ended:
                 break
         else:
@@ -129,6 +132,12 @@ class Recording:
             )
         )
         self.tell(StatusChanged(status=ClientStatus.TERMINATED))
+
+    def _beside_the_log(self, rollouts: Rollouts) -> Rollouts:
+        """Look for the texts beside the log, wherever it was moved to; a log names no other file of this machine."""
+        number = rollouts.run_id.rpartition("/")[2]
+        path = self._record.log.parent / "rollouts" / Path(number).name / Path(rollouts.path).name
+        return replace(rollouts, path=str(path))
 
     def _interruption(self, moment: float) -> RunState:
         record = self._record
@@ -162,13 +171,13 @@ class Recording:
 class _Told(RunHistory):
     """A history that reads no further in the log than it was told."""
 
-    def events(self, after: int = 0) -> Iterator[Event]:
-        return takewhile(lambda event: event.seq <= self.last_seq, super().events(after))
+    def events(self, after: int = 0, kinds: Sequence[type[Event]] = ()) -> Iterator[Event]:
+        return takewhile(lambda event: event.seq <= self.last_seq, super().events(after, kinds))
 
 
 def _config_of(record: RunRecord) -> TrainingConfig:
     created = next(RunHistory(record.log).events(), None)
-    config: Any = created.config if isinstance(created, ClientCreated) else None
+    config = from_plain(dict(created.config)) if isinstance(created, ClientCreated) else None
     if not isinstance(config, TrainingConfig):
         raise ValidationError(
             f"{record.log} does not begin with what was trained: it is not the whole log of a training client."

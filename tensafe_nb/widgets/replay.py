@@ -143,7 +143,7 @@ def replay(run: str | Path | RunRecord, speed: float = 20.0, *, show: bool = Tru
     Example:
         >>> await tn.replay(tn.list_runs()[-1], speed=50)
     """
-    if not isinstance(speed, int | float) or not isfinite(speed) or speed <= 0:
+    if not isinstance(speed, int | float) or isinstance(speed, bool) or not isfinite(speed) or speed <= 0:
         raise ValidationError(
             f"replay: speed={speed!r} must be a number above 0: 20 is twenty times as fast."
         )

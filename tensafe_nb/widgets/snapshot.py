@@ -52,8 +52,9 @@ class Snapshot:
         facts, last = self.facts, self.feed.client.history.last()
         of = f" of {facts.planned}" if facts.planned else ""
         values = "".join(f", {name} {number(last[name])}" for name in self._curves if name in last)
+        marks = "".join(f"{mark} · " for mark in self.feed.marks)
         name = f"Run {facts.run_number} of {self._client_id}" if facts.run_id else self._client_id
-        return f"{name}: {facts.state} at step {facts.step}{of}{values}, {self.taken_at:%Y-%m-%d %H:%M:%S}"
+        return f"{marks}{name}: {facts.state} at step {facts.step}{of}{values}, {self.taken_at:%Y-%m-%d %H:%M:%S}"
 
     def table(self) -> Bundle:
         """Return the table as an output."""
@@ -93,7 +94,7 @@ class Snapshot:
                 yield name, f"{number(values[0])} → {number(values[-1])}"
         yield "time", clock(facts.elapsed)
         yield "run", facts.run_id or "—"
-        if self.steering and facts.run_id and not facts.run_ended:
+        if self.steering and self.feed.client.steerable and facts.run_id and not facts.run_ended:
             yield "to steer it", "run.pause()  run.resume()  run.stop()"
 
     def _draw(self) -> bytes | None:
@@ -304,7 +305,7 @@ def _placeholder(name: str) -> Bundle:
     return {"text/html": f'<div class="{name}"></div>', "text/plain": ""}
 
 
-def display(feed: Feed, run: TrainingRun | None) -> None:
+def display(feed: Feed, run: TrainingRun | None, samples: int = 0) -> None:
     """Put a picture and a table of this moment into the calling cell."""
     snapshot = Snapshot.take(feed, run)
     drawn = snapshot.picture()

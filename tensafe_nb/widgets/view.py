@@ -55,7 +55,7 @@ class View:
 
     def aside(self, work: Callable[[], None]) -> None:
         """Do slow work that sends nothing on a thread of its own, so that pages are answered meanwhile."""
-        threading.Thread(target=work, name="tsnb-picture", daemon=True).start()
+        threading.Thread(target=work, name="tsnb-aside", daemon=True).start()
 
     def now(self) -> float:
         """Return the time by which members keep their pace, in seconds."""
