@@ -5,12 +5,14 @@ from typing import Any, Literal, Self
 import pydantic
 
 from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.reprs import shown
 
 Positive = pydantic.PositiveInt
 NonNegativeFloat = pydantic.NonNegativeFloat
 MIN_TEMPERATURE = 1e-4  # below, the logits leave the range of numbers; 0 means greedy
 
 
+@shown(lambda config: {name: getattr(config, name) for name in type(config).model_fields})
 class Config(pydantic.BaseModel):
     """Base of all configurations: immutable, unknown names refused with the nearest spelling."""
 

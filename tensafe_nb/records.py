@@ -11,6 +11,7 @@ from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
 from tensafe_nb.events import CheckpointSaved, Metrics, RunHistory, RunState, StateLoaded, is_being_written
 from tensafe_nb.plain import from_plain
 from tensafe_nb.registry import load_dotted
+from tensafe_nb.reprs import Facts, Listing, table, visible
 from tensafe_nb.store import home
 from tensafe_nb.types import RunStatus
 
@@ -61,18 +62,30 @@ class RunRecord:
 
     def __repr__(self) -> str:
         checkpoint = f", last checkpoint {self.last_checkpoint}" if self.last_checkpoint else ""
-        return f"<RunRecord {self.run_id} {self.state} at step {self.step}{checkpoint}>"
+        return f"<RunRecord {visible(self.run_id)} {self.state} at step {self.step}{checkpoint}>"
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         if not self.state.ended:
-            return {"text/plain": repr(self)}
+            return {"text/plain": repr(self), "text/html": table(f"run {self.run_id}", _row(self))}
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)
 
 
 def list_runs() -> list[RunRecord]:
-    """Return every run recorded in the home folder, oldest first."""
+    """Return every run recorded in the home folder, oldest first: a list, which a notebook shows as a table."""
     records = [record for log in sorted(home.runs().glob("*/events.jsonl")) for record in _readable(log)]
-    return sorted(records, key=lambda record: record.started_at)
+    return Listing(sorted(records, key=lambda record: record.started_at), _row)
+
+
+def _row(record: RunRecord) -> Facts:
+    return {
+        "run": record.run_id,
+        "state": record.state,
+        "step": record.step,
+        "planned": record.planned_steps,
+        "started_at": record.started_at,
+        "last checkpoint": record.last_checkpoint,
+        "reason": record.reason,
+    }
 
 
 def load_run(run_id: str) -> RunRecord:

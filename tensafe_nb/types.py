@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 from tensafe_nb import config
 from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.plain import plain
+from tensafe_nb.reprs import shown, shown_fields
 
+SHOWN_TEXTS = 8  # of a sampling, in a notebook
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 
@@ -130,6 +132,7 @@ Operation: TypeAlias = (
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
     """What `forward_backward` found.
@@ -150,6 +153,7 @@ class ForwardBackwardResult:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardResult:
     """What `forward` found; `logprobs` is (B, T), 0 where nothing is labelled, when asked for."""
@@ -162,6 +166,7 @@ class ForwardResult:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class DPMetrics:
     """What a private step spent. The norms and the count are for the operator: epsilon does not cover them.
@@ -186,6 +191,7 @@ class DPMetrics:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class OptimStepResult:
     """What `optim_step` did.
@@ -208,6 +214,7 @@ class OptimStepResult:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
     """One completion.
@@ -234,6 +241,9 @@ class SampledSequence:
 
 
 @plain
+@shown(
+    lambda drawn: {"sequences": len(drawn.sequences), "policy_version": drawn.policy_version} | _texts(drawn)
+)
 @dataclass(frozen=True, slots=True)
 class SampleResult:
     """What `sample` drew: `num_samples` sequences for the first prompt, then for the second, and so on."""
@@ -246,8 +256,16 @@ class SampleResult:
         """The completions' texts, in order."""
         return [sequence.text for sequence in self.sequences]
 
+    def __repr__(self) -> str:
+        return f"<SampleResult {len(self.sequences)} sequences, policy_version {self.policy_version}>"
+
+
+def _texts(drawn: SampleResult) -> dict[str, object]:
+    return {f"text {number}": text for number, text in enumerate(drawn.texts[:SHOWN_TEXTS], 1)}
+
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True, eq=False)
 class LogprobsResult:
     """Scores of a batch's labels; both arrays are (B, T) and 0 where nothing is labelled.
@@ -266,6 +284,7 @@ class LogprobsResult:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class FreezeReferenceResult:
     """The reference is set: `reference_version` is the version of the weights it holds."""
@@ -274,6 +293,7 @@ class FreezeReferenceResult:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class Encryption:
     """How an artifact is sealed, and the id of the key that opens it."""
@@ -283,6 +303,7 @@ class Encryption:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class SaveStateResult:
     """What `save_state` wrote, and what `list_artifacts` finds.
@@ -317,6 +338,7 @@ class SaveStateResult:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class LoadStateResult:
     """What `load_state` took.
@@ -337,6 +359,7 @@ class LoadStateResult:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class AuditLogEntry:
     """One record of the audit log: who did what when, chained to the record before it.
@@ -385,6 +408,7 @@ class AuditLogEntry:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class AuditVerification:
     """What verifying an audit log showed.
@@ -421,6 +445,7 @@ Result: TypeAlias = (
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class TrainingClientInfo:
     """A training client as its core sees it at one moment."""
@@ -435,6 +460,7 @@ class TrainingClientInfo:
 
 
 @plain
+@shown_fields
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """How a training run ended.

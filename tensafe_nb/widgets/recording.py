@@ -165,7 +165,9 @@ class Recording:
                 if not self.started:
                     self.started, self._first_step = True, step
                 run.state, self.step = RunStatus(state), step
-                if run.state is RunStatus.INTERRUPTED:  # the step may have been taken and not been counted any more
+                if (
+                    run.state is RunStatus.INTERRUPTED
+                ):  # the step may have been taken and not been counted any more
                     run.steps_done = max(run.steps_done, step - self._first_step)
             case StateLoaded(step=step) if self.started:
                 run.steps_done, self.step = max(step - self._first_step, 0), step
