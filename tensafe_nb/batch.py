@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import plain
-from tensafe_nb.reprs import Facts, shown
+from tensafe_nb.reprs import Facts
 
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
@@ -17,7 +17,6 @@ PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id")
 
 
 @plain
-@shown(lambda batch: batch._facts())
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchData:
     """A batch of token sequences, checked once, here.

@@ -103,7 +103,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> BatchData:
     return BatchData(ids, mask, labels, {"targets": targets} if _target_width(examples) else None)
 
 
-@shown(lambda batches: batches._facts())
+@shown
 class Batches:
     """Batches of examples; every pass over it is the next seeded shuffle. Made by `batches`.
 

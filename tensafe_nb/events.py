@@ -17,7 +17,7 @@ import numpy as np
 from tensafe_nb.batch import Array
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import from_plain, plain, to_plain
-from tensafe_nb.reprs import fields_of, shown
+from tensafe_nb.reprs import Facts, shown
 
 if sys.platform != "win32":  # there, a run of another process counts as interrupted
     import fcntl
@@ -26,7 +26,6 @@ if sys.platform != "win32":  # there, a run of another process counts as interru
 logger = logging.getLogger(__name__)
 
 
-@shown(fields_of)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """Base of all events; the bus fills in `seq` (1, 2, 3 … per training client) and `time` (Unix seconds)."""
@@ -243,7 +242,7 @@ class PrivacySpent(Event):
 TIMED = "tokens"  # the curve whose points keep their moments as well, so that a rate can be told
 
 
-@shown(lambda history: {"events": history.last_seq} | history._curves())
+@shown
 class RunHistory:
     """The history of a training client: every metric as a curve, every event on disk.
 
@@ -281,12 +280,12 @@ class RunHistory:
         sizes = ", ".join(f"{name}: {len(self._values[name])}" for name in self.names)
         return f"<RunHistory {self.last_seq} events; {sizes or 'no metrics yet'}>"
 
-    def _curves(self) -> dict[str, object]:
-        curves = {name: self._values[name] for name in self.names}
-        return {
+    def _facts(self) -> Facts:
+        curves = {
             name: f"{len(values)} values, {values[0]:.4g} → {values[-1]:.4g}"
-            for name, values in curves.items()
+            for name, values in sorted(self._values.items())
         }
+        return {"events": self.last_seq} | curves
 
     def _ipython_key_completions_(self) -> list[str]:
         return self.names

@@ -20,20 +20,16 @@ FEW = 8  # items that are shown one by one
 DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def shown(facts: Callable[[Any], Facts]) -> Callable[[C], C]:
-    """Class decorator: the notebook shows a table of `facts(instance)`, which must neither wait nor raise."""
+def shown(cls: C) -> C:
+    """Class decorator: a notebook shows a table of `_facts()`, which must neither wait nor raise.
 
-    def decorate(cls: C) -> C:
-        cls._repr_html_ = lambda self: table(type(self).__name__, facts(self))  # type: ignore[attr-defined]
-        return cls
-
-    return decorate
-
-
-def shown_fields(cls: C) -> C:
-    """Class decorator for a dataclass: its repr is one short line, and the notebook shows a table of its fields."""
-    cls.__repr__ = _line  # type: ignore[assignment]
-    return shown(fields_of)(cls)
+    A dataclass without `_facts` is told by its fields, and its repr becomes one short line of them.
+    """
+    if not hasattr(cls, "_facts"):
+        cls._facts = fields_of  # type: ignore[attr-defined]
+        cls.__repr__ = _line  # type: ignore[assignment]
+    cls._repr_html_ = lambda self: table(type(self).__name__, self._facts())  # type: ignore[attr-defined]
+    return cls
 
 
 def fields_of(value: Any) -> dict[str, object]:

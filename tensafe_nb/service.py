@@ -16,7 +16,7 @@ from tensafe_nb.transports.base import Channel, Transport
 from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
 
 
-@shown(lambda service: service._facts())
+@shown
 class ServiceClient:
     """The way in: makes training clients, and keeps what they save.
 

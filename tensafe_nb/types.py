@@ -8,9 +8,8 @@ from typing import Any, TypeAlias
 from tensafe_nb import config
 from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.plain import plain
-from tensafe_nb.reprs import shown, shown_fields
+from tensafe_nb.reprs import Facts
 
-SHOWN_TEXTS = 8  # of a sampling, in a notebook
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 
@@ -132,7 +131,6 @@ Operation: TypeAlias = (
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
     """What `forward_backward` found.
@@ -153,7 +151,6 @@ class ForwardBackwardResult:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardResult:
     """What `forward` found; `logprobs` is (B, T), 0 where nothing is labelled, when asked for."""
@@ -166,7 +163,6 @@ class ForwardResult:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class DPMetrics:
     """What a private step spent. The norms and the count are for the operator: epsilon does not cover them.
@@ -191,7 +187,6 @@ class DPMetrics:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class OptimStepResult:
     """What `optim_step` did.
@@ -214,7 +209,6 @@ class OptimStepResult:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
     """One completion.
@@ -241,9 +235,6 @@ class SampledSequence:
 
 
 @plain
-@shown(
-    lambda drawn: {"sequences": len(drawn.sequences), "policy_version": drawn.policy_version} | _texts(drawn)
-)
 @dataclass(frozen=True, slots=True)
 class SampleResult:
     """What `sample` drew: `num_samples` sequences for the first prompt, then for the second, and so on."""
@@ -256,16 +247,15 @@ class SampleResult:
         """The completions' texts, in order."""
         return [sequence.text for sequence in self.sequences]
 
+    def _facts(self) -> Facts:
+        texts = {f"text {number}": text for number, text in enumerate(self.texts[:8], 1)}
+        return {"sequences": len(self.sequences), "policy_version": self.policy_version} | texts
+
     def __repr__(self) -> str:
         return f"<SampleResult {len(self.sequences)} sequences, policy_version {self.policy_version}>"
 
 
-def _texts(drawn: SampleResult) -> dict[str, object]:
-    return {f"text {number}": text for number, text in enumerate(drawn.texts[:SHOWN_TEXTS], 1)}
-
-
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True, eq=False)
 class LogprobsResult:
     """Scores of a batch's labels; both arrays are (B, T) and 0 where nothing is labelled.
@@ -284,7 +274,6 @@ class LogprobsResult:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class FreezeReferenceResult:
     """The reference is set: `reference_version` is the version of the weights it holds."""
@@ -293,7 +282,6 @@ class FreezeReferenceResult:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class Encryption:
     """How an artifact is sealed, and the id of the key that opens it."""
@@ -303,7 +291,6 @@ class Encryption:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class SaveStateResult:
     """What `save_state` wrote, and what `list_artifacts` finds.
@@ -338,7 +325,6 @@ class SaveStateResult:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class LoadStateResult:
     """What `load_state` took.
@@ -359,7 +345,6 @@ class LoadStateResult:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class AuditLogEntry:
     """One record of the audit log: who did what when, chained to the record before it.
@@ -408,7 +393,6 @@ class AuditLogEntry:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class AuditVerification:
     """What verifying an audit log showed.
@@ -445,7 +429,6 @@ Result: TypeAlias = (
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class TrainingClientInfo:
     """A training client as its core sees it at one moment."""
@@ -460,7 +443,6 @@ class TrainingClientInfo:
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """How a training run ended.

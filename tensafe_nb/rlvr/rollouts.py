@@ -17,7 +17,7 @@ from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.plain import from_plain, to_plain
-from tensafe_nb.reprs import Facts, shown, shown_fields
+from tensafe_nb.reprs import Facts, shown
 from tensafe_nb.types import (
     ForwardBackwardResult,
     FreezeReferenceResult,
@@ -59,7 +59,7 @@ class PolicyClient(Protocol):
     def publish(self, event: Event) -> Any: ...
 
 
-@shown_fields
+@shown
 @dataclass(slots=True)
 class Trajectory:
     """One prompt, one response, and what became of it.
@@ -108,7 +108,7 @@ class Trajectory:
         return self.finish_reason == "length"
 
 
-@shown_fields
+@shown
 @dataclass(slots=True)
 class RolloutGroup:
     """All rollouts of one prompt. Statistics are over the scored ones."""
@@ -147,7 +147,7 @@ class RolloutGroup:
         return mean((_scored(self.rollouts) >= GOOD).astype(float))
 
 
-@shown(lambda batch: batch._facts())
+@shown
 @dataclass(slots=True, eq=False, repr=False)
 class TrajectoryBatch(Sequence[Trajectory]):
     """All rollouts of a step: a list of trajectories that also knows its groups.

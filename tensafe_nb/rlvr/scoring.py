@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
-from tensafe_nb.reprs import shown_fields
+from tensafe_nb.reprs import shown
 from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, outcomes_of
 from tensafe_nb.rlvr.composite import combined, named_parts
 from tensafe_nb.rlvr.coroutine_pool import CoroutinePool
@@ -28,7 +28,7 @@ _NOTHING: dict[str, Any] = dict.fromkeys(
 )
 
 
-@shown_fields
+@shown
 @dataclass(frozen=True, slots=True)
 class FunctionReport:
     """What one function, or one named part of what it returned, gave in a round of scoring.
@@ -46,7 +46,7 @@ class FunctionReport:
     timeouts: int = 0
 
 
-@shown_fields
+@shown
 @dataclass(frozen=True, slots=True)
 class ScoreReport:
     """What came of a round of scoring.

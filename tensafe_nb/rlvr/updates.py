@@ -10,7 +10,6 @@ from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import MockTookPart
 from tensafe_nb.plain import plain
-from tensafe_nb.reprs import shown_fields
 from tensafe_nb.rlvr.rollouts import MOCK, PolicyClient, Trajectory, TrajectoryBatch
 from tensafe_nb.types import ForwardBackwardResult, OptimStepResult
 
@@ -31,7 +30,6 @@ MAXIMA = {
 
 
 @plain
-@shown_fields
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
     """What an update did. Means are over the tokens in the loss, of all its optimiser steps.

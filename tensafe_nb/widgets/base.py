@@ -11,7 +11,7 @@ import traitlets
 
 from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.widgets import rollout_view
-from tensafe_nb.widgets.commands import QUICK, Commands, Outcome
+from tensafe_nb.widgets.commands import QUICK, Commands, Obeyed
 from tensafe_nb.widgets.curves import Curves, names_of
 from tensafe_nb.widgets.feed import Source, feed_of
 from tensafe_nb.widgets.landmarks import Part
@@ -270,7 +270,7 @@ class LiveWidget(anywidget.AnyWidget):
                 logger.warning("a page sent what no widget understands: %r", content)
 
     def _carry_out(self, number: int, command: str, content: dict[str, Any]) -> None:
-        why, outcome = None, Outcome()
+        why, outcome = None, Obeyed()
         try:
             outcome = self._commands.obey(command, content)
         except ValueError as error:

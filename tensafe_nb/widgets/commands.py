@@ -26,7 +26,7 @@ class Steered(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Obeyed:
     """What came of a command.
 
     Attributes:
@@ -50,7 +50,7 @@ class Commands:
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
 
-    def obey(self, command: str, content: Mapping[str, Any]) -> Outcome:
+    def obey(self, command: str, content: Mapping[str, Any]) -> Obeyed:
         """Carry out a command.
 
         Raises:
@@ -60,7 +60,7 @@ class Commands:
             raise ValueError("This is a recording: there is nothing to steer.")
         if command in QUICK:
             return self._turn(command)
-        known: dict[str, Callable[[str], Outcome]] = {
+        known: dict[str, Callable[[str], Obeyed]] = {
             "rollback": self._go_back,
             "branch": self._branch,
             "export": self._export,
@@ -71,7 +71,7 @@ class Commands:
         if command == "checkpoint":
             return self._save()
         if command == "cancel":
-            return Outcome(f"{self._client.cancel_pending()} waiting operations were cancelled.")
+            return Obeyed(f"{self._client.cancel_pending()} waiting operations were cancelled.")
         raise ValueError(f"This panel does not know {command!r}.")
 
     def facts_of(self, artifact_id: str) -> dict[str, Any]:
@@ -93,14 +93,14 @@ class Commands:
         run = self._feed.latest
         return None if run is None or run.state.ended else run
 
-    def _turn(self, command: str) -> Outcome:
+    def _turn(self, command: str) -> Obeyed:
         run = self._feed.latest
         if run is None:
             raise ValueError(f"There is no run to {command}.")
         if run.state.ended:
             raise ValueError(f"The run has ended: {RunStatus(run.state)}.")
         {"pause": run.pause, "resume": run.resume, "stop": run.stop}[command]()
-        return Outcome()
+        return Obeyed()
 
     def _checkpoint_of(self, content: Mapping[str, Any]) -> str:
         artifact_id = content.get("id")
@@ -108,28 +108,28 @@ class Commands:
             raise ValueError(f"There is no checkpoint {artifact_id!r} of this client any more.")
         return str(artifact_id)
 
-    def _save(self) -> Outcome:
+    def _save(self) -> Obeyed:
         handle = self._run.checkpoint() if self._run is not None else self._client.save_state()
         self._feed.count_saving(+1)
         handle.add_done_callback(lambda _: self._feed.count_saving(-1))
-        return Outcome(None, handle)
+        return Obeyed(None, handle)
 
-    def _go_back(self, artifact_id: str) -> Outcome:
+    def _go_back(self, artifact_id: str) -> Obeyed:
         run = self._run
         handle: FutureHandle[Any] = (
             self._client.load_state(artifact_id) if run is None else run.rollback(artifact_id)
         )
-        return Outcome(None, handle)
+        return Obeyed(None, handle)
 
-    def _branch(self, artifact_id: str) -> Outcome:
+    def _branch(self, artifact_id: str) -> Obeyed:
         child = self._client.fork(artifact_id)
         said = f'Branch: tc2 = service.get_training_client("{child.training_client_id}")'
-        return Outcome(said, child=child)
+        return Obeyed(said, child=child)
 
-    def _export(self, artifact_id: str) -> Outcome:
+    def _export(self, artifact_id: str) -> Obeyed:
         path = self._client.export_checkpoint(artifact_id, Path.cwd() / f"{artifact_id}-adapter")
-        return Outcome(f"Written in the clear, for plain PEFT: {path}")
+        return Obeyed(f"Written in the clear, for plain PEFT: {path}")
 
-    def _delete(self, artifact_id: str) -> Outcome:
+    def _delete(self, artifact_id: str) -> Obeyed:
         self._client.delete_checkpoint(artifact_id)
-        return Outcome(f"{artifact_id} was deleted.")
+        return Obeyed(f"{artifact_id} was deleted.")

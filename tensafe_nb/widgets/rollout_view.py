@@ -3,7 +3,9 @@
 Texts of models are untrusted: they travel as plain strings, and the page enters them as text.
 """
 
+import html
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,9 @@ PUSHED = 64_000  # bytes of the newest step's rollouts, which are sent unasked
 ASKED = 400_000  # bytes of those that a page asks for
 MOST_TEXT = 2_000  # characters of a prompt or an answer
 MOST_TOKENS = 400  # that are coloured one by one
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 Decode = Callable[[Sequence[int]], list[str]]
 
@@ -117,3 +122,37 @@ def clipped(text: str) -> str:
 
 def _number(value: Any) -> float | None:
     return float(f"{value:.5g}") if value is not None and np.isfinite(value) else None
+
+
+def plain_text(text: str) -> str:
+    """Return a text with visible codes for what would be invisible or turn other text around."""
+    return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+def frozen(step: int, path: str, prompts: int) -> dict[str, Any]:
+    """Return some rollouts of a step as an output that stays in the file: for whoever asked for texts in it."""
+    shown = message(step, path, None, ASKED)
+    rows = [
+        (group["prompt"] if number == 0 else "", rollout)
+        for group in shown["groups"][:prompts]
+        for number, rollout in enumerate(group["r"])
+    ]
+    cells = "".join(
+        f'<tr><th scope="row">{_escaped(prompt)}</th><td>{_escaped(rollout["text"])}</td>'
+        f"<td>{_shown(rollout['reward'])}</td><td>{_shown(rollout['adv'])}</td></tr>"
+        for prompt, rollout in rows
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("prompt", "answer", "reward", "advantage"))
+    caption = f"Samples of step {step}"
+    return {
+        "text/html": f"<table><caption>{caption}</caption><tbody><tr>{head}</tr>{cells}</tbody></table>",
+        "text/plain": f"{caption}: {len(rows)} answers",
+    }
+
+
+def _escaped(text: str) -> str:
+    return html.escape(plain_text(text))
+
+
+def _shown(value: float | None) -> str:
+    return "—" if value is None else f"{value:.4g}"

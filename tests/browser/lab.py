@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-WIDTH, HEIGHT = 1180, 860
+WIDTH, HEIGHT, TALL = 1180, 860, 2400
 PATIENCE = 60_000  # ms
 
 
@@ -107,6 +107,15 @@ class Lab:
     def panel(self) -> Locator:
         return self.page.locator(".tsnb-panel").first
 
+    @property
+    def chart(self) -> Locator:
+        """The large chart of the panel."""
+        return self.panel.locator(".tsnb-plot").first
+
+    def press(self, name: str) -> None:
+        """Click a button of the panel, wherever it is."""
+        self.panel.get_by_role("button", name=name, exact=True).first.click()
+
     def value(self, name: str) -> str:
         return self.panel.get_attribute(f"data-{name}") or ""
 
@@ -144,7 +153,13 @@ class Lab:
     def screenshot(self, name: str, *, of: Locator | None = None) -> Path:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         path = SCREENSHOTS / f"{name}.png"
-        (of or self.page).screenshot(path=path)
+        if of is None:
+            self.page.screenshot(path=path)
+            return path
+        self.page.set_viewport_size({"width": WIDTH, "height": TALL})
+        of.scroll_into_view_if_needed()
+        of.screenshot(path=path)
+        self.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
         return path
 
     def check(self) -> None:

@@ -39,7 +39,7 @@ def test_the_curve_moves_after_the_cell_has_returned_and_another_cell_runs_meanw
         lab.finish_cell(3)
         lab.wait_until("data.state === 'FINISHED' && data.points === 200 && data.step === 200")
         assert "200" in lab.output(3).inner_text()
-        lab.panel.locator(".tsnb-plot").hover(position={"x": 300, "y": 100})
+        lab.chart.hover(position={"x": 300, "y": 100})
         lab.screenshot("finished-light")
 
 
@@ -48,7 +48,7 @@ def test_pause_and_stop_act_within_a_second_and_resume_goes_on(notebook: Open) -
         start(lab)
         latencies = {}
         for button, state in (("Pause", "PAUSED"), ("Resume", "RUNNING"), ("Stop", "STOPPED")):
-            lab.panel.get_by_role("button", name=button).click()
+            lab.press(button)
             latencies[button] = lab.wait_until(f"data.state === '{state}'")
             step = lab.value("step")
             if state == "PAUSED":
@@ -57,7 +57,7 @@ def test_pause_and_stop_act_within_a_second_and_resume_goes_on(notebook: Open) -
                 assert f"('PAUSED', {step})" in lab.output(2).inner_text(), "the panel and the run disagree"
                 assert lab.value("step") == step, "a paused run took a step"
         assert lab.value("acked") == "3"
-        assert lab.panel.get_by_role("button").count() == 0
+        assert lab.panel.locator("[data-do=pause]:visible, [data-do=stop]:visible").count() == 0
         print("click → state:", latencies)
         assert max(latencies.values()) < 1.0, latencies
         lab.screenshot("stopped-light", of=lab.panel)
@@ -98,7 +98,7 @@ def test_a_click_while_a_cell_blocks_says_what_it_waits_for_and_is_obeyed_afterw
         lab.run_cell(2)
         before = int(lab.value("points"))
         lab.wait_until(f"data.points > {before + 5}")
-        lab.panel.get_by_role("button", name="Pause").click()
+        lab.press("Pause")
         lab.wait_until("data.waiting === 'true'", timeout=3_000)
         assert "waiting for the running cell" in lab.panel.locator(".tsnb-note").inner_text()
         lab.screenshot("waiting-light", of=lab.panel)
@@ -161,7 +161,7 @@ def test_after_a_reload_in_mid_run_all_points_are_back_and_it_goes_on(notebook: 
         lab.wait_until(f"data.points > {after + 10} && data.state === 'RUNNING'")
         assert "run.freeze()" in lab.panel.locator(".tsnb-note").inner_text()
         lab.screenshot("reloaded-light")
-        lab.panel.get_by_role("button", name="Stop").click()
+        lab.press("Stop")
         lab.wait_until("data.state === 'STOPPED'")
         lab.finish_cell(2)
         assert lab.output(2).inner_text().split()[-1] == lab.value("points")
@@ -175,7 +175,7 @@ def test_the_dark_theme_colours_the_panel_and_its_canvas(notebook: Open) -> None
         dark = lab.panel.evaluate("panel => getComputedStyle(panel).backgroundColor")
         assert light != dark
         lab.screenshot("live-dark")
-        assert lab.panel.locator("canvas").evaluate(IS_PAINTED)
+        assert lab.panel.locator("canvas").first.evaluate(IS_PAINTED)
         lab.finish_cell(2)
         lab.wait_until("data.state === 'FINISHED'")
         lab.screenshot("panel-dark", of=lab.panel)
@@ -191,11 +191,11 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(notebook: Open) -> Non
         lab.page.keyboard.press("Tab")
         assert stop.evaluate("button => button === document.activeElement")
         lab.page.keyboard.press("Tab")
-        chart = lab.panel.get_by_role("img")
+        chart = lab.chart
         assert chart.evaluate("plot => plot === document.activeElement")
         lab.page.keyboard.press("Home")
         lab.page.keyboard.press("ArrowRight")
-        lab.panel.locator(".tsnb-where", has_text="step 2").wait_for()
+        lab.panel.locator(".tsnb-legend .tsnb-where", has_text="step 2").first.wait_for()
         assert (chart.get_attribute("aria-label") or "").startswith("loss ")
         pause.focus()
         lab.page.keyboard.press("Enter")

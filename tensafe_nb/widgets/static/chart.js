@@ -199,7 +199,7 @@ class Chart {
   }
 
   get log() {
-    return Boolean(this.spec.log && this.model.get("log_scale"));
+    return this.spec.log === "always" || Boolean(this.spec.log && this.model.get("log_scale"));
   }
 
   ruler(line) {
@@ -227,7 +227,7 @@ class Chart {
   }
 
   describe() {
-    const said = this.spec.lines.map(({ name, label }) => [label ?? name, this.store.get(name).current]);
+    const said = this.spec.lines.map(({ name, label }) => [label || this.spec.title || name, this.store.get(name).current]);
     const words = said.filter(([, series], i) => !i || series.n).map(([name, series]) => summary(name, series));
     this.plot.setAttribute("aria-label", `${words.join(". ")}. Arrow keys read the points, Enter opens the samples.`);
   }
@@ -271,7 +271,8 @@ class Chart {
     const of = this.log ? Math.log10 : (value) => value;
     const pad = (of(high) - of(low)) * 0.06;
     const [bottom, span] = [of(low) - pad, of(high) - of(low) + 2 * pad];
-    Object.assign(this, { left, right, low, high, floor, across: { a, b: x0 - left * a } });
+    const back = this.log ? (value) => 10 ** value : (value) => value;
+    Object.assign(this, { left, right, floor, low: back(bottom), high: back(bottom + span), across: { a, b: x0 - left * a } });
     this.toX = (x) => x * a + this.across.b;
     this.toY = (value) => y0 + ((of(value) - bottom) / span) * (y1 - y0);
     this.fromX = (position) => (position - this.across.b) / a;
@@ -348,7 +349,7 @@ class Chart {
     pen.clearRect(0, 0, width, height);
     pen.save();
     pen.beginPath();
-    pen.rect(MARGIN.left - 4, 0, width - MARGIN.left - MARGIN.right + 8, height);
+    pen.rect(MARGIN.left - 4, MARGIN.top - 4, width - MARGIN.left - MARGIN.right + 8, height - MARGIN.top - MARGIN.bottom + 5);
     pen.clip();
     pen.lineJoin = "round";
     const style = getComputedStyle(this.el);
@@ -431,9 +432,9 @@ class Chart {
     const part = make("span", "tsnb-entry");
     const sample = make("i", line.dash ? "tsnb-dash" : "");
     sample.style.borderTopColor = `var(--tsnb-c${line.colour ?? 0})`;
-    const smooth = this.store.smoothing > 0 && line.smooth ? ` (${numberText(series.smooth[i])} smoothed)` : "";
+    const smooth = this.store.smoothing > 0 && line.smooth ? ` (${numberText(series.smooth[i], this.spec.small ? 3 : 4)} smoothed)` : "";
     const where = elsewhere || (line.dots && !this.spec.small) ? ` at ${series.steps[i]}` : "";
-    part.append(sample, make("span", "", line.label ?? line.name), make("b", "", numberText(series.values[i])), make("span", "", smooth + where));
+    part.append(sample, make("span", "", line.label ?? line.name), make("b", "", numberText(series.values[i], this.spec.small ? 3 : 4)), make("span", "", smooth + where));
     return part;
   }
 
@@ -524,7 +525,7 @@ class Chart {
     if (step !== this.lens.step) this.lens.set({ step });
     if (!spoken || step === null) return;
     const { steps, values, n } = this.main;
-    this.onSpeak?.(`step ${step}, ${this.spec.lines[0].label ?? this.spec.lines[0].name} ${numberText(values[nearest(steps, n, step)])}`);
+    this.onSpeak?.(`step ${step}, ${this.spec.title || this.spec.lines[0].name} ${numberText(values[nearest(steps, n, step)])}`);
   }
 }
 

@@ -25,12 +25,12 @@ function specs(curve, labels, whole) {
   if (!whole) return [main];
   return [
     main,
-    small("groups", { name: "by_group/frac_all_good", label: "all right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "all wrong", colour: 1, dash: [2, 2] }),
+    small("groups of answers, all or mixed", { name: "by_group/frac_all_good", label: "right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "wrong", colour: 1, dash: [2, 2] }),
     small("length", { name: "completions/mean_length", label: "tokens" }),
     small("cut off", { name: "completions/clipped_ratio", label: "", colour: 1 }),
     small("entropy", { name: "entropy", label: "", colour: 3 }),
     small("policy KL", { name: "policy/approx_kl", label: "", colour: 4 }),
-    small("update", { name: "grad_norm", label: "gradient" }, { name: "param_delta_norm", label: "weights", colour: 1, dash: [6, 3] }),
+    { ...small("size of gradient and update", { name: "grad_norm", label: "gradient" }, { name: "param_delta_norm", label: "weights", colour: 1, dash: [6, 3] }), log: "always" },
   ];
 }
 
@@ -116,6 +116,7 @@ class Curves {
     for (const chart of this.charts) chart.destroy();
     this.charts = specs(this.name, this.model.get("labels") ?? [], this.whole).map((spec) => new Chart(this.store, this.model, this.lens, spec));
     for (const chart of this.charts) chart.onSpeak = this.onSpeak;
+    this.grid.style.setProperty("--tsnb-columns", this.charts.length % 3 === 1 ? 3 : 2);
     this.grid.replaceChildren(...this.charts.map((chart) => chart.el));
   }
 

@@ -55,11 +55,11 @@ function makeSelect(label, options, value, action) {
   return select;
 }
 
-function numberText(value) {
+function numberText(value, digits = 4) {
   if (value == null) return "—";
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "not a number" : value > 0 ? "+∞" : "−∞";
   const size = Math.abs(value);
-  return size !== 0 && (size >= 1e5 || size < 1e-3) ? value.toExponential(2) : value.toPrecision(4);
+  return size !== 0 && (size >= 1e5 || size < 1e-3) ? value.toExponential(2) : value.toPrecision(digits);
 }
 
 function signed(value) {

@@ -47,7 +47,7 @@ class Samples {
       redo();
     });
     this.head.append(this.title, pick("as", Object.keys(ORDERS), "order"), pick("show", Object.keys(KEEPS), "keep"), search, this.compare, this.follow);
-    this.el.append(this.head, this.token, this.lists);
+    this.el.append(this.head, this.lists, this.token);
   }
 
   get step() {
@@ -70,7 +70,7 @@ class Samples {
     const key = JSON.stringify([steps, steps.map((s) => store.rollouts.has(s))]);
     if (key === this.key || (following && this.key && this.lists.contains(document.activeElement))) return;
     this.key = key;
-    this.follow.disabled = following;
+    this.follow.hidden = following;
     this.compare.setAttribute("aria-pressed", String(this.beside));
     this.title.textContent = `samples of step ${step}`;
     this.el.dataset.step = store.rollouts.has(step) ? step : "";
@@ -111,7 +111,7 @@ class Samples {
     const line = make("div", "tsnb-rollout");
     const facts = make("span", "tsnb-facts-of-rollout");
     const parts = Object.entries(rollout.parts ?? {}).map(([name, value]) => `${name} ${numberText(value)}`);
-    facts.append(make("b", "", `A ${signed(rollout.adv)}`), make("span", "", ` reward ${numberText(rollout.reward)}`), make("span", "tsnb-where", plainText([...parts, rollout.end, `v${rollout.policy ?? "?"}`, `${rollout.n} tokens`].join(" · "))));
+    facts.append(make("b", "", `A ${signed(rollout.adv)}`), make("span", "", `reward ${numberText(rollout.reward)}`), make("span", "tsnb-where", plainText([...parts, rollout.end, `v${rollout.policy ?? "?"}`, `${rollout.n} tokens`].join(" · "))));
     line.append(this.answer(rollout, most), facts);
     if (rollout.error) line.append(make("div", "tsnb-bad-note", plainText(`reward failed: ${rollout.error}`)));
     if (rollout.why) {

@@ -55,7 +55,7 @@ class Series {
         reached = this.steps[i];
         kept.push(i);
       } else {
-        if (gap) pieces.push([]);
+        if (gap || this.steps[i] >= this.steps[i + 1]) pieces.push([]); // a piece goes forwards only
         pieces.at(-1).push(i);
       }
       gap = live;
