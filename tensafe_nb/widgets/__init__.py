@@ -87,9 +87,11 @@ def freeze(source: feed.Source, samples: int = 0) -> None:
     """
     from tensafe_nb.widgets import snapshot
 
-    if renderer.choose() is renderer.Renderer.WIDGET:
+    chosen = renderer.choose()
+    if chosen is renderer.Renderer.WIDGET:
         panel(source).retire()
-    snapshot.display(feed.feed_of(source), _run_of(source), samples)
+    pictured = renderer.in_kernel() or chosen is not renderer.Renderer.TEXT
+    snapshot.display(feed.feed_of(source), _run_of(source), samples, pictured=pictured)
 
 
 def settle(source: feed.Source, timeout: float = 3.0) -> bool:

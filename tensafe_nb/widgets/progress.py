@@ -1,10 +1,12 @@
 """Progress where no panel can be: a tqdm bar in a terminal, plain lines in a log. Both only listen to events."""
 
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol, TextIO, cast
+from contextlib import suppress
+from typing import Any, Protocol, TextIO, cast
 
 from tensafe_nb.events import Event, Metrics, RunState, RunStep, StatusChanged
 from tensafe_nb.runs import TrainingRun
@@ -15,6 +17,7 @@ from tensafe_nb.widgets.renderer import in_kernel
 SHOWN = ("reward", "loss", "eval/reward", "eval/loss")
 LINE_SHARE = 0.05  # of the planned steps, between two lines
 LINE_SECONDS = 10.0
+WIDTH = 100  # characters of a bar where nobody knows how wide the terminal is
 
 
 class Publisher(Protocol):
@@ -59,7 +62,7 @@ class Report(ABC):
                 self.done = done
                 self.advance()
             case RunState(run_id=self.run_id, state=state, reason=reason) if RunStatus(state).ended:
-                self._end(state, reason)
+                self._end(state, None if reason is None else " ".join(reason.split()))
             case StatusChanged(status=ClientStatus.TERMINATED):
                 self._end("CLOSED", None)
 
@@ -85,7 +88,8 @@ class Bar(Report):
         super().__init__(run)
         self._stream = stream
         name = f"{self.marks}run {self.run_id.rpartition('/')[2]}"
-        self._bar = tqdm(total=self.planned, desc=name, unit="step", file=stream, dynamic_ncols=True)
+        width: dict[str, Any] = {"dynamic_ncols": True} if _tells_its_width(stream) else {"ncols": WIDTH}
+        self._bar = tqdm(total=self.planned, desc=name, unit="step", file=stream, **width)
 
     def advance(self) -> None:
         self._bar.set_postfix_str(_listed(self.values), refresh=False)
@@ -128,6 +132,13 @@ class Lines(Report):
             f"{self.marks}{self.run_id} step {self.done}/{self.planned or '?'} {text}".rstrip() + "\n"
         )
         self._stream.flush()
+
+
+def _tells_its_width(stream: TextIO) -> bool:
+    """Whether a terminal knows how wide it is: those of containers say 0, for which tqdm writes nothing at all."""
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    return False
 
 
 def _listed(values: Mapping[str, float]) -> str:
