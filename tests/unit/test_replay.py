@@ -229,6 +229,20 @@ def test_after_a_crash_training_goes_on_as_if_nothing_had_happened(
     assert (whole.run.steps_done, whole.step) == (20, 20)
 
 
+def test_the_curve_before_a_crash_and_the_one_after_it_are_shown_on_the_same_axes(
+    recorded: tn.TrainingRun, outputs: list[dict[str, Any]]
+) -> None:
+    from tensafe_nb.widgets import LossCurve
+
+    record, client = tn.load_run(recorded.run_id), recorded.run_id.partition("/")[0]
+    replay = tn.replay(record, speed=AT_ONCE, show=False)
+    replay.result()
+    curve = LossCurve(record, recorded, replay.run)
+    assert curve.labels == [f"run 2 of {client}", f"run 2 of {client}", f"REPLAY run 2 of {client}"]
+    assert [list(one.client.history["loss"]) for one in curve.feeds] == [list(recorded.history["loss"])] * 3
+    curve.close()
+
+
 def test_a_log_from_elsewhere_can_be_replayed(recorded: tn.TrainingRun, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere.jsonl"
     copy.write_bytes(recorded.history.path.read_bytes())
