@@ -36,7 +36,7 @@ test: lint  ## everything fast
 
 test-browser: $(READY)  ## real JupyterLab in real Chromium
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core)
-	$(BIN)/python -m pytest tests/browser -m browser
+	$(BIN)/python -m pytest tests/browser -m "browser and not soak"
 
 soak: $(READY)  ## long and many-seed tests, outside CI
 	$(BIN)/python -m pytest -m soak -s

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import plain
+from tensafe_nb.reprs import Facts
 
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
@@ -107,6 +108,15 @@ class BatchData:
     def _arrays(self) -> Iterator[Array]:
         yield from (self.input_ids, self.attention_mask, self.labels)
         yield from (self.extras[name] for name in sorted(self.extras))
+
+    def _facts(self) -> Facts:
+        return {
+            "rows": len(self),
+            "tokens per row": self.shape[1],
+            "tokens": int(self.attention_mask.sum()),
+            "labelled": int((self.labels != IGNORE).sum()),
+            **self.extras,
+        }
 
     def __repr__(self) -> str:
         labelled = int((self.labels != IGNORE).sum())

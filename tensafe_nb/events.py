@@ -17,6 +17,7 @@ import numpy as np
 from tensafe_nb.batch import Array
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import from_plain, plain, to_plain
+from tensafe_nb.reprs import Facts, shown
 
 if sys.platform != "win32":  # there, a run of another process counts as interrupted
     import fcntl
@@ -241,6 +242,7 @@ class PrivacySpent(Event):
 TIMED = "tokens"  # the curve whose points keep their moments as well, so that a rate can be told
 
 
+@shown
 class RunHistory:
     """The history of a training client: every metric as a curve, every event on disk.
 
@@ -277,6 +279,16 @@ class RunHistory:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name}: {len(self._values[name])}" for name in self.names)
         return f"<RunHistory {self.last_seq} events; {sizes or 'no metrics yet'}>"
+
+    def _facts(self) -> Facts:
+        curves = {
+            name: f"{len(values)} values, {values[0]:.4g} → {values[-1]:.4g}"
+            for name, values in sorted(self._values.items())
+        }
+        return {"events": self.last_seq} | curves
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.names
 
     @property
     def names(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import html
 import logging
 import threading
 import time
@@ -19,6 +18,7 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
+from tensafe_nb.reprs import table
 from tensafe_nb.types import FutureStatus
 
 logger = logging.getLogger(__name__)
@@ -284,18 +284,14 @@ class FutureHandle(Generic[R]):
 
     def _repr_html_(self) -> str:
         promise = self._promise
-        rows = [("operation", self.operation), ("state", self._place())]
+        facts: dict[str, object] = {"operation": self.operation, "state": self._place()}
         if promise.started_at is not None:
-            rows.append(("duration", f"{(promise.ended_at or time.time()) - promise.started_at:.3f} s"))
+            facts["duration"] = f"{(promise.ended_at or time.time()) - promise.started_at:.3f} s"
         if promise.error is not None:
-            rows.append((type(promise.error).__name__, str(promise.error)))
+            facts[type(promise.error).__name__] = str(promise.error)
         if promise.state is FutureStatus.COMPLETED:
-            rows += [(name, _short(getattr(promise.value, name))) for name in sorted(self._lent)]
-        cells = "".join(
-            f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>'
-            for name, text in rows
-        )
-        return f"<table><caption>{html.escape(self.future_id)}</caption>{cells}</table>"
+            facts |= {name: getattr(promise.value, name) for name in sorted(self._lent)}
+        return table(self.future_id, facts)
 
 
 def completed(value: R, *, operation: str, training_client_id: str) -> FutureHandle[R]:
@@ -381,11 +377,6 @@ def _public_names(result_type: type) -> list[str]:
     """Fields and properties a result declares: the names a handle may lend."""
     properties = [name for name, value in vars(result_type).items() if isinstance(value, property)]
     return [f.name for f in fields(result_type)] + properties
-
-
-def _short(value: object) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def enable_nested_asyncio() -> None:

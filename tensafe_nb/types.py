@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from tensafe_nb import config
 from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.plain import plain
+from tensafe_nb.reprs import Facts
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
@@ -261,6 +262,13 @@ class SampleResult:
     def texts(self) -> list[str]:
         """The completions' texts, in order."""
         return [sequence.text for sequence in self.sequences]
+
+    def _facts(self) -> Facts:
+        texts = {f"text {number}": text for number, text in enumerate(self.texts[:8], 1)}
+        return {"sequences": len(self.sequences), "policy_version": self.policy_version} | texts
+
+    def __repr__(self) -> str:
+        return f"<SampleResult {len(self.sequences)} sequences, policy_version {self.policy_version}>"
 
 
 @plain

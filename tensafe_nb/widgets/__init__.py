@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.widgets import feed, progress, renderer
+from tensafe_nb.widgets.recording import RecordedRun
 
 if TYPE_CHECKING:
     from tensafe_nb.widgets.checkpoint_table import CheckpointTable
@@ -52,7 +53,7 @@ def panel(source: feed.Source, sections: Sequence[str] | None = None) -> "Dashbo
     return dashboard.panel_of(source, sections)
 
 
-def show_run(run: TrainingRun) -> None:
+def show_run(run: TrainingRun | RecordedRun) -> None:
     """Show the progress of a run that is about to start, in whatever way this place can show it."""
     match renderer.choose():
         case renderer.Renderer.TEXT:
@@ -86,9 +87,11 @@ def freeze(source: feed.Source, samples: int = 0) -> None:
     """
     from tensafe_nb.widgets import snapshot
 
-    if renderer.choose() is renderer.Renderer.WIDGET:
+    chosen = renderer.choose()
+    if chosen is renderer.Renderer.WIDGET:
         panel(source).retire()
-    snapshot.display(feed.feed_of(source), _run_of(source), samples)
+    pictured = renderer.in_kernel() or chosen is not renderer.Renderer.TEXT
+    snapshot.display(feed.feed_of(source), _run_of(source), samples, pictured=pictured)
 
 
 def settle(source: feed.Source, timeout: float = 3.0) -> bool:
@@ -102,8 +105,8 @@ def _static_part(source: feed.Source) -> None:
     StaticPart(feed.feed_of(source), _run_of(source), alone=lambda: True).place(filled=True)
 
 
-def _run_of(source: feed.Source) -> TrainingRun | None:
-    return source if isinstance(source, TrainingRun) else feed.feed_of(source).latest
+def _run_of(source: feed.Source) -> Any:
+    return source if isinstance(source, TrainingRun | RecordedRun) else feed.feed_of(source).latest
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,12 @@ from typing import Any, ClassVar, final
 import traitlets
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.records import RunRecord
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.widgets.base import CurveWidget, css, esm
 from tensafe_nb.widgets.feed import Source
 from tensafe_nb.widgets.landmarks import Part
+from tensafe_nb.widgets.recording import RecordedRun
 
 MOST_CURVES = 6  # colours that can be told apart on light and dark
 
@@ -87,7 +89,8 @@ class RewardHistory(_AloneCurve):
 
 
 def _label(source: Source) -> str:
-    if isinstance(source, TrainingRun):
-        return f"run {source.run_id.rpartition('/')[2]} of {source.run_id.partition('/')[0]}"
+    if isinstance(source, TrainingRun | RunRecord | RecordedRun):
+        marks = "".join(f"{mark} " for mark in source.client.marks) if isinstance(source, RecordedRun) else ""
+        return f"{marks}run {source.run_id.rpartition('/')[2]} of {source.run_id.partition('/')[0]}"
     client: Any = getattr(source, "client", source)
     return str(client.training_client_id)

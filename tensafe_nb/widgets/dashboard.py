@@ -9,7 +9,7 @@ from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.base import CurveWidget, css, esm, view_bundle
-from tensafe_nb.widgets.feed import Source, feed_of
+from tensafe_nb.widgets.feed import Feed, Source, feed_of
 from tensafe_nb.widgets.landmarks import Part
 from tensafe_nb.widgets.snapshot import Bundle, StaticPart, publish
 
@@ -56,7 +56,7 @@ class Dashboard(CurveWidget):
 
     # showing
 
-    def show(self, run: TrainingRun | None = None) -> None:
+    def show(self, run: Any = None) -> None:
         """Show the panel in the calling cell, with the part that stays in the file above it."""
         self._place_static(run or self.feed.latest)
         identity = f"{self.model_id}-{len(self._live_ids)}"
@@ -89,7 +89,8 @@ class Dashboard(CurveWidget):
     def _live_bundle(self) -> Bundle:
         facts = self.feed.facts()
         of = f"run {facts.run_number} of " if facts.run_id else ""
-        line = f"Live panel of {of}{self.feed.client.training_client_id}: open in Jupyter"
+        marks = "".join(f"{mark} · " for mark in self.feed.marks)
+        line = f"{marks}Live panel of {of}{self.feed.client.training_client_id}: open in Jupyter"
         return view_bundle(self) | {"text/html": f"<p>{line}</p>", "text/plain": line}
 
     # telling the page
@@ -148,17 +149,17 @@ class Dashboard(CurveWidget):
             self.send({"t": "branches", "branches": self._branches})
 
 
-_panels: dict[str, Dashboard] = {}
+_panels: dict[Feed, Dashboard] = {}
 
 
 def panel_of(source: Source, sections: Sequence[str] | None = None) -> Dashboard:
-    """Return the one panel of a training client, or of a run's client; with `sections`, one of its own."""
+    """Return the one panel of a client, a run's client, or a recorded run; with `sections`, one of its own."""
     if sections is not None:
         return Dashboard(source, sections)
     feed = feed_of(source)
-    known = _panels.get(feed.client.training_client_id)
+    known = _panels.get(feed)
     if known is None or known.comm is None:  # a panel that was closed has no line to any page
-        known = _panels[feed.client.training_client_id] = Dashboard(feed)
+        known = _panels[feed] = Dashboard(feed)
     return known
 
 

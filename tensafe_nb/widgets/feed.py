@@ -23,9 +23,11 @@ from tensafe_nb.events import (
     RunStep,
     StatusChanged,
 )
+from tensafe_nb.records import RunRecord
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.types import ClientStatus, RunStatus, TrainingClientInfo
 from tensafe_nb.widgets.landmarks import KINDS, Landmarks
+from tensafe_nb.widgets.recording import RecordedRun, Recording
 from tensafe_nb.widgets.view import VIEW, Member, View
 
 ETA_STEPS = 20  # the median of their durations
@@ -114,10 +116,11 @@ class Feed:
     Args:
         client: Whom to listen to.
         view: Who flushes the members.
+        clock: The time by which its events are stamped, in Unix seconds; of a recording, that of its latest event.
     """
 
-    def __init__(self, client: Watched, view: View = VIEW) -> None:
-        self.client, self.view = client, view
+    def __init__(self, client: Watched, view: View = VIEW, clock: Callable[[], float] = time.time) -> None:
+        self.client, self.view, self._clock = client, view, clock
         self._members: list[Member] = []
         self._records: dict[str, _RunRecord] = {}
         self._operation: OperationStarted | None = None
@@ -215,11 +218,11 @@ class Feed:
             run_id=None if run is None else run.run_id,
             step=info.step if run is None else run.steps_done,
             planned=None if run is None else run.planned_steps,
-            elapsed=_elapsed(record, run),
+            elapsed=_elapsed(record, run, self._clock()),
             eta=None if run is None else _eta(run, record),
             queued=info.queue_depth,
             operation=None if operation is None else operation.operation,
-            operation_seconds=None if operation is None else time.time() - operation.time,
+            operation_seconds=None if operation is None else self._clock() - operation.time,
             reason=info.reason if run is None else _reason(run, record) or info.reason,
             active=not self._closed and (info.queue_depth > 0 or (run is not None and not run.state.ended)),
         )
@@ -264,30 +267,42 @@ class Feed:
         return self._records.setdefault(run_id, _RunRecord())
 
 
-Source = TrainingRun | Watched | Feed
-_feeds: dict[str, Feed] = {}
+Source = TrainingRun | RunRecord | RecordedRun | Watched | Feed
+_feeds: dict[Watched | RunRecord, Feed] = {}
 
 
 def feed_of(source: Source) -> Feed:
-    """Return the one feed of a training client, or of a run's client."""
+    """Return the one feed of a training client, of a run's client, or of a recorded run."""
     if isinstance(source, Feed):
         return source
-    client = cast(Watched, source.client) if isinstance(source, TrainingRun) else source
-    if client.training_client_id not in _feeds:
-        _feeds[client.training_client_id] = Feed(client)
-    return _feeds[client.training_client_id]
+    subject = _subject(source)
+    if subject not in _feeds:
+        _feeds[subject] = _listen(subject)
+    return _feeds[subject]
 
 
 def settle(source: Source, timeout: float) -> bool:
     """Wait until everything that shows a client has shown its end; True at once where nothing shows it."""
-    client = source.client if isinstance(source, TrainingRun | Feed) else source
-    feed = _feeds.get(client.training_client_id)
+    feed = source if isinstance(source, Feed) else _feeds.get(_subject(source))
     return feed is None or feed.settle(timeout)
 
 
-def _elapsed(record: _RunRecord, run: TrainingRun | None) -> float | None:
+def _subject(source: TrainingRun | RunRecord | RecordedRun | Watched) -> Watched | RunRecord:
+    return cast(Watched, source.client) if isinstance(source, TrainingRun | RecordedRun) else source
+
+
+def _listen(subject: Watched | RunRecord) -> Feed:
+    if isinstance(subject, RunRecord):
+        recording = Recording(subject, "RECORDED")
+        feed = Feed(recording, clock=recording.now)
+        recording.tell_all()
+        return feed
+    return Feed(subject, clock=subject.now) if isinstance(subject, Recording) else Feed(subject)
+
+
+def _elapsed(record: _RunRecord, run: TrainingRun | None, now: float) -> float | None:
     started_at = record.started_at or (None if run is None else run.started_at)
-    return None if started_at is None else (record.ended_at or time.time()) - started_at
+    return None if started_at is None else (record.ended_at or now) - started_at
 
 
 def _eta(run: TrainingRun, record: _RunRecord) -> float | None:

@@ -111,7 +111,7 @@ class Snapshot:
             yield "checkpoints", ", ".join(f"step {one.step}: {one.artifact_id}" for one in saved[-LISTED:])
         yield "time", clock(facts.elapsed)
         yield "run", facts.run_id or "—"
-        if self.steering and facts.run_id and not facts.run_ended:
+        if self.steering and self.feed.client.steerable and facts.run_id and not facts.run_ended:
             yield "to steer it", "run.pause()  run.resume()  run.stop()"
 
 
@@ -244,10 +244,10 @@ def _placeholder(name: str) -> Bundle:
     return {"text/html": f'<div class="{name}"></div>', "text/plain": ""}
 
 
-def display(feed: Feed, run: TrainingRun | None, samples: int = 0) -> None:
-    """Put a picture and a table of this moment into the calling cell."""
+def display(feed: Feed, run: TrainingRun | None, samples: int = 0, *, pictured: bool = True) -> None:
+    """Put a picture and a table of this moment into the calling cell; a script prints the words of the table."""
     snapshot = Snapshot.take(feed, run)
-    drawn = snapshot.picture()
+    drawn = snapshot.picture() if pictured else None
     if drawn is not None:
         publish(*drawn)
     publish(snapshot.table(), {})

@@ -31,11 +31,16 @@ class Server:
             body = answer.read()
         return json.loads(body) if body else None
 
-    def write_notebook(self, name: str, cells: Sequence[str]) -> None:
+    @property
+    def data_folder(self) -> Path:
+        """Where its kernelspecs are."""
+        return self.root.parent / "data"
+
+    def write_notebook(self, name: str, cells: Sequence[str], kernel: str = "python3") -> None:
         blank: dict[str, Any] = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
         notebook = {
             "cells": [blank | {"id": f"c{number}", "source": source} for number, source in enumerate(cells)],
-            "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
+            "metadata": {"kernelspec": {"display_name": kernel, "language": "python", "name": kernel}},
             "nbformat": 4,
             "nbformat_minor": 5,
         }
@@ -178,10 +183,15 @@ class Lab:
 
 @contextmanager
 def opened(
-    browser: Browser, server: Server, name: str, cells: Sequence[str], scale: float = 1
+    browser: Browser,
+    server: Server,
+    name: str,
+    cells: Sequence[str],
+    scale: float = 1,
+    kernel: str = "python3",
 ) -> Iterator[Lab]:
     """Open a fresh notebook in a fresh page; afterwards check for problems and end its kernel."""
-    server.write_notebook(f"{name}.ipynb", cells)
+    server.write_notebook(f"{name}.ipynb", cells, kernel)
     server.forget_theme()
     context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=scale)
     lab = Lab(context.new_page(), server, f"{name}.ipynb")

@@ -57,7 +57,7 @@ function freshness(status, silence) {
   if (!status.state) return "waiting for the kernel";
   if (!status.active) return "up to date";
   if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s`;
-  return `live · last update ${(silence / 1000).toFixed(1)} s ago`;
+  return `${status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
 }
 
 // A button that opens a list of the checkpoints, to choose one for a command.
@@ -237,7 +237,7 @@ class Panel {
 
   showNote() {
     const { status } = this.store;
-    const failed = [status.state, status.client].some((state) => state === "FAILED" || state === "ERROR");
+    const failed = [status.state, status.client].some((state) => ["FAILED", "ERROR", "INTERRUPTED"].includes(state));
     this.note.update(failed ? status.reason : "", status.hint);
     this.root.dataset.waiting = String(this.note.waiting);
   }
