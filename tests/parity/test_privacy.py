@@ -214,7 +214,7 @@ def test_a_step_without_noise_needs_the_guarantee_given_up_and_then_epsilon_is_i
     train(tc, 2), tc.load_state(saved.artifact_id).result()
     statement = tc.privacy_statement()
     assert statement.epsilon is None and statement.void[0][0] == "public data"
-    assert "public data" in statement.markdown()
+    assert "public data" in statement.to_markdown()
     assert events(tc)[-1].void == "public data"
 
 
