@@ -37,6 +37,11 @@ ROWS = {
     "checkpoint-lora": "store:checkpoint",
     "key-rotation": "store:rotation",
     "audit": "store:audit",
+    "panel-bytes": "panel:bytes_per_update",
+    "panel-slow-down": "panel:slow_down",
+    "panel-static": "panel:static_part",
+    "panel-picture": "panel:picture_size",
+    "panel-memory": "panel:memory",
 }
 
 

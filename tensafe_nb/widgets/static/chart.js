@@ -240,7 +240,6 @@ class Chart {
       return { line, series, xs: this.xsOf(series, line) };
     });
     this.empty.hidden = this.curves.some(({ series }) => series.n);
-    this.el.classList.toggle("tsnb-bare", !this.empty.hidden);
     this.scale(width, height);
     this.drawAxes(width, height);
     this.drawSeries(width, height);
@@ -423,7 +422,7 @@ class Chart {
     if (hidden) parts.push(make("span", "tsnb-where", `${hidden} values ≤ 0 not drawn`));
     if (!this.spec.small && this.main.n) {
       const at = step ?? this.main.steps[this.main.n - 1];
-      const marks = this.marks.filter(([where]) => where === at).map(([, kind, what]) => ` · ${SIGNS[kind]} ${MEANING[kind]} ${what}`);
+      const marks = this.marks.filter(([where]) => where === step).map(([, kind, what]) => ` · ${SIGNS[kind]} ${MEANING[kind]} ${what.slice(0, 12)}`);
       parts.push(make("span", "tsnb-where", `${step === null ? "latest: " : ""}step ${at}${marks.join("")}`));
     }
     this.legend.replaceChildren(...parts);

@@ -21,7 +21,7 @@ function specs(curve, labels, whole) {
   const small = (title, ...lines) => ({ title, small: true, marks: false, lines });
   if (curve !== "reward") return whole ? [main, small("gradient norm", { name: "grad_norm", label: "", smooth: true }), small("tokens/s", { name: "tokens/s", label: "", colour: 2, smooth: true })] : [main];
   main.band = "group/reward_std";
-  main.lines.push({ name: "rewards/true/mean", label: "true reward", colour: 2, dash: [2, 2] });
+  main.lines.push({ name: "rewards/true", label: "true reward", colour: 2, dash: [2, 2] });
   if (!whole) return [main];
   return [
     main,
@@ -104,7 +104,10 @@ class Curves {
     this.table.hidden = !this.tabled;
     this.toggle.textContent = this.tabled ? "Chart view" : "Table view";
     if (this.tabled) this.showTable();
-    for (const chart of this.charts) chart.schedule();
+    for (const chart of this.charts) {
+      chart.el.classList.toggle("tsnb-bare", !chart.spec.lines.some((line) => store.get(line.name).n));
+      chart.schedule();
+    }
   }
 
   showWindow() {
