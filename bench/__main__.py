@@ -38,6 +38,11 @@ ROWS = {
     "key-rotation": "store:rotation",
     "audit": "store:audit",
     "dp-accounting-step": "privacy:accounting_step",
+    "panel-bytes": "panel:bytes_per_update",
+    "panel-slow-down": "panel:slow_down",
+    "panel-static": "panel:static_part",
+    "panel-picture": "panel:picture_size",
+    "panel-memory": "panel:memory",
 }
 
 

@@ -12,7 +12,7 @@ from tensafe_nb.widgets.feed import Feed
 TIME, TOKENS, RATE = "~time", "~tokens", "tokens/s"
 SUPERVISED = ("loss", "eval/loss", "grad_norm")
 REWARDED = (
-    "reward", "group/reward_std", "eval/reward", "rewards/true/mean",
+    "reward", "group/reward_std", "eval/reward", "rewards/true",
     "by_group/frac_all_good", "by_group/frac_mixed", "by_group/frac_all_bad",
     "completions/mean_length", "completions/clipped_ratio", "entropy", "policy/approx_kl",
     "grad_norm", "param_delta_norm",

@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from .conftest import Open
 from .lab import Lab
 
@@ -17,6 +19,8 @@ batches = [tn.BatchData(input_ids=dice.sample(rows, 4)) for _ in range(5000)]
 await tc.ready();"""
 IS_PAINTED = """canvas => canvas.getContext('2d')
     .getImageData(0, 0, canvas.width, canvas.height).data.some(value => value > 0)"""
+NAME_IN_FOCUS = """(document.activeElement.ariaLabel || document.activeElement.labels?.[0]?.firstChild.textContent
+    || document.activeElement.labels?.[0]?.textContent || document.activeElement.textContent).trim()"""
 FIT = "run = tc.fit(batches, steps={steps}, eval_batches=batches[:1], eval_every={every})"
 
 
@@ -63,6 +67,7 @@ def test_pause_and_stop_act_within_a_second_and_resume_goes_on(notebook: Open) -
         lab.screenshot("stopped-light", of=lab.panel)
 
 
+@pytest.mark.soak
 def test_a_rollback_takes_the_panel_back_to_the_checkpoint_and_the_run_goes_on_from_there(
     notebook: Open,
 ) -> None:
@@ -91,6 +96,7 @@ def test_a_rollback_takes_the_panel_back_to_the_checkpoint_and_the_run_goes_on_f
         lab.wait_until("data.state === 'STOPPED'")
 
 
+@pytest.mark.soak
 def test_a_click_while_a_cell_blocks_says_what_it_waits_for_and_is_obeyed_afterwards(notebook: Open) -> None:
     block = "try:\n    run.result(6)\nexcept TimeoutError:\n    pass"
     with notebook([SETUP, FIT.format(steps=5000, every=500), block]) as lab:
@@ -105,6 +111,7 @@ def test_a_click_while_a_cell_blocks_says_what_it_waits_for_and_is_obeyed_afterw
         lab.wait_until("data.state === 'PAUSED' && data.waiting === 'false'")
 
 
+@pytest.mark.soak
 def test_a_client_in_two_cells_is_two_views_of_one_widget_and_freezing_leaves_the_picture(
     notebook: Open,
 ) -> None:
@@ -130,6 +137,8 @@ def test_a_client_in_two_cells_is_two_views_of_one_widget_and_freezing_leaves_th
         lab.screenshot("frozen-light")
 
 
+@pytest.mark.soak
+@pytest.mark.pictures
 def test_in_notebook_05_the_reward_climbs_after_the_cell_has_returned(notebook: Open) -> None:
     cells = [cell["source"] for cell in json.loads(RLVR.read_text())["cells"] if cell["cell_type"] == "code"]
     run = next(index for index, source in enumerate(cells) if "trainer.run(" in source)
@@ -147,6 +156,7 @@ def test_in_notebook_05_the_reward_climbs_after_the_cell_has_returned(notebook: 
         assert float(sampled[-1]) > float(sampled[1]) + 0.2, sampled
 
 
+@pytest.mark.soak
 def test_after_a_reload_in_mid_run_all_points_are_back_and_it_goes_on(notebook: Open) -> None:
     with notebook([SETUP, FIT.format(steps=5000, every=100), "len(tc.history['loss'])"]) as lab:
         start(lab)
@@ -167,6 +177,7 @@ def test_after_a_reload_in_mid_run_all_points_are_back_and_it_goes_on(notebook: 
         assert lab.output(2).inner_text().split()[-1] == lab.value("points")
 
 
+@pytest.mark.soak
 def test_the_dark_theme_colours_the_panel_and_its_canvas(notebook: Open) -> None:
     with notebook([SETUP, FIT.format(steps=150, every=15), "await run;"], scale=2) as lab:
         start(lab)
@@ -183,6 +194,7 @@ def test_the_dark_theme_colours_the_panel_and_its_canvas(notebook: Open) -> None
         lab.screenshot("panel-light", of=lab.panel)
 
 
+@pytest.mark.soak
 def test_everything_is_reached_by_keyboard_and_has_a_name(notebook: Open) -> None:
     with notebook([SETUP, FIT.format(steps=5000, every=500)]) as lab:
         start(lab)
@@ -190,9 +202,14 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(notebook: Open) -> Non
         pause.focus()
         lab.page.keyboard.press("Tab")
         assert stop.evaluate("button => button === document.activeElement")
-        lab.page.keyboard.press("Tab")
         chart = lab.chart
-        assert chart.evaluate("plot => plot === document.activeElement")
+        names = []
+        for _ in range(10):
+            if chart.evaluate("plot => plot === document.activeElement"):
+                break
+            names.append(lab.page.evaluate(NAME_IN_FOCUS))
+            lab.page.keyboard.press("Tab")
+        assert names == ["Stop", "Checkpoint", "smoothing", "log", "horizontal axis", "Table view"]
         lab.page.keyboard.press("Home")
         lab.page.keyboard.press("ArrowRight")
         lab.panel.locator(".tsnb-legend .tsnb-where", has_text="step 2").first.wait_for()

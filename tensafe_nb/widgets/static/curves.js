@@ -21,11 +21,11 @@ function specs(curve, labels, whole) {
   const small = (title, ...lines) => ({ title, small: true, marks: false, lines });
   if (curve !== "reward") return whole ? [main, small("gradient norm", { name: "grad_norm", label: "", smooth: true }), small("tokens/s", { name: "tokens/s", label: "", colour: 2, smooth: true })] : [main];
   main.band = "group/reward_std";
-  main.lines.push({ name: "rewards/true/mean", label: "true reward", colour: 2, dash: [2, 2] });
+  main.lines.push({ name: "rewards/true", label: "true reward", colour: 2, dash: [2, 2] });
   if (!whole) return [main];
   return [
     main,
-    small("groups of answers, all or mixed", { name: "by_group/frac_all_good", label: "right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "wrong", colour: 1, dash: [2, 2] }),
+    small("groups: all right, mixed, all wrong", { name: "by_group/frac_all_good", label: "right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "wrong", colour: 1, dash: [2, 2] }),
     small("length", { name: "completions/mean_length", label: "tokens" }),
     small("cut off", { name: "completions/clipped_ratio", label: "", colour: 1 }),
     small("entropy", { name: "entropy", label: "", colour: 3 }),
@@ -104,7 +104,10 @@ class Curves {
     this.table.hidden = !this.tabled;
     this.toggle.textContent = this.tabled ? "Chart view" : "Table view";
     if (this.tabled) this.showTable();
-    for (const chart of this.charts) chart.schedule();
+    for (const chart of this.charts) {
+      chart.el.classList.toggle("tsnb-bare", !chart.spec.lines.some((line) => store.get(line.name).n));
+      chart.schedule();
+    }
   }
 
   showWindow() {
