@@ -37,6 +37,7 @@ ROWS = {
     "checkpoint-lora": "store:checkpoint",
     "key-rotation": "store:rotation",
     "audit": "store:audit",
+    "dp-accounting-step": "privacy:accounting_step",
 }
 
 

@@ -13,7 +13,10 @@ from tensafe_nb.reprs import Facts
 
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
-PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id")
+TICKET = (
+    "dp_ticket"  # (B, 6) of a Poisson draw: says which rows belong to it, so that none is lost or repeated
+)
+PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id", TICKET)
 
 
 @plain
@@ -51,6 +54,9 @@ class BatchData:
         extras: Mapping[str, ArrayLike] | None = None,
         **more_extras: ArrayLike,
     ) -> None:
+        if not np.size(input_ids) and TICKET in {**(extras or {}), **more_extras}:
+            self._set_nothing({**(extras or {}), **more_extras}[TICKET])
+            return
         ids = _integers(input_ids, "input_ids")
         if ids.ndim != 2 or ids.size == 0:
             raise ValidationError(
@@ -65,6 +71,11 @@ class BatchData:
         _check_labels(targets, mask, derived=labels is None)
         values = {k: _extra(v, k, len(ids)) for k, v in {**(extras or {}), **more_extras}.items()}
         self._set(ids, mask, targets, values)
+
+    @classmethod
+    def nothing(cls, ticket: Array) -> "BatchData":
+        """Return the batch of a Poisson draw that drew nothing: no row, and the draw's ticket (1, 6)."""
+        return cls((), extras={TICKET: ticket})
 
     @classmethod
     def of(cls, batch: "BatchData | Mapping[str, Any]") -> "BatchData":
@@ -116,23 +127,34 @@ class BatchData:
         """Whether the extra `name` has one value per token, (B, T)."""
         return self.extras[name].shape == self.shape and name not in PER_SEQUENCE
 
+    def labelled_with(self, **extras: ArrayLike) -> "BatchData":
+        """Return the batch with further entries."""
+        return BatchData(self.input_ids, self.attention_mask, self.labels, {**self.extras, **extras})
+
     def rows(self, start: int, stop: int) -> "BatchData":
         """Return rows start:stop without the columns that are padding in all of them."""
-        used = np.flatnonzero(self.attention_mask[start:stop].any(axis=0))
+        return self.take(slice(start, stop))
+
+    def take(self, rows: "slice | Array") -> "BatchData":
+        """Return some rows, in the order given, without the columns that are padding in all of them."""
+        used = np.flatnonzero(self.attention_mask[rows].any(axis=0))
         columns = slice(int(used[0]), int(used[-1]) + 1)
 
-        def cut(name: str) -> Array:
-            value = self.extras[name][start:stop]
-            return value[:, columns] if self.per_token(name) else value
+        def cut(value: Array, per_token: bool = True) -> Array:
+            return value[rows][:, columns] if per_token else value[rows]
 
         part = object.__new__(BatchData)  # checked already: a part may well have no label at all
         part._set(
-            self.input_ids[start:stop, columns],
-            self.attention_mask[start:stop, columns],
-            self.labels[start:stop, columns],
-            {name: cut(name) for name in self.extras},
+            cut(self.input_ids),
+            cut(self.attention_mask),
+            cut(self.labels),
+            {name: cut(value, self.per_token(name)) for name, value in self.extras.items()},
         )
         return part
+
+    def _set_nothing(self, ticket: ArrayLike) -> None:
+        blank = np.zeros((0, 1), np.int64)
+        self._set(blank, blank, blank, {TICKET: np.asarray(ticket, np.int64)})
 
     def _set(
         self, input_ids: Array, attention_mask: Array, labels: Array, extras: Mapping[str, Array]

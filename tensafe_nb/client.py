@@ -2,19 +2,24 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tensafe_nb.batch import BatchData
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig
-from tensafe_nb.data import Batches, Row, batches, read_prompts
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.data import Batches, Row, batches, encode_rows, padding_of
+from tensafe_nb.draws import PoissonDraws, sample_rate_of, units_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.events import Event, RunHistory
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.loops import Batch, Loop
-from tensafe_nb.plain import plain_metadata
+from tensafe_nb.operations import (
+    Operation,
+)
+from tensafe_nb.privacy.audit_canary import PrivacyAudit
+from tensafe_nb.privacy.statement import PrivacyStatement
+from tensafe_nb.privacy.what_if import WhatIf, what_if
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.runs import TrainingRun
@@ -23,34 +28,17 @@ from tensafe_nb.supervised import SupervisedLoop
 from tensafe_nb.transports.base import VERBS, Channel, Transport
 from tensafe_nb.types import (
     ClientStatus,
-    ComputeLogprobs,
-    Forward,
-    ForwardBackward,
-    ForwardBackwardResult,
-    ForwardResult,
-    FreezeReference,
-    FreezeReferenceResult,
-    LoadState,
-    LoadStateResult,
-    LogprobsResult,
-    Operation,
-    OptimStep,
-    OptimStepResult,
-    Prompt,
-    Sample,
-    SampleResult,
-    SaveState,
+    DPMetrics,
     SaveStateResult,
     TrainingClientInfo,
 )
+from tensafe_nb.verbs import Verbs
 
-LossSpec = str | Callable[..., Any]
-MAX_NAME = 200  # characters of a checkpoint's name
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
 Fork = Callable[[Channel, TrainingConfig, Callable[[], str]], "TrainingClient"]
 
 
-class TrainingClient:
+class TrainingClient(Verbs):
     """One model in training. Every verb queues an operation and returns a FutureHandle at once.
 
     Operations run in the order they were submitted. Made by `ServiceClient.create_training_client`.
@@ -68,139 +56,6 @@ class TrainingClient:
         self._channel, self._fork, self._transport = channel, fork, transport
         self._runs: list[TrainingRun] = []
         self._outstanding = Outstanding()
-
-    # verbs
-
-    def forward_backward(
-        self, batch: Batch, loss_fn: LossSpec | None = None, loss_kwargs: Mapping[str, Any] | None = None
-    ) -> FutureHandle[ForwardBackwardResult]:
-        """Compute the loss of a batch and add its gradient to what is accumulated.
-
-        Args:
-            batch: A BatchData, or a dict of `input_ids`, `attention_mask`, `labels` (B, T) and what the loss needs.
-            loss_fn: A registered name, "package.module:attribute" or a callable; token cross entropy when None.
-            loss_kwargs: Keywords of the loss.
-
-        Raises:
-            ValidationError: A batch or loss that does not fit.
-        """
-        return self._submit(ForwardBackward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {})))
-
-    def forward(
-        self,
-        batch: Batch,
-        loss_fn: LossSpec | None = None,
-        loss_kwargs: Mapping[str, Any] | None = None,
-        *,
-        return_logprobs: bool = False,
-    ) -> FutureHandle[ForwardResult]:
-        """Compute the loss of a batch in evaluation mode, without gradients.
-
-        Args:
-            batch: As for `forward_backward`.
-            loss_fn: As for `forward_backward`.
-            loss_kwargs: Keywords of the loss.
-            return_logprobs: Also return each label's log-probability, (B, T).
-        """
-        return self._submit(Forward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {}), return_logprobs))
-
-    def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
-        """Apply the accumulated gradients with the optimiser.
-
-        Args:
-            apply_dp_noise: Has no effect on a client without differential privacy.
-        """
-        if not isinstance(apply_dp_noise, bool):
-            raise ValidationError(f"optim_step(apply_dp_noise=…) is True or False, not {apply_dp_noise!r}.")
-        return self._submit(OptimStep(apply_dp_noise))
-
-    def sample(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingConfig | None = None,
-        **fields: Any,
-    ) -> FutureHandle[SampleResult]:
-        """Draw completions.
-
-        Args:
-            prompts: A text, a list of chat messages or of token ids, or a list of any of these.
-            sampling: How to draw.
-            fields: Fields of SamplingConfig, instead of or on top of `sampling`.
-
-        Raises:
-            ValidationError: No prompt, or a field that does not fit.
-        """
-        if sampling is not None and not isinstance(sampling, SamplingConfig):
-            raise ValidationError(
-                f"sample() takes a SamplingConfig, or its fields as keywords, not {sampling!r}."
-            )
-        config = SamplingConfig(**fields) if sampling is None else sampling.replace(**fields)
-        return self._submit(Sample(read_prompts(prompts), config))
-
-    def compute_logprobs(
-        self, batch: Batch, reference: bool = False, *, temperature: float = 1.0
-    ) -> FutureHandle[LogprobsResult]:
-        """Score a batch's labels: log-probabilities and exact entropies, (B, T).
-
-        Args:
-            batch: As for `forward_backward`.
-            reference: Score under the reference's weights: those of `freeze_reference`, else the base without adapter.
-            temperature: Divides the logits.
-        """
-        if not temperature >= MIN_TEMPERATURE:
-            raise ValidationError(
-                f"compute_logprobs: temperature={temperature} must be at least {MIN_TEMPERATURE}."
-            )
-        return self._submit(ComputeLogprobs(BatchData.of(batch), temperature, reference))
-
-    def freeze_reference(self) -> FutureHandle[FreezeReferenceResult]:
-        """Keep a copy of the trained weights: what `compute_logprobs(reference=True)` scores with from now on.
-
-        A LoRA client that has not trained yet needs none: its reference is the base. The copy is part of checkpoints.
-        """
-        return self._submit(FreezeReference())
-
-    def save_state(
-        self,
-        include_optimizer: bool = True,
-        metadata: Mapping[str, Any] | None = None,
-        name: str | None = None,
-        *,
-        position: Mapping[str, Any] | None = None,
-    ) -> FutureHandle[SaveStateResult]:
-        """Seal everything that training needs to go on, as an artifact in the home folder.
-
-        It holds exactly the operations submitted before it: weights, optimiser, gradients of an open step, random
-        streams, step, configuration.
-
-        Args:
-            include_optimizer: False leaves out the optimiser's moments (two thirds of the size with adamw).
-            metadata: Your own plain data, sealed with the state.
-            name: A name for `load_state`; the newest artifact of a name counts.
-            position: Where a run stands in its data; `run.checkpoint()` fills it in.
-
-        Raises:
-            ValidationError: Metadata that is not plain data, or a name that is no text.
-        """
-        if name is not None and (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME):
-            raise ValidationError(f"save_state: name={name!r} must be a text of 1 to {MAX_NAME} characters.")
-        metadata = plain_metadata(metadata or {})
-        return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
-
-    def load_state(self, artifact_id: str, *, for_run: str | None = None) -> FutureHandle[LoadStateResult]:
-        """Take the state of an artifact in place of this client's own; all of it, or on any failure nothing.
-
-        Args:
-            artifact_id: Its id, or its name.
-            for_run: Refuse a state that was not saved by a run with a loop of this name.
-
-        Raises:
-            ValidationError: No id. The handle fails with `ArtifactNotFoundError`, `DecryptionError`, or, for an
-                artifact of another model, adapter or optimiser, with a ValidationError that lists the differences.
-        """
-        if not isinstance(artifact_id, str) or not artifact_id:
-            raise ValidationError(f"load_state takes an artifact's id or name, not {artifact_id!r}.")
-        return self._submit(LoadState(artifact_id, for_run))
 
     def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
         """Return a new training client that starts from a state of this one, sharing its frozen weights.
@@ -245,9 +100,125 @@ class TrainingClient:
     def batches(
         self, source: str | Path | Iterable[Row], *, max_length: int | None = None, seed: int = 0
     ) -> Batches:
-        """Tokenise rows for this model and batch them, `config.batch_size` rows each; see `tensafe_nb.data.batches`."""
+        """Tokenise rows for this model and batch them, `config.batch_size` rows each; see `tensafe_nb.data.batches`.
+
+        For a private client with sampling="worst_case", each batch says which rows it holds.
+        """
         return batches(
-            source, self.tokenizer, batch_size=self.config.batch_size, max_length=max_length, seed=seed
+            source,
+            self.tokenizer,
+            batch_size=self.config.batch_size,
+            max_length=max_length,
+            seed=seed,
+            with_ids="differential_privacy" in self.capabilities,
+        )
+
+    def dp_batches(
+        self,
+        examples: str | Path | Iterable[Row],
+        *,
+        steps: int | None = None,
+        unit_ids: Sequence[object] | None = None,
+        max_length: int | None = None,
+    ) -> PoissonDraws:
+        """Return Poisson draws of rows for private training: one item is one step's batch, sometimes an empty one.
+
+        Args:
+            examples: Rows, as for `batches`.
+            steps: Draws per pass; None takes as many as use each unit once on average.
+            unit_ids: Whose each row is: all rows of one person are drawn, and clipped, together. None takes each row
+                for itself.
+            max_length: Longer sequences are cut at the end.
+
+        Raises:
+            ValidationError: No DPConfig with sampling="poisson", or rows that cannot be read.
+
+        Example:
+            >>> for draw in tc.dp_batches(rows, steps=100):
+            ...     tc.forward_backward(draw), tc.optim_step()
+        """
+        sample_rate = sample_rate_of(self.config)
+        encoded, group = encode_rows(examples, self.tokenizer, max_length=max_length)
+        dp = self.config.dp_config
+        units = units_of(len(encoded), group, unit_ids, dp.dataset_size if dp is not None else None)
+        return PoissonDraws(
+            encoded,
+            units,
+            sample_rate,
+            unit="user" if unit_ids is not None else "example",
+            steps=max(1, round(1 / sample_rate)) if steps is None else steps,
+            pad_token_id=padding_of(self.tokenizer),
+            client_id=self.training_client_id,
+        )
+
+    # privacy
+
+    def privacy_statement(self) -> PrivacyStatement:
+        """Return what may be said about the privacy of what was trained so far: as Markdown, and as JSON.
+
+        Raises:
+            ValidationError: This client trains without differential privacy.
+        """
+        self._channel.loaded.wait()
+        return self._channel.privacy_statement()
+
+    def privacy_audit(self, canaries: int = 1000, steps: int = 1) -> PrivacyAudit:
+        """Measure, on made-up canaries, whether clip, sum and noise of this client keep what its epsilon promises.
+
+        A model of canaries is trained by the same code with the same DPConfig. Nothing of this client's data or budget
+        is used. It can find a violation; that it finds none is evidence, not proof.
+
+        Args:
+            canaries: How many, 100 to 10,000; half of them take part.
+            steps: Private steps.
+
+        Raises:
+            ValidationError: No differential privacy, or no noise.
+        """
+        if self.config.dp_config is None or not self.config.dp_config.enabled:
+            raise ValidationError("privacy_audit(): this client trains without differential privacy.")
+        return self._channel.privacy_audit(canaries, steps)
+
+    def what_if(
+        self,
+        *,
+        noise_multiplier: float | None = None,
+        target_epsilon: float | None = None,
+        steps: int | None = None,
+        epochs: float | None = None,
+        expected_batch_size: int | None = None,
+        dataset_size: int | None = None,
+    ) -> WhatIf:
+        """Return what a plan would spend, or how much noise it needs; nothing is spent, and no step of yours waits.
+
+        Args:
+            noise_multiplier: Sigma; None and no `target_epsilon` either takes the client's own.
+            target_epsilon: Solve sigma for this epsilon instead.
+            steps: Planned steps; or give `epochs`.
+            epochs: How often to use each unit, on average; 1 when `steps` is not given either.
+            expected_batch_size: L; None takes the client's own.
+            dataset_size: N; None takes the client's own.
+
+        Raises:
+            ValidationError: No N, or arguments that do not go together.
+        """
+        dp = self.config.dp_config
+        size = dataset_size or (dp.dataset_size if dp is not None else None)
+        if size is None:
+            raise ValidationError("what_if() needs dataset_size, the number of privacy units.")
+        if noise_multiplier is None and target_epsilon is None:
+            noise_multiplier = dp.noise_multiplier if dp is not None else 1.0
+        return what_if(
+            dataset_size=size,
+            expected_batch_size=expected_batch_size or self.config.expected_units,
+            steps=steps,
+            epochs=1 if steps is None and epochs is None else epochs,
+            noise_multiplier=noise_multiplier,
+            target_epsilon=target_epsilon,
+            delta=1e-5 if dp is None else dp.target_delta,
+            accountant_type="rdp" if dp is None else dp.accountant_type,
+            sampling="poisson" if dp is None else dp.sampling,
+            parameters=self._channel.trained_parameters or None,
         )
 
     def fit(
@@ -351,15 +322,22 @@ class TrainingClient:
         return self._channel.policy_version
 
     @property
-    def dp_metrics(self) -> None:
-        """None: this client trains without differential privacy."""
-        return None
+    def dp_metrics(self) -> DPMetrics | None:
+        """What the last private step spent, and the total; None without differential privacy, or before a step."""
+        return self._channel.info().dp_metrics
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """The verbs its core knows, "value_head" if the model has one, "base_reference" if its base stays as it was."""
-        lora = self.config.lora_config
+        """What its core can do.
+
+        The verbs; "value_head" if the model has one; "base_reference" if its base stays as it was;
+        "differential_privacy" if it trains privately, and "differential_privacy:poisson" if on Poisson draws.
+        """
+        lora, dp = self.config.lora_config, self.config.dp_config
+        private = dp is not None and dp.enabled
         has = {
+            "differential_privacy": private,
+            "differential_privacy:poisson": private and dp is not None and dp.sampling == "poisson",
             "value_head": self.config.value_head,
             "base_reference": lora is not None and lora.bias == "none",
         }

@@ -184,6 +184,12 @@ class SamplingConfig(Config):
         return value
 
 
+UNSOUND = {
+    "moments": "hand-made moments bounds report less epsilon than is spent",
+    "gdp": "the central-limit accountant of subsampled noise reports less epsilon than is spent",
+}
+
+
 class DPConfig(Config):
     """Differentially private training: DP-SGD (Abadi et al. 2016, arXiv:1607.00133) and what it is accounted by.
 
@@ -211,6 +217,23 @@ class DPConfig(Config):
     dataset_size: Positive | None = None
     expected_batch_size: Positive | None = None
     dataset_id: str | None = pydantic.Field(default=None, min_length=1, max_length=200)
+
+    @pydantic.field_validator("accountant_type", mode="before")
+    @classmethod
+    def _accountants_that_report_too_little_are_refused(cls, value: Any) -> Any:
+        if value in UNSOUND:
+            raise ValueError(f"{UNSOUND[value]}; use 'rdp' or 'prv'")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _the_rate_is_known(self) -> Self:
+        if self.enabled and self.sampling == "poisson" and self.dataset_size is None:
+            raise ValueError(
+                "sampling='poisson' needs dataset_size, the number of examples (or of people, with unit_ids), which "
+                "becomes public: without it there is no sampling rate. Or account for batches of your own: "
+                "sampling='worst_case'"
+            )
+        return self
 
 
 class TrainingConfig(Config):
@@ -243,3 +266,9 @@ class TrainingConfig(Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     value_head: bool = False
     dp_config: DPConfig | None = None
+
+    @property
+    def expected_units(self) -> int:
+        """L of a private step: the privacy units it holds on average, as declared."""
+        declared = self.dp_config.expected_batch_size if self.dp_config is not None else None
+        return declared or self.batch_size * self.gradient_accumulation_steps

@@ -115,6 +115,7 @@ class Batches:
         shuffle: False keeps the order, in every pass.
         bucket: Bring rows of like length together, so that less is padding.
         seed: Of the shuffles.
+        with_ids: Each batch says which rows it holds, as `example_ids`: the same number in every pass.
 
     Raises:
         ValidationError: No batch size, examples that do not make whole groups, or targets of different lengths.
@@ -130,6 +131,7 @@ class Batches:
         shuffle: bool = True,
         bucket: bool = True,
         seed: int = 0,
+        with_ids: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValidationError(f"batch_size={batch_size} must be at least 1.")
@@ -144,6 +146,7 @@ class Batches:
         self._shuffle = shuffle
         self._bucket = bucket
         self._seed = seed
+        self._with_ids = with_ids
 
     def __len__(self) -> int:
         return -(-len(self.examples) // (self.batch_size * self.group))
@@ -152,7 +155,10 @@ class Batches:
         order = self._order(random.Random(f"{self._seed}/{self.passes}"))
         self.passes += 1
         for numbers in order:
-            yield collate([one for number in numbers for one in self._members(number)], self._pad_token_id)
+            batch = collate([one for number in numbers for one in self._members(number)], self._pad_token_id)
+            if self._with_ids:
+                batch = batch.labelled_with(example_ids=np.repeat(numbers, self.group))
+            yield batch
 
     def _facts(self) -> Facts:
         tokens = sum(map(len, self.examples))
@@ -198,6 +204,7 @@ def batches(
     shuffle: bool = True,
     bucket: bool = True,
     seed: int = 0,
+    with_ids: bool = False,
 ) -> Batches:
     """Tokenise rows and batch them.
 
@@ -210,6 +217,7 @@ def batches(
         shuffle: Shuffle anew for every pass.
         bucket: Bring rows of like length together.
         seed: Of the shuffles.
+        with_ids: Each batch says which rows it holds, as `example_ids`.
 
     Raises:
         ValidationError: Rows that cannot be read, or pairs among rows that are none.
@@ -218,8 +226,29 @@ def batches(
         >>> train = batches([{"prompt": "2+2=", "completion": "4"}], tc.tokenizer, batch_size=1)
         >>> pairs = batches([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}], tc.tokenizer, batch_size=1)
     """
-    rows = read_rows(source)
-    members = [_members(row) for row in rows]
+    examples, group = encode_rows(source, tokenizer, max_length=max_length)
+    pad = padding_of(tokenizer)
+    return Batches(
+        examples,
+        batch_size,
+        pad,
+        group=group,
+        shuffle=shuffle,
+        bucket=bucket,
+        seed=seed,
+        with_ids=with_ids,
+    )
+
+
+def encode_rows(
+    source: str | Path | Iterable[Row], tokenizer: Any, *, max_length: int | None = None
+) -> tuple[list[Example], int]:
+    """Tokenise rows; return their examples, and how many examples each row makes: 2 for pairs.
+
+    Raises:
+        ValidationError: Rows that cannot be read, or pairs among rows that are none.
+    """
+    members = [_members(row) for row in read_rows(source)]
     group = len(members[0])
     for number, one in enumerate(members):
         if len(one) != group:
@@ -227,9 +256,13 @@ def batches(
                 f"Row {number} is {'no pair, row 0 is one' if group == 2 else 'a pair, row 0 is none'}: "
                 f"batch them separately. {EXPECTED}"
             )
-    examples = [encode(one, tokenizer, max_length=max_length) for pair in members for one in pair]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return Batches(examples, batch_size, pad, group=group, shuffle=shuffle, bucket=bucket, seed=seed)
+    return [encode(one, tokenizer, max_length=max_length) for pair in members for one in pair], group
+
+
+def padding_of(tokenizer: Any) -> int:
+    """Return the token that fills up shorter rows."""
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id or 0)
 
 
 def read_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[Prompt, ...]:

@@ -11,7 +11,8 @@ import pydantic
 
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import Config, LossConfig, Positive, TrainingConfig
-from tensafe_nb.data import Row, read_rows
+from tensafe_nb.data import Batches, Row, read_rows
+from tensafe_nb.draws import PoissonDraws
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.rlvr import (
     PPO,
@@ -42,6 +43,7 @@ LAYOUT: dict[Keys, Keys] = {
     ("model", "device"): ("training", "device"),
     ("model", "value_head"): ("training", "value_head"),
     ("lora",): ("training", "lora_config"),
+    ("dp",): ("training", "dp_config"),
     ("optimizer",): ("training", "optimizer"),
     ("batch", "batch_size"): ("training", "batch_size"),
     ("batch", "gradient_accumulation_steps"): ("training", "gradient_accumulation_steps"),
@@ -58,7 +60,6 @@ SFT_ONLY: set[Keys] = {
     ("training", "loss"),
 }
 SHORT = {"model": "model_ref", "loss": "type"}  # `model: builtin:tiny` is `model: {model_ref: builtin:tiny}`
-NO_DP = "differential privacy is not part of this version. Remove the section dp to train without it."
 
 
 class RewardConfig(Config):
@@ -229,9 +230,9 @@ class Recipe(Config):
         }
         if self.rlvr is not None:
             return self._reinforce(self.rlvr, training_client, rows, held_out, saving | {"show": show})
-        length, seed = self.max_length, self.training.seed
+        length = self.max_length
         return training_client.fit(
-            training_client.batches(rows, max_length=length, seed=seed),
+            self._batches(training_client, rows),
             epochs=self.epochs,
             steps=self.steps,
             eval_batches=training_client.batches(held_out, max_length=length) if held_out else None,
@@ -239,6 +240,11 @@ class Recipe(Config):
             show=show,
             **saving,  # type: ignore[arg-type]
         )
+
+    def _batches(self, client: TrainingClient, rows: list[Row]) -> Batches | PoissonDraws:
+        if "differential_privacy:poisson" in client.capabilities:
+            return client.dp_batches(rows, max_length=self.max_length)
+        return client.batches(rows, max_length=self.max_length, seed=self.training.seed)
 
     def _reinforce(
         self,
@@ -282,7 +288,7 @@ class Recipe(Config):
 def load_config(path: str | Path) -> Recipe:
     """Read a training run from a YAML file.
 
-    Sections: `training` (mode, steps, epochs, eval_every, seed), `model`, `lora`, `optimizer`, `batch`, `loss`,
+    Sections: `training` (mode, steps, epochs, eval_every, seed), `model`, `lora`, `optimizer`, `batch`, `dp`, `loss`,
     `rlvr`; all have defaults. Reading a file runs no code of yours: what it names as "package.module:attribute"
     is imported when training starts.
 
@@ -310,9 +316,7 @@ def _misplaced(data: Any) -> Iterator[Problem]:
         return
     sections = {str(place[0]) for place in LAYOUT}
     for section, value in data.items():
-        if section == "dp":
-            yield ("dp",), NO_DP
-        elif section not in sections:
+        if section not in sections:
             yield (str(section),), f"There is no section {section!r}.{nearest(str(section), sections)}"
         else:
             yield from _misplaced_keys(section, value)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from tensafe_nb.errors import (
     ArtifactNotFoundError,
     ClientClosedError,
+    DPBudgetExceededError,
     FutureCancelledError,
     FutureFailedError,
     FutureTimeoutError,
@@ -235,11 +236,25 @@ class TrainingRun:
                 self._drive()
             finally:
                 self._loop.close()
+        except DPBudgetExceededError as error:
+            self._end_with_the_budget(error)
         except BaseException as error:  # noqa: BLE001  # whatever the user's data or rewards raise ends this run, visibly
             by_stop = isinstance(error, FutureCancelledError | FutureFailedError | ClientClosedError)
             self._end(RunStatus.STOPPED if self._wants_stop and by_stop else RunStatus.FAILED, error)
         else:
             self._end(RunStatus.STOPPED if self._wants_stop else RunStatus.FINISHED, None)
+
+    def _end_with_the_budget(self, error: DPBudgetExceededError) -> None:
+        """Stop as if the user had: no step was torn, and a checkpoint keeps what was trained."""
+        self._cancel_rest()
+        self._inflight.clear()
+        self._index = self.steps_done
+        try:
+            self._save({"reason": "dp_budget_exceeded"}).result()
+        except TGTinkerError as trouble:
+            self._end(RunStatus.FAILED, trouble)
+        else:
+            self._end(RunStatus.STOPPED, None, reason=str(error))
 
     def _drive(self) -> None:
         if self._resume_from is not None:
@@ -378,12 +393,12 @@ class TrainingRun:
                 with contextlib.suppress(ArtifactNotFoundError):  # the user was first
                     self._client.delete_checkpoint(artifact_id)
 
-    def _end(self, state: RunStatus, error: BaseException | None) -> None:
+    def _end(self, state: RunStatus, error: BaseException | None, reason: str | None = None) -> None:
         failed = state is RunStatus.FAILED
         try:
             self._cancel_rest()
             with self._changed:
-                self._set_state(state, str(error) if failed else None)
+                self._set_state(state, str(error) if failed else reason)
                 self._served_last = True
             self._serve()
             self._client.sync_events()
@@ -395,7 +410,7 @@ class TrainingRun:
             else:
                 steps = self._steps_taken + self._client.step - self._first_step
                 metrics = self._client.history.last(after=self._first_event)
-                self._promise.succeed(RunResult(self.run_id, str(state), steps, metrics))
+                self._promise.succeed(RunResult(self.run_id, str(state), steps, metrics, reason))
 
     def _cancel_rest(self) -> None:
         for _, handles in self._inflight:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tensafe_nb.batch import BatchData
 from tensafe_nb.data import Batches
+from tensafe_nb.draws import PoissonDraws
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.events import Metrics
 from tensafe_nb.futures import FutureHandle
@@ -118,7 +119,8 @@ class SupervisedLoop:
             raise ValidationError(f"fit: eval_every={eval_every} needs eval_batches.")
         check_batches(batches=batches, eval_batches=eval_batches or ())
         self._client = client
-        self._accumulation = client.config.gradient_accumulation_steps
+        whole_draws = isinstance(batches, PoissonDraws)  # one item is one step, however many rows it has
+        self._accumulation = 1 if whole_draws else client.config.gradient_accumulation_steps
         self.lookahead = 1 if self._accumulation < LONG_WINDOW else 0
         self._eval_batches = [BatchData.of(batch) for batch in eval_batches or ()]
         self._eval_every = eval_every

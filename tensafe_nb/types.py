@@ -1,12 +1,11 @@
 """The plain data that flows through the toolkit: statuses, operations, results."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-from tensafe_nb import config
-from tensafe_nb.batch import Array, BatchData
+from tensafe_nb.batch import Array
 from tensafe_nb.plain import plain
 from tensafe_nb.reprs import Facts
 
@@ -49,85 +48,6 @@ class RunStatus(StrEnum):
     @property
     def ended(self) -> bool:
         return self in (RunStatus.STOPPED, RunStatus.FINISHED, RunStatus.FAILED, RunStatus.INTERRUPTED)
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class ForwardBackward:
-    """Compute the loss and add its gradient to what is accumulated."""
-
-    batch: BatchData
-    loss_fn: str | Callable[..., Any] | None = None
-    loss_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Compute the loss in evaluation mode, without gradients."""
-
-    batch: BatchData
-    loss_fn: str | Callable[..., Any] | None = None
-    loss_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    return_logprobs: bool = False
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class OptimStep:
-    """Apply what is accumulated."""
-
-    apply_dp_noise: bool = True
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Draw completions."""
-
-    prompts: tuple[Prompt, ...]
-    sampling: config.SamplingConfig
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class ComputeLogprobs:
-    """Score the labels of a batch under the current or the reference weights."""
-
-    batch: BatchData
-    temperature: float = 1.0
-    reference: bool = False
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class SaveState:
-    """Seal the client's state as an artifact; `position` says where a run stood in its data."""
-
-    include_optimizer: bool = True
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    name: str | None = None
-    position: Mapping[str, Any] | None = None
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class FreezeReference:
-    """Keep a copy of the trained weights: the reference that later scores are compared with."""
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class LoadState:
-    """Take the state of an artifact, given by its id or its name; `for_run` refuses one that no such run saved."""
-
-    artifact_id: str
-    for_run: str | None = None
-
-
-Operation: TypeAlias = (
-    ForwardBackward | Forward | OptimStep | Sample | ComputeLogprobs | FreezeReference | SaveState | LoadState
-)
 
 
 @plain
@@ -283,6 +203,15 @@ class FreezeReferenceResult:
 
 @plain
 @dataclass(frozen=True, slots=True)
+class VoidPrivacyResult:
+    """The guarantee is given up: `total_epsilon` is infinite from now on."""
+
+    reason: str
+    total_epsilon: float
+
+
+@plain
+@dataclass(frozen=True, slots=True)
 class Encryption:
     """How an artifact is sealed, and the id of the key that opens it."""
 
@@ -307,7 +236,9 @@ class SaveStateResult:
         step: Optimiser steps taken when it was saved.
         model_ref: The base model.
         saved_by: Id of the training client.
-        dp_metrics: None without differential privacy.
+        dp_metrics: Of the last private step before it; None without differential privacy, and in listings.
+        dropped_batches: Under differential privacy, batches of an unfinished step: their gradients carry no noise yet,
+            so that they are not in the file.
     """
 
     artifact_id: str
@@ -321,7 +252,8 @@ class SaveStateResult:
     step: int
     model_ref: str
     saved_by: str
-    dp_metrics: None = None
+    dp_metrics: DPMetrics | None = None
+    dropped_batches: int = 0
 
 
 @plain
@@ -352,7 +284,8 @@ class AuditLogEntry:
     Attributes:
         entry_id: Names the record.
         seq: Its number in the log, from 0.
-        kind: "op", "key", "artifact" (deleted, imported, exported), "genesis".
+        kind: "op", "key", "artifact" (deleted, imported, exported), "genesis"; of the privacy ledger "dp_charge",
+            "dp_void", "dp_join", "import".
         tenant_id: Whose log it is.
         training_client_id: None for what no client did.
         operation: The verb.
@@ -368,7 +301,8 @@ class AuditLogEntry:
         error_message: The class of the error; never its text, which could hold data.
         prev_hash: `record_hash` of the record before; 64 zeros in the first.
         record_hash: SHA-256 of this record.
-        dp_metrics: None without differential privacy.
+        dp_metrics: Of a charge for a private step, by the names of `DPMetrics`; what epsilon does not cover is None,
+            and so is an infinite epsilon. None for other records.
     """
 
     entry_id: str
@@ -389,7 +323,7 @@ class AuditLogEntry:
     error_message: str | None
     prev_hash: str
     record_hash: str
-    dp_metrics: None = None
+    dp_metrics: Mapping[str, Any] | None = None
 
 
 @plain
@@ -425,6 +359,7 @@ Result: TypeAlias = (
     | FreezeReferenceResult
     | SaveStateResult
     | LoadStateResult
+    | VoidPrivacyResult
 )
 
 
@@ -440,6 +375,7 @@ class TrainingClientInfo:
     queue_depth: int
     created_at: float
     reason: str | None = None
+    dp_metrics: DPMetrics | None = None
 
 
 @plain
@@ -452,9 +388,11 @@ class RunResult:
         state: FINISHED or STOPPED.
         steps: Optimiser steps this run took.
         metrics: The last value of every metric.
+        reason: Why it stopped by itself before its planned end: the privacy budget was spent.
     """
 
     run_id: str
     state: str
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    reason: str | None = None

@@ -108,6 +108,17 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "qwen2": lambda: transformers.Qwen2Config(**shape),
         "gemma2": lambda: transformers.Gemma2Config(**shape, head_dim=16, sliding_window=64),
         "phi": lambda: transformers.PhiConfig(**(shape | {"num_key_value_heads": 2})),
+        "opt": lambda: transformers.OPTConfig(
+            vocab_size=2048,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            dropout=0.0,
+            attention_dropout=0.0,
+        ),
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=2048,
             n_embd=32,

@@ -1,7 +1,7 @@
 """An engine's state as a sealed artifact, and back: trainer.json, then tensors as safetensors. Never pickle."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from tensafe_nb.engine import state as states
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.state import EngineState
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.operations import SaveState
 from tensafe_nb.store.artifacts import ArtifactStore, StoredArtifact
 from tensafe_nb.store.tensors import TensorPart, read_tensors
-from tensafe_nb.types import LoadStateResult, SaveState, SaveStateResult
+from tensafe_nb.types import LoadStateResult, SaveStateResult
 
 SCHEMA = 1
 FACTS, WEIGHTS, MOMENTS, WINDOW, REFERENCE = (
@@ -25,6 +26,7 @@ FACTS, WEIGHTS, MOMENTS, WINDOW, REFERENCE = (
     "accumulation.safetensors",
     "reference.safetensors",
 )
+LEDGER = "ledger.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -37,6 +39,7 @@ def save(
     training_client_id: str,
     ledger_head: Mapping[str, Any] | None,
     facts: Mapping[str, Any],
+    ledger: Mapping[str, Any] | None = None,
 ) -> SaveStateResult:
     """Seal an engine's state.
 
@@ -47,6 +50,7 @@ def save(
         training_client_id: Who saves.
         ledger_head: Of the audit log, for the header: the artifact is an anchor of the log.
         facts: What else is to come back, as plain data.
+        ledger: The privacy account of the weights.
 
     Raises:
         StorageError: It could not be written; earlier artifacts are intact.
@@ -59,6 +63,8 @@ def save(
         "position": operation.position,
     }
     parts: dict[str, bytes | TensorPart] = {FACTS: json.dumps(state.facts | known | dict(facts)).encode()}
+    if ledger is not None:
+        parts[LEDGER] = json.dumps(ledger).encode()
     parts[WEIGHTS] = tensor_part(state.weights)
     if state.optimizer is not None:
         parts[MOMENTS] = tensor_part(state.optimizer)
@@ -84,6 +90,7 @@ def load(
     *,
     lenient_optimizer: bool = False,
     for_run: str | None = None,
+    take_over: Callable[[Mapping[str, Any] | None], None] = lambda ledger: None,
 ) -> tuple[LoadStateResult, Mapping[str, Any]]:
     """Give an engine the state of an artifact; on any failure the engine stays as it was.
 
@@ -93,6 +100,7 @@ def load(
         artifact_id: Its id, or its name.
         lenient_optimizer: Moments of another optimiser are left out instead of refused.
         for_run: The state must say where a run with a loop of this name stood in its data.
+        take_over: Called with the privacy account that the state carries, before anything is loaded.
 
     Returns:
         The result, and the facts that were saved.
@@ -110,6 +118,7 @@ def load(
                 f"data to go on. Nothing was loaded. load_state() it, and start a new run from there."
             )
         found = artifact.info.artifact_id
+    take_over(facts.get("ledger"))
     moments = tensors.get(MOMENTS)
     window, reference = tensors.get(WINDOW, {}), tensors.get(REFERENCE)
     state = EngineState(facts, tensors[WEIGHTS], moments, window, reference)
@@ -134,6 +143,8 @@ def _read(
         if name == FACTS:
             facts = _parse(stream.read(size), artifact_id)
             states.check(engine, facts, artifact_id, with_moments=with_moments and facts["has_moments"])
+        elif name == LEDGER:
+            facts["ledger"] = json.loads(stream.read(size))
         elif name in (WEIGHTS, MOMENTS, WINDOW, REFERENCE):
             found = read_tensors(stream, size)
             tensors[name] = {key: tensor_of(dtype, shape, data) for key, dtype, shape, data in found}

@@ -7,9 +7,7 @@ so k micro-batches equal one big batch, ragged or not. A window is what lies bet
 import contextlib
 import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -19,7 +17,9 @@ from torch import Tensor, nn
 from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.engine import inputs, models, optimizers, sampling
+from tensafe_nb.engine.private import Account, PrivateTraining
 from tensafe_nb.engine.reference import Reference
+from tensafe_nb.engine.window import Tally, Tick, Window, no_tick
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import Declaration, LossValue
@@ -35,66 +35,7 @@ from tensafe_nb.types import (
     SampleResult,
 )
 
-Tick = Callable[[int, int], None]
-MAXIMUM = "_max"  # a metric of such a name is the largest of the micro-batches' values, not their mean
 WATCHED = 4_000_000  # weights whose change is measured; of more, every k-th
-
-
-def no_tick(done: int, total: int) -> None:
-    """Report progress to nobody."""
-
-
-@dataclass(slots=True)
-class Window:
-    """What has been accumulated since the last optimiser step."""
-
-    weight: float = 0.0
-    batches: int = 0
-    prenormalised: bool | None = None
-
-    def join(self, loss: Loss) -> None:
-        if self.prenormalised not in (None, loss.declares.prenormalised):
-            raise ValidationError(
-                f"The loss {loss.name!r} cannot share an optimiser step with the losses before it: policy losses are "
-                f"sums that are never divided, other losses are means. Call optim_step() in between."
-            )
-        self.prenormalised = loss.declares.prenormalised
-
-    @property
-    def divisor(self) -> float:
-        return 1.0 if self.prenormalised else self.weight
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Adds up the values of micro-batches."""
-
-    prenormalised: bool
-    total: float = 0.0
-    weight: float = 0.0
-    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    maxima: dict[str, float] = field(default_factory=dict)
-
-    def add(self, value: LossValue, total: float) -> None:
-        self.total += total
-        self.weight += value.weight
-        for name, metric in value.metrics.items():
-            if name.endswith(MAXIMUM):
-                self.maxima[name] = max(self.maxima.get(name, -math.inf), metric)
-            else:
-                self.sums[name] += metric if self.prenormalised else metric * value.weight
-
-    @property
-    def divisor(self) -> float:
-        return 1.0 if self.prenormalised else max(self.weight, 1e-12)
-
-    @property
-    def loss(self) -> float:
-        return self.total / self.divisor
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return {name: total / self.divisor for name, total in self.sums.items()} | self.maxima
 
 
 class Engine:
@@ -110,16 +51,12 @@ class Engine:
     """
 
     def __init__(self, config: TrainingConfig, model: models.LoadedModel | None = None) -> None:
-        if config.dp_config is not None and config.dp_config.enabled:
-            raise ValidationError(
-                "Differential privacy is not part of this version. Train with dp_config=None."
-            )
         self.config = config
         self.model = models.load(config) if model is None else model
         self.step = 0
         self.policy_version = 0
-        self._parameters = [parameter for _, parameter in self.model.trainable]
-        self.optimizer = optimizers.build(config.optimizer, self._parameters)
+        self.parameters = [parameter for _, parameter in self.model.trainable]
+        self.optimizer = optimizers.build(config.optimizer, self.parameters)
         self.reference = Reference(self.model, config.lora_config)
         self.window = Window()
         self.samples_drawn = 0
@@ -127,9 +64,16 @@ class Engine:
         head = self.model.causal.get_output_embeddings()
         self._head_is_frozen = not any(p.requires_grad for p in head.parameters())
         self.base_fingerprint: str | None = None  # computed when a checkpoint first asks
+        self.private: PrivateTraining | None = None
+        self.whole_rows = False  # every layer sees (B, T, …), the head too: for `private`
         self.random = {"cpu": torch.Generator().manual_seed(config.seed).get_state()}  # the dropout streams
         if self.model.device.type == "cuda":
             self.random["cuda"] = torch.Generator(self.model.device).manual_seed(config.seed).get_state()
+
+    def train_privately(self, account: Account, client_id: str) -> None:
+        """Train with the differential privacy that the configuration asks for; until then, nothing is trained."""
+        assert self.config.dp_config is not None
+        self.private = PrivateTraining(self, self.config.dp_config, account, client_id)
 
     # training
 
@@ -142,11 +86,13 @@ class Engine:
             ValidationError: Tokens outside the vocabulary, or a loss that does not fit.
             NonFiniteLossError: The loss or its gradient is NaN or infinite; says in which rows.
         """
+        if self.is_private:
+            return self._privately.forward_backward(batch, loss, tick)
         inputs.check_batch(batch, self.model, self.config.model_ref)
         loss.check(batch)
         try:
             self.window.join(loss)
-            with self._training_mode():
+            with self.training_mode():
                 tally = self._accumulate(batch, loss, tick)
             self.window.weight += tally.weight
             self.window.batches += 1
@@ -164,17 +110,19 @@ class Engine:
         labelled = int((batch.labels != IGNORE).sum())
         return ForwardBackwardResult(tally.loss, grad_norm, labelled, tally.metrics, tally.weight)
 
-    def optim_step(self) -> OptimStepResult:
+    def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
         """Divide the window's gradients by its weight, clip, and take one optimiser step.
 
         Raises:
             ValidationError: The window is empty.
         """
+        if self.is_private:
+            return self._privately.optim_step(apply_dp_noise)
         if not self.window.batches:
             raise ValidationError(
                 "optim_step() found no gradients: call forward_backward() before each optim_step()."
             )
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients or self.window.divisor == 0:
             self.discard_gradients()
             raise ValidationError(
@@ -182,13 +130,17 @@ class Engine:
                 "trained weights. No weight has moved; leave such batches out."
             )
         torch._foreach_div_(gradients, self.window.divisor)
-        grad_norm = float(nn.utils.get_total_norm(gradients))
+        return self.apply_gradients()
+
+    def apply_gradients(self) -> OptimStepResult:
+        """Clip the mean gradient that the parameters hold, and take one optimiser step with it."""
+        grad_norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if not math.isfinite(grad_norm):
             self.discard_gradients()
             raise NonFiniteLossError(f"optim_step(): the gradient is {grad_norm}. No weight has moved.")
         if self.config.optimizer.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(
-                self._parameters,
+                self.parameters,
                 self.config.optimizer.max_grad_norm,
                 torch.tensor(grad_norm, device=self.model.device),
             )
@@ -206,6 +158,19 @@ class Engine:
         """Drop what has been accumulated; the next window starts clean."""
         self.optimizer.zero_grad(set_to_none=True)
         self.window = Window()
+        if self.private is not None:
+            self.private.discard()
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the configuration asks for differential privacy."""
+        return self.config.dp_config is not None and self.config.dp_config.enabled
+
+    @property
+    def _privately(self) -> PrivateTraining:
+        if self.private is None:
+            raise ValidationError("This engine was given no privacy account: it cannot train privately.")
+        return self.private
 
     # scoring and sampling
 
@@ -216,9 +181,9 @@ class Engine:
         """Evaluate a loss without dropout or gradients; with per-token logprobs (B, T) when asked for."""
         inputs.check_batch(batch, self.model, self.config.model_ref)
         loss.check(batch)
-        tally = _Tally(loss.declares.prenormalised)
+        tally = Tally(loss.declares.prenormalised)
         logprobs = np.zeros(batch.shape, dtype=np.float32) if return_logprobs else None
-        for start, part in self._micro_batches(batch, loss, tick):
+        for start, part in self.micro_batches(batch, loss, tick):
             outputs, value = self._evaluate(part, batch, loss)
             tally.add(value, value.total.item())
             if logprobs is not None:
@@ -244,8 +209,8 @@ class Engine:
         logprobs, entropy = (np.zeros(batch.shape, dtype=np.float32) for _ in range(2))
         values = np.zeros(batch.shape, dtype=np.float32) if self.model.value_head and not reference else None
         with self.reference.in_place() if reference else contextlib.nullcontext():
-            for start, part in self._micro_batches(batch, None, tick):
-                outputs, rows = self._outputs(part, self._tensors(part, batch)), len(part)
+            for start, part in self.micro_batches(batch, None, tick):
+                outputs, rows = self.outputs(part, self.tensors(part, batch)), len(part)
                 picked = outputs.map_logits(partial(label_logprobs, temperature=temperature))
                 _place(logprobs, batch, start, rows, picked)
                 spread = outputs.map_logits(partial(exact_entropy, temperature=temperature))
@@ -283,13 +248,13 @@ class Engine:
 
     # inside
 
-    def _accumulate(self, batch: BatchData, loss: Loss, tick: Tick) -> _Tally:
-        tally = _Tally(loss.declares.prenormalised)
-        for start, part in self._micro_batches(batch, loss, tick):
+    def _accumulate(self, batch: BatchData, loss: Loss, tick: Tick) -> Tally:
+        tally = Tally(loss.declares.prenormalised)
+        for start, part in self.micro_batches(batch, loss, tick):
             self._learn_from(part, start, batch, loss, tally)
         return tally
 
-    def _learn_from(self, part: BatchData, start: int, batch: BatchData, loss: Loss, tally: _Tally) -> None:
+    def _learn_from(self, part: BatchData, start: int, batch: BatchData, loss: Loss, tally: Tally) -> None:
         """Add a piece's gradient. A method, so that nothing of the piece outlives it: its logits can be large."""
         _, value = self._evaluate(part, batch, loss)
         total = value.total.item()
@@ -299,11 +264,11 @@ class Engine:
         tally.add(value, total)
 
     def _evaluate(self, part: BatchData, batch: BatchData, loss: Loss) -> tuple[LossOutputs, LossValue]:
-        tensors = self._tensors(part, batch)
-        outputs = self._outputs(part, tensors)
+        tensors = self.tensors(part, batch)
+        outputs = self.outputs(part, tensors)
         return outputs, loss(outputs, tensors)
 
-    def _micro_batches(
+    def micro_batches(
         self, batch: BatchData, loss: Loss | None, tick: Tick
     ) -> Iterator[tuple[int, BatchData]]:
         """Yield (first row, rows) in pieces of at most `micro_batch_tokens`, padding cut off."""
@@ -316,7 +281,7 @@ class Engine:
             if declares.per == "row" or (part.labels != IGNORE).any():
                 yield start, part
 
-    def _tensors(self, part: BatchData, batch: BatchData) -> dict[str, Tensor]:
+    def tensors(self, part: BatchData, batch: BatchData) -> dict[str, Tensor]:
         """Return what a loss may read: labels and per-token extras flattened to the N labelled positions."""
         device = self.model.device
         where = part.labels != IGNORE
@@ -333,7 +298,7 @@ class Engine:
                 tensors[name] = torch.from_numpy(np.ascontiguousarray(flat)).to(device)
         return tensors
 
-    def _outputs(self, part: BatchData, tensors: Mapping[str, Tensor]) -> LossOutputs:
+    def outputs(self, part: BatchData, tensors: Mapping[str, Tensor]) -> LossOutputs:
         inputs = {"input_ids": tensors["input_ids"], "use_cache": False}
         mask, given = tensors["attention_mask"], part.attention_mask
         if (given[:, 1:] > given[:, :-1]).any():  # padding before tokens: a causal model needs to be told
@@ -341,7 +306,11 @@ class Engine:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         labels = torch.from_numpy(part.labels).to(self.model.device)
         with sampling.autocast(self.model):
-            if self.model.split:
+            if self.whole_rows:
+                inputs.setdefault(
+                    "position_ids", torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+                )
+            if self.model.split and not self.whole_rows:
                 hidden, logits = self.model.body(**inputs).last_hidden_state, None
             else:
                 answer = self.model.causal(**inputs, output_hidden_states=True)
@@ -368,7 +337,7 @@ class Engine:
         return values.squeeze(-1)
 
     @contextlib.contextmanager
-    def _training_mode(self) -> Iterator[None]:
+    def training_mode(self) -> Iterator[None]:
         """Dropout on, drawn from this engine's own stream; nothing to do for a model without dropout."""
         if not self._has_dropout:
             yield
@@ -389,9 +358,9 @@ class Engine:
     @contextlib.contextmanager
     def _measured_change(self) -> Iterator[list[float]]:
         """Give a list that holds, afterwards, the norm of what the weights changed by."""
-        total = sum(p.numel() for p in self._parameters)
+        total = sum(p.numel() for p in self.parameters)
         stride = -(-total // WATCHED)
-        watched = [p.detach().reshape(-1)[::stride] for p in self._parameters]
+        watched = [p.detach().reshape(-1)[::stride] for p in self.parameters]
         before = [p.clone() for p in watched]
         change: list[float] = []
         yield change
@@ -400,7 +369,7 @@ class Engine:
         change.append(float(nn.utils.get_total_norm(deltas)) / math.sqrt(share))
 
     def _grad_norm(self) -> float:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients or self.window.divisor == 0:
             return 0.0
         return float(nn.utils.get_total_norm(gradients)) / self.window.divisor

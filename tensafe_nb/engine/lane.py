@@ -8,24 +8,28 @@ from typing import Any
 from tensafe_nb.errors import FutureFailedError, QueueFullError
 from tensafe_nb.futures import Promise
 from tensafe_nb.losses import Loss
-from tensafe_nb.types import (
+from tensafe_nb.operations import (
     ComputeLogprobs,
     Forward,
     ForwardBackward,
-    ForwardBackwardResult,
-    ForwardResult,
     FreezeReference,
-    FreezeReferenceResult,
     LoadState,
-    LoadStateResult,
-    LogprobsResult,
     Operation,
     OptimStep,
-    OptimStepResult,
     Sample,
-    SampleResult,
     SaveState,
+    VoidPrivacy,
+)
+from tensafe_nb.types import (
+    ForwardBackwardResult,
+    ForwardResult,
+    FreezeReferenceResult,
+    LoadStateResult,
+    LogprobsResult,
+    OptimStepResult,
+    SampleResult,
     SaveStateResult,
+    VoidPrivacyResult,
 )
 
 MAX_PENDING = 1_000
@@ -38,6 +42,7 @@ NAMES: dict[type, tuple[str, type]] = {
     FreezeReference: ("freeze_reference", FreezeReferenceResult),
     SaveState: ("save_state", SaveStateResult),
     LoadState: ("load_state", LoadStateResult),
+    VoidPrivacy: ("void_privacy", VoidPrivacyResult),
 }
 
 

@@ -100,7 +100,7 @@ def load(config: TrainingConfig) -> LoadedModel:
     causal = causal.to(device=device, dtype=dtype if frozen else torch.float32)
     peft = _add_adapter(causal, config.lora_config, config.seed) if config.lora_config else None
     causal.eval()
-    split = _head_of_body_is_the_model(causal, device)
+    split = _head_of_body_is_the_model(causal, device, dtype)
     return LoadedModel(
         causal,
         peft,
@@ -263,10 +263,19 @@ def _add_adapter(causal: Any, lora: LoRAConfig, seed: int) -> Any:
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(causal, settings)
-    for parameter in causal.parameters():  # biases that are trained along, like the adapter, in fp32
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    _train_in_float32(causal)
     return adapted
+
+
+def _train_in_float32(causal: Any) -> None:
+    """Keep what is trained in fp32, adapters and the biases that are trained along."""
+    for module in causal.modules():
+        own = list(module.parameters(recurse=False))
+        if any(p.requires_grad for p in own):
+            mixes = isinstance(module, nn.LayerNorm)  # takes its weight and its bias in one type only
+            for parameter in own:
+                if parameter.requires_grad or mixes:
+                    parameter.data = parameter.data.float()
 
 
 def _check_adapter(causal: Any, lora: LoRAConfig) -> None:
@@ -302,16 +311,21 @@ def _targeted(name: str, lora: LoRAConfig, causal: Any) -> bool:
 
 
 @torch.no_grad()
-def _head_of_body_is_the_model(causal: Any, device: torch.device) -> bool:
+def _head_of_body_is_the_model(causal: Any, device: torch.device, dtype: torch.dtype) -> bool:
     """Probe once, on three tokens, whether this architecture's logits are plainly head(body(x))."""
     ids = torch.tensor([[1, 2, 3]], device=device)
+    half = dtype is not torch.float32
     try:
-        own = causal(input_ids=ids, use_cache=False).logits
-        split = causal.get_output_embeddings()(
-            causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        )
+        with torch.autocast(device.type, dtype, enabled=half):
+            return _same_logits(causal, ids)
     except (AttributeError, TypeError):
         return False
+
+
+def _same_logits(causal: Any, ids: Tensor) -> bool:
+    own = causal(input_ids=ids, use_cache=False).logits
+    hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    split = causal.get_output_embeddings()(hidden)
     return own.shape == split.shape and torch.equal(own, split)
 
 

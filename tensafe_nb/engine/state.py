@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
-from tensafe_nb.engine.engine import Engine, Window
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.window import Window
 from tensafe_nb.errors import ValidationError
 
 PROBES = 64  # values of each frozen tensor that tell one base model from another
@@ -36,7 +37,11 @@ class EngineState:
 
 
 def capture(engine: Engine, include_optimizer: bool) -> EngineState:
-    """Return an engine's state. The tensors are the live ones: use them before the engine goes on."""
+    """Return an engine's state. The tensors are the live ones: use them before the engine goes on.
+
+    Of private training, the open window is left out: its gradients carry no noise yet.
+    """
+    window = Window() if engine.is_private else engine.window
     facts = {
         "step": engine.step,
         "policy_version": engine.policy_version,
@@ -46,9 +51,9 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
         "reference_version": engine.reference.version,
         "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in engine.random.items()},
         "window": {
-            "weight": engine.window.weight,
-            "batches": engine.window.batches,
-            "prenormalised": engine.window.prenormalised,
+            "weight": window.weight,
+            "batches": window.batches,
+            "prenormalised": window.prenormalised,
         },
     }
     trained = engine.model.trainable

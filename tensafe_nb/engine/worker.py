@@ -4,64 +4,46 @@ import logging
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any, cast
 
-import torch
-
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.engine import checkpoints, models
+from tensafe_nb.engine import canaries as canaries_of
+from tensafe_nb.engine import models
 from tensafe_nb.engine.auditing import Auditor
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.lane import NAMES, Job, Lane, mean_of
+from tensafe_nb.engine.failures import presentable
+from tensafe_nb.engine.guarantee import Guarantee
+from tensafe_nb.engine.lane import NAMES, Job, Lane
 from tensafe_nb.engine.models import LoadedModel
+from tensafe_nb.engine.performer import Performer
 from tensafe_nb.errors import (
     ClientClosedError,
     FutureCancelledError,
     FutureFailedError,
-    InsufficientMemoryError,
     TGTinkerError,
 )
 from tensafe_nb.events import (
-    CheckpointSaved,
     Event,
     EventBus,
-    Metrics,
     OperationCancelled,
     OperationFailed,
     OperationFinished,
     OperationQueued,
     OperationStarted,
     Progress,
-    StateLoaded,
     StatusChanged,
 )
 from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.losses import Loss, resolve_loss
-from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.operations import Forward, ForwardBackward, Operation, SaveState
+from tensafe_nb.privacy.audit_canary import PrivacyAudit
+from tensafe_nb.privacy.charges import LedgerLog
+from tensafe_nb.privacy.statement import PrivacyStatement
 from tensafe_nb.store.vault import Vault
-from tensafe_nb.types import (
-    ClientStatus,
-    ComputeLogprobs,
-    Forward,
-    ForwardBackward,
-    ForwardBackwardResult,
-    FreezeReference,
-    FutureStatus,
-    LoadState,
-    LoadStateResult,
-    Operation,
-    OptimStep,
-    OptimStepResult,
-    Result,
-    Sample,
-    SaveState,
-    SaveStateResult,
-    TrainingClientInfo,
-)
+from tensafe_nb.types import ClientStatus, FutureStatus, TrainingClientInfo
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +70,7 @@ class Worker:
         bus: Where to publish.
         default_loss: For operations that name none.
         vault: Where states are kept, and what happened is written down.
+        ledger: Where the tenant's privacy accounts are.
         origin: Where it starts; afresh when None.
     """
 
@@ -98,6 +81,7 @@ class Worker:
         bus: EventBus,
         default_loss: Loss,
         vault: Vault,
+        ledger: LedgerLog,
         origin: Origin | None = None,
     ) -> None:
         self.training_client_id = training_client_id
@@ -107,18 +91,18 @@ class Worker:
         self._pid = os.getpid()
         self.status = ClientStatus.INITIALIZING
         self.reason: str | None = None
-        self.step = 0
-        self.policy_version = 0
         self.loaded: Promise[Any] = Promise()  # the tokenizer, once there is one
-        self._engine: Engine | None = None
+        self._performer: Performer | None = None
+        self._reached = (0, 0)  # step and policy version, once the engine is gone
         self._failure: TGTinkerError | None = None
-        self._losses: list[tuple[ForwardBackwardResult, bool]] = []
         self._lane = Lane()
         self._running: Job | None = None
         self._closing = False
         self._default_loss = default_loss
         self._vault = vault
         self._auditor = Auditor(vault.audit, training_client_id)
+        self._guarantee = Guarantee(ledger, config, training_client_id)
+        self._ledger = ledger
         self._origin = origin
         self._computing = threading.Lock()
         self._changed = threading.Condition()
@@ -197,7 +181,38 @@ class Worker:
             depth,
             self.created_at,
             self.reason,
+            self._guarantee.metrics,
         )
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        performer = self._performer
+        return self._reached[0] if performer is None else performer.step
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights."""
+        performer = self._performer
+        return self._reached[1] if performer is None else performer.policy_version
+
+    def privacy_statement(self) -> PrivacyStatement:
+        """Return the privacy statement of what this client trains, as things stand now; from any thread.
+
+        Raises:
+            ValidationError: It trains without differential privacy.
+        """
+        return Guarantee(self._ledger, self.config, self.training_client_id).statement()
+
+    def privacy_audit(self, canaries: int, steps: int) -> PrivacyAudit:
+        """Train a model of canaries as privately as this client trains; on the caller's thread."""
+        return canaries_of.audit(self.config, canaries, steps)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are trained."""
+        performer = self._performer
+        return 0 if performer is None else sum(p.numel() for p in performer.engine.parameters)
 
     def close(self) -> None:
         """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.
@@ -246,18 +261,25 @@ class Worker:
             logger.exception("the worker of %s died", self.training_client_id)
             self._die(FutureFailedError(f"The worker of {self.training_client_id} died: {error!r}"))
         finally:
-            self._engine = None
+            self._reached = self.step, self.policy_version
+            self._performer = None
 
     def _load(self) -> bool:
         try:
-            self._engine = Engine(self.config, self._shared_model())
+            engine = Engine(self.config, self._shared_model())
+            self._guarantee.attach(engine)
+            self._performer = Performer(
+                engine, self._lane, self._vault, self._guarantee, self.bus, self.training_client_id
+            )
             if self._origin is not None:
-                self._load_state(self._engine, self._origin.artifact_id(), lenient_optimizer=True)
+                self._performer.load_state(self._origin.artifact_id(), lenient_optimizer=True)
         except Exception as error:  # noqa: BLE001  # whatever breaks a load becomes the client's state
             self._die(models.refuse(error, self.config.model_ref))
             return False
         self._announce(ClientStatus.READY)
-        self.loaded.succeed(self._engine.model.tokenizer)
+        for event in self._guarantee.standing(self.step):
+            self._publish(event)
+        self.loaded.succeed(engine.model.tokenizer)
         return True
 
     def _shared_model(self) -> LoadedModel | None:
@@ -269,9 +291,9 @@ class Worker:
             return None
         relative.loaded.wait()
         with relative._computing:  # between two of its operations: within one, adapters may be switched off
-            engine = relative._engine
+            performer = relative._performer
             return (
-                models.share(engine.model) if engine is not None else None
+                models.share(performer.engine.model) if performer is not None else None
             )  # closed meanwhile: load it again
 
     def _die(self, failure: TGTinkerError) -> None:
@@ -306,14 +328,14 @@ class Worker:
         try:
             self._auditor.catch_up()
             with self._computing:
-                result = self._perform(job)
+                result = cast(Performer, self._performer).perform(job, self._tick(job))
         except FutureCancelledError:
             self._lane.mark_broken(job, "was cancelled")
             self._note_cancelled(job)
             job.promise.cancel()
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
             self._lane.mark_broken(job, "failed")
-            self._fail(job, _presentable(error))
+            self._fail(job, presentable(error))
         else:
             self._auditor.record(job, result)
             job.operation = None
@@ -324,85 +346,6 @@ class Worker:
                 )
             finally:  # whoever waits is told, whatever happens to the log
                 job.promise.succeed(result)
-
-    def _perform(self, job: Job) -> Result:
-        engine, operation = cast(Engine, self._engine), job.operation
-        tick = self._tick(job)
-        if self._lane.stale_gradients:
-            self._lane.stale_gradients = False
-            self._losses.clear()
-            engine.discard_gradients()
-        match operation:
-            case ForwardBackward(batch):
-                loss = cast(Loss, job.loss)
-                result = engine.forward_backward(batch, loss, tick)
-                self._losses.append((result, loss.declares.prenormalised))
-                return result
-            case Forward(batch, return_logprobs=wanted):
-                return engine.forward(batch, cast(Loss, job.loss), wanted, tick)
-            case OptimStep():
-                return self._optim_step(engine)
-            case Sample(prompts, sampling):
-                return engine.sample(prompts, sampling, tick)
-            case ComputeLogprobs(batch, temperature, reference):
-                return engine.compute_logprobs(batch, temperature, reference, tick)
-            case FreezeReference():
-                return engine.freeze_reference()
-            case SaveState():
-                return self._save_state(engine, operation)
-            case LoadState(artifact_id, for_run):
-                return self._load_state(engine, artifact_id, for_run=for_run)
-        raise AssertionError(operation)
-
-    def _save_state(self, engine: Engine, operation: SaveState) -> SaveStateResult:
-        saved = checkpoints.save(
-            engine,
-            self._vault.artifacts,
-            operation,
-            training_client_id=self.training_client_id,
-            ledger_head=self._vault.audit.head(),
-            facts={"losses": to_plain(self._losses), "broken": self._lane.broken},
-        )
-        run_id = (operation.position or {}).get("run_id")
-        self._publish(
-            CheckpointSaved(
-                artifact_id=saved.artifact_id,
-                step=saved.step,
-                size_bytes=saved.size_bytes,
-                content_hash=saved.content_hash,
-                name=saved.name,
-                run_id=run_id,
-            )
-        )
-        self.bus.sync()
-        return saved
-
-    def _load_state(self, engine: Engine, artifact_id: str, **options: Any) -> LoadStateResult:
-        loaded, facts = checkpoints.load(engine, self._vault.artifacts, artifact_id, **options)
-        self._lane.end_window()
-        self._lane.inherited = facts["broken"]
-        self._losses = [tuple(pair) for pair in from_plain(facts["losses"])]
-        self.step, self.policy_version = engine.step, engine.policy_version
-        self._publish(StateLoaded(artifact_id=loaded.loaded_artifact_id, step=loaded.step))
-        return loaded
-
-    def _optim_step(self, engine: Engine) -> OptimStepResult:
-        losses, self._losses = self._losses, []
-        error = self._lane.end_window()
-        if error is not None:
-            engine.discard_gradients()
-            raise error
-        result = engine.optim_step()
-        self.step, self.policy_version = result.step, result.policy_version
-        values = {
-            **mean_of(losses),
-            "tokens": sum(result.tokens_processed for result, _ in losses),
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            "param_delta_norm": result.param_delta_norm,
-        }
-        self._publish(Metrics(step=result.step, values=values))
-        return result
 
     def _tick(self, job: Job) -> Callable[[int, int], None]:
         def tick(done: int, total: int) -> None:
@@ -437,22 +380,3 @@ class Worker:
 
     def _publish(self, event: Event) -> None:
         self.bus.publish(event)
-
-
-def _presentable(error: BaseException) -> BaseException:
-    """Let go of the tensors that the traceback holds, and name a lack of memory."""
-    traceback.clear_frames(error.__traceback__)
-    message = str(error)
-    lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("allocate memory" in message or "out of memory" in message)
-    )
-    if not lacks_memory:
-        return error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    named = InsufficientMemoryError(
-        f"There is not enough memory for this operation ({message.splitlines()[0][:200]}). The client is still usable: "
-        f"lower micro_batch_tokens in TrainingConfig, or shorten or split the batch."
-    )
-    named.__cause__ = error
-    return named

@@ -19,9 +19,14 @@ from tensafe_nb.losses.views import LossOutputs
 Batch = Mapping[str, Tensor]
 
 
-@register_loss("token_ce", extras=())
+@register_loss("token_ce", extras=(), per_row=True)
 def token_ce(
-    outputs: LossOutputs, batch: Batch, ignore_index: int = IGNORE, label_smoothing: float = 0.0
+    outputs: LossOutputs,
+    batch: Batch,
+    ignore_index: int = IGNORE,
+    label_smoothing: float = 0.0,
+    *,
+    per_row: bool = False,
 ) -> dict[str, Any]:
     """Cross entropy of the labels: -log p(label), the mean over labelled tokens.
 
@@ -30,10 +35,14 @@ def token_ce(
         batch: Read at `labels` (N,).
         ignore_index: A further label to leave out.
         label_smoothing: Share of the target spread evenly over all tokens (Szegedy et al. 2016, arXiv:1512.00567).
+        per_row: Return (B,) each row's mean over its own labelled tokens.
     """
     kept = batch["labels"] != ignore_index
     smoothed = partial(F.cross_entropy, reduction="none", label_smoothing=label_smoothing)
     losses = outputs.map_logits(smoothed) if label_smoothing else -outputs.logprobs  # (N,)
+    if per_row:
+        tokens = outputs.sum_rows(kept.to(losses.dtype)).clamp(min=1)
+        return {"loss": outputs.sum_rows(torch.where(kept, losses, 0)) / tokens}
     count = int(kept.sum())
     return {"loss": _sum(torch.where(kept, losses, 0)) / max(count, 1), "weight": count}
 

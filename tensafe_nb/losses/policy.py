@@ -41,7 +41,9 @@ class _Tokens(NamedTuple):
         return self.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-@register_loss("policy_reinforce", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL)
+@register_loss(
+    "policy_reinforce", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL, per_row=True
+)
 def policy_reinforce(
     outputs: LossOutputs,
     batch: Batch,
@@ -50,6 +52,8 @@ def policy_reinforce(
     kl: Terms | None = None,
     value: Terms | None = None,
     tis_cap: float | None = None,
+    *,
+    per_row: bool = False,
 ) -> dict[str, Any]:
     """REINFORCE (Williams 1992): ℓ = −A · log π.
 
@@ -61,13 +65,14 @@ def policy_reinforce(
         kl: {"coef": β, "estimator": "k2" or "k3"}: the penalty towards `ref_logprobs`.
         value: {"coef": c, "clip": v or None}: the loss of the value head towards `returns`.
         tis_cap: Bound of the factor π_old / π_sampler.
+        per_row: Return (B,) each row's share of the sum.
     """
     tokens = _tokens(outputs, batch, temperature, entropy_coef)
     loss = -tokens.advantages * tokens.logprobs
-    return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap))
+    return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap), per_row)
 
 
-@register_loss("policy_is", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL)
+@register_loss("policy_is", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL, per_row=True)
 def policy_is(
     outputs: LossOutputs,
     batch: Batch,
@@ -76,6 +81,8 @@ def policy_is(
     kl: Terms | None = None,
     value: Terms | None = None,
     tis_cap: float | None = None,
+    *,
+    per_row: bool = False,
 ) -> dict[str, Any]:
     """Importance sampling: ℓ = −ρ · A.
 
@@ -87,13 +94,14 @@ def policy_is(
         kl: As for `policy_reinforce`.
         value: As for `policy_reinforce`.
         tis_cap: As for `policy_reinforce`.
+        per_row: As for `policy_reinforce`.
     """
     tokens = _tokens(outputs, batch, temperature, entropy_coef)
     loss = -tokens.ratio * tokens.advantages
-    return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap))
+    return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap), per_row)
 
 
-@register_loss("policy_clip", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL)
+@register_loss("policy_clip", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL, per_row=True)
 def policy_clip(
     outputs: LossOutputs,
     batch: Batch,
@@ -106,6 +114,8 @@ def policy_clip(
     kl: Terms | None = None,
     value: Terms | None = None,
     tis_cap: float | None = None,
+    *,
+    per_row: bool = False,
 ) -> dict[str, Any]:
     """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347): ℓ = −min(ρA, clip(ρ, 1−lo, 1+hi) · A).
 
@@ -121,6 +131,7 @@ def policy_clip(
         kl: As for `policy_reinforce`.
         value: As for `policy_reinforce`.
         tis_cap: As for `policy_reinforce`.
+        per_row: As for `policy_reinforce`.
     """
     tokens = _tokens(outputs, batch, temperature, entropy_coef)
     if ratio == "sequence":
@@ -134,10 +145,10 @@ def policy_clip(
     low = (rho < 1 - clip_low) & (advantages < 0)
     high = (rho > 1 + clip_high) & (advantages > 0)
     clips = {"clip_low": low, "clip_high": high, "clipped": low | high}
-    return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap), **clips)
+    return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap), per_row, **clips)
 
 
-@register_loss("policy_cispo", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL)
+@register_loss("policy_cispo", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL, per_row=True)
 def policy_cispo(
     outputs: LossOutputs,
     batch: Batch,
@@ -149,6 +160,7 @@ def policy_cispo(
     *,
     ratio_min: float,
     ratio_max: float,
+    per_row: bool = False,
 ) -> dict[str, Any]:
     """CISPO (MiniMax-M1, arXiv:2506.13585): ℓ = −sg(clip(ρ, min, max)) · A · log π.
 
@@ -164,13 +176,14 @@ def policy_cispo(
         tis_cap: As for `policy_reinforce`.
         ratio_min: Smallest factor.
         ratio_max: Largest factor.
+        per_row: As for `policy_reinforce`.
     """
     tokens = _tokens(outputs, batch, temperature, entropy_coef)
     rho = tokens.ratio.detach()
     factor = rho.clamp(ratio_min, ratio_max)
     loss = -factor * tokens.advantages * tokens.logprobs
     terms = (entropy_coef, kl, value, tis_cap)
-    return _weighted(outputs, tokens, loss, batch, terms, clipped=factor != rho)
+    return _weighted(outputs, tokens, loss, batch, terms, per_row, clipped=factor != rho)
 
 
 @register_loss(
@@ -227,6 +240,7 @@ def _weighted(
     loss: Tensor,
     batch: Batch,
     terms: tuple[float, Terms | None, Terms | None, float | None],
+    per_row: bool,
     **events: Tensor,
 ) -> dict[str, Any]:
     """Return the weighted sum, and sums over the tokens that count, to be divided by `tokens`."""
@@ -252,7 +266,10 @@ def _weighted(
     metrics["log_ratio_max"] = _largest(tokens.log_ratio.detach().abs()[counted])
     if "sampler_difference" in sums:
         metrics["sampler_difference_max"] = _largest(sums["sampler_difference"][counted])
-    total = (weights * (loss - entropy_coef * tokens.entropy)).sum()
+        metrics["sampler_ratio_max"] = _largest(sums["sampler_ratio"][counted])
+        metrics["sampler_ratio_inverse_max"] = _largest(1 / sums["sampler_ratio"][counted])
+    shares = weights * (loss - entropy_coef * tokens.entropy)
+    total = outputs.sum_rows(shares) if per_row else shares.sum()
     return {"loss": total, "metrics": metrics | {"tokens": counted.sum().item()}}
 
 
@@ -294,9 +311,15 @@ def _against_sampler(
     """Compare the training path with the sampler, token by token; correct for it where asked to."""
     old = batch.get("old_logprobs", tokens.logprobs).detach()
     difference = old - batch["sampler_logprobs"]
+    ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if tis_cap is not None:
-        loss = loss * difference.exp().clamp(max=tis_cap)
-    return loss, {"sampler_difference": difference.abs(), "mismatch_kl": _k3(difference)}
+        loss = loss * ratio.clamp(max=tis_cap)
+    compared = {
+        "sampler_difference": difference.abs(),
+        "sampler_ratio": ratio,
+        "mismatch_kl": _k3(difference),
+    }
+    return loss, compared
 
 
 def _value_loss(outputs: LossOutputs, batch: Batch, value: Terms) -> tuple[Tensor, dict[str, Tensor]]:

@@ -82,8 +82,7 @@ class LossOutputs:
     @cached_property
     def sequence_logprobs(self) -> Tensor:
         """(B,) sum of `logprobs` over each row; 0 for a row without labels."""
-        zeros = self.logprobs.new_zeros(self._hidden.shape[0])
-        return zeros.index_add(0, self._where[0], self.logprobs)
+        return self.sum_rows(self.logprobs)
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -96,6 +95,10 @@ class LossOutputs:
     def full_logits(self) -> Tensor:
         """(B, T, V) logits at every position; large: prefer `logits`."""
         return _precise(self._head(self._hidden) if self._given_logits is None else self._given_logits)
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """Return (B,) the sum of values (N,) of the labelled positions over each row; 0 for a row without any."""
+        return values.new_zeros(self._hidden.shape[0]).index_add(0, self._where[0], values)
 
     def map_logits(self, function: LogitsFunction) -> Tensor:
         """Return (N,) values of `function(logits, labels)`, without ever holding all logits of a large vocabulary.

@@ -12,7 +12,7 @@ import numpy as np
 from tensafe_nb.batch import Array
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, completed
-from tensafe_nb.rlvr import updates
+from tensafe_nb.rlvr import private, updates
 from tensafe_nb.rlvr.advantages import (
     EMABaseline,
     advantages,
@@ -94,14 +94,17 @@ class PolicyGradient(Generic[C]):
         """
         method = self.config.method(batch, training_client.capabilities)
         self._check(batch, method)
+        is_private = private.CAPABILITY in training_client.capabilities
+        if is_private:
+            private.check_options(self.config, method, training_client.capabilities)
         updates.tokenize_mock(batch, training_client)
         mask = updates.loss_mask(batch, self.config.mask_truncated)
         readings = self._read(batch, method, training_client)
         returns = self._fill_in_advantages(batch, method, mask, readings)
-        rows = self._rows_that_matter(batch, mask, method)
+        rows = np.arange(len(batch)) if is_private else self._rows_that_matter(batch, mask, method)
         if not rows.size:
             return self._skip(batch, training_client)
-        job = Passes(self.config, batch, mask, readings, returns, training_client, self.updates)
+        job = Passes(self.config, batch, mask, readings, returns, training_client, self.updates, is_private)
         warming = (
             returns is not None and self.config.value is not None and self.updates < self.config.value.warmup
         )

@@ -9,7 +9,7 @@ import numpy as np
 from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.errors import TGTinkerError, ValidationError
 from tensafe_nb.futures import FutureHandle, combine
-from tensafe_nb.rlvr import updates
+from tensafe_nb.rlvr import private, updates
 from tensafe_nb.rlvr.advantages import token_weights
 from tensafe_nb.rlvr.options import PolicyConfig
 from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
@@ -39,6 +39,7 @@ class Passes:
     returns: Array | None
     client: PolicyClient
     number: int
+    is_private: bool = False
 
     def run(self, rows: Array, *, value_only: bool) -> FutureHandle[UpdateResult]:
         gradients: list[FutureHandle[ForwardBackwardResult]] = []
@@ -126,10 +127,13 @@ class Passes:
     def _data(self, rows: Array, value_only: bool) -> BatchData:
         whole = self.config.parts == 1  # the normaliser counts every rollout of the optimiser step
         counted = np.arange(len(self.batch)) if whole else rows
-        weights = np.zeros(self.mask.shape)
-        weights[counted] = token_weights(
-            self.mask[counted], self.config.aggregation, self.batch.sampling.max_new_tokens
-        )
+        if self.is_private:
+            weights = private.group_weights(self.batch, self.mask, self.config)
+        else:
+            weights = np.zeros(self.mask.shape)
+            weights[counted] = token_weights(
+                self.mask[counted], self.config.aggregation, self.batch.sampling.max_new_tokens
+            )
         trajectories, width = list(self.batch), self.mask.shape[1]
         chosen = [trajectories[row] for row in rows]
         extras: dict[str, Array | None] = {"weights": weights[rows], "old_values": None}
@@ -142,7 +146,9 @@ class Passes:
                 "ref_logprobs": _rows(self.readings.reference, rows),
                 "sampler_logprobs": updates.sampler_logprobs(chosen, width),
             }
-        return updates.pack(chosen, {name: v for name, v in extras.items() if v is not None}, numbers=rows)
+        owners = private.record_ids(self.batch)[rows] if self.is_private else None
+        present = {name: v for name, v in extras.items() if v is not None}
+        return updates.pack(chosen, present, numbers=rows, owners=owners)
 
     def _too_far(self) -> bool:
         """Measure KL(old ‖ new) over the whole batch, against the target. Nothing has to be thrown away for it."""

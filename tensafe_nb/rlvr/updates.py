@@ -21,11 +21,17 @@ SUMS = {  # a loss's sums, and the metrics that their per-token means are
     "value_loss": "value/loss",
     "value_clipped": "value/clip_ratio",
     "sampler_difference": "sampling/sampling_logp_difference/mean",
+    "sampler_ratio": "sampling/importance_sampling_ratio/mean",
     "mismatch_kl": "sampling/mismatch_kl",
 }
+SMALLEST_RATIO = (
+    "sampling/importance_sampling_ratio/min"  # comes as its inverse: the core knows largest values only
+)
 MAXIMA = {
     "log_ratio_max": "policy/log_ratio_max",
     "sampler_difference_max": "sampling/sampling_logp_difference/max",
+    "sampler_ratio_max": "sampling/importance_sampling_ratio/max",
+    "sampler_ratio_inverse_max": SMALLEST_RATIO,
 }
 
 
@@ -90,6 +96,8 @@ def read_results(
     for key, name in MAXIMA.items():
         found = [result.metrics[key] for result in gradients if key in result.metrics]
         metrics |= {name: max(found)} if found else {}
+    if SMALLEST_RATIO in metrics:
+        metrics[SMALLEST_RATIO] = 1 / metrics[SMALLEST_RATIO] if metrics[SMALLEST_RATIO] else 0.0
     return UpdateResult(
         steps[-1].step,
         steps[-1].policy_version,
@@ -159,7 +167,10 @@ def loss_mask(batch: TrajectoryBatch, mask_truncated: bool) -> Array:
 
 
 def pack(
-    trajectories: Sequence[Trajectory], extras: Mapping[str, Array], numbers: Array | None = None
+    trajectories: Sequence[Trajectory],
+    extras: Mapping[str, Array],
+    numbers: Array | None = None,
+    owners: Array | None = None,
 ) -> BatchData:
     """Lay trajectories out as rows, padded on the right.
 
@@ -170,6 +181,7 @@ def pack(
         trajectories: B of them, with tokens.
         extras: (B, C) per completion token: weights, advantages, old_logprobs, …
         numbers: (B,) what an error calls the rows: their numbers in the batch of trajectories.
+        owners: (B,) whose privacy unit each row belongs to.
 
     Returns:
         input_ids, attention_mask, labels and the extras, each (B, T).
@@ -187,6 +199,8 @@ def pack(
             laid_out[name][row, completion] = values[row, : len(trajectory.tokens)]
     if numbers is not None:
         laid_out["example_ids"] = numbers
+    if owners is not None:
+        laid_out["record_id"] = owners
     return BatchData(ids, mask, labels, laid_out)
 
 

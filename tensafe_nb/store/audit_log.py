@@ -17,6 +17,7 @@ What verifying shows, and to whom:
   before them, that looks like a cut, and the log is not continued.
 """
 
+import json
 import os
 import threading
 import time
@@ -89,13 +90,14 @@ class AuditLog:
         success: bool = True,
         error_code: str | None = None,
         error_class: str | None = None,
+        dp_metrics: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
         sync: bool = False,
     ) -> AuditLogEntry:
         """Write one record.
 
         Args:
-            kind: "op", "key", "artifact".
+            kind: "op", "key", "artifact", "dp_charge", "dp_void", "dp_join", "import".
             operation: The verb.
             training_client_id: Whose operation it was.
             request: What was asked for, as pieces of bytes: hashed with a key of this log, never written. Where one
@@ -108,6 +110,7 @@ class AuditLog:
             success: Whether it completed.
             error_code: Of the error, or "cancelled".
             error_class: Name of the error's class, never its text.
+            dp_metrics: What a private step spent; fields that are for the operator's eyes are None.
             extra: More fields of the record, as plain data; they are readable by whoever reads the file.
             sync: Wait until log and key are on the disk.
 
@@ -130,6 +133,7 @@ class AuditLog:
             "success": success,
             "error_code": error_code,
             "error_message": error_class,
+            "dp_metrics": None if dp_metrics is None else dict(dp_metrics),
         }
         with self._lock, held(self.path) as files:
             tip = self._ready(files)
@@ -165,6 +169,41 @@ class AuditLog:
         for record in chain.newest_first(self.path):
             return {"account": None, "seq": record["seq"], "record_hash": record["record_hash"]}
         return None
+
+    def follow(self, behind: chain.Tip | None = None) -> tuple[list[dict[str, Any]], chain.Tip | None]:
+        """Return the records behind a place, each checked against the chain with the key, and the place behind them.
+
+        Args:
+            behind: A place that was returned before; None is the beginning.
+
+        Raises:
+            AuditLogError: The log was altered, cut, or is gone.
+            KeyUnavailableError: The key that opens the log's own is not here.
+            StorageError: It cannot be read.
+        """
+        if not self.path.exists():
+            if behind is None:
+                return [], None
+            raise self._broken(AuditLogError("it is gone"))
+        with self._lock, held(self.path) as files:
+            end = self._ready(files)
+            tip = behind or chain.first_tip(unwrap_secret(self._open.stanzas, self._keys))
+            if tip == end:
+                return [], tip
+            try:
+                return self._between(tip, end), end
+            except AuditLogError as error:
+                raise self._broken(error) from error
+
+    def _between(self, tip: chain.Tip, end: chain.Tip) -> list[dict[str, Any]]:
+        records = []
+        with self.path.open("rb") as log:
+            for line in chain.lines(log, tip.size, end.size):
+                tip = _next(tip, line)
+                records.append(json.loads(line))
+        if tip != end:
+            raise AuditLogError("it is not the log that was read before, or its end was cut off")
+        return records
 
     def entries(
         self,
@@ -253,7 +292,9 @@ class AuditLog:
     def _write_event(self, files: LogFiles, tip: chain.Tip, kind: str, operation: str) -> AuditLogEntry:
         """Write a record of the log's own, which carries the log's wrapped key."""
         now = time.time()
-        fields: dict[str, Any] = dict.fromkeys(("training_client_id", "error_code", "error_message"))
+        fields: dict[str, Any] = dict.fromkeys(
+            ("training_client_id", "error_code", "error_message", "dp_metrics")
+        )
         fields |= {
             "kind": kind,
             "operation": operation,
@@ -272,7 +313,6 @@ class AuditLog:
             "entry_id": f"log-{uuid.uuid4().hex[:16]}",
             "tenant_id": self._tenant,
             "duration_ms": round((fields["completed_at"] - fields["started_at"]) * 1000, 3),
-            "dp_metrics": None,
             "ts": time.time(),
         }
         record = tip.record(fields)

@@ -40,3 +40,8 @@ def artifacts(tenant: str) -> Path:
 def audit(tenant: str) -> Path:
     """Return the folder of a tenant's audit log."""
     return home() / "audit" / tenant
+
+
+def ledger(tenant: str) -> Path:
+    """Return the folder of the sealed tables that a tenant's privacy ledger keeps beside the audit log."""
+    return home() / "ledger" / tenant

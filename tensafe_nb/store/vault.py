@@ -10,6 +10,7 @@ from tensafe_nb.store import home
 from tensafe_nb.store.artifacts import ArtifactStore
 from tensafe_nb.store.audit_log import AuditLog
 from tensafe_nb.store.keys import Keys
+from tensafe_nb.store.sealed_tables import SealedTables
 from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult
 
 TENANT = "local"
@@ -27,6 +28,7 @@ class Vault:
         self.keys = Keys(home.keys(), key_source, tenant=tenant)
         self.artifacts = ArtifactStore(home.artifacts(tenant), self.keys, tenant)
         self.audit = AuditLog(home.audit(tenant), self.keys, tenant)
+        self.tables = SealedTables(home.ledger(tenant), self.keys, tenant)
 
     def list(self, training_client_id: str | None = None) -> list[SaveStateResult]:
         """Return the artifacts, newest first; of one training client when it is given."""
@@ -68,6 +70,7 @@ class Vault:
                 self.keys.new()
             count = self.artifacts.rotate()
             self.audit.rewrap()
+            self.tables.rewrap()
             if self.keys.source == "file":
                 self.keys.retire(old)
             return count

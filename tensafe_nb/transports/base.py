@@ -7,13 +7,10 @@ from typing import Any, Protocol
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.events import EventBus
 from tensafe_nb.futures import FutureHandle, Promise
-from tensafe_nb.types import (
-    AuditLogEntry,
-    AuditVerification,
-    Operation,
-    SaveStateResult,
-    TrainingClientInfo,
-)
+from tensafe_nb.operations import Operation
+from tensafe_nb.privacy.audit_canary import PrivacyAudit
+from tensafe_nb.privacy.statement import PrivacyStatement
+from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
 
 VERBS = frozenset(  # what an embedded core knows
     {
@@ -25,6 +22,7 @@ VERBS = frozenset(  # what an embedded core knows
         "freeze_reference",
         "save_state",
         "load_state",
+        "void_privacy",
     }
 )
 
@@ -35,15 +33,31 @@ class Channel(Protocol):
     training_client_id: str
     config: TrainingConfig
     bus: EventBus
-    step: int
-    policy_version: int
     loaded: Promise[Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights."""
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are trained; 0 before the model is loaded."""
 
     def submit(self, operation: Operation) -> FutureHandle[Any]:
         """Queue an operation; returns at once."""
 
     def info(self) -> TrainingClientInfo:
         """Return the core's present state."""
+
+    def privacy_statement(self) -> PrivacyStatement:
+        """Return what may be said about the privacy of what is trained."""
+
+    def privacy_audit(self, canaries: int, steps: int) -> PrivacyAudit:
+        """Train on canaries, as privately as this client trains, and measure what they leave behind."""
 
     def close(self) -> None:
         """Cancel what waits, end the core, release what it holds; idempotent."""

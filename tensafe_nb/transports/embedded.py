@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.engine import checkpoints, export
+from tensafe_nb.engine.ledger_binding import TenantLedger
 from tensafe_nb.engine.worker import Origin, Worker
 from tensafe_nb.errors import DecryptionError, TGTinkerError
 from tensafe_nb.events import ArtifactDeleted, ClientCreated, Event, EventBus, Forked, StateLoaded
@@ -28,6 +29,7 @@ class EmbeddedTransport:
     def __init__(self, key_source: str | None = None) -> None:
         self._workers: dict[str, Worker] = {}
         self._vault = Vault(key_source)
+        self._ledger = TenantLedger(self._vault.audit, self._vault.tables)
         atexit.register(self.close)  # a script that just ends leaves no thread inside torch
 
     def create(self, config: TrainingConfig) -> Channel:
@@ -53,7 +55,7 @@ class EmbeddedTransport:
             bus.close()
             raise
         bus.publish(created)
-        worker = Worker(training_client_id, config, bus, loss, self._vault, origin)
+        worker = Worker(training_client_id, config, bus, loss, self._vault, self._ledger, origin)
         self._workers[training_client_id] = worker
         return worker
 

@@ -29,9 +29,6 @@ BLOCKS = {
 DIAGRAMS = {1}
 pytestmark = pytest.mark.skipif(not BLOCKS, reason=f"the guide is not here: {GUIDE} (set TENSAFE_GUIDE)")
 
-EXPECTED_TO_FAIL = {  # case: the subject of a later issue, and what is said until then
-    "3 a private step": ("differential privacy", r"not part of this version"),
-}
 MY_LOSSES = """
 import torch.nn.functional as F
 
@@ -324,22 +321,9 @@ def test_a_block_of_the_guide_runs_as_written(
     name: str, service: tn.ServiceClient, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case, names = CASES[name], preamble(service)
-    if name in EXPECTED_TO_FAIL:
-        fails_for_its_reason(name, names)
     names |= case.given(names)
     run(case.block, names)
     case.check(Ran(names, capsys.readouterr().out, folder))
-
-
-def fails_for_its_reason(name: str, names: dict[str, Any]) -> None:
-    subject, reason = EXPECTED_TO_FAIL[name]
-    try:
-        names |= CASES[name].given(names)
-        run(CASES[name].block, names)
-    except (AttributeError, ImportError, tn.ValidationError) as error:
-        assert re.search(reason, str(error))
-        pytest.xfail(f"built by a later issue: {subject}")
-    pytest.fail(f"{name!r} runs now: take it off EXPECTED_TO_FAIL")
 
 
 def run(block: int, names: dict[str, Any]) -> None:
@@ -362,7 +346,3 @@ def test_every_block_of_the_guide_has_its_case() -> None:
     assert {
         number for number, (language, _) in BLOCKS.items() if language not in ("python", "yaml")
     } == DIAGRAMS
-
-
-def test_what_is_expected_to_fail_is_a_case() -> None:
-    assert EXPECTED_TO_FAIL.keys() <= CASES.keys()

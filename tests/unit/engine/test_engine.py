@@ -34,7 +34,7 @@ def ragged(seed: int = 0, rows: int = 6, width: int = 12) -> tn.BatchData:
 def gradients(engine: Engine, batch: tn.BatchData, **options: Any) -> tuple[float, list[torch.Tensor]]:
     result = engine.forward_backward(batch, TOKEN_CE, **options)
     weight = engine.window.divisor
-    found = [p.grad.clone() / weight for p in engine._parameters]
+    found = [p.grad.clone() / weight for p in engine.parameters]
     engine.discard_gradients()
     return result.loss, found
 
@@ -66,7 +66,7 @@ def test_accumulated_batches_equal_one_big_batch(engine: Engine) -> None:
     whole = gradients(engine, batch)
     for start in range(0, 6, 2):
         engine.forward_backward(batch.rows(start, start + 2), TOKEN_CE)
-    accumulated = [p.grad / engine.window.divisor for p in engine._parameters]
+    accumulated = [p.grad / engine.window.divisor for p in engine.parameters]
     engine.discard_gradients()
     assert largest_difference(whole[1], accumulated) <= 1e-6
 
@@ -102,7 +102,7 @@ def test_loss_and_gradients_equal_plain_torch_and_peft(
     reference = F.cross_entropy(
         logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten(), ignore_index=-100
     )
-    expected = torch.autograd.grad(reference, engine._parameters)
+    expected = torch.autograd.grad(reference, engine.parameters)
     assert abs(loss - reference.item()) <= 1e-5
     assert largest_difference(found, list(expected)) <= 1e-5
 
@@ -116,7 +116,7 @@ def test_a_model_whose_logits_are_more_than_head_of_body_takes_its_own_path(rand
 def test_an_optimiser_step_equals_torchs_own(name: str) -> None:
     config = tn.OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1)
     engine = engine_of(lora_config=tn.LoRAConfig(rank=2), optimizer=config)
-    weights = [p.detach().clone().requires_grad_() for p in engine._parameters]
+    weights = [p.detach().clone().requires_grad_() for p in engine.parameters]
     reference = {
         "adamw": lambda: torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1),
         "adam": lambda: torch.optim.Adam(weights, lr=1e-2, weight_decay=0.1),
@@ -125,11 +125,11 @@ def test_an_optimiser_step_equals_torchs_own(name: str) -> None:
     }[name]()
     for seed in range(3):
         engine.forward_backward(ragged(seed), TOKEN_CE)
-        for weight, parameter in zip(weights, engine._parameters, strict=True):
+        for weight, parameter in zip(weights, engine.parameters, strict=True):
             weight.grad = parameter.grad / engine.window.divisor
         reference.step()
         engine.optim_step()
-    assert largest_difference(weights, engine._parameters) <= 1e-6
+    assert largest_difference(weights, engine.parameters) <= 1e-6
 
 
 def test_gradients_are_clipped_to_the_global_norm_and_reported_before() -> None:
@@ -250,7 +250,7 @@ def test_a_nan_loss_names_its_rows_and_leaves_the_weights(engine: Engine) -> Non
     def poisoned(outputs: Any, batch: Any) -> Any:
         return outputs.logits.sum() * math.nan
 
-    before = [p.detach().clone() for p in engine._parameters]
+    before = [p.detach().clone() for p in engine.parameters]
     batch = ragged(rows=2)
     named = tn.BatchData(batch.input_ids, batch.attention_mask, batch.labels, example_ids=np.array([70, 71]))
     with pytest.raises(
@@ -259,18 +259,18 @@ def test_a_nan_loss_names_its_rows_and_leaves_the_weights(engine: Engine) -> Non
         engine.forward_backward(named, resolve_loss(poisoned))
     with pytest.raises(tn.ValidationError, match=r"found no gradients"):
         engine.optim_step()
-    assert largest_difference(before, engine._parameters) == 0
+    assert largest_difference(before, engine.parameters) == 0
 
 
 def test_a_window_of_weight_zero_moves_nothing(engine: Engine) -> None:
     def weightless(outputs: Any, batch: Any) -> Any:
         return {"loss": outputs.logits.mean(), "weight": 0.0}
 
-    before = [p.detach().clone() for p in engine._parameters]
+    before = [p.detach().clone() for p in engine.parameters]
     engine.forward_backward(ragged(rows=2), resolve_loss(weightless))
     with pytest.raises(tn.ValidationError, match=r"have weight 0.*No weight has moved"):
         engine.optim_step()
-    assert largest_difference(before, engine._parameters) == 0
+    assert largest_difference(before, engine.parameters) == 0
 
 
 def test_extras_per_sequence_stay_so_in_every_micro_batch(engine: Engine) -> None:
@@ -300,7 +300,7 @@ def test_adapters_of_clients_made_at_once_are_the_same_for_the_same_seed() -> No
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         engines = list(pool.map(lambda _: engine_of(lora_config=tn.LoRAConfig(rank=4), seed=7), range(6)))
     for engine in engines[1:]:
-        assert largest_difference(engine._parameters, engines[0]._parameters) == 0
+        assert largest_difference(engine.parameters, engines[0].parameters) == 0
 
 
 def test_a_damaged_file_names_the_model(random_model: Any, tmp_path: Any) -> None:
@@ -313,3 +313,11 @@ def test_a_damaged_file_names_the_model(random_model: Any, tmp_path: Any) -> Non
         tc = service.create_training_client(model_ref=str(folder))
         with pytest.raises(tn.ModelLoadError, match=r"damaged.*could not be loaded"):
             tc.sample("x").result()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_trained_biases_go_with_bfloat16(random_model: Any, architecture: str) -> None:
+    lora = tn.LoRAConfig(rank=4, bias="all")
+    engine = engine_of(model_ref=random_model(architecture), lora_config=lora, dtype="bfloat16")
+    assert engine.forward_backward(ragged(), TOKEN_CE).loss > 0
+    assert {p.dtype for p in engine.parameters} == {torch.float32}

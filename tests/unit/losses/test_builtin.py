@@ -200,7 +200,7 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(engine: Engi
         engine.config = engine.config.replace(micro_batch_tokens=tokens)
         result = engine.forward_backward(pairs(targets=name == "mse"), loss)
         found.append(
-            (result, torch.cat([p.grad.flatten() / engine.window.divisor for p in engine._parameters]))
+            (result, torch.cat([p.grad.flatten() / engine.window.divisor for p in engine.parameters]))
         )
         engine.discard_gradients()
     (whole, expected), *parts = found
@@ -215,14 +215,14 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(engine: Engi
 def test_gradients_equal_a_plain_implementation_on_the_models_own_output(engine: Engine, name: str) -> None:
     batch, options = pairs(targets=name == "mse"), options_of(name, engine)
     engine.forward_backward(batch, resolve_loss(name, **options))
-    found = [p.grad / engine.window.divisor for p in engine._parameters]
+    found = [p.grad / engine.window.divisor for p in engine.parameters]
     engine.discard_gradients()
     answer = engine.model.causal(
         input_ids=torch.from_numpy(batch.input_ids),
         attention_mask=torch.from_numpy(batch.attention_mask),
         output_hidden_states=True,
     )
-    expected = torch.autograd.grad(plainly(name, answer, batch, **options), engine._parameters)
+    expected = torch.autograd.grad(plainly(name, answer, batch, **options), engine.parameters)
     size = max(float(gradient.abs().max()) for gradient in expected)
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= 1e-5 * size
 

@@ -195,11 +195,11 @@ def test_the_engine_takes_chunks_of_a_large_vocabulary_and_finds_the_same_gradie
     with Memory() as memory:
         result = engine.forward_backward(batch, resolve_loss("token_ce"))
     assert memory.largest <= CHUNK * FLOAT
-    found = [p.grad / engine.window.divisor for p in engine._parameters]
+    found = [p.grad / engine.window.divisor for p in engine.parameters]
     engine.discard_gradients()
     logits = engine.model.causal(input_ids=torch.from_numpy(ids)).logits
     reference = F.cross_entropy(logits[:, :-1].flatten(0, 1), torch.from_numpy(ids)[:, 1:].flatten())
-    expected = torch.autograd.grad(reference, engine._parameters)
+    expected = torch.autograd.grad(reference, engine.parameters)
     assert result.loss == pytest.approx(reference.item(), abs=2e-6)
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= 1e-6
 

@@ -341,14 +341,14 @@ def test_the_gradient_of_a_focal_loss_is_the_one_plain_torch_computes(lora: Any,
         [[5, 6, 7, 8], [9, 10, 11, 0], [12, 13, 0, 0]], [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
     )
     result = engine.forward_backward(batch, resolve_loss(focal, gamma=1.5))
-    found = [p.grad.clone() / engine.window.divisor for p in engine._parameters]
+    found = [p.grad.clone() / engine.window.divisor for p in engine.parameters]
     engine.discard_gradients()
 
     logits = engine.model.causal(input_ids=torch.from_numpy(batch.input_ids)).logits.flatten(0, 1)
     labels = torch.from_numpy(batch.labels).flatten()
     cross_entropy = F.cross_entropy(logits, labels, reduction="none")[labels != -100]
     reference = ((1 - (-cross_entropy).exp()) ** 1.5 * cross_entropy).mean()
-    expected = torch.autograd.grad(reference, engine._parameters)
+    expected = torch.autograd.grad(reference, engine.parameters)
     assert abs(result.loss - reference.item()) <= 1e-6
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= 1e-5
     assert result.metrics["p_mean"] == pytest.approx((-cross_entropy).exp().mean().item(), abs=1e-6)

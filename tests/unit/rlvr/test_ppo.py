@@ -276,6 +276,17 @@ def test_rollouts_of_another_sampler_are_compared_and_capped():
     assert np.allclose(ratios, 1.5, rtol=1e-2), "every token counts one and a half times, not twice"
 
 
+def test_the_smallest_and_the_largest_ratio_to_the_sampler_are_told():
+    client = EngineClient(TINY.replace(optimizer=SGD))
+    batch = rollouts(client)
+    for row, trajectory in enumerate(batch):
+        shift = 0.5 if row == 0 else -0.7
+        trajectory.logprobs = [logprob + shift for logprob in trajectory.logprobs]
+    result = REINFORCE(mask_truncated=False).update(batch, client).result()
+    ratio = {name: result.metrics[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "max")}
+    assert ratio == pytest.approx({"min": np.exp(-0.5), "max": np.exp(0.7)}, rel=1e-3)
+
+
 def test_state_comes_back():
     algo, other = PPO("ppo_value", mask_truncated=False), PPO("ppo_value")
     client = EngineClient(VALUE)

@@ -131,7 +131,8 @@ def test_a_run_publishes_one_row_per_step_with_everything_measured(client):
         "completions/mean_terminated_length", "completions/clipped_ratio",
         "entropy", "entropy_sampled", "policy/approx_kl", "policy/epochs_run", "policy_version",
         "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
-        "sampling/mismatch_kl", "policy/log_ratio_max",
+        "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/mean",
+        "sampling/importance_sampling_ratio/max", "sampling/mismatch_kl", "policy/log_ratio_max",
         "num_tokens", "time/sample", "time/reward", "time/update", "time/total",
     }  # fmt: skip
     values = steps[-1].values

@@ -1,0 +1,129 @@
+"""Poisson draws: each privacy unit comes into each step by itself, with one probability, by a coin nobody can foresee.
+
+This is what makes a step cheap: an attacker does not know whether an example was in it. A shuffled epoch looks alike
+and is not (Annamalai et al. 2024, arXiv:2411.10614): its epsilon can be several times as large.
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tensafe_nb.batch import TICKET, Array, BatchData
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.data import Example, collate
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.privacy.tickets import ticket
+
+logger = logging.getLogger(__name__)
+FAR_OFF = 0.1  # of the declared number of units: more than rounding it to a public figure
+
+
+class PoissonDraws:
+    """Draws of examples for private training, one per step; made by `tc.dp_batches`.
+
+    Every pass over it draws anew; no seed repeats a draw, and none is saved. A draw may be empty: it is a step too.
+
+    Args:
+        examples: What to draw from.
+        units: (examples,) the number of each example's privacy unit; a unit is drawn with all its examples.
+        sample_rate: q, the probability with which a unit comes into a step.
+        unit: What a unit is: "example" or "user".
+        steps: Draws per pass.
+        pad_token_id: Fills up shorter rows.
+        client_id: The training client that the draws are for.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        units: Array,
+        sample_rate: float,
+        *,
+        unit: str = "example",
+        steps: int,
+        pad_token_id: int,
+        client_id: str,
+    ) -> None:
+        if not isinstance(steps, int) or steps < 1:
+            raise ValidationError(f"dp_batches: steps={steps!r} must be a whole number, at least 1.")
+        self.examples, self.sample_rate, self.steps, self.unit = list(examples), sample_rate, steps, unit
+        self._units, self._count = units, int(units.max()) + 1
+        self._pad_token_id, self._client_id = pad_token_id, client_id
+        self._sampler, self._drawn = secrets.randbits(62), 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[BatchData]:
+        for _ in range(self.steps):
+            yield self.draw()
+
+    def draw(self) -> BatchData:
+        """Return the next draw, whole: all its rows must come into one step, each once."""
+        rows = np.flatnonzero(_coins(self._count, self.sample_rate)[self._units])
+        mark = ticket(self._client_id, self._sampler, self._drawn, self._units[rows])
+        self._drawn += 1
+        if not len(rows):
+            return BatchData.nothing(mark)
+        batch = collate([self.examples[row] for row in rows], self._pad_token_id)
+        owners = {"unit_ids": self._units[rows]} if self.unit == "user" else {}
+        return batch.labelled_with(**{TICKET: mark, **owners})
+
+    def __repr__(self) -> str:
+        return f"<PoissonDraws {self.steps} of {self._count} units at rate {self.sample_rate:.4g}>"
+
+
+def _coins(count: int, sample_rate: float) -> Array:
+    """Return (count,) whether each coin fell; 53 random bits of the operating system for each."""
+    bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
+    fell: Array = bits * 2.0**-53 < sample_rate
+    return fell
+
+
+def sample_rate_of(config: TrainingConfig) -> float:
+    """Return q = min(1, L / N) of a configuration for Poisson draws.
+
+    Raises:
+        ValidationError: It has no differential privacy, another sampling, or does not say N.
+    """
+    dp = config.dp_config
+    if dp is None or not dp.enabled:
+        raise ValidationError(
+            "dp_batches() draws for private training, and this client has no DPConfig. Use batches() instead."
+        )
+    if dp.sampling != "poisson":
+        raise ValidationError(
+            "dp_batches() draws for DPConfig(sampling='poisson'); this client accounts for batches of your own."
+        )
+    assert dp.dataset_size is not None  # a configuration without it is refused
+    return min(1.0, config.expected_units / dp.dataset_size)
+
+
+def units_of(examples: int, group: int, unit_ids: Sequence[object] | None, declared: int | None) -> Array:
+    """Return (examples,) the number of each example's unit.
+
+    Args:
+        examples: How many there are.
+        group: How many of them each row of the source made.
+        unit_ids: One for each row of the source; None makes each row a unit.
+        declared: N, to be compared with what there is.
+
+    Raises:
+        ValidationError: As many ids as rows are needed.
+    """
+    rows = examples // group
+    if unit_ids is not None and len(unit_ids) != rows:
+        raise ValidationError(f"dp_batches: unit_ids names {len(unit_ids)} rows, there are {rows}.")
+    numbers: dict[str, int] = {}
+    names = range(rows) if unit_ids is None else unit_ids
+    units = [numbers.setdefault(str(name), len(numbers)) for name in names]
+    if declared is not None and abs(len(numbers) - declared) > FAR_OFF * declared:
+        logger.warning(
+            "dp_batches: DPConfig(dataset_size=%d) was declared, and %d privacy units were given: epsilon is computed "
+            "for the rate of the declared number, and steps hold other numbers of units than planned",
+            declared, len(numbers),
+        )  # fmt: skip
+    return np.repeat(np.asarray(units, dtype=np.int64), group)

@@ -1,0 +1,403 @@
+"""Training with differential privacy: units told apart, clipped, added up; the step paid for, then noised, then taken.
+
+A *logical step* is any number of `forward_backward` calls and one `optim_step`. A privacy unit is an example, or all
+rows that share a `unit_ids` or `record_id`. Its gradient is clipped whole, whatever piece of the batch it came in.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tensafe_nb.batch import IGNORE, TICKET, Array, BatchData
+from tensafe_nb.config import DPConfig, TrainingConfig
+from tensafe_nb.engine import inputs
+from tensafe_nb.engine.models import LoadedModel
+from tensafe_nb.engine.window import Tally, Tick, Window
+from tensafe_nb.errors import PrivacyUnitError, ValidationError
+from tensafe_nb.losses import Loss, LossOutputs
+from tensafe_nb.losses.base import LossValue
+from tensafe_nb.privacy.dp_sgd import ClippedSum, Norms, sum_units
+from tensafe_nb.privacy.noise import NoiseSource, gaussian
+from tensafe_nb.privacy.per_example import PerExampleGradients, way_for
+from tensafe_nb.privacy.tickets import UNIT, DrawBook, count_units
+from tensafe_nb.types import DPMetrics, ForwardBackwardResult, OptimStepResult
+
+logger = logging.getLogger(__name__)
+
+IDS = {  # batch entries that say whose row it is, and what that makes a unit; the first that is there counts
+    "unit_ids": "user",
+    "record_id": "prompt group",
+    "example_ids": "example",
+}
+MAX_GRADIENTS = 2**25  # values of row-by-row gradients that are held at a time: 128 MiB
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, of the probes
+ONE_AT_A_TIME = "one at a time"
+
+
+class Core(Protocol):
+    """What private training needs of an engine."""
+
+    config: TrainingConfig
+    model: LoadedModel
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    window: Window
+    step: int
+    whole_rows: bool
+
+    def tensors(self, part: BatchData, batch: BatchData) -> dict[str, Tensor]: ...
+    def outputs(self, part: BatchData, tensors: Mapping[str, Tensor]) -> LossOutputs: ...
+    def training_mode(self) -> AbstractContextManager[None]: ...
+    def apply_gradients(self) -> OptimStepResult: ...
+    def discard_gradients(self) -> None: ...
+
+
+class Account(Protocol):
+    """What pays for the steps."""
+
+    def epsilon(self) -> float:
+        """Return what is spent so far; infinite where there is no guarantee."""
+
+    def charge(self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool) -> None:
+        """Write the step down, durably: it counts from here on, whatever happens to it.
+
+        Args:
+            step: Its number.
+            participants: How often each unit takes part in it.
+            unit: What a unit is, in a word or two.
+            noised: Whether noise will be added.
+
+        Raises:
+            DPBudgetExceededError: It would spend more than the budget; nothing was written.
+            LedgerError: It could not be written.
+        """
+
+
+class PrivateTraining:
+    """DP-SGD on an engine's model.
+
+    Args:
+        engine: Whose weights are trained.
+        dp: How.
+        account: What pays for the steps.
+        client_id: Whose draws count.
+        noise: Where noise comes from; tests put a recording one in its place.
+
+    Raises:
+        ValidationError: A model that cannot be trained so.
+    """
+
+    def __init__(
+        self, engine: Core, dp: DPConfig, account: Account, client_id: str, noise: NoiseSource = gaussian
+    ) -> None:
+        check_model(engine)
+        self._engine, self._dp, self._account, self._noise = engine, dp, account, noise
+        config = engine.config
+        self._expected_units = (
+            dp.expected_batch_size or config.batch_size * config.gradient_accumulation_steps
+        )
+        self._sum = ClippedSum(engine.parameters, dp.max_grad_norm)
+        self._way = way_for(engine.model.causal, engine.parameters)
+        engine.whole_rows = self._way is not None and self._way.name != "book-keeping"
+        self._chosen: dict[str, PerExampleGradients | None] = {}
+        self._draws = DrawBook(client_id)
+        self._participants: Counter[str] = Counter()
+        self._unit = "example"
+        size = sum(p.numel() for p in engine.parameters)
+        self._rows_at_a_time = max(1, MAX_GRADIENTS // size)
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How gradients were told apart so far."""
+        return tuple(sorted({ONE_AT_A_TIME if way is None else way.name for way in self._chosen.values()}))
+
+    # gradients
+
+    def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick) -> ForwardBackwardResult:
+        """Add the clipped gradients of a batch's units to the step's sum; on any failure the sum is dropped.
+
+        Raises:
+            PrivacyUnitError: Rows that do not say whose they are, a draw that is not whole, or a loss that mixes rows.
+        """
+        engine = self._engine
+        if len(batch):
+            inputs.check_batch(batch, engine.model, engine.config.model_ref)
+            loss.check(batch)
+        try:
+            engine.window.join(loss)
+            tally = Tally(loss.declares.prenormalised)
+            units = self._admit(batch, loss)
+            if units:
+                way = self._choose(batch, units, loss)
+                with engine.training_mode():
+                    self._accumulate(batch, units, loss, way, tally, tick)
+            engine.window.weight += tally.weight
+            engine.window.batches += 1
+        except BaseException:
+            engine.discard_gradients()
+            raise
+        loss_value = tally.loss if units else float("nan")
+        labelled = int((batch.labels != IGNORE).sum())
+        grad_norm = self._sum.norm / self._expected_units
+        return ForwardBackwardResult(loss_value, grad_norm, labelled, tally.metrics, tally.weight)
+
+    def discard(self) -> None:
+        """Drop the step's sum: nothing of it was released, nothing is charged."""
+        self._sum.clear()
+        self._draws.forget()
+        self._participants.clear()
+
+    def _admit(self, batch: BatchData, loss: Loss) -> list[Array]:
+        """Return the rows of each unit, having checked that they may be here."""
+        numbers, names = self._number(batch)
+        group = loss.declares.group
+        if (numbers.reshape(-1, group) != numbers[::group, None]).any():
+            raise PrivacyUnitError(
+                f"The loss {loss.name!r} takes rows in groups of {group}; the rows of a group must belong to one "
+                f"privacy unit: give them the same unit_ids."
+            )
+        self._participants.update(names)
+        return [np.flatnonzero(numbers == number) for number in range(len(names))]
+
+    def _number(self, batch: BatchData) -> tuple[Array, list[str]]:
+        if self._dp.sampling == "poisson":
+            self._draws.admit(batch)
+            self._unit = next((IDS[name] for name in IDS if name in batch.extras), "example")
+            return count_units(batch, batch.extras[TICKET][: len(batch), UNIT].tolist())
+        for name in IDS:
+            if name in batch.extras and batch.extras[name].ndim == 1:
+                self._unit = IDS[name]
+                return count_units(batch, batch.extras[name].tolist())
+        raise PrivacyUnitError(
+            "These rows do not say whose they are: give example_ids (B,) (or unit_ids, where several rows are one "
+            "person's) with each batch, the same id for the same example in every epoch. Or let tc.dp_batches() "
+            "draw them, which costs less epsilon: DPConfig(sampling='poisson', dataset_size=…)."
+        )
+
+    def _accumulate(
+        self,
+        batch: BatchData,
+        units: Sequence[Array],
+        loss: Loss,
+        way: PerExampleGradients | None,
+        tally: Tally,
+        tick: Tick,
+    ) -> None:
+        done = 0
+        for piece in self._pieces(units, batch.shape[1], one_by_one=way is None):
+            tick(done, len(batch))
+            rows = sum(map(len, piece))
+            if way is None or rows > self._rows_at_a_time:
+                gradients = self._gradients_of_unit(batch, piece[0], loss, tally)
+            else:
+                gradients = self._gradients_by_row(batch, piece, loss, way, tally)
+            self._sum.add(gradients)
+            done += rows
+
+    def _pieces(self, units: Sequence[Array], columns: int, *, one_by_one: bool) -> Iterator[list[Array]]:
+        """Yield units together, as many as fit; a unit is never torn apart."""
+        fitting = min(self._rows_at_a_time, max(1, self._engine.config.micro_batch_tokens // columns))
+        piece: list[Array] = []
+        for unit in units:
+            if piece and (one_by_one or sum(map(len, piece)) + len(unit) > fitting):
+                yield piece
+                piece = []
+            piece.append(unit)
+        yield piece
+
+    def _gradients_by_row(
+        self, batch: BatchData, piece: Sequence[Array], loss: Loss, way: PerExampleGradients, tally: Tally
+    ) -> list[Tensor]:
+        """Return the gradients of some units, for each parameter (units, *shape), by one backward pass."""
+        rows = np.concatenate(piece)
+        with way.recording():
+            values, metrics = self._values(batch, rows, loss)
+            values.sum().backward()  # type: ignore[no-untyped-call]
+        _forget_gradients(self._engine.parameters)
+        total = float(values.detach().sum())
+        tally.add(LossValue(values.detach(), float(len(rows)), metrics), total)
+        numbers = np.repeat(np.arange(len(piece)), list(map(len, piece)))
+        device = self._engine.model.device
+        return sum_units(way.collect(len(rows)), torch.from_numpy(numbers).to(device), len(piece))
+
+    def _gradients_of_unit(
+        self, batch: BatchData, unit: Array, loss: Loss, tally: Tally | None
+    ) -> list[Tensor]:
+        """Return one unit's gradients, for each parameter (1, *shape), by a backward pass for each of its rows."""
+        parameters = self._engine.parameters
+        _forget_gradients(parameters)
+        for rows in np.split(unit, range(loss.declares.group, len(unit), loss.declares.group)):
+            value, metrics = self._values(batch, rows, loss)
+            value.sum().backward()  # type: ignore[no-untyped-call]
+            if tally is not None:
+                tally.add(LossValue(value.detach(), float(len(rows)), metrics), float(value.detach().sum()))
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        _forget_gradients(parameters)
+        return [gradient.float().unsqueeze(0) for gradient in gradients]
+
+    def _values(self, batch: BatchData, rows: Array, loss: Loss) -> tuple[Tensor, dict[str, float]]:
+        part = batch.take(rows)
+        tensors = self._engine.tensors(part, batch)
+        return loss.row_values(self._engine.outputs(part, tensors), tensors)
+
+    # which way
+
+    def _choose(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> PerExampleGradients | None:
+        """Return the way to tell this loss's gradients apart: probed once, and then kept."""
+        if loss.name in self._chosen:
+            return self._chosen[loss.name]
+        if not loss.declares.splittable:
+            raise PrivacyUnitError(
+                f"The loss {loss.name!r} compares each row with all others of the batch: no row's gradient is its own, "
+                f"so that clipping would bound nothing. Choose another loss under differential privacy."
+            )
+        probe = [units[0], max(units[1:], key=lambda unit: self._length(batch, unit), default=units[0])]
+        if probe[0] is probe[1]:
+            return None  # a single unit: nothing to compare it with yet
+        way = self._probed(batch, probe, loss)
+        if way is None and self._way is not None:
+            logger.warning("%s is trained one example at a time: exact, and slower", loss.name)
+        self._chosen[loss.name] = way
+        return way
+
+    def _length(self, batch: BatchData, unit: Array) -> int:
+        return int(batch.attention_mask[unit].sum())
+
+    def _probed(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> PerExampleGradients | None:
+        if not self._tells_rows_apart(batch, units, loss):
+            return None
+        return self._way if self._way is not None and self._agrees(self._way, batch, units, loss) else None
+
+    @torch.no_grad()
+    def _tells_rows_apart(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:
+        """Return whether the loss gives a value per row; refuse one whose values change with their neighbours."""
+        together, _ = self._values(batch, np.concatenate(units), loss)
+        if together.ndim == 0:
+            return False
+        alone = torch.cat([self._values(batch, unit, loss)[0] for unit in units])
+        if not torch.allclose(together, alone, rtol=self._tolerance, atol=self._tolerance):
+            raise PrivacyUnitError(
+                f"The loss {loss.name!r} gives a row another value when other rows are beside it: "
+                f"{alone.tolist()} alone, {together.tolist()} together. Clipping would bound nothing. Return one value "
+                f"per row (B,) that is of that row alone."
+            )
+        return True
+
+    def _agrees(self, way: PerExampleGradients, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:
+        """Compare a way with one backward pass per unit, without dropout."""
+        tally = Tally(loss.declares.prenormalised)
+        try:
+            found = self._gradients_by_row(batch, units, loss, way, tally)
+        except (PrivacyUnitError, NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
+            logger.info("%s cannot tell this model's rows apart: %s", way.name, error)
+            _forget_gradients(self._engine.parameters)
+            return False
+        for number, unit in enumerate(units):
+            exact = self._gradients_of_unit(batch, unit, loss, None)
+            off = torch.stack([(f[number] - e[0]).norm() for f, e in zip(found, exact, strict=True)]).norm()
+            size = torch.stack([e.norm() for e in exact]).norm()
+            if not off <= self._tolerance * size:
+                logger.warning("%s differs from one example at a time by %.2g of %.2g", way.name, off, size)
+                return False
+        return True
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE[self._engine.model.compute_dtype]
+
+    # the step
+
+    def optim_step(self, apply_noise: bool) -> OptimStepResult:
+        """Pay for the step, add noise, and take it.
+
+        Raises:
+            ValidationError: No forward_backward before it, or a step without noise while there is a guarantee.
+            PrivacyUnitError: A draw that is not whole.
+            DPBudgetExceededError: It would spend more than the budget. No weight has moved.
+            LedgerError: It could not be paid for. No weight has moved.
+        """
+        engine, before = self._engine, self._account.epsilon()
+        try:
+            self._check(apply_noise, before)
+            self._account.charge(engine.step + 1, self._participants, self._unit, noised=apply_noise)
+            norms, sigma = self._sum.norms, self._dp.noise_multiplier if apply_noise else 0.0
+            means = self._sum.release(sigma, self._expected_units, self._noise)
+            self._draws.spend()
+        except BaseException:
+            engine.discard_gradients()
+            raise
+        for parameter, mean in zip(engine.parameters, means, strict=True):
+            parameter.grad = mean.to(parameter.dtype)
+        result = engine.apply_gradients()
+        if sigma and result.learning_rate and not result.param_delta_norm:
+            raise ValidationError(
+                "optim_step(): the noised gradient moved no weight, so the optimiser does not train this model. The "
+                "step is charged. Create the training client anew."
+            )
+        return replace(result, dp_metrics=self._metrics(norms, sigma > 0, before))
+
+    def _metrics(self, norms: Norms, noised: bool, before: float) -> DPMetrics:
+        total = self._account.epsilon()
+        return DPMetrics(
+            noise_applied=noised,
+            epsilon_spent=0.0 if before == total else total - before,
+            total_epsilon=total,
+            delta=self._dp.target_delta,
+            grad_norm_before_clip=norms.means[0],
+            grad_norm_after_clip=norms.means[1],
+            num_clipped=norms.clipped,
+        )
+
+    def _check(self, apply_noise: bool, epsilon: float) -> None:
+        if not self._engine.window.batches:
+            raise ValidationError(
+                "optim_step() found no gradients: call forward_backward() before each optim_step(). A Poisson draw "
+                "that drew nothing is a step too: give it to forward_backward() like the others."
+            )
+        if not apply_noise and math.isfinite(epsilon):
+            raise ValidationError(
+                "optim_step(apply_dp_noise=False) would end this client's privacy guarantee. Leave the argument out; "
+                "or, if that is what you want, call tc.void_privacy(reason) first: epsilon is infinite from then on."
+            )
+        if self._dp.sampling == "poisson":
+            self._draws.settle()
+
+
+def check_model(engine: Core) -> None:
+    """Refuse a model that cannot be trained with differential privacy.
+
+    Raises:
+        PrivacyUnitError: It has layers that remember or mix rows, or trains what the optimiser does not.
+    """
+    model = engine.model
+    if model.value_head is not None:
+        raise ValidationError(
+            "A value head cannot be trained with differential privacy: set value_head=False."
+        )
+    for name, module in model.causal.named_modules():
+        if getattr(module, "running_mean", None) is not None:
+            raise PrivacyUnitError(
+                f"The layer {name!r} keeps running statistics of the rows it saw, which no noise covers. Choose a "
+                f"model without batch normalisation."
+            )
+    optimised = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.trainable:
+        if id(parameter) not in optimised:
+            raise PrivacyUnitError(f"The weight {name!r} is trainable and the optimiser does not know it.")
+        if parameter.dtype is not torch.float32:
+            raise PrivacyUnitError(
+                f"The weight {name!r} is {parameter.dtype}; private training needs float32."
+            )
+
+
+def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

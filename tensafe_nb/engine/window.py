@@ -1,0 +1,70 @@
+"""What lies between two optimiser steps: the open window, and the values its micro-batches add up to."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.losses import Loss
+from tensafe_nb.losses.base import LossValue
+
+Tick = Callable[[int, int], None]
+MAXIMUM = "_max"  # a metric of such a name is the largest of the micro-batches' values, not their mean
+
+
+def no_tick(done: int, total: int) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass(slots=True)
+class Window:
+    """What has been accumulated since the last optimiser step."""
+
+    weight: float = 0.0
+    batches: int = 0
+    prenormalised: bool | None = None
+
+    def join(self, loss: Loss) -> None:
+        if self.prenormalised not in (None, loss.declares.prenormalised):
+            raise ValidationError(
+                f"The loss {loss.name!r} cannot share an optimiser step with the losses before it: policy losses are "
+                f"sums that are never divided, other losses are means. Call optim_step() in between."
+            )
+        self.prenormalised = loss.declares.prenormalised
+
+    @property
+    def divisor(self) -> float:
+        return 1.0 if self.prenormalised else self.weight
+
+
+@dataclass(slots=True)
+class Tally:
+    """Adds up the values of micro-batches."""
+
+    prenormalised: bool
+    total: float = 0.0
+    weight: float = 0.0
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, value: LossValue, total: float) -> None:
+        self.total += total
+        self.weight += value.weight
+        for name, metric in value.metrics.items():
+            if name.endswith(MAXIMUM):
+                self.maxima[name] = max(self.maxima.get(name, -math.inf), metric)
+            else:
+                self.sums[name] += metric if self.prenormalised else metric * value.weight
+
+    @property
+    def divisor(self) -> float:
+        return 1.0 if self.prenormalised else max(self.weight, 1e-12)
+
+    @property
+    def loss(self) -> float:
+        return self.total / self.divisor
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: total / self.divisor for name, total in self.sums.items()} | self.maxima

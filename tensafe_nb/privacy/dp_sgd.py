@@ -1,0 +1,130 @@
+"""DP-SGD (Abadi et al. 2016, arXiv:1607.00133): clip each unit's gradient, add up, add noise once, divide by L.
+
+    g'_u = g_u · min(1, C / (‖g_u‖ + 1e-6))        G = Σ_u g'_u + N(0, (σC)² I)        step with G / L
+
+The norm runs over all trained parameters together. L is a public constant, never the number of units that came.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tensafe_nb.privacy.noise import NoiseSource
+
+EPSILON = 1e-6  # in the clip factor, as Opacus has it
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """The units of a step so far, for the operator: no noise covers these.
+
+    Attributes:
+        units: How many.
+        before: Sum of their norms.
+        after: Sum of min(norm, C).
+        clipped: How many had a norm above C.
+    """
+
+    units: int = 0
+    before: float = 0.0
+    after: float = 0.0
+    clipped: int = 0
+
+    def __add__(self, other: "Norms") -> "Norms":
+        return Norms(
+            self.units + other.units,
+            self.before + other.before,
+            self.after + other.after,
+            self.clipped + other.clipped,
+        )
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Mean norm before and after clipping; 0 without units."""
+        count = max(self.units, 1)
+        return self.before / count, self.after / count
+
+
+class ClippedSum:
+    """The sum of clipped gradients of one logical step.
+
+    Args:
+        parameters: What is trained; a unit's norm runs over all of it.
+        max_grad_norm: C.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], max_grad_norm: float) -> None:
+        self._parameters, self._limit = parameters, max_grad_norm
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the sum: nothing of it was released."""
+        self._sums: list[Tensor] | None = None
+        self.norms = Norms()
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Clip and add the gradients of some units, for each parameter (units, *shape).
+
+        A unit with a value that is NaN or infinite counts as zero: to leave the step out for it would tell of it.
+        """
+        sums = self._totals()
+        factors = self._factors(gradients)  # (units,)
+        for total, gradient in zip(sums, gradients, strict=True):
+            if gradient.shape[0] == 1:
+                total.add_(torch.where(factors[0] > 0, gradient[0] * factors[0], 0))
+            else:
+                total.view(-1).addmv_(_finite(gradient.flatten(1), factors).t(), factors)
+
+    def release(self, noise_multiplier: float, expected_units: float, noise: NoiseSource) -> list[Tensor]:
+        """Return (sum + noise) / L for each parameter, and forget the sum; without units it is noise alone."""
+        sums = self._totals()
+        drawn = noise(sums, noise_multiplier * self._limit) if noise_multiplier else None
+        if drawn is not None:
+            torch._foreach_add_(sums, drawn)
+        torch._foreach_div_(sums, expected_units)
+        self.clear()
+        return sums
+
+    @property
+    def norm(self) -> float:
+        """Norm of the sum, before noise."""
+        return 0.0 if self._sums is None else float(nn.utils.get_total_norm(self._sums))
+
+    def _totals(self) -> list[Tensor]:
+        if self._sums is None:
+            self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
+        return self._sums
+
+    def _factors(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return (units,) what each unit's gradient is multiplied by; 0 for one that is not finite."""
+        squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients])
+        norms = squares.sum(0).sqrt()
+        finite = norms.isfinite()
+        shown = torch.where(finite, norms, 0)
+        self.norms += Norms(
+            len(norms),
+            float(shown.sum()),
+            float(shown.clamp(max=self._limit).sum()),
+            int((shown > self._limit).sum()),
+        )
+        return torch.where(finite, (self._limit / (norms + EPSILON)).clamp(max=1.0), 0)
+
+
+def _finite(rows: Tensor, factors: Tensor) -> Tensor:
+    """Return (units, n) with the rows of factor 0 replaced: NaN · 0 is NaN."""
+    return rows if bool((factors > 0).all()) else torch.where(factors.unsqueeze(1) > 0, rows, 0)
+
+
+def sum_units(gradients: Sequence[Tensor], units: Tensor, count: int) -> list[Tensor]:
+    """Add up the gradients of the rows of each unit: (rows, *shape) → (count, *shape).
+
+    Args:
+        gradients: For each parameter, one gradient per row.
+        units: (rows,) the number of each row's unit, 0 to count - 1.
+        count: How many units.
+    """
+    if count == len(units):  # one row each; in order, since units are numbered as they come
+        return list(gradients)
+    return [g.new_zeros((count, *g.shape[1:])).index_add_(0, units, g) for g in gradients]

@@ -1,0 +1,41 @@
+"""Gaussian noise nobody can foresee: a ChaCha20 keystream under a fresh key, and no seed that would repeat it.
+
+Box-Muller in float64 from the keystream. Four draws are added and halved, so that the values a float can take say
+nothing about the sum they were added to (Holohan and Braghin 2021, arXiv:2107.10138).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from torch import Tensor
+
+NAME = "ChaCha20 under os.urandom, Box-Muller in float64, four draws halved"
+VERSION = 1
+PIECE = 2**18  # values made at a time: 8 MiB of keystream
+_MANTISSA = (1 << 53) - 1
+NoiseSource: TypeAlias = Callable[[Sequence[Tensor], float], list[Tensor]]
+
+
+def gaussian(like: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
+    """Return independent N(0, standard_deviation²) noise in the shapes, types and places of some tensors.
+
+    One call is one draw: a private step makes exactly one.
+    """
+    count = sum(tensor.numel() for tensor in like)
+    stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
+    pieces = [_normals(stream.update, min(PIECE, count - start)) for start in range(0, count, PIECE)]
+    flat = torch.cat(pieces) * standard_deviation if pieces else torch.empty(0, dtype=torch.float64)
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return [part.reshape(t.shape).to(t.device, t.dtype) for part, t in zip(parts, like, strict=True)]
+
+
+def _normals(keystream: Callable[[bytes], bytes], count: int) -> Tensor:
+    """Return (count,) standard normal values in float64: half the sum of four, two Box-Muller pairs each."""
+    bits = torch.frombuffer(bytearray(keystream(bytes(32 * count))), dtype=torch.int64)
+    uniform = ((bits & _MANTISSA) + 1).to(torch.float64).mul_(2.0**-53).view(4, count)  # in (0, 1]
+    radius = uniform[:2].log_().mul_(-2.0).sqrt_()
+    angle = uniform[2:].mul_(2 * torch.pi)
+    return (radius * (angle.cos() + angle.sin_())).sum(0) / 2
