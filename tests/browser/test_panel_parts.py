@@ -1,7 +1,7 @@
 """The parts of the panel in a real browser: every button, every table, a step's samples, a long history."""
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, expect
 
 from .conftest import Open
 from .lab import Lab
@@ -39,9 +39,9 @@ trainer = RLVRTrainer(tc, tn.datasets.sums(256, seed=0), right, max_new_tokens=4
 await tc.ready()"""
 
 
-def frame_times(lab: Lab, frames: int) -> list[float]:
+def frame_times(plot: Locator, frames: int) -> list[float]:
     """Zoom a little in and out again, so often, and return what each frame's drawing took in ms."""
-    taken = lab.chart.evaluate(
+    taken = plot.evaluate(
         """(plot, frames) => new Promise(resolve => {
             const times = [];
             plot.focus();
@@ -60,7 +60,7 @@ def frame_times(lab: Lab, frames: int) -> list[float]:
         })""",
         frames,
     )
-    return sorted(taken)
+    return sorted(taken[20:])  # the first ones are compiled while they run
 
 
 def test_checkpoint_rollback_branch_export_and_delete_by_their_buttons(notebook: Open) -> None:
@@ -69,7 +69,7 @@ def test_checkpoint_rollback_branch_export_and_delete_by_their_buttons(notebook:
         FIT.format(steps=5000, every=5000),
         "steps, losses = tc.history.series('loss'); len(steps)",
         "import os; sorted(name for name in os.listdir() if name.endswith('-adapter'))",
-        "run.stop(); (await run).status",
+        "run.stop(); await run; run.state.name",
     ]
     with notebook(cells) as lab:
         start(lab)
@@ -90,7 +90,7 @@ def test_checkpoint_rollback_branch_export_and_delete_by_their_buttons(notebook:
         branch = lab.page.locator(".tsnb-branch .tsnb-panel")
         branch.wait_for()
         expect(branch).to_have_attribute("data-state", "READY")
-        expect(branch.locator(".tsnb-subject")).to_contain_text("⑂ branch from tc-")
+        expect(branch.locator(".tsnb-subject")).to_contain_text("⎇ branch from tc-")
         branch.get_by_role("button", name="Checkpoint", exact=True).click()
         branch.locator(".tsnb-hash").first.wait_for()
         lab.press("Pause")
@@ -109,26 +109,29 @@ def test_checkpoint_rollback_branch_export_and_delete_by_their_buttons(notebook:
 
 
 def test_a_click_on_a_point_shows_that_steps_samples_and_texts_stay_text(notebook: Open) -> None:
-    setup = TASK.format(broken="'7' in response")
-    evil = "trainer.prompts  # a prompt of an attacker\nrun = trainer.run(steps=40)"
-    with notebook([setup, evil, "await run;"], scale=2) as lab:
+    setup = TASK.format(broken="meta['answer'].endswith('3')")
+    find = (
+        "await run\n"
+        "tc.dashboard().selected_step = next("
+        "step for step, batch in trainer.store.last(40) if any(t.reward_error for t in batch))"
+    )
+    with notebook([setup, "run = trainer.run(steps=40)", find], scale=2) as lab:
         for cell in range(3):
             lab.finish_cell(cell)
         lab.wait_until("data.state === 'FINISHED' && data.points === 40")
+        expect(lab.panel.locator(".tsnb-samples")).to_contain_text("no <b>number</b>")
         samples = lab.panel.locator(".tsnb-samples")
+        lab.panel.locator(".tsnb-samples summary").first.click()
         lab.chart.click(position={"x": 200, "y": 100})
         chosen = int(lab.chart.locator("xpath=../..").locator(".tsnb-where").first.inner_text().split()[1])
         expect(samples).to_have_attribute("data-step", str(chosen))
         expect(samples.locator(".tsnb-title")).to_contain_text(f"step {chosen}")
-        expect(samples).to_contain_text("no <b>number</b>")
         assert lab.panel.locator(".tsnb-samples img, .tsnb-samples q b").count() == 0
-        lab.panel.locator(".tsnb-health", has_text="Go to step").wait_for()
         answer = samples.locator(".tsnb-answer").first
         answer.focus()
         lab.page.keyboard.press("ArrowRight")
         expect(samples.locator(".tsnb-token")).to_contain_text("token 2 of")
         samples.get_by_label("show").select_option("with signal")
-        samples.locator("summary").first.click()
         samples.get_by_role("button", name="Compare").click()
         expect(samples.locator(".tsnb-lists > div")).to_have_count(2)
         lab.screenshot("samples-compare-light", of=samples)
@@ -182,7 +185,8 @@ def test_two_runs_are_compared_and_a_click_is_linked_to_another_widget(notebook:
         "run = tc.fit(batches, steps=60, show=False)\n"
         "faster = other.fork(optimizer={'learning_rate': 3e-3}).fit(batches, steps=60, show=False)\n"
         "await run; await faster;",
-        "from ipywidgets import HBox, VBox, jslink\nfrom tensafe_nb.widgets import CheckpointTable, LossCurve, PrivacyMeter\n"
+        "from ipywidgets import HBox, VBox, jslink\n"
+        "from tensafe_nb.widgets import CheckpointTable, LossCurve, PrivacyMeter\n"
         "curve, again = LossCurve(run, faster), LossCurve(run, log_scale=True)\n"
         "jslink((curve, 'selected_step'), (again, 'selected_step'))\n"
         "VBox([curve, again, HBox([PrivacyMeter(tc), CheckpointTable(other)])])",
@@ -203,7 +207,7 @@ def test_two_runs_are_compared_and_a_click_is_linked_to_another_widget(notebook:
 
 
 def test_a_hundred_thousand_points_stay_smooth_and_a_spike_stays_visible(notebook: Open) -> None:
-    with notebook([MADE_UP, LONG]) as lab:
+    with notebook([MADE_UP, LONG, "LossCurve(tc, tc, tc, tc)"]) as lab:
         lab.finish_cell(0)
         lab.run_cell(1)
         lab.page.wait_for_selector(".tsnb-panel")
@@ -211,13 +215,16 @@ def test_a_hundred_thousand_points_stay_smooth_and_a_spike_stays_visible(noteboo
         seconds = lab.wait_until("data.points === 100000")
         print(f"whole curve of 100,000 × 6 points after the badge: {seconds:.2f} s")
         assert seconds < 3.0
-        times = frame_times(lab, 60)
-        print(f"frame at 2 × 100,000 raw and smoothed points: p50 {times[30]} ms, p95 {times[57]} ms")
-        lab.press("Reset zoom")
+        lab.finish_cell(2)
+        four = lab.output(2).locator(".tsnb-plot")
+        expect(lab.output(2).locator(".tsnb-entry")).to_have_count(4, timeout=20_000)
+        times = frame_times(four, 120)
+        p50, p95 = times[len(times) // 2], times[int(len(times) * 0.95)]
+        print(f"frame at 4 × 100,000 points, raw and smoothed: p50 {p50} ms, p95 {p95} ms")
         top = lab.chart.locator("text[text-anchor=end]").last.text_content() or ""
         assert float(top) >= 30, "the spike of one step is on the axis, and so on the curve"
         lab.screenshot("long-light", of=lab.panel)
-        assert times[57] <= 16
+        assert p95 <= 16
 
 
 def test_where_widgets_do_not_load_the_table_renews_itself(notebook: Open) -> None:

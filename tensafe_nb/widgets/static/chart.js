@@ -3,7 +3,7 @@ import { settle } from "./wire.js";
 import { make, makeSvg, numberText } from "./page.js";
 
 const MARGIN = { left: 52, right: 14, top: 14, bottom: 24 };
-const SIGNS = { c: "◆", f: "⑂", v: "▾" };
+const SIGNS = { c: "◆", f: "⎇", v: "▾" };
 const MEANING = { c: "checkpoint", f: "branch", v: "reward version" };
 
 // Round positions for about `count` ticks between two numbers.
@@ -240,6 +240,7 @@ class Chart {
       return { line, series, xs: this.xsOf(series, line) };
     });
     this.empty.hidden = this.curves.some(({ series }) => series.n);
+    this.el.classList.toggle("tsnb-bare", !this.empty.hidden);
     this.scale(width, height);
     this.drawAxes(width, height);
     this.drawSeries(width, height);
@@ -287,7 +288,7 @@ class Chart {
       const upright = niceTicks(this.low, this.high, height / 46);
       for (const tick of this.log ? logTicks(this.low, this.high, height / 30) : upright.ticks) {
         line(MARGIN.left, width - MARGIN.right, this.toY(tick), this.toY(tick), "tsnb-grid");
-        text(MARGIN.left - 8, this.toY(tick) + 4, "end", tickText(tick, this.log ? tick : upright.step));
+        text(MARGIN.left - 8, this.toY(tick) + 4, "end", this.log ? numberText(tick, 3) : tickText(tick, upright.step));
       }
       const axis = this.model.get("x_axis");
       const flat = niceTicks(this.left, this.right, width / 110);
@@ -309,7 +310,7 @@ class Chart {
       const x = this.toX(this.xOf(step));
       if (x < MARGIN.left - 1 || x > width - MARGIN.right + 1) continue;
       line(x, x, MARGIN.top, bottom, `tsnb-mark tsnb-mark-${kind}`);
-      text(x, MARGIN.top - 3, "middle", SIGNS[kind]);
+      text(x, kind === "f" ? bottom - 3 : MARGIN.top - 3, "middle", SIGNS[kind]);
     }
     const chosen = this.model.get("selected_step");
     if (chosen != null) line(this.toX(this.xOf(chosen)), this.toX(this.xOf(chosen)), MARGIN.top, bottom, "tsnb-chosen");

@@ -25,7 +25,7 @@ function specs(curve, labels, whole) {
   if (!whole) return [main];
   return [
     main,
-    small("groups of answers, all or mixed", { name: "by_group/frac_all_good", label: "right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "wrong", colour: 1, dash: [2, 2] }),
+    small("groups: all right, mixed, all wrong", { name: "by_group/frac_all_good", label: "right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "wrong", colour: 1, dash: [2, 2] }),
     small("length", { name: "completions/mean_length", label: "tokens" }),
     small("cut off", { name: "completions/clipped_ratio", label: "", colour: 1 }),
     small("entropy", { name: "entropy", label: "", colour: 3 }),

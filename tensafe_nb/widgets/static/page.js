@@ -59,7 +59,8 @@ function numberText(value, digits = 4) {
   if (value == null) return "—";
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "not a number" : value > 0 ? "+∞" : "−∞";
   const size = Math.abs(value);
-  return size !== 0 && (size >= 1e5 || size < 1e-3) ? value.toExponential(2) : value.toPrecision(digits);
+  if (size !== 0 && (size >= 1e5 || size < 1e-3)) return value.toExponential(2);
+  return size < 10 ** digits ? value.toPrecision(digits) : value.toFixed(0);
 }
 
 function signed(value) {

@@ -212,7 +212,7 @@ class Panel {
     this.facts.textContent = state ? details(status, since).join(" · ") : "";
     const run = status.run ? ` · run ${status.run}` : "";
     const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
-    const fork = origin ? ` · ⑂ branch ${origin[2]} at step ${origin[0]}` : "";
+    const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";
     this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}`;
     this.bar.hidden = !status.of;
     this.bar.setAttribute("aria-valuemax", status.of || 0);
@@ -273,7 +273,7 @@ class Panel {
 
   async addBranch(client, id) {
     const place = make("div", "tsnb-branch");
-    place.append(make("div", "tsnb-where", `⑂ branch ${client}: service.get_training_client("${client}")`));
+    place.append(make("div", "tsnb-where", `⎇ branch ${client}: service.get_training_client("${client}")`));
     this.below.append(place);
     try {
       const manager = this.model.widget_manager;
