@@ -55,7 +55,7 @@ HELD: dict[str, Any] = {
     "LoRAConfig": tn.LoRAConfig(target_modules=(HOSTILE,)),
     "TrainingConfig": tn.TrainingConfig(model_ref=HOSTILE, lora_config=tn.LoRAConfig()),
     "SamplingConfig": tn.SamplingConfig(stop=(HOSTILE,)),
-    "DPConfig": tn.DPConfig(dataset_id=HOSTILE),
+    "DPConfig": tn.DPConfig(dataset_id=HOSTILE, dataset_size=100),
     "Trajectory": TRAJECTORY,
     "RolloutGroup": GROUP,
     "TrajectoryBatch": TrajectoryBatch([GROUP], tn.SamplingConfig()),
