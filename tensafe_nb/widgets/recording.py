@@ -103,7 +103,7 @@ class Recording:
         """Iterate over what is to be told, up to the run's end: also one that its process could not write any more."""
         last: Event = Event()
         for last in RunHistory(self._record.log).events():
-            yield self._beside_the_log(last) if isinstance(last, Rollouts) else last
+            yield _beside(self._record.log, last)
             if isinstance(last, RunState) and last.run_id == self.run.run_id and RunStatus(last.state).ended:
                 break
         else:
@@ -132,12 +132,6 @@ class Recording:
             )
         )
         self.tell(StatusChanged(status=ClientStatus.TERMINATED))
-
-    def _beside_the_log(self, rollouts: Rollouts) -> Rollouts:
-        """Look for the texts beside the log, wherever it was moved to; a log names no other file of this machine."""
-        number = rollouts.run_id.rpartition("/")[2]
-        path = self._record.log.parent / "rollouts" / Path(number).name / Path(rollouts.path).name
-        return replace(rollouts, path=str(path))
 
     def _interruption(self, moment: float) -> RunState:
         record = self._record
@@ -177,7 +171,16 @@ class _Told(RunHistory):
     """A history that reads no further in the log than it was told."""
 
     def events(self, after: int = 0, kinds: Sequence[type[Event]] = ()) -> Iterator[Event]:
-        return takewhile(lambda event: event.seq <= self.last_seq, super().events(after, kinds))
+        told = takewhile(lambda event: event.seq <= self.last_seq, super().events(after, kinds))
+        return (_beside(self.path, event) for event in told)
+
+
+def _beside(log: Path, event: Event) -> Event:
+    """Look for texts beside the log, wherever it was moved to; a log names no other file of this machine."""
+    if not isinstance(event, Rollouts):
+        return event
+    number = event.run_id.rpartition("/")[2]
+    return replace(event, path=str(log.parent / "rollouts" / Path(number).name / Path(event.path).name))
 
 
 def _config_of(record: RunRecord) -> TrainingConfig:

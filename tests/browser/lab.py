@@ -70,12 +70,12 @@ class Lab:
     def open(self) -> None:
         """Open the notebook and wait until its kernel is idle."""
         self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={self.server.token}&reset")
-        self._wait_for_kernel()
+        self.wait_for_kernel()
 
     def reload(self) -> None:
         """Load the page anew, as the key F5 does; what was not saved is gone from the page."""
         self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={self.server.token}")
-        self._wait_for_kernel()
+        self.wait_for_kernel()
 
     def save(self) -> None:
         self.page.evaluate("jupyterapp.commands.execute('docmanager:save')")
@@ -166,7 +166,8 @@ class Lab:
         """Fail if the page had an error, or asked anybody but the server for anything."""
         assert not self.problems, "\n".join(self.problems)
 
-    def _wait_for_kernel(self) -> None:
+    def wait_for_kernel(self) -> None:
+        """Wait until the notebook's kernel is idle."""
         self.page.wait_for_function(
             "() => window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel?.status === 'idle'"
         )

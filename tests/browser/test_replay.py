@@ -5,20 +5,18 @@ import re
 from playwright.sync_api import expect
 
 from .conftest import Open
-from .test_live_panel import SETUP
+from .lab import PATIENCE
+from .test_live_panel import SETUP, start
 
+EXPECTED = re.compile("[Kk]ernel|comm|widget|model", re.IGNORECASE)  # of a page whose kernel has died
 STEERING = re.compile("Pause|Resume|Stop|Checkpoint|Rollback|Branch|Load|Delete")
-DIE = """\
-import subprocess, sys
-code = '''
-import os, signal, tensafe_nb as tn
-tc = tn.ServiceClient().create_training_client(lora_config=tn.LoRAConfig(rank=8), optimizer={"learning_rate": 1e-2})
-batches = [tn.BatchData([[5 + n % 40, 6, 7, 8 + n % 30]]) for n in range(200)]
-run = tc.fit(batches, checkpoint_every=40, show=False)
-tc.subscribe(lambda event: os.kill(os.getpid(), signal.SIGKILL) if tc.step == 100 else None)
-run.result()
-'''
-subprocess.run([sys.executable, "-c", code], capture_output=True).returncode"""
+MAKE_BATCHES = SETUP.splitlines()[0] + "\n" + "\n".join(SETUP.splitlines()[2:5])
+DIE = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+LOOK = "import tensafe_nb as tn\nrecord = tn.list_runs()[-1]\nrecord"
+GO_ON = f"""\
+{MAKE_BATCHES}
+tc = tn.ServiceClient().restore(record.last_checkpoint)
+run = tc.fit(batches, steps=5000, resume_from=record.last_checkpoint)"""
 
 
 def test_a_replay_moves_and_says_that_it_is_one_and_has_no_buttons_to_steer_it(notebook: Open) -> None:
@@ -43,15 +41,32 @@ def test_a_replay_moves_and_says_that_it_is_one_and_has_no_buttons_to_steer_it(n
         lab.screenshot("replay-ended-light", of=lab.panel)
 
 
-def test_after_a_kernel_restart_a_run_whose_process_died_is_shown_with_its_whole_history(
+def test_after_the_kernel_died_the_run_is_shown_whole_and_training_goes_on_from_its_checkpoint(
     notebook: Open,
 ) -> None:
-    cells = [DIE, "import tensafe_nb as tn\nrecord = tn.list_runs()[-1]\nrecord"]
-    with notebook(cells) as lab:
-        lab.finish_cell(0)
-        assert "-9" in lab.output(0).inner_text()
-        lab.finish_cell(1)
-        lab.wait_until("data.points >= 99 && data.state === 'INTERRUPTED'")
-        expect(lab.panel).to_contain_text("last checkpoint art-")
-        assert lab.panel.get_by_role("button", name=STEERING).count() == 0
-        lab.screenshot("interrupted-light", of=lab.panel)
+    fit = "run = tc.fit(batches, steps=5000, checkpoint_every=30)"
+    with notebook([SETUP, fit, DIE, LOOK, GO_ON, "run.stop(); tc.step, record.step"]) as lab:
+        start(lab)
+        lab.wait_until("data.points > 100")
+        seen = int(lab.value("points"))
+        lab.run_cell(2)
+        lab.page.get_by_role("dialog").get_by_role("button", name="Ok").click()
+        lab.wait_for_kernel()
+        lab.finish_cell(3)
+        dead = lab.output(3).locator(".tsnb-panel")
+        expect(dead).to_have_attribute("data-state", "INTERRUPTED")
+        expect(dead).to_contain_text("last checkpoint art-")
+        points = int(dead.get_attribute("data-points") or 0)
+        assert points >= seen
+        assert dead.get_by_role("button", name=STEERING).count() == 0
+        lab.screenshot("interrupted-light", of=dead)
+        lab.finish_cell(4)
+        alive = lab.output(4).locator(".tsnb-panel")
+        expect(alive).to_have_attribute("data-state", "RUNNING")
+        lab.page.wait_for_function(
+            "panel => Number(panel.dataset.step) > 150", arg=alive.element_handle(), timeout=PATIENCE
+        )
+        lab.screenshot("gone-on-light", of=alive)
+        lab.finish_cell(5)
+        expect(alive).to_have_attribute("data-state", "STOPPED")
+        lab.problems = [problem for problem in lab.problems if not EXPECTED.search(problem)]

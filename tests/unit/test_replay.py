@@ -314,3 +314,23 @@ def test_a_record_reads_as_its_log_says(recorded: tn.TrainingRun) -> None:
     assert json.loads(record.log.read_text().splitlines()[0])["$"] == "ClientCreated"
     assert record.curve == "loss"
     assert isinstance(record.history, RunHistory)
+
+
+def test_the_samples_of_a_log_that_was_moved_are_found_beside_it_and_nowhere_else(
+    service: tn.ServiceClient, tmp_path: Path
+) -> None:
+    tc = service.create_training_client(model_ref="builtin:sums")
+    few = {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 4}
+    trainer = tn.rlvr.RLVRTrainer(tc, tn.datasets.sums(8, seed=0), "exact_match", **few)
+    run = trainer.run(steps=2, show=False)
+    run.result()
+    service.close()
+    moved = tmp_path / "moved"
+    home.event_log(tc.training_client_id).parent.rename(moved)
+    log = moved / "events.jsonl"
+    log.write_text(log.read_text().replace(str(home.home()), "/etc"))
+    replay = tn.replay(log, speed=AT_ONCE, show=False)
+    assert replay.result().curve == "reward"
+    shown = feed.feed_of(replay.run).landmarks.rollouts
+    assert sorted(shown) == [1, 2]
+    assert all(Path(one.path).is_file() and moved in Path(one.path).parents for one in shown.values())
