@@ -81,7 +81,9 @@ def tune(service: tn.ServiceClient, epsilon: float) -> None:
     for values in itertools.product(*GRID.values()):
         changes = dict(zip(GRID, values, strict=True))
         curve = trained(service, replace(Settings(), **changes), epsilon, 0)
-        print(f"epsilon {epsilon:g}, {changes}: {' '.join(f'{loss:.3f}' for loss in curve.losses)}", flush=True)
+        print(
+            f"epsilon {epsilon:g}, {changes}: {' '.join(f'{loss:.3f}' for loss in curve.losses)}", flush=True
+        )
 
 
 def trained(service: tn.ServiceClient, settings: Settings, epsilon: float, seed: int) -> Curve:
@@ -106,7 +108,10 @@ def trained(service: tn.ServiceClient, settings: Settings, epsilon: float, seed:
     ) as tc:
         points = list(curve_of(tc, rows, list(tc.batches(heldout)), settings))
         spent = tc.privacy_statement().epsilon
-    print(f"epsilon {spent}, noise {sigma:.3f}, seed {seed}: {points[0][1]:.3f} → {points[-1][1]:.3f}", flush=True)
+    print(
+        f"epsilon {spent}, noise {sigma:.3f}, seed {seed}: {points[0][1]:.3f} → {points[-1][1]:.3f}",
+        flush=True,
+    )
     steps, losses = zip(*points, strict=True)
     return Curve(epsilon, sigma, seed, steps, losses)
 
