@@ -261,8 +261,10 @@ class PrivateTraining:
                 f"so that clipping would bound nothing. Choose another loss under differential privacy."
             )
         probe = [units[0], max(units[1:], key=lambda unit: self._length(batch, unit), default=units[0])]
-        if probe[0] is probe[1]:
-            return None  # a single unit: nothing to compare it with yet
+        if probe[0] is probe[1] or not self._are_finite(batch, probe, loss):
+            return (
+                None  # nothing to compare with yet: this batch is taken one at a time, which needs no probe
+            )
         way = self._probed(batch, probe, loss)
         if way is None and self._way is not None:
             logger.warning("%s is trained one example at a time: exact, and slower", loss.name)
@@ -276,6 +278,10 @@ class PrivateTraining:
         if not self._tells_rows_apart(batch, units, loss):
             return None
         return self._way if self._way is not None and self._agrees(self._way, batch, units, loss) else None
+
+    @torch.no_grad()
+    def _are_finite(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:
+        return bool(self._values(batch, np.concatenate(units), loss)[0].isfinite().all())
 
     @torch.no_grad()
     def _tells_rows_apart(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:
