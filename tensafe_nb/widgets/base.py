@@ -91,8 +91,11 @@ class LiveWidget(anywidget.AnyWidget):
 
     @property
     def live(self) -> bool:
-        waiting = bool(self._inbox or self._ready or self._born or self._preparing)
-        return waiting or not all(feed.over for feed in self.feeds)
+        return self.busy or not all(feed.over for feed in self.feeds)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._inbox or self._ready or self._born or self._preparing)
 
     def flush(self) -> float | None:
         """Answer the page, then send it what is new; called by `tsnb-view` only."""
