@@ -8,7 +8,7 @@ TRL := .venv-trl
 TRL_VERSION := 1.16.0
 TRL_READY := $(TRL)/.ready-$(TRL_VERSION)
 
-.PHONY: demo lab test test-browser soak trl-parity lint fix bench docs clean
+.PHONY: demo lab test test-browser chromium pictures soak trl-parity lint fix bench docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -34,11 +34,17 @@ lab: $(READY)  ## JupyterLab on the notebooks
 test: lint  ## everything fast
 	$(BIN)/python -m pytest -m "not soak and not browser"
 
-test-browser: $(READY)  ## real JupyterLab in real Chromium
+chromium:
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core)
-	$(BIN)/python -m pytest tests/browser -m browser
 
-soak: $(READY)  ## long and many-seed tests, outside CI
+test-browser: $(READY) chromium  ## the panel in real JupyterLab in real Chromium: three scenarios; the rest is in soak
+	$(BIN)/python -m pytest tests/browser -m "browser and not soak"
+
+pictures: $(READY) chromium  ## run the scenarios whose screenshots are the pictures of README and guide
+	$(BIN)/python -m pytest tests/browser -m pictures -s
+	$(BIN)/python -m scripts.pictures
+
+soak: $(READY) chromium  ## long and many-seed tests, and every scenario in the browser; outside CI
 	$(BIN)/python -m pytest -m soak -s
 
 trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the same numbers; a TRL of its own, in .venv-trl

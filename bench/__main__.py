@@ -42,6 +42,11 @@ ROWS = {
     "dp-opacus": "privacy:step_opacus",
     "dp-memory": "privacy:memory",
     "dp-accounting-step": "privacy:accounting_step",
+    "panel-bytes": "panel:bytes_per_update",
+    "panel-slow-down": "panel:slow_down",
+    "panel-static": "panel:static_part",
+    "panel-picture": "panel:picture_size",
+    "panel-memory": "panel:memory",
 }
 
 

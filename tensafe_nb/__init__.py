@@ -28,6 +28,7 @@ _HOMES = {
     "TrainingRun": "runs",
     "list_runs": "records",
     "load_run": "records",
+    "replay": "widgets.replay",
     **dict.fromkeys(
         (
             "TGTinkerError",
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
     from tensafe_nb.runs import TrainingRun
     from tensafe_nb.service import ServiceClient
     from tensafe_nb.types import ClientStatus, FutureStatus, RunStatus
+    from tensafe_nb.widgets.replay import replay
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import plain
+from tensafe_nb.reprs import Facts
 
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
@@ -53,8 +54,9 @@ class BatchData:
         extras: Mapping[str, ArrayLike] | None = None,
         **more_extras: ArrayLike,
     ) -> None:
-        if not np.size(input_ids) and TICKET in {**(extras or {}), **more_extras}:
-            self._set_nothing({**(extras or {}), **more_extras}[TICKET])
+        entries = {**(extras or {}), **more_extras}
+        if TICKET in entries and len(input_ids) == 0:  # type: ignore[arg-type]
+            self._set_nothing(entries[TICKET])
             return
         ids = _integers(input_ids, "input_ids")
         if ids.ndim != 2 or ids.size == 0:
@@ -68,7 +70,7 @@ class BatchData:
         targets = next_token_labels(ids, mask) if labels is None else _integers(labels, "labels")
         _same_shape(targets, ids, "labels")
         _check_labels(targets, mask, derived=labels is None)
-        values = {k: _extra(v, k, len(ids)) for k, v in {**(extras or {}), **more_extras}.items()}
+        values = {k: _extra(v, k, len(ids)) for k, v in entries.items()}
         self._set(ids, mask, targets, values)
 
     @classmethod
@@ -107,6 +109,15 @@ class BatchData:
     def _arrays(self) -> Iterator[Array]:
         yield from (self.input_ids, self.attention_mask, self.labels)
         yield from (self.extras[name] for name in sorted(self.extras))
+
+    def _facts(self) -> Facts:
+        return {
+            "rows": len(self),
+            "tokens per row": self.shape[1],
+            "tokens": int(self.attention_mask.sum()),
+            "labelled": int((self.labels != IGNORE).sum()),
+            **self.extras,
+        }
 
     def __repr__(self) -> str:
         labelled = int((self.labels != IGNORE).sum())

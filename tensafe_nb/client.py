@@ -2,61 +2,43 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tensafe_nb.batch import BatchData
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig
-from tensafe_nb.data import Batches, Row, batches, encode_rows, padding_of, read_prompts
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.data import Batches, Row, batches, encode_rows, padding_of
 from tensafe_nb.draws import PoissonDraws, sample_rate_of, units_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
-from tensafe_nb.events import Event, RunHistory, StatusChanged
-from tensafe_nb.futures import FutureHandle
+from tensafe_nb.events import Event, RunHistory
+from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.loops import Batch, Loop
-from tensafe_nb.plain import plain_metadata
+from tensafe_nb.operations import (
+    Operation,
+)
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.statement import PrivacyStatement
 from tensafe_nb.privacy.what_if import WhatIf, what_if
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.runs import TrainingRun
+from tensafe_nb.streaming import stream
 from tensafe_nb.supervised import SupervisedLoop
-from tensafe_nb.transports.base import VERBS, Channel
+from tensafe_nb.transports.base import VERBS, Channel, Transport
 from tensafe_nb.types import (
     ClientStatus,
-    ComputeLogprobs,
     DPMetrics,
-    Forward,
-    ForwardBackward,
-    ForwardBackwardResult,
-    ForwardResult,
-    FreezeReference,
-    FreezeReferenceResult,
-    LoadState,
-    LoadStateResult,
-    LogprobsResult,
-    Operation,
-    OptimStep,
-    OptimStepResult,
-    Prompt,
-    Sample,
-    SampleResult,
-    SaveState,
     SaveStateResult,
     TrainingClientInfo,
-    VoidPrivacy,
-    VoidPrivacyResult,
 )
+from tensafe_nb.verbs import Verbs
 
-LossSpec = str | Callable[..., Any]
-MAX_NAME = 200  # characters of a checkpoint's name
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
 Fork = Callable[[Channel, TrainingConfig, Callable[[], str]], "TrainingClient"]
 
 
-class TrainingClient:
+class TrainingClient(Verbs):
     """One model in training. Every verb queues an operation and returns a FutureHandle at once.
 
     Operations run in the order they were submitted. Made by `ServiceClient.create_training_client`.
@@ -67,160 +49,13 @@ class TrainingClient:
         >>> print((await loss).loss, (await step).step)
     """
 
-    def __init__(self, channel: Channel, fork: Fork, delete_artifact: Callable[[str], None]) -> None:
-        self._channel, self._fork, self._delete_artifact = channel, fork, delete_artifact
+    marks: tuple[str, ...] = ()
+    steerable = True
+
+    def __init__(self, channel: Channel, fork: Fork, transport: Transport) -> None:
+        self._channel, self._fork, self._transport = channel, fork, transport
         self._runs: list[TrainingRun] = []
-
-    # verbs
-
-    def forward_backward(
-        self, batch: Batch, loss_fn: LossSpec | None = None, loss_kwargs: Mapping[str, Any] | None = None
-    ) -> FutureHandle[ForwardBackwardResult]:
-        """Compute the loss of a batch and add its gradient to what is accumulated.
-
-        Args:
-            batch: A BatchData, or a dict of `input_ids`, `attention_mask`, `labels` (B, T) and what the loss needs.
-            loss_fn: A registered name, "package.module:attribute" or a callable; token cross entropy when None.
-            loss_kwargs: Keywords of the loss.
-
-        Raises:
-            ValidationError: A batch or loss that does not fit.
-        """
-        return self._submit(ForwardBackward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {})))
-
-    def forward(
-        self,
-        batch: Batch,
-        loss_fn: LossSpec | None = None,
-        loss_kwargs: Mapping[str, Any] | None = None,
-        *,
-        return_logprobs: bool = False,
-    ) -> FutureHandle[ForwardResult]:
-        """Compute the loss of a batch in evaluation mode, without gradients.
-
-        Args:
-            batch: As for `forward_backward`.
-            loss_fn: As for `forward_backward`.
-            loss_kwargs: Keywords of the loss.
-            return_logprobs: Also return each label's log-probability, (B, T).
-        """
-        return self._submit(Forward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {}), return_logprobs))
-
-    def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
-        """Apply the accumulated gradients with the optimiser.
-
-        Args:
-            apply_dp_noise: Without differential privacy it has no effect. With it, False is refused while there is a
-                guarantee to lose; see `void_privacy`.
-
-        Raises:
-            ValidationError: Not a truth value. The handle of a private client's step fails with `PrivacyUnitError` for
-                a draw that is not whole, and with `DPBudgetExceededError` instead of spending more than the budget.
-        """
-        if not isinstance(apply_dp_noise, bool):
-            raise ValidationError(f"optim_step(apply_dp_noise=…) is True or False, not {apply_dp_noise!r}.")
-        return self._submit(OptimStep(apply_dp_noise))
-
-    def sample(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingConfig | None = None,
-        **fields: Any,
-    ) -> FutureHandle[SampleResult]:
-        """Draw completions.
-
-        Args:
-            prompts: A text, a list of chat messages or of token ids, or a list of any of these.
-            sampling: How to draw.
-            fields: Fields of SamplingConfig, instead of or on top of `sampling`.
-
-        Raises:
-            ValidationError: No prompt, or a field that does not fit.
-        """
-        if sampling is not None and not isinstance(sampling, SamplingConfig):
-            raise ValidationError(
-                f"sample() takes a SamplingConfig, or its fields as keywords, not {sampling!r}."
-            )
-        config = SamplingConfig(**fields) if sampling is None else sampling.replace(**fields)
-        return self._submit(Sample(read_prompts(prompts), config))
-
-    def compute_logprobs(
-        self, batch: Batch, reference: bool = False, *, temperature: float = 1.0
-    ) -> FutureHandle[LogprobsResult]:
-        """Score a batch's labels: log-probabilities and exact entropies, (B, T).
-
-        Args:
-            batch: As for `forward_backward`.
-            reference: Score under the reference's weights: those of `freeze_reference`, else the base without adapter.
-            temperature: Divides the logits.
-        """
-        if not temperature >= MIN_TEMPERATURE:
-            raise ValidationError(
-                f"compute_logprobs: temperature={temperature} must be at least {MIN_TEMPERATURE}."
-            )
-        return self._submit(ComputeLogprobs(BatchData.of(batch), temperature, reference))
-
-    def freeze_reference(self) -> FutureHandle[FreezeReferenceResult]:
-        """Keep a copy of the trained weights: what `compute_logprobs(reference=True)` scores with from now on.
-
-        A LoRA client that has not trained yet needs none: its reference is the base. The copy is part of checkpoints.
-        """
-        return self._submit(FreezeReference())
-
-    def save_state(
-        self,
-        include_optimizer: bool = True,
-        metadata: Mapping[str, Any] | None = None,
-        name: str | None = None,
-        *,
-        position: Mapping[str, Any] | None = None,
-    ) -> FutureHandle[SaveStateResult]:
-        """Seal everything that training needs to go on, as an artifact in the home folder.
-
-        It holds exactly the operations submitted before it: weights, optimiser, gradients of an open step, random
-        streams, step, configuration.
-
-        Args:
-            include_optimizer: False leaves out the optimiser's moments (two thirds of the size with adamw).
-            metadata: Your own plain data, sealed with the state.
-            name: A name for `load_state`; the newest artifact of a name counts.
-            position: Where a run stands in its data; `run.checkpoint()` fills it in.
-
-        Raises:
-            ValidationError: Metadata that is not plain data, or a name that is no text.
-        """
-        if name is not None and (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME):
-            raise ValidationError(f"save_state: name={name!r} must be a text of 1 to {MAX_NAME} characters.")
-        metadata = plain_metadata(metadata or {})
-        return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
-
-    def load_state(self, artifact_id: str, *, for_run: str | None = None) -> FutureHandle[LoadStateResult]:
-        """Take the state of an artifact in place of this client's own; all of it, or on any failure nothing.
-
-        Args:
-            artifact_id: Its id, or its name.
-            for_run: Refuse a state that was not saved by a run with a loop of this name.
-
-        Raises:
-            ValidationError: No id. The handle fails with `ArtifactNotFoundError`, `DecryptionError`, or, for an
-                artifact of another model, adapter or optimiser, with a ValidationError that lists the differences.
-        """
-        if not isinstance(artifact_id, str) or not artifact_id:
-            raise ValidationError(f"load_state takes an artifact's id or name, not {artifact_id!r}.")
-        return self._submit(LoadState(artifact_id, for_run))
-
-    def void_privacy(self, reason: str) -> FutureHandle[VoidPrivacyResult]:
-        """Give up this client's privacy guarantee, for good: epsilon is infinite from then on, and the budget ends.
-
-        Args:
-            reason: Why; it is on record, and the privacy statement shows it.
-
-        Raises:
-            ValidationError: No reason.
-        """
-        if not isinstance(reason, str) or not reason.strip():
-            raise ValidationError("void_privacy(reason): say why; the privacy statement shows it.")
-        return self._submit(VoidPrivacy(reason.strip()))
+        self._outstanding = Outstanding()
 
     def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
         """Return a new training client that starts from a state of this one, sharing its frozen weights.
@@ -246,7 +81,19 @@ class TrainingClient:
 
     def delete_checkpoint(self, artifact_id: str) -> None:
         """Delete an artifact for good; retention does this to a run's own checkpoints."""
-        self._delete_artifact(artifact_id)
+        self._transport.delete_artifact(artifact_id)
+
+    def get_checkpoint(self, artifact_id: str) -> SaveStateResult:
+        """Return what is known of an artifact: size, hash, encryption, metadata."""
+        return self._transport.get_artifact(artifact_id)
+
+    def export_checkpoint(self, artifact_id: str, path: str | Path) -> Path:
+        """Write an artifact in the clear, as a folder for plain PEFT; see `ServiceClient.export_adapter`."""
+        return self._transport.export_adapter(artifact_id, Path(path), merged=False)
+
+    def cancel_pending(self) -> int:
+        """Cancel what waits in the queue; what runs finishes. Returns how many operations there were."""
+        return self._outstanding.cancel()
 
     # data and runs
 
@@ -522,19 +369,9 @@ class TrainingClient:
         """Every metric as a curve, every event by number; outlives the process."""
         return self._channel.bus.history
 
-    async def events(self, after: int = 0) -> AsyncIterator[Event]:
+    def events(self, after: int = 0) -> AsyncIterator[Event]:
         """Iterate over what happened since event number `after`, then over what happens, until the client is closed."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        unsubscribe = self.subscribe(lambda event: _put(loop, queue, event), after=after)
-        try:
-            while True:
-                event = await queue.get()
-                yield event
-                if isinstance(event, StatusChanged) and event.status == ClientStatus.TERMINATED:
-                    return
-        finally:
-            unsubscribe()
+        return stream(self.subscribe, after)
 
     def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` on every event, at once and on whatever thread it happens; see `events()`.
@@ -556,9 +393,9 @@ class TrainingClient:
 
     # how it looks in a notebook
 
-    def dashboard(self) -> Any:
-        """Return the live panel of this client: a widget, to place or to show again."""
-        return load_dotted("tensafe_nb.widgets:panel")(self)
+    def dashboard(self, sections: Sequence[str] | None = None) -> Any:
+        """Return the live panel of this client, a widget; or one with only some sections: see `widgets.Dashboard`."""
+        return load_dotted("tensafe_nb.widgets:panel")(self, sections)
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)
@@ -596,9 +433,6 @@ class TrainingClient:
         )
 
     def _submit(self, operation: Operation) -> FutureHandle[Any]:
-        return self._channel.submit(operation)
-
-
-def _put(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Event]", event: Event) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(queue.put_nowait, event)
+        handle = self._channel.submit(operation)
+        self._outstanding.add(handle)
+        return handle

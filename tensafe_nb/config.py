@@ -5,12 +5,14 @@ from typing import Any, Literal, Self
 import pydantic
 
 from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.reprs import Facts, shown
 
 Positive = pydantic.PositiveInt
 NonNegativeFloat = pydantic.NonNegativeFloat
 MIN_TEMPERATURE = 1e-4  # below, the logits leave the range of numbers; 0 means greedy
 
 
+@shown
 class Config(pydantic.BaseModel):
     """Base of all configurations: immutable, unknown names refused with the nearest spelling."""
 
@@ -41,6 +43,9 @@ class Config(pydantic.BaseModel):
         reason = problem["msg"].removeprefix("Value error, ")
         field = f".{where}" if where else ""
         return f"{cls.__name__}{field}: {reason} (got {problem['input']!r})."
+
+    def _facts(self) -> Facts:
+        return {name: getattr(self, name) for name in type(self).model_fields}
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, checked again."""

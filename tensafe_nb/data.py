@@ -12,6 +12,7 @@ import numpy as np
 
 from tensafe_nb.batch import IGNORE, BatchData
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import Facts, shown
 from tensafe_nb.types import Prompt
 
 Row: TypeAlias = str | Mapping[str, Any]
@@ -102,6 +103,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> BatchData:
     return BatchData(ids, mask, labels, {"targets": targets} if _target_width(examples) else None)
 
 
+@shown
 class Batches:
     """Batches of examples; every pass over it is the next seeded shuffle. Made by `batches`.
 
@@ -157,6 +159,17 @@ class Batches:
             if self._with_ids:
                 batch = batch.labelled_with(example_ids=np.repeat(numbers, self.group))
             yield batch
+
+    def _facts(self) -> Facts:
+        tokens = sum(map(len, self.examples))
+        return {
+            "batches": len(self),
+            "batch_size": self.batch_size,
+            "examples": len(self.examples),
+            "tokens": tokens,
+            "longest": max(map(len, self.examples), default=0),
+            "shuffled": self._shuffle,
+        }
 
     def __repr__(self) -> str:
         unit = {1: "rows", 2: "pairs"}.get(self.group, f"groups of {self.group}")

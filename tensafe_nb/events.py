@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ import numpy as np
 from tensafe_nb.batch import Array
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import from_plain, plain, to_plain
+from tensafe_nb.reprs import Facts, shown
 
 if sys.platform != "win32":  # there, a run of another process counts as interrupted
     import fcntl
@@ -168,6 +169,17 @@ class ArtifactDeleted(Event):
 
 @plain
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forked(Event):
+    """The client `child` has started from a state of the client `parent`, which was at `step`; both are told."""
+
+    parent: str
+    artifact_id: str
+    child: str
+    step: int
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts(Event):
     """A step's rollouts were scored; their texts lie in `path`."""
 
@@ -175,6 +187,12 @@ class Rollouts(Event):
     step: int
     rollouts: int
     path: str
+
+
+@plain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MockTookPart(Event):
+    """Weights were changed by what a `Mock…` object made up: every picture of this training says so."""
 
 
 @plain
@@ -221,6 +239,10 @@ class PrivacySpent(Event):
     void: str | None = None
 
 
+TIMED = "tokens"  # the curve whose points keep their moments as well, so that a rate can be told
+
+
+@shown
 class RunHistory:
     """The history of a training client: every metric as a curve, every event on disk.
 
@@ -235,6 +257,8 @@ class RunHistory:
         self._steps: dict[str, array[int]] = {}
         self._values: dict[str, array[float]] = {}
         self._measured: dict[str, int] = {}
+        self._clock, self._began = (array("q"), array("d")), 0.0
+        self._timed = array("d")
         self.last_seq = 0
 
     @classmethod
@@ -256,30 +280,48 @@ class RunHistory:
         sizes = ", ".join(f"{name}: {len(self._values[name])}" for name in self.names)
         return f"<RunHistory {self.last_seq} events; {sizes or 'no metrics yet'}>"
 
+    def _facts(self) -> Facts:
+        curves = {
+            name: f"{len(values)} values, {values[0]:.4g} → {values[-1]:.4g}"
+            for name, values in sorted(self._values.items())
+        }
+        return {"events": self.last_seq} | curves
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.names
+
     @property
     def names(self) -> list[str]:
         """The metrics there are."""
         return sorted(self._values)
 
-    def series(self, name: str) -> tuple[Array, Array]:
-        """Return (steps, values) of a metric; empty when it was never measured."""
-        values = self._values.get(name, array("d"))
-        steps = self._steps.get(name, array("q"))
-        count = min(len(values), len(steps))
-        return np.array(steps[:count], dtype=np.int64), np.array(values[:count], dtype=np.float64)
+    def series(self, name: str, start: int = 0) -> tuple[Array, Array]:
+        """Return (steps, values) of a metric, from point number `start` on; empty when it was never measured."""
+        return _columns(self._steps.get(name, array("q")), self._values.get(name, array("d")), start)
+
+    def clock(self, start: int = 0) -> tuple[Array, Array]:
+        """Return (steps, seconds since the first) of everything that was measured, from entry number `start` on."""
+        return _columns(*self._clock, start)
+
+    def moments(self, start: int = 0) -> Array:
+        """Return when each point of the curve "tokens" was measured, in Unix seconds."""
+        return np.array(self._timed[start:], dtype=np.float64)
 
     def last(self, after: int = 0) -> dict[str, float]:
         """Return the latest value of every metric measured since event number `after`."""
         return {name: self._values[name][-1] for name in self.names if self._measured[name] > after}
 
-    def events(self, after: int = 0) -> Iterator[Event]:
-        """Iterate over the recorded events with a number above `after`."""
+    def events(self, after: int = 0, kinds: Sequence[type[Event]] = ()) -> Iterator[Event]:
+        """Iterate over the recorded events with a number above `after`: all, or those of some kinds, which is quick."""
         if not self.path.exists():
             return
+        wanted = [f'"$": "{kind.__name__}"' for kind in kinds]
         with self.path.open(encoding="utf-8") as lines:
             for line in lines:
                 if not line.endswith("\n"):
                     return
+                if wanted and not any(name in line for name in wanted):
+                    continue
                 event = from_plain(json.loads(line))
                 if event.seq > after:
                     yield event
@@ -287,10 +329,24 @@ class RunHistory:
     def add(self, event: Event) -> None:
         self.last_seq = event.seq
         if isinstance(event, Metrics):
+            self._clock[0].append(event.step)
+            self._began = self._began or event.time
+            self._clock[1].append(event.time - self._began)
+            if TIMED in event.values:
+                self._timed.append(event.time)
             for name, value in event.values.items():
                 self._steps.setdefault(name, array("q")).append(event.step)
                 self._values.setdefault(name, array("d")).append(value)
                 self._measured[name] = event.seq
+
+
+def _columns(steps: "array[int]", values: "array[float]", start: int) -> tuple[Array, Array]:
+    """Copy the columns, which grow on another thread: as far as both reach."""
+    count = min(len(values), len(steps))
+    return (
+        np.array(steps[start:count], dtype=np.int64),
+        np.array(values[start:count], dtype=np.float64),
+    )
 
 
 def is_being_written(path: Path) -> bool:

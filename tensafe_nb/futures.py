@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import html
 import logging
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
@@ -18,6 +18,7 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
+from tensafe_nb.reprs import table
 from tensafe_nb.types import FutureStatus
 
 logger = logging.getLogger(__name__)
@@ -283,18 +284,14 @@ class FutureHandle(Generic[R]):
 
     def _repr_html_(self) -> str:
         promise = self._promise
-        rows = [("operation", self.operation), ("state", self._place())]
+        facts: dict[str, object] = {"operation": self.operation, "state": self._place()}
         if promise.started_at is not None:
-            rows.append(("duration", f"{(promise.ended_at or time.time()) - promise.started_at:.3f} s"))
+            facts["duration"] = f"{(promise.ended_at or time.time()) - promise.started_at:.3f} s"
         if promise.error is not None:
-            rows.append((type(promise.error).__name__, str(promise.error)))
+            facts[type(promise.error).__name__] = str(promise.error)
         if promise.state is FutureStatus.COMPLETED:
-            rows += [(name, _short(getattr(promise.value, name))) for name in sorted(self._lent)]
-        cells = "".join(
-            f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>'
-            for name, text in rows
-        )
-        return f"<table><caption>{html.escape(self.future_id)}</caption>{cells}</table>"
+            facts |= {name: getattr(promise.value, name) for name in sorted(self._lent)}
+        return table(self.future_id, facts)
 
 
 def completed(value: R, *, operation: str, training_client_id: str) -> FutureHandle[R]:
@@ -382,11 +379,6 @@ def _public_names(result_type: type) -> list[str]:
     return [f.name for f in fields(result_type)] + properties
 
 
-def _short(value: object) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
 def enable_nested_asyncio() -> None:
     """Let `asyncio.run()` work inside a notebook cell, by patching asyncio with nest_asyncio.
 
@@ -409,3 +401,24 @@ def enable_nested_asyncio() -> None:
     warnings.warn(
         "panel buttons may be lost or delayed until the cell ends (nest_asyncio: lost)", stacklevel=2
     )
+
+
+class Outstanding:
+    """The handles of one training client that are not done yet, whoever else holds them, in the order of its queue."""
+
+    def __init__(self) -> None:
+        self._handles: deque[FutureHandle[Any]] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, handle: FutureHandle[Any]) -> None:
+        """Take in the newest; let go of the oldest that are done."""
+        with self._lock:
+            self._handles.append(handle)
+            while self._handles and self._handles[0].done():
+                self._handles.popleft()
+
+    def cancel(self) -> int:
+        """Cancel those that wait, newest first; return how many there were."""
+        with self._lock:
+            waiting = [handle for handle in self._handles if handle.state is FutureStatus.PENDING]
+        return sum(handle.cancel() for handle in reversed(waiting))

@@ -14,15 +14,16 @@ import numpy as np
 from tensafe_nb import config
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.registry import name_of
+from tensafe_nb.reprs import shown
 
 C = TypeVar("C", bound=type)
 _CLASSES: dict[str, type] = {"SamplingConfig": config.SamplingConfig, "TrainingConfig": config.TrainingConfig}
 
 
 def plain(cls: C) -> C:
-    """Class decorator: instances can be written as JSON and read back."""
+    """Class decorator: instances can be written as JSON and read back, and a notebook shows them as a table."""
     _CLASSES[cls.__name__] = cls
-    return cls
+    return shown(cls)
 
 
 def to_plain(value: Any) -> Any:

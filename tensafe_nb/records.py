@@ -5,10 +5,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tensafe_nb.errors import RunNotFoundError, TGTinkerError
-from tensafe_nb.events import CheckpointSaved, RunHistory, RunState, StateLoaded, is_being_written
+from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
+from tensafe_nb.events import CheckpointSaved, Metrics, RunHistory, RunState, StateLoaded, is_being_written
 from tensafe_nb.plain import from_plain
+from tensafe_nb.registry import load_dotted
+from tensafe_nb.reprs import Facts, Listing, table, visible
 from tensafe_nb.store import home
 from tensafe_nb.types import RunStatus
 
@@ -29,6 +32,10 @@ class RunRecord:
         started_at: Unix seconds.
         reason: Why it failed.
         last_checkpoint: Artifact id of its newest checkpoint: `fit(…, resume_from=…)` goes on from there.
+        curve: The metric to watch: "reward" where there is one, else "loss".
+        log: The event log it was read from.
+
+    In a notebook, a run that has ended is shown as the panel it had, with its whole history.
     """
 
     run_id: str
@@ -38,17 +45,47 @@ class RunRecord:
     started_at: float
     reason: str | None = None
     last_checkpoint: str | None = None
+    curve: str = "loss"
+    log: Path = Path()
 
     @property
     def history(self) -> RunHistory:
         """Its training client's history, read from the log."""
-        return RunHistory.load(_log_of(self.run_id))
+        return RunHistory.load(self.log)
+
+    @property
+    def way_on(self) -> str:
+        """What can be done after an interruption, in words."""
+        if self.last_checkpoint is None:
+            return "its process ended in the middle; it had saved no checkpoint"
+        return f"its process ended in the middle; last checkpoint {self.last_checkpoint}"
+
+    def __repr__(self) -> str:
+        checkpoint = f", last checkpoint {self.last_checkpoint}" if self.last_checkpoint else ""
+        return f"<RunRecord {visible(self.run_id)} {self.state} at step {self.step}{checkpoint}>"
+
+    def _repr_mimebundle_(self, **_: Any) -> Any:
+        if not self.state.ended:
+            return {"text/plain": repr(self), "text/html": table(f"run {self.run_id}", _row(self))}
+        return load_dotted("tensafe_nb.widgets:mimebundle")(self)
 
 
 def list_runs() -> list[RunRecord]:
-    """Return every run recorded in the home folder, oldest first."""
+    """Return every run recorded in the home folder, oldest first: a list, which a notebook shows as a table."""
     records = [record for log in sorted(home.runs().glob("*/events.jsonl")) for record in _readable(log)]
-    return sorted(records, key=lambda record: record.started_at)
+    return Listing(sorted(records, key=lambda record: record.started_at), _row)
+
+
+def _row(record: RunRecord) -> Facts:
+    return {
+        "run": record.run_id,
+        "state": record.state,
+        "step": record.step,
+        "planned": record.planned_steps,
+        "started_at": record.started_at,
+        "last checkpoint": record.last_checkpoint,
+        "reason": record.reason,
+    }
 
 
 def load_run(run_id: str) -> RunRecord:
@@ -63,6 +100,20 @@ def load_run(run_id: str) -> RunRecord:
     raise RunNotFoundError(
         f"There is no run {run_id!r} under {home.runs()}. list_runs() shows all there are."
     )
+
+
+def read_log(log: Path) -> list[RunRecord]:
+    """Return the runs that an event log tells of, oldest first.
+
+    Raises:
+        ValidationError: There is no such file, or it is no event log.
+    """
+    if not log.is_file():
+        raise ValidationError(f"There is no event log {log}. list_runs() shows the runs of this machine.")
+    try:
+        return _records(log)
+    except (TGTinkerError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValidationError(f"{log} cannot be read as an event log: {error}.") from error
 
 
 def _readable(log: Path) -> list[RunRecord]:
@@ -80,6 +131,7 @@ def _log_of(run_id: str) -> Path:
 def _records(log: Path) -> list[RunRecord]:
     states: dict[str, list[RunState]] = {}
     checkpoints: dict[str, str] = {}
+    rewarded: set[str] = set()
     last_step = 0
     if not log.exists():
         return []
@@ -91,19 +143,28 @@ def _records(log: Path) -> list[RunRecord]:
                     states.setdefault(event.run_id, []).append(event)
                 if isinstance(event, CheckpointSaved) and event.run_id is not None:
                     checkpoints[event.run_id] = event.artifact_id
+                if isinstance(event, Metrics) and states and "reward" in event.values:
+                    rewarded.add(next(reversed(states)))
                 last_step = event.step if isinstance(event, StateLoaded) else max(last_step, event.step)
     alive = is_being_written(log)
     return [
-        _record(run_id, seen, last_step, alive, checkpoints.get(run_id)) for run_id, seen in states.items()
+        RunRecord(
+            run_id,
+            *_state(seen, last_step, alive),
+            planned_steps=seen[0].planned_steps,
+            started_at=seen[0].time,
+            reason=seen[-1].reason,
+            last_checkpoint=checkpoints.get(run_id),
+            curve="reward" if run_id in rewarded else "loss",
+            log=log,
+        )
+        for run_id, seen in states.items()
     ]
 
 
-def _record(
-    run_id: str, states: Sequence[RunState], last_step: int, alive: bool, checkpoint: str | None
-) -> RunRecord:
-    first, last = states[0], states[-1]
+def _state(states: Sequence[RunState], last_step: int, alive: bool) -> tuple[RunStatus, int]:
+    last = states[-1]
     state = RunStatus(last.state)
-    if not state.ended and not alive:
-        state = RunStatus.INTERRUPTED
-    step = last.step if RunStatus(last.state).ended else last_step
-    return RunRecord(run_id, state, step, first.planned_steps, first.time, last.reason, checkpoint)
+    if state.ended:
+        return state, last.step
+    return (state if alive else RunStatus.INTERRUPTED), last_step

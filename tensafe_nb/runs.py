@@ -184,9 +184,9 @@ class TrainingRun:
     def __repr__(self) -> str:
         return f"<TrainingRun {self.run_id} {self._state}, step {self.steps_done} of {self.planned_steps or '?'}>"
 
-    def freeze(self) -> None:
-        """Put a picture and a table of how things stand into the calling cell."""
-        load_dotted("tensafe_nb.widgets:freeze")(self)
+    def freeze(self, samples: int = 0) -> None:
+        """Put a picture and a table of how things stand into the calling cell; texts only of so many `samples`."""
+        load_dotted("tensafe_nb.widgets:freeze")(self, samples)
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)

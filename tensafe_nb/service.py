@@ -11,10 +11,12 @@ from typing import Any, Self, overload
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
+from tensafe_nb.reprs import Facts, Listing, fields_of, shown
 from tensafe_nb.transports.base import Channel, Transport
 from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
 
 
+@shown
 class ServiceClient:
     """The way in: makes training clients, and keeps what they save.
 
@@ -90,7 +92,7 @@ class ServiceClient:
         return self._adopt(self._transport.restore(config, lambda: artifact_id))
 
     def _adopt(self, channel: Channel) -> TrainingClient:
-        client = TrainingClient(channel, self._fork, self._transport.delete_artifact)
+        client = TrainingClient(channel, self._fork, self._transport)
         self._clients[client.training_client_id] = client
         return client
 
@@ -106,7 +108,7 @@ class ServiceClient:
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
         """Return the training clients that are not closed, oldest first."""
-        return [channel.info() for channel in self._transport.channels()]
+        return Listing((channel.info() for channel in self._transport.channels()), fields_of)
 
     def get_training_client(self, training_client_id: str) -> TrainingClient:
         """Return a training client by its id.
@@ -129,7 +131,7 @@ class ServiceClient:
         Args:
             training_client_id: Only those that this client saved.
         """
-        return self._transport.list_artifacts(training_client_id)
+        return Listing(self._transport.list_artifacts(training_client_id), _row_of_artifact)
 
     def get_artifact(self, artifact_id: str) -> SaveStateResult:
         """Return what is known of an artifact.
@@ -231,7 +233,9 @@ class ServiceClient:
         for name, value in (("limit", limit), ("offset", offset)):
             if not isinstance(value, int) or value < 0:
                 raise ValidationError(f"get_audit_logs: {name}={value!r} must be a whole number, 0 or more.")
-        return self._transport.audit_logs(training_client_id, operation, limit, offset)
+        return Listing(
+            self._transport.audit_logs(training_client_id, operation, limit, offset), _row_of_record
+        )
 
     def verify_audit_log(self, anchors: Sequence[str] = ()) -> AuditVerification:
         """Check the audit log from its first record to its last.
@@ -260,8 +264,45 @@ class ServiceClient:
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         await asyncio.to_thread(self.close)
 
+    def _facts(self) -> Facts:
+        clients = [channel.info() for channel in self._transport.channels()]
+        return {
+            "core": "embedded" + (", closed" if self._closed else ""),
+            "training clients": len(clients),
+            **{
+                info.training_client_id: f"{info.model_ref}, step {info.step}, {info.status}"
+                for info in clients
+            },
+        }
+
     def __repr__(self) -> str:
         return f"<ServiceClient embedded, {len(self._transport.channels())} training clients>"
+
+
+def _row_of_artifact(artifact: SaveStateResult) -> Facts:
+    return {
+        "artifact_id": artifact.artifact_id,
+        "name": artifact.name,
+        "step": artifact.step,
+        "created_at": artifact.created_at,
+        "size_bytes": artifact.size_bytes,
+        "model_ref": artifact.model_ref,
+        "saved_by": artifact.saved_by,
+        "metadata": artifact.metadata,
+    }
+
+
+def _row_of_record(record: AuditLogEntry) -> Facts:
+    return {
+        "seq": record.seq,
+        "started_at": record.started_at,
+        "training_client_id": record.training_client_id,
+        "operation": record.operation,
+        "success": record.success,
+        "error_code": record.error_code,
+        "duration_ms": record.duration_ms,
+        "artifacts": (*record.artifact_ids_produced, *record.artifact_ids_consumed),
+    }
 
 
 def _let_waiting_threads_sleep() -> None:

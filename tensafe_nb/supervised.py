@@ -8,11 +8,12 @@ from typing import Any
 from tensafe_nb.batch import BatchData
 from tensafe_nb.data import Batches
 from tensafe_nb.draws import PoissonDraws
-from tensafe_nb.errors import ValidationError
+from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.events import Metrics
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.loops import Batch, Run, RunClient
-from tensafe_nb.types import ForwardResult
+from tensafe_nb.step_alarms import StepAlarms, not_finite
+from tensafe_nb.types import ForwardResult, OptimStepResult
 
 EVAL_SLICE = 64  # held-out batches in the queue at a time
 LONG_WINDOW = 400  # batches per step from which on the queue holds one step only
@@ -125,6 +126,8 @@ class SupervisedLoop:
         self._eval_every = eval_every
         self._passes = epochs if epochs is not None else (None if steps is not None else 1)
         self._evaluated_after: int | None = None
+        self._alarms = StepAlarms()
+        self._newest: list[FutureHandle[Any]] = []  # of the last two steps
         self._cursor = BatchCursor(batches, self._passes)
         self.planned_steps = steps if steps is not None else self._count(batches)
         if isinstance(batches, Sized) and len(batches) == 0:
@@ -141,6 +144,7 @@ class SupervisedLoop:
         if index == 0:
             self._evaluate()
         training = [self._client.forward_backward(batch) for batch in batches] + [self._client.optim_step()]
+        self._newest = [*self._newest[-len(training) :], *training]
         due = self._eval_every is not None and (index + 1) % self._eval_every == 0
         if due or index + 1 == self.planned_steps:
             self._evaluated_after = index
@@ -148,7 +152,13 @@ class SupervisedLoop:
         return training
 
     def collect(self, index: int, results: Sequence[Any]) -> None:
-        """Nothing to do: the worker publishes what a step measured."""
+        """Publish the alarms that a step sets off; what it measured was published by the worker."""
+        values = {"loss": results[0].loss}
+        for result in results:
+            if isinstance(result, OptimStepResult):
+                values |= {"grad_norm": result.grad_norm, "param_delta_norm": result.param_delta_norm}
+                for alarm in self._alarms.observe(self._run.run_id, result.step, values):
+                    self._client.publish(alarm)
 
     def position(self) -> dict[str, int]:
         """Return where the batches stand."""
@@ -162,7 +172,11 @@ class SupervisedLoop:
         """Nothing to do: all it waits for is in the queue."""
 
     def close(self) -> None:
-        """Nothing to do: it holds nothing."""
+        """Say at which step a loss or gradient was no number, if that is how it ended."""
+        failed = (handle.exception() for handle in self._newest if handle.done())
+        error = next((error for error in failed if isinstance(error, NonFiniteLossError)), None)
+        if error is not None:
+            self._client.publish(not_finite(self._run.run_id, self._client.step + 1, str(error)))
 
     def _end_of_data(self, index: int) -> None:
         """Evaluate after the last step, which nobody knew to be the last; refuse to have had none at all."""

@@ -1,13 +1,13 @@
 """The plain data that flows through the toolkit: statuses, operations, results."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-from tensafe_nb import config
-from tensafe_nb.batch import Array, BatchData
+from tensafe_nb.batch import Array
 from tensafe_nb.plain import plain
+from tensafe_nb.reprs import Facts
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
@@ -48,101 +48,6 @@ class RunStatus(StrEnum):
     @property
     def ended(self) -> bool:
         return self in (RunStatus.STOPPED, RunStatus.FINISHED, RunStatus.FAILED, RunStatus.INTERRUPTED)
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class ForwardBackward:
-    """Compute the loss and add its gradient to what is accumulated."""
-
-    batch: BatchData
-    loss_fn: str | Callable[..., Any] | None = None
-    loss_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Compute the loss in evaluation mode, without gradients."""
-
-    batch: BatchData
-    loss_fn: str | Callable[..., Any] | None = None
-    loss_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    return_logprobs: bool = False
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class OptimStep:
-    """Apply what is accumulated."""
-
-    apply_dp_noise: bool = True
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Draw completions."""
-
-    prompts: tuple[Prompt, ...]
-    sampling: config.SamplingConfig
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class ComputeLogprobs:
-    """Score the labels of a batch under the current or the reference weights."""
-
-    batch: BatchData
-    temperature: float = 1.0
-    reference: bool = False
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class SaveState:
-    """Seal the client's state as an artifact; `position` says where a run stood in its data."""
-
-    include_optimizer: bool = True
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    name: str | None = None
-    position: Mapping[str, Any] | None = None
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class VoidPrivacy:
-    """Give the privacy guarantee up, for good; the reason is on record."""
-
-    reason: str
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class FreezeReference:
-    """Keep a copy of the trained weights: the reference that later scores are compared with."""
-
-
-@plain
-@dataclass(frozen=True, slots=True)
-class LoadState:
-    """Take the state of an artifact, given by its id or its name; `for_run` refuses one that no such run saved."""
-
-    artifact_id: str
-    for_run: str | None = None
-
-
-Operation: TypeAlias = (
-    ForwardBackward
-    | Forward
-    | OptimStep
-    | Sample
-    | ComputeLogprobs
-    | FreezeReference
-    | SaveState
-    | LoadState
-    | VoidPrivacy
-)
 
 
 @plain
@@ -261,6 +166,13 @@ class SampleResult:
     def texts(self) -> list[str]:
         """The completions' texts, in order."""
         return [sequence.text for sequence in self.sequences]
+
+    def _facts(self) -> Facts:
+        texts = {f"text {number}": text for number, text in enumerate(self.texts[:8], 1)}
+        return {"sequences": len(self.sequences), "policy_version": self.policy_version} | texts
+
+    def __repr__(self) -> str:
+        return f"<SampleResult {len(self.sequences)} sequences, policy_version {self.policy_version}>"
 
 
 @plain

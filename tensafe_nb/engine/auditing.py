@@ -11,10 +11,11 @@ import numpy as np
 from tensafe_nb.batch import BatchData
 from tensafe_nb.engine.lane import Job
 from tensafe_nb.errors import FutureCancelledError, TGTinkerError, ValidationError
+from tensafe_nb.operations import Operation
 from tensafe_nb.plain import to_plain
 from tensafe_nb.registry import name_of
 from tensafe_nb.store.audit_log import AuditLog
-from tensafe_nb.types import LoadStateResult, Operation, SaveStateResult
+from tensafe_nb.types import LoadStateResult, SaveStateResult
 
 
 class Auditor:

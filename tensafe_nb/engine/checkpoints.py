@@ -13,9 +13,10 @@ from tensafe_nb.engine import state as states
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.state import EngineState
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.operations import SaveState
 from tensafe_nb.store.artifacts import ArtifactStore, StoredArtifact
 from tensafe_nb.store.tensors import TensorPart, read_tensors
-from tensafe_nb.types import LoadStateResult, SaveState, SaveStateResult
+from tensafe_nb.types import LoadStateResult, SaveStateResult
 
 SCHEMA = 1
 FACTS, WEIGHTS, MOMENTS, WINDOW, REFERENCE = (

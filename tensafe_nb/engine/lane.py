@@ -8,25 +8,27 @@ from typing import Any
 from tensafe_nb.errors import FutureFailedError, QueueFullError
 from tensafe_nb.futures import Promise
 from tensafe_nb.losses import Loss
-from tensafe_nb.types import (
+from tensafe_nb.operations import (
     ComputeLogprobs,
     Forward,
     ForwardBackward,
-    ForwardBackwardResult,
-    ForwardResult,
     FreezeReference,
-    FreezeReferenceResult,
     LoadState,
-    LoadStateResult,
-    LogprobsResult,
     Operation,
     OptimStep,
-    OptimStepResult,
     Sample,
-    SampleResult,
     SaveState,
-    SaveStateResult,
     VoidPrivacy,
+)
+from tensafe_nb.types import (
+    ForwardBackwardResult,
+    ForwardResult,
+    FreezeReferenceResult,
+    LoadStateResult,
+    LogprobsResult,
+    OptimStepResult,
+    SampleResult,
+    SaveStateResult,
     VoidPrivacyResult,
 )
 

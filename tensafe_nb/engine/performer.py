@@ -12,24 +12,20 @@ from tensafe_nb.engine.window import Tick
 from tensafe_nb.errors import DPBudgetExceededError
 from tensafe_nb.events import CheckpointSaved, Event, EventBus, Metrics, StateLoaded
 from tensafe_nb.losses import Loss
-from tensafe_nb.plain import from_plain, to_plain
-from tensafe_nb.store.vault import Vault
-from tensafe_nb.types import (
+from tensafe_nb.operations import (
     ComputeLogprobs,
     Forward,
     ForwardBackward,
-    ForwardBackwardResult,
     FreezeReference,
     LoadState,
-    LoadStateResult,
     OptimStep,
-    OptimStepResult,
-    Result,
     Sample,
     SaveState,
-    SaveStateResult,
     VoidPrivacy,
 )
+from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.store.vault import Vault
+from tensafe_nb.types import ForwardBackwardResult, LoadStateResult, OptimStepResult, Result, SaveStateResult
 
 
 class Performer:
@@ -143,6 +139,7 @@ class Performer:
         self.step, self.policy_version = result.step, result.policy_version
         values = {
             **mean_of(losses),
+            "tokens": sum(result.tokens_processed for result, _ in losses),
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "param_delta_norm": result.param_delta_norm,

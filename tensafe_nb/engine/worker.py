@@ -38,19 +38,12 @@ from tensafe_nb.events import (
 )
 from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.losses import Loss, resolve_loss
+from tensafe_nb.operations import Forward, ForwardBackward, Operation, SaveState
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.charges import LedgerLog
 from tensafe_nb.privacy.statement import PrivacyStatement
 from tensafe_nb.store.vault import Vault
-from tensafe_nb.types import (
-    ClientStatus,
-    Forward,
-    ForwardBackward,
-    FutureStatus,
-    Operation,
-    SaveState,
-    TrainingClientInfo,
-)
+from tensafe_nb.types import ClientStatus, FutureStatus, TrainingClientInfo
 
 logger = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from tensafe_nb.reprs import escaped
 from tensafe_nb.rlvr.rollouts import Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, unscored
 
@@ -61,19 +61,19 @@ class RewardPreview:
         top = max(self.counts, default=0)
         bars = "".join(
             f"<tr><td style='text-align:right'>{low:.3g}</td><td style='text-align:left'>"
-            f"<span style='display:inline-block;height:.8em;background:#4c78a8;width:{12 * n / top:.2f}em'></span> "
-            f"{n}</td></tr>"
+            f"<span style='display:inline-block;height:.8em;background:currentColor;opacity:.5;"
+            f"width:{12 * n / top:.2f}em'></span> {n}</td></tr>"
             for low, n in self._bars()
         )
         examples = "".join(
-            f"<tr><td>{title}</td><td>{t.reward:.3g}</td><td style='text-align:left'>{escape(_short(t.prompt))}</td>"
-            f"<td style='text-align:left'>{escape(_short(t.response))}</td></tr>"
+            f"<tr><td>{title}</td><td>{t.reward:.3g}</td><td style='text-align:left'>{escaped(_short(t.prompt))}</td>"
+            f"<td style='text-align:left'>{escaped(_short(t.response))}</td></tr>"
             for title, chosen in self._chosen()
             for t in chosen
         )
-        errors = "".join(f"<li>{count} × {escape(text)}</li>" for text, count in self.errors.items())
+        errors = "".join(f"<li>{count} × {escaped(text)}</li>" for text, count in self.errors.items())
         return (
-            f"<p>{escape(self._summary())}</p><table>{bars}</table><table>{examples}</table>"
+            f"<p>{escaped(self._summary())}</p><table>{bars}</table><table>{examples}</table>"
             + f"<ul>{errors}</ul>" * bool(errors)
         )
 

@@ -17,6 +17,7 @@ from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.reprs import Facts, shown
 from tensafe_nb.types import (
     ForwardBackwardResult,
     FreezeReferenceResult,
@@ -58,6 +59,7 @@ class PolicyClient(Protocol):
     def publish(self, event: Event) -> Any: ...
 
 
+@shown
 @dataclass(slots=True)
 class Trajectory:
     """One prompt, one response, and what became of it.
@@ -106,6 +108,7 @@ class Trajectory:
         return self.finish_reason == "length"
 
 
+@shown
 @dataclass(slots=True)
 class RolloutGroup:
     """All rollouts of one prompt. Statistics are over the scored ones."""
@@ -144,6 +147,7 @@ class RolloutGroup:
         return mean((_scored(self.rollouts) >= GOOD).astype(float))
 
 
+@shown
 @dataclass(slots=True, eq=False, repr=False)
 class TrajectoryBatch(Sequence[Trajectory]):
     """All rollouts of a step: a list of trajectories that also knows its groups.
@@ -171,6 +175,19 @@ class TrajectoryBatch(Sequence[Trajectory]):
 
     def __len__(self) -> int:
         return sum(len(group.rollouts) for group in self.groups)
+
+    def _facts(self) -> Facts:
+        scored = _scored(self)
+        return {
+            "rollouts": len(self),
+            "prompts": len(self.groups),
+            "scored": len(scored),
+            "mean_reward": self.mean_reward,
+            "std_reward": self.std_reward,
+            "frac_zero_signal": self.frac_zero_signal,
+            "clipped_ratio": self.clipped_ratio,
+            "sampling": self.sampling,
+        }
 
     def __repr__(self) -> str:
         mock = ", mock data" if any(trajectory.policy_version == MOCK for trajectory in self) else ""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
+from tensafe_nb.reprs import shown
 from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, outcomes_of
 from tensafe_nb.rlvr.composite import combined, named_parts
 from tensafe_nb.rlvr.coroutine_pool import CoroutinePool
@@ -27,6 +28,7 @@ _NOTHING: dict[str, Any] = dict.fromkeys(
 )
 
 
+@shown
 @dataclass(frozen=True, slots=True)
 class FunctionReport:
     """What one function, or one named part of what it returned, gave in a round of scoring.
@@ -44,6 +46,7 @@ class FunctionReport:
     timeouts: int = 0
 
 
+@shown
 @dataclass(frozen=True, slots=True)
 class ScoreReport:
     """What came of a round of scoring.

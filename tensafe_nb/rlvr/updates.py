@@ -8,6 +8,7 @@ import numpy as np
 
 from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.events import MockTookPart
 from tensafe_nb.plain import plain
 from tensafe_nb.rlvr.rollouts import MOCK, PolicyClient, Trajectory, TrajectoryBatch
 from tensafe_nb.types import ForwardBackwardResult, OptimStepResult
@@ -132,6 +133,8 @@ def tokenize_mock(batch: TrajectoryBatch, client: PolicyClient) -> None:
     Raises:
         ValidationError: The tokenizer knows nothing of a text.
     """
+    if any(trajectory.policy_version == MOCK for trajectory in batch):
+        client.publish(MockTookPart())
     for trajectory in batch:
         if trajectory.policy_version == MOCK and not trajectory.tokens:
             end = [] if trajectory.truncated else [client.tokenizer.eos_token_id]

@@ -10,7 +10,7 @@ from tensafe_nb.engine import checkpoints, export
 from tensafe_nb.engine.ledger_binding import TenantLedger
 from tensafe_nb.engine.worker import Origin, Worker
 from tensafe_nb.errors import DecryptionError, TGTinkerError
-from tensafe_nb.events import ArtifactDeleted, ClientCreated, EventBus
+from tensafe_nb.events import ArtifactDeleted, ClientCreated, Event, EventBus, Forked, StateLoaded
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.plain import to_plain
 from tensafe_nb.store import home
@@ -39,9 +39,12 @@ class EmbeddedTransport:
         self, config: TrainingConfig, artifact_id: Callable[[], str], relative: Channel | None = None
     ) -> Channel:
         parent = self._workers.get(relative.training_client_id) if relative is not None else None
-        return self._start(config, Origin(artifact_id, parent))
+        child = self._start(config, Origin(artifact_id, parent))
+        if parent is not None:
+            _tell_of_fork(parent, child)
+        return child
 
-    def _start(self, config: TrainingConfig, origin: Origin | None) -> Channel:
+    def _start(self, config: TrainingConfig, origin: Origin | None) -> Worker:
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
         training_client_id = f"tc-{uuid.uuid4().hex[:12]}"
         created = ClientCreated(training_client_id=training_client_id, config=to_plain(config))
@@ -105,3 +108,22 @@ class EmbeddedTransport:
             worker.bus.close()
         self._workers.clear()
         atexit.unregister(self.close)
+
+
+def _tell_of_fork(parent: Worker, child: Worker) -> None:
+    """Publish on both buses that the child has started, once its state is loaded."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StateLoaded) and not told:
+            told.append(event)
+            forked = Forked(
+                parent=parent.training_client_id,
+                artifact_id=event.artifact_id,
+                child=child.training_client_id,
+                step=event.step,
+            )
+            child.bus.publish(forked)
+            parent.bus.publish(forked)
+
+    told: list[StateLoaded] = []
+    child.bus.subscribe(on_event, after=0)

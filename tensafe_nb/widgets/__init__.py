@@ -3,26 +3,57 @@
 Importing this is cheap: anywidget, IPython and matplotlib load when something is shown.
 """
 
+from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.widgets import feed, progress, renderer
+from tensafe_nb.widgets.recording import RecordedRun
 
 if TYPE_CHECKING:
-    from tensafe_nb.widgets.curve import LossCurve
+    from tensafe_nb.widgets.checkpoint_table import CheckpointTable
+    from tensafe_nb.widgets.curve import LossCurve, RewardHistory
     from tensafe_nb.widgets.dashboard import Dashboard
+    from tensafe_nb.widgets.privacy_meter import PrivacyMeter
+    from tensafe_nb.widgets.rollout_inspector import RolloutInspector
 
-__all__ = ["Dashboard", "LossCurve", "freeze", "mimebundle", "panel", "settle", "show_run"]
+__all__ = [
+    "CheckpointTable",
+    "Dashboard",
+    "LossCurve",
+    "PrivacyMeter",
+    "RewardHistory",
+    "RolloutInspector",
+    "freeze",
+    "mimebundle",
+    "panel",
+    "settle",
+    "show_run",
+]
+_MODULES = {
+    "CheckpointTable": "checkpoint_table",
+    "Dashboard": "dashboard",
+    "LossCurve": "curve",
+    "PrivacyMeter": "privacy_meter",
+    "RewardHistory": "curve",
+    "RolloutInspector": "rollout_inspector",
+}
 
 
-def panel(source: feed.Source) -> "Dashboard":
-    """Return the live panel of a training client, or of a run's client: one widget, however often it is shown."""
+def panel(source: feed.Source, sections: Sequence[str] | None = None) -> "Dashboard":
+    """Return the live panel of a training client, or of a run's client: one widget, however often it is shown.
+
+    Args:
+        source: Whose.
+        sections: Some of them; then it is a widget of its own.
+    """
     from tensafe_nb.widgets import dashboard
 
-    return dashboard.panel_of(source)
+    return dashboard.panel_of(source, sections)
 
 
-def show_run(run: TrainingRun) -> None:
+def show_run(run: TrainingRun | RecordedRun) -> None:
     """Show the progress of a run that is about to start, in whatever way this place can show it."""
     match renderer.choose():
         case renderer.Renderer.TEXT:
@@ -47,13 +78,20 @@ def mimebundle(source: feed.Source) -> Any:
     return panel(source)._repr_mimebundle_()
 
 
-def freeze(source: feed.Source) -> None:
-    """Put a picture and a table of how things stand into the calling cell, and end the live parts shown before."""
+def freeze(source: feed.Source, samples: int = 0) -> None:
+    """Put a picture and a table of how things stand into the calling cell, and end the live parts shown before.
+
+    Args:
+        source: Whose.
+        samples: So many prompts of the newest rollouts, with their answers; no text stays in the file unasked.
+    """
     from tensafe_nb.widgets import snapshot
 
-    if renderer.choose() is renderer.Renderer.WIDGET:
+    chosen = renderer.choose()
+    if chosen is renderer.Renderer.WIDGET:
         panel(source).retire()
-    snapshot.display(feed.feed_of(source), _run_of(source))
+    pictured = renderer.in_kernel() or chosen is not renderer.Renderer.TEXT
+    snapshot.display(feed.feed_of(source), _run_of(source), samples, pictured=pictured)
 
 
 def settle(source: feed.Source, timeout: float = 3.0) -> bool:
@@ -67,17 +105,11 @@ def _static_part(source: feed.Source) -> None:
     StaticPart(feed.feed_of(source), _run_of(source), alone=lambda: True).place(filled=True)
 
 
-def _run_of(source: feed.Source) -> TrainingRun | None:
-    return source if isinstance(source, TrainingRun) else feed.feed_of(source).latest
+def _run_of(source: feed.Source) -> Any:
+    return source if isinstance(source, TrainingRun | RecordedRun) else feed.feed_of(source).latest
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LossCurve":
-        from tensafe_nb.widgets.curve import LossCurve
-
-        return LossCurve
-    if name == "Dashboard":
-        from tensafe_nb.widgets.dashboard import Dashboard
-
-        return Dashboard
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"tensafe_nb.widgets.{_MODULES[name]}"), name)

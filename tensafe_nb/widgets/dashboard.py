@@ -1,46 +1,62 @@
 """The panel: one per training client, however many cells show it. Badge, curve, and the buttons of its latest run."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
+import traitlets
+
+from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.runs import TrainingRun
-from tensafe_nb.types import RunStatus
 from tensafe_nb.widgets import renderer
-from tensafe_nb.widgets.base import LiveWidget, css, esm, view_bundle
-from tensafe_nb.widgets.feed import Source, feed_of
+from tensafe_nb.widgets.base import CurveWidget, css, esm, view_bundle
+from tensafe_nb.widgets.feed import Feed, Source, feed_of
+from tensafe_nb.widgets.landmarks import Part
 from tensafe_nb.widgets.snapshot import Bundle, StaticPart, publish
 
 STATUS_SECONDS = 0.5  # between two messages about the same state
 HEARTBEAT = 5.0  # s, while anything is under way
-BUTTONS = ("pause", "resume", "stop")
+SECTIONS = ("loss", "reward", "privacy", "samples", "checkpoints")
 
 
 @final
-class Dashboard(LiveWidget):
-    """The live panel of a training client; `panel(tc)` returns the one there is.
+class Dashboard(CurveWidget):
+    """The live panel of a training client; `tc.dashboard()` returns the one there is.
 
     Args:
         source: A training client, or one of its runs.
-        traits: `smoothing`.
+        sections: Only these of "loss", "reward", "privacy", "samples", "checkpoints"; None shows those that have
+            something to show.
+        traits: `smoothing`, `log_scale`, `x_axis`, `selected_step`.
+
+    Raises:
+        ValidationError: An unknown section.
 
     Example:
         >>> HBox([tc.dashboard(), LossCurve(other_run)])
     """
 
-    _esm = esm("wire", "chart", "panel")
+    _esm = esm("wire", "page", "chart", "curves", "table", "samples", "meter", "panel")
     _css = css("panel")
     _volatile: ClassVar = ("elapsed", "eta", "op_s")  # what the page counts on by itself
+    parts: ClassVar[tuple[Part, ...]] = ("marks", "alarms", "privacy", "rows", "rollouts")
+    all_curves = True
 
-    def __init__(self, source: Source, **traits: Any) -> None:
+    sections = traitlets.List(
+        traitlets.Unicode(), help="The parts to show; empty for all that have something."
+    ).tag(sync=True)
+
+    def __init__(self, source: Source, sections: Sequence[str] | None = None, **traits: Any) -> None:
+        check_sections(sections or ())
         self._statics: dict[str | None, StaticPart] = {}
         self._shown_in: int | None = None  # execution count of the latest cell that shows it
         self._live_ids: list[str] = []
-        self._told: dict[str, Any] = {}
         self._told_at = float("-inf")
-        super().__init__(source, **traits)
+        self._branches: list[dict[str, str]] = []
+        super().__init__(source, sections=list(sections or ()), **traits)
 
     # showing
 
-    def show(self, run: TrainingRun | None = None) -> None:
+    def show(self, run: Any = None) -> None:
         """Show the panel in the calling cell, with the part that stays in the file above it."""
         self._place_static(run or self.feed.latest)
         identity = f"{self.model_id}-{len(self._live_ids)}"
@@ -73,13 +89,14 @@ class Dashboard(LiveWidget):
     def _live_bundle(self) -> Bundle:
         facts = self.feed.facts()
         of = f"run {facts.run_number} of " if facts.run_id else ""
-        line = f"Live panel of {of}{self.feed.client.training_client_id}: open in Jupyter"
+        marks = "".join(f"{mark} · " for mark in self.feed.marks)
+        line = f"{marks}Live panel of {of}{self.feed.client.training_client_id}: open in Jupyter"
         return view_bundle(self) | {"text/html": f"<p>{line}</p>", "text/plain": line}
 
     # telling the page
 
     def send_status(self) -> float | None:
-        now, status = self.feed.view.now(), self._status()
+        now, status = self.feed.view.now(), self.status()
         lasting = {name: value for name, value in status.items() if name not in self._volatile}
         turned = lasting.get("state") != self._told.get("state")
         waited = now - self._told_at
@@ -97,12 +114,13 @@ class Dashboard(LiveWidget):
         if mounted and self.pages > 1:
             for static in self._statics.values():
                 static.lose()
-        self._told, self._told_at = {}, float("-inf")
+        self._told_at = float("-inf")
+        self._send_branches()
 
-    def _status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         facts = self.feed.facts()
         static = self._statics.get(facts.run_id)
-        return {
+        return super().status() | {
             "client": facts.client,
             "state": facts.state,
             "run": facts.run_number,
@@ -116,32 +134,43 @@ class Dashboard(LiveWidget):
             "reason": facts.reason,
             "active": facts.active,
             "ended": facts.run_ended,
-            "curve": self.feed.curve,
-            "n": self._outbox.points,
             "hint": static.hint if static is not None else None,
         }
 
-    # obeying it
+    # branches
 
-    def obey(self, command: str) -> None:
-        run = self.feed.latest
-        if command not in BUTTONS or run is None:
-            raise ValueError(f"There is no run to {command}.")
-        if run.state.ended:
-            raise ValueError(f"The run has ended: {RunStatus(run.state)}.")
-        {"pause": run.pause, "resume": run.resume, "stop": run.stop}[command]()
+    def adopt(self, child: Any) -> None:
+        """Show the panel of a branch under this one."""
+        self._branches.append({"client": child.training_client_id, "model": panel_of(child).model_id})
+        self._send_branches()
 
-
-_panels: dict[str, Dashboard] = {}
+    def _send_branches(self) -> None:
+        if self._branches:
+            self.send({"t": "branches", "branches": self._branches})
 
 
-def panel_of(source: Source) -> Dashboard:
-    """Return the one panel of a training client, or of a run's client."""
+_panels: dict[Feed, Dashboard] = {}
+
+
+def panel_of(source: Source, sections: Sequence[str] | None = None) -> Dashboard:
+    """Return the one panel of a client, a run's client, or a recorded run; with `sections`, one of its own."""
+    if sections is not None:
+        return Dashboard(source, sections)
     feed = feed_of(source)
-    known = _panels.get(feed.client.training_client_id)
+    known = _panels.get(feed)
     if known is None or known.comm is None:  # a panel that was closed has no line to any page
-        known = _panels[feed.client.training_client_id] = Dashboard(feed)
+        known = _panels[feed] = Dashboard(feed)
     return known
+
+
+def check_sections(sections: Sequence[str]) -> None:
+    """Refuse a section that there is not."""
+    for section in (sections,) if isinstance(sections, str) else sections:
+        if section not in SECTIONS:
+            raise ValidationError(
+                f"There is no section {section!r} of a panel; there are {', '.join(SECTIONS)}."
+                f"{nearest(str(section), SECTIONS)}"
+            )
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -1,11 +1,12 @@
 """What the events of one training client add up to: the facts of badge, table and bar, ready at any moment."""
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import TGTinkerError
@@ -22,8 +23,11 @@ from tensafe_nb.events import (
     RunStep,
     StatusChanged,
 )
+from tensafe_nb.records import RunRecord
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.types import ClientStatus, RunStatus, TrainingClientInfo
+from tensafe_nb.widgets.landmarks import KINDS, Landmarks
+from tensafe_nb.widgets.recording import RecordedRun, Recording
 from tensafe_nb.widgets.view import VIEW, Member, View
 
 ETA_STEPS = 20  # the median of their durations
@@ -43,6 +47,14 @@ class Watched(Protocol):
     def runs(self) -> tuple[TrainingRun, ...]: ...
     @property
     def step(self) -> int: ...
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Words that badge, picture and text carry, so that nobody takes it for something else: "REPLAY"."""
+
+    @property
+    def steerable(self) -> bool:
+        """Whether buttons can reach it; where not, there are none."""
+
     def refresh(self) -> TrainingClientInfo: ...
     def subscribe(
         self, subscriber: Callable[[Event], None], after: int | None = None
@@ -104,16 +116,33 @@ class Feed:
     Args:
         client: Whom to listen to.
         view: Who flushes the members.
+        clock: The time by which its events are stamped, in Unix seconds; of a recording, that of its latest event.
     """
 
-    def __init__(self, client: Watched, view: View = VIEW) -> None:
-        self.client, self.view = client, view
+    def __init__(self, client: Watched, view: View = VIEW, clock: Callable[[], float] = time.time) -> None:
+        self.client, self.view, self._clock = client, view, clock
         self._members: list[Member] = []
         self._records: dict[str, _RunRecord] = {}
         self._operation: OperationStarted | None = None
         self._closed = client.refresh().status == ClientStatus.TERMINATED
         self.measured_at = 0.0  # Unix seconds of the latest metrics
+        self.landmarks = Landmarks()
+        self._noting = threading.Lock()
+        self._early: list[Event] | None = []  # what happens while the past is read
         client.subscribe(self._on_event)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Read what was left along the curves before anybody watched."""
+        known = self.client.history.last_seq
+        for event in self.client.history.events(kinds=KINDS):
+            if event.seq <= known:
+                self.landmarks.note(event)
+        with self._noting:
+            early, self._early = self._early or [], None
+            for event in early:
+                if event.seq > known:
+                    self._note(event)
 
     def watch(self, member: Member) -> None:
         """Have a member flushed after every event from now on."""
@@ -142,6 +171,35 @@ class Feed:
         return "reward" if "reward" in self.client.history else "loss"
 
     @property
+    def marks(self) -> tuple[str, ...]:
+        """What it is not: a recording is no live run, what a mock made up is no measurement."""
+        return (*self.client.marks, *(("MOCK",) if self.landmarks.mocked else ()))
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it trains with differential privacy: then curves and texts are for its operator only."""
+        return self.client.config.dp_config is not None
+
+    def decode(self) -> Callable[[Sequence[int]], list[str]] | None:
+        """Return what turns token ids into texts; None where there is no tokenizer."""
+        tokenizer = getattr(self.client, "tokenizer", None) if self.client.steerable else None
+        return None if tokenizer is None else lambda ids: [tokenizer.decode([token]) for token in ids]
+
+    def count_saving(self, change: int) -> None:
+        """A checkpoint that a button asked for is on its way, or there."""
+        with self._noting:
+            self.landmarks.saving += change
+            self.landmarks.changes["rows"] += 1
+        self._wake()
+
+    def learn(self, details: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take in what was looked up of checkpoints."""
+        with self._noting:
+            self.landmarks.details.update(details)
+            self.landmarks.changes["rows"] += 1
+        self._wake()
+
+    @property
     def description(self) -> str:
         """What is trained, in a few words."""
         config = self.client.config
@@ -160,11 +218,11 @@ class Feed:
             run_id=None if run is None else run.run_id,
             step=info.step if run is None else run.steps_done,
             planned=None if run is None else run.planned_steps,
-            elapsed=_elapsed(record, run),
+            elapsed=_elapsed(record, run, self._clock()),
             eta=None if run is None else _eta(run, record),
             queued=info.queue_depth,
             operation=None if operation is None else operation.operation,
-            operation_seconds=None if operation is None else time.time() - operation.time,
+            operation_seconds=None if operation is None else self._clock() - operation.time,
             reason=info.reason if run is None else _reason(run, record) or info.reason,
             active=not self._closed and (info.queue_depth > 0 or (run is not None and not run.state.ended)),
         )
@@ -172,11 +230,19 @@ class Feed:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Progress):
             return
-        self._note(event)
+        with self._noting:
+            if self._early is not None:
+                self._early.append(event)
+            else:
+                self._note(event)
+        self._wake()
+
+    def _wake(self) -> None:
         for member in self._members:
             self.view.wake(member)
 
     def _note(self, event: Event) -> None:
+        self.landmarks.note(event)
         match event:
             case Metrics(time=moment):
                 self.measured_at = moment
@@ -201,30 +267,42 @@ class Feed:
         return self._records.setdefault(run_id, _RunRecord())
 
 
-Source = TrainingRun | Watched | Feed
-_feeds: dict[str, Feed] = {}
+Source = TrainingRun | RunRecord | RecordedRun | Watched | Feed
+_feeds: dict[Watched | RunRecord, Feed] = {}
 
 
 def feed_of(source: Source) -> Feed:
-    """Return the one feed of a training client, or of a run's client."""
+    """Return the one feed of a training client, of a run's client, or of a recorded run."""
     if isinstance(source, Feed):
         return source
-    client = cast(Watched, source.client) if isinstance(source, TrainingRun) else source
-    if client.training_client_id not in _feeds:
-        _feeds[client.training_client_id] = Feed(client)
-    return _feeds[client.training_client_id]
+    subject = _subject(source)
+    if subject not in _feeds:
+        _feeds[subject] = _listen(subject)
+    return _feeds[subject]
 
 
 def settle(source: Source, timeout: float) -> bool:
     """Wait until everything that shows a client has shown its end; True at once where nothing shows it."""
-    client = source.client if isinstance(source, TrainingRun | Feed) else source
-    feed = _feeds.get(client.training_client_id)
+    feed = source if isinstance(source, Feed) else _feeds.get(_subject(source))
     return feed is None or feed.settle(timeout)
 
 
-def _elapsed(record: _RunRecord, run: TrainingRun | None) -> float | None:
+def _subject(source: TrainingRun | RunRecord | RecordedRun | Watched) -> Watched | RunRecord:
+    return cast(Watched, source.client) if isinstance(source, TrainingRun | RecordedRun) else source
+
+
+def _listen(subject: Watched | RunRecord) -> Feed:
+    if isinstance(subject, RunRecord):
+        recording = Recording(subject, "RECORDED")
+        feed = Feed(recording, clock=recording.now)
+        recording.tell_all()
+        return feed
+    return Feed(subject, clock=subject.now) if isinstance(subject, Recording) else Feed(subject)
+
+
+def _elapsed(record: _RunRecord, run: TrainingRun | None, now: float) -> float | None:
     started_at = record.started_at or (None if run is None else run.started_at)
-    return None if started_at is None else (record.ended_at or time.time()) - started_at
+    return None if started_at is None else (record.ended_at or now) - started_at
 
 
 def _eta(run: TrainingRun, record: _RunRecord) -> float | None:

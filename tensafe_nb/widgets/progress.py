@@ -1,19 +1,23 @@
 """Progress where no panel can be: a tqdm bar in a terminal, plain lines in a log. Both only listen to events."""
 
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol, TextIO, cast
+from contextlib import suppress
+from typing import Any, Protocol, TextIO, cast
 
 from tensafe_nb.events import Event, Metrics, RunState, RunStep, StatusChanged
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.types import ClientStatus, RunStatus
+from tensafe_nb.widgets.recording import RecordedRun
 from tensafe_nb.widgets.renderer import in_kernel
 
 SHOWN = ("reward", "loss", "eval/reward", "eval/loss")
 LINE_SHARE = 0.05  # of the planned steps, between two lines
 LINE_SECONDS = 10.0
+WIDTH = 100  # characters of a bar where nobody knows how wide the terminal is
 
 
 class Publisher(Protocol):
@@ -24,7 +28,7 @@ class Publisher(Protocol):
     ) -> Callable[[], None]: ...
 
 
-def show(run: TrainingRun, stream: TextIO | None = None) -> None:
+def show(run: TrainingRun | RecordedRun, stream: TextIO | None = None) -> None:
     """Follow a run on a stream (stderr): as a bar in a terminal or a notebook, else as lines."""
     stream = sys.stderr if stream is None else stream
     progress = Bar(run, stream) if stream.isatty() or in_kernel() else Lines(run, stream)
@@ -34,8 +38,9 @@ def show(run: TrainingRun, stream: TextIO | None = None) -> None:
 class Report(ABC):
     """Turns the events of one run into `advance` and `finish`; called on whatever thread publishes."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: TrainingRun | RecordedRun) -> None:
         self.run_id, self.planned = run.run_id, run.planned_steps
+        self.marks = "".join(f"{mark} " for mark in run.client.marks) if isinstance(run, RecordedRun) else ""
         self.done = 0
         self.values: dict[str, float] = {}
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -57,7 +62,7 @@ class Report(ABC):
                 self.done = done
                 self.advance()
             case RunState(run_id=self.run_id, state=state, reason=reason) if RunStatus(state).ended:
-                self._end(state, reason)
+                self._end(state, None if reason is None else " ".join(reason.split()))
             case StatusChanged(status=ClientStatus.TERMINATED):
                 self._end("CLOSED", None)
 
@@ -77,14 +82,14 @@ class Report(ABC):
 class Bar(Report):
     """A tqdm bar."""
 
-    def __init__(self, run: TrainingRun, stream: TextIO) -> None:
+    def __init__(self, run: TrainingRun | RecordedRun, stream: TextIO) -> None:
         from tqdm import tqdm
 
         super().__init__(run)
         self._stream = stream
-        self._bar = tqdm(
-            total=self.planned, desc=f"run {_number(run)}", unit="step", file=stream, dynamic_ncols=True
-        )
+        name = f"{self.marks}run {self.run_id.rpartition('/')[2]}"
+        width: dict[str, Any] = {"dynamic_ncols": True} if _tells_its_width(stream) else {"ncols": WIDTH}
+        self._bar = tqdm(total=self.planned, desc=name, unit="step", file=stream, **width)
 
     def advance(self) -> None:
         self._bar.set_postfix_str(_listed(self.values), refresh=False)
@@ -96,13 +101,18 @@ class Bar(Report):
         self._bar.set_postfix_str(_listed(self.values))
         self._bar.close()
         if reason:
-            self._stream.write(f"{self.run_id} {state.lower()}: {reason}\n")
+            self._stream.write(f"{self.marks}{self.run_id} {state.lower()}: {reason}\n")
 
 
 class Lines(Report):
     """One line for every 5 % of the steps or every 10 s, and one at the end."""
 
-    def __init__(self, run: TrainingRun, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        run: TrainingRun | RecordedRun,
+        stream: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(run)
         self._stream, self._clock = stream, clock
         self._shown_step, self._shown_at = 0, clock()
@@ -118,12 +128,17 @@ class Lines(Report):
 
     def _write(self, text: str) -> None:
         self._shown_step, self._shown_at = self.done, self._clock()
-        self._stream.write(f"{self.run_id} step {self.done}/{self.planned or '?'} {text}".rstrip() + "\n")
+        self._stream.write(
+            f"{self.marks}{self.run_id} step {self.done}/{self.planned or '?'} {text}".rstrip() + "\n"
+        )
         self._stream.flush()
 
 
-def _number(run: TrainingRun) -> str:
-    return run.run_id.rpartition("/")[2]
+def _tells_its_width(stream: TextIO) -> bool:
+    """Whether a terminal knows how wide it is: those of containers say 0, for which tqdm writes nothing at all."""
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    return False
 
 
 def _listed(values: Mapping[str, float]) -> str:

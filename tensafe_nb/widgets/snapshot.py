@@ -4,8 +4,8 @@ They are ordinary outputs beside the live panel. Where no page ever says hello t
 panel of hosts without widgets. Pictures are PNG: SVG comes out black or broken on GitHub and nbviewer.
 """
 
+import atexit
 import html
-import io
 import threading
 import uuid
 from collections import deque
@@ -14,19 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from weakref import WeakSet
 
-import numpy as np
-
-from tensafe_nb.batch import Array
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.types import RunStatus
 from tensafe_nb.widgets.feed import Facts, Feed
 from tensafe_nb.widgets.format import clock, number
+from tensafe_nb.widgets.picture import draw
+from tensafe_nb.widgets.rollout_view import frozen
 
 TABLE_SECONDS = 2.0  # between refreshes where no page listens
 PICTURE_SECONDS = 30.0  # between two pictures, except at the end
-COLUMNS = 900  # of the picture; a longer curve is drawn as the extremes per column, so no spike is lost
-BLUE, ORANGE = "#2a7de1", "#c9661a"
+LISTED = 5  # checkpoints in the table, the newest
 
 Bundle = dict[str, Any]
 _drawing = threading.Lock()  # matplotlib's fonts are shared by all figures
@@ -53,7 +52,11 @@ class Snapshot:
         of = f" of {facts.planned}" if facts.planned else ""
         values = "".join(f", {name} {number(last[name])}" for name in self._curves if name in last)
         name = f"Run {facts.run_number} of {self._client_id}" if facts.run_id else self._client_id
-        return f"{name}: {facts.state} at step {facts.step}{of}{values}, {self.taken_at:%Y-%m-%d %H:%M:%S}"
+        marks = "".join(f"{mark} · " for mark in self.feed.marks)
+        return (
+            f"{marks}{name}: {facts.state} at step {facts.step}{of}{values}, {self._privacy}, "
+            f"{self.taken_at:%Y-%m-%d %H:%M:%S}"
+        )
 
     def table(self) -> Bundle:
         """Return the table as an output."""
@@ -67,7 +70,7 @@ class Snapshot:
     def picture(self) -> tuple[Bundle, Bundle] | None:
         """Return the picture as an output with its metadata; None where there is nothing to draw, or no matplotlib."""
         with suppress(ImportError), _drawing:
-            png = self._draw()
+            png = draw(self.feed, self._curves, self.sentence)
             if png is not None:
                 return {"image/png": png, "text/plain": self.sentence}, {
                     "image/png": {"alt": self.sentence, "needs_background": "light"}
@@ -77,6 +80,17 @@ class Snapshot:
     @property
     def _client_id(self) -> str:
         return self.feed.client.training_client_id
+
+    @property
+    def _privacy(self) -> str:
+        """The account in a few words; "DP off" is said as plainly as what was spent."""
+        spent = self.feed.landmarks.privacy
+        if spent is None:
+            return "no step under DP yet" if self.feed.is_private else "DP off"
+        if spent.void is not None:
+            return "ε ∞ (no guarantee)"
+        budget = "" if spent.target_epsilon is None else f" of {number(spent.target_epsilon)}"
+        return f"ε {number(spent.total_epsilon)}{budget} at δ = {spent.delta:g}"
 
     @property
     def _curves(self) -> tuple[str, str]:
@@ -91,103 +105,18 @@ class Snapshot:
             values = history.series(name)[1]
             if len(values):
                 yield name, f"{number(values[0])} → {number(values[-1])}"
+        yield "privacy", self._privacy
+        saved = list(self.feed.landmarks.checkpoints.values())
+        if saved:
+            yield "checkpoints", ", ".join(f"step {one.step}: {one.artifact_id}" for one in saved[-LISTED:])
         yield "time", clock(facts.elapsed)
         yield "run", facts.run_id or "—"
-        if self.steering and facts.run_id and not facts.run_ended:
+        if self.steering and self.feed.client.steerable and facts.run_id and not facts.run_ended:
             yield "to steer it", "run.pause()  run.resume()  run.stop()"
-
-    def _draw(self) -> bytes | None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        history = self.feed.client.history
-        name, held_out = self._curves
-        steps, values = history.series(name)
-        if not len(steps):
-            return None
-        figure = Figure(figsize=(9.6, 3.0), dpi=100, layout="constrained", facecolor="white")
-        axes = figure.add_subplot()
-        for piece in abandoned(steps):
-            axes.plot(*extremes(steps[piece], values[piece]), color=BLUE, alpha=0.2, linewidth=1)
-        steps, values = (column[current(steps)] for column in (steps, values))
-        axes.plot(*extremes(steps, values), color=BLUE, alpha=0.35, linewidth=1)
-        axes.plot(*extremes(steps, smoothed(values)), color=BLUE, linewidth=2, label=name)
-        if held_out in history:
-            measured = history.series(held_out)
-            axes.plot(
-                *(column[current(measured[0])] for column in measured),
-                color=ORANGE,
-                linestyle="--",
-                marker="o",
-                markersize=3,
-                label=held_out,
-            )
-        _style(axes, self.sentence)
-        return _png(FigureCanvasAgg(figure))
 
 
 def _row(name: str, text: str) -> str:
     return f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>'
-
-
-def _png(canvas: Any) -> bytes:
-    """Return what is drawn, in 64 colours: half the size, and notebooks keep every byte."""
-    from PIL import Image
-
-    canvas.draw()
-    target = io.BytesIO()
-    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    pixels.quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
-        target, "PNG", optimize=True
-    )
-    return target.getvalue()
-
-
-def _style(axes: Any, title: str) -> None:
-    axes.set_title(title, fontsize=9, loc="left", color="#444444")
-    axes.set_xlabel("step", fontsize=9)
-    axes.tick_params(labelsize=9, length=0)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.legend(fontsize=9, frameon=False)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-
-
-def current(steps: Array) -> Array:
-    """Return which points belong to the curve as it stands: after a rollback, not those that were abandoned."""
-    later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.iinfo(np.int64).max)
-    kept: Array = steps < later
-    return kept
-
-
-def abandoned(steps: Array) -> list[Array]:
-    """Return the stretches of points that rollbacks have left behind, as indices."""
-    left = np.flatnonzero(~current(steps))
-    return [part for part in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if part.size]
-
-
-def smoothed(values: Array, weight: float = 0.8) -> Array:
-    """Return the bias-corrected exponential mean (Kingma and Ba 2015, section 3); non-finite values do not enter it."""
-    result, mean, total = np.full(len(values), np.nan), 0.0, 0.0
-    for index, value in enumerate(values):
-        if np.isfinite(value):
-            mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        if total:
-            result[index] = mean / total
-    return result
-
-
-def extremes(steps: Array, values: Array, columns: int = COLUMNS) -> tuple[Array, Array]:
-    """Return the least and the greatest value of each of `columns` stretches, in order, if there are more points."""
-    if len(steps) <= 2 * columns:
-        return steps, values
-    kept: list[int] = []
-    for part in np.array_split(np.arange(len(steps)), columns):
-        finite = part[np.isfinite(values[part])]
-        if len(finite):
-            low, high = finite[np.argmin(values[finite])], finite[np.argmax(values[finite])]
-            kept += sorted({int(low), int(high)})
-    return steps[kept], values[kept]
 
 
 class StaticPart:
@@ -209,11 +138,16 @@ class StaticPart:
         self._painted: deque[tuple[Bundle, Bundle, int]] = deque()
         self._table_at = self._picture_at = float("-inf")
         self._out_of_reach: str | None = None
+        _placed.add(self)
         feed.watch(self)
 
     @property
     def live(self) -> bool:
-        return bool(self._painting) or not (self._final or self.feed.over)
+        return self.busy or not (self._final or self.feed.over)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._painting or self._painted)
 
     @property
     def hint(self) -> str | None:
@@ -254,6 +188,16 @@ class StaticPart:
         if self._turned or (alone and now >= self._table_at + TABLE_SECONDS):
             self._renew(picture=self._picture_due(alone, now))
         return TABLE_SECONDS if alone and not self._final else None
+
+    def finish(self) -> None:
+        """Leave the last word with the kernel's end; whoever waits for it waits for a picture at most."""
+        if self._ids and not self._final and (self.run is not None or not self.feed.over):
+            snapshot = Snapshot.take(self.feed, self.run)
+            for identity in self._ids:
+                publish(snapshot.table(), {}, f"{identity}-table", update=True)
+            self._shown = (snapshot.facts.state, snapshot.facts.step)
+            self._paint(snapshot)
+            self._send_pictures()
 
     @property
     def _final(self) -> bool:
@@ -304,13 +248,16 @@ def _placeholder(name: str) -> Bundle:
     return {"text/html": f'<div class="{name}"></div>', "text/plain": ""}
 
 
-def display(feed: Feed, run: TrainingRun | None) -> None:
-    """Put a picture and a table of this moment into the calling cell."""
+def display(feed: Feed, run: TrainingRun | None, samples: int = 0, *, pictured: bool = True) -> None:
+    """Put a picture and a table of this moment into the calling cell; a script prints the words of the table."""
     snapshot = Snapshot.take(feed, run)
-    drawn = snapshot.picture()
+    drawn = snapshot.picture() if pictured else None
     if drawn is not None:
         publish(*drawn)
     publish(snapshot.table(), {})
+    newest = max(feed.landmarks.rollouts.values(), key=lambda rollouts: rollouts.seq, default=None)
+    if samples and newest is not None:
+        publish(frozen(newest.step, newest.path, samples), {})
 
 
 def publish(data: Bundle, metadata: Bundle, display_id: str | None = None, *, update: bool = False) -> None:
@@ -319,3 +266,14 @@ def publish(data: Bundle, metadata: Bundle, display_id: str | None = None, *, up
 
     transient = {} if display_id is None else {"display_id": display_id}
     publish_display_data(data, metadata, transient=transient, update=update)
+
+
+def finish_all() -> None:
+    """Freeze what is still moving, when the kernel is shut down."""
+    for part in list(_placed):
+        with suppress(Exception):  # nobody is there any more to be told
+            part.finish()
+
+
+_placed: WeakSet[StaticPart] = WeakSet()
+atexit.register(finish_all)

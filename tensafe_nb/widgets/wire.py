@@ -21,8 +21,8 @@ Message = tuple[dict[str, Any], list[bytes]]
 class Columns(Protocol):
     """A history of curves."""
 
-    def series(self, name: str) -> tuple[Array, Array]:
-        """Return (steps, values)."""
+    def series(self, name: str, start: int) -> tuple[Array, Array]:
+        """Return (steps, values) from point number `start` on."""
 
 
 class Outbox:
@@ -55,11 +55,11 @@ class Outbox:
             yield from _delta(fresh)
 
     def _fresh(self, history: Columns, name: str) -> tuple[int, Array, Array]:
-        steps, values = history.series(name)
         offset = self._sent.get(name, 0)
+        steps, values = history.series(name, offset)
         if len(steps):
-            self._sent[name] = len(steps)
-        return offset, steps[offset:], values[offset:]
+            self._sent[name] = offset + len(steps)
+        return offset, steps, values
 
 
 def _delta(fresh: Mapping[str, tuple[int, Array, Array]]) -> Iterator[Message]:

@@ -76,8 +76,10 @@ def browser() -> Iterator[Browser]:
 def notebook(browser: Browser, server: Server, request: pytest.FixtureRequest) -> Open:
     """Return `notebook(cells)`, a context manager that opens a notebook with these cells."""
 
-    def open_notebook(cells: Sequence[str], scale: float = 1) -> AbstractContextManager[Lab]:
-        return opened(browser, server, request.node.name, cells, scale)
+    def open_notebook(
+        cells: Sequence[str], scale: float = 1, kernel: str = "python3"
+    ) -> AbstractContextManager[Lab]:
+        return opened(browser, server, request.node.name, cells, scale, kernel)
 
     return open_notebook
 

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-WIDTH, HEIGHT = 1180, 860
+WIDTH, HEIGHT, TALL = 1180, 860, 2400
 PATIENCE = 60_000  # ms
 
 
@@ -31,11 +31,16 @@ class Server:
             body = answer.read()
         return json.loads(body) if body else None
 
-    def write_notebook(self, name: str, cells: Sequence[str]) -> None:
+    @property
+    def data_folder(self) -> Path:
+        """Where its kernelspecs are."""
+        return self.root.parent / "data"
+
+    def write_notebook(self, name: str, cells: Sequence[str], kernel: str = "python3") -> None:
         blank: dict[str, Any] = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
         notebook = {
             "cells": [blank | {"id": f"c{number}", "source": source} for number, source in enumerate(cells)],
-            "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
+            "metadata": {"kernelspec": {"display_name": kernel, "language": "python", "name": kernel}},
             "nbformat": 4,
             "nbformat_minor": 5,
         }
@@ -65,12 +70,12 @@ class Lab:
     def open(self) -> None:
         """Open the notebook and wait until its kernel is idle."""
         self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={self.server.token}&reset")
-        self._wait_for_kernel()
+        self.wait_for_kernel()
 
     def reload(self) -> None:
         """Load the page anew, as the key F5 does; what was not saved is gone from the page."""
         self.page.goto(f"{self.server.url}/lab/tree/{self.name}?token={self.server.token}")
-        self._wait_for_kernel()
+        self.wait_for_kernel()
 
     def save(self) -> None:
         self.page.evaluate("jupyterapp.commands.execute('docmanager:save')")
@@ -101,6 +106,15 @@ class Lab:
     @property
     def panel(self) -> Locator:
         return self.page.locator(".tsnb-panel").first
+
+    @property
+    def chart(self) -> Locator:
+        """The large chart of the panel."""
+        return self.panel.locator(".tsnb-plot").first
+
+    def press(self, name: str) -> None:
+        """Click a button of the panel, wherever it is."""
+        self.panel.get_by_role("button", name=name, exact=True).first.click()
 
     def value(self, name: str) -> str:
         return self.panel.get_attribute(f"data-{name}") or ""
@@ -139,14 +153,21 @@ class Lab:
     def screenshot(self, name: str, *, of: Locator | None = None) -> Path:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         path = SCREENSHOTS / f"{name}.png"
-        (of or self.page).screenshot(path=path)
+        if of is None:
+            self.page.screenshot(path=path)
+            return path
+        self.page.set_viewport_size({"width": WIDTH, "height": TALL})
+        of.scroll_into_view_if_needed()
+        of.screenshot(path=path)
+        self.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
         return path
 
     def check(self) -> None:
         """Fail if the page had an error, or asked anybody but the server for anything."""
         assert not self.problems, "\n".join(self.problems)
 
-    def _wait_for_kernel(self) -> None:
+    def wait_for_kernel(self) -> None:
+        """Wait until the notebook's kernel is idle."""
         self.page.wait_for_function(
             "() => window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel?.status === 'idle'"
         )
@@ -163,10 +184,15 @@ class Lab:
 
 @contextmanager
 def opened(
-    browser: Browser, server: Server, name: str, cells: Sequence[str], scale: float = 1
+    browser: Browser,
+    server: Server,
+    name: str,
+    cells: Sequence[str],
+    scale: float = 1,
+    kernel: str = "python3",
 ) -> Iterator[Lab]:
     """Open a fresh notebook in a fresh page; afterwards check for problems and end its kernel."""
-    server.write_notebook(f"{name}.ipynb", cells)
+    server.write_notebook(f"{name}.ipynb", cells, kernel)
     server.forget_theme()
     context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=scale)
     lab = Lab(context.new_page(), server, f"{name}.ipynb")

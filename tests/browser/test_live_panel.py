@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from .conftest import Open
 from .lab import Lab
 
@@ -17,6 +19,8 @@ batches = [tn.BatchData(input_ids=dice.sample(rows, 4)) for _ in range(5000)]
 await tc.ready();"""
 IS_PAINTED = """canvas => canvas.getContext('2d')
     .getImageData(0, 0, canvas.width, canvas.height).data.some(value => value > 0)"""
+NAME_IN_FOCUS = """(document.activeElement.ariaLabel || document.activeElement.labels?.[0]?.firstChild.textContent
+    || document.activeElement.labels?.[0]?.textContent || document.activeElement.textContent).trim()"""
 FIT = "run = tc.fit(batches, steps={steps}, eval_batches=batches[:1], eval_every={every})"
 
 
@@ -39,7 +43,7 @@ def test_the_curve_moves_after_the_cell_has_returned_and_another_cell_runs_meanw
         lab.finish_cell(3)
         lab.wait_until("data.state === 'FINISHED' && data.points === 200 && data.step === 200")
         assert "200" in lab.output(3).inner_text()
-        lab.panel.locator(".tsnb-plot").hover(position={"x": 300, "y": 100})
+        lab.chart.hover(position={"x": 300, "y": 100})
         lab.screenshot("finished-light")
 
 
@@ -48,7 +52,7 @@ def test_pause_and_stop_act_within_a_second_and_resume_goes_on(notebook: Open) -
         start(lab)
         latencies = {}
         for button, state in (("Pause", "PAUSED"), ("Resume", "RUNNING"), ("Stop", "STOPPED")):
-            lab.panel.get_by_role("button", name=button).click()
+            lab.press(button)
             latencies[button] = lab.wait_until(f"data.state === '{state}'")
             step = lab.value("step")
             if state == "PAUSED":
@@ -57,12 +61,13 @@ def test_pause_and_stop_act_within_a_second_and_resume_goes_on(notebook: Open) -
                 assert f"('PAUSED', {step})" in lab.output(2).inner_text(), "the panel and the run disagree"
                 assert lab.value("step") == step, "a paused run took a step"
         assert lab.value("acked") == "3"
-        assert lab.panel.get_by_role("button").count() == 0
+        assert lab.panel.locator("[data-do=pause]:visible, [data-do=stop]:visible").count() == 0
         print("click → state:", latencies)
         assert max(latencies.values()) < 1.0, latencies
         lab.screenshot("stopped-light", of=lab.panel)
 
 
+@pytest.mark.soak
 def test_a_rollback_takes_the_panel_back_to_the_checkpoint_and_the_run_goes_on_from_there(
     notebook: Open,
 ) -> None:
@@ -91,6 +96,7 @@ def test_a_rollback_takes_the_panel_back_to_the_checkpoint_and_the_run_goes_on_f
         lab.wait_until("data.state === 'STOPPED'")
 
 
+@pytest.mark.soak
 def test_a_click_while_a_cell_blocks_says_what_it_waits_for_and_is_obeyed_afterwards(notebook: Open) -> None:
     block = "try:\n    run.result(6)\nexcept TimeoutError:\n    pass"
     with notebook([SETUP, FIT.format(steps=5000, every=500), block]) as lab:
@@ -98,13 +104,14 @@ def test_a_click_while_a_cell_blocks_says_what_it_waits_for_and_is_obeyed_afterw
         lab.run_cell(2)
         before = int(lab.value("points"))
         lab.wait_until(f"data.points > {before + 5}")
-        lab.panel.get_by_role("button", name="Pause").click()
+        lab.press("Pause")
         lab.wait_until("data.waiting === 'true'", timeout=3_000)
         assert "waiting for the running cell" in lab.panel.locator(".tsnb-note").inner_text()
         lab.screenshot("waiting-light", of=lab.panel)
         lab.wait_until("data.state === 'PAUSED' && data.waiting === 'false'")
 
 
+@pytest.mark.soak
 def test_a_client_in_two_cells_is_two_views_of_one_widget_and_freezing_leaves_the_picture(
     notebook: Open,
 ) -> None:
@@ -130,6 +137,8 @@ def test_a_client_in_two_cells_is_two_views_of_one_widget_and_freezing_leaves_th
         lab.screenshot("frozen-light")
 
 
+@pytest.mark.soak
+@pytest.mark.pictures
 def test_in_notebook_05_the_reward_climbs_after_the_cell_has_returned(notebook: Open) -> None:
     cells = [cell["source"] for cell in json.loads(RLVR.read_text())["cells"] if cell["cell_type"] == "code"]
     run = next(index for index, source in enumerate(cells) if "trainer.run(" in source)
@@ -147,6 +156,7 @@ def test_in_notebook_05_the_reward_climbs_after_the_cell_has_returned(notebook: 
         assert float(sampled[-1]) > float(sampled[1]) + 0.2, sampled
 
 
+@pytest.mark.soak
 def test_after_a_reload_in_mid_run_all_points_are_back_and_it_goes_on(notebook: Open) -> None:
     with notebook([SETUP, FIT.format(steps=5000, every=100), "len(tc.history['loss'])"]) as lab:
         start(lab)
@@ -161,12 +171,13 @@ def test_after_a_reload_in_mid_run_all_points_are_back_and_it_goes_on(notebook: 
         lab.wait_until(f"data.points > {after + 10} && data.state === 'RUNNING'")
         assert "run.freeze()" in lab.panel.locator(".tsnb-note").inner_text()
         lab.screenshot("reloaded-light")
-        lab.panel.get_by_role("button", name="Stop").click()
+        lab.press("Stop")
         lab.wait_until("data.state === 'STOPPED'")
         lab.finish_cell(2)
         assert lab.output(2).inner_text().split()[-1] == lab.value("points")
 
 
+@pytest.mark.soak
 def test_the_dark_theme_colours_the_panel_and_its_canvas(notebook: Open) -> None:
     with notebook([SETUP, FIT.format(steps=150, every=15), "await run;"], scale=2) as lab:
         start(lab)
@@ -175,7 +186,7 @@ def test_the_dark_theme_colours_the_panel_and_its_canvas(notebook: Open) -> None
         dark = lab.panel.evaluate("panel => getComputedStyle(panel).backgroundColor")
         assert light != dark
         lab.screenshot("live-dark")
-        assert lab.panel.locator("canvas").evaluate(IS_PAINTED)
+        assert lab.panel.locator("canvas").first.evaluate(IS_PAINTED)
         lab.finish_cell(2)
         lab.wait_until("data.state === 'FINISHED'")
         lab.screenshot("panel-dark", of=lab.panel)
@@ -183,6 +194,7 @@ def test_the_dark_theme_colours_the_panel_and_its_canvas(notebook: Open) -> None
         lab.screenshot("panel-light", of=lab.panel)
 
 
+@pytest.mark.soak
 def test_everything_is_reached_by_keyboard_and_has_a_name(notebook: Open) -> None:
     with notebook([SETUP, FIT.format(steps=5000, every=500)]) as lab:
         start(lab)
@@ -190,12 +202,17 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(notebook: Open) -> Non
         pause.focus()
         lab.page.keyboard.press("Tab")
         assert stop.evaluate("button => button === document.activeElement")
-        lab.page.keyboard.press("Tab")
-        chart = lab.panel.get_by_role("img")
-        assert chart.evaluate("plot => plot === document.activeElement")
+        chart = lab.chart
+        names = []
+        for _ in range(10):
+            if chart.evaluate("plot => plot === document.activeElement"):
+                break
+            names.append(lab.page.evaluate(NAME_IN_FOCUS))
+            lab.page.keyboard.press("Tab")
+        assert names == ["Stop", "Checkpoint", "smoothing", "log", "horizontal axis", "Table view"]
         lab.page.keyboard.press("Home")
         lab.page.keyboard.press("ArrowRight")
-        lab.panel.locator(".tsnb-where", has_text="step 2").wait_for()
+        lab.panel.locator(".tsnb-legend .tsnb-where", has_text="step 2").first.wait_for()
         assert (chart.get_attribute("aria-label") or "").startswith("loss ")
         pause.focus()
         lab.page.keyboard.press("Enter")

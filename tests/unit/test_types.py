@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tensafe_nb as tn
-from tensafe_nb import types
+from tensafe_nb import operations, types
 from tensafe_nb.batch import BatchData
 from tensafe_nb.events import Metrics, OperationFailed, RunState
 from tensafe_nb.plain import from_plain, to_plain
@@ -92,12 +92,14 @@ samplings = st.builds(
     temperature=st.just(0.0) | st.floats(0.001, 2),
     stop=st.lists(st.text(min_size=1), max_size=2),
 )
-operations = st.one_of(
-    st.builds(types.ForwardBackward, batches_with_extras, st.none() | names, st.dictionaries(names, floats)),
-    st.builds(types.Forward, batches, return_logprobs=st.booleans()),
-    st.builds(types.OptimStep, st.booleans()),
-    st.builds(types.Sample, st.lists(names).map(tuple), samplings),
-    st.builds(types.ComputeLogprobs, batches, floats, st.booleans()),
+submitted = st.one_of(
+    st.builds(
+        operations.ForwardBackward, batches_with_extras, st.none() | names, st.dictionaries(names, floats)
+    ),
+    st.builds(operations.Forward, batches, return_logprobs=st.booleans()),
+    st.builds(operations.OptimStep, st.booleans()),
+    st.builds(operations.Sample, st.lists(names).map(tuple), samplings),
+    st.builds(operations.ComputeLogprobs, batches, floats, st.booleans()),
 )
 infinite = st.floats(allow_nan=False, allow_infinity=True)
 sequences = st.builds(
@@ -128,7 +130,7 @@ events = st.one_of(
 )
 
 
-@given(st.one_of(operations, results, events))
+@given(st.one_of(submitted, results, events))
 def test_operations_results_and_events_survive_json(value: Any) -> None:
     assert round_trip(value) == value
 
@@ -141,7 +143,7 @@ def test_arrays_of_results_survive_json_with_their_type() -> None:
 
 
 def test_a_python_function_cannot_leave_the_process() -> None:
-    operation = types.ForwardBackward(
+    operation = operations.ForwardBackward(
         BatchData([[1, 2]]), loss_fn=lambda outputs, batch: outputs.logits.sum()
     )
     with pytest.raises(tn.ValidationError, match="cannot leave this process"):

@@ -10,8 +10,18 @@ from typing import Any
 import pytest
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
-from tensafe_nb.events import Event, EventBus, Metrics, RunState, RunStep, StatusChanged
-from tensafe_nb.types import RunStatus, TrainingClientInfo
+from tensafe_nb.events import (
+    ArtifactDeleted,
+    CheckpointSaved,
+    Event,
+    EventBus,
+    Metrics,
+    RunState,
+    RunStep,
+    StatusChanged,
+)
+from tensafe_nb.futures import FutureHandle, Promise, handle_of
+from tensafe_nb.types import Encryption, LoadStateResult, RunStatus, SaveStateResult, TrainingClientInfo
 from tensafe_nb.widgets import dashboard, snapshot
 from tensafe_nb.widgets import feed as feeds
 from tensafe_nb.widgets.feed import Feed
@@ -72,7 +82,10 @@ class FakeClient:
     """A training client without a core: its events are published by the test."""
 
     training_client_id = "tc-1"
+    tokenizer: Any = None
     config = TrainingConfig(lora_config=LoRAConfig(rank=8))
+    marks: tuple[str, ...] = ()
+    steerable = True
 
     def __init__(self, log: Path) -> None:
         self.bus = EventBus(log)
@@ -80,6 +93,9 @@ class FakeClient:
         self.step = 0
         self.status, self.queue_depth, self.reason = "READY", 0, None
         self.history, self.subscribe = self.bus.history, self.bus.subscribe
+        self.told: list[str] = []
+        self.promises: list[Promise[Any]] = []
+        self.children: list[FakeClient] = []
 
     def refresh(self) -> TrainingClientInfo:
         return TrainingClientInfo(
@@ -111,6 +127,47 @@ class FakeClient:
         run.steps_done += 1
         self.publish(RunStep(run_id=run.run_id, done=run.steps_done, duration=duration))
 
+    def save(self, artifact_id: str, step: int = 0) -> None:
+        """Publish that a checkpoint was written."""
+        digest = f"sha256:{artifact_id[-1] * 64}"
+        self.publish(
+            CheckpointSaved(artifact_id=artifact_id, step=step, size_bytes=2_000, content_hash=digest)
+        )
+
+    def get_checkpoint(self, artifact_id: str) -> SaveStateResult:
+        return SaveStateResult(
+            artifact_id, "checkpoint", 2_000, "sha256:0", Encryption("AES-256-GCM", "key-1"), {"note": "<b>"}, 0.0,
+            None, 0, "builtin:tiny", "tc-1",
+        )  # fmt: skip
+
+    def cancel_pending(self) -> int:
+        return 3
+
+    def save_state(self) -> FutureHandle[Any]:
+        return self._promise("save_state", SaveStateResult)
+
+    def load_state(self, artifact_id: str) -> FutureHandle[Any]:
+        return self._promise(f"load_state {artifact_id}", LoadStateResult)
+
+    def delete_checkpoint(self, artifact_id: str) -> None:
+        self.told.append(f"delete {artifact_id}")
+        self.publish(ArtifactDeleted(artifact_id=artifact_id))
+
+    def export_checkpoint(self, artifact_id: str, path: Path) -> Path:
+        self.told.append(f"export {artifact_id}")
+        return path
+
+    def fork(self, artifact_id: str | None = None) -> "FakeClient":
+        child = FakeClient(self.bus.history.path.with_name("child.jsonl"))
+        child.training_client_id = "tc-2"
+        self.children.append(child)
+        return child
+
+    def _promise(self, what: str, result_type: type) -> FutureHandle[Any]:
+        self.told.append(what)
+        self.promises.append(Promise())
+        return handle_of(self.promises[-1], what.split()[0], "tc-1", result_type)
+
     def close(self) -> None:
         self.status = "TERMINATED"
         self.publish(StatusChanged(status="TERMINATED"))
@@ -139,6 +196,8 @@ def client(tmp_path: Path) -> Iterator[FakeClient]:
     client = FakeClient(tmp_path / "events.jsonl")
     yield client
     client.bus.close()
+    for child in client.children:
+        child.bus.close()
 
 
 @pytest.fixture

@@ -45,11 +45,12 @@ def test_hello_is_answered_by_the_badge_and_then_the_whole_history(client: FakeC
     client.measure(loss=3.0, eval_loss=2.5)
     client.measure(loss=2.0)
     wire.page_says(t="hello", v=1, n=0, mount=True)
-    assert [content["t"] for content in wire.flush()] == ["status", "full", "full"]
+    assert [content["t"] for content in wire.flush()] == ["status", "full", "full", "full"]
     columns = {
         content["name"]: np.frombuffer(buffers[1], "<f4").tolist() for content, buffers in wire.sent[1:]
     }
-    assert columns == {"loss": [3.0, 2.0], "eval/loss": [2.5]}
+    assert columns["~time"][0] == 0
+    assert columns | {"~time": []} == {"loss": [3.0, 2.0], "eval/loss": [2.5], "~time": []}
 
 
 def test_what_follows_is_told_as_deltas_with_the_moment_and_the_step(client: FakeClient, wire: Wire) -> None:
@@ -58,7 +59,7 @@ def test_what_follows_is_told_as_deltas_with_the_moment_and_the_step(client: Fak
     wire.mount()
     client.advance(run, loss=2.0)
     [delta] = wire.flush_kind("delta")
-    assert delta["s"] == {"loss": [1, [2], [2.0]]}
+    assert delta["s"]["loss"] == [1, [2], [2.0]]
     assert delta["step"] == 2
     assert delta["at"] > 1_700_000_000_000
 
@@ -67,9 +68,9 @@ def test_a_page_that_found_a_gap_is_told_everything_anew(client: FakeClient, wir
     client.measure(loss=3.0)
     wire.mount()
     wire.page_says(t="hello", v=1, n=0, mount=False)
-    [full] = wire.flush_kind("full")
-    assert full["o"] == 0
-    assert full["new"]
+    [full, time] = wire.flush_kind("full")
+    assert (full["o"], full["new"]) == (0, True)
+    assert (time["name"], "new" in time) == ("~time", False)
     assert wire.widget.pages == 1
 
 
@@ -77,7 +78,7 @@ def test_the_reward_is_the_curve_once_there_is_one(client: FakeClient, wire: Wir
     client.measure(loss=3.0)
     wire.mount()
     client.measure(reward=0.25, eval_reward=0.5)
-    assert set(wire.flush_kind("delta")[0]["s"]) == {"reward", "eval/reward"}
+    assert set(wire.flush_kind("delta")[0]["s"]) == {"reward", "eval/reward", "~time"}
     wire.widget.feed.view.time += 1
     assert wire.flush_kind("status")[0]["curve"] == "reward"
 
@@ -92,7 +93,7 @@ def test_a_handler_only_notes_and_wakes_whatever_thread_it_is_on(
     wire.sent.clear()
     call(lambda: wire.page_says(t="do", do="pause", n=1))
     assert (run.told, wire.sent, view.woken) == ([], [], [wire.widget])
-    assert {"t": "ack", "n": 1, "why": None} in wire.flush()
+    assert {"t": "ack", "n": 1, "why": None, "said": None} in wire.flush()
     assert run.told == ["pause"]
     assert run.threads == [threading.current_thread().name]
 
@@ -216,9 +217,9 @@ def test_the_state_of_the_widget_does_not_grow_with_the_training(client: FakeCli
     assert len(str(wire.widget.get_state())) == size
 
 
-def test_only_smoothing_is_to_be_set_from_outside(wire: Wire) -> None:
+def test_few_traits_are_to_be_set_from_outside(wire: Wire) -> None:
     own = {name for name in wire.widget.keys if not name.startswith("_")} - {"layout", "tabbable", "tooltip"}
-    assert own == {"smoothing", "title"}
+    assert own == {"smoothing", "log_scale", "x_axis", "selected_step", "sections", "title"}
 
 
 def test_there_is_one_panel_per_training_client_until_it_is_closed(client: FakeClient) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tensafe_nb.types import RunStatus
-from tensafe_nb.widgets import snapshot
+from tensafe_nb.widgets import picture, snapshot
 from tensafe_nb.widgets.feed import Feed
-from tensafe_nb.widgets.snapshot import Snapshot, StaticPart, extremes, smoothed
+from tensafe_nb.widgets.picture import extremes, smoothed
+from tensafe_nb.widgets.snapshot import Snapshot, StaticPart
 
 from .conftest import FakeClient, FakeRun, HandView, Output
 
@@ -38,7 +39,7 @@ def run(client: FakeClient) -> FakeRun:
 
 @pytest.fixture
 def cell(feed: Feed, run: FakeRun, outputs: list[Output], monkeypatch: pytest.MonkeyPatch) -> Cell:
-    monkeypatch.setattr(Snapshot, "_draw", lambda self: b"png")
+    monkeypatch.setattr(snapshot, "draw", lambda *_: b"png")
     return Cell(feed, run, outputs)
 
 
@@ -48,7 +49,9 @@ def test_the_caption_says_everything_in_words(client: FakeClient, feed: Feed) ->
     client.measure(loss=2.34567, eval_loss=2.5)
     client.turn(run, RunStatus.FINISHED)
     sentence = Snapshot.take(feed, None).sentence
-    assert sentence.startswith("Run 1 of tc-1: FINISHED at step 1 of 10, loss 2.346, eval/loss 2.5, 20")
+    assert sentence.startswith(
+        "Run 1 of tc-1: FINISHED at step 1 of 10, loss 2.346, eval/loss 2.5, DP off, 20"
+    )
 
 
 def test_the_table_has_a_caption_and_row_headers_and_its_text_is_escaped(
@@ -177,7 +180,7 @@ def test_after_a_reload_it_is_known_of_which_step_the_picture_in_the_file_is(
 def test_a_client_without_a_run_is_pictured_when_it_is_closed(
     client: FakeClient, feed: Feed, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Snapshot, "_draw", lambda self: b"png")
+    monkeypatch.setattr(snapshot, "draw", lambda *_: b"png")
     cell = Cell(feed, None, outputs)
     cell.alone = False
     client.measure(loss=1.0)
@@ -198,6 +201,6 @@ def test_freezing_puts_picture_and_table_into_the_calling_cell(
 
 def test_after_a_rollback_the_curve_is_the_branch_that_is_trained() -> None:
     steps = np.array([1, 2, 3, 4, 3, 4, 5, 2, 3])
-    assert snapshot.current(steps).tolist() == [True, *[False] * 6, True, True]
-    assert [part.tolist() for part in snapshot.abandoned(steps)] == [[1, 2, 3, 4, 5, 6]]
-    assert snapshot.current(np.arange(5)).all() and snapshot.abandoned(np.arange(5)) == []
+    assert picture.current(steps).tolist() == [True, *[False] * 6, True, True]
+    assert [part.tolist() for part in picture.abandoned(steps)] == [[1, 2, 3, 4, 5, 6]]
+    assert picture.current(np.arange(5)).all() and picture.abandoned(np.arange(5)) == []

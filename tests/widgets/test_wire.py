@@ -14,9 +14,9 @@ class Curves:
     def __init__(self, **values: Any) -> None:
         self.values = {name: list(column) for name, column in values.items()}
 
-    def series(self, name: str) -> tuple[Any, Any]:
+    def series(self, name: str, start: int) -> tuple[Any, Any]:
         values = self.values.get(name, [])
-        return np.arange(1, len(values) + 1), np.array(values, dtype=np.float64)
+        return np.arange(1, len(values) + 1)[start:], np.array(values, dtype=np.float64)[start:]
 
 
 def told(outbox: Outbox, curves: Curves, *names: str) -> list[dict[str, Any]]:

@@ -1,7 +1,10 @@
-// A curve: canvas for the series, SVG for axes and cursor, HTML for the legend. Raw faint, smoothed bold, held-out dashed.
+// A chart: canvas for the curves, SVG for axes, marks and cursor, HTML for the legend. Raw faint, smoothed bold.
+import { settle } from "./wire.js";
+import { make, makeSvg, numberText } from "./page.js";
 
-const MARGIN = { left: 52, right: 14, top: 10, bottom: 26 };
-const SVG = "http://www.w3.org/2000/svg";
+const MARGIN = { left: 52, right: 14, top: 14, bottom: 24 };
+const SIGNS = { c: "◆", f: "⎇", v: "▾" };
+const MEANING = { c: "checkpoint", f: "branch", v: "reward version" };
 
 // Round positions for about `count` ticks between two numbers.
 function niceTicks(low, high, count) {
@@ -13,71 +16,107 @@ function niceTicks(low, high, count) {
   return { ticks, step };
 }
 
+// Powers of ten between two numbers, with 2 and 5 where there are few; round numbers where there are none.
+function logTicks(low, high, count) {
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++) {
+    for (const m of Math.log10(high / low) < 2 ? [1, 2, 5] : [1]) ticks.push(m * 10 ** power);
+  }
+  const inside = ticks.filter((tick) => tick >= low && tick <= high);
+  return inside.length > 1 ? inside.filter((_, i) => i % Math.ceil(inside.length / count) === 0) : niceTicks(low, high, count).ticks;
+}
+
 // As many decimals as the distance between ticks needs.
 function tickText(value, step) {
   if (value !== 0 && (Math.abs(value) >= 1e6 || step < 1e-4)) return value.toExponential(1);
+  if (Math.abs(value) >= 1e4) return `${+(value / 1e3).toFixed(3)}k`;
   return (Math.abs(value) < step / 1e6 ? 0 : value).toFixed(Math.max(0, -Math.floor(Math.log10(step) + 1e-9)));
 }
 
-function numberText(value) {
-  if (!Number.isFinite(value)) return Number.isNaN(value) ? "not a number" : value > 0 ? "+∞" : "−∞";
-  const size = Math.abs(value);
-  return size !== 0 && (size >= 1e5 || size < 1e-3) ? value.toExponential(2) : value.toPrecision(4);
+function secondsText(value) {
+  return value < 60 ? `${+value.toFixed(1)} s` : value < 3600 ? `${+(value / 60).toFixed(1)} min` : `${+(value / 3600).toFixed(1)} h`;
 }
 
-// Least and greatest finite value of several columns; a flat or missing curve gets some room.
-function extent(columns) {
+// First index whose value is not below x.
+function lowerBound(values, n, x) {
+  let low = 0;
+  for (let high = n; low < high; ) {
+    const middle = (low + high) >> 1;
+    if (values[middle] < x) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+// Index of the closest value.
+function nearest(values, n, x) {
+  const at = Math.min(n - 1, lowerBound(values, n, x));
+  return at > 0 && x - values[at - 1] < values[at] - x ? at - 1 : at;
+}
+
+// Least and greatest finite value above `floor` of some stretches; null without any.
+function extent(stretches, floor = -Infinity) {
   let low = Infinity;
   let high = -Infinity;
-  for (const [values, n] of columns) {
-    for (let i = 0; i < n; i++) {
-      if (Number.isFinite(values[i])) {
-        if (values[i] < low) low = values[i];
-        if (values[i] > high) high = values[i];
+  for (const [values, from, to] of stretches) {
+    for (let i = from; i < to; i++) {
+      const value = values[i];
+      if (value > floor && value < Infinity) {
+        if (value < low) low = value;
+        if (value > high) high = value;
       }
     }
   }
-  if (low > high) return [0, 1];
-  return low === high ? [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1] : [low, high];
+  return low > high ? null : [low, high];
 }
 
-// Points of a line, at most the least and the greatest value per pixel column: no spike is ever lost.
-// Non-finite values are stepped over. Returns x, y, x, y, …
-function columnPath(steps, values, n, toX, toY) {
+// Points of a line, at most the least and the greatest value per half pixel: no spike is ever lost. Values that are not
+// finite, or not above `floor`, are stepped over. `x * a + b` is a position. Returns x, y, x, y, …
+function columnPath(xs, values, from, to, { a, b }, toY, floor = -Infinity) {
   const path = [];
+  const [scale, shift] = [2 * a, 2 * b + 0.5];
   let column = NaN;
-  let low = -1;
-  let high = -1;
+  let [low, high, least, most] = [-1, -1, 0, 0];
+  const put = (i) => path.push(xs[i] * a + b, toY(values[i]));
   const finish = () => {
     if (low < 0) return;
-    for (const i of low === high ? [low] : low < high ? [low, high] : [high, low]) {
-      path.push(toX(steps[i]), toY(values[i]));
-    }
+    put(Math.min(low, high));
+    if (low !== high) put(Math.max(low, high));
   };
-  for (let i = 0; i < n; i++) {
-    if (!Number.isFinite(values[i])) continue;
-    const here = Math.round(toX(steps[i]) * 2);
+  for (let i = from; i < to; i++) {
+    const value = values[i];
+    if (!(value > floor && value < Infinity)) continue;
+    const here = Math.floor(xs[i] * scale + shift);
     if (here !== column) {
       finish();
       column = here;
       low = high = i;
-    } else if (values[i] < values[low]) low = i;
-    else if (values[i] > values[high]) high = i;
+      least = most = value;
+    } else if (value < least) {
+      least = value;
+      low = i;
+    } else if (value > most) {
+      most = value;
+      high = i;
+    }
   }
   finish();
   return path;
 }
 
-// Index of the point whose step is closest.
-function nearest(steps, n, step) {
-  let low = 0;
-  let high = n - 1;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (steps[middle] < step) low = middle + 1;
-    else high = middle;
+// Where the points of a series lie on an axis: their steps, or the tokens or seconds that `ruler` holds for them.
+function positions(series, ruler) {
+  if (!ruler?.n) return series.steps;
+  const key = `${series.n}/${ruler.n}`;
+  if (series.ruled !== key) {
+    series.ruled = key;
+    series.xs = new Float64Array(series.n);
+    for (let i = 0, j = 0; i < series.n; i++) {
+      while (j < ruler.n - 1 && ruler.steps[j] < series.steps[i]) j++;
+      series.xs[i] = ruler.values[j];
+    }
   }
-  return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
+  return series.xs;
 }
 
 // A curve in words, for who does not see it.
@@ -87,7 +126,7 @@ function summary(name, series) {
   while (first < n && !Number.isFinite(smooth[first])) first++;
   if (first === n) return `${name}: no values yet`;
   const [from, to] = [smooth[first], smooth[n - 1]];
-  const [low, high] = extent([[smooth, n]]);
+  const [low, high] = extent([[smooth, 0, n]]);
   const tail = to - smooth[Math.max(first, n - 21)];
   const trend = Math.abs(tail) < 0.02 * (high - low) ? "flat" : tail < 0 ? "falling" : "rising";
   const moved = to < from ? "fell" : to > from ? "rose" : "stayed";
@@ -97,47 +136,45 @@ function summary(name, series) {
   return `${name} ${moved} ${over}${last}${broken}`;
 }
 
-function make(tag, className = "", text = "") {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text) node.textContent = text;
-  return node;
+// What all charts of a view look at: the same window, the same step.
+class Lens {
+  constructor() {
+    this.from = this.to = this.step = null;
+    this.listeners = new Set();
+  }
+
+  set(changes) {
+    Object.assign(this, changes);
+    for (const listener of this.listeners) listener();
+  }
 }
 
-function makeSvg(tag, attributes, text = "") {
-  const node = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  if (text) node.textContent = text;
-  return node;
-}
-
-// One curve of a store. It draws once per frame at most, and only while it is on the screen.
+// One chart. `spec`: title, lines of { name, label, colour, dash, dots, smooth }, band (name of a spread), marks.
+// It draws once per frame at most, and only while it is on the screen.
 class Chart {
-  constructor(store) {
-    this.store = store;
-    this.cursor = null; // index of the point looked at
-    this.visible = true;
-    this.frame = 0;
+  constructor(store, model, lens, spec) {
+    Object.assign(this, { store, model, lens, spec, visible: true, frame: 0, drag: null });
     this.build();
     this.listen();
   }
 
   build() {
-    this.el = make("div", "tsnb-chart");
+    this.el = make("div", `tsnb-chart${this.spec.small ? " tsnb-small" : ""}`);
     this.legend = make("div", "tsnb-legend");
     this.plot = make("div", "tsnb-plot");
     this.plot.tabIndex = 0;
     this.plot.setAttribute("role", "img");
     this.canvas = make("canvas");
     this.axes = makeSvg("svg", { "aria-hidden": "true" });
-    this.focus = makeSvg("g", { class: "tsnb-focus" });
-    this.empty = make("div", "tsnb-empty", "The curve begins with the first step.");
+    this.empty = make("div", "tsnb-empty", this.spec.small ? "no values yet" : "The curve begins with the first step.");
     this.plot.append(this.canvas, this.axes, this.empty);
     this.el.append(this.legend, this.plot);
   }
 
   listen() {
     const redraw = () => this.schedule();
+    this.lens.listeners.add(redraw);
+    this.leave = () => this.lens.listeners.delete(redraw);
     this.sized = new ResizeObserver(redraw);
     this.sized.observe(this.plot);
     this.seen = new IntersectionObserver(([entry]) => {
@@ -147,200 +184,357 @@ class Chart {
     this.seen.observe(this.plot);
     this.themed = new MutationObserver(() => requestAnimationFrame(redraw)); // a canvas inherits no colours
     this.themed.observe(document.body, { attributes: true });
-    this.plot.addEventListener("pointermove", (event) => this.point(event));
-    this.plot.addEventListener("pointerleave", () => this.look(null));
-    this.plot.addEventListener("focus", () => this.describe());
-    this.plot.addEventListener("blur", () => this.look(null));
-    this.plot.addEventListener("keydown", (event) => this.key(event));
+    const on = (name, handler, options) => this.plot.addEventListener(name, handler, options);
+    on("pointerdown", (event) => this.press(event));
+    on("pointermove", (event) => this.move(event));
+    on("pointerup", (event) => this.release(event));
+    on("pointerleave", () => this.look(null));
+    on("dblclick", () => this.lens.set({ from: null, to: null }));
+    on("wheel", (event) => this.wheel(event), { passive: false });
+    on("focus", () => this.describe());
+    on("blur", () => this.look(null));
+    on("keydown", (event) => this.key(event));
   }
 
   destroy() {
     cancelAnimationFrame(this.frame);
+    this.leave();
     for (const observer of [this.sized, this.seen, this.themed]) observer.disconnect();
   }
 
-  get name() {
-    return this.store.status.curve || "loss";
+  get main() {
+    return this.store.get(this.spec.lines[0].name).current;
   }
 
-  get series() {
-    return this.store.get(this.name).current;
+  get log() {
+    return this.spec.log === "always" || Boolean(this.spec.log && this.model.get("log_scale"));
   }
 
-  get heldOut() {
-    return this.store.get(`eval/${this.name}`).current;
+  ruler(line) {
+    const axis = this.model.get("x_axis");
+    return axis === "step" ? null : this.store.get(`${line.name.match(/^\d+:/)?.[0] ?? ""}~${axis}`).current;
+  }
+
+  xsOf(series, line) {
+    return positions(series, this.ruler(line));
+  }
+
+  xOf(step) {
+    const ruler = this.ruler(this.spec.lines[0]);
+    return ruler?.n ? ruler.values[Math.min(ruler.n - 1, lowerBound(ruler.steps, ruler.n, step))] : step;
   }
 
   schedule() {
-    if (!this.frame && this.visible) {
-      this.frame = requestAnimationFrame(() => {
-        this.frame = 0;
-        this.draw();
-      });
-    }
+    if (this.frame || !this.visible) return;
+    this.frame = requestAnimationFrame(() => {
+      this.frame = 0;
+      const started = performance.now();
+      this.draw();
+      this.plot.dataset.ms = (performance.now() - started).toFixed(2);
+    });
   }
 
   describe() {
-    this.plot.setAttribute("aria-label", `${summary(this.name, this.series)}. Arrow keys read the points.`);
+    const said = this.spec.lines.map(({ name, label }) => [label || this.spec.title || name, this.store.get(name).current]);
+    const words = said.filter(([, series], i) => !i || series.n).map(([name, series]) => summary(name, series));
+    this.plot.setAttribute("aria-label", `${words.join(". ")}. Arrow keys read the points, Enter opens the samples.`);
   }
 
   draw() {
     const { clientWidth: width, clientHeight: height } = this.plot;
     if (!width || !height) return;
+    this.curves = this.spec.lines.map((line) => {
+      const series = this.store.get(line.name).current;
+      return { line, series, xs: this.xsOf(series, line) };
+    });
+    this.empty.hidden = this.curves.some(({ series }) => series.n);
     this.scale(width, height);
     this.drawAxes(width, height);
     this.drawSeries(width, height);
-    this.drawFocus(height);
     this.drawLegend();
-    this.empty.hidden = this.series.n + this.heldOut.n > 0;
   }
 
+  // The window in units of the axis, and which points lie in it (one more on either side, so that lines go on).
   scale(width, height) {
-    const [main, held] = [this.store.get(this.name), this.heldOut]; // all there is, what was abandoned too
-    const [left, right] = extent([[main.steps, main.n], [held.steps, held.n]]);
-    const [low, high] = extent([[main.values, main.n], [held.values, held.n]]);
-    const pad = (high - low) * 0.06;
-    const [x0, x1] = [MARGIN.left, width - MARGIN.right];
-    const [y0, y1] = [height - MARGIN.bottom, MARGIN.top];
-    Object.assign(this, { left, right, low: low - pad, high: high + pad });
-    this.toX = (step) => x0 + ((step - left) / (right - left)) * (x1 - x0);
-    this.toY = (value) => y0 + ((value - this.low) / (this.high - this.low)) * (y1 - y0);
-    this.toStep = (x) => left + ((x - x0) / (x1 - x0)) * (right - left);
+    const drawn = this.curves.filter(({ series }) => series.n);
+    const all = drawn.flatMap(({ series, xs, line }) => [
+      [xs[0], xs[series.n - 1]], ...series.abandoned.map((piece) => [this.xsOf(piece, line)[piece.n - 1]]),
+    ]).flat();
+    let [left, right] = all.length ? [Math.min(...all), Math.max(...all)] : [0, 1];
+    this.whole = [left, right];
+    if (this.lens.from !== null) [left, right] = [this.lens.from, this.lens.to];
+    if (left === right) [left, right] = [left - 0.5, right + 0.5];
+    const floor = this.log ? 0 : -Infinity;
+    for (const curve of drawn) {
+      curve.from = Math.max(0, lowerBound(curve.xs, curve.series.n, left) - 1);
+      curve.to = Math.min(curve.series.n, lowerBound(curve.xs, curve.series.n, right) + 2);
+    }
+    const stretches = drawn.flatMap(({ series, from, to }) => [
+      [series.values, from, to], ...(this.lens.from === null ? series.abandoned.map((p) => [p.values, 0, p.n]) : []),
+    ]);
+    let [low, high] = extent(stretches, floor) ?? (this.log ? [1, 10] : [0, 1]);
+    if (low === high) [low, high] = this.log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
+    const [x0, x1, y0, y1] = [MARGIN.left, width - MARGIN.right, height - MARGIN.bottom, MARGIN.top];
+    const a = (x1 - x0) / (right - left);
+    const of = this.log ? Math.log10 : (value) => value;
+    const pad = (of(high) - of(low)) * 0.06;
+    const [bottom, span] = [of(low) - pad, of(high) - of(low) + 2 * pad];
+    const back = this.log ? (value) => 10 ** value : (value) => value;
+    Object.assign(this, { left, right, floor, low: back(bottom), high: back(bottom + span), across: { a, b: x0 - left * a } });
+    this.toX = (x) => x * a + this.across.b;
+    this.toY = (value) => y0 + ((of(value) - bottom) / span) * (y1 - y0);
+    this.fromX = (position) => (position - this.across.b) / a;
   }
 
   drawAxes(width, height) {
     const bottom = height - MARGIN.bottom;
     const parts = [];
-    const upright = niceTicks(this.low, this.high, height / 46);
-    for (const tick of this.series.n + this.heldOut.n ? upright.ticks : []) {
-      const y = this.toY(tick);
-      parts.push(makeSvg("line", { class: "tsnb-grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y }));
-      parts.push(makeSvg("text", { x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, tickText(tick, upright.step)));
+    const line = (x1, x2, y1, y2, name) => parts.push(makeSvg("line", { class: name, x1, x2, y1, y2 }));
+    const text = (x, y, anchor, words) => parts.push(makeSvg("text", { x, y, "text-anchor": anchor }, words));
+    if (this.empty.hidden) {
+      const upright = niceTicks(this.low, this.high, height / 46);
+      for (const tick of this.log ? logTicks(this.low, this.high, height / 30) : upright.ticks) {
+        line(MARGIN.left, width - MARGIN.right, this.toY(tick), this.toY(tick), "tsnb-grid");
+        text(MARGIN.left - 8, this.toY(tick) + 4, "end", this.log ? numberText(tick, 3) : tickText(tick, upright.step));
+      }
+      const axis = this.model.get("x_axis");
+      const flat = niceTicks(this.left, this.right, width / 110);
+      for (const tick of flat.ticks) {
+        const words = axis === "time" ? secondsText(tick) : tickText(tick, flat.step);
+        if (axis === "time" || Number.isInteger(tick)) text(this.toX(tick), bottom + 17, "middle", words);
+      }
     }
-    const across = niceTicks(this.left, this.right, width / 110);
-    for (const tick of this.series.n + this.heldOut.n ? across.ticks : []) {
-      if (!Number.isInteger(tick)) continue;
-      parts.push(makeSvg("text", { x: this.toX(tick), y: bottom + 18, "text-anchor": "middle" }, String(tick)));
+    line(MARGIN.left, width - MARGIN.right, bottom, bottom, "tsnb-base");
+    for (const { series, xs, from, to } of this.curves) {
+      for (let i = from, last = NaN; series.bad && i < to; i++) {
+        const x = Math.round(this.toX(xs[i]));
+        if (Number.isFinite(series.values[i]) || x === last) continue;
+        last = x;
+        parts.push(makeSvg("path", { class: "tsnb-bad", d: `M${x - 4},${bottom}l4,-9l4,9z` }));
+      }
     }
-    parts.push(makeSvg("line", { class: "tsnb-base", x1: MARGIN.left, x2: width - MARGIN.right, y1: bottom, y2: bottom }));
-    parts.push(...this.badTicks(bottom), this.focus);
+    for (const [step, kind] of this.marks) {
+      const x = this.toX(this.xOf(step));
+      if (x < MARGIN.left - 1 || x > width - MARGIN.right + 1) continue;
+      line(x, x, MARGIN.top, bottom, `tsnb-mark tsnb-mark-${kind}`);
+      text(x, kind === "f" ? bottom - 3 : MARGIN.top - 3, "middle", SIGNS[kind]);
+    }
+    const chosen = this.model.get("selected_step");
+    if (chosen != null) line(this.toX(this.xOf(chosen)), this.toX(this.xOf(chosen)), MARGIN.top, bottom, "tsnb-chosen");
+    this.focus = makeSvg("g", { class: "tsnb-focus" });
+    parts.push(this.focus);
     this.axes.replaceChildren(...parts);
+    this.drawFocus(height);
   }
 
-  badTicks(bottom) {
-    const { steps, values, n, bad } = this.series;
-    const ticks = [];
-    for (let i = 0, last = NaN; bad && i < n; i++) {
-      const x = Math.round(this.toX(steps[i]));
-      if (Number.isFinite(values[i]) || x === last) continue;
-      last = x;
-      ticks.push(makeSvg("path", { class: "tsnb-bad", d: `M${x - 4},${bottom}l4,-9l4,9z` }));
+  get marks() {
+    return (this.store.parts.marks?.marks ?? []).filter(([, kind]) => (kind === "v" ? this.spec.breaks : this.spec.marks));
+  }
+
+  drawFocus(height) {
+    const { step } = this.lens;
+    if (this.drag?.moved) {
+      const [x, to] = [this.drag.x, this.drag.to].sort((one, other) => one - other);
+      this.focus.append(makeSvg("rect", { x, width: to - x, y: MARGIN.top, height: height - MARGIN.top - MARGIN.bottom }));
+    } else if (step !== null && this.empty.hidden) {
+      const x = this.toX(this.xOf(step));
+      this.focus.append(makeSvg("line", { x1: x, x2: x, y1: MARGIN.top, y2: height - MARGIN.bottom }));
+      for (const { series } of this.curves) {
+        const i = nearest(series.steps, series.n, step);
+        if (!series.n || series.steps[i] !== step || !(series.values[i] > this.floor && series.values[i] < Infinity)) continue;
+        this.focus.append(makeSvg("circle", { cx: x, cy: this.toY(series.values[i]), r: 3.5 }));
+      }
     }
-    return ticks;
   }
 
   drawSeries(width, height) {
     const ratio = window.devicePixelRatio || 1;
-    this.canvas.width = Math.round(width * ratio);
-    this.canvas.height = Math.round(height * ratio);
+    const [wide, high] = [Math.round(width * ratio), Math.round(height * ratio)];
+    if (this.canvas.width !== wide) this.canvas.width = wide;
+    if (this.canvas.height !== high) this.canvas.height = high;
     const pen = this.canvas.getContext("2d");
-    pen.scale(ratio, ratio);
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    pen.save();
+    pen.beginPath();
+    pen.rect(MARGIN.left - 4, MARGIN.top - 4, width - MARGIN.left - MARGIN.right + 8, height - MARGIN.top - MARGIN.bottom + 5);
+    pen.clip();
     pen.lineJoin = "round";
     const style = getComputedStyle(this.el);
-    const [main, held] = [style.getPropertyValue("--tsnb-c0").trim(), style.getPropertyValue("--tsnb-c1").trim()];
     const smoothing = this.store.smoothing > 0;
-    const { steps, values, smooth, n, abandoned } = this.series;
-    for (const piece of abandoned) {
-      const [at, was] = [piece.map(([step]) => step), piece.map(([, value]) => value)];
-      this.line(pen, at, was, at.length, { color: main, alpha: 0.25, width: 1 });
+    for (const curve of this.curves) {
+      const { line, series, xs } = curve;
+      if (!series.n) continue;
+      const colour = style.getPropertyValue(`--tsnb-c${line.colour ?? 0}`).trim();
+      for (const piece of series.abandoned) {
+        this.stroke(pen, { series: piece, xs: this.xsOf(piece, line), from: 0, to: piece.n }, piece.values, { colour, alpha: 0.3, width: 1 });
+      }
+      if (line === this.spec.lines[0] && this.spec.band) this.drawBand(pen, curve, colour);
+      const faint = smoothing && line.smooth;
+      this.stroke(pen, curve, series.values, { ...line, colour, alpha: faint ? 0.5 : 1, width: faint ? 1 : 1.75 });
+      if (faint) this.stroke(pen, curve, series.smooth, { ...line, colour, alpha: 1, width: 2.25 });
     }
-    this.line(pen, steps, values, n, { color: main, alpha: smoothing ? 0.5 : 1, width: smoothing ? 1 : 2 });
-    if (smoothing) this.line(pen, steps, smooth, n, { color: main, alpha: 1, width: 2.25 });
-    this.line(pen, this.heldOut.steps, this.heldOut.values, this.heldOut.n, {
-      color: held, alpha: 1, width: 1.75, dash: [6, 4], dots: true,
-    });
+    pen.restore();
   }
 
-  line(pen, steps, values, n, { color, alpha, width, dash = [], dots = false }) {
-    const path = columnPath(steps, values, n, this.toX, this.toY);
-    Object.assign(pen, { strokeStyle: color, fillStyle: color, globalAlpha: alpha, lineWidth: width });
+  // Draws a line in as many pieces as different things were measured.
+  stroke(pen, { series, xs, from, to }, values, { colour, alpha, width, dash = [], dots = false }) {
+    Object.assign(pen, { strokeStyle: colour, fillStyle: colour, globalAlpha: alpha, lineWidth: width });
     pen.setLineDash(dash);
-    pen.beginPath();
-    for (let i = 0; i < path.length; i += 2) pen.lineTo(path[i], path[i + 1]);
-    pen.stroke();
-    pen.setLineDash([]);
-    for (let i = 0; (dots ? path.length < 160 : path.length === 2) && i < path.length; i += 2) {
+    const cuts = series.breaks.map((step) => lowerBound(series.steps, series.n, step)).filter((i) => i > from && i < to);
+    for (const [k, start] of [from, ...cuts].entries()) {
+      const path = columnPath(xs, values, start, cuts[k] ?? to, this.across, this.toY, this.floor);
       pen.beginPath();
-      pen.arc(path[i], path[i + 1], 3, 0, 7);
-      pen.fill();
+      for (let i = 0; i < path.length; i += 2) pen.lineTo(path[i], path[i + 1]);
+      pen.stroke();
+      for (let i = 0; (dots ? path.length < 160 : path.length === 2) && i < path.length; i += 2) {
+        pen.beginPath();
+        pen.arc(path[i], path[i + 1], 2.5, 0, 7);
+        pen.fill();
+      }
     }
+    pen.setLineDash([]);
   }
 
-  drawFocus(height) {
-    const { steps, values, smooth, n } = this.series;
-    this.focus.replaceChildren();
-    if (this.cursor === null || !n) return;
-    const i = Math.min(this.cursor, n - 1);
-    const x = this.toX(steps[i]);
-    this.focus.append(makeSvg("line", { x1: x, x2: x, y1: MARGIN.top, y2: height - MARGIN.bottom }));
-    for (const value of [values[i], smooth[i]]) {
-      if (Number.isFinite(value)) this.focus.append(makeSvg("circle", { cx: x, cy: this.toY(value), r: 3.5 }));
-    }
+  // Mean ± spread as an area behind the line.
+  drawBand(pen, { series, xs, from, to }, colour) {
+    const spread = this.store.get(this.spec.band).current;
+    const edge = (sign) => {
+      const path = [];
+      for (let i = from; i < to; i++) {
+        const k = nearest(spread.steps, spread.n, series.steps[i]);
+        const value = series.values[i] + sign * spread.values[k];
+        if (spread.steps[k] === series.steps[i] && value > this.floor) path.push([this.toX(xs[i]), this.toY(value)]);
+      }
+      return path;
+    };
+    Object.assign(pen, { fillStyle: colour, globalAlpha: 0.12 });
+    pen.beginPath();
+    for (const [x, y] of spread.n ? [...edge(1), ...edge(-1).reverse()] : []) pen.lineTo(x, y);
+    pen.fill();
   }
 
   drawLegend() {
-    const { steps, values, smooth, n, bad } = this.series;
-    const i = this.cursor === null ? n - 1 : Math.min(this.cursor, n - 1);
-    const parts = [];
-    if (n) {
-      parts.push(entry("tsnb-raw", this.name, numberText(values[i])));
-      if (this.store.smoothing > 0) parts.push(entry("tsnb-smooth", "smoothed", numberText(smooth[i])));
-    }
-    const held = this.heldOut;
-    if (held.n) {
-      const k = this.cursor === null ? held.n - 1 : nearest(held.steps, held.n, n ? steps[i] : 0);
-      parts.push(entry("tsnb-held", `eval/${this.name}`, `${numberText(held.values[k])} at ${held.steps[k]}`));
+    const parts = [make("b", "tsnb-title", this.spec.title ?? "")];
+    const { step } = this.lens;
+    let hidden = 0;
+    let bad = 0;
+    for (const { line, series } of this.curves) {
+      if (!series.n) continue;
+      const i = step === null ? series.n - 1 : nearest(series.steps, series.n, step);
+      parts.push(this.entry(line, series, i, step !== null && series.steps[i] !== step));
+      bad += series.bad;
+      for (let k = 0; this.log && k < series.n; k++) hidden += series.values[k] <= 0;
     }
     if (bad) parts.push(make("span", "tsnb-bad-note", `▲ ${bad} not finite`));
-    const where = n ? `${this.cursor === null ? "latest: " : ""}step ${steps[i]}` : "";
-    parts.push(make("span", "tsnb-where", where));
+    if (hidden) parts.push(make("span", "tsnb-where", `${hidden} values ≤ 0 not drawn`));
+    if (!this.spec.small && this.main.n) {
+      const at = step ?? this.main.steps[this.main.n - 1];
+      const marks = this.marks.filter(([where]) => where === step).map(([, kind, what]) => ` · ${SIGNS[kind]} ${MEANING[kind]} ${what.slice(0, 12)}`);
+      parts.push(make("span", "tsnb-where", `${step === null ? "latest: " : ""}step ${at}${marks.join("")}`));
+    }
     this.legend.replaceChildren(...parts);
   }
 
-  point(event) {
-    const { n, steps } = this.series;
-    if (!n || !this.toStep) return;
-    const x = event.clientX - this.plot.getBoundingClientRect().left;
-    this.look(nearest(steps, n, this.toStep(x)));
+  entry(line, series, i, elsewhere) {
+    const part = make("span", "tsnb-entry");
+    const sample = make("i", line.dash ? "tsnb-dash" : "");
+    sample.style.borderTopColor = `var(--tsnb-c${line.colour ?? 0})`;
+    const smooth = this.store.smoothing > 0 && line.smooth ? ` (${numberText(series.smooth[i], this.spec.small ? 3 : 4)} smoothed)` : "";
+    const where = elsewhere || (line.dots && !this.spec.small) ? ` at ${series.steps[i]}` : "";
+    part.append(sample, make("span", "", line.label ?? line.name), make("b", "", numberText(series.values[i], this.spec.small ? 3 : 4)), make("span", "", smooth + where));
+    return part;
+  }
+
+  at(event) {
+    return event.clientX - this.plot.getBoundingClientRect().left;
+  }
+
+  press(event) {
+    if (event.button) return;
+    this.drag = { x: this.at(event), to: this.at(event), moved: false, window: [this.left, this.right] };
+    this.plot.setPointerCapture?.(event.pointerId);
+  }
+
+  move(event) {
+    const { drag } = this;
+    if (!this.toX) return;
+    if (drag) {
+      drag.to = this.at(event);
+      drag.moved ||= Math.abs(drag.to - drag.x) > 4;
+      if (drag.moved && event.shiftKey) this.slide((drag.x - drag.to) / this.across.a, drag.window);
+      drag.pan = event.shiftKey;
+      return this.schedule();
+    }
+    const { n, steps } = this.main;
+    if (n) this.look(steps[nearest(this.xsOf(this.main, this.spec.lines[0]), n, this.fromX(this.at(event)))]);
+  }
+
+  release(event) {
+    const { drag } = this;
+    this.drag = null;
+    if (!drag) return;
+    if (!drag.moved) this.choose();
+    else if (!drag.pan && !event.shiftKey) this.window(this.fromX(drag.x), this.fromX(drag.to));
+    this.schedule();
+  }
+
+  // Opens the samples of the step under the cursor.
+  choose() {
+    if (this.lens.step !== null) settle(this.model, "selected_step", this.lens.step);
+  }
+
+  window(one, other) {
+    const [from, to] = [Math.min(one, other), Math.max(one, other)];
+    const [left, right] = this.whole;
+    const all = from <= left && to >= right;
+    if (to > from) this.lens.set(all ? { from: null, to: null } : { from, to });
+  }
+
+  slide(by, [left, right] = [this.left, this.right]) {
+    const [first, last] = this.whole;
+    const kept = Math.max(first - left, Math.min(last - right, by));
+    if (this.lens.from !== null) this.lens.set({ from: left + kept, to: right + kept });
+  }
+
+  zoom(factor, around = (this.left + this.right) / 2) {
+    const [first, last] = this.whole;
+    this.window(Math.max(first, around - (around - this.left) * factor), Math.min(last, around + (this.right - around) * factor));
+  }
+
+  // A page that scrolls past a chart must not be caught in it: only a chart in use takes the wheel.
+  wheel(event) {
+    if (!this.toX || !(event.ctrlKey || document.activeElement === this.plot)) return;
+    event.preventDefault();
+    this.zoom(event.deltaY > 0 ? 1.25 : 0.8, this.fromX(this.at(event)));
   }
 
   key(event) {
-    const { n } = this.series;
+    const { n, steps } = this.main;
+    if (!n || !this.toX || event.altKey || event.metaKey || event.ctrlKey) return;
+    const at = this.lens.step === null ? n - 1 : nearest(steps, n, this.lens.step);
+    const go = (i) => this.look(steps[Math.max(0, Math.min(n - 1, i))], true);
     const page = Math.max(1, Math.round(n / 10));
-    const at = this.cursor ?? n - 1;
-    const moves = {
-      ArrowLeft: at - 1, ArrowRight: at + 1, PageDown: at - page, PageUp: at + page, Home: 0, End: n - 1, Escape: null,
+    const width = this.right - this.left;
+    const keys = {
+      ArrowLeft: () => (event.shiftKey ? this.slide(-width / 5) : go(at - 1)),
+      ArrowRight: () => (event.shiftKey ? this.slide(width / 5) : go(at + 1)),
+      PageDown: () => go(at - page), PageUp: () => go(at + page), Home: () => go(0), End: () => go(n - 1),
+      "+": () => this.zoom(0.5, this.xOf(steps[at])), "=": () => this.zoom(0.5, this.xOf(steps[at])),
+      "-": () => this.zoom(2), 0: () => this.lens.set({ from: null, to: null }),
+      Enter: () => this.choose(), Escape: () => this.look(null),
     };
-    if (!n || !(event.key in moves)) return;
+    if (!keys[event.key]) return;
     event.preventDefault();
-    const target = moves[event.key];
-    this.look(target === null ? null : Math.max(0, Math.min(n - 1, target)), true);
+    keys[event.key]();
   }
 
-  look(index, spoken = false) {
-    this.cursor = index;
-    this.schedule();
-    if (spoken && index !== null) {
-      const { steps, values } = this.series;
-      this.onSpeak?.(`step ${steps[index]}, ${this.name} ${numberText(values[index])}`);
-    }
+  look(step, spoken = false) {
+    if (step !== this.lens.step) this.lens.set({ step });
+    if (!spoken || step === null) return;
+    const { steps, values, n } = this.main;
+    this.onSpeak?.(`step ${step}, ${this.spec.title || this.spec.lines[0].name} ${numberText(values[nearest(steps, n, step)])}`);
   }
 }
 
-function entry(kind, name, value) {
-  const part = make("span", `tsnb-entry ${kind}`);
-  part.append(make("i"), make("span", "", name), make("b", "", value));
-  return part;
-}
-
-export { Chart, columnPath, extent, make, nearest, niceTicks, numberText, summary, tickText };
+export { Chart, Lens, columnPath, extent, logTicks, lowerBound, nearest, niceTicks, positions, summary, tickText };

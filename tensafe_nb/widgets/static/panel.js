@@ -1,12 +1,14 @@
-// The panel: badge, buttons, curve, and a line that says how fresh all this is.
-import { connect } from "./wire.js";
-import { Chart, make, summary } from "./chart.js";
+// The panel: badge, buttons, alarms, charts, privacy, samples, checkpoints, and a line that says how fresh all this is.
+import { connect, settle } from "./wire.js";
+import { Note, make, makeButton, plainText } from "./page.js";
+import { Curves } from "./curves.js";
+import { Checkpoints } from "./table.js";
+import { Samples } from "./samples.js";
+import { Meter } from "./meter.js";
 
-const WAITING_MS = 1000;
 const STALE_MS = 12000;
 const SPEAK_MS = 10000;
-const WAITING = "waiting for the running cell; ■ frees it";
-const SIGNS = {
+const BADGE = {
   RUNNING: "●", PAUSING: "●", STOPPING: "●", PAUSED: "‖", STOPPED: "■", FINISHED: "✓", FAILED: "✕", INTERRUPTED: "✕",
   ERROR: "✕", TERMINATED: "■", INITIALIZING: "○", READY: "○", BUSY: "●",
 };
@@ -41,28 +43,68 @@ function details(status, since) {
 
 // Which buttons a state offers.
 function offers(status) {
-  if (!status.run || status.ended) return [];
-  const paused = status.state === "PAUSED" || status.state === "PAUSING";
-  return [paused ? "resume" : "pause", "stop"];
+  if (!status.steer || ["TERMINATED", "ERROR"].includes(status.client)) return [];
+  if (!status.run || status.ended) return status.queue ? ["cancel", "checkpoint"] : ["checkpoint"];
+  return [status.state.startsWith("PAUS") ? "resume" : "pause", "stop", "checkpoint"];
+}
+
+// The alarm to show first: the newest of the worst.
+function worst(alarms) {
+  return alarms.reduce((found, alarm) => (!found || alarm.level === found.level || alarm.level === "red" ? alarm : found), null);
 }
 
 function freshness(status, silence) {
   if (!status.state) return "waiting for the kernel";
   if (!status.active) return "up to date";
   if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s`;
-  return `live · last update ${(silence / 1000).toFixed(1)} s ago`;
+  return `${status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
+}
+
+// A button that opens a list of the checkpoints, to choose one for a command.
+class Menu {
+  constructor(store, text, command) {
+    Object.assign(this, { store, command });
+    this.el = make("span", "tsnb-menu");
+    this.list = make("div");
+    this.button = makeButton(`${text} ▾`, () => this.open(this.list.hidden));
+    this.el.append(this.button, this.list);
+    this.el.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || this.list.hidden) return;
+      this.open(false);
+      this.button.focus();
+    });
+    this.el.addEventListener("focusout", (event) => this.el.contains(event.relatedTarget) || this.open(false));
+    this.open(false);
+  }
+
+  open(so) {
+    this.list.hidden = !so;
+    this.button.setAttribute("aria-expanded", String(so));
+  }
+
+  update(rows, offered) {
+    this.el.hidden = !offered || !rows.length;
+    const key = rows.map((row) => row.id).join();
+    if (key === this.key) return;
+    this.key = key;
+    this.list.replaceChildren(...rows.slice(0, 12).map((row) => makeButton(`step ${row.step}`, () => {
+      this.open(false);
+      this.button.focus();
+      this.store.command(this.command, row.id);
+    }, row.id)));
+  }
 }
 
 // One view of the panel.
 class Panel {
-  constructor(store, title, el) {
-    this.store = store;
-    this.title = title;
-    this.chart = new Chart(store);
-    this.spokenAt = -Infinity;
-    this.spoken = "";
+  constructor(store, model, el) {
+    Object.assign(this, { store, model, title: model.get("title"), spokenAt: -Infinity, spoken: "", branches: new Map() });
+    this.curves = new Curves(store, model, true);
+    this.curves.onSpeak = (text) => (this.voice.textContent = text);
+    this.meter = new Meter(store);
+    this.samples = new Samples(store, model);
+    this.checkpoints = new Checkpoints(store);
     this.build(el);
-    this.chart.onSpeak = (text) => (this.voice.textContent = text);
     this.update = () => this.refresh();
     store.listeners.add(this.update);
     this.timer = setInterval(this.update, 500);
@@ -80,41 +122,37 @@ class Panel {
     this.sign.setAttribute("aria-hidden", "true");
     this.word = make("span");
     this.badge.append(this.sign, this.word);
+    this.marks = make("span", "tsnb-marks");
     this.facts = make("span", "tsnb-facts");
     this.buttons = make("span", "tsnb-buttons");
-    this.toggle = this.button();
-    this.halt = this.button();
-    this.buttons.append(this.toggle, this.halt);
+    this.menus = [new Menu(this.store, "Rollback", "rollback"), new Menu(this.store, "Branch", "branch")];
+    this.fixed = [0, 1, 2].map(() => makeButton("", (button) => this.store.command(button.dataset.do)));
+    this.buttons.append(...this.fixed, ...this.menus.map((menu) => menu.el));
     this.bar = make("div", "tsnb-bar");
     this.bar.setAttribute("role", "progressbar");
     this.bar.setAttribute("aria-label", "steps done");
     this.bar.append(make("div"));
-    this.note = make("div", "tsnb-note");
-    this.note.setAttribute("role", "alert");
+    this.note = new Note(this.store);
+    this.health = make("div", "tsnb-health");
+    this.below = make("div", "tsnb-branches");
     this.fresh = make("span", "tsnb-fresh");
     this.subject = make("span", "tsnb-subject");
     this.voice = make("span", "tsnb-voice");
     this.voice.setAttribute("aria-live", "polite");
     const head = make("div", "tsnb-head");
-    head.append(this.badge, this.facts, this.buttons);
+    head.append(this.badge, this.marks, this.facts, this.buttons);
     const foot = make("div", "tsnb-foot");
     foot.append(this.subject, this.fresh, this.voice);
-    this.root.append(head, this.bar, this.note, this.chart.el, foot);
-    el.append(this.root);
-  }
-
-  button() {
-    const button = make("button");
-    button.type = "button";
-    button.addEventListener("click", () => this.store.command(button.dataset.do));
-    return button;
+    this.root.append(head, this.bar, this.note.el, this.health, this.curves.el, this.meter.el, this.samples.el, this.checkpoints.el, foot);
+    el.append(this.root, this.below);
   }
 
   destroy() {
     clearInterval(this.timer);
     this.placed.disconnect();
     this.store.listeners.delete(this.update);
-    this.chart.destroy();
+    this.curves.destroy();
+    for (const view of this.branches.values()) view?.remove?.();
     this.leavePlace();
   }
 
@@ -136,16 +174,30 @@ class Panel {
     const { store } = this;
     const silence = store.now() - store.heardAt;
     this.showState(silence / 1000);
+    this.showSections();
     this.showButtons();
     this.showNote();
+    this.showHealth();
+    this.showBranches();
     this.fresh.textContent = freshness(store.status, silence);
     this.root.dataset.stale = String(Boolean(store.status.active) && silence > STALE_MS);
-    this.root.dataset.curve = this.chart.name;
-    this.root.dataset.points = this.store.get(this.chart.name).n;
+    this.root.dataset.curve = this.curves.name;
+    this.root.dataset.points = store.get(this.curves.name).n;
     this.root.dataset.acked = store.acked;
     if (store.latency !== null) this.root.dataset.latency = store.latency;
     this.speak();
-    this.chart.schedule();
+  }
+
+  showSections() {
+    const chosen = this.model.get("sections");
+    const shown = (names, there) => (chosen.length ? names.some((name) => chosen.includes(name)) : there);
+    for (const [part, names, there] of [
+      [this.curves, ["loss", "reward"], true], [this.meter, ["privacy"], true], [this.samples, ["samples"], this.samples.known],
+      [this.checkpoints, ["checkpoints"], this.store.parts.rows],
+    ]) {
+      part.el.hidden = !shown(names, there);
+      if (!part.el.hidden || part === this.curves) part.update();
+    }
   }
 
   showState(since) {
@@ -154,11 +206,14 @@ class Panel {
     this.root.dataset.state = state;
     this.root.dataset.client = status.client || "";
     this.root.dataset.step = status.step ?? "";
-    this.sign.textContent = SIGNS[state] || "○";
+    this.sign.textContent = BADGE[state] || "○";
     this.word.textContent = state || "…";
+    this.marks.textContent = (status.marks ?? []).join(" · ");
     this.facts.textContent = state ? details(status, since).join(" · ") : "";
     const run = status.run ? ` · run ${status.run}` : "";
-    this.subject.textContent = `${this.title}${run}${status.client ? ` · client ${status.client}` : ""}`;
+    const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
+    const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";
+    this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}`;
     this.bar.hidden = !status.of;
     this.bar.setAttribute("aria-valuemax", status.of || 0);
     this.bar.setAttribute("aria-valuenow", status.step || 0);
@@ -166,30 +221,68 @@ class Panel {
   }
 
   showButtons() {
-    const [first, second] = offers(this.store.status);
-    const busy = this.store.pending.size > 0;
-    const hadFocus = this.buttons.contains(document.activeElement);
-    for (const [button, what] of [[this.toggle, first], [this.halt, second]]) {
+    const offered = offers(this.store.status);
+    const hadFocus = this.buttons.contains(document.activeElement) && document.activeElement;
+    for (const [i, button] of this.fixed.entries()) {
+      const what = offered[i];
       button.hidden = !what;
       if (!what) continue;
       button.dataset.do = what;
-      button.textContent = what[0].toUpperCase() + what.slice(1);
-      button.setAttribute("aria-busy", String(busy));
+      button.textContent = what === "cancel" ? "Cancel queued" : what[0].toUpperCase() + what.slice(1);
+      button.setAttribute("aria-busy", String(this.store.pending.size > 0));
     }
-    if (hadFocus && !first) this.chart.plot.focus(); // the pressed button is gone: do not lose the reader's place
+    for (const menu of this.menus) menu.update(this.checkpoints.rows, offered.length > 0);
+    if (hadFocus && hadFocus.offsetParent === null) this.curves.charts[0].plot.focus(); // do not lose the reader's place
   }
 
   showNote() {
-    const { pending, refusal, error, status } = this.store;
-    const longest = Math.max(...[...pending.values()].map((since) => this.store.now() - since), 0);
-    const waiting = longest > WAITING_MS ? WAITING : "";
-    const failed = status.state === "FAILED" || status.state === "ERROR" || status.client === "ERROR";
-    const text = [failed ? status.reason : "", error, refusal, waiting].filter(Boolean).join("\n");
-    this.root.dataset.waiting = String(Boolean(waiting));
-    this.note.classList.toggle("tsnb-wrong", failed || Boolean(error));
-    this.note.hidden = !(text || status.hint);
-    const shown = text || status.hint || "";
-    if (this.note.textContent !== shown) this.note.textContent = shown;
+    const { status } = this.store;
+    const failed = [status.state, status.client].some((state) => ["FAILED", "ERROR", "INTERRUPTED"].includes(state));
+    this.note.update(failed ? status.reason : "", status.hint);
+    this.root.dataset.waiting = String(this.note.waiting);
+  }
+
+  showHealth() {
+    const alarms = this.store.parts.alarms?.alarms ?? [];
+    const key = String(alarms.at(-1)?.seq ?? this.store.status.run);
+    if (key === this.alarmed) return;
+    this.alarmed = key;
+    const alarm = worst(alarms);
+    this.health.dataset.level = alarm?.level ?? "";
+    if (!alarm) {
+      this.health.replaceChildren(...(this.store.status.run ? [make("span", "tsnb-where", "✓ no problem found")] : []));
+      return;
+    }
+    const jump = makeButton(`Go to step ${alarm.step}`, () => {
+      settle(this.model, "selected_step", alarm.step);
+      this.curves.lens.set({ step: alarm.step });
+    });
+    const more = alarms.length > 1 ? make("details") : "";
+    if (more) more.append(make("summary", "", `${alarms.length} alarms`), ...alarms.map((a) => make("div", "", plainText(`${a.level} at step ${a.step}: ${a.text} ${a.remedy}`))));
+    this.health.replaceChildren(make("b", "", `${alarm.level === "red" ? "✕" : "!"} step ${alarm.step}: `), make("span", "", plainText(`${alarm.text} `)), make("span", "tsnb-where", plainText(alarm.remedy)), jump, more);
+  }
+
+  // A branch has a panel of its own, beneath this one.
+  showBranches() {
+    for (const { client, model } of this.store.parts.branches?.branches ?? []) {
+      if (this.branches.has(model)) continue;
+      this.branches.set(model, null);
+      this.addBranch(client, model);
+    }
+  }
+
+  async addBranch(client, id) {
+    const place = make("div", "tsnb-branch");
+    place.append(make("div", "tsnb-where", `⎇ branch ${client}: service.get_training_client("${client}")`));
+    this.below.append(place);
+    try {
+      const manager = this.model.widget_manager;
+      const view = await manager.create_view(await manager.get_model(id));
+      this.branches.set(id, view);
+      place.append(view.el);
+    } catch (error) {
+      place.append(make("div", "tsnb-where", `Its panel cannot be shown here: ${error.message}`));
+    }
   }
 
   // Says a change of state at once, progress every ten seconds at most; the curve is described when it rests.
@@ -201,7 +294,7 @@ class Panel {
     this.spoken = status.state;
     this.spokenAt = now;
     this.voice.textContent = `${status.state}, step ${status.step}${status.of ? ` of ${status.of}` : ""}`;
-    if (turned || !this.chart.plot.hasAttribute("aria-label")) this.chart.describe();
+    if (turned) this.curves.describe();
   }
 }
 
@@ -212,9 +305,9 @@ export default () => {
       store = connect(model);
     },
     render({ model, el }) {
-      const panel = new Panel(store, model.get("title"), el);
+      const panel = new Panel(store, model, el);
       return () => panel.destroy();
     },
   };
 };
-export { Panel, clockText, details, freshness, leftText, offers };
+export { Panel, clockText, details, freshness, leftText, offers, worst };

@@ -11,8 +11,9 @@ function parseNumber(value) {
 
 // A growing curve with its bias-corrected exponential mean (Kingma and Ba 2015, section 3).
 class Series {
-  constructor(smoothing) {
+  constructor(smoothing, breaks = []) {
     this.smoothing = smoothing;
+    this.breaks = breaks; // steps at which something else began to be measured: nothing is averaged across
     this.abandoned = [];
     this.clear();
   }
@@ -48,18 +49,25 @@ class Series {
   parted() {
     const [kept, pieces] = [[], []];
     let reached = Infinity;
-    for (let i = this.n - 1; i >= 0; i--) {
+    for (let i = this.n - 1, gap = true; i >= 0; i--) {
       const live = this.steps[i] < reached;
-      if (live) reached = this.steps[i];
-      const rejoins = !live && (i === this.n - 1 || pieces.length === 0 || pieces.at(-1).at(-1) !== i + 1);
-      if (rejoins) pieces.push([]);
-      (live ? kept : pieces.at(-1)).push(i);
+      if (live) {
+        reached = this.steps[i];
+        kept.push(i);
+      } else {
+        if (gap || this.steps[i] >= this.steps[i + 1]) pieces.push([]); // a piece goes forwards only
+        pieces.at(-1).push(i);
+      }
+      gap = live;
     }
-    const of = (indices) => indices.reverse().map((i) => [this.steps[i], this.values[i]]);
-    const branch = new Series(this.smoothing);
-    const live = of(kept);
-    branch.append(live.map(([step]) => step), live.map(([, value]) => value));
-    branch.abandoned = pieces.map((piece) => of(piece));
+    const pick = (indices) => {
+      const piece = new Series(this.smoothing, this.breaks);
+      indices.reverse();
+      piece.append(Float64Array.from(indices, (i) => this.steps[i]), Float64Array.from(indices, (i) => this.values[i]));
+      return piece;
+    };
+    const branch = pick(kept);
+    branch.abandoned = pieces.map(pick);
     return branch;
   }
 
@@ -77,6 +85,7 @@ class Series {
   smoothFrom(from) {
     for (let i = from; i < this.n; i++) {
       const value = this.values[i];
+      if (this.breaks.includes(this.steps[i])) this.mean = this.weight = 0;
       if (Number.isFinite(value)) {
         this.mean = this.smoothing * this.mean + (1 - this.smoothing) * value;
         this.weight = this.smoothing * this.weight + (1 - this.smoothing);
@@ -87,8 +96,9 @@ class Series {
     }
   }
 
-  resmooth(smoothing) {
+  resmooth(smoothing, breaks = this.breaks) {
     this.smoothing = smoothing;
+    this.breaks = breaks;
     this.mean = this.weight = this.bad = 0;
     this.branch = null;
     this.smoothFrom(0);
@@ -103,8 +113,10 @@ class Store {
     this.now = now;
     this.series = new Map();
     this.status = {};
-    this.error = null;
-    this.refusal = null;
+    this.error = this.refusal = this.said = null;
+    this.parts = {}; // what the kernel tells besides curves and status, by its name
+    this.rollouts = new Map(); // step → its rollouts
+    this.breaks = [];
     this.pending = new Map(); // number of a command → when it was given
     this.given = this.acked = 0;
     this.latency = null;
@@ -120,7 +132,8 @@ class Store {
   }
 
   get(name) {
-    if (!this.series.has(name)) this.series.set(name, new Series(this.smoothing));
+    const breaks = name.includes("reward") ? this.breaks : [];
+    if (!this.series.has(name)) this.series.set(name, new Series(this.smoothing, breaks));
     return this.series.get(name);
   }
 
@@ -130,12 +143,16 @@ class Store {
     this.send({ t: "hello", v: PROTOCOL, n: this.points, mount });
   }
 
-  command(what) {
+  command(what, id) {
     this.given++;
     this.pending.set(this.given, this.now());
-    this.refusal = null;
-    this.send({ t: "do", do: what, n: this.given });
+    this.error = this.refusal = this.said = null;
+    this.send({ t: "do", do: what, n: this.given, id });
     this.tell();
+  }
+
+  show(step) {
+    if (!this.rollouts.has(step)) this.send({ t: "show", step });
   }
 
   setSmoothing(weight) {
@@ -151,7 +168,24 @@ class Store {
     else if (message.t === "status") this.takeStatus(message);
     else if (message.t === "ack") this.takeAnswer(message);
     else if (message.t === "error") this.error = message.text;
+    else if (message.t === "rollouts") this.takeRollouts(message);
+    else this.parts[message.t] = message;
+    if (message.t === "marks") this.takeBreaks(message.marks);
     this.tell();
+  }
+
+  takeRollouts(message) {
+    this.rollouts.delete(message.step);
+    this.rollouts.set(message.step, message);
+    this.newest = Math.max(this.newest ?? 0, message.step);
+    if (this.rollouts.size > 8) this.rollouts.delete(this.rollouts.keys().next().value);
+  }
+
+  takeBreaks(marks) {
+    const breaks = marks.filter(([, kind]) => kind === "v").map(([step]) => step);
+    if (String(breaks) === String(this.breaks)) return;
+    this.breaks = breaks;
+    for (const [name, series] of this.series) if (name.includes("reward")) series.resmooth(this.smoothing, breaks);
   }
 
   takeDelta(message) {
@@ -183,6 +217,7 @@ class Store {
     this.pending.delete(message.n);
     this.acked = message.n;
     this.refusal = message.why;
+    this.said = message.said;
   }
 
   tell() {
@@ -197,11 +232,19 @@ function columnOf(Type, view) {
 
 // Ties a widget's model to a store, once per page; returns the store.
 function connect(model) {
-  const store = new Store((content) => model.send(content), model.get("smoothing"));
+  const store = new Store((content) => model.send(content), model.get("smoothing") ?? 0);
   model.on("msg:custom", (message, buffers) => store.receive(message, buffers));
   model.on("change:smoothing", () => store.setSmoothing(model.get("smoothing")));
+  model.on("change", () => store.tell());
   store.hello(true);
   return store;
 }
 
-export { Series, Store, connect, parseNumber };
+// Sets a public trait, here and in the kernel.
+function settle(model, name, value) {
+  if (model.get(name) === value) return;
+  model.set(name, value);
+  model.save_changes();
+}
+
+export { Series, Store, connect, parseNumber, settle };

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensafe_nb.engine.lane import Job, Lane
-from tensafe_nb.types import ForwardBackward, FutureStatus, OptimStep
+from tensafe_nb.operations import ForwardBackward, OptimStep
+from tensafe_nb.types import FutureStatus
 
 KINDS = {"fb": ForwardBackward, "opt": OptimStep}
 

@@ -53,6 +53,10 @@ class RecordingClient:
         self.operations.append(("optim_step",))
         return self.done(OptimStepResult(8, 1e-3, 1.25, 10, 0.125))
 
+    def publish(self, event):
+        self.operations.append(("publish", event))
+        return event
+
     def done(self, result):
         return completed(result, operation="test", training_client_id=self.training_client_id)
 

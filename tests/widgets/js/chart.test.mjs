@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { columnPath, extent, nearest, niceTicks, numberText, summary, tickText } from "../../../tensafe_nb/widgets/static/chart.js";
+import { columnPath, extent, logTicks, lowerBound, nearest, niceTicks, positions, summary, tickText } from "../../../tensafe_nb/widgets/static/chart.js";
+import { numberText } from "../../../tensafe_nb/widgets/static/page.js";
 import { Series } from "../../../tensafe_nb/widgets/static/wire.js";
 
 const same = (x) => x;
@@ -20,11 +21,11 @@ test("numbers have four digits, and the rest is said in words", () => {
   assert.equal(numberText(-Infinity), "−∞");
 });
 
-test("an extent skips what is not finite and is never empty", () => {
-  assert.deepEqual(extent([[[1, NaN, 5], 3]]), [1, 5]);
-  const [low, high] = extent([[[2], 1]]);
-  assert.ok(low < 2 && high > 2);
-  assert.deepEqual(extent([[[], 0]]), [0, 1]);
+test("an extent skips what is not finite, and what a logarithm cannot show", () => {
+  assert.deepEqual(extent([[[1, NaN, 5, Infinity], 0, 4]]), [1, 5]);
+  assert.deepEqual(extent([[[9, 1, 5], 1, 3], [[3], 0, 1]]), [1, 5]);
+  assert.deepEqual(extent([[[-1, 0, 5], 0, 3]], 0), [5, 5]);
+  assert.equal(extent([[[NaN], 0, 1]]), null);
 });
 
 test("a spike of one step survives among 100,000 points", () => {
@@ -33,7 +34,7 @@ test("a spike of one step survives among 100,000 points", () => {
   const values = new Float64Array(n);
   values[40_000] = 7;
   values[40_003] = -5;
-  const path = columnPath(steps, values, n, (x) => (x / n) * 800, same);
+  const path = columnPath(steps, values, 0, n, { a: 800 / n, b: 0 }, same);
   const drawn = path.filter((_, i) => i % 2);
   assert.ok(path.length <= 2 * 2 * 2 * 801);
   assert.equal(Math.max(...drawn), 7);
@@ -41,16 +42,17 @@ test("a spike of one step survives among 100,000 points", () => {
 });
 
 test("a path steps over what is not finite", () => {
-  assert.deepEqual(columnPath([1, 2, 3], [5, NaN, 6], 3, same, same), [1, 5, 3, 6]);
+  assert.deepEqual(columnPath([1, 2, 3], [5, NaN, 6], 0, 3, { a: 1, b: 0 }, same), [1, 5, 3, 6]);
+  assert.deepEqual(columnPath([1, 2, 3], [5, 0, 6], 0, 3, { a: 1, b: 0 }, same, 0), [1, 5, 3, 6]);
 });
 
 test("a million points take less than a frame's time", () => {
   const n = 1_000_000;
   const steps = Float64Array.from({ length: n }, (_, i) => i);
   const values = Float64Array.from({ length: n }, (_, i) => Math.sin(i));
-  columnPath(steps, values, n, (x) => (x / n) * 800, same);
+  columnPath(steps, values, 0, n, { a: 800 / n, b: 0 }, same);
   const started = performance.now();
-  for (let i = 0; i < 10; i++) columnPath(steps, values, n / 10, (x) => (x / n) * 8000, same);
+  for (let i = 0; i < 10; i++) columnPath(steps, values, 0, n / 10, { a: 8000 / n, b: 0 }, same);
   assert.ok((performance.now() - started) / 10 < 16);
 });
 
@@ -69,4 +71,19 @@ test("a curve is told in words", () => {
   assert.equal(summary("loss", series), "loss fell from 4.900 to 2.000 over 60 steps, last 20 flat");
   series.append([61], [NaN]);
   assert.match(summary("loss", series), /1 values not finite$/);
+});
+
+test("a logarithmic axis has powers of ten, or steps between them", () => {
+  assert.deepEqual(logTicks(0.5, 2000, 6), [1, 10, 100, 1000]);
+  assert.deepEqual(logTicks(1, 20, 9), [1, 2, 5, 10, 20]);
+  assert.ok(logTicks(3, 4, 4).length > 1);
+});
+
+test("points can lie over the tokens or seconds of their steps", () => {
+  const [series, ruler] = [new Series(0), new Series(0)];
+  series.append([1, 3], [9, 8]);
+  ruler.append([1, 2, 3], [100, 200, 300]);
+  assert.deepEqual([...positions(series, ruler)], [100, 300]);
+  assert.equal(positions(series, null), series.steps);
+  assert.equal(lowerBound([1, 3, 5], 3, 4), 2);
 });

@@ -87,7 +87,7 @@ test("a series grows beyond its first room", () => {
 test("commands are numbered, wait for their answer, and keep its reason", () => {
   const { store: page, sent } = store();
   page.command("pause");
-  assert.deepEqual(sent, [{ t: "do", do: "pause", n: 1 }]);
+  assert.deepEqual(sent, [{ t: "do", do: "pause", n: 1, id: undefined }]);
   assert.equal(page.pending.size, 1);
   page.receive({ t: "ack", n: 1, why: "The run has ended: FINISHED." });
   assert.equal(page.pending.size, 0);
@@ -105,6 +105,29 @@ test("a store is tied to its model and says hello", () => {
   assert.equal(page.status.state, "READY");
 });
 
+const pieces = (series) => series.current.abandoned.map(({ steps, values, n }) => Array.from({ length: n }, (_, i) => [steps[i], values[i]]));
+
+test("nothing is averaged across a change of the reward", () => {
+  const { store: page } = store();
+  page.receive({ t: "delta", s: { reward: [0, [1, 2, 3], [8, 8, 0]], loss: [0, [1, 2, 3], [8, 8, 0]] } });
+  page.receive({ t: "marks", marks: [[3, "v", "2"]] });
+  assert.equal(page.get("reward").smooth[2], 0);
+  assert.ok(page.get("loss").smooth[2] > 1);
+  page.receive({ t: "delta", s: { reward: [3, [4], [0]] } });
+  assert.equal(page.get("reward").smooth[3], 0);
+});
+
+test("parts and rollouts are kept, the newest eight steps of them", () => {
+  const { store: page, sent } = store();
+  page.receive({ t: "rows", rows: [{ id: "art-1" }], saving: 0 });
+  assert.equal(page.parts.rows.rows.length, 1);
+  for (let step = 1; step <= 10; step++) page.receive({ t: "rollouts", step, groups: [] });
+  assert.deepEqual([page.rollouts.size, page.newest], [8, 10]);
+  page.show(10);
+  page.show(1);
+  assert.deepEqual(sent, [{ t: "show", step: 1 }]);
+});
+
 test("after a rollback the curve is the branch that is trained, and what was abandoned lies beside it", () => {
   const series = new Series(0.5);
   series.append([1, 2, 3, 4], [8, 7, 6, 5]);
@@ -112,12 +135,12 @@ test("after a rollback the curve is the branch that is trained, and what was aba
   series.append([3, 4], [3, 2]);
   assert.deepEqual([...series.current.steps.subarray(0, series.current.n)], [1, 2, 3, 4]);
   assert.deepEqual([...series.current.values.subarray(0, series.current.n)], [8, 7, 3, 2]);
-  assert.deepEqual(series.current.abandoned, [[[3, 6], [4, 5]]]);
+  assert.deepEqual(pieces(series), [[[3, 6], [4, 5]]]);
   const straight = new Series(0.5);
   straight.append([1, 2, 3, 4], [8, 7, 3, 2]);
   assert.deepEqual(series.current.smooth.subarray(0, 4), straight.smooth.subarray(0, 4));
   series.append([2, 3], [1, 0]); // back again, beyond the first time
   assert.deepEqual([...series.current.values.subarray(0, series.current.n)], [8, 1, 0]);
-  assert.equal(series.current.abandoned.flat().length, 5);
+  assert.deepEqual(pieces(series), [[[3, 3], [4, 2]], [[2, 7], [3, 6], [4, 5]]]);
   assert.equal(series.n, 8);
 });

@@ -1,0 +1,164 @@
+"""How things look at the end of a cell: one line of text, and one small table. One template, for everything one holds.
+
+Nothing here waits, computes on a model or reads a file: what is shown is what the object already knows. The tables
+carry no colours of their own, so they are readable in any theme, and every text in them is escaped.
+"""
+
+import dataclasses
+import html
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=type)
+T = TypeVar("T")
+Facts = Mapping[str, object]
+LONGEST = 200  # characters of a value
+MOST_ROWS = 50  # of a listing
+FEW = 8  # items that are shown one by one
+DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def shown(cls: C) -> C:
+    """Class decorator: a notebook shows a table of `_facts()`, which must neither wait nor raise.
+
+    A dataclass without `_facts` is told by its fields, and its repr becomes one short line of them.
+    """
+    if not hasattr(cls, "_facts"):
+        cls._facts = fields_of  # type: ignore[attr-defined]
+        cls.__repr__ = _line  # type: ignore[assignment]
+    cls._repr_html_ = lambda self: table(type(self).__name__, self._facts())  # type: ignore[attr-defined]
+    return cls
+
+
+def fields_of(value: Any) -> dict[str, object]:
+    """Return the fields of a dataclass by name."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+class Listing(list[T]):
+    """A list that a notebook shows as a table: one row for each, one column for each fact.
+
+    Args:
+        items: What it lists.
+        columns: The facts of one of them, by the names of the columns.
+    """
+
+    def __init__(self, items: Iterable[T], columns: Callable[[T], Facts]) -> None:
+        super().__init__(items)
+        self._columns = columns
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)  # elsewhere it is what it holds
+
+    def _repr_html_(self) -> str:
+        rows = [self._columns(item) for item in self[:MOST_ROWS]]
+        left = len(self) - len(rows)
+        return listing(f"{len(self)} in all" + (f", the first {len(rows)} shown" if left else ""), rows)
+
+
+def table(caption: str, facts: Facts) -> str:
+    """Return a table of names and values."""
+    rows = "".join(
+        f'<tr><th scope="row">{escaped(name)}</th><td>{escaped(_moment(name, value))}</td></tr>'
+        for name, value in facts.items()
+    )
+    return f'<table class="tsnb-facts"><caption>{escaped(caption)}</caption><tbody>{rows}</tbody></table>'
+
+
+def listing(caption: str, rows: Sequence[Facts]) -> str:
+    """Return a table with a head, one row for each; all rows have the names of the first."""
+    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in (rows[0] if rows else ()))
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escaped(_moment(name, value))}</td>" for name, value in row.items()) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<table class="tsnb-facts"><caption>{escaped(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _moment(name: str, value: object) -> object:
+    """Return Unix seconds as people read them: they are in whatever is named `…_at`."""
+    if name.endswith("_at") and isinstance(value, float):
+        return f"{datetime.fromtimestamp(value).astimezone():%Y-%m-%d %H:%M:%S}"
+    return value
+
+
+def escaped(value: object) -> str:
+    """Return a value as HTML text: short, escaped, with nothing in it that cannot be seen."""
+    return html.escape(short(value))
+
+
+def short(value: object) -> str:
+    """Return a value in a few words: a dash for None, six digits of a number, the shape of an array."""
+    match value:
+        case None:
+            return "—"
+        case str():
+            text = value
+        case float():
+            text = f"{value:.6g}"
+        case Mapping():
+            text = ", ".join(f"{name} {short(item)}" for name, item in value.items()) or "—"
+        case tuple() | list():
+            text = _sequence(value)
+        case _ if hasattr(value, "shape") and hasattr(value, "dtype"):
+            text = f"{tuple(value.shape)} {value.dtype}"
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            text = short(fields_of(value))
+        case _:
+            text = str(value)
+    text = visible(text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def visible(text: str) -> str:
+    """Return a text with control characters, and those that turn its direction, as codes."""
+    return "".join(_code(c) if c in DIRECTIONS or unicodedata.category(c) in _UNSEEN else c for c in text)
+
+
+_UNSEEN = ("Cc", "Zl", "Zp", "Cs")
+
+
+def _code(character: str) -> str:
+    named = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    number = ord(character)
+    return named.get(character) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
+
+
+def _sequence(items: Sequence[object]) -> str:
+    """Return a few items as they are, many as their number."""
+    if items and dataclasses.is_dataclass(items[0]):
+        return f"{len(items)} × {type(items[0]).__name__}"
+    if len(items) > FEW:
+        return f"{len(items)}: {', '.join(short(item) for item in items[:3])}, …"
+    return ", ".join(short(item) for item in items) or "—"
+
+
+def _line(self: Any) -> str:
+    """The repr of a dataclass, as short as it can be read."""
+    parts = ", ".join(f"{name}={_argument(value)}" for name, value in fields_of(self).items())
+    return f"{type(self).__name__}({parts})"
+
+
+def _argument(value: object) -> str:
+    if isinstance(value, str):
+        text = repr(str(value))
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}…'"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_argument(item)}" for name, item in value.items()) + "}"
+    if (
+        isinstance(value, tuple | list)
+        and value
+        and not dataclasses.is_dataclass(value[0])
+        and len(value) <= FEW
+    ):
+        return f"({', '.join(map(_argument, value))})"
+    if (isinstance(value, tuple | list) and value) or hasattr(value, "shape"):
+        return f"<{short(value)}>"
+    return visible(repr(value))

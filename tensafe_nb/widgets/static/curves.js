@@ -1,0 +1,156 @@
+// The charts of a training client with their tools: smoothing, logarithm, axis, zoom, and the numbers as a table.
+import { settle } from "./wire.js";
+import { make, makeButton, makeSelect, numberText } from "./page.js";
+import { Chart, Lens } from "./chart.js";
+
+const MOST_ROWS = 100;
+const DASHES = [[], [7, 3], [2, 2], [9, 3, 2, 3], [4, 4], [12, 4]];
+
+// What is drawn: one large chart of the curve to watch, several runs on it where there are several, and small ones.
+function specs(curve, labels, whole) {
+  const held = { dash: [6, 4], dots: true };
+  if (labels.length > 1) {
+    const lines = labels.map((label, i) => ({
+      name: `${i ? `${i}:` : ""}${curve}`, label, colour: i, dash: DASHES[i], smooth: true,
+    }));
+    return [{ title: curve, lines, log: true, marks: true, breaks: true }];
+  }
+  const main = {
+    lines: [{ name: curve, smooth: true }, { name: `eval/${curve}`, colour: 1, ...held }], log: true, marks: true, breaks: curve === "reward",
+  };
+  const small = (title, ...lines) => ({ title, small: true, marks: false, lines });
+  if (curve !== "reward") return whole ? [main, small("gradient norm", { name: "grad_norm", label: "", smooth: true }), small("tokens/s", { name: "tokens/s", label: "", colour: 2, smooth: true })] : [main];
+  main.band = "group/reward_std";
+  main.lines.push({ name: "rewards/true", label: "true reward", colour: 2, dash: [2, 2] });
+  if (!whole) return [main];
+  return [
+    main,
+    small("groups: all right, mixed, all wrong", { name: "by_group/frac_all_good", label: "right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "wrong", colour: 1, dash: [2, 2] }),
+    small("length", { name: "completions/mean_length", label: "tokens" }),
+    small("cut off", { name: "completions/clipped_ratio", label: "", colour: 1 }),
+    small("entropy", { name: "entropy", label: "", colour: 3 }),
+    small("policy KL", { name: "policy/approx_kl", label: "", colour: 4 }),
+    { ...small("size of gradient and update", { name: "grad_norm", label: "gradient" }, { name: "param_delta_norm", label: "weights", colour: 1, dash: [6, 3] }), log: "always" },
+  ];
+}
+
+// Which points a table of at most `most` rows shows, of those in the window.
+function rowsOf(steps, xs, n, lens, most = MOST_ROWS) {
+  const inside = [];
+  for (let i = 0; i < n; i++) if (lens.from === null || (xs[i] >= lens.from && xs[i] <= lens.to)) inside.push(i);
+  const every = Math.ceil(inside.length / most) || 1;
+  return inside.filter((_, k) => (inside.length - 1 - k) % every === 0);
+}
+
+class Curves {
+  constructor(store, model, whole) {
+    Object.assign(this, { store, model, whole, lens: new Lens(), charts: [], kind: "", tabled: false });
+    this.el = make("div", "tsnb-curves");
+    this.tools = make("div", "tsnb-tools");
+    this.grid = make("div", "tsnb-grid-of-charts");
+    this.table = make("div", "tsnb-scroll");
+    this.el.append(this.tools, this.grid, this.table);
+    this.buildTools();
+    this.lens.listeners.add(() => this.showWindow());
+  }
+
+  buildTools() {
+    const { model } = this;
+    this.slider = make("input");
+    Object.assign(this.slider, { type: "range", min: 0, max: 0.99, step: 0.01 });
+    this.slider.addEventListener("input", () => settle(model, "smoothing", Number(this.slider.value)));
+    this.log = make("input");
+    this.log.type = "checkbox";
+    this.log.addEventListener("change", () => settle(model, "log_scale", this.log.checked));
+    const labelled = (text, ...controls) => {
+      const label = make("label", "", text);
+      label.append(...controls);
+      return label;
+    };
+    this.weight = make("output");
+    this.axis = makeSelect("horizontal axis", ["step", "tokens", "time"].map((name) => [name, `over ${name}`]), model.get("x_axis"), (name) => {
+      this.lens.set({ from: null, to: null });
+      settle(model, "x_axis", name);
+    });
+    this.reset = makeButton("Reset zoom", () => this.lens.set({ from: null, to: null }));
+    this.toggle = makeButton("Table view", () => {
+      this.tabled = !this.tabled;
+      this.update();
+    });
+    this.operator = make("span", "tsnb-operator", "operator view, not covered by ε");
+    this.operator.title = "Curves are computed from the training data itself; the privacy guarantee is about the weights.";
+    this.tools.append(labelled("smoothing ", this.slider, this.weight), labelled("", this.log, " log"), this.axis, this.reset, this.toggle, this.operator);
+  }
+
+  get name() {
+    return this.store.status.curve || "loss";
+  }
+
+  get main() {
+    return this.charts[0].main;
+  }
+
+  update() {
+    const { store, model } = this;
+    const kind = `${this.name} ${model.get("labels") ?? ""}`;
+    if (kind !== this.kind) this.rebuild(kind);
+    this.slider.value = store.smoothing;
+    this.weight.textContent = store.smoothing.toFixed(2);
+    this.log.checked = model.get("log_scale");
+    this.axis.value = model.get("x_axis");
+    this.operator.hidden = !store.status.dp;
+    this.showWindow();
+    this.grid.hidden = this.tabled;
+    this.table.hidden = !this.tabled;
+    this.toggle.textContent = this.tabled ? "Chart view" : "Table view";
+    if (this.tabled) this.showTable();
+    for (const chart of this.charts) {
+      chart.el.classList.toggle("tsnb-bare", !chart.spec.lines.some((line) => store.get(line.name).n));
+      chart.schedule();
+    }
+  }
+
+  showWindow() {
+    this.reset.disabled = this.lens.from === null;
+  }
+
+  rebuild(kind) {
+    this.kind = kind;
+    for (const chart of this.charts) chart.destroy();
+    this.charts = specs(this.name, this.model.get("labels") ?? [], this.whole).map((spec) => new Chart(this.store, this.model, this.lens, spec));
+    for (const chart of this.charts) chart.onSpeak = this.onSpeak;
+    this.grid.style.setProperty("--tsnb-columns", this.charts.length % 3 === 1 ? 3 : 2);
+    this.grid.replaceChildren(...this.charts.map((chart) => chart.el));
+  }
+
+  showTable() {
+    const { main } = this;
+    const lines = this.charts.flatMap((chart) => chart.spec.lines.map((line) => [line.name, this.store.get(line.name).current])).filter(([, series]) => series.n);
+    const shown = rowsOf(main.steps, this.charts[0].xsOf(main, this.charts[0].spec.lines[0]), main.n, this.lens);
+    const at = lines.map(([, series]) => new Map(shown.length ? Array.from(series.steps.subarray(0, series.n), (step, i) => [step, series.values[i]]) : []));
+    const table = make("table");
+    const row = (tag, cells) => {
+      const tr = make("tr");
+      for (const [i, text] of cells.entries()) {
+        const cell = make(i && tag === "td" ? "td" : "th", "", text);
+        cell.scope = tag === "th" ? "col" : "row";
+        tr.append(cell);
+      }
+      table.append(tr);
+    };
+    table.append(make("caption", "", `${shown.length} of ${main.n} points, newest last`));
+    row("th", ["step", ...lines.map(([name]) => name)]);
+    for (const i of shown) row("td", [String(main.steps[i]), ...at.map((values) => (values.has(main.steps[i]) ? numberText(values.get(main.steps[i])) : "—"))]);
+    this.table.replaceChildren(table);
+  }
+
+  describe() {
+    for (const chart of this.charts) chart.describe();
+  }
+
+  destroy() {
+    for (const chart of this.charts) chart.destroy();
+  }
+}
+
+export { Curves, rowsOf, specs };

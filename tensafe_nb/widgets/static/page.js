@@ -1,0 +1,126 @@
+// What all parts of a page share: elements made of text, numbers in words, the frame of a widget that stands alone.
+import { connect } from "./wire.js";
+
+const WAITING_MS = 1000;
+const WAITING = "waiting for the running cell; ■ frees it";
+const SVG = "http://www.w3.org/2000/svg";
+const UNSEEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\u{e0000}-\u{e007f}]/gu;
+
+// Text as it is, with a visible code for what would be invisible or turn other text around.
+function plainText(text) {
+  return String(text).replace(UNSEEN, (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+}
+
+function make(tag, className = "", text = "") {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text) node.textContent = text;
+  return node;
+}
+
+function makeSvg(tag, attributes, text = "") {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (text) node.textContent = text;
+  return node;
+}
+
+function makeButton(text, action, title = "") {
+  const button = make("button", "", text);
+  button.type = "button";
+  if (title) button.title = title;
+  button.addEventListener("click", () => action(button));
+  return button;
+}
+
+// A button that acts on its second click, within four seconds of the first.
+function makeSure(text, question, action) {
+  return makeButton(text, (button) => {
+    if (button.textContent === question) return action();
+    button.textContent = question;
+    setTimeout(() => (button.textContent = text), 4000);
+  });
+}
+
+function makeSelect(label, options, value, action) {
+  const select = make("select");
+  select.setAttribute("aria-label", label);
+  for (const [key, text] of options) {
+    const option = make("option", "", text);
+    option.value = key;
+    select.append(option);
+  }
+  select.value = value;
+  select.addEventListener("change", () => action(select.value));
+  return select;
+}
+
+function numberText(value, digits = 4) {
+  if (value == null) return "—";
+  if (!Number.isFinite(value)) return Number.isNaN(value) ? "not a number" : value > 0 ? "+∞" : "−∞";
+  const size = Math.abs(value);
+  if (size !== 0 && (size >= 1e5 || size < 1e-3)) return value.toExponential(2);
+  return size < 10 ** digits ? value.toPrecision(digits) : value.toFixed(0);
+}
+
+function signed(value) {
+  return value == null ? "—" : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
+}
+
+// The line that answers whoever clicked: refused, failed, waiting, done.
+class Note {
+  constructor(store) {
+    this.store = store;
+    this.el = make("div", "tsnb-note");
+    this.el.setAttribute("role", "alert");
+  }
+
+  get waiting() {
+    const { store } = this;
+    return Math.max(...[...store.pending.values()].map((since) => store.now() - since), 0) > WAITING_MS;
+  }
+
+  update(failure = "", hint = "") {
+    const { error, refusal, said } = this.store;
+    const text = [failure, error, refusal, said, this.waiting ? WAITING : ""].filter(Boolean).join("\n") || hint || "";
+    this.el.classList.toggle("tsnb-wrong", Boolean(failure || error));
+    this.el.hidden = !text;
+    if (this.el.textContent !== plainText(text)) this.el.textContent = plainText(text);
+  }
+}
+
+// The code of a widget that is one part: `build(store, model)` returns something with el, update and perhaps destroy.
+function alone(build) {
+  return () => {
+    let store;
+    return {
+      initialize({ model }) {
+        store = connect(model);
+      },
+      render({ model, el }) {
+        const [part, note] = [build(store, model), new Note(store)];
+        const root = make("section", "tsnb-panel tsnb-alone");
+        root.setAttribute("aria-label", model.get("title"));
+        root.dataset.lmSuppressShortcuts = "true";
+        root.append(note.el, part.el);
+        el.append(root);
+        const update = () => {
+          root.dataset.points = store.points;
+          root.dataset.acked = store.acked;
+          note.update();
+          part.update();
+        };
+        store.listeners.add(update);
+        const timer = setInterval(() => note.update(), 500);
+        update();
+        return () => {
+          clearInterval(timer);
+          store.listeners.delete(update);
+          part.destroy?.();
+        };
+      },
+    };
+  };
+}
+
+export { Note, alone, make, makeButton, makeSelect, makeSure, makeSvg, numberText, plainText, signed };

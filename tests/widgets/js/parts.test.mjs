@@ -1,0 +1,73 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { rowsOf, specs } from "../../../tensafe_nb/widgets/static/curves.js";
+import { account } from "../../../tensafe_nb/widgets/static/meter.js";
+import { plainText, signed } from "../../../tensafe_nb/widgets/static/page.js";
+import { arranged } from "../../../tensafe_nb/widgets/static/samples.js";
+import { metadataText, sizeText } from "../../../tensafe_nb/widgets/static/table.js";
+
+const SPENT = { spent: 1.84, target: 8, delta: 1e-5, accountant: "rdp", adjacency: "add/remove one", projected: 13623, refused: null, void: null };
+
+test("what cannot be seen, or turns text around, is shown as a code", () => {
+  assert.equal(plainText("a\u202eb\u0000c\u200dd\nе"), "a⟨U+202E⟩b⟨U+0000⟩c⟨U+200D⟩d\nе");
+  assert.equal(plainText("<img src=x>"), "<img src=x>");
+  assert.equal(plainText("x\u{e0041}"), "x⟨U+E0041⟩");
+});
+
+test("an advantage has a sign", () => {
+  assert.deepEqual([0.5, -1.25, 0, null].map(signed), ["+0.50", "−1.25", "+0.00", "—"]);
+});
+
+test("without differential privacy the account says so and has no bar", () => {
+  assert.deepEqual(account(undefined, false), { text: "DP off: this training is not differentially private", share: null });
+  assert.equal(account(undefined, true).text, "ε —: no step taken yet");
+});
+
+test("the account tells what is spent of what, and where it will end", () => {
+  const { text, share, end } = account(SPENT, true);
+  assert.equal(text, "ε 1.84 of 8.00 at δ = 1e-5 (rdp, add/remove one)");
+  assert.equal(share, 0.23);
+  assert.equal(end, "reaches 8.00 at step 13,623");
+  assert.equal(account({ ...SPENT, target: null, projected: null }, true).share, null);
+});
+
+test("a refused step and a void guarantee are said in words", () => {
+  assert.match(account({ ...SPENT, refused: 40 }, true).end, /^step 40 was refused/);
+  const gone = account({ ...SPENT, spent: "∞", void: "noise was switched off." }, true);
+  assert.equal(gone.text, "ε ∞: no guarantee. noise was switched off.");
+  assert.equal(gone.share, null);
+});
+
+test("samples are sorted and filtered", () => {
+  const groups = [
+    { prompt: "1+1=", signal: true, r: [{ text: "3", reward: 0, adv: -0.5, n: 2 }, { text: "2", reward: 1, adv: 0.5, n: 1 }] },
+    { prompt: "2+2=", signal: false, r: [{ text: "x", reward: null, error: "no number", n: 1 }] },
+  ];
+  assert.deepEqual(arranged(groups, "reward", "with signal", "")[0].r.map((r) => r.text), ["2", "3"]);
+  assert.deepEqual(arranged(groups, "sampled", "reward errors", "").map((g) => g.prompt), ["2+2="]);
+  assert.deepEqual(arranged(groups, "length", "all", "1+").map((g) => g.r[0].text), ["3"]);
+  assert.equal(groups[0].r[0].text, "3");
+});
+
+test("sizes and metadata are told in a few words", () => {
+  assert.deepEqual([1200, 2_500_000, 3e9].map(sizeText), ["1.2 kB", "2.5 MB", "3.00 GB"]);
+  assert.equal(metadataText({ note: "best", epoch: 3 }), "note: best, epoch: 3");
+  assert.equal(metadataText(null), "—");
+});
+
+test("a table shows at most so many points, the newest always", () => {
+  const steps = Array.from({ length: 250 }, (_, i) => i + 1);
+  const rows = rowsOf(steps, steps, 250, { from: null }, 100);
+  assert.ok(rows.length <= 100);
+  assert.equal(rows.at(-1), 249);
+  assert.deepEqual(rowsOf(steps, steps, 250, { from: 10, to: 12 }), [9, 10, 11]);
+});
+
+test("runs that are compared differ in colour, dash and label", () => {
+  const [{ lines }] = specs("loss", ["run 1", "run 2", "run 3"], false);
+  assert.deepEqual(lines.map((line) => line.name), ["loss", "1:loss", "2:loss"]);
+  assert.equal(new Set(lines.map((line) => line.colour)).size, 3);
+  assert.equal(new Set(lines.map((line) => String(line.dash))).size, 3);
+  assert.equal(specs("reward", [], true).length, 7);
+  assert.equal(specs("loss", [], true).length, 3);
+});
