@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 NODE = shutil.which("node")
 SCRIPTS = sorted(STATIC.glob("*.js"))
 BUDGETS = {  # bytes of code that travel with a widget, comments and indentation left behind
-    "Dashboard": 60_000,
+    "Dashboard": 62_000,
     "LossCurve": 37_000,
     "RewardHistory": 37_000,
     "CheckpointTable": 25_000,
