@@ -203,14 +203,16 @@ class TrainingClient(Verbs):
             ValidationError: No N, or arguments that do not go together.
         """
         dp = self.config.dp_config
-        size = dataset_size or (dp.dataset_size if dp is not None else None)
+        declared = dp.dataset_size if dp is not None else None
+        size = declared if dataset_size is None else dataset_size
+        units = self.config.expected_units if expected_batch_size is None else expected_batch_size
         if size is None:
             raise ValidationError("what_if() needs dataset_size, the number of privacy units.")
         if noise_multiplier is None and target_epsilon is None:
             noise_multiplier = dp.noise_multiplier if dp is not None else 1.0
         return what_if(
             dataset_size=size,
-            expected_batch_size=expected_batch_size or self.config.expected_units,
+            expected_batch_size=units,
             steps=steps,
             epochs=1 if steps is None and epochs is None else epochs,
             noise_multiplier=noise_multiplier,
