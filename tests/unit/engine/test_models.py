@@ -267,6 +267,7 @@ def test_a_folder_of_every_shape_trains_samples_and_comes_back_from_a_checkpoint
     assert again.forward(batch).result().loss == tc.forward(batch).result().loss
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own business
 def test_an_adapter_on_every_shape_is_read_by_plain_peft(
     service: tn.ServiceClient, folder: Path, batch: tn.BatchData, tmp_path: Path
 ) -> None:
