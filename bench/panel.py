@@ -19,7 +19,7 @@ from tensafe_nb.widgets.feed import Feed
 from tensafe_nb.widgets.snapshot import Snapshot
 from tensafe_nb.widgets.view import View
 
-STEPS = 60
+STEPS = 30
 PICTURES = 8
 
 

@@ -59,14 +59,20 @@ def work(asked: argparse.Namespace) -> None:
         if asked.tune:
             tune(service, asked.epsilon)
             return
-        settings = Settings()
-        runs = [
-            trained(service, settings, epsilon, seed) for epsilon in EPSILONS for seed in range(asked.seeds)
-        ]
+        settings, runs = Settings(), []
+        for seed, epsilon in itertools.product(range(asked.seeds), EPSILONS):
+            runs.append(trained(service, settings, epsilon, seed))
+            show(runs, settings)
+
+
+def show(runs: Sequence[Curve], settings: Settings) -> None:
+    """Write and print what there is so far, so that a run that is stopped leaves what it has measured."""
     JSON.parent.mkdir(exist_ok=True)
-    JSON.write_text(json.dumps({"settings": asdict(settings), "runs": [asdict(r) for r in runs]}, indent=1))
+    JSON.write_text(
+        json.dumps({"settings": asdict(settings), "runs": [asdict(run) for run in runs]}, indent=1)
+    )
     draw(runs, settings)
-    print("\n".join(table(runs, settings)))
+    print("\n".join(table(runs)), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,17 +155,18 @@ def heldout_loss(tc: tn.TrainingClient, heldout: list[tn.BatchData]) -> float:
 # what is shown
 
 
-def table(runs: Sequence[Curve], settings: Settings) -> Iterator[str]:
+def table(runs: Sequence[Curve]) -> Iterator[str]:
     yield "| ε | σ | held-out loss, mean of the runs | each run |"
     yield "|---|---|---|---|"
     yield f"| no training | – | {fmean(run.losses[0] for run in runs):.3f} | |"
     for epsilon in EPSILONS:
         these = [run for run in runs if run.epsilon == epsilon]
+        if not these:
+            continue
         last = [run.losses[-1] for run in these]
         name = "∞ (clipped, no noise)" if math.isinf(epsilon) else f"{epsilon:g}"
         each = ", ".join(f"{loss:.3f}" for loss in last)
         yield f"| {name} | {these[0].noise_multiplier:.2f} | {fmean(last):.3f} | {each} |"
-    yield f"{settings}"
 
 
 def draw(runs: Sequence[Curve], settings: Settings) -> None:

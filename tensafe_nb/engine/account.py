@@ -1,5 +1,6 @@
 """What pays for a training client's private steps: its configuration, put to the ledger."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from tensafe_nb.privacy import noise
 from tensafe_nb.privacy.charges import Charge, LedgerLog, Spent, account_name
 from tensafe_nb.privacy.ledger import Ledger
 from tensafe_nb.privacy.statement import PrivacyStatement
+
+logger = logging.getLogger(__name__)
 
 ADJACENCY = {
     "poisson": "add or remove one privacy unit",
@@ -31,6 +34,13 @@ class PrivacyAccount:
     def __init__(self, log: LedgerLog, config: TrainingConfig, client_id: str) -> None:
         assert config.dp_config is not None
         self._dp, self._config, self._client_id = config.dp_config, config, client_id
+        size = self._dp.dataset_size
+        if size is not None and self._dp.target_delta >= 1 / size:
+            logger.warning(
+                "DPConfig: target_delta=%g is not below 1 / dataset_size = %g: a mechanism that gives one example away "
+                "whole could claim it. Choose it well below.",
+                self._dp.target_delta, 1 / size,
+            )  # fmt: skip
         self.ledger = Ledger(
             log,
             account_name(self._dp.dataset_id, client_id),

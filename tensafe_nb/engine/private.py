@@ -107,7 +107,7 @@ class PrivateTraining:
         self._sum = ClippedSum(engine.parameters, dp.max_grad_norm)
         self._way = way_for(engine.model.causal, engine.parameters)
         engine.whole_rows = self._way is not None and self._way.name != "book-keeping"
-        self._chosen: dict[str, PerExampleGradients | None] = {}
+        self._chosen: dict[tuple[object, str], PerExampleGradients | None] = {}  # by function and keywords
         self._draws = DrawBook(client_id)
         self._participants: Counter[str] = Counter()
         self._unit = "example"
@@ -252,20 +252,23 @@ class PrivateTraining:
 
     def _choose(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> PerExampleGradients | None:
         """Return the way to tell this loss's gradients apart: probed once, and then kept."""
-        if loss.name in self._chosen:
-            return self._chosen[loss.name]
+        key = (loss.function, repr(sorted(loss.kwargs.items())))
+        if key in self._chosen:
+            return self._chosen[key]
         if not loss.declares.splittable:
             raise PrivacyUnitError(
                 f"The loss {loss.name!r} compares each row with all others of the batch: no row's gradient is its own, "
                 f"so that clipping would bound nothing. Choose another loss under differential privacy."
             )
         probe = [units[0], max(units[1:], key=lambda unit: self._length(batch, unit), default=units[0])]
-        if probe[0] is probe[1]:
-            return None  # a single unit: nothing to compare it with yet
+        if probe[0] is probe[1] or not self._are_finite(batch, probe, loss):
+            return (
+                None  # nothing to compare with yet: this batch is taken one at a time, which needs no probe
+            )
         way = self._probed(batch, probe, loss)
         if way is None and self._way is not None:
             logger.warning("%s is trained one example at a time: exact, and slower", loss.name)
-        self._chosen[loss.name] = way
+        self._chosen[key] = way
         return way
 
     def _length(self, batch: BatchData, unit: Array) -> int:
@@ -275,6 +278,10 @@ class PrivateTraining:
         if not self._tells_rows_apart(batch, units, loss):
             return None
         return self._way if self._way is not None and self._agrees(self._way, batch, units, loss) else None
+
+    @torch.no_grad()
+    def _are_finite(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:
+        return bool(self._values(batch, np.concatenate(units), loss)[0].isfinite().all())
 
     @torch.no_grad()
     def _tells_rows_apart(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:

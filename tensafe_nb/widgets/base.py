@@ -10,7 +10,7 @@ import anywidget
 import traitlets
 
 from tensafe_nb.errors import TGTinkerError
-from tensafe_nb.widgets import rollout_view
+from tensafe_nb.widgets import plans, rollout_view
 from tensafe_nb.widgets.commands import QUICK, Commands, Obeyed
 from tensafe_nb.widgets.curves import Curves, names_of
 from tensafe_nb.widgets.feed import Source, feed_of
@@ -91,8 +91,11 @@ class LiveWidget(anywidget.AnyWidget):
 
     @property
     def live(self) -> bool:
-        waiting = bool(self._inbox or self._ready or self._born or self._preparing)
-        return waiting or not all(feed.over for feed in self.feeds)
+        return self.busy or not all(feed.over for feed in self.feeds)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._inbox or self._ready or self._born or self._preparing)
 
     def flush(self) -> float | None:
         """Answer the page, then send it what is new; called by `tsnb-view` only."""
@@ -199,6 +202,7 @@ class LiveWidget(anywidget.AnyWidget):
             "projected": spent.projected_step,
             "refused": self.feed.landmarks.refused_at,
             "void": spent.void,
+            "plan": plans.first_plan(self.feed.client.config) if self.feed.client.steerable else None,
         }
 
     def _look_up_details(self) -> None:
@@ -261,6 +265,9 @@ class LiveWidget(anywidget.AnyWidget):
                 self.greet(mounted=bool(content.get("mount")))
             case {"t": "show", "step": int(step)}:
                 self._aside(lambda: self._prepare(step, rollout_view.ASKED))
+            case {"t": "plan"} if self.feed.client.steerable:
+                client: Any = self.feed.client
+                self._aside(lambda: self._ready.append(plans.answer(client, content)))
             case {"t": "do", "do": str(command), "n": int(number)}:
                 if command in QUICK:
                     self._carry_out(number, command, content)

@@ -143,7 +143,11 @@ class StaticPart:
 
     @property
     def live(self) -> bool:
-        return bool(self._painting) or not (self._final or self.feed.over)
+        return self.busy or not (self._final or self.feed.over)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._painting or self._painted)
 
     @property
     def hint(self) -> str | None:

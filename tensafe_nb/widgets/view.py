@@ -26,6 +26,10 @@ class Member(Protocol):
     def live(self) -> bool:
         """Whether anything may still come; the thread forgets a member that is not, until it wakes it again."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether it has something to show that it has not shown yet."""
+
 
 class View:
     """The thread and its members. It starts with the first wake and ends with the last live member."""
@@ -40,6 +44,7 @@ class View:
         self._thread: threading.Thread | None = None
         self._urgent = self._woken = self._closing = False
         self._flushed_at = 0.0
+        self._begun = self._done = 0  # rounds of flushes
 
     def wake(self, member: Member, *, urgent: bool = False) -> None:
         """Have a member flushed soon, or at once if urgent; from any thread, never waits."""
@@ -62,15 +67,26 @@ class View:
         return time.monotonic()
 
     def settle(self, members: Sequence[Member], timeout: float) -> bool:
-        """Wait until these members have shown their last; False if they have not in time."""
+        """Wait until these members have shown all there is to show now; False if they have not in time.
+
+        A member that is not live has then left; one that is has been flushed since, and is not busy.
+        """
         with self._changed:
-            settled = self._changed.wait_for(
-                lambda: not any(member in self._due for member in members), timeout
-            )
+            begun = self._begun
+            if any(member in self._due for member in members):
+                self._woken = self._urgent = True
+                self._changed.notify_all()
+            settled = self._changed.wait_for(lambda: self._at_rest(members, begun), timeout)
             ending = self._thread if not self._due else None
         if ending is not None and ending is not threading.current_thread():
             ending.join(timeout)
         return settled
+
+    def _at_rest(self, members: Sequence[Member], begun: int) -> bool:
+        waiting = [member for member in members if member in self._due]
+        if not all(member.live for member in waiting) or any(member.busy for member in waiting):
+            return False
+        return not waiting or self._done > begun  # a round that began afterwards is over
 
     def close(self) -> None:
         """End the thread with the interpreter."""
@@ -85,6 +101,9 @@ class View:
         while members := self._next():
             for member in members:
                 self._flush(member)
+            with self._changed:
+                self._done = self._begun
+                self._changed.notify_all()
 
     def _next(self) -> list[Member]:
         """Wait until a flush is due and return whom to flush; nobody when the thread is to end."""
@@ -93,6 +112,7 @@ class View:
                 wait = self._seconds_to_wait()
                 if wait is not None and wait <= 0:
                     self._urgent = self._woken = False
+                    self._begun += 1
                     self._flushed_at = self.now()
                     return list(self._due)
                 self._changed.wait(wait)

@@ -694,12 +694,10 @@ def test_one_algorithm_settles_the_reference_of_every_client_it_updates(service:
 
 
 def test_a_fork_of_another_precision_is_loaded_in_it(service: tn.ServiceClient) -> None:
-    parent = service.create_training_client(SUMS)
-    fork = settled(parent.fork(dtype="bfloat16"))
-    kinds = {
-        p.dtype for p in fork._channel._performer.engine.model.causal.parameters() if not p.requires_grad
-    }  # type: ignore[attr-defined]
-    assert kinds == {torch.bfloat16}
+    fork = service.create_training_client(SUMS).fork(dtype="bfloat16")
+    fork.freeze_reference().result()  # it is there now
+    model = fork._channel._performer.engine.model.causal  # type: ignore[attr-defined]
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_a_rollback_that_fails_counts_no_steps(tc: tn.TrainingClient) -> None:

@@ -260,6 +260,8 @@ def test_the_declared_size_is_what_counts_and_a_far_one_is_warned_of(
     draws = tc.dp_batches(ROWS, steps=1)
     assert draws.sample_rate == 4 / 400
     assert "dataset_size=400" in caplog.text
+    private(target_delta=0.1).tokenizer  # noqa: B018  # it is there
+    assert "target_delta=0.1" in caplog.text
     with pytest.raises(tn.ValidationError, match="needs dataset_size"):
         tn.DPConfig()
     for accountant in ("moments", "gdp"):

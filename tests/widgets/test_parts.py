@@ -1,12 +1,14 @@
 """What a panel is told besides curves: marks, alarms, privacy, checkpoints, rollouts; and what its buttons do."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tensafe_nb as tn
 from tensafe_nb.config import DPConfig, SamplingConfig
 from tensafe_nb.errors import DecryptionError, ValidationError
 from tensafe_nb.events import Alarm, Forked, Metrics, MockTookPart, PrivacySpent, Rollouts
@@ -350,3 +352,41 @@ def test_a_run_that_ended_is_loaded_into_by_the_client(client: FakeClient, wire:
     wire.page_says(t="do", do="rollback", n=1, id="art-1")
     assert acks(wire)[0]["why"] is None
     assert client.told == ["load_state art-1"]
+
+
+def test_the_sliders_of_the_meter_are_answered_and_nothing_is_spent(
+    service: tn.ServiceClient, view: HandView
+) -> None:
+    dp = DPConfig(dataset_size=1000, noise_multiplier=1.2)
+    tc = service.create_training_client(model_ref="builtin:sums", batch_size=20, dp_config=dp)
+    tc.freeze_reference().result()
+    wire = Wire(PrivacyMeter(Feed(tc, view)))
+    wire.mount()
+    [told] = [content for content, _ in wire.sent if content["t"] == "privacy"]
+    assert told["plan"] == {"sigma": 1.2, "batch": 20, "size": 1000}
+    wire.page_says(t="plan", n=1, sigma=1.2, batch=20, epochs=3)
+    [there] = settled(wire, "plan")
+    assert there["epsilon"] == pytest.approx(tc.what_if(epochs=3).epsilon) and there["steps"] == 150
+    wire.page_says(t="plan", n=2, epsilon=there["epsilon"], batch=20, epochs=3)
+    [back] = settled(wire, "plan")
+    assert back["n"] == 2 and back["sigma"] == pytest.approx(1.2, rel=0.01)
+    wire.page_says(t="plan", n=3, sigma=1.2, batch=20, epochs=-1)
+    [refused] = settled(wire, "plan")
+    assert "epochs is a positive number" in refused["why"]
+    assert tc.privacy_statement().epsilon == 0
+
+
+def settled(wire: Wire, kind: str) -> list[dict[str, Any]]:
+    """Return the messages of a kind, once there are any: another thread prepares them."""
+    for _ in range(500):
+        if found := wire.flush_kind(kind):
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"no {kind} came")
+
+
+def test_a_client_without_a_declared_size_has_nothing_to_plan(client: FakeClient, wire: Wire) -> None:
+    client.config = client.config.replace(dp_config=DPConfig(sampling="worst_case"))
+    wire.mount()
+    client.publish(PrivacySpent(step=9, **SPENT))
+    assert [told["plan"] for told in wire.flush_kind("privacy")] == [None]

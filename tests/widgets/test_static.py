@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 NODE = shutil.which("node")
 SCRIPTS = sorted(STATIC.glob("*.js"))
 BUDGETS = {  # bytes of code that travel with a widget, comments and indentation left behind
-    "Dashboard": 60_000,
+    "Dashboard": 62_000,
     "LossCurve": 37_000,
     "RewardHistory": 37_000,
     "CheckpointTable": 25_000,
@@ -36,7 +36,7 @@ def test_code_keeps_within_its_budget(name: str) -> None:
 
 
 def test_styles_keep_within_their_budget() -> None:
-    assert len(css("panel").encode()) <= 10_500
+    assert len(css("panel").encode()) <= 11_200
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

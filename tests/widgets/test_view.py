@@ -16,6 +16,7 @@ class Lamp:
 
     def __init__(self, again: float | None = None) -> None:
         self.live = True
+        self.busy = False
         self.again = again
         self.flushed = threading.Semaphore(0)
         self.threads: set[str] = set()
@@ -97,7 +98,19 @@ def test_settling_does_not_wait_for_members_that_live_on(view: View) -> None:
     view.wake(living)
     view.wake(ended)
     assert view.settle([ended], PATIENCE)
-    assert not view.settle([living], 0.01)
+
+
+def test_settling_waits_for_the_next_flush_of_who_lives_on_and_for_who_is_busy(view: View) -> None:
+    living, painting = Lamp(again=0.0), Lamp(again=0.0)
+    painting.busy = True
+    view.wake(living)
+    view.wake(painting)
+    flushed = living.flushes
+    assert view.settle([living], PATIENCE)
+    assert living.flushes > flushed
+    assert not view.settle([painting], 0.3)
+    painting.busy = False
+    assert view.settle([painting], PATIENCE)
 
 
 def test_a_broken_member_does_not_silence_the_others(view: View, caplog: pytest.LogCaptureFixture) -> None:

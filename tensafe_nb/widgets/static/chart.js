@@ -74,23 +74,31 @@ function extent(stretches, floor = -Infinity) {
 // finite, or not above `floor`, are stepped over. `x * a + b` is a position. Returns x, y, x, y, …
 function columnPath(xs, values, from, to, { a, b }, toY, floor = -Infinity) {
   const path = [];
+  const [scale, shift] = [2 * a, 2 * b + 0.5];
   let column = NaN;
-  let low = -1;
-  let high = -1;
+  let [low, high, least, most] = [-1, -1, 0, 0];
+  const put = (i) => path.push(xs[i] * a + b, toY(values[i]));
   const finish = () => {
     if (low < 0) return;
-    for (const i of low === high ? [low] : low < high ? [low, high] : [high, low]) path.push(xs[i] * a + b, toY(values[i]));
+    put(Math.min(low, high));
+    if (low !== high) put(Math.max(low, high));
   };
   for (let i = from; i < to; i++) {
     const value = values[i];
     if (!(value > floor && value < Infinity)) continue;
-    const here = Math.round((xs[i] * a + b) * 2);
+    const here = Math.floor(xs[i] * scale + shift);
     if (here !== column) {
       finish();
       column = here;
       low = high = i;
-    } else if (value < values[low]) low = i;
-    else if (value > values[high]) high = i;
+      least = most = value;
+    } else if (value < least) {
+      least = value;
+      low = i;
+    } else if (value > most) {
+      most = value;
+      high = i;
+    }
   }
   finish();
   return path;

@@ -155,6 +155,20 @@ def test_a_loss_whose_rows_are_coupled_is_refused() -> None:
         )
 
 
+def test_a_loss_that_was_registered_anew_under_its_name_is_probed_anew() -> None:
+    def named(divide: bool) -> Any:
+        def mine(outputs: Any, batch: Any) -> torch.Tensor:
+            rows: torch.Tensor = -outputs.sum_rows(outputs.logprobs)
+            return rows / len(batch["labels"]) if divide else rows
+
+        return mine
+
+    engine = private_engine()
+    engine.forward_backward(examples(LENGTHS), resolve_loss(named(divide=False)))
+    with pytest.raises(PrivacyUnitError, match="another value"):
+        engine.forward_backward(examples(LENGTHS), resolve_loss(named(divide=True)))
+
+
 def test_pairs_belong_to_one_unit() -> None:
     engine, ranking = private_engine(), resolve_loss("margin_ranking")
     with pytest.raises(PrivacyUnitError, match="must belong to one privacy unit"):
