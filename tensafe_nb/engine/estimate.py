@@ -5,12 +5,10 @@ no `.grad`, in evaluation mode, which draws no random number. Memory is counted 
 system.
 """
 
-import contextlib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tensafe_nb.batch import BatchData
-from tensafe_nb.engine import optimizers
+from tensafe_nb.engine import memory, optimizers
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.window import no_tick
 from tensafe_nb.errors import InsufficientMemoryError, ValidationError
@@ -32,8 +30,6 @@ LONGEST_PROBE = 1_024  # tokens of a row; what a longer row takes is worked out 
 SCRATCH = 4_000_000  # numbers that the optimiser is tried on; what more take is worked out
 SECONDS, AT_LEAST = 0.3, 3  # time a probe for so long, and so often: the median counts
 LENGTH = 512  # where the caller names none and the model takes as many
-MEMORY_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
-MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +60,15 @@ def estimate(engine: Engine, batch_size: int | None = None, length: int | None =
     micro_batches = -(-rows // micro_rows)
     step = _in_one_piece(engine, micro_rows, length)
     optimizer_seconds, moment_bytes = _optimizer(engine)
-    gradient_bytes = _size_of(engine.parameters)
+    gradient_bytes = memory.size_of(engine.parameters)
     transient = step.peak_bytes
     if micro_batches > 1:  # the later ones find the gradients of the first
         transient = max(transient, gradient_bytes + step.forward_bytes)
     seconds = step.seconds * rows / micro_rows + optimizer_seconds
-    weight_bytes = _size_of([*engine.model.causal.parameters(), *engine.model.causal.buffers()])
-    kept = _size_of(p.grad for p in engine.parameters if p.grad is not None) + _moments(engine.optimizer)
+    weight_bytes = memory.size_of([*engine.model.causal.parameters(), *engine.model.causal.buffers()])
+    kept = memory.size_of(p.grad for p in engine.parameters if p.grad is not None) + _moments(
+        engine.optimizer
+    )
     found = StepEstimate(
         batch_size=rows,
         length=length,
@@ -84,7 +82,7 @@ def estimate(engine: Engine, batch_size: int | None = None, length: int | None =
         optimizer_bytes=int(moment_bytes),
         activation_bytes=int(max(0, transient - gradient_bytes)),
         needed_bytes=int(max(0, moment_bytes + transient - kept)),
-        available_bytes=available(engine.model.device),
+        available_bytes=memory.available(engine.model.device),
         precision=str(engine.model.compute_dtype).removeprefix("torch."),
         device=str(engine.model.device),
     )
@@ -274,40 +272,9 @@ def _scratch(parameters: Sequence[nn.Parameter]) -> Iterator[nn.Parameter]:
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> int:
-    return _size_of(
+    return memory.size_of(
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
     )
-
-
-def _size_of(tensors: Iterable[Tensor | None]) -> int:
-    """Return the bytes of tensors, one that is there under two names once."""
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
-    return sum(sizes.values())
-
-
-def available(device: torch.device) -> int | None:
-    """Return the bytes that can still be had; None where the system does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    known = [value for value in (_of_the_machine(), _of_the_container()) if value is not None]
-    return min(known, default=None)
-
-
-def _of_the_machine() -> int | None:
-    with contextlib.suppress(OSError):
-        for line in MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _of_the_container() -> int | None:
-    """Return what the limit of this control group leaves; None without a limit."""
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-        limit, used = (int(path.read_text()) for path in MEMORY_FILES)
-        return limit - used
-    return None
 
 
 def _check_fit(found: StepEstimate, micro_rows: int) -> None:

@@ -9,6 +9,7 @@ import torch
 
 import tensafe_nb as tn
 from tensafe_nb.engine import estimate as estimate_of
+from tensafe_nb.engine import memory
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.estimate import estimate
 from tensafe_nb.losses import resolve_loss
@@ -177,7 +178,7 @@ def test_a_step_that_will_not_fit_is_refused_with_numbers_and_what_would(
     found = estimate(engine, 16, 64)
     lasting = found.gradient_bytes + found.optimizer_bytes
     there = int(lasting + free * found.activation_bytes) if free else 1000
-    monkeypatch.setattr(estimate_of, "available", lambda device: there)
+    monkeypatch.setattr(memory, "available", lambda device: there)
     with pytest.raises(
         tn.InsufficientMemoryError, match=rf"needs about .* GiB more on cpu.*{advice}"
     ) as refused:
@@ -188,7 +189,7 @@ def test_a_step_that_will_not_fit_is_refused_with_numbers_and_what_would(
 def test_the_advice_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tn.TrainingConfig(device="cpu", lora_config=tn.LoRAConfig(rank=4))
     found = estimate(Engine(config), 16, 64)
-    monkeypatch.setattr(estimate_of, "available", lambda device: found.needed_bytes // 2)
+    monkeypatch.setattr(memory, "available", lambda device: found.needed_bytes // 2)
     with pytest.raises(tn.InsufficientMemoryError) as refused:
         estimate(Engine(config), 16, 64)
     tokens = int(str(refused.value).partition("micro_batch_tokens=")[2].split()[0])
@@ -199,13 +200,13 @@ def test_available_memory_is_the_machines_or_what_the_containers_limit_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meminfo, limit, used = (tmp_path / name for name in ("meminfo", "max", "current"))
-    monkeypatch.setattr(estimate_of, "MEMINFO", meminfo)
-    monkeypatch.setattr(estimate_of, "MEMORY_FILES", (limit, used))
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "MEMORY_FILES", (limit, used))
     cpu = torch.device("cpu")
-    assert estimate_of.available(cpu) is None
+    assert memory.available(cpu) is None
     meminfo.write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
-    assert estimate_of.available(cpu) == 5000 * 1024
+    assert memory.available(cpu) == 5000 * 1024
     limit.write_text("max\n"), used.write_text("1024\n")
-    assert estimate_of.available(cpu) == 5000 * 1024
+    assert memory.available(cpu) == 5000 * 1024
     limit.write_text("4096\n")
-    assert estimate_of.available(cpu) == 3072
+    assert memory.available(cpu) == 3072
