@@ -9,7 +9,7 @@ TRL := .venv-trl
 TRL_VERSION := 1.16.0
 TRL_READY := $(TRL)/.ready-$(TRL_VERSION)
 
-.PHONY: demo lab models test test-browser chromium pictures soak trl-parity lint fix bench docs clean
+.PHONY: demo lab models test test-browser chromium pictures soak trl-parity lint fix bench bench-real docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -73,6 +73,9 @@ fix: $(READY)
 
 bench: $(TRL_READY)  ## ratios against named peers, measured in one run; writes build/bench.json
 	$(BIN)/python -m bench
+
+bench-real: $(READY)  ## the same with SmolLM2 (`make models`); writes build/bench-real.json
+	$(BIN)/python -m bench --real
 
 docs: $(READY)  ## the pages and the API reference; leaves build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

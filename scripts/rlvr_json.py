@@ -17,13 +17,58 @@ from scripts.models import smollm2
 from tensafe_nb import rlvr
 
 ASK = 'Describe "{}" as one JSON object with the keys "name" and "kind". Answer with the JSON only.'
-TRAINED = (
-    "apple bicycle guitar rose salmon winter hammer Mars Paris lion violin oak rain coffee train Berlin "
-    "tiger piano tulip bread river Venus shovel summer bus eagle carrot chair gold Rome drum snow"
-).split()
-HELD_OUT = (
-    "banana Tokyo flute wolf pine boat tea Saturn spring saw silver cheese storm trout table daisy".split()
-)
+TRAINED = [
+    "apple",
+    "bicycle",
+    "guitar",
+    "rose",
+    "salmon",
+    "winter",
+    "hammer",
+    "Mars",
+    "Paris",
+    "lion",
+    "violin",
+    "oak",
+    "rain",
+    "coffee",
+    "train",
+    "Berlin",
+    "tiger",
+    "piano",
+    "tulip",
+    "bread",
+    "river",
+    "Venus",
+    "shovel",
+    "summer",
+    "bus",
+    "eagle",
+    "carrot",
+    "chair",
+    "gold",
+    "Rome",
+    "drum",
+    "snow",
+]
+HELD_OUT = [
+    "banana",
+    "Tokyo",
+    "flute",
+    "wolf",
+    "pine",
+    "boat",
+    "tea",
+    "Saturn",
+    "spring",
+    "saw",
+    "silver",
+    "cheese",
+    "storm",
+    "trout",
+    "table",
+    "daisy",
+]
 SCHEMA = {"type": "object"}
 
 
