@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import report
-from bench.harness import Row
+from bench.harness import Row, Skipped
 
 ROOT = Path(__file__).parent.parent
 README, JSON = ROOT / "README.md", ROOT / "build" / "bench.json"
@@ -48,13 +48,24 @@ ROWS = {
     "panel-picture": "panel:picture_size",
     "panel-memory": "panel:memory",
 }
+REAL = {
+    "real-training": "real:all_labelled",
+    "real-training-bf16": "real:in_bf16",
+    "real-pairs": "real:docstring_pairs",
+    "real-token-ce": "real:token_ce",
+    "real-token-ce-memory": "real:token_ce_memory",
+    "real-sampling": "real:sampling",
+    "real-sampling-one-row": "real:sampling_one_row",
+    "real-memory": "real:step_memory",
+}
+ALL = ROWS | REAL
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     try:
-        names = select(chosen.rows)
+        names = select(chosen.rows or (list(REAL) if chosen.real else []))
         if chosen.readme:
             check_readme(names)
     except (ValueError, OSError) as error:
@@ -63,10 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settle(chosen.threads, home)
         about = report.facts(chosen.threads)
         print(report.machine_line(about))
-        rows = {name: measured(name) for name in names}
-    JSON.parent.mkdir(exist_ok=True)
-    JSON.write_text(report.as_json(about, rows), encoding="utf-8")
-    print(f"\nwritten: {JSON.relative_to(ROOT)}")
+        found = {name: measured(name) for name in names}
+    rows = {name: row for name, row in found.items() if row is not None}
+    written = JSON.with_name("bench-real.json") if chosen.real else JSON
+    written.parent.mkdir(exist_ok=True)
+    written.write_text(report.as_json(about, rows), encoding="utf-8")
+    print(f"\nwritten: {written.relative_to(ROOT)}")
     if chosen.readme:
         page = README.read_text(encoding="utf-8")
         README.write_text(report.between_markers(page, report.table(about, rows)), encoding="utf-8")
@@ -77,19 +90,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m bench", description="Measure tensafe_nb against named peers.")
     parser.add_argument("rows", nargs="*", help=f"names, or how they begin; all when none: {', '.join(ROWS)}")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--real", action="store_true", help=f"the rows of a real model: {', '.join(REAL)}")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     return parser
 
 
 def select(wanted: Sequence[str]) -> list[str]:
-    """Return the rows so named, or else those whose names begin so; all when none is wanted."""
+    """Return the rows so named, or else those whose names begin so; all but the real model's when none is wanted."""
     chosen: set[str] = set()
     for name in wanted:
-        found = {name} & ROWS.keys() or {row for row in ROWS if row.startswith(name)}
+        found = {name} & ALL.keys() or {row for row in ALL if row.startswith(name)}
         if not found:
-            raise ValueError(f"there is no row {name!r}; there are {', '.join(ROWS)}")
+            raise ValueError(f"there is no row {name!r}; there are {', '.join(ALL)}")
         chosen |= found
-    return [row for row in ROWS if row in chosen or not wanted]
+    return [row for row in ALL if row in chosen] if wanted else list(ROWS)
 
 
 def check_readme(names: Sequence[str]) -> None:
@@ -111,12 +125,16 @@ def settle(threads: int, home: str) -> None:
     torch.set_num_threads(threads)
 
 
-def measured(name: str) -> Row:
-    """Measure a row and show it."""
-    module, _, function = ROWS[name].partition(":")
+def measured(name: str) -> Row | None:
+    """Measure a row and show it; None, and why, where what it needs is not here."""
+    module, _, function = ALL[name].partition(":")
     measure: Callable[[], Row] = getattr(import_module(f"bench.{module}"), function)
     started = time.perf_counter()
-    row = measure()
+    try:
+        row = measure()
+    except Skipped as why:
+        print(f"\n{name:17} skipped: {why}", flush=True)
+        return None
     print(f"\n{report.lines(name, row)}   [{time.perf_counter() - started:.0f} s]", flush=True)
     return row
 

@@ -18,6 +18,10 @@ FASTER = "peer ÷ ours"  # ratio of speeds: above 1, ours is the faster one
 LARGER = "ours ÷ peer"  # above 1, ours takes more
 
 
+class Skipped(Exception):  # not a failure: the reason is shown in the row's place
+    """What a row needs is not here; says what, and how to get it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a row's ratio, or its own figure, should reach."""

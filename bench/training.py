@@ -49,14 +49,14 @@ def _pairs(batch: tn.BatchData, seconds: float) -> Taken:
     """Load both sides and take pairs."""
     with tn.ServiceClient() as service:
         ours = workload.step_through(workload.tiny_client(service), batch)
-        by_hand = _by_hand(batch)
-        assert abs(ours() - by_hand()) < 1e-4, "the two sides do not compute the same loss"
-        return paired(ours, by_hand, seconds=seconds)
+        peer = by_hand(adapted(workload.plain_model("tiny"), workload.RANK, workload.ALPHA), batch)
+        assert abs(ours() - peer()) < 1e-4, "the two sides do not compute the same loss"
+        return paired(ours, peer, seconds=seconds)
 
 
-def _by_hand(batch: tn.BatchData) -> Callable[[], float]:
+def by_hand(model: torch.nn.Module, batch: tn.BatchData) -> Callable[[], float]:
     """Return one step on the same model with the same settings, which reads the loss as a number too."""
-    model = _adapted(workload.plain_model("tiny")).train()
+    model.train()
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=workload.LEARNING_RATE,
@@ -78,10 +78,8 @@ def _by_hand(batch: tn.BatchData) -> Callable[[], float]:
     return step
 
 
-def _adapted(model: torch.nn.Module) -> torch.nn.Module:
-    settings = peft.LoraConfig(
-        r=workload.RANK, lora_alpha=workload.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+def adapted(model: torch.nn.Module, rank: int, alpha: float) -> torch.nn.Module:
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own about tied weights
         return peft.get_peft_model(model, settings)

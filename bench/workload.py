@@ -42,7 +42,7 @@ def step_through(tc: tn.TrainingClient, batch: tn.BatchData) -> Callable[[], flo
 
 
 def plain_model(name: str) -> Any:
-    """Return a built-in model as transformers loads it, for the peer."""
+    """Return a built-in model, or that of a folder, as transformers loads it, for the peer."""
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(ASSETS / name, dtype=torch.float32)
 

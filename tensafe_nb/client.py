@@ -30,6 +30,7 @@ from tensafe_nb.types import (
     ClientStatus,
     DPMetrics,
     SaveStateResult,
+    StepEstimate,
     TrainingClientInfo,
 )
 from tensafe_nb.verbs import Verbs
@@ -150,6 +151,25 @@ class TrainingClient(Verbs):
             pad_token_id=padding_of(self.tokenizer),
             client_id=self.training_client_id,
         )
+
+    def estimate(self, batch_size: int | None = None, length: int | None = None) -> StepEstimate:
+        """Return what a training step will take in time and memory, from a short trial that trains nothing.
+
+        It waits for the model to be loaded and for the operation that runs, takes a few passes over at most some
+        hundred made-up tokens, and leaves weights, optimiser, random streams and queue as they are.
+
+        Args:
+            batch_size: Rows of a step; None takes `config.batch_size × gradient_accumulation_steps`.
+            length: Tokens of a row; None takes 512, or the model's context where that is shorter.
+
+        Raises:
+            InsufficientMemoryError: The step will not fit the memory that is there; says what would.
+            ValidationError: This client trains privately, or a size does not fit the model.
+
+        Example:
+            >>> tc.estimate(batch_size=4, length=128).seconds_per_step
+        """
+        return self._channel.estimate(batch_size, length)
 
     # privacy
 

@@ -380,6 +380,46 @@ class TrainingClientInfo:
 
 @plain
 @dataclass(frozen=True, slots=True)
+class StepEstimate:
+    """What one training step will take: forward and backward over its rows, and the optimiser step.
+
+    Attributes:
+        batch_size: Rows of the step.
+        length: Tokens of a row.
+        micro_batches: Pieces that the engine computes one after the other.
+        trained_parameters: Numbers that are trained.
+        seconds_per_step: Seconds, on the machine as it is now, every position labelled, with `token_ce`.
+        tokens_per_second: Tokens of the rows, padding included, per second.
+        memory_bytes: Bytes of all tensors at the peak: weights, optimiser, gradients and activations.
+        weight_bytes: Bytes of the model's weights, trained and frozen.
+        gradient_bytes: Bytes of the gradients.
+        optimizer_bytes: Bytes of the optimiser's moments.
+        activation_bytes: Bytes that a micro-batch holds at the peak, beyond weights, moments and gradients.
+        needed_bytes: Bytes of the peak that are not allocated yet.
+        available_bytes: Bytes that can still be had on the device; None where the system does not say.
+        precision: What the model computes in.
+        device: Where.
+    """
+
+    batch_size: int
+    length: int
+    micro_batches: int
+    trained_parameters: int
+    seconds_per_step: float
+    tokens_per_second: float
+    memory_bytes: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    needed_bytes: int
+    available_bytes: int | None
+    precision: str
+    device: str
+
+
+@plain
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """How a training run ended.
 

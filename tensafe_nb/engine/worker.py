@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.engine import canaries as canaries_of
+from tensafe_nb.engine import estimate as estimate_of
 from tensafe_nb.engine import models
 from tensafe_nb.engine.auditing import Auditor
 from tensafe_nb.engine.engine import Engine
@@ -43,7 +44,7 @@ from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.charges import LedgerLog
 from tensafe_nb.privacy.statement import PrivacyStatement
 from tensafe_nb.store.vault import Vault
-from tensafe_nb.types import ClientStatus, FutureStatus, TrainingClientInfo
+from tensafe_nb.types import ClientStatus, FutureStatus, StepEstimate, TrainingClientInfo
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +208,22 @@ class Worker:
     def privacy_audit(self, canaries: int, steps: int) -> PrivacyAudit:
         """Train a model of canaries as privately as this client trains; on the caller's thread."""
         return canaries_of.audit(self.config, canaries, steps)
+
+    def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
+        """Return what a training step will take; on the caller's thread, between two operations.
+
+        Raises:
+            ClientClosedError: The client is closed.
+        """
+        self.loaded.wait()
+        self.loaded.outcome()
+        with self._computing:
+            performer = self._performer
+            if performer is None or self._closing:
+                raise ClientClosedError(
+                    f"estimate: the training client {self.training_client_id} is closed. Create a new one."
+                )
+            return estimate_of.estimate(performer.engine, batch_size, length)
 
     @property
     def trained_parameters(self) -> int:

@@ -10,7 +10,13 @@ from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.operations import Operation
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.statement import PrivacyStatement
-from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
+from tensafe_nb.types import (
+    AuditLogEntry,
+    AuditVerification,
+    SaveStateResult,
+    StepEstimate,
+    TrainingClientInfo,
+)
 
 VERBS = frozenset(  # what an embedded core knows
     {
@@ -52,6 +58,9 @@ class Channel(Protocol):
 
     def info(self) -> TrainingClientInfo:
         """Return the core's present state."""
+
+    def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
+        """Return what a training step will take; waits for the operation that runs, and takes no place in the queue."""
 
     def privacy_statement(self) -> PrivacyStatement:
         """Return what may be said about the privacy of what is trained."""

@@ -149,6 +149,19 @@ def test_rows_are_chosen_by_name_or_by_how_names_begin() -> None:
         command.select(["typo"])
 
 
+def test_a_row_whose_model_is_missing_is_skipped_with_the_way_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TENSAFE_SMOLLM2", "/nowhere")
+    assert command.measured("real-training") is None
+    assert "real-training     skipped: SmolLM2 is not here: run `make models`" in capsys.readouterr().out
+
+
+def test_the_rows_of_the_real_model_are_run_only_when_asked_for() -> None:
+    assert not command.REAL.keys() & set(command.select([]))
+    assert command.select(["real-token"]) == ["real-token-ce", "real-token-ce-memory"]
+
+
 def test_the_readme_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,7 +176,7 @@ def test_the_readme_is_refused_before_anything_is_measured(
 
 
 def test_every_row_is_a_function_that_exists() -> None:
-    for where in command.ROWS.values():
+    for where in command.ALL.values():
         module, _, function = where.partition(":")
         source = Path(command.__file__).with_name(f"{module}.py").read_text()
         assert f"def {function}() -> Row:" in source

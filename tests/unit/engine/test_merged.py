@@ -1,0 +1,115 @@
+"""Sampling on merged copies: the same policy as the one that trains, and every weight back where it was."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import tensafe_nb as tn
+from tensafe_nb.engine import merged as merging
+from tensafe_nb.engine import sampling
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.merged import merged
+from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.losses import resolve_loss
+
+SAMPLING = tn.SamplingConfig(max_new_tokens=20, seed=3, ignore_end=True)
+
+
+@pytest.fixture(autouse=True)
+def _pays_for_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "PAYS_FROM_NUMBERS", 1)
+
+
+@pytest.fixture
+def engine(batch: tn.BatchData) -> Engine:
+    engine = Engine(
+        tn.TrainingConfig(
+            device="cpu", lora_config=tn.LoRAConfig(rank=4), optimizer=tn.OptimizerConfig(learning_rate=1e-2)
+        )
+    )
+    for _ in range(3):  # so that the adapter says something
+        engine.forward_backward(batch, resolve_loss("token_ce"))
+        engine.optim_step()
+    return engine
+
+
+def layer_of(engine: Engine) -> Any:
+    return engine.model.causal.model.layers[0].self_attn.q_proj
+
+
+def test_sampled_logprobs_are_those_of_the_training_path(engine: Engine) -> None:
+    for sequence in engine.sample([[5, 6, 7], [8]], SAMPLING).sequences:
+        ids = [*sequence.prompt_tokens, *sequence.tokens]
+        labels, start = [-100] * len(ids), len(sequence.prompt_tokens) - 1
+        labels[start:-1] = sequence.tokens
+        scored = engine.compute_logprobs(tn.BatchData([ids], labels=[labels])).logprobs[0, start:-1]
+        assert np.abs(scored - np.array(sequence.raw_logprobs)).max() <= 1e-4
+
+
+def test_the_layers_come_back_bit_for_bit_also_when_sampling_is_stopped(engine: Engine) -> None:
+    state = {name: t.clone() for name, t in engine.model.causal.state_dict().items()}
+    modules, inside = dict(engine.model.causal.named_modules()), []
+
+    def stop(done: int, total: int) -> None:
+        inside.append(type(layer_of(engine)))
+        if done == 3:
+            raise tn.FutureCancelledError("enough")
+
+    with pytest.raises(tn.FutureCancelledError):
+        engine.sample([[5, 6, 7]], SAMPLING, stop)
+    assert inside == [torch.nn.Linear] * 4
+    after = engine.model.causal.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
+    assert dict(engine.model.causal.named_modules()) == modules
+
+
+def test_it_stays_unmerged_where_it_would_not_pay_fit_or_be_the_same(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = type(layer_of(engine))
+    with merged(engine.model, merging.PAYS_FROM_TOKENS - 1):
+        assert type(layer_of(engine)) is adapted
+    with engine.model.peft.disable_adapter(), merged(engine.model, 64):
+        assert type(layer_of(engine)) is adapted
+    monkeypatch.setattr(merging.memory, "available", lambda device: 1000)
+    with merged(engine.model, 64):
+        assert type(layer_of(engine)) is adapted
+
+
+def test_in_bf16_nothing_is_merged_as_a_small_adapter_would_be_rounded_away() -> None:
+    engine = Engine(tn.TrainingConfig(device="cpu", dtype="bfloat16", lora_config=tn.LoRAConfig(rank=4)))
+    adapted = type(layer_of(engine))
+    with merged(engine.model, 64):
+        assert type(layer_of(engine)) is adapted
+
+
+def test_the_built_in_models_are_too_small_for_it_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "PAYS_FROM_NUMBERS", 8_000_000)
+    engine = Engine(tn.TrainingConfig(device="cpu", lora_config=tn.LoRAConfig(rank=4)))
+    adapted = type(layer_of(engine))
+    with merged(engine.model, 10_000):
+        assert type(layer_of(engine)) is adapted
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_large_vocabulary_in_blocks_gives_the_heads_own_logits(tmp_path: Path, rows: int) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=sampling.LARGE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "tiny" / name, tmp_path / name)
+    model = Engine(tn.TrainingConfig(model_ref=str(tmp_path), device="cpu", dtype="float32")).model
+    hidden = torch.randn(rows, 32)
+    assert torch.allclose(sampling._head(model, hidden), model.head(hidden), atol=1e-5)
