@@ -159,7 +159,9 @@ def _split_as_trained(tokenizer: Any, pre: str) -> None:
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    if pre == "smollm":  # llama.cpp: \p{N} by itself, then GPT-2's rule; so two spaces before a digit are one token
+    if (
+        pre == "smollm"
+    ):  # llama.cpp: \p{N} by itself, then GPT-2's rule; so two spaces before a digit are one token
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),

@@ -69,7 +69,9 @@ def real(service: tn.ServiceClient) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def engine(converted: Path) -> Engine:
-    engine = Engine(tn.TrainingConfig(model_ref=str(converted), lora_config=LORA, dtype="float32", device="cpu"))
+    engine = Engine(
+        tn.TrainingConfig(model_ref=str(converted), lora_config=LORA, dtype="float32", device="cpu")
+    )
     for _, parameter in engine.model.trainable:  # LoRA's B starts at zero: give every weight a gradient
         torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
     return engine
@@ -121,7 +123,9 @@ def test_chat_messages_go_through_the_files_own_template(real: Any) -> None:
     drawn = tc.sample(QUESTION, max_new_tokens=24, temperature=0).result().sequences[0]
     shown = tc.tokenizer.decode(drawn.prompt_tokens)
     assert shown.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    assert shown.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    assert shown.endswith(
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    )
     print(repr(drawn.text))
     assert "Paris" in drawn.text
 
@@ -131,10 +135,18 @@ def test_loss_and_gradients_equal_plain_transformers_and_peft(engine: Engine, pl
     loss = engine.forward_backward(batch, TOKEN_CE).loss
     found = {name: p.grad / engine.window.divisor for name, p in engine.model.trainable}
     engine.discard_gradients()
-    logits = plain(torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)).logits
-    expected = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten(), ignore_index=-100)
+    logits = plain(
+        torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
+    ).logits
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten(), ignore_index=-100
+    )
     expected.backward()
-    theirs = {name.removeprefix("base_model.model."): p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    theirs = {
+        name.removeprefix("base_model.model."): p.grad
+        for name, p in plain.named_parameters()
+        if p.requires_grad
+    }
     plain.zero_grad()
     assert found.keys() == theirs.keys()
     largest = max(float((found[name] - theirs[name]).abs().max()) for name in found)

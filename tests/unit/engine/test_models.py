@@ -78,7 +78,11 @@ def _tensors(heads: int) -> Any:
             weight = layer.get_submodule(theirs).weight.detach().numpy()
             if ours in ("attn_q", "attn_k"):  # llama.cpp keeps the two halves of a rotation beside each other
                 rows, columns = weight.shape
-                weight = weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+                weight = (
+                    weight.reshape(heads, 2, rows // heads // 2, columns)
+                    .swapaxes(1, 2)
+                    .reshape(rows, columns)
+                )
             yield f"blk.{number}.{ours}.weight", np.ascontiguousarray(weight)
 
 
@@ -262,7 +266,9 @@ def test_a_folder_of_every_shape_trains_samples_and_comes_back_from_a_checkpoint
     saved = tc.save_state().result()
     again = client()
     again.load_state(saved.artifact_id).result()
-    greedy = [each.sample("def", max_new_tokens=6, temperature=0).result().sequences[0] for each in (tc, again)]
+    greedy = [
+        each.sample("def", max_new_tokens=6, temperature=0).result().sequences[0] for each in (tc, again)
+    ]
     assert greedy[0].tokens == greedy[1].tokens
     assert again.forward(batch).result().loss == tc.forward(batch).result().loss
 
@@ -274,7 +280,10 @@ def test_an_adapter_on_every_shape_is_read_by_plain_peft(
     import peft
 
     tc = service.create_training_client(
-        model_ref=str(folder), lora_config=tn.LoRAConfig(rank=2), optimizer={"learning_rate": 1e-2}, dtype="float32"
+        model_ref=str(folder),
+        lora_config=tn.LoRAConfig(rank=2),
+        optimizer={"learning_rate": 1e-2},
+        dtype="float32",
     )
     tc.forward_backward(batch)
     tc.optim_step()
