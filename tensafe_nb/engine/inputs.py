@@ -17,6 +17,10 @@ def check_batch(batch: BatchData, model: LoadedModel, model_ref: str) -> None:
     Raises:
         ValidationError: Says which token, or how long.
     """
+    if not len(batch):
+        raise ValidationError(
+            "This batch is a Poisson draw that drew nothing: only forward_backward() of a private client takes it."
+        )
     labels = np.where(batch.labels == IGNORE, 0, batch.labels)
     for name, ids in (("input_ids", batch.input_ids), ("labels", labels)):
         if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:

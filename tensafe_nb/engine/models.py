@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
+from tensafe_nb.engine import gguf
 from tensafe_nb.errors import ModelLoadError, TGTinkerError, ValidationError, nearest
 
 ASSETS = Path(__file__).parent / "assets"
@@ -92,8 +93,8 @@ def load(config: TrainingConfig) -> LoadedModel:
         ValidationError: The adapter does not fit the model.
     """
     device = _device(config.device)
-    folder = _locate(config.model_ref)
     with _LOADING:
+        folder = _locate(config.model_ref)
         causal, tokenizer = _read(config.model_ref, folder)
     dtype = _dtype(config, device)
     frozen = config.lora_config is not None
@@ -139,9 +140,8 @@ def _locate(model_ref: str) -> str:
         raise ModelLoadError(f"There is no built-in model {model_ref!r}.{nearest(model_ref, BUILTINS)}")
     path = Path(model_ref).expanduser()
     if path.suffix == ".gguf":
-        raise ModelLoadError(
-            f"{model_ref!r}: GGUF files cannot be loaded yet. Use a folder in transformers' format."
-        )
+        with _quiet_if(True):  # it has one bar of its own
+            return str(gguf.converted(path))
     if path.is_dir():
         return str(path)
     if path.is_absolute() or model_ref.startswith((".", "~")) or model_ref.count("/") > 1:

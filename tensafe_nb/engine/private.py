@@ -27,7 +27,7 @@ from tensafe_nb.losses.base import LossValue
 from tensafe_nb.privacy.dp_sgd import ClippedSum, Norms, sum_units
 from tensafe_nb.privacy.noise import NoiseSource, gaussian
 from tensafe_nb.privacy.per_example import PerExampleGradients, way_for
-from tensafe_nb.privacy.tickets import UNIT, DrawBook, count_units
+from tensafe_nb.privacy.tickets import UNIT, DrawBook, count_units, ids_in
 from tensafe_nb.types import DPMetrics, ForwardBackwardResult, OptimStepResult
 
 logger = logging.getLogger(__name__)
@@ -169,13 +169,12 @@ class PrivateTraining:
 
     def _number(self, batch: BatchData) -> tuple[Array, list[str]]:
         if self._dp.sampling == "poisson":
-            self._draws.admit(batch)
-            self._unit = next((IDS[name] for name in IDS if name in batch.extras), "example")
+            self._unit = self._draws.admit(batch)
             return count_units(batch, batch.extras[TICKET][: len(batch), UNIT].tolist())
         for name in IDS:
-            if name in batch.extras and batch.extras[name].ndim == 1:
+            if name in batch.extras:
                 self._unit = IDS[name]
-                return count_units(batch, batch.extras[name].tolist())
+                return count_units(batch, ids_in(batch, name))
         raise PrivacyUnitError(
             "These rows do not say whose they are: give example_ids (B,) (or unit_ids, where several rows are one "
             "person's) with each batch, the same id for the same example in every epoch. Or let tc.dp_batches() "

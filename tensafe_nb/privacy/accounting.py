@@ -78,10 +78,11 @@ def accountant_version() -> str:
 
 def sample_rate(expected_batch_size: int, dataset_size: int) -> float:
     """Return q = min(1, L/N), of the two public numbers that were declared."""
-    if expected_batch_size < 1 or dataset_size < 1:
+    both = (expected_batch_size, dataset_size)
+    if any(isinstance(one, bool) or not isinstance(one, int | np.integer) or one < 1 for one in both):
         raise ValidationError(
-            f"expected_batch_size and dataset_size count privacy units, from 1; they are {expected_batch_size} and "
-            f"{dataset_size}."
+            f"expected_batch_size and dataset_size are whole numbers of privacy units, from 1; they are "
+            f"{expected_batch_size!r} and {dataset_size!r}."
         )
     return min(1.0, expected_batch_size / dataset_size)
 

@@ -115,6 +115,9 @@ def check_audit(canaries: int, steps: int, noise_multiplier: float) -> None:
     Raises:
         ValidationError: Too few canaries, no step, or no noise to audit.
     """
+    for name, value in (("canaries", canaries), ("steps", steps)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValidationError(f"privacy_audit: {name}={value!r} must be a whole number.")
     if not 100 <= canaries <= 10_000:
         raise ValidationError(f"privacy_audit: canaries={canaries} must be between 100 and 10,000.")
     if not 1 <= steps <= 1_000:

@@ -14,9 +14,10 @@ from tensafe_nb.batch import TICKET, Array, BatchData
 from tensafe_nb.errors import PrivacyUnitError
 
 CLIENT, SAMPLER, DRAW, ROW, ROWS, UNIT = range(6)
+USERS = -1  # the unit in the ticket of an empty draw whose units are users; that of examples has 0
 
 
-def ticket(client_id: str, sampler: int, draw: int, units: Array) -> Array:
+def ticket(client_id: str, sampler: int, draw: int, units: Array, unit: str = "example") -> Array:
     """Return the ticket of one draw: (rows, 6), or of an empty draw (1, 6) with 0 rows.
 
     Args:
@@ -24,6 +25,7 @@ def ticket(client_id: str, sampler: int, draw: int, units: Array) -> Array:
         sampler: Names the sampler.
         draw: Its number.
         units: (rows,) the privacy unit of each row.
+        unit: What a unit is: "example" or "user".
     """
     rows = len(units)
     columns = np.zeros((max(rows, 1), 6), dtype=np.int64)
@@ -31,6 +33,8 @@ def ticket(client_id: str, sampler: int, draw: int, units: Array) -> Array:
     columns[:, ROWS] = rows
     if rows:
         columns[:, ROW], columns[:, UNIT] = np.arange(rows), units
+    elif unit == "user":
+        columns[:, UNIT] = USERS
     return columns
 
 
@@ -53,8 +57,8 @@ class DrawBook:
     _rows: set[int] = field(default_factory=set)
     _units: set[int] = field(default_factory=set)
 
-    def admit(self, batch: BatchData) -> None:
-        """Take in the rows of one forward_backward; call `forget` if it then fails.
+    def admit(self, batch: BatchData) -> str:
+        """Take in the rows of one forward_backward, and return what a unit is; call `forget` if it then fails.
 
         Raises:
             PrivacyUnitError: No ticket, another client's, a draw that was used, or rows that do not belong together.
@@ -66,7 +70,8 @@ class DrawBook:
                 "computed. Take the batches of tc.dp_batches(examples); or, for batches of your own, set "
                 "DPConfig(sampling='worst_case') and give example_ids."
             )
-        draw = self._draw_of(columns)
+        _check_form(columns)
+        draw, unit = self._draw_of(columns), _unit_of(batch, columns)
         rows, units = columns[: len(batch), ROW].tolist(), columns[: len(batch), UNIT].tolist()
         if self._open not in (None, draw):
             raise PrivacyUnitError("Rows of two draws in one step: call optim_step() after each draw.")
@@ -80,6 +85,7 @@ class DrawBook:
         self._open = draw
         self._rows.update(rows)
         self._units.update(units)
+        return unit
 
     def settle(self) -> None:
         """Check that the step holds its draw whole.
@@ -107,7 +113,7 @@ class DrawBook:
 
     def _draw_of(self, columns: Array) -> tuple[int, int, int]:
         same = columns[:, [CLIENT, SAMPLER, DRAW, ROWS]]
-        if columns.shape[1:] != (6,) or (same != same[0]).any():
+        if (same != same[0]).any():
             raise PrivacyUnitError("The rows of this batch come from several draws: give one draw at a time.")
         client, sampler, draw, rows = same[0].tolist()
         if client != number_of(self.client_id):
@@ -119,6 +125,45 @@ class DrawBook:
                 "This draw was used in an earlier step: take the next one of dp_batches()."
             )
         return sampler, draw, rows
+
+
+def _check_form(columns: Array) -> None:
+    if columns.ndim != 2 or not len(columns) or columns.shape[1] != 6 or columns.dtype.kind != "i":
+        raise PrivacyUnitError(
+            f"The batch's {TICKET} is not a draw's: shape {columns.shape} of {columns.dtype}, not (rows, 6) of whole "
+            f"numbers. Hand on what tc.dp_batches() gave, as it is."
+        )
+
+
+def _unit_of(batch: BatchData, columns: Array) -> str:
+    """Return what a unit of a draw is; refuse owners that were written onto it afterwards."""
+    if not len(batch):
+        return "user" if columns[0, UNIT] == USERS else "example"
+    owners = batch.extras.get("unit_ids")
+    if owners is None:
+        return "example"
+    if not np.array_equal(owners, columns[:, UNIT]):
+        raise PrivacyUnitError(
+            "This draw was made by other units than its unit_ids say. Give them where it is drawn: "
+            "tc.dp_batches(rows, unit_ids=…)."
+        )
+    return "user"
+
+
+def ids_in(batch: BatchData, name: str) -> list[object]:
+    """Return the ids of a batch's rows.
+
+    Raises:
+        PrivacyUnitError: They are not one whole number or text per row: 1 and 1.0 would be two units.
+    """
+    ids = batch.extras[name]
+    if ids.ndim != 1 or ids.dtype.kind not in "iuU":
+        raise PrivacyUnitError(
+            f"The batch's {name} must be (B,) whole numbers or texts, the same for the same unit in every batch; they "
+            f"have shape {ids.shape} and are {ids.dtype}."
+        )
+    found: list[object] = ids.tolist()
+    return found
 
 
 def count_units(batch: BatchData, ids: Iterable[object]) -> tuple[Array, list[str]]:

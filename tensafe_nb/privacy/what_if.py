@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from tensafe_nb.errors import ValidationError
@@ -80,6 +81,7 @@ def what_if(
     accounting.check_accountant(accountant_type)
     if sampling not in ("poisson", "worst_case"):
         raise ValidationError(f'sampling is "poisson" or "worst_case"; it is {sampling!r}.')
+    _check_numbers(noise_multiplier=noise_multiplier, target_epsilon=target_epsilon, epochs=epochs)
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValidationError(
             "Give noise_multiplier to get epsilon, or target_epsilon to get the noise multiplier."
@@ -105,6 +107,12 @@ def what_if(
         if parameters is None
         else noise_to_signal(sigma, parameters, expected_batch_size),
     )
+
+
+def _check_numbers(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise ValidationError(f"what_if: {name}={value!r} must be a number.")
 
 
 def noise_to_signal(sigma: float, parameters: int, expected_batch_size: int) -> float:

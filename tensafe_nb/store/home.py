@@ -45,3 +45,8 @@ def audit(tenant: str) -> Path:
 def ledger(tenant: str) -> Path:
     """Return the folder of the sealed tables that a tenant's privacy ledger keeps beside the audit log."""
     return home() / "ledger" / tenant
+
+
+def models() -> Path:
+    """Return the folder of models that were converted from GGUF files."""
+    return home() / "models"

@@ -12,7 +12,7 @@ function account(spent, dp) {
   const of = spent.target == null ? "" : ` of ${small(spent.target)}`;
   const text = `ε ${small(spent.spent)}${of} at δ = ${small(spent.delta)} (${spent.accountant}, ${spent.adjacency})`;
   const share = spent.target == null ? null : Math.min(1, spent.spent / spent.target);
-  if (spent.refused != null) return { text, share, bad: true, end: `step ${spent.refused} was refused: it would cost more than the budget` };
+  if (spent.refused != null) return { text, share, bad: true, end: `step ${spent.refused + 1} was refused: it would cost more than the budget` };
   return { text, share, end: spent.projected == null ? "" : `reaches ${small(spent.target)} at step ${spent.projected.toLocaleString("en")}` };
 }
 
@@ -32,7 +32,7 @@ class Plan {
     this.el = make("details", "tsnb-plan");
     this.el.append(make("summary", "", "what if"));
     for (const [name, text, min, max, step] of SLIDERS) this.el.append(this.slider(name, text, { min, max, step }));
-    this.says = make("output");
+    this.says = make("output", "tsnb-says");
     this.el.append(this.says);
     this.el.addEventListener("toggle", () => this.el.open && !this.asked && this.ask("sigma"));
   }

@@ -238,7 +238,7 @@ class Panel {
   showNote() {
     const { status } = this.store;
     const failed = [status.state, status.client].some((state) => ["FAILED", "ERROR", "INTERRUPTED"].includes(state));
-    this.note.update(failed ? status.reason : "", status.hint);
+    this.note.update(failed ? status.reason : "", (status.state === "STOPPED" && status.reason) || status.hint);
     this.root.dataset.waiting = String(this.note.waiting);
   }
 

@@ -218,7 +218,7 @@ def test_the_reference_of_a_fresh_adapter_is_the_base_model() -> None:
         ({"model_ref": "builtin:tine"}, r"no built-in model 'builtin:tine'.*'builtin:tiny'"),
         ({"model_ref": "./no/such/folder"}, r"no folder './no/such/folder'"),
         ({"model_ref": "some-org/some-model"}, r"hub cannot be reached.*taken for a hub id"),
-        ({"model_ref": "model.gguf"}, r"GGUF files cannot be loaded yet"),
+        ({"model_ref": "model.gguf"}, r"no file 'model.gguf'"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(fields: dict[str, Any], message: str) -> None:

@@ -32,7 +32,7 @@ test("the account tells what is spent of what, and where it will end", () => {
 });
 
 test("a refused step and a void guarantee are said in words", () => {
-  assert.match(account({ ...SPENT, refused: 40 }, true).end, /^step 40 was refused/);
+  assert.match(account({ ...SPENT, refused: 40 }, true).end, /^step 41 was refused/);
   const gone = account({ ...SPENT, spent: "∞", void: "noise was switched off." }, true);
   assert.equal(gone.text, "ε ∞: no guarantee. noise was switched off.");
   assert.equal(gone.share, null);

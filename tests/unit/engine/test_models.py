@@ -1,0 +1,312 @@
+"""Where models come from: GGUF files, converted once, and folders of every shape that is promised."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tensafe_nb as tn
+from tensafe_nb.engine import gguf, models
+from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.store import home
+
+TEXT = 'def main():\n    return "two  words", 42\n'
+
+
+def write_gguf(path: Path, pre: str = "default", **extra: int) -> Path:
+    """Write builtin:tiny as a GGUF file, the way llama.cpp's converter lays it out."""
+    from gguf import GGUFWriter
+
+    config = json.loads((ASSETS / "tiny/config.json").read_text())
+    bpe = json.loads((ASSETS / "tiny/tokenizer.json").read_text())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
+    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
+    for name, token in (("bos", 1), ("eos", 1), ("pad", 0)):
+        getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_chat_template(json.loads((ASSETS / "tiny/tokenizer_config.json").read_text())["chat_template"])
+    for name, value in extra.items():
+        writer.add_uint16(name.replace("_", "."), value)
+    for name, tensor in _tensors(config["num_attention_heads"]):
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _tensors(heads: int) -> Any:
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype=torch.float32)
+    yield "token_embd.weight", model.model.embed_tokens.weight.detach().numpy()
+    yield "output_norm.weight", model.model.norm.weight.detach().numpy()
+    for number, layer in enumerate(model.model.layers):
+        for theirs, ours in names.items():
+            weight = layer.get_submodule(theirs).weight.detach().numpy()
+            if ours in ("attn_q", "attn_k"):  # llama.cpp keeps the two halves of a rotation beside each other
+                rows, columns = weight.shape
+                weight = (
+                    weight.reshape(heads, 2, rows // heads // 2, columns)
+                    .swapaxes(1, 2)
+                    .reshape(rows, columns)
+                )
+            yield f"blk.{number}.{ours}.weight", np.ascontiguousarray(weight)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def load(model_ref: Any, **fields: Any) -> models.LoadedModel:
+    return models.load(tn.TrainingConfig(model_ref=str(model_ref), device="cpu", dtype="float32", **fields))
+
+
+@torch.no_grad()
+def logits(model: models.LoadedModel) -> torch.Tensor:
+    return model.causal(torch.tensor([[5, 6, 7, 8, 300, 301]])).logits
+
+
+def folders() -> list[str]:
+    return sorted(path.name for path in home.models().iterdir() if path.is_dir())
+
+
+def test_a_gguf_file_becomes_the_model_and_the_tokenizer_that_went_into_it(tiny: Path) -> None:
+    converted, original = load(tiny), load("builtin:tiny")
+    assert torch.equal(logits(converted), logits(original))
+    assert converted.tokenizer(TEXT)["input_ids"] == original.tokenizer(TEXT)["input_ids"]
+    messages = [{"role": "user", "content": "hello"}]
+    said = [
+        model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for model in (converted, original)
+    ]
+    assert said[0] == said[1] == "User: hello\nAssistant:"
+    assert converted.end_tokens == original.end_tokens and converted.context == original.context
+
+
+def test_a_content_is_converted_once_whatever_its_file_is_called(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = gguf.converted(tiny)
+    monkeypatch.setattr(gguf, "_write", lambda *_: pytest.fail("converted again"))
+    copy = Path(shutil.copy(tiny, tmp_path / "tiny.gguf"))
+    assert gguf.converted(tiny) == gguf.converted(copy) == first
+    with copy.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(pytest.fail.Exception, match="converted again"):
+        gguf.converted(copy)
+    monkeypatch.setattr(gguf, "VERSION", 0)
+    with pytest.raises(pytest.fail.Exception, match="converted again"):
+        gguf.converted(tiny)
+
+
+def test_the_converted_folder_is_an_ordinary_one(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = gguf.converted(tiny)
+    bar = capfd.readouterr().err
+    assert "Converting tiny.gguf, once" in bar and bar.endswith("\r") and "de-quantizing" not in bar
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert not hasattr(plain.config, "quantization_config")
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def _convert_and_hang(path: str, told: Any) -> None:
+    def hang(*_: Any) -> None:
+        told.set()
+        time.sleep(600)
+
+    gguf.Files.replace = hang  # everything is written; only the name is missing
+    gguf.converted(Path(path))
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_whole(tiny: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    told = spawn.Event()
+    process = spawn.Process(target=_convert_and_hang, args=(str(tiny), told))
+    process.start()
+    assert told.wait(100)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (left,) = folders()
+    assert left.endswith(gguf.DRAFT)
+    folder = gguf.converted(tiny)
+    assert folders() == [folder.name], "the next one sweeps"
+    assert torch.equal(logits(load(folder)), logits(load("builtin:tiny")))
+
+
+def test_a_conversion_that_fails_leaves_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(gguf.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(tn.StorageError, match=r"needs 0.0 GB under .*models.*0.0 GB are free.*TENSAFE_HOME"):
+        gguf.converted(tiny)
+    assert folders() == []
+
+
+def test_a_file_that_is_no_gguf_or_is_cut_off_is_named(tiny: Path, tmp_path: Path) -> None:
+    for content in (b"", b"no such thing", tiny.read_bytes()[:100_000]):
+        path = tmp_path / "broken.gguf"
+        path.write_bytes(content)
+        with pytest.raises(tn.ModelLoadError, match=r"broken.gguf' could not be converted: .*complete"):
+            gguf.converted(path)
+    assert folders() == []
+
+
+def test_a_part_of_a_model_is_refused_with_the_command_that_joins_them(tmp_path: Path) -> None:
+    with pytest.raises(tn.ModelLoadError, match=r"one of 3 parts.*llama-gguf-split --merge"):
+        gguf.converted(write_gguf(tmp_path / "part.gguf", split_count=3))
+
+
+def test_a_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(tn.ModelLoadError, match=r"needs the package gguf.*pip install gguf"):
+        gguf.converted(tiny)
+
+
+def test_texts_are_split_as_the_file_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = load(write_gguf(tmp_path / "smollm.gguf", pre="smollm"))
+    pieces = model.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  42")
+    assert [piece for piece, _ in pieces] == ["a", "ĠĠ", "4", "2"]
+    assert not caplog.records
+    load(write_gguf(tmp_path / "strange.gguf", pre="strange"))
+    assert "pre-tokenizer 'strange', which is not known here" in caplog.text
+
+
+SHAPE = {
+    "vocab_size": 2048,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+SHAPES = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-untied": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "mistral": ("MistralConfig", {}),
+    "smollm3": ("SmolLM3Config", {}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 64}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 64}),
+    "phi": ("PhiConfig", {"num_key_value_heads": 2}),
+    "phi3": ("Phi3Config", {"num_key_value_heads": 2, "sliding_window": None}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}),
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model in several shards, as large ones are stored, with the tiny tokenizer."""
+    import transformers
+
+    name, fields = SHAPES[request.param]
+    config = getattr(transformers, name)(**(SHAPE | fields))
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "tiny" / file, folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    return folder
+
+
+@pytest.mark.parametrize("lora", [None, tn.LoRAConfig(rank=2)], ids=["all weights", "LoRA"])
+def test_a_folder_of_every_shape_trains_samples_and_comes_back_from_a_checkpoint(
+    service: tn.ServiceClient, folder: Path, lora: tn.LoRAConfig | None, batch: tn.BatchData
+) -> None:
+    def client() -> tn.TrainingClient:
+        return service.create_training_client(
+            model_ref=str(folder), lora_config=lora, optimizer={"learning_rate": 1e-2}, dtype="float32"
+        )
+
+    tc = client()
+    losses = []
+    for _ in range(4):
+        losses.append(tc.forward_backward(batch).result().loss)
+        tc.optim_step().result()
+    assert losses[-1] < losses[0] - 0.05
+    saved = tc.save_state().result()
+    again = client()
+    again.load_state(saved.artifact_id).result()
+    greedy = [
+        each.sample("def", max_new_tokens=6, temperature=0).result().sequences[0] for each in (tc, again)
+    ]
+    assert greedy[0].tokens == greedy[1].tokens
+    assert again.forward(batch).result().loss == tc.forward(batch).result().loss
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own business
+def test_an_adapter_on_every_shape_is_read_by_plain_peft(
+    service: tn.ServiceClient, folder: Path, batch: tn.BatchData, tmp_path: Path
+) -> None:
+    import peft
+
+    tc = service.create_training_client(
+        model_ref=str(folder),
+        lora_config=tn.LoRAConfig(rank=2),
+        optimizer={"learning_rate": 1e-2},
+        dtype="float32",
+    )
+    tc.forward_backward(batch)
+    tc.optim_step()
+    ours = tc.forward(batch, return_logprobs=True).result().logprobs
+    exported = service.export_adapter(tc.save_state().result().artifact_id, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = peft.PeftModel.from_pretrained(base, exported).eval()
+    with torch.no_grad():
+        scores = torch.log_softmax(plain(torch.from_numpy(batch.input_ids)).logits, -1)
+    labels = torch.from_numpy(np.where(batch.labels < 0, 0, batch.labels))
+    expected = scores.gather(2, labels.unsqueeze(2)).squeeze(2).numpy() * (batch.labels >= 0)
+    assert np.abs(ours - expected).max() <= 1e-5
+
+
+def test_tied_weights_stay_one_tensor_when_all_weights_are_trained(random_model: Any) -> None:
+    model = load(ASSETS / "tiny")
+    assert model.causal.config.tie_word_embeddings
+    assert model.causal.get_output_embeddings().weight is model.causal.get_input_embeddings().weight
+    assert [name for name, _ in model.trainable].count("lm_head.weight") == 0
+
+
+def test_a_hub_id_without_network_fails_within_six_seconds() -> None:
+    began = time.perf_counter()
+    with pytest.raises(tn.ModelLoadError, match=r"hub cannot be reached"):
+        load("some-org/some-model")
+    assert time.perf_counter() - began < 6
