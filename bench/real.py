@@ -214,7 +214,7 @@ def _losses() -> tuple[Callable[[], float], Callable[[], float]]:
     def ours() -> float:
         states = hidden.clone().requires_grad_()
         outputs = LossOutputs(states, head, labels, mask, chunk_rows=rows, head_is_frozen=True)
-        value = loss(outputs, {"labels": labels[labels != -100]})
+        value = loss(outputs, {"input_ids": labels, "labels": labels[labels != -100]})
         (value.total / value.weight).backward()
         return value.total.item() / value.weight
 

@@ -144,7 +144,8 @@ def _attention(engine: Engine, length: int, tried: int) -> float:
     config = engine.model.causal.config
     per_position = 2 * getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
     matrices = sum(p.numel() for p in engine.model.causal.parameters() if p.ndim == 2)
-    return (matrices + per_position * length / 2) / (matrices + per_position * tried / 2)
+    factor: float = (matrices + per_position * length / 2) / (matrices + per_position * tried / 2)
+    return factor
 
 
 def _probe(engine: Engine, rows: int, length: int, *, timed: bool = True) -> _Probe:
@@ -208,11 +209,11 @@ def _peaks(engine: Engine, compute: Callable[[Callable[[], None]], None]) -> tup
     return max(forward), counted.peak
 
 
-class _Counted(TorchDispatchMode):
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of every tensor made while it is on, until it is freed; `peak` is the most at one moment."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
         self._alive: dict[int, int] = {}
         self._now = self.peak = 0

@@ -179,7 +179,7 @@ def _head(model: LoadedModel, hidden: Tensor) -> Tensor:
     vocabulary, each small enough for the cache, it takes about two thirds of the time.
     """
     head: Any = model.head
-    plain = type(head) is nn.Linear and head.bias is None and head.weight.dtype is torch.float32
+    plain = type(head) is nn.Linear and [name for name, _ in head.named_parameters()] == ["weight"]
     vocabulary = model.vocab_size
     pays = vocabulary >= LARGE and vocabulary % BLOCK == 0 and len(hidden) > 1
     if not (plain and pays and model.device.type == "cpu" and model.compute_dtype is torch.float32):
