@@ -72,7 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
