@@ -37,6 +37,14 @@ def test_greedy_tokens_equal_generates_one_by_one(random_model: Any, architectur
         assert list(ours.tokens) == uncached[0, ids.shape[1] :].tolist()
 
 
+def test_greedy_tokens_asked_for_in_turns_are_those_of_one_call(engine: Engine) -> None:
+    (whole,) = draw(engine, [PROMPTS[0]], temperature=0, ignore_end=True)
+    ids = list(PROMPTS[0])
+    for _ in range(3):
+        ids += draw(engine, [ids], temperature=0, max_new_tokens=4, ignore_end=True)[0].tokens
+    assert ids[3:] == list(whole.tokens)
+
+
 def test_a_row_is_the_same_whatever_its_batch_mates(engine: Engine) -> None:
     together = draw(engine, num_samples=2)
     for index, prompt in enumerate(PROMPTS):
