@@ -1,4 +1,4 @@
-"""A model with its adapter added into copies of the weights, while it samples: a third of the multiplications' calls.
+"""A model with its adapter added into copies of the weights, while it samples: a third of the calls to multiply.
 
 The adapted layers are put aside and come back as they were: nothing is ever added to, or rounded in, a trained tensor.
 Only in float32: rounded to bfloat16, W + BA would lose most of a small BA, and what samples would not be what trains.
