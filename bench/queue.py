@@ -24,6 +24,7 @@ class EngineThatDoesNothing:
 
     def __init__(self, config: tn.TrainingConfig, model: object = None) -> None:
         self.model = SimpleNamespace(tokenizer=None)
+        self.step = self.policy_version = 0
 
     def forward(self, *_: Any) -> ForwardResult:
         return ForwardResult(0.0, 1)

@@ -19,8 +19,8 @@ from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from numpy.typing import NDArray
-from scipy import optimize, special
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy.replace_one import ReplaceOnePRV, replace_one_log_moment
@@ -200,7 +200,7 @@ def epsilon_gaussian(mu: float, delta: float) -> float:
     above = mu * mu / 2 + mu * math.sqrt(-2 * math.log(delta))  # Phi(-x) <= e^(-x²/2) / 2
     if math.isinf(above):
         return math.inf
-    root = optimize.brentq(
+    root = scipy.optimize.brentq(
         lambda epsilon: _log_delta(epsilon, mu) - math.log(delta), 0.0, above, xtol=1e-12, rtol=1e-14
     )
     return float(root) * (1 + 1e-12) + 1e-12
@@ -214,7 +214,7 @@ def mu_of_epsilon(epsilon: float, delta: float) -> float:
     above = 1.0
     while _log_delta(epsilon, above) < math.log(delta):
         above *= 2
-    root = optimize.brentq(
+    root = scipy.optimize.brentq(
         lambda mu: _log_delta(epsilon, mu) - math.log(delta), above * 1e-12, above, xtol=1e-14, rtol=1e-14
     )
     return float(root) * (1 - 1e-12)
@@ -223,8 +223,8 @@ def mu_of_epsilon(epsilon: float, delta: float) -> float:
 def _log_delta(epsilon: float, mu: float) -> float:
     """Return log delta(epsilon), with the ratio of the two terms as one of Mills ratios: nothing overflows."""
     near, far = epsilon / mu - mu / 2, epsilon / mu + mu / 2
-    ratio = special.erfcx(far / math.sqrt(2)) / special.erfcx(near / math.sqrt(2))
-    return float(special.log_ndtr(-near)) + (math.log1p(-ratio) if ratio < 1 else -math.inf)
+    ratio = scipy.special.erfcx(far / math.sqrt(2)) / scipy.special.erfcx(near / math.sqrt(2))
+    return float(scipy.special.log_ndtr(-near)) + (math.log1p(-ratio) if ratio < 1 else -math.inf)
 
 
 def mu_squared_of(multiplicity: int, sigma: float) -> float:

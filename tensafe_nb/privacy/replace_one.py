@@ -8,8 +8,8 @@ Mirrored at 0, P is Q: one direction is both.
 """
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import special
 
 LEAST_SIGMA = 0.05  # below, the bound for q = 1 is used: at no noise to speak of, sampling hides nothing
 GRID = 32  # points per sigma: the trapezoidal rule is exact to rounding on what falls off like a Gaussian
@@ -25,7 +25,7 @@ def replace_one_log_moment(order: float, sigma: float, q: float) -> float:
     points = int((reach + 1 + 12 * sigma) / sigma * GRID)
     x, width = np.linspace(-1 - 12 * sigma, reach, points, retstep=True)
     integrand = order * _log_mixture(x, sigma, q) + (1 - order) * _log_mixture(-x, sigma, q)
-    return float(special.logsumexp(integrand) + np.log(width))
+    return float(scipy.special.logsumexp(integrand) + np.log(width))
 
 
 def _log_mixture(x: NDArray[np.float64], sigma: float, q: float) -> NDArray[np.float64]:
@@ -44,7 +44,7 @@ class ReplaceOnePRV:
     def cdf(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the probability under P that the loss is at most t: the loss grows with x, so x(t) decides."""
         x = self._where_loss_is(np.asarray(t, dtype=np.float64))
-        outside, inside = special.ndtr(x / self._sigma), special.ndtr((x - 1) / self._sigma)
+        outside, inside = scipy.special.ndtr(x / self._sigma), scipy.special.ndtr((x - 1) / self._sigma)
         return np.asarray((1 - self._q) * outside + self._q * inside)
 
     def _where_loss_is(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
