@@ -1,11 +1,9 @@
 """Private training as a user does it: draws, steps, a budget, checkpoints and forks, and what is said about it."""
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -181,10 +179,8 @@ def test_a_checkpoint_restores_elsewhere_with_its_account(
     tc = private()
     train(tc, 3)
     sealed = service.pull_artifact(tc.save_state().artifact_id, to=tmp_path / "sealed.bin")
-    keys = service._transport._vault.keys  # type: ignore[attr-defined]
     expected = spent(tc)
     source = tmp_path / "home" / "keys"
-    del keys
     monkeypatch.setenv("TENSAFE_HOME", str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
     import shutil
@@ -362,7 +358,6 @@ def test_reinforcement_learning_takes_the_prompt_as_its_unit(service: tn.Service
     statement = tc.privacy_statement()
     assert statement.unit == "prompt group"
     assert statement.epsilon == pytest.approx(6.57, abs=0.01), "twelve prompts, twice each"
-    assert trainer.algo.update  # keeps mypy from thinking it unused
 
 
 @pytest.mark.parametrize(
@@ -386,4 +381,4 @@ def test_options_that_couple_prompts_or_release_twice_are_refused(
         trajectory.reward = float(number % 2)
     with pytest.raises(tn.ValidationError, match=reason):
         algo().update(batch, tc)
-    assert tc.step == 0 and time.time() > 0 and np.isfinite(batch.mean_reward)
+    assert tc.step == 0
