@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.config import SamplingConfig, TrainingConfig
-from tensafe_nb.engine import inputs, models, optimizers, sampling
+from tensafe_nb.engine import inputs, models, optimizers, pieces, sampling
 from tensafe_nb.engine.private import Account, PrivateTraining
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.window import Tally, Tick, Window, no_tick
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import Declaration, LossValue
-from tensafe_nb.losses.policy import exact_entropy, label_logprobs
-from tensafe_nb.losses.views import chunk_rows
+from tensafe_nb.losses.policy import exact_entropy
+from tensafe_nb.losses.views import chunk_rows, label_logprobs
 from tensafe_nb.types import (
     ForwardBackwardResult,
     ForwardResult,
@@ -65,6 +65,10 @@ class Engine:
         self._head_is_frozen = not any(p.requires_grad for p in head.parameters())
         self.base_fingerprint: str | None = None  # computed when a checkpoint first asks
         self.private: PrivateTraining | None = None
+        self._overhead = pieces.overhead_in_tokens(
+            sum(p.numel() for p in self.model.causal.parameters()),
+            accelerator=self.model.device.type != "cpu",
+        )
         self.whole_rows = False  # every layer sees (B, T, …), the head too: for `private`
         self.random = {"cpu": torch.Generator().manual_seed(config.seed).get_state()}  # the dropout streams
         if self.model.device.type == "cuda":
@@ -183,11 +187,11 @@ class Engine:
         loss.check(batch)
         tally = Tally(loss.declares.prenormalised)
         logprobs = np.zeros(batch.shape, dtype=np.float32) if return_logprobs else None
-        for start, part in self.micro_batches(batch, loss, tick):
+        for rows, part in self.micro_batches(batch, loss, tick):
             outputs, value = self._evaluate(part, batch, loss)
             tally.add(value, value.total.item())
             if logprobs is not None:
-                _place(logprobs, batch, start, len(part), outputs.logprobs)
+                _place(logprobs, batch, rows, outputs.logprobs)
             del outputs, value  # its logits can be large: let go of them before the next piece's are computed
         return ForwardResult(
             tally.loss, int((batch.labels != IGNORE).sum()), tally.metrics, logprobs, tally.weight
@@ -209,14 +213,14 @@ class Engine:
         logprobs, entropy = (np.zeros(batch.shape, dtype=np.float32) for _ in range(2))
         values = np.zeros(batch.shape, dtype=np.float32) if self.model.value_head and not reference else None
         with self.reference.in_place() if reference else contextlib.nullcontext():
-            for start, part in self.micro_batches(batch, None, tick):
-                outputs, rows = self.outputs(part, self.tensors(part, batch)), len(part)
+            for rows, part in self.micro_batches(batch, None, tick):
+                outputs = self.outputs(part, self.tensors(part, batch))
                 picked = outputs.map_logits(partial(label_logprobs, temperature=temperature))
-                _place(logprobs, batch, start, rows, picked)
+                _place(logprobs, batch, rows, picked)
                 spread = outputs.map_logits(partial(exact_entropy, temperature=temperature))
-                _place(entropy, batch, start, rows, spread)
+                _place(entropy, batch, rows, spread)
                 if values is not None:
-                    _place(values, batch, start, rows, outputs.values)
+                    _place(values, batch, rows, outputs.values)
                 del outputs  # its logits can be large: let go of them before the next piece's are computed
         return LogprobsResult(logprobs, entropy, None if reference else self.policy_version, values)
 
@@ -250,16 +254,16 @@ class Engine:
 
     def _accumulate(self, batch: BatchData, loss: Loss, tick: Tick) -> Tally:
         tally = Tally(loss.declares.prenormalised)
-        for start, part in self.micro_batches(batch, loss, tick):
-            self._learn_from(part, start, batch, loss, tally)
+        for rows, part in self.micro_batches(batch, loss, tick):
+            self._learn_from(part, rows, batch, loss, tally)
         return tally
 
-    def _learn_from(self, part: BatchData, start: int, batch: BatchData, loss: Loss, tally: Tally) -> None:
+    def _learn_from(self, part: BatchData, rows: Array, batch: BatchData, loss: Loss, tally: Tally) -> None:
         """Add a piece's gradient. A method, so that nothing of the piece outlives it: its logits can be large."""
         _, value = self._evaluate(part, batch, loss)
         total = value.total.item()
         if not math.isfinite(total):
-            raise NonFiniteLossError(_where_not_finite(loss.name, total, batch, start, len(part)))
+            raise NonFiniteLossError(_where_not_finite(loss.name, total, batch, rows))
         value.total.backward()  # type: ignore[no-untyped-call]
         tally.add(value, total)
 
@@ -270,16 +274,26 @@ class Engine:
 
     def micro_batches(
         self, batch: BatchData, loss: Loss | None, tick: Tick
-    ) -> Iterator[tuple[int, BatchData]]:
-        """Yield (first row, rows) in pieces of at most `micro_batch_tokens`, padding cut off."""
-        rows, columns = batch.shape
-        declares = loss.declares if loss is not None else Declaration()
-        size = declares.rows_at_a_time(rows, fitting=self.config.micro_batch_tokens // columns)
-        for start in range(0, rows, size):
-            tick(start, rows)
-            part = batch.rows(start, min(start + size, rows))
+    ) -> Iterator[tuple[Array, BatchData]]:
+        """Yield (row numbers, rows) in pieces of at most `micro_batch_tokens`, padding cut off.
+
+        Where the loss sees each row by itself, rows of like length come together; others stay in their order.
+        """
+        declares = loss.declares if loss is not None else Declaration(per_row=True)
+        count, columns = batch.shape
+        most = self.config.micro_batch_tokens
+        if declares.per_row:
+            chosen = pieces.by_length(batch.attention_mask, most, self._overhead)
+        else:
+            size = declares.rows_at_a_time(count, fitting=most // columns)
+            chosen = np.split(np.arange(count), range(size, count, size))
+        done = 0
+        for rows in chosen:
+            tick(done, count)
+            done += len(rows)
+            part = batch.take(rows)
             if declares.per == "row" or (part.labels != IGNORE).any():
-                yield start, part
+                yield rows, part
 
     def tensors(self, part: BatchData, batch: BatchData) -> dict[str, Tensor]:
         """Return what a loss may read: labels and per-token extras flattened to the N labelled positions."""
@@ -375,16 +389,19 @@ class Engine:
         return float(nn.utils.get_total_norm(gradients)) / self.window.divisor
 
 
-def _place(target: Array, batch: BatchData, start: int, rows: int, values: Tensor) -> None:
+def _place(target: Array, batch: BatchData, rows: Array, values: Tensor) -> None:
     """Write values of the labelled positions of some rows into a (B, T) array."""
-    target[start : start + rows][batch.labels[start : start + rows] != IGNORE] = values.float().cpu().numpy()
+    row, column = (batch.labels[rows] != IGNORE).nonzero()
+    target[rows[row], column] = values.float().cpu().numpy()
 
 
-def _where_not_finite(loss: str, total: float, batch: BatchData, start: int, rows: int) -> str:
+def _where_not_finite(loss: str, total: float, batch: BatchData, rows: Array) -> str:
+    first, last = int(rows[0]), int(rows[-1])
+    where = f"{first} to {last}" if last - first == len(rows) - 1 else ", ".join(map(str, rows))
     ids = batch.extras.get("example_ids")
-    named = f" (examples {', '.join(map(str, ids[start : start + rows][:8]))})" if ids is not None else ""
+    named = f" (examples {', '.join(map(str, ids[rows][:8]))})" if ids is not None else ""
     return (
-        f"The loss {loss!r} is {total} in rows {start} to {start + rows - 1} of the batch{named}. No weight has moved. "
+        f"The loss {loss!r} is {total} in rows {where} of the batch{named}. No weight has moved. "
         f"Look at these rows, lower the learning rate, or set max_grad_norm."
     )
 

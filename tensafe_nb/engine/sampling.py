@@ -19,7 +19,7 @@ from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.types import SampledSequence
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
-LARGE, BLOCK = 16_384, 1_024  # tokens of a vocabulary that is multiplied in blocks, and of a block
+LARGE, BLOCK = 16_384, 128  # tokens of a vocabulary that is multiplied in blocks, and of a block
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
 Tick = Callable[[int, int], None]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses.base import register_loss
-from tensafe_nb.losses.views import LossOutputs
+from tensafe_nb.losses.views import LossOutputs, label_logprobs
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.85e8: guards against overflow only
 MAX_K3 = 10.0  # of |log π_ref − log π_θ| in k3, whose exponential gave NaN gradients elsewhere (verl #751)
@@ -204,11 +204,6 @@ def policy_value(outputs: LossOutputs, batch: Batch, value: Terms | None = None)
     loss, sums = _value_loss(outputs, batch, value or {"coef": 1.0})
     metrics = {f"{name}_sum": values.detach()[counted].sum().item() for name, values in sums.items()}
     return {"loss": (batch["weights"] * loss).sum(), "metrics": metrics | {"tokens": counted.sum().item()}}
-
-
-def label_logprobs(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Return (N,) log-probabilities of the labels from logits (N, V)."""
-    return torch.log_softmax(logits / temperature, -1).gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
 def exact_entropy(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:

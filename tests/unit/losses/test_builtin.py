@@ -205,7 +205,8 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(engine: Engi
         engine.discard_gradients()
     (whole, expected), *parts = found
     for result, gradient in parts:
-        assert result.loss == pytest.approx(whole.loss, rel=1e-6, abs=1e-6)
+        square = 2 if name == "mse" else 1  # doubles the relative error of what it squares
+        assert result.loss == pytest.approx(whole.loss, rel=1e-6 * square, abs=1e-6)
         assert result.metrics == pytest.approx(whole.metrics, abs=1e-5)
         assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
     engine.config = engine.config.replace(micro_batch_tokens=16_384)

@@ -1,0 +1,58 @@
+"""A LoRA layer whose forward and backward passes are one node of autograd's graph: PEFT's formula, fewer passes.
+
+PEFT's layer is a chain of five operations, two of which write a tensor as large as the layer's output (the scaled
+update, the sum) and, in bfloat16, convert its input to float32 and back. Here the update is added in place by the
+matrix product itself, in both directions. PEFT makes the layers, saves and loads them: only `forward` is ours.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class FusedLinear(lora.Linear):  # type: ignore[misc]
+    """PEFT's adapted `nn.Linear`; what is not the plain case of one adapter without dropout is left to PEFT."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = self.active_adapters
+        if args or kwargs or self.disable_adapters or self.merged or len(names) != 1:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        (name,), base = names, self.base_layer
+        plain = type(base) is nn.Linear and not base.weight.requires_grad and not self.lora_variant
+        if not plain or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
+            return super().forward(x)  # type: ignore[no-any-return]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return _LoRA.apply(x, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LoRA(torch.autograd.Function):
+    """x Wᵀ + c + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv:2106.09685), computed in the type of the frozen W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        kind = weight.dtype
+        rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
+        low = (rows @ a.T).mul_(scaling)
+        y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
+        ctx.save_for_backward(rows, low, a, b)
+        ctx.weight, ctx.scaling = weight, scaling
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low, a, b = ctx.saved_tensors
+        slopes = gradient.reshape(-1, gradient.shape[-1])
+        low_slopes = (slopes @ b).mul_(ctx.scaling)
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], -1)
+        if ctx.needs_input_grad[2]:
+            to_bias = slopes.sum(0)
+        return to_x, None, to_bias, low_slopes.T @ rows, slopes.T @ low, None

@@ -1,0 +1,120 @@
+"""Pieces of a batch: every row once, within the limit, and never more expensive than another way to divide it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tensafe_nb as tn
+from tensafe_nb.engine import pieces
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.losses import resolve_loss
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=7)
+
+
+def padded(lengths: list[int], *, left: bool = False) -> np.ndarray:
+    mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+    return mask[:, ::-1] if left else mask
+
+
+def cost(divided: list[np.ndarray], lengths: list[int], overhead: int) -> int:
+    return sum(len(rows) * max(lengths[row] for row in rows) + overhead for rows in divided)
+
+
+@given(LENGTHS, st.integers(1, 100), st.integers(0, 50), st.booleans())
+def test_every_row_is_in_one_piece_and_no_piece_holds_too_much(
+    lengths: list[int], most: int, overhead: int, left: bool
+) -> None:
+    divided = pieces.by_length(padded(lengths, left=left), most, overhead)
+    assert sorted(np.concatenate(divided)) == list(range(len(lengths)))
+    for rows in divided:
+        assert list(rows) == sorted(rows)
+        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= most
+
+
+@given(LENGTHS, st.integers(1, 100), st.integers(0, 50))
+def test_no_other_division_of_the_rows_costs_less(lengths: list[int], most: int, overhead: int) -> None:
+    found = cost(pieces.by_length(padded(lengths), most, overhead), lengths, overhead)
+    for labels in itertools.product(range(len(lengths)), repeat=len(lengths)):
+        if len(lengths) > 5:
+            return  # too many ways
+        other = [np.flatnonzero(np.array(labels) == label) for label in set(labels)]
+        if all(len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= most for rows in other):
+            assert found <= cost(other, lengths, overhead)
+
+
+def test_rows_of_like_length_come_together_and_one_piece_is_kept_where_pieces_cost_more() -> None:
+    mask = padded([4, 40, 5, 39])
+    assert [list(rows) for rows in pieces.by_length(mask, 1_000, overhead=10)] == [[0, 2], [1, 3]]
+    assert [list(rows) for rows in pieces.by_length(mask, 1_000, overhead=100)] == [[0, 1, 2, 3]]
+
+
+def test_a_batch_padded_on_both_sides_is_divided_by_its_width() -> None:
+    mask = np.array([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0]])
+    assert [len(rows) for rows in pieces.by_length(mask, 8, overhead=0)] in ([1, 2], [2, 1], [1, 1, 1])
+
+
+def test_the_further_piece_costs_a_large_model_few_tokens_and_an_accelerator_many() -> None:
+    small, large = (pieces.overhead_in_tokens(n, accelerator=False) for n in (1_700_000, 135_000_000))
+    assert 25 < large < small < 100 < pieces.overhead_in_tokens(1_700_000, accelerator=True)
+
+
+# through the engine
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine(tn.TrainingConfig(lora_config=tn.LoRAConfig(rank=4), dtype="float32", device="cpu"))
+
+
+def ragged() -> tn.BatchData:
+    rng = np.random.default_rng(0)
+    return tn.BatchData(rng.integers(3, 200, (6, 60)), padded([3, 60, 5, 58, 4, 9]))
+
+
+def shapes(engine: Engine, loss: str, batch: tn.BatchData) -> list[tuple[int, ...]]:
+    return [part.shape for _, part in engine.micro_batches(batch, resolve_loss(loss), lambda *_: None)]
+
+
+def test_a_ragged_batch_computes_little_padding_and_gives_the_same_loss_and_gradient(engine: Engine) -> None:
+    batch, loss, found = ragged(), resolve_loss("token_ce"), []
+    assert shapes(engine, "token_ce", batch) == [(4, 9), (2, 60)]
+    for overhead in (10**6, engine._overhead):
+        engine._overhead = overhead
+        result = engine.forward_backward(batch, loss)
+        found.append((result, torch.cat([p.grad.flatten() for p in engine.parameters if p.grad is not None])))
+        engine.discard_gradients()
+    (whole, expected), (divided, gradient) = found
+    assert divided.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert divided.weight == whole.weight
+    assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_logprobs_and_values_come_back_at_their_own_rows(engine: Engine) -> None:
+    batch = ragged()
+    apart = np.concatenate(
+        [np.pad(engine.compute_logprobs(part).logprobs, ((0, 0), (0, 60 - part.shape[1])))
+         for part in (batch.rows(row, row + 1) for row in range(6))]
+    )  # fmt: skip
+    np.testing.assert_allclose(engine.compute_logprobs(batch).logprobs, apart, atol=2e-5)
+    scored = engine.forward(batch, resolve_loss("token_ce"), return_logprobs=True)
+    np.testing.assert_allclose(scored.logprobs, apart, atol=2e-5)
+
+
+def test_a_loss_that_does_not_say_that_it_sees_rows_one_by_one_gets_them_together_in_their_order(
+    engine: Engine,
+) -> None:
+    seen = []
+
+    def mean_of_what_is_there(outputs, batch):
+        seen.append(batch["input_ids"].clone())
+        return -outputs.logprobs.mean()
+
+    batch = ragged()
+    engine.forward_backward(batch, resolve_loss(mean_of_what_is_there))
+    assert len(seen) == 1
+    assert (seen[0].numpy() == batch.input_ids).all()
