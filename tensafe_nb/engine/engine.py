@@ -319,7 +319,7 @@ class Engine:
             inputs["attention_mask"] = mask
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         labels = torch.from_numpy(part.labels).to(self.model.device)
-        with sampling.autocast(self.model):
+        with self.model.autocast():
             if self.whole_rows:
                 inputs.setdefault(
                     "position_ids", torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
@@ -343,7 +343,7 @@ class Engine:
         )
 
     def _head(self, hidden: Tensor) -> Tensor:
-        with sampling.autocast(self.model):
+        with self.model.autocast():
             return self.model.head(hidden)
 
     def _values(self, hidden: Tensor) -> Tensor:

@@ -20,12 +20,13 @@ SHARE = 0.25  # of the available memory that the copies may take
 
 
 @contextlib.contextmanager
-def merged(model: LoadedModel, new_tokens: int) -> Iterator[None]:
+def merged(model: LoadedModel, new_tokens: int, rows: int) -> Iterator[None]:
     """Let a model compute with merged copies where that pays; a model for which it does not stays as it is.
 
     Args:
         model: In evaluation mode, used by nobody else meanwhile.
         new_tokens: How many it is going to decode, one after the other.
+        rows: Of how many completions, together.
     """
     layers = _adapted(model) if new_tokens >= PAYS_FROM_TOKENS else {}
     if not _pays(model, layers):
@@ -33,7 +34,7 @@ def merged(model: LoadedModel, new_tokens: int) -> Iterator[None]:
         return
     try:
         for name, layer in layers.items():
-            _put(model.causal, name, _sum_of(layer))
+            _put(model.causal, name, _sum_of(layer, by_column=rows == 1))
         yield
     finally:
         for name, layer in layers.items():
@@ -60,11 +61,17 @@ def _pays(model: LoadedModel, layers: dict[str, Any]) -> bool:
     return there is not None and memory.size_of(weights) <= SHARE * there
 
 
-def _sum_of(layer: Any) -> nn.Linear:
-    """Return W + BA as a layer of its own, sharing nothing but the bias."""
+def _sum_of(layer: Any, *, by_column: bool) -> nn.Linear:
+    """Return W + BA as a layer of its own, sharing nothing but the bias.
+
+    A CPU multiplies a single row by a wide layer in two thirds of the time where the weights lie column by column.
+    """
     base = layer.get_base_layer()
     summed = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    summed.weight = nn.Parameter(layer.get_delta_weight("default").add_(base.weight), requires_grad=False)
+    weight = layer.get_delta_weight("default").add_(base.weight)
+    if by_column and base.out_features > base.in_features:
+        weight = weight.T.contiguous().T
+    summed.weight = nn.Parameter(weight, requires_grad=False)
     summed.bias = base.bias
     return summed.eval()
 

@@ -84,6 +84,11 @@ class LoadedModel:
         ends.update(configured if isinstance(configured, list) else [configured])
         return frozenset(end for end in ends if end is not None)
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model computes in its compute dtype."""
+        half = self.compute_dtype is torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
 
 def load(config: TrainingConfig) -> LoadedModel:
     """Load the model of a configuration, with fresh adapters when it asks for them.

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensafe_nb.config import SamplingConfig
+from tensafe_nb.engine.decoding import Decoder
 from tensafe_nb.engine.merged import merged
 from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.types import SampledSequence
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
-LARGE, BLOCK = 16_384, 128  # tokens of a vocabulary that is multiplied in blocks, and of a block
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
 Tick = Callable[[int, int], None]
 
@@ -69,7 +69,7 @@ def sample(
     samples = sampling.num_samples
     at_once = max(1, _tokens_at_once(model) // (longest * samples))
     turns = range(0, len(prompts), at_once)
-    with merged(model, sampling.max_new_tokens * len(turns)):
+    with merged(model, sampling.max_new_tokens * len(turns), min(len(prompts), at_once) * samples):
         for turn, start in enumerate(turns):
             _decode(
                 model,
@@ -98,7 +98,7 @@ def _decode(
 ) -> None:
     """Fill in the rows of some prompts, all of them token by token together."""
     active = list(rows)
-    state = _Decoder(model, prompts, sampling.num_samples)
+    state = Decoder(model, prompts, sampling.num_samples, sampling.max_new_tokens)
     for position in range(sampling.max_new_tokens):
         tick(position, sampling.max_new_tokens)
         tokens, logprobs, raw = _draw(state.logits, sampling, _uniforms(active, position))
@@ -117,82 +117,6 @@ def _decode(
             state.keep(torch.tensor(going, device=model.device))
             tokens = tokens[torch.tensor(going, device=tokens.device)]
         state.feed(tokens)
-
-
-class _Decoder:
-    """The model's side of decoding: cache, mask and positions of the rows still going."""
-
-    def __init__(self, model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int) -> None:
-        self._model = model
-        from transformers import DynamicCache
-
-        width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # padded on the left, so that all rows end together
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        self._cache = DynamicCache(config=model.causal.config)
-        self._mask: Tensor | None = None if bool(mask.all()) else mask.to(model.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0).to(model.device)
-        self.logits = self._forward(ids.to(model.device), positions)
-        self._position = positions[:, -1:]
-        if samples > 1:
-            self._cache.batch_repeat_interleave(samples)
-            self.logits = self.logits.repeat_interleave(samples, 0)
-            self._position = self._position.repeat_interleave(samples, 0)
-            self._mask = None if self._mask is None else self._mask.repeat_interleave(samples, 0)
-
-    def keep(self, rows: Tensor) -> None:
-        self._cache.batch_select_indices(rows)
-        self._position = self._position[rows]
-        self._mask = None if self._mask is None else self._mask[rows]
-
-    def feed(self, tokens: Tensor) -> None:
-        self._position = self._position + 1
-        if self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
-        self.logits = self._forward(tokens.unsqueeze(1).to(self._model.device), self._position)
-
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Return (rows, V) logits of the last position."""
-        model = self._model
-        with autocast(model):
-            inputs = {
-                "input_ids": ids,
-                "attention_mask": self._mask,
-                "position_ids": positions,
-                "past_key_values": self._cache,
-                "use_cache": True,
-            }
-            if not model.split:
-                logits: Tensor = model.causal(**inputs, logits_to_keep=1).logits[:, -1]
-            else:
-                logits = _head(model, model.body(**inputs).last_hidden_state[:, -1])
-        return logits.float().cpu() if model.device.type == "mps" else logits.float()  # MPS has no float64
-
-
-def _head(model: LoadedModel, hidden: Tensor) -> Tensor:
-    """Return (R, V) logits of hidden states (R, D).
-
-    A few rows times a large vocabulary in float32 is what a CPU's matrix product does worst: block by block of the
-    vocabulary, each small enough for the cache, it takes about three quarters of the time.
-    """
-    head: Any = model.head
-    plain = type(head) is nn.Linear and [name for name, _ in head.named_parameters()] == ["weight"]
-    vocabulary = model.vocab_size
-    pays = vocabulary >= LARGE and vocabulary % BLOCK == 0 and len(hidden) > 1
-    if not (plain and pays and model.device.type == "cpu" and model.compute_dtype is torch.float32):
-        return model.head(hidden)
-    blocks = head.weight.view(-1, BLOCK, hidden.shape[-1])
-    return torch.matmul(hidden, blocks.transpose(1, 2)).transpose(0, 1).flatten(1)  # (V/b, R, b) → (R, V)
-
-
-def autocast(model: LoadedModel) -> torch.autocast:
-    """Return the context in which the model computes in its compute dtype."""
-    return torch.autocast(
-        model.device.type, dtype=torch.bfloat16, enabled=model.compute_dtype == torch.bfloat16
-    )
 
 
 def _draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:

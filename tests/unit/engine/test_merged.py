@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import tensafe_nb as tn
+from tensafe_nb.engine import decoding
 from tensafe_nb.engine import merged as merging
-from tensafe_nb.engine import sampling
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.merged import merged
 from tensafe_nb.engine.models import ASSETS
@@ -73,19 +73,19 @@ def test_it_stays_unmerged_where_it_would_not_pay_fit_or_be_the_same(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapted = type(layer_of(engine))
-    with merged(engine.model, merging.PAYS_FROM_TOKENS - 1):
+    with merged(engine.model, merging.PAYS_FROM_TOKENS - 1, 4):
         assert type(layer_of(engine)) is adapted
-    with engine.model.peft.disable_adapter(), merged(engine.model, 64):
+    with engine.model.peft.disable_adapter(), merged(engine.model, 64, 4):
         assert type(layer_of(engine)) is adapted
     monkeypatch.setattr(merging.memory, "available", lambda device: 1000)
-    with merged(engine.model, 64):
+    with merged(engine.model, 64, 4):
         assert type(layer_of(engine)) is adapted
 
 
 def test_in_bf16_nothing_is_merged_as_a_small_adapter_would_be_rounded_away() -> None:
     engine = Engine(tn.TrainingConfig(device="cpu", dtype="bfloat16", lora_config=tn.LoRAConfig(rank=4)))
     adapted = type(layer_of(engine))
-    with merged(engine.model, 64):
+    with merged(engine.model, 64, 4):
         assert type(layer_of(engine)) is adapted
 
 
@@ -93,14 +93,14 @@ def test_the_built_in_models_are_too_small_for_it_to_pay(monkeypatch: pytest.Mon
     monkeypatch.setattr(merging, "PAYS_FROM_NUMBERS", 8_000_000)
     engine = Engine(tn.TrainingConfig(device="cpu", lora_config=tn.LoRAConfig(rank=4)))
     adapted = type(layer_of(engine))
-    with merged(engine.model, 10_000):
+    with merged(engine.model, 10_000, 4):
         assert type(layer_of(engine)) is adapted
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_a_large_vocabulary_in_blocks_gives_the_heads_own_logits(tmp_path: Path, rows: int) -> None:
     config = transformers.LlamaConfig(
-        vocab_size=sampling.LARGE,
+        vocab_size=decoding.LARGE,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=1,
@@ -112,4 +112,16 @@ def test_a_large_vocabulary_in_blocks_gives_the_heads_own_logits(tmp_path: Path,
         shutil.copy(ASSETS / "tiny" / name, tmp_path / name)
     model = Engine(tn.TrainingConfig(model_ref=str(tmp_path), device="cpu", dtype="float32")).model
     hidden = torch.randn(rows, 32)
-    assert torch.allclose(sampling._head(model, hidden), model.head(hidden), atol=1e-5)
+    assert torch.allclose(decoding.head(model, hidden), model.head(hidden), atol=1e-5)
+
+
+def test_for_a_single_row_wide_layers_lie_column_by_column_and_say_the_same(engine: Engine) -> None:
+    with merged(engine.model, 64, rows=4):
+        wide = engine.model.causal.model.layers[0].mlp.up_proj
+        expected = wide(hidden := torch.randn(1, wide.in_features))
+        assert wide.weight.is_contiguous()
+    with merged(engine.model, 64, rows=1):
+        layer = engine.model.causal.model.layers[0]
+        assert layer.mlp.up_proj.weight.T.is_contiguous()
+        assert layer.mlp.down_proj.weight.is_contiguous()  # narrower than its input
+        assert torch.allclose(layer.mlp.up_proj(hidden), expected, atol=1e-5)

@@ -1,0 +1,133 @@
+"""Steps of our own through Llama-shaped bodies: what transformers says, for the models they fit, and for no others."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import tensafe_nb as tn
+from tensafe_nb.engine import llama, models
+from tensafe_nb.engine.decoding import Decoder
+from tensafe_nb.engine.engine import Engine
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32}  # fmt: skip
+FITTING = {
+    "llama": transformers.LlamaConfig(**SHAPE),
+    "llama, wide heads": transformers.LlamaConfig(**SHAPE, head_dim=16, attention_bias=True, mlp_bias=True),
+    "llama, scaled positions": transformers.LlamaConfig(**SHAPE, rope_parameters=ROPE),
+    "qwen2": transformers.Qwen2Config(**SHAPE),
+    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=None),
+}
+OTHERS = {
+    "a sliding window": transformers.MistralConfig(**SHAPE, sliding_window=8),
+    "normalised queries": transformers.Qwen3Config(**SHAPE),
+    "gemma": transformers.GemmaConfig(**SHAPE),
+    "gpt2": transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4),
+}
+
+
+def loaded(config: Any, dtype: torch.dtype = torch.float32) -> models.LoadedModel:
+    torch.manual_seed(0)
+    causal = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    for name, weight in causal.named_parameters():
+        if weight.dim() == 1 and "bias" in name:
+            torch.nn.init.normal_(weight)  # zeros would hide a bias left out
+    return models.LoadedModel(causal, None, None, torch.device("cpu"), dtype, split=True)
+
+
+@torch.no_grad()
+def decoded(model: models.LoadedModel, *, samples: int, steps: int = 5) -> tuple[Decoder, torch.Tensor]:
+    """Return a decoder, and the logits of each step, with a row dropped on the way."""
+    decoder, found = Decoder(model, [[5, 6, 7], [8], [9, 10]], samples, steps), []
+    for step in range(steps):
+        found.append(decoder.logits)
+        tokens = torch.arange(len(decoder.logits)) + 10 * step
+        if step == 2:
+            rows = torch.tensor([0, *range(2, len(tokens))])
+            decoder.keep(rows)
+            tokens = tokens[rows]
+        decoder.feed(tokens)
+    return decoder, torch.cat(found)
+
+
+def by_transformers(
+    model: models.LoadedModel, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> torch.Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "fits", lambda *_: False)
+        return decoded(model, **options)[1]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("name", FITTING)
+def test_padded_rows_get_the_logits_of_transformers(
+    name: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(FITTING[name])
+    decoder, found = decoded(model, samples=samples)
+    assert decoder._steps is not None
+    torch.testing.assert_close(
+        found, by_transformers(model, monkeypatch, samples=samples), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_in_bfloat16_they_agree_to_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(FITTING["llama"], torch.bfloat16)
+    decoder, found = decoded(model, samples=2)
+    assert decoder._steps is not None
+    expected = by_transformers(model, monkeypatch, samples=2)
+    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_are_left_to_transformers(name: str) -> None:
+    assert decoded(loaded(OTHERS[name]), samples=1)[0]._steps is None
+
+
+def test_a_body_that_says_something_else_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(FITTING["llama"])
+    forward = type(model.causal.model.norm).forward
+    calls = itertools.count()
+    monkeypatch.setattr(  # its norms differ from call to call: no two ways agree
+        type(model.causal.model.norm), "forward", lambda self, x: forward(self, x) * (1 + next(calls))
+    )
+    assert decoded(model, samples=1)[0]._steps is None
+
+
+def test_a_body_without_the_parts_that_are_asked_for_is_left_to_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without(self: llama.Steps, body: Any, *rest: Any) -> torch.Tensor:
+        return body.embedding(*rest)  # as it may be called in another version
+
+    monkeypatch.setattr(llama.Steps, "__call__", without)
+    assert decoded(loaded(FITTING["llama"]), samples=1)[0]._steps is None
+
+
+def test_a_model_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(llama, "_says_the_same", lambda model: bool(tried.append(model)))
+    model = loaded(FITTING["llama"])
+    decoded(model, samples=1), decoded(model, samples=1)
+    assert len(tried) == 1
+
+
+def test_the_built_in_models_take_the_steps() -> None:
+    for ref in models.BUILTINS:
+        model = Engine(
+            tn.TrainingConfig(model_ref=ref, lora_config=tn.LoRAConfig(rank=2), device="cpu")
+        ).model
+        with torch.no_grad():
+            assert Decoder(model, [[3, 4]], 1, 1)._steps is not None
