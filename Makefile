@@ -9,7 +9,11 @@ TRL := .venv-trl
 TRL_VERSION := 1.16.0
 TRL_READY := $(TRL)/.ready-$(TRL_VERSION)
 
-.PHONY: demo lab models test test-browser chromium pictures soak trl-parity lint fix bench bench-real docs clean
+LLAMA := .venv-llama
+LLAMA_VERSION := 0.3.36
+LLAMA_READY := $(LLAMA)/.ready-$(LLAMA_VERSION)
+
+.PHONY: demo lab models test test-browser chromium pictures soak trl-parity lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -24,6 +28,11 @@ $(TRL_READY): $(READY)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(TRL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
 	$(TRL)/bin/python -m pip install -qq --constraint constraints.txt trl==$(TRL_VERSION)
+	touch $@
+
+$(LLAMA_READY):
+	$(PYTHON) -m venv --clear $(LLAMA)
+	$(LLAMA)/bin/python -m pip install -qq llama-cpp-python==$(LLAMA_VERSION)
 	touch $@
 
 demo: $(READY)  ## train the built-in model on real text; leaves build/demo.html
@@ -77,8 +86,10 @@ bench: $(TRL_READY)  ## ratios against named peers, measured in one run; writes 
 bench-real: $(READY)  ## the same with SmolLM2 (`make models`); writes build/bench-real.json
 	$(BIN)/python -m bench --real
 
+llama-cpp: $(LLAMA_READY)  ## build llama.cpp, a peer of bench-real; some ten minutes, with a C++ compiler
+
 docs: $(READY)  ## the pages and the API reference; leaves build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL)
+	rm -rf build $(VENV) $(TRL) $(LLAMA)

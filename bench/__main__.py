@@ -9,12 +9,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 
 from bench import report
-from bench.harness import Row, Skipped
+from bench.harness import ROOT, Row, Skipped
 
-ROOT = Path(__file__).parent.parent
 README, JSON = ROOT / "README.md", ROOT / "build" / "bench.json"
 ROWS = {
     "import": "startup:package",
@@ -56,6 +54,7 @@ REAL = {
     "real-token-ce-memory": "real:token_ce_memory",
     "real-sampling": "real:sampling",
     "real-sampling-one-row": "real:sampling_one_row",
+    "real-sampling-llama-cpp": "real:sampling_llama_cpp",
     "real-memory": "real:step_memory",
 }
 ALL = ROWS | REAL
@@ -67,22 +66,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         names = select(chosen.rows or (list(REAL) if chosen.real else []))
         if chosen.readme:
-            check_readme(names)
+            check_readme(names, real=chosen.real)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory(prefix="tensafe-bench-") as home:
         settle(chosen.threads, home)
         about = report.facts(chosen.threads)
         print(report.machine_line(about))
-        found = {name: measured(name) for name in names}
-    rows = {name: row for name, row in found.items() if row is not None}
-    written = JSON.with_name("bench-real.json") if chosen.real else JSON
+        rows = {name: measured(name) for name in names}
+    command = report.REAL if chosen.real else report.BENCH
+    written = JSON.with_name(f"{command}.json")
     written.parent.mkdir(exist_ok=True)
     written.write_text(report.as_json(about, rows), encoding="utf-8")
     print(f"\nwritten: {written.relative_to(ROOT)}")
     if chosen.readme:
         page = README.read_text(encoding="utf-8")
-        README.write_text(report.between_markers(page, report.table(about, rows)), encoding="utf-8")
+        table = report.table(about, rows, command)
+        README.write_text(report.between_markers(page, table, command=command), encoding="utf-8")
         print(f"updated: {README.relative_to(ROOT)}")
 
 
@@ -106,11 +106,12 @@ def select(wanted: Sequence[str]) -> list[str]:
     return [row for row in ALL if row in chosen] if wanted else list(ROWS)
 
 
-def check_readme(names: Sequence[str]) -> None:
-    """Refuse, before two minutes are spent, what could not be written in the end."""
-    if list(names) != list(ROWS):
+def check_readme(names: Sequence[str], *, real: bool) -> None:
+    """Refuse, before minutes are spent, what could not be written in the end."""
+    if list(names) != list(REAL if real else ROWS):
         raise ValueError("--readme writes the whole table, of one run: give no names with it")
-    report.check_markers(README.read_text(encoding="utf-8"), README.name)
+    command = report.REAL if real else report.BENCH
+    report.check_markers(README.read_text(encoding="utf-8"), README.name, command)
 
 
 def settle(threads: int, home: str) -> None:
@@ -125,8 +126,8 @@ def settle(threads: int, home: str) -> None:
     torch.set_num_threads(threads)
 
 
-def measured(name: str) -> Row | None:
-    """Measure a row and show it; None, and why, where what it needs is not here."""
+def measured(name: str) -> Row | Skipped:
+    """Measure a row and show it, or why it was not measured."""
     module, _, function = ALL[name].partition(":")
     measure: Callable[[], Row] = getattr(import_module(f"bench.{module}"), function)
     started = time.perf_counter()
@@ -134,7 +135,7 @@ def measured(name: str) -> Row | None:
         row = measure()
     except Skipped as why:
         print(f"\n{name:17} skipped: {why}", flush=True)
-        return None
+        return why
     print(f"\n{report.lines(name, row)}   [{time.perf_counter() - started:.0f} s]", flush=True)
     return row
 

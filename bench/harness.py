@@ -4,16 +4,21 @@ A machine that others use too is faster at one moment and slower at the next. Tw
 the other see much the same machine, so the median of their ratios is worth more than the ratio of two medians.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
 
+ROOT = Path(__file__).parent.parent
 Action = Callable[[], object]
+Turn = Callable[[], tuple[float, float]]  # does the work, and says how many seconds and CPU seconds it took
 FASTER = "peer ÷ ours"  # ratio of speeds: above 1, ours is the faster one
 LARGER = "ours ÷ peer"  # above 1, ours takes more
 
@@ -129,6 +134,11 @@ def stopwatch(action: Action) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - cpu_started
 
 
+def as_it_says(turn: Turn) -> tuple[float, float]:
+    """Take a turn that watches its own time: the `watch` of sides whose CPU time is another process's."""
+    return turn()
+
+
 def paired(
     ours: Action,
     peer: Action,
@@ -136,7 +146,7 @@ def paired(
     seconds: float,
     at_least: int = 4,
     warmup: int = 2,
-    watch: Callable[[Action], tuple[float, float]] = stopwatch,
+    watch: Callable[[Any], tuple[float, float]] = stopwatch,
 ) -> Taken:
     """Run ours and the peer's in turns; each goes first in every other pair.
 
@@ -165,3 +175,31 @@ def fresh_process(code: str) -> Any:
     if done.returncode:
         raise RuntimeError(f"a measurement in a fresh process failed:\n{code}\n{done.stderr}")
     return json.loads(done.stdout)
+
+
+@contextlib.contextmanager
+def beside(*command: str | Path) -> Iterator[Callable[[object], Any]]:
+    """Start a program that answers each line of JSON with one, and rests between; give the function that asks it."""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process,
+    ):
+        assert process.stdin and process.stdout
+
+        def ask(question: object) -> Any:
+            with contextlib.suppress(BrokenPipeError):  # it has died: it says why
+                print(json.dumps(question), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            if not line:
+                errors.seek(0)
+                raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{errors.read()}")
+            return json.loads(line)
+
+        yield ask

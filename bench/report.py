@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Row
+from bench.harness import Row, Skipped
 
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+BENCH, REAL = "bench", "bench-real"  # a table's command, which names its place in the page too
 COLUMNS = ("row", "measured", "against", "precision, sizes", "ours", "peer", "ratio", "target")
 Facts = Mapping[str, Any]
 
@@ -111,9 +111,11 @@ def _spread(row: Row) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def as_json(about: Facts, rows: Mapping[str, Row]) -> str:
-    measured = {name: _plain(row) for name, row in rows.items()}
-    return json.dumps({"machine": about, "rows": measured}, indent=1, ensure_ascii=False) + "\n"
+def as_json(about: Facts, rows: Mapping[str, Row | Skipped]) -> str:
+    measured = {name: _plain(row) for name, row in rows.items() if isinstance(row, Row)}
+    skipped = {name: str(why) for name, why in rows.items() if isinstance(why, Skipped)}
+    found = {"machine": about, "rows": measured, "skipped": skipped}
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -127,17 +129,19 @@ def _plain(row: Row) -> dict[str, Any]:
     }
 
 
-def table(about: Facts, rows: Mapping[str, Row]) -> str:
+def table(about: Facts, rows: Mapping[str, Row | Skipped], command: str = BENCH) -> str:
     """Return the rows as a Markdown table, with the command and the machine under it."""
     cells = [COLUMNS, ("---",) * len(COLUMNS), *(_cells(name, row) for name, row in rows.items())]
     body = "\n".join(f"| {' | '.join(line)} |" for line in cells)
     return (
-        f"{body}\n\n`make bench`: ours and the peer in turns in one run, medians, and the median of the paired ratios "
-        f"(in CPU time in brackets). {machine_line(about)}."
+        f"{body}\n\n`make {command}`: ours and the peer in turns in one run, medians, and the median of the paired "
+        f"ratios (in CPU time in brackets). {machine_line(about)}."
     )
 
 
-def _cells(name: str, row: Row) -> tuple[str, ...]:
+def _cells(name: str, row: Row | Skipped) -> tuple[str, ...]:
+    if isinstance(row, Skipped):
+        return (name, f"not measured: {row}", *["–"] * (len(COLUMNS) - 2))
     theirs = "–" if row.theirs is None else amount(row.theirs, row.unit)
     cpu = "" if row.cpu_ratio is None else f" [{row.cpu_ratio:.3g}]"
     ratio = "–" if row.ratio is None else f"{row.ratio:.3g}{cpu}, {row.compares}"
@@ -153,22 +157,29 @@ def _cells(name: str, row: Row) -> tuple[str, ...]:
     )
 
 
-def check_markers(text: str, where: str) -> None:
+def markers(command: str = BENCH) -> tuple[str, str]:
+    """Return the lines between which the table of a command stands."""
+    return f"<!-- {command} -->", f"<!-- /{command} -->"
+
+
+def check_markers(text: str, where: str, command: str = BENCH) -> None:
     """Refuse a page that has no place for the table.
 
     Raises:
         ValueError: Not exactly one pair of markers, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    begin, end = markers(command)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(
-            f"{where} has no place for the table: write the lines {BEGIN} and {END}, once each and in this order, "
+            f"{where} has no place for the table: write the lines {begin} and {end}, once each and in this order, "
             f"where it belongs."
         )
 
 
-def between_markers(text: str, content: str, where: str = "README.md") -> str:
+def between_markers(text: str, content: str, where: str = "README.md", command: str = BENCH) -> str:
     """Return the text with `content` in place of what stands between the two markers."""
-    check_markers(text, where)
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+    check_markers(text, where, command)
+    begin, end = markers(command)
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    return f"{before}{begin}\n{content}\n{end}{after}"

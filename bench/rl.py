@@ -1,23 +1,18 @@
 """An update of reinforcement learning, reward included, against TRL's; and what of a step is none of its parts."""
 
 import contextlib
-import json
-import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from operator import add
-from pathlib import Path
 
 import tensafe_nb as tn
 from bench import trl_peer, workload
-from bench.harness import LARGER, Row, Taken, Target, paired, stopwatch
+from bench.harness import LARGER, ROOT, Row, Taken, Target, Turn, as_it_says, beside, paired, stopwatch
 from tensafe_nb.datasets import sums
 from tensafe_nb.events import Event, Metrics, OperationFinished, RunState, RunStep
 from tensafe_nb.rlvr import PPO, RLVRTrainer
 
-ROOT = Path(__file__).parent.parent
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 LOADS = 3  # where its weights happen to lie in memory makes a model faster or slower: load it anew
 UPDATES = 5  # in a row, before the other side has its turn
@@ -26,7 +21,6 @@ SIZES = (
     f"builtin:sums LoRA r{workload.RANK}, {trl_peer.PROMPTS} prompts × {trl_peer.GROUP} completions × "
     f"{trl_peer.TOKENS} tokens"
 )
-Turn = Callable[[], tuple[float, float]]  # some updates; seconds and CPU seconds of each
 
 
 def update() -> Row:
@@ -49,8 +43,8 @@ def _pairs(seconds: float) -> Taken:
     with _ours() as ours:
         if not TRL_PYTHON.exists():
             return Taken([ours()[0] for _ in range(5)][2:])
-        with _trl() as trl:
-            return paired(ours, trl, seconds=seconds, watch=_as_it_says)
+        with beside(TRL_PYTHON, "-m", trl_peer.__name__) as trl:
+            return paired(ours, lambda: _each(trl(UPDATES)), seconds=seconds, watch=as_it_says)
 
 
 def overhead() -> Row:
@@ -96,10 +90,6 @@ def _left_over(events: Iterable[Event], seconds_of: Callable[[Event], float]) ->
 
 def _timed(event: Event, part: str) -> float:
     return event.values.get(part, 0.0) if isinstance(event, Metrics) else 0.0
-
-
-def _as_it_says(turn: Turn) -> tuple[float, float]:
-    return turn()
 
 
 def _trainer(service: tn.ServiceClient) -> RLVRTrainer:
@@ -153,33 +143,6 @@ def _ours() -> Iterator[Turn]:
         yield lambda: _each(stopwatch(go_on))
         run.stop()
         run.result()
-
-
-@contextlib.contextmanager
-def _trl() -> Iterator[Turn]:
-    """Start TRL's side in its own environment, where it rests between turns."""
-    with tempfile.TemporaryFile("w+") as errors:
-        command = [str(TRL_PYTHON), "-m", trl_peer.__name__]
-        process = subprocess.Popen(
-            command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
-        )
-        assert process.stdin and process.stdout
-
-        def turn() -> tuple[float, float]:
-            with contextlib.suppress(BrokenPipeError):  # it has died: it says why
-                print(UPDATES, file=process.stdin, flush=True)
-            line = process.stdout.readline()
-            if not line:
-                errors.seek(0)
-                raise RuntimeError(f"TRL's side failed:\n{errors.read()}")
-            return _each(json.loads(line))
-
-        try:
-            yield turn
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            process.wait()
 
 
 def _each(times: Sequence[float]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """A model with its adapter added into copies of the weights, while it samples: a third of the calls to multiply.
 
-The adapted layers are put aside and come back as they were: nothing is ever added to, or rounded in, a trained tensor.
+For a single row, wide copies lie column by column: a CPU multiplies one row by them in two thirds of the time. The
+adapted layers are put aside and come back as they were: nothing is ever added to, or rounded in, a trained tensor.
 Only in float32: rounded to bfloat16, W + BA would lose most of a small BA, and what samples would not be what trains.
 """
 
@@ -29,12 +30,15 @@ def merged(model: LoadedModel, new_tokens: int, rows: int) -> Iterator[None]:
         rows: Of how many completions, together.
     """
     layers = _adapted(model) if new_tokens >= PAYS_FROM_TOKENS else {}
+    by_column = rows == 1 and model.device.type == "cpu"
+    if layers and by_column:
+        layers |= _head(model)
     if not _pays(model, layers):
         yield
         return
     try:
         for name, layer in layers.items():
-            _put(model.causal, name, _sum_of(layer, by_column=rows == 1))
+            _put(model.causal, name, _copy_of(layer, by_column=by_column))
         yield
     finally:
         for name, layer in layers.items():
@@ -49,31 +53,44 @@ def _adapted(model: LoadedModel) -> dict[str, Any]:
 
     layers = {name: m for name, m in model.causal.named_modules() if isinstance(m, LoraLayer)}
     plain = all(isinstance(m, Linear) and type(m.get_base_layer()) is nn.Linear for m in layers.values())
-    active = all(m.active_adapters == ["default"] and not m.disable_adapters for m in layers.values())
+    active = all(
+        m.active_adapters == ["default"] and not (m.disable_adapters or m.lora_variant)
+        for m in layers.values()
+    )
     return layers if plain and active else {}
 
 
+def _head(model: LoadedModel) -> dict[str, Any]:
+    """Return the head by its name where it is a plain layer, adapted or not."""
+    head: Any = model.head
+    return {name: m for name, m in model.causal.named_modules() if m is head and type(m) is nn.Linear}
+
+
 def _pays(model: LoadedModel, layers: dict[str, Any]) -> bool:
-    weights = [layer.get_base_layer().weight for layer in layers.values()]
+    weights = [_base_of(layer).weight for layer in layers.values()]
     if sum(weight.numel() for weight in weights) < PAYS_FROM_NUMBERS:
         return False
     there = memory.available(model.device)
     return there is not None and memory.size_of(weights) <= SHARE * there
 
 
-def _sum_of(layer: Any, *, by_column: bool) -> nn.Linear:
-    """Return W + BA as a layer of its own, sharing nothing but the bias.
+def _copy_of(layer: Any, *, by_column: bool) -> nn.Linear:
+    """Return W + s BA, or W of a layer without adapter, as a layer of its own, sharing nothing but the bias."""
+    base = _base_of(layer)
+    copy = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    wide = by_column and base.out_features > base.in_features
+    weight = base.weight.detach()
+    weight = weight.T.clone(memory_format=torch.contiguous_format).T if wide else weight.clone()
+    if layer is not base:
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        weight.addmm_(b, a, alpha=layer.scaling["default"])
+    copy.weight = nn.Parameter(weight, requires_grad=False)
+    copy.bias = base.bias
+    return copy.eval()
 
-    A CPU multiplies a single row by a wide layer in two thirds of the time where the weights lie column by column.
-    """
-    base = layer.get_base_layer()
-    summed = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    weight = layer.get_delta_weight("default").add_(base.weight)
-    if by_column and base.out_features > base.in_features:
-        weight = weight.T.contiguous().T
-    summed.weight = nn.Parameter(weight, requires_grad=False)
-    summed.bias = base.bias
-    return summed.eval()
+
+def _base_of(layer: Any) -> Any:
+    return layer if type(layer) is nn.Linear else layer.get_base_layer()
 
 
 def _put(causal: nn.Module, name: str, layer: nn.Module) -> None:

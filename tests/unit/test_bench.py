@@ -1,13 +1,29 @@
 """The arithmetic of the benchmark table; the measurements themselves are `make bench`."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 import bench.__main__ as command
 from bench import report
-from bench.harness import FASTER, LARGER, Row, Taken, Target, fresh_process, p99, paired, stopwatch
+from bench.harness import (
+    FASTER,
+    LARGER,
+    Row,
+    Skipped,
+    Taken,
+    Target,
+    as_it_says,
+    beside,
+    fresh_process,
+    p99,
+    paired,
+    stopwatch,
+)
+
+BEGIN, END = report.markers()
 
 MACHINE = {
     "cpu_count": 2,
@@ -117,6 +133,35 @@ def test_the_table_has_one_line_for_each_row_and_names_the_command_and_the_machi
     assert "`make bench`" in table and "2 CPU cores (a CPU" in table and "2026-01-31" in table
 
 
+def test_a_row_that_was_not_measured_says_why_in_table_and_json() -> None:
+    rows = {"real-training": Skipped("no model")}
+    assert "| real-training | not measured: no model | – | – | – | – | – | – |" in report.table(MACHINE, rows)
+    assert json.loads(report.as_json(MACHINE, rows))["skipped"] == {"real-training": "no model"}
+
+
+def test_the_table_of_the_real_model_has_its_own_place_and_names_its_own_command() -> None:
+    begin, end = report.markers(report.REAL)
+    page = f"{BEGIN}\nold\n{END}\n{begin}\nold\n{end}\n"
+    found = report.between_markers(page, report.table(MACHINE, {}, report.REAL), command=report.REAL)
+    assert found.startswith(f"{BEGIN}\nold\n{END}\n{begin}\n| row |")
+    assert "`make bench-real`" in found
+
+
+def test_a_program_beside_answers_line_by_line_and_says_why_it_died() -> None:
+    double = (
+        "import json, sys\nfor line in sys.stdin: print(json.dumps([2 * json.loads(line), 1]), flush=True)"
+    )
+    with beside(sys.executable, "-c", double) as ask:
+        assert [ask(1), ask(2)] == [[2, 1], [4, 1]]
+        taken = paired(lambda: (1.0, 0.5), lambda: tuple(ask(1)), seconds=0, watch=as_it_says)
+    assert (taken.peer[0], taken.cpu.peer[0]) == (2, 1)
+    with (
+        pytest.raises(RuntimeError, match="no such peer"),
+        beside(sys.executable, "-c", "raise SystemExit('no such peer')") as ask,
+    ):
+        ask(1)
+
+
 def test_the_json_holds_what_the_table_holds() -> None:
     rows = {"training": row(Taken([0.1], [0.05]), target=Target("≥", 0.97))}
     found = json.loads(report.as_json(MACHINE, rows))
@@ -125,15 +170,13 @@ def test_the_json_holds_what_the_table_holds() -> None:
 
 
 def test_the_table_replaces_what_stands_between_the_markers_and_nothing_else() -> None:
-    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    page = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     once = report.between_markers(page, "new")
-    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert once == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
     assert report.between_markers(once, "new") == once
 
 
-@pytest.mark.parametrize(
-    "page", ["", report.BEGIN, report.END, report.END + report.BEGIN, (report.BEGIN + report.END) * 2]
-)
+@pytest.mark.parametrize("page", ["", BEGIN, END, END + BEGIN, (BEGIN + END) * 2])
 def test_a_page_without_its_one_pair_of_markers_is_refused(page: str) -> None:
     with pytest.raises(
         ValueError, match=r"README\.md has no place for the table: write the lines <!-- bench -->"
@@ -153,7 +196,7 @@ def test_a_row_whose_model_is_missing_is_skipped_with_the_way_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TENSAFE_SMOLLM2", "/nowhere")
-    assert command.measured("real-training") is None
+    assert isinstance(command.measured("real-training"), Skipped)
     assert "real-training     skipped: SmolLM2 is not here: run `make models`" in capsys.readouterr().out
 
 

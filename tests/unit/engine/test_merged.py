@@ -124,4 +124,6 @@ def test_for_a_single_row_wide_layers_lie_column_by_column_and_say_the_same(engi
         layer = engine.model.causal.model.layers[0]
         assert layer.mlp.up_proj.weight.T.is_contiguous()
         assert layer.mlp.down_proj.weight.is_contiguous()  # narrower than its input
+        assert engine.model.head.weight.T.is_contiguous()
         assert torch.allclose(layer.mlp.up_proj(hidden), expected, atol=1e-5)
+    assert engine.model.head.weight is engine.model.causal.get_input_embeddings().weight
