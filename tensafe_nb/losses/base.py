@@ -234,7 +234,8 @@ def register_loss(
         extras: Batch entries it needs besides; None accepts any.
         optional_extras: Batch entries it uses when they are there.
         per_row: It takes the keyword `per_row`; when that is True it returns one value per row (B,), the row's own
-            mean. Differential privacy clips row by row, and is much quicker with it than one row at a time.
+            mean. Differential privacy clips row by row, and is much quicker with it than one row at a time. The
+            engine may compute such a loss on any rows of a batch together: those of like length.
 
     Raises:
         ValidationError: The name is taken by a different function.

@@ -1,0 +1,93 @@
+"""Where the time of a real model goes, by torch's profiler: `python -m scripts.costs FOLDER_OR_GGUF`.
+
+A step of LoRA training (4 × 128 tokens, every position labelled) and decoding (16 rows), in float32 on one thread.
+Prints CPU milliseconds and shares of kinds of work, so that the next thing to make quicker can be seen.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import tensafe_nb as tn
+from tensafe_nb.engine.decoding import Decoder
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.merged import merged
+from tensafe_nb.losses import resolve_loss
+
+ROWS, TOKENS = 4, 128
+DECODED, PROMPT, NEW_TOKENS = 16, 8, 64
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m scripts.costs", description=__doc__)
+    parser.add_argument("model_ref", help="a folder in transformers' format, or a GGUF file")
+    model_ref = parser.parse_args().model_ref
+    torch.set_num_threads(1)
+    lora = tn.LoRAConfig(rank=16, alpha=32)
+    engine = Engine(tn.TrainingConfig(model_ref=model_ref, lora_config=lora, dtype="float32", device="cpu"))
+    _show(f"a training step, {ROWS}×{TOKENS} tokens", _profiled(engine, _step(engine), 3))
+    with torch.no_grad(), merged(engine.model, NEW_TOKENS, DECODED):
+        prompts = np.random.default_rng(0).integers(3, engine.model.vocab_size, (DECODED, PROMPT)).tolist()
+        decoder = Decoder(engine.model, prompts, 1, NEW_TOKENS)
+        token = _profiled(engine, lambda: decoder.feed(decoder.logits.argmax(-1)), 20)
+    _show(f"a token of {DECODED} rows, adapter merged, without the draw", token)
+
+
+def _step(engine: Engine) -> Callable[[], None]:
+    ids = np.random.default_rng(0).integers(3, engine.model.vocab_size, (ROWS, TOKENS))
+    batch, loss = tn.BatchData(ids, labels=ids), resolve_loss("token_ce")
+
+    def step() -> None:
+        engine.forward_backward(batch, loss)
+        engine.optim_step()
+
+    return step
+
+
+def _profiled(engine: Engine, action: Callable[[], Any], times: int) -> dict[str, float]:
+    """Return the milliseconds of each kind of work in one of several repetitions."""
+    action()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as taken:
+        for _ in range(times):
+            action()
+    found: dict[str, float] = defaultdict(float)
+    for event in taken.key_averages(group_by_input_shape=True):
+        kind = _kind(event.key, str(event.input_shapes), _head_sizes(engine))
+        found[kind] += event.self_cpu_time_total / 1e3 / times
+    return found
+
+
+def _head_sizes(engine: Engine) -> tuple[str, ...]:
+    from tensafe_nb.engine.decoding import BLOCK
+
+    vocabulary = engine.model.vocab_size
+    return f"{vocabulary}", f"[{vocabulary // BLOCK}, "  # whole, or block by block
+
+
+def _kind(name: str, shapes: str, head: tuple[str, ...]) -> str:
+    if name in PRODUCTS:
+        return (
+            "matrix products of the head" if any(size in shapes for size in head) else "those of the layers"
+        )
+    if "scaled_dot_product" in name:
+        return "attention"
+    if head[0] in shapes:
+        return "what else is as large as the vocabulary"
+    return "everything else: norms, positions, activations, Python"
+
+
+def _show(title: str, costs: Mapping[str, float]) -> None:
+    total = sum(costs.values())
+    print(f"\n{title}: {total:.0f} ms of CPU time")
+    for kind, cost in sorted(costs.items(), key=lambda item: -item[1]):
+        print(f"  {cost:7.1f} ms  {cost / total:4.0%}  {kind}")
+
+
+if __name__ == "__main__":
+    main()
