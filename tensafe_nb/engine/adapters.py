@@ -5,6 +5,7 @@ update, the sum) and, in bfloat16, convert its input to float32 and back. Here t
 matrix product itself, in both directions. PEFT makes the layers, saves and loads them: only `forward` is ours.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +16,27 @@ from torch.autograd.function import once_differentiable
 
 
 class FusedLinear(lora.Linear):  # type: ignore[misc]
-    """PEFT's adapted `nn.Linear`; what is not the plain case of one adapter without dropout is left to PEFT."""
+    """PEFT's adapted `nn.Linear`; what is not the plain case of one adapter without dropout is left to PEFT.
+
+    Attributes:
+        sink: Takes (parameter, (rows, *shape) gradients of each row) in place of the parameter's gradient; None when
+            nobody asks for rows.
+        in_parts: Leave everything to PEFT's layer, whose parts somebody watches.
+    """
+
+    sink: Callable[[nn.Parameter, Tensor], None] | None = None
+    in_parts = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.active_adapters
-        if args or kwargs or self.disable_adapters or self.merged or len(names) != 1:
+        if args or kwargs or self.in_parts or self.disable_adapters or self.merged or len(names) != 1:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,), base = names, self.base_layer
         plain = type(base) is nn.Linear and not base.weight.requires_grad and not self.lora_variant
         if not plain or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
             return super().forward(x)  # type: ignore[no-any-return]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoRA.apply(x, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
+        return _LoRA.apply(x, base.weight, base.bias, a, b, self.scaling[name], self.sink)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LoRA(torch.autograd.Function):
@@ -34,14 +44,21 @@ class _LoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        sink: Callable[[Any, Tensor], None] | None,
     ) -> Tensor:
+        ctx.weight, ctx.scaling, ctx.sink, ctx.trained = weight, scaling, sink, (bias, a, b)
         kind = weight.dtype
         rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
         low = (rows @ a.T).mul_(scaling)
         y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
         ctx.save_for_backward(rows, low, a, b)
-        ctx.weight, ctx.scaling = weight, scaling
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -53,6 +70,19 @@ class _LoRA(torch.autograd.Function):
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
             to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], -1)
+        if ctx.sink is not None:
+            _hand_over(ctx, len(gradient), slopes, low_slopes, rows, low)
+            return to_x, *[None] * 6
         if ctx.needs_input_grad[2]:
             to_bias = slopes.sum(0)
-        return to_x, None, to_bias, low_slopes.T @ rows, slopes.T @ low, None
+        return to_x, None, to_bias, low_slopes.T @ rows, slopes.T @ low, None, None
+
+
+def _hand_over(ctx: Any, count: int, *flat: Tensor) -> None:
+    """Give the sink the gradients of bias, A and B of each of a batch's rows (Bu et al. 2022, arXiv:2210.00038)."""
+    slopes, low_slopes, rows, low = (tensor.view(count, -1, tensor.shape[-1]) for tensor in flat)  # (B, T, …)
+    bias, a, b = ctx.trained
+    if bias is not None and bias.requires_grad:
+        ctx.sink(bias, slopes.sum(1, dtype=torch.float32))
+    ctx.sink(a, torch.bmm(low_slopes.transpose(1, 2), rows).float())
+    ctx.sink(b, torch.bmm(slopes.transpose(1, 2), low).float())

@@ -104,7 +104,7 @@ def load(config: TrainingConfig) -> LoadedModel:
     dtype = _dtype(config, device)
     frozen = config.lora_config is not None
     causal = causal.to(device=device, dtype=dtype if frozen else torch.float32)
-    peft = _add_adapter(causal, config) if config.lora_config else None
+    peft = _add_adapter(causal, config.lora_config, config.seed) if config.lora_config else None
     causal.eval()
     split = _head_of_body_is_the_model(causal, device, dtype)
     return LoadedModel(
@@ -251,11 +251,11 @@ def _cpu_multiplies_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _add_adapter(causal: Any, config: TrainingConfig) -> Any:
+def _add_adapter(causal: Any, lora: LoRAConfig, seed: int) -> Any:
     import peft
 
-    lora = config.lora_config
-    assert lora is not None
+    from tensafe_nb.engine.adapters import FusedLinear
+
     _check_adapter(causal, lora)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = peft.LoraConfig(
@@ -266,13 +266,10 @@ def _add_adapter(causal: Any, config: TrainingConfig) -> Any:
         bias=lora.bias,
         task_type="CAUSAL_LM",
     )
-    if config.dp_config is None or not config.dp_config.enabled:  # which watches the layers within PEFT's own
-        from tensafe_nb.engine.adapters import FusedLinear
-
-        settings._register_custom_module({nn.Linear: FusedLinear})
+    settings._register_custom_module({nn.Linear: FusedLinear})
     with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         adapted = peft.get_peft_model(causal, settings)
     _train_in_float32(causal)
     return adapted

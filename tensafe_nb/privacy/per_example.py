@@ -42,7 +42,7 @@ def way_for(model: nn.Module, parameters: Sequence[nn.Parameter]) -> PerExampleG
     trained = set(map(id, parameters))
     owners = [m for m in model.modules() if any(id(p) in trained for p in m.parameters(recurse=False))]
     if all(type(module) is nn.Linear for module in owners):
-        return LinearGradients(owners, parameters)  # type: ignore[arg-type]
+        return LinearGradients(model, owners, parameters)  # type: ignore[arg-type]
     if any(list(module.buffers(recurse=False)) for module in owners):
         return None  # Opacus refuses these
     return HookedGradients(model, owners, parameters)
@@ -51,14 +51,20 @@ def way_for(model: nn.Module, parameters: Sequence[nn.Parameter]) -> PerExampleG
 class LinearGradients:
     """For models whose trained parameters all belong to `nn.Linear` layers: LoRA, above all.
 
+    A module with a `sink`, such as the engine's LoRA layer, does it for the layers within it.
+
     Args:
+        model: The model.
         layers: The layers.
         parameters: Their trained parameters, in the order in which gradients are returned.
     """
 
     name = "book-keeping"
 
-    def __init__(self, layers: Sequence[nn.Linear], parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[nn.Linear], parameters: Sequence[nn.Parameter]
+    ) -> None:
+        self._fused = _with("sink", model)
         self._layers, self._parameters = layers, parameters
         self._seen: dict[int, Tensor] = {}
 
@@ -67,9 +73,13 @@ class LinearGradients:
         self._seen.clear()
         for layer in self._layers:
             layer.forward = _watched(layer, self._take)  # type: ignore[method-assign, assignment]
+        for module in self._fused:
+            module.sink = self._take
         try:
             yield
         finally:
+            for module in self._fused:
+                module.sink = None
             for layer in self._layers:
                 del layer.forward
 
@@ -82,6 +92,10 @@ class LinearGradients:
         if before is not None and before.shape != gradients.shape:
             raise PrivacyUnitError("A layer that is used twice saw different rows each time.")
         self._seen[id(parameter)] = gradients if before is None else before + gradients
+
+
+def _with(attribute: str, model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(type(module), attribute)]
 
 
 def _watched(layer: nn.Linear, sink: Sink) -> Callable[[Tensor], Tensor]:
@@ -132,6 +146,7 @@ class HookedGradients:
         self, model: nn.Module, owners: Sequence[nn.Module], parameters: Sequence[nn.Parameter]
     ) -> None:
         self._model, self._owners, self._parameters = model, owners, parameters
+        self._fused = _with("in_parts", model)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -141,12 +156,16 @@ class HookedGradients:
         before = [module.training for module in self._owners]
         for module in self._owners:  # the hooks look away from others; dropout is no owner
             module.training = True
+        for module in self._fused:
+            module.in_parts = True
         try:
             with warnings.catch_warnings():  # of hooks on embeddings, whose inputs are numbers of tokens
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 yield
         finally:
             hooks.remove_hooks()
+            for module in self._fused:
+                module.in_parts = False
             for module, training in zip(self._owners, before, strict=True):
                 module.training = training
                 module.__dict__.pop("activations", None)

@@ -100,15 +100,33 @@ def test_a_copy_computes_with_its_own_adapter() -> None:
     assert not torch.equal(model(inputs(2)), other(inputs(2)))
 
 
-def kinds(**settings: object) -> set[type]:
-    loaded = models.load(tn.TrainingConfig(lora_config=tn.LoRAConfig(rank=2), device="cpu", **settings))
-    return {type(m) for m in loaded.causal.modules() if isinstance(m, lora.LoraLayer)}
+def test_the_engine_fuses_its_adapters() -> None:
+    loaded = models.load(tn.TrainingConfig(lora_config=tn.LoRAConfig(rank=2), device="cpu"))
+    assert {type(m) for m in loaded.causal.modules() if isinstance(m, lora.LoraLayer)} == {FusedLinear}
 
 
-def test_the_engine_fuses_adapters_except_in_private_training_which_watches_the_parts() -> None:
-    assert kinds() == {FusedLinear}
-    private = tn.DPConfig(dataset_size=100, expected_batch_size=10)
-    assert kinds(dp_config=private) == {lora.Linear}
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_a_sink_gets_each_rows_gradient_in_place_of_their_sum(bias: str) -> None:
+    model, x, seen = adapted(fused=True, bias=bias).float(), inputs(4, 5).float(), {}
+    layer = model.base_model.model[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = [torch.autograd.grad(model(x[i : i + 1]).square().sum(), trained) for i in range(4)]
+    layer.sink = lambda parameter, gradients: seen.update({id(parameter): gradients})
+    model(x).square().sum().backward()
+    assert all(p.grad is None for p in trained)
+    for number, parameter in enumerate(trained):
+        rows = torch.stack([gradients[number] for gradients in expected])
+        torch.testing.assert_close(seen[id(parameter)], rows, rtol=1e-4, atol=1e-5)
+
+
+def test_in_parts_it_is_pefts_layer_whose_parts_can_be_watched() -> None:
+    model, called = adapted(fused=True), []
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].register_forward_hook(lambda *_: called.append(1))
+    model(inputs(2))
+    layer.in_parts = True
+    model(inputs(2))
+    assert called == [1]
 
 
 def test_an_exported_adapter_says_nothing_of_it(tmp_path: Path) -> None:
