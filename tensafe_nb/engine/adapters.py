@@ -75,7 +75,7 @@ class _LoRA(torch.autograd.Function):
             return to_x, *[None] * 6
         if ctx.needs_input_grad[2]:
             to_bias = slopes.sum(0)
-        return to_x, None, to_bias, low_slopes.T @ rows, slopes.T @ low, None, None
+        return to_x, None, to_bias, low_slopes.T @ rows, (low.T @ slopes).T, None, None
 
 
 def _hand_over(ctx: Any, count: int, *flat: Tensor) -> None:
@@ -85,4 +85,4 @@ def _hand_over(ctx: Any, count: int, *flat: Tensor) -> None:
     if bias is not None and bias.requires_grad:
         ctx.sink(bias, slopes.sum(1, dtype=torch.float32))
     ctx.sink(a, torch.bmm(low_slopes.transpose(1, 2), rows).float())
-    ctx.sink(b, torch.bmm(slopes.transpose(1, 2), low).float())
+    ctx.sink(b, torch.bmm(low.transpose(1, 2), slopes).transpose(1, 2).float())
