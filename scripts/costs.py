@@ -73,7 +73,9 @@ def _head_sizes(engine: Engine) -> tuple[str, ...]:
 def _kind(name: str, shapes: str, head: tuple[str, ...]) -> str:
     if name in PRODUCTS:
         return (
-            "matrix products of the head" if any(size in shapes for size in head) else "those of the layers"
+            "the head's matrix products"
+            if any(size in shapes for size in head)
+            else "the layers' matrix products"
         )
     if "scaled_dot_product" in name:
         return "attention"
