@@ -46,7 +46,7 @@ PROMPTS, NEW_TOKENS = 16, 64
 BATCHES, PAIRS, LONGEST = 3, 4, 192  # of docstrings: batches in a row, pairs of a batch, tokens of a pair
 SECONDS, AT_LEAST = 20, 5
 NAME = f"SmolLM2-135M-Instruct LoRA r{RANK}"
-SAMPLING = "sampling with the adapter attached, through the client"
+SAMPLING = "sampling with the adapter attached, through the client; logprobs come with it"
 STEP = "forward_backward + optim_step through the client"
 
 
@@ -69,10 +69,7 @@ def all_labelled() -> Row:
 
 def in_bf16() -> Row:
     """Issue 9: at least 1.7 times the speed of fp32, on a processor that is made for it."""
-    if (
-        models._dtype(tn.TrainingConfig(model_ref=folder(), dtype="auto"), torch.device("cpu"))
-        is torch.float32
-    ):
+    if not models.multiplies_bf16(torch.device("cpu")):
         raise Skipped("this processor does not multiply matrices in bf16; `dtype='auto'` takes fp32 here")
     batch = _full()
     with _client("bfloat16") as half, _client("float32") as single:
@@ -163,10 +160,10 @@ def sampling_llama_cpp() -> Row:
             watch=as_it_says,
         )
     return Row(
-        what=f"{SAMPLING}; logprobs come with it",
+        what=SAMPLING,
         peer="llama.cpp (`llama-cpp-python`) on the same GGUF file, without adapter",
         precision="fp32; Q4_1",
-        sizes=f"{NAME}, 1 prompt(s) of 8 tokens × {NEW_TOKENS} new tokens",
+        sizes=_sampled(1),
         taken=taken,
         target=Target("≥", 0.3),
     )
@@ -191,10 +188,10 @@ def _sampling(rows: int, target: Target | None) -> Row:
             lambda: tc.sample(prompts, settings).result(), generate, seconds=SECONDS, at_least=3, warmup=1
         )
     return Row(
-        what=f"{SAMPLING}; logprobs come with it",
+        what=SAMPLING,
         peer="`peft_model.generate(do_sample=True, top_k=0)`",
         precision="fp32",
-        sizes=f"{NAME}, {rows} prompt(s) of 8 tokens × {NEW_TOKENS} new tokens",
+        sizes=_sampled(rows),
         taken=taken,
         target=target,
     )
@@ -202,6 +199,10 @@ def _sampling(rows: int, target: Target | None) -> Row:
 
 def _prompts(rows: int) -> list[list[int]]:
     return [[(7 * row + 11 * place) % 40_000 + 100 for place in range(8)] for row in range(rows)]
+
+
+def _sampled(rows: int) -> str:
+    return f"{NAME}, {rows} prompt(s) of 8 tokens × {NEW_TOKENS} new tokens"
 
 
 def _memory(what: str, peer: str, kind: str, sizes: str, limit: float) -> Row:

@@ -5,6 +5,7 @@ Prints CPU milliseconds and shares of kinds of work, so that the next thing to m
 """
 
 import argparse
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import tensafe_nb as tn
-from tensafe_nb.engine.decoding import Decoder
+from tensafe_nb.engine.decoding import BLOCK, LARGE, Decoder
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.merged import merged
 from tensafe_nb.losses import resolve_loss
@@ -32,6 +33,7 @@ def main() -> None:
     lora = tn.LoRAConfig(rank=16, alpha=32)
     engine = Engine(tn.TrainingConfig(model_ref=model_ref, lora_config=lora, dtype="float32", device="cpu"))
     _show(f"a training step, {ROWS}×{TOKENS} tokens", _profiled(engine, _step(engine), 3))
+    print(f"\na piece of two tokens takes the time of {_piece(engine):.0f} of many")
     with torch.no_grad(), merged(engine.model, NEW_TOKENS, DECODED):
         prompts = np.random.default_rng(0).integers(3, engine.model.vocab_size, (DECODED, PROMPT)).tolist()
         decoder = Decoder(engine.model, prompts, 1, NEW_TOKENS)
@@ -39,15 +41,35 @@ def main() -> None:
     _show(f"a token of {DECODED} rows, adapter merged, without the draw", token)
 
 
+def _piece(engine: Engine) -> float:
+    """Return how many tokens of a large batch take the time of a batch that has next to none."""
+    small, large = (_seconds(_forward_backward(engine, *shape)) for shape in ((1, 2), (ROWS, TOKENS)))
+    return small / (large / (ROWS * TOKENS))
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(5):
+        started = time.process_time()
+        action()
+        taken.append(time.process_time() - started)
+    return min(taken)
+
+
 def _step(engine: Engine) -> Callable[[], None]:
-    ids = np.random.default_rng(0).integers(3, engine.model.vocab_size, (ROWS, TOKENS))
-    batch, loss = tn.BatchData(ids, labels=ids), resolve_loss("token_ce")
+    forward_backward = _forward_backward(engine, ROWS, TOKENS)
 
     def step() -> None:
-        engine.forward_backward(batch, loss)
+        forward_backward()
         engine.optim_step()
 
     return step
+
+
+def _forward_backward(engine: Engine, rows: int, tokens: int) -> Callable[[], object]:
+    ids = np.random.default_rng(0).integers(3, engine.model.vocab_size, (rows, tokens))
+    batch, loss = tn.BatchData(ids, labels=ids), resolve_loss("token_ce")
+    return lambda: engine.forward_backward(batch, loss)
 
 
 def _profiled(engine: Engine, action: Callable[[], Any], times: int) -> dict[str, float]:
@@ -64,10 +86,9 @@ def _profiled(engine: Engine, action: Callable[[], Any], times: int) -> dict[str
 
 
 def _head_sizes(engine: Engine) -> tuple[str, ...]:
-    from tensafe_nb.engine.decoding import BLOCK
-
     vocabulary = engine.model.vocab_size
-    return f"{vocabulary}", f"[{vocabulary // BLOCK}, "  # whole, or block by block
+    blocks = (f"[{vocabulary // BLOCK}, ",) if vocabulary >= LARGE else ()
+    return f"{vocabulary}", *blocks  # whole, or block by block
 
 
 def _kind(name: str, shapes: str, head: tuple[str, ...]) -> str:

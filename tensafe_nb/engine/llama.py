@@ -95,7 +95,7 @@ def _says_the_same(model: LoadedModel) -> bool:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.causal.config)
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6]], device=model.device)
+    ids = torch.tensor([[1, 2, 3], [3, 2, 1]], device=model.device)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     body: Any = model.body

@@ -240,11 +240,13 @@ def _dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     if config.model_ref in BUILTINS:
         return torch.float32
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_multiplies_bf16(device)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
 
 
-def _cpu_multiplies_bf16(device: torch.device) -> bool:
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions to multiply matrices in bfloat16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False
     capabilities = torch.cpu.get_capabilities()

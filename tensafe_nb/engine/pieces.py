@@ -41,8 +41,8 @@ def by_length(mask: Array, most_tokens: int, overhead: int) -> list[Array]:
 def overhead_in_tokens(parameters: int, *, accelerator: bool) -> int:
     """Return how many tokens a model trains on in the time that a further piece takes by itself.
 
-    On CPUs: 26 for 135 million parameters, which have to be read once more, and 73 for 1.7 million, whose operations
-    have to be called once more. An accelerator hides a few thousand.
+    On CPUs, as `scripts.costs` measures it: some 26 for 135 million parameters, which have to be read once more, and
+    some 75 for 1.7 million, whose operations have to be called once more. For accelerators it is a guess.
     """
     return 4_096 if accelerator else 25 + math.ceil(80e6 / parameters)
 

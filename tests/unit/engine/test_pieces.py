@@ -94,7 +94,7 @@ def test_a_ragged_batch_computes_little_padding_and_gives_the_same_loss_and_grad
     assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_logprobs_and_values_come_back_at_their_own_rows(engine: Engine) -> None:
+def test_logprobs_come_back_at_their_own_rows(engine: Engine) -> None:
     batch = ragged()
     apart = np.concatenate(
         [np.pad(engine.compute_logprobs(part).logprobs, ((0, 0), (0, 60 - part.shape[1])))
