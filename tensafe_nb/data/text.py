@@ -1,28 +1,23 @@
 """Texts, completions, chats and pairs → batches: tokenised, prompts masked, padded, shuffled with a seed."""
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from tensafe_nb.batch import IGNORE, BatchData
+from tensafe_nb.data.labels import tokens_of
+from tensafe_nb.data.rows import EXPECTED, Row, read_rows, shortened
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.reprs import Facts, shown
-from tensafe_nb.types import Prompt
 
-Row: TypeAlias = str | Mapping[str, Any]
 POOL = 50  # batches over which rows of like length are brought together
 PREFERENCE = frozenset({"prompt", "chosen", "rejected"})
 VIEWS = frozenset({"anchor", "positive"})
-EXPECTED = (
-    "Expected 'text', 'prompt' and 'completion', or 'messages'; "
-    "of a pair, 'prompt', 'chosen' and 'rejected', or 'anchor' and 'positive'."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +33,6 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-
-def read_rows(source: str | Path | Iterable[Row]) -> list[Row]:
-    """Read rows from a .jsonl file, a list, any iterable, or a Hugging Face dataset.
-
-    Raises:
-        ValidationError: No such file, a line that is not JSON, or no row at all.
-    """
-    if isinstance(source, Mapping):
-        raise ValidationError("One row was given where rows are expected: put it in a list, [row].")
-    rows = _read_jsonl(Path(source)) if isinstance(source, str | Path) else list(source)
-    if not rows:
-        raise ValidationError(
-            f"There are no rows in {source if isinstance(source, str | Path) else 'the data'}."
-        )
-    return rows
 
 
 def encode(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Example:
@@ -72,15 +51,15 @@ def encode(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Exampl
         raise ValidationError(
             f"max_length={max_length} must be at least 2: one token to read, one to predict."
         )
-    tokens, learnt = _tokens(row, tokenizer)
+    tokens, learnt = tokens_of(row, tokenizer)
     tokens, learnt = tokens[:max_length], learnt[:max_length]
     labels = [token if wanted else IGNORE for token, wanted in zip(tokens[1:], learnt[1:], strict=True)] + [
         IGNORE
     ]
     if all(label == IGNORE for label in labels):
         raise ValidationError(
-            f"Nothing is left to learn of {_short(row)}: {len(tokens)} tokens at max_length={max_length}, none of them "
-            f"to be predicted. Raise max_length, or leave the row out."
+            f"Nothing is left to learn of {shortened(row)}: {len(tokens)} tokens at max_length={max_length}, none of "
+            f"them to be predicted. Raise max_length, or leave the row out."
         )
     return Example(tuple(tokens), tuple(labels), _target(row))
 
@@ -265,48 +244,6 @@ def padding_of(tokenizer: Any) -> int:
     return int(pad if pad is not None else tokenizer.eos_token_id or 0)
 
 
-def read_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """Tell one prompt from a list of prompts, and check each.
-
-    Raises:
-        ValidationError: No prompt, an empty one, or what is none.
-    """
-    if isinstance(prompts, str):
-        return (prompts,)
-    if isinstance(prompts, Mapping):
-        raise ValidationError("sample() was given one chat message: put it in a list, [message].")
-    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
-        raise ValidationError(
-            f"sample(): a prompt is a text, a list of messages or of token ids, not {type(prompts).__name__}."
-        )
-    given: list[Any] = list(prompts)
-    if not given:
-        raise ValidationError("sample() was given no prompt.")
-    if isinstance(given[0], Integral | Mapping):  # one prompt: token ids, or chat messages
-        given = [given]
-    return tuple(_one_prompt(prompt, index) for index, prompt in enumerate(given))
-
-
-def _one_prompt(prompt: Any, index: int) -> Prompt:
-    if isinstance(prompt, str):
-        return prompt
-    parts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, bytes | Mapping) else []
-    if all(isinstance(part, Integral) and not isinstance(part, bool) for part in parts) and parts:
-        return tuple(int(part) for part in parts)
-    if all(isinstance(part, Mapping) for part in parts) and parts:
-        for part in parts:
-            if not isinstance(part.get("role"), str) or not isinstance(part.get("content"), str):
-                raise ValidationError(
-                    f"Prompt {index}: a chat message has 'role' and 'content', both text: {part!r}."
-                )
-        return tuple(dict(part) for part in parts)
-    if isinstance(prompt, Sequence) and not parts:
-        raise ValidationError(f"Prompt {index} is empty: give at least one token.")
-    raise ValidationError(
-        f"Prompt {index} is {prompt!r}: a prompt is a text, a list of chat messages, or a list of token ids."
-    )
-
-
 def _members(row: Row) -> list[Row]:
     """Take a pair apart into its two rows; any other row is a group of one."""
     if isinstance(row, Mapping) and row.keys() >= PREFERENCE:
@@ -322,7 +259,7 @@ def _target(row: Row) -> tuple[float, ...]:
     numbers = row["target"] if isinstance(row["target"], Sequence | np.ndarray) else [row["target"]]
     if isinstance(numbers, str) or not all(isinstance(number, Real) for number in numbers):
         raise ValidationError(
-            f"The target of {_short(row)} is no list of numbers. It is what the loss 'mse' compares a row with; "
+            f"The target of {shortened(row)} is no list of numbers. It is what the loss 'mse' compares a row with; "
             f"give anything else another name."
         )
     return tuple(map(float, numbers))
@@ -337,78 +274,5 @@ def _target_width(examples: Sequence[Example]) -> int:
     return max(widths, default=0)
 
 
-def _tokens(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Return a row's tokens, and which of them are to be learnt."""
-    if isinstance(row, str):
-        row = {"text": row}
-    if "messages" in row:
-        return _chat_tokens(row["messages"], tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if "prompt" in row and "completion" in row:
-        prompt = list(tokenizer(row["prompt"])["input_ids"])
-        completion = list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + end
-        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-    if "text" in row:
-        tokens = list(tokenizer(row["text"])["input_ids"]) + end
-        return tokens, [True] * len(tokens)
-    raise ValidationError(f"A row with the keys {sorted(row)} cannot be read. {EXPECTED}")
-
-
-def _chat_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    if tokenizer.chat_template is None:
-        raise ValidationError(
-            "This model has no chat template: give rows with 'prompt' and 'completion' instead."
-        )
-    tokens: list[int] = []
-    learnt: list[bool] = []
-    for count, message in enumerate(messages, start=1):
-        if message["role"] != "assistant":
-            continue
-        opened = _template(tokenizer, messages[: count - 1], add_generation_prompt=True)
-        closed = _template(tokenizer, messages[:count])
-        if opened[: len(tokens)] != tokens or closed[: len(opened)] != opened:
-            raise ValidationError(
-                "This model's chat template rewrites earlier turns, so that the assistant's tokens cannot be told "
-                "apart. Give one row per assistant turn, as 'prompt' and 'completion'."
-            )
-        learnt += [False] * (len(opened) - len(tokens)) + [True] * (len(closed) - len(opened))
-        tokens = closed
-    return tokens, learnt
-
-
-def _template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template([dict(m) for m in messages], return_dict=False, **options))
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise ValidationError(
-            f"There is no file {str(path)!r} (looked in {Path.cwd()}). A text goes in a list: [text]."
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValidationError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-    lines = enumerate(text.split("\n"), start=1)  # JSON may hold every other line separator as it is
-    return [_read_line(path, number, line) for number, line in lines if line.strip()]
-
-
-def _read_line(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValidationError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-    if not isinstance(row, str | Mapping):
-        raise ValidationError(
-            f"{path}, line {number} is a {type(row).__name__}: one JSON object per line is expected."
-        )
-    return row
-
-
 def _chunks(rows: list[int], size: int) -> list[list[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _short(row: Row) -> str:
-    text = repr(row)
-    return text if len(text) <= 80 else f"{text[:80]}…"

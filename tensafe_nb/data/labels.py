@@ -1,0 +1,50 @@
+"""A row's tokens, and which of them are learnt: the completion of a prompt, the assistant's turns of a chat."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensafe_nb.data.rows import EXPECTED, Row
+from tensafe_nb.errors import ValidationError
+
+
+def tokens_of(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Return a row's tokens, and which of them are to be learnt."""
+    if isinstance(row, str):
+        row = {"text": row}
+    if "messages" in row:
+        return _chat_tokens(row["messages"], tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if "prompt" in row and "completion" in row:
+        prompt = list(tokenizer(row["prompt"])["input_ids"])
+        completion = list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + end
+        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    if "text" in row:
+        tokens = list(tokenizer(row["text"])["input_ids"]) + end
+        return tokens, [True] * len(tokens)
+    raise ValidationError(f"A row with the keys {sorted(row)} cannot be read. {EXPECTED}")
+
+
+def _chat_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    if tokenizer.chat_template is None:
+        raise ValidationError(
+            "This model has no chat template: give rows with 'prompt' and 'completion' instead."
+        )
+    tokens: list[int] = []
+    learnt: list[bool] = []
+    for count, message in enumerate(messages, start=1):
+        if message["role"] != "assistant":
+            continue
+        opened = _template(tokenizer, messages[: count - 1], add_generation_prompt=True)
+        closed = _template(tokenizer, messages[:count])
+        if opened[: len(tokens)] != tokens or closed[: len(opened)] != opened:
+            raise ValidationError(
+                "This model's chat template rewrites earlier turns, so that the assistant's tokens cannot be told "
+                "apart. Give one row per assistant turn, as 'prompt' and 'completion'."
+            )
+        learnt += [False] * (len(opened) - len(tokens)) + [True] * (len(closed) - len(opened))
+        tokens = closed
+    return tokens, learnt
+
+
+def _template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template([dict(m) for m in messages], return_dict=False, **options))
