@@ -5,6 +5,7 @@ from typing import Any
 
 from tensafe_nb.data.rows import EXPECTED, Row
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.types import Prompt
 
 
 def tokens_of(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -48,3 +49,29 @@ def _chat_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple
 
 def _template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> list[int]:
     return list(tokenizer.apply_chat_template([dict(m) for m in messages], return_dict=False, **options))
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return the token ids of a text, of chat messages (opened for the assistant's answer), or of ids.
+
+    A chat with tools is {"messages", "tools"}, as `data.read_prompts` makes it.
+    """
+    if isinstance(prompt, str):
+        try:
+            return list(tokenizer(prompt)["input_ids"])
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise ValidationError(
+                f"The model's tokenizer cannot read the prompt {prompt!r}: {error}."
+            ) from error
+    if isinstance(prompt, Mapping):
+        return _opened(tokenizer, prompt["messages"], prompt["tools"])
+    if prompt and isinstance(prompt[0], Mapping):
+        return _opened(tokenizer, prompt, None)
+    return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+
+def _opened(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ValidationError("This model has no chat template: give prompts as text instead of messages.")
+    given = None if tools is None else [dict(tool) for tool in tools]
+    return _template(tokenizer, messages, tools=given, add_generation_prompt=True)
