@@ -189,7 +189,7 @@ def _answered(row: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"{wrong!r} is {_kind(value)}: 'prompt' and {name!r} are both texts, or both lists of messages "
             f"({{'role', 'content'}}).{_as_text(wrong, value)}"
         )
-    before = [message | {"weight": 0} for message in messages_of(prompt, "'prompt'")]
+    before = [_not_learnt(message) for message in messages_of(prompt, "'prompt'")]
     return _chat_of(before + messages_of(answer, f"'{name}'"), row)
 
 
@@ -211,7 +211,7 @@ def _chats_compared(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]
             "'chosen' and 'rejected' do not differ: there is nothing to prefer. Leave it out."
         )
     return [
-        _chat_of([m | {"weight": 0} if at < shared else m for at, m in enumerate(messages)], row)
+        _chat_of([_not_learnt(m) if at < shared else m for at, m in enumerate(messages)], row)
         for messages in pair
     ]
 
@@ -266,6 +266,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Read, tuple[str, ...]], ...] = (
     (("instruction", "response"), _alpaca, ("context", "system")),
     (("text",), _text, ()),
 )
+COLUMNS = frozenset(name for columns, _, _ in LAYOUTS for name in columns)
 
 
 # chats
@@ -404,7 +405,11 @@ def _learnt_or_not(message: dict[str, Any], what: str) -> dict[str, Any]:
 def _learning_the_last(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a whole chat that answers a prompt, only the last turn of the assistant is the answer."""
     last = max((at for at, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-    return [m if at >= last else m | {"weight": 0} for at, m in enumerate(messages)]
+    return [m if at >= last else _not_learnt(m) for at, m in enumerate(messages)]
+
+
+def _not_learnt(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"weight": 0} if message["role"] == "assistant" else message
 
 
 def _chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
