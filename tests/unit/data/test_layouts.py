@@ -302,34 +302,7 @@ JUNK = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(
-                [
-                    "text",
-                    "prompt",
-                    "completion",
-                    "messages",
-                    "conversations",
-                    "role",
-                    "content",
-                    "from",
-                    "value",
-                    "type",
-                    "tools",
-                    "tool_calls",
-                    "chosen",
-                    "rejected",
-                    "anchor",
-                    "positive",
-                    "instruction",
-                    "output",
-                    "target",
-                    "weight",
-                    "train",
-                    "system",
-                    "input",
-                    "label",
-                ]
-            ),
+            st.sampled_from(KEYS),
             inner,
             max_size=4,
         )
