@@ -224,8 +224,7 @@ class Template:
             )
         self._tokenizer = tokenizer
         self._end = tokenizer.eos_token or ""
-        added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-        self._token = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+        self._token = token_pattern(tokenizer)
         self._known: dict[str, _Known] = {}
 
     def turn_end(self, options: Mapping[str, Any]) -> str:
@@ -249,22 +248,6 @@ class Template:
                 made.append(error)
         return made
 
-    def render(self, messages: Messages, options: Mapping[str, Any], *, opened: bool = False) -> str:
-        """Return a chat as a text, opened for the assistant's next answer or not.
-
-        Raises:
-            ValidationError: The template refuses it.
-        """
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opened, **options
-            )
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise _refused(error) from error
-        if not isinstance(text, str):
-            raise ValidationError(f"The model's chat template makes no text of this chat, but {text!r}.")
-        return text
-
     def _render_all(self, asked: Sequence[tuple[Messages, Mapping[str, Any]]]) -> list[str | ValidationError]:
         """Render many chats: those without tools and the like in one call."""
         plain = [number for number, (messages, options) in enumerate(asked) if messages and not options]
@@ -274,7 +257,7 @@ class Template:
         for number, (messages, options) in enumerate(asked):
             if number not in texts:
                 try:
-                    texts[number] = self.render(messages, options)
+                    texts[number] = render(self._tokenizer, messages, options)
                 except ValidationError as error:
                     texts[number] = error
         return [texts[number] for number in range(len(asked))]
@@ -287,7 +270,7 @@ class Template:
 
     def _try(self, messages: Messages, options: Mapping[str, Any], *, opened: bool = False) -> str | None:
         try:
-            return self.render(messages, options, opened=opened) if messages else None
+            return render(self._tokenizer, messages, options, opened=opened) if messages else None
         except ValidationError:
             return None
 
@@ -332,7 +315,7 @@ class Template:
         """Return the blanks and the one token that a text begins with, or ""."""
         blank = len(text) - len(text.lstrip())
         token = self._token.match(text, blank)
-        return text[: token.end()] if token and token[0] else ""
+        return text[: token.end()] if token else ""
 
     def _to_end_token(self, text: str) -> str:
         """Return the tokens and blanks at the start of a text as far as the tokenizer's end token; "" without one."""
@@ -345,7 +328,7 @@ class Template:
 
     def _since_token(self, text: str, until: int) -> str:
         """Return the last token before a place and what follows it up to there; "" if none is near."""
-        tokens = [token for token in self._token.finditer(text, max(0, until - LOOK_BACK), until) if token[0]]
+        tokens = list(self._token.finditer(text, max(0, until - LOOK_BACK), until))
         return text[tokens[-1].start() : until] if tokens else ""
 
     def _off_token(self, text: str, at: int) -> int:
@@ -478,7 +461,30 @@ class Template:
                 return at + len(mark)
             return len(closed)
         token = self._token.search(text, one.end, until)
-        return token.end() if token and token[0] else None
+        return token.end() if token else None
+
+
+def render(tokenizer: Any, messages: Messages, options: Mapping[str, Any], *, opened: bool = False) -> str:
+    """Return a chat as a text, opened for the assistant's next answer or not.
+
+    Raises:
+        ValidationError: The template refuses it.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=opened, **options
+        )
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise _refused(error) from error
+    if not isinstance(text, str):
+        raise ValidationError(f"The model's chat template makes no text of this chat, but {text!r}.")
+    return text
+
+
+def token_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Return what finds the added tokens of a tokenizer in a text; nothing where there are none."""
+    added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""}
+    return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
 
 
 def _shared_start(one: str, other: str) -> str:

@@ -6,27 +6,21 @@ prompt: where a token of the whole text would reach over that border, prompt and
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from tensafe_nb.data.chats import LOOK_BACK, Chat, Template, read_chat
-from tensafe_nb.data.rows import EXPECTED, Row, shortened
+from tensafe_nb.data.chats import LOOK_BACK, Chat, Template, read_chat, render, token_pattern
+from tensafe_nb.data.layouts import check_template, shortened
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import Prompt
 
 Encoded = tuple[list[int], list[bool]]
-AT_ONCE = 1_000  # rows rendered and tokenised together
 PROBES = ("a", "1")
 HEADS = 16  # headers of turns remembered with their tokens
-ANCHORS = (
-    "\x02",
-    "\n",
-    "=",
-    "|",
-    "a",
-)  # what a text is put after, so that no tokenizer takes it for a beginning
+ANCHORS = ("\x02", "\n", "=", "|", "a")  # put before a text, so that no tokenizer takes it for a beginning
 
 
 @dataclass(slots=True)
@@ -39,31 +33,54 @@ class _Text:
     ends: bool  # with its end token, which is learnt
 
 
-def encode_many(rows: Sequence[Row], tokenizer: Any) -> list[Encoded | ValidationError]:
-    """Return the tokens of each row and which of them are to be learnt, or what is wrong with the row.
+def encode_many(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Encoded | ValidationError]:
+    """Return of each row its tokens, and which of them are to be learnt; or what is wrong with it.
 
     Args:
-        rows: Texts, {"text"}, {"prompt", "completion"}, or {"messages"} with "tools", "documents" and
-            "chat_template_kwargs" for the template; a message with `weight` 0 or `train` False is not learnt.
+        rows: Canonical ones, see `layouts.canonical`: {"text"}, {"prompt", "completion"}, or {"messages"} with "tools",
+            "documents" and "chat_template_kwargs" for the template. A message with `weight: 0` is not learnt.
         tokenizer: The model's. Chats are tokenised as the template writes them, everything else between the tokenizer's
             own first token and its end token.
     """
-    reader = _Reader(tokenizer)
-    return [
-        one for start in range(0, len(rows), AT_ONCE) for one in reader.read(rows[start : start + AT_ONCE])
-    ]
-
-
-def tokens_of(row: Row, tokenizer: Any) -> Encoded:
-    """Return a row's tokens, and which of them are to be learnt.
-
-    Raises:
-        ValidationError: A row of another kind, or one that the template or the tokenizer refuses.
-    """
-    (made,) = encode_many([row], tokenizer)
-    if isinstance(made, ValidationError):
-        raise made
+    tokens = _Tokens(tokenizer)
+    made: list[Any] = _texts(rows, tokenizer)
+    good = [number for number, text in enumerate(made) if isinstance(text, _Text)]
+    for number, encoded in zip(good, tokens.encode([made[n] for n in good]), strict=True):
+        made[number] = encoded
     return made
+
+
+def _texts(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[_Text | ValidationError]:
+    texts: dict[int, _Text | ValidationError] = {}
+    chats: dict[int, Chat] = {}
+    for number, row in enumerate(rows):
+        if "messages" in row:
+            try:
+                chats[number] = read_chat(row)
+            except ValidationError as error:
+                texts[number] = error
+        elif "prompt" in row:
+            text = row["prompt"] + row["completion"]
+            texts[number] = _Text(text, [(len(row["prompt"]), len(text))], begins=True, ends=True)
+        else:
+            texts[number] = _Text(row["text"], [(0, len(row["text"]))], begins=True, ends=True)
+    texts.update(zip(chats, _chat_texts(list(chats.values()), tokenizer), strict=True))
+    return [texts[number] for number in range(len(rows))]
+
+
+def _chat_texts(chats: Sequence[Chat], tokenizer: Any) -> list[_Text | ValidationError]:
+    if not chats:
+        return []
+    try:
+        rendered = Template(tokenizer).rendered(chats)
+    except ValidationError as error:
+        return [error] * len(chats)
+    return [
+        one
+        if isinstance(one, ValidationError)
+        else _Text(one.text, one.spans, begins=False, ends=one.unended)
+        for one in rendered
+    ]
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -84,65 +101,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 def _opened(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValidationError("This model has no chat template: give prompts as text instead of messages.")
+    check_template(tokenizer.chat_template, messages, options.get("tools"))
     given = {key: list(value) for key, value in options.items() if value is not None}
-    text = Template(tokenizer).render([dict(message) for message in messages], given, opened=True)
+    text = render(tokenizer, [dict(message) for message in messages], given, opened=True)
     return _Tokens(tokenizer).ids(text)
-
-
-class _Reader:
-    """Rows to tokens, many at a time."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._tokens = _Tokens(tokenizer)
-        self._template: Template | None = None
-
-    def read(self, rows: Sequence[Row]) -> list[Encoded | ValidationError]:
-        texts = self._texts(rows)
-        good = [number for number, text in enumerate(texts) if isinstance(text, _Text)]
-        made: list[Any] = list(texts)
-        for number, encoded in zip(good, self._tokens.encode([made[n] for n in good]), strict=True):
-            made[number] = encoded
-        return made
-
-    def _texts(self, rows: Sequence[Row]) -> list[_Text | ValidationError]:
-        texts: dict[int, _Text | ValidationError] = {}
-        chats: dict[int, Chat] = {}
-        for number, row in enumerate(rows):
-            try:
-                if isinstance(row, Mapping) and "messages" in row:
-                    chats[number] = read_chat(row)
-                else:
-                    texts[number] = _text_of(row)
-            except ValidationError as error:
-                texts[number] = error
-        texts.update(self._chat_texts(chats))
-        return [texts[number] for number in range(len(rows))]
-
-    def _chat_texts(self, chats: Mapping[int, Chat]) -> Iterator[tuple[int, _Text | ValidationError]]:
-        if not chats:
-            return
-        try:
-            self._template = self._template or Template(self._tokenizer)
-        except ValidationError as error:
-            yield from dict.fromkeys(chats, error).items()
-            return
-        for number, made in zip(chats, self._template.rendered(list(chats.values())), strict=True):
-            if isinstance(made, ValidationError):
-                yield number, made
-            else:
-                yield number, _Text(made.text, made.spans, begins=False, ends=made.unended)
-
-
-def _text_of(row: Row) -> _Text:
-    if isinstance(row, str):
-        row = {"text": row}
-    if "prompt" in row and "completion" in row:
-        text = row["prompt"] + row["completion"]
-        return _Text(text, [(len(row["prompt"]), len(text))], begins=True, ends=True)
-    if "text" in row:
-        return _Text(row["text"], [(0, len(row["text"]))], begins=True, ends=True)
-    raise ValidationError(f"A row with the keys {sorted(row)} cannot be read. {EXPECTED}")
 
 
 @dataclass(slots=True)
@@ -187,13 +149,15 @@ class _Tokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._added = tokenizer.get_added_vocab()
-        self._token = re.compile("|".join(map(re.escape, sorted(self._added, key=len, reverse=True))))
         self._heads: dict[str, list[int]] = {}
         self._backend: Any = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         self._compared = False
-        self._first, self._invents = self._habits()
 
+    @cached_property
+    def _token(self) -> re.Pattern[str]:
+        return token_pattern(self._tokenizer)
+
+    @cached_property
     def _habits(self) -> tuple[list[int], bool]:
         """Return the tokens that the tokenizer puts before a text, and whether it invents a space there."""
         for probe in PROBES:
@@ -219,8 +183,8 @@ class _Tokens:
 
     def prompt(self, text: str) -> list[int]:
         """Return the tokens of a text that sampling goes on from."""
-        ids = self.ids(text, "prompt")
-        return ids if ids[: len(self._first)] == self._first else self._first + ids
+        ids, (first, _) = self.ids(text, "prompt"), self._habits
+        return ids if ids[: len(first)] == first else first + ids
 
     def encode(self, texts: Sequence[_Text]) -> list[Encoded | ValidationError]:
         """Return the tokens of each text and which are learnt, or why the tokenizer cannot read it."""
@@ -288,7 +252,7 @@ class _Tokens:
         for head, ids in self._heads.items():
             if text.endswith(head, 0, until):
                 return ids
-        found = list(self._token.finditer(text, max(0, until - LOOK_BACK), until)) if self._added else []
+        found = list(self._token.finditer(text, max(0, until - LOOK_BACK), until))
         if not found:
             return []
         head = text[found[-1].start() : until]
@@ -307,7 +271,7 @@ class _Tokens:
 
     def _piece(self, text: str, low: int, high: int) -> _Piece:
         """Tokenise a part of a text as the middle of one: without the space that some tokenizers put first."""
-        for anchor in ANCHORS if low and self._invents else ():
+        for anchor in ANCHORS if low and self._habits[1] else ():
             (encoding,) = self._encode_batch([anchor + text[low:high]])
             piece = _Piece(encoding, low, high, len(anchor))
             token = piece.first(low)
@@ -319,7 +283,8 @@ class _Tokens:
 
     def _ended(self, tokens: list[int], learnt: list[bool], text: _Text) -> Encoded:
         """Put the first token before a text and the end token after it, unless the text has them already."""
-        first = self._first if text.begins and tokens[: len(self._first)] != self._first else []
+        first = self._habits[0] if text.begins else []
+        first = [] if tokens[: len(first)] == first else first
         end = self._tokenizer.eos_token_id
         due = text.ends and end is not None and not (tokens[-1:] == [end] and learnt[-1])
         return [*first, *tokens, *[end] * due], [*[False] * len(first), *learnt, *[True] * due]
@@ -346,7 +311,7 @@ class _Tokens:
         return self._ended(tokens, learnt, text)
 
     def _middle(self, text: str) -> list[int]:
-        for anchor in ANCHORS if self._invents else ():
+        for anchor in ANCHORS if self._habits[1] else ():
             before, both = self.ids(anchor), self.ids(anchor + text)
             if both[: len(before)] == before:
                 return both[len(before) :]
