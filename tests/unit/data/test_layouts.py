@@ -143,6 +143,10 @@ def unlearnt(message: dict[str, Any]) -> dict[str, Any]:
         ),
         ({"messages": [ASK, TELL], "tools": "[]"}, [{"messages": [ASK, TELL]}]),
         ({"messages": [ASK, TELL], "tools": None}, [{"messages": [ASK, TELL]}]),
+        (
+            {"messages": [ASK, TELL], "chat_template_kwargs": {"enable_thinking": False}},
+            [{"messages": [ASK, TELL], "chat_template_kwargs": {"enable_thinking": False}}],
+        ),
     ],
 )
 def test_a_layout_is_read_as_it_is_meant(row: Any, expected: list[dict[str, Any]]) -> None:
@@ -241,6 +245,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"messages": [ASK, TELL | {"train": "no"}]}, "train 'no'"),
     ({"messages": [ASK, TELL | {"train_detail": []}]}, "train_detail"),
     ({"messages": [ASK, TELL], "tools": "{"}, "not JSON"),
+    ({"messages": [ASK, TELL], "chat_template_kwargs": [1]}, "a dict of keywords"),
     ({"messages": [ASK, TELL], "tools": ["distance"]}, "'tools' is a list"),
     ({"messages": [ASK, TELL], "tools": [TOOL]}, "'tools', and this model's chat template does not show them"),
     ({"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "'tool_calls', and this"),
@@ -320,7 +325,7 @@ def test_whatever_a_row_holds_it_is_read_or_refused_by_our_own_error(tokenizer: 
         try:
             batches = data.batches([row], tokenizer)
         except tn.ValidationError as error:
-            assert "Row 0" in str(error)
+            assert "Row 0" in str(error) or str(error).startswith("rows: this is one chat")
         else:
             assert len(batches.examples) in (1, 2)
 
