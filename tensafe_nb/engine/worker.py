@@ -174,6 +174,8 @@ class Worker:
     def info(self) -> TrainingClientInfo:
         with self._changed:
             depth = self._lane.depth + (self._running is not None)
+        performer = self._performer
+        model = None if performer is None else performer.engine.model
         return TrainingClientInfo(
             self.training_client_id,
             self.config.model_ref,
@@ -183,6 +185,8 @@ class Worker:
             self.created_at,
             self.reason,
             self._guarantee.metrics,
+            None if model is None else model.device.type,
+            None if model is None else str(model.compute_dtype).removeprefix("torch."),
         )
 
     @property

@@ -225,6 +225,7 @@ def _trajectory_of(item: PromptItem, sequence: SampledSequence, policy_version: 
         policy_version=policy_version,
         seed=sequence.seed,
         prompt_id=item.prompt_id,
+        entropy=sequence.entropy,
     )
 
 
