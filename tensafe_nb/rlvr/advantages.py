@@ -225,7 +225,9 @@ def reinforce_pp_baseline(rewards: Array, groups: Array, mask: Array) -> Array:
     """
     if rewards.ndim == 1:
         return reinforce_pp(np.where(np.isfinite(rewards), centre(rewards, groups), np.nan), groups, mask)
-    totals = np.where(mask.any(1), rewards.sum(1), np.nan)  # of what the loss sees: unscored rollouts have no tokens
+    totals = np.where(
+        mask.any(1), rewards.sum(1), np.nan
+    )  # of what the loss sees: unscored rollouts have no tokens
     return reinforce_pp(rewards + at_the_end(centre(totals, groups) - totals, mask), groups, mask)
 
 

@@ -142,7 +142,9 @@ class PolicyGradient(Generic[C]):
         """Take what `state_dict` returned."""
         self.ema.total, self.ema.updates = float(state["total"]), int(state["ema_updates"])
         self.updates, self._reference_of = int(state["updates"]), "" if state["has_reference"] else None
-        self.head_updates = int(state.get("head_updates", self.updates))  # older checkpoints have one count for both
+        self.head_updates = int(
+            state.get("head_updates", self.updates)
+        )  # older checkpoints have one count for both
 
     def _check(self, batch: TrajectoryBatch, method: str) -> None:
         if not np.isfinite(batch.rewards).any():
@@ -225,7 +227,9 @@ class PolicyGradient(Generic[C]):
             )
         else:
             values = _custom(method, rewards, penalty, batch, mask)
-        self.ema.update(rewards)  # with the penalty inside, if there is one: it is what the next are compared with
+        self.ema.update(
+            rewards
+        )  # with the penalty inside, if there is one: it is what the next are compared with
         for trajectory, value in zip(batch, values, strict=True):
             trajectory.advantage = value[: len(trajectory.tokens)].tolist() if value.ndim else float(value)
         return targets

@@ -85,7 +85,9 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
         ValidationError: Not 1 ≤ k ≤ n, or not 0 ≤ c ≤ n.
     """
     if not (1 <= k <= samples and 0 <= right <= samples):
-        raise ValidationError(f"pass@{k} of {right} right in {samples}: give 1 ≤ k ≤ samples and right ≤ samples.")
+        raise ValidationError(
+            f"pass@{k} of {right} right in {samples}: give 1 ≤ k ≤ samples and right ≤ samples."
+        )
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 

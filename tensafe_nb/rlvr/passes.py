@@ -18,7 +18,9 @@ from tensafe_nb.rlvr.updates import Move, UpdateResult
 from tensafe_nb.types import ForwardBackwardResult, LogprobsResult, OptimStepResult
 
 SPENT_ON_MEASURING = 0.03  # share of an update's cost that may go into measuring how far it moved the policy
-GRADIENT = 4  # forward passes that a row's gradient costs: its forward and backward pass, and its share of the step
+GRADIENT = (
+    4  # forward passes that a row's gradient costs: its forward and backward pass, and its share of the step
+)
 SAME_PATH = 2e-4  # approx_kl of the very first minibatch: more, and scoring and training disagree
 
 
@@ -101,7 +103,11 @@ class Passes:
         trajectories, width, sampling = list(self.batch), self.mask.shape[1], self.batch.sampling
         old, read = self.readings.old, 0 if self.readings.old is None else len(trajectories)
         uncut, version = sampling.top_p == 1 and sampling.top_k == 0, None
-        if old is None and uncut and all(t.policy_version == self.client.policy_version for t in trajectories):
+        if (
+            old is None
+            and uncut
+            and all(t.policy_version == self.client.policy_version for t in trajectories)
+        ):
             old, version = updates.sampler_logprobs(trajectories, width), self.client.policy_version
         budget = SPENT_ON_MEASURING * (GRADIENT * rows.size * self.config.passes + read)
         chosen = spread(self.batch, rows, max(1, int(budget) // (2 if old is None else 1)), self.number)

@@ -264,7 +264,9 @@ class RLVRTrainer:
         self.alarms.load_state_dict(position["alarms"])
         versions = position["reward_versions"]
         self._versions = list(dict.fromkeys([*versions, *self._versions]))
-        self._scored_by = position.get("scored_by", versions[-1] if versions else None)  # 0.1 kept no such key
+        self._scored_by = position.get(
+            "scored_by", versions[-1] if versions else None
+        )  # 0.1 kept no such key
 
 
 def _check(

@@ -294,7 +294,10 @@ def staleness(versions: Sequence[int], current: int, tis_cap: float | None) -> t
     found = {"staleness/mean": float(away.mean()), "staleness/max": float(away.max())}
     if not away.any():
         return found, ()
-    oldest, how = versions[int(away.argmax())], f"corrected by tis_cap={tis_cap:g}" if tis_cap else "not corrected"
+    oldest, how = (
+        versions[int(away.argmax())],
+        f"corrected by tis_cap={tis_cap:g}" if tis_cap else "not corrected",
+    )
     return found, (
         f"off-policy: {int((away > 0).sum())} of {len(versions)} rollouts are of another policy version (of {oldest}, "
         f"and the weights were at {current}), {how}",

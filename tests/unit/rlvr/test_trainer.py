@@ -116,6 +116,11 @@ def test_options_that_do_not_fit_are_refused_before_anything_runs(changes, messa
 # runs
 
 
+def alarms_named(name, client):
+    """The levels at which a trouble was announced; a learning rate of 1e-3 is loud enough for others."""
+    return [alarm.level for alarm in events(client, Alarm) if alarm.name == name]
+
+
 def test_a_run_publishes_one_row_per_step_with_everything_measured(client):
     run = train(client)
     assert run.result(60).steps == 3
@@ -128,8 +133,8 @@ def test_a_run_publishes_one_row_per_step_with_everything_measured(client):
         "rewards/exact_match/mean", "rewards/exact_match/std", "rewards/exact_match/errors",
         "rewards/exact_match/timeouts", "reward_version",
         "completions/mean_length", "completions/min_length", "completions/max_length",
-        "completions/mean_terminated_length", "completions/clipped_ratio",
-        "entropy", "entropy_sampled", "policy/approx_kl", "policy/epochs_run", "policy_version",
+        "completions/mean_terminated_length", "completions/clipped_ratio", "completions/masked_ratio",
+        "entropy", "entropy_sampled", "entropy_trained", "staleness/mean", "staleness/max", "policy/approx_kl", "policy/epochs_run", "policy_version",
         "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
         "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/mean",
         "sampling/importance_sampling_ratio/max", "sampling/mismatch_kl", "policy/log_ratio_max",
@@ -199,7 +204,8 @@ def test_a_step_without_signal_publishes_that_nothing_moved_and_takes_none(clien
     row = rows(client)[-1]
     assert (row.step, row.values["grad_norm"], row.values["param_delta_norm"]) == (2, 0.0, 0.0)
     assert (row.values["frac_reward_zero_std"], row.values["reward"]) == (1.0, 1.0)
-    assert "entropy" not in row.values
+    assert row.values["entropy"] > 0, "what was sampled has one, whether it teaches or not"
+    assert not {"entropy_trained", "policy/approx_kl"} & set(row.values)
 
 
 def test_a_reward_that_sometimes_fails_is_counted_and_the_run_goes_on(client):
@@ -210,7 +216,7 @@ def test_a_reward_that_sometimes_fails_is_counted_and_the_run_goes_on(client):
 
     train(client, flaky, steps=2).result(60)
     assert client.history["rewards/flaky/errors"].tolist() == [4, 4]
-    assert [(alarm.name, alarm.level) for alarm in events(client, Alarm)] == [("reward_errors", "amber")]
+    assert alarms_named("reward_errors", client) == ["amber"]
     assert not any(math.isnan(value) for value in client.history["reward"])
 
 
@@ -296,12 +302,12 @@ def test_a_reward_that_fails_on_more_than_half_pauses_the_run_until_it_is_mended
     run.resume()
     assert paused.wait(60)
     assert run.steps_done == done + 1, "the step without a reward counts, and takes no update"
-    (alarm,) = events(client, Alarm)
-    assert (alarm.name, alarm.level, alarm.step) == ("reward_errors", "red", done + 1)
+    (alarm,) = (alarm for alarm in events(client, Alarm) if alarm.name == "reward_errors")
+    assert (alarm.level, alarm.step) == ("red", done + 1)
     assert "failed on 16 of 16" in alarm.message
     assert "ZeroDivisionError: no" in alarm.message
     row = rows(client)[-1].values
-    assert not {"reward", "entropy", "policy/approx_kl"} & set(row)
+    assert not {"reward", "entropy_trained", "policy/approx_kl"} & set(row)
     assert row["rewards/broken/errors"] == 16
     trainer.set_reward(checksum)
     run.resume()
@@ -517,7 +523,7 @@ def test_the_guides_loop_runs_as_written(mock, service, capsys):
             print(f"Mean reward: {batch.mean_reward:.3f}")
 
     assert result.notes == (("off-policy: mock data",) if mock else ())
-    assert result.approx_kl == 0
+    assert result.approx_kl > 0
     assert result.param_delta_norm > 0
     assert result.step == training_client.step == (10 if mock else 2)
     printed = capsys.readouterr().out.splitlines()
