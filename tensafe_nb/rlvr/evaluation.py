@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.rlvr.metrics import Goal, Row
 from tensafe_nb.rlvr.rollouts import GOOD, PolicyClient, RolloutGroup, TrajectoryBatch, mean
-from tensafe_nb.rlvr.samplers import Chat, PromptSpec, prompt_items, submit_rollouts
+from tensafe_nb.rlvr.samplers import Chat, prompt_specs, submit_rollouts
 from tensafe_nb.rlvr.scoring import ScoreReport
 
 
@@ -32,21 +33,21 @@ class HeldOut:
     def __init__(
         self,
         client: PolicyClient,
-        prompts: Sequence[PromptSpec],
+        prompts: Any,
         sampling: SamplingConfig,
         chat: Chat,
         pass_at: Sequence[int] | None = None,
         threshold: float = GOOD,
     ) -> None:
-        prompt_items(prompts)
-        self._client, self._prompts, self._sampling, self._chat = client, list(prompts), sampling, chat
+        self.specs = prompt_specs(prompts, what="eval_prompts")
+        self._client, self._sampling, self._chat = client, sampling, chat
         self._pass_at, self._threshold = _ks(pass_at, sampling.num_samples), threshold
 
     def submit(self) -> list[FutureHandle[TrajectoryBatch]]:
         """Queue the sampled and the greedy answers."""
         greedy = self._sampling.replace(num_samples=1, temperature=0.0)
         return [
-            submit_rollouts(self._client, self._prompts, sampling, self._chat)
+            submit_rollouts(self._client, self.specs, sampling, self._chat)
             for sampling in (self._sampling, greedy)
         ]
 
