@@ -1,5 +1,6 @@
 """What a user holds: prompts, a reward, an algorithm and a policy; `run()` makes them a run that learns."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -105,7 +106,7 @@ class RLVRTrainer:
         on_bad_rows: OnBadRows = "raise",
         seed: int = 0,
     ) -> None:
-        _check(algo, eval_prompts, eval_every, on_reward_errors, seed)
+        _check(algo, eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
         self.training_client = training_client
         self.reward = resolve_reward(reward)
         self.reward_timeout = reward_timeout
@@ -292,7 +293,12 @@ class RLVRTrainer:
 
 
 def _check(
-    algo: Any, eval_prompts: object, eval_every: int | None, on_reward_errors: str, seed: object
+    algo: Any,
+    eval_prompts: object,
+    eval_every: int | None,
+    on_reward_errors: str,
+    good_threshold: object,
+    seed: object,
 ) -> None:
     if eval_every is not None and (eval_prompts is None or eval_every < 1):
         raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
@@ -302,6 +308,8 @@ def _check(
         raise ValidationError(
             f"RLVRTrainer: on_reward_errors={on_reward_errors!r} must be 'pause' or 'fail'."
         )
+    if not isinstance(good_threshold, int | float) or not math.isfinite(good_threshold):
+        raise ValidationError(f"RLVRTrainer: good_threshold={good_threshold!r} must be a finite number.")
     if not isinstance(seed, int) or seed < 0:
         raise ValidationError(f"RLVRTrainer: seed={seed!r} must be a whole number, 0 or more.")
 

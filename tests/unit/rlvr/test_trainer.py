@@ -12,10 +12,12 @@ from tensafe_nb import datasets
 from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.errors import NonFiniteLossError, RewardError, ValidationError
 from tensafe_nb.events import Alarm, Metrics, Rollouts, RunState
+from tensafe_nb.plain import from_plain, to_plain
 from tensafe_nb.rlvr import (
     PPO,
     REINFORCE,
     MockRolloutSampler,
+    Part,
     PolicySampler,
     REINFORCEConfig,
     RLVRTrainer,
@@ -192,6 +194,92 @@ def test_evaluating_twice_measures_the_same_and_more_samples_give_pass_at_k(clie
     first = trainer.evaluate()
     assert first == trainer.evaluate()
     assert 0.2 < first["eval/reward"] < first["eval/greedy"] < first["eval/pass@8"] <= 1
+
+
+def test_held_out_answers_are_measured_part_by_part_and_passed_by_the_true_one(client):
+    def form(prompt, response, meta=None):
+        return float(len(response) == 3)
+
+    def measured(weight):
+        parts = [Part("exact_match", weight=1 - weight, true=True), Part(form, weight=weight)]
+        reward = resolve_reward("composite", parts=parts)
+        held_out = {"eval_prompts": datasets.sums(30, seed=1, split="heldout"), "eval_samples": 4}
+        return RLVRTrainer(client, SUMS, reward, **held_out, **SMALL).evaluate()
+
+    exact, mostly_form = measured(0.0), measured(0.6)
+    for name in (
+        "eval/pass@1",
+        "eval/pass@2",
+        "eval/pass@4",
+        "eval/rewards/exact_match",
+        "eval/rewards/true",
+    ):
+        assert mostly_form[name] == pytest.approx(exact[name])
+    assert mostly_form["eval/rewards/form"] > mostly_form["eval/rewards/exact_match"]
+    assert mostly_form["eval/reward"] > exact["eval/reward"]
+
+
+def test_the_ks_of_pass_at_k_are_checked_before_anything_runs(client):
+    with pytest.raises(ValidationError, match="eval_samples=2"):
+        RLVRTrainer(client, SUMS, "exact_match", eval_prompts=SUMS, eval_samples=2, eval_pass_at=[4], **SMALL)
+
+
+@pytest.mark.parametrize("threshold", [math.nan, "half"])
+def test_a_threshold_is_a_number(client, threshold):
+    with pytest.raises(ValidationError, match="good_threshold"):
+        RLVRTrainer(client, SUMS, "exact_match", good_threshold=threshold, **SMALL)
+
+
+def test_what_belonged_to_the_old_reward_is_forgotten_when_another_one_scores(client):
+    trainer = RLVRTrainer(client, SUMS, checksum, REINFORCE("reinforce"), **SMALL)
+    trainer.run(steps=3, show=False).result(60)
+    assert trainer.algo.ema.updates == 3
+    memory = trainer.alarms.memory
+    assert len(memory.last_rewards) == 3 and memory.signals
+    trainer.run(steps=1, show=False).result(60)
+    assert trainer.algo.ema.updates == 4, "the same function goes on where it was"
+    trainer.set_reward(lambda prompt, response: 1000.0 + len(response))
+    assert trainer.algo.ema.updates == 4, "until it scores, the old one counts"
+    trainer.run(steps=1, show=False).result(60)
+    assert trainer.algo.ema.updates == 1
+    assert trainer.algo.ema.value > 1000
+    assert memory.lowest >= 1000 and len(memory.last_rewards) == 1
+
+
+def test_a_checkpoint_knows_which_reward_its_baseline_is_of(client):
+    trainer = RLVRTrainer(client, SUMS, checksum, REINFORCE("reinforce"), **SMALL)
+    trainer.run(steps=2, show=False).result(60)
+    position = trainer.position()
+    for reward, updates in ((checksum, 3), (broken_off, 1)):
+        again = RLVRTrainer(client, SUMS, reward, REINFORCE("reinforce"), **SMALL)
+        again.seek(from_plain(to_plain(position)))
+        again.run(steps=1, show=False).result(60)
+        assert again.algo.ema.updates == updates
+    old = {name: value for name, value in position.items() if name != "scored_by"}  # as 0.1 wrote it
+    again = RLVRTrainer(client, SUMS, checksum, REINFORCE("reinforce"), **SMALL)
+    again.seek(old)
+    again.run(steps=1, show=False).result(60)
+    assert again.algo.ema.updates == 3
+
+
+def broken_off(prompt, response, meta=None):
+    return float(len(response))
+
+
+def test_a_policy_in_bfloat16_on_a_cpu_is_named_at_the_first_step_with_its_price_and_remedy(service):
+    client = service.create_training_client(CONFIG.replace(dtype="bfloat16"))
+    train(client, steps=2).result(60)
+    (alarm,) = (event for event in events(client, Alarm) if event.name == "low_precision")
+    assert alarm.step == 1
+    assert f"{rows(client)[0].values['sampling/sampling_logp_difference/mean']:.2g} nats" in alarm.message
+    assert 'dtype="float32"' in alarm.remedy
+    assert (client.refresh().device, client.refresh().precision) == ("cpu", "bfloat16")
+
+
+def test_a_policy_in_float32_has_nothing_to_say_about_its_precision(client):
+    train(client, steps=1).result(60)
+    assert alarms_named("low_precision", client) == []
+    assert client.refresh().precision == "float32"
 
 
 def test_evaluating_without_held_out_prompts_says_what_is_missing(client):
