@@ -80,7 +80,8 @@ class AlgoConfig(Config):
     """How rewards become optimiser steps.
 
     Args:
-        type: "reinforce", "ppo", or a preset: "grpo", "dr_grpo", "cispo", "gspo", "rloo", "reinforce_pp", "ppo_value".
+        type: "reinforce", "ppo", or a preset: "grpo", "dr_grpo", "cispo", "gspo", "rloo", "reinforce_pp",
+            "reinforce_pp_baseline", "ppo_value".
         kwargs: Fields of REINFORCEConfig or PPOConfig that are to be different.
     """
 

@@ -296,3 +296,13 @@ def test_state_comes_back():
     algo.update(rollouts(client), client)
     other.load_state_dict(algo.state_dict())
     assert other.state_dict() == algo.state_dict() and other.updates == 1
+
+
+def test_cispo_says_how_often_it_cut_the_factor_below_and_above():
+    _, result = trained(
+        PPO("cispo", clip_range=(0.99, 1.01), ppo_epochs=3, mask_truncated=False),
+        TINY.replace(optimizer=SGD.replace(learning_rate=1.0)),
+    )
+    low, high = (result.metrics[f"clip_ratio/{side}_mean"] for side in ("low", "high"))
+    assert low > 0 and high > 0
+    assert result.clip_ratio == pytest.approx(low + high)
