@@ -284,6 +284,7 @@ class Worker:
     def _load(self) -> bool:
         try:
             engine = Engine(self.config, self._shared_model())
+            self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
             self._performer = Performer(
                 engine, self._lane, self._vault, self._guarantee, self.bus, self.training_client_id

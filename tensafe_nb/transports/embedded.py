@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.engine import checkpoints, export
+from tensafe_nb.engine import adapter_folders, checkpoints, export
 from tensafe_nb.engine.ledger_binding import TenantLedger
 from tensafe_nb.engine.worker import Origin, Worker
 from tensafe_nb.errors import DecryptionError, TGTinkerError
@@ -46,6 +46,7 @@ class EmbeddedTransport:
 
     def _start(self, config: TrainingConfig, origin: Origin | None) -> Worker:
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
+        config = config.replace(lora_config=adapter_folders.announced(config.model_ref, config.lora_config))
         training_client_id = f"tc-{uuid.uuid4().hex[:12]}"
         created = ClientCreated(training_client_id=training_client_id, config=to_plain(config))
         bus = EventBus(home.event_log(training_client_id))
