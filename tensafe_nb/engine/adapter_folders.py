@@ -106,15 +106,16 @@ class AdapterFolder:
             ValidationError: They contradict each other; says both values.
         """
         lora = self.lora
-        if layers_of(lora) == layers_of(lora.replace(target_modules="all-linear", exclude_modules=())):
-            lora = lora.replace(target_modules="all-linear", exclude_modules=())
+        if lora.layers_to_transform is None:
+            every = lora.replace(target_modules="all-linear", exclude_modules=())
+            lora = every if layers_of(lora) == layers_of(every) else lora
         if asked is None:
             return lora
         typed = asked.model_fields_set
         differing = [name for name in sorted(typed - {"dropout"}) if not _agree(name, asked, lora, layers_of)]
         if differing:
             both = "; ".join(
-                f"{name}={getattr(asked, name)!r} asked for, {getattr(self.lora, name)!r} in the adapter"
+                f"{name}={getattr(asked, name)!r} asked for, {getattr(lora, name)!r} in the adapter"
                 for name in differing
             )
             raise ValidationError(

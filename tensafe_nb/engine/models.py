@@ -340,7 +340,8 @@ def _fill(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
     import peft
 
     own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    base = {f"{adapter_folders.PREFIX}{name}": p for name, p in adapted.get_base_model().named_parameters()}
+    named = adapted.get_base_model().named_parameters(remove_duplicate=False)
+    base = {f"{adapter_folders.PREFIX}{name}": parameter for name, parameter in named}
     known = own | {name: base[name] for name in weights.keys() & base.keys() if ".lora_" not in name}
     missing = sorted(own.keys() - weights.keys())
     left = sorted(weights.keys() - known.keys())

@@ -31,6 +31,7 @@ WRAPPERS = {  # what puts its name before every weight, and whose weights to sav
     "_forward_module.": "a trainer: save the model inside it",
 }
 OTHER_SENSES = ("vision", "audio", "speech", "image", "video")
+MOST_PATTERNS = 3  # proposed for ignore_weights
 SHOWN = 5  # names in a message; all are in `details`
 INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 NOT_FINITE = 1_000  # weights looked at before the search for NaN ends
@@ -189,11 +190,9 @@ def _advice(
         return "Fetch or save the model again: what is missing cannot be left out."
     if mismatched:
         return "config.json and the weights are of different models: take both from one place."
-    names = sorted({name.split(".")[0] if "." in name else name for name in unexpected})
-    return (
-        f"If the model is meant to do without them, say so: "
-        f"TrainingConfig(ignore_weights={[f'^{re.escape(name)}' for name in names] if len(names) < 4 else ['…']})."
-    )
+    patterns = sorted({re.sub(r"\.\d+\.", r".\\d+.", name) for name in unexpected})
+    patterns = patterns[:MOST_PATTERNS] + ["…"] * (len(patterns) > MOST_PATTERNS)
+    return f"If the model is meant to do without them, say so: TrainingConfig(ignore_weights={patterns})."
 
 
 def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
