@@ -1,6 +1,6 @@
 """From what people have to batches: rows are read, tokenised, labelled, padded and shuffled here."""
 
-from tensafe_nb.data.prompts import read_prompts
+from tensafe_nb.data.prompts import read_prompt, read_prompts
 from tensafe_nb.data.rows import OnBadRows, Row, Rows, read_rows
 from tensafe_nb.data.text import Batches, Encoded, Example, batches, collate, encode, encode_rows, padding_of
 
@@ -16,6 +16,7 @@ __all__ = [
     "encode",
     "encode_rows",
     "padding_of",
+    "read_prompt",
     "read_prompts",
     "read_rows",
 ]

@@ -21,6 +21,7 @@ Row: TypeAlias = str | Mapping[str, Any]
 Rows: TypeAlias = Any  # a path, or any table or iterable of rows: read by `open_rows`
 OnBadRows: TypeAlias = Literal["raise", "skip"]
 COLUMNS = frozenset(name for columns, _, _ in LAYOUTS for name in columns) | {"content", "role"}
+TABLES = ("pandas", "polars", "pyarrow", "datasets")  # libraries of tables; none is imported here
 PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -32,15 +33,18 @@ class Source:
         each: Each row's line in its file, or None; and the row, or the `ValidationError` that says what is wrong.
         name: Of the file.
         size: How many there are, where that is known.
+        what: What they are called in an error.
     """
 
     each: Numbered
     name: str | None = None
     size: int | None = None
+    what: str = "rows"
 
     def place(self, number: int, line: int | None) -> str:
         """Return where a row stands, for an error: rows are counted from 0, lines from 1."""
-        return f"Row {number}" if line is None else f"Row {number} ({self.name}, line {line})"
+        row = f"Row {number}" if self.what == "rows" else f"{self.what}: row {number}"
+        return row if line is None else f"{row} ({self.name}, line {line})"
 
 
 def read_rows(source: Rows) -> list[Row]:
@@ -73,14 +77,19 @@ def open_rows(source: Rows, what: str = "rows") -> Source:
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        return Source(read_file(path), path.name)
+        try:
+            return Source(read_file(path), path.name, what=what)
+        except ValidationError as error:
+            if what == "rows":
+                raise
+            raise ValidationError(f"{what}: {error}") from error
     if isinstance(source, Mapping):
         raise _mapping_refused(source, what)
     _refuse_what_is_no_rows(source, what)
     each = _table(source, what)
     if each is None:
         each = ((None, row) for row in source)
-    return Source(each, size=_size(source))
+    return Source(each, size=_size(source), what=what)
 
 
 def _size(source: Any) -> int | None:
@@ -130,6 +139,13 @@ def _levels_to_the_user() -> int:
 
 
 # tables
+
+
+def refuse_table(source: Any, message: str) -> None:
+    """Refuse a frame, a table or a data set where something else is expected."""
+    library = type(source).__module__.partition(".")[0]
+    if library in TABLES and type(source).__name__ not in ("Series", "Column"):
+        raise ValidationError(message)
 
 
 def _table(source: Any, what: str) -> Numbered | None:
@@ -208,7 +224,8 @@ def _refuse_what_is_no_rows(source: Any, what: str) -> None:
             )
         raise ValidationError(f"{what}: a {name} is no list of rows. A single row goes in a list: [row].")
     if is_chat(source) and all({"role", "content"} <= message.keys() for message in source):
-        raise ValidationError(f"{what}: this is one chat. Give a list of chats: [{{'messages': messages}}].")
+        chat = "{'messages': messages}" if what == "rows" else "messages"
+        raise ValidationError(f"{what}: this is one chat. Give a list of chats: [{chat}].")
 
 
 def _mapping_refused(source: Mapping[Any, Any], what: str) -> ValidationError:
@@ -233,7 +250,7 @@ def _mapping_refused(source: Mapping[Any, Any], what: str) -> ValidationError:
 
 def _is_table(value: Any) -> bool:
     """Whether a value is a split: rows, not the messages of a chat."""
-    if type(value).__module__.partition(".")[0] in ("datasets", "pandas", "polars", "pyarrow"):
+    if type(value).__module__.partition(".")[0] in TABLES:
         return type(value).__name__ not in ("Series", "Column")
     return is_chat(value) and not any({"role", "from"} & message.keys() for message in value)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensafe_nb as tn
@@ -92,7 +92,7 @@ def recipe_file(tmp_path: Path) -> Any:
 
 
 @given(recipe=SFT | RLVR)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 def test_what_is_written_is_read_back_equal(recipe: Recipe, recipe_file: Any) -> None:
     assert load_config(recipe_file(recipe.to_yaml())) == recipe
 

@@ -122,7 +122,7 @@ json_values = st.recursive(
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=200)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.dictionaries(st.from_regex(r"[a-z0-9]{1,8}\.bin", fullmatch=True), st.binary(max_size=60), max_size=4),
     st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), json_values, max_size=3),
@@ -333,7 +333,7 @@ def test_a_listing_reads_the_beginning_only_and_verify_the_whole(store: Artifact
 # what was altered
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_flipped_bit_is_refused_and_the_others_stay_readable(data: Any) -> None:
     with altered_store() as (store, path, other):
@@ -343,7 +343,7 @@ def test_any_flipped_bit_is_refused_and_the_others_stay_readable(data: Any) -> N
         assert store.verify(other.artifact_id) == other
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_a_file_cut_or_extended_anywhere_is_refused(data: Any) -> None:
     with altered_store() as (store, path, _):
@@ -644,6 +644,7 @@ def test_old_keys_keep_opening_old_artifacts(store: ArtifactStore, keys: Keys) -
     assert save(store).encryption != saved.encryption
 
 
+@pytest.mark.alone  # it measures time
 def test_a_rotation_of_a_hundred_takes_less_than_a_second(tmp_path: Path, keys: Keys) -> None:
     store = ArtifactStore(tmp_path / "many", keys)  # with real fsyncs
     for _ in range(100):
