@@ -85,6 +85,8 @@ class LoRAConfig(Config):
         alpha_pattern: Other alphas, by name of a layer or regular expression.
         exclude_modules: Names of layers to leave out; or a regular expression.
         layers_to_transform: Numbers of the blocks to adapt; None adapts all.
+        target_parameters: Names of parameters to adapt that belong to no linear layer, such as those of experts.
+            "all-linear" takes the experts of the known architectures with it.
     """
 
     rank: Positive = 16
@@ -98,6 +100,7 @@ class LoRAConfig(Config):
     alpha_pattern: dict[str, pydantic.PositiveFloat] = pydantic.Field(default_factory=dict)
     exclude_modules: tuple[str, ...] | str = ()
     layers_to_transform: tuple[pydantic.NonNegativeInt, ...] | None = None
+    target_parameters: tuple[str, ...] = ()
 
     @pydantic.field_validator("modules_to_save", mode="before")
     @classmethod

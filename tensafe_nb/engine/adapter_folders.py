@@ -3,15 +3,13 @@
 Training goes on with the adapter as it is. A kind that would have to be approximated is refused with the reason.
 """
 
-import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tensafe_nb.config import LoRAConfig
@@ -34,6 +32,7 @@ FIELDS = {  # PEFT's names and ours
     "alpha_pattern": "alpha_pattern",
     "exclude_modules": "exclude_modules",
     "layers_to_transform": "layers_to_transform",
+    "target_parameters": "target_parameters",
 }
 WITHOUT_EFFECT = {  # on an adapter whose weights are there
     "peft_type",
@@ -64,7 +63,6 @@ KEEP_THE_BASE = (
 OTHER_KINDS = {
     "use_dora": "DoRA, which also scales the weights",
     "trainable_token_indices": "single rows of the embedding are trained",
-    "target_parameters": "weights outside of layers are adapted",
     "lora_bias": "the adapters have biases of their own",
     "layer_replication": "layers are used several times",
     "alora_invocation_tokens": "the adapter acts from certain tokens on",
@@ -132,34 +130,22 @@ class AdapterFolder:
         Raises:
             ModelLoadError: There are none, or they cannot be read.
         """
-        for name in WEIGHTS:
-            if (self.path / name).is_file():
-                with self._refusals(name):
-                    return _read(self.path / name)
-        raise ModelLoadError(
-            f"The adapter in {str(self.path)!r} has no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]} is there. Save "
-            f"it again with save_pretrained."
-        )
+        import peft
 
-    @contextlib.contextmanager
-    def _refusals(self, name: str) -> Iterator[None]:
+        name = next((name for name in WEIGHTS if (self.path / name).is_file()), None)
+        if name is None:
+            raise ModelLoadError(
+                f"The adapter in {str(self.path)!r} has no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]} is there. "
+                f"Save it again with save_pretrained."
+            )
         try:
-            yield
+            found: dict[str, Tensor] = peft.utils.load_peft_weights(str(self.path), device="cpu")
         except Exception as error:  # safetensors, pickle and zip each have their own
             raise ModelLoadError(
                 f"{str(self.path / name)!r} cannot be read: {first_line(error)} Is it damaged, or does it hold more "
                 f"than tensors? Save the adapter again with save_pretrained."
             ) from error
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".bin":
-        found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
         return found
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
 
 
 def _agree(
@@ -172,7 +158,9 @@ def _agree(
     ):  # what counts is the layers they name
         return layers_of(lora.replace(**{name: getattr(asked, name)})) == layers_of(lora)
     mine, theirs = getattr(asked, name), getattr(lora, name)
-    return set(mine) == set(theirs) if name == "modules_to_save" else bool(mine == theirs)
+    return (
+        set(mine) == set(theirs) if name in ("modules_to_save", "target_parameters") else bool(mine == theirs)
+    )
 
 
 def adapter_in(source: str, locate: Callable[[str], str]) -> AdapterFolder | None:
@@ -247,7 +235,7 @@ def _lora(path: Path, facts: Mapping[str, Any]) -> LoRAConfig:
         raise _refused(path, "it names no target_modules")
     taken = {ours: facts[theirs] for theirs, ours in FIELDS.items() if facts.get(theirs) is not None}
     taken = {"rank": usual["r"], "alpha": usual["lora_alpha"]} | taken
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if isinstance(taken.get(name), list):
             taken[name] = tuple(sorted(taken[name]))
     if isinstance(taken.get("layers_to_transform"), int):

@@ -287,6 +287,7 @@ def _settings(lora: LoRAConfig, causal: Any) -> Any:
             rank_pattern=dict(lora.rank_pattern),
             alpha_pattern=dict(lora.alpha_pattern),
             exclude_modules=exclude,
+            target_parameters=listed(lora.target_parameters),
             layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
         )
     except (ValueError, TypeError) as error:
@@ -294,11 +295,16 @@ def _settings(lora: LoRAConfig, causal: Any) -> Any:
 
 
 def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:
-    """Return the names of the layers that a configuration adapts, by PEFT's own rules."""
+    """Return the names of the layers that a configuration adapts, by PEFT's own rules, and of the experts."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
     settings = _maybe_include_all_linear_layers(_settings(lora, causal), causal)
-    return {name for name in _layers(causal) if check_target_module_exists(settings, name)}
+    layers = {name for name in _layers(causal) if check_target_module_exists(settings, name)}
+    experts = (name for name, p in causal.named_parameters() if p.ndim == 3 and ".experts." in name)
+    every = lora.target_modules == "all-linear"
+    return layers | {
+        name for name in experts if every or any(_ends(name, each) for each in lora.target_parameters)
+    }
 
 
 def _layers(causal: Any) -> dict[str, Any]:
@@ -477,7 +483,7 @@ def _check_adapter(causal: Any, lora: LoRAConfig) -> None:
         raise ValidationError(
             f"LoRAConfig(target_modules={lora.target_modules!r}) adapts no layer of this model.{hint}"
         )
-    for name in sorted(adapted):
+    for name in sorted(adapted & layers.keys()):
         rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), name), lora.rank)
         smallest = min(layers[name].weight.shape)
         if rank > smallest:

@@ -160,7 +160,6 @@ def test_a_configuration_that_contradicts_the_adapter_is_refused_with_both_value
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base's weights"),
         ({"init_lora_weights": "olora"}, "changes the base's weights"),
         ({"trainable_token_indices": [1]}, "single rows"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "outside of layers"),
         ({"layer_replication": [[0, 1], [0, 1]]}, "used several times"),
         ({"lora_bias": True}, "biases of their own"),
         ({"something_new": {"a": 1}}, "something_new"),
