@@ -14,10 +14,9 @@ from tensafe_nb.draws import PoissonDraws, sample_rate_of, units_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.events import Event, RunHistory, Subscriptions
 from tensafe_nb.futures import FutureHandle, Outstanding
+from tensafe_nb.lifetimes import Freed
 from tensafe_nb.loops import Batch, Loop
-from tensafe_nb.operations import (
-    Operation,
-)
+from tensafe_nb.operations import Operation
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.statement import PrivacyStatement
 from tensafe_nb.privacy.what_if import WhatIf, what_if
@@ -470,6 +469,11 @@ class TrainingClient(Verbs):
             f"<TrainingClient {self.training_client_id} {self.config.model_ref} {adapter}, "
             f"step {self.step}, {self.status}>"
         )
+
+    def _left_behind(self) -> Freed:
+        """Return what a notebook's output history keeps of this client when nothing else refers to it."""
+        kept = {"history": self.history, "training_client_id": self.training_client_id, "config": self.config}
+        return Freed(f"The training client {self.training_client_id}", **kept, _feed=vars(self).get("_feed"))
 
     def _submit(self, operation: Operation) -> FutureHandle[Any]:
         handle = self._channel.submit(operation)

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
+from tensafe_nb.lifetimes import before_loading
 from tensafe_nb.reprs import Facts, Listing, fields_of, shown
 from tensafe_nb.transports.base import Channel, Transport
 from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
@@ -77,6 +78,7 @@ class ServiceClient:
             )
         self._refuse_if_closed()
         config = TrainingConfig(**fields) if config is None else config.replace(**fields)
+        before_loading()
         return self._adopt(self._transport.create(config))
 
     def restore(self, artifact_id: str, **changes: Any) -> TrainingClient:
@@ -96,6 +98,7 @@ class ServiceClient:
         """
         self._refuse_if_closed()
         config = self._transport.config_of(artifact_id).change(**changes)
+        before_loading()
         return self._adopt(self._transport.restore(config, lambda: artifact_id))
 
     def _adopt(self, channel: Channel) -> TrainingClient:

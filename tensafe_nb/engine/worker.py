@@ -1,6 +1,5 @@
 """One engine, one thread, one lane: operations run in the order they came, and every failure is a future's."""
 
-import gc
 import logging
 import os
 import threading
@@ -41,6 +40,7 @@ from tensafe_nb.events import (
     StatusChanged,
 )
 from tensafe_nb.futures import FutureHandle, Promise
+from tensafe_nb.lifetimes import collect
 from tensafe_nb.losses import Loss, resolve_loss
 from tensafe_nb.operations import Forward, ForwardBackward, Operation, SaveState
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
@@ -63,6 +63,9 @@ class Origin:
 
     artifact_id: Callable[[], str]
     relative: "Worker | None" = None
+
+
+_loaded: "weakref.WeakSet[Any]" = weakref.WeakSet()  # models of this process
 
 
 class Worker:
@@ -325,15 +328,18 @@ class Worker:
         model = weakref.ref(performer.engine.model.causal)
         del performer
         if model() is not None:
-            gc.collect()
+            collect()
 
     def _load(self) -> bool:
         if self._abandoned and not self._wanted():
             self.loaded.fail(ClientClosedError(f"Nobody refers to {self.training_client_id} any more."))
             return False
+        if len(_loaded) > 0:
+            collect()  # a cell that was run again has let go of another model: make room before this one
         try:
             engine = Engine(self.config, self._shared_model())
             self._guarantee.attach(engine)
+            _loaded.add(engine.model.causal)
             self._performer = Performer(
                 engine, self._lane, self._vault, self._guarantee, self.bus, self.training_client_id
             )
