@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol, TypeAlias
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
 from tensafe_nb.rlvr.calls import Call, RewardSample, outcomes_of
+from tensafe_nb.rlvr.lasting import STARTER
 
 _PROGRAM = Path(__file__).with_name("pool_process.py")
 Unit: TypeAlias = list[RewardSample]  # the rollouts of one call
@@ -41,8 +42,11 @@ class ProcessLink:
         own_group: dict[str, Any] = {"start_new_session": True}  # interrupts of the kernel do not reach it
         if sys.platform == "win32":
             own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **own_group
+        self._process = STARTER.start(
+            [sys.executable, "-P", str(_PROGRAM), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            **own_group,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

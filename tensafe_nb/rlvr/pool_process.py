@@ -1,10 +1,11 @@
 """What a scoring process runs: takes functions and rollouts from its standard input, answers with scores.
 
-A program, not a module: started by its path, it imports the package only once it knows where that is. Requests
-are frames (8 bytes of length, then the bytes): first the import path as JSON, then pickled tuples. Answers are
-lines of JSON. What a function prints goes to standard error.
+A program, not a module: started by its path and told who asks (a process id), it imports the package only once it
+knows where that is. Requests are frames (8 bytes of length, then the bytes): first the import path as JSON, then
+pickled tuples. Answers are lines of JSON. What a function prints goes to standard error.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -14,10 +15,12 @@ import threading
 from typing import Any, BinaryIO
 
 HEADER = 8
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
     """Serve until standard input ends."""
+    end_with(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the notebook is not ours
     requests, answers = _take_pipes()
     sys.path[:] = json.loads(_frame(requests))
@@ -35,6 +38,21 @@ def main() -> None:
             first, units = rest
             for index, unit in enumerate(units, first):
                 _answer(answers, [index, [outcome[:3] for outcome in outcomes_of(calls[key], unit)]])
+
+
+def end_with(parent: int) -> None:
+    """End when the process that asked does, whatever is being executed, be it a regular expression that has the GIL.
+
+    Elsewhere than on Linux the end of standard input does that, as soon as Python gets a turn.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before we could ask for the signal
+        os._exit(0)
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
 from tensafe_nb.reprs import shown
-from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, outcomes_of
+from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, TrainerState, outcomes_of
 from tensafe_nb.rlvr.composite import combined, named_parts
 from tensafe_nb.rlvr.coroutine_pool import CoroutinePool
 from tensafe_nb.rlvr.pool import CannotShip, RewardPool
@@ -23,6 +23,7 @@ from tensafe_nb.rlvr.rewards import Reward, resolve_reward
 from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory, TrajectoryBatch, bessel_std, mean
 
 MAX_PROCESSES = 4
+BEFORE = TrainerState()  # before any run
 _NOTHING: dict[str, Any] = dict.fromkeys(
     ("reward", "reward_parts", "reward_error", "reward_version", "advantage")
 )
@@ -170,10 +171,14 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def score(self, trajectories: Sequence[Trajectory]) -> ScoreReport:
+    def score(self, trajectories: Sequence[Trajectory], state: TrainerState = BEFORE) -> ScoreReport:
         """Fill in `reward`, `reward_parts`, `reward_version`, and `reward_error` where a function failed.
 
         A function that returns None abstains: no reward, and no error either.
+
+        Args:
+            trajectories: What to score.
+            state: Where the run stands, for functions that ask for `trainer_state`.
 
         Raises:
             ClientClosedError: The scorer was closed, before or meanwhile.
@@ -181,7 +186,9 @@ class Scorer:
         """
         if self._closed:
             raise ClientClosedError("The scorer is closed. Make a new Scorer to go on.")
-        samples = [RewardSample(t.prompt, t.response, t.meta, t.tokens) for t in trajectories]
+        samples = [
+            RewardSample(t.prompt, t.response, t.meta, t.tokens, t.messages, state) for t in trajectories
+        ]
         found: dict[str, list[Outcome]] = {}
         outcomes = self._outcomes(self._root, samples, found)
         for trajectory, outcome in zip(trajectories, outcomes, strict=True):
