@@ -25,6 +25,10 @@ class Part:
     name: str = ""
     true: bool = False
 
+    def identified(self) -> list[Any]:
+        """Return what its scores depend on."""
+        return [self.reward, self.weight, self.name, self.true]
+
 
 def read_parts(
     given: Any, resolve: Callable[..., Any], weights: Sequence[float] | None = None

@@ -12,6 +12,7 @@ from typing import Any
 from tensafe_nb.errors import ClientClosedError
 from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, awaited_outcomes
 from tensafe_nb.rlvr.lasting import LOOP
+from tensafe_nb.rlvr.pool import NOTHING, Modules
 
 AT_ONCE = 32  # calls under way: what a judge behind an API bears
 
@@ -30,10 +31,13 @@ class CoroutinePool:
         self._round: Future[Any] | None = None
         self._closed = False
 
-    def add(self, call: Call) -> int:
+    def add(self, call: Call, modules: Modules = NOTHING) -> int:
         """Take on a coroutine function and return its number."""
         self._calls.append(call)
         return len(self._calls) - 1
+
+    def forget(self, key: int) -> None:
+        """Keep what costs nothing."""
 
     def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
         """Await function number `key` on all samples.

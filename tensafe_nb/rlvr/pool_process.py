@@ -8,6 +8,7 @@ pickled tuples. Answers are lines of JSON. What a function prints goes to standa
 import contextlib
 import json
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -24,18 +25,17 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the notebook is not ours
     requests, answers = _take_pipes()
     sys.path[:] = json.loads(_frame(requests))
-    import cloudpickle  # type: ignore[import-untyped, unused-ignore]
-
     from tensafe_nb.rlvr.calls import outcomes_of
+    from tensafe_nb.rlvr.shipping import arrived
 
     calls: dict[int, Any] = {}
     inbox = _inbox(requests)
     while True:
-        kind, key, *rest = cloudpickle.loads(inbox.get())
+        kind, key, blob = pickle.loads(inbox.get())
         if kind == "load":
-            _answer(answers, _load(calls, key, rest[0]))
+            _answer(answers, _load(calls, key, blob))
         else:
-            first, units = rest
+            first, units = arrived(blob)
             for index, unit in enumerate(units, first):
                 _answer(answers, [index, [outcome[:3] for outcome in outcomes_of(calls[key], unit)]])
 
@@ -84,10 +84,10 @@ def _inbox(requests: BinaryIO) -> "queue.SimpleQueue[bytes]":
 
 
 def _load(calls: dict[int, Any], key: int, blob: bytes) -> list[Any]:
-    import cloudpickle
+    from tensafe_nb.rlvr.shipping import arrived
 
     try:
-        calls[key] = cloudpickle.loads(blob)
+        calls[key] = arrived(blob)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # importing the user's modules may raise anything: told to the parent
         return ["loaded", f"{type(error).__name__}: {error}"]
     return ["loaded", None]

@@ -1,10 +1,7 @@
 """Reward functions: how they are named, resolved, composed and called. A reward that failed is None, never 0."""
 
 import asyncio
-import hashlib
 import inspect
-import json
-import re
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,6 +12,7 @@ from tensafe_nb.registry import Registry, check_keywords, load_dotted, name_of
 from tensafe_nb.rlvr import builtin_rewards, code_reward, parsed_rewards, shaping_rewards
 from tensafe_nb.rlvr.calls import Call, Conversation, Outcome, RewardSample, Style
 from tensafe_nb.rlvr.composite import Part, combined, read_parts
+from tensafe_nb.rlvr.identity import Identity, identity_of
 from tensafe_nb.rlvr.lasting import LOOP
 from tensafe_nb.rlvr.signatures import call_for
 
@@ -123,8 +121,22 @@ class Reward:
 
     @property
     def version(self) -> str:
-        """A hash of its source and keywords: scores of two versions are not comparable."""
-        return hashlib.sha256(_described(self).encode()).hexdigest()[:12]
+        """A digest of its code and all that this uses, as it is now: scores of two versions are not comparable.
+
+        It ends in "-partial" where something lies beyond what can be looked into; `identity.beyond` names it.
+        """
+        return self.identity.version
+
+    @property
+    def identity(self) -> Identity:
+        """What its scores depend on."""
+        return identity_of(self)
+
+    def identified(self) -> list[Any]:
+        """Return what its scores depend on, for `identity_of`."""
+        if self.call is None:
+            return ["composite", *self.parts]
+        return [self.function, dict(self.kwargs), self.call.style.value, self.call.conversational]
 
     def leaves(self) -> "Iterator[tuple[Reward, Call]]":
         """Yield the functions it is made of, each with its call: itself, or those of its parts."""
@@ -258,36 +270,6 @@ def composite(
         >>> reward = resolve_reward("composite", parts={"exact_match": 1.0, "format_compliance": 0.2})
     """
     return resolve_reward(composite, parts=parts)(prompt, response, meta)
-
-
-def _described(value: Any) -> str:
-    """Write a reward, a function or a keyword down so that equal texts mean equal scores."""
-    if isinstance(value, Reward):
-        return _described([value.function, value.kwargs])
-    if isinstance(value, Part):
-        return _described([value.reward, value.weight, value.name, value.true])
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{_described(value[key])}' for key in sorted(value, key=str))}}}"
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_described, value))}]"
-    if callable(value) or hasattr(value, "score_answer"):
-        return _source(value)
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _source(function: Any) -> str:
-    """Return a function's text with the values it closes over, or its bytecode where there is no text."""
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    try:
-        text = inspect.getsource(function if code else type(function))
-    except (OSError, TypeError):
-        text = "" if code is None else json.dumps([code.co_code.hex(), repr(code.co_consts), code.co_names])
-    if code is None:
-        return text + name_of(function) + _described(sorted(getattr(function, "__dict__", {}).items()))
-    closed_over = inspect.getclosurevars(function).nonlocals
-    values = {name: value for name, value in closed_over.items() if not callable(value)}
-    return text + _described([values, function.__defaults__, function.__kwdefaults__])
 
 
 for _name, _builtin in _BUILTINS.items():
