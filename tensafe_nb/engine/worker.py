@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any, cast
@@ -231,6 +232,12 @@ class Worker:
         performer = self._performer
         return 0 if performer is None else sum(p.numel() for p in performer.engine.parameters)
 
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model reads at most."""
+        performer = self._performer
+        return None if performer is None else performer.engine.model.context
+
     def close(self) -> None:
         """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.
 
@@ -318,8 +325,9 @@ class Worker:
             self._failure = failure
             doomed = self._lane.pending() + ([self._running] if self._running else [])
         self.loaded.fail(failure)
-        for job in doomed:
-            self._fail(job, failure)
+        with ExitStack() as all_of_them:  # one that cannot be put on record keeps no other from its end
+            for job in reversed(doomed):
+                all_of_them.callback(self._fail, job, failure)
         self._announce(ClientStatus.ERROR, str(failure))
 
     def _work(self) -> None:
@@ -348,16 +356,18 @@ class Worker:
                 result = cast(Performer, self._performer).perform(job, self._tick(job))
         except FutureCancelledError:
             self._lane.mark_broken(job, "was cancelled")
-            self._note_cancelled(job)
-            job.promise.cancel()
+            try:
+                self._note_cancelled(job)
+            finally:
+                job.promise.cancel()
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
             self._lane.mark_broken(job, "failed")
             self._fail(job, presentable(error))
         else:
-            self._auditor.record(job, result)
-            job.operation = None
             duration = time.perf_counter() - started
             try:
+                self._auditor.record(job, result)
+                job.operation = None
                 self._publish(
                     OperationFinished(future_id=job.future_id, operation=job.name, duration=duration)
                 )
@@ -380,12 +390,13 @@ class Worker:
         self._publish(OperationCancelled(future_id=job.future_id, operation=job.name))
 
     def _fail(self, job: Job, error: BaseException) -> None:
-        self._auditor.record(job, error)
-        job.operation = None
-        code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
-        failed = OperationFailed(future_id=job.future_id, operation=job.name, code=code, message=str(error))
         try:
-            self._publish(failed)
+            self._auditor.record(job, error)
+            job.operation = None
+            code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
+            self._publish(
+                OperationFailed(future_id=job.future_id, operation=job.name, code=code, message=str(error))
+            )
         finally:  # whoever waits is told, whatever happens to the log
             job.promise.fail(error)
 

@@ -391,7 +391,7 @@ def test_what_cannot_be_written_as_plain_data_is_still_audited(
     def scaled(outputs: Any, batch: Any, by: Any = None) -> Any:
         return outputs.logprobs.mean() * by.sum()
 
-    tc.forward_backward(batch, loss_fn=scaled, loss_kwargs={"by": torch.ones(2)}).result(timeout=20)
+    tc.forward_backward(batch, loss_fn=scaled, loss_kwargs={"by": torch.ones(2)}).result()
     assert service.get_audit_logs(limit=1)[0].operation == "forward_backward"
 
 
@@ -464,9 +464,7 @@ def test_a_checkpoint_of_a_running_run_is_saved_between_its_steps_and_rollback_r
 def until(run: tn.TrainingRun, state: str, steps: int | None = None) -> None:
     import time
 
-    deadline = time.monotonic() + 20
     while run.state != state or (steps is not None and run.steps_done != steps):
-        assert time.monotonic() < deadline, (run, steps)
         time.sleep(0.005)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensafe_nb as tn
@@ -71,7 +71,7 @@ def test_accumulated_batches_equal_one_big_batch(engine: Engine) -> None:
     assert largest_difference(whole[1], accumulated) <= 1e-6
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(left=st.integers(0, 5), right=st.integers(0, 5), token=st.integers(0, 100))
 def test_padding_never_changes_a_loss(engine: Engine, left: int, right: int, token: int) -> None:
     batch = ragged(rows=2)
