@@ -17,7 +17,6 @@ import importlib.metadata
 import importlib.util
 import marshal
 import operator
-import pickle
 import re
 import sys
 import sysconfig
@@ -427,7 +426,7 @@ class _Walk:
             self._foreign(thing)
 
     def _foreign(self, thing: Any) -> None:
-        """Note an object of a package or of Python, of which its plainest attributes are seen."""
+        """Note an object of a package or of Python by its class; what it holds may change all the time."""
         cls = type(thing)
         name = f"{cls.__module__}.{cls.__qualname__}"
         self._write("object of", name)
@@ -435,7 +434,9 @@ class _Walk:
             return
         self._outside(cls.__module__, name)
         self._beyond.add(f"an object of {name}")
-        for key, value in sorted(_state(thing), key=operator.itemgetter(0)):
+        if not hasattr(cls, "score_answer"):
+            return
+        for key, value in sorted(_state(thing), key=operator.itemgetter(0)):  # a data set: its configuration
             if isinstance(value, _ATOMS) or is_dataclass(value):
                 self._write(key, re.sub(" at 0x[0-9a-f]+", "", repr(value)))
 
@@ -463,7 +464,7 @@ class _Walk:
         if size > _LARGE:
             self._beyond.add(f"an array of {size >> 20} MiB")
         elif hasattr(thing, "memory_usage"):
-            self._write(hashlib.sha256(pickle.dumps(thing)).hexdigest())
+            self._write(hashlib.sha256(thing.to_csv().encode()).hexdigest())
         else:
             self.visit(thing.tolist())
         return True

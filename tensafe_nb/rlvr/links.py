@@ -7,7 +7,6 @@ each.
 import contextlib
 import json
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -16,6 +15,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias
+
+import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
 from tensafe_nb.rlvr.calls import Call, RewardSample, outcomes_of
 from tensafe_nb.rlvr.lasting import STARTER
@@ -58,10 +59,10 @@ class ProcessLink:
         self._write(json.dumps(sys.path).encode())
 
     def load(self, key: int, blob: bytes) -> None:
-        self._write(pickle.dumps(("load", key, blob)))
+        self._write(cloudpickle.dumps(("load", key, blob)))
 
     def run(self, key: int, first: int, units: Sequence[Unit]) -> None:
-        self._write(pickle.dumps(("run", key, shipped((first, units)))))
+        self._write(cloudpickle.dumps(("run", key, shipped((first, units)))))
 
     def kill(self) -> None:
         """End the process and what it started, and its thread."""

@@ -8,7 +8,6 @@ pickled tuples. Answers are lines of JSON. What a function prints goes to standa
 import contextlib
 import json
 import os
-import pickle
 import queue
 import signal
 import sys
@@ -25,13 +24,15 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the notebook is not ours
     requests, answers = _take_pipes()
     sys.path[:] = json.loads(_frame(requests))
+    import cloudpickle  # type: ignore[import-untyped, unused-ignore]
+
     from tensafe_nb.rlvr.calls import outcomes_of
     from tensafe_nb.rlvr.shipping import arrived
 
     calls: dict[int, Any] = {}
     inbox = _inbox(requests)
     while True:
-        kind, key, blob = pickle.loads(inbox.get())
+        kind, key, blob = cloudpickle.loads(inbox.get())
         if kind == "load":
             _answer(answers, _load(calls, key, blob))
         else:
