@@ -639,3 +639,64 @@ def test_what_is_no_algorithm_is_refused_at_once(client, algo):
 def test_prompts_may_come_from_a_generator(client):
     trainer = RLVRTrainer(client, (row for row in SUMS), "exact_match", **SMALL)
     assert trainer.run(steps=1, show=False).result().state == "FINISHED"
+
+
+@pytest.mark.parametrize("mode", ["pause", "fail"])
+def test_a_watched_part_that_always_fails_takes_no_reward_away_and_stops_nothing(client, mode):
+    def watched(prompt, response, meta=None):
+        raise ValueError("not today")
+
+    run = train(client, [Part("exact_match"), Part(watched, weight=0)], steps=2, on_reward_errors=mode)
+    run.result(timeout=60)
+    assert [event for event in events(client, Alarm) if event.name == "reward_errors"] == []
+    assert client.history["rewards/watched/errors"].tolist() == [16, 16]
+    assert not np.isnan(client.history["reward"]).any()
+
+
+def test_a_part_with_weight_that_fails_still_pauses_and_says_which(client, paused):
+    def broken(prompt, response, meta=None):
+        raise ValueError("not today")
+
+    calls = iter(range(10**6))
+    mostly = [
+        Part("exact_match"),
+        Part(lambda p, r: 1.0 if next(calls) % 4 == 0 else broken(p, r), name="mostly"),
+    ]
+    run = train(client, mostly, steps=2)
+    paused.wait()
+    [alarm] = [event for event in events(client, Alarm) if event.name == "reward_errors"]
+    assert "failed on 12 of 16" in alarm.message
+    assert "mostly: ValueError: not today" in alarm.message
+    run.stop()
+
+
+def test_functions_written_for_trl_are_told_the_step(client):
+    seen = []
+
+    def reward(completions, trainer_state, **columns):
+        seen.append((trainer_state.global_step, trainer_state.max_steps))
+        return [float(len(text)) for text in completions]
+
+    train(client, reward, steps=2).result(timeout=60)
+    assert seen == [(0, 2), (1, 2)]
+
+
+def test_a_dict_of_rewards_trains_and_each_has_its_curve(client):
+    train(client, {"exact_match": 1.0, "levenshtein": 0.5}, steps=1).result(timeout=60)
+    row = {
+        name: client.history[name][-1]
+        for name in ("reward", "rewards/exact_match/mean", "rewards/levenshtein/mean")
+    }
+    assert row["reward"] == pytest.approx(
+        row["rewards/exact_match/mean"] + 0.5 * row["rewards/levenshtein/mean"]
+    )
+
+
+def test_a_helper_that_is_changed_in_mid_run_is_marked_as_another_version(client):
+    variables = {"__name__": "__main__", "POINTS": 1.0}
+    exec("def reward(prompt, response, meta=None):\n    return POINTS * len(response)", variables)
+    trainer = trainer_of(client, variables["reward"])
+    trainer.run(steps=1, show=False).result(timeout=60)
+    variables["POINTS"] = 2.0
+    trainer.run(steps=1, show=False).result(timeout=60)
+    assert client.history["reward_version"].tolist() == [1, 2]
