@@ -306,7 +306,8 @@ class _Tokens:
         if tokens != whole and self._tokenizer.decode(tokens) != self._tokenizer.decode(whole):
             return ValidationError(
                 f"The model's tokenizer ({type(self._tokenizer).__name__}) does not say which characters a token "
-                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. Use the model's fast tokenizer."
+                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. "
+                f"Use the model's fast tokenizer."
             )
         return self._ended(tokens, learnt, text)
 
