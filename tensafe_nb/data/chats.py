@@ -300,9 +300,7 @@ class Template:
         hollow = self._try(
             [{**message, "content": chr(MARKS + n)} for n, message in enumerate(chat.messages)], chat.options
         )
-        if hollow is None or [ord(mark) - MARKS for mark in MARK.findall(hollow)] != list(
-            range(len(contents))
-        ):
+        if hollow is None or MARK.findall(hollow) != [chr(MARKS + n) for n in range(len(contents))]:
             return None
         plain = _Form(
             tuple(MARK.split(hollow)), tuple((n, 0, 0) for n in range(len(contents))), unended=False

@@ -32,7 +32,7 @@ class _Row:
     prompt_index: int
     prompt: tuple[int, ...]
     seed: int
-    turn: TurnEnd = TurnEnd()
+    turn: TurnEnd = field(default_factory=TurnEnd)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
