@@ -145,6 +145,8 @@ class SampledSequence:
         finish_reason: "stop" (an end token; in a chat, what ends a turn of its template, too), "stop_string", "length",
             or "fixed" (`ignore_end`).
         seed: Of this row's random stream.
+        entropy: Exact entropy of the distributions sampled from, in nats, mean over the tokens; None where the
+            sampler does not say.
     """
 
     prompt_index: int
@@ -155,6 +157,7 @@ class SampledSequence:
     raw_logprobs: tuple[float, ...]
     finish_reason: str
     seed: int
+    entropy: float | None = None
 
 
 @plain
@@ -369,7 +372,7 @@ Result: TypeAlias = (
 @plain
 @dataclass(frozen=True, slots=True)
 class TrainingClientInfo:
-    """A training client as its core sees it at one moment."""
+    """A training client as its core sees it at one moment; where and in what it computes once its model is loaded."""
 
     training_client_id: str
     model_ref: str
@@ -379,6 +382,8 @@ class TrainingClientInfo:
     created_at: float
     reason: str | None = None
     dp_metrics: DPMetrics | None = None
+    device: str | None = None
+    precision: str | None = None
 
 
 @plain

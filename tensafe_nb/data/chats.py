@@ -60,9 +60,13 @@ def read_chat(row: Mapping[str, Any]) -> Chat:
     for message in messages:
         for key in UNLEARNT:
             message.pop(key, None)
-    options = {**(row.get("chat_template_kwargs") or {})}
-    options.update({key: list(row[key]) for key in ("tools", "documents") if row.get(key)})
-    return Chat(messages, learnt, options)
+    return Chat(messages, learnt, template_options(row))
+
+
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row or a prompt gives to the chat template beside its messages."""
+    given = {key: list(row[key]) for key in ("tools", "documents") if row.get(key)}
+    return {**(row.get("chat_template_kwargs") or {}), **given}
 
 
 def _is_learnt(message: Mapping[str, Any]) -> bool:

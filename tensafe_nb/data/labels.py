@@ -12,7 +12,15 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from tensafe_nb.data.chats import LOOK_BACK, Chat, Template, read_chat, render, token_pattern
+from tensafe_nb.data.chats import (
+    LOOK_BACK,
+    Chat,
+    Template,
+    read_chat,
+    render,
+    template_options,
+    token_pattern,
+)
 from tensafe_nb.data.layouts import check_template, shortened
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import Prompt
@@ -92,9 +100,9 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return _Tokens(tokenizer).prompt(prompt)
     if isinstance(prompt, Mapping):
-        return _opened(tokenizer, **prompt)
+        return _opened(tokenizer, prompt["messages"], template_options(prompt))
     if prompt and isinstance(prompt[0], Mapping):
-        return _opened(tokenizer, prompt)
+        return _opened(tokenizer, prompt, {})
     return [int(token) for token in prompt]  # type: ignore[arg-type]
 
 
@@ -112,14 +120,14 @@ def turn_ends(tokenizer: Any, prompts: Sequence[Prompt]) -> list[TurnEnd]:
     known: dict[str, TurnEnd] = {}
     ends = []
     for prompt in prompts:
-        tools = prompt.get("tools") if isinstance(prompt, Mapping) else None
         chat = isinstance(prompt, Mapping) or (not isinstance(prompt, str) and isinstance(prompt[0], Mapping))
         if template is None or not chat:
             ends.append(TurnEnd())
             continue
-        key = repr(tools)
+        options = template_options(prompt) if isinstance(prompt, Mapping) else {}
+        key = repr(options)
         if key not in known:
-            known[key] = _turn_end(tokenizer, template.turn_ends({"tools": list(tools)} if tools else {}))
+            known[key] = _turn_end(tokenizer, template.turn_ends(options))
         ends.append(known[key])
     return ends
 
@@ -131,12 +139,11 @@ def _turn_end(tokenizer: Any, stops: Sequence[str]) -> TurnEnd:
     return TurnEnd(frozenset(ids), tuple(stop.strip() for stop in stops if not token.search(stop)))
 
 
-def _opened(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
+def _opened(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, Any]) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValidationError("This model has no chat template: give prompts as text instead of messages.")
     check_template(tokenizer.chat_template, messages, options.get("tools"))
-    given = {key: list(value) for key, value in options.items() if value is not None}
-    text = render(tokenizer, [dict(message) for message in messages], given, opened=True)
+    text = render(tokenizer, [dict(message) for message in messages], options, opened=True)
     return _Tokens(tokenizer).ids(text)
 
 
@@ -345,7 +352,8 @@ class _Tokens:
         if tokens != whole and self._tokenizer.decode(tokens) != self._tokenizer.decode(whole):
             return ValidationError(
                 f"The model's tokenizer ({type(self._tokenizer).__name__}) does not say which characters a token "
-                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. Use its fast tokenizer."
+                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. "
+                f"Use the model's fast tokenizer."
             )
         return self._ended(tokens, learnt, text)
 
