@@ -66,10 +66,8 @@ class PromptItem:
 
     @property
     def messages(self) -> list[Message] | None:
-        """The chat messages, where those were given; also of {messages, tools}."""
-        content: Any = self.content
-        content = content["messages"] if isinstance(content, Mapping) else content
-        return None if isinstance(content, str) else [dict(message) for message in content]
+        """The chat messages, where those were given."""
+        return None if isinstance(self.content, str) else [dict(message) for message in self.content]
 
     @property
     def prompt_id(self) -> str:
