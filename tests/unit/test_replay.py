@@ -29,13 +29,6 @@ run.result()
 """
 
 
-@pytest.fixture(autouse=True)
-def _no_panel_of_another_test() -> Any:
-    yield
-    feed._feeds.clear()
-    dashboard._panels.clear()
-
-
 @pytest.fixture
 def recorded(tc: tn.TrainingClient, batch: tn.BatchData) -> tn.TrainingRun:
     """A finished run, the second of its client."""
