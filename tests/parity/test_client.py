@@ -90,7 +90,7 @@ def test_a_model_that_cannot_be_loaded_fails_every_operation_with_the_reason(
 
 def test_a_hub_id_without_network_says_so_at_once(service: tn.ServiceClient, batch: tn.BatchData) -> None:
     tc = service.create_training_client(model_ref="some-org/some-model")
-    with pytest.raises(tn.ModelLoadError, match=r"hub cannot be reached.*spelling, the network"):
+    with pytest.raises(tn.ModelLoadError, match=r"hub cannot be reached.*spelling and the network"):
         tc.forward_backward(batch).result()
 
 
