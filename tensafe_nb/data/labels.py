@@ -102,7 +102,7 @@ def _opened(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int
     if tokenizer.chat_template is None:
         raise ValidationError("This model has no chat template: give prompts as text instead of messages.")
     check_template(tokenizer.chat_template, messages, options.get("tools"))
-    given = {key: list(value) for key, value in options.items() if value is not None}
+    given = {**(options.pop("chat_template_kwargs", None) or {}), **options}
     text = render(tokenizer, [dict(message) for message in messages], given, opened=True)
     return _Tokens(tokenizer).ids(text)
 
@@ -306,7 +306,8 @@ class _Tokens:
         if tokens != whole and self._tokenizer.decode(tokens) != self._tokenizer.decode(whole):
             return ValidationError(
                 f"The model's tokenizer ({type(self._tokenizer).__name__}) does not say which characters a token "
-                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. Use the model's fast tokenizer."
+                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. "
+                f"Use the model's fast tokenizer."
             )
         return self._ended(tokens, learnt, text)
 
