@@ -36,8 +36,9 @@ class CanaryModel(nn.Module):
         self.config = SimpleNamespace(to_dict=dict, max_position_embeddings=None)
 
     def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        """Return hidden states (B, T, m), as a decoder does."""
-        return SimpleNamespace(last_hidden_state=self.tokens(input_ids))
+        """Return hidden states (B, T, m) and logits (B, T, 1), as a decoder and a model with a head do."""
+        hidden = self.tokens(input_ids)
+        return SimpleNamespace(last_hidden_state=hidden, hidden_states=(hidden,), logits=self.readout(hidden))
 
     def get_decoder(self) -> "CanaryModel":
         """Return itself: there is nothing but the embedding."""
@@ -55,11 +56,15 @@ class CanaryModel(nn.Module):
 class Unpaid:
     """Pays for nothing: no data of anybody's is trained on."""
 
+    draws = None
+
     def epsilon(self) -> float:
         """Return 0."""
         return 0.0
 
-    def charge(self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool) -> None:
+    def charge(
+        self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool, **draw: int
+    ) -> None:
         """Let the step pass."""
 
 

@@ -197,6 +197,14 @@ class Worker:
         performer = self._performer
         return self._reached[1] if performer is None else performer.policy_version
 
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made, and give the key of its ticket's hashes; from any thread.
+
+        Raises:
+            ValidationError: It trains without differential privacy.
+        """
+        return self._guarantee.enter_draw(unit)
+
     def privacy_statement(self) -> PrivacyStatement:
         """Return the privacy statement of what this client trains, as things stand now; from any thread.
 
