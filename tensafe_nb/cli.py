@@ -46,8 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     lab.set_defaults(run=_lab)
     run = commands.add_parser("run", help="train as a YAML file says")
     run.add_argument("file", type=Path, help="the YAML file, see docs/guide/configuration.md")
-    run.add_argument("--data", type=Path, required=True, help="a .jsonl file with one row per line")
-    run.add_argument("--eval", type=Path, help="a .jsonl file with held-out rows")
+    run.add_argument(
+        "--data", type=Path, required=True, help="rows: a .jsonl, .json, .csv, .tsv or .parquet file"
+    )
+    run.add_argument("--eval", type=Path, help="a file with held-out rows")
+    run.add_argument(
+        "--on-bad-rows",
+        choices=["raise", "skip"],
+        help="refuse the first row that cannot be used, or leave such rows out; instead of the file's on_bad_rows",
+    )
     run.add_argument("--steps", type=int, help="optimiser steps, instead of the file's steps and epochs")
     run.add_argument(
         "--resume", metavar="ARTIFACT", help="go on from a checkpoint of an earlier run of this file"
@@ -77,6 +84,8 @@ def _run(chosen: argparse.Namespace) -> int:
     recipe = load_config(chosen.file)
     if chosen.steps is not None:
         recipe = recipe.replace(steps=chosen.steps, epochs=None)
+    if chosen.on_bad_rows is not None:
+        recipe = recipe.replace(on_bad_rows=chosen.on_bad_rows)
     with ServiceClient() as service, service.create_training_client(recipe.training) as tc:
         run = recipe.start(tc, chosen.data, chosen.eval, resume_from=chosen.resume)
         try:

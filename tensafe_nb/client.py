@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.data import Batches, Row, batches, encode_rows, padding_of
+from tensafe_nb.data import Batches, OnBadRows, Rows, batches, encode_rows, padding_of
 from tensafe_nb.draws import PoissonDraws, sample_rate_of, units_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.events import Event, RunHistory
@@ -99,28 +99,40 @@ class TrainingClient(Verbs):
     # data and runs
 
     def batches(
-        self, source: str | Path | Iterable[Row], *, max_length: int | None = None, seed: int = 0
+        self,
+        source: Rows,
+        *,
+        max_length: int | None = None,
+        truncate: bool = False,
+        on_bad_rows: OnBadRows = "raise",
+        seed: int = 0,
     ) -> Batches:
         """Tokenise rows for this model and batch them, `config.batch_size` rows each; see `tensafe_nb.data.batches`.
 
-        For a private client with sampling="worst_case", each batch says which rows it holds.
+        Rows longer than `max_length` or the model's context are found here, not in the middle of a run. For a private
+        client with sampling="worst_case", each batch says which rows it holds.
         """
         return batches(
             source,
             self.tokenizer,
             batch_size=self.config.batch_size,
             max_length=max_length,
+            truncate=truncate,
+            on_bad_rows=on_bad_rows,
+            context=self.context,
             seed=seed,
             with_ids="differential_privacy" in self.capabilities,
         )
 
     def dp_batches(
         self,
-        examples: str | Path | Iterable[Row],
+        examples: Rows,
         *,
         steps: int | None = None,
         unit_ids: Sequence[object] | None = None,
         max_length: int | None = None,
+        truncate: bool = False,
+        on_bad_rows: OnBadRows = "raise",
     ) -> PoissonDraws:
         """Return Poisson draws of rows for private training: one item is one step's batch, sometimes an empty one.
 
@@ -129,7 +141,10 @@ class TrainingClient(Verbs):
             steps: Draws per pass; None takes as many as use each unit once on average.
             unit_ids: Whose each row is: all rows of one person are drawn, and clipped, together. None takes each row
                 for itself.
-            max_length: Longer sequences are cut at the end.
+            max_length: How many tokens a row may have.
+            truncate: Cut longer rows at the end.
+            on_bad_rows: "skip" leaves rows that cannot be used out before anything is drawn. Whether a row is left out
+                depends on that row alone, so the guarantee stays; `dataset_size` stays what you declared.
 
         Raises:
             ValidationError: No DPConfig with sampling="poisson", or rows that cannot be read.
@@ -139,11 +154,21 @@ class TrainingClient(Verbs):
             ...     tc.forward_backward(draw), tc.optim_step()
         """
         sample_rate = sample_rate_of(self.config)
-        encoded, group = encode_rows(examples, self.tokenizer, max_length=max_length)
+        encoded = encode_rows(
+            examples,
+            self.tokenizer,
+            max_length=max_length,
+            truncate=truncate,
+            on_bad_rows=on_bad_rows,
+            context=self.context,
+        )
+        if encoded.skipped and unit_ids is not None:
+            unit_ids = encoded.kept(unit_ids, "dp_batches: unit_ids")
         dp = self.config.dp_config
-        units = units_of(len(encoded), group, unit_ids, dp.dataset_size if dp is not None else None)
+        count = len(encoded.examples)
+        units = units_of(count, encoded.group, unit_ids, dp.dataset_size if dp is not None else None)
         return PoissonDraws(
-            encoded,
+            encoded.examples,
             units,
             sample_rate,
             unit="user" if unit_ids is not None else "example",
@@ -371,6 +396,13 @@ class TrainingClient(Verbs):
         """The model's tokenizer; waits for the model to be loaded."""
         self._channel.loaded.wait()
         return self._channel.loaded.outcome()
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model reads at most, if there is a limit; waits for the model to be loaded."""
+        self._channel.loaded.wait()
+        self._channel.loaded.outcome()
+        return self._channel.context
 
     def refresh(self) -> TrainingClientInfo:
         """Read the core's state now."""

@@ -1,17 +1,17 @@
 """A training run as a YAML file describes it: `load_config` reads the file and names the line of whatever is wrong."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 import pydantic
 
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import Config, LossConfig, Positive, TrainingConfig
-from tensafe_nb.data import Batches, Row, read_rows
+from tensafe_nb.data import Batches, OnBadRows, Rows
 from tensafe_nb.draws import PoissonDraws
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.rlvr import (
@@ -26,8 +26,6 @@ from tensafe_nb.rlvr import (
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.yaml_file import Keys, Problem, YamlFile, to_yaml
 
-Rows: TypeAlias = str | Path | Iterable[Row]
-
 # Where a file says what: keys in the file → fields of a Recipe.
 LAYOUT: dict[Keys, Keys] = {
     ("training", "mode"): ("mode",),
@@ -37,6 +35,7 @@ LAYOUT: dict[Keys, Keys] = {
     ("training", "checkpoint_every"): ("checkpoint_every",),
     ("training", "keep_last"): ("keep_last",),
     ("training", "keep_best"): ("keep_best",),
+    ("training", "on_bad_rows"): ("on_bad_rows",),
     ("training", "seed"): ("training", "seed"),
     ("model", "model_ref"): ("training", "model_ref"),
     ("model", "dtype"): ("training", "dtype"),
@@ -49,12 +48,14 @@ LAYOUT: dict[Keys, Keys] = {
     ("batch", "gradient_accumulation_steps"): ("training", "gradient_accumulation_steps"),
     ("batch", "micro_batch_tokens"): ("training", "micro_batch_tokens"),
     ("batch", "max_length"): ("max_length",),
+    ("batch", "truncate"): ("truncate",),
     ("loss",): ("training", "loss"),
     ("rlvr",): ("rlvr",),
 }
 SFT_ONLY: set[Keys] = {
     ("epochs",),
     ("max_length",),
+    ("truncate",),
     ("training", "batch_size"),
     ("training", "gradient_accumulation_steps"),
     ("training", "loss"),
@@ -155,7 +156,9 @@ class Recipe(Config):
         checkpoint_every: Save the state every so many steps, and after the last.
         keep_last: Keep the newest so many of these checkpoints; None keeps all.
         keep_best: Keep the one with the best value of this metric as well.
-        max_length: Longer sequences are cut, in mode sft.
+        max_length: How many tokens a row may have, in mode sft; a longer one is refused.
+        truncate: Cut longer rows at the end instead.
+        on_bad_rows: "raise" refuses the first row that cannot be used, "skip" leaves such rows out and says so.
         rlvr: Rewards and rollouts, in mode rlvr.
 
     Example:
@@ -173,6 +176,8 @@ class Recipe(Config):
     keep_last: Positive | None = None
     keep_best: str | None = None
     max_length: Positive | None = None
+    truncate: bool = False
+    on_bad_rows: OnBadRows = "raise"
     rlvr: RLVRConfig | None = None
 
     @pydantic.model_validator(mode="after")
@@ -208,7 +213,7 @@ class Recipe(Config):
 
         Args:
             training_client: What to train.
-            data: Rows, or a .jsonl file: examples in mode sft, prompts with their columns in mode rlvr.
+            data: Rows, as for `data.batches`: examples in mode sft, prompts with their columns in mode rlvr.
             eval_data: Held-out rows of the same kind.
             resume_from: A checkpoint of a run of this recipe on these rows: go on where it stood.
             show: Show the progress.
@@ -216,9 +221,7 @@ class Recipe(Config):
         Raises:
             ValidationError: Rows, steps or a function named in the recipe that do not fit.
         """
-        rows = read_rows(data)
-        held_out = [] if eval_data is None else read_rows(eval_data)
-        if self.eval_every is not None and not held_out:
+        if self.eval_every is not None and eval_data is None:
             raise ValidationError(
                 f"training.eval_every is {self.eval_every}, but there are no held-out rows."
             )
@@ -229,41 +232,46 @@ class Recipe(Config):
             "resume_from": resume_from,
         }
         if self.rlvr is not None:
-            return self._reinforce(self.rlvr, training_client, rows, held_out, saving | {"show": show})
-        length = self.max_length
+            return self._reinforce(self.rlvr, training_client, data, eval_data, saving | {"show": show})
+        held_out = None if eval_data is None else training_client.batches(eval_data, **self._reading)
         return training_client.fit(
-            self._batches(training_client, rows),
+            self._batches(training_client, data),
             epochs=self.epochs,
             steps=self.steps,
-            eval_batches=training_client.batches(held_out, max_length=length) if held_out else None,
+            eval_batches=held_out,
             eval_every=self.eval_every,
             show=show,
             **saving,  # type: ignore[arg-type]
         )
 
-    def _batches(self, client: TrainingClient, rows: list[Row]) -> Batches | PoissonDraws:
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {"max_length": self.max_length, "truncate": self.truncate, "on_bad_rows": self.on_bad_rows}
+
+    def _batches(self, client: TrainingClient, data: Rows) -> Batches | PoissonDraws:
         if "differential_privacy:poisson" in client.capabilities:
-            return client.dp_batches(rows, max_length=self.max_length)
-        return client.batches(rows, max_length=self.max_length, seed=self.training.seed)
+            return client.dp_batches(data, **self._reading)
+        return client.batches(data, seed=self.training.seed, **self._reading)
 
     def _reinforce(
         self,
         rlvr: RLVRConfig,
         client: TrainingClient,
-        rows: list[Row],
-        held_out: list[Row],
+        data: Rows,
+        eval_data: Rows | None,
         how: dict[str, Any],
     ) -> TrainingRun:
         if self.steps is None:
             raise ValidationError("Mode rlvr needs a number of steps, and training.steps is not given.")
         trainer = RLVRTrainer(
             client,
-            rows,
+            data,
             resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
             rlvr.algo.algorithm(),
-            eval_prompts=held_out or None,
+            eval_prompts=eval_data,
             eval_every=self.eval_every,
             seed=self.training.seed,
+            on_bad_rows=self.on_bad_rows,
             on_reward_errors="fail",  # nobody sits before a file: a pause would wait for ever
             **{name: value for name, value in rlvr if name not in ("reward", "algo")},
         )

@@ -9,8 +9,10 @@ from tensafe_nb.batch import Array
 from tensafe_nb.plain import plain
 from tensafe_nb.reprs import Facts
 
-Message: TypeAlias = Mapping[str, str]
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+Message: TypeAlias = Mapping[str, Any]  # role and content, a text; content is None beside tool_calls
+Prompt: TypeAlias = (
+    str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
+)  # the last: {"messages", "tools"}
 
 
 class ClientStatus(StrEnum):

@@ -1,18 +1,22 @@
 """From what people have to batches: rows are read, tokenised, labelled, padded and shuffled here."""
 
-from tensafe_nb.data.prompts import read_prompts
-from tensafe_nb.data.rows import Row, read_rows
-from tensafe_nb.data.text import Batches, Example, batches, collate, encode, encode_rows, padding_of
+from tensafe_nb.data.prompts import read_prompt, read_prompts
+from tensafe_nb.data.rows import OnBadRows, Row, Rows, read_rows
+from tensafe_nb.data.text import Batches, Encoded, Example, batches, collate, encode, encode_rows, padding_of
 
 __all__ = [
     "Batches",
+    "Encoded",
     "Example",
+    "OnBadRows",
     "Row",
+    "Rows",
     "batches",
     "collate",
     "encode",
     "encode_rows",
     "padding_of",
+    "read_prompt",
     "read_prompts",
     "read_rows",
 ]

@@ -1,50 +1,109 @@
-"""The door for prompts: texts, chats and token ids to sample from."""
+"""The door for prompts: texts, chats and token ids to sample from; one reading of a chat for all who take one."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from tensafe_nb.data.layouts import checked_text, is_chat, messages_of, missing, shortened, tools_of
+from tensafe_nb.data.rows import refuse_table
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import Prompt
 
+FORMS = "a prompt is a text, a list of chat messages, or a list of token ids"
 
-def read_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[Prompt, ...]:
+
+def read_prompts(prompts: Any) -> tuple[Prompt, ...]:
     """Tell one prompt from a list of prompts, and check each.
+
+    Args:
+        prompts: A text, a list of chat messages or of token ids, {"prompt" or "messages", "tools"}, or a list of any.
 
     Raises:
         ValidationError: No prompt, an empty one, or what is none.
     """
     if isinstance(prompts, str):
-        return (prompts,)
+        return (_one_prompt(prompts, 0),)
+    if isinstance(prompts, Mapping) and ("prompt" in prompts or "messages" in prompts):
+        return (_one_prompt(prompts, 0),)
     if isinstance(prompts, Mapping):
         raise ValidationError("sample() was given one chat message: put it in a list, [message].")
-    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+    if isinstance(prompts, os.PathLike):
         raise ValidationError(
-            f"sample(): a prompt is a text, a list of messages or of token ids, not {type(prompts).__name__}."
+            f"sample() reads no files: data.read_rows({str(prompts)!r}) does; give its prompts, "
+            f"[row['prompt'] for row in rows]."
         )
-    given: list[Any] = list(prompts)
+    refuse_table(prompts, "sample(): this is a table, not a list of prompts. Give table['prompt'].tolist().")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise ValidationError(f"sample(): {FORMS}, not {type(prompts).__name__}.")
+    given: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
     if not given:
         raise ValidationError("sample() was given no prompt.")
-    if isinstance(given[0], Integral | Mapping):  # one prompt: token ids, or chat messages
-        given = [given]
+    first = given[0]
+    if isinstance(first, Integral) or (
+        isinstance(first, Mapping) and not {"prompt", "messages"} & first.keys()
+    ):
+        given = [given]  # one prompt: token ids, or chat messages
     return tuple(_one_prompt(prompt, index) for index, prompt in enumerate(given))
 
 
 def _one_prompt(prompt: Any, index: int) -> Prompt:
-    if isinstance(prompt, str):
-        return prompt
-    parts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, bytes | Mapping) else []
+    try:
+        if isinstance(prompt, Mapping):
+            return _with_tools(prompt)
+        if isinstance(prompt, str) or is_chat(prompt):
+            return read_prompt(prompt)
+    except ValidationError as error:
+        raise ValidationError(f"Prompt {index}: {error}") from error
+    if hasattr(prompt, "tolist"):  # an array, a tensor
+        prompt = prompt.tolist()
+    parts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, bytes) else []
     if all(isinstance(part, Integral) and not isinstance(part, bool) for part in parts) and parts:
         return tuple(int(part) for part in parts)
-    if all(isinstance(part, Mapping) for part in parts) and parts:
-        for part in parts:
-            if not isinstance(part.get("role"), str) or not isinstance(part.get("content"), str):
-                raise ValidationError(
-                    f"Prompt {index}: a chat message has 'role' and 'content', both text: {part!r}."
-                )
-        return tuple(dict(part) for part in parts)
     if isinstance(prompt, Sequence) and not parts:
         raise ValidationError(f"Prompt {index} is empty: give at least one token.")
-    raise ValidationError(
-        f"Prompt {index} is {prompt!r}: a prompt is a text, a list of chat messages, or a list of token ids."
+    raise ValidationError(f"Prompt {index} is {shortened(prompt)}: {FORMS}.")
+
+
+def _with_tools(prompt: Mapping[str, Any]) -> Prompt:
+    name = "prompt" if "prompt" in prompt else "messages"
+    if other := sorted(
+        str(key) for key, value in prompt.items() if key not in (name, "tools") and not missing(value)
+    ):
+        raise ValidationError(
+            f"a dict has 'prompt' (or 'messages') and 'tools', and this has {', '.join(map(repr, other))} besides, "
+            f"which nobody would read. Of rows, give [row[{name!r}] for row in rows]."
+        )
+    return read_prompt(prompt[name], prompt.get("tools"))
+
+
+def read_prompt(content: Any, tools: Any = None) -> Prompt:
+    """Return a prompt as it is sent: a text, messages, or {"messages", "tools"}.
+
+    Args:
+        content: A text or a list of messages; see `layouts.messages_of`.
+        tools: What the chat template is to show beside them.
+
+    Raises:
+        ValidationError: It is neither, or tools beside a text, which no template ever sees.
+    """
+    given = None if missing(tools) else tools_of(tools)
+    if isinstance(content, str):
+        if not content:
+            raise ValidationError("it is empty: give at least one token.")
+        if given:
+            raise ValidationError(
+                "it is a text, and tools are shown by the chat template only: give messages, or write the tools into "
+                "the text and call their column otherwise."
+            )
+        return checked_text(content, "the text")
+    if not is_chat(content):
+        raise ValidationError(
+            f"A prompt is a text, or a list of messages with 'role' and 'content'; this is {shortened(content)}, "
+            f"of type {type(content).__name__}."
+        )
+    messages = tuple(
+        {name: value for name, value in message.items() if name != "weight"}  # of training
+        for message in messages_of(content, "messages")
     )
+    return {"messages": messages, "tools": tuple(given)} if given else messages

@@ -1,60 +1,261 @@
-"""The door for rows: files, lists, any iterable → rows to be trained on."""
+"""The door for rows: files, tables, lists and streams → one row after the other, each with its number and line."""
 
-import json
-from collections.abc import Iterable, Mapping
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
+from tensafe_nb.batch import BatchData
+from tensafe_nb.data.files import Numbered, read_file, without_none
+from tensafe_nb.data.layouts import LAYOUTS, is_chat
 from tensafe_nb.errors import ValidationError
 
 Row: TypeAlias = str | Mapping[str, Any]
-EXPECTED = (
-    "Expected 'text', 'prompt' and 'completion', or 'messages'; "
-    "of a pair, 'prompt', 'chosen' and 'rejected', or 'anchor' and 'positive'."
-)
+Rows: TypeAlias = Any  # a path, or any table or iterable of rows: read by `open_rows`
+OnBadRows: TypeAlias = Literal["raise", "skip"]
+COLUMNS = frozenset(name for columns, _, _ in LAYOUTS for name in columns) | {"content", "role"}
+TABLES = ("pandas", "polars", "pyarrow", "datasets")  # libraries of tables; none is imported here
+PACKAGE = str(Path(__file__).parents[1])
 
 
-def read_rows(source: str | Path | Iterable[Row]) -> list[Row]:
-    """Read rows from a .jsonl file, a list, any iterable, or a Hugging Face dataset.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rows as they stand in what was given.
+
+    Attributes:
+        each: Each row's line in its file, or None; and the row, or the `ValidationError` that says what is wrong.
+        name: Of the file.
+        size: How many there are, where that is known.
+        what: What they are called in an error.
+    """
+
+    each: Numbered
+    name: str | None = None
+    size: int | None = None
+    what: str = "rows"
+
+    def place(self, number: int, line: int | None) -> str:
+        """Return where a row stands, for an error: rows are counted from 0, lines from 1."""
+        row = f"Row {number}" if self.what == "rows" else f"{self.what}: row {number}"
+        return row if line is None else f"{row} ({self.name}, line {line})"
+
+
+def read_rows(source: Rows) -> list[Row]:
+    """Read the rows of a file, a table, a list, any iterable, or a Hugging Face data set, as they stand there.
 
     Raises:
-        ValidationError: No such file, a line that is not JSON, or no row at all.
+        ValidationError: No such file, a line that is not JSON, what is no list of rows, or no row at all.
     """
+    rows = open_rows(source)
+    read = []
+    for number, (line, row) in enumerate(rows.each):
+        if isinstance(row, ValidationError):
+            raise located(row, rows, number, line)
+        read.append(row)
+    if not read:
+        raise no_rows(rows)
+    return read
+
+
+def open_rows(source: Rows, what: str = "rows") -> Source:
+    """Return the rows of a source, unread as far as it is a stream.
+
+    Args:
+        source: The path of a file (see `files.read_file`), a frame of pandas or polars, a table of pyarrow, a data set
+            of Hugging Face, or any iterable of rows. Errors of an iterator of yours come through as they are.
+        what: What they are called in an error.
+
+    Raises:
+        ValidationError: Something else; says the line that makes rows of it.
+    """
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        try:
+            return Source(read_file(path), path.name, what=what)
+        except ValidationError as error:
+            if what == "rows":
+                raise
+            raise ValidationError(f"{what}: {error}") from error
     if isinstance(source, Mapping):
-        raise ValidationError("One row was given where rows are expected: put it in a list, [row].")
-    rows = _read_jsonl(Path(source)) if isinstance(source, str | Path) else list(source)
-    if not rows:
-        raise ValidationError(
-            f"There are no rows in {source if isinstance(source, str | Path) else 'the data'}."
+        raise _mapping_refused(source, what)
+    _refuse_what_is_no_rows(source, what)
+    each = _table(source, what)
+    if each is None:
+        each = ((None, row) for row in source)
+    return Source(each, size=_size(source), what=what)
+
+
+def _size(source: Any) -> int | None:
+    """Return how many rows there are; streams of Hugging Face have a len() that raises."""
+    with contextlib.suppress(TypeError, NotImplementedError):
+        return len(source)
+    return None
+
+
+def located(error: ValidationError, rows: Source, number: int, line: int | None) -> ValidationError:
+    """Return an error of a row with its place in front."""
+    return ValidationError(
+        f"{rows.place(number, line)}: {error}",
+        details={"row": number, **({} if line is None else {"line": line})},
+    )
+
+
+def no_rows(rows: Source) -> ValidationError:
+    """Return the error of a source that holds nothing."""
+    return ValidationError(f"There are no rows in {rows.name or 'the data'}.")
+
+
+def check_on_bad_rows(on_bad_rows: str) -> None:
+    """Refuse what is neither "raise" nor "skip"."""
+    if on_bad_rows not in ("raise", "skip"):
+        raise ValidationError(f"on_bad_rows={on_bad_rows!r} must be 'raise' or 'skip'.")
+
+
+def warn_of_unread(counts: Mapping[str, int], rows: int) -> None:
+    """Name, once, the columns that nobody reads."""
+    if counts:
+        names = ", ".join(repr(name) for name in sorted(counts))
+        most = max(counts.values())
+        warnings.warn(
+            f"Nobody reads {'the column' if len(counts) == 1 else 'the columns'} {names} "
+            f"(in {most} of {rows} rows): training does not see what is in them.",
+            stacklevel=_levels_to_the_user(),
         )
-    return rows
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    if not path.is_file():
+def _levels_to_the_user() -> int:
+    """Return the stacklevel of the first frame outside this package: the line the warning is about."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+# tables
+
+
+def refuse_table(source: Any, message: str) -> None:
+    """Refuse a frame, a table or a data set where something else is expected."""
+    library = type(source).__module__.partition(".")[0]
+    if library in TABLES and type(source).__name__ not in ("Series", "Column"):
+        raise ValidationError(message)
+
+
+def _table(source: Any, what: str) -> Numbered | None:
+    """Return the rows of a table of pandas, polars, pyarrow or datasets; None if it is none of these.
+
+    None of them is imported: what was given has been made by it.
+    """
+    library = type(source).__module__.partition(".")[0]
+    kind = type(source).__name__
+    if library == "pandas" and kind == "DataFrame":
+        names = _column_names(list(source.columns), what)
+        rows = source.itertuples(index=False, name=None)
+        return ((None, without_none(dict(zip(names, cells, strict=True)))) for cells in rows)
+    if library == "polars" and kind == "DataFrame":
+        return ((None, without_none(row)) for row in source.iter_rows(named=True))
+    if library == "polars" and kind == "LazyFrame":
+        raise ValidationError(f"{what}: this frame is not computed yet. Give frame.collect().")
+    if library == "pyarrow" and kind in ("Table", "RecordBatch"):
+        _column_names(source.column_names, what)
+        batches = [source] if kind == "RecordBatch" else source.to_batches()
+        return ((None, without_none(row)) for batch in batches for row in batch.to_pylist())
+    if library == "pyarrow":
         raise ValidationError(
-            f"There is no file {str(path)!r} (looked in {Path.cwd()}). A text goes in a list: [text]."
+            f"{what}: of pyarrow, a Table is read. Give column.to_pylist() of a single column."
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValidationError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-    lines = enumerate(text.split("\n"), start=1)  # JSON may hold every other line separator as it is
-    return [_read_line(path, number, line) for number, line in lines if line.strip()]
+    if library == "datasets":
+        return ((None, without_none(row)) for row in source)
+    return None
 
 
-def _read_line(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValidationError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-    if not isinstance(row, str | Mapping):
+def _column_names(names: Sequence[Any], what: str) -> list[str]:
+    for name in names:
+        if not isinstance(name, str):
+            raise ValidationError(
+                f"{what}: the frame's columns are called {names[:5]}. Name them: "
+                f"frame.columns = ['prompt', 'completion']."
+            )
+    if len(set(names)) < len(names):
+        raise ValidationError(f"{what}: the frame has two columns of one name: {sorted(names)}.")
+    return list(names)
+
+
+# what is no list of rows
+
+
+def _refuse_what_is_no_rows(source: Any, what: str) -> None:
+    """Refuse what can be iterated, or looks as if, and whose items are no rows."""
+    name = type(source).__name__
+    if isinstance(source, BatchData) or name in ("Batches", "PoissonDraws"):
         raise ValidationError(
-            f"{path}, line {number} is a {type(row).__name__}: one JSON object per line is expected."
+            f"{what}: a {name} holds batches already: give it to fit() or forward_backward()."
         )
-    return row
+    if isinstance(source, bytes | bytearray):
+        raise ValidationError(f"{what}: these are bytes. A text goes in a list: [data.decode()].")
+    if isinstance(source, io.IOBase):
+        file = getattr(source, "name", "rows.jsonl")
+        raise ValidationError(f"{what}: this is an open file. Give its path instead: {file!r}.")
+    if isinstance(source, set | frozenset):
+        raise ValidationError(f"{what}: a set has no order, so that no seed repeats it. Give sorted(rows).")
+    if isinstance(source, AsyncIterable):
+        raise ValidationError(f"{what}: this is asynchronous. Give [row async for row in rows].")
+    if isinstance(source, np.ndarray) and (
+        source.ndim != 1 or source.dtype.kind not in "OUV" or source.dtype.names
+    ):
+        raise ValidationError(
+            f"{what}: an array of shape {source.shape} and type {source.dtype} holds no rows. Give a list of texts or "
+            f"dicts{', or pandas.DataFrame(array)' if source.dtype.names else ''}."
+        )
+    library = type(source).__module__.partition(".")[0]
+    if library == "torch" and name == "DataLoader":
+        raise ValidationError(f"{what}: a DataLoader makes batches. Give its rows: loader.dataset.")
+    if not isinstance(source, Iterable):
+        if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+            raise ValidationError(
+                f"{what}: a {name} is not iterable. Give [data[i] for i in range(len(data))]."
+            )
+        raise ValidationError(f"{what}: a {name} is no list of rows. A single row goes in a list: [row].")
+    if is_chat(source) and all({"role", "content"} <= message.keys() for message in source):
+        chat = "{'messages': messages}" if what == "rows" else "messages"
+        raise ValidationError(f"{what}: this is one chat. Give a list of chats: [{chat}].")
 
 
-def shortened(row: Row) -> str:
-    text = repr(row)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+def _mapping_refused(source: Mapping[Any, Any], what: str) -> ValidationError:
+    """Tell splits from columns from a row."""
+    names = list(source)
+    if names and all(_is_table(value) for value in source.values()):
+        split = "train" if "train" in source else names[0]
+        return ValidationError(f"{what}: this holds the splits {names}. Give one of them: data[{split!r}].")
+    known = COLUMNS.intersection(names)
+    columns = [value for name, value in source.items() if not known or name in known]
+    if columns and all(_is_column(value) for value in columns):
+        return ValidationError(
+            f"{what}: this is a dict of columns. Give its rows: "
+            f"[dict(zip(columns, cells)) for cells in zip(*columns.values())]."
+        )
+    return ValidationError(
+        "One row was given where rows are expected: put it in a list, [row]."
+        if what == "rows"
+        else f"{what}: one row was given where a list of them is expected: put it in a list, [row]."
+    )
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a value is a split: rows, not the messages of a chat."""
+    if type(value).__module__.partition(".")[0] in TABLES:
+        return type(value).__name__ not in ("Series", "Column")
+    return is_chat(value) and not any({"role", "from"} & message.keys() for message in value)
+
+
+def _is_column(value: Any) -> bool:
+    if isinstance(value, str | Mapping | bytes) or not isinstance(value, Iterable):
+        return False
+    return not is_chat(value)

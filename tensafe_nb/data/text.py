@@ -1,23 +1,37 @@
 """Texts, completions, chats and pairs → batches: tokenised, prompts masked, padded, shuffled with a seed."""
 
+import itertools
+import logging
+import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tensafe_nb.batch import IGNORE, BatchData
-from tensafe_nb.data.labels import tokens_of
-from tensafe_nb.data.rows import EXPECTED, Row, read_rows, shortened
+from tensafe_nb.data.labels import encode_many
+from tensafe_nb.data.layouts import EXPECTED, Canonical, canonical, check_template, shortened
+from tensafe_nb.data.rows import (
+    OnBadRows,
+    Row,
+    Rows,
+    Source,
+    check_on_bad_rows,
+    located,
+    no_rows,
+    open_rows,
+    warn_of_unread,
+)
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.reprs import Facts, shown
 
+logger = logging.getLogger(__name__)
 POOL = 50  # batches over which rows of like length are brought together
-PREFERENCE = frozenset({"prompt", "chosen", "rejected"})
-VIEWS = frozenset({"anchor", "positive"})
+AT_ONCE = 1_024  # rows for one call of the tokeniser
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,33 +49,24 @@ class Example:
         return len(self.input_ids)
 
 
-def encode(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Example:
+def encode(row: Row, tokenizer: Any, *, max_length: int | None = None, truncate: bool = False) -> Example:
     """Tokenise one row.
 
     Args:
-        row: A text, {"text"}, {"prompt", "completion"} (only the completion is learnt), or {"messages"}
-            (a chat; only the assistant's turns are learnt). Beside these, {"target"}: numbers for the loss `mse`.
+        row: In any layout of `batches`, but for pairs. Beside it, {"target"}: numbers for the loss `mse`.
         tokenizer: The model's, for instance `tc.tokenizer`. An end token is appended to texts and completions.
-        max_length: Longer sequences are cut at the end.
+        max_length: How many tokens it may have.
+        truncate: Cut longer sequences at the end.
 
     Raises:
-        ValidationError: A row of another kind, or one of which nothing is left to learn.
+        ValidationError: A row of another kind, a longer one, or one of which nothing is left to learn.
     """
-    if max_length is not None and max_length < 2:
+    encoded = encode_rows([row], tokenizer, max_length=max_length, truncate=truncate)
+    if encoded.group != 1:
         raise ValidationError(
-            f"max_length={max_length} must be at least 2: one token to read, one to predict."
+            "encode() makes one sequence of one row, and this is a pair: batches() takes pairs."
         )
-    tokens, learnt = tokens_of(row, tokenizer)
-    tokens, learnt = tokens[:max_length], learnt[:max_length]
-    labels = [token if wanted else IGNORE for token, wanted in zip(tokens[1:], learnt[1:], strict=True)] + [
-        IGNORE
-    ]
-    if all(label == IGNORE for label in labels):
-        raise ValidationError(
-            f"Nothing is left to learn of {shortened(row)}: {len(tokens)} tokens at max_length={max_length}, none of "
-            f"them to be predicted. Raise max_length, or leave the row out."
-        )
-    return Example(tuple(tokens), tuple(labels), _target(row))
+    return encoded.examples[0]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> BatchData:
@@ -95,6 +100,8 @@ class Batches:
         bucket: Bring rows of like length together, so that less is padding.
         seed: Of the shuffles.
         with_ids: Each batch says which rows it holds, as `example_ids`: the same number in every pass.
+        skipped: What was wrong with rows that were left out.
+        cut: How many of the examples were cut.
 
     Raises:
         ValidationError: No batch size, examples that do not make whole groups, or targets of different lengths.
@@ -111,6 +118,8 @@ class Batches:
         bucket: bool = True,
         seed: int = 0,
         with_ids: bool = False,
+        skipped: Sequence[str] = (),
+        cut: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ValidationError(f"batch_size={batch_size} must be at least 1.")
@@ -120,6 +129,8 @@ class Batches:
         self.examples = list(examples)
         self.batch_size = batch_size
         self.group = group
+        self.skipped = tuple(skipped)
+        self.cut = cut
         self.passes = 0
         self._pad_token_id = pad_token_id
         self._shuffle = shuffle
@@ -148,11 +159,17 @@ class Batches:
             "tokens": tokens,
             "longest": max(map(len, self.examples), default=0),
             "shuffled": self._shuffle,
+            **({"cut": self.cut} if self.cut else {}),
+            **({"rows left out": len(self.skipped), "the first": self.skipped[0]} if self.skipped else {}),
         }
 
     def __repr__(self) -> str:
         unit = {1: "rows", 2: "pairs"}.get(self.group, f"groups of {self.group}")
-        return f"<Batches {len(self)} of {self.batch_size} {unit}, {len(self.examples)} examples>"
+        left_out = f", {len(self.skipped)} rows left out" if self.skipped else ""
+        cut = f", {self.cut} cut" if self.cut else ""
+        return (
+            f"<Batches {len(self)} of {self.batch_size} {unit}, {len(self.examples)} examples{cut}{left_out}>"
+        )
 
     def _order(self, rng: random.Random) -> list[list[int]]:
         """Return the numbers of the groups of each batch; a row by itself is a group of one."""
@@ -175,11 +192,14 @@ class Batches:
 
 
 def batches(
-    source: str | Path | Iterable[Row],
+    source: Rows,
     tokenizer: Any,
     *,
     batch_size: int = 8,
     max_length: int | None = None,
+    truncate: bool = False,
+    on_bad_rows: OnBadRows = "raise",
+    context: int | None = None,
     shuffle: bool = True,
     bucket: bool = True,
     seed: int = 0,
@@ -188,54 +208,261 @@ def batches(
     """Tokenise rows and batch them.
 
     Args:
-        source: As for `read_rows`. All rows as `encode` takes them; or all pairs, {"prompt", "chosen", "rejected"}
+        source: The path of a .jsonl, .json, .csv, .tsv or .parquet file, a frame of pandas or polars, a table of
+            pyarrow, a data set of Hugging Face, or any iterable. Each row is a text, {"text"}, {"prompt",
+            "completion"} (only the completion is learnt) or {"messages"} (a chat; only the assistant's turns are
+            learnt), or as ShareGPT, Alpaca and TRL lay them out. Or all are pairs: {"prompt", "chosen", "rejected"}
             (two completions, for `margin_ranking`) or {"anchor", "positive"} (two texts, for `contrastive`).
         tokenizer: The model's, for instance `tc.tokenizer`.
         batch_size: Rows of the source per batch. A pair is one of them, and makes two rows of the batch: 2i and 2i+1.
-        max_length: Longer sequences are cut at the end.
+        max_length: How many tokens a row may have. A longer one is refused by its number.
+        truncate: Cut longer rows at the end instead; how many were is counted and shown.
+        on_bad_rows: "raise" refuses the first row that cannot be used; "skip" leaves such rows out, counts and
+            shows them.
+        context: How many tokens the model reads at most; `tc.batches` knows it.
         shuffle: Shuffle anew for every pass.
         bucket: Bring rows of like length together.
         seed: Of the shuffles.
         with_ids: Each batch says which rows it holds, as `example_ids`.
 
     Raises:
-        ValidationError: Rows that cannot be read, or pairs among rows that are none.
+        ValidationError: A row that cannot be used, with its number and its line in a file; or pairs among rows that
+            are none.
 
     Example:
         >>> train = batches([{"prompt": "2+2=", "completion": "4"}], tc.tokenizer, batch_size=1)
         >>> pairs = batches([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}], tc.tokenizer, batch_size=1)
     """
-    examples, group = encode_rows(source, tokenizer, max_length=max_length)
-    pad = padding_of(tokenizer)
+    encoded = encode_rows(
+        source,
+        tokenizer,
+        max_length=max_length,
+        truncate=truncate,
+        on_bad_rows=on_bad_rows,
+        context=context,
+    )
     return Batches(
-        examples,
+        encoded.examples,
         batch_size,
-        pad,
-        group=group,
+        padding_of(tokenizer),
+        group=encoded.group,
         shuffle=shuffle,
         bucket=bucket,
         seed=seed,
         with_ids=with_ids,
+        skipped=encoded.skipped,
+        cut=encoded.cut,
     )
 
 
+@dataclass(slots=True)
+class Encoded:
+    """Tokenised rows, and what became of the others.
+
+    Attributes:
+        examples: Of the rows that were kept, in their order; `group` for each.
+        group: How many examples a row makes: 2 for pairs.
+        numbers: Of the rows that were kept.
+        skipped: What was wrong with the rows that were left out, each with its place.
+        cut: How many examples were longer than they may be, and cut.
+        rows: How many there were in all.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    group: int = 1
+    numbers: list[int] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    cut: int = 0
+    rows: int = 0
+
+    def kept(self, column: Sequence[Any], name: str) -> list[Any]:
+        """Return the values of a column of all rows for those that were kept.
+
+        Raises:
+            ValidationError: It has not one for each row.
+        """
+        if len(column) != self.rows:
+            raise ValidationError(f"{name} names {len(column)} rows, there are {self.rows}.")
+        return [column[number] for number in self.numbers]
+
+
 def encode_rows(
-    source: str | Path | Iterable[Row], tokenizer: Any, *, max_length: int | None = None
-) -> tuple[list[Example], int]:
-    """Tokenise rows; return their examples, and how many examples each row makes: 2 for pairs.
+    source: Rows,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    truncate: bool = False,
+    on_bad_rows: OnBadRows = "raise",
+    context: int | None = None,
+) -> Encoded:
+    """Tokenise rows, as they are read; see `batches`.
 
     Raises:
         ValidationError: Rows that cannot be read, or pairs among rows that are none.
     """
-    members = [_members(row) for row in read_rows(source)]
-    group = len(members[0])
-    for number, one in enumerate(members):
-        if len(one) != group:
+    check_on_bad_rows(on_bad_rows)
+    limit = _Limit(max_length, context, truncate)
+    encoder = _Encoder(open_rows(source), tokenizer, limit, skip=on_bad_rows == "skip")
+    encoder.read()
+    return encoder.encoded
+
+
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """How long a row may be."""
+
+    max_length: int | None
+    context: int | None
+    truncate: bool
+
+    def __post_init__(self) -> None:
+        most = self.max_length
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 2):
             raise ValidationError(
-                f"Row {number} is {'no pair, row 0 is one' if group == 2 else 'a pair, row 0 is none'}: "
-                f"batch them separately. {EXPECTED}"
+                f"max_length={most!r} must be at least 2: one token to read, one to predict."
             )
-    return [encode(one, tokenizer, max_length=max_length) for pair in members for one in pair], group
+
+    @property
+    def tokens(self) -> int | None:
+        """The smaller of both."""
+        return min((most for most in (self.max_length, self.context) if most is not None), default=None)
+
+    def refusal(self, length: int) -> ValidationError:
+        past = (
+            f"more than the {self.context} that the model reads at most (its context)"
+            if self.tokens == self.context
+            else f"more than max_length={self.max_length}"
+        )
+        return ValidationError(
+            f"it has {length} tokens, {past}. Cut such rows at the end (truncate=True), leave them out "
+            f"(on_bad_rows='skip'), or split them."
+        )
+
+
+class _Encoder:
+    """Reads rows, a thousand at a time for the tokeniser, and puts the bad ones in their place."""
+
+    def __init__(self, rows: Source, tokenizer: Any, limit: _Limit, *, skip: bool) -> None:
+        self.encoded = Encoded()
+        self._rows, self._tokenizer, self._limit, self._skip = rows, tokenizer, limit, skip
+        self._template = getattr(tokenizer, "chat_template", None)
+        self._waiting: list[tuple[int, int | None, list[dict[str, Any]]]] = []
+        self._first: int | None = None  # the row that says whether all are pairs
+        self._unread: Counter[str] = Counter()
+
+    def read(self) -> None:
+        """Read all rows, and say what was left out of them and in them."""
+        encoded = self.encoded
+        for number, (line, row) in enumerate(_progress(self._rows)):
+            encoded.rows = number + 1
+            self._accept(number, line, row)
+            if len(self._waiting) >= AT_ONCE:
+                self._tokenise()
+        self._tokenise()
+        if not encoded.rows:
+            raise no_rows(self._rows)
+        if not encoded.examples:
+            raise ValidationError(f"None of the {encoded.rows} rows can be used. {encoded.skipped[0]}")
+        _target_width(encoded.examples)
+        self._tell()
+
+    def _tell(self) -> None:
+        encoded = self.encoded
+        warn_of_unread(self._unread, encoded.rows)
+        if encoded.skipped:
+            logger.warning(
+                "%d of %d rows were left out%s: %s", len(encoded.skipped), encoded.rows,
+                ", the first" if len(encoded.skipped) > 1 else "", encoded.skipped[0],
+            )  # fmt: skip
+        if encoded.cut:
+            logger.warning(
+                "%d of %d sequences were cut at %d tokens: what stood behind is not learnt",
+                encoded.cut, len(encoded.examples), self._limit.tokens,
+            )  # fmt: skip
+
+    def _accept(self, number: int, line: int | None, row: Any) -> None:
+        """Bring a row into its one form, and put it on the pile for the tokeniser."""
+        try:
+            if isinstance(row, ValidationError):
+                raise row
+            found = _canonical(row, chats=self._template is not None)
+            for member in found.members:
+                check_template(self._template, member.get("messages", ()), member.get("tools"))
+        except ValidationError as error:
+            self._leave_out(error, number, line)
+            return
+        if self._first is None:
+            self._first, self.encoded.group = number, len(found.members)
+        elif len(found.members) != self.encoded.group:  # a fault of the data, not of a row: never skipped
+            raise ValidationError(
+                f"Row {number} is {'no pair' if self.encoded.group == 2 else 'a pair'}, row {self._first} is "
+                f"{'one' if self.encoded.group == 2 else 'none'}: batch them separately. {EXPECTED}"
+            )
+        self._unread.update(found.unread)
+        self._waiting.append((number, line, found.members))
+
+    def _tokenise(self) -> None:
+        """Tokenise the pile in one call."""
+        waiting, self._waiting = self._waiting, []
+        members = [member for _, _, group in waiting for member in group]
+        tokenised = iter(encode_many(members, self._tokenizer))
+        for number, line, group in waiting:
+            found = list(itertools.islice(tokenised, len(group)))
+            cut = self.encoded.cut
+            try:
+                examples = [self._example(*both) for both in zip(group, found, strict=True)]
+            except ValidationError as error:
+                self.encoded.cut = cut
+                self._leave_out(error, number, line)
+            else:
+                self.encoded.examples += examples
+                self.encoded.numbers.append(number)
+
+    def _example(
+        self, member: dict[str, Any], found: tuple[list[int], list[bool]] | ValidationError
+    ) -> Example:
+        if isinstance(found, ValidationError):
+            raise found
+        tokens, learnt = found
+        most = self._limit.tokens
+        if most is not None and len(tokens) > most:
+            if not self._limit.truncate:
+                raise self._limit.refusal(len(tokens))
+            tokens, learnt = tokens[:most], learnt[:most]
+            self.encoded.cut += 1
+        if not any(learnt[1:]):
+            raise ValidationError(
+                f"Nothing is left to learn of {shortened(member)}: {len(tokens)} tokens"
+                f"{f' at max_length={most}' if len(tokens) == most else ''}, none to be predicted. Leave it out."
+            )
+        labels = [token if wanted else IGNORE for token, wanted in zip(tokens, learnt, strict=True)]
+        return Example(tuple(tokens), (*labels[1:], IGNORE), _target(member))
+
+    def _leave_out(self, error: ValidationError, number: int, line: int | None) -> None:
+        placed = located(error, self._rows, number, line)
+        if not self._skip:
+            raise placed from error
+        self.encoded.skipped.append(str(placed))
+
+
+def _canonical(row: Any, *, chats: bool) -> Canonical:
+    """Read a row; whatever is wrong with it is a `ValidationError`."""
+    try:
+        return canonical(row, chats=chats)
+    except ValidationError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise ValidationError(f"it cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _progress(rows: Source) -> Iterable[tuple[int | None, Any]]:
+    """Iterate over rows; after a second, a bar shows how far."""
+    from tqdm.auto import tqdm
+
+    bar: Iterable[tuple[int | None, Any]] = tqdm(
+        rows.each, desc="tokenising", total=rows.size, unit=" rows", delay=1.0, leave=False, disable=None
+    )
+    return bar
 
 
 def padding_of(tokenizer: Any) -> int:
@@ -244,23 +471,16 @@ def padding_of(tokenizer: Any) -> int:
     return int(pad if pad is not None else tokenizer.eos_token_id or 0)
 
 
-def _members(row: Row) -> list[Row]:
-    """Take a pair apart into its two rows; any other row is a group of one."""
-    if isinstance(row, Mapping) and row.keys() >= PREFERENCE:
-        return [{"prompt": row["prompt"], "completion": row[name]} for name in ("chosen", "rejected")]
-    if isinstance(row, Mapping) and row.keys() >= VIEWS:
-        return [row["anchor"], row["positive"]]
-    return [row]
-
-
-def _target(row: Row) -> tuple[float, ...]:
-    if isinstance(row, str) or "target" not in row:
+def _target(row: Mapping[str, Any]) -> tuple[float, ...]:
+    if "target" not in row:
         return ()
     numbers = row["target"] if isinstance(row["target"], Sequence | np.ndarray) else [row["target"]]
-    if isinstance(numbers, str) or not all(isinstance(number, Real) for number in numbers):
+    if isinstance(numbers, str) or not all(
+        isinstance(number, Real) and math.isfinite(number) for number in numbers
+    ):
         raise ValidationError(
-            f"The target of {shortened(row)} is no list of numbers. It is what the loss 'mse' compares a row with; "
-            f"give anything else another name."
+            f"its target {shortened(row['target'])} is no list of numbers. It is what the loss 'mse' compares a row "
+            f"with; give anything else another name."
         )
     return tuple(map(float, numbers))
 

@@ -1,11 +1,9 @@
 """What only the model knows about its inputs: its vocabulary, its context, its chat template."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from tensafe_nb.batch import IGNORE, BatchData
+from tensafe_nb.data.labels import encode_prompt
 from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import Prompt
@@ -55,22 +53,3 @@ def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> l
             f"model's context of {model.context}. Shorten one of them."
         )
     return ids
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Return the token ids of a text, of chat messages (opened for the assistant's answer), or of ids."""
-    if isinstance(prompt, str):
-        try:
-            return list(tokenizer(prompt)["input_ids"])
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise ValidationError(
-                f"The model's tokenizer cannot read the prompt {prompt!r}: {error}."
-            ) from error
-    if prompt and isinstance(prompt[0], Mapping):
-        if tokenizer.chat_template is None:
-            raise ValidationError(
-                "This model has no chat template: give prompts as text instead of messages."
-            )
-        messages = [dict(message) for message in prompt]  # type: ignore[arg-type]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    return [int(token) for token in prompt]  # type: ignore[arg-type]

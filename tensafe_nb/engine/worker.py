@@ -239,6 +239,12 @@ class Worker:
         performer = self._performer
         return 0 if performer is None else sum(p.numel() for p in performer.engine.parameters)
 
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model reads at most."""
+        performer = self._performer
+        return None if performer is None else performer.engine.model.context
+
     def close(self) -> None:
         """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.
 

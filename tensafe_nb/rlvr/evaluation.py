@@ -1,6 +1,6 @@
 """How good the policy is on prompts it does not train on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from tensafe_nb.config import SamplingConfig
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.rlvr.metrics import Row
 from tensafe_nb.rlvr.rollouts import GOOD, PolicyClient, TrajectoryBatch, mean
-from tensafe_nb.rlvr.samplers import Chat, PromptSpec, prompt_items, submit_rollouts
+from tensafe_nb.rlvr.samplers import Chat, prompt_specs, submit_rollouts
 
 
 class HeldOut:
@@ -22,17 +22,15 @@ class HeldOut:
         chat: As for `PolicySampler`.
     """
 
-    def __init__(
-        self, client: PolicyClient, prompts: Sequence[PromptSpec], sampling: SamplingConfig, chat: Chat
-    ) -> None:
-        prompt_items(prompts)
-        self._client, self._prompts, self._sampling, self._chat = client, list(prompts), sampling, chat
+    def __init__(self, client: PolicyClient, prompts: Any, sampling: SamplingConfig, chat: Chat) -> None:
+        self.specs = prompt_specs(prompts, what="eval_prompts")
+        self._client, self._sampling, self._chat = client, sampling, chat
 
     def submit(self) -> list[FutureHandle[TrajectoryBatch]]:
         """Queue the sampled and the greedy answers."""
         greedy = self._sampling.replace(num_samples=1, temperature=0.0)
         return [
-            submit_rollouts(self._client, self._prompts, sampling, self._chat)
+            submit_rollouts(self._client, self.specs, sampling, self._chat)
             for sampling in (self._sampling, greedy)
         ]
 

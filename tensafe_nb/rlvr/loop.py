@@ -44,6 +44,7 @@ class Trainer(Protocol):
 
     @property
     def training_client(self) -> PolicyClient: ...
+    def check_prompts(self) -> None: ...
     def number_of(self, version: str) -> int: ...
     def position(self) -> dict[str, Any]: ...
     def seek(self, position: Mapping[str, Any]) -> None: ...
@@ -85,6 +86,8 @@ class RLVRLoop:
 
     def submit(self, index: int) -> list[FutureHandle[Any]]:
         """Sample, score and queue the update of one step; wait for the samples in between."""
+        if index == 0:
+            self._trainer.check_prompts()
         before = self._held_out.submit() if self._held_out and index == 0 else []
         try:
             step = self._under_way[index] = self._sampled_and_scored()

@@ -2,19 +2,25 @@
 
 import hashlib
 import json
+import logging
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from tensafe_nb.config import SamplingConfig
+from tensafe_nb.data import OnBadRows, read_prompt
+from tensafe_nb.data.labels import encode_prompt
+from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
 from tensafe_nb.rlvr.rollouts import MOCK, PolicyClient, RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.types import Message, SampledSequence, SampleResult
+from tensafe_nb.types import Message, Prompt, SampledSequence, SampleResult
+
+logger = logging.getLogger(__name__)
 
 PromptSpec: TypeAlias = str | Sequence[Message] | Mapping[str, Any]
 Chat: TypeAlias = Literal["auto", "never", "always"]
@@ -22,15 +28,23 @@ Chat: TypeAlias = Literal["auto", "never", "always"]
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
-    """A prompt as it is sent, as the reward sees it, and its further columns."""
+    """A prompt as it is sent, as the reward sees it, and its further columns.
+
+    Attributes:
+        content: A text, or messages with their content as text.
+        text: The same as one text.
+        meta: The further columns.
+        tools: What the chat template shows beside the messages; they stay a column as well.
+    """
 
     content: str | Sequence[Message]
     text: str
     meta: dict[str, Any]
+    tools: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def of(cls, spec: PromptSpec) -> "PromptItem":
-        """Read a text, a list of chat messages, or a dict with `prompt` and further columns.
+        """Read a text, a list of chat messages, or a dict with `prompt` (or `messages`) and further columns.
 
         Raises:
             ValidationError: It is none of these.
@@ -38,11 +52,17 @@ class PromptItem:
         meta: dict[str, Any] = {}
         content: Any = spec
         if isinstance(spec, Mapping):
-            if "prompt" not in spec:
-                raise ValidationError(f"A prompt given as a dict needs 'prompt'; it has {sorted(spec)}.")
-            content = spec["prompt"]
-            meta = {name: value for name, value in spec.items() if name != "prompt"}
-        return cls(content, _prompt_text(content), meta)
+            name = "prompt" if "prompt" in spec or "messages" not in spec else "messages"
+            if name not in spec:
+                raise _no_prompt(spec)
+            content = spec[name]
+            meta = {column: value for column, value in spec.items() if column != name}
+        read = read_prompt(content, meta.get("tools"))
+        if isinstance(read, str):
+            return cls(read, read, meta)
+        messages: list[Message] = list(read["messages"] if isinstance(read, Mapping) else read)  # type: ignore[arg-type]
+        text = "\n".join(message["content"] for message in messages if message["content"] is not None)
+        return cls(messages, text, meta, read["tools"] if isinstance(read, Mapping) else ())
 
     @property
     def prompt_id(self) -> str:
@@ -50,36 +70,110 @@ class PromptItem:
         written = json.dumps([self.content, self.meta], sort_keys=True, default=str)
         return hashlib.sha256(written.encode()).hexdigest()[:12]
 
-
-def prompt_items(prompts: Sequence[PromptSpec]) -> list[PromptItem]:
-    """Read the prompts a user gave.
-
-    Raises:
-        ValidationError: There are none, or one cannot be read.
-    """
-    if isinstance(prompts, str | Mapping):
-        raise ValidationError("prompts is a list of prompts: put the one prompt into a list.")
-    if not isinstance(prompts, Iterable):
-        raise ValidationError(f"prompts is a list of prompts, not {prompts!r}.")
-    items = [PromptItem.of(spec) for spec in prompts]
-    if not items:
-        raise ValidationError("There are no prompts: give at least one.")
-    return items
+    def sent(self, chat: Chat) -> Prompt:
+        """Return what the policy is asked; with chat="always", a text is the message of a user."""
+        messages: Any = self.content
+        if isinstance(messages, str):
+            return [{"role": "user", "content": messages}] if chat == "always" else messages
+        return {"messages": messages, "tools": self.tools} if self.tools else messages
 
 
-def _prompt_text(content: Any) -> str:
-    if isinstance(content, str) and content:
-        return content
-    if isinstance(content, Sequence) and content and all(_is_message(message) for message in content):
-        return "\n".join(message["content"] for message in content)
-    raise ValidationError(
-        f"A prompt is a text, a list of messages with 'role' and 'content', or a dict with 'prompt' and "
-        f"further columns; not {content!r}."
+def _no_prompt(spec: Mapping[str, Any]) -> ValidationError:
+    names = sorted(map(str, spec))
+    if {"role", "content"} <= set(names):
+        return ValidationError("it is one message: a chat is a list of messages, [message].")
+    texts = [name for name in names if isinstance(spec.get(name), str)]
+    likely = next(
+        (name for name in ("question", "problem", "instruction", "query", "input") if name in texts), None
+    )
+    name = likely or (texts[0] if texts else "…")
+    return ValidationError(
+        f"a prompt given as a dict needs 'prompt'; it has {names}. "
+        f"Name it: [{{**row, 'prompt': row[{name!r}]}} for row in rows]."
     )
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, Mapping) and {"role", "content"} <= set(message)
+def prompt_items(prompts: Any) -> list[PromptItem]:
+    """Read the prompts a user gave; see `prompt_specs`."""
+    return [PromptItem.of(spec) for spec in prompt_specs(prompts)]
+
+
+def prompt_specs(
+    prompts: Any,
+    on_bad_rows: OnBadRows = "raise",
+    fits: Callable[[PromptItem], object] = lambda _: None,
+    what: str = "prompts",
+) -> list[PromptSpec]:
+    """Read prompts from wherever rows are read from, and check each.
+
+    Args:
+        prompts: A list, a file, a frame, a data set, …: see `data.batches`. Each a text, messages, or a row of columns.
+        on_bad_rows: "skip" leaves out what cannot be read or does not fit, and says so.
+        fits: Raises a ValidationError for a prompt that does not fit.
+        what: What they are called in an error.
+
+    Returns:
+        The prompts as they were given.
+
+    Raises:
+        ValidationError: There are none, or one cannot be read; says which.
+    """
+    check_on_bad_rows(on_bad_rows)
+    rows = open_rows(prompts, what)
+    specs: list[PromptSpec] = []
+    left_out: list[str] = []
+    for number, (line, spec) in enumerate(rows.each):
+        try:
+            if isinstance(spec, ValidationError):
+                raise spec
+            fits(PromptItem.of(spec))
+        except ValidationError as error:
+            placed = located(error, rows, number, line)
+            if on_bad_rows == "raise":
+                raise placed from error
+            left_out.append(str(placed))
+        else:
+            specs.append(spec)
+    if not specs:
+        raise ValidationError(f"There are no {what}: give at least one. {''.join(left_out[:1])}".rstrip())
+    if left_out:
+        of = len(left_out) + len(specs)
+        logger.warning("%d of %d %s were left out; the first: %s", len(left_out), of, what, left_out[0])
+    return specs
+
+
+def check_fit(
+    client: PolicyClient, specs: Sequence[PromptSpec], sampling: SamplingConfig, chat: Chat, what: str
+) -> None:
+    """Refuse prompts that the model cannot read, or that leave no room for an answer, before one is dealt.
+
+    Raises:
+        ValidationError: Says which row.
+    """
+    fits = fitting(client, sampling, chat)
+    for number, spec in enumerate(specs):
+        try:
+            fits(PromptItem.of(spec))
+        except ValidationError as error:
+            raise ValidationError(
+                f"{what}: row {number}: {error} (on_bad_rows='skip' leaves such rows out.)",
+                details={"row": number},
+            ) from error
+
+
+def fitting(client: PolicyClient, sampling: SamplingConfig, chat: Chat) -> Callable[[PromptItem], None]:
+    """Return a check of one prompt against tokenizer, template and context; waits for the model to be loaded."""
+    tokenizer, context = client.tokenizer, getattr(client, "context", None)
+
+    def fits(item: PromptItem) -> None:
+        length = len(encode_prompt(tokenizer, item.sent(chat)))
+        if context is not None and length + sampling.max_new_tokens > context:
+            raise ValidationError(
+                f"it has {length} tokens; with max_new_tokens={sampling.max_new_tokens} that is more than the "
+                f"model's context of {context}. Shorten one of them."
+            )
+
+    return fits
 
 
 class PolicySampler:
@@ -187,18 +281,13 @@ def submit_rollouts(
 ) -> FutureHandle[TrajectoryBatch]:
     """Queue `sampling.num_samples` rollouts of each prompt and return at once with a handle on the batch."""
     items = prompt_items(prompts)
-    sent = [_message(item.content) if chat == "always" else item.content for item in items]
-    sampled = client.sample(sent, sampling=sampling)
+    sampled = client.sample([item.sent(chat) for item in items], sampling=sampling)
     return combine(
         [sampled],
         lambda results: _batch_of(items, results[0], sampling),
         operation="sample",
         result_type=TrajectoryBatch,
     )
-
-
-def _message(content: str | Sequence[Message]) -> Sequence[Message]:
-    return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
 def _batch_of(items: Sequence[PromptItem], result: SampleResult, sampling: SamplingConfig) -> TrajectoryBatch:
@@ -288,7 +377,7 @@ class PromptCursor:
     """Deals prompts: shuffled anew in every epoch, none twice before all have been dealt.
 
     Args:
-        prompts: What to deal.
+        prompts: What to deal, from any source of rows.
         count: How many at a time.
         seed: Fixes the order.
 
@@ -296,21 +385,20 @@ class PromptCursor:
         ValidationError: No prompts, or what is none.
     """
 
-    def __init__(self, prompts: Sequence[PromptSpec], count: int, seed: int) -> None:
-        prompts = list(prompts) if isinstance(prompts, Iterator) else prompts
-        prompt_items(prompts)
+    def __init__(self, prompts: Any, count: int, seed: int) -> None:
+        self.specs = prompt_specs(prompts)
         if count < 1:
             raise ValidationError(f"prompts_per_step is {count}: a step needs at least one prompt.")
-        self._prompts, self._count, self._seed = list(prompts), count, seed
+        self._count, self._seed = count, seed
         self.position = 0  # prompts dealt so far: all there is to save
 
     def take(self) -> list[PromptSpec]:
         """Return the next prompts."""
         start, self.position = self.position, self.position + self._count
-        return [self._prompts[index] for index in self._order(start, self.position)]
+        return [self.specs[index] for index in self._order(start, self.position)]
 
     def _order(self, start: int, stop: int) -> Iterator[int]:
-        size = len(self._prompts)
+        size = len(self.specs)
         for epoch in range(start // size, (stop - 1) // size + 1):
             order = np.random.default_rng([self._seed, epoch]).permutation(size)
             yield from order[max(start - epoch * size, 0) : stop - epoch * size].tolist()

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from tensafe_nb.config import TrainingConfig
+from tensafe_nb.data import OnBadRows, Rows
+from tensafe_nb.data.rows import check_on_bad_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.loops import Loop
 from tensafe_nb.retention import Checkpoints
@@ -17,7 +19,7 @@ from tensafe_nb.rlvr.rescoring import Rescored, rescore_steps
 from tensafe_nb.rlvr.rewards import Reward, RewardFunction, resolve_reward
 from tensafe_nb.rlvr.rollout_store import RolloutStore
 from tensafe_nb.rlvr.rollouts import PolicyClient
-from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptCursor, PromptSpec
+from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptCursor, check_fit, fitting, prompt_specs
 from tensafe_nb.rlvr.scoring import Scorer, check_scored
 from tensafe_nb.runs import TrainingRun
 
@@ -46,7 +48,8 @@ class RLVRTrainer:
 
     Args:
         training_client: Whose policy to train.
-        prompts: Texts, chat messages, or dicts with `prompt` and further columns: the reward's `meta`.
+        prompts: Texts, chat messages, or dicts with `prompt` and further columns: the reward's `meta`. A list, a file,
+            a frame, a data set: whatever rows are read from. The column `tools` goes into the chat template as well.
         reward: `fn(prompt, response, meta=None) -> float`, or its registered name; see `resolve_reward`.
         algo: How to update; REINFORCE with its defaults when None.
         prompts_per_step: Prompts drawn for each step, without repetition within an epoch.
@@ -62,6 +65,8 @@ class RLVRTrainer:
         reward_timeout: Seconds a call of the reward may take in its process; None calls it here, without a limit.
         on_reward_errors: When the reward fails on more than half of a step's rollouts: "pause" the run, for you to
             mend the function, or "fail", for scripts that nobody watches.
+        on_bad_rows: "skip" leaves out prompts that cannot be read, or that leave no room for an answer, and says so; it
+            waits for the model. "raise" refuses them: those that do not fit the model when the run begins.
         seed: Fixes the order of prompts and every rollout.
 
     Example:
@@ -73,7 +78,7 @@ class RLVRTrainer:
     def __init__(
         self,
         training_client: RunningClient,
-        prompts: Sequence[PromptSpec],
+        prompts: Rows,
         reward: str | RewardFunction | Reward,
         algo: Algorithm | None = None,
         *,
@@ -84,11 +89,12 @@ class RLVRTrainer:
         stop: Sequence[str] = (),
         fixed_length: bool = False,
         chat: Chat = "auto",
-        eval_prompts: Sequence[PromptSpec] | None = None,
+        eval_prompts: Rows | None = None,
         eval_every: int | None = None,
         eval_samples: int = 1,
         reward_timeout: float | None = 5.0,
         on_reward_errors: Literal["pause", "fail"] = "pause",
+        on_bad_rows: OnBadRows = "raise",
         seed: int = 0,
     ) -> None:
         _check(algo, eval_prompts, eval_every, on_reward_errors, seed)
@@ -97,7 +103,6 @@ class RLVRTrainer:
         self.reward_timeout = reward_timeout
         self.on_reward_errors = on_reward_errors
         self.algo = algo or REINFORCE()
-        self.prompts = PromptCursor(prompts, prompts_per_step, seed)
         self.sampler = PolicySampler(
             training_client,
             group_size,
@@ -108,6 +113,13 @@ class RLVRTrainer:
             chat=chat,
             seed=seed,
         )
+        if on_bad_rows == "skip":
+            fits = fitting(training_client, self.sampler.sampling, chat)
+            prompts = prompt_specs(prompts, "skip", fits)
+            if eval_prompts is not None:
+                eval_prompts = prompt_specs(eval_prompts, "skip", fits, "eval_prompts")
+        check_on_bad_rows(on_bad_rows)
+        self.prompts = PromptCursor(prompts, prompts_per_step, seed)
         self.eval_every = eval_every
         self.held_out = None
         if eval_prompts is not None:
@@ -206,6 +218,16 @@ class RLVRTrainer:
         return known(values)
 
     # what a run and its checkpoints need
+
+    def check_prompts(self) -> None:
+        """Refuse prompts that the model cannot take, all of them before the first is dealt; waits for the model.
+
+        Raises:
+            ValidationError: Says which row.
+        """
+        held_out = self.held_out.specs if self.held_out is not None else []
+        for what, specs in (("prompts", self.prompts.specs), ("eval_prompts", held_out)):
+            check_fit(self.training_client, specs, self.sampler.sampling, self.sampler.chat, what)
 
     def number_of(self, version: str) -> int:
         """Return the number of a reward's version: 1 for the first that was used, and so on."""

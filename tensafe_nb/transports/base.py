@@ -53,6 +53,10 @@ class Channel(Protocol):
     def trained_parameters(self) -> int:
         """How many numbers are trained; 0 before the model is loaded."""
 
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model reads at most; None without a limit, or before it is loaded."""
+
     def submit(self, operation: Operation) -> FutureHandle[Any]:
         """Queue an operation; returns at once."""
 

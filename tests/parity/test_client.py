@@ -405,7 +405,7 @@ def test_waiting_on_the_clients_own_thread_is_refused(tc: tn.TrainingClient, bat
         ([True, False], "a prompt is a text"),
         ([None], "a prompt is a text"),
         ([[]], "Prompt 0 is empty"),
-        ([{"prompt": "hi"}], "has 'role' and 'content'"),
+        ([{"prompt": "hi", "answer": "ho"}], r"'answer' besides.*\[row\['prompt'\] for row in rows\]"),
     ],
 )
 def test_what_is_no_prompt_is_named(tc: tn.TrainingClient, prompts: Any, message: str) -> None:

@@ -1,0 +1,238 @@
+"""Files of rows: JSON lines, a JSON array, CSV, TSV and Parquet; each row with the line it begins at."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tensafe_nb.errors import ValidationError
+
+Numbered: TypeAlias = Iterator[tuple[int | None, Any]]  # its line, and the row or what is wrong with it
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+CONVERT = {
+    ".xlsx": "pandas.read_excel({path!r})",
+    ".xls": "pandas.read_excel({path!r})",
+    ".arrow": "datasets.Dataset.from_file({path!r})",
+    ".feather": "pandas.read_feather({path!r})",
+    ".pkl": "pandas.read_pickle({path!r})",
+    ".txt": "open({path!r}).read().splitlines()  # a row for each line",
+    ".md": "[open({path!r}).read()]  # one row",
+    ".yaml": "yaml.safe_load(open({path!r}))",
+    ".yml": "yaml.safe_load(open({path!r}))",
+    ".zst": "pandas.read_json({path!r}, lines=True)",
+    ".zip": "pandas.read_csv({path!r})",
+    ".tar": "datasets.load_dataset({path!r})",
+}
+KNOWN = ".jsonl, .json, .csv, .tsv and .parquet (also with .gz, .bz2 or .xz behind)"
+
+
+def read_file(path: Path) -> Numbered:
+    """Read the rows of a file, as its name says what it is; an unknown name is read as JSON lines.
+
+    Raises:
+        ValidationError: No such file, another kind of file, or one that cannot be read; says what would.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise _no_file(path)
+    kind = path.suffix.lower()
+    opener = OPENERS.get(kind)
+    if opener is not None:
+        kind = Path(path.stem).suffix.lower()
+    if kind in CONVERT:
+        line = CONVERT[kind].format(path=str(path))
+        raise ValidationError(f"{path} is read by {line}: give that. Files that are read here: {KNOWN}.")
+    if kind == ".parquet":
+        return _parquet(path)
+    text = _text_of(path, opener)
+    match kind:
+        case ".csv" | ".tsv":
+            return _csv(path, text, "\t" if kind == ".tsv" else None)
+        case ".json":
+            return _json(path, text)
+    return _json_lines(text)
+
+
+def _no_file(path: Path) -> ValidationError:
+    where = str(path)
+    if path.is_dir():
+        saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+        line = (
+            f"datasets.load_from_disk({where!r})"
+            if saved
+            else f"sorted(pathlib.Path({where!r}).glob('*.jsonl'))"
+        )
+        return ValidationError(f"{where!r} is a folder. Give one of its files, or what {line} returns.")
+    if "://" in where or ":/" in where:  # Path makes one slash of two
+        return ValidationError(
+            f"{where!r} is an address: pandas.read_json(…, lines=True) reads those. Give the frame."
+        )
+    return ValidationError(
+        f"There is no file {where!r} (looked in {Path.cwd()}). A text goes in a list: [text]. "
+        f"A data set of the hub: datasets.load_dataset({where!r}, split='train')."
+    )
+
+
+def _text_of(path: Path, opener: Callable[..., Any] | None) -> str:
+    try:
+        if opener is None:
+            return path.read_text(encoding="utf-8-sig")
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            return str(file.read())
+    except UnicodeDecodeError as error:
+        raise ValidationError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValidationError(f"{path} cannot be read: {error}. Is it whole?") from error
+
+
+def _json_lines(text: str) -> Numbered:
+    for number, line in enumerate(
+        text.split("\n"), start=1
+    ):  # JSON may hold every other line separator as it is
+        if line.strip():
+            yield number, _json_line(line)
+
+
+def _json_line(line: str) -> Any:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return ValidationError(f"not JSON ({getattr(error, 'msg', 'nested too deeply')}).")
+    if not isinstance(row, str | Mapping):
+        return ValidationError(f"a {type(row).__name__}: one JSON object per line is expected.")
+    return row
+
+
+def _json(path: Path, text: str) -> Numbered:
+    """Read an array of rows, {"data": [rows]}, or JSON lines under another name."""
+    start = _skip(text, 0)
+    if text[start : start + 1] == "[":
+        return _json_array(path, text, start + 1)
+    try:
+        whole, end = json.JSONDecoder().raw_decode(text, start)
+    except (json.JSONDecodeError, RecursionError):
+        return _json_lines(text)
+    if _skip(text, end) < len(text) or not isinstance(whole, Mapping):
+        return _json_lines(text)
+    if isinstance(whole.get("data"), list):
+        return ((None, row) for row in whole["data"])
+    lists = [name for name, value in whole.items() if isinstance(value, list)]
+    line = f"json.load(open({str(path)!r}))" + (f"[{lists[0]!r}]" if len(lists) == 1 else "")
+    if len(lists) > 1:
+        raise ValidationError(
+            f"{path} is one object with the keys {sorted(whole)}, not a list of rows. If these are columns, give "
+            f"pandas.read_json({str(path)!r})."
+        )
+    raise ValidationError(
+        f"{path} is one object with the keys {sorted(whole)}, not a list of rows. "
+        f"Give {line if lists else f'[{line}]'}."
+    )
+
+
+def _json_array(path: Path, text: str, at: int) -> Numbered:
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    at = _skip(text, at)
+    while text[at : at + 1] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            where = getattr(error, "lineno", line)
+            reason = getattr(error, "msg", "nested too deeply")
+            raise ValidationError(f"{path}, line {where}: not JSON ({reason}).") from error
+        yield line, row
+        at = _skip(text, at)
+        if text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+        elif text[at : at + 1] != "]":
+            where = 1 + text.count("\n", 0, at)
+            raise ValidationError(
+                f"{path}, line {where}: not JSON (a comma or the end of the array is expected)."
+            )
+    if _skip(text, at + 1) < len(text):
+        raise ValidationError(
+            f"{path}: something stands behind the array, from line {1 + text.count(chr(10), 0, at)} on."
+        )
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _csv(path: Path, text: str, delimiter: str | None) -> Numbered:
+    """Read a table with its names in the first line; an empty cell is no value."""
+    csv.field_size_limit(sys.maxsize)  # of the process; cells of documents are longer than its 131,072
+    head = text.split("\n", 1)[0]
+    if delimiter is None:  # a spreadsheet of a country that writes 1,5 saves with semicolons
+        delimiter = max(",;\t", key=head.count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(lines, [])
+    except csv.Error as error:
+        raise ValidationError(f"{path}, line 1: not CSV ({error}).") from error
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValidationError(f"{path}: its first line, the names of the columns, has {twice[0]!r} twice.")
+    return _cells(path, lines, names)
+
+
+def _cells(path: Path, lines: Any, names: list[str]) -> Numbered:
+    while True:
+        line = lines.line_num + 1
+        try:
+            cells = next(lines)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValidationError(f"{path}, line {line}: not CSV ({error}).") from error
+        if len(cells) == len(names):
+            yield line, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+        elif cells:
+            yield (
+                line,
+                ValidationError(
+                    f"{len(cells)} cells where the first line names {len(names)} columns. A comma or line break in "
+                    "a cell wants double quotes around it."
+                ),
+            )
+
+
+def _parquet(path: Path) -> Numbered:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValidationError(f"To read {path}: pip install pyarrow.") from error
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValidationError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    return ((None, without_none(row)) for batch in file.iter_batches() for row in batch.to_pylist())
+
+
+def without_none(value: Any) -> Any:
+    """Return a row of a table as it was before it was one: with lists, and without the keys that have no value.
+
+    A table gives every dict of a column the keys of all of them, with None. The row's own columns stay, and so does
+    the content of a message.
+    """
+    if isinstance(value, Mapping):
+        return {name: _inner(item) for name, item in value.items()}
+    return value
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _inner(v) for k, v in value.items() if v is not None or k == "content"}
+    if isinstance(value, list | np.ndarray):
+        return [_inner(item) for item in value]
+    return value
