@@ -11,7 +11,7 @@ import numpy as np
 from tensafe_nb.batch import BatchData
 from tensafe_nb.engine.lane import Job
 from tensafe_nb.errors import FutureCancelledError, TGTinkerError, ValidationError
-from tensafe_nb.operations import Operation
+from tensafe_nb.operations import ForwardBackward, Operation, OptimStep
 from tensafe_nb.plain import to_plain
 from tensafe_nb.registry import name_of
 from tensafe_nb.store.audit_log import AuditLog
@@ -24,14 +24,19 @@ class Auditor:
     A record that cannot be written is kept, and the client does no further work until it is: what happened
     unseen is at most one operation, and it is caught up.
 
+    The log can be read without a key, so that of a client that trains privately it holds nothing a draw's size can be
+    read off: no request, no time but the day, and of the calls that make up one step the first.
+
     Args:
         log: The tenant's audit log.
         training_client_id: Who.
+        private: Whether that client trains with differential privacy.
     """
 
-    def __init__(self, log: AuditLog, training_client_id: str) -> None:
+    def __init__(self, log: AuditLog, training_client_id: str, *, private: bool = False) -> None:
         self._log = log
         self._training_client_id = training_client_id
+        self._private, self._in_step = private, False
         self._owed: list[dict[str, Any]] = []
         self._lock = threading.RLock()
 
@@ -49,11 +54,14 @@ class Auditor:
     def record(self, job: Job, outcome: object) -> None:
         """Write down how a job ended: `outcome` is its result or its error."""
         error = outcome if isinstance(outcome, BaseException) else None
+        if self._private and self._is_further_part(job, error):
+            return
         now = time.time()
         entry: dict[str, Any] = {
             "operation": job.name,
             "training_client_id": self._training_client_id,
-            "request": tuple(_buffers(job.operation)) if job.operation is not None else (),
+            "request": () if self._private or job.operation is None else tuple(_buffers(job.operation)),
+            "to_the_day": self._private,
             "produced": (outcome.artifact_id,) if isinstance(outcome, SaveStateResult) else (),
             "consumed": (outcome.loaded_artifact_id,) if isinstance(outcome, LoadStateResult) else (),
             "started_at": job.promise.started_at or now,
@@ -68,6 +76,14 @@ class Auditor:
                 self._log.append(**entry)
             except TGTinkerError:  # a broken log, a full disk, a missing key: `catch_up` will say so
                 self._owed.append(entry | {"request": ()})
+
+    def _is_further_part(self, job: Job, error: BaseException | None) -> bool:
+        """Whether this is a step's second forward_backward or a later one: how many there are tells what was drawn."""
+        within = self._in_step and job.kind is ForwardBackward and error is None
+        self._in_step = error is None and (
+            job.kind is ForwardBackward or (self._in_step and job.kind is not OptimStep)
+        )
+        return within
 
 
 def _described(value: Any) -> Any:

@@ -87,6 +87,7 @@ class TenantLedger:
                 dp_metrics=dp_metrics,
                 extra={"dp": dict(dp)},
                 sync=True,
+                to_the_day=kind == "dp_charge",
             )
         except (AuditLogError, DecryptionError) as error:
             raise LedgerError(f"The privacy ledger takes no record. {error.message}") from error

@@ -56,7 +56,10 @@ class LoadedModel:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.causal.get_input_embeddings().num_embeddings)
+        embeddings = self.causal.get_input_embeddings()
+        return int(
+            getattr(embeddings, "base_layer", embeddings).num_embeddings
+        )  # within an adapter of its own
 
     @property
     def context(self) -> int | None:

@@ -172,6 +172,23 @@ class PrivateTraining:
         grad_norm = self._sum.norm / self._expected_units
         return ForwardBackwardResult(loss_value, grad_norm, labelled, tally.metrics, tally.weight)
 
+    def trial(self, batch: BatchData, loss: Loss) -> tuple[int, Callable[[], None]]:
+        """Return how many rows are computed at once, and a function that computes what a step would, and drops it.
+
+        Every row counts as a unit of its own. Nothing is added to the step, nothing is paid, nothing is random.
+        """
+        units = [np.array([row]) for row in range(len(batch))]
+        key = _key_of(loss)
+        way = self._chosen[key] if key in self._chosen else self._probed(batch, units[-2:], loss)
+        pieces = list(self._pieces(units, batch.shape[1], one_by_one=way is None))
+
+        def compute() -> None:
+            scratch, tally = ClippedSum(self._engine.parameters, self._dp.max_grad_norm), Tally(False)
+            for piece in pieces:
+                scratch.add(self._gradients_of(piece, batch, loss, way, tally))
+
+        return max(map(len, pieces)), compute
+
     def discard(self) -> None:
         """Drop the step's sum: nothing of it was released, nothing is charged."""
         self._sum.clear()
@@ -222,13 +239,21 @@ class PrivateTraining:
         done = 0
         for piece in self._pieces(units, batch.shape[1], one_by_one=way is None):
             tick(done, len(batch))
-            rows = sum(map(len, piece))
-            if way is None or rows > self._rows_at_a_time:
-                gradients = self._gradients_of_unit(batch, piece[0], loss, tally)
-            else:
-                gradients = self._gradients_by_row(batch, piece, loss, way, tally)
-            self._sum.add(gradients)
-            done += rows
+            self._sum.add(self._gradients_of(piece, batch, loss, way, tally))
+            done += sum(map(len, piece))
+
+    def _gradients_of(
+        self,
+        piece: Sequence[Array],
+        batch: BatchData,
+        loss: Loss,
+        way: PerExampleGradients | None,
+        tally: Tally,
+    ) -> list[Tensor]:
+        """Return the gradients of some units, for each parameter (units, *shape)."""
+        if way is None or sum(map(len, piece)) > self._rows_at_a_time:
+            return self._gradients_of_unit(batch, piece[0], loss, tally)
+        return self._gradients_by_row(batch, piece, loss, way, tally)
 
     def _pieces(self, units: Sequence[Array], columns: int, *, one_by_one: bool) -> Iterator[list[Array]]:
         """Yield units together, as many as fit; a unit is never torn apart."""
@@ -353,7 +378,7 @@ class PrivateTraining:
 
     def _choose(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> PerExampleGradients | None:
         """Return the way to tell this loss's gradients apart: probed once, and then kept."""
-        key = (loss.function, repr(sorted(loss.kwargs.items())))
+        key = _key_of(loss)
         if key in self._chosen:
             return self._chosen[key]
         if not loss.declares.splittable:
@@ -505,6 +530,10 @@ def check_model(engine: Core) -> None:
             raise PrivacyUnitError(
                 f"The weight {name!r} is {parameter.dtype}; private training needs float32."
             )
+
+
+def _key_of(loss: Loss) -> tuple[object, str]:
+    return loss.function, repr(sorted(loss.kwargs.items()))
 
 
 def _fresh_secrets(batch: BatchData) -> Array:

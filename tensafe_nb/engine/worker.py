@@ -101,7 +101,8 @@ class Worker:
         self._closing = False
         self._default_loss = default_loss
         self._vault = vault
-        self._auditor = Auditor(vault.audit, training_client_id)
+        private = config.dp_config is not None and config.dp_config.enabled
+        self._auditor = Auditor(vault.audit, training_client_id, private=private)
         self._guarantee = Guarantee(ledger, config, training_client_id)
         self._ledger = ledger
         self._origin = origin

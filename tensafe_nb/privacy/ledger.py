@@ -43,6 +43,7 @@ from tensafe_nb.privacy.ledger_book import (
     groups_of,
     head_of,
     history_of,
+    infinite,
     missing_of,
     mu_squared_of,
     participation_rate,
@@ -249,20 +250,20 @@ class Ledger:
 
     @_alone
     def carried(self) -> dict[str, Any]:
-        """Return the account's records, for a checkpoint: plain data, with participation tables in base 64.
+        """Return the account's records, for a checkpoint: plain data.
+
+        Who took part stays in this ledger: a checkpoint holds of it only how often the unit did that did most often.
 
         Raises:
             LedgerError: The ledger cannot be read.
         """
         with self._log.held():
             together = self._read()
-            tables = {name: self._log.table(name) for name, account in together.items() if account.table}
         return {
             "schema": SCHEMA,
             "account": self.account,
             "head": head_of(together),
             "accounts": plain_of(together),
-            "tables": {name: base64.b64encode(found[0]).decode() for name, found in tables.items() if found},
         }
 
     @_alone
@@ -314,12 +315,13 @@ class Ledger:
             book.read(
                 [LedgerRecord(0, "", 0.0, _import_entry(self.account, dict(carried["accounts"])))]
             )  # or refused
-            together = self._book.together(self.account)
-            if units := units_of(map(book.account, carried["accounts"])):
-                self._refuse_other_units(together, units)
             account = str(carried["account"])
+        if units := units_of(map(book.account, carried["accounts"])):
+            self._refuse_other_units(self._book.together(self.account), units)
+        with readable("the checkpoint's ledger"):
             for name in fresh:
-                self._import_table(name, fresh[name], carried["accounts"][name], carried["tables"].get(name))
+                table = carried.get("tables", {}).get(name)  # as version 0.1 wrote it
+                self._import_table(name, fresh[name], carried["accounts"][name], table)
         if fresh:
             self._append(_import_entry(self.account, fresh), training_client_id)
         self.join(account, training_client_id=training_client_id)
@@ -327,11 +329,15 @@ class Ledger:
     def _import_table(
         self, name: str, fresh: dict[str, Any], carried: Mapping[str, Any], table: str | None
     ) -> None:
+        """Take in who took part. Where a checkpoint does not say, every unit counts as the one that did most often."""
         if not any(group["mode"] == "worst_case" for group in fresh["groups"]):
             return
         if table is None:
-            raise LedgerError("the table of who took part is missing")
-        theirs, here = Participation.parse(base64.b64decode(table, validate=True)), self._log.table(name)
+            taken = [len(group["hashes"]) for group in carried["groups"] if group["mode"] == "worst_case"]
+            theirs = Participation(steps=sum(taken), offset=infinite(carried["mu_squared"]))
+        else:
+            theirs = Participation.parse(base64.b64decode(table, validate=True))
+        here = self._log.table(name)
         merged = theirs
         if here is not None and not self._contains(name, carried):
             merged = Participation.parse(here[0])

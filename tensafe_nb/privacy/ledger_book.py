@@ -207,6 +207,7 @@ def plain_of(accounts: Mapping[str, LedgerAccount]) -> dict[str, Any]:
             "groups": [group.plain(group.hashes) for group in account.groups.values() if group.hashes],
             "voids": {key: list(value) for key, value in account.voids.items()},
             "links": dict(account.links),
+            "mu_squared": finite(account.mu_squared),
         }
         for name, account in accounts.items()
     }
@@ -250,9 +251,9 @@ def history_of(together: Mapping[str, LedgerAccount]) -> Iterator[Step]:
 
 
 def voids_of(together: Mapping[str, LedgerAccount]) -> tuple[tuple[str, float], ...]:
-    """Return every event that made an account void: (reason, when), in their order."""
-    found = [event for account in together.values() for event in account.voids.values()]
-    found += [
+    """Return every event that made an account void: (reason, when), in their order; of steps only the day is known."""
+    events = [event for account in together.values() for event in account.voids.values()]
+    found = [
         (NO_NOISE, group.opened_at)
         for group in groups_of(together)
         if group.mechanism["sigma"] == 0 and group.hashes
@@ -263,7 +264,7 @@ def voids_of(together: Mapping[str, LedgerAccount]) -> tuple[tuple[str, float], 
             for unit in units
         }
         found.append((MIXED.format(", ".join(sorted(units))), max(begun.values())))
-    return tuple(sorted(found, key=lambda event: event[1]))
+    return (*sorted(events, key=lambda event: event[1]), *found)
 
 
 def units_of(accounts: Iterable[LedgerAccount]) -> set[str]:

@@ -31,9 +31,10 @@ def gaussian(like: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
     """
     count = sum(tensor.numel() for tensor in like)
     stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
-    pieces = [_normals(stream.update, min(PIECE, count - start)) for start in range(0, count, PIECE)]
-    flat = torch.cat(pieces) * standard_deviation if pieces else torch.empty(0, dtype=torch.float64)
-    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    flat = torch.empty(count, dtype=torch.float64)
+    for piece in torch.split(flat, PIECE):
+        piece.copy_(_normals(stream.update, len(piece)))
+    parts = torch.split(flat.mul_(standard_deviation), [tensor.numel() for tensor in like])
     return [part.reshape(t.shape).to(t.device, t.dtype) for part, t in zip(parts, like, strict=True)]
 
 
