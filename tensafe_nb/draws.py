@@ -64,7 +64,7 @@ class PoissonDraws:
         return self.rest(0)
 
     def rest(self, dealt: int) -> Iterator[BatchData]:
-        """Yield what is left of a pass of which so many were dealt: draws of its own, none is made to be thrown away."""
+        """Yield what is left of a pass of which so many were dealt; none is drawn to be thrown away."""
         for _ in range(dealt, self.steps):
             yield self.draw()
 

@@ -17,7 +17,7 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy.audit_canary import PrivacyAudit, audit_of, check_audit
-from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.privacy.tickets import DrawRegister, ticket
 
 SIZE = (
     10.0  # norm of a canary's gradient before it is clipped, in units of C: far above, so that the clip acts
@@ -56,14 +56,20 @@ class CanaryModel(nn.Module):
 class Unpaid:
     """Pays for nothing: no data of anybody's is trained on."""
 
-    draws = None
+    draws: DrawRegister | None = None
 
     def epsilon(self) -> float:
         """Return 0."""
         return 0.0
 
     def charge(
-        self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool, **draw: int
+        self,
+        step: int,
+        participants: Mapping[str, int],
+        unit: str,
+        *,
+        noised: bool,
+        draw: int | None = None,
     ) -> None:
         """Let the step pass."""
 

@@ -67,20 +67,23 @@ class Core(Protocol):
 
 
 class Account(Protocol):
-    """What pays for the steps.
+    """What pays for the steps."""
 
-    Attributes:
-        draws: Where the Poisson draws of the account are numbered; None where nobody numbers them. A charge for a
-            numbered draw names it, as the keyword `draw`.
-    """
-
-    draws: DrawRegister | None
+    @property
+    def draws(self) -> DrawRegister | None:
+        """Where the Poisson draws of the account are numbered; None where nobody numbers them."""
 
     def epsilon(self) -> float:
         """Return what is spent so far; infinite where there is no guarantee."""
 
     def charge(
-        self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool, **draw: int
+        self,
+        step: int,
+        participants: Mapping[str, int],
+        unit: str,
+        *,
+        noised: bool,
+        draw: int | None = None,
     ) -> None:
         """Write the step down, durably: it counts from here on, whatever happens to it.
 
@@ -89,7 +92,7 @@ class Account(Protocol):
             participants: How often each unit takes part in it.
             unit: What a unit is, in a word or two.
             noised: Whether noise will be added.
-            draw: Number of the draw; left out where draws have none.
+            draw: Number of the Poisson draw that it takes; left out where draws have none.
 
         Raises:
             PrivacyUnitError: The account's steps so far protect another kind of unit; nothing was written.
@@ -370,8 +373,8 @@ class PrivateTraining:
     def _coupled(loss: Loss, alone: Tensor, together: Tensor) -> PrivacyUnitError:
         return PrivacyUnitError(
             f"The loss {loss.name!r} gives a row another value when other rows are beside it: {alone.tolist()} alone, "
-            f"{together.tolist()} together. Clipping would bound nothing. Return one value per row (B,) that is of that "
-            f"row alone, the same each time."
+            f"{together.tolist()} together. Clipping would bound nothing. Return one value per row (B,) that is of "
+            f"that row alone, the same each time."
         )
 
     # which way

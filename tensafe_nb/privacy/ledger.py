@@ -217,9 +217,9 @@ class Ledger:
         if len(held | units) > 1 and held and not voids_of(together):
             raise PrivacyUnitError(
                 f"The privacy account {self.account!r} protects one {' or '.join(sorted(held))}, and this is for one "
-                f"{' or '.join(sorted(units - held))}: one epsilon cannot be true of both. Nothing was charged. Give all "
-                f"rows the same kind of unit; or train the others in an account of their own (another client, another "
-                f"DPConfig(dataset_id=…)); or give the guarantee up with tc.void_privacy(reason)."
+                f"{' or '.join(sorted(units - held))}: one epsilon cannot be true of both. Nothing was charged. Give "
+                f"all rows the same kind of unit; or train the others in an account of their own (another client, "
+                f"another DPConfig(dataset_id=…)); or give the guarantee up with tc.void_privacy(reason)."
             )
 
     @_alone

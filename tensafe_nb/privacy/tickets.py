@@ -218,8 +218,8 @@ class DrawBook:
     def _check_content(drawn: Array, given: Array) -> None:
         if other := np.flatnonzero(drawn != given).tolist():
             raise PrivacyUnitError(
-                f"The rows {', '.join(map(str, other[:8]))} of this batch are not the ones that were drawn: their tokens, "
-                f"labels or targets differ. Change rows before they are drawn: tc.dp_batches(rows)."
+                f"The rows {', '.join(map(str, other[:8]))} of this batch are not the ones that were drawn: their "
+                f"tokens, labels or targets differ. Change rows before they are drawn: tc.dp_batches(rows)."
             )
 
 

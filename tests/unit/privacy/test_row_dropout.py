@@ -14,7 +14,7 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import PrivacyUnitError
 from tensafe_nb.privacy.row_dropout import OtherRandomness, RowDropout
 from tensafe_nb.privacy.tickets import ticket
-from tests.unit.engine.private import CLIENT, clipped_sum, examples, private_engine
+from tests.unit.engine.private import CLIENT, TOKEN_CE, clipped_sum, examples, private_engine
 
 SECRETS = torch.tensor([17, -4_000_000_000_000_000_001, 2**61 + 3])
 C = 0.5
@@ -94,8 +94,13 @@ def secrets_by_id(batch: BatchData) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize(
     ("shape", "lora"),
-    [("llama", tn.LoRAConfig(rank=4, dropout=0.4)), ("gpt2", None), ("gpt2", False), ("gpt2", tn.LoRAConfig(rank=4, dropout=0.4))],
-)  # fmt: skip
+    [
+        ("llama", tn.LoRAConfig(rank=4, dropout=0.4)),
+        ("gpt2", None),
+        ("gpt2", False),
+        ("gpt2", tn.LoRAConfig(rank=4, dropout=0.4)),
+    ],
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_leaving_one_row_out_moves_the_sum_by_at_most_c_with_dropout_on(
     random_model: Any, shape: str, lora: Any, attention: str
@@ -161,7 +166,5 @@ def test_the_random_state_of_private_training_is_in_no_checkpoint(service: tn.Se
 def test_a_draw_with_dropout_takes_a_step() -> None:
     dp = {"sampling": "poisson", "dataset_size": 100, "noise_multiplier": 1.0}
     engine = private_engine(lora=tn.LoRAConfig(rank=2, dropout=0.5), dp=dp)
-    engine.forward_backward(
-        examples((4, 5), **{TICKET: ticket(CLIENT, 1, 0, np.arange(2))}), tn.losses.resolve_loss("token_ce")
-    )
+    engine.forward_backward(examples((4, 5), **{TICKET: ticket(CLIENT, 1, 0, np.arange(2))}), TOKEN_CE)
     assert engine.optim_step().step == 1
