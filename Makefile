@@ -13,6 +13,11 @@ LLAMA := .venv-llama
 LLAMA_VERSION := 0.3.36
 LLAMA_READY := $(LLAMA)/.ready-$(LLAMA_VERSION)
 
+FAST := not soak and not browser
+TESTS ?=
+# Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
+
 .PHONY: demo lab models test test-browser chromium pictures soak trl-parity lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
@@ -51,8 +56,9 @@ $(SMOLLM2): | $(READY)
 models: $(SMOLLM2)  ## fetch SmolLM2-135M-Instruct, 98 MB, for the tests and examples with a real model
 	@echo $(abspath $(SMOLLM2))
 
-test: lint  ## everything fast
-	$(BIN)/python -m pytest -m "not soak and not browser"
+test: lint  ## everything fast: on all cores, then by itself what measures time, memory or interrupts
+	$(BIN)/python -m pytest -m "$(FAST) and not alone" --numprocesses $(WORKERS) --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -m "$(FAST) and alone" $(TESTS) || [ $$? -eq 5 ]  # 5: there is none of these in TESTS
 
 chromium:
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core)

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,12 +12,11 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, encode_rows, padding_of
 from tensafe_nb.draws import PoissonDraws, sample_rate_of, units_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
-from tensafe_nb.events import Event, RunHistory
+from tensafe_nb.events import Event, RunHistory, Subscriptions
 from tensafe_nb.futures import FutureHandle, Outstanding
+from tensafe_nb.lifetimes import Freed
 from tensafe_nb.loops import Batch, Loop
-from tensafe_nb.operations import (
-    Operation,
-)
+from tensafe_nb.operations import Operation
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.statement import PrivacyStatement
 from tensafe_nb.privacy.what_if import WhatIf, what_if
@@ -42,7 +42,9 @@ Fork = Callable[[Channel, TrainingConfig, Callable[[], str]], "TrainingClient"]
 class TrainingClient(Verbs):
     """One model in training. Every verb queues an operation and returns a FutureHandle at once.
 
-    Operations run in the order they were submitted. Made by `ServiceClient.create_training_client`.
+    Operations run in the order they were submitted. Made by `ServiceClient.create_training_client`. It lives as long as
+    something of yours refers to it, or one of its runs is under way; then its thread ends and its model is freed.
+    `close()` is for saying when.
 
     Example:
         >>> loss = tc.forward_backward(batch)
@@ -57,6 +59,8 @@ class TrainingClient(Verbs):
         self._channel, self._fork, self._transport = channel, fork, transport
         self._runs: list[TrainingRun] = []
         self._outstanding = Outstanding()
+        self._subscriptions = Subscriptions(channel.bus)
+        weakref.finalize(self, channel.abandon).atexit = False  # there, the transport closes what is left
 
     def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
         """Return a new training client that starts from a state of this one, sharing its frozen weights.
@@ -69,7 +73,7 @@ class TrainingClient(Verbs):
         Raises:
             ValidationError: A field that does not fit, or that the state would not fit.
         """
-        for field in ("model_ref", "lora_config"):
+        for field in ("model_ref", "lora_config", "resize_embeddings"):
             if field in changes:
                 raise ValidationError(
                     f"fork: {field} cannot change: the state would not fit. Create a new client for it."
@@ -431,12 +435,24 @@ class TrainingClient(Verbs):
     def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` on every event, at once and on whatever thread it happens; see `events()`.
 
-        A subscriber must be quick, and must neither submit operations nor wait for them.
+        A subscriber must be quick, and must neither submit operations nor wait for them. One that raises is reported
+        once, and told no more. It does not keep this client: a subscription ends with the client.
+
+        Returns:
+            A function that ends the subscription.
+
+        Raises:
+            ValidationError: A subscriber that cannot be called, or is a coroutine function.
+        """
+        return self._subscriptions.add(subscriber, after)
+
+    def watch(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        """Subscribe for what may outlive this client and must not refer to it, such as its panel: to the last event.
 
         Returns:
             A function that ends the subscription.
         """
-        return self._channel.bus.subscribe(subscriber, after)
+        return self._channel.bus.subscribe(subscriber)
 
     def publish(self, event: Event) -> Event:
         """Record an event of your own in the history, for instance Metrics."""
@@ -486,6 +502,11 @@ class TrainingClient(Verbs):
             f"<TrainingClient {self.training_client_id} {self.config.model_ref} {adapter}, "
             f"step {self.step}, {self.status}>"
         )
+
+    def _left_behind(self) -> Freed:
+        """Return what a notebook's output history keeps of this client when nothing else refers to it."""
+        kept = {"history": self.history, "training_client_id": self.training_client_id, "config": self.config}
+        return Freed(f"The training client {self.training_client_id}", **kept, _feed=vars(self).get("_feed"))
 
     def _submit(self, operation: Operation) -> FutureHandle[Any]:
         handle = self._channel.submit(operation)

@@ -1,16 +1,20 @@
 """What happened, in order: events, the bus that numbers them, and the log that outlives the process."""
 
+import inspect
 import json
 import logging
 import os
 import sys
 import threading
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
 import numpy as np
 
@@ -118,13 +122,23 @@ class Metrics(Event):
 @plain
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState(Event):
-    """A run started, paused, resumed or ended; `step` is the client's step at that moment."""
+    """A run started, paused, resumed or ended.
+
+    Attributes:
+        run_id: The run.
+        state: Which of RunStatus it entered.
+        step: The client's optimiser step at that moment.
+        planned_steps: How many steps of its own it is to have done at its end.
+        reason: Why it came to that, where it is not as planned.
+        done: Steps of the run's own at that moment; None in logs of version 0.1.
+    """
 
     run_id: str
     state: str
     step: int
     planned_steps: int | None = None
     reason: str | None = None
+    done: int | None = None
 
 
 @plain
@@ -239,6 +253,7 @@ class PrivacySpent(Event):
     void: str | None = None
 
 
+Subscriber: TypeAlias = Callable[[Event], None]
 TIMED = "tokens"  # the curve whose points keep their moments as well, so that a rate can be told
 
 
@@ -389,7 +404,7 @@ class EventBus:
         self._log: TextIO = os.fdopen(opened, "w", encoding="utf-8")
         _hold(self._log)
         self._lock = threading.RLock()
-        self._subscribers: list[Callable[[Event], None]] = []
+        self._subscribers: list[Subscriber] = []
 
     def publish(self, event: Event) -> Event:
         """Give an event its number and time, record it, and tell the subscribers."""
@@ -402,9 +417,22 @@ class EventBus:
             for subscriber in tuple(self._subscribers):
                 try:
                     subscriber(event)
-                except Exception:
-                    logger.exception("a subscriber failed at %s; the work goes on", type(event).__name__)
+                except (
+                    Exception
+                ):  # it would fail at every event to come, and be told of in whatever cell runs then
+                    self._drop(subscriber)
+                    logger.exception(
+                        "The subscriber %s failed at %s and is told nothing more; the work goes on. Mend it, and "
+                        "subscribe it again: tc.subscribe(…, after=%d) tells it what it missed.",
+                        _name_of(subscriber),
+                        type(event).__name__,
+                        event.seq - 1,
+                    )
         return event
+
+    def _drop(self, subscriber: Subscriber) -> None:
+        with self._lock, suppress(ValueError):
+            self._subscribers.remove(subscriber)
 
     def _write(self, line: str) -> None:
         """Write a line. What a full disk refuses stays in the file's buffer and is tried again with the next one."""
@@ -420,26 +448,25 @@ class EventBus:
         else:
             self._refused = False
 
-    def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
+    def subscribe(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` for every event: recorded ones above `after` first, then live ones.
 
-        A subscriber must be quick and must not wait for an operation. Without `after` only live events come.
+        A subscriber must be quick and must not wait for an operation. Without `after` only live events come. One that
+        raises is reported once, and told no more.
 
         Returns:
             A function that ends the subscription.
+
+        Raises:
+            ValidationError: A subscriber that cannot be called, or is a coroutine function.
         """
+        _check_subscriber(subscriber)
         with self._lock:
             if after is not None:
                 for event in self.history.events(after):
                     subscriber(event)
             self._subscribers.append(subscriber)
-
-        def unsubscribe() -> None:
-            with self._lock:
-                if subscriber in self._subscribers:
-                    self._subscribers.remove(subscriber)
-
-        return unsubscribe
+        return partial(self._drop, subscriber)
 
     def sync(self) -> None:
         """Put everything recorded so far on the disk."""
@@ -452,3 +479,56 @@ class EventBus:
         self.sync()
         with self._lock:
             self._log.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_log"):  # it was opened
+            with suppress(OSError):
+                self._log.close()
+
+
+class Subscriptions:
+    """The subscribers that one owner gave to a bus; they end with their owner.
+
+    The bus belongs to a thread, which nothing frees while it runs. Were a subscriber in its hands, so were all that
+    the subscriber refers to, for instance the training client it belongs to: no client could ever be let go.
+
+    Args:
+        bus: Tells them; refers to none of them.
+    """
+
+    def __init__(self, bus: EventBus) -> None:
+        self._bus = bus
+        self._subscribers: dict[object, Subscriber] = {}
+
+    def add(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:
+        """Subscribe; returns a function that ends the subscription. See `EventBus.subscribe`."""
+        _check_subscriber(subscriber)
+        key, held_by = object(), weakref.ref(self)
+
+        def forward(event: Event) -> None:
+            owner = held_by()
+            if owner is not None and key in owner._subscribers:
+                owner._subscribers[key](event)
+
+        def unsubscribe() -> None:
+            owner = held_by()
+            if owner is not None:
+                owner._subscribers.pop(key, None)
+            end()
+
+        forward.__qualname__ = _name_of(subscriber)
+        self._subscribers[key] = subscriber
+        end = self._bus.subscribe(forward, after)
+        return unsubscribe
+
+
+def _check_subscriber(subscriber: object) -> None:
+    if not callable(subscriber) or inspect.iscoroutinefunction(subscriber):
+        raise ValidationError(
+            f"A subscriber is a plain function of one event, called where it happens, not {subscriber!r}. "
+            f"To await events: async for event in tc.events()."
+        )
+
+
+def _name_of(subscriber: object) -> str:
+    return getattr(subscriber, "__qualname__", None) or repr(subscriber)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import logging
 import threading
 import time
@@ -99,7 +100,7 @@ class Promise(Generic[R]):
         if self.state is FutureStatus.CANCELLED:
             raise FutureCancelledError("The operation was cancelled; it left no trace on the weights.")
         if isinstance(self.error, TGTinkerError):
-            raise self.error
+            raise _twin_of(self.error)
         if self.error is not None:
             raise FutureFailedError(
                 f"The operation failed: {type(self.error).__name__}: {self.error}"
@@ -143,6 +144,14 @@ class Promise(Generic[R]):
     def _forget(self, callback: Callable[[], None]) -> None:
         with self._lock, contextlib.suppress(ValueError):
             self._callbacks.remove(callback)
+
+
+def _twin_of(error: TGTinkerError) -> TGTinkerError:
+    """Return an error to raise: raising ties it to the frames of whoever waits, which the promise must not keep."""
+    twin = copy.copy(error)
+    twin.__dict__.update(error.__dict__)
+    twin.__cause__ = error.__cause__
+    return twin.with_traceback(error.__traceback__)
 
 
 def _wake(loop: asyncio.AbstractEventLoop, waiter: "asyncio.Future[None]") -> None:
@@ -231,7 +240,8 @@ class FutureHandle(Generic[R]):
         except FutureTimeoutError:
             raise
         except TGTinkerError as error:
-            return error
+            own = self._promise.error
+            return own if isinstance(own, TGTinkerError) else error
         return None
 
     def cancel(self) -> bool:

@@ -41,6 +41,8 @@ LAYOUT: dict[Keys, Keys] = {
     ("model", "dtype"): ("training", "dtype"),
     ("model", "device"): ("training", "device"),
     ("model", "value_head"): ("training", "value_head"),
+    ("model", "ignore_weights"): ("training", "ignore_weights"),
+    ("model", "resize_embeddings"): ("training", "resize_embeddings"),
     ("lora",): ("training", "lora_config"),
     ("dp",): ("training", "dp_config"),
     ("optimizer",): ("training", "optimizer"),

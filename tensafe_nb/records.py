@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 TOLD = ('"RunState"', '"Metrics"', '"CheckpointSaved"', '"StateLoaded"')  # the events a record is made of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class RunRecord:
     """A run as its log tells it, in this process or after it died.
 

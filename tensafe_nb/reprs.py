@@ -6,6 +6,7 @@ carry no colours of their own, so they are readable in any theme, and every text
 
 import dataclasses
 import html
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -113,6 +114,13 @@ def short(value: object) -> str:
             text = str(value)
     text = visible(text)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def as_markdown(text: str) -> str:
+    """Return a text as Markdown that renders as just this text: no markup of it comes into force, HTML's neither."""
+    return html.escape(
+        re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", visible(" ".join(text.split()))), quote=False
+    )
 
 
 def visible(text: str) -> str:

@@ -1,6 +1,7 @@
 """A training loop you can watch, await, pause, step and stop; and the record of those that ran before."""
 
 import contextlib
+import copy
 import logging
 import sys
 import threading
@@ -9,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from tensafe_nb import lifetimes
 from tensafe_nb.errors import (
     ArtifactNotFoundError,
     ClientClosedError,
@@ -29,6 +31,16 @@ from tensafe_nb.types import FutureStatus, LoadStateResult, RunResult, RunStatus
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
+
+
+class RunThread(threading.Thread):
+    """The thread of a run. While it lives, it keeps run and client, whoever else has let go of them meanwhile."""
+
+    def run(self) -> None:
+        """Run the run; in a notebook, then look whether it was the last that referred to its client."""
+        super().run()  # which lets go of its target
+        if lifetimes.in_notebook():
+            lifetimes.collect()
 
 
 class TrainingRun:
@@ -72,7 +84,7 @@ class TrainingRun:
         self._steps_taken = 0  # before the last time it went back
         self._first_step, self._first_event = client.step, client.history.last_seq
         self._last_step_at = time.perf_counter()
-        self._thread = threading.Thread(target=self._main, name=f"tsnb-run-{number}", daemon=True)
+        self._thread = RunThread(target=self._main, name=f"tsnb-run-{number}", daemon=True)
         loop.attach(self)
 
     @property
@@ -190,6 +202,15 @@ class TrainingRun:
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+
+    def _left_behind(self) -> "TrainingRun":
+        """Return what a notebook's output history keeps of this run: how it ended, without its client."""
+        if not self.done():
+            return self  # its thread keeps it anyway
+        twin = copy.copy(self)
+        behind: Any = getattr(self._client, "_left_behind", lambda: self._client)()
+        twin._client, twin._loop = behind, behind
+        return twin
 
     def start(self) -> "TrainingRun":
         """Start the thread; called once, by the training client."""

@@ -4,21 +4,29 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, TypeAlias, overload
+from weakref import WeakValueDictionary
 
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
+from tensafe_nb.lifetimes import before_loading
 from tensafe_nb.reprs import Facts, Listing, fields_of, shown
 from tensafe_nb.transports.base import Channel, Transport
 from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
+
+Clients: TypeAlias = WeakValueDictionary[str, TrainingClient]
 
 
 @shown
 class ServiceClient:
     """The way in: makes training clients, and keeps what they save.
+
+    It knows its training clients and keeps none of them: each lives as long as something of yours refers to it, or a
+    run of it is under way.
 
     Args:
         base_url: A remote core; None (and no TENSAFE_BASE_URL) trains in this process.
@@ -48,7 +56,7 @@ class ServiceClient:
         from tensafe_nb.transports.embedded import EmbeddedTransport
 
         self._transport: Transport = EmbeddedTransport(key_source)
-        self._clients: dict[str, TrainingClient] = {}
+        self._clients: Clients = WeakValueDictionary()
         self._closed = False
 
     def create_training_client(self, config: TrainingConfig | None = None, **fields: Any) -> TrainingClient:
@@ -70,6 +78,7 @@ class ServiceClient:
             )
         self._refuse_if_closed()
         config = TrainingConfig(**fields) if config is None else config.replace(**fields)
+        before_loading()
         return self._adopt(self._transport.create(config))
 
     def restore(self, artifact_id: str, **changes: Any) -> TrainingClient:
@@ -89,18 +98,11 @@ class ServiceClient:
         """
         self._refuse_if_closed()
         config = self._transport.config_of(artifact_id).change(**changes)
+        before_loading()
         return self._adopt(self._transport.restore(config, lambda: artifact_id))
 
     def _adopt(self, channel: Channel) -> TrainingClient:
-        client = TrainingClient(channel, self._fork, self._transport)
-        self._clients[client.training_client_id] = client
-        return client
-
-    def _fork(
-        self, parent: Channel, config: TrainingConfig, artifact_id: Callable[[], str]
-    ) -> TrainingClient:
-        self._refuse_if_closed()
-        return self._adopt(self._transport.restore(config, artifact_id, parent))
+        return _adopt(self._transport, self._clients, channel)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -116,12 +118,14 @@ class ServiceClient:
         Raises:
             TrainingClientNotFoundError: This service has none of that id.
         """
-        if training_client_id not in self._clients:
+        client = self._clients.get(training_client_id)
+        if client is None:
             raise TrainingClientNotFoundError(
                 f"There is no training client {training_client_id!r} in this process. Known: {sorted(self._clients)}. "
-                f"The history of earlier ones is in list_runs()."
+                f"One that nothing refers to any more is freed: keep it in a variable. The history of earlier ones is "
+                f"in list_runs()."
             )
-        return self._clients[training_client_id]
+        return client
 
     # artifacts
 
@@ -248,7 +252,7 @@ class ServiceClient:
     def close(self) -> None:
         """Close every training client of this service; idempotent."""
         self._closed = True
-        for client in self._clients.values():
+        for client in list(self._clients.values()):
             client.close()
         self._transport.close()
 
@@ -277,6 +281,23 @@ class ServiceClient:
 
     def __repr__(self) -> str:
         return f"<ServiceClient embedded, {len(self._transport.channels())} training clients>"
+
+
+def _adopt(transport: Transport, clients: Clients, channel: Channel) -> TrainingClient:
+    """Make the client of a channel: a client keeps its transport, not the service it came from."""
+    client = TrainingClient(channel, partial(_fork, transport, clients), transport)
+    clients[client.training_client_id] = client
+    return client
+
+
+def _fork(
+    transport: Transport,
+    clients: Clients,
+    parent: Channel,
+    config: TrainingConfig,
+    artifact_id: Callable[[], str],
+) -> TrainingClient:
+    return _adopt(transport, clients, transport.restore(config, artifact_id, parent))
 
 
 def _row_of_artifact(artifact: SaveStateResult) -> Facts:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.errors import DecryptionError, ValidationError
+from tensafe_nb.reprs import visible
 from tensafe_nb.service import ServiceClient
 from tensafe_nb.types import AuditVerification, SaveStateResult
 
@@ -101,10 +102,10 @@ def _list(chosen: argparse.Namespace) -> int:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.created_at))
         print(
             f"{found.artifact_id}  {when}  step {found.step:6d}  {_size(found.size_bytes):>9}  "
-            f"{found.model_ref}  key {found.encryption.key_id}  {_description(found)}"
+            f"{visible(f'{found.model_ref}  key {found.encryption.key_id}  {_description(found)}')}"
         )
     for path, reason in vault.artifacts.damaged():
-        print(f"damaged: {path}: {reason}", file=sys.stderr)
+        print(f"damaged: {visible(f'{path}: {reason}')}", file=sys.stderr)
     if not stored:
         print("There are no artifacts yet: tc.save_state() makes one.")
     return 0
@@ -125,7 +126,7 @@ def _verify(chosen: argparse.Namespace) -> int:
     wanted = chosen.artifact or [found.artifact_id for found in vault.list()]
     damaged = [] if chosen.artifact else list(vault.artifacts.damaged())
     for path, reason in damaged:
-        print(f"BAD  {path}: {reason}")
+        print(f"BAD  {visible(f'{path}: {reason}')}")
     bad = len(damaged)
     for artifact in wanted:
         try:
@@ -133,7 +134,7 @@ def _verify(chosen: argparse.Namespace) -> int:
             print(f"ok   {found.artifact_id}  {found.content_hash}")
         except DecryptionError as error:
             bad += 1
-            print(f"BAD  {artifact}: {error}")
+            print(f"BAD  {visible(f'{artifact}: {error}')}")
     return 1 if bad else 0
 
 
@@ -233,7 +234,7 @@ def _verify_audit(chosen: argparse.Namespace) -> int:
 def _print_verification(found: AuditVerification) -> None:
     print(f"{'ok' if found.ok else 'NOT OK'}: {found.records} records checked")
     if not found.ok:
-        print(f"first bad record: {found.first_bad_seq}: {found.reason}")
+        print(f"first bad record: {found.first_bad_seq}: {visible(str(found.reason))}")
     for anchor in found.anchors_matched:
         print(f"anchor found: {anchor}")
     for text in found.not_checked:

@@ -12,6 +12,9 @@ from tensafe_nb.errors import ValidationError
 
 Keys: TypeAlias = tuple[str | int, ...]  # from the top
 Problem: TypeAlias = tuple[Keys, str]  # where, and what
+LARGEST = 1 << 20  # bytes; a recipe has a few thousand
+DEEPEST = 50
+MOST_NODES = 20_000  # with every alias counted as what it stands for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +36,11 @@ class YamlFile:
         """Read a file.
 
         Raises:
-            ValidationError: It cannot be read, is not YAML, or says something twice.
+            ValidationError: It cannot be read, is not YAML, says something twice, or is larger, deeper or more
+                entangled than a file of settings is.
         """
         try:
-            node, data = _parse(path.read_text(encoding="utf-8"))
+            node, data = _parse(_text(path))
             marks = dict(_marks(node))
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
@@ -45,8 +49,6 @@ class YamlFile:
             raise ValidationError(f"{where}: this cannot be read as YAML: {problem}.") from error
         except (OSError, ValueError) as error:
             raise ValidationError(f"{path} cannot be read (looked in {Path.cwd()}): {error}.") from error
-        except RecursionError as error:
-            raise ValidationError(f"{path}: something in it contains itself.") from error
         return cls(path, data, marks)
 
     def refuse(self, problems: Iterable[Problem]) -> None:
@@ -70,6 +72,16 @@ class YamlFile:
         for key in at:
             place = (*place, key) if (*place, key) in self.lines else place
         return self.lines.get(place, 1)
+
+
+def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")  # a pipe would wait for ever, a device never end
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"it is larger than {LARGEST >> 10} KiB")
+    return content.decode("utf-8-sig")
 
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any]:
@@ -105,17 +117,54 @@ def to_yaml(document: Mapping[Any, Any]) -> str:
         raise ValidationError(f"This cannot be written as YAML: {error.args[-1]!r}.") from error
 
 
+def _refused(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, problem, at.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads the scalars of YAML 1.2: `no` is a word and 1e-4 a number, unlike in 1.1, PyYAML's own."""
+    """Reads the scalars of YAML 1.2: `no` is a word and 1e-4 a number, unlike in 1.1, PyYAML's own.
+
+    Nothing is built before it is known to be small: nine aliases of nine aliases of … are a few bytes of text and
+    millions of nodes for whoever walks through them ("billion laughs").
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._nodes = 0
+        self._weights: dict[
+            yaml.Node, int
+        ] = {}  # nodes in and below each one, aliases counted as what they mean
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse tags, and whatever is too deep or too much, before it is composed any further."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise _refused(f"the tag {event.tag!r} is not read here", event)
+        before, self._depth = self._nodes, self._depth + 1
+        if self._depth > DEEPEST:
+            raise _refused(f"more than {DEEPEST} levels deep", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self._weights:
+                raise _refused(f"*{event.anchor} stands inside itself", event)
+            self._nodes += self._weights[node]
+        elif node is not None:
+            self._nodes += 1
+            self._weights[node] = self._nodes - before
+        if self._nodes > MOST_NODES:
+            raise _refused(f"more than {MOST_NODES:,} values, aliases counted", event)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse what PyYAML lets pass: a key that stands twice, or is no text."""
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refused("a key must be text, not a list or a mapping", key)
             if key.tag != "tag:yaml.org,2002:str" or key.value in seen:
                 wrong = "stands here twice" if key.value in seen else "must be text: put it in quotes"
-                problem = f"the key {key.value!r} {wrong}"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                raise _refused(f"the key {key.value!r} {wrong}", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

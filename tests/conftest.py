@@ -1,4 +1,7 @@
-"""What every test gets: its own home folder, one torch thread, no network beyond loopback, no leaked thread."""
+"""What every test gets: its own home folder, one torch thread, no network beyond loopback, no leaked thread.
+
+Nothing here is shared between processes: with pytest-xdist each worker has folders and models of its own.
+"""
 
 import os
 import socket
@@ -12,9 +15,24 @@ os.environ.setdefault(
 )  # before torch: two spinning threads on a busy machine cost more
 os.environ.setdefault("TENSAFE_NB_RENDERER", "text")
 
+import hypothesis
 import pytest
 
 import tensafe_nb as tn
+
+# Every run tries the same examples, however slow the machine is: pytest's own timeout is the only deadline there is.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,  # a client that all examples of a test share is meant
+    ],
+)
+hypothesis.settings.load_profile("tests")
 
 LOOPBACK = ("127.", "localhost", "::1", "/")
 
@@ -51,7 +69,7 @@ def _no_leaked_thread() -> Iterator[None]:
     yield
     for thread in threading.enumerate():
         if thread.name.startswith("tsnb-"):
-            thread.join(timeout=5)  # what ends by itself may take a moment; what leaks fails
+            thread.join(timeout=60)  # what ends by itself may take a moment; what leaks fails
     assert [t.name for t in threading.enumerate() if t.name.startswith("tsnb-")] == []
 
 

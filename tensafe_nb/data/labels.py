@@ -1,100 +1,323 @@
-"""A row's tokens, and which of them are learnt: the completion of a prompt, the assistant's turns of a chat."""
+"""A row's tokens, and which of them are learnt: the completion of a prompt, the assistant's turns of a chat.
 
+What is learnt is told by characters. All texts are tokenised in one call, and a token is learnt where it overlaps what
+is learnt of the text. Where an answer begins, the tokens before it are those that sampling gives the model as its
+prompt: where a token of the whole text would reach over that border, prompt and answer are tokenised apart.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
-from tensafe_nb.data.layouts import canonical, check_template
+from tensafe_nb.data.chats import LOOK_BACK, Chat, Template, read_chat, render, token_pattern
+from tensafe_nb.data.layouts import check_template, shortened
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import Prompt
 
+Encoded = tuple[list[int], list[bool]]
+PROBES = ("a", "1")
+HEADS = 16  # headers of turns remembered with their tokens
+ANCHORS = ("\x02", "\n", "=", "|", "a")  # put before a text, so that no tokenizer takes it for a beginning
 
-def encode_many(
-    rows: Sequence[Mapping[str, Any]], tokenizer: Any
-) -> list[tuple[list[int], list[bool]] | ValidationError]:
+
+@dataclass(slots=True)
+class _Text:
+    """A text to be tokenised, and the characters of it that are learnt."""
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+    begins: bool  # with the tokenizer's first token
+    ends: bool  # with its end token, which is learnt
+
+
+def encode_many(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Encoded | ValidationError]:
     """Return of each row its tokens, and which of them are to be learnt; or what is wrong with it.
 
     Args:
-        rows: Canonical ones: {"text"}, {"prompt", "completion"} or {"messages", "tools"?}, see `layouts.canonical`.
-        tokenizer: The model's.
+        rows: Canonical ones, see `layouts.canonical`: {"text"}, {"prompt", "completion"}, or {"messages"} with "tools",
+            "documents" and "chat_template_kwargs" for the template. A message with `weight: 0` is not learnt.
+        tokenizer: The model's. Chats are tokenised as the template writes them, everything else between the tokenizer's
+            own first token and its end token.
     """
-    return [_one(row, tokenizer) for row in rows]
+    tokens = _Tokens(tokenizer)
+    made: list[Any] = _texts(rows, tokenizer)
+    good = [number for number, text in enumerate(made) if isinstance(text, _Text)]
+    for number, encoded in zip(good, tokens.encode([made[n] for n in good]), strict=True):
+        made[number] = encoded
+    return made
 
 
-def _one(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool]] | ValidationError:
+def _texts(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[_Text | ValidationError]:
+    texts: dict[int, _Text | ValidationError] = {}
+    chats: dict[int, Chat] = {}
+    for number, row in enumerate(rows):
+        if "messages" in row:
+            try:
+                chats[number] = read_chat(row)
+            except ValidationError as error:
+                texts[number] = error
+        elif "prompt" in row:
+            text = row["prompt"] + row["completion"]
+            texts[number] = _Text(text, [(len(row["prompt"]), len(text))], begins=True, ends=True)
+        else:
+            texts[number] = _Text(row["text"], [(0, len(row["text"]))], begins=True, ends=True)
+    texts.update(zip(chats, _chat_texts(list(chats.values()), tokenizer), strict=True))
+    return [texts[number] for number in range(len(rows))]
+
+
+def _chat_texts(chats: Sequence[Chat], tokenizer: Any) -> list[_Text | ValidationError]:
+    if not chats:
+        return []
     try:
-        return tokens_of(row, tokenizer)
+        rendered = Template(tokenizer).rendered(chats)
     except ValidationError as error:
-        return error
-    except Exception as error:  # noqa: BLE001  # templates and tokenizers raise whatever they like
-        return ValidationError(f"this model's tokenizer cannot read it ({type(error).__name__}: {error}).")
-
-
-def tokens_of(row: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Return a row's tokens, and which of them are to be learnt."""
-    if isinstance(row, str):
-        row = canonical(row).members[0]
-    if "messages" in row:
-        return _chat_tokens(row["messages"], tokenizer, row.get("tools"))
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if "prompt" in row:
-        prompt = list(tokenizer(row["prompt"])["input_ids"])
-        completion = list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + end
-        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-    tokens = list(tokenizer(row["text"])["input_ids"]) + end
-    return tokens, [True] * len(tokens)
-
-
-def _chat_tokens(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, tools: Any
-) -> tuple[list[int], list[bool]]:
-    if tokenizer.chat_template is None:
-        raise ValidationError(
-            "This model has no chat template: give rows with 'prompt' and 'completion' instead."
-        )
-    tokens: list[int] = []
-    learnt: list[bool] = []
-    for count, message in enumerate(messages, start=1):
-        if message["role"] != "assistant":
-            continue
-        opened = _template(tokenizer, messages[: count - 1], tools=tools, add_generation_prompt=True)
-        closed = _template(tokenizer, messages[:count], tools=tools)
-        if opened[: len(tokens)] != tokens or closed[: len(opened)] != opened:
-            raise ValidationError(
-                "This model's chat template rewrites earlier turns, so that the assistant's tokens cannot be told "
-                "apart. Give one row per assistant turn, as 'prompt' and 'completion'."
-            )
-        wanted = message.get("weight") != 0
-        learnt += [False] * (len(opened) - len(tokens)) + [wanted] * (len(closed) - len(opened))
-        tokens = closed
-    return tokens, learnt
-
-
-def _template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template([dict(m) for m in messages], return_dict=False, **options))
+        return [error] * len(chats)
+    return [
+        one
+        if isinstance(one, ValidationError)
+        else _Text(one.text, one.spans, begins=False, ends=one.unended)
+        for one in rendered
+    ]
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Return the token ids of a text, of chat messages (opened for the assistant's answer), or of ids.
 
-    A chat with tools is {"messages", "tools"}, as `data.read_prompts` makes it.
+    A chat with tools is {"messages", "tools"}, as `data.read_prompts` makes it. A text has the tokenizer's own first
+    token and none of its last ones: what is drawn goes on from here.
     """
     if isinstance(prompt, str):
-        try:
-            return list(tokenizer(prompt)["input_ids"])
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise ValidationError(
-                f"The model's tokenizer cannot read the prompt {prompt!r}: {error}."
-            ) from error
+        return _Tokens(tokenizer).prompt(prompt)
     if isinstance(prompt, Mapping):
-        return _opened(tokenizer, prompt["messages"], prompt["tools"])
+        return _opened(tokenizer, **prompt)
     if prompt and isinstance(prompt[0], Mapping):
-        return _opened(tokenizer, prompt, None)
+        return _opened(tokenizer, prompt)
     return [int(token) for token in prompt]  # type: ignore[arg-type]
 
 
-def _opened(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None) -> list[int]:
+def _opened(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValidationError("This model has no chat template: give prompts as text instead of messages.")
-    check_template(tokenizer.chat_template, messages, tools)
-    given = None if tools is None else [dict(tool) for tool in tools]
-    return _template(tokenizer, messages, tools=given, add_generation_prompt=True)
+    check_template(tokenizer.chat_template, messages, options.get("tools"))
+    given = {**(options.pop("chat_template_kwargs", None) or {}), **options}
+    text = render(tokenizer, [dict(message) for message in messages], given, opened=True)
+    return _Tokens(tokenizer).ids(text)
+
+
+@dataclass(slots=True)
+class _Piece:
+    """The characters from `low` to `high` of a text, tokenised after an anchor that is left out again."""
+
+    encoding: Any
+    low: int
+    high: int
+    anchor: int = 0
+    skip: int = 0  # the anchor's tokens
+
+    def first(self, start: int) -> int | None:
+        """Return the first token with a character from `start` on; None if there is none."""
+        shift = self.anchor - self.low
+        tokens = (self.encoding.char_to_token(at + shift) for at in range(start, self.high))
+        return next((token for token in tokens if token is not None), None)
+
+    def begins(self, token: int) -> int:
+        return int(self.encoding.token_to_chars(token)[0]) - self.anchor + self.low
+
+    def learnt(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Return which of the piece's tokens overlap the spans."""
+        learnt = [False] * len(self.encoding)
+        for start, end in spans:
+            first, last = self.first(max(start, self.low)), None
+            if first is None or end <= self.low or self.begins(first) >= end:
+                continue
+            if (last := self.first(end)) is None:
+                last = len(learnt)
+            elif self.begins(last) < end:
+                last += 1
+            learnt[first:last] = [True] * (last - first)
+        return learnt[self.skip :]
+
+    def tokens(self) -> list[int]:
+        return list(self.encoding.ids[self.skip :])
+
+
+class _Tokens:
+    """A tokenizer, asked for many texts at once, by their characters where it has offsets."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._heads: dict[str, list[int]] = {}
+        self._backend: Any = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+        self._compared = False
+
+    @cached_property
+    def _token(self) -> re.Pattern[str]:
+        return token_pattern(self._tokenizer)
+
+    @cached_property
+    def _habits(self) -> tuple[list[int], bool]:
+        """Return the tokens that the tokenizer puts before a text, and whether it invents a space there."""
+        for probe in PROBES:
+            try:
+                bare, whole = self.ids(probe), list(self._tokenizer(probe)["input_ids"])
+            except ValidationError:  # a small vocabulary
+                continue
+            at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+            named = self._tokenizer.convert_ids_to_tokens(bare[:1])
+            return whole[:at], bool(named) and str(named[0])[:1] in "▁Ġ"
+        return [], False
+
+    def ids(self, text: str, what: str = "text") -> list[int]:
+        """Return the tokens of a text, and none of the tokenizer's own around them.
+
+        Raises:
+            ValidationError: The tokenizer cannot read it.
+        """
+        try:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise _unreadable(what, text, error) from error
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the tokens of a text that sampling goes on from."""
+        ids, (first, _) = self.ids(text, "prompt"), self._habits
+        return ids if ids[: len(first)] == first else first + ids
+
+    def encode(self, texts: Sequence[_Text]) -> list[Encoded | ValidationError]:
+        """Return the tokens of each text and which are learnt, or why the tokenizer cannot read it."""
+        if not texts or not self._has_offsets(texts[0].text):
+            return [self._without_offsets(text) for text in texts]
+        encodings = self._encodings([text.text for text in texts])
+        prompts = [self._prompt_to_check(text) for text in texts]
+        checks = iter(self._encodings([prompt for prompt in prompts if prompt is not None]))
+        made: list[Encoded | ValidationError] = []
+        for encoding, text, prompt in zip(encodings, texts, prompts, strict=True):
+            check = next(checks) if prompt is not None else None
+            if isinstance(encoding, ValidationError):
+                made.append(encoding)
+                continue
+            whole = _Piece(encoding, 0, len(text.text))
+            borders = self._borders(whole, text)
+            if check is not None and encoding.ids[: len(check.ids)] != check.ids:
+                borders.append(len(prompt or ""))
+            pieces = self._apart(text.text, borders) if borders else [whole]
+            tokens = [token for piece in pieces for token in piece.tokens()]
+            made.append(
+                self._ended(tokens, [one for piece in pieces for one in piece.learnt(text.spans)], text)
+            )
+        return made
+
+    def _has_offsets(self, text: str) -> bool:
+        """Whether the backend says all: some tokenizers do more in Python, and then only their own tokens count.
+
+        Their call also undoes a truncation or a padding that was saved with the tokenizer.
+        """
+        if self._backend is not None and not self._compared:
+            try:
+                same = self.ids(text) == self._backend.encode(text, add_special_tokens=False).ids
+            except ValidationError:  # the text's fault: it comes out again below, under its number
+                return True
+            self._compared, self._backend = True, self._backend if same else None
+        return self._backend is not None
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        try:
+            return self._encode_batch(texts)
+        except ValidationError as error:
+            return [error] if len(texts) == 1 else [one for text in texts for one in self._encodings([text])]
+
+    def _encode_batch(self, texts: list[str]) -> list[Any]:
+        try:
+            return list(self._backend.encode_batch(texts, add_special_tokens=False))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise _unreadable("text", texts[0], error) from error
+
+    def _borders(self, whole: _Piece, text: _Text) -> list[int]:
+        """Return where an answer begins in the middle of a token, or after other tokens than its prompt has."""
+        apart = []
+        for start, end in text.spans:
+            token = whole.first(start) if 0 < start < end else None
+            if token is not None:
+                head = self._head(text.text, start)
+                before = whole.encoding.ids[max(0, token - len(head)) : token]
+                if whole.begins(token) != start or before != head:
+                    apart.append(start)
+        return apart
+
+    def _head(self, text: str, until: int) -> list[int]:
+        """Return the tokens from the last added one before a place on: what stands before has no say in them."""
+        for head, ids in self._heads.items():
+            if text.endswith(head, 0, until):
+                return ids
+        found = list(self._token.finditer(text, max(0, until - LOOK_BACK), until))
+        if not found:
+            return []
+        head = text[found[-1].start() : until]
+        ids = self.ids(head)
+        if len(self._heads) < HEADS:
+            self._heads[head] = ids
+        return ids
+
+    def _prompt_to_check(self, text: _Text) -> str | None:
+        """Return the prompt of the last answer, if its tokens are known only once it is tokenised by itself."""
+        start = text.spans[-1][0] if text.spans else 0
+        return text.text[:start] if start and not self._head(text.text, start) else None
+
+    def _apart(self, text: str, borders: Sequence[int]) -> list[_Piece]:
+        return [self._piece(text, *edges) for edges in pairwise(sorted({0, *borders, len(text)}))]
+
+    def _piece(self, text: str, low: int, high: int) -> _Piece:
+        """Tokenise a part of a text as the middle of one: without the space that some tokenizers put first."""
+        for anchor in ANCHORS if low and self._habits[1] else ():
+            (encoding,) = self._encode_batch([anchor + text[low:high]])
+            piece = _Piece(encoding, low, high, len(anchor))
+            token = piece.first(low)
+            if token is not None and piece.begins(token) == low:
+                piece.skip = token
+                return piece
+        (encoding,) = self._encode_batch([text[low:high]])
+        return _Piece(encoding, low, high)
+
+    def _ended(self, tokens: list[int], learnt: list[bool], text: _Text) -> Encoded:
+        """Put the first token before a text and the end token after it, unless the text has them already."""
+        first = self._habits[0] if text.begins else []
+        first = [] if tokens[: len(first)] == first else first
+        end = self._tokenizer.eos_token_id
+        due = text.ends and end is not None and not (tokens[-1:] == [end] and learnt[-1])
+        return [*first, *tokens, *[end] * due], [*[False] * len(first), *learnt, *[True] * due]
+
+    def _without_offsets(self, text: _Text) -> Encoded | ValidationError:
+        """Tokenise what is learnt and what is not apart, each as the middle of a text."""
+        tokens: list[int] = []
+        learnt: list[bool] = []
+        try:
+            for low, high in pairwise(
+                sorted({0, len(text.text), *(at for span in text.spans for at in span)})
+            ):
+                part = self._middle(text.text[low:high]) if low else self.ids(text.text[:high])
+                tokens += part
+                learnt += [any(start <= low < end for start, end in text.spans)] * len(part)
+            whole = self.ids(text.text)
+        except ValidationError as error:
+            return error
+        if tokens != whole and self._tokenizer.decode(tokens) != self._tokenizer.decode(whole):
+            return ValidationError(
+                f"The model's tokenizer ({type(self._tokenizer).__name__}) does not say which characters a token "
+                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. "
+                f"Use the model's fast tokenizer."
+            )
+        return self._ended(tokens, learnt, text)
+
+    def _middle(self, text: str) -> list[int]:
+        for anchor in ANCHORS if self._habits[1] else ():
+            before, both = self.ids(anchor), self.ids(anchor + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self.ids(text)
+
+
+def _unreadable(what: str, text: str, error: Exception) -> ValidationError:
+    return ValidationError(f"The model's tokenizer cannot read the {what} {shortened(text)!r}: {error}.")

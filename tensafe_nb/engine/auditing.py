@@ -1,6 +1,9 @@
 """One record of the audit log for every operation that ended, whichever way."""
 
+import hashlib
 import json
+import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -8,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from tensafe_nb import config
 from tensafe_nb.batch import BatchData
 from tensafe_nb.engine.lane import Job
-from tensafe_nb.errors import FutureCancelledError, TGTinkerError, ValidationError
+from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.operations import ForwardBackward, Operation, OptimStep
-from tensafe_nb.plain import to_plain
 from tensafe_nb.registry import name_of
-from tensafe_nb.store.audit_log import AuditLog
+from tensafe_nb.store.audit_log import AuditLog, outcome_of
 from tensafe_nb.types import LoadStateResult, SaveStateResult
+
+logger = logging.getLogger(__name__)
 
 
 class Auditor:
@@ -66,15 +71,14 @@ class Auditor:
             "consumed": (outcome.loaded_artifact_id,) if isinstance(outcome, LoadStateResult) else (),
             "started_at": job.promise.started_at or now,
             "completed_at": now,
-            "success": error is None,
-            "error_code": _code(error),
-            "error_class": None if error is None else type(error).__name__,
-        }
+        } | outcome_of(error)
         with self._lock:
             try:
                 self.catch_up()
                 self._log.append(**entry)
-            except TGTinkerError:  # a broken log, a full disk, a missing key: `catch_up` will say so
+            except Exception as error:  # a full disk, a missing key: `catch_up` will say so
+                if not isinstance(error, TGTinkerError):
+                    logger.exception("the audit record of %s could not be written", job.name)
                 self._owed.append(entry | {"request": ()})
 
     def _is_further_part(self, job: Job, error: BaseException | None) -> bool:
@@ -86,24 +90,51 @@ class Auditor:
         return within
 
 
-def _described(value: Any) -> Any:
-    """Return plain data that stands for a value; of what is none, a tensor or a function, its name."""
-    if isinstance(value, Mapping):
-        return {str(key): _described(item) for key, item in value.items()}
-    if callable(value):
-        return name_of(value)
-    try:
-        return to_plain(value)
-    except ValidationError:
-        return type(value).__name__
+class _Description:
+    """Plain data that stands for any value at all, whoever made it: what is deep, huge, cyclic or odd has an end too.
 
+    It is what gets hashed, never written. Past DEEPEST levels or MOST_VALUES values, and for what is no data (a
+    tensor, a function, an object), the name of the type stands for the rest.
+    """
 
-def _code(error: BaseException | None) -> str | None:
-    if error is None:
-        return None
-    if isinstance(error, FutureCancelledError):
-        return "cancelled"
-    return error.code if isinstance(error, TGTinkerError) else "failed"
+    DEEPEST = 64
+    MOST_VALUES = 4_000_000  # a context of a million tokens, several times over
+
+    def __init__(self) -> None:
+        self._left = self.MOST_VALUES
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        self._left -= 1
+        if self._left < 0 or depth > self.DEEPEST:
+            return {"$more": type(value).__name__}
+        match value:
+            case None | bool() | str():
+                return value
+            case int():
+                return (
+                    int(value) if abs(value) < 1 << 63 else {"$int": f"{value:x}"}
+                )  # decimal digits have a limit
+            case float():
+                return float(value) if math.isfinite(value) else {"$float": str(float(value))}
+            case np.ndarray() | np.generic():
+                content = "" if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()
+                return {"$array": [value.dtype.str, list(value.shape), content]}
+        try:
+            if callable(value):
+                return {"$function": str(name_of(value))}
+            if isinstance(value, config.Config):
+                value = value.model_dump()
+            if isinstance(value, Mapping):
+                return {
+                    "$map": [
+                        [self.of(key, depth + 1), self.of(item, depth + 1)] for key, item in value.items()
+                    ]
+                }
+            if isinstance(value, list | tuple):
+                return [self.of(item, depth + 1) for item in value]
+        except Exception:  # noqa: BLE001  # what a user made may do anything when it is looked at
+            return {"$unreadable": type(value).__name__}
+        return {"$object": type(value).__name__}
 
 
 def _buffers(operation: Operation) -> Iterator[Any]:
@@ -117,4 +148,4 @@ def _buffers(operation: Operation) -> Iterator[Any]:
                 yield f"{key}{array.dtype.str}{array.shape}".encode()
                 yield np.ascontiguousarray(array).data.cast("B") if array.size else b""
         else:
-            yield json.dumps([name, _described(value)], sort_keys=True).encode()
+            yield json.dumps([name, _Description().of(value)]).encode()

@@ -1,12 +1,13 @@
 """The order of a training client's operations: first in, first out; a failed window fails its optimiser step."""
 
 import uuid
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from tensafe_nb.errors import FutureFailedError, QueueFullError
-from tensafe_nb.futures import Promise
+from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.losses import Loss
 from tensafe_nb.operations import (
     ComputeLogprobs,
@@ -46,9 +47,12 @@ NAMES: dict[type, tuple[str, type]] = {
 }
 
 
+LASTING = (SaveState, VoidPrivacy)  # what is done for good, whether or not anybody waits for the result
+
+
 @dataclass(slots=True, eq=False)
 class Job:
-    """An operation in its place in the lane; once finished it lets go of the operation and its batch."""
+    """An operation in its place in the lane."""
 
     operation: Operation | None
     name: str
@@ -56,6 +60,18 @@ class Job:
     future_id: str = field(default_factory=lambda: f"fut-{uuid.uuid4().hex[:12]}")
     promise: Promise[Any] = field(default_factory=Promise)
     loss: Loss | None = None
+    handle: "weakref.ref[FutureHandle[Any]] | None" = (
+        None  # the job never keeps the handle that is given out for it
+    )
+
+    def let_go(self) -> None:
+        """Let go of the operation with its batch, and of the loss: whoever keeps the handle keeps the result only."""
+        self.operation = self.loss = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether its outcome can still reach somebody."""
+        return self.kind in LASTING or (self.handle is not None and self.handle() is not None)
 
 
 class Lane:

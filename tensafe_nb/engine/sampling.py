@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.config import SamplingConfig
-from tensafe_nb.engine.decoding import Decoder
+from tensafe_nb.engine.decoding import rows_of
 from tensafe_nb.engine.merged import merged
 from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.types import SampledSequence
@@ -98,7 +98,7 @@ def _decode(
 ) -> None:
     """Fill in the rows of some prompts, all of them token by token together."""
     active = list(rows)
-    state = Decoder(model, prompts, sampling.num_samples, sampling.max_new_tokens)
+    state = rows_of(model, prompts, sampling.num_samples, sampling.max_new_tokens)
     for position in range(sampling.max_new_tokens):
         tick(position, sampling.max_new_tokens)
         tokens, logprobs, raw = _draw(state.logits, sampling, _uniforms(active, position))

@@ -4,9 +4,12 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import dropwhile
+from queue import SimpleQueue
 from typing import Any, cast
 
 from tensafe_nb.config import TrainingConfig
@@ -38,6 +41,7 @@ from tensafe_nb.events import (
     StatusChanged,
 )
 from tensafe_nb.futures import FutureHandle, Promise
+from tensafe_nb.lifetimes import collect
 from tensafe_nb.losses import Loss, resolve_loss
 from tensafe_nb.operations import Forward, ForwardBackward, Operation, SaveState
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
@@ -62,8 +66,14 @@ class Origin:
     relative: "Worker | None" = None
 
 
+_loaded: "weakref.WeakSet[Any]" = weakref.WeakSet()  # models of this process
+
+
 class Worker:
     """Runs the operations of one training client on a thread of its own.
+
+    The thread holds the worker, and the worker never the client: so a client that nobody refers to any more can be
+    told from one in use. It then says `abandon()`, as `close()` does for who wants to say when.
 
     Args:
         training_client_id: Names the thread.
@@ -98,7 +108,7 @@ class Worker:
         self._failure: TGTinkerError | None = None
         self._lane = Lane()
         self._running: Job | None = None
-        self._closing = False
+        self._closing = self._abandoned = False
         self._default_loss = default_loss
         self._vault = vault
         private = config.dp_config is not None and config.dp_config.enabled
@@ -107,7 +117,8 @@ class Worker:
         self._ledger = ledger
         self._origin = origin
         self._computing = threading.Lock()
-        self._changed = threading.Condition()
+        self._changing = threading.RLock()
+        self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
         self._submitting = threading.RLock()
         self._thread = threading.Thread(
             target=self._main, name=f"tsnb-worker-{training_client_id}", daemon=True
@@ -126,29 +137,46 @@ class Worker:
         name, result_type = NAMES[type(operation)]
         job = Job(operation, name, type(operation), loss=self._loss_of(operation))
         job.promise.owner = self._thread
+        handle = self._handle_of(job, result_type)
         with (
             self._submitting
         ):  # keeps the order of events; the lane's own lock is never held while publishing
             self._refuse_if_closed(name)
             self._publish(OperationQueued(future_id=job.future_id, operation=name))
-            with self._changed:
+            with self._changing:
                 failure, late = self._failure, self._closing
                 if failure is None:
                     self._lane.put(job)
-                self._changed.notify_all()
+            self._wakes.put(None)
         if failure is not None:
             self._fail(job, failure)
         elif late:  # closed while this was being submitted
             self._cancel(job)
-        return FutureHandle(
+        return handle
+
+    def _handle_of(self, job: Job, result_type: type) -> FutureHandle[Any]:
+        """Return what is given out for a job: it keeps the result, and neither this worker nor its model."""
+        line = weakref.ref(self)  # while the job is pending or runs, the thread keeps the worker
+
+        def cancel() -> bool:
+            worker = line()
+            return worker is not None and worker._cancel(job)
+
+        def position() -> int | None:
+            worker = line()
+            return None if worker is None else worker._position(job)
+
+        handle = FutureHandle(
             job.promise,
-            operation=name,
+            operation=job.name,
             future_id=job.future_id,
             training_client_id=self.training_client_id,
             result_type=result_type,
-            cancel=lambda: self._cancel(job),
-            position=lambda: self._position(job),
+            cancel=cancel,
+            position=position,
         )
+        job.handle = weakref.ref(handle)
+        return handle
 
     def _loss_of(self, operation: Operation) -> Loss | None:
         """Resolve an operation's loss where it is submitted, so that a wrong name is an error of the call."""
@@ -165,7 +193,7 @@ class Worker:
                 f"{name}: the training client {self.training_client_id} belongs to the process this one was forked "
                 f"from. Create a client here."
             )
-        with self._changed:
+        with self._changing:
             if self._closing:
                 raise ClientClosedError(
                     f"{name}: the training client {self.training_client_id} is closed. Create a new one."
@@ -173,7 +201,7 @@ class Worker:
             self._lane.check_room()
 
     def info(self) -> TrainingClientInfo:
-        with self._changed:
+        with self._changing:
             depth = self._lane.depth + (self._running is not None)
         return TrainingClientInfo(
             self.training_client_id,
@@ -253,12 +281,12 @@ class Worker:
         """
         if os.getpid() != self._pid:
             return  # a forked child has no thread to end, and the log is its parent's
-        with self._changed:
+        with self._changing:
             self._closing = True
             pending = list(dropwhile(lambda job: job.kind is SaveState, self._lane.pending()))
             if self._running is not None:
                 self._running.promise.cancel_requested = True
-            self._changed.notify_all()
+        self._wakes.put(None)
         for job in pending:
             if self._cancel(job) and job.kind is SaveState:
                 logger.warning(
@@ -270,6 +298,15 @@ class Worker:
             self._thread.join()
         self._announce(ClientStatus.TERMINATED)
 
+    def abandon(self) -> None:
+        """Nobody refers to the client any more: end, once nothing is left whose outcome can reach somebody.
+
+        What is called when an object is freed may be called in the middle of anything: it takes no lock, and does not
+        wait.
+        """
+        self._abandoned = True
+        self._wakes.put(None)
+
     def _cancel(self, job: Job) -> bool:
         if job.promise.cancel_pending():
             self._note_cancelled(job)
@@ -280,7 +317,7 @@ class Worker:
         return job.promise.state is FutureStatus.CANCELLED
 
     def _position(self, job: Job) -> int | None:
-        with self._changed:
+        with self._changing:
             return self._lane.position(job)
 
     # on the worker's thread
@@ -293,13 +330,33 @@ class Worker:
             logger.exception("the worker of %s died", self.training_client_id)
             self._die(FutureFailedError(f"The worker of {self.training_client_id} died: {error!r}"))
         finally:
-            self._reached = self.step, self.policy_version
-            self._performer = None
+            self._free()
+            if self._abandoned:
+                self.close()
+                self.bus.close()
+
+    def _free(self) -> None:
+        """Let go of the model; what a model refers to in a circle, only the collector finds."""
+        self._reached = self.step, self.policy_version
+        performer, self._performer = self._performer, None
+        if performer is None:
+            return
+        model = weakref.ref(performer.engine.model.causal)
+        del performer
+        if model() is not None:
+            collect()
 
     def _load(self) -> bool:
+        if self._abandoned and not self._wanted():
+            self.loaded.fail(ClientClosedError(f"Nobody refers to {self.training_client_id} any more."))
+            return False
+        if len(_loaded) > 0:
+            collect()  # a cell that was run again has let go of another model: make room before this one
         try:
             engine = Engine(self.config, self._shared_model())
+            self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
+            _loaded.add(engine.model.causal)
             self._performer = Performer(
                 engine, self._lane, self._vault, self._guarantee, self.bus, self.training_client_id
             )
@@ -308,6 +365,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001  # whatever breaks a load becomes the client's state
             self._die(models.refuse(error, self.config.model_ref))
             return False
+        self._origin = None
         self._announce(ClientStatus.READY)
         for event in self._guarantee.standing(self.step):
             self._publish(event)
@@ -329,12 +387,13 @@ class Worker:
             )  # closed meanwhile: load it again
 
     def _die(self, failure: TGTinkerError) -> None:
-        with self._changed:
+        with self._changing:
             self._failure = failure
             doomed = self._lane.pending() + ([self._running] if self._running else [])
         self.loaded.fail(failure)
-        for job in doomed:
-            self._fail(job, failure)
+        with ExitStack() as all_of_them:  # one that cannot be put on record keeps no other from its end
+            for job in reversed(doomed):
+                all_of_them.callback(self._fail, job, failure)
         self._announce(ClientStatus.ERROR, str(failure))
 
     def _work(self) -> None:
@@ -342,18 +401,26 @@ class Worker:
             self.status = ClientStatus.BUSY
             self._publish(OperationStarted(future_id=job.future_id, operation=job.name))
             self._run(job)
-            with self._changed:
+            with self._changing:
                 self._running = None
                 if self._lane.depth == 0:
                     self.status = ClientStatus.READY
 
     def _next(self) -> Job | None:
-        with self._changed:
-            while True:
+        while True:
+            if self._abandoned and not self._wanted():
+                return None
+            with self._changing:
                 self._running = self._lane.take()
                 if self._running is not None or self._closing:
                     return self._running
-                self._changed.wait()
+            self._wakes.get()
+
+    def _wanted(self) -> bool:
+        """Whether anything that runs or waits is still wanted; what comes before it is, too."""
+        with self._changing:
+            jobs = [*([self._running] if self._running is not None else []), *self._lane.pending()]
+        return any(job.is_wanted for job in jobs)
 
     def _run(self, job: Job) -> None:
         started = time.perf_counter()
@@ -363,16 +430,18 @@ class Worker:
                 result = cast(Performer, self._performer).perform(job, self._tick(job))
         except FutureCancelledError:
             self._lane.mark_broken(job, "was cancelled")
-            self._note_cancelled(job)
-            job.promise.cancel()
+            try:
+                self._note_cancelled(job)
+            finally:
+                job.promise.cancel()
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
             self._lane.mark_broken(job, "failed")
             self._fail(job, presentable(error))
         else:
-            self._auditor.record(job, result)
-            job.operation = None
             duration = time.perf_counter() - started
             try:
+                self._auditor.record(job, result)
+                job.let_go()
                 self._publish(
                     OperationFinished(future_id=job.future_id, operation=job.name, duration=duration)
                 )
@@ -381,7 +450,7 @@ class Worker:
 
     def _tick(self, job: Job) -> Callable[[int, int], None]:
         def tick(done: int, total: int) -> None:
-            if job.promise.cancel_requested:
+            if job.promise.cancel_requested or (self._abandoned and not self._wanted()):
                 raise FutureCancelledError("cancelled while running")
             job.promise.progress = (done, total)
             if done:
@@ -391,16 +460,17 @@ class Worker:
 
     def _note_cancelled(self, job: Job) -> None:
         self._auditor.record(job, FutureCancelledError("cancelled"))
-        job.operation = None
+        job.let_go()
         self._publish(OperationCancelled(future_id=job.future_id, operation=job.name))
 
     def _fail(self, job: Job, error: BaseException) -> None:
-        self._auditor.record(job, error)
-        job.operation = None
-        code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
-        failed = OperationFailed(future_id=job.future_id, operation=job.name, code=code, message=str(error))
         try:
-            self._publish(failed)
+            self._auditor.record(job, error)
+            job.let_go()
+            code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
+            self._publish(
+                OperationFailed(future_id=job.future_id, operation=job.name, code=code, message=str(error))
+            )
         finally:  # whoever waits is told, whatever happens to the log
             job.promise.fail(error)
 

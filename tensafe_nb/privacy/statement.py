@@ -10,6 +10,7 @@ from tensafe_nb.config import DPConfig
 from tensafe_nb.privacy.charges import Spent, finite
 from tensafe_nb.privacy.ledger import Ledger
 from tensafe_nb.privacy.ledger_book import ChargedGroup, LedgerAccount, groups_of
+from tensafe_nb.reprs import as_markdown
 
 ADJACENCY = {
     "poisson": "two data sets are neighbours if one has one {unit} more than the other",
@@ -219,16 +220,16 @@ def _mechanism(account: str, group: ChargedGroup) -> Mechanism:
 
 
 def _markdown(statement: PrivacyStatement) -> Iterator[str]:
-    yield "### Privacy statement"
+    yield "**Privacy statement**"
     yield ""
     yield _claim(statement)
     yield ""
     yield "| | |"
     yield "|---|---|"
-    yield from (f"| {name} | {_cell(value)} |" for name, value in _facts(statement))
+    yield from (f"| {name} | {as_markdown(value)} |" for name, value in _facts(statement))
     yield ""
     yield from _table_of(statement.mechanisms)
-    yield from _list_of("Void", [f"{_when(at)}: {reason}" for reason, at in statement.void])
+    yield from _list_of("Void", [f"{_when(at)}: {as_markdown(reason)}" for reason, at in statement.void])
     yield from _list_of("Not covered", statement.outside)
 
 
@@ -272,7 +273,7 @@ def _facts(statement: PrivacyStatement) -> Iterator[tuple[str, str]]:
     yield "Account", statement.scope
     yield "Opened", "not yet" if statement.opened_at is None else _when(statement.opened_at)
     head = statement.ledger_head
-    yield "Ledger head", "none" if head is None else f"record {head['seq']}, `{head['record_hash']}`"
+    yield "Ledger head", "none" if head is None else f"record {head['seq']}, {head['record_hash']}"
     yield "Stated", _when(statement.made_at)
 
 
@@ -287,7 +288,7 @@ def _table_of(mechanisms: Sequence[Mechanism]) -> Iterator[str]:
             _number(one.sample_rate), f"{one.noise_multiplier:g}", f"{one.max_grad_norm:g}", _number(one.mu),
             one.noise_source, one.accountant_version, one.account,
         )  # fmt: skip
-        yield f"| {' | '.join(_cell(str(cell)) for cell in cells)} |"
+        yield f"| {' | '.join(as_markdown(str(cell)) for cell in cells)} |"
     yield ""
 
 
@@ -305,10 +306,6 @@ def _epsilon(value: float | None, statement: PrivacyStatement) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.6g}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _when(at: float) -> str:

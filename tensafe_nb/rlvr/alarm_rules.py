@@ -211,7 +211,7 @@ def policy_kl(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | Non
 
 def reward_errors(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
     """Rewards that raised, hung or returned no number: more than 5 %, or more than half."""
-    failed = [trajectory for trajectory in batch if trajectory.reward_error is not None]
+    failed = [t for t in batch if _unscored_by_error(t)]
     share = len(failed) / len(batch)
     if share <= 0.05:
         return None
@@ -222,8 +222,13 @@ def reward_errors(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding |
         f"The reward failed on {len(failed)} of {len(batch)} answers. They are left out, never scored 0. The first "
         f"error: {failed[0].reward_error}",
         f"{mend}, try it with trainer.rescore(), then run.resume()." if share > 0.5 else f"{mend}.",
-        _where(batch, lambda trajectory: trajectory.reward_error is not None),
+        _where(batch, _unscored_by_error),
     )
+
+
+def _unscored_by_error(trajectory: Trajectory) -> bool:
+    """Whether an error took the reward away; a failed part of weight 0 does not."""
+    return trajectory.reward is None and trajectory.reward_error is not None
 
 
 def not_finite(batch: TrajectoryBatch, error: Exception) -> Finding:

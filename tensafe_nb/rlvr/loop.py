@@ -14,6 +14,7 @@ from tensafe_nb.loops import Run
 from tensafe_nb.rlvr.alarm_rules import not_finite
 from tensafe_nb.rlvr.alarms import Alarms, alarm_of
 from tensafe_nb.rlvr.algorithms import Algorithm
+from tensafe_nb.rlvr.calls import TrainerState
 from tensafe_nb.rlvr.evaluation import HeldOut
 from tensafe_nb.rlvr.metrics import BY_OPTIM_STEP, Row, known, rollout_metrics, update_metrics
 from tensafe_nb.rlvr.rewards import Reward
@@ -77,6 +78,7 @@ class RLVRLoop:
         self._under_way: dict[int, _Step] = {}
         self._scorer: Scorer | None = None
         self._scores: Reward | None = None  # what the scorer was made for
+        self._last_row = trainer.row + steps
 
     def attach(self, run: Run) -> None:
         """Get to know the run."""
@@ -155,7 +157,7 @@ class RLVRLoop:
             if self._scorer is not None:
                 self._scorer.close()
             self._scorer, self._scores = Scorer(reward, self._trainer.reward_timeout), reward
-        return self._scorer.score(batch)
+        return self._scorer.score(batch, TrainerState(self._trainer.row, self._last_row))
 
     def _update(self, index: int, step: _Step) -> None:
         try:
@@ -174,7 +176,7 @@ class RLVRLoop:
         if index == 0 or trainer.on_reward_errors == "fail":
             check_scored(batch, trainer.reward)
         if trainer.on_reward_errors == "fail" and _failed(batch) > TOO_MANY:
-            first = next(trajectory.reward_error for trajectory in batch if trajectory.reward_error)
+            first = next(t.reward_error for t in batch if t.reward is None and t.reward_error)
             raise RewardError(
                 f"The reward {trainer.reward.name!r} failed on {_failed(batch):.0%} of the rollouts of step "
                 f"{trainer.row + 1}, and on_reward_errors='fail'. The first error: {first}"
@@ -215,7 +217,8 @@ class RLVRLoop:
 
 
 def _failed(batch: TrajectoryBatch) -> float:
-    return float(np.mean([trajectory.reward_error is not None for trajectory in batch]))
+    """Return the share without a reward for an error; a failed part of weight 0 takes no reward away."""
+    return float(np.mean([t.reward is None and t.reward_error is not None for t in batch]))
 
 
 class _Clock:

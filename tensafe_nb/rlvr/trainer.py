@@ -7,6 +7,7 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import OnBadRows, Rows
 from tensafe_nb.data.rows import check_on_bad_rows
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.lifetimes import Freed
 from tensafe_nb.loops import Loop
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.rlvr.alarm_rules import BF16_GAP, FP32_GAP
@@ -217,6 +218,10 @@ class RLVRTrainer:
             values = self.held_out.measure(sampled, greedy, scorer.score)
         check_scored(sampled, self.reward)
         return known(values)
+
+    def _left_behind(self) -> Freed:
+        """Return what a notebook's output history keeps of this trainer when nothing else refers to it."""
+        return Freed(repr(self))
 
     # what a run and its checkpoints need
 

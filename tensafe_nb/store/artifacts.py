@@ -120,6 +120,7 @@ class ArtifactStore:
             draft.sync()
             target = self._folder.place(fields["artifact_id"], sealed.content_hash)
             with self._folder.shared():
+                self._folder.enter(fields["artifact_id"])
                 draft.publish(target)
         self._manifests[target.name] = manifest
         return result(fields, sealed.key_id, sealed.size_bytes, sealed.content_hash, manifest)
@@ -141,14 +142,19 @@ class ArtifactStore:
             yield StoredArtifact(info, opened.header.fields, manifest.metadata, manifest, opened)
 
     def list(self) -> Artifacts:
-        """Return every artifact, newest first.
+        """Return every artifact, newest first: in the order in which they came into this store, whatever the clock.
 
+        Those that 0.1 wrote come last, by their time.
         Of each only the beginning is read: what is listed is authentic where its key is here, but whether the file
         is whole only `verify` and `open` tell. Without the key, metadata and name are None and the rest is what the
         file says of itself. Files that cannot be listed are left to `damaged`.
         """
         found = [info for _, info in self._scan() if isinstance(info, SaveStateResult)]
-        return sorted(found, key=lambda info: (-info.created_at, info.artifact_id))
+        with disk_errors("list the artifacts"):
+            order = self._folder.order()
+        return sorted(
+            found, key=lambda info: (-order.get(info.artifact_id, -1), -info.created_at, info.artifact_id)
+        )
 
     def damaged(self) -> Sequence[tuple[Path, str]]:
         """Return the files that look like artifacts and cannot be listed, and why."""
@@ -220,6 +226,8 @@ class ArtifactStore:
             with self._folder.exclusive():
                 _refuse_another(target, self._folder.present(id_of(target)))
                 if not self._is_whole(target):  # absent, or damaged and now repaired
+                    if not target.exists():
+                        self._folder.enter(id_of(target))
                     draft.publish(target)
                 return self._described(target)
 

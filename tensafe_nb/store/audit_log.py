@@ -27,7 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tensafe_nb.errors import AuditLogError, DecryptionError, KeyUnavailableError, ValidationError
+from tensafe_nb.errors import (
+    AuditLogError,
+    DecryptionError,
+    FutureCancelledError,
+    KeyUnavailableError,
+    TGTinkerError,
+    ValidationError,
+)
 from tensafe_nb.store import audit_chain as chain
 from tensafe_nb.store.audit_check import check, verify_file
 from tensafe_nb.store.audit_files import LogFiles, held, read_key_file
@@ -40,8 +47,27 @@ from tensafe_nb.types import AuditLogEntry, AuditVerification
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["AuditLog", "verify_file"]
+__all__ = ["AuditLog", "outcome_of", "verify_file"]
+
 DAY = 86_400.0  # seconds
+
+
+def outcome_of(error: BaseException | None) -> dict[str, Any]:
+    """Return the fields of a record that say how an operation ended: never the text of an error, only its kind.
+
+    Of a class whose name is no name (`type("My Error[int]", …)`), the nearest ancestor's is written.
+    """
+    if error is None:
+        return {"success": True, "error_code": None, "error_class": None}
+    code = error.code if isinstance(error, TGTinkerError) else "failed"
+    if isinstance(error, FutureCancelledError):
+        code = "cancelled"
+    names = (ancestor.__name__ for ancestor in type(error).__mro__)
+    return {
+        "success": False,
+        "error_code": code if isinstance(code, str) and code.isidentifier() else "failed",
+        "error_class": next(name for name in names if name.isidentifier()),
+    }
 
 
 @dataclass(frozen=True, slots=True)

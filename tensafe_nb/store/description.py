@@ -25,11 +25,27 @@ _KINDS: Mapping[str, Any] = {
     "revision": str | None,
     "ledger_head": Mapping | None,
 }
+_LONGEST = 4096  # characters of a text: a path, at the most
+_LIMITS: Mapping[str, float] = {
+    "created_at": 253_370_764_800,
+    "step": 2**53,
+    "schema": 2**31,
+}  # the year 9999
+
+
+def _bounded(value: Any, limit: float | None) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _LONGEST
+    return limit is None or 0 <= value <= limit  # false of NaN
 
 
 def unfit(fields: Mapping[str, Any]) -> list[str]:
-    """Return the header fields that are missing or of a wrong kind."""
-    wrong = [name for name, kind in _KINDS.items() if not isinstance(fields.get(name, ...), kind)]
+    """Return the header fields that are missing, of a wrong kind or out of bounds: a stranger may have written it."""
+    wrong = [
+        name
+        for name, kind in _KINDS.items()
+        if not (isinstance(fields.get(name, ...), kind) and _bounded(fields[name], _LIMITS.get(name)))
+    ]
     return wrong or ([] if is_id(fields["artifact_id"]) else ["artifact_id"])
 
 

@@ -60,6 +60,10 @@ class Files:
         """Make a new file that only its owner can read, open for writing and reading."""
         return open(path, "x+b", opener=_private)
 
+    def append(self, path: Path) -> BinaryIO:
+        """Open a file to write behind its end, wherever others have moved that; make it where there is none."""
+        return open(path, "a+b", opener=_private)
+
     def update(self, path: Path) -> BinaryIO:
         """Open a file to change bytes in place."""
         return path.open("r+b")

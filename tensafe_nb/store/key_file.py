@@ -107,7 +107,7 @@ class KeyFile:
                 return None
             self._seen = True
             return [_entry(item) for item in content["keys"]]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
             raise KeyUnavailableError(
                 f"The key file {self.path} is damaged. Bring it back from your backup; it is left as it is, "
                 f"and no new key is made in its place."

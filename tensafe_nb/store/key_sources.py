@@ -103,7 +103,7 @@ class Passphrase:
                     "key_id": str(content["key_id"]),
                     "created_at": float(content["created_at"]),
                 }
-        except (ValueError, KeyError, TypeError, RecursionError) as err:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
             raise KeyUnavailableError(
                 f"{self._path} is damaged. Bring it back from your backup, or remove it: artifacts carry what "
                 f"opens them, and new ones will be sealed with a new salt."
@@ -166,6 +166,10 @@ class Passphrase:
             text = self._asked = self._asked or _ask(confirm=confirm)
         if not text:
             raise KeyUnavailableError("The passphrase is empty. Set TENSAFE_PASSPHRASE, or pass one.")
+        if not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
+            raise KeyUnavailableError(
+                "The passphrase holds bytes that are no UTF-8. Set TENSAFE_PASSPHRASE in UTF-8."
+            )
         return text
 
 

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.store import home
 from tensafe_nb.store.artifacts import ArtifactStore
-from tensafe_nb.store.audit_log import AuditLog
+from tensafe_nb.store.audit_log import AuditLog, outcome_of
 from tensafe_nb.store.keys import Keys
 from tensafe_nb.store.sealed_tables import SealedTables
 from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult
@@ -94,10 +93,11 @@ class Vault:
 
     @contextmanager
     def _on_record(self, operation: str, kind: str = "artifact") -> "Iterator[_Record]":
-        record, started, error = _Record(), time.time(), None
+        record, started = _Record(), time.time()
+        error: BaseException | None = None
         try:
             yield record
-        except TGTinkerError as raised:
+        except BaseException as raised:  # an interrupt and a full disk are failures too
             error = raised
             raise
         finally:
@@ -108,9 +108,7 @@ class Vault:
                 consumed=tuple(record.consumed),
                 started_at=started,
                 completed_at=time.time(),
-                success=error is None,
-                error_code=None if error is None else error.code,
-                error_class=None if error is None else type(error).__name__,
+                **outcome_of(error),
             )
 
 

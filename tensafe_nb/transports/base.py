@@ -78,6 +78,9 @@ class Channel(Protocol):
     def close(self) -> None:
         """Cancel what waits, end the core, release what it holds; idempotent."""
 
+    def abandon(self) -> None:
+        """End as soon as nobody waits for anything any more; called when the client is freed, so it never waits."""
+
 
 class Transport(Protocol):
     """A service that holds training clients and their artifacts."""

@@ -2,14 +2,15 @@
 
 import atexit
 import uuid
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.engine import checkpoints, export
+from tensafe_nb.engine import adapter_folders, checkpoints, export
 from tensafe_nb.engine.ledger_binding import TenantLedger
 from tensafe_nb.engine.worker import Origin, Worker
-from tensafe_nb.errors import DecryptionError, TGTinkerError
+from tensafe_nb.errors import ClientClosedError, DecryptionError, TGTinkerError
 from tensafe_nb.events import ArtifactDeleted, ClientCreated, Event, EventBus, Forked, StateLoaded
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.plain import to_plain
@@ -18,19 +19,23 @@ from tensafe_nb.store.vault import Vault
 from tensafe_nb.transports.base import Channel
 from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult
 
+_alive: "weakref.WeakSet[Worker]" = weakref.WeakSet()  # of this process; one that works is held by its thread
+
 
 class EmbeddedTransport:
     """Training clients of this process, and the artifacts of this home folder.
+
+    It holds no worker: a client holds its own.
 
     Args:
         key_source: "file", "env" or "passphrase": where the key of the artifacts comes from.
     """
 
     def __init__(self, key_source: str | None = None) -> None:
-        self._workers: dict[str, Worker] = {}
+        self._workers: weakref.WeakValueDictionary[str, Worker] = weakref.WeakValueDictionary()
+        self._closed = False
         self._vault = Vault(key_source)
         self._ledger = TenantLedger(self._vault.audit, self._vault.tables)
-        atexit.register(self.close)  # a script that just ends leaves no thread inside torch
 
     def create(self, config: TrainingConfig) -> Channel:
         return self._start(config, None)
@@ -45,7 +50,10 @@ class EmbeddedTransport:
         return child
 
     def _start(self, config: TrainingConfig, origin: Origin | None) -> Worker:
+        if self._closed:
+            raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
+        config = config.replace(lora_config=adapter_folders.announced(config.model_ref, config.lora_config))
         training_client_id = f"tc-{uuid.uuid4().hex[:12]}"
         created = ClientCreated(training_client_id=training_client_id, config=to_plain(config))
         bus = EventBus(home.event_log(training_client_id))
@@ -57,10 +65,12 @@ class EmbeddedTransport:
         bus.publish(created)
         worker = Worker(training_client_id, config, bus, loss, self._vault, self._ledger, origin)
         self._workers[training_client_id] = worker
+        _alive.add(worker)
         return worker
 
     def channels(self) -> list[Channel]:
-        return [worker for worker in self._workers.values() if worker.info().status != "TERMINATED"]
+        known = sorted(self._workers.values(), key=lambda worker: worker.created_at)
+        return [worker for worker in known if worker.info().status != "TERMINATED"]
 
     def list_artifacts(self, training_client_id: str | None) -> list[SaveStateResult]:
         return self._vault.list(training_client_id)
@@ -84,8 +94,9 @@ class EmbeddedTransport:
         except DecryptionError:  # damaged: it can still be thrown away
             owner = ""
         self._vault.delete(found)
-        if owner in self._workers:
-            self._workers[owner].bus.publish(ArtifactDeleted(artifact_id=found))
+        worker = self._workers.get(owner)
+        if worker is not None:
+            worker.bus.publish(ArtifactDeleted(artifact_id=found))
 
     def export_adapter(self, artifact_id: str, path: Path, merged: bool) -> Path:
         with self._vault.exported(artifact_id):
@@ -103,27 +114,34 @@ class EmbeddedTransport:
         return self._vault.verify(anchors)
 
     def close(self) -> None:
-        for worker in self._workers.values():
-            worker.close()
-            worker.bus.close()
-        self._workers.clear()
-        atexit.unregister(self.close)
+        self._closed = True
+        _close(self._workers.values())
+
+
+def _close(workers: Iterable[Worker]) -> None:
+    for worker in list(workers):
+        worker.close()
+        worker.bus.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Leave no thread inside torch when a script just ends."""
+    _close(_alive)
 
 
 def _tell_of_fork(parent: Worker, child: Worker) -> None:
     """Publish on both buses that the child has started, once its state is loaded."""
+    names = parent.training_client_id, child.training_client_id
+    of_parent, of_child = weakref.ref(parent.bus), weakref.ref(child.bus)  # neither keeps the other
+    told: list[StateLoaded] = []
 
     def on_event(event: Event) -> None:
         if isinstance(event, StateLoaded) and not told:
             told.append(event)
-            forked = Forked(
-                parent=parent.training_client_id,
-                artifact_id=event.artifact_id,
-                child=child.training_client_id,
-                step=event.step,
-            )
-            child.bus.publish(forked)
-            parent.bus.publish(forked)
+            forked = Forked(parent=names[0], artifact_id=event.artifact_id, child=names[1], step=event.step)
+            for bus in (of_child(), of_parent()):
+                if bus is not None:
+                    bus.publish(forked)
 
-    told: list[StateLoaded] = []
     child.bus.subscribe(on_event, after=0)

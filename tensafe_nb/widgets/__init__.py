@@ -102,7 +102,9 @@ def settle(source: feed.Source, timeout: float = 3.0) -> bool:
 def _static_part(source: feed.Source) -> None:
     from tensafe_nb.widgets.snapshot import StaticPart
 
-    StaticPart(feed.feed_of(source), _run_of(source), alone=lambda: True).place(filled=True)
+    run = _run_of(source)
+    part = StaticPart(feed.feed_of(source), None if run is None else run.run_id, alone=lambda: True)
+    part.place(filled=True)
 
 
 def _run_of(source: feed.Source) -> Any:

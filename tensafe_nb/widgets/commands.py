@@ -57,7 +57,11 @@ class Commands:
             ValueError: There is no such command, or not now; says why.
         """
         if not self._feed.client.steerable:
-            raise ValueError("This is a recording: there is nothing to steer.")
+            raise ValueError(
+                "This training client was freed: there is nothing to steer any more."
+                if self._feed.is_freed
+                else "This is a recording: there is nothing to steer."
+            )
         if command in QUICK:
             return self._turn(command)
         known: dict[str, Callable[[str], Obeyed]] = {

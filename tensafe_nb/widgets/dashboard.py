@@ -6,10 +6,9 @@ from typing import Any, ClassVar, final
 import traitlets
 
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.runs import TrainingRun
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.base import CurveWidget, css, esm, view_bundle
-from tensafe_nb.widgets.feed import Feed, Source, feed_of
+from tensafe_nb.widgets.feed import Source, feed_of
 from tensafe_nb.widgets.landmarks import Part
 from tensafe_nb.widgets.snapshot import Bundle, StaticPart, publish
 
@@ -79,10 +78,10 @@ class Dashboard(CurveWidget):
         self._place_static(self.feed.latest)
         return self._live_bundle(), {}
 
-    def _place_static(self, run: TrainingRun | None) -> None:
+    def _place_static(self, run: Any) -> None:
         key = None if run is None else run.run_id
         if key not in self._statics:
-            self._statics[key] = StaticPart(self.feed, run, alone=lambda: not self.pages)
+            self._statics[key] = StaticPart(self.feed, key, alone=lambda: not self.pages)
         self._statics[key].place()
         self._shown_in = renderer.execution_count()
 
@@ -140,7 +139,8 @@ class Dashboard(CurveWidget):
     # branches
 
     def adopt(self, child: Any) -> None:
-        """Show the panel of a branch under this one."""
+        """Show the panel of a branch under this one, and keep the branch until somebody fetches it."""
+        self.feed.children.append(child)
         self._branches.append({"client": child.training_client_id, "model": panel_of(child).model_id})
         self._send_branches()
 
@@ -149,18 +149,14 @@ class Dashboard(CurveWidget):
             self.send({"t": "branches", "branches": self._branches})
 
 
-_panels: dict[Feed, Dashboard] = {}
-
-
 def panel_of(source: Source, sections: Sequence[str] | None = None) -> Dashboard:
     """Return the one panel of a client, a run's client, or a recorded run; with `sections`, one of its own."""
     if sections is not None:
         return Dashboard(source, sections)
     feed = feed_of(source)
-    known = _panels.get(feed)
-    if known is None or known.comm is None:  # a panel that was closed has no line to any page
-        known = _panels[feed] = Dashboard(feed)
-    return known
+    if feed.panel is None or feed.panel.comm is None:  # a panel that was closed has no line to any page
+        feed.panel = Dashboard(feed)
+    return feed.panel  # type: ignore[no-any-return]
 
 
 def check_sections(sections: Sequence[str]) -> None:

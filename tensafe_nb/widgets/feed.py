@@ -2,14 +2,15 @@
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Protocol, cast
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.errors import TGTinkerError, ValidationError
 from tensafe_nb.events import (
     Event,
     Metrics,
@@ -56,9 +57,8 @@ class Watched(Protocol):
         """Whether buttons can reach it; where not, there are none."""
 
     def refresh(self) -> TrainingClientInfo: ...
-    def subscribe(
-        self, subscriber: Callable[[Event], None], after: int | None = None
-    ) -> Callable[[], None]: ...
+    def watch(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `subscriber(event)` on every event to come, also on those after the client itself was freed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +103,50 @@ class Facts:
 
 
 @dataclass(slots=True)
-class _RunRecord:
+class RunView:
+    """What a panel knows of a run: enough to show it when run and client are long gone."""
+
+    run_id: str
+    planned_steps: int | None = None
+    steps_done: int = 0
+    state: RunStatus = RunStatus.RUNNING
+    curve: str = "loss"
     started_at: float | None = None
     ended_at: float | None = None
     reason: str | None = None
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=ETA_STEPS))
 
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.state.ended
+
+
+class Remains:
+    """What is left to show of a training client that was freed: it can be looked at, and not steered."""
+
+    steerable = False
+    step = 0
+
+    def __init__(self, client: Watched) -> None:
+        self.training_client_id, self.config, self.history = (
+            client.training_client_id, client.config, client.history
+        )  # fmt: skip
+        self.marks = client.marks
+        self.info = client.refresh()
+        self.runs: tuple[Any, ...] = ()
+
+    def refresh(self) -> TrainingClientInfo:
+        return self.info
+
+    def watch(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        raise ValidationError(f"{self.training_client_id} is closed: nothing comes any more.")
+
 
 class Feed:
     """Listens to one training client and wakes the members that show it.
+
+    Panels stay for as long as their page may ask for them. So a feed refers to its client weakly, and keeps what is to
+    be shown of it afterwards.
 
     Args:
         client: Whom to listen to.
@@ -120,22 +155,44 @@ class Feed:
     """
 
     def __init__(self, client: Watched, view: View = VIEW, clock: Callable[[], float] = time.time) -> None:
-        self.client, self.view, self._clock = client, view, clock
+        self.view, self._clock = view, clock
+        self._client: Callable[[], Watched | None] = (
+            weakref.ref(client) if client.steerable else lambda: client
+        )
+        self._remains = Remains(client)
+        self.panel: Any = None  # the one that shows all of it
+        self.children: list[
+            Any
+        ] = []  # training clients that a button of its panel made; they last as long as this one
         self._members: list[Member] = []
-        self._records: dict[str, _RunRecord] = {}
+        self._views: dict[str, RunView] = {}
         self._operation: OperationStarted | None = None
         self._closed = client.refresh().status == ClientStatus.TERMINATED
         self.measured_at = 0.0  # Unix seconds of the latest metrics
         self.landmarks = Landmarks()
         self._noting = threading.Lock()
         self._early: list[Event] | None = []  # what happens while the past is read
-        client.subscribe(self._on_event)
-        self._catch_up()
+        client.watch(self._on_event)
+        for run in client.runs:
+            view_of = self._view_of(run.run_id)
+            view_of.reason = _reason_of(run)
+        self._catch_up(client.history)
 
-    def _catch_up(self) -> None:
+    @property
+    def client(self) -> Watched:
+        """The training client; what is left of it, once it was freed."""
+        client = self._client()
+        return self._remains if client is None else client
+
+    @property
+    def is_freed(self) -> bool:
+        """Whether the client is gone, and what is left of it is shown."""
+        return self._client() is None
+
+    def _catch_up(self, history: RunHistory) -> None:
         """Read what was left along the curves before anybody watched."""
-        known = self.client.history.last_seq
-        for event in self.client.history.events(kinds=KINDS):
+        known = history.last_seq
+        for event in history.events(kinds=KINDS):
             if event.seq <= known:
                 self.landmarks.note(event)
         with self._noting:
@@ -154,9 +211,14 @@ class Feed:
         return self.view.settle(self._members, timeout)
 
     @property
-    def latest(self) -> TrainingRun | None:
-        """The run started last."""
-        return self.client.runs[-1] if self.client.runs else None
+    def latest(self) -> Any:
+        """The run started last: the run itself, or what is known of it once its client was freed."""
+        runs = self.client.runs
+        return runs[-1] if runs else None
+
+    def run(self, run_id: str | None) -> Any:
+        """Return a run of the client, or what is known of it."""
+        return next((run for run in self.client.runs if run.run_id == run_id), self._views.get(run_id or ""))
 
     @property
     def over(self) -> bool:
@@ -167,7 +229,7 @@ class Feed:
     def curve(self) -> str:
         """The metric to watch: the run's own; of a client without a run, the reward if there is one, else the loss."""
         if self.latest is not None:
-            return self.latest.curve
+            return str(self.latest.curve)
         return "reward" if "reward" in self.client.history else "loss"
 
     @property
@@ -206,12 +268,12 @@ class Feed:
         adapter = f"LoRA r{config.lora_config.rank}" if config.lora_config else "all weights"
         return f"{config.model_ref} · {adapter}"
 
-    def facts(self, run: TrainingRun | None = None) -> Facts:
+    def facts(self, run: Any = None) -> Facts:
         """Return what is known now, of the run given or of the latest."""
         info = self.client.refresh()
         run = run or self.latest
         operation = self._operation
-        record = _RunRecord() if run is None else self._records.get(run.run_id, _RunRecord())
+        record = RunView("") if run is None else self._views.get(run.run_id, RunView(run.run_id))
         return Facts(
             client=info.status,
             state=info.status if run is None else str(run.state),
@@ -223,7 +285,7 @@ class Feed:
             queued=info.queue_depth,
             operation=None if operation is None else operation.operation,
             operation_seconds=None if operation is None else self._clock() - operation.time,
-            reason=info.reason if run is None else _reason(run, record) or info.reason,
+            reason=info.reason if run is None else record.reason or info.reason,
             active=not self._closed and (info.queue_depth > 0 or (run is not None and not run.state.ended)),
         )
 
@@ -251,24 +313,42 @@ class Feed:
             case OperationFinished() | OperationFailed() | OperationCancelled():
                 if self._operation is not None and self._operation.future_id == event.future_id:
                     self._operation = None
-            case RunStep(run_id=run_id, duration=duration):
-                self._record(run_id).durations.append(duration)
+            case RunStep(run_id=run_id, done=done, duration=duration):
+                view = self._view_of(run_id)
+                view.steps_done = done
+                view.durations.append(duration)
             case RunState(run_id=run_id, state=state, reason=reason):
-                record = self._record(run_id)
-                record.reason = reason
-                if RunStatus(state).ended:
-                    record.ended_at = event.time
-                elif record.started_at is None and state == RunStatus.RUNNING and not record.durations:
-                    record.started_at = event.time
-            case StatusChanged(status=ClientStatus.TERMINATED):
+                view = self._view_of(run_id)
+                view.state, view.reason = RunStatus(state), reason
+                if event.done is not None:
+                    view.steps_done = event.done
+                if view.state.ended:
+                    view.ended_at = event.time
+                elif view.started_at is None and state == RunStatus.RUNNING and not view.durations:
+                    view.started_at = event.time
+            case StatusChanged(status=ClientStatus.TERMINATED, reason=reason):
                 self._closed = True
+                self._operation = None
+                client = self._client()
+                info = self._remains.info if client is None else client.refresh()
+                self._remains.info = replace(
+                    info, status=ClientStatus.TERMINATED, queue_depth=0, reason=reason or info.reason
+                )
 
-    def _record(self, run_id: str) -> _RunRecord:
-        return self._records.setdefault(run_id, _RunRecord())
+    def _view_of(self, run_id: str) -> RunView:
+        """Return what is known of a run; at its first sign, take from the run itself what events do not tell."""
+        if run_id not in self._views:
+            view = self._views[run_id] = RunView(run_id)
+            self._remains.runs = tuple(self._views.values())
+            run = next((run for run in self.client.runs if run.run_id == run_id), None)
+            if run is not None:
+                view.planned_steps, view.curve = run.planned_steps, run.curve
+                view.steps_done, view.state = run.steps_done, run.state
+        return self._views[run_id]
 
 
 Source = TrainingRun | RunRecord | RecordedRun | Watched | Feed
-_feeds: dict[Watched | RunRecord, Feed] = {}
+_recorded: "weakref.WeakValueDictionary[RunRecord, Feed]" = weakref.WeakValueDictionary()
 
 
 def feed_of(source: Source) -> Feed:
@@ -276,45 +356,48 @@ def feed_of(source: Source) -> Feed:
     if isinstance(source, Feed):
         return source
     subject = _subject(source)
-    if subject not in _feeds:
-        _feeds[subject] = _listen(subject)
-    return _feeds[subject]
+    feed = _known(subject)
+    if feed is not None:
+        return feed
+    if isinstance(subject, RunRecord):
+        recording = Recording(subject, "RECORDED")
+        feed = _recorded[subject] = Feed(recording, clock=recording.now)
+        recording.tell_all()
+        return feed
+    feed = Feed(subject, clock=subject.now) if isinstance(subject, Recording) else Feed(subject)
+    vars(subject)["_feed"] = feed  # it lasts as long as what it is the feed of
+    return feed
 
 
 def settle(source: Source, timeout: float) -> bool:
     """Wait until everything that shows a client has shown its end; True at once where nothing shows it."""
-    feed = source if isinstance(source, Feed) else _feeds.get(_subject(source))
+    feed = source if isinstance(source, Feed) else _known(_subject(source))
     return feed is None or feed.settle(timeout)
+
+
+def _known(subject: Watched | RunRecord) -> Feed | None:
+    return _recorded.get(subject) if isinstance(subject, RunRecord) else vars(subject).get("_feed")
 
 
 def _subject(source: TrainingRun | RunRecord | RecordedRun | Watched) -> Watched | RunRecord:
     return cast(Watched, source.client) if isinstance(source, TrainingRun | RecordedRun) else source
 
 
-def _listen(subject: Watched | RunRecord) -> Feed:
-    if isinstance(subject, RunRecord):
-        recording = Recording(subject, "RECORDED")
-        feed = Feed(recording, clock=recording.now)
-        recording.tell_all()
-        return feed
-    return Feed(subject, clock=subject.now) if isinstance(subject, Recording) else Feed(subject)
-
-
-def _elapsed(record: _RunRecord, run: TrainingRun | None, now: float) -> float | None:
+def _elapsed(record: RunView, run: Any, now: float) -> float | None:
     started_at = record.started_at or (None if run is None else run.started_at)
     return None if started_at is None else (record.ended_at or now) - started_at
 
 
-def _eta(run: TrainingRun, record: _RunRecord) -> float | None:
+def _eta(run: Any, record: RunView) -> float | None:
     if run.planned_steps is None or run.steps_done <= ETA_AFTER or run.state is not RunStatus.RUNNING:
         return None
     return median(record.durations) * (run.planned_steps - run.steps_done) if record.durations else None
 
 
-def _reason(run: TrainingRun, record: _RunRecord) -> str | None:
-    """Return why a run failed, also where its end was not witnessed."""
-    if run.state is not RunStatus.FAILED or record.reason or not run.done():
-        return record.reason
+def _reason_of(run: Any) -> str | None:
+    """Return why a run failed whose end was not witnessed."""
+    if run.state is not RunStatus.FAILED or not run.done():
+        return None
     try:
         run.result(0)
     except TGTinkerError as error:

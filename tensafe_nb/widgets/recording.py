@@ -99,6 +99,10 @@ class Recording:
         self._subscribers.append(subscriber)
         return lambda: self._subscribers.remove(subscriber)
 
+    def watch(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `subscriber(event)` for what is told."""
+        return self.subscribe(subscriber)
+
     def events(self) -> Iterator[Event]:
         """Iterate over what is to be told, up to the run's end: also one that its process could not write any more."""
         last: Event = Event()

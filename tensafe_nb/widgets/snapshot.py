@@ -16,7 +16,6 @@ from datetime import datetime
 from typing import Any
 from weakref import WeakSet
 
-from tensafe_nb.runs import TrainingRun
 from tensafe_nb.types import RunStatus
 from tensafe_nb.widgets.feed import Facts, Feed
 from tensafe_nb.widgets.format import clock, number
@@ -41,7 +40,7 @@ class Snapshot:
     steering: bool = False
 
     @classmethod
-    def take(cls, feed: Feed, run: TrainingRun | None, *, steering: bool = False) -> "Snapshot":
+    def take(cls, feed: Feed, run: Any, *, steering: bool = False) -> "Snapshot":
         """Return how things stand; with `steering`, the table ends with the calls to type."""
         return cls(feed, feed.facts(run), datetime.now().astimezone(), steering)
 
@@ -124,12 +123,12 @@ class StaticPart:
 
     Args:
         feed: The training client.
-        run: The run; None for a client without one.
+        run_id: The run; None for a client without one.
         alone: Whether no page shows the panel, so that this is all there is to see.
     """
 
-    def __init__(self, feed: Feed, run: TrainingRun | None, alone: Callable[[], bool]) -> None:
-        self.feed, self.run = feed, run
+    def __init__(self, feed: Feed, run_id: str | None, alone: Callable[[], bool]) -> None:
+        self.feed, self._run_id = feed, run_id
         self._alone = alone
         self._ids: list[str] = []
         self._shown: tuple[str, int] | None = None  # state and step of the table
@@ -148,6 +147,11 @@ class StaticPart:
     @property
     def busy(self) -> bool:
         return bool(self._painting or self._painted)
+
+    @property
+    def run(self) -> Any:
+        """The run, or what is left of it; a picture keeps no model."""
+        return None if self._run_id is None else self.feed.run(self._run_id)
 
     @property
     def hint(self) -> str | None:
@@ -248,7 +252,7 @@ def _placeholder(name: str) -> Bundle:
     return {"text/html": f'<div class="{name}"></div>', "text/plain": ""}
 
 
-def display(feed: Feed, run: TrainingRun | None, samples: int = 0, *, pictured: bool = True) -> None:
+def display(feed: Feed, run: Any, samples: int = 0, *, pictured: bool = True) -> None:
     """Put a picture and a table of this moment into the calling cell; a script prints the words of the table."""
     snapshot = Snapshot.take(feed, run)
     drawn = snapshot.picture() if pictured else None

@@ -190,7 +190,7 @@ def test_both_modes_in_one_account_add_up_in_rdp() -> None:
     assert alone == (accounting.epsilon_gaussian(math.sqrt(0.5), DELTA), "gaussian")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(history=histories, more=st.tuples(sigmas, rates, st.integers(1, 500)))
 def test_epsilon_grows_with_every_step(history: list[Step], more: Step) -> None:
     rdp = accounting.rdp_of_history(history)
@@ -199,14 +199,14 @@ def test_epsilon_grows_with_every_step(history: list[Step], more: Step) -> None:
     assert accounting.epsilon_of_rdp(both, DELTA) >= accounting.epsilon_of_rdp(rdp, DELTA) >= 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(q=rates, steps=st.integers(1, 2_000), pair=st.tuples(sigmas, sigmas).map(sorted))
 def test_epsilon_shrinks_with_noise(q: float, steps: int, pair: list[float]) -> None:
     little, much = (accounting.epsilon_rdp(sigma, q, steps, DELTA) for sigma in pair)
     assert much <= little * (1 + 1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(history=histories, order=st.randoms(use_true_random=False))
 def test_the_union_does_not_depend_on_the_order(history: list[Step], order: Any) -> None:
     shuffled = [(sigma, q, 1) for sigma, q, steps in history for _ in range(min(steps, 5))]
@@ -216,7 +216,7 @@ def test_the_union_does_not_depend_on_the_order(history: list[Step], order: Any)
     assert (accounting.rdp_of_history(shuffled) == accounting.rdp_of_history(ordered)).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(steps=st.integers(1, 200), q=st.sampled_from([0.01, 0.1]), sigma=st.sampled_from([0.8, 1.0, 2.0]))
 def test_prv_is_never_above_rdp(steps: int, q: float, sigma: float) -> None:
     assert (
@@ -235,7 +235,7 @@ def test_rdp_grows_with_its_order_and_is_bounded_by_whole_batches(adjacency: Any
         assert (rdp <= whole * (1 + 1e-6) + 2e-9).all(), (sigma, q)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(sigma=sigmas, q=rates)
 def test_replacing_costs_at_least_what_removing_does(sigma: float, q: float) -> None:
     removing, replacing = accounting.rdp_of_step(sigma, q), accounting.rdp_of_step(sigma, q, "replace_one")

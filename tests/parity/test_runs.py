@@ -62,24 +62,24 @@ def test_pause_lets_the_step_finish_and_step_takes_a_few_more(
 ) -> None:
     paused = until_state(tc, "PAUSED")
     run = tc.fit(endless(batch), show=False)
-    assert until_step(tc, 2).wait(10)
+    assert until_step(tc, 2).wait()
     run.pause()
-    assert paused.wait(10)
+    assert paused.wait()
     at = tc.step
     assert (run.state, tc.status, run.steps_done) == ("PAUSED", "READY", at)
     again = until_state(tc, "PAUSED")
     run.step(3)
-    assert again.wait(10)
+    assert again.wait()
     assert tc.step == at + 3
     run.resume()
-    assert until_step(tc, at + 5).wait(10)
+    assert until_step(tc, at + 5).wait()
     run.stop()
     assert run.result().state == "STOPPED"
 
 
 def test_stop_tears_no_step_and_leaves_the_client_usable(tc: tn.TrainingClient, batch: tn.BatchData) -> None:
     run = tc.fit(endless(batch), show=False)
-    assert until_step(tc, 2).wait(10)
+    assert until_step(tc, 2).wait()
     run.stop()
     result = run.result()
     assert result.state == "STOPPED"
@@ -92,9 +92,9 @@ def test_a_paused_run_can_be_stopped(tc: tn.TrainingClient, batch: tn.BatchData)
     paused = until_state(tc, "PAUSED")
     run = tc.fit(endless(batch), show=False)
     run.pause()
-    assert paused.wait(10)
+    assert paused.wait()
     run.stop()
-    assert run.result(timeout=10).state == "STOPPED"
+    assert run.result().state == "STOPPED"
 
 
 def test_an_exception_in_the_users_data_ends_the_run_with_that_error(
@@ -106,7 +106,7 @@ def test_an_exception_in_the_users_data_ends_the_run_with_that_error(
 
     run = tc.fit(broken(), show=False)
     with pytest.raises(tn.FutureFailedError, match="KeyError") as caught:
-        run.result(timeout=10)
+        run.result()
     assert isinstance(caught.value.__cause__, KeyError)
     assert run.state == "FAILED"
     assert tc.forward(batch).loss > 0
@@ -118,7 +118,7 @@ def test_a_failed_operation_ends_the_run_with_its_own_error(
 ) -> None:
     run = tc.fit([batch, tn.BatchData([[1, 999_999]]), batch], show=False)
     with pytest.raises(tn.ValidationError, match="999999"):
-        run.result(timeout=10)
+        run.result()
 
 
 def test_no_batches_and_bad_numbers_are_refused(tc: tn.TrainingClient, batch: tn.BatchData) -> None:
@@ -187,20 +187,20 @@ def test_going_on_while_the_pause_is_still_coming_is_not_lost(
     def slow() -> Iterator[tn.BatchData]:
         yield batch
         started.set()
-        assert opened.wait(10)
+        assert opened.wait()
         while True:
             yield batch
 
     run = tc.fit(slow(), show=False)
-    assert started.wait(10)
+    assert started.wait()
     run.pause()
     assert run.state == "PAUSING"
     run.resume()
     assert run.state == "RUNNING"
     opened.set()
-    assert until_step(tc, 4).wait(10)
+    assert until_step(tc, 4).wait()
     run.stop()
-    assert run.result(10).state == "STOPPED"
+    assert run.result().state == "STOPPED"
 
 
 def test_a_run_whose_data_exits_the_interpreter_ends_visibly(
@@ -212,7 +212,7 @@ def test_a_run_whose_data_exits_the_interpreter_ends_visibly(
 
     run = tc.fit(leaving(), show=False)
     with pytest.raises(tn.FutureFailedError, match="SystemExit"):
-        run.result(timeout=10)
+        run.result()
     assert run.state == "FAILED"
 
 
@@ -228,14 +228,14 @@ def test_a_generator_cannot_serve_several_epochs_and_says_so(
 ) -> None:
     run = tc.fit((batch for _ in range(2)), epochs=3, show=False)
     with pytest.raises(tn.ValidationError, match="epochs=3, but the batches could be iterated only once"):
-        run.result(timeout=10)
+        run.result()
 
 
 def test_a_step_whose_second_batch_is_broken_leaves_no_gradient_behind(service: tn.ServiceClient) -> None:
     tc = service.create_training_client(gradient_accumulation_steps=2)
     good, broken = {"input_ids": [[5, 6, 7]]}, {"input_ids": [[1, 2], [3]]}
     with pytest.raises(tn.ValidationError, match="pad them"):
-        tc.fit([good, broken], show=False).result(10)
+        tc.fit([good, broken], show=False).result()
     with pytest.raises(tn.ValidationError, match="no gradients"):
         tc.optim_step().result()
 
@@ -245,7 +245,7 @@ def test_a_run_stopped_by_closing_its_client_is_recorded_so(
 ) -> None:
     tc = service.create_training_client()
     run = tc.fit(endless(batch), show=False)
-    assert until_step(tc, 1).wait(10)
+    assert until_step(tc, 1).wait()
     tc.close()
     assert (run.state, tn.load_run(run.run_id).state) == ("STOPPED", "STOPPED")
     with pytest.raises(tn.ClientClosedError):
@@ -257,7 +257,7 @@ def test_a_second_run_waits_for_the_first_to_end(tc: tn.TrainingClient, batch: t
     with pytest.raises(tn.ValidationError, match=f"{run.run_id} is still under way"):
         tc.fit([batch], show=False)
     run.stop()
-    run.result(10)
+    run.result()
     metrics = tc.fit([batch], show=False).result().metrics
     assert "loss" in metrics and "eval/loss" not in metrics, "a run reports its own figures only"
 
@@ -283,7 +283,7 @@ def test_a_run_stuck_in_the_users_code_does_not_hold_up_closing(
 
     tc = service.create_training_client()
     run = tc.fit(sleepy(), show=False)
-    assert stuck.wait(10)
+    assert stuck.wait()
     tc.close()
     assert run.result(0).state == "STOPPED"
     assert "still inside your data or reward function" in caplog.text

@@ -115,6 +115,7 @@ def test_result_works_inside_a_running_event_loop(promise: Promise[Any]) -> None
     assert asyncio.run(main()) == RESULT
 
 
+@pytest.mark.alone  # it interrupts the main thread, and measures time
 def test_an_interrupt_reaches_the_waiter_within_half_a_second(promise: Promise[Any]) -> None:
     import _thread
 

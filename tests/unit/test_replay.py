@@ -29,13 +29,6 @@ run.result()
 """
 
 
-@pytest.fixture(autouse=True)
-def _no_panel_of_another_test() -> Any:
-    yield
-    feed._feeds.clear()
-    dashboard._panels.clear()
-
-
 @pytest.fixture
 def recorded(tc: tn.TrainingClient, batch: tn.BatchData) -> tn.TrainingRun:
     """A finished run, the second of its client."""
@@ -77,7 +70,7 @@ def texts(outputs: list[dict[str, Any]]) -> str:
 
 def test_a_replay_ends_where_the_run_ended_with_the_same_curves(recorded: tn.TrainingRun) -> None:
     replay = tn.replay(recorded.run_id, speed=AT_ONCE, show=False)
-    record = replay.result(timeout=20)
+    record = replay.result()
     assert replay.done()
     assert (record.run_id, replay.state, replay.steps_done) == (recorded.run_id, "FINISHED", STEPS)
     for name in ("loss", "eval/loss"):
@@ -96,6 +89,7 @@ def test_it_can_be_awaited(recorded: tn.TrainingRun) -> None:
     assert record.state == "FINISHED"
 
 
+@pytest.mark.alone  # it measures time
 def test_it_takes_the_time_that_the_run_took_divided_by_the_speed(
     recorded: tn.TrainingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

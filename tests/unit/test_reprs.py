@@ -16,6 +16,7 @@ import tensafe_nb as tn
 from tensafe_nb import reprs, types
 from tensafe_nb.events import CheckpointSaved, EventBus, Metrics, RunHistory
 from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.reprs import as_markdown
 from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.scoring import FunctionReport, ScoreReport
 from tensafe_nb.rlvr.updates import UpdateResult
@@ -187,11 +188,11 @@ def busy(service: tn.ServiceClient, tc: tn.TrainingClient) -> Iterator[tn.Future
 
     def held_up(outputs: Any, batch: Any) -> Any:
         entered.set()
-        assert free.wait(60)
+        assert free.wait()
         return outputs.logprobs.mean()
 
     handle = tc.forward_backward({"input_ids": [[5, 6, 7, 8]]}, held_up)
-    assert entered.wait(60)
+    assert entered.wait()
     yield handle
     free.set()
     assert handle.exception() is None
@@ -218,7 +219,7 @@ def test_nothing_waits_while_the_worker_is_busy(
         shown.set()
 
     threading.Thread(target=show, daemon=True).start()
-    assert shown.wait(5)
+    assert shown.wait()
     assert busy.state == "RUNNING"
 
 
@@ -239,3 +240,32 @@ def test_what_a_service_lists_is_shown_as_tables_and_no_secret_is_in_them(
     assert saved.artifact_id in service.list_artifacts()._repr_html_()
     assert "1 in all" in tn.list_runs()._repr_html_()
     assert isinstance(service.list_artifacts(), list) and isinstance(tn.list_runs(), list)
+
+
+HOSTILE = (
+    "<script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)> | `code` **bold** ~~gone~~ "
+    "[a](javascript:alert(4)) ![b](x) $x$ \u202e &lt;b&gt;\n# heading"
+)
+
+
+def test_text_as_markdown_renders_as_just_that_text() -> None:
+    from nbconvert.filters.markdown_mistune import markdown2html_mistune
+
+    class Tags(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+            self.text = ""
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            self.seen.append(tag)
+
+        def handle_data(self, data: str) -> None:
+            self.text += data
+
+    for source in (f"a {as_markdown(HOSTILE)} z", f"| a | b |\n|---|---|\n| {as_markdown(HOSTILE)} | y |"):
+        page = Tags()
+        page.feed(markdown2html_mistune(source))
+        assert set(page.seen) <= {"p", "table", "thead", "tbody", "tr", "th", "td"}
+        assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in page.text
+        assert "[a](javascript:alert(4)) ![b](x) $x$ \\u202e &lt;b&gt; # heading" in page.text

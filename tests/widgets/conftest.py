@@ -23,7 +23,6 @@ from tensafe_nb.events import (
 from tensafe_nb.futures import FutureHandle, Promise, handle_of
 from tensafe_nb.types import Encryption, LoadStateResult, RunStatus, SaveStateResult, TrainingClientInfo
 from tensafe_nb.widgets import dashboard, snapshot
-from tensafe_nb.widgets import feed as feeds
 from tensafe_nb.widgets.feed import Feed
 from tensafe_nb.widgets.view import Member, View
 
@@ -93,6 +92,7 @@ class FakeClient:
         self.step = 0
         self.status, self.queue_depth, self.reason = "READY", 0, None
         self.history, self.subscribe = self.bus.history, self.bus.subscribe
+        self.watch = self.bus.subscribe
         self.told: list[str] = []
         self.promises: list[Promise[Any]] = []
         self.children: list[FakeClient] = []
@@ -182,13 +182,6 @@ class Output:
     metadata: dict[str, Any]
     display_id: str | None
     update: bool
-
-
-@pytest.fixture(autouse=True)
-def _no_client_of_another_test() -> Iterator[None]:
-    yield
-    feeds._feeds.clear()
-    dashboard._panels.clear()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 from tensafe_nb import widgets
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import RunStatus
-from tensafe_nb.widgets import feed as feeds
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.renderer import Renderer, choose
 
@@ -103,4 +102,4 @@ def test_freezing_ends_the_live_part(kernel: object, shown: FakeClient, outputs:
 
 def test_settling_what_is_shown_nowhere_is_done_at_once(client: FakeClient) -> None:
     assert widgets.settle(client)
-    assert feeds._feeds == {}
+    assert "_feed" not in vars(client)

@@ -20,7 +20,7 @@ class Cell:
     def __init__(self, feed: Feed, run: FakeRun | None, outputs: list[Output]) -> None:
         self.alone = True
         self.outputs = outputs
-        self.part = StaticPart(feed, run, alone=lambda: self.alone)  # type: ignore[arg-type]
+        self.part = StaticPart(feed, None if run is None else run.run_id, alone=lambda: self.alone)
         self.part.place()
         outputs.clear()
 
@@ -109,7 +109,7 @@ def test_smoothing_is_unbiased_from_the_first_value_on_and_steps_over_what_is_no
 
 
 def test_outputs_are_placed_empty(feed: Feed, run: FakeRun, outputs: list[Output]) -> None:
-    StaticPart(feed, run, alone=lambda: True).place()  # type: ignore[arg-type]
+    StaticPart(feed, run.run_id, alone=lambda: True).place()
     assert [output.data["text/plain"] for output in outputs] == ["", ""]
     assert not any(output.update for output in outputs)
 

@@ -8,7 +8,7 @@ import pytest
 
 from tensafe_nb.widgets.view import PERIOD, View
 
-PATIENCE = 10.0
+PATIENCE = 250.0  # seconds: the hang guard speaks before
 
 
 class Lamp:

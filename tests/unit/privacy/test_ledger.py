@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensafe_nb.engine.ledger_binding import TenantLedger
@@ -257,7 +257,7 @@ for _ in range(10):
     home.keys.primary_id()  # two first uses at once would be a race of the key file's, not of the ledger's
     command = [sys.executable, "-c", code, str(home.folder), charge.mode]
     processes = [subprocess.Popen(command) for _ in range(2)]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    assert [process.wait() for process in processes] == [0, 0]
     spent = home.ledger("dataset:shared").state()
     assert spent.steps == 20
     if charge.mode == "poisson":
@@ -291,7 +291,7 @@ Calls = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(calls=Calls)
 def test_no_sequence_of_calls_lowers_epsilon(
     tmp_path_factory: pytest.TempPathFactory, calls: list[str]
@@ -339,7 +339,7 @@ def test_no_sequence_of_calls_lowers_epsilon(
     assert home.log.verify().ok
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(order=st.permutations([0, 0, 1, 1, 2]))
 def test_the_union_does_not_depend_on_who_charged_first(
     tmp_path_factory: pytest.TempPathFactory, order: list[int]

@@ -102,7 +102,7 @@ def test_every_event_that_made_it_void_is_listed(home: Home) -> None:
     assert (statement.epsilon, statement.epsilon_rdp, statement.epsilon_replace_one) == (None, None, None)
     assert len(statement.void) == 2
     assert "there is no guarantee" in text and "(sigma = 0)" in text
-    assert "a step without noise, asked for | by the user" in text
+    assert "a step without noise, asked for \\| by the user" in text
     assert "joined to it for good: dataset:b" in text
     json.dumps(statement.to_dict(), allow_nan=False)
 

@@ -39,7 +39,7 @@ def trained(algo, config=None, **options):
 
 def assert_same_weights(first, second, tolerance=0.0):
     for (name, a), b in zip(first.weights().items(), second.weights().values(), strict=True):
-        assert (a - b).abs().max() <= tolerance, name
+        assert (a - b).abs().max() <= tolerance * a.abs().max(), name
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def assert_same_weights(first, second, tolerance=0.0):
 def test_one_pass_over_fresh_rollouts_is_reinforce(other):
     reinforce, _ = trained(REINFORCE(baseline="group", mask_truncated=False))
     ppo, result = trained(PPO(advantage="group", mask_truncated=False, **other))
-    assert_same_weights(reinforce, ppo, tolerance=1e-7)
+    assert_same_weights(reinforce, ppo, tolerance=1e-5)
     assert (result.clip_ratio, result.epochs_run, result.early_stopped) == (0.0, 1, False)
     assert ppo.operations == ["sample", "forward_backward", "optim_step"], "nothing has to be read"
 

@@ -49,6 +49,10 @@ class Counted(Files):
         self.tick("create", path)
         return io.BufferedRandom(TickingFile(path, "x+", self))  # type: ignore[return-value]
 
+    def append(self, path: Path) -> BinaryIO:
+        self.tick("append", path)
+        return io.BufferedRandom(TickingFile(path, "a+", self))  # type: ignore[return-value]
+
     def update(self, path: Path) -> BinaryIO:
         return io.BufferedRandom(TickingFile(path, "r+", self))  # type: ignore[return-value]
 
@@ -144,6 +148,13 @@ class CutDisk(Counted):
     def create(self, path: Path) -> BinaryIO:
         file = super().create(path)
         self._change("appear", path, None, Inode())
+        return file
+
+    def append(self, path: Path) -> BinaryIO:
+        new = not path.exists()
+        file = super().append(path)
+        if new:
+            self._change("appear", path, None, Inode())
         return file
 
     def replace(self, source: Path, target: Path) -> None:

@@ -115,9 +115,10 @@ class Scene:
         store.rotate()
         assert {info.encryption.key_id for info in store.list()} <= {self.keys.primary_id()}
         assert all(store.verify(artifact_id) for artifact_id in there)
-        lives.save(store, 99)
+        newest = lives.save(store, 99)
+        assert store.list()[0].artifact_id == newest, "the order is torn"
         left = {path.name for path in folder_in(root).iterdir() if not path.name.startswith("art-")}
-        assert left == {".lock"}, "drafts or journals are left"
+        assert left == {".lock", ".order"}, "drafts or journals are left"
 
 
 STORIES = [saves_two, rotates, deletes_one_and_saves]
@@ -244,7 +245,7 @@ def test_an_artifact_whose_name_may_not_last_is_taken_back(tmp_path: Path, keys:
     folder = folder_in(tmp_path)
     with pytest.raises(StorageError, match="Input/output error"):
         lives.save(ArtifactStore(folder, keys, files=NamesFail()), 1)
-    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", ".order"]
 
 
 def test_a_slot_that_cannot_be_read_back_is_written_again_from_the_journal(

@@ -131,7 +131,7 @@ def resealed(data: bytes, keys: Keys, stanzas: list[Mapping[str, Any]]) -> bytes
 
 class TestWhatIsSealedComesBack:
     @given(st.lists(st.binary(max_size=3 * CHUNK), max_size=8))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_pieces_of_any_size_come_back_as_one(
         self, shared: tuple[Keys, bytes], pieces: list[bytes]
     ) -> None:
@@ -285,7 +285,7 @@ class TestTheLayoutIsTheDocumentedOne:
 
 class TestWhatWasChangedIsRefused:
     @given(st.data())
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def test_a_flipped_bit_anywhere(self, shared: tuple[Keys, bytes], data: st.DataObject) -> None:
         keys, original = shared
         at = data.draw(st.integers(0, 8 * len(original) - 1), label="bit")
@@ -532,7 +532,7 @@ class TestForm:
             max_leaves=8,
         )
     )
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_canonical_json_reads_back_as_it_was(self, value: Any) -> None:
         assert parse_canonical(canonical(value)) == value
 

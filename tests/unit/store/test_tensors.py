@@ -54,7 +54,7 @@ def read(data: bytes, size: int | None = None) -> list[Any]:
     return list(read_tensors(io.BytesIO(data), len(data) if size is None else size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(states)
 def test_the_bytes_are_those_the_library_writes_and_come_back_as_they_went(
     state: dict[str, tuple[str, list[int]]],
@@ -190,7 +190,7 @@ def test_a_stream_that_ends_early_is_refused() -> None:
         read(data[:-3], len(data))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_damage_to_the_header_is_read_as_the_library_would_or_refused(data: Any) -> None:
     """Never a crash, and never more bytes than the file has."""
