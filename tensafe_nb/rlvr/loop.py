@@ -11,12 +11,12 @@ from tensafe_nb.errors import NonFiniteLossError, RewardError
 from tensafe_nb.events import Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.loops import Run
-from tensafe_nb.rlvr.alarm_rules import not_finite
+from tensafe_nb.rlvr.alarm_rules import low_precision, not_finite
 from tensafe_nb.rlvr.alarms import Alarms, alarm_of
 from tensafe_nb.rlvr.algorithms import Algorithm
 from tensafe_nb.rlvr.calls import TrainerState
 from tensafe_nb.rlvr.evaluation import HeldOut
-from tensafe_nb.rlvr.metrics import BY_OPTIM_STEP, Row, known, rollout_metrics, update_metrics
+from tensafe_nb.rlvr.metrics import BY_OPTIM_STEP, Goal, Row, known, rollout_metrics, update_metrics
 from tensafe_nb.rlvr.rewards import Reward
 from tensafe_nb.rlvr.rollout_store import RolloutStore
 from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
@@ -39,12 +39,16 @@ class Trainer(Protocol):
     eval_every: int | None
     held_out: HeldOut | None
     alarms: Alarms
+    good_threshold: float
     store: RolloutStore | None
     tokens: int
     row: int
 
     @property
     def training_client(self) -> PolicyClient: ...
+    @property
+    def imprecise(self) -> bool: ...
+    def scored_by(self, version: str) -> None: ...
     def check_prompts(self) -> None: ...
     def number_of(self, version: str) -> int: ...
     def position(self) -> dict[str, Any]: ...
@@ -114,8 +118,11 @@ class RLVRLoop:
         row = self._row(step, update)
         written = BY_OPTIM_STEP if update is not None and not update.skipped else ()
         self._publish(trainer.row, known(row, without=written) | (measured[0] if measured else {}))
-        for alarm in trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch):
+        goal = self._goal(step)
+        for alarm in trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch, goal):
             self._client.publish(alarm)
+        if index == 0 and trainer.imprecise:
+            self._client.publish(alarm_of(self._run.run_id, trainer.row, low_precision(known(row))))
         if update is None or _failed(step.batch) > TOO_MANY:
             self._run.pause()
 
@@ -147,6 +154,7 @@ class RLVRLoop:
         sampler.warn_of_texts(prompts)
         clock.lap("time/sample")
         report = self._score(batch)
+        self._trainer.scored_by(report.version)
         clock.lap("time/reward")
         return _Step(batch, report, clock)
 
@@ -192,11 +200,14 @@ class RLVRLoop:
         )
 
     def _row(self, step: _Step, update: UpdateResult | None) -> Row:
-        row = rollout_metrics(step.batch) | step.report.metrics
+        row = rollout_metrics(step.batch, self._goal(step)) | step.report.metrics
         row |= {} if update is None else update_metrics(update)
         row |= step.clock.seconds | {"time/total": step.clock.total}
         version = self._trainer.number_of(step.report.version)
         return row | {"num_tokens": self._trainer.tokens, "reward_version": version}
+
+    def _goal(self, step: _Step) -> Goal:
+        return Goal(step.report.true, self._trainer.good_threshold)
 
     def _evaluation_after(self, index: int) -> list[FutureHandle[TrajectoryBatch]]:
         done, every = index + 1, self._trainer.eval_every
