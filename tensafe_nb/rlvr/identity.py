@@ -108,9 +108,11 @@ def place_of(name: str) -> Place:
         return "library"
     if top in sys.stdlib_module_names or top == "builtins":
         return "stdlib"
+    if (
+        top != name and (place := place_of(top)) != "local"
+    ):  # of packages the top is asked, and imports nothing
+        return place
     module = sys.modules.get(name)
-    if module is None and "." in name and place_of(top) != "local":  # do not import packages to ask them
-        return "library"
     if module is None:
         spec = _spec_of(name)
         return _place_of_file(None if spec is None else spec.origin)
@@ -119,12 +121,18 @@ def place_of(name: str) -> Place:
 
 def local_modules() -> list[types.ModuleType]:
     """Return the modules of the user's that are imported, but for the notebook itself."""
+    modules = [sys.modules.get(name) for name in _local_names(tuple(sys.modules))]
+    return [module for module in modules if isinstance(module, types.ModuleType)]
+
+
+@functools.lru_cache(maxsize=2)
+def _local_names(names: tuple[str, ...]) -> list[str]:
+    """Return which of the imported modules are the user's; asked for often, and changes seldom."""
     return [
-        module
-        for name, module in list(sys.modules.items())
-        if isinstance(module, types.ModuleType)
-        and name != "__main__"
-        and module.__name__ == name
+        name
+        for name in names
+        if name != "__main__"
+        and getattr(sys.modules.get(name), "__name__", None) == name
         and place_of(name) == "local"
     ]
 
