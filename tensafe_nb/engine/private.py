@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -106,7 +106,9 @@ class PrivateTraining:
         )
         self._sum = ClippedSum(engine.parameters, dp.max_grad_norm)
         self._way = way_for(engine.model.causal, engine.parameters)
-        engine.whole_rows = self._way is not None and self._way.name != "book-keeping"
+        head: Any = engine.model.head  # trained, it must see rows, not the labelled tokens of all of them
+        trained_head = engine.model.peft is not None and any(p.requires_grad for p in head.parameters())
+        engine.whole_rows = self._way is not None and (self._way.name != "book-keeping" or trained_head)
         self._chosen: dict[tuple[object, str], PerExampleGradients | None] = {}  # by function and keywords
         self._draws = DrawBook(client_id)
         self._participants: Counter[str] = Counter()
