@@ -245,6 +245,11 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def is_cpu(name: str) -> bool:
+    """Whether the device of this name ("auto" included) is the processor."""
+    return name == "cpu" or (name == "auto" and _device(name).type == "cpu")
+
+
 def _dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """fp32 for the built-ins; else bf16 compute where the hardware multiplies bf16 matrices."""
     if config.dtype != "auto":
