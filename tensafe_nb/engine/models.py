@@ -202,11 +202,18 @@ def _at_hand(hub_id: str) -> str:
     An adapter is small, and its folder is what is looked into: it is downloaded whole.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         if not _hub_answers():
             return str(snapshot_download(hub_id, local_files_only=True))
+    except HFValidationError:
+        return hub_id  # no name that the hub could have: reading the model will say so
     except LocalEntryNotFoundError as error:
         raise ModelLoadError(
             f"The model {hub_id!r} could not be loaded: the model hub cannot be reached, and this machine has no "
