@@ -83,8 +83,9 @@ def canonical(row: Any, *, chats: bool = True) -> Canonical:
         chats: Whether the model has a chat template: a row of Alpaca is then a chat, else Alpaca's own prompt.
 
     Returns:
-        Members that are each {"text"}, {"prompt", "completion"} (texts) or {"messages", "tools"?}; with "target" beside
-        where the row has one. A message that is not learnt has `weight: 0`.
+        Members that are each {"text"}, {"prompt", "completion"} (texts) or {"messages", "tools"?,
+        "chat_template_kwargs"?}; with "target" beside where the row has one. A message that is not learnt has
+        `weight: 0`.
 
     Raises:
         ValidationError: A row of no known layout, or with something in it that is no text where text belongs.
@@ -189,7 +190,7 @@ def _answered(row: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"{wrong!r} is {_kind(value)}: 'prompt' and {name!r} are both texts, or both lists of messages "
             f"({{'role', 'content'}}).{_as_text(wrong, value)}"
         )
-    before = [message | {"weight": 0} for message in messages_of(prompt, "'prompt'")]
+    before = [_not_learnt(message) for message in messages_of(prompt, "'prompt'")]
     return _chat_of(before + messages_of(answer, f"'{name}'"), row)
 
 
@@ -211,7 +212,7 @@ def _chats_compared(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]
             "'chosen' and 'rejected' do not differ: there is nothing to prefer. Leave it out."
         )
     return [
-        _chat_of([m | {"weight": 0} if at < shared else m for at, m in enumerate(messages)], row)
+        _chat_of([_not_learnt(m) if at < shared else m for at, m in enumerate(messages)], row)
         for messages in pair
     ]
 
@@ -252,7 +253,7 @@ def _alpaca(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
 
 
 Read = Callable[[Mapping[str, Any], bool], list[dict[str, Any]]]
-CHAT = ("tools",)
+CHAT = ("tools", "chat_template_kwargs")
 LAYOUTS: tuple[tuple[tuple[str, ...], Read, tuple[str, ...]], ...] = (
     # the first whose columns are all there; how it is read; further columns that are read
     (("prompt", "chosen", "rejected"), _preference, CHAT),
@@ -266,6 +267,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Read, tuple[str, ...]], ...] = (
     (("instruction", "response"), _alpaca, ("context", "system")),
     (("text",), _text, ()),
 )
+COLUMNS = frozenset(name for columns, _, _ in LAYOUTS for name in columns)
 
 
 # chats
@@ -404,7 +406,11 @@ def _learnt_or_not(message: dict[str, Any], what: str) -> dict[str, Any]:
 def _learning_the_last(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a whole chat that answers a prompt, only the last turn of the assistant is the answer."""
     last = max((at for at, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-    return [m if at >= last else m | {"weight": 0} for at, m in enumerate(messages)]
+    return [m if at >= last else _not_learnt(m) for at, m in enumerate(messages)]
+
+
+def _not_learnt(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"weight": 0} if message["role"] == "assistant" else message
 
 
 def _chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -412,8 +418,26 @@ def _chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str
         raise ValidationError(
             "nothing of this chat is learnt: no turn of the assistant (or all have weight 0). Leave it out."
         )
-    tools = tools_of(row["tools"]) if "tools" in row else None
-    return {"messages": messages} | ({} if tools is None else {"tools": tools})
+    return {"messages": messages, **template_options(row)}
+
+
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row has for the chat template beside its messages: `tools` and `chat_template_kwargs`, if any.
+
+    Raises:
+        ValidationError: Tools that are no list of dicts, or keywords that are no dict.
+    """
+    options: dict[str, Any] = {}
+    if not missing(row.get("tools")) and (tools := tools_of(row["tools"])):
+        options["tools"] = tools
+    keywords = row.get("chat_template_kwargs")
+    if not missing(keywords):
+        if not isinstance(keywords, Mapping) or not all(isinstance(name, str) for name in keywords):
+            raise ValidationError(
+                f"'chat_template_kwargs' is {_kind(keywords)}: a dict of keywords is expected."
+            )
+        options["chat_template_kwargs"] = _plain(keywords)
+    return options
 
 
 def tools_of(value: Any) -> list[dict[str, Any]] | None:

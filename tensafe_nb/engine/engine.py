@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.config import SamplingConfig, TrainingConfig
+from tensafe_nb.data.labels import turn_ends
 from tensafe_nb.engine import inputs, models, optimizers, pieces, sampling
 from tensafe_nb.engine.private import Account, PrivateTraining
 from tensafe_nb.engine.reference import Reference
@@ -239,7 +240,8 @@ class Engine:
 
         Args:
             prompts: Each a text (tokenised as it is), chat messages (by the chat template), or token ids.
-            config: How to draw. Without a seed, the client's next one is taken.
+            config: How to draw. Without a seed, the client's next one is taken. An answer in a chat also stops at what
+                the chat template ends a turn with, whatever the tokenizer's end token is.
             tick: Called before each token.
 
         Raises:
@@ -253,7 +255,9 @@ class Engine:
         if seed is None:
             self.samples_drawn += 1
             seed = _mix(self.config.seed, self.samples_drawn)
-        return SampleResult(tuple(sampling.sample(self.model, ids, config, seed, tick)), self.policy_version)
+        turns = turn_ends(self.model.tokenizer, prompts)
+        drawn = sampling.sample(self.model, ids, config, seed, tick, turns)
+        return SampleResult(tuple(drawn), self.policy_version)
 
     # inside
 

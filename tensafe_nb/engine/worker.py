@@ -424,13 +424,13 @@ class Worker:
             with self._computing:
                 result = cast(Performer, self._performer).perform(job, self._tick(job))
         except FutureCancelledError:
-            self._lane.mark_broken(job, "was cancelled")
+            self._lane.mark_broken(job, "was cancelled", first=self._opens_window)
             try:
                 self._note_cancelled(job)
             finally:
                 job.promise.cancel()
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
-            self._lane.mark_broken(job, "failed")
+            self._lane.mark_broken(job, "failed", first=self._opens_window)
             self._fail(job, presentable(error))
         else:
             duration = time.perf_counter() - started
@@ -442,6 +442,10 @@ class Worker:
                 )
             finally:  # whoever waits is told, whatever happens to the log
                 job.promise.succeed(result)
+
+    @property
+    def _opens_window(self) -> bool:
+        return self._performer is not None and not self._performer.accumulating
 
     def _tick(self, job: Job) -> Callable[[int, int], None]:
         def tick(done: int, total: int) -> None:

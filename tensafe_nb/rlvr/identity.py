@@ -65,11 +65,7 @@ _OUTSIDE = {  # parts of the standard library that read what is outside the prog
 _WITHOUT_BEARING = ("threading", "_thread", "asyncio", "logging")  # whose objects decide when, not what
 _MANY = 1000  # items above which a container of plain data is hashed in one go
 _LARGE = 16 << 20  # bytes of an array above which its shape has to do
-_NOT_OF_CLASS = {
-    "__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__firstlineno__", "__static_attributes__",
-    "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl",
-    "__parameters__", "__orig_bases__", "__slots__", "__hash__", "__match_args__",
-}  # fmt: skip
+_METHODS = (types.FunctionType, classmethod, staticmethod, property)
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +368,8 @@ class _Walk:
         self._write("class", cls.__qualname__, code=True)
         self._each("bases", *cls.__bases__)
         for name, value in sorted(vars(cls).items()):
-            if name not in _NOT_OF_CLASS and not name.startswith("__pydantic"):
+            bookkeeping = name.startswith(("__", "_abc_")) and not isinstance(value, _METHODS)
+            if not bookkeeping:
                 self._write("attribute", name, code=True)
                 self.visit(value)
 
@@ -433,6 +430,12 @@ class _Walk:
         if cls.__module__.partition(".")[0] in _WITHOUT_BEARING:
             return
         self._outside(cls.__module__, name)
+        if (
+            place_of(cls.__module__) == "stdlib"
+            and not hasattr(thing, "__next__")
+            and not dict(_state(thing))
+        ):
+            return  # a sentinel
         self._beyond.add(f"an object of {name}")
         if not hasattr(cls, "score_answer"):
             return

@@ -152,6 +152,12 @@ def _gold_text(text: str, what: str, decimal: str) -> Number:
             f"{what}: {text[:80]!r} could be read in two ways. Write thousands as 1,000 and decimals as 0.5, or say "
             f'decimal="," where the comma is the decimal sign.'
         )
+    if len(read.numbers) > 1 and not re.search(
+        r"[^\W\d_]|=", read.text
+    ):  # no words that lead to the last of them
+        raise ValidationError(
+            f"{what} holds several numbers: {text[:80]!r}. A list of answers means any of them."
+        )
     return last
 
 
@@ -169,11 +175,15 @@ def same(a: Number, b: Number, rel_tol: float, abs_tol: float) -> bool:
 
 
 def _boxed(text: str) -> str | None:
-    r"""Return what the last \boxed{…} holds; of one that is cut off, the rest of the text."""
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    start = boxes[-1].end()
+    r"""Return what the last \boxed{…} with anything in it holds."""
+    for box in reversed(list(_BOX.finditer(text))):
+        if inside := _inside(text, box.end()).strip():
+            return inside
+    return None
+
+
+def _inside(text: str, start: int) -> str:
+    """Return what stands in the braces at a place; of braces that are cut off, the rest; of none, the line."""
     if not text.startswith("{", start):
         return text[start:].split("\n", 1)[0]
     depth = 0
@@ -185,8 +195,8 @@ def _boxed(text: str) -> str | None:
 
 
 def _tagged(text: str) -> str | None:
-    found = _TAGGED.findall(text)
-    return found[-1] if found else None
+    """Return what the last <answer>…</answer> with anything in it holds."""
+    return next((inside for inside in reversed(_TAGGED.findall(text)) if inside.strip()), None)
 
 
 def _without(read: _Read) -> str:

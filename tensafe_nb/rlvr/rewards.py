@@ -146,6 +146,9 @@ class Reward:
             yield from part.reward.leaves()
 
 
+RewardSpec: TypeAlias = str | RewardFunction | Reward | Sequence[Any] | Mapping[Any, Any]
+
+
 def resolve_reward(spec: Any, *, conversational: bool | None = None, **kwargs: Any) -> Reward:
     """Return the reward that `spec` means, with keywords bound.
 

@@ -307,8 +307,8 @@ def test_a_sample_within_the_budget_tells_the_move(epochs):
     trained = sum(len(data) for data, *_ in client.batches)
     assert result.approx_kl == pytest.approx(kl, rel=0.3)
     read_before = sent[:-1] if epochs > 1 else []
-    assert sent[-1] <= 0.03 * (4 * trained + sum(read_before)), (
-        "3 % of an update, a gradient being four forward passes"
+    assert sent[-1] <= 0.02 * (3 * trained + sum(read_before)), (
+        "2 % of an update, a gradient being three passes"
     )
 
 
