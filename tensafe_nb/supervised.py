@@ -64,6 +64,9 @@ class BatchCursor:
             )
         self._epoch, self._dealt, self._shuffle = (position[name] for name in ("epoch", "dealt", "shuffle"))
         self._iterator = None
+        if isinstance(self._batches, PoissonDraws):  # to draw and throw away would be charged
+            self._iterator = self._batches.rest(self._dealt)
+            return
         passed = sum(1 for _ in itertools.islice(self._open(), self._dealt))
         if passed < self._dealt:
             raise ValidationError(
