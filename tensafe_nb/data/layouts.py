@@ -501,7 +501,7 @@ def checked_text(value: Any, what: str) -> str:
 
 def missing(value: Any) -> bool:
     """Whether a value says that there is none: None, NaN, or pandas' NA and NaT."""
-    return (
+    return not isinstance(value, str) and (  # most are
         value is None
         or (isinstance(value, float | np.floating) and bool(value != value))
         or type(value).__name__ in ("NAType", "NaTType")
