@@ -14,7 +14,7 @@ from tensafe_nb.reprs import Facts
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
 TICKET = (
-    "dp_ticket"  # (B, 6) of a Poisson draw: says which rows belong to it, so that none is lost or repeated
+    "dp_ticket"  # (B, 7) of a Poisson draw: says which rows belong to it, so that none is lost or repeated
 )
 PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id", TICKET)
 
@@ -81,7 +81,7 @@ class BatchData:
 
     @classmethod
     def nothing(cls, ticket: Array) -> "BatchData":
-        """Return the batch of a Poisson draw that drew nothing: no row, and the draw's ticket (1, 6)."""
+        """Return the batch of a Poisson draw that drew nothing: no row, and the draw's ticket (1, 7)."""
         return cls((), extras={TICKET: ticket})
 
     @classmethod

@@ -183,9 +183,8 @@ def _draw(
     plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
     logprobs = raw if plain else torch.log_softmax(_cut(logits / sampling.temperature, sampling), -1)
     probabilities = logprobs.exp()
-    entropy = -(probabilities * logprobs.clamp(min=LOWEST)).sum(
-        -1
-    )  # what was cut has p = 0, and 0 · −∞ is no number
+    # What was cut has p = 0, and 0 · −∞ is no number.
+    entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp(min=LOWEST))
     cumulative = probabilities.double().cumsum(-1)  # inverse CDF: one uniform per token
     target = uniforms.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)

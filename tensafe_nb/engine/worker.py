@@ -111,7 +111,8 @@ class Worker:
         self._closing = self._abandoned = False
         self._default_loss = default_loss
         self._vault = vault
-        self._auditor = Auditor(vault.audit, training_client_id)
+        private = config.dp_config is not None and config.dp_config.enabled
+        self._auditor = Auditor(vault.audit, training_client_id, private=private)
         self._guarantee = Guarantee(ledger, config, training_client_id)
         self._ledger = ledger
         self._origin = origin
@@ -228,6 +229,14 @@ class Worker:
         """Version of the weights."""
         performer = self._performer
         return self._reached[1] if performer is None else performer.policy_version
+
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made, and give the key of its ticket's hashes; from any thread.
+
+        Raises:
+            ValidationError: It trains without differential privacy.
+        """
+        return self._guarantee.enter_draw(unit)
 
     def privacy_statement(self) -> PrivacyStatement:
         """Return the privacy statement of what this client trains, as things stand now; from any thread.

@@ -17,6 +17,7 @@ from tensafe_nb.rlvr.algorithms import REINFORCE, Algorithm, RemembersRewards
 from tensafe_nb.rlvr.evaluation import HeldOut
 from tensafe_nb.rlvr.loop import RLVRLoop
 from tensafe_nb.rlvr.metrics import known
+from tensafe_nb.rlvr.private import CAPABILITY, released
 from tensafe_nb.rlvr.rescoring import Rescored, rescore_steps
 from tensafe_nb.rlvr.rewards import RewardSpec, resolve_reward
 from tensafe_nb.rlvr.rollout_store import RolloutStore
@@ -274,7 +275,7 @@ class RLVRTrainer:
 
     def position(self) -> dict[str, Any]:
         """Return, as plain data, where prompts, rollout seeds, rows, baselines and alarms stand."""
-        return {
+        position = {
             "prompts": self.prompts.position,
             "draws": self.sampler.draws,
             "row": self.row,
@@ -284,13 +285,19 @@ class RLVRTrainer:
             "reward_versions": list(self._versions),
             "scored_by": self._scored_by,
         }
+        private = CAPABILITY in self.training_client.capabilities
+        return released(position) if private else position
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Go to such a place; versions of the reward that came later keep numbers of their own."""
         self.prompts.position, self.sampler.draws = position["prompts"], position["draws"]
-        self.row, self.tokens = position["row"], position["tokens"]
-        self.algo.load_state_dict(position["algo"])
-        self.alarms.load_state_dict(position["alarms"])
+        self.row = position["row"]
+        if (
+            "algo" in position
+        ):  # a private client's state holds nothing that was measured: here it stays as it is
+            self.tokens = position["tokens"]
+            self.algo.load_state_dict(position["algo"])
+            self.alarms.load_state_dict(position["alarms"])
         versions = position["reward_versions"]
         self._versions = list(dict.fromkeys([*versions, *self._versions]))
         self._scored_by = position.get(
