@@ -239,7 +239,7 @@ def check_batches(**given: object) -> None:
                 f"fit: {name} is a list of batches (or another iterable): [batch], not {batches!r}."
             )
         refuse_table(
-            batches, f"fit: {name} are batches, and this is a table of rows: {name}=tc.batches(rows)."
+            batches, f"fit: {name} takes batches, and this is a table of rows: {name}=tc.batches(rows)."
         )
         if isinstance(batches, str | os.PathLike):
             raise ValidationError(
@@ -249,4 +249,4 @@ def check_batches(**given: object) -> None:
             raise ValidationError(f"fit: {name} is a list of batches (or another iterable), not {batches!r}.")
         first = next(iter(batches), None) if isinstance(batches, Sequence) else None
         if isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first):
-            raise ValidationError(f"fit: {name} are batches, and these are rows: {name}=tc.batches(rows).")
+            raise ValidationError(f"fit: {name} takes batches, and these are rows: {name}=tc.batches(rows).")

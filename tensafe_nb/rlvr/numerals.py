@@ -9,6 +9,7 @@ The final answer of a text is what its last `\boxed{…}` holds, else its last <
 its last line "#### 7" (GSM8K), else the last number there is.
 """
 
+import functools
 import math
 import re
 import unicodedata
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from tensafe_nb.errors import ValidationError
 
+_VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 MAX_DIGITS = 400  # a longer one is no number anybody meant
 _DIGITS = r"(?:(?<![\d])(?:\d{1,3}(?:[,_\u00a0\u202f\u2009]\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.)\]])\.\d+)"
 _PLAIN = rf"{_DIGITS}(?:[eE][-+]?\d{{1,9}}(?!\w))?"
@@ -35,21 +37,27 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_REWRITTEN: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (re.compile("−"), "-"),
-    (re.compile(r"(?<![\w.)])[‒–—－](?=[\d.$])"), "-"),
-    (re.compile(r"\{,\}|,\\!|(?<=\d)\\[,!;: ](?=\d{3})"), ","),
-    (re.compile(r"\\[,!;: ]"), " "),
-    (re.compile(r"\\(?:left|right)\b"), ""),
-    (re.compile(r"\\(?:times|cdot)\b|[·∙]"), "×"),
-    (re.compile(r"\^\s?\{?\\circ\}?|°"), ""),
-    (re.compile(r"\\[dtc]?frac\s?\{\s?([\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}"), r" \1/\2 "),
-    (re.compile(r"\\[dtc]?frac\s?(\d)\s?(\d)(?!\d)"), r" \1/\2 "),
-    (re.compile("[¼½¾⅐-⅞]"), lambda found: _vulgar(found[0])),
-    (re.compile(r"([-+=(])[ ]{1,3}(?=\d{1,9}/)"), r"\1"),  # what \frac and ½ have pushed away from its sign
-    (re.compile(r"([=(:]\s?)-[ ]{1,2}(?=[\d.$])"), r"\1-"),
-    (re.compile(r"(?<=[A-Za-z)}\]])_(?:\{[^{}]{0,40}\}|\w{1,10})"), " "),  # x_1: a name
-    (re.compile(r"(?<=[A-Za-z)}\]])\s?\^\s?(?:\{[^{}]{0,40}\}|[-+]?\w{1,10})"), " "),  # cm^2: a unit
+_REWRITTEN: tuple[
+    tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]], ...
+] = (  # where a sign occurs
+    ("−", re.compile("−"), "-"),
+    ("‒–—－", re.compile(r"(?<![\w.)])[‒–—－](?=[\d.$])"), "-"),
+    ("{\\", re.compile(r"\{,\}|,\\!|(?<=\d)\\[,!;: ](?=\d{3})"), ","),
+    ("\\", re.compile(r"\\[,!;: ]"), " "),
+    ("\\", re.compile(r"\\(?:left|right)\b"), ""),
+    ("\\·∙", re.compile(r"\\(?:times|cdot)\b|[·∙]"), "×"),
+    ("\\°", re.compile(r"\^\s?\{?\\circ\}?|°"), ""),
+    ("\\", re.compile(r"\\[dtc]?frac\s?\{\s?([\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}"), r" \1/\2 "),
+    ("\\", re.compile(r"\\[dtc]?frac\s?(\d)\s?(\d)(?!\d)"), r" \1/\2 "),
+    (_VULGAR, re.compile(f"[{_VULGAR}]"), lambda found: _vulgar(found[0])),
+    (
+        "/",
+        re.compile(r"([-+=(])[ ]{1,3}(?=\d{1,9}/)"),
+        r"\1",
+    ),  # what \frac and ½ have pushed away from its sign
+    ("-", re.compile(r"([=(:]\s?)-[ ]{1,2}(?=[\d.$])"), r"\1-"),
+    ("_", re.compile(r"(?<=[A-Za-z)}\]])_(?:\{[^{}]{0,40}\}|\w{1,10})"), " "),  # x_1: a name
+    ("^", re.compile(r"(?<=[A-Za-z)}\]])\s?\^\s?(?:\{[^{}]{0,40}\}|[-+]?\w{1,10})"), " "),  # cm^2: a unit
 )
 _EXPRESSION = re.compile(
     r"\\(?:sqrt|[dtc]?frac|[dt]?binom|pi|theta|infty|ln|log|sin|cos|tan|exp|int|sum|prod|pm|cup|cap|begin)\b"
@@ -137,6 +145,7 @@ def gold_number(value: Any, what: str, decimal: str = ".") -> Number:
     raise ValidationError(f"{what} holds no number: {str(value)[:80]!r}.")
 
 
+@functools.lru_cache(maxsize=1024)  # each group of rollouts has one
 def _gold_text(text: str, what: str, decimal: str) -> Number:
     answer, _ = final_answer(text, decimal)
     read = _read(answer, decimal)
@@ -205,8 +214,9 @@ def _without(read: _Read) -> str:
 
 
 def _rewritten(text: str) -> str:
-    for pattern, by in _REWRITTEN:
-        text = pattern.sub(by, text)
+    for signs, pattern, by in _REWRITTEN:
+        if any(sign in text for sign in signs):
+            text = pattern.sub(by, text)
     return text
 
 

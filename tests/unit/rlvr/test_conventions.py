@@ -207,6 +207,13 @@ def test_columns_reach_a_function_of_ours_that_takes_any_keyword():
     assert rewards(reward) == [1.0]
 
 
+class Rubric:
+    """As verifiers has them."""
+
+    def __init__(self):
+        self.funcs, self.weights = [lambda completion: 1.0], [1.0]
+
+
 class Judge:
     def score(self, prompt, response):
         return len(response)
@@ -242,6 +249,7 @@ def with_environments(completions, environments):
         (yields, "yields: a reward returns its number"),
         (hidden, "functools.wraps"),
         (with_environments, "environments, which are TRL's"),
+        (Rubric(), r"resolve_reward\(rubric.funcs, weights=rubric.weights\)"),
         (max, "wrap it, lambda prompt, response"),
         (3, "callable"),
         (None, "callable"),
