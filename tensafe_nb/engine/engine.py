@@ -311,8 +311,11 @@ class Engine:
         """Return what a loss may read: labels and per-token extras flattened to the N labelled positions."""
         device = self.model.device
         where = part.labels != IGNORE
+        foreign = (part.attention_mask == 0) & (
+            part.input_ids >= self.model.vocab_size
+        )  # padding without a row
         tensors = {
-            "input_ids": torch.from_numpy(np.where(part.attention_mask == 0, 0, part.input_ids)).to(device),
+            "input_ids": torch.from_numpy(np.where(foreign, 0, part.input_ids)).to(device),
             "attention_mask": torch.from_numpy(part.attention_mask).to(device),
             "labels": torch.from_numpy(part.labels[where]).to(device),
             "sequence_index": torch.from_numpy(where.nonzero()[0]).to(device),
