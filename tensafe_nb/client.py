@@ -23,6 +23,7 @@ from tensafe_nb.privacy.what_if import WhatIf, what_if
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.runs import TrainingRun
+from tensafe_nb.step_alarms import check_schedule
 from tensafe_nb.streaming import stream
 from tensafe_nb.supervised import SupervisedLoop
 from tensafe_nb.transports.base import VERBS, Channel, Transport
@@ -302,11 +303,15 @@ class TrainingClient(Verbs):
             show: Show the progress: a bar, or plain lines where the output is no terminal.
 
         Raises:
-            ValidationError: A number that is not positive.
+            ValidationError: A number that is not positive; or steps that would train at learning rate 0, since the
+                schedule ends before.
         """
         loop = SupervisedLoop(
             self, batches, epochs=epochs, steps=steps, eval_batches=eval_batches, eval_every=eval_every
         )
+        if loop.planned_steps is not None:  # those of a resumed run count from its beginning
+            begun_at = 0 if resume_from is not None else self.step
+            check_schedule(self.config.optimizer, begun_at + loop.planned_steps, loop.planned_steps)
         return self.start_run(
             loop,
             planned_steps=loop.planned_steps,
@@ -419,6 +424,10 @@ class TrainingClient(Verbs):
         """
         await self._channel.loaded.wait_async()
         self._channel.loaded.outcome()
+
+    def wait_loaded(self, timeout: float) -> bool:
+        """Wait so many seconds until the model is loaded, or cannot be; returns whether that is known by then."""
+        return self._channel.loaded.wait(timeout)
 
     # events
 

@@ -26,6 +26,9 @@ class RunClient(Protocol):
     def history(self) -> RunHistory: ...
     def publish(self, event: Event) -> Event: ...
     def sync_events(self) -> None: ...
+    def wait_loaded(self, timeout: float) -> bool:
+        """Wait so many seconds until the model is loaded, or cannot be; whether that is known by then."""
+
     def forward_backward(self, batch: Batch) -> FutureHandle[Any]: ...
     def forward(self, batch: Batch) -> FutureHandle[Any]: ...
     def optim_step(self) -> FutureHandle[Any]: ...
@@ -47,6 +50,9 @@ class Run(Protocol):
 
     def pause(self) -> None:
         """Submit no further step."""
+
+    def remark(self, text: str) -> None:
+        """Say in the run's result why it did not go as planned; once for the same words."""
 
 
 class Loop(Protocol):

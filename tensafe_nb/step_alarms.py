@@ -1,10 +1,12 @@
-"""What speaks up when supervised training goes wrong: three rules over what each optimiser step has measured."""
+"""What speaks up when training goes wrong: rules over the plan of a run, and over what each step has measured."""
 
 import math
 from collections import deque
 from collections.abc import Mapping
 from statistics import median
 
+from tensafe_nb.config import OptimizerConfig
+from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import Alarm
 
 WINDOW = 50  # steps whose gradient norms the median is taken of
@@ -17,9 +19,14 @@ class StepAlarms:
     """Looks at every step and speaks up when a trouble begins, not at every step of it.
 
     The gradient rule compares with a running median, which single spikes do not move.
+
+    Args:
+        optimizer: With what it trains: what an alarm advises has to be true of it.
+        private: Whether it trains with differential privacy.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: OptimizerConfig | None = None, *, private: bool = False) -> None:
+        self._optimizer, self._private = optimizer or OptimizerConfig(), private
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._last_seen: dict[str, int] = {}  # name → how many steps ago
         self._count = 0
@@ -30,7 +37,7 @@ class StepAlarms:
         Args:
             run_id: The run.
             step: The client's optimiser step.
-            values: `loss`, `grad_norm` and `param_delta_norm` of it, as far as they are known.
+            values: `loss`, `grad_norm`, `param_delta_norm` and `learning_rate` of it, as far as they are known.
         """
         self._count += 1
         found = [alarm for alarm in self._findings(run_id, step, values) if self._begins(alarm.name)]
@@ -54,23 +61,41 @@ class StepAlarms:
                     name="grad_norm",
                     level="amber",
                     message=f"The gradient norm is {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}.",
-                    remedy="Look at the batch of this step. Set max_grad_norm in OptimizerConfig, or lower the "
-                    "learning rate.",
+                    remedy=self._against_large_gradients(),
                 )
             )
-        if values.get("param_delta_norm") == 0:
-            found.append(
-                Alarm(
-                    run_id=run_id,
-                    step=step,
-                    name="no_learning",
-                    level="red",
-                    message="The step has moved no weight.",
-                    remedy="Look at the learning rate, whose schedule may have come to its end, and at which weights "
-                    "are trained (lora_config).",
-                )
-            )
+        if values.get("learning_rate") == 0:
+            found.append(schedule_over(run_id, step, self._optimizer))
+        elif values.get("param_delta_norm") == 0:
+            found.append(self._nothing_moved(run_id, step, norm))
         return found
+
+    def _against_large_gradients(self) -> str:
+        if self._private:
+            return (
+                "Rows are clipped and noised before the optimiser sees them, so no single row does this: lower the "
+                "learning rate, or raise the batch size."
+            )
+        if self._optimizer.max_grad_norm is not None:
+            return (
+                f"max_grad_norm={self._optimizer.max_grad_norm:g} has scaled it down. Look at the batch of this step; "
+                f"if it happens often, lower the learning rate."
+            )
+        return "Look at the batch of this step. Set max_grad_norm in OptimizerConfig, or lower the learning rate."
+
+    def _nothing_moved(self, run_id: str, step: int, norm: float) -> Alarm:
+        why, remedy = "", "Look at which weights are trained (lora_config) and at the learning rate."
+        if norm == 0:
+            why = ": the gradient is 0"
+            remedy = "Look at the labels of this batch (all of them -100?), and at which weights are trained (lora_config)."
+        return Alarm(
+            run_id=run_id,
+            step=step,
+            name="no_learning",
+            level="red",
+            message=f"The step has moved no weight{why}.",
+            remedy=remedy,
+        )
 
     def _begins(self, name: str) -> bool:
         before = self._last_seen.get(name)
@@ -87,4 +112,57 @@ def not_finite(run_id: str, step: int, what: str) -> Alarm:
         level="red",
         message=what,
         remedy="Go back to the last checkpoint with a lower learning rate; look at the batch of this step.",
+    )
+
+
+def schedule_over(run_id: str, step: int, optimizer: OptimizerConfig) -> Alarm:
+    """Return the alarm for a step at learning rate 0: it is paid for, and moves nothing."""
+    return Alarm(
+        run_id=run_id,
+        step=step,
+        name="schedule_over",
+        level="red",
+        message=f"The learning rate is 0 from here on: the {optimizer.schedule} schedule ended with step "
+        f"{optimizer.total_steps}. Further steps move nothing.",
+        remedy="Stop the run. To train on: service.restore(checkpoint, optimizer={'total_steps': …}), where total_steps "
+        "counts from the client's first step; or schedule='constant'.",
+    )
+
+
+def check_schedule(optimizer: OptimizerConfig, last_step: int, planned: int) -> None:
+    """Refuse a run whose last steps would train at learning rate 0.
+
+    Args:
+        optimizer: With what it trains.
+        last_step: The client's optimiser step at the run's end.
+        planned: Steps of the run.
+
+    Raises:
+        ValidationError: The schedule ends before.
+    """
+    total = optimizer.total_steps
+    if optimizer.schedule == "constant" or total is None or last_step <= total:
+        return
+    idle = min(last_step - total, planned)
+    raise ValidationError(
+        f"{idle} of the {planned} steps of this run would train at learning rate 0 and move nothing: the "
+        f"{optimizer.schedule} schedule ends at total_steps={total}, and the run at the client's step {last_step}. Set "
+        f"OptimizerConfig(total_steps={last_step}), or ask for {max(planned - idle, 0)} steps. A client that has begun "
+        f"goes on with service.restore(checkpoint, optimizer={{'total_steps': {last_step}}})."
+    )
+
+
+def long_warmup(run_id: str, optimizer: OptimizerConfig, last_step: int) -> Alarm | None:
+    """Return the alarm for a run that ends before its warm-up does; None for any other."""
+    if last_step >= optimizer.warmup_steps:
+        return None
+    return Alarm(
+        run_id=run_id,
+        step=last_step,
+        name="warmup",
+        level="amber",
+        message=f"This run ends at step {last_step}, within its warm-up of {optimizer.warmup_steps} steps: the learning "
+        f"rate never reaches more than {last_step / optimizer.warmup_steps:.0%} of {optimizer.learning_rate:g}.",
+        remedy=f"Lower warmup_steps in OptimizerConfig (a twentieth of the run, {max(1, last_step // 20)}, is usual), or "
+        f"train for longer.",
     )
