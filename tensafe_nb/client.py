@@ -74,7 +74,7 @@ class TrainingClient(Verbs):
         Raises:
             ValidationError: A field that does not fit, or that the state would not fit.
         """
-        for field in ("model_ref", "lora_config"):
+        for field in ("model_ref", "lora_config", "resize_embeddings"):
             if field in changes:
                 raise ValidationError(
                     f"fork: {field} cannot change: the state would not fit. Create a new client for it."

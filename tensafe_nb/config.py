@@ -1,5 +1,8 @@
 """What a user types to configure training: frozen, checked where it is typed, every name the field's own."""
 
+import fnmatch
+import re
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 import pydantic
@@ -72,15 +75,58 @@ class LoRAConfig(Config):
         rank: Rank of the two factors.
         alpha: Scale; the adapter's output is multiplied by alpha / rank.
         dropout: Probability with which an input of the adapter is dropped while training.
-        target_modules: Names of the linear layers to adapt, or "all-linear".
+        target_modules: Names of the layers to adapt (linear ones, embeddings, the head); or "all-linear": every linear
+            layer but the head; or a regular expression that the whole name of a layer must match.
         bias: Which biases are trained besides: "none", "all", or "lora_only".
+        modules_to_save: Names of modules that are trained whole and kept with the adapter, such as "embed_tokens" and
+            "lm_head".
+        use_rslora: Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
+        rank_pattern: Other ranks, by name of a layer or regular expression.
+        alpha_pattern: Other alphas, by name of a layer or regular expression.
+        exclude_modules: Names of layers to leave out; or a regular expression.
+        layers_to_transform: Numbers of the blocks to adapt; None adapts all.
+        target_parameters: Names of parameters to adapt that belong to no linear layer, such as those of experts.
+            "all-linear" takes the experts of the known architectures with it.
     """
 
     rank: Positive = 16
     alpha: pydantic.PositiveFloat = 32
     dropout: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    target_modules: tuple[str, ...] | str = "all-linear"
     bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: tuple[str, ...] = ()
+    use_rslora: bool = False
+    rank_pattern: dict[str, Positive] = pydantic.Field(default_factory=dict)
+    alpha_pattern: dict[str, pydantic.PositiveFloat] = pydantic.Field(default_factory=dict)
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[pydantic.NonNegativeInt, ...] | None = None
+    target_parameters: tuple[str, ...] = ()
+
+    @pydantic.field_validator("modules_to_save", mode="before")
+    @classmethod
+    def _one_module_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else () if value is None else value
+
+    @pydantic.field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _regular_expressions_can_be_read(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"a string is a regular expression, and this is none ({error})") from None
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _a_module_is_adapted_or_trained_whole(self) -> Self:
+        both = set(self.modules_to_save) & set(
+            self.target_modules if isinstance(self.target_modules, tuple) else ()
+        )
+        if both:
+            raise ValueError(
+                f"{sorted(both)} stands in target_modules and in modules_to_save: a module is adapted, or trained whole"
+            )
+        return self
 
 
 class OptimizerConfig(Config):
@@ -254,6 +300,11 @@ class TrainingConfig(Config):
         device: "cpu", "cuda", "mps", or "auto".
         value_head: Add a scalar head on the hidden states, for PPO with advantage="gae".
         dp_config: Train with differential privacy; None trains without.
+        ignore_weights: Weights that a model's file may hold though the model has no place for them: regular
+            expressions, found anywhere in the name, as in transformers' own lists ("v_head"), or shell patterns
+            ("*.inv_freq").
+        resize_embeddings: Give the model rows for tokens that its tokenizer has and it lacks. The new rows begin as the
+            mean of the others.
     """
 
     model_ref: str = "builtin:tiny"
@@ -268,9 +319,35 @@ class TrainingConfig(Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     value_head: bool = False
     dp_config: DPConfig | None = None
+    ignore_weights: tuple[str, ...] = ()
+    resize_embeddings: bool = False
+
+    @pydantic.field_validator("ignore_weights", mode="before")
+    @classmethod
+    def _one_pattern_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @pydantic.field_validator("ignore_weights")
+    @classmethod
+    def _patterns_name_something(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty pattern would cover every weight: name those that may be left out")
+        return value
 
     @property
     def expected_units(self) -> int:
         """L of a private step: the privacy units it holds on average, as declared."""
         declared = self.dp_config.expected_batch_size if self.dp_config is not None else None
         return declared or self.batch_size * self.gradient_accumulation_steps
+
+
+def covers(patterns: Iterable[str], name: str) -> bool:
+    """Whether one of `ignore_weights` covers the name of a weight."""
+    return any(_pattern(text).search(name) for text in patterns)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error:  # "*.inv_freq", which means what it does in a shell
+        return re.compile(fnmatch.translate(text))

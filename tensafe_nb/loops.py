@@ -45,6 +45,14 @@ class Run(Protocol):
 
     run_id: str
 
+    @property
+    def client(self) -> RunClient:
+        """The training client it trains."""
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimiser steps it has taken."""
+
     def wait(self, handle: FutureHandle[R]) -> R:
         """Wait for a result within a step; `stop()` cancels what is waited for."""
 

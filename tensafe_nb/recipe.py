@@ -14,6 +14,7 @@ from tensafe_nb.config import Config, LossConfig, Positive, TrainingConfig
 from tensafe_nb.data import Batches, OnBadRows, Rows
 from tensafe_nb.draws import PoissonDraws
 from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.registry import load_dotted
 from tensafe_nb.rlvr import (
     PPO,
     REINFORCE,
@@ -41,6 +42,8 @@ LAYOUT: dict[Keys, Keys] = {
     ("model", "dtype"): ("training", "dtype"),
     ("model", "device"): ("training", "device"),
     ("model", "value_head"): ("training", "value_head"),
+    ("model", "ignore_weights"): ("training", "ignore_weights"),
+    ("model", "resize_embeddings"): ("training", "resize_embeddings"),
     ("lora",): ("training", "lora_config"),
     ("dp",): ("training", "dp_config"),
     ("optimizer",): ("training", "optimizer"),
@@ -79,7 +82,8 @@ class AlgoConfig(Config):
     """How rewards become optimiser steps.
 
     Args:
-        type: "reinforce", "ppo", or a preset: "grpo", "dr_grpo", "cispo", "gspo", "rloo", "reinforce_pp", "ppo_value".
+        type: "reinforce", "ppo", or a preset: "grpo", "dr_grpo", "cispo", "gspo", "rloo", "reinforce_pp",
+            "reinforce_pp_baseline", "ppo_value".
         kwargs: Fields of REINFORCEConfig or PPOConfig that are to be different.
     """
 
@@ -126,6 +130,8 @@ class RLVRConfig(Config):
         stop: Strings that end a completion.
         fixed_length: Every completion has `max_new_tokens`.
         eval_samples: Sampled answers per held-out prompt.
+        eval_pass_at: The k of `eval/pass@k`; as for `RLVRTrainer`.
+        good_threshold: Score from which an answer counts as right; as for `RLVRTrainer`.
     """
 
     reward: RewardConfig
@@ -137,6 +143,8 @@ class RLVRConfig(Config):
     stop: tuple[str, ...] = ()
     fixed_length: bool = False
     eval_samples: Positive = 1
+    eval_pass_at: tuple[Positive, ...] | None = None
+    good_threshold: float = 0.5
 
     @pydantic.field_validator("reward", "algo", mode="before")
     @classmethod
@@ -149,7 +157,7 @@ class Recipe(Config):
 
     Args:
         mode: "sft" learns from examples, "rlvr" from rewards.
-        training: What the training client is made of.
+        training: What the training client is made of. In mode rlvr dtype "auto" is float32 on a CPU.
         steps: Optimiser steps; needed in mode rlvr.
         epochs: Passes over the rows, in mode sft; 1 when `steps` is not given either.
         eval_every: Steps between evaluations on held-out rows.
@@ -168,7 +176,7 @@ class Recipe(Config):
     """
 
     mode: Literal["sft", "rlvr"] = "sft"
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingConfig = pydantic.Field(default=TrainingConfig(), validate_default=True)
     steps: Positive | None = None
     epochs: Positive | None = None
     eval_every: Positive | None = None
@@ -179,6 +187,19 @@ class Recipe(Config):
     truncate: bool = False
     on_bad_rows: OnBadRows = "raise"
     rlvr: RLVRConfig | None = None
+
+    @pydantic.field_validator("training")
+    @classmethod
+    def _rewards_take_float32_on_a_cpu(
+        cls, training: TrainingConfig, info: pydantic.ValidationInfo
+    ) -> TrainingConfig:
+        """In bfloat16 a CPU samples from one policy and trains another; how far apart, a run measures at its start."""
+        if info.data.get("mode") != "rlvr" or training.dtype != "auto":
+            return training
+        if training.device != "cpu" and not importlib.util.find_spec("torch"):
+            return training  # a core elsewhere knows its device
+        is_cpu = load_dotted("tensafe_nb.engine.models:is_cpu")
+        return training.replace(dtype="float32") if is_cpu(training.device) else training
 
     @pydantic.model_validator(mode="after")
     def _nothing_goes_unread(self) -> Self:

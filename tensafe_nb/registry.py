@@ -1,5 +1,6 @@
 """One way to name a function: a callable, a registered name, or "package.module:attribute"."""
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -113,6 +114,8 @@ def check_keywords(
 
 def name_of(function: Callable[..., Any]) -> str:
     """Return the name a person would call this function by."""
+    while isinstance(function, functools.partial):
+        function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 

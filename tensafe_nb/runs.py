@@ -300,7 +300,7 @@ class TrainingRun:
             self._publish_state()
             if self.planned_steps is not None and self._index >= self.planned_steps:
                 self.remark(
-                    f"The checkpoint stands at step {self._index}, and this run was to end at step {self.planned_steps}: "
+                    f"The checkpoint stands at step {self._index}, and this run was to end at {self.planned_steps}: "
                     f"there was nothing left to do. Steps and epochs count from the beginning of the run that saved it."
                 )
         while not self._over():

@@ -12,7 +12,7 @@ from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.events import Metrics
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.loops import Batch, Run, RunClient
-from tensafe_nb.step_alarms import StepAlarms, long_warmup, not_finite
+from tensafe_nb.step_alarms import Rates, StepAlarms, not_finite
 from tensafe_nb.types import ForwardBackwardResult, ForwardResult, OptimStepResult
 
 EVAL_SLICE = 64  # held-out batches in the queue at a time
@@ -136,7 +136,7 @@ class SupervisedLoop:
         check_batches(batches=batches, eval_batches=() if eval_batches is None else eval_batches)
         if batches is eval_batches and isinstance(batches, Iterator):
             raise ValidationError(
-                "fit: batches and eval_batches are the same generator: what one has dealt, the other misses. Give lists."
+                "fit: batches and eval_batches are one generator: what one has dealt, the other misses. Give lists."
             )
         self._client = client
         whole_draws = isinstance(batches, PoissonDraws)  # one item is one step, however many rows it has
@@ -148,7 +148,7 @@ class SupervisedLoop:
         self._evaluated_after: int | None = None
         dp = client.config.dp_config
         self._alarms = StepAlarms(client.config.optimizer, private=dp is not None and dp.enabled)
-        self._stepped, self._idle = False, 0  # steps taken at learning rate 0
+        self._rates = Rates(client.config.optimizer)
         self._newest: list[FutureHandle[Any]] = []  # of the last two steps
         self._cursor = BatchCursor(batches, self._passes)
         self.planned_steps = steps if steps is not None else self._count(batches)
@@ -188,20 +188,10 @@ class SupervisedLoop:
             if isinstance(result, OptimStepResult):
                 values |= {"grad_norm": result.grad_norm, "param_delta_norm": result.param_delta_norm}
                 values["learning_rate"] = result.learning_rate
-                self._note_rate(index, result)
-                for alarm in self._alarms.observe(self._run.run_id, result.step, values):
+                last = None if self.planned_steps is None else result.step + self.planned_steps - index - 1
+                found = self._rates.observe(self._run.run_id, result.step, result.learning_rate, last)
+                for alarm in [*found, *self._alarms.observe(self._run.run_id, result.step, values)]:
                     self._client.publish(alarm)
-
-    def _note_rate(self, index: int, result: OptimStepResult) -> None:
-        """At the first step, look whether the warm-up outlasts the plan; count the steps that moved nothing."""
-        optimizer = self._client.config.optimizer
-        if not self._stepped and self.planned_steps is not None:
-            last_step = result.step + self.planned_steps - index - 1
-            found = long_warmup(self._run.run_id, optimizer, last_step)
-            if found is not None:
-                self._client.publish(found)
-        self._stepped = True
-        self._idle += result.learning_rate == 0
 
     def position(self) -> dict[str, int]:
         """Return where the batches stand."""
@@ -216,12 +206,8 @@ class SupervisedLoop:
 
     def close(self) -> None:
         """Say at which step a loss or gradient was no number, if that is how it ended; and what moved nothing."""
-        if self._idle:
-            optimizer = self._client.config.optimizer
-            self._run.remark(
-                f"{self._idle} steps were taken at learning rate 0 and moved nothing: the {optimizer.schedule} schedule "
-                f"ended at total_steps={optimizer.total_steps}."
-            )
+        if self._rates.remark is not None:
+            self._run.remark(self._rates.remark)
         failed = (handle.exception() for handle in self._newest if handle.done())
         error = next((error for error in failed if isinstance(error, NonFiniteLossError)), None)
         if error is not None:

@@ -144,6 +144,8 @@ class SampledSequence:
         raw_logprobs: Per token, at temperature 1 over the whole vocabulary.
         finish_reason: "stop" (end token), "stop_string", "length", or "fixed" (`ignore_end`).
         seed: Of this row's random stream.
+        entropy: Exact entropy of the distributions sampled from, in nats, mean over the tokens; None where the
+            sampler does not say.
     """
 
     prompt_index: int
@@ -154,6 +156,7 @@ class SampledSequence:
     raw_logprobs: tuple[float, ...]
     finish_reason: str
     seed: int
+    entropy: float | None = None
 
 
 @plain
@@ -368,7 +371,7 @@ Result: TypeAlias = (
 @plain
 @dataclass(frozen=True, slots=True)
 class TrainingClientInfo:
-    """A training client as its core sees it at one moment."""
+    """A training client as its core sees it at one moment; where and in what it computes once its model is loaded."""
 
     training_client_id: str
     model_ref: str
@@ -378,6 +381,8 @@ class TrainingClientInfo:
     created_at: float
     reason: str | None = None
     dp_metrics: DPMetrics | None = None
+    device: str | None = None
+    precision: str | None = None
 
 
 @plain

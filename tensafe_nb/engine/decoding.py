@@ -1,7 +1,9 @@
 """The model's side of sampling: rows that grow by a token at a time, and the logits of what comes next."""
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,93 @@ from torch import Tensor, nn
 from tensafe_nb.engine import llama
 from tensafe_nb.engine.models import LoadedModel
 
+logger = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # of the largest logit
+_caches: WeakKeyDictionary[nn.Module, bool] = (
+    WeakKeyDictionary()
+)  # by model, whether its cache can be relied on
 LARGE, BLOCK = 16_384, 128  # tokens of a vocabulary that is multiplied in blocks, and of a block
+
+
+class Rows(Protocol):
+    """Rows that grow by a token at a time."""
+
+    logits: Tensor
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows only."""
+
+    def feed(self, tokens: Tensor) -> None:
+        """Append one token (R,) to each row."""
+
+
+def rows_of(model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int) -> Rows:
+    """Return prompts' rows, decoded with a cache where the architecture's can be relied on, else anew at each token."""
+    if model.causal not in _caches:
+        _caches[model.causal] = type(model.body).__name__ in llama.SHAPED_LIKE_LLAMA or _cache_works(model)
+        if not _caches[model.causal]:
+            logger.warning(
+                "%s is sampled without a cache, which its architecture has in another form: every token takes as long "
+                "as reading all of the row",
+                type(model.causal).__name__,
+            )
+    return (Decoder if _caches[model.causal] else Recomputed)(model, prompts, samples, new_tokens)
+
+
+def _cache_works(model: LoadedModel) -> bool:
+    """Try once, on rows of different length, whether decoding with a cache says what reading them anew says."""
+    tokens = torch.tensor([3, 2, 1, 2], device=model.device)
+    found = []
+    for kind in (Recomputed, Decoder):
+        try:
+            rows = kind(model, [[1, 2, 3], [2]], 2, 2)
+            rows.feed(tokens)
+            rows.keep(torch.tensor([1, 2, 3], device=model.device))
+            rows.feed(tokens[1:])
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+            if kind is Recomputed:
+                raise
+            return False
+        found.append(rows.logits)
+    exact, cached = found
+    return bool((exact - cached).abs().max() <= TOLERANCE[model.compute_dtype] * exact.abs().max())
+
+
+class Recomputed:
+    """Rows that are read anew at each token: for state-space models, and whatever keeps no cache of keys and values.
+
+    Rows are padded on the right: what a causal model says of a token does not depend on what comes after it.
+    """
+
+    def __init__(
+        self, model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int
+    ) -> None:
+        self._model = model
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids = torch.zeros(len(prompts), int(lengths.max()) + new_tokens, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        self._ids = ids.repeat_interleave(samples, 0).to(model.device)
+        self._lengths = lengths.repeat_interleave(samples).to(model.device)
+        self.logits = self._read()
+
+    def keep(self, rows: Tensor) -> None:
+        self._ids, self._lengths = self._ids[rows], self._lengths[rows]
+
+    def feed(self, tokens: Tensor) -> None:
+        self._ids[torch.arange(len(tokens)), self._lengths] = tokens.to(self._model.device)
+        self._lengths = self._lengths + 1
+        self.logits = self._read()
+
+    def _read(self) -> Tensor:
+        """Return (R, V) logits of what comes after each row."""
+        model, rows = self._model, torch.arange(len(self._ids), device=self._model.device)
+        inputs = {"input_ids": self._ids[:, : int(self._lengths.max())], "use_cache": False}
+        with model.autocast():
+            if not model.split:
+                return model.causal(**inputs).logits[rows, self._lengths - 1].float()  # type: ignore[no-any-return]
+            return head(model, model.body(**inputs).last_hidden_state[rows, self._lengths - 1]).float()
 
 
 class Decoder:

@@ -51,13 +51,18 @@ class Engine:
     """
 
     def __init__(self, config: TrainingConfig, model: models.LoadedModel | None = None) -> None:
-        self.config = config
         self.model = models.load(config) if model is None else model
+        brought = (
+            self.model.lora
+        )  # by a folder with an adapter, of which the configuration may say less, or nothing
+        self.config = config if brought is None else config.replace(lora_config=brought)
         self.step = 0
         self.policy_version = 0
         self.parameters = [parameter for _, parameter in self.model.trainable]
         self.optimizer = optimizers.build(config.optimizer, self.parameters)
-        self.reference = Reference(self.model, config.lora_config)
+        self.reference = Reference(self.model, self.config.lora_config)
+        if self.model.continued:
+            self.reference.freeze(0)  # where training begins is the base with its adapter, not the bare base
         self.window = Window()
         self.samples_drawn = 0
         self._has_dropout = self.model.has_dropout
@@ -300,7 +305,7 @@ class Engine:
         device = self.model.device
         where = part.labels != IGNORE
         tensors = {
-            "input_ids": torch.from_numpy(part.input_ids).to(device),
+            "input_ids": torch.from_numpy(np.where(part.attention_mask == 0, 0, part.input_ids)).to(device),
             "attention_mask": torch.from_numpy(part.attention_mask).to(device),
             "labels": torch.from_numpy(part.labels[where]).to(device),
             "sequence_index": torch.from_numpy(where.nonzero()[0]).to(device),

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tensafe_nb.engine import reading
 from tensafe_nb.errors import ModelLoadError, StorageError
 from tensafe_nb.store import home
 from tensafe_nb.store.files import Files, disk_errors, locked, make_folder
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what is written here; another number converts every file anew
+VERSION = 2  # of what is written here; another number converts every file anew (1 made up weights that were missing)
 DRAFT = ".converting"
 STAGES = 3  # the weights, the tokenizer, the files
 BAR_WIDTH = 88
@@ -122,10 +123,16 @@ def _model(path: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _one_bar():
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    with _one_bar(), reading.without_report():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
         )
+    reading.check_report(str(path), info, (), model.config.to_dict())
     # The weights are plain float32, but while the quantizer that read them is attached, saving is refused.
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     del model.config.quantization_config

@@ -4,7 +4,7 @@ import numpy as np
 
 from tensafe_nb.batch import IGNORE, BatchData
 from tensafe_nb.data.labels import encode_prompt
-from tensafe_nb.engine.models import LoadedModel
+from tensafe_nb.engine.models import LoadedModel, too_few_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import Prompt
 
@@ -19,19 +19,28 @@ def check_batch(batch: BatchData, model: LoadedModel, model_ref: str) -> None:
         raise ValidationError(
             "This batch is a Poisson draw that drew nothing: only forward_backward() of a private client takes it."
         )
+    seen = np.where(batch.attention_mask == 0, 0, batch.input_ids)  # padding may be a token of no model
     labels = np.where(batch.labels == IGNORE, 0, batch.labels)
-    for name, ids in (("input_ids", batch.input_ids), ("labels", labels)):
+    for name, ids in (("input_ids", seen), ("labels", labels)):
         if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
             row, column = np.argwhere((ids < 0) | (ids >= model.vocab_size))[0]
             raise ValidationError(
                 f"BatchData.{name}[{row}][{column}] is {ids[row, column]}: {model_ref!r} has the tokens 0 to "
-                f"{model.vocab_size - 1}. Was the text tokenised for another model? Use tc.tokenizer."
+                f"{model.vocab_size - 1}. {_advice(int(ids[row, column]), model)}"
             )
     if model.context is not None and batch.shape[1] > model.context:
         raise ValidationError(
             f"BatchData has rows of {batch.shape[1]} tokens; {model_ref!r} reads at most {model.context}. "
             f"Cut them: max_length={model.context} in tensafe_nb.data.batches."
         )
+
+
+def _advice(token: int, model: LoadedModel) -> str:
+    """Say what to do about a token that the model has no row for: it may be the tokenizer's own."""
+    added = {number: text for text, number in model.tokenizer.get_vocab().items()}
+    if token not in added:
+        return "Was the text tokenised for another model? Use tc.tokenizer."
+    return f"It is {added[token]!r}: {too_few_rows(max(added) + 1, model.vocab_size)}."
 
 
 def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> list[int]:
@@ -45,7 +54,8 @@ def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> l
         raise ValidationError(f"Prompt {index} is empty: give at least one token.")
     if min(ids) < 0 or max(ids) >= model.vocab_size:
         raise ValidationError(
-            f"Prompt {index} holds a token outside 0 to {model.vocab_size - 1}, the model's vocabulary."
+            f"Prompt {index} holds a token outside 0 to {model.vocab_size - 1}, the model's vocabulary. "
+            f"{_advice(next(i for i in ids if not 0 <= i < model.vocab_size), model)}"
         )
     if model.context is not None and len(ids) + new_tokens > model.context:
         raise ValidationError(

@@ -1,27 +1,30 @@
 """From a `model_ref` to a model on a device: loading, adapters, and the split into body and head."""
 
-import contextlib
 import copy
+import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
-from tensafe_nb.engine import gguf
+from tensafe_nb.engine import adapter_folders, gguf, reading
 from tensafe_nb.errors import ModelLoadError, TGTinkerError, ValidationError, nearest
+
+logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 BUILTINS = ("builtin:sums", "builtin:tiny")
 GLOBAL_RANDOM = (
     threading.Lock()
 )  # torch has one global random stream: who seeds it and draws from it takes turns
-_LOADING = threading.Lock()  # transformers patches torch while it loads: two loads at once corrupt each other
+LOADING = threading.Lock()  # transformers patches torch while it loads: two loads at once corrupt each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,9 @@ class LoadedModel:
         compute_dtype: float32, or bfloat16 for autocast.
         split: Whether head(body(x)) equals the model's own logits, so that logits can be had per position.
         value_head: A scalar head on the hidden states; None without one.
+        lora: The adapter's configuration, which a folder may have brought; None when all weights are trained.
+        continued: Whether the adapter was trained before, so that base and policy differ from the beginning.
+        own_embeddings: Whether the frozen embeddings are not those of the base: resized, or brought by the adapter.
     """
 
     causal: Any
@@ -45,6 +51,9 @@ class LoadedModel:
     compute_dtype: torch.dtype
     split: bool
     value_head: nn.Linear | None = None
+    lora: LoRAConfig | None = None
+    continued: bool = False
+    own_embeddings: bool = False
 
     @property
     def body(self) -> Callable[..., Any]:
@@ -56,7 +65,7 @@ class LoadedModel:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.causal.get_input_embeddings().num_embeddings)
+        return int(self.causal.get_input_embeddings().weight.shape[0])
 
     @property
     def context(self) -> int | None:
@@ -91,22 +100,36 @@ class LoadedModel:
 
 
 def load(config: TrainingConfig) -> LoadedModel:
-    """Load the model of a configuration, with fresh adapters when it asks for them.
+    """Load the model of a configuration, with the adapter of its folder, or a fresh one where it asks for one.
 
     Raises:
         ModelLoadError: No such model, or it cannot be loaded; the message says what to do.
         ValidationError: The adapter does not fit the model.
     """
     device = _device(config.device)
-    with _LOADING:
-        folder = _locate(config.model_ref)
-        causal, tokenizer = _read(config.model_ref, folder)
+    with LOADING:
+        source = _found(config.model_ref)
+        adapter = adapter_folders.adapter_in(source, _found)
+        base, revision = (source, None) if adapter is None else (adapter.base, adapter.revision)
+        named = config.model_ref if adapter is None else base
+        causal = reading.read(named, base, config.ignore_weights, revision)
+        own = adapter is not None and adapter.own_tokenizer
+        tokenizer = reading.tokenizer_of(*((config.model_ref, source) if own else (named, base, revision)))
+    weights = {} if adapter is None else adapter.weights()
+    lora = config.lora_config
+    if adapter is not None:
+        lora = adapter.merged_with(lora, lambda asked: layers_of(asked, causal))
+    brought = _embeddings_in(weights, causal)
+    grown = _resize(causal, tokenizer, max(brought.values(), default=0), config)
     dtype = _dtype(config, device)
-    frozen = config.lora_config is not None
-    causal = causal.to(device=device, dtype=dtype if frozen else torch.float32)
-    peft = _add_adapter(causal, config.lora_config, config.seed) if config.lora_config else None
+    causal = causal.to(device=device, dtype=torch.float32 if lora is None else dtype)
+    peft = None if lora is None else _add_adapter(causal, lora, config.seed)
+    if peft is not None and adapter is not None:
+        _fill(peft, weights, adapter.path)
     causal.eval()
-    split = _head_of_body_is_the_model(causal, device, dtype)
+    split = _probe(causal, device, dtype, config.model_ref)
+    if grown and lora is not None:
+        _warn_of_frozen_rows(causal, grown)
     return LoadedModel(
         causal,
         peft,
@@ -115,7 +138,19 @@ def load(config: TrainingConfig) -> LoadedModel:
         dtype,
         split,
         _value_head(causal, device) if config.value_head else None,
+        lora,
+        continued=adapter is not None,
+        own_embeddings=bool(grown) or not all(_is_saved(name, lora) for name in brought),
     )
+
+
+def _found(model_ref: str) -> str:
+    source = locate(model_ref)
+    return source if Path(source).is_dir() else _at_hand(source)
+
+
+READ_PAST_LAYERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Architectures whose fast kernels take `out_proj.weight` itself, past a layer's adapter: PEFT refuses to adapt it."""
 
 
 def _value_head(causal: Any, device: torch.device) -> nn.Linear:
@@ -138,55 +173,51 @@ def share(model: LoadedModel) -> LoadedModel:
     return replace(model, peft=peft, causal=causal, value_head=value_head)
 
 
-def _locate(model_ref: str) -> str:
+def locate(model_ref: str) -> str:
+    """Return the folder of a model, or the hub id that it must be.
+
+    Raises:
+        ModelLoadError: There is no such built-in, folder or file.
+    """
     if model_ref in BUILTINS:
         return str(ASSETS / model_ref.removeprefix("builtin:"))
     if model_ref.startswith("builtin:"):
         raise ModelLoadError(f"There is no built-in model {model_ref!r}.{nearest(model_ref, BUILTINS)}")
     path = Path(model_ref).expanduser()
     if path.suffix == ".gguf":
-        with _quiet_if(True):  # it has one bar of its own
+        with reading.quiet_if(True):  # it has one bar of its own
             return str(gguf.converted(path))
     if path.is_dir():
         return str(path)
+    if path.is_file():
+        raise ModelLoadError(f"{model_ref!r} is a file. Give the folder it is in: {str(path.parent)!r}.")
     if path.is_absolute() or model_ref.startswith((".", "~")) or model_ref.count("/") > 1:
         raise ModelLoadError(f"There is no folder {model_ref!r} (looked in {Path.cwd()}).")
     return model_ref
 
 
-def _read(model_ref: str, folder: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _at_hand(hub_id: str) -> str:
+    """Return where a model of the hub can be read: the hub id, or the folder of an earlier download.
 
-    local = Path(folder).is_dir()
-    try:
-        with _quiet_if(local):
-            source = folder if local or _hub_answers() else _cached(folder)
-            causal = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, trust_remote_code=False
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        advice = (
-            "Check that the folder holds config.json, model.safetensors and tokenizer.json."
-            if local
-            else f"It is no built-in ({', '.join(BUILTINS)}) and no local folder, so it was taken for a hub id: "
-            f"check the spelling, the network, and HF_TOKEN for gated models."
-        )
-        raise ModelLoadError(
-            f"The model {model_ref!r} could not be loaded: {_first_line(error)} {advice}"
-        ) from error
-    return causal, tokenizer
-
-
-def _cached(hub_id: str) -> str:
-    """Return the folder of a model that was downloaded before; without network there is no other."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    An adapter is small, and its folder is what is looked into: it is downloaded whole.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return str(snapshot_download(hub_id, local_files_only=True))
+        if not _hub_answers():
+            return str(snapshot_download(hub_id, local_files_only=True))
     except LocalEntryNotFoundError as error:
-        raise OSError("the model hub cannot be reached, and this machine has no earlier download") from error
+        raise ModelLoadError(
+            f"The model {hub_id!r} could not be loaded: the model hub cannot be reached, and this machine has no "
+            f"earlier download. It is no built-in ({', '.join(BUILTINS)}) and no local folder, so it was taken for a "
+            f"hub id: check the spelling and the network."
+        ) from error
+    try:
+        hf_hub_download(hub_id, adapter_folders.CONFIG)
+        return str(snapshot_download(hub_id))
+    except (EntryNotFoundError, HfHubHTTPError):  # no adapter; what else is wrong, reading the model will say
+        return hub_id
 
 
 def _hub_answers() -> bool:
@@ -203,26 +234,6 @@ def _hub_answers() -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _quiet_if(local: bool) -> Iterator[None]:
-    """A bar is for a download: for a local folder it would only litter the cell."""
-    from transformers.utils import logging as transformers_logging
-
-    silenced = local and transformers_logging.is_progress_bar_enabled()
-    if silenced:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if silenced:
-            transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".") + "."
-
-
 def _device(name: str) -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -232,6 +243,11 @@ def _device(name: str) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise ModelLoadError("device='mps', but torch sees no Apple GPU. Use device='auto' or 'cpu'.")
     return torch.device(name)
+
+
+def is_cpu(name: str) -> bool:
+    """Whether the device of this name ("auto" included) is the processor."""
+    return name == "cpu" or (name == "auto" and _device(name).type == "cpu")
 
 
 def _dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
@@ -253,28 +269,182 @@ def multiplies_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def _settings(lora: LoRAConfig, causal: Any) -> Any:
+    """Return a configuration in PEFT's words."""
+    import peft
+
+    def listed(value: tuple[Any, ...] | str) -> list[Any] | str | None:
+        return value if isinstance(value, str) else list(value) or None
+
+    exclude = listed(lora.exclude_modules)
+    if lora.target_modules == "all-linear" and getattr(causal.config, "model_type", "") in READ_PAST_LAYERS:
+        exclude = exclude or ["out_proj"]
+    try:
+        return peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=listed(lora.target_modules),
+            bias=lora.bias,
+            task_type="CAUSAL_LM",
+            modules_to_save=listed(lora.modules_to_save),
+            use_rslora=lora.use_rslora,
+            rank_pattern=dict(lora.rank_pattern),
+            alpha_pattern=dict(lora.alpha_pattern),
+            exclude_modules=exclude,
+            target_parameters=listed(lora.target_parameters),
+            layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
+        )
+    except (ValueError, TypeError) as error:
+        raise ValidationError(f"LoRAConfig: {reading.first_line(error)}") from error
+
+
+def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:
+    """Return the names of the layers that a configuration adapts, by PEFT's own rules, and of the experts."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+
+    settings = _maybe_include_all_linear_layers(_settings(lora, causal), causal)
+    layers = {name for name in _layers(causal) if check_target_module_exists(settings, name)}
+    experts = (name for name, p in causal.named_parameters() if p.ndim == 3 and ".experts." in name)
+    every = lora.target_modules == "all-linear"
+    return layers | {
+        name for name in experts if every or any(_ends(name, each) for each in lora.target_parameters)
+    }
+
+
+def _layers(causal: Any) -> dict[str, Any]:
+    """Return what can be adapted: every module with a matrix of its own."""
+    return {
+        name: module
+        for name, module in causal.named_modules()
+        if name and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    }
+
+
 def _add_adapter(causal: Any, lora: LoRAConfig, seed: int) -> Any:
     import peft
 
     from tensafe_nb.engine.adapters import FusedLinear
 
     _check_adapter(causal, lora)
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    settings = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        bias=lora.bias,
-        task_type="CAUSAL_LM",
-    )
+    settings = _settings(lora, causal)
     settings._register_custom_module({nn.Linear: FusedLinear})
     with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        adapted = peft.get_peft_model(causal, settings)
+        try:
+            adapted = peft.get_peft_model(causal, settings)
+        except (ValueError, TypeError) as error:
+            raise ValidationError(
+                f"LoRAConfig does not fit this model: {reading.first_line(error)}"
+            ) from error
     _train_in_float32(causal)
     return adapted
+
+
+def _fill(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
+    """Give an adapter the weights of a folder, all of them.
+
+    Raises:
+        ModelLoadError: Some are missing, left over, or of another shape.
+    """
+    import peft
+
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    named = adapted.get_base_model().named_parameters(remove_duplicate=False)
+    base = {f"{adapter_folders.PREFIX}{name}": parameter for name, parameter in named}
+    known = own | {name: base[name] for name in weights.keys() & base.keys() if ".lora_" not in name}
+    missing = sorted(own.keys() - weights.keys())
+    left = sorted(weights.keys() - known.keys())
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} there, {tuple(known[name].shape)} here"
+        for name in sorted(weights.keys() & known.keys())
+        if weights[name].shape != known[name].shape
+    ]
+    if missing or left or shapes:
+        parts = {"missing": missing, "without a place": left, "of another shape": shapes}
+        found = "; ".join(f"{what}: {reading.listed(names)}" for what, names in parts.items() if names)
+        raise ModelLoadError(
+            f"The adapter in {str(path)!r} does not fit its base: {found}. Is base_model_name_or_path in "
+            f"{adapter_folders.CONFIG} the model it was trained on?",
+            details={"missing": missing, "unexpected": left, "mismatched": shapes},
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.set_peft_model_state_dict(adapted, weights)
+
+
+def _is_saved(name: str, lora: LoRAConfig | None) -> bool:
+    return lora is not None and any(
+        name == module or name.endswith(f".{module}") for module in lora.modules_to_save
+    )
+
+
+def embeddings_of(causal: Any) -> dict[str, Any]:
+    """Return the embedding and the head by their names."""
+    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    return {name: module for name, module in causal.named_modules() if any(module is end for end in ends)}
+
+
+def _embeddings_in(weights: Mapping[str, Tensor], causal: Any) -> dict[str, int]:
+    """Return the rows of the embedding, and of the head, that an adapter brings, by their names."""
+    kept = {
+        name: weights.get(
+            f"{adapter_folders.PREFIX}{name}.base_layer.weight",
+            weights.get(f"{adapter_folders.PREFIX}{name}.weight"),
+        )
+        for name in embeddings_of(causal)
+    }
+    return {name: len(weight) for name, weight in kept.items() if weight is not None}
+
+
+def _resize(causal: Any, tokenizer: Any, brought: int, config: TrainingConfig) -> int:
+    """Give a model rows for its tokenizer's tokens, or for what its adapter brings; return how many are new."""
+    rows = len(causal.get_input_embeddings().weight)
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    wanted = brought or (max(rows, needed) if config.resize_embeddings else rows)
+    if needed > wanted:
+        logger.warning("%s: %s", config.model_ref, too_few_rows(needed, wanted))
+    if wanted != rows:
+        with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            causal.resize_token_embeddings(wanted, mean_resizing=False)
+        _begin_as_the_mean(causal, rows)
+    return max(0, wanted - rows)
+
+
+@torch.no_grad()
+def _begin_as_the_mean(causal: Any, rows: int) -> None:
+    """Let new rows begin as the mean of the others, with a hundredth of their spread so that no two are equal.
+
+    So a new token is neither likelier nor less likely than the others are on average. numpy's stream is the same on
+    every processor, and always this one: a frozen row is not in a checkpoint, it is made again.
+    """
+    for module in embeddings_of(causal).values():
+        for weight in module.parameters(recurse=False):
+            old = weight[:rows].double()
+            noise = np.random.default_rng(0).standard_normal(weight[rows:].shape)
+            weight[rows:] = (old.mean(0) + 0.01 * old.std(0) * torch.from_numpy(noise)).to(weight.dtype)
+
+
+def too_few_rows(tokens: int, rows: int) -> str:
+    """Say that a tokenizer has more tokens than its model has rows, and what to do."""
+    return (
+        f"the tokenizer has {tokens} tokens and the model {rows} rows for them. Tokens that were added need rows: "
+        f"TrainingConfig(resize_embeddings=True)"
+    )
+
+
+def _warn_of_frozen_rows(causal: Any, grown: int) -> None:
+    ends = embeddings_of(causal)
+    if not any(p.requires_grad for module in ends.values() for p in module.parameters()):
+        names = [name.rpartition(".")[2] for name in ends]
+        logger.warning(
+            "the %d new rows of the embedding are frozen and stay as they began: to train them, "
+            "LoRAConfig(modules_to_save=%s)",
+            grown,
+            names,
+        )
 
 
 def _train_in_float32(causal: Any) -> None:
@@ -289,53 +459,74 @@ def _train_in_float32(causal: Any) -> None:
 
 
 def _check_adapter(causal: Any, lora: LoRAConfig) -> None:
-    layers = {
-        name: m
-        for name, m in causal.named_modules()
-        if hasattr(m, "weight") and getattr(m.weight, "ndim", 0) == 2
-    }
-    names = {name.rsplit(".", 1)[-1] for name in layers}
-    if not isinstance(lora.target_modules, str):
-        if not lora.target_modules:
+    """Refuse names that the model does not have, and ranks that are larger than the layers that they are for."""
+    from peft.utils.other import get_pattern_key
+
+    layers = _layers(causal)
+    names = {name.rpartition(".")[2] for name in layers}
+    if not lora.target_modules:
+        raise ValidationError("LoRAConfig.target_modules is empty: name at least one layer, or 'all-linear'.")
+    for target in () if isinstance(lora.target_modules, str) else lora.target_modules:
+        if not any(_ends(name, target) for name in layers):
             raise ValidationError(
-                "LoRAConfig.target_modules is empty: name at least one layer, or 'all-linear'."
+                f"The model has no layer named {target!r} to adapt.{nearest(target, names)}"
             )
-        for target in lora.target_modules:
-            if not any(name == target or name.endswith(f".{target}") for name in layers):
-                raise ValidationError(
-                    f"The model has no layer named {target!r} to adapt.{nearest(target, names)}"
-                )
-    smallest = min(min(m.weight.shape) for name, m in layers.items() if _targeted(name, lora, causal))
-    if lora.rank > smallest:
+    for saved in lora.modules_to_save:
+        if not any(_ends(name, saved) for name, _ in causal.named_modules()):
+            known = {name.rpartition(".")[2] for name, _ in causal.named_modules()}
+            raise ValidationError(
+                f"LoRAConfig.modules_to_save: the model has no module named {saved!r}.{nearest(saved, known)}"
+            )
+    adapted = layers_of(lora, causal)
+    if not adapted:
+        hint = ""
+        if isinstance(lora.target_modules, str):
+            hint = (
+                f" A string is a regular expression for whole names; a layer's name goes into a list: "
+                f"[{lora.target_modules!r}]."
+            )
         raise ValidationError(
-            f"LoRAConfig.rank={lora.rank} is larger than the smallest adapted layer ({smallest}): "
-            f"an adapter of that rank would hold more than the layer. Choose rank ≤ {smallest}."
+            f"LoRAConfig(target_modules={lora.target_modules!r}) adapts no layer of this model.{hint}"
         )
+    for name in sorted(adapted & layers.keys()):
+        rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), name), lora.rank)
+        smallest = min(layers[name].weight.shape)
+        if rank > smallest:
+            raise ValidationError(
+                f"LoRAConfig.rank={rank} is larger than the layer {name!r} {tuple(layers[name].weight.shape)}: "
+                f"an adapter of that rank would hold more than the layer. Choose rank ≤ {smallest}, or leave the layer "
+                f"out (exclude_modules)."
+            )
 
 
-def _targeted(name: str, lora: LoRAConfig, causal: Any) -> bool:
-    if isinstance(lora.target_modules, str):
-        module = causal.get_submodule(name)
-        return module not in (causal.get_output_embeddings(), causal.get_input_embeddings())
-    return any(name == target or name.endswith(f".{target}") for target in lora.target_modules)
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 @torch.no_grad()
-def _head_of_body_is_the_model(causal: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    """Probe once, on three tokens, whether this architecture's logits are plainly head(body(x))."""
-    ids = torch.tensor([[1, 2, 3]], device=device)
+def _probe(causal: Any, device: torch.device, dtype: torch.dtype, model_ref: str) -> bool:
+    """Look once, on three tokens, what is at hand; return whether its logits are plainly head(body(x)).
+
+    Raises:
+        ModelLoadError: The logits are no numbers, or those of a token depend on a later one.
+    """
     half = dtype is not torch.float32
-    try:
-        with torch.autocast(device.type, dtype, enabled=half):
-            return _same_logits(causal, ids)
-    except (AttributeError, TypeError):
-        return False
-
-
-def _same_logits(causal: Any, ids: Tensor) -> bool:
-    own = causal(input_ids=ids, use_cache=False).logits
-    hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    split = causal.get_output_embeddings()(hidden)
+    ids = torch.tensor([[1, 2, 3], [1, 2, 0]], device=device)
+    with torch.autocast(device.type, dtype, enabled=half):
+        own = causal(input_ids=ids, use_cache=False).logits
+        if not bool(own.isfinite().all()):
+            reading.refuse_not_finite(model_ref, causal)
+        off = (own[0, :2] - own[1, :2]).abs().max()
+        if off > (0.05 if half else 1e-3) * own.abs().max():
+            raise ModelLoadError(
+                f"The model {model_ref!r} lets a token see the ones after it, so that it cannot be trained to continue "
+                f"a text: it would be shown the answers. Only causal language models are trained here."
+            )
+        try:
+            hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            split = causal.get_output_embeddings()(hidden)
+        except (AttributeError, TypeError):
+            return False
     return own.shape == split.shape and torch.equal(own, split)
 
 
@@ -344,6 +535,6 @@ def refuse(error: Exception, model_ref: str) -> TGTinkerError:
     if isinstance(error, TGTinkerError):
         return error
     return ModelLoadError(
-        f"The model {model_ref!r} could not be loaded: {type(error).__name__}: {_first_line(error)} "
+        f"The model {model_ref!r} could not be loaded: {type(error).__name__}: {reading.first_line(error)} "
         f"Is a file damaged or incomplete?"
     )

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.config import SamplingConfig
-from tensafe_nb.engine.decoding import Decoder
+from tensafe_nb.engine.decoding import rows_of
 from tensafe_nb.engine.merged import merged
 from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.types import SampledSequence
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
+LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
 
 
@@ -34,6 +35,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
+    entropy: float = 0.0  # sum over its tokens
     finish_reason: str | None = None
     text: str | None = None
 
@@ -48,6 +50,7 @@ class _Row:
             tuple(self.raw_logprobs),
             self.finish_reason or "length",
             self.seed,
+            self.entropy / len(self.tokens) if self.tokens else None,
         )
 
 
@@ -98,16 +101,17 @@ def _decode(
 ) -> None:
     """Fill in the rows of some prompts, all of them token by token together."""
     active = list(rows)
-    state = Decoder(model, prompts, sampling.num_samples, sampling.max_new_tokens)
+    state = rows_of(model, prompts, sampling.num_samples, sampling.max_new_tokens)
     for position in range(sampling.max_new_tokens):
         tick(position, sampling.max_new_tokens)
-        tokens, logprobs, raw = _draw(state.logits, sampling, _uniforms(active, position))
-        for row, token, logprob, raw_logprob in zip(
-            active, tokens.tolist(), logprobs.tolist(), raw.tolist(), strict=True
+        tokens, logprobs, raw, entropy = _draw(state.logits, sampling, _uniforms(active, position))
+        for row, token, logprob, raw_logprob, nats in zip(
+            active, tokens.tolist(), logprobs.tolist(), raw.tolist(), entropy.tolist(), strict=True
         ):
             row.tokens.append(token)
             row.logprobs.append(logprob)
             row.raw_logprobs.append(raw_logprob)
+            row.entropy += nats
             _finish(row, model, sampling, last=position + 1 == sampling.max_new_tokens)
         going = [index for index, row in enumerate(active) if row.finish_reason is None]
         if not going:
@@ -119,18 +123,27 @@ def _decode(
         state.feed(tokens)
 
 
-def _draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens (R,), their logprobs under the distribution drawn from, and their raw logprobs."""
+def _draw(
+    logits: Tensor, sampling: SamplingConfig, uniforms: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tokens (R,), their logprobs under the distribution drawn from, their raw logprobs, and its entropy.
+
+    The entropy −Σ p log p over the vocabulary is exact, and costs one more product with the p that are there already.
+    """
     raw = torch.log_softmax(logits, -1)
     if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, torch.zeros_like(raw[:, 0]), _pick(raw, tokens)
+        tokens, certain = logits.argmax(-1), torch.zeros_like(raw[:, 0])
+        return tokens, certain, _pick(raw, tokens), certain
     plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
     logprobs = raw if plain else torch.log_softmax(_cut(logits / sampling.temperature, sampling), -1)
-    cumulative = logprobs.exp().double().cumsum(-1)  # inverse CDF: one uniform per token
+    probabilities = logprobs.exp()
+    entropy = -(probabilities * logprobs.clamp(min=LOWEST)).sum(
+        -1
+    )  # what was cut has p = 0, and 0 · −∞ is no number
+    cumulative = probabilities.double().cumsum(-1)  # inverse CDF: one uniform per token
     target = uniforms.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return tokens, _pick(logprobs, tokens), _pick(raw, tokens)
+    return tokens, _pick(logprobs, tokens), _pick(raw, tokens), entropy
 
 
 def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:

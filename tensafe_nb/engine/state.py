@@ -119,8 +119,9 @@ def fingerprint(engine: Engine) -> str:
     if engine.base_fingerprint is None:
         digest = hashlib.sha256()
         for name, parameter in engine.model.causal.named_parameters():
-            if ".lora_" not in name:
-                digest.update(f"{name.replace('.base_layer', '')}{tuple(parameter.shape)}".encode())
+            if ".lora_" not in name and ".modules_to_save." not in name:
+                plain = name.replace(".base_layer", "").replace(".original_module", "")
+                digest.update(f"{plain}{tuple(parameter.shape)}".encode())
                 digest.update(_probes(parameter) if engine.model.peft is not None else b"")
         engine.base_fingerprint = f"sha256:{digest.hexdigest()}"
     return engine.base_fingerprint
@@ -143,11 +144,13 @@ def _differences(
         same_name = saved.model_ref == here.model_ref
         note = " (other weights under the same name)" if same_name else ""
         yield "model_ref", saved.model_ref, here.model_ref + note
+    if saved.resize_embeddings != here.resize_embeddings:
+        yield "resize_embeddings", saved.resize_embeddings, here.resize_embeddings
     if saved.value_head != here.value_head:
         yield "value_head", saved.value_head, here.value_head
     if there is not None and mine is not None:
-        for name in ("rank", "alpha", "target_modules", "bias"):
-            if getattr(there, name) != getattr(mine, name):
+        for name in LoRAConfig.model_fields:
+            if name != "dropout" and getattr(there, name) != getattr(mine, name):
                 yield f"lora_config.{name}", getattr(there, name), getattr(mine, name)
 
 

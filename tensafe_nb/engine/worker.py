@@ -202,6 +202,8 @@ class Worker:
     def info(self) -> TrainingClientInfo:
         with self._changing:
             depth = self._lane.depth + (self._running is not None)
+        performer = self._performer
+        model = None if performer is None else performer.engine.model
         return TrainingClientInfo(
             self.training_client_id,
             self.config.model_ref,
@@ -211,6 +213,8 @@ class Worker:
             self.created_at,
             self.reason,
             self._guarantee.metrics,
+            None if model is None else model.device.type,
+            None if model is None else str(model.compute_dtype).removeprefix("torch."),
         )
 
     @property
@@ -345,6 +349,7 @@ class Worker:
             collect()  # a cell that was run again has let go of another model: make room before this one
         try:
             engine = Engine(self.config, self._shared_model())
+            self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
             _loaded.add(engine.model.causal)
             self._performer = Performer(

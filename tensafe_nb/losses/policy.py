@@ -183,7 +183,9 @@ def policy_cispo(
     factor = rho.clamp(ratio_min, ratio_max)
     loss = -factor * tokens.advantages * tokens.logprobs
     terms = (entropy_coef, kl, value, tis_cap)
-    return _weighted(outputs, tokens, loss, batch, terms, per_row, clipped=factor != rho)
+    low, high = rho < ratio_min, rho > ratio_max  # of either sign of A: the factor is cut for both
+    clips = {"clip_low": low, "clip_high": high, "clipped": low | high}
+    return _weighted(outputs, tokens, loss, batch, terms, per_row, **clips)
 
 
 @register_loss(

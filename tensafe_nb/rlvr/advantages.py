@@ -212,22 +212,45 @@ def reinforce_pp(rewards: Array, groups: Array, mask: Array) -> Array:
     return whiten(returns, scored)
 
 
-def token_weights(mask: Array, aggregation: Aggregation, max_tokens: int) -> Array:
-    """Return the weight of every token in the loss, (N, T): the whole normaliser of an optimiser step.
+@register_advantage("reinforce_pp_baseline")
+def reinforce_pp_baseline(rewards: Array, groups: Array, mask: Array) -> Array:
+    """REINFORCE++-baseline (Hu 2025, arXiv:2501.03262): r − mean of the group, then as `reinforce_pp`.
+
+    The group gives the centre, the whole batch the spread: a group that nearly always succeeds is not blown up.
+
+    Args:
+        rewards: (N,) per rollout, or (N, T) per token (with a KL penalty inside).
+        groups: (N,) group numbers.
+        mask: (N, T).
+    """
+    if rewards.ndim == 1:
+        return reinforce_pp(np.where(np.isfinite(rewards), centre(rewards, groups), np.nan), groups, mask)
+    totals = np.where(
+        mask.any(1), rewards.sum(1), np.nan
+    )  # of what the loss sees: unscored rollouts have no tokens
+    return reinforce_pp(rewards + at_the_end(centre(totals, groups) - totals, mask), groups, mask)
+
+
+def token_weights(
+    mask: Array, aggregation: Aggregation, max_tokens: int, rollouts: int | None = None
+) -> Array:
+    """Return the weight of every token in the loss, (N, T): the whole normaliser of an update.
 
     Args:
         mask: (N, T), 1 for the tokens in the loss.
         aggregation: "token_mean" m/Σm, "seq_mean" m/(|y|·N), "const" m/(N·max_tokens) or "sum" m.
         max_tokens: The longest completion there could have been.
+        rollouts: N, the rollouts that count: the scored ones; all rows when None.
     """
     divisor: Any = 1.0
+    count = len(mask) if rollouts is None else max(rollouts, 1)
     match aggregation:
         case "token_mean":
             divisor = max(mask.sum(), 1.0)
         case "seq_mean":
-            divisor = np.maximum(mask.sum(1, keepdims=True), 1.0) * len(mask)
+            divisor = np.maximum(mask.sum(1, keepdims=True), 1.0) * count
         case "const":
-            divisor = len(mask) * max_tokens
+            divisor = count * max_tokens
     weights: Array = mask / divisor
     return weights
 

@@ -5,19 +5,25 @@ signal were replayed on published logs: rules that count single steps fire in he
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from tensafe_nb.rlvr.metrics import Row, Signal, signal_of
+from tensafe_nb.rlvr.metrics import Goal, Row, Signal, signal_of
 from tensafe_nb.rlvr.rollouts import Trajectory, TrajectoryBatch, mean
 
 Level: TypeAlias = Literal["amber", "red"]
 
 GROUPS = 24  # whose signal is looked at together: single steps are too few to tell
-STEPS = 5  # whose entropies are averaged
+TEN = 10  # updates whose rewards are compared
+STEPS = 5  # whose entropies, and KLs, are averaged
+KL_ONCE, KL_USUALLY, RATIO = (
+    0.5,
+    0.2,
+    8.0,
+)  # one-pass runs that learn well stay below .24, .16 and 5.2 (tests/soak)
 SHOWN = 32  # rollouts that an alarm names at most
 FP32_GAP, BF16_GAP = (
     1e-3,
@@ -44,21 +50,51 @@ class Memory:
     signals: list[Signal] = field(default_factory=list)  # of the last groups, newest last
     first_entropies: list[float] = field(default_factory=list)
     last_entropies: list[float] = field(default_factory=list)
+    moves: list[float] = field(default_factory=list)  # KL(old ‖ new) of the last updates
     last_rewards: list[float] = field(default_factory=list)
     lowest: float | None = None  # reward of any rollout so far
     highest: float | None = None
+    fell: bool = False  # whether the last ten updates were found to be worse than the first, and still are
+    tenth: list[float] = field(default_factory=list)  # rewards of the updates since the last ten were full
+    tens: list[list[float]] = field(
+        default_factory=list
+    )  # (mean, variance, lag-1 product, square) of each ten
 
-    def take(self, row: Row, batch: TrajectoryBatch) -> None:
+    def take(self, row: Row, batch: TrajectoryBatch, goal: Goal | None = None) -> None:
         """Take in a step."""
         self.clipped = [*self.clipped, batch.clipped_ratio][-2:]
-        signals = [signal for group in batch.groups if (signal := signal_of(group)) is not None]
+        signals = [signal for group in batch.groups if (signal := signal_of(group, goal)) is not None]
         self.signals = [*self.signals, *signals][-max(GROUPS, len(signals)) :]
         self._take_entropy(row)
+        if "policy/approx_kl" in row:
+            self.moves = [*self.moves, row["policy/approx_kl"]][-STEPS:]
         if math.isfinite(row.get("reward", math.nan)):
             scored = batch.rewards[np.isfinite(batch.rewards)]
             self.last_rewards = [*self.last_rewards, row["reward"]][-STEPS:]
+            self._take_ten(row["reward"])
             self.lowest = min(float(scored.min()), math.inf if self.lowest is None else self.lowest)
             self.highest = max(float(scored.max()), -math.inf if self.highest is None else self.highest)
+
+    def forget_reward(self) -> None:
+        """Forget what another reward said; lengths and entropies are the policy's own."""
+        self.signals, self.last_rewards, self.tenth, self.tens, self.fell = [], [], [], [], False
+        self.lowest = self.highest = None
+
+    def _take_ten(self, reward: float) -> None:
+        if len(self.tenth) == TEN:
+            self.tenth = []
+        self.tenth = [*self.tenth, reward]
+        if len(self.tenth) == TEN:
+            values = np.array(self.tenth)
+            apart = values - values.mean()
+            self.tens.append(
+                [
+                    float(values.mean()),
+                    float(values.var(ddof=1)),
+                    float((apart[1:] * apart[:-1]).sum()),
+                    float((apart**2).sum()),
+                ]
+            )
 
     def _take_entropy(self, row: Row) -> None:
         entropy = row.get("entropy", math.nan)
@@ -87,11 +123,12 @@ def truncation(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | No
     usual = (
         f" 95 % of those that ended took up to {math.ceil(np.percentile(ended, 95))} tokens." if ended else ""
     )
+    masked = "They are left out of the loss, and a" if _cut_are_masked(row) else "A"
     return Finding(
         "truncation",
         "red" if share == 1 else "amber",
-        f"{share:.0%} of the answers were cut at max_new_tokens={limit}. They are left out of the loss, and a reward "
-        f"that looks for an ending never sees one.{usual}",
+        f"{share:.0%} of the answers were cut at max_new_tokens={limit}. {masked} reward that looks for an ending "
+        f"never sees one.{usual}",
         f"Raise max_new_tokens, to {2 * limit} for a start; or ask for short answers, or give stop strings.",
         _where(batch, lambda trajectory: trajectory.truncated),
     )
@@ -125,9 +162,11 @@ def no_signal(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | Non
 def no_learning(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
     """Rewards differ within a group, and yet no weight has moved."""
     idle = row.get("grad_norm") == 0 or row.get("param_delta_norm") == 0
+    if row.get("learning_rate") == 0:
+        return None  # which has an alarm of its own
     if not idle or not any(group.has_signal for group in batch.groups):
         return None
-    if batch.clipped_ratio > 0 and all(t.truncated or not _has_advantage(t) for t in batch):
+    if _cut_are_masked(row) and all(t.truncated or not _has_advantage(t) for t in batch):
         reason, remedy = (
             "every answer that could teach something was cut",
             "raise max_new_tokens, or pass mask_truncated=False to the algorithm",
@@ -140,7 +179,7 @@ def no_learning(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | N
     else:
         reason, remedy = (
             "the gradient is not 0, but the optimiser's step is",
-            "look at the learning rate: its schedule may have come to its end",
+            "look at the learning rate: a step too small for the precision of the weights moves none",
         )
     return Finding(
         "no_learning",
@@ -169,10 +208,51 @@ def entropy(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
             "amber",
             f"The entropy has fallen from {start:.3g} to {now:.3g} while rewards could still rise: the policy repeats "
             f"itself and tries little that is new.",
-            "Healthy runs do this too. If the reward stands still: lower the learning rate, raise entropy_coef or "
-            "clip_range's upper end.",
+            "Healthy runs do this too. If the reward stands still: lower the learning rate, raise entropy_coef, or "
+            "with several passes clip_range's upper end.",
         )
     return None
+
+
+def reward_fell(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
+    """The last ten updates are rewarded less than the first ten: by a fifth, and by more than chance would do.
+
+    Looked at after every ten updates, for as long as a run lasts, so that three standard errors are the least that is
+    asked for. Their number grows with the number of looks, and the standard error is that of rewards which depend on
+    the one before (a first-order autoregression, its coefficient measured within the tens) and which wander from ten
+    to ten. Of runs that do not learn, up to an autocorrelation of 0.5, fewer than 1 in 100 raise it, at any length
+    (tests/unit/rlvr/test_alarms.py simulates them).
+    """
+    if len(memory.tens) < 2:
+        return None
+    first, last = memory.tens[0][0], memory.tens[-1][0]
+    memory.fell = first - last > (0.1 * abs(first) if memory.fell else _certain_fall(memory.tens))
+    if not memory.fell:
+        return None
+    return Finding(
+        "reward_fell",
+        "amber",
+        f"The reward has fallen from {first:.3g} in the first ten updates to {last:.3g} in the last ten.",
+        "Go back to the best checkpoint (run.rollback) and lower the learning rate. If prompts became harder, compare "
+        "eval/reward instead, which is measured on the same prompts.",
+    )
+
+
+def _certain_fall(tens: Sequence[Sequence[float]]) -> float:
+    """Return by how much the last ten must lie below the first to be said to have fallen."""
+    means, variances, products, squares = np.array(tens, dtype=float).T
+    plain = math.sqrt((variances[0] + variances[-1]) / TEN)
+    kept = np.argsort(squares)[: max(2, len(squares) - 1)]  # without the ten in which it fell
+    total = float(squares[kept].sum())
+    # of an autoregression, ten values estimate ρ(1 − 1/n) − (1 + 3ρ)/n instead of ρ
+    measured = float(products[kept].sum()) / total if total else 0.0
+    rho = min(max((measured + 1 / TEN) / (1 - 4 / TEN), 0.0), 0.9)
+    variance = max(float(variances[kept].mean()), float(variances[0] + variances[-1]) / 2)
+    error = math.sqrt(2 * variance / TEN * (1 + rho) / (1 - rho))
+    if len(means) >= STEPS:
+        error = max(error, 1.5 * 1.4826 * float(np.median(np.abs(np.diff(means)))))
+    looks = 4.3 + 0.6 * math.log(len(means) - 1)
+    return max(0.2 * abs(float(means[0])), 3 * plain, looks * error)
 
 
 def sampler_mismatch(gap: float) -> Rule:
@@ -181,7 +261,9 @@ def sampler_mismatch(gap: float) -> Rule:
     def rule(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
         kl = row.get("sampling/mismatch_kl", 0.0)
         difference = row.get("sampling/sampling_logp_difference/mean", 0.0)
-        if kl <= 0.01 and difference <= gap:
+        if (kl <= 0.01 and difference <= gap) or row.get(
+            "staleness/max", 0.0
+        ) > 0:  # which has a cause of its own
             return None
         return Finding(
             "sampler_mismatch",
@@ -196,22 +278,65 @@ def sampler_mismatch(gap: float) -> Rule:
 
 
 def policy_kl(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
-    """An update that moved the policy far: KL(old ‖ new) above 0.1, or a single log-ratio above 5."""
+    """Updates that move the policy far: KL(old ‖ new) of one, or of five on average; or a single log-ratio."""
     kl, ratio = row.get("policy/approx_kl", 0.0), row.get("policy/log_ratio_max", 0.0)
-    if kl <= 0.1 and ratio <= 5:
+    usual = mean(np.array(memory.moves)) if len(memory.moves) == STEPS else 0.0
+    if kl < KL_ONCE and usual <= KL_USUALLY and ratio <= RATIO:
         return None
-    far = f", and single tokens by a factor of e^{ratio:.1f}" if ratio > 5 else ""
+    far = f", and single tokens by a factor of e^{ratio:.1f}" if ratio > RATIO else ""
+    often = f", the last {STEPS} by {usual:.2g} on average" if usual > KL_USUALLY else ""
+    passes = row.get("policy/epochs_run", 1.0) > 1
     return Finding(
         "kl",
-        "red" if ratio > 5 else "amber",
-        f"One update moved the policy by a KL of {kl:.2g}{far}: the rollouts no longer describe what it trains.",
-        "Lower the learning rate or ppo_epochs, or set target_kl.",
+        "red" if ratio > RATIO else "amber",
+        f"This update moved the policy by a KL of {kl:.2g}{often}{far}: "
+        + (
+            "the rollouts no longer describe what it trains."
+            if passes
+            else "it may leave behind what it could do."
+        ),
+        "Lower the learning rate or ppo_epochs, or set target_kl."
+        if passes
+        else "Lower the learning rate, warm it up (warmup_steps), or take more prompts per step.",
+    )
+
+
+def stale(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
+    """Rollouts that another version of the policy wrote: the update takes them for its own."""
+    if row.get("staleness/max", 0.0) == 0:
+        return None
+    mean_age, oldest = row["staleness/mean"], row["staleness/max"]
+    return Finding(
+        "stale",
+        "amber",
+        f"The rollouts are {mean_age:.3g} policy versions old on average, {oldest:.0f} at most: the gradient is not "
+        f"that of the policy they are taken for.",
+        "Sample after each update, from the weights it left; or correct for the difference with tis_cap=2.",
+        _where(batch, lambda t: isinstance(t.policy_version, int)),
+    )
+
+
+def low_precision(row: Row) -> Finding:
+    """Return the finding that a policy computes in bfloat16 on a CPU, with what its first step cost."""
+    difference, kl = "sampling/sampling_logp_difference/mean", "sampling/mismatch_kl"
+    measured = (
+        f" In this step by {row[difference]:.2g} nats per token, a KL of {row[kl]:.2g}."
+        if difference in row and kl in row
+        else ""
+    )
+    return Finding(
+        "low_precision",
+        "amber",
+        "The policy computes in bfloat16 on a CPU. Its logits depend on what shares a batch with them, so that the "
+        f"sampler and the update disagree on the probability of the same tokens.{measured} In float32 they agree to "
+        "1e-4.",
+        'Make the client with create_training_client(…, dtype="float32"), if the speed allows.',
     )
 
 
 def reward_errors(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
     """Rewards that raised, hung or returned no number: more than 5 %, or more than half."""
-    failed = [trajectory for trajectory in batch if trajectory.reward_error is not None]
+    failed = [t for t in batch if _unscored_by_error(t)]
     share = len(failed) / len(batch)
     if share <= 0.05:
         return None
@@ -222,8 +347,13 @@ def reward_errors(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding |
         f"The reward failed on {len(failed)} of {len(batch)} answers. They are left out, never scored 0. The first "
         f"error: {failed[0].reward_error}",
         f"{mend}, try it with trainer.rescore(), then run.resume()." if share > 0.5 else f"{mend}.",
-        _where(batch, lambda trajectory: trajectory.reward_error is not None),
+        _where(batch, _unscored_by_error),
     )
+
+
+def _unscored_by_error(trajectory: Trajectory) -> bool:
+    """Whether an error took the reward away; a failed part of weight 0 does not."""
+    return trajectory.reward is None and trajectory.reward_error is not None
 
 
 def not_finite(batch: TrajectoryBatch, error: Exception) -> Finding:
@@ -235,6 +365,11 @@ def not_finite(batch: TrajectoryBatch, error: Exception) -> Finding:
         "Look at these rollouts for rewards that are huge; go back to the last checkpoint with a lower learning rate.",
         _where(batch, _has_advantage),
     )
+
+
+def _cut_are_masked(row: Row) -> bool:
+    """Whether the update says that it left out rollouts because they were cut."""
+    return row.get("completions/masked_ratio", 0.0) > 0
 
 
 def _where(batch: TrajectoryBatch, which: Callable[[Trajectory], bool]) -> tuple[int, ...]:

@@ -8,9 +8,10 @@ from typing import Any
 from tensafe_nb.events import Alarm
 from tensafe_nb.rlvr import alarm_rules as rules
 from tensafe_nb.rlvr.alarm_rules import Finding, Level, Memory, Rule
-from tensafe_nb.rlvr.metrics import Row
+from tensafe_nb.rlvr.metrics import Goal, Row
 from tensafe_nb.rlvr.rollouts import TrajectoryBatch
 
+ABOUT_REWARDS = ("no_signal", "no_learning", "reward_errors", "reward_fell")
 QUIET = 5  # steps without a sign after which a trouble is over
 
 
@@ -30,21 +31,31 @@ class Alarms:
             rules.no_signal,
             rules.no_learning,
             rules.entropy,
+            rules.reward_fell,
             rules.sampler_mismatch(gap),
             rules.policy_kl,
+            rules.stale,
             rules.reward_errors,
         )
         self._sounding: dict[str, tuple[Level, int]] = {}  # name → level, steps since the last sign
 
-    def observe(self, run_id: str, step: int, row: Row, batch: TrajectoryBatch) -> list[Alarm]:
+    def observe(
+        self, run_id: str, step: int, row: Row, batch: TrajectoryBatch, goal: Goal | None = None
+    ) -> list[Alarm]:
         """Return the alarms that begin, or change their level, with this step."""
         row = {name: value for name, value in row.items() if not math.isnan(value)}
-        self.memory.take(row, batch)
+        self.memory.take(row, batch, goal)
         findings = [found for rule in self._rules if (found := rule(self.memory, row, batch)) is not None]
         before = {name: level for name, (level, _) in self._sounding.items()}
         self._listen({found.name: found.level for found in findings})
         fresh = [found for found in findings if self._begins(found, before.get(found.name))]
         return [alarm_of(run_id, step, found) for found in fresh]
+
+    def forget_reward(self) -> None:
+        """Begin anew with what is said of rewards: another function scores from now on."""
+        self.memory.forget_reward()
+        for name in ABOUT_REWARDS:
+            self._sounding.pop(name, None)
 
     def forget_announcements(self) -> None:
         """Announce anew what goes on: another run, or another process, begins to listen."""
@@ -57,6 +68,7 @@ class Alarms:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
         values: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in state.items()}
+        values["tens"] = [list(ten) for ten in values.get("tens", ())]  # none in checkpoints of version 0.1
         self.memory = Memory(**values)
         self.forget_announcements()
 

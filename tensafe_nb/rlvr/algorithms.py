@@ -5,7 +5,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from tensafe_nb.rlvr.options import (
     preset,
     smallest_group,
 )
-from tensafe_nb.rlvr.passes import Passes, Readings
+from tensafe_nb.rlvr.passes import Passes, Readings, left_out
 from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
 from tensafe_nb.rlvr.updates import UpdateResult
 
@@ -42,6 +42,13 @@ class Algorithm(Protocol):
     def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]: ...
     def state_dict(self) -> Mapping[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class RemembersRewards(Protocol):
+    """An algorithm that learned something of the rewards it has seen, and can let go of it."""
+
+    def forget_reward(self) -> None: ...
 
 
 class PolicyGradient(Generic[C]):
@@ -69,6 +76,7 @@ class PolicyGradient(Generic[C]):
         self.config: C = settled
         self.ema = EMABaseline(self.config.ema_decay)
         self.updates = 0
+        self.head_updates = 0  # since the value head began on the present reward
         self._reference_of: str | None = (
             None  # the client whose reference is settled; "" after a resume: the next one
         )
@@ -106,11 +114,19 @@ class PolicyGradient(Generic[C]):
             return self._skip(batch, training_client)
         job = Passes(self.config, batch, mask, readings, returns, training_client, self.updates, is_private)
         warming = (
-            returns is not None and self.config.value is not None and self.updates < self.config.value.warmup
+            returns is not None
+            and self.config.value is not None
+            and self.head_updates < self.config.value.warmup
         )
         handle = job.run(rows, value_only=warming)
         self.updates += 1
+        self.head_updates += 1
         return handle
+
+    def forget_reward(self) -> None:
+        """Let go of what another reward has taught: the running baseline; a value head warms up anew."""
+        self.ema = EMABaseline(self.config.ema_decay)
+        self.head_updates = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it remembers from batch to batch, as plain data: the running baseline, the number of updates."""
@@ -118,6 +134,7 @@ class PolicyGradient(Generic[C]):
             "total": self.ema.total,
             "ema_updates": self.ema.updates,
             "updates": self.updates,
+            "head_updates": self.head_updates,
             "has_reference": self._reference_of is not None,
         }
 
@@ -125,6 +142,9 @@ class PolicyGradient(Generic[C]):
         """Take what `state_dict` returned."""
         self.ema.total, self.ema.updates = float(state["total"]), int(state["ema_updates"])
         self.updates, self._reference_of = int(state["updates"]), "" if state["has_reference"] else None
+        self.head_updates = int(
+            state.get("head_updates", self.updates)
+        )  # older checkpoints have one count for both
 
     def _check(self, batch: TrajectoryBatch, method: str) -> None:
         if not np.isfinite(batch.rewards).any():
@@ -134,6 +154,14 @@ class PolicyGradient(Generic[C]):
             )
         if batch.sampling.temperature == 0:
             raise ValidationError("Greedy rollouts (temperature=0) teach nothing: sample with temperature=1.")
+        if self.config.tis_cap is not None and any(
+            t.logprobs is None or len(t.logprobs) != len(t.tokens) for t in batch
+        ):
+            raise ValidationError(
+                f"tis_cap={self.config.tis_cap:g} compares the policy with what the sampler said, and there are "
+                f"rollouts without the sampler's log-probabilities (trajectory.logprobs): bring them, or leave out "
+                f"tis_cap."
+            )
         smallest = smallest_group(batch)
         if smallest < 2 and (method in ("rloo", "group") or self.config.effective_scale == "group"):
             raise ValidationError(
@@ -199,7 +227,9 @@ class PolicyGradient(Generic[C]):
             )
         else:
             values = _custom(method, rewards, penalty, batch, mask)
-        self.ema.update(batch.rewards)
+        self.ema.update(
+            rewards
+        )  # with the penalty inside, if there is one: it is what the next are compared with
         for trajectory, value in zip(batch, values, strict=True):
             trajectory.advantage = value[: len(trajectory.tokens)].tolist() if value.ndim else float(value)
         return targets
@@ -221,8 +251,10 @@ class PolicyGradient(Generic[C]):
             client.step,
             client.policy_version,
             batch.mean_reward,
+            entropy=updates.entropy_of(batch),
             skipped="all truncated" if cut else "no signal",
-            notes=updates.notes_on(batch),
+            notes=updates.mock_notes(batch),
+            metrics=left_out(batch, self.config),
         )
         return completed(result, operation="update", training_client_id=client.training_client_id)
 

@@ -1,15 +1,17 @@
 """Built-in rewards that compare a response with what is known of the answer.
 
 Each reads the answer from a column of the prompts, `meta[column]`, and says which one it misses. A wrong or
-unreadable response scores 0; that is a verdict. A missing answer raises; that is none.
+unreadable response scores 0; that is a verdict. A missing answer (no such column, None, NaN, an empty text) raises;
+that is none. A list of answers means any of them.
 """
 
-import math
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.rlvr.numerals import Number, final_number, gold_number, numbers_in, same
 
 Meta = Mapping[str, Any] | None
 
@@ -32,14 +34,70 @@ def column_of(meta: Meta, column: str, reward: str) -> Any:
     """Return what a prompt's column holds.
 
     Raises:
-        ValidationError: The prompt has no such column.
+        ValidationError: The prompt has no such column, or there is nothing in it.
     """
     if not meta or column not in meta:
         has = f" It has: {', '.join(map(str, meta))}." if meta else ""
         raise ValidationError(
             f'{reward} needs the column {column!r}: give prompts as {{"prompt": …, "{column}": …}}.{has}'
         )
-    return meta[column]
+    value = meta[column]
+    if is_missing(value):
+        raise ValidationError(
+            f"{reward}: the column {column!r} of this prompt is missing ({value!r}): fill it in, or leave the "
+            f"prompt out."
+        )
+    return value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none: None, NaN of whatever library, an empty text or list."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return True
+    if isinstance(value, list | tuple | set):
+        return not value
+    if getattr(value, "shape", ()):  # an array of numpy, as columns of a frame hold them
+        return not len(value)
+    try:
+        return bool(value != value)
+    except TypeError:  # pandas.NA is neither equal to itself nor different
+        return True
+
+
+def answers_of(meta: Meta, column: str, reward: str) -> list[Any]:
+    """Return the right answers of a prompt: usually one, or each of a list.
+
+    Raises:
+        ValidationError: There is none, or what the column holds is no answer.
+    """
+    value = column_of(meta, column, reward)
+    value = value.tolist() if getattr(value, "shape", ()) else value
+    answers = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
+    for answer in answers:
+        if is_missing(answer):
+            raise ValidationError(
+                f"{reward}: a right answer in the column {column!r} of this prompt is missing."
+            )
+        if isinstance(answer, Mapping | bytes | list | tuple):
+            raise ValidationError(
+                f"{reward}: the column {column!r} of this prompt holds {str(answer)[:80]!r}, expected a text or a "
+                f"number, or a list of those."
+            )
+    return answers
+
+
+def texts_of(meta: Meta, column: str, reward: str) -> list[str]:
+    """Return the right answers as texts; of a whole number that a frame made 12.0, both "12" and "12.0".
+
+    Raises:
+        ValidationError: There is none.
+    """
+    texts: list[str] = []
+    for answer in answers_of(meta, column, reward):
+        texts.append(str(answer).strip())
+        if not isinstance(answer, int) and isinstance(answer, Real) and float(answer).is_integer():
+            texts.append(str(int(float(answer))))
+    return texts
 
 
 def keyword_contains(
@@ -64,12 +122,18 @@ def keyword_contains(
     Raises:
         ValidationError: There are no keywords.
     """
-    wanted = (meta or {}).get("keywords", keywords)
+    own = (meta or {}).get("keywords")
+    wanted: Any = keywords if is_missing(own) else own
     wanted = (wanted,) if isinstance(wanted, str) else wanted
-    if not wanted:
-        raise ValidationError("keyword_contains has no keywords: pass keywords=[…], or a column 'keywords'.")
+    words = list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    if not words or not all(isinstance(word, str) and word for word in words):
+        raise ValidationError(
+            f"keyword_contains needs words, not {words!r}: pass keywords=[…], or a column 'keywords'."
+            if words
+            else "keyword_contains has no keywords: pass keywords=[…], or a column 'keywords'."
+        )
     text = response.casefold()
-    return positive_reward if any(word.casefold() in text for word in wanted) else negative_reward
+    return positive_reward if any(word.casefold() in text for word in words) else negative_reward
 
 
 def exact_match(
@@ -87,8 +151,10 @@ def exact_match(
     Raises:
         ValidationError: The prompt has no such column.
     """
-    answer, given = str(column_of(meta, column, "exact_match")).strip(), response.strip()
-    return float(given.casefold() == answer.casefold() if ignore_case else given == answer)
+    answers, given = texts_of(meta, column, "exact_match"), response.strip()
+    if ignore_case:
+        answers, given = [answer.casefold() for answer in answers], given.casefold()
+    return float(given in answers)
 
 
 def contains(
@@ -108,15 +174,10 @@ def contains(
     Raises:
         ValidationError: The prompt has no such column, or it is empty.
     """
-    answer = str(column_of(meta, column, "contains")).strip()
-    if not answer:
-        raise ValidationError(
-            f"contains: the column {column!r} of this prompt is empty, which every text contains."
-        )
-    return float(answer.casefold() in response.casefold() if ignore_case else answer in response)
-
-
-_NUMBER = re.compile(r"(?:(?<![\w.)])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
+    answers = texts_of(meta, column, "contains")
+    if ignore_case:
+        answers, response = [answer.casefold() for answer in answers], response.casefold()
+    return float(any(answer in response for answer in answers))
 
 
 def numeric_match(
@@ -128,39 +189,46 @@ def numeric_match(
     which: str = "last",
     rel_tol: float = 1e-6,
     abs_tol: float = 1e-9,
+    decimal: str = ".",
 ) -> float:
-    """Reward 1 when the last (or first) number in the response is the last number of the answer; else 0.
+    r"""Reward 1 when the number that the response gives as its answer is that of the right answer; else 0.
 
-    The last number is the convention of GSM8K (Cobbe et al., arXiv 2110.14168). "1,234.5", "-3" and "2e-3" are
-    numbers; "3/4" is two.
+    That is the number in the last `\boxed{…}`, else in the last <answer>…</answer>, else behind "####", else the
+    last one there is, as for GSM8K (Cobbe et al., arXiv 2110.14168). Numbers are read as people write them: ".5",
+    "-.75", "1,000", "$1,234.50", "3/4", "2 1/2", "1e3", "3 × 10^4"; "50%" equals 50 and 0.5. Expressions are not
+    computed.
 
     Args:
         prompt: Not read.
         response: Where the number is looked for.
         meta: Holds the answer, a number or a text with one.
         column: Under this name.
-        which: "last" or "first".
+        which: "last", or "first" for the first number of the response, whatever is marked.
         rel_tol: Relative tolerance, as in `math.isclose`.
         abs_tol: Absolute tolerance.
+        decimal: The decimal sign of texts, "." or ",". With "." a comma parts thousands where three digits follow,
+            and a list elsewhere; with "," it is the other way round.
 
     Raises:
-        ValidationError: The prompt has no such column, or there is no number in it.
+        ValidationError: The prompt has no such column, or what is in it is not one number beyond doubt.
     """
-    answer = _NUMBER.findall(str(column_of(meta, column, "numeric_match")))
-    if not answer:
-        raise ValidationError(f"numeric_match: the column {column!r} of this prompt holds no number.")
-    found = _NUMBER.findall(response)
-    given = _as_float(found[-1 if which == "last" else 0]) if found else math.nan
-    return float(math.isclose(given, _as_float(answer[-1]), rel_tol=rel_tol, abs_tol=abs_tol))
+    what = f"numeric_match: the column {column!r} of this prompt"
+    golds = [gold_number(gold, what, decimal) for gold in answers_of(meta, column, "numeric_match")]
+    given = final_number(response, decimal) if which == "last" else _first(numbers_in(response, decimal))
+    return float(given is not None and any(same(given, gold, rel_tol, abs_tol) for gold in golds))
 
 
-def _as_float(text: str) -> float:
-    return float(text.replace(",", "").replace("−", "-"))
+def _first(numbers: Sequence[Number]) -> Number | None:
+    return numbers[0] if numbers else None
 
 
-def _check_numeric(*, which: str = "last", rel_tol: float = 1e-6, abs_tol: float = 1e-9, **_: Any) -> None:
+def _check_numeric(
+    *, which: str = "last", rel_tol: float = 1e-6, abs_tol: float = 1e-9, decimal: str = ".", **_: Any
+) -> None:
     if which not in ("last", "first"):
         raise ValidationError(f"numeric_match: which={which!r}, expected 'last' or 'first'.")
+    if decimal not in (".", ","):
+        raise ValidationError(f"numeric_match: decimal={decimal!r}, expected '.' or ','.")
     if not (rel_tol >= 0 and abs_tol >= 0):
         raise ValidationError(f"numeric_match: rel_tol={rel_tol}, abs_tol={abs_tol}: neither can be below 0.")
 
@@ -214,9 +282,11 @@ def levenshtein(prompt: str, response: str, meta: Meta = None, *, column: str = 
     Raises:
         ValidationError: The prompt has no such column.
     """
-    answer, given = str(column_of(meta, column, "levenshtein")).strip(), response.strip()
-    longest = max(len(answer), len(given))
-    return 1.0 - edit_distance(answer, given) / longest if longest else 1.0
+    given = response.strip()
+    return max(
+        1.0 - edit_distance(answer, given) / max(len(answer), len(given))
+        for answer in texts_of(meta, column, "levenshtein")
+    )
 
 
 def lcs_ratio(
@@ -236,10 +306,10 @@ def lcs_ratio(
     Raises:
         ValidationError: The prompt has no such column.
     """
-    answer = str(column_of(meta, column, "lcs_ratio")).strip()
-    a: Sequence[str] = answer.split() if unit == "words" else answer
-    b: Sequence[str] = response.split() if unit == "words" else response.strip()
-    return 2 * common_subsequence(a, b) / (len(a) + len(b)) if a or b else 1.0
+    words = unit == "words"
+    given: Sequence[str] = response.split() if words else response.strip()
+    answers = [answer.split() if words else answer for answer in texts_of(meta, column, "lcs_ratio")]
+    return max(2 * common_subsequence(answer, given) / (len(answer) + len(given)) for answer in answers)
 
 
 def _check_unit(*, unit: str = "words", **_: Any) -> None:

@@ -6,8 +6,9 @@ processes too and imports nothing heavy.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from enum import StrEnum
 from numbers import Real
 from typing import Any, NamedTuple
@@ -25,18 +26,76 @@ class Style(StrEnum):
     OURS = "tensafe_nb"
     TRL = "TRL"
     VERL = "verl"
+    VERL_BATCH = "verl (batch)"
     OPENRLHF = "OpenRLHF"
     VERIFIERS = "verifiers"
     GYM = "reasoning-gym"
 
 
+class Conversation(list[Any]):
+    """Chat messages, as a list of dicts with `role` and `content`.
+
+    Functions written for texts meet them too. So that none of those is wrong in silence, `"words" in messages` looks
+    into the text, `messages == "words"` compares it, and `str(messages)` is the text. All else is a list's.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(_content, self))
+
+    def __contains__(self, item: object) -> bool:
+        return item in str(self) if isinstance(item, str) else super().__contains__(item)
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == other if isinstance(other, str) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """Return the text of a message, whose content may be missing (a tool call) or in parts."""
+    content = message.get("content")
+    if isinstance(content, str | None):
+        return content or ""
+    return "".join(part.get("text") or "" if isinstance(part, Mapping) else str(part) for part in content)
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands, for functions written for TRL.
+
+    Attributes:
+        global_step: Steps taken before this one.
+        max_steps: Steps there will be.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"trainer_state has global_step and max_steps here, but no {name!r}")
+
+
 class RewardSample(NamedTuple):
-    """What a reward function may know of a rollout."""
+    """What a reward function may know of a rollout.
+
+    Attributes:
+        prompt: Text of the prompt.
+        response: Text of the response.
+        meta: The prompt's further columns.
+        tokens: The response's token ids.
+        messages: The prompt as it was given, if that was chat messages.
+        state: Where the run stands.
+    """
 
     prompt: str
     response: str
     meta: Mapping[str, Any]
     tokens: Sequence[int] = ()
+    messages: Sequence[Mapping[str, Any]] | None = None
+    state: TrainerState = TrainerState()
 
 
 class Outcome(NamedTuple):
@@ -60,7 +119,7 @@ class Call:
         required: Those it cannot do without.
         open: It takes any keyword.
         positional: How many of (prompt, response, meta) it takes, in our own style.
-        conversational: Completions go as lists of one chat message instead of texts.
+        conversational: Prompts and completions go as chat messages, or as texts; None: as the prompts were given.
     """
 
     function: Callable[..., Any]
@@ -70,20 +129,19 @@ class Call:
     required: frozenset[str] = frozenset()
     open: bool = False
     positional: int = 3
-    conversational: bool = False
+    conversational: bool | None = None
 
     @property
     def batched(self) -> bool:
         """One call scores many rollouts, of different prompts."""
-        return self.style in (Style.TRL, Style.OPENRLHF)
+        return self.style in (Style.TRL, Style.OPENRLHF, Style.VERL_BATCH)
 
     @property
     def asynchronous(self) -> bool:
         """Its calls are awaited."""
-        function = self.function
-        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004  # an object whose __call__ is a coroutine function
-        )
+        called = getattr(self.function, "__call__", None)  # noqa: B004  # of an object, it may be a coroutine function
+        wrapped = inspect.unwrap(self.function)
+        return any(map(inspect.iscoroutinefunction, (self.function, called, wrapped)))
 
     def units(self, samples: Sequence[RewardSample]) -> list[list[RewardSample]]:
         """Return the rollouts of each call."""
@@ -122,8 +180,13 @@ class Call:
         tokens = {}
         if "tokens" in self.names and "tokens" not in self.kwargs:
             tokens["tokens"] = sample.tokens
-        positional = (sample.prompt, sample.response, sample.meta)[: self.positional]
-        return self.function(*positional, **tokens, **self.kwargs)
+        prompt = self._prompt(sample) if self.conversational is not False else sample.prompt
+        positional = (prompt, sample.response, sample.meta)[: self.positional]
+        columns = {}
+        if self.open and self.positional == 2:  # fn(prompt, response, **columns)
+            taken = self.names | set(self.kwargs)
+            columns = {name: value for name, value in (sample.meta or {}).items() if name not in taken}
+        return self.function(*positional, **columns, **tokens, **self.kwargs)
 
     def _chosen(self, offered: Mapping[str, Any]) -> dict[str, Any]:
         missing = self.required - set(offered) - set(self.kwargs)
@@ -135,31 +198,68 @@ class Call:
         chosen = {name: value for name, value in offered.items() if self.open or name in self.names}
         return {**chosen, **self.kwargs}
 
-    def _said(self, role: str, text: str) -> Any:
-        return [{"role": role, "content": text}] if self.conversational else text
+    def _chat(self, sample: RewardSample) -> bool:
+        return sample.messages is not None if self.conversational is None else self.conversational
+
+    def _prompt(self, sample: RewardSample) -> Any:
+        if not self._chat(sample):
+            return sample.prompt
+        return Conversation(sample.messages or [{"role": "user", "content": sample.prompt}])
+
+    def _completion(self, sample: RewardSample) -> Any:
+        if not self._chat(sample):
+            return sample.response
+        return Conversation([{"role": "assistant", "content": sample.response}])
+
+    def hint(self, unit: Sequence[RewardSample]) -> str:
+        """Say how prompts and completions came, to somebody who took them for something else."""
+        if self.style is Style.OURS:
+            if self.conversational is False or not any(sample.messages for sample in unit):
+                return ""
+            return (
+                " (the prompt is a list of chat messages: read prompt[-1]['content'] or str(prompt), or declare it as "
+                "prompt: str to get its text)"
+            )
+        if self.style not in (Style.TRL, Style.VERIFIERS):
+            return ""
+        if any(map(self._chat, unit)):
+            return (
+                " (prompts and completions are lists of chat messages here: read completion[-1]['content'], or take "
+                "resolve_reward(function, conversational=False) to get texts)"
+            )
+        return (
+            " (prompts and completions are texts here, as the prompts were given: give prompts as messages, or take "
+            "resolve_reward(function, conversational=True))"
+        )
 
 
 def outcomes_of(call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
     """Make one call and return the outcome of each of its rollouts; what it raises becomes text."""
     log: dict[str, list[Any]] = {}
     try:
-        return call.read(call.invoke(unit, log), unit, log)
+        value = call.invoke(unit, log)
+        if inspect.iscoroutine(value):
+            value.close()
+            raise ValidationError("it returned a coroutine: write the function itself as async def")
+        return call.read(value, unit, log)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # user code may raise anything: kept as text, counted
-        return [failed(error)] * len(unit)
+        return [failed(error, call.hint(unit))] * len(unit)
 
 
 async def awaited_outcomes(call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
     """Do the same with a coroutine function."""
     log: dict[str, list[Any]] = {}
     try:
-        return call.read(await call.invoke(unit, log), unit, log)
+        value = call.invoke(unit, log)
+        return call.read(await value if inspect.isawaitable(value) else value, unit, log)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # as above
-        return [failed(error)] * len(unit)
+        return [failed(error, call.hint(unit))] * len(unit)
 
 
-def failed(error: BaseException) -> Outcome:
-    """Return the outcome of a call that raised."""
-    return Outcome(error=f"{type(error).__name__}: {error}"[:MAX_ERROR_TEXT])
+def failed(error: BaseException, hint: str = "") -> Outcome:
+    """Return the outcome of a call that raised; the hint goes with errors of the wrong kind of thing."""
+    text = f"{type(error).__name__}: {error}"[:MAX_ERROR_TEXT]
+    return Outcome(error=text + hint if isinstance(error, TypeError | AttributeError) else text)
 
 
 def read_value(value: Any) -> Outcome:
@@ -184,7 +284,7 @@ def _number(value: Any) -> float | None:
     """Return a finite number, or None for anything else; a text is no number."""
     try:
         value = value.item() if hasattr(value, "item") else value  # numpy's and torch's scalars
-        number = float(value) if isinstance(value, Real) else math.nan
+        number = float(value) if isinstance(value, Real | Decimal) else math.nan
     except (OverflowError, ValueError, RuntimeError, TypeError):
         return None
     return number if math.isfinite(number) else None
@@ -208,31 +308,51 @@ def _columns(value: Any) -> tuple[list[Any], dict[str, list[Any]]]:
 
 def _list(value: Any) -> list[Any]:
     value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    value = list(value) if isinstance(value, Iterator) else value
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise ValidationError(
             f"it returned {str(value)[:80]!r}, expected a list with one reward a completion."
         )
     return list(value)
 
 
-def _verl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
-    (sample,) = unit
+def _verl_row(sample: RewardSample) -> dict[str, Any]:
+    """Return what verl knows of a rollout; without `ground_truth` where the prompt has none."""
     meta = sample.meta
-    offered = {
+    row = {
         "data_source": meta.get("data_source"),
         "solution_str": sample.response,
         "extra_info": meta.get("extra_info", meta),
     }
-    columns = {**meta, **meta.get("reward_model", {})}
-    gold = [columns[name] for name in ("ground_truth", "answer") if name in columns]
-    return offered | ({"ground_truth": gold[0]} if gold else {})
+    columns = {**meta, **(meta.get("reward_model") or {})}
+    gold = [columns[name] for name in ("ground_truth", "answer") if columns.get(name) is not None]
+    return row | ({"ground_truth": gold[0]} if gold and gold[0] == gold[0] else {})  # NaN is none either
+
+
+def _verl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+    (sample,) = unit
+    prompt = {"prompt": call._prompt(sample)} if "prompt" in call.names else {}
+    return _verl_row(sample) | prompt
+
+
+def _verl_batch(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+    rows = [_verl_row(sample) for sample in unit]
+    without = sum("ground_truth" not in row for row in rows)
+    if without and "ground_truths" in call.required:
+        raise ValidationError(
+            f"{without} of {len(rows)} prompts have no ground truth. Give prompts as "
+            f'{{"prompt": …, "ground_truth": …}}.'
+        )
+    plural = {"data_sources": "data_source", "solution_strs": "solution_str", "extra_infos": "extra_info"}
+    columns = {many: [row[one] for row in rows] for many, one in plural.items()}
+    return columns | {"ground_truths": [row.get("ground_truth") for row in rows]}
 
 
 def _verifiers(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
     (sample,) = unit
     offered = {
-        "prompt": call._said("user", sample.prompt),
-        "completion": call._said("assistant", sample.response),
+        "prompt": call._prompt(sample),
+        "completion": call._completion(sample),
         "task": sample.meta.get("task", "default"),
         "info": sample.meta.get("info", sample.meta),
     }
@@ -242,18 +362,27 @@ def _verifiers(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any
 
 
 def _trl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+    logged: dict[str, list[float]] = {}
+
     def log_extra(column: str, values: Sequence[Any]) -> None:
+        if len(values) != len(unit):
+            raise ValidationError(
+                f"log_extra({column!r}) has {len(values)} values for {len(unit)} completions: give one for each."
+            )
         log[column] = list(values)
 
     def log_metric(name: str, value: float) -> None:
-        log[name] = [value] * len(unit)
+        values = logged.setdefault(name, [])
+        values.append(float(value))
+        log[name] = [sum(values) / len(values)] * len(unit)
 
     columns = dict.fromkeys(name for sample in unit for name in sample.meta)
     return {
         **{name: [sample.meta.get(name) for sample in unit] for name in columns},
-        "prompts": [call._said("user", sample.prompt) for sample in unit],
-        "completions": [call._said("assistant", sample.response) for sample in unit],
+        "prompts": [call._prompt(sample) for sample in unit],
+        "completions": [call._completion(sample) for sample in unit],
         "completion_ids": [list(sample.tokens) for sample in unit],
+        "trainer_state": unit[0].state,
         "log_extra": log_extra,
         "log_metric": log_metric,
     }
@@ -285,6 +414,7 @@ def _gym(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) ->
 _OFFERS: dict[Style, Callable[[Call, Sequence[RewardSample], dict[str, list[Any]]], dict[str, Any]]] = {
     Style.TRL: _trl,
     Style.VERL: _verl,
+    Style.VERL_BATCH: _verl_batch,
     Style.OPENRLHF: _openrlhf,
     Style.VERIFIERS: _verifiers,
     Style.GYM: _gym,

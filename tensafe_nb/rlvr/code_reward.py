@@ -57,9 +57,12 @@ def python_code(
         RewardError: The process could not be started.
     """
     given = column_of(meta, column, "python_code") if tests is None else tests
-    cases = [given] if isinstance(given, str) else list(given)
-    if not cases:
-        raise ValidationError(f"python_code has no tests: pass tests=[…], or fill the column {column!r}.")
+    cases = [given] if isinstance(given, str) or not hasattr(given, "__iter__") else list(given)
+    if not cases or not all(isinstance(case, str) and case.strip() for case in cases):
+        raise ValidationError(
+            f"python_code has no tests but {str(given)[:80]!r}: pass tests=['assert …', …], or fill the column "
+            f"{column!r} with such texts."
+        )
     blocks = _FENCED.findall(response)
     job = {
         "code": blocks[-1] if blocks else response,

@@ -1,7 +1,8 @@
 """What a composite reward is made of, and how its parts add up."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tensafe_nb.errors import ValidationError, nearest
@@ -24,10 +25,25 @@ class Part:
     name: str = ""
     true: bool = False
 
+    def identified(self) -> list[Any]:
+        """Return what its scores depend on."""
+        return [self.reward, self.weight, self.name, self.true]
 
-def read_parts(given: Any, resolve: Callable[..., Any]) -> "tuple[Part, ...]":
-    if isinstance(given, Mapping):
-        given = [{"reward": name, "weight": weight} for name, weight in given.items()]
+
+def read_parts(
+    given: Any, resolve: Callable[..., Any], weights: Sequence[float] | None = None
+) -> "tuple[Part, ...]":
+    """Read the parts of a composite, whichever way they were given.
+
+    Args:
+        given: {reward: weight}, {name: function}, or a list of rewards, (reward, weight) pairs, `Part`s or dicts.
+        resolve: Makes a reward of what stands for one.
+        weights: Of a list, one for each.
+
+    Raises:
+        ValidationError: No parts, two of one name, no weight but 0, or two marked as true.
+    """
+    given = _listed(given, weights)
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise ValidationError(
             'composite needs parts: {"exact_match": 1.0, "format_compliance": 0.2}, or a list of Part(reward, weight).'
@@ -36,7 +52,8 @@ def read_parts(given: Any, resolve: Callable[..., Any]) -> "tuple[Part, ...]":
     names = [part.name for part in parts]
     if len(set(names)) < len(names):
         raise ValidationError(
-            f"composite has two parts of one name ({', '.join(names)}): give each a name=…."
+            f"composite has two parts of one name ({', '.join(names)}): give each a name=…, as in "
+            f'{{"first": f, "second": g}} or [Part(f, name="first"), …].'
         )
     if sum(part.true for part in parts) > 1:
         raise ValidationError(
@@ -45,6 +62,30 @@ def read_parts(given: Any, resolve: Callable[..., Any]) -> "tuple[Part, ...]":
     if not any(part.weight for part in parts):
         raise ValidationError("composite: the weight of every part is 0, so there is nothing to learn from.")
     return parts
+
+
+def _listed(given: Any, weights: Sequence[float] | None) -> Any:
+    """Return parts as a list: of a mapping, whose values are weights, or functions under names of their own."""
+    if isinstance(given, Mapping):
+        if weights is not None:
+            raise ValidationError("composite: weights=[…] goes with a list; a dict has them as its values.")
+        return [_entry(key, value) for key, value in given.items()]
+    if weights is None or not isinstance(given, Sequence) or isinstance(given, str):
+        return given
+    if len(weights) != len(given):
+        raise ValidationError(
+            f"composite: {len(given)} rewards and the weights {weights!r}: give one for each."
+        )
+    return [Part(reward, weight) for reward, weight in zip(given, weights, strict=True)]
+
+
+def _entry(key: Any, value: Any) -> Any:
+    if isinstance(value, Part):
+        return replace(value, name=value.name or str(key))
+    if isinstance(value, tuple) and len(value) == 2:
+        return Part(value[0], value[1], name=str(key))
+    named = callable(value) or hasattr(value, "leaves")
+    return Part(value, name=str(key)) if named else Part(key, value)
 
 
 def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
@@ -56,12 +97,14 @@ def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
             raise ValidationError(f"composite: the part {dict(given)!r} does not say which reward it is.")
         values = {key: given[key] for key in ("weight", "name", "true") if key in given}
         given = Part(resolve(given["reward"], **given.get("kwargs", {})), **values)
+    if isinstance(given, tuple) and len(given) == 2:
+        given = Part(*given)
     part = given if isinstance(given, Part) else Part(given)
     reward = resolve(part.reward)
     if (
         isinstance(part.weight, bool)
         or not isinstance(part.weight, int | float)
-        or part.weight != part.weight
+        or not math.isfinite(part.weight)
     ):
         raise ValidationError(
             f"composite: the weight of {reward.name!r} is {part.weight!r}, expected a number."

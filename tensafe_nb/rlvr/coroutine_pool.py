@@ -1,16 +1,18 @@
-"""Where coroutine functions are awaited: many at a time, on a loop of ours, never on the notebook's.
+"""Where coroutine functions are awaited: many at a time, on the lasting loop, never on the notebook's.
 
 They stay in this process, so that they can use the clients and sessions they close over.
 """
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from tensafe_nb.errors import ClientClosedError
 from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, awaited_outcomes
+from tensafe_nb.rlvr.lasting import LOOP
+from tensafe_nb.rlvr.pool import NOTHING, Modules
 
 AT_ONCE = 32  # calls under way: what a judge behind an API bears
 
@@ -26,15 +28,16 @@ class CoroutinePool:
         self._timeout = timeout
         self._calls: list[Call] = []
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._round: Future[None] | None = None
+        self._round: Future[Any] | None = None
         self._closed = False
 
-    def add(self, call: Call) -> int:
+    def add(self, call: Call, modules: Modules = NOTHING) -> int:
         """Take on a coroutine function and return its number."""
         self._calls.append(call)
         return len(self._calls) - 1
+
+    def forget(self, key: int) -> None:
+        """Keep what costs nothing."""
 
     def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
         """Await function number `key` on all samples.
@@ -46,9 +49,9 @@ class CoroutinePool:
         units = call.units(samples)
         outcomes: list[list[Outcome] | None] = [None] * len(units)
         with self._lock:
-            self._round = self._submit(self._all(call, units, outcomes))
+            self._round, loop = LOOP.submit(self._all(call, units, outcomes))
             try:
-                self._wait(self._round)
+                self._wait(self._round, loop)
             finally:
                 self._round.cancel()
             if self._closed:
@@ -59,15 +62,10 @@ class CoroutinePool:
         return [outcome for unit in done for outcome in unit]
 
     def close(self) -> None:
-        """Cancel what is awaited and end the thread. Again: nothing."""
+        """Cancel what is awaited. Again: nothing."""
         self._closed = True
         if self._round is not None:
             self._round.cancel()
-        with self._lock:
-            if self._loop is not None and self._thread is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join(self._timeout)  # a function that blocks it does not block us
-            self._loop = self._thread = None
 
     async def _all(
         self, call: Call, units: Sequence[Sequence[RewardSample]], outcomes: list[list[Outcome] | None]
@@ -93,40 +91,18 @@ class CoroutinePool:
         text = f"took longer than {self._timeout:g} s and was cancelled"
         return [Outcome(error=text, timed_out=True)] * len(unit)
 
-    def _submit(self, coroutine: Coroutine[Any, Any, None]) -> "Future[None]":
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(
-                target=_serve, args=(self._loop,), name="tsnb-reward-loop", daemon=True
-            )
-            self._thread.start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def _wait(self, round_: "Future[None]") -> None:
+    def _wait(self, round_: "Future[Any]", loop: asyncio.AbstractEventLoop) -> None:
         """Wait for a round as long as its loop answers; a blocked loop is left behind."""
         while not round_.done():
-            if not self._answers(round_) and self._loop is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)  # when it comes to itself
-                self._loop = self._thread = None
+            if not self._answers(round_, loop):
+                LOOP.leave(loop)
                 return
 
-    def _answers(self, round_: "Future[None]") -> bool:
+    def _answers(self, round_: "Future[Any]", loop: asyncio.AbstractEventLoop) -> bool:
         settled = threading.Event()
         round_.add_done_callback(lambda _: settled.set())
         if settled.wait(self._timeout):
             return True
-        assert self._loop is not None
         alive = threading.Event()
-        self._loop.call_soon_threadsafe(alive.set)
+        loop.call_soon_threadsafe(alive.set)
         return alive.wait(self._timeout)
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-            loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()

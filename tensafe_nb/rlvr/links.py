@@ -19,6 +19,8 @@ from typing import IO, Any, Protocol, TypeAlias
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
 from tensafe_nb.rlvr.calls import Call, RewardSample, outcomes_of
+from tensafe_nb.rlvr.lasting import STARTER
+from tensafe_nb.rlvr.shipping import shipped
 
 _PROGRAM = Path(__file__).with_name("pool_process.py")
 Unit: TypeAlias = list[RewardSample]  # the rollouts of one call
@@ -41,8 +43,11 @@ class ProcessLink:
         own_group: dict[str, Any] = {"start_new_session": True}  # interrupts of the kernel do not reach it
         if sys.platform == "win32":
             own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **own_group
+        self._process = STARTER.start(
+            [sys.executable, "-P", str(_PROGRAM), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            **own_group,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -57,7 +62,7 @@ class ProcessLink:
         self._write(cloudpickle.dumps(("load", key, blob)))
 
     def run(self, key: int, first: int, units: Sequence[Unit]) -> None:
-        self._write(cloudpickle.dumps(("run", key, first, units)))
+        self._write(cloudpickle.dumps(("run", key, shipped((first, units)))))
 
     def kill(self) -> None:
         """End the process and what it started, and its thread."""
@@ -87,9 +92,9 @@ def _read(answers: IO[bytes], inbox: Inbox, link: Link) -> None:
 class ThreadLink:
     """A thread of this process instead, for functions that cannot be sent elsewhere. It cannot be killed."""
 
-    def __init__(self, inbox: Inbox, call: Call) -> None:
-        self._inbox, self._call = inbox, call
-        self._requests: queue.SimpleQueue[tuple[int, Sequence[Unit]] | None] = queue.SimpleQueue()
+    def __init__(self, inbox: Inbox, calls: Sequence[Call]) -> None:
+        self._inbox, self._calls = inbox, calls
+        self._requests: queue.SimpleQueue[tuple[int, int, Sequence[Unit]] | None] = queue.SimpleQueue()
         self._abandoned = False
         self._thread = threading.Thread(target=self._serve, name="tsnb-reward-call", daemon=True)
         self._thread.start()
@@ -98,7 +103,7 @@ class ThreadLink:
         self._inbox.put((self, ["loaded", None]))
 
     def run(self, key: int, first: int, units: Sequence[Unit]) -> None:
-        self._requests.put((first, units))
+        self._requests.put((key, first, units))
 
     def kill(self) -> None:
         """Let go of it: it ends as soon as the function returns, if it ever does."""
@@ -112,8 +117,10 @@ class ThreadLink:
 
     def _serve(self) -> None:
         while (request := self._requests.get()) is not None:
-            first, units = request
+            key, first, units = request
             for index, unit in enumerate(units, first):
                 if self._abandoned:
                     return
-                self._inbox.put((self, [index, [outcome[:3] for outcome in outcomes_of(self._call, unit)]]))
+                self._inbox.put(
+                    (self, [index, [outcome[:3] for outcome in outcomes_of(self._calls[key], unit)]])
+                )

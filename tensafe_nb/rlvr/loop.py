@@ -8,20 +8,22 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from tensafe_nb.errors import NonFiniteLossError, RewardError
-from tensafe_nb.events import Metrics, Rollouts
+from tensafe_nb.events import Alarm, Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.loops import Run
-from tensafe_nb.rlvr.alarm_rules import not_finite
+from tensafe_nb.rlvr.alarm_rules import low_precision, not_finite
 from tensafe_nb.rlvr.alarms import Alarms, alarm_of
 from tensafe_nb.rlvr.algorithms import Algorithm
+from tensafe_nb.rlvr.calls import TrainerState
 from tensafe_nb.rlvr.evaluation import HeldOut
-from tensafe_nb.rlvr.metrics import BY_OPTIM_STEP, Row, known, rollout_metrics, update_metrics
+from tensafe_nb.rlvr.metrics import BY_OPTIM_STEP, Goal, Row, known, rollout_metrics, update_metrics
 from tensafe_nb.rlvr.rewards import Reward
 from tensafe_nb.rlvr.rollout_store import RolloutStore
 from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
 from tensafe_nb.rlvr.samplers import PolicySampler, PromptCursor
 from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, check_scored
 from tensafe_nb.rlvr.updates import UpdateResult
+from tensafe_nb.step_alarms import Rates
 
 TOO_MANY = 0.5  # share of failed rewards above which nobody should train on the rest
 
@@ -38,12 +40,16 @@ class Trainer(Protocol):
     eval_every: int | None
     held_out: HeldOut | None
     alarms: Alarms
+    good_threshold: float
     store: RolloutStore | None
     tokens: int
     row: int
 
     @property
     def training_client(self) -> PolicyClient: ...
+    @property
+    def imprecise(self) -> bool: ...
+    def scored_by(self, version: str) -> None: ...
     def check_prompts(self) -> None: ...
     def number_of(self, version: str) -> int: ...
     def position(self) -> dict[str, Any]: ...
@@ -77,10 +83,12 @@ class RLVRLoop:
         self._under_way: dict[int, _Step] = {}
         self._scorer: Scorer | None = None
         self._scores: Reward | None = None  # what the scorer was made for
+        self._last_row = trainer.row + steps
 
     def attach(self, run: Run) -> None:
         """Get to know the run."""
         self._run = run
+        self._rates = Rates(run.client.config.optimizer)
         self._store = self._trainer.store = RolloutStore(run.run_id)
         self._trainer.alarms.forget_announcements()
 
@@ -112,10 +120,24 @@ class RLVRLoop:
         row = self._row(step, update)
         written = BY_OPTIM_STEP if update is not None and not update.skipped else ()
         self._publish(trainer.row, known(row, without=written) | (measured[0] if measured else {}))
-        for alarm in trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch):
+        goal = self._goal(step)
+        alarms = []
+        if update is not None and not update.skipped:
+            rate = self._run.client.history.last().get("learning_rate", np.nan)
+            row = {**row, "learning_rate": rate}
+            alarms = self._rates_of(index, rate)
+        for alarm in [*alarms, *trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch, goal)]:
             self._client.publish(alarm)
+        if index == 0 and trainer.imprecise:
+            self._client.publish(alarm_of(self._run.run_id, trainer.row, low_precision(known(row))))
         if update is None or _failed(step.batch) > TOO_MANY:
             self._run.pause()
+
+    def _rates_of(self, index: int, rate: float) -> list[Alarm]:
+        """Look what the schedule makes of the updates to come, as long as they take as many steps as the first."""
+        step = self._run.client.step
+        last = step + (self._steps - index - 1) * self._run.steps_taken
+        return self._rates.observe(self._run.run_id, step, rate, last, number=self._trainer.row)
 
     def position(self) -> dict[str, Any]:
         """Return where the trainer stands."""
@@ -134,6 +156,8 @@ class RLVRLoop:
         """End the scoring processes; say which rollouts an update without a finite loss was about."""
         if self._scorer is not None:
             self._scorer.close()
+        if self._rates.remark is not None:
+            self._run.remark(self._rates.remark)
         for step in self._under_way.values():
             if isinstance(error := step.failure(), NonFiniteLossError):
                 found = not_finite(step.batch, error)
@@ -145,6 +169,7 @@ class RLVRLoop:
         sampler.warn_of_texts(prompts)
         clock.lap("time/sample")
         report = self._score(batch)
+        self._trainer.scored_by(report.version)
         clock.lap("time/reward")
         return _Step(batch, report, clock)
 
@@ -155,7 +180,7 @@ class RLVRLoop:
             if self._scorer is not None:
                 self._scorer.close()
             self._scorer, self._scores = Scorer(reward, self._trainer.reward_timeout), reward
-        return self._scorer.score(batch)
+        return self._scorer.score(batch, TrainerState(self._trainer.row, self._last_row))
 
     def _update(self, index: int, step: _Step) -> None:
         try:
@@ -174,7 +199,7 @@ class RLVRLoop:
         if index == 0 or trainer.on_reward_errors == "fail":
             check_scored(batch, trainer.reward)
         if trainer.on_reward_errors == "fail" and _failed(batch) > TOO_MANY:
-            first = next(trajectory.reward_error for trajectory in batch if trajectory.reward_error)
+            first = next(t.reward_error for t in batch if t.reward is None and t.reward_error)
             raise RewardError(
                 f"The reward {trainer.reward.name!r} failed on {_failed(batch):.0%} of the rollouts of step "
                 f"{trainer.row + 1}, and on_reward_errors='fail'. The first error: {first}"
@@ -190,11 +215,14 @@ class RLVRLoop:
         )
 
     def _row(self, step: _Step, update: UpdateResult | None) -> Row:
-        row = rollout_metrics(step.batch) | step.report.metrics
+        row = rollout_metrics(step.batch, self._goal(step)) | step.report.metrics
         row |= {} if update is None else update_metrics(update)
         row |= step.clock.seconds | {"time/total": step.clock.total}
         version = self._trainer.number_of(step.report.version)
         return row | {"num_tokens": self._trainer.tokens, "reward_version": version}
+
+    def _goal(self, step: _Step) -> Goal:
+        return Goal(step.report.true, self._trainer.good_threshold)
 
     def _evaluation_after(self, index: int) -> list[FutureHandle[TrajectoryBatch]]:
         done, every = index + 1, self._trainer.eval_every
@@ -215,7 +243,8 @@ class RLVRLoop:
 
 
 def _failed(batch: TrajectoryBatch) -> float:
-    return float(np.mean([trajectory.reward_error is not None for trajectory in batch]))
+    """Return the share without a reward for an error; a failed part of weight 0 takes no reward away."""
+    return float(np.mean([t.reward is None and t.reward_error is not None for t in batch]))
 
 
 class _Clock:

@@ -5,12 +5,14 @@ A name stands for one quantity everywhere. What a step did not measure is NaN he
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from tensafe_nb.rlvr.rollouts import GOOD, RolloutGroup, TrajectoryBatch, mean
-from tensafe_nb.rlvr.updates import UpdateResult
+from tensafe_nb.batch import Array
+from tensafe_nb.rlvr.rollouts import GOOD, RolloutGroup, Trajectory, TrajectoryBatch, mean
+from tensafe_nb.rlvr.updates import UpdateResult, entropy_of
 
 Signal: TypeAlias = Literal["mixed", "all_good", "all_bad"]
 Row: TypeAlias = dict[str, float]
@@ -18,24 +20,51 @@ Row: TypeAlias = dict[str, float]
 BY_OPTIM_STEP = ("loss", "grad_norm", "param_delta_norm")  # curves that the core itself writes at every step
 
 
-def signal_of(group: RolloutGroup) -> Signal | None:
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """When an answer is right: the part marked `true=True`, or the reward where no part is, reaches a threshold.
+
+    A sum of parts is no measure of that: 0.6 for the form passes a wrong answer, 0.4 for the right one fails it.
+
+    Attributes:
+        true: Name of the part; None for the reward itself.
+        threshold: What it has to reach.
+    """
+
+    true: str | None = None
+    threshold: float = GOOD
+
+    def scores(self, rollouts: Sequence[Trajectory]) -> Array:
+        """Return what decides, for each rollout; NaN where it was not scored."""
+        if self.true is None:
+            found = [rollout.reward for rollout in rollouts]
+        else:
+            found = [(rollout.reward_parts or {}).get(self.true) for rollout in rollouts]
+        return np.array([math.nan if value is None else value for value in found], dtype=np.float64)
+
+
+def signal_of(group: RolloutGroup, goal: Goal | None = None) -> Signal | None:
     """Return whether a group's rewards differ, or whether all are good or bad; None with nothing scored."""
+    goal = goal or Goal()
     if group.has_signal:
         return "mixed"
     if math.isnan(group.mean):
         return None
-    return "all_good" if group.mean >= GOOD else "all_bad"
+    scores = goal.scores(group.rollouts)
+    usual = mean(scores[np.isfinite(scores)])
+    return "all_good" if (group.mean if math.isnan(usual) else usual) >= goal.threshold else "all_bad"
 
 
-def rollout_metrics(batch: TrajectoryBatch) -> Row:
-    """Return what a scored batch says about rewards, signal, lengths and the sampled entropy."""
+def rollout_metrics(batch: TrajectoryBatch, goal: Goal | None = None) -> Row:
+    """Return what a scored batch says about rewards, signal, lengths and entropy."""
     logprobs = np.array([logprob for t in batch for logprob in t.logprobs or ()])
-    return _reward_metrics(batch) | _length_metrics(batch) | {"entropy_sampled": -mean(logprobs)}
+    entropy = {"entropy": _or_nan(entropy_of(batch)), "entropy_sampled": -mean(logprobs)}
+    return _reward_metrics(batch, goal) | _length_metrics(batch) | entropy
 
 
-def _reward_metrics(batch: TrajectoryBatch) -> Row:
+def _reward_metrics(batch: TrajectoryBatch, goal: Goal | None) -> Row:
     spread = batch.reward_std_by_group
-    signals = [signal for group in batch.groups if (signal := signal_of(group)) is not None]
+    signals = [signal for group in batch.groups if (signal := signal_of(group, goal)) is not None]
     return {
         "reward": batch.mean_reward,
         "reward_std": batch.std_reward,
@@ -69,15 +98,14 @@ def update_metrics(update: UpdateResult) -> Row:
         "policy_version": float(update.policy_version),
         "grad_norm": update.grad_norm,
         "param_delta_norm": update.param_delta_norm,
+        **update.metrics,
     }
     if update.skipped:
         return row
     return row | {
         "loss": update.policy_loss,
-        "entropy": _or_nan(update.entropy),
         "kl": _or_nan(update.kl),
         "policy/approx_kl": update.approx_kl,
-        **update.metrics,
     }
 
 

@@ -316,6 +316,9 @@ _PRESETS: dict[str, PolicyConfig] = {
     "reinforce": REINFORCEConfig(baseline="ema"),
     "rloo": REINFORCEConfig(baseline="rloo"),
     "reinforce_pp": REINFORCEConfig(advantage="reinforce_pp", kl_coef=0.01, aggregation="token_mean"),
+    "reinforce_pp_baseline": REINFORCEConfig(
+        advantage="reinforce_pp_baseline", kl_coef=1e-3, kl_in="loss", aggregation="token_mean"
+    ),
     "grpo": PPOConfig(advantage="group", scale="group", clip_range=0.2, aggregation="seq_mean"),
     "dr_grpo": PPOConfig(advantage="group", clip_range=0.2),
     "cispo": PPOConfig(

@@ -10,6 +10,7 @@ from typing import Any
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta, column_of
+from tensafe_nb.rlvr.numerals import gold_number
 
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
@@ -38,13 +39,26 @@ def json_schema(
     """
     import jsonschema  # type: ignore[import-untyped, unused-ignore]
 
-    wanted = column_of(meta, column, "json_schema") if schema is None else schema
+    wanted = _schema_of(meta, column) if schema is None else schema
     blocks = _FENCED.findall(response)
     try:
         value = json.loads(blocks[-1] if blocks else response)
     except (ValueError, RecursionError):
         return 0.0
     return 1.0 if jsonschema.validators.validator_for(wanted)(wanted).is_valid(value) else partial
+
+
+def _schema_of(meta: Meta, column: str) -> Any:
+    """Return a prompt's own schema: a mapping, or the JSON text of one."""
+    given = column_of(meta, column, "json_schema")
+    try:
+        schema = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValidationError(
+            f"json_schema: the column {column!r} of this prompt is no JSON ({error})."
+        ) from error
+    _check_json_schema(schema=schema)
+    return schema
 
 
 def _check_json_schema(*, schema: Mapping[str, Any] | None = None, **_: Any) -> None:
@@ -56,6 +70,8 @@ def _check_json_schema(*, schema: Mapping[str, Any] | None = None, **_: Any) -> 
         jsonschema.validators.validator_for(schema).check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ValidationError(f"json_schema: this is no JSON Schema ({error.message}).") from error
+    except (AttributeError, TypeError) as error:
+        raise ValidationError(f"json_schema: {str(schema)[:80]!r} is no JSON Schema.") from error
 
 
 MAX_EXPRESSION = 200  # characters; a longer countdown is no answer
@@ -75,8 +91,8 @@ def countdown(
     """Reward 1 for an expression of +, -, *, / and brackets that makes the target of the numbers.
 
     The expression is what stands in the last <answer>…</answer>, else on the last line; "= 24" at its end is
-    left off. It is parsed with `ast` and computed in exact fractions; nothing is evaluated. The task is that of
-    TinyZero.
+    left off, and "1,000" is 1000. It is parsed with `ast` and computed in exact fractions; nothing is evaluated. The
+    task is that of TinyZero.
 
     Args:
         prompt: Not read.
@@ -90,8 +106,12 @@ def countdown(
     Raises:
         ValidationError: The prompt has no such columns.
     """
-    allowed = Counter(Fraction(number) for number in column_of(meta, numbers, "countdown"))
-    aim = Fraction(column_of(meta, target, "countdown"))
+    what = "countdown: the column {!r} of this prompt"
+    given = column_of(meta, numbers, "countdown")
+    if isinstance(given, str | Mapping) or not hasattr(given, "__iter__"):
+        raise ValidationError(f"{what.format(numbers)} holds {given!r}, expected a list of numbers.")
+    allowed = Counter(gold_number(number, what.format(numbers)).value for number in given)
+    aim = gold_number(column_of(meta, target, "countdown"), what.format(target)).value
     read = _expression(response)
     if read is None:
         return 0.0
@@ -111,6 +131,7 @@ def _expression(response: str) -> tuple[Fraction | None, Counter[Fraction]] | No
     if not text or len(text) > MAX_EXPRESSION:
         return None
     used: Counter[Fraction] = Counter()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     try:
         return _value(ast.parse(text, mode="eval").body, used), used
     except ZeroDivisionError:
@@ -121,9 +142,9 @@ def _expression(response: str) -> tuple[Fraction | None, Counter[Fraction]] | No
 
 def _value(node: ast.expr, used: Counter[Fraction]) -> Fraction:
     match node:
-        case ast.Constant(value=int() as number) if not isinstance(number, bool):
-            used[Fraction(number)] += 1
-            return Fraction(number)
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            used[Fraction(repr(number))] += 1
+            return Fraction(repr(number))
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return _value(left, used) + _value(right, used)
         case ast.BinOp(left=left, op=ast.Sub(), right=right):

@@ -1,5 +1,6 @@
 """The passes of one update over its batch: minibatches of whole prompt groups, a gradient and a step for each."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,14 @@ from tensafe_nb.futures import FutureHandle, combine
 from tensafe_nb.rlvr import private, updates
 from tensafe_nb.rlvr.advantages import token_weights
 from tensafe_nb.rlvr.options import PolicyConfig
-from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
-from tensafe_nb.rlvr.updates import UpdateResult
-from tensafe_nb.types import ForwardBackwardResult, OptimStepResult
+from tensafe_nb.rlvr.rollouts import PolicyClient, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr.updates import Move, UpdateResult
+from tensafe_nb.types import ForwardBackwardResult, LogprobsResult, OptimStepResult
 
+SPENT_ON_MEASURING = 0.03  # share of an update's cost that may go into measuring how far it moved the policy
+GRADIENT = (
+    4  # forward passes that a row's gradient costs: its forward and backward pass, and its share of the step
+)
 SAME_PATH = 2e-4  # approx_kl of the very first minibatch: more, and scoring and training disagree
 
 
@@ -44,34 +49,88 @@ class Passes:
     def run(self, rows: Array, *, value_only: bool) -> FutureHandle[UpdateResult]:
         gradients: list[FutureHandle[ForwardBackwardResult]] = []
         steps: list[FutureHandle[OptimStepResult]] = []
+        measure = None if value_only else self._begin_measuring(rows)
+        weights = self._weights()
         epochs, stopped = 0, False
         for epoch in range(self.config.passes):
             if epoch and self._too_far():
                 stopped = True
                 break
-            for minibatch in self._minibatches(rows, epoch):
+            minibatches = self._minibatches(rows, epoch)
+            # The mean gradient of a pass is that of the whole batch, in however many minibatches it is taken.
+            scale = 1 if self.config.aggregation == "sum" else len(minibatches)
+            for minibatch in minibatches:
                 first = self.config.reads_old and not gradients
-                self._step(self._data(minibatch, value_only), gradients, steps, value_only, first=first)
+                data = self._data(minibatch, weights[minibatch] * scale, value_only)
+                self._step(data, gradients, steps, value_only, first=first)
             epochs += 1
-        mean_reward, notes = (
+        scored = [] if measure is None else measure.after(self.client)
+        # What is said of the batch is read now: rewards may be edited later.
+        mean_reward, entropy, notes = (
             self.batch.mean_reward,
-            updates.notes_on(self.batch),
-        )  # rewards may be edited later
-        count, explained = len(gradients), self._explained()
-        return combine(
-            [*gradients, *steps],
-            lambda results: updates.read_results(
+            updates.entropy_of(self.batch),
+            updates.mock_notes(self.batch),
+        )
+        versions = [t.policy_version for t in self.batch if isinstance(t.policy_version, int)]
+        count, known = len(gradients), self._explained() | left_out(self.batch, self.config)
+
+        def read(results: list[Any]) -> UpdateResult:
+            done: list[OptimStepResult] = results[count : 2 * count]
+            began = done[0].policy_version - 1
+            metrics, stale = updates.staleness(versions, began, self.config.tis_cap)
+            return updates.read_results(
                 results[:count],
-                results[count:],
+                done,
                 mean_reward=mean_reward,
                 epochs_run=epochs,
                 early_stopped=stopped,
-                notes=notes,
-                metrics=explained,
-            ),
-            operation="update",
-            result_type=UpdateResult,
+                entropy=entropy,
+                move=None if measure is None else measure.read(results[2 * count :], began),
+                notes=notes + stale,
+                metrics=known | metrics,
+            )
+
+        return combine([*gradients, *steps, *scored], read, operation="update", result_type=UpdateResult)
+
+    def _begin_measuring(self, rows: Array) -> "Measurement | None":
+        """Choose the rollouts on which the move is measured, and learn their log-probabilities before it.
+
+        They come from what was read for the update, or from the sampler if it drew from these very weights, uncut.
+        """
+        rows = rows[self.mask[rows].any(1)]
+        if not rows.size:
+            return None
+        trajectories, width, sampling = list(self.batch), self.mask.shape[1], self.batch.sampling
+        old, read = self.readings.old, 0 if self.readings.old is None else len(trajectories)
+        uncut, version = sampling.top_p == 1 and sampling.top_k == 0, None
+        if (
+            old is None
+            and uncut
+            and all(t.policy_version == self.client.policy_version for t in trajectories)
+        ):
+            old, version = updates.sampler_logprobs(trajectories, width), self.client.policy_version
+        budget = SPENT_ON_MEASURING * (GRADIENT * rows.size * self.config.passes + read)
+        chosen = spread(self.batch, rows, max(1, int(budget) // (2 if old is None else 1)), self.number)
+        data = updates.pack([trajectories[row] for row in chosen], {})
+        temperature = sampling.temperature
+        before = self.client.compute_logprobs(data, temperature=temperature) if old is None else None
+        return Measurement(
+            [trajectories[row] for row in chosen],
+            data,
+            self.mask[chosen],
+            temperature,
+            _rows(old, chosen),
+            None if old is None else version,
+            before,
         )
+
+    def _weights(self) -> Array:
+        """Return the weights of all tokens in a step on the whole batch: scored rollouts count, with signal or not."""
+        if self.is_private:
+            return private.group_weights(self.batch, self.mask, self.config)
+        scored = int(np.isfinite(self.batch.rewards).sum())
+        limit = self.batch.sampling.max_new_tokens
+        return token_weights(self.mask, self.config.aggregation, limit, scored)
 
     def _explained(self) -> dict[str, float]:
         """Return the share of the returns' variance that the value head foresaw: 1 is all, below 0 worse than none."""
@@ -124,19 +183,10 @@ class Passes:
         parts = [rows[np.isin(groups[rows], part)] for part in np.array_split(order, count)]
         return [part for part in parts if part.size]
 
-    def _data(self, rows: Array, value_only: bool) -> BatchData:
-        whole = self.config.parts == 1  # the normaliser counts every rollout of the optimiser step
-        counted = np.arange(len(self.batch)) if whole else rows
-        if self.is_private:
-            weights = private.group_weights(self.batch, self.mask, self.config)
-        else:
-            weights = np.zeros(self.mask.shape)
-            weights[counted] = token_weights(
-                self.mask[counted], self.config.aggregation, self.batch.sampling.max_new_tokens
-            )
+    def _data(self, rows: Array, weights: Array, value_only: bool) -> BatchData:
         trajectories, width = list(self.batch), self.mask.shape[1]
         chosen = [trajectories[row] for row in rows]
-        extras: dict[str, Array | None] = {"weights": weights[rows], "old_values": None}
+        extras: dict[str, Array | None] = {"weights": weights, "old_values": None}
         if self.returns is not None:
             extras |= {"returns": self.returns[rows], "old_values": _rows(self.readings.values, rows)}
         if not value_only:
@@ -164,6 +214,69 @@ class Passes:
         return bool(k3.sum() / max(self.mask.sum(), 1.0) > 1.5 * self.config.kl_limit)
 
 
+@dataclass(slots=True)
+class Measurement:
+    """The move of the policy over an update, on some of its rollouts."""
+
+    trajectories: Sequence[Trajectory]
+    data: BatchData
+    mask: Array  # (S, C)
+    temperature: float
+    old: Array | None  # (S, C), where known before
+    version: int | None  # whose they are, where the sampler told them
+    before: FutureHandle[LogprobsResult] | None  # where they had to be asked for
+
+    def after(self, client: PolicyClient) -> list[FutureHandle[LogprobsResult]]:
+        """Queue the scoring under the new weights; return all that is to be waited for."""
+        new = client.compute_logprobs(self.data, temperature=self.temperature)
+        return [new] if self.before is None else [new, self.before]
+
+    def read(self, scored: Sequence[LogprobsResult], began: int) -> Move:
+        """Return KL(old ‖ new) = E[e^d − d − 1], d = log π_new − log π_old, and the largest |d|.
+
+        Args:
+            scored: What was waited for.
+            began: Version of the weights that the update began with. If another update got in between, what the
+                sampler told is not of these, and nothing was measured: NaN.
+        """
+        if self.version not in (None, began):
+            return Move(math.nan, 0.0)
+        new, *before = (
+            updates.unpack(self.trajectories, result.logprobs, self.mask.shape[1]) for result in scored
+        )
+        difference = (new - (before[0] if before else _needed(self.old))) * self.mask
+        bounded = np.minimum(difference, 20)  # against overflow; far below 0 the term is linear
+        k3 = ((np.expm1(bounded) - bounded) * self.mask).sum() / self.mask.sum()
+        return Move(float(k3), float(np.abs(difference).max()))
+
+
+def spread(batch: TrajectoryBatch, rows: Array, count: int, number: int) -> Array:
+    """Return a systematic sample of rows: every n-th of those ordered by the sign of the advantage and by likelihood.
+
+    What an update moves most are unlikely answers that it pushes down, least those it need not push. Ordered so, a
+    tenth of the rows tells the KL about as well as a third drawn blindly.
+
+    Args:
+        batch: The rollouts, with their advantages.
+        rows: Numbers of those to choose from.
+        count: How many at most.
+        number: Of the update: where in the order it starts.
+    """
+    trajectories = list(batch)
+    signs = [float(np.mean(trajectories[row].advantage or 0.0)) > 0 for row in rows]
+    likelihood = [sum(trajectories[row].logprobs or ()) for row in rows]
+    order = rows[np.lexsort((likelihood, signs))]
+    count = min(count, rows.size)
+    start = np.random.default_rng([number, rows.size]).random()
+    chosen: Array = order[((np.arange(count) + start) * rows.size / count).astype(np.int64)]
+    return chosen
+
+
+def left_out(batch: TrajectoryBatch, config: PolicyConfig) -> dict[str, float]:
+    """Return the share of the rollouts that the loss leaves out because they were cut."""
+    return {"completions/masked_ratio": batch.clipped_ratio if config.mask_truncated else 0.0}
+
+
 def check_same_path(result: ForwardBackwardResult) -> None:
     """Refuse to go on where scoring and training give the same weights different log-probabilities.
 
@@ -183,6 +296,11 @@ def _advantage_rows(trajectories: Sequence[Any], width: int) -> Array:
     for row, trajectory in enumerate(trajectories):
         found[row, : len(trajectory.tokens)] = trajectory.advantage
     return found
+
+
+def _needed(values: Array | None) -> Array:
+    assert values is not None, "known before, or asked for"
+    return values
 
 
 def _rows(values: Array | None, rows: Array) -> Array | None:

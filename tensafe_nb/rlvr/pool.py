@@ -8,18 +8,20 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import cloudpickle  # type: ignore[import-untyped, unused-ignore]
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 from tensafe_nb.errors import ClientClosedError, RewardError
 from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, failed
 from tensafe_nb.rlvr.links import Inbox, Link, Message, ProcessLink, ThreadLink, Unit
+from tensafe_nb.rlvr.shipping import shipped
 
 LOAD_SECONDS = 60.0  # to start a process and import what a function needs
 GIVE_UP = 8  # calls in a row that hang or kill their process, with no other between
+Modules: TypeAlias = Mapping[str, "frozenset[str] | None"]
+NOTHING: Modules = MappingProxyType({})
 CHUNKS = 4  # per process: small enough to share the work evenly, large enough to write little
 
 
@@ -82,16 +84,24 @@ class RewardPool:
         self._lock = threading.Lock()
         self._closed = False
 
-    def add(self, call: Call) -> int:
-        """Take on a function and return its number.
+    def add(self, call: Call, modules: Modules = NOTHING) -> int:
+        """Take on a function, as it is now, and return its number.
+
+        Args:
+            call: How to call it.
+            modules: The user's modules it reaches, as `Identity.modules` has them.
 
         Raises:
             CannotShip: It cannot be pickled.
         """
-        blob = b"" if self._in_process else _shipped(call)
+        blob = b"" if self._in_process else _shipped(call, modules)
         self._calls.append(call)
         self._blobs.append(blob)
         return len(self._calls) - 1
+
+    def forget(self, key: int) -> None:
+        """Take a function on no more; its number stays its own."""
+        self._blobs[key] = b""
 
     def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
         """Call function number `key` on all samples.
@@ -143,14 +153,14 @@ class RewardPool:
             raise ClientClosedError("The scorer was closed while it scored. Make a new Scorer to go on.")
         idle = [worker for worker in self._workers.values() if not worker.busy]
         more = min(len(job.waiting) - len(idle), self._processes - len(self._workers))
-        for worker in [*idle, *(self._start(job.key) for _ in range(more))]:
+        for worker in [*idle, *(self._start() for _ in range(more))]:
             if job.waiting:
                 self._assign(worker, job)
 
-    def _start(self, key: int) -> _Worker:
+    def _start(self) -> _Worker:
         link: Link
         try:
-            link = ThreadLink(self._inbox, self._calls[key]) if self._in_process else ProcessLink(self._inbox)
+            link = ThreadLink(self._inbox, self._calls) if self._in_process else ProcessLink(self._inbox)
         except OSError as error:
             raise RewardError(
                 f"No process could be started for the reward function ({sys.executable}: {error})."
@@ -245,8 +255,8 @@ class RewardPool:
             job.waiting.appendleft(range(worker.under_way[0], worker.under_way[-1] + 1))
 
 
-def _shipped(call: Call) -> bytes:
+def _shipped(call: Call, modules: Modules) -> bytes:
     try:
-        return cloudpickle.dumps(call)  # type: ignore[no-any-return, unused-ignore]
+        return shipped(call, modules)
     except Exception as error:  # pickling user objects may raise anything
         raise CannotShip(f"{type(error).__name__}: {error}") from error

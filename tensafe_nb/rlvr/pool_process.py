@@ -1,10 +1,11 @@
 """What a scoring process runs: takes functions and rollouts from its standard input, answers with scores.
 
-A program, not a module: started by its path, it imports the package only once it knows where that is. Requests
-are frames (8 bytes of length, then the bytes): first the import path as JSON, then pickled tuples. Answers are
-lines of JSON. What a function prints goes to standard error.
+A program, not a module: started by its path and told who asks (a process id), it imports the package only once it
+knows where that is. Requests are frames (8 bytes of length, then the bytes): first the import path as JSON, then
+pickled tuples. Answers are lines of JSON. What a function prints goes to standard error.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -14,27 +15,45 @@ import threading
 from typing import Any, BinaryIO
 
 HEADER = 8
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
     """Serve until standard input ends."""
+    end_with(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the notebook is not ours
     requests, answers = _take_pipes()
     sys.path[:] = json.loads(_frame(requests))
     import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
     from tensafe_nb.rlvr.calls import outcomes_of
+    from tensafe_nb.rlvr.shipping import arrived
 
     calls: dict[int, Any] = {}
     inbox = _inbox(requests)
     while True:
-        kind, key, *rest = cloudpickle.loads(inbox.get())
+        kind, key, blob = cloudpickle.loads(inbox.get())
         if kind == "load":
-            _answer(answers, _load(calls, key, rest[0]))
+            _answer(answers, _load(calls, key, blob))
         else:
-            first, units = rest
+            first, units = arrived(blob)
             for index, unit in enumerate(units, first):
                 _answer(answers, [index, [outcome[:3] for outcome in outcomes_of(calls[key], unit)]])
+
+
+def end_with(parent: int) -> None:
+    """End when the process that asked does, whatever is being executed, be it a regular expression that has the GIL.
+
+    Elsewhere than on Linux the end of standard input does that, as soon as Python gets a turn.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before we could ask for the signal
+        os._exit(0)
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -66,10 +85,10 @@ def _inbox(requests: BinaryIO) -> "queue.SimpleQueue[bytes]":
 
 
 def _load(calls: dict[int, Any], key: int, blob: bytes) -> list[Any]:
-    import cloudpickle
+    from tensafe_nb.rlvr.shipping import arrived
 
     try:
-        calls[key] = cloudpickle.loads(blob)
+        calls[key] = arrived(blob)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # importing the user's modules may raise anything: told to the parent
         return ["loaded", f"{type(error).__name__}: {error}"]
     return ["loaded", None]

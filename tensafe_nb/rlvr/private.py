@@ -65,5 +65,6 @@ def group_weights(batch: TrajectoryBatch, mask: Array, config: PolicyConfig) -> 
     weights, groups = np.zeros(mask.shape), group_numbers(batch)
     for number in np.unique(groups):
         rows = groups == number
-        weights[rows] = token_weights(mask[rows], config.aggregation, batch.sampling.max_new_tokens)
+        scored = int(np.isfinite(batch.rewards[rows]).sum())
+        weights[rows] = token_weights(mask[rows], config.aggregation, batch.sampling.max_new_tokens, scored)
     return weights

@@ -1,11 +1,8 @@
 """Reward functions: how they are named, resolved, composed and called. A reward that failed is None, never 0."""
 
 import asyncio
-import hashlib
 import inspect
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -13,8 +10,10 @@ from typing import Any, TypeAlias
 from tensafe_nb.errors import RewardError, ValidationError, nearest
 from tensafe_nb.registry import Registry, check_keywords, load_dotted, name_of
 from tensafe_nb.rlvr import builtin_rewards, code_reward, parsed_rewards, shaping_rewards
-from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, Style
+from tensafe_nb.rlvr.calls import Call, Conversation, Outcome, RewardSample, Style
 from tensafe_nb.rlvr.composite import Part, combined, read_parts
+from tensafe_nb.rlvr.identity import Identity, identity_of
+from tensafe_nb.rlvr.lasting import LOOP
 from tensafe_nb.rlvr.signatures import call_for
 
 RewardFunction: TypeAlias = Callable[..., Any]
@@ -77,7 +76,7 @@ class Reward:
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[Mapping[str, Any]],
         response: str,
         meta: Mapping[str, Any] | None = None,
         *,
@@ -86,7 +85,7 @@ class Reward:
         """Score one response.
 
         Args:
-            prompt: The question.
+            prompt: The question, a text or chat messages.
             response: The answer.
             meta: Further columns of the prompt.
             tokens: The response's token ids, for rewards that count them.
@@ -98,7 +97,9 @@ class Reward:
             outcomes = [Outcome(part.reward(prompt, response, meta, tokens=tokens)) for part in self.parts]
             return combined(self.parts, outcomes).score
         given: Any = meta if self.call.style is Style.OURS else (meta or {})
-        outcome = _called(self.call, RewardSample(prompt, response, given, tokens))
+        messages = None if isinstance(prompt, str) else Conversation(prompt)
+        text = prompt if isinstance(prompt, str) else str(messages)
+        outcome = _called(self.call, RewardSample(text, response, given, tokens, messages))
         if outcome.error is not None:
             raise RewardError(f"The reward {self.name!r} {outcome.error}.")
         return outcome.score
@@ -120,8 +121,22 @@ class Reward:
 
     @property
     def version(self) -> str:
-        """A hash of its source and keywords: scores of two versions are not comparable."""
-        return hashlib.sha256(_described(self).encode()).hexdigest()[:12]
+        """A digest of its code and all that this uses, as it is now: scores of two versions are not comparable.
+
+        It ends in "-partial" where something lies beyond what can be looked into; `identity.beyond` names it.
+        """
+        return self.identity.version
+
+    @property
+    def identity(self) -> Identity:
+        """What its scores depend on."""
+        return identity_of(self)
+
+    def identified(self) -> list[Any]:
+        """Return what its scores depend on, for `identity_of`."""
+        if self.call is None:
+            return ["composite", *self.parts]
+        return [self.function, dict(self.kwargs), self.call.style.value, self.call.conversational]
 
     def leaves(self) -> "Iterator[tuple[Reward, Call]]":
         """Yield the functions it is made of, each with its call: itself, or those of its parts."""
@@ -131,7 +146,7 @@ class Reward:
             yield from part.reward.leaves()
 
 
-def resolve_reward(spec: Any, *, conversational: bool = False, **kwargs: Any) -> Reward:
+def resolve_reward(spec: Any, *, conversational: bool | None = None, **kwargs: Any) -> Reward:
     """Return the reward that `spec` means, with keywords bound.
 
     A function's parameters say how it is called:
@@ -139,17 +154,19 @@ def resolve_reward(spec: Any, *, conversational: bool = False, **kwargs: Any) ->
     - `(prompt, response[, meta])`: ours, one response at a time; a parameter `tokens` gets its token ids.
       It returns a number, None to abstain, or a dict with `score` and further parts.
     - `completions`, with `prompts`, `completion_ids` and columns: TRL's, all completions of a step at once.
-    - `solution_str`, with `data_source`, `ground_truth`, `extra_info`: verl's.
+    - `solution_str`, with `data_source`, `ground_truth`, `extra_info`: verl's; all plural: its batch functions.
     - `queries, prompts, labels`: OpenRLHF's.
     - `completion`, with `prompt`, `answer`, `state`, `task`, `info`, `parser`: verifiers', single turn.
     - an object with `score_answer`: a reasoning-gym data set.
 
-    Coroutine functions of each are awaited, on a thread of ours.
+    Coroutine functions of each are awaited, on a thread of ours. Prompts that are chat messages reach functions of
+    ours, TRL's and verifiers' as messages; `prompt: str` declares that ours wants their text.
 
     Args:
-        spec: A registered name, "package.module:attribute", a callable, or a reasoning-gym data set.
-        conversational: Give a TRL or verifiers function each text as a list of one chat message.
-        kwargs: Further keywords of the function.
+        spec: A registered name, "package.module:attribute", a callable, or a reasoning-gym data set; or several: a
+            list, or a dict of weights ({"exact_match": 1.0, f: 0.2}) or names ({"right": f, "short": (g, 0.2)}).
+        conversational: Whether a TRL or verifiers function gets chat messages or texts; None: as the prompts are.
+        kwargs: Further keywords of the function; `weights=[…]` of a list.
 
     Raises:
         ValidationError: An unknown name or keyword, or a function with another signature.
@@ -161,6 +178,10 @@ def resolve_reward(spec: Any, *, conversational: bool = False, **kwargs: Any) ->
     """
     if isinstance(spec, Reward):
         return _rebound(spec, kwargs) if kwargs else spec
+    if isinstance(spec, list | tuple | Mapping):
+        parts = read_parts(spec, resolve_reward, kwargs.pop("weights", None))
+        check_keywords(composite, kwargs, "reward", 3)
+        return Reward("composite", composite, {"parts": parts}, parts=parts)
     function = _function(spec)
     name = spec if isinstance(spec, str) else name_of(function)
     if function is composite:
@@ -205,9 +226,20 @@ def _called(call: Call, sample: RewardSample) -> Outcome:
     log: dict[str, list[Any]] = {}
     value = call.invoke([sample], log)
     if inspect.isawaitable(value):
-        with ThreadPoolExecutor(1, thread_name_prefix="tsnb-reward") as thread:  # this one may have a loop
-            value = thread.submit(asyncio.run, _awaited(value)).result()
+        value = _result_of(_awaited(value))
     return call.read(value, [sample], log)[0]
+
+
+def _result_of(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine on the lasting loop and wait; where that loop waits for us, on one of its own."""
+    if LOOP.here():
+        with ThreadPoolExecutor(1, thread_name_prefix="tsnb-reward") as thread:
+            return thread.submit(asyncio.run, coroutine).result()
+    future, _ = LOOP.submit(coroutine)
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # an interrupted cell waits for nothing any more
 
 
 async def _awaited(value: Any) -> Any:
@@ -238,36 +270,6 @@ def composite(
         >>> reward = resolve_reward("composite", parts={"exact_match": 1.0, "format_compliance": 0.2})
     """
     return resolve_reward(composite, parts=parts)(prompt, response, meta)
-
-
-def _described(value: Any) -> str:
-    """Write a reward, a function or a keyword down so that equal texts mean equal scores."""
-    if isinstance(value, Reward):
-        return _described([value.function, value.kwargs])
-    if isinstance(value, Part):
-        return _described([value.reward, value.weight, value.name, value.true])
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{_described(value[key])}' for key in sorted(value, key=str))}}}"
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_described, value))}]"
-    if callable(value) or hasattr(value, "score_answer"):
-        return _source(value)
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _source(function: Any) -> str:
-    """Return a function's text with the values it closes over, or its bytecode where there is no text."""
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    try:
-        text = inspect.getsource(function if code else type(function))
-    except (OSError, TypeError):
-        text = "" if code is None else json.dumps([code.co_code.hex(), repr(code.co_consts), code.co_names])
-    if code is None:
-        return text + name_of(function) + _described(sorted(getattr(function, "__dict__", {}).items()))
-    closed_over = inspect.getclosurevars(function).nonlocals
-    values = {name: value for name, value in closed_over.items() if not callable(value)}
-    return text + _described([values, function.__defaults__, function.__kwdefaults__])
 
 
 for _name, _builtin in _BUILTINS.items():

@@ -22,6 +22,7 @@ from tensafe_nb.types import (
     ForwardBackwardResult,
     FreezeReferenceResult,
     LogprobsResult,
+    Message,
     OptimStepResult,
     Prompt,
     SampleResult,
@@ -82,6 +83,8 @@ class Trajectory:
         advantage: Filled in by the update; one per token where a value head was asked.
         prompt_id: Stable name of the prompt and its columns.
         mask: Per token, 0 for what the loss leaves out besides; None leaves nothing out.
+        entropy: Exact, of the distributions it was sampled from, in nats, mean over its tokens; None where unknown.
+        messages: The prompt as it was given, where that was chat messages.
     """
 
     prompt: str
@@ -101,6 +104,8 @@ class Trajectory:
     advantage: float | list[float] | None = None
     prompt_id: str = ""
     mask: list[int] | None = None
+    entropy: float | None = None
+    messages: list[Message] | None = None
 
     @property
     def truncated(self) -> bool:

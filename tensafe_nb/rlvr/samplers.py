@@ -65,6 +65,13 @@ class PromptItem:
         return cls(messages, text, meta, read["tools"] if isinstance(read, Mapping) else ())
 
     @property
+    def messages(self) -> list[Message] | None:
+        """The chat messages, where those were given; also of {messages, tools}."""
+        content: Any = self.content
+        content = content["messages"] if isinstance(content, Mapping) else content
+        return None if isinstance(content, str) else [dict(message) for message in content]
+
+    @property
     def prompt_id(self) -> str:
         """A name that depends on the prompt and its columns alone."""
         written = json.dumps([self.content, self.meta], sort_keys=True, default=str)
@@ -314,6 +321,8 @@ def _trajectory_of(item: PromptItem, sequence: SampledSequence, policy_version: 
         policy_version=policy_version,
         seed=sequence.seed,
         prompt_id=item.prompt_id,
+        entropy=sequence.entropy,
+        messages=item.messages,
     )
 
 
@@ -370,6 +379,7 @@ class MockRolloutSampler:
             finish_reason="length" if len(words) > limit else "stop",
             policy_version=MOCK,
             prompt_id=item.prompt_id,
+            messages=item.messages,
         )
 
 

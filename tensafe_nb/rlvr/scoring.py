@@ -6,7 +6,7 @@ A failure is kept as text and counted, never scored 0, and never ends a run.
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -15,14 +15,16 @@ import numpy as np
 
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
 from tensafe_nb.reprs import shown
-from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, outcomes_of
+from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, TrainerState, outcomes_of
 from tensafe_nb.rlvr.composite import combined, named_parts
 from tensafe_nb.rlvr.coroutine_pool import CoroutinePool
-from tensafe_nb.rlvr.pool import CannotShip, RewardPool
+from tensafe_nb.rlvr.identity import Identity
+from tensafe_nb.rlvr.pool import NOTHING, CannotShip, Modules, RewardPool
 from tensafe_nb.rlvr.rewards import Reward, resolve_reward
 from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory, TrajectoryBatch, bessel_std, mean
 
 MAX_PROCESSES = 4
+BEFORE = TrainerState()  # before any run
 _NOTHING: dict[str, Any] = dict.fromkeys(
     ("reward", "reward_parts", "reward_error", "reward_version", "advantage")
 )
@@ -86,7 +88,8 @@ class ScoreReport:
 class _Lane(Protocol):
     """Who makes the calls of some functions."""
 
-    def add(self, call: Call) -> int: ...
+    def add(self, call: Call, modules: Modules = NOTHING) -> int: ...
+    def forget(self, key: int) -> None: ...
     def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]: ...
     def close(self) -> None: ...
 
@@ -97,9 +100,12 @@ class _Here:
     def __init__(self) -> None:
         self._calls: list[Call] = []
 
-    def add(self, call: Call) -> int:
+    def add(self, call: Call, modules: Modules = NOTHING) -> int:
         self._calls.append(call)
         return len(self._calls) - 1
+
+    def forget(self, key: int) -> None:
+        """Keep what costs nothing."""
 
     def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
         call = self._calls[key]
@@ -118,6 +124,14 @@ class _Node:
     lane: _Lane
     key: int
     parts: "list[_Node]"
+    identity: Identity  # of what the lane calls
+
+    def leaves(self) -> "Iterator[_Node]":
+        """Yield the nodes that are functions."""
+        if not self.parts:
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
 
 
 class Scorer:
@@ -170,10 +184,14 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def score(self, trajectories: Sequence[Trajectory]) -> ScoreReport:
+    def score(self, trajectories: Sequence[Trajectory], state: TrainerState = BEFORE) -> ScoreReport:
         """Fill in `reward`, `reward_parts`, `reward_version`, and `reward_error` where a function failed.
 
         A function that returns None abstains: no reward, and no error either.
+
+        Args:
+            trajectories: What to score.
+            state: Where the run stands, for functions that ask for `trainer_state`.
 
         Raises:
             ClientClosedError: The scorer was closed, before or meanwhile.
@@ -181,13 +199,17 @@ class Scorer:
         """
         if self._closed:
             raise ClientClosedError("The scorer is closed. Make a new Scorer to go on.")
-        samples = [RewardSample(t.prompt, t.response, t.meta, t.tokens) for t in trajectories]
+        self._renew()
+        samples = [
+            RewardSample(t.prompt, t.response, t.meta, t.tokens, t.messages, state) for t in trajectories
+        ]
         found: dict[str, list[Outcome]] = {}
         outcomes = self._outcomes(self._root, samples, found)
         for trajectory, outcome in zip(trajectories, outcomes, strict=True):
             parts = outcome.parts if self.reward.parts else named_parts(self.reward.name, outcome)
             trajectory.reward, trajectory.reward_error = outcome.score, outcome.error
             trajectory.reward_parts, trajectory.reward_version = parts or None, self._version
+        self._note_own_changes()
         return _report(self.reward, outcomes, found, self._version)
 
     def close(self) -> None:
@@ -214,22 +236,48 @@ class Scorer:
             node.lane, node.key = self._threads, self._stay_here(node.reward, node.reward.call, reason)
             return node.lane.evaluate(node.key, samples)
 
+    def _renew(self) -> None:
+        """Take on anew what has changed since it was taken on: what runs is what the notebook holds.
+
+        A function can change in mid-run: its module is reloaded, a helper's cell is run again, a variable it reads is
+        set. From this round on the new one scores, under a version of its own.
+        """
+        changed = False
+        for node in self._root.leaves():
+            identity = node.reward.identity
+            if identity.digest != node.identity.digest and node.reward.call is not None:
+                node.lane.forget(node.key)
+                node.identity = identity
+                node.lane, node.key = self._placed(node.reward, node.reward.call, identity)
+                changed = True
+        if changed:
+            self._version = self.reward.version
+
+    def _note_own_changes(self) -> None:
+        """Note values that a function called in this process has changed itself, such as a cache: no new version."""
+        for node in self._root.leaves():
+            if node.lane is not self._pool:
+                identity = node.reward.identity
+                if identity.code == node.identity.code:
+                    node.identity = identity
+
     def _node(self, reward: Reward, path: str) -> _Node:
         above = "" if reward is self.reward else f"{path}/"
         parts = [self._node(part.reward, f"{above}{part.name}") for part in reward.parts]
         if reward.call is None:
-            return _Node(reward, path, self._here, -1, parts)
-        lane, key = self._placed(reward, reward.call)
-        return _Node(reward, path, lane, key, parts)
+            return _Node(reward, path, self._here, -1, parts, reward.identity)
+        identity = reward.identity
+        lane, key = self._placed(reward, reward.call, identity)
+        return _Node(reward, path, lane, key, parts, identity)
 
-    def _placed(self, reward: Reward, call: Call) -> tuple[_Lane, int]:
+    def _placed(self, reward: Reward, call: Call, identity: Identity) -> tuple[_Lane, int]:
         """Choose who calls a function."""
         if call.asynchronous:
             return self._coroutines, self._coroutines.add(call)
         if reward.inline or self.timeout is None:
             return self._here, self._here.add(call)
         try:
-            return self._pool, self._pool.add(call)
+            return self._pool, self._pool.add(call, identity.modules)
         except CannotShip as reason:
             return self._threads, self._stay_here(reward, call, reason)
 

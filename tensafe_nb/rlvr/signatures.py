@@ -1,4 +1,4 @@
-"""Which convention a reward function follows: its parameters say so, and what fits none is refused."""
+"""Which convention a reward function follows: its parameters say so, and what fits none is refused with what would."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,11 +9,15 @@ from tensafe_nb.rlvr.calls import Call, Style
 
 _VERIFIERS = frozenset({"prompt", "completion", "answer", "state", "task", "info", "parser"})
 _NOT_META = frozenset({"answer", "ground_truth", "label", "target", "solution", "gold", "completion"})
-_COLUMNS_UNKNOWN = {Style.TRL, Style.VERL}  # which columns there are is known when the prompts are
+_KNOWN = {  # what a function of a style may need; which columns there are is known when the prompts are
+    Style.VERIFIERS: _VERIFIERS - {"parser"},
+    Style.OPENRLHF: frozenset({"queries", "prompts", "labels"}),
+    Style.VERL_BATCH: frozenset({"data_sources", "solution_strs", "ground_truths", "extra_infos"}),
+}
 
 
 def call_for(
-    spec: Any, name: str, kwargs: Mapping[str, Any], conversational: bool, check: Callable[..., None]
+    spec: Any, name: str, kwargs: Mapping[str, Any], conversational: bool | None, check: Callable[..., None]
 ) -> Call:
     """Find out how to call a function.
 
@@ -21,7 +25,7 @@ def call_for(
         spec: A callable, or an object with `score_answer`.
         name: What a person calls it, for messages.
         kwargs: Keywords to bind.
-        conversational: Completions are to go as chat messages.
+        conversational: Whether prompts and completions are to go as chat messages; None: as the prompts are given.
         check: `check(function, kwargs, positional)` refuses unknown keywords.
 
     Raises:
@@ -31,18 +35,57 @@ def call_for(
         if kwargs:
             raise ValidationError(f"The reward {name!r} is a data set's score_answer and takes no keywords.")
         return Call(spec.score_answer, {}, Style.GYM, frozenset({"answer", "entry"}))
-    signature = inspect.signature(spec)
+    signature = _signature(spec, name)
     style = _style_of(signature, kwargs)
     positional = _positional(signature, name, kwargs) if style is Style.OURS else 0
     check(spec, kwargs, positional)
     if conversational and style not in (Style.TRL, Style.VERIFIERS):
         raise ValidationError(
-            f"The reward {name!r}: conversational=True is for TRL's and verifiers' functions, this one has the "
-            f"signature {signature}."
+            f"The reward {name!r}: conversational=True is for TRL's and verifiers' functions, this one has "
+            f"the signature {signature}."
         )
+    if style is Style.OURS and _wants_text(signature):
+        conversational = False
     call = _described(spec, signature, style, kwargs, positional, conversational)
     _refuse_unbound(call, name)
     return call
+
+
+def _signature(spec: Any, name: str) -> inspect.Signature:
+    """Return the signature of what can be called once for a score; refuse what cannot."""
+    if inspect.isclass(spec):
+        raise ValidationError(f"The reward {name!r} is a class: give an object of it, {name}(…).")
+    for function in (spec, getattr(spec, "__call__", None)):  # noqa: B004  # of an object, its __call__
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise ValidationError(
+                f"The reward {name!r} yields: a reward returns its number (or list of numbers)."
+            )
+    try:
+        signature = inspect.signature(spec)
+    except (TypeError, ValueError) as error:
+        raise ValidationError(
+            f"The reward {name!r} does not say which parameters it takes ({error}): wrap it, "
+            f"lambda prompt, response: … ."
+        ) from error
+    names = list(signature.parameters)
+    if "trace" in names and not {"response", "completion", "completions"} & set(names):
+        raise ValidationError(
+            f"The reward {name!r} is one of verifiers v1: it needs the trace of a verifiers rollout, which there is "
+            f"none of here. Write what it compares as\n"
+            f"async def {name}(completion, answer): return float(completion[-1]['content'] == str(answer))"
+        )
+    if names[:1] in (["self"], ["cls"]):
+        raise ValidationError(
+            f"The reward {name!r} is a method without its object: give that of an object, Judge(…).{name}"
+        )
+    kinds = {p.kind for p in signature.parameters.values()}
+    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} and names:
+        raise ValidationError(
+            f"The reward {name!r} has the signature {signature}, which hides what it takes. If it is decorated, put "
+            f"@functools.wraps(function) on the wrapper inside the decorator; else name its parameters, "
+            f"fn(prompt, response, meta=None)."
+        )
+    return signature
 
 
 def _style_of(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> Style:
@@ -51,11 +94,19 @@ def _style_of(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> Style:
         return Style.TRL
     if "solution_str" in names:
         return Style.VERL
+    if "solution_strs" in names:
+        return Style.VERL_BATCH
     if {"queries", "prompts"} <= names:
         return Style.OPENRLHF
     if "completion" in names and names - {"kwargs", "_"} <= _VERIFIERS | set(kwargs):
         return Style.VERIFIERS
     return Style.OURS
+
+
+def _wants_text(signature: inspect.Signature) -> bool:
+    """Whether the first parameter is declared as a text, prompt: str."""
+    first = next(iter(signature.parameters.values()))
+    return first.annotation in (str, "str")
 
 
 def _described(
@@ -64,7 +115,7 @@ def _described(
     style: Style,
     kwargs: Mapping[str, Any],
     positional: int,
-    conversational: bool,
+    conversational: bool | None,
 ) -> Call:
     parameters = list(signature.parameters.values())
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -82,10 +133,14 @@ def _described(
 
 def _refuse_unbound(call: Call, name: str) -> None:
     """Refuse a foreign function that needs what nobody can give it."""
-    if call.style in _COLUMNS_UNKNOWN or call.style is Style.OURS:
+    if call.style is Style.TRL and "environments" in call.required - set(call.kwargs):
+        raise ValidationError(
+            f"The reward {name!r} needs environments, which are TRL's for several turns; here a rollout is one turn. "
+            f"Score its text: def {name}(completions, **columns)."
+        )
+    if call.style not in _KNOWN:
         return
-    known = _VERIFIERS - {"parser"} if call.style is Style.VERIFIERS else {"queries", "prompts", "labels"}
-    missing = call.required - known - set(call.kwargs)
+    missing = call.required - _KNOWN[call.style] - set(call.kwargs)
     if missing:
         raise ValidationError(
             f"The reward {name!r} needs {', '.join(sorted(missing))}: bind it with "

@@ -1,5 +1,6 @@
 """What a user holds: prompts, a reward, an algorithm and a policy; `run()` makes them a run that learns."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -12,18 +13,19 @@ from tensafe_nb.loops import Loop
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.rlvr.alarm_rules import BF16_GAP, FP32_GAP
 from tensafe_nb.rlvr.alarms import Alarms
-from tensafe_nb.rlvr.algorithms import REINFORCE, Algorithm
+from tensafe_nb.rlvr.algorithms import REINFORCE, Algorithm, RemembersRewards
 from tensafe_nb.rlvr.evaluation import HeldOut
 from tensafe_nb.rlvr.loop import RLVRLoop
 from tensafe_nb.rlvr.metrics import known
 from tensafe_nb.rlvr.rescoring import Rescored, rescore_steps
 from tensafe_nb.rlvr.rewards import Reward, RewardFunction, resolve_reward
 from tensafe_nb.rlvr.rollout_store import RolloutStore
-from tensafe_nb.rlvr.rollouts import PolicyClient
+from tensafe_nb.rlvr.rollouts import GOOD, PolicyClient
 from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptCursor, check_fit, fitting, prompt_specs
 from tensafe_nb.rlvr.scoring import Scorer, check_scored
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.step_alarms import check_schedule
+from tensafe_nb.types import TrainingClientInfo
 
 
 class RunningClient(PolicyClient, Protocol):
@@ -31,6 +33,8 @@ class RunningClient(PolicyClient, Protocol):
 
     @property
     def config(self) -> TrainingConfig: ...
+
+    def refresh(self) -> TrainingClientInfo: ...
 
     def start_run(
         self,
@@ -64,6 +68,9 @@ class RLVRTrainer:
         eval_prompts: Held-out prompts.
         eval_every: Steps between evaluations on them; before the first and after the last step always.
         eval_samples: Sampled answers per held-out prompt; from 2 on there is `eval/pass@k` as well.
+        eval_pass_at: The k of `eval/pass@k`, each at most `eval_samples`; None takes 1, 2, 4, … and `eval_samples`.
+        good_threshold: Score from which an answer counts as right, in `eval/pass@k` and `by_group/…`: of the part
+            marked `true=True` where the reward has one, else of the whole reward.
         reward_timeout: Seconds a call of the reward may take in its process; None calls it here, without a limit.
         on_reward_errors: When the reward fails on more than half of a step's rollouts: "pause" the run, for you to
             mend the function, or "fail", for scripts that nobody watches.
@@ -94,12 +101,14 @@ class RLVRTrainer:
         eval_prompts: Rows | None = None,
         eval_every: int | None = None,
         eval_samples: int = 1,
+        eval_pass_at: Sequence[int] | None = None,
+        good_threshold: float = GOOD,
         reward_timeout: float | None = 5.0,
         on_reward_errors: Literal["pause", "fail"] = "pause",
         on_bad_rows: OnBadRows = "raise",
         seed: int = 0,
     ) -> None:
-        _check(algo, eval_prompts, eval_every, on_reward_errors, seed)
+        _check(algo, eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
         self.training_client = training_client
         self.reward = resolve_reward(reward)
         self.reward_timeout = reward_timeout
@@ -126,7 +135,10 @@ class RLVRTrainer:
         self.held_out = None
         if eval_prompts is not None:
             sampling = self.sampler.sampling.replace(num_samples=eval_samples, seed=seed)
-            self.held_out = HeldOut(training_client, eval_prompts, sampling, chat)
+            self.held_out = HeldOut(
+                training_client, eval_prompts, sampling, chat, eval_pass_at, good_threshold
+            )
+        self.good_threshold = good_threshold
         self.alarms = Alarms(_gap(training_client.config))
         self.store: RolloutStore | None = None  # of the newest run
         self.tokens = 0  # seen by the policy so far
@@ -134,6 +146,7 @@ class RLVRTrainer:
             training_client.step
         )  # of the newest row: counts this trainer's steps, those without signal too
         self._versions: list[str] = []  # of the rewards used so far, in order
+        self._scored_by: str | None = None  # version of the newest
 
     def __repr__(self) -> str:
         client = self.training_client.training_client_id
@@ -177,6 +190,9 @@ class RLVRTrainer:
     def set_reward(self, reward: str | RewardFunction | Reward, **kwargs: Any) -> None:
         """Score with another function from the next step on; the metric `reward_version` marks where.
 
+        What belonged to the old one is forgotten then: the algorithm's running baseline, the alarms' memory of
+        rewards; a value head warms up anew.
+
         Args:
             reward: As for `RLVRTrainer`.
             kwargs: Keywords of the function.
@@ -207,7 +223,8 @@ class RLVRTrainer:
         The random numbers are the same every time, so that what changes is the policy.
 
         Returns:
-            `eval/reward` of sampled answers, `eval/greedy`, and with several samples `eval/pass@k`.
+            `eval/reward` of sampled answers, `eval/rewards/NAME` of each function and part, `eval/greedy`, and with
+            several samples `eval/pass@k`.
 
         Raises:
             ValidationError: There are no held-out prompts.
@@ -243,6 +260,20 @@ class RLVRTrainer:
             self._versions.append(version)
         return self._versions.index(version) + 1
 
+    def scored_by(self, version: str) -> None:
+        """Take note of the reward that scores this step; what is known of another one's is of no use any more."""
+        if self._scored_by not in (None, version):
+            self.alarms.forget_reward()
+            if isinstance(self.algo, RemembersRewards):
+                self.algo.forget_reward()
+        self._scored_by = version
+
+    @property
+    def imprecise(self) -> bool:
+        """Whether the policy computes in bfloat16 on a CPU, as far as its core says."""
+        core = self.training_client.refresh()
+        return (core.device, core.precision) == ("cpu", "bfloat16")
+
     def position(self) -> dict[str, Any]:
         """Return, as plain data, where prompts, rollout seeds, rows, baselines and alarms stand."""
         return {
@@ -253,6 +284,7 @@ class RLVRTrainer:
             "algo": dict(self.algo.state_dict()),
             "alarms": self.alarms.state_dict(),
             "reward_versions": list(self._versions),
+            "scored_by": self._scored_by,
         }
 
     def seek(self, position: Mapping[str, Any]) -> None:
@@ -261,11 +293,20 @@ class RLVRTrainer:
         self.row, self.tokens = position["row"], position["tokens"]
         self.algo.load_state_dict(position["algo"])
         self.alarms.load_state_dict(position["alarms"])
-        self._versions = list(dict.fromkeys([*position["reward_versions"], *self._versions]))
+        versions = position["reward_versions"]
+        self._versions = list(dict.fromkeys([*versions, *self._versions]))
+        self._scored_by = position.get(
+            "scored_by", versions[-1] if versions else None
+        )  # 0.1 kept no such key
 
 
 def _check(
-    algo: Any, eval_prompts: object, eval_every: int | None, on_reward_errors: str, seed: object
+    algo: Any,
+    eval_prompts: object,
+    eval_every: int | None,
+    on_reward_errors: str,
+    good_threshold: object,
+    seed: object,
 ) -> None:
     if eval_every is not None and (eval_prompts is None or eval_every < 1):
         raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
@@ -275,6 +316,8 @@ def _check(
         raise ValidationError(
             f"RLVRTrainer: on_reward_errors={on_reward_errors!r} must be 'pause' or 'fail'."
         )
+    if not isinstance(good_threshold, int | float) or not math.isfinite(good_threshold):
+        raise ValidationError(f"RLVRTrainer: good_threshold={good_threshold!r} must be a finite number.")
     if not isinstance(seed, int) or seed < 0:
         raise ValidationError(f"RLVRTrainer: seed={seed!r} must be a whole number, 0 or more.")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.engine import checkpoints, export
+from tensafe_nb.engine import adapter_folders, checkpoints, export
 from tensafe_nb.engine.ledger_binding import TenantLedger
 from tensafe_nb.engine.worker import Origin, Worker
 from tensafe_nb.errors import ClientClosedError, DecryptionError, TGTinkerError
@@ -53,6 +53,7 @@ class EmbeddedTransport:
         if self._closed:
             raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
+        config = config.replace(lora_config=adapter_folders.announced(config.model_ref, config.lora_config))
         training_client_id = f"tc-{uuid.uuid4().hex[:12]}"
         created = ClientCreated(training_client_id=training_client_id, config=to_plain(config))
         bus = EventBus(home.event_log(training_client_id))

@@ -98,7 +98,7 @@ def _tokens(rollout: Any, decode: Decode | None) -> list[list[Any]] | None:
 
 def why_zero(rollout: Any, group: Any) -> str | None:
     """Return why an answer teaches nothing; None when it does."""
-    if rollout.reward_error is not None or rollout.reward is None:
+    if rollout.reward is None:
         return "It was not scored, so it is left out."
     if rollout.advantage is None:
         return "The update never came to it."

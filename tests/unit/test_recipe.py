@@ -247,3 +247,25 @@ def test_what_a_run_lacks_is_said_before_it_starts(service: tn.ServiceClient) ->
         Recipe(eval_every=5).start(tc, ["abc"])
     with pytest.raises(tn.ValidationError, match="rlvr needs a number of steps"):
         Recipe(mode="rlvr", rlvr=RLVRConfig(reward="exact_match")).start(tc, ["abc"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "model", "dtype"),
+    [
+        ("rlvr", "device: cpu", "float32"),
+        ("rlvr", "device: cpu, dtype: bfloat16", "bfloat16"),  # asked for is asked for
+        ("rlvr", "device: cuda", "auto"),
+        ("sft", "device: cpu", "auto"),
+    ],
+)
+def test_recipes_that_learn_from_rewards_take_float32_on_a_cpu(recipe_file, mode, model, dtype):
+    rlvr = "rlvr: {reward: exact_match}" if mode == "rlvr" else ""
+    text = f"training: {{mode: {mode}}}\nmodel: {{model_ref: some/model, {model}}}\n{rlvr}"
+    assert load_config(recipe_file(text)).training.dtype == dtype
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_where_the_device_is_found_out_so_is_the_precision(monkeypatch, is_cpu):
+    monkeypatch.setattr("tensafe_nb.engine.models.is_cpu", lambda name: is_cpu)
+    recipe = Recipe(mode="rlvr", rlvr=RLVRConfig(reward="exact_match"))
+    assert recipe.training.dtype == ("float32" if is_cpu else "auto")

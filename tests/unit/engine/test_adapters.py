@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tensafe_nb as tn
 from tensafe_nb.engine import models
 from tensafe_nb.engine.adapters import FusedLinear
+from tests.close import assert_close
 
 
 def adapted(*, fused: bool, dropout: float = 0.0, bias: str = "none", **layer: object) -> nn.Module:
@@ -116,7 +117,7 @@ def test_a_sink_gets_each_rows_gradient_in_place_of_their_sum(bias: str) -> None
     assert all(p.grad is None for p in trained)
     for number, parameter in enumerate(trained):
         rows = torch.stack([gradients[number] for gradients in expected])
-        torch.testing.assert_close(seen[id(parameter)], rows, rtol=1e-4, atol=1e-5)
+        assert_close(seen[id(parameter)], rows)
 
 
 def test_in_parts_it_is_pefts_layer_whose_parts_can_be_watched() -> None:

@@ -14,6 +14,7 @@ import tensafe_nb as tn
 from tensafe_nb.engine import optimizers
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.losses import resolve_loss
+from tests.close import assert_close
 from tests.conftest import ARCHITECTURES
 
 TOKEN_CE = resolve_loss("token_ce")
@@ -39,10 +40,6 @@ def gradients(engine: Engine, batch: tn.BatchData, **options: Any) -> tuple[floa
     return result.loss, found
 
 
-def largest_difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    return max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
-
-
 @pytest.fixture(scope="module", params=ADAPTERS, ids=["all weights", "LoRA"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     engine = engine_of(lora_config=request.param)
@@ -57,8 +54,8 @@ def test_micro_batches_equal_one_big_batch_ragged_or_not(engine: Engine, tokens:
     engine.config = engine.config.replace(micro_batch_tokens=tokens)
     parts = gradients(engine, ragged())
     engine.config = engine.config.replace(micro_batch_tokens=16_384)
-    assert abs(whole[0] - parts[0]) <= 1e-6
-    assert largest_difference(whole[1], parts[1]) <= 1e-6
+    assert_close(parts[0], whole[0])
+    assert_close(parts[1], whole[1])
 
 
 def test_accumulated_batches_equal_one_big_batch(engine: Engine) -> None:
@@ -68,7 +65,7 @@ def test_accumulated_batches_equal_one_big_batch(engine: Engine) -> None:
         engine.forward_backward(batch.rows(start, start + 2), TOKEN_CE)
     accumulated = [p.grad / engine.window.divisor for p in engine.parameters]
     engine.discard_gradients()
-    assert largest_difference(whole[1], accumulated) <= 1e-6
+    assert_close(accumulated, whole[1])
 
 
 @settings(max_examples=15)
@@ -81,7 +78,7 @@ def test_padding_never_changes_a_loss(engine: Engine, left: int, right: int, tok
         np.pad(batch.attention_mask, pads),
         np.pad(batch.labels, pads, constant_values=-100),
     )
-    assert abs(engine.forward(batch, TOKEN_CE).loss - engine.forward(padded, TOKEN_CE).loss) <= 1e-6
+    assert_close(engine.forward(padded, TOKEN_CE).loss, engine.forward(batch, TOKEN_CE).loss)
 
 
 @pytest.mark.parametrize("lora", [None, tn.LoRAConfig(rank=4, alpha=8)], ids=["all weights", "LoRA"])
@@ -103,8 +100,8 @@ def test_loss_and_gradients_equal_plain_torch_and_peft(
         logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten(), ignore_index=-100
     )
     expected = torch.autograd.grad(reference, engine.parameters)
-    assert abs(loss - reference.item()) <= 1e-5
-    assert largest_difference(found, list(expected)) <= 1e-5
+    assert_close(loss, reference)
+    assert_close(found, expected)
 
 
 def test_a_model_whose_logits_are_more_than_head_of_body_takes_its_own_path(random_model: Any) -> None:
@@ -129,7 +126,7 @@ def test_an_optimiser_step_equals_torchs_own(name: str) -> None:
             weight.grad = parameter.grad / engine.window.divisor
         reference.step()
         engine.optim_step()
-    assert largest_difference(weights, engine.parameters) <= 1e-6
+    assert_close(engine.parameters, weights)
 
 
 def test_gradients_are_clipped_to_the_global_norm_and_reported_before() -> None:
@@ -192,9 +189,9 @@ def test_scores_of_labels_equal_a_log_softmax(engine: Engine) -> None:
     scores = torch.log_softmax(logits, -1)
     labelled = batch.labels != -100
     expected = scores.gather(2, torch.from_numpy(np.where(labelled, batch.labels, 0)).unsqueeze(2)).squeeze(2)
-    assert np.abs(result.logprobs - expected.numpy() * labelled).max() <= 1e-4
+    assert_close(result.logprobs, expected.numpy() * labelled)
     entropy = -(scores.exp() * scores).sum(-1).numpy() * labelled
-    assert np.abs(result.entropy - entropy).max() <= 1e-4
+    assert_close(result.entropy, entropy, within=1e-4)
 
 
 def test_the_reference_of_a_fresh_adapter_is_the_base_model() -> None:
@@ -259,7 +256,7 @@ def test_a_nan_loss_names_its_rows_and_leaves_the_weights(engine: Engine) -> Non
         engine.forward_backward(named, resolve_loss(poisoned))
     with pytest.raises(tn.ValidationError, match=r"found no gradients"):
         engine.optim_step()
-    assert largest_difference(before, engine.parameters) == 0
+    assert all(map(torch.equal, before, engine.parameters))
 
 
 def test_a_window_of_weight_zero_moves_nothing(engine: Engine) -> None:
@@ -270,7 +267,7 @@ def test_a_window_of_weight_zero_moves_nothing(engine: Engine) -> None:
     engine.forward_backward(ragged(rows=2), resolve_loss(weightless))
     with pytest.raises(tn.ValidationError, match=r"have weight 0.*No weight has moved"):
         engine.optim_step()
-    assert largest_difference(before, engine.parameters) == 0
+    assert all(map(torch.equal, before, engine.parameters))
 
 
 def test_extras_per_sequence_stay_so_in_every_micro_batch(engine: Engine) -> None:
@@ -300,7 +297,7 @@ def test_adapters_of_clients_made_at_once_are_the_same_for_the_same_seed() -> No
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         engines = list(pool.map(lambda _: engine_of(lora_config=tn.LoRAConfig(rank=4), seed=7), range(6)))
     for engine in engines[1:]:
-        assert largest_difference(engine.parameters, engines[0].parameters) == 0
+        assert all(map(torch.equal, engine.parameters, engines[0].parameters))
 
 
 def test_a_damaged_file_names_the_model(random_model: Any, tmp_path: Any) -> None:

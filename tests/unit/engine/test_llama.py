@@ -11,6 +11,7 @@ import tensafe_nb as tn
 from tensafe_nb.engine import llama, models
 from tensafe_nb.engine.decoding import Decoder
 from tensafe_nb.engine.engine import Engine
+from tests.close import assert_close
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
@@ -78,9 +79,7 @@ def test_padded_rows_get_the_logits_of_transformers(
     model = loaded(FITTING[name])
     decoder, found = decoded(model, samples=samples)
     assert decoder._steps is not None
-    torch.testing.assert_close(
-        found, by_transformers(model, monkeypatch, samples=samples), rtol=1e-4, atol=1e-5
-    )
+    assert_close(found, by_transformers(model, monkeypatch, samples=samples))
 
 
 def test_in_bfloat16_they_agree_to_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,6 +15,7 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.merged import merged
 from tensafe_nb.engine.models import ASSETS
 from tensafe_nb.losses import resolve_loss
+from tests.close import assert_close
 
 SAMPLING = tn.SamplingConfig(max_new_tokens=20, seed=3, ignore_end=True)
 
@@ -48,7 +48,7 @@ def test_sampled_logprobs_are_those_of_the_training_path(engine: Engine) -> None
         labels, start = [-100] * len(ids), len(sequence.prompt_tokens) - 1
         labels[start:-1] = sequence.tokens
         scored = engine.compute_logprobs(tn.BatchData([ids], labels=[labels])).logprobs[0, start:-1]
-        assert np.abs(scored - np.array(sequence.raw_logprobs)).max() <= 1e-4
+        assert_close(scored, sequence.raw_logprobs, at_least=1)
 
 
 def test_the_layers_come_back_bit_for_bit_also_when_sampling_is_stopped(engine: Engine) -> None:
@@ -112,7 +112,7 @@ def test_a_large_vocabulary_in_blocks_gives_the_heads_own_logits(tmp_path: Path,
         shutil.copy(ASSETS / "tiny" / name, tmp_path / name)
     model = Engine(tn.TrainingConfig(model_ref=str(tmp_path), device="cpu", dtype="float32")).model
     hidden = torch.randn(rows, 32)
-    assert torch.allclose(decoding.head(model, hidden), model.head(hidden), atol=1e-5)
+    assert_close(decoding.head(model, hidden), model.head(hidden))
 
 
 def test_for_a_single_row_wide_layers_lie_column_by_column_and_say_the_same(engine: Engine) -> None:
@@ -125,5 +125,5 @@ def test_for_a_single_row_wide_layers_lie_column_by_column_and_say_the_same(engi
         assert layer.mlp.up_proj.weight.T.is_contiguous()
         assert layer.mlp.down_proj.weight.is_contiguous()  # narrower than its input
         assert engine.model.head.weight.T.is_contiguous()
-        assert torch.allclose(layer.mlp.up_proj(hidden), expected, atol=1e-5)
+        assert_close(layer.mlp.up_proj(hidden), expected)
     assert engine.model.head.weight is engine.model.causal.get_input_embeddings().weight

@@ -18,6 +18,7 @@ import tensafe_nb as tn
 from tensafe_nb.engine import gguf, models
 from tensafe_nb.engine.models import ASSETS
 from tensafe_nb.store import home
+from tests.close import assert_close
 
 TEXT = 'def main():\n    return "two  words", 42\n'
 
@@ -198,7 +199,7 @@ def test_texts_are_split_as_the_file_says(tmp_path: Path, caplog: pytest.LogCapt
     model = load(write_gguf(tmp_path / "smollm.gguf", pre="smollm"))
     pieces = model.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  42")
     assert [piece for piece, _ in pieces] == ["a", "ĠĠ", "4", "2"]
-    assert not caplog.records
+    assert "pre-tokenizer" not in caplog.text
     load(write_gguf(tmp_path / "strange.gguf", pre="strange"))
     assert "pre-tokenizer 'strange', which is not known here" in caplog.text
 
@@ -295,7 +296,7 @@ def test_an_adapter_on_every_shape_is_read_by_plain_peft(
         scores = torch.log_softmax(plain(torch.from_numpy(batch.input_ids)).logits, -1)
     labels = torch.from_numpy(np.where(batch.labels < 0, 0, batch.labels))
     expected = scores.gather(2, labels.unsqueeze(2)).squeeze(2).numpy() * (batch.labels >= 0)
-    assert np.abs(ours - expected).max() <= 1e-5
+    assert_close(ours, expected)
 
 
 def test_tied_weights_stay_one_tensor_when_all_weights_are_trained(random_model: Any) -> None:

@@ -16,6 +16,7 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError, PrivacyUnitError, ValidationError
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy.tickets import ticket
+from tests.close import assert_close
 
 from .private import (
     CLIENT,
@@ -77,7 +78,7 @@ def test_the_clipped_sum_is_that_of_one_example_at_a_time(random_model: Any, sha
     exact = one_at_a_time(engine, batch, C)
     parts = [batch.rows(0, 1), batch.rows(1, 4), batch.rows(4, 6)], [batch.rows(a, a + 2) for a in (0, 2, 4)]
     for found in (clipped_sum(engine, batch), *(clipped_sum(engine, *split) for split in parts)):
-        assert float((found - exact).abs().max()) <= 1e-6
+        assert_close(found, exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -119,7 +120,7 @@ def test_all_rows_of_a_unit_are_added_up_before_they_are_clipped() -> None:
     engine = private_engine(dp={"max_grad_norm": C})
     batch = examples((6, 7, 8), unit_ids=np.array([5, 9, 5]))
     apart = [clipped_sum(engine, batch.take(np.array(rows))) for rows in ([0, 2], [1])]
-    assert torch.allclose(clipped_sum(engine, batch), apart[0] + apart[1], atol=1e-6)
+    assert_close(clipped_sum(engine, batch), apart[0] + apart[1])
     assert float(apart[0].norm()) <= C * (1 + 1e-5)
 
 
@@ -129,7 +130,7 @@ def test_a_unit_larger_than_a_micro_batch_is_still_clipped_whole(monkeypatch: py
     expected = clipped_sum(whole, batch)
     size = sum(p.numel() for p in whole.parameters)
     monkeypatch.setattr(private, "MAX_GRADIENTS", 2 * size)
-    assert torch.allclose(clipped_sum(private_engine(dp={"max_grad_norm": C}), batch), expected, atol=1e-6)
+    assert_close(clipped_sum(private_engine(dp={"max_grad_norm": C}), batch), expected)
 
 
 def test_a_scalar_loss_is_taken_one_example_at_a_time() -> None:
@@ -138,7 +139,7 @@ def test_a_scalar_loss_is_taken_one_example_at_a_time() -> None:
 
     engine, batch = private_engine(dp={"max_grad_norm": C}), examples(LENGTHS)
     found = clipped_sum(engine, batch, loss=resolve_loss(mean_loss))
-    assert torch.allclose(found, clipped_sum(engine, batch), atol=1e-6)
+    assert_close(found, clipped_sum(engine, batch))
     assert engine.private is not None and engine.private.ways == ("book-keeping", "one at a time")
 
 
@@ -187,7 +188,7 @@ def test_a_row_that_is_not_finite_counts_as_zero_and_the_step_is_not_skipped() -
     factor = np.array([1, 1, np.nan, 1, np.inf, 1])
     found = clipped_sum(engine, examples(LENGTHS, factor=factor), loss=loss)
     rest = examples(LENGTHS, factor=np.ones(6)).take(np.array([0, 1, 3, 5]))
-    assert torch.allclose(found, clipped_sum(engine, rest, loss=loss), atol=1e-6)
+    assert_close(found, clipped_sum(engine, rest, loss=loss))
 
 
 def test_rows_without_an_owner_are_refused_with_both_ways_out() -> None:
@@ -292,7 +293,7 @@ def test_noise_is_drawn_once_a_step_and_the_divisor_is_declared() -> None:
     engine.optim_step()
     assert noise.draws == [1.5 * 0.4]
     moved = before - torch.cat([p.detach().flatten() for p in engine.parameters])
-    assert torch.allclose(moved, expected, atol=1e-6)
+    assert_close(moved, expected, within=1e-4)  # a difference of weights ten times its size
 
 
 def test_a_step_over_the_budget_moves_nothing_and_every_later_one_is_refused_too() -> None:
@@ -372,7 +373,7 @@ def test_a_stray_forward_pass_in_training_mode_changes_nothing(random_model: Any
         engine.model.causal.train()
         engine.model.causal(input_ids=torch.tensor([[3, 4, 5]]))
         engine.model.causal.eval()
-        assert torch.allclose(clipped_sum(engine, examples(LENGTHS)), expected, atol=1e-7)
+        assert_close(clipped_sum(engine, examples(LENGTHS)), expected)
 
 
 def test_layers_that_remember_rows_are_refused() -> None:

@@ -9,6 +9,7 @@ import torch
 import tensafe_nb as tn
 from tensafe_nb.engine import sampling
 from tensafe_nb.engine.engine import Engine
+from tests.close import assert_close
 from tests.conftest import ARCHITECTURES
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -51,7 +52,7 @@ def test_a_row_is_the_same_whatever_its_batch_mates(engine: Engine) -> None:
         alone = draw(engine, [prompt], num_samples=2)
         for a, b in zip(alone, together[2 * index : 2 * index + 2], strict=True):
             assert a.tokens == b.tokens
-            assert np.abs(np.subtract(a.logprobs, b.logprobs)).max() <= 1e-4
+            assert_close(a.logprobs, b.logprobs, at_least=1)
 
 
 def test_sampler_and_training_logprobs_agree(engine: Engine) -> None:
@@ -61,14 +62,15 @@ def test_sampler_and_training_logprobs_agree(engine: Engine) -> None:
         start = len(sequence.prompt_tokens) - 1
         labels[start:-1] = sequence.tokens
         scored = engine.compute_logprobs(tn.BatchData([ids], labels=[labels])).logprobs[0, start:-1]
-        assert np.abs(scored - np.array(sequence.raw_logprobs)).max() <= 1e-4
+        assert_close(scored, sequence.raw_logprobs, at_least=1)
 
 
 def test_no_hidden_top_k_narrows_what_is_drawn() -> None:
     logits = torch.zeros(5000, 1000)
     uniforms = torch.from_numpy(np.random.default_rng(0).random(5000))
-    tokens, logprobs, _ = sampling._draw(logits, tn.SamplingConfig(), uniforms)
+    tokens, logprobs, _, entropy = sampling._draw(logits, tn.SamplingConfig(), uniforms)
     assert len(tokens.unique()) > 900
+    assert torch.allclose(entropy, torch.tensor(np.log(1000), dtype=torch.float32))
     assert torch.allclose(logprobs, torch.tensor(-np.log(1000), dtype=torch.float32))
 
 
@@ -81,11 +83,13 @@ def test_frequencies_follow_the_distribution_cut_by_top_k_and_top_p() -> None:
         (tn.SamplingConfig(top_p=0.5), [1, 0, 0, 0]),
         (tn.SamplingConfig(temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365),
     ]:
-        tokens, logprobs, raw = sampling._draw(logits, config, uniforms)
+        tokens, logprobs, raw, entropy = sampling._draw(logits, config, uniforms)
+        kept = np.array([p for p in expected if p > 0])
+        assert np.allclose(entropy.numpy(), -(kept * np.log(kept)).sum(), atol=1e-5)
         shares = torch.bincount(tokens, minlength=4) / len(tokens)
         assert np.abs(shares.numpy() - expected).max() < 0.02
-        assert np.allclose(logprobs.exp().numpy(), np.array(expected)[tokens.numpy()], atol=1e-5)
-        assert np.allclose(raw.exp().numpy(), np.array([0.5, 0.3, 0.15, 0.05])[tokens.numpy()], atol=1e-5)
+        assert_close(logprobs.exp(), np.array(expected)[tokens.numpy()])
+        assert_close(raw.exp(), np.array([0.5, 0.3, 0.15, 0.05])[tokens.numpy()])
 
 
 def test_uniforms_look_uniform_and_independent_of_their_neighbours() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.losses import LossOutputs, resolve_loss
+from tests.close import assert_close
 from tests.conftest import ARCHITECTURES
 
 B, T, D, V = 3, 5, 4, 7
@@ -107,7 +108,7 @@ def test_views_of_a_bfloat16_model_are_float32() -> None:
     labels = torch.zeros(1, 300, dtype=torch.long)
     outputs = LossOutputs(hidden, nn.Linear(D, V, dtype=torch.bfloat16), labels, torch.ones_like(labels))
     assert all(getattr(outputs, view).dtype is torch.float32 for view in VIEWS)
-    assert outputs.embeddings[0, 0] == pytest.approx((hidden[0, :, 0].float().mean()).item(), abs=1e-6)
+    assert outputs.embeddings[0, 0] == pytest.approx((hidden[0, :, 0].float().mean()).item(), rel=1e-6)
 
 
 # as the engine gives them
@@ -142,8 +143,8 @@ def test_views_of_every_architecture_have_their_shapes_and_agree(
         "embeddings": (B, 32),
         "full_logits": (B, T, v),
     }
-    assert torch.allclose(outputs.full_logits[WHERE], outputs.logits, atol=1e-5)
-    assert outputs.logprobs.sum().item() == pytest.approx(outputs.sequence_logprobs.sum().item(), abs=1e-4)
+    assert_close(outputs.full_logits[WHERE], outputs.logits)
+    assert_close(outputs.logprobs.sum(), outputs.sequence_logprobs.sum())
     assert outputs.sequence_logprobs[2] == 0
 
 

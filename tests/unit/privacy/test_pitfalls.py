@@ -26,6 +26,7 @@ from tensafe_nb.privacy import noise
 from tensafe_nb.privacy.statement import PrivacyStatement
 from tensafe_nb.privacy.tickets import ticket
 from tensafe_nb.store.vault import Vault
+from tests.close import assert_close
 from tests.unit.engine.private import (
     CLIENT,
     TOKEN_CE,
@@ -116,9 +117,9 @@ def test_4_the_divisor_is_the_declared_l_however_many_calls_made_the_step() -> N
         return before - weights(engine)
 
     once = moved(slice(0, 3))
-    assert torch.allclose(moved(slice(0, 1), slice(1, 2), slice(2, 3)), once, atol=1e-7)
+    assert_close(moved(slice(0, 1), slice(1, 2), slice(2, 3)), once, within=1e-4)  # differences of weights
     expected = clipped_sum(private_engine(dp={"max_grad_norm": C}), examples((5, 4, 6))) / 10
-    assert torch.allclose(once, expected, atol=1e-7)
+    assert_close(once, expected, within=1e-4)
 
 
 def test_5_noise_is_drawn_once_a_step_at_sigma_c_however_many_rows_came() -> None:

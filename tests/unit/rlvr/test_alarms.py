@@ -3,12 +3,15 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.plain import from_plain, to_plain
 from tensafe_nb.rlvr import RolloutGroup, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr.alarm_rules import TEN, Memory, reward_fell
 from tensafe_nb.rlvr.alarms import Alarms
+from tensafe_nb.rlvr.metrics import Goal
 
 MIXED, GOOD, BAD = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
 HEALTHY = {"grad_norm": 1.0, "param_delta_norm": 0.1, "policy/approx_kl": 0.0}
@@ -125,9 +128,11 @@ def test_signal_without_any_change_of_a_weight_is_red(row, words):
 def test_that_only_cut_answers_could_have_taught_something_is_said():
     batch = batch_of(MIXED, MIXED, cut=2)
     batch[2].advantage = batch[3].advantage = 0.0
-    event = only({"grad_norm": 0.0, "param_delta_norm": 0.0}, batch)
+    idle = {"grad_norm": 0.0, "param_delta_norm": 0.0}
+    event = only(idle | {"completions/masked_ratio": 0.5}, batch)
     assert "was cut" in event.message
     assert "mask_truncated=False" in event.remedy
+    assert "was cut" not in only(idle, batch).message, "cut answers are in the loss: they are no reason"
 
 
 def test_a_step_without_signal_that_moves_nothing_is_as_it_should_be():
@@ -181,14 +186,64 @@ def test_a_sampler_that_disagrees_with_the_training_path_is_noticed(row, gap, le
 @pytest.mark.parametrize(
     ("row", "level"),
     [
-        ({"policy/approx_kl": 0.11}, "amber"),
-        ({"policy/log_ratio_max": 5.5}, "red"),
-        ({"policy/approx_kl": 0.1}, None),
+        ({"policy/approx_kl": 0.5}, "amber"),
+        ({"policy/log_ratio_max": 8.5}, "red"),
+        ({"policy/approx_kl": 0.25, "policy/log_ratio_max": 5.5}, None),  # as in runs that learn well
     ],
 )
 def test_an_update_that_moves_the_policy_far_is_noticed(row, level):
     found = Alarms().observe("r", 1, {**HEALTHY, **row}, batch_of(MIXED))
     assert [(event.name, event.level) for event in found] == ([("kl", level)] if level else [])
+
+
+def test_updates_that_move_the_policy_far_on_average_are_noticed_after_five():
+    step = ({"policy/approx_kl": 0.25}, batch_of(MIXED))
+    assert watch([step] * 7) == [(5, "kl", "amber")]
+    assert watch([step, ({"policy/approx_kl": 0.1}, batch_of(MIXED))] * 5) == []
+
+
+@pytest.mark.parametrize(("passes", "words"), [(1.0, "warmup_steps"), (3.0, "ppo_epochs")])
+def test_what_helps_against_a_far_move_fits_the_passes_there_were(passes, words):
+    remedy = only({"policy/approx_kl": 1.0, "policy/epochs_run": passes}, batch_of(MIXED)).remedy
+    assert words in remedy
+    assert ("target_kl" in remedy) == (passes > 1)
+
+
+def test_rollouts_of_another_policy_version_are_noticed_by_their_own_name():
+    row = {"staleness/mean": 2.0, "staleness/max": 4.0, "sampling/mismatch_kl": 0.5}
+    event = only(row, batch_of(MIXED))
+    assert (event.name, event.level) == ("stale", "amber")
+    assert "tis_cap" in event.remedy
+    assert watch([({"staleness/mean": 0.0, "staleness/max": 0.0}, batch_of(MIXED))]) == []
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_cut_answers_are_said_to_be_left_out_of_the_loss_only_where_they_are(masked):
+    row = {"completions/masked_ratio": 1.0 if masked else 0.0}
+    event = only(row, batch_of(MIXED, cut=2))
+    assert event.name == "truncation"
+    assert ("left out of the loss" in event.message) is masked
+
+
+def test_prompts_are_solved_when_the_true_part_says_so_not_when_the_form_is_paid():
+    batch = batch_of(*[(0.6, 0.6)] * 24)
+    for rollout in batch:
+        rollout.reward_parts = {"form": 1.0, "exact": 0.0}
+    (by_reward,) = Alarms().observe("r", 1, HEALTHY, batch)
+    (by_aim,) = Alarms().observe("r", 1, HEALTHY, batch, Goal("exact"))
+    assert "The prompts are solved" in by_reward.remedy
+    assert "easier prompts" in by_aim.remedy
+
+
+def test_another_reward_begins_with_an_empty_memory_of_rewards_alone():
+    alarms = Alarms()
+    watch([({"entropy": 0.2}, batch_of(BAD))] * 30, alarms)
+    alarms.forget_reward()
+    assert (alarms.memory.signals, alarms.memory.last_rewards) == ([], [])
+    assert (alarms.memory.lowest, alarms.memory.highest) == (None, None)
+    assert len(alarms.memory.first_entropies) == 5
+    found = watch([({"entropy": 0.2}, batch_of(BAD))] * 24, alarms)
+    assert found == [(24, "no_signal", "red")], "announced anew, once there is enough to say it of"
 
 
 @pytest.mark.parametrize(("errors", "level"), [(1, None), (2, "amber"), (10, "amber"), (11, "red")])
@@ -214,7 +269,7 @@ def test_a_trouble_that_lasts_is_announced_once_and_again_after_it_was_over():
 
 def test_a_level_rises_at_once_and_falls_after_five_milder_steps():
     red, amber = (
-        ({"policy/log_ratio_max": 6.0}, batch_of(MIXED)),
+        ({"policy/log_ratio_max": 9.0}, batch_of(MIXED)),
         ({"policy/approx_kl": 0.5}, batch_of(MIXED)),
     )
     assert watch([amber, red, amber, red, amber]) == [(1, "kl", "amber"), (2, "kl", "red")]
@@ -271,3 +326,100 @@ def test_a_run_that_stays_stable_is_left_in_peace():
         run_of(lambda step: 0.23 + 0.05 * math.sin(step), lambda step: 0.75 + 0.1 * math.sin(step / 9))
     )
     assert found == []
+
+
+# a fallen reward
+
+
+def raised_at(rewards):
+    """The update after which a fallen reward is announced; None when it never is."""
+    alarms, batch = Alarms(), batch_of(MIXED)
+    for step, reward in enumerate(rewards, 1):
+        if any(
+            a.name == "reward_fell"
+            for a in alarms.observe("tc-1/1", step, {**HEALTHY, "reward": reward}, batch)
+        ):
+            return step
+    return None
+
+
+def falsely_raised(rewards):
+    """How many of these runs (runs, updates) raise it, looked at after every ten updates as a run is."""
+    count = 0
+    for run in rewards:
+        memory = Memory()
+        for number, reward in enumerate(run.tolist(), 1):
+            memory._take_ten(reward)
+            if number % TEN == 0 and reward_fell(memory, {}, None) is not None:
+                count += 1
+                break
+    return count
+
+
+def wandering(rng, rho, runs, updates):
+    """Rewards of which each depends on the one before: a stationary first-order autoregression."""
+    values = np.empty((runs, updates))
+    values[:, 0] = rng.normal(size=runs)
+    for t in range(1, updates):
+        values[:, t] = rho * values[:, t - 1] + math.sqrt(1 - rho**2) * rng.normal(size=runs)
+    return 0.3 + 0.2 * values
+
+
+@pytest.mark.parametrize("updates", [20, 60, 250])
+@pytest.mark.parametrize(
+    "kind", ["normal", "right or wrong", "few prompts", "rare", "heavy tails", "wandering"]
+)
+def test_at_most_one_in_a_hundred_runs_that_do_not_learn_is_said_to_have_fallen(kind, updates):
+    rng = np.random.default_rng([updates, *kind.encode()])
+    shape = (500, updates)
+    makers = {
+        "normal": lambda: 0.05 + 0.3 * rng.normal(size=shape),
+        "right or wrong": lambda: rng.binomial(128, 0.3, size=shape) / 128,
+        "few prompts": lambda: rng.binomial(4, rng.beta(0.5, 0.5, size=(*shape, 4))).mean(-1) / 4,
+        "rare": lambda: rng.binomial(16, 0.02, size=shape) / 16,
+        "heavy tails": lambda: 1 + rng.standard_t(3, size=shape),
+        "wandering": lambda: wandering(rng, 0.5, *shape),
+    }
+    assert falsely_raised(makers[kind]()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("reward_at", "latest"),
+    [
+        (lambda t: 0.8 if t < 10 else 0.3, 20),
+        (lambda t: 0.5 if t < 50 else 0.2, 80),
+        (lambda t: max(0.1, 0.5 - 0.004 * t), 120),
+        (lambda t: -0.2 if t < 30 else -0.9, 60),
+    ],
+    ids=["at once", "later", "slowly", "below zero"],
+)
+def test_a_reward_that_falls_is_announced_once_with_its_remedy(reward_at, latest):
+    rng = np.random.default_rng(7)
+    rewards = [reward_at(t) + 0.04 * rng.normal() for t in range(200)]
+    alarms, batch, told = Alarms(), batch_of(MIXED), []
+    for step, reward in enumerate(rewards, 1):
+        told += alarms.observe("tc-1/1", step, {**HEALTHY, "reward": reward}, batch)
+    (alarm,) = [found for found in told if found.name == "reward_fell"]
+    assert alarm.step <= latest
+    assert "first ten updates" in alarm.message and "rollback" in alarm.remedy
+
+
+def test_a_fall_of_less_than_a_fifth_is_no_alarm_however_certain():
+    assert raised_at([0.90] * 10 + [0.75] * 60) is None
+    assert raised_at([0.90] * 10 + [0.70] * 60) == 20
+
+
+def test_the_tens_survive_a_checkpoint_and_another_reward_begins_anew():
+    before, batch = Alarms(), batch_of(MIXED)
+    for step in range(1, 16):
+        before.observe("tc-1/1", step, {**HEALTHY, "reward": 0.9}, batch)
+    after = Alarms()
+    after.load_state_dict(from_plain(json.loads(json.dumps(to_plain(before.state_dict())))))
+    told = [
+        a.name for s in range(16, 61) for a in after.observe("tc-1/1", s, {**HEALTHY, "reward": 0.1}, batch)
+    ]
+    assert told.count("reward_fell") == 1
+    before.forget_reward()
+    assert [
+        a for s in range(16, 60) for a in before.observe("tc-1/1", s, {**HEALTHY, "reward": 0.1}, batch)
+    ] == []

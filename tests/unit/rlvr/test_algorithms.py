@@ -21,7 +21,7 @@ from tensafe_nb.rlvr import (
     UpdateResult,
 )
 from tensafe_nb.rlvr.updates import pack, unpack
-from tensafe_nb.types import ForwardBackwardResult, OptimStepResult
+from tensafe_nb.types import ForwardBackwardResult, LogprobsResult, OptimStepResult
 
 METRICS = {"tokens": 4.0, "entropy_sum": 2.0, "logprob_sum": -8.0, "approx_kl_sum": 0.0}
 
@@ -53,6 +53,10 @@ class RecordingClient:
         self.operations.append(("optim_step",))
         return self.done(OptimStepResult(8, 1e-3, 1.25, 10, 0.125))
 
+    def compute_logprobs(self, batch, reference=False, *, temperature=1.0):
+        self.operations.append(("compute_logprobs", batch))
+        return self.done(LogprobsResult(np.zeros(batch.shape), np.zeros(batch.shape), 10))
+
     def publish(self, event):
         self.operations.append(("publish", event))
         return event
@@ -65,11 +69,13 @@ def policy_batch(batch, config):
     """Return what an update sends."""
     client = RecordingClient()
     REINFORCE(config).update(batch, client)
-    return client.operations[0][1]
+    return next(operation[1] for operation in client.operations if operation[0] == "forward_backward")
 
 
 def trajectory(reward, tokens=(5, 1), **fields):
-    return Trajectory("p", "r", prompt_tokens=[3, 4], tokens=list(tokens), reward=reward, **fields)
+    """A rollout of the client's present policy, with what its sampler knew."""
+    known = {"policy_version": 9, "logprobs": [0.0] * len(tokens), "entropy": 0.75} | fields
+    return Trajectory("p", "r", prompt_tokens=[3, 4], tokens=list(tokens), reward=reward, **known)
 
 
 def batch_of(*groups, max_new_tokens=4, **sampling):
@@ -122,7 +128,12 @@ def test_fields_given_by_name_go_on_top_of_a_config():
 def test_an_update_queues_one_gradient_and_one_step_and_returns_their_results_as_one():
     client, batch = RecordingClient(), batch_of([1, 0], [1, 1], temperature=0.5)
     handle = REINFORCE(entropy_coef=0.25).update(batch, client)
-    assert [operation for operation, *_ in client.operations] == ["forward_backward", "optim_step"]
+    names = [operation for operation, *_ in client.operations]
+    assert names == [
+        "forward_backward",
+        "optim_step",
+        "compute_logprobs",
+    ]  # the last measures how far it moved
     assert client.operations[0][2:] == ("policy_reinforce", {"temperature": 0.5, "entropy_coef": 0.25})
     result = handle.result()
     assert result == UpdateResult(
@@ -130,12 +141,18 @@ def test_an_update_queues_one_gradient_and_one_step_and_returns_their_results_as
         policy_version=10,
         mean_reward=0.75,
         policy_loss=-0.5,
-        entropy=0.5,
+        entropy=0.75,
         grad_norm=1.25,
         param_delta_norm=0.125,
         tokens=4,
         epochs_run=1,
-        metrics={"policy/epochs_run": 1.0},
+        metrics={
+            "policy/epochs_run": 1.0,
+            "entropy_trained": 0.5,
+            "completions/masked_ratio": 0.0,
+            "staleness/mean": 0.0,
+            "staleness/max": 0.0,
+        },
     )
     assert handle.approx_kl == 0.0  # lent, as in the guide
     assert from_plain(to_plain(result)) == result
@@ -211,7 +228,7 @@ def test_when_all_that_would_teach_is_truncated_nothing_is_queued_either():
 def test_an_entropy_bonus_is_a_reason_to_step_without_any_signal():
     client = RecordingClient()
     update(batch_of([1, 1]), client, entropy_coef=0.1)
-    assert len(client.operations) == 2
+    assert [name for name, *_ in client.operations] == ["forward_backward", "optim_step", "compute_logprobs"]
 
 
 def test_a_batch_without_rewards_is_refused_with_the_line_that_is_missing():

@@ -41,7 +41,7 @@ def test_a_missing_column_is_named_together_with_those_there_are():
 def test_contains_finds_the_answer_anywhere_and_refuses_an_empty_one():
     assert reward_of("contains", "It is paris.", {"answer": "Paris"}) == 1.0
     assert reward_of("contains", "It is paris.", {"answer": "Paris"}, ignore_case=False) == 0.0
-    with pytest.raises(ValidationError, match="is empty"):
+    with pytest.raises(ValidationError, match="of this prompt is missing"):
         reward_of("contains", "text", {"answer": " "})
 
 
@@ -96,7 +96,6 @@ def test_json_schema_tells_valid_from_other_json_from_none():
 def test_levenshtein_is_one_minus_the_share_of_edits():
     assert reward_of("levenshtein", "sitting", {"answer": "kitten"}) == pytest.approx(1 - 3 / 7)
     assert reward_of("levenshtein", " same ", {"answer": "same"}) == 1.0
-    assert reward_of("levenshtein", "", {"answer": ""}) == 1.0
     assert reward_of("levenshtein", "", {"answer": "abc"}) == 0.0
 
 

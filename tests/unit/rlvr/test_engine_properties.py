@@ -21,6 +21,7 @@ from tensafe_nb.rlvr.rewards import resolve_reward
 from tensafe_nb.rlvr.scoring import score
 from tensafe_nb.rlvr.updates import pack
 from tensafe_nb.types import OptimStepResult
+from tests.close import assert_close
 from tests.unit.rlvr.clients import TINY, EngineClient, policy_batch
 
 PROMPTS = ["def", "class Counter(dict):\n", "import os, sys"]  # of different lengths
@@ -50,7 +51,7 @@ def test_b1_the_samplers_logprobs_are_those_of_the_training_forward(client, temp
     for scored_at, name in ((temperature, "logprobs"), (1.0, "raw_logprobs")):
         trained = client.engine.compute_logprobs(rows, temperature=scored_at).logprobs[labelled]
         sampled = np.concatenate([getattr(trajectory, name) for trajectory in batch])
-        assert np.abs(trained - sampled).max() <= 1e-4
+        assert_close(trained, sampled, at_least=1)
 
 
 def padded_on_the_left(prompts):
@@ -95,7 +96,7 @@ def test_b3_a_rollout_is_the_same_whoever_else_is_in_the_batch(client):
     together = PolicySampler(client, 2, 8, seed=3, chat="never").generate_trajectories(PROMPTS[::-1])
     for one, other in zip(alone, together.groups[-1].rollouts, strict=True):
         assert one.tokens == other.tokens
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert_close(one.logprobs, other.logprobs, at_least=1)
 
 
 def test_b4_no_top_k_leaks_into_sampling(client):
@@ -150,8 +151,8 @@ def test_b6_micro_batching_changes_neither_loss_nor_gradient(client, aggregation
     width = policy_batch(batch, config).shape[1]
     for rows in (1, 2):
         result, gradient = gradient_of(config, batch, rows * width)
-        assert result.loss == pytest.approx(whole.loss, abs=1e-6)
-        assert (gradient - expected).abs().max() <= 1e-6
+        assert_close(result.loss, whole.loss, at_least=1)  # a mean of terms of size 1 that cancel
+        assert_close(gradient, expected)
         assert result.metrics == pytest.approx(whole.metrics, rel=1e-5, abs=1e-5)
 
 
@@ -161,7 +162,7 @@ def test_b6_sum_holds_relative_to_its_size(client):
     whole, expected = gradient_of(config, batch, 16_384)
     result, gradient = gradient_of(config, batch, 1)
     assert result.loss == pytest.approx(whole.loss, rel=1e-5)
-    assert (gradient - expected).abs().max() <= 1e-6 * expected.abs().max() * 10
+    assert_close(gradient, expected)
 
 
 def test_b7_only_the_adapter_changes_and_it_does_change():
@@ -189,7 +190,8 @@ def test_b7_equal_rewards_leave_every_weight_bit_identical(baseline):
     assert result.skipped == "no signal"
     assert client.operations == ["sample"]
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (result.step, result.grad_norm, result.param_delta_norm, result.entropy) == (1, 0.0, 0.0, None)
+    assert (result.step, result.grad_norm, result.param_delta_norm) == (1, 0.0, 0.0)
+    assert result.entropy > 0, "the sampler knew it, though nothing was trained"
 
 
 def test_b7_with_an_entropy_bonus_equal_rewards_still_make_a_step():
@@ -256,4 +258,4 @@ def test_the_gradient_of_an_update_is_the_exact_policy_gradient_by_enumeration(a
     client.optim_step = optim_step
     algo.update(batch, client).result()
     assert expected.abs().max() > 1e-3
-    assert (found[0] - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-6
+    assert_close(found[0], expected, within=1e-4)

@@ -31,7 +31,7 @@ def test_what_is_not_equal_or_not_there_scores_0(response, answer):
 
 
 def test_an_answer_without_mathematics_is_an_error_not_a_zero():
-    with pytest.raises(ValidationError, match="finds no mathematics in the column 'answer'"):
+    with pytest.raises(ValidationError, match="the column 'answer' of this prompt is missing"):
         resolve_reward("math")("q", "7", {"answer": ""})
 
 

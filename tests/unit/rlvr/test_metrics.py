@@ -99,11 +99,11 @@ def test_the_share_without_signal_is_that_of_coin_tosses(p, size):
 
 def test_an_update_tells_what_it_did_under_the_names_of_the_history():
     update = UpdateResult(
-        8, 9, 0.5, policy_loss=0.1, entropy=1.5, approx_kl=0.02, grad_norm=3.0, param_delta_norm=0.2,
+        8, 9, 0.5, policy_loss=0.1, approx_kl=0.02, grad_norm=3.0, param_delta_norm=0.2,
         metrics={"clip_ratio/low_mean": 0.1, "policy/epochs_run": 2.0},
     )  # fmt: skip
     assert known(update_metrics(update)) == {
-        "policy_version": 9, "grad_norm": 3.0, "param_delta_norm": 0.2, "loss": 0.1, "entropy": 1.5,
+        "policy_version": 9, "grad_norm": 3.0, "param_delta_norm": 0.2, "loss": 0.1,
         "policy/approx_kl": 0.02, "clip_ratio/low_mean": 0.1, "policy/epochs_run": 2.0,
     }  # fmt: skip
     assert update_metrics(UpdateResult(1, 1, 0.5, kl=0.3))["kl"] == 0.3

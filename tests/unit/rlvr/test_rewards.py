@@ -150,7 +150,7 @@ def test_trl_functions_get_all_completions_and_columns_at_once_and_may_log():
         log_extra("length", [len(text) for text in completions])
         log_extra("text", completions)
         log_metric("batch", len(completions))
-        assert sorted(columns) == ["level", "prompts"]
+        assert sorted(columns) == ["level", "prompts", "trainer_state"]
         return [float(text == gold) if gold else None for text, gold in zip(completions, answer, strict=True)]
 
     trajectories = [Trajectory("q", "4", {"answer": "4"}), Trajectory("q", "no", {"level": 3})]

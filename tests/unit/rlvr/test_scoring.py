@@ -1,6 +1,7 @@
 """Scoring in processes that can be killed: order, failures, timeouts, coroutines, and nothing left behind."""
 
 import asyncio
+import importlib
 import math
 import os
 import re
@@ -172,6 +173,47 @@ def test_a_process_that_ended_between_two_rounds_costs_nothing():
     assert trajectories[0].reward != before
 
 
+def test_a_process_outlasts_the_thread_in_which_it_was_first_asked_for():
+    with Scorer(process_id, processes=1) as scorer:
+        seen = []
+        for _ in range(3):
+            trajectories = rollouts("a")
+            thread = threading.Thread(target=scorer.score, args=(trajectories,))
+            thread.start()
+            thread.join()
+            seen.append(trajectories[0].reward)
+    assert len(set(seen)) == 1
+    assert seen[0] is not None
+
+
+KERNEL = """
+import sys
+from tensafe_nb.rlvr import Trajectory
+from tensafe_nb.rlvr.scoring import Scorer
+
+def greedy(prompt, response, meta=None):
+    import os, re
+    os.write(2, b"here\\n")
+    return float(bool(re.match("(a+)+b", "a" * 60)))  # holds the interpreter, for ever
+
+Scorer(greedy, timeout=3600, processes=1).score([Trajectory("q", "a")])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process that holds Python's lock")
+def test_a_process_ends_with_the_kernel_whatever_it_executes():
+    import select
+
+    kernel = subprocess.Popen([sys.executable, "-c", KERNEL], stderr=subprocess.PIPE)
+    assert kernel.stderr.readline() == b"here\n"
+    kernel.kill()
+    kernel.wait()
+    ended, _, _ = select.select([kernel.stderr], [], [], 60)  # its last holder is the process that scores
+    assert ended, "the scoring process goes on"
+    assert kernel.stderr.read() == b""
+    kernel.stderr.close()
+
+
 def test_built_ins_start_no_process():
     with Scorer("exact_match") as scorer:
         scorer.score(rollouts("7", answer="7"))
@@ -226,7 +268,7 @@ def test_a_function_that_cannot_be_pickled_runs_in_a_thread_and_says_so():
     scorer.close()
 
 
-def test_a_function_whose_module_cannot_be_imported_elsewhere_runs_in_a_thread_and_says_so(monkeypatch):
+def test_a_function_whose_module_is_of_this_process_only_is_sent_with_it(monkeypatch):
     import types
 
     module = types.ModuleType("of_this_process_only")
@@ -234,10 +276,117 @@ def test_a_function_whose_module_cannot_be_imported_elsewhere_runs_in_a_thread_a
     monkeypatch.setitem(sys.modules, module.__name__, module)
     trajectories = rollouts("a")
     with Scorer(module.reward, processes=1) as scorer:
-        with pytest.warns(UserWarning, match="No module named 'of_this_process_only'"):
-            scorer.score(trajectories)
         scorer.score(trajectories)
+        assert scorer._threads._workers == {}
     assert trajectories[0].reward == 5.0
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """Return the folder of a module whose reward uses another one, also by an import inside the function."""
+    (tmp_path / "scoring_low.py").write_text("FACTOR = 1.0\n\nclass Row:\n    value = 1.0\n")
+    (tmp_path / "scoring_late.py").write_text("BONUS = 10.0\n")
+    (tmp_path / "scoring_top.py").write_text(
+        "import scoring_low\n\n"
+        "def reward(prompt, response, meta=None):\n"
+        "    import scoring_late\n"
+        "    if response == 'hang':\n"
+        "        while True:\n"
+        "            pass\n"
+        "    row = meta.get('row')\n"
+        "    bonus = isinstance(row, scoring_low.Row) if row else 0\n"
+        "    return scoring_low.FACTOR * len(response) + scoring_late.BONUS + bonus\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("scoring_low", "scoring_late", "scoring_top"):
+        sys.modules.pop(name, None)
+
+
+def test_a_module_edited_on_the_disk_changes_no_score_whatever_process_is_started(edited):
+    module = importlib.import_module("scoring_top")
+    with Scorer(module.reward, timeout=0.5, processes=1) as scorer:
+        before = scorer.score(rollouts("abc"))
+        for name in ("scoring_low", "scoring_late", "scoring_top"):
+            (edited / f"{name}.py").write_text("raise RuntimeError('half written')")
+        hanging = rollouts("hang", "abc")
+        scorer.score(hanging)
+        after = rollouts("abc")
+        report = scorer.score(after)
+    assert [t.reward for t in (hanging[1], *after)] == [13.0, 13.0]
+    assert hanging[0].reward_error == "took longer than 0.5 s and was ended"
+    assert before.version == report.version
+    assert "partial" not in report.version
+
+
+def test_a_helper_that_is_reloaded_scores_from_the_next_round_on_under_its_own_version(edited):
+    module = importlib.import_module("scoring_top")
+    with Scorer(module.reward, processes=1) as scorer:
+        before, again, after = rollouts("abc"), rollouts("abc"), rollouts("abc")
+        scorer.score(before)
+        scorer.score(again)
+        (edited / "scoring_low.py").write_text("FACTOR = 200.0\n")
+        importlib.invalidate_caches()
+        importlib.reload(sys.modules["scoring_low"])
+        report = scorer.score(after)
+    assert [t.reward for t in (*before, *again, *after)] == [13.0, 13.0, 610.0]
+    assert before[0].reward_version == again[0].reward_version != after[0].reward_version == report.version
+    assert report.version == resolve_reward(module.reward).version
+
+
+def test_objects_in_columns_are_of_the_class_that_the_function_knows(edited):
+    module = importlib.import_module("scoring_top")
+    trajectories = rollouts("a", row=sys.modules["scoring_low"].Row())
+    with Scorer(module.reward, processes=1) as scorer:
+        scorer.score(trajectories)
+    assert trajectories[0].reward == 12.0
+
+
+def test_a_variable_that_a_function_reads_is_the_notebooks_at_every_round():
+    variables = {"__name__": "__main__", "LIMIT": 2}
+    exec("def reward(prompt, response, meta=None):\n    return float(len(response) > LIMIT)", variables)
+    with Scorer(variables["reward"], processes=1) as scorer:
+        first, second = rollouts("abc"), rollouts("abc")
+        scorer.score(first)
+        variables["LIMIT"] = 5
+        scorer.score(second)
+    assert (first[0].reward, second[0].reward) == (1.0, 0.0)
+    assert first[0].reward_version != second[0].reward_version
+
+
+def test_what_a_function_of_this_process_keeps_for_itself_makes_no_new_version():
+    variables = {"__name__": "__main__"}
+    exec(
+        "CACHE = {}\ndef shift(n):\n    return n\n"
+        "async def judge(prompt, response, meta=None):\n"
+        "    return CACHE.setdefault(response, shift(len(response)))",
+        variables,
+    )
+    with Scorer(variables["judge"]) as scorer:
+        versions = [scorer.score(rollouts(text)).version for text in ("a", "bb", "ccc")]
+        exec("def shift(n):\n    return n + 1", variables)
+        last = rollouts("dddd")
+        changed = scorer.score(last).version
+    assert len(set(versions)) == 1
+    assert changed != versions[0]
+    assert last[0].reward == 5.0
+
+
+def test_two_functions_that_cannot_be_sent_are_each_called_themselves():
+    lock = threading.Lock()
+
+    def one(prompt, response):
+        return 1.0 + lock.locked()
+
+    def two(prompt, response):
+        return 2.0 + lock.locked()
+
+    with pytest.warns(UserWarning, match="cannot be sent"):
+        scorer = Scorer({"one": one, "two": two})
+    trajectories = rollouts("a")
+    with scorer:
+        scorer.score(trajectories)
+    assert trajectories[0].reward_parts == {"one": 1.0, "two": 2.0}
 
 
 def test_columns_that_cannot_be_sent_leave_their_rollouts_unscored():
@@ -285,6 +434,33 @@ def test_coroutines_are_awaited_together_and_one_that_takes_too_long_is_cancelle
     assert trajectories[1].reward_error == f"took longer than {SOON} s and was cancelled"
     assert trajectories[2].reward_error == "ValueError: no verdict"
     assert (report.errors, report.timeouts) == (2, 1)
+
+
+def test_what_a_judge_holds_may_be_used_by_one_scorer_after_the_other_and_by_hand():
+    gate = asyncio.Semaphore(1)
+
+    async def judge(prompt, response, meta=None):
+        async with gate:
+            await asyncio.sleep(0)
+            return float(len(response))
+
+    assert resolve_reward(judge)("q", "a") == 1.0
+    for _ in range(2):
+        with Scorer(judge) as scorer:
+            assert scorer.score(rollouts("a", "bb", "ccc")).errors == 0
+    preview = preview_reward(judge, batch_of(["a", "bb"]))
+    assert preview.report.errors == 0
+    assert resolve_reward(judge)("q", "ab") == 2.0
+
+
+def test_an_async_reward_may_call_another_one_by_hand():
+    async def inner(prompt, response):
+        return 1.0
+
+    async def outer(prompt, response):
+        return 1.0 + resolve_reward(inner)(prompt, response)
+
+    assert resolve_reward(outer)("q", "a") == 2.0
 
 
 def test_a_coroutine_that_blocks_its_loop_is_left_behind():
