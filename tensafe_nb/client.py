@@ -425,9 +425,9 @@ class TrainingClient(Verbs):
         await self._channel.loaded.wait_async()
         self._channel.loaded.outcome()
 
-    def wait_loaded(self, timeout: float) -> bool:
-        """Wait so many seconds until the model is loaded, or cannot be; returns whether that is known by then."""
-        return self._channel.loaded.wait(timeout)
+    def wait_for_step(self, timeout: float) -> bool:
+        """Wait so many seconds until `step` is known, which a restored client reads from its state; return if it is."""
+        return self._channel.starts_afresh or self._channel.loaded.wait(timeout)
 
     # events
 

@@ -290,7 +290,7 @@ class TrainingRun:
             self._end(RunStatus.STOPPED, None, reason=str(error))
 
     def _drive(self) -> None:
-        while not self._client.wait_loaded(HEARTBEAT) and not self._wants_stop:
+        while not self._client.wait_for_step(HEARTBEAT) and not self._wants_stop:
             pass
         self._first_step = self._client.step  # of a restored client it was not known before
         if self._resume_from is not None:
@@ -304,7 +304,12 @@ class TrainingRun:
                     f"there was nothing left to do. Steps and epochs count from the beginning of the run that saved it."
                 )
         while not self._over():
-            handles = self._loop.submit(self._index)
+            try:
+                handles = self._loop.submit(self._index)
+            except Exception:
+                with contextlib.suppress(TGTinkerError):
+                    self._collect_all()  # the step before is under way, and counts if it ends well
+                raise
             if handles is None:
                 self._say_that_the_data_ended()
                 break
