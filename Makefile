@@ -18,7 +18,7 @@ TESTS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test test-browser chromium pictures soak trl-parity lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test test-browser chromium pictures soak gpu ranges trl-parity lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -76,6 +76,13 @@ soak: $(READY) chromium  ## long and many-seed tests, and every scenario in the 
 trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the same numbers; a TRL of its own, in .venv-trl
 	$(TRL)/bin/python -m scripts.trl_parity
 
+gpu: $(READY)  ## on a CUDA GPU: the same numbers as on the CPU, speed and memory of a model of 1B, in at most 6 minutes
+	$(BIN)/python -m scripts.gpu
+
+ranges: $(READY)  ## soak: the newest and the lowest versions that pyproject.toml allows, each in an environment of its own
+	$(BIN)/python -m scripts.ranges newest
+	$(BIN)/python -m scripts.ranges lowest
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,4 +105,4 @@ docs: $(READY)  ## the pages and the API reference; leaves build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL) $(LLAMA)
+	rm -rf build $(VENV) $(TRL) $(LLAMA) .venv-newest .venv-lowest

@@ -1,7 +1,6 @@
 """What privacy costs beside the training itself: a step's time and memory, against the same without and by Opacus."""
 
 import contextlib
-import itertools
 import shutil
 import tempfile
 import warnings
@@ -17,7 +16,7 @@ import tensafe_nb as tn
 from bench import workload
 from bench.harness import LARGER, Row, Taken, Target, fresh_process, paired, stopwatch
 from tensafe_nb.batch import TICKET
-from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.privacy.tickets import content_of, ticket
 
 ROWS, TOKENS = 8, 64
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -127,10 +126,11 @@ def client(service: tn.ServiceClient, model_ref: str, modules: Any, *, private: 
 
 def private_step(tc: tn.TrainingClient, batch: tn.BatchData) -> Callable[[], float]:
     """Return one private step; each gets the batch as a Poisson draw of its own."""
-    numbers = itertools.count()
 
     def step() -> float:
-        mark = ticket(tc.training_client_id, 0, next(numbers), np.arange(ROWS))
+        number, key = tc._channel.enter_draw("example")
+        content = content_of(batch, key)
+        mark = ticket(tc.training_client_id, 0, number, np.arange(ROWS), content=content)
         return workload.step_through(tc, batch.labelled_with(**{TICKET: mark}))()
 
     return step

@@ -14,7 +14,7 @@ from tensafe_nb.reprs import Facts
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
 TICKET = (
-    "dp_ticket"  # (B, 6) of a Poisson draw: says which rows belong to it, so that none is lost or repeated
+    "dp_ticket"  # (B, 7) of a Poisson draw: says which rows belong to it, so that none is lost or repeated
 )
 PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id", TICKET)
 
@@ -31,9 +31,11 @@ class BatchData:
         attention_mask: (B, T), 1 for tokens and 0 for padding; all 1 when None.
         labels: (B, T); when None, the next token of the same row.
         extras: What a loss needs besides: per token (B, T), or per sequence (B,) or (B, D).
+        labels_are_shifted: Take labels that all equal the tokens of their own positions. They are refused otherwise:
+            such labels, which other libraries shift themselves, would teach the model to repeat each token.
 
     Raises:
-        ValidationError: Ragged, empty, or shapes that do not fit.
+        ValidationError: Ragged, empty, shapes that do not fit, or labels that have not been shifted.
 
     Example:
         >>> batch = BatchData(input_ids=[[1, 2, 3, 4]], labels=[[2, 3, 4, -100]])
@@ -45,6 +47,7 @@ class BatchData:
     attention_mask: Array = None  # type: ignore[assignment]  # filled below
     labels: Array = None  # type: ignore[assignment]  # filled below
     extras: Mapping[str, Array] = field(default_factory=dict)
+    labels_are_shifted: bool = False
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class BatchData:
         attention_mask: ArrayLike | None = None,
         labels: ArrayLike | None = None,
         extras: Mapping[str, ArrayLike] | None = None,
+        labels_are_shifted: bool = False,
         **more_extras: ArrayLike,
     ) -> None:
         entries = {**(extras or {}), **more_extras}
@@ -70,12 +74,14 @@ class BatchData:
         targets = next_token_labels(ids, mask) if labels is None else _integers(labels, "labels")
         _same_shape(targets, ids, "labels")
         _check_labels(targets, mask, derived=labels is None)
+        if not labels_are_shifted:
+            _check_shift(ids, mask, targets)
         values = {k: _extra(v, k, len(ids)) for k, v in entries.items()}
-        self._set(ids, mask, targets, values)
+        self._set(ids, mask, targets, values, bool(labels_are_shifted))
 
     @classmethod
     def nothing(cls, ticket: Array) -> "BatchData":
-        """Return the batch of a Poisson draw that drew nothing: no row, and the draw's ticket (1, 6)."""
+        """Return the batch of a Poisson draw that drew nothing: no row, and the draw's ticket (1, 7)."""
         return cls((), extras={TICKET: ticket})
 
     @classmethod
@@ -85,10 +91,14 @@ class BatchData:
             return batch
         if not isinstance(batch, Mapping):
             raise ValidationError(
-                f"A batch is a BatchData or a dict with 'input_ids', not a {type(batch).__name__}."
+                f"A batch is a BatchData or a dict with 'input_ids', not a {type(batch).__name__}. Rows become batches "
+                f"by tc.batches(rows)."
             )
         if "input_ids" not in batch:
-            raise ValidationError(f"The batch has no 'input_ids'; it has {sorted(batch)}.")
+            raise ValidationError(
+                f"The batch has no 'input_ids'; it has {sorted(map(str, batch))}. "
+                f"Rows become batches by tc.batches(rows)."
+            )
         return cls(**batch)
 
     @property
@@ -130,7 +140,8 @@ class BatchData:
 
     def labelled_with(self, **extras: ArrayLike) -> "BatchData":
         """Return the batch with further entries."""
-        return BatchData(self.input_ids, self.attention_mask, self.labels, {**self.extras, **extras})
+        entries = {**self.extras, **extras}
+        return BatchData(self.input_ids, self.attention_mask, self.labels, entries, self.labels_are_shifted)
 
     def rows(self, start: int, stop: int) -> "BatchData":
         """Return rows start:stop without the columns that are padding in all of them."""
@@ -150,17 +161,24 @@ class BatchData:
             cut(self.attention_mask),
             cut(self.labels),
             {name: cut(value, self.per_token(name)) for name, value in self.extras.items()},
+            self.labels_are_shifted,
         )
         return part
 
     def _set_nothing(self, ticket: ArrayLike) -> None:
         blank = np.zeros((0, 1), np.int64)
-        self._set(blank, blank, blank, {TICKET: _integers(ticket, TICKET)})
+        self._set(blank, blank, blank, {TICKET: _integers(ticket, TICKET)}, False)
 
     def _set(
-        self, input_ids: Array, attention_mask: Array, labels: Array, extras: Mapping[str, Array]
+        self,
+        input_ids: Array,
+        attention_mask: Array,
+        labels: Array,
+        extras: Mapping[str, Array],
+        labels_are_shifted: bool,
     ) -> None:
-        for name, value in zip(self.__slots__, (input_ids, attention_mask, labels, extras), strict=True):
+        values = (input_ids, attention_mask, labels, extras, labels_are_shifted)
+        for name, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 
 
@@ -210,6 +228,23 @@ def _check_labels(labels: Array, mask: Array, *, derived: bool) -> None:
     if (labels == IGNORE).all():
         why = "the rows are one token long" if derived else f"every label is {IGNORE}"
         raise ValidationError(f"BatchData has nothing to learn from: {why}. Label at least one position.")
+
+
+def _check_shift(ids: Array, mask: Array, labels: Array) -> None:
+    """Refuse labels that are the tokens of their own positions, and not all of the next ones: nobody shifted them."""
+    labelled = labels != IGNORE
+    if not (labels == ids)[labelled].all():
+        return
+    following = next_token_labels(ids, mask)
+    compared = labelled & (following != IGNORE)
+    if (labels == following)[compared].all():  # a text of one token over and over, or nothing follows
+        return
+    raise ValidationError(
+        "BatchData.labels are the tokens of their own positions: the model would learn to repeat each token. Labels "
+        "are shifted here: labels[t] is the token that comes after position t. Leave labels out, and the next "
+        "tokens are taken; or shift them, labels = [row[1:] + [-100] for row in labels]. If they are meant like this: "
+        "labels_are_shifted=True."
+    )
 
 
 def _array(value: ArrayLike, name: str) -> Array:

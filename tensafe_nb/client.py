@@ -180,6 +180,7 @@ class TrainingClient(Verbs):
             steps=max(1, round(1 / sample_rate)) if steps is None else steps,
             pad_token_id=padding_of(self.tokenizer),
             client_id=self.training_client_id,
+            enter=self._channel.enter_draw,
         )
 
     def estimate(self, batch_size: int | None = None, length: int | None = None) -> StepEstimate:

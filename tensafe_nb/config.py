@@ -190,7 +190,7 @@ class SamplingConfig(Config):
         top_p: Keep the smallest set of tokens whose probability reaches this (nucleus sampling).
         top_k: Keep the k most likely tokens; 0 keeps all.
         num_samples: Completions per prompt.
-        stop: Strings that end a completion; they are cut from its text.
+        stop: Strings that end a completion; they are cut from its text. A special token can be one, as it is written.
         seed: Fixes every row's random stream; None takes the client's next one.
         ignore_end: Go on past end tokens, so that every completion has `max_new_tokens` ("fixed").
     """

@@ -7,7 +7,7 @@ and is not (Annamalai et al. 2024, arXiv:2411.10614): its epsilon can be several
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from tensafe_nb.batch import TICKET, Array, BatchData
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import Example, collate
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.privacy.tickets import content_of, ticket
 
 logger = logging.getLogger(__name__)
 FAR_OFF = 0.1  # of the declared number of units: more than rounding it to a public figure
@@ -24,7 +24,8 @@ FAR_OFF = 0.1  # of the declared number of units: more than rounding it to a pub
 class PoissonDraws:
     """Draws of examples for private training, one per step; made by `tc.dp_batches`.
 
-    Every pass over it draws anew; no seed repeats a draw, and none is saved. A draw may be empty: it is a step too.
+    Every pass over it draws anew; no seed repeats a draw, and none is saved. A draw may be empty: it is a step too. One
+    that is left out is charged all the same, with the next that is used.
 
     Args:
         examples: What to draw from.
@@ -34,6 +35,7 @@ class PoissonDraws:
         steps: Draws per pass.
         pad_token_id: Fills up shorter rows.
         client_id: The training client that the draws are for.
+        enter: Numbers each draw before it is made, from then on owed; gives the number and the key of its ticket.
     """
 
     def __init__(
@@ -46,30 +48,39 @@ class PoissonDraws:
         steps: int,
         pad_token_id: int,
         client_id: str,
+        enter: Callable[[str], tuple[int, bytes]],
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValidationError(f"dp_batches: steps={steps!r} must be a whole number, at least 1.")
         self.examples, self.sample_rate, self.steps, self.unit = list(examples), sample_rate, steps, unit
         self._units, self._count = units, int(units.max()) + 1
-        self._pad_token_id, self._client_id = pad_token_id, client_id
-        self._sampler, self._drawn = secrets.randbits(62), 0
+        self._pad_token_id, self._client_id, self._enter = pad_token_id, client_id, enter
+        self._sampler = secrets.randbits(62)
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[BatchData]:
-        for _ in range(self.steps):
+        return self.rest(0)
+
+    def rest(self, dealt: int) -> Iterator[BatchData]:
+        """Yield what is left of a pass of which so many were dealt; none is drawn to be thrown away."""
+        for _ in range(dealt, self.steps):
             yield self.draw()
 
     def draw(self) -> BatchData:
-        """Return the next draw, whole: all its rows must come into one step, each once."""
+        """Return the next draw, whole: all its rows must come into one step, each once.
+
+        It is numbered. When a later draw of the same account is used before it, it is charged as left out.
+        """
+        number, key = self._enter(self.unit)
         rows = np.flatnonzero(_coins(self._count, self.sample_rate)[self._units])
-        mark = ticket(self._client_id, self._sampler, self._drawn, self._units[rows], self.unit)
-        self._drawn += 1
+        units, names = self._units[rows], (self._client_id, self._sampler, number)
         if not len(rows):
-            return BatchData.nothing(mark)
+            return BatchData.nothing(ticket(*names, units, self.unit, content=units))
         batch = collate([self.examples[row] for row in rows], self._pad_token_id)
-        owners = {"unit_ids": self._units[rows]} if self.unit == "user" else {}
+        owners = {"unit_ids": units} if self.unit == "user" else {}
+        mark = ticket(*names, units, self.unit, content=content_of(batch, key))
         return batch.labelled_with(**{TICKET: mark, **owners})
 
     def __repr__(self) -> str:

@@ -38,6 +38,7 @@ class Promise(Generic[R]):
         self.state = FutureStatus.PENDING
         self.progress: tuple[int, int] | None = None
         self.cancel_requested = False
+        self.told = False  # whether somebody has been given the outcome
         self.created_at = time.time()
         self.started_at: float | None = None
         self.ended_at: float | None = None
@@ -97,6 +98,7 @@ class Promise(Generic[R]):
 
     def outcome(self) -> R:
         """Return the value or raise the error of what has ended."""
+        self.told = True
         if self.state is FutureStatus.CANCELLED:
             raise FutureCancelledError("The operation was cancelled; it left no trace on the weights.")
         if isinstance(self.error, TGTinkerError):

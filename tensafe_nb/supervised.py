@@ -1,12 +1,14 @@
 """Supervised training as a loop: batches → forward_backward → optim_step, with held-out evaluation in between."""
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from math import ceil
 from typing import Any
 
 from tensafe_nb.batch import BatchData
-from tensafe_nb.data import Batches
+from tensafe_nb.data import Batches, check_fit
+from tensafe_nb.data.rows import refuse_table
 from tensafe_nb.draws import PoissonDraws
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.events import Metrics
@@ -78,6 +80,9 @@ class BatchCursor:
             )
         self._epoch, self._dealt, self._shuffle = (position[name] for name in ("epoch", "dealt", "shuffle"))
         self._iterator = None
+        if isinstance(self._batches, PoissonDraws):  # to draw and throw away would be charged
+            self._iterator = self._batches.rest(self._dealt)
+            return
         passed = sum(1 for _ in itertools.islice(self._open(), self._dealt))
         if passed < self._dealt:
             raise ValidationError(
@@ -133,7 +138,8 @@ class SupervisedLoop:
         check_numbers(epochs=epochs, steps=steps, eval_every=eval_every)
         if eval_every is not None and eval_batches is None:
             raise ValidationError(f"fit: eval_every={eval_every} needs eval_batches.")
-        check_batches(batches=batches, eval_batches=() if eval_batches is None else eval_batches)
+        held_out = () if eval_batches is None else eval_batches
+        check_batches(batches=batches, eval_batches=held_out)
         if batches is eval_batches and isinstance(batches, Iterator):
             raise ValidationError(
                 "fit: batches and eval_batches are one generator: what one has dealt, the other misses. Give lists."
@@ -142,7 +148,7 @@ class SupervisedLoop:
         whole_draws = isinstance(batches, PoissonDraws)  # one item is one step, however many rows it has
         self._accumulation = 1 if whole_draws else client.config.gradient_accumulation_steps
         self.lookahead = 1 if self._accumulation < LONG_WINDOW else 0
-        self._eval_batches = [BatchData.of(batch) for batch in (() if eval_batches is None else eval_batches)]
+        self._eval_batches = [BatchData.of(batch) for batch in held_out]
         self._eval_every = eval_every
         self._passes = epochs if epochs is not None else (None if steps is not None else 1)
         self._evaluated_after: int | None = None
@@ -150,6 +156,7 @@ class SupervisedLoop:
         self._alarms = StepAlarms(client.config.optimizer, private=dp is not None and dp.enabled)
         self._rates = Rates(client.config.optimizer)
         self._newest: list[FutureHandle[Any]] = []  # of the last two steps
+        self._batches, self._held_out = batches, held_out
         self._cursor = BatchCursor(batches, self._passes)
         self.planned_steps = steps if steps is not None else self._count(batches)
         if isinstance(batches, Sized) and len(batches) == 0:
@@ -171,6 +178,7 @@ class SupervisedLoop:
             self._end_of_data(index)
             return None
         if index == 0:
+            self._check_lengths()
             self._evaluate()
         training = [self._client.forward_backward(batch) for batch in batches] + [self._client.optim_step()]
         self._newest = [*self._newest[-len(training) :], *training]
@@ -213,6 +221,12 @@ class SupervisedLoop:
         if error is not None:
             self._client.publish(not_finite(self._run.run_id, self._client.step + 1, str(error)))
 
+    def _check_lengths(self) -> None:
+        """Refuse rows past the model's context before the first step: `data.batches` does not know the model."""
+        for batches in (self._batches, self._held_out):
+            if isinstance(batches, Batches | PoissonDraws):
+                check_fit(batches.examples, getattr(self._client, "context", None))
+
     def _end_of_data(self, index: int) -> None:
         """Evaluate after the last step, which nobody knew to be the last; refuse to have had none at all."""
         if index == 0:
@@ -253,7 +267,21 @@ def check_numbers(**given: int | None) -> None:
 
 
 def check_batches(**given: object) -> None:
-    """Refuse one batch where a list of them is meant."""
+    """Refuse rows, and one batch, where a list of batches is meant."""
     for name, batches in given.items():
-        if isinstance(batches, BatchData | Mapping | str) or not isinstance(batches, Iterable):
+        if isinstance(batches, BatchData | Mapping):
+            raise ValidationError(
+                f"fit: {name} is a list of batches (or another iterable): [batch], not {batches!r}."
+            )
+        refuse_table(
+            batches, f"fit: {name} takes batches, and this is a table of rows: {name}=tc.batches(rows)."
+        )
+        if isinstance(batches, str | os.PathLike):
+            raise ValidationError(
+                f"fit: {name} is a list of batches: {name}=tc.batches({str(batches)!r}) reads the file."
+            )
+        if not isinstance(batches, Iterable):
             raise ValidationError(f"fit: {name} is a list of batches (or another iterable), not {batches!r}.")
+        first = next(iter(batches), None) if isinstance(batches, Sequence) else None
+        if isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first):
+            raise ValidationError(f"fit: {name} takes batches, and these are rows: {name}=tc.batches(rows).")

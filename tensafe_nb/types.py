@@ -137,12 +137,13 @@ class SampledSequence:
 
     Attributes:
         prompt_index: Which prompt of the call it continues.
-        text: The completion, without stop string and end token.
+        text: The completion, without stop string and end token. Special tokens in its middle are shown as written.
         prompt_tokens: The prompt as the model saw it.
         tokens: The completion as sampled, end token included.
         logprobs: Per token, under the distribution sampled from (temperature, top_p, top_k applied).
         raw_logprobs: Per token, at temperature 1 over the whole vocabulary.
-        finish_reason: "stop" (end token), "stop_string", "length", or "fixed" (`ignore_end`).
+        finish_reason: "stop" (an end token; in a chat, what ends a turn of its template, too), "stop_string", "length",
+            or "fixed" (`ignore_end`).
         seed: Of this row's random stream.
         entropy: Exact entropy of the distributions sampled from, in nats, mean over the tokens; None where the
             sampler does not say.

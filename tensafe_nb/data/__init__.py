@@ -2,7 +2,17 @@
 
 from tensafe_nb.data.prompts import read_prompt, read_prompts
 from tensafe_nb.data.rows import OnBadRows, Row, Rows, read_rows
-from tensafe_nb.data.text import Batches, Encoded, Example, batches, collate, encode, encode_rows, padding_of
+from tensafe_nb.data.text import (
+    Batches,
+    Encoded,
+    Example,
+    batches,
+    check_fit,
+    collate,
+    encode,
+    encode_rows,
+    padding_of,
+)
 
 __all__ = [
     "Batches",
@@ -12,6 +22,7 @@ __all__ = [
     "Row",
     "Rows",
     "batches",
+    "check_fit",
     "collate",
     "encode",
     "encode_rows",

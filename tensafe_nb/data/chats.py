@@ -60,9 +60,13 @@ def read_chat(row: Mapping[str, Any]) -> Chat:
     for message in messages:
         for key in UNLEARNT:
             message.pop(key, None)
-    options = {**(row.get("chat_template_kwargs") or {})}
-    options.update({key: list(row[key]) for key in ("tools", "documents") if row.get(key)})
-    return Chat(messages, learnt, options)
+    return Chat(messages, learnt, template_options(row))
+
+
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row or a prompt gives to the chat template beside its messages."""
+    given = {key: list(row[key]) for key in ("tools", "documents") if row.get(key)}
+    return {**(row.get("chat_template_kwargs") or {}), **given}
 
 
 def _is_learnt(message: Mapping[str, Any]) -> bool:
@@ -210,8 +214,30 @@ class _Known:
     )  # what precedes and follows calls whose turns stay as said
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What the chats of one form have in common: what stands between the contents, and how turns lie around them."""
+
+    between: tuple[str, ...]
+    turns: tuple[tuple[int, int, int], ...]  # (message, characters before its content, characters after it)
+    unended: bool
+
+    def rendered(self, contents: Sequence[str], text: str) -> Rendered | None:
+        """Return where the turns are if `text` is just this form with these contents; None if it is anything else."""
+        parts = [""] * (2 * len(contents) + 1)
+        parts[::2], parts[1::2] = self.between, contents
+        if "".join(parts) != text:
+            return None
+        ends = list(itertools.accumulate(map(len, parts)))
+        spans = tuple((ends[2 * n] - before, ends[2 * n + 1] + after) for n, before, after in self.turns)
+        return Rendered(text[: spans[-1][1]] if self.unended else text, spans, self.unended)
+
+
 class Template:
     """The chat template of a tokenizer.
+
+    A chat is rendered as it is, and again with marks in it. Most need the first only: when a chat of the same roles was
+    found before, what stands between its contents is known, and a rendering that is exactly that needs no marks.
 
     Raises:
         ValidationError: The tokenizer has none.
@@ -226,15 +252,79 @@ class Template:
         self._end = tokenizer.eos_token or ""
         self._token = token_pattern(tokenizer)
         self._known: dict[str, _Known] = {}
+        self._forms: dict[Any, _Form | None] = {}
 
-    def turn_end(self, options: Mapping[str, Any]) -> str:
-        """Return what this template writes at the end of an answer; "" where it writes nothing."""
-        return self._known_under(options).stop
+    def turn_ends(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return what ends a turn as it is learnt: that of an answer and, with tools, that of a call."""
+        return tuple(dict.fromkeys(filter(None, (self._known_under(options).stop, self._call_end(options)))))
+
+    def _call_end(self, options: Mapping[str, Any]) -> str:
+        """Return the token that ends a turn of two calls and neither of them; "" where there is none."""
+        try:
+            called = {"name": options["tools"][0]["function"]["name"], "arguments": {}}
+        except (KeyError, IndexError, TypeError):  # no tools, or in a form of their own
+            return ""
+        calls = [{"type": "function", "id": f"call0000{n}", "function": called} for n in (1, 2)]
+        asked: Messages = [{"role": "user", "content": ASKED}]
+        said = self._try([*asked, {"role": "assistant", "content": "", "tool_calls": calls}], options) or ""
+        said = said[said.rfind(ASKED) :].rstrip()
+        first, last = said.find(called["name"]), said.rfind(called["name"])
+        tokens = self._token.findall(said, max(last, 0))
+        ends = first < last and tokens and said.endswith(tokens[-1]) and tokens[-1] not in said[first:last]
+        return tokens[-1] if ends else ""
 
     def rendered(self, chats: Sequence[Chat]) -> list[Rendered | ValidationError]:
         """Render chats and find what is learnt of each; a chat that cannot be used gives its error."""
-        runs = [_Runs() for _ in chats]
         texts = self._render_all([(chat.messages, chat.options) for chat in chats])
+        made: list[Rendered | ValidationError | None] = []
+        for chat, text in zip(chats, texts, strict=True):
+            made.append(text if isinstance(text, ValidationError) else self._by_form(chat, text))
+        left = [number for number, one in enumerate(made) if one is None]
+        for number, one in zip(
+            left, self._by_marks([chats[n] for n in left], [texts[n] for n in left]), strict=True
+        ):
+            made[number] = one
+        return made  # type: ignore[return-value]  # none is None any more
+
+    def _by_form(self, chat: Chat, text: str) -> Rendered | ValidationError | None:
+        """Find what is learnt of a chat by an earlier one of its form; None if there is none that fits."""
+        if chat.options or any(map(_is_special, chat.messages)):
+            return None
+        contents: list[str] = [message["content"] for message in chat.messages]
+        key = (*(message["role"] for message in chat.messages), chat.learnt)
+        if key not in self._forms:
+            (first,) = self._by_marks([chat], [text])
+            self._forms[key] = self._form_of(chat, text, first) if isinstance(first, Rendered) else None
+            return first
+        form = self._forms[key]
+        return form.rendered(contents, text) if form is not None else None
+
+    def _form_of(self, chat: Chat, text: str, rendered: Rendered) -> _Form | None:
+        contents = [message["content"] for message in chat.messages]
+        hollow = self._try(
+            [{**message, "content": chr(MARKS + n)} for n, message in enumerate(chat.messages)], chat.options
+        )
+        if hollow is None or MARK.findall(hollow) != [chr(MARKS + n) for n in range(len(contents))]:
+            return None
+        plain = _Form(
+            tuple(MARK.split(hollow)), tuple((n, 0, 0) for n in range(len(contents))), unended=False
+        )
+        found = plain.rendered(contents, text)
+        if found is None or any(content != content.strip() for content in contents):
+            return None
+        turns = []
+        for start, end in rendered.spans:
+            inside = [n for n, span in enumerate(found.spans) if start <= span[0] and span[1] <= end]
+            if len(inside) != 1:
+                return None
+            low, high = found.spans[inside[0]]
+            turns.append((inside[0], low - start, end - high))
+        return _Form(plain.between, tuple(turns), rendered.unended)
+
+    def _by_marks(
+        self, chats: Sequence[Chat], texts: Sequence[str | ValidationError]
+    ) -> list[Rendered | ValidationError]:
+        runs = [_Runs() for _ in chats]
         marked = self._render_all(
             [(run.marked(chat.messages), chat.options) for run, chat in zip(runs, chats, strict=True)]
         )
@@ -485,6 +575,14 @@ def token_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Return what finds the added tokens of a tokenizer in a text; nothing where there are none."""
     added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""}
     return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+
+
+def _is_special(message: Mapping[str, Any]) -> bool:
+    """Whether a message has more than a role and a text, or a text that templates may take apart."""
+    content = message.get("content")
+    if len(message) != 2 or not isinstance(content, str) or "role" not in message:
+        return True
+    return not content or content.isspace() or "think" in content or "THINK" in content
 
 
 def _shared_start(one: str, other: str) -> str:

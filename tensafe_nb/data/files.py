@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from tensafe_nb.data.layouts import COLUMNS, is_chat
 from tensafe_nb.errors import ValidationError
 
 Numbered: TypeAlias = Iterator[tuple[int | None, Any]]  # its line, and the row or what is wrong with it
@@ -124,6 +125,8 @@ def _json(path: Path, text: str) -> Numbered:
         return _json_lines(text)
     if isinstance(whole.get("data"), list):
         return ((None, row) for row in whole["data"])
+    if any(isinstance(whole.get(name), str) or is_chat(whole.get(name)) for name in COLUMNS):
+        return iter([(1 + text.count("\n", 0, start), whole)])  # one row
     lists = [name for name, value in whole.items() if isinstance(value, list)]
     line = f"json.load(open({str(path)!r}))" + (f"[{lists[0]!r}]" if len(lists) == 1 else "")
     if len(lists) > 1:

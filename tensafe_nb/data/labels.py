@@ -12,7 +12,15 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from tensafe_nb.data.chats import LOOK_BACK, Chat, Template, read_chat, render, token_pattern
+from tensafe_nb.data.chats import (
+    LOOK_BACK,
+    Chat,
+    Template,
+    read_chat,
+    render,
+    template_options,
+    token_pattern,
+)
 from tensafe_nb.data.layouts import check_template, shortened
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import Prompt
@@ -92,18 +100,50 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return _Tokens(tokenizer).prompt(prompt)
     if isinstance(prompt, Mapping):
-        return _opened(tokenizer, **prompt)
+        return _opened(tokenizer, prompt["messages"], template_options(prompt))
     if prompt and isinstance(prompt[0], Mapping):
-        return _opened(tokenizer, prompt)
+        return _opened(tokenizer, prompt, {})
     return [int(token) for token in prompt]  # type: ignore[arg-type]
 
 
-def _opened(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """What ends an answer, beside the tokenizer's own end token: some tokens, and texts that are no token."""
+
+    tokens: frozenset[int] = frozenset()
+    texts: tuple[str, ...] = ()
+
+
+def turn_ends(tokenizer: Any, prompts: Sequence[Prompt]) -> list[TurnEnd]:
+    """Return for each prompt what ends a turn in its chat as it is learnt; nothing more for what is no chat."""
+    template = Template(tokenizer) if tokenizer.chat_template is not None else None
+    known: dict[str, TurnEnd] = {}
+    ends = []
+    for prompt in prompts:
+        chat = isinstance(prompt, Mapping) or (not isinstance(prompt, str) and isinstance(prompt[0], Mapping))
+        if template is None or not chat:
+            ends.append(TurnEnd())
+            continue
+        options = template_options(prompt) if isinstance(prompt, Mapping) else {}
+        key = repr(options)
+        if key not in known:
+            known[key] = _turn_end(tokenizer, template.turn_ends(options))
+        ends.append(known[key])
+    return ends
+
+
+def _turn_end(tokenizer: Any, stops: Sequence[str]) -> TurnEnd:
+    token = token_pattern(tokenizer)
+    added = [token.findall(stop)[-1] for stop in stops if token.search(stop)]
+    ids = tokenizer.convert_tokens_to_ids(added)
+    return TurnEnd(frozenset(ids), tuple(stop.strip() for stop in stops if not token.search(stop)))
+
+
+def _opened(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, Any]) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValidationError("This model has no chat template: give prompts as text instead of messages.")
     check_template(tokenizer.chat_template, messages, options.get("tools"))
-    given = {key: list(value) for key, value in options.items() if value is not None}
-    text = render(tokenizer, [dict(message) for message in messages], given, opened=True)
+    text = render(tokenizer, [dict(message) for message in messages], options, opened=True)
     return _Tokens(tokenizer).ids(text)
 
 
@@ -120,8 +160,11 @@ class _Piece:
     def first(self, start: int) -> int | None:
         """Return the first token with a character from `start` on; None if there is none."""
         shift = self.anchor - self.low
-        tokens = (self.encoding.char_to_token(at + shift) for at in range(start, self.high))
-        return next((token for token in tokens if token is not None), None)
+        for at in range(start, self.high):
+            token = self.encoding.char_to_token(at + shift)
+            if token is not None:
+                return int(token)
+        return None
 
     def begins(self, token: int) -> int:
         return int(self.encoding.token_to_chars(token)[0]) - self.anchor + self.low
@@ -130,18 +173,19 @@ class _Piece:
         """Return which of the piece's tokens overlap the spans."""
         learnt = [False] * len(self.encoding)
         for start, end in spans:
-            first, last = self.first(max(start, self.low)), None
+            first = self.first(max(start, self.low))
             if first is None or end <= self.low or self.begins(first) >= end:
                 continue
-            if (last := self.first(end)) is None:
+            last = self.first(end)
+            if last is None:
                 last = len(learnt)
             elif self.begins(last) < end:
                 last += 1
             learnt[first:last] = [True] * (last - first)
-        return learnt[self.skip :]
+        return learnt[self.skip :] if self.skip else learnt
 
     def tokens(self) -> list[int]:
-        return list(self.encoding.ids[self.skip :])
+        return self.encoding.ids[self.skip :] if self.skip else self.encoding.ids  # type: ignore[no-any-return]
 
 
 class _Tokens:
@@ -283,6 +327,8 @@ class _Tokens:
 
     def _ended(self, tokens: list[int], learnt: list[bool], text: _Text) -> Encoded:
         """Put the first token before a text and the end token after it, unless the text has them already."""
+        if not text.begins and not text.ends:
+            return tokens, learnt
         first = self._habits[0] if text.begins else []
         first = [] if tokens[: len(first)] == first else first
         end = self._tokenizer.eos_token_id
@@ -306,7 +352,8 @@ class _Tokens:
         if tokens != whole and self._tokenizer.decode(tokens) != self._tokenizer.decode(whole):
             return ValidationError(
                 f"The model's tokenizer ({type(self._tokenizer).__name__}) does not say which characters a token "
-                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. Use the model's fast tokenizer."
+                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. "
+                f"Use the model's fast tokenizer."
             )
         return self._ended(tokens, learnt, text)
 

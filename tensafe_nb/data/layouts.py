@@ -34,16 +34,15 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_MEDIA = "only text is learnt here"
+MEDIA = ("image", "images", "pixel_values", "audio", "audios", "input_features", "video", "videos")
+_MEDIA = "only text is read here"
 _TOKENS = (
     "rows of tokens make a batch: tc.forward_backward({'input_ids': …, 'labels': …}), with labels shifted"
 )
 _TEACHER = "there is no loss here that learns from another model's probabilities"
 _WEIGHT = "rows have no weights here: leave rows out, or list them several times"
 LACKING = {
-    **dict.fromkeys(
-        ("image", "images", "pixel_values", "audio", "audios", "input_features", "video", "videos"), _MEDIA
-    ),
+    **dict.fromkeys(MEDIA, _MEDIA),
     **dict.fromkeys(
         ("input_ids", "attention_mask", "token_type_ids", "labels", "tokens", "completion_mask", "assistant_masks"),
         _TOKENS,
@@ -83,8 +82,9 @@ def canonical(row: Any, *, chats: bool = True) -> Canonical:
         chats: Whether the model has a chat template: a row of Alpaca is then a chat, else Alpaca's own prompt.
 
     Returns:
-        Members that are each {"text"}, {"prompt", "completion"} (texts) or {"messages", "tools"?}; with "target" beside
-        where the row has one. A message that is not learnt has `weight: 0`.
+        Members that are each {"text"}, {"prompt", "completion"} (texts) or {"messages", "tools"?,
+        "chat_template_kwargs"?}; with "target" beside where the row has one. A message that is not learnt has
+        `weight: 0`.
 
     Raises:
         ValidationError: A row of no known layout, or with something in it that is no text where text belongs.
@@ -95,7 +95,9 @@ def canonical(row: Any, *, chats: bool = True) -> Canonical:
         row = {"messages": row}
     if not isinstance(row, Mapping):
         raise ValidationError(f"it is {_kind(row)}: a row is a text or a dict. {EXPECTED}")
-    given = {name: value for name, value in row.items() if not missing(value)}
+    given = {
+        name: value for name, value in row.items() if not missing(value) and not _lacks_nothing(name, value)
+    }
     for columns, read, further in LAYOUTS:
         if all(name in given for name in columns):
             members = read(given, chats)
@@ -106,6 +108,25 @@ def canonical(row: Any, *, chats: bool = True) -> Canonical:
 
 def _with_target(members: list[dict[str, Any]], given: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**member, "target": given["target"]} for member in members] if "target" in given else members
+
+
+def _lacks_nothing(name: Any, value: Any) -> bool:
+    """Whether a column that cannot be honoured holds nothing that could be: images: []."""
+    return name in LACKING and isinstance(value, list | tuple | np.ndarray) and len(value) == 0
+
+
+def refuse_media(row: Mapping[str, Any]) -> None:
+    """Refuse columns of pictures, sound and film: the model would not see them.
+
+    Raises:
+        ValidationError: There is one; says which.
+    """
+    for name in MEDIA:
+        if name in row and not missing(row[name]) and not _lacks_nothing(name, row[name]):
+            raise ValidationError(
+                f"the column {name!r} would not be seen by the model: {_MEDIA}. Where only the reward reads it, call "
+                f"it otherwise."
+            )
 
 
 def _unread(given: Mapping[Any, Any], known: set[str]) -> list[str]:
@@ -189,7 +210,7 @@ def _answered(row: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"{wrong!r} is {_kind(value)}: 'prompt' and {name!r} are both texts, or both lists of messages "
             f"({{'role', 'content'}}).{_as_text(wrong, value)}"
         )
-    before = [message | {"weight": 0} for message in messages_of(prompt, "'prompt'")]
+    before = [_not_learnt(message) for message in messages_of(prompt, "'prompt'")]
     return _chat_of(before + messages_of(answer, f"'{name}'"), row)
 
 
@@ -211,7 +232,7 @@ def _chats_compared(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]
             "'chosen' and 'rejected' do not differ: there is nothing to prefer. Leave it out."
         )
     return [
-        _chat_of([m | {"weight": 0} if at < shared else m for at, m in enumerate(messages)], row)
+        _chat_of([_not_learnt(m) if at < shared else m for at, m in enumerate(messages)], row)
         for messages in pair
     ]
 
@@ -252,7 +273,7 @@ def _alpaca(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
 
 
 Read = Callable[[Mapping[str, Any], bool], list[dict[str, Any]]]
-CHAT = ("tools",)
+CHAT = ("tools", "chat_template_kwargs")
 LAYOUTS: tuple[tuple[tuple[str, ...], Read, tuple[str, ...]], ...] = (
     # the first whose columns are all there; how it is read; further columns that are read
     (("prompt", "chosen", "rejected"), _preference, CHAT),
@@ -266,6 +287,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Read, tuple[str, ...]], ...] = (
     (("instruction", "response"), _alpaca, ("context", "system")),
     (("text",), _text, ()),
 )
+COLUMNS = frozenset(name for columns, _, _ in LAYOUTS for name in columns)
 
 
 # chats
@@ -404,7 +426,11 @@ def _learnt_or_not(message: dict[str, Any], what: str) -> dict[str, Any]:
 def _learning_the_last(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a whole chat that answers a prompt, only the last turn of the assistant is the answer."""
     last = max((at for at, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-    return [m if at >= last else m | {"weight": 0} for at, m in enumerate(messages)]
+    return [m if at >= last else _not_learnt(m) for at, m in enumerate(messages)]
+
+
+def _not_learnt(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"weight": 0} if message["role"] == "assistant" else message
 
 
 def _chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -412,8 +438,26 @@ def _chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str
         raise ValidationError(
             "nothing of this chat is learnt: no turn of the assistant (or all have weight 0). Leave it out."
         )
-    tools = tools_of(row["tools"]) if "tools" in row else None
-    return {"messages": messages} | ({} if tools is None else {"tools": tools})
+    return {"messages": messages, **template_options(row)}
+
+
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row has for the chat template beside its messages: `tools` and `chat_template_kwargs`, if any.
+
+    Raises:
+        ValidationError: Tools that are no list of dicts, or keywords that are no dict.
+    """
+    options: dict[str, Any] = {}
+    if not missing(row.get("tools")) and (tools := tools_of(row["tools"])):
+        options["tools"] = tools
+    keywords = row.get("chat_template_kwargs")
+    if not missing(keywords):
+        if not isinstance(keywords, Mapping) or not all(isinstance(name, str) for name in keywords):
+            raise ValidationError(
+                f"'chat_template_kwargs' is {_kind(keywords)}: a dict of keywords is expected."
+            )
+        options["chat_template_kwargs"] = _plain(keywords)
+    return options
 
 
 def tools_of(value: Any) -> list[dict[str, Any]] | None:
@@ -477,7 +521,7 @@ def checked_text(value: Any, what: str) -> str:
 
 def missing(value: Any) -> bool:
     """Whether a value says that there is none: None, NaN, or pandas' NA and NaT."""
-    return (
+    return not isinstance(value, str) and (  # most are
         value is None
         or (isinstance(value, float | np.floating) and bool(value != value))
         or type(value).__name__ in ("NAType", "NaTType")

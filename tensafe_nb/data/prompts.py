@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from tensafe_nb.data.layouts import checked_text, is_chat, messages_of, missing, shortened, tools_of
+from tensafe_nb.data.layouts import checked_text, is_chat, messages_of, missing, shortened, template_options
 from tensafe_nb.data.rows import refuse_table
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import Prompt
 
+OPTIONS = ("tools", "chat_template_kwargs")
 FORMS = "a prompt is a text, a list of chat messages, or a list of token ids"
 
 
@@ -17,7 +18,8 @@ def read_prompts(prompts: Any) -> tuple[Prompt, ...]:
     """Tell one prompt from a list of prompts, and check each.
 
     Args:
-        prompts: A text, a list of chat messages or of token ids, {"prompt" or "messages", "tools"}, or a list of any.
+        prompts: A text, a list of chat messages or of token ids, {"prompt" or "messages", "tools"?,
+            "chat_template_kwargs"?}, or a list of any.
 
     Raises:
         ValidationError: No prompt, an empty one, or what is none.
@@ -68,33 +70,33 @@ def _one_prompt(prompt: Any, index: int) -> Prompt:
 def _with_tools(prompt: Mapping[str, Any]) -> Prompt:
     name = "prompt" if "prompt" in prompt else "messages"
     if other := sorted(
-        str(key) for key, value in prompt.items() if key not in (name, "tools") and not missing(value)
+        str(key) for key, value in prompt.items() if key not in (name, *OPTIONS) and not missing(value)
     ):
         raise ValidationError(
             f"a dict has 'prompt' (or 'messages') and 'tools', and this has {', '.join(map(repr, other))} besides, "
             f"which nobody would read. Of rows, give [row[{name!r}] for row in rows]."
         )
-    return read_prompt(prompt[name], prompt.get("tools"))
+    return read_prompt(prompt[name], prompt)
 
 
-def read_prompt(content: Any, tools: Any = None) -> Prompt:
-    """Return a prompt as it is sent: a text, messages, or {"messages", "tools"}.
+def read_prompt(content: Any, row: Mapping[str, Any] | None = None) -> Prompt:
+    """Return a prompt as it is sent: a text, messages, or {"messages", "tools"?, "chat_template_kwargs"?}.
 
     Args:
         content: A text or a list of messages; see `layouts.messages_of`.
-        tools: What the chat template is to show beside them.
+        row: What may have further columns for the chat template: see `layouts.template_options`.
 
     Raises:
         ValidationError: It is neither, or tools beside a text, which no template ever sees.
     """
-    given = None if missing(tools) else tools_of(tools)
+    options = template_options(row or {})
     if isinstance(content, str):
         if not content:
             raise ValidationError("it is empty: give at least one token.")
-        if given:
+        if options:
             raise ValidationError(
-                "it is a text, and tools are shown by the chat template only: give messages, or write the tools into "
-                "the text and call their column otherwise."
+                f"it is a text, and {' and '.join(options)} are for the chat template only: give messages, or call "
+                f"the column otherwise."
             )
         return checked_text(content, "the text")
     if not is_chat(content):
@@ -106,4 +108,4 @@ def read_prompt(content: Any, tools: Any = None) -> Prompt:
         {name: value for name, value in message.items() if name != "weight"}  # of training
         for message in messages_of(content, "messages")
     )
-    return {"messages": messages, "tools": tuple(given)} if given else messages
+    return {"messages": messages, **options} if options else messages

@@ -14,13 +14,12 @@ import numpy as np
 
 from tensafe_nb.batch import BatchData
 from tensafe_nb.data.files import Numbered, read_file, without_none
-from tensafe_nb.data.layouts import LAYOUTS, is_chat
+from tensafe_nb.data.layouts import COLUMNS, is_chat
 from tensafe_nb.errors import ValidationError
 
 Row: TypeAlias = str | Mapping[str, Any]
 Rows: TypeAlias = Any  # a path, or any table or iterable of rows: read by `open_rows`
 OnBadRows: TypeAlias = Literal["raise", "skip"]
-COLUMNS = frozenset(name for columns, _, _ in LAYOUTS for name in columns) | {"content", "role"}
 TABLES = ("pandas", "polars", "pyarrow", "datasets")  # libraries of tables; none is imported here
 PACKAGE = str(Path(__file__).parents[1])
 
@@ -85,9 +84,9 @@ def open_rows(source: Rows, what: str = "rows") -> Source:
             raise ValidationError(f"{what}: {error}") from error
     if isinstance(source, Mapping):
         raise _mapping_refused(source, what)
-    _refuse_what_is_no_rows(source, what)
     each = _table(source, what)
     if each is None:
+        _refuse_what_is_no_rows(source, what)
         each = ((None, row) for row in source)
     return Source(each, size=_size(source), what=what)
 
@@ -223,7 +222,7 @@ def _refuse_what_is_no_rows(source: Any, what: str) -> None:
                 f"{what}: a {name} is not iterable. Give [data[i] for i in range(len(data))]."
             )
         raise ValidationError(f"{what}: a {name} is no list of rows. A single row goes in a list: [row].")
-    if is_chat(source) and all({"role", "content"} <= message.keys() for message in source):
+    if is_chat(source) and all(isinstance(message.get("role"), str) for message in source):
         chat = "{'messages': messages}" if what == "rows" else "messages"
         raise ValidationError(f"{what}: this is one chat. Give a list of chats: [{chat}].")
 
@@ -234,7 +233,7 @@ def _mapping_refused(source: Mapping[Any, Any], what: str) -> ValidationError:
     if names and all(_is_table(value) for value in source.values()):
         split = "train" if "train" in source else names[0]
         return ValidationError(f"{what}: this holds the splits {names}. Give one of them: data[{split!r}].")
-    known = COLUMNS.intersection(names)
+    known = {*COLUMNS, "role", "content"}.intersection(names)
     columns = [value for name, value in source.items() if not known or name in known]
     if columns and all(_is_column(value) for value in columns):
         return ValidationError(

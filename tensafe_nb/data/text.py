@@ -465,6 +465,20 @@ def _progress(rows: Source) -> Iterable[tuple[int | None, Any]]:
     return bar
 
 
+def check_fit(examples: Sequence[Example], context: int | None) -> None:
+    """Refuse examples that are longer than the model's context.
+
+    Raises:
+        ValidationError: Says which is the first.
+    """
+    for number, example in enumerate(examples):
+        if context is not None and len(example) > context:
+            raise ValidationError(
+                f"Example {number} has {len(example)} tokens, more than the {context} that the model reads at most "
+                f"(its context). tc.batches finds such rows; data.batches does with context={context}."
+            )
+
+
 def padding_of(tokenizer: Any) -> int:
     """Return the token that fills up shorter rows."""
     pad = tokenizer.pad_token_id

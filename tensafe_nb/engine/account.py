@@ -11,6 +11,7 @@ from tensafe_nb.privacy import noise
 from tensafe_nb.privacy.charges import Charge, LedgerLog, Spent, account_name
 from tensafe_nb.privacy.ledger import Ledger
 from tensafe_nb.privacy.statement import PrivacyStatement
+from tensafe_nb.privacy.tickets import DrawRegister
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class PrivacyAccount:
     def __init__(self, log: LedgerLog, config: TrainingConfig, client_id: str) -> None:
         assert config.dp_config is not None
         self._dp, self._config, self._client_id = config.dp_config, config, client_id
+        self.draws: DrawRegister = log.draws
         size = self._dp.dataset_size
         if size is not None and self._dp.target_delta >= 1 / size:
             logger.warning(
@@ -56,11 +58,22 @@ class PrivacyAccount:
         """Return what is spent so far; infinite where there is no guarantee."""
         return self.spent().total_epsilon
 
-    def charge(self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool) -> None:
+    def enter_draw(self, unit: str) -> int:
+        """Number a Poisson draw that is about to be made: from now on it is owed."""
+        return self.draws.enter(self.ledger.account, self._charge(0, {}, unit, noised=True))
+
+    def charge(
+        self,
+        step: int,
+        participants: Mapping[str, int],
+        unit: str,
+        *,
+        noised: bool,
+        draw: int | None = None,
+    ) -> None:
         """Pay for a step; see `Ledger.charge`."""
-        self.ledger.charge(
-            self._charge(step, participants, unit, noised), target_epsilon=self._dp.target_epsilon
-        )
+        charge = self._charge(step, participants, unit, noised)
+        self.ledger.charge(charge, target_epsilon=self._dp.target_epsilon, draw=draw)
 
     def void(self, reason: str) -> None:
         """Give the guarantee up, for good."""

@@ -59,7 +59,7 @@ class _LoRA(torch.autograd.Function):
         low = (rows @ a.T).mul_(scaling)
         y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
         ctx.save_for_backward(rows, low, a, b)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -69,7 +69,7 @@ class _LoRA(torch.autograd.Function):
         low_slopes = (slopes @ b).mul_(ctx.scaling)
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], -1)
+            to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], a.shape[1])
         if ctx.sink is not None:
             _hand_over(ctx, len(gradient), slopes, low_slopes, rows, low)
             return to_x, *[None] * 6

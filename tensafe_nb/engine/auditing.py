@@ -15,7 +15,7 @@ from tensafe_nb import config
 from tensafe_nb.batch import BatchData
 from tensafe_nb.engine.lane import Job
 from tensafe_nb.errors import TGTinkerError
-from tensafe_nb.operations import Operation
+from tensafe_nb.operations import ForwardBackward, Operation, OptimStep
 from tensafe_nb.registry import name_of
 from tensafe_nb.store.audit_log import AuditLog, outcome_of
 from tensafe_nb.types import LoadStateResult, SaveStateResult
@@ -29,14 +29,19 @@ class Auditor:
     A record that cannot be written is kept, and the client does no further work until it is: what happened
     unseen is at most one operation, and it is caught up.
 
+    The log can be read without a key, so that of a client that trains privately it holds nothing a draw's size can be
+    read off: no request, no time but the day, and of the calls that make up one step the first.
+
     Args:
         log: The tenant's audit log.
         training_client_id: Who.
+        private: Whether that client trains with differential privacy.
     """
 
-    def __init__(self, log: AuditLog, training_client_id: str) -> None:
+    def __init__(self, log: AuditLog, training_client_id: str, *, private: bool = False) -> None:
         self._log = log
         self._training_client_id = training_client_id
+        self._private, self._in_step = private, False
         self._owed: list[dict[str, Any]] = []
         self._lock = threading.RLock()
 
@@ -54,11 +59,14 @@ class Auditor:
     def record(self, job: Job, outcome: object) -> None:
         """Write down how a job ended: `outcome` is its result or its error."""
         error = outcome if isinstance(outcome, BaseException) else None
+        if self._private and self._is_further_part(job, error):
+            return
         now = time.time()
         entry: dict[str, Any] = {
             "operation": job.name,
             "training_client_id": self._training_client_id,
-            "request": tuple(_buffers(job.operation)) if job.operation is not None else (),
+            "request": () if self._private or job.operation is None else tuple(_buffers(job.operation)),
+            "to_the_day": self._private,
             "produced": (outcome.artifact_id,) if isinstance(outcome, SaveStateResult) else (),
             "consumed": (outcome.loaded_artifact_id,) if isinstance(outcome, LoadStateResult) else (),
             "started_at": job.promise.started_at or now,
@@ -72,6 +80,14 @@ class Auditor:
                 if not isinstance(error, TGTinkerError):
                     logger.exception("the audit record of %s could not be written", job.name)
                 self._owed.append(entry | {"request": ()})
+
+    def _is_further_part(self, job: Job, error: BaseException | None) -> bool:
+        """Whether this is a step's second forward_backward or a later one: how many there are tells what was drawn."""
+        within = self._in_step and job.kind is ForwardBackward and error is None
+        self._in_step = error is None and (
+            job.kind is ForwardBackward or (self._in_step and job.kind is not OptimStep)
+        )
+        return within
 
 
 class _Description:

@@ -17,7 +17,7 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import LoadedModel
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy.audit_canary import PrivacyAudit, audit_of, check_audit
-from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.privacy.tickets import DrawRegister, ticket
 
 SIZE = (
     10.0  # norm of a canary's gradient before it is clipped, in units of C: far above, so that the clip acts
@@ -36,8 +36,9 @@ class CanaryModel(nn.Module):
         self.config = SimpleNamespace(to_dict=dict, max_position_embeddings=None)
 
     def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        """Return hidden states (B, T, m), as a decoder does."""
-        return SimpleNamespace(last_hidden_state=self.tokens(input_ids))
+        """Return hidden states (B, T, m) and logits (B, T, 1), as a decoder and a model with a head do."""
+        hidden = self.tokens(input_ids)
+        return SimpleNamespace(last_hidden_state=hidden, hidden_states=(hidden,), logits=self.readout(hidden))
 
     def get_decoder(self) -> "CanaryModel":
         """Return itself: there is nothing but the embedding."""
@@ -55,11 +56,21 @@ class CanaryModel(nn.Module):
 class Unpaid:
     """Pays for nothing: no data of anybody's is trained on."""
 
+    draws: DrawRegister | None = None
+
     def epsilon(self) -> float:
         """Return 0."""
         return 0.0
 
-    def charge(self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool) -> None:
+    def charge(
+        self,
+        step: int,
+        participants: Mapping[str, int],
+        unit: str,
+        *,
+        noised: bool,
+        draw: int | None = None,
+    ) -> None:
         """Let the step pass."""
 
 

@@ -127,6 +127,7 @@ class Decoder:
             mask[row, width - len(prompt) :] = 1
         self._mask: Tensor | None = None if bool(mask.all()) else mask.to(model.device)
         self._cache = DynamicCache(config=model.causal.config)
+        self._cache_argument = llama.cache_argument(model.body if model.split else model.causal)
         positions = (mask.cumsum(1) - 1).clamp(min=0).to(model.device)
         self.logits = self._read(ids.to(model.device), positions)
         self._position = positions[:, -1:]
@@ -166,8 +167,8 @@ class Decoder:
             "input_ids": ids,
             "attention_mask": self._mask,
             "position_ids": positions,
-            "past_key_values": self._cache,
             "use_cache": True,
+            self._cache_argument: self._cache,
         }
         with model.autocast():
             if not model.split:

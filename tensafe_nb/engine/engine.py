@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.config import SamplingConfig, TrainingConfig
-from tensafe_nb.engine import inputs, models, optimizers, pieces, sampling
+from tensafe_nb.data.labels import turn_ends
+from tensafe_nb.engine import inputs, models, optimizers, pieces, sampling, traits
 from tensafe_nb.engine.private import Account, PrivateTraining
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.window import Tally, Tick, Window, no_tick
@@ -65,7 +66,7 @@ class Engine:
             self.reference.freeze(0)  # where training begins is the base with its adapter, not the bare base
         self.window = Window()
         self.samples_drawn = 0
-        self._has_dropout = self.model.has_dropout
+        self.has_dropout = self.model.has_dropout
         head = self.model.causal.get_output_embeddings()
         self._head_is_frozen = not any(p.requires_grad for p in head.parameters())
         self.base_fingerprint: str | None = None  # computed when a checkpoint first asks
@@ -74,6 +75,8 @@ class Engine:
             sum(p.numel() for p in self.model.causal.parameters()),
             accelerator=self.model.device.type != "cpu",
         )
+        self._looks_ahead = traits.looks_ahead(self.model)
+        self._positions_from_zero = False  # whether the model may be told them, row by row: for `private`
         self.whole_rows = False  # every layer sees (B, T, …), the head too: for `private`
         self.random = {"cpu": torch.Generator().manual_seed(config.seed).get_state()}  # the dropout streams
         if self.model.device.type == "cuda":
@@ -82,6 +85,7 @@ class Engine:
     def train_privately(self, account: Account, client_id: str) -> None:
         """Train with the differential privacy that the configuration asks for; until then, nothing is trained."""
         assert self.config.dp_config is not None
+        self._positions_from_zero = traits.counts_positions_from_zero(self.model)
         self.private = PrivateTraining(self, self.config.dp_config, account, client_id)
 
     # training
@@ -239,7 +243,8 @@ class Engine:
 
         Args:
             prompts: Each a text (tokenised as it is), chat messages (by the chat template), or token ids.
-            config: How to draw. Without a seed, the client's next one is taken.
+            config: How to draw. Without a seed, the client's next one is taken. An answer in a chat also stops at what
+                the chat template ends a turn with, whatever the tokenizer's end token is.
             tick: Called before each token.
 
         Raises:
@@ -253,7 +258,9 @@ class Engine:
         if seed is None:
             self.samples_drawn += 1
             seed = _mix(self.config.seed, self.samples_drawn)
-        return SampleResult(tuple(sampling.sample(self.model, ids, config, seed, tick)), self.policy_version)
+        turns = turn_ends(self.model.tokenizer, prompts)
+        drawn = sampling.sample(self.model, ids, config, seed, tick, turns)
+        return SampleResult(tuple(drawn), self.policy_version)
 
     # inside
 
@@ -304,8 +311,11 @@ class Engine:
         """Return what a loss may read: labels and per-token extras flattened to the N labelled positions."""
         device = self.model.device
         where = part.labels != IGNORE
+        foreign = (part.attention_mask == 0) & (
+            part.input_ids >= self.model.vocab_size
+        )  # padding without a row
         tensors = {
-            "input_ids": torch.from_numpy(np.where(part.attention_mask == 0, 0, part.input_ids)).to(device),
+            "input_ids": torch.from_numpy(np.where(foreign, 0, part.input_ids)).to(device),
             "attention_mask": torch.from_numpy(part.attention_mask).to(device),
             "labels": torch.from_numpy(part.labels[where]).to(device),
             "sequence_index": torch.from_numpy(where.nonzero()[0]).to(device),
@@ -320,12 +330,14 @@ class Engine:
     def outputs(self, part: BatchData, tensors: Mapping[str, Tensor]) -> LossOutputs:
         inputs = {"input_ids": tensors["input_ids"], "use_cache": False}
         mask, given = tensors["attention_mask"], part.attention_mask
-        if (given[:, 1:] > given[:, :-1]).any():  # padding before tokens: a causal model needs to be told
+        padded_in_front = (given[:, 1:] > given[:, :-1]).any()  # a causal model sees only this padding
+        if padded_in_front or self._looks_ahead:
             inputs["attention_mask"] = mask
+        if padded_in_front:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         labels = torch.from_numpy(part.labels).to(self.model.device)
         with self.model.autocast():
-            if self.whole_rows:
+            if self.whole_rows and self._positions_from_zero:
                 inputs.setdefault(
                     "position_ids", torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
                 )
@@ -356,23 +368,31 @@ class Engine:
         return values.squeeze(-1)
 
     @contextlib.contextmanager
-    def training_mode(self) -> Iterator[None]:
-        """Dropout on, drawn from this engine's own stream; nothing to do for a model without dropout."""
-        if not self._has_dropout:
+    def training_mode(self, secret: int | None = None) -> Iterator[None]:
+        """Dropout on, drawn from this engine's own stream; nothing to do for a model without dropout.
+
+        Args:
+            secret: Seeds a stream of which nothing is kept, in place of the engine's own.
+        """
+        if not self.has_dropout:
             yield
             return
         with models.GLOBAL_RANDOM, torch.random.fork_rng(devices=_cuda(self.model.device)):
-            torch.random.set_rng_state(self.random["cpu"])
-            if "cuda" in self.random:
-                torch.cuda.set_rng_state(self.random["cuda"], self.model.device)
+            if secret is None:
+                torch.random.set_rng_state(self.random["cpu"])
+                if "cuda" in self.random:
+                    torch.cuda.set_rng_state(self.random["cuda"], self.model.device)
+            else:
+                torch.manual_seed(secret)
             self.model.causal.train()
             try:
                 yield
             finally:
                 self.model.causal.eval()
-                self.random["cpu"] = torch.random.get_rng_state()
-                if "cuda" in self.random:
-                    self.random["cuda"] = torch.cuda.get_rng_state(self.model.device)
+                if secret is None:
+                    self.random["cpu"] = torch.random.get_rng_state()
+                    if "cuda" in self.random:
+                        self.random["cuda"] = torch.cuda.get_rng_state(self.model.device)
 
     @contextlib.contextmanager
     def _measured_change(self) -> Iterator[list[float]]:

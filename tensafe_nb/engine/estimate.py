@@ -23,12 +23,14 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.window import no_tick
 from tensafe_nb.errors import InsufficientMemoryError, ValidationError
 from tensafe_nb.losses import resolve_loss
+from tensafe_nb.privacy.noise import gaussian
 from tensafe_nb.types import StepEstimate
 
 PROBE_TOKENS = 512  # a micro-batch of more is not run: what it takes is worked out from one of so many
 LONGEST_PROBE = 1_024  # tokens of a row; what a longer row takes is worked out too
 SCRATCH = 4_000_000  # numbers that the optimiser is tried on; what more take is worked out
 SECONDS, AT_LEAST = 0.3, 3  # time a probe for so long, and so often: the median counts
+TOKEN_CE = resolve_loss("token_ce")
 LENGTH = 512  # where the caller names none and the model takes as many
 
 
@@ -51,18 +53,20 @@ def estimate(engine: Engine, batch_size: int | None = None, length: int | None =
         length: Tokens of a row; None takes 512, or the model's context where that is shorter.
 
     Raises:
-        ValidationError: Private training, a device whose memory cannot be asked, or sizes that do not fit the model.
+        ValidationError: A device whose memory cannot be asked, or sizes that do not fit the model.
         InsufficientMemoryError: A step will not fit the memory that is there; says what would.
     """
     _check(engine)
     rows, length = _sizes(engine, batch_size, length)
-    micro_rows = min(rows, max(1, engine.config.micro_batch_tokens // length))
+    micro_rows = _rows_at_once(engine, rows, length)
     micro_batches = -(-rows // micro_rows)
     step = _in_one_piece(engine, micro_rows, length)
     optimizer_seconds, moment_bytes = _optimizer(engine)
     gradient_bytes = memory.size_of(engine.parameters)
     transient = step.peak_bytes
-    if micro_batches > 1:  # the later ones find the gradients of the first
+    if engine.private is not None:  # the sum of clipped gradients stays; then it and its noise are float64
+        transient = max(transient + (micro_batches > 1) * gradient_bytes, 5 * gradient_bytes)
+    elif micro_batches > 1:  # the later ones find the gradients of the first
         transient = max(transient, gradient_bytes + step.forward_bytes)
     seconds = step.seconds * rows / micro_rows + optimizer_seconds
     weight_bytes = memory.size_of([*engine.model.causal.parameters(), *engine.model.causal.buffers()])
@@ -91,11 +95,6 @@ def estimate(engine: Engine, batch_size: int | None = None, length: int | None =
 
 
 def _check(engine: Engine) -> None:
-    if engine.is_private:
-        raise ValidationError(
-            "estimate(): private steps are not estimated: they keep a gradient for each example, and their draws vary. "
-            "Estimate a client of the same configuration without dp_config for a lower bound."
-        )
     if engine.model.device.type not in ("cpu", "cuda"):
         raise ValidationError(
             f"estimate(): the memory of device {engine.model.device.type!r} cannot be asked for. It works on cpu and "
@@ -115,6 +114,15 @@ def _sizes(engine: Engine, batch_size: int | None, length: int | None) -> tuple[
             f"estimate(): length={tokens} is more than the {context} tokens that the model was made for."
         )
     return rows, tokens
+
+
+def _rows_at_once(engine: Engine, rows: int, length: int) -> int:
+    """Return how many rows the engine computes at a time; fewer where it keeps a gradient for each."""
+    fitting = min(rows, max(1, engine.config.micro_batch_tokens // length))
+    if engine.private is None:
+        return fitting
+    tokens = min(length, LONGEST_PROBE, max(2, PROBE_TOKENS // 2))
+    return min(fitting, engine.private.trial(_made_up(engine, max(2, fitting), tokens), TOKEN_CE)[0])
 
 
 def _in_one_piece(engine: Engine, rows: int, length: int) -> _Probe:
@@ -161,21 +169,31 @@ def _nothing() -> None:
 
 def _pass(engine: Engine, rows: int, length: int) -> Callable[[Callable[[], None]], None]:
     """Return a function that computes loss and gradient of made-up rows, and calls back between the two."""
-    chance = np.random.default_rng(0)
-    ids, labels = chance.integers(0, engine.model.vocab_size, (2, rows, length))
-    batch = BatchData(ids, labels=labels)
-    loss = resolve_loss("token_ce")
+    batch = _made_up(engine, rows, length)
+    if engine.private is not None:
+        _, step = engine.private.trial(batch, TOKEN_CE)
+
+        def compute_privately(between: Callable[[], None]) -> None:
+            step()
+            between()
+
+        return compute_privately
     trained = [parameter for parameter in engine.parameters if parameter.requires_grad]
 
     def compute(between: Callable[[], None]) -> None:
         for _, part in engine.micro_batches(batch, None, no_tick):
             tensors = engine.tensors(part, batch)
-            value = loss(engine.outputs(part, tensors), tensors)
+            value = TOKEN_CE(engine.outputs(part, tensors), tensors)
             between()
             gradients = torch.autograd.grad(value.total, trained, allow_unused=True)
             nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
 
     return compute
+
+
+def _made_up(engine: Engine, rows: int, length: int) -> BatchData:
+    ids, labels = np.random.default_rng(0).integers(0, engine.model.vocab_size, (2, rows, length))
+    return BatchData(ids, labels=labels)
 
 
 def _timed(engine: Engine, action: Callable[[], None]) -> float:
@@ -250,6 +268,8 @@ def _optimizer(engine: Engine) -> tuple[float, float]:
         parameter.grad = gradient
 
     def step() -> None:
+        if engine.private is not None:
+            gaussian([gradient.double() for gradient in gradients], 1.0)
         torch._foreach_div_(gradients, 1.0)
         nn.utils.get_total_norm(gradients)
         optimizer.step()

@@ -82,6 +82,16 @@ class Guarantee:
         self.account.void(reason)
         return VoidPrivacyResult(reason, math.inf)
 
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made, and return the key of its ticket's hashes.
+
+        Raises:
+            ValidationError: There is no account to charge it to.
+        """
+        if self.account is None:
+            raise ValidationError("dp_batches(): this client trains without differential privacy.")
+        return self.account.enter_draw(unit), self.account.draws.key
+
     def statement(self) -> PrivacyStatement:
         """Return the privacy statement.
 

@@ -60,6 +60,7 @@ class Job:
     future_id: str = field(default_factory=lambda: f"fut-{uuid.uuid4().hex[:12]}")
     promise: Promise[Any] = field(default_factory=Promise)
     loss: Loss | None = None
+    knows_of: "Job | None" = None  # the failure of which its submitter had been told
     handle: "weakref.ref[FutureHandle[Any]] | None" = (
         None  # the job never keeps the handle that is given out for it
     )
@@ -80,10 +81,13 @@ class Lane:
     def __init__(self) -> None:
         self._jobs: deque[Job] = deque()
         self._broken: tuple[Job, str] | None = None
+        self._forgivable = False  # what broke the window was the first in it: nothing had been accumulated
         self.inherited: str | None = None  # how the window of a loaded state was broken
         self.stale_gradients = False  # a window ended without its step: what it accumulated must go
 
     def put(self, job: Job) -> None:
+        if job.kind is ForwardBackward and self._broken and self._broken[0].promise.told:
+            job.knows_of = self._broken[0]
         self._jobs.append(job)
 
     def check_room(self) -> None:
@@ -98,9 +102,19 @@ class Lane:
         while self._jobs:
             job = self._jobs.popleft()
             if job.promise.start():
+                self._forgive(job)
                 return job
             self.mark_broken(job, "was cancelled")
         return None
+
+    def _forgive(self, job: Job) -> None:
+        """Begin a new window with a forward_backward that was submitted by who knew of the failure before it.
+
+        What was queued behind a failure, unaware of it, depends on it. Who has been told, and goes on, does not, as
+        long as no gradient is dropped by it: a cell that failed is mended and run again.
+        """
+        if self._forgivable and self._broken is not None and job.knows_of is self._broken[0]:
+            self._broken = None
 
     @property
     def depth(self) -> int:
@@ -113,10 +127,16 @@ class Lane:
     def pending(self) -> list[Job]:
         return [job for job in self._jobs if not job.promise.done]
 
-    def mark_broken(self, job: Job, how: str) -> None:
-        """Note that a job did not complete: a forward_backward breaks its window, an optim_step ends it."""
+    def mark_broken(self, job: Job, how: str, *, first: bool = False) -> None:
+        """Note that a job did not complete: a forward_backward breaks its window, an optim_step ends it.
+
+        Args:
+            job: What did not complete.
+            how: In words.
+            first: Nothing of its window was accumulated before it.
+        """
         if job.kind is ForwardBackward and self._broken is None:
-            self._broken = (job, how)
+            self._broken, self._forgivable = (job, how), first
         elif job.kind is OptimStep:
             self._broken, self.inherited, self.stale_gradients = None, None, True
 

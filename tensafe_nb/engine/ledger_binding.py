@@ -8,6 +8,7 @@ from typing import Any
 
 from tensafe_nb.errors import AuditLogError, DecryptionError, LedgerError
 from tensafe_nb.privacy.charges import LedgerRecord
+from tensafe_nb.privacy.tickets import DrawRegister
 from tensafe_nb.store.audit_chain import Tip
 from tensafe_nb.store.audit_log import AuditLog
 from tensafe_nb.store.sealed_tables import SealedTables
@@ -23,9 +24,13 @@ class TenantLedger:
     Args:
         log: The tenant's audit log.
         tables: Where participation tables are kept.
+
+    Attributes:
+        draws: The Poisson draws that were made for its accounts.
     """
 
     def __init__(self, log: AuditLog, tables: SealedTables) -> None:
+        self.draws = DrawRegister()
         self._log = log
         self._tables = tables
         self._lock = threading.Lock()
@@ -82,6 +87,7 @@ class TenantLedger:
                 dp_metrics=dp_metrics,
                 extra={"dp": dict(dp)},
                 sync=True,
+                to_the_day=kind == "dp_charge",
             )
         except (AuditLogError, DecryptionError) as error:
             raise LedgerError(f"The privacy ledger takes no record. {error.message}") from error

@@ -6,6 +6,7 @@ needs none of it: keys and values are written into their place, and a token's he
 together. A model is taken only after a step of it has been found to say what transformers says.
 """
 
+import inspect
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -105,8 +106,8 @@ def _says_the_same(model: LoadedModel) -> bool:
             input_ids=ids[:, places],
             attention_mask=mask[:, : places.stop],
             position_ids=positions[:, places],
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(body): cache},
         )
         return answer.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
@@ -118,6 +119,11 @@ def _says_the_same(model: LoadedModel) -> bool:
             return False
         expected = read(slice(2, 3))
     return bool((ours - expected).abs().max() <= TOLERANCE[model.compute_dtype] * expected.abs().max())
+
+
+def cache_argument(module: Any) -> str:
+    """Return what a model's forward calls the cache it is given: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def _with_room(filled: Tensor, samples: int, new_tokens: int) -> Tensor:

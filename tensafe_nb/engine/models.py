@@ -202,11 +202,18 @@ def _at_hand(hub_id: str) -> str:
     An adapter is small, and its folder is what is looked into: it is downloaded whole.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         if not _hub_answers():
             return str(snapshot_download(hub_id, local_files_only=True))
+    except HFValidationError:
+        return hub_id  # no name that the hub could have: reading the model will say so
     except LocalEntryNotFoundError as error:
         raise ModelLoadError(
             f"The model {hub_id!r} could not be loaded: the model hub cannot be reached, and this machine has no "
@@ -488,15 +495,19 @@ def _check_adapter(causal: Any, lora: LoRAConfig) -> None:
         raise ValidationError(
             f"LoRAConfig(target_modules={lora.target_modules!r}) adapts no layer of this model.{hint}"
         )
-    for name in sorted(adapted & layers.keys()):
-        rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), name), lora.rank)
+    room = {
+        name: min(layers[name].weight.shape)
+        - lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), name), lora.rank)
+        for name in sorted(adapted & layers.keys())
+    }
+    if room and min(room.values()) < 0:
+        name = min(room, key=room.__getitem__)
         smallest = min(layers[name].weight.shape)
-        if rank > smallest:
-            raise ValidationError(
-                f"LoRAConfig.rank={rank} is larger than the layer {name!r} {tuple(layers[name].weight.shape)}: "
-                f"an adapter of that rank would hold more than the layer. Choose rank ≤ {smallest}, or leave the layer "
-                f"out (exclude_modules)."
-            )
+        raise ValidationError(
+            f"LoRAConfig.rank={smallest - room[name]} is larger than the smallest adapted layer ({smallest}), "
+            f"{name!r}: an adapter of that rank would hold more than the layer. Choose rank ≤ {smallest}, or leave the "
+            f"layer out (exclude_modules)."
+        )
 
 
 def _ends(name: str, target: str) -> bool:

@@ -48,6 +48,11 @@ class Performer:
         self._losses: list[tuple[ForwardBackwardResult, bool]] = []
         self.step, self.policy_version = engine.step, engine.policy_version
 
+    @property
+    def accumulating(self) -> bool:
+        """Whether a forward_backward of the open window has left its gradient."""
+        return bool(self._losses)
+
     def perform(self, job: Job, tick: Tick) -> Result:
         """Carry out an operation."""
         engine, operation = self.engine, job.operation

@@ -4,10 +4,12 @@ A *logical step* is any number of `forward_backward` calls and one `optim_step`.
 rows that share a `unit_ids` or `record_id`. Its gradient is clipped whole, whatever piece of the batch it came in.
 """
 
+import contextlib
 import logging
 import math
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -27,7 +29,8 @@ from tensafe_nb.losses.base import LossValue
 from tensafe_nb.privacy.dp_sgd import ClippedSum, Norms, sum_units
 from tensafe_nb.privacy.noise import NoiseSource, gaussian
 from tensafe_nb.privacy.per_example import PerExampleGradients, way_for
-from tensafe_nb.privacy.tickets import UNIT, DrawBook, count_units, ids_in
+from tensafe_nb.privacy.row_dropout import OtherRandomness, RowDropout
+from tensafe_nb.privacy.tickets import UNIT, DrawBook, DrawRegister, count_units, ids_in
 from tensafe_nb.types import DPMetrics, ForwardBackwardResult, OptimStepResult
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ IDS = {  # batch entries that say whose row it is, and what that makes a unit; t
 MAX_GRADIENTS = 2**25  # values of row-by-row gradients that are held at a time: 128 MiB
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, of the probes
 ONE_AT_A_TIME = "one at a time"
+OURS = "tensafe_nb.losses"  # losses whose rows are known to be their own
+PART = 4  # of a piece's rows, one in so many is looked at by itself too
 
 
 class Core(Protocol):
@@ -52,10 +57,11 @@ class Core(Protocol):
     window: Window
     step: int
     whole_rows: bool
+    has_dropout: bool
 
     def tensors(self, part: BatchData, batch: BatchData) -> dict[str, Tensor]: ...
     def outputs(self, part: BatchData, tensors: Mapping[str, Tensor]) -> LossOutputs: ...
-    def training_mode(self) -> AbstractContextManager[None]: ...
+    def training_mode(self, secret: int | None = None) -> AbstractContextManager[None]: ...
     def apply_gradients(self) -> OptimStepResult: ...
     def discard_gradients(self) -> None: ...
 
@@ -63,10 +69,22 @@ class Core(Protocol):
 class Account(Protocol):
     """What pays for the steps."""
 
+    @property
+    def draws(self) -> DrawRegister | None:
+        """Where the Poisson draws of the account are numbered; None where nobody numbers them."""
+
     def epsilon(self) -> float:
         """Return what is spent so far; infinite where there is no guarantee."""
 
-    def charge(self, step: int, participants: Mapping[str, int], unit: str, *, noised: bool) -> None:
+    def charge(
+        self,
+        step: int,
+        participants: Mapping[str, int],
+        unit: str,
+        *,
+        noised: bool,
+        draw: int | None = None,
+    ) -> None:
         """Write the step down, durably: it counts from here on, whatever happens to it.
 
         Args:
@@ -74,8 +92,10 @@ class Account(Protocol):
             participants: How often each unit takes part in it.
             unit: What a unit is, in a word or two.
             noised: Whether noise will be added.
+            draw: Number of the Poisson draw that it takes; left out where draws have none.
 
         Raises:
+            PrivacyUnitError: The account's steps so far protect another kind of unit; nothing was written.
             DPBudgetExceededError: It would spend more than the budget; nothing was written.
             LedgerError: It could not be written.
         """
@@ -106,9 +126,15 @@ class PrivateTraining:
         )
         self._sum = ClippedSum(engine.parameters, dp.max_grad_norm)
         self._way = way_for(engine.model.causal, engine.parameters)
-        engine.whole_rows = self._way is not None and self._way.name != "book-keeping"
+        head = engine.model.causal.get_output_embeddings()
+        trains_head = any(p.requires_grad for p in head.parameters())
+        # every trained layer has to see rows (B, T, …): not the (N, D) labelled positions of all of them
+        self._whole_rows = self._way is not None and (self._way.name != "book-keeping" or trains_head)
         self._chosen: dict[tuple[object, str], PerExampleGradients | None] = {}  # by function and keywords
-        self._draws = DrawBook(client_id)
+        self._draws = DrawBook(client_id, account.draws)
+        self._secrets: Callable[[BatchData], Array] = _fresh_secrets  # tests put known ones in their place
+        self._secret_of_row: Array | None = None  # while dropout is on
+        self._dice = np.random.default_rng()  # which rows are looked at by themselves: no seed foretells it
         self._participants: Counter[str] = Counter()
         self._unit = "example"
         size = sum(p.numel() for p in engine.parameters)
@@ -137,7 +163,7 @@ class PrivateTraining:
             units = self._admit(batch, loss)
             if units:
                 way = self._choose(batch, units, loss)
-                with engine.training_mode():
+                with self._dropout_of(batch):
                     self._accumulate(batch, units, loss, way, tally, tick)
             engine.window.weight += tally.weight
             engine.window.batches += 1
@@ -149,6 +175,23 @@ class PrivateTraining:
         grad_norm = self._sum.norm / self._expected_units
         return ForwardBackwardResult(loss_value, grad_norm, labelled, tally.metrics, tally.weight)
 
+    def trial(self, batch: BatchData, loss: Loss) -> tuple[int, Callable[[], None]]:
+        """Return how many rows are computed at once, and a function that computes what a step would, and drops it.
+
+        Every row counts as a unit of its own. Nothing is added to the step, nothing is paid, nothing is random.
+        """
+        units = [np.array([row]) for row in range(len(batch))]
+        key = _key_of(loss)
+        way = self._chosen[key] if key in self._chosen else self._probed(batch, units[-2:], loss)
+        pieces = list(self._pieces(units, batch.shape[1], one_by_one=way is None))
+
+        def compute() -> None:
+            scratch, tally = ClippedSum(self._engine.parameters, self._dp.max_grad_norm), Tally(False)
+            for piece in pieces:
+                scratch.add(self._gradients_of(piece, batch, loss, way, tally))
+
+        return max(map(len, pieces)), compute
+
     def discard(self) -> None:
         """Drop the step's sum: nothing of it was released, nothing is charged."""
         self._sum.clear()
@@ -157,7 +200,13 @@ class PrivateTraining:
 
     def _admit(self, batch: BatchData, loss: Loss) -> list[Array]:
         """Return the rows of each unit, having checked that they may be here."""
-        numbers, names = self._number(batch)
+        numbers, names, unit = self._number(batch)
+        if self._participants and unit != self._unit:
+            raise PrivacyUnitError(
+                f"This step began with rows whose privacy unit is one {self._unit}, and these rows' is one {unit}: one "
+                f"epsilon cannot be true of both. Give all rows the same kind of unit."
+            )
+        self._unit = unit
         group = loss.declares.group
         if (numbers.reshape(-1, group) != numbers[::group, None]).any():
             raise PrivacyUnitError(
@@ -167,14 +216,14 @@ class PrivateTraining:
         self._participants.update(names)
         return [np.flatnonzero(numbers == number) for number in range(len(names))]
 
-    def _number(self, batch: BatchData) -> tuple[Array, list[str]]:
+    def _number(self, batch: BatchData) -> tuple[Array, list[str], str]:
+        """Return (B,) the number of each row's unit, the units' names, and what a unit is."""
         if self._dp.sampling == "poisson":
-            self._unit = self._draws.admit(batch)
-            return count_units(batch, batch.extras[TICKET][: len(batch), UNIT].tolist())
+            unit = self._draws.admit(batch)
+            return *count_units(batch, batch.extras[TICKET][: len(batch), UNIT].tolist()), unit
         for name in IDS:
             if name in batch.extras:
-                self._unit = IDS[name]
-                return count_units(batch, ids_in(batch, name))
+                return *count_units(batch, ids_in(batch, name)), IDS[name]
         raise PrivacyUnitError(
             "These rows do not say whose they are: give example_ids (B,) (or unit_ids, where several rows are one "
             "person's) with each batch, the same id for the same example in every epoch. Or let tc.dp_batches() "
@@ -193,13 +242,21 @@ class PrivateTraining:
         done = 0
         for piece in self._pieces(units, batch.shape[1], one_by_one=way is None):
             tick(done, len(batch))
-            rows = sum(map(len, piece))
-            if way is None or rows > self._rows_at_a_time:
-                gradients = self._gradients_of_unit(batch, piece[0], loss, tally)
-            else:
-                gradients = self._gradients_by_row(batch, piece, loss, way, tally)
-            self._sum.add(gradients)
-            done += rows
+            self._sum.add(self._gradients_of(piece, batch, loss, way, tally))
+            done += sum(map(len, piece))
+
+    def _gradients_of(
+        self,
+        piece: Sequence[Array],
+        batch: BatchData,
+        loss: Loss,
+        way: PerExampleGradients | None,
+        tally: Tally,
+    ) -> list[Tensor]:
+        """Return the gradients of some units, for each parameter (units, *shape)."""
+        if way is None or sum(map(len, piece)) > self._rows_at_a_time:
+            return self._gradients_of_unit(batch, piece[0], loss, tally)
+        return self._gradients_by_row(batch, piece, loss, way, tally)
 
     def _pieces(self, units: Sequence[Array], columns: int, *, one_by_one: bool) -> Iterator[list[Array]]:
         """Yield units together, as many as fit; a unit is never torn apart."""
@@ -217,9 +274,16 @@ class PrivateTraining:
     ) -> list[Tensor]:
         """Return the gradients of some units, for each parameter (units, *shape), by one backward pass."""
         rows = np.concatenate(piece)
-        with way.recording():
-            values, metrics = self._values(batch, rows, loss)
+        with self._seeing_rows(), way.recording():
+            part, outputs, values, metrics = self._evaluated(batch, rows, loss)
+            if values.ndim == 0 and len(rows) > 1:
+                raise PrivacyUnitError(
+                    f"The loss {loss.name!r} returned one value per row before, and now one for {len(rows)} rows. "
+                    f"Return one value per row (B,) each time, or a scalar each time."
+                )
             values.sum().backward()  # type: ignore[no-untyped-call]
+        if not getattr(loss.function, "__module__", "").startswith(OURS):
+            self._check_part(part, batch, outputs, values.detach(), loss)
         _forget_gradients(self._engine.parameters)
         total = float(values.detach().sum())
         tally.add(LossValue(values.detach(), float(len(rows)), metrics), total)
@@ -234,6 +298,8 @@ class PrivateTraining:
         parameters = self._engine.parameters
         _forget_gradients(parameters)
         for rows in np.split(unit, range(loss.declares.group, len(unit), loss.declares.group)):
+            if self._secret_of_row is not None:  # whatever else is random: this unit's own, too
+                torch.manual_seed(int(self._secret_of_row[rows[0]]))
             value, metrics = self._values(batch, rows, loss)
             value.sum().backward()  # type: ignore[no-untyped-call]
             if tally is not None:
@@ -243,15 +309,79 @@ class PrivateTraining:
         return [gradient.float().unsqueeze(0) for gradient in gradients]
 
     def _values(self, batch: BatchData, rows: Array, loss: Loss) -> tuple[Tensor, dict[str, float]]:
+        return self._evaluated(batch, rows, loss)[2:]
+
+    def _evaluated(
+        self, batch: BatchData, rows: Array, loss: Loss
+    ) -> tuple[BatchData, LossOutputs, Tensor, dict[str, float]]:
+        """Return some rows, what the model says of them, and what the loss says of that."""
         part = batch.take(rows)
         tensors = self._engine.tensors(part, batch)
-        return loss.row_values(self._engine.outputs(part, tensors), tensors)
+        with self._streams(rows):
+            outputs = self._engine.outputs(part, tensors)
+        return part, outputs, *loss.row_values(outputs, tensors)
+
+    @contextlib.contextmanager
+    def _seeing_rows(self) -> Iterator[None]:
+        """Let every layer see (B, T, …), where head, embeddings or norms are trained."""
+        self._engine.whole_rows = self._whole_rows
+        try:
+            yield
+        finally:
+            self._engine.whole_rows = False
+
+    @contextlib.contextmanager
+    def _dropout_of(self, batch: BatchData) -> Iterator[None]:
+        """Switch dropout on, from secrets that are made for this batch and kept nowhere."""
+        if not self._engine.has_dropout:
+            yield
+            return
+        self._secret_of_row = self._secrets(batch)
+        try:
+            with self._engine.training_mode(int.from_bytes(os.urandom(8), "big") >> 1):
+                yield
+        finally:
+            self._secret_of_row = None
+
+    def _streams(self, rows: Array) -> AbstractContextManager[object]:
+        if self._secret_of_row is None:
+            return contextlib.nullcontext()
+        return RowDropout(torch.from_numpy(self._secret_of_row[rows]))
+
+    @torch.no_grad()
+    def _check_part(
+        self, part: BatchData, batch: BatchData, outputs: LossOutputs, values: Tensor, loss: Loss
+    ) -> None:
+        """Ask a loss of the user's about a part of the rows by themselves: their values must stay what they are.
+
+        The model is not asked again: this costs the loss, on a quarter of the rows, in every step.
+        """
+        group, groups = loss.declares.group, len(part) // loss.declares.group
+        if groups < 2:
+            return
+        chosen = np.sort(self._dice.choice(groups, max(1, groups // PART), replace=False))
+        rows = (chosen[:, None] * group + np.arange(group)).reshape(-1)
+        few = part.take(rows)
+        alone, _ = loss.row_values(outputs.of_rows(part, rows), self._engine.tensors(few, batch))
+        together = values[torch.from_numpy(rows).to(values.device)]
+        if alone.shape != together.shape or not torch.allclose(
+            together, alone, rtol=self._tolerance, atol=self._tolerance, equal_nan=True
+        ):
+            raise self._coupled(loss, alone, together)
+
+    @staticmethod
+    def _coupled(loss: Loss, alone: Tensor, together: Tensor) -> PrivacyUnitError:
+        return PrivacyUnitError(
+            f"The loss {loss.name!r} gives a row another value when other rows are beside it: {alone.tolist()} alone, "
+            f"{together.tolist()} together. Clipping would bound nothing. Return one value per row (B,) that is of "
+            f"that row alone, the same each time."
+        )
 
     # which way
 
     def _choose(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> PerExampleGradients | None:
         """Return the way to tell this loss's gradients apart: probed once, and then kept."""
-        key = (loss.function, repr(sorted(loss.kwargs.items())))
+        key = _key_of(loss)
         if key in self._chosen:
             return self._chosen[key]
         if not loss.declares.splittable:
@@ -290,26 +420,24 @@ class PrivateTraining:
             return False
         alone = torch.cat([self._values(batch, unit, loss)[0] for unit in units])
         if not torch.allclose(together, alone, rtol=self._tolerance, atol=self._tolerance):
-            raise PrivacyUnitError(
-                f"The loss {loss.name!r} gives a row another value when other rows are beside it: "
-                f"{alone.tolist()} alone, {together.tolist()} together. Clipping would bound nothing. Return one value "
-                f"per row (B,) that is of that row alone."
-            )
+            raise self._coupled(loss, alone, together)
         return True
 
     def _agrees(self, way: PerExampleGradients, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:
-        """Compare a way with one backward pass per unit, without dropout."""
+        """Compare a way with one backward pass per unit; with dropout, whose masks must be the rows' own in both."""
         tally = Tally(loss.declares.prenormalised)
-        try:
-            found = self._gradients_by_row(batch, units, loss, way, tally)
-        except (PrivacyUnitError, NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
-            logger.info("%s cannot tell this model's rows apart: %s", way.name, error)
-            _forget_gradients(self._engine.parameters)
-            return False
-        for number, unit in enumerate(units):
-            exact = self._gradients_of_unit(batch, unit, loss, None)
-            off = torch.stack([(f[number] - e[0]).norm() for f, e in zip(found, exact, strict=True)]).norm()
-            size = torch.stack([e.norm() for e in exact]).norm()
+        with self._dropout_of(batch):
+            try:
+                with OtherRandomness() if self._engine.has_dropout else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+                    found = self._gradients_by_row(batch, units, loss, way, tally)
+                    exact = [self._gradients_of_unit(batch, unit, loss, None) for unit in units]
+            except Exception as error:  # noqa: BLE001  # whatever it is, of hooks or of a model: one at a time needs neither
+                logger.info("%s cannot tell this model's rows apart: %s", way.name, error)
+                _forget_gradients(self._engine.parameters)
+                return False
+        for number, unit in enumerate(exact):
+            off = torch.stack([(f[number] - e[0]).norm() for f, e in zip(found, unit, strict=True)]).norm()
+            size = torch.stack([e.norm() for e in unit]).norm()
             if not off <= self._tolerance * size:
                 logger.warning("%s differs from one example at a time by %.2g of %.2g", way.name, off, size)
                 return False
@@ -333,7 +461,10 @@ class PrivateTraining:
         engine, before = self._engine, self._account.epsilon()
         try:
             self._check(apply_noise, before)
-            self._account.charge(engine.step + 1, self._participants, self._unit, noised=apply_noise)
+            numbered = {} if (draw := self._draws.number) is None else {"draw": draw}
+            self._account.charge(
+                engine.step + 1, self._participants, self._unit, noised=apply_noise, **numbered
+            )
             norms, sigma = self._sum.norms, self._dp.noise_multiplier if apply_noise else 0.0
             means = self._sum.release(sigma, self._expected_units, self._noise)
             self._draws.spend()
@@ -341,7 +472,7 @@ class PrivateTraining:
             engine.discard_gradients()
             raise
         for parameter, mean in zip(engine.parameters, means, strict=True):
-            parameter.grad = mean.to(parameter.dtype)
+            parameter.grad = mean
         result = engine.apply_gradients()
         if sigma and result.learning_rate and not result.param_delta_norm:
             raise ValidationError(
@@ -402,6 +533,15 @@ def check_model(engine: Core) -> None:
             raise PrivacyUnitError(
                 f"The weight {name!r} is {parameter.dtype}; private training needs float32."
             )
+
+
+def _key_of(loss: Loss) -> tuple[object, str]:
+    return loss.function, repr(sorted(loss.kwargs.items()))
+
+
+def _fresh_secrets(batch: BatchData) -> Array:
+    """Return (B,) secrets that nobody can foresee and nobody keeps: each row's own for one step."""
+    return np.frombuffer(os.urandom(8 * len(batch)), dtype=np.int64)
 
 
 def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:

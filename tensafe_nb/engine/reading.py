@@ -30,10 +30,20 @@ WRAPPERS = {  # what puts its name before every weight, and whose weights to sav
     "_forward_module.": "a trainer: save the model inside it",
 }
 OTHER_SENSES = ("vision", "audio", "speech", "image", "video")
+FOREIGN = (  # what transformers raises at files that are not what they should be
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
+LONGEST_POINTER = 1_024  # bytes of what Git LFS leaves in place of a large file
 MOST_PATTERNS = 3  # proposed for ignore_weights
 SHOWN = 5  # names in a message; all are in `details`
 INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
-NOT_FINITE = 1_000  # weights looked at before the search for NaN ends
 
 
 def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str | None = None) -> Any:
@@ -141,7 +151,7 @@ def refuse_not_finite(model_ref: str, causal: Any) -> None:
     Raises:
         ModelLoadError: Always.
     """
-    bad = [name for name, p in causal.named_parameters() if not bool(p.isfinite().all())][:NOT_FINITE]
+    bad = [name for name, p in causal.named_parameters() if not bool(p.isfinite().all())]
     reason = f"these weights hold NaN or infinity: {listed(bad)}" if bad else "though all weights are finite"
     raise ModelLoadError(
         f"The model {model_ref!r} answers with NaN or infinity: {reason}. Is the file damaged, or from a run that "
@@ -233,6 +243,14 @@ def _refuse_incomplete(model_ref: str, folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     if "config.json" not in names:
         raise ModelLoadError(f"The folder {model_ref!r} holds no config.json. {_instead(folder, names)}")
+    pointers = sorted(
+        name for name in names if name.endswith((".safetensors", ".bin")) and _is_pointer(folder / name)
+    )
+    if pointers:
+        raise ModelLoadError(
+            f"The folder {model_ref!r} was cloned without its large files: {listed(pointers)} only says where they "
+            f"are. Fetch them: git lfs pull."
+        )
     if "model.safetensors" in names:
         return
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
@@ -253,6 +271,12 @@ def _refuse_incomplete(model_ref: str, folder: Path) -> None:
         return
     if not any(name.startswith("pytorch_model") or name.endswith(".safetensors") for name in names):
         raise ModelLoadError(f"The folder {model_ref!r} holds no weights. {_instead(folder, names)}")
+
+
+def _is_pointer(file: Path) -> bool:
+    if file.stat().st_size > LONGEST_POINTER:
+        return False
+    return file.read_bytes().startswith(b"version https://git-lfs")
 
 
 def _instead(folder: Path, names: set[str]) -> str:
@@ -329,7 +353,16 @@ def _refusals(model_ref: str, folder: Path | None) -> Iterator[None]:
     """Turn what transformers raises into an error that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         raise ModelLoadError(
             f"The model {model_ref!r} could not be loaded: {_told(error, model_ref, folder)}"
         ) from error

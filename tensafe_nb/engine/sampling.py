@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.config import SamplingConfig
+from tensafe_nb.data.labels import TurnEnd
 from tensafe_nb.engine.decoding import rows_of
 from tensafe_nb.engine.merged import merged
 from tensafe_nb.engine.models import LoadedModel
@@ -32,6 +33,7 @@ class _Row:
     prompt_index: int
     prompt: tuple[int, ...]
     seed: int
+    turn: TurnEnd = field(default_factory=TurnEnd)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
@@ -39,11 +41,10 @@ class _Row:
     finish_reason: str | None = None
     text: str | None = None
 
-    def finished(self, tokenizer: Any) -> SampledSequence:
-        text = tokenizer.decode(self.tokens, skip_special_tokens=True) if self.text is None else self.text
+    def finished(self, model: LoadedModel) -> SampledSequence:
         return SampledSequence(
             self.prompt_index,
-            text,
+            self._shown(model, self.tokens) if self.text is None else self.text,
             self.prompt,
             tuple(self.tokens),
             tuple(self.logprobs),
@@ -53,10 +54,54 @@ class _Row:
             self.entropy / len(self.tokens) if self.tokens else None,
         )
 
+    def finish(self, model: LoadedModel, sampling: SamplingConfig, *, last: bool) -> None:
+        """Say why the completion ends with the token just drawn, if it does."""
+        if sampling.ignore_end:
+            self.finish_reason = "fixed" if last else None
+        elif (
+            self.tokens[-1] in model.end_tokens
+            or self.tokens[-1] in self.turn.tokens
+            or self._cut(model.tokenizer, self.turn.texts)
+        ):
+            self.finish_reason = "stop"
+        elif self._cut(model.tokenizer, sampling.stop):
+            self.finish_reason = "stop_string"
+        elif last:
+            self.finish_reason = "length"
+
+    def _cut(self, tokenizer: Any, stops: Sequence[str]) -> bool:
+        """Cut the text at the first of some strings, in which special tokens count as they are written."""
+        # a token is a byte at least: a string that the last token completed lies among so many tokens
+        recent = -4 * max(map(len, stops), default=0) - 4
+        if not any(
+            stop in tokenizer.decode(self.tokens[recent:], skip_special_tokens=False) for stop in stops
+        ):
+            return False
+        whole = tokenizer.decode(self.tokens, skip_special_tokens=False)
+        cuts = [whole.find(stop) for stop in stops if stop in whole]
+        if cuts:
+            self.text = whole[: min(cuts)]
+            for framing in filter(None, (tokenizer.bos_token, tokenizer.pad_token)):
+                self.text = self.text.replace(framing, "")
+        return bool(cuts)
+
+    def _shown(self, model: LoadedModel, tokens: Sequence[int]) -> str:
+        """Return tokens as text, without those that begin, end or fill up a sequence; other special ones are shown."""
+        tokenizer = model.tokenizer
+        framing = {*model.end_tokens, *self.turn.tokens, tokenizer.bos_token_id, tokenizer.pad_token_id}
+        return str(
+            tokenizer.decode([token for token in tokens if token not in framing], skip_special_tokens=False)
+        )
+
 
 @torch.no_grad()
 def sample(
-    model: LoadedModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int, tick: Tick
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    seed: int,
+    tick: Tick,
+    turns: Sequence[TurnEnd] = (),
 ) -> list[SampledSequence]:
     """Draw `num_samples` completions per prompt, prompt by prompt.
 
@@ -66,22 +111,23 @@ def sample(
         sampling: How to draw; its own seed, if any, is the caller's business.
         seed: Of the call; a row's stream depends on it, on the row's prompt and on its number among equal prompts.
         tick: Called with (tokens done, tokens at most) before each token; may raise to stop.
+        turns: What ends an answer to each prompt beside the model's end tokens; for none of them if empty.
     """
-    rows = _rows(prompts, sampling.num_samples, seed)
+    rows = list(_rows(prompts, sampling.num_samples, seed, turns or [TurnEnd()] * len(prompts)))
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     samples = sampling.num_samples
     at_once = max(1, _tokens_at_once(model) // (longest * samples))
-    turns = range(0, len(prompts), at_once)
-    with merged(model, sampling.max_new_tokens * len(turns), min(len(prompts), at_once) * samples):
-        for turn, start in enumerate(turns):
+    parts = range(0, len(prompts), at_once)
+    with merged(model, sampling.max_new_tokens * len(parts), min(len(prompts), at_once) * samples):
+        for turn, start in enumerate(parts):
             _decode(
                 model,
                 prompts[start : start + at_once],
                 rows[start * samples : (start + at_once) * samples],
                 sampling,
-                _of_turn(turn, len(turns), tick),
+                _of_turn(turn, len(parts), tick),
             )
-    return [row.finished(model.tokenizer) for row in rows]
+    return [row.finished(model) for row in rows]
 
 
 def _tokens_at_once(model: LoadedModel) -> int:
@@ -112,7 +158,7 @@ def _decode(
             row.logprobs.append(logprob)
             row.raw_logprobs.append(raw_logprob)
             row.entropy += nats
-            _finish(row, model, sampling, last=position + 1 == sampling.max_new_tokens)
+            row.finish(model, sampling, last=position + 1 == sampling.max_new_tokens)
         going = [index for index, row in enumerate(active) if row.finish_reason is None]
         if not going:
             break
@@ -137,9 +183,8 @@ def _draw(
     plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
     logprobs = raw if plain else torch.log_softmax(_cut(logits / sampling.temperature, sampling), -1)
     probabilities = logprobs.exp()
-    entropy = -(probabilities * logprobs.clamp(min=LOWEST)).sum(
-        -1
-    )  # what was cut has p = 0, and 0 · −∞ is no number
+    # What was cut has p = 0, and 0 · −∞ is no number.
+    entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp(min=LOWEST))
     cumulative = probabilities.double().cumsum(-1)  # inverse CDF: one uniform per token
     target = uniforms.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
@@ -164,32 +209,13 @@ def _cut(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return logits
 
 
-def _finish(row: _Row, model: LoadedModel, sampling: SamplingConfig, *, last: bool) -> None:
-    if sampling.ignore_end:
-        row.finish_reason = "fixed" if last else None
-        return
-    if row.tokens[-1] in model.end_tokens:
-        row.finish_reason = "stop"
-        return
-    if sampling.stop:
-        text = model.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        cuts = [text.find(stop) for stop in sampling.stop if stop in text]
-        if cuts:
-            row.finish_reason, row.text = "stop_string", text[: min(cuts)]
-            return
-    if last:
-        row.finish_reason = "length"
-
-
-def _rows(prompts: Sequence[Sequence[int]], samples: int, seed: int) -> list[_Row]:
-    return list(_each_row(prompts, samples, seed))
-
-
-def _each_row(prompts: Sequence[Sequence[int]], samples: int, seed: int) -> Iterator[_Row]:
+def _rows(
+    prompts: Sequence[Sequence[int]], samples: int, seed: int, turns: Sequence[TurnEnd]
+) -> Iterator[_Row]:
     seen: Counter[tuple[int, ...]] = Counter()
-    for index, prompt in enumerate(map(tuple, prompts)):
+    for index, (prompt, turn) in enumerate(zip(map(tuple, prompts), turns, strict=True)):
         for _ in range(samples):
-            yield _Row(index, prompt, _row_seed(seed, prompt, seen[prompt]))
+            yield _Row(index, prompt, _row_seed(seed, prompt, seen[prompt]), turn)
             seen[prompt] += 1
 
 

@@ -39,8 +39,10 @@ class EngineState:
 def capture(engine: Engine, include_optimizer: bool) -> EngineState:
     """Return an engine's state. The tensors are the live ones: use them before the engine goes on.
 
-    Of private training, the open window is left out: its gradients carry no noise yet.
+    Of private training, the open window is left out: its gradients carry no noise yet. So are the random streams: a
+    private client draws from none that could be repeated.
     """
+    random = {} if engine.is_private else engine.random
     window = Window() if engine.is_private else engine.window
     facts = {
         "step": engine.step,
@@ -49,7 +51,7 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
         "base": fingerprint(engine),
         "samples_drawn": engine.samples_drawn,
         "reference_version": engine.reference.version,
-        "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in engine.random.items()},
+        "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in random.items()},
         "window": {
             "weight": window.weight,
             "batches": window.batches,

@@ -111,7 +111,8 @@ class Worker:
         self._closing = self._abandoned = False
         self._default_loss = default_loss
         self._vault = vault
-        self._auditor = Auditor(vault.audit, training_client_id)
+        private = config.dp_config is not None and config.dp_config.enabled
+        self._auditor = Auditor(vault.audit, training_client_id, private=private)
         self._guarantee = Guarantee(ledger, config, training_client_id)
         self._ledger = ledger
         self._origin, self.starts_afresh = origin, origin is None
@@ -228,6 +229,14 @@ class Worker:
         """Version of the weights."""
         performer = self._performer
         return self._reached[1] if performer is None else performer.policy_version
+
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made, and give the key of its ticket's hashes; from any thread.
+
+        Raises:
+            ValidationError: It trains without differential privacy.
+        """
+        return self._guarantee.enter_draw(unit)
 
     def privacy_statement(self) -> PrivacyStatement:
         """Return the privacy statement of what this client trains, as things stand now; from any thread.
@@ -424,13 +433,13 @@ class Worker:
             with self._computing:
                 result = cast(Performer, self._performer).perform(job, self._tick(job))
         except FutureCancelledError:
-            self._lane.mark_broken(job, "was cancelled")
+            self._lane.mark_broken(job, "was cancelled", first=self._opens_window)
             try:
                 self._note_cancelled(job)
             finally:
                 job.promise.cancel()
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
-            self._lane.mark_broken(job, "failed")
+            self._lane.mark_broken(job, "failed", first=self._opens_window)
             self._fail(job, presentable(error))
         else:
             duration = time.perf_counter() - started
@@ -442,6 +451,10 @@ class Worker:
                 )
             finally:  # whoever waits is told, whatever happens to the log
                 job.promise.succeed(result)
+
+    @property
+    def _opens_window(self) -> bool:
+        return self._performer is not None and not self._performer.accumulating
 
     def _tick(self, job: Job) -> Callable[[int, int], None]:
         def tick(done: int, total: int) -> None:

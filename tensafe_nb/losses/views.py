@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.errors import ValidationError
 
 LogitsFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +49,7 @@ class LossOutputs:
         self._hidden = hidden
         self._head = head
         self._attention_mask = attention_mask
+        self._all_labels = labels
         self._where = (labels != -100).nonzero(as_tuple=True)
         self._labels = labels[self._where]
         self._given_logits = full_logits
@@ -94,6 +97,31 @@ class LossOutputs:
     def full_logits(self) -> Tensor:
         """(B, T, V) logits at every position; large: prefer `logits`."""
         return _precise(self._head(self._hidden) if self._given_logits is None else self._given_logits)
+
+    def of_rows(self, batch: BatchData, rows: Array) -> "LossOutputs":
+        """Return what is said of some rows of this batch alone, without the columns that are padding in all of them.
+
+        Args:
+            batch: The batch, whose `take(rows)` the rows are.
+            rows: Their numbers.
+        """
+        used = np.flatnonzero(batch.attention_mask[rows].any(axis=0))
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        index = torch.from_numpy(rows).to(self._hidden.device)
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.detach()[index][:, columns]
+
+        return LossOutputs(
+            cut(self._hidden),
+            self._head,
+            cut(self._all_labels),
+            cut(self._attention_mask),
+            None if self._given_logits is None else cut(self._given_logits),
+            chunk_rows=self._chunk_rows,
+            head_is_frozen=self._head_is_frozen,
+            value_head=self._value_head,
+        )
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Return (B,) the sum of values (N,) of the labelled positions over each row; 0 for a row without any."""

@@ -38,7 +38,9 @@ ROUNDING = (
     1e-10  # of a log moment: sums of thousands of terms are off by 1e-12, and may not make a step cheaper
 )
 PRV_ERROR = 0.01  # the half-width of PRV's error bound on epsilon
-PRV_POINTS = 4e6  # of a grid; where more would be needed, the error bound is widened instead
+PRV_POINTS = 4e6  # of a grid; where more would be needed, the error bound is widened instead,
+PRV_WIDEST = 0.018  # up to here; then the grid grows again,
+PRV_MOST = 16e6  # up to here: some 10 seconds and 1 GB, for 100,000 steps at an epsilon of dozens
 PRV_STALLS = 100.0  # above this epsilon PRV takes for ever, and RDP is reported
 REFUSED = {
     "moments": 'hand-made moments bounds report less than is spent, or 0 at a small sampling rate; use "rdp"',
@@ -261,13 +263,14 @@ def _epsilon_prv(history: tuple[Step, ...], delta: float, adjacency: Adjacency) 
     by_rdp = epsilon_of_rdp(rdp_of_history(history, adjacency), delta)
     if by_rdp == 0 or math.isinf(by_rdp):
         return by_rdp
-    if all(q == 1 for _, q, _ in history):
-        size = 1 if adjacency == "add_remove" else 2
-        return epsilon_gaussian(math.sqrt(math.fsum(n * _square(size / s) for s, _, n in history)), delta)
-    if by_rdp > PRV_STALLS or any(q == 1 for _, q, _ in history):
+    sampled = tuple(step for step in history if step[1] < 1)
+    mu_squared = _mu_squared_of_whole(history, adjacency)
+    if not sampled:
+        return epsilon_gaussian(math.sqrt(mu_squared), delta)
+    if by_rdp > PRV_STALLS:
         return by_rdp
     try:
-        return min(by_rdp, max(0.0, _composed(history, delta, adjacency)))
+        return min(by_rdp, max(0.0, _composed(sampled, mu_squared, delta, adjacency)))
     except (
         ValueError,
         RuntimeError,
@@ -275,33 +278,56 @@ def _epsilon_prv(history: tuple[Step, ...], delta: float, adjacency: Adjacency) 
         return by_rdp
 
 
-def _composed(history: tuple[Step, ...], delta: float, adjacency: Adjacency) -> float:
+def _mu_squared_of_whole(history: Iterable[Step], adjacency: Adjacency) -> float:
+    """Return mu² of the steps with q = 1 together: Gaussian mechanisms compose to one."""
+    size = 1 if adjacency == "add_remove" else 2  # a replaced gradient moves by up to 2C
+    return math.fsum(n * _square(size / sigma) for sigma, q, n in history if q == 1)
+
+
+def _composed(sampled: tuple[Step, ...], mu_squared: float, delta: float, adjacency: Adjacency) -> float:
     """Compose privacy loss random variables, as Opacus's PRVAccountant does, on a grid of bounded size."""
     from opacus.accountants.analysis import prv
 
     delta_error = delta / 1000
-    steps = sum(count for _, _, count in history)
-    reach = _reach(history, delta_error, adjacency)
+    steps = sum(count for _, _, count in sampled) + (mu_squared > 0)
+    reach = _reach(sampled, mu_squared, delta_error, adjacency)
     spread = math.sqrt(steps * math.log(12 / delta_error) / 2)  # mesh = error / spread
-    error = max(PRV_ERROR, 2 * reach * spread / PRV_POINTS)
+    span = 2 * reach * spread
+    error = max(PRV_ERROR, min(span / PRV_POINTS, max(PRV_WIDEST, span / PRV_MOST)))
     domain = prv.Domain.create_aligned(-reach, reach, error / spread)
     variable: Any = prv.PoissonSubsampledGaussianPRV if adjacency == "add_remove" else ReplaceOnePRV
+    variables = [(variable(q, sigma), count) for sigma, q, count in sampled]
+    if mu_squared:
+        variables.append((GaussianPRV(math.sqrt(mu_squared)), 1))
     parts = [
-        prv.discretize(prv.TruncatedPrivacyRandomVariable(variable(q, s), domain.t_min, domain.t_max), domain)
-        for s, q, _ in history
+        prv.discretize(prv.TruncatedPrivacyRandomVariable(one, domain.t_min, domain.t_max), domain)
+        for one, _ in variables
     ]
-    composed = prv.compose_heterogeneous(parts, [count for _, _, count in history])
+    composed = prv.compose_heterogeneous(parts, [count for _, count in variables])
     return float(composed.compute_epsilon(delta, delta_error, error)[2])
 
 
-def _reach(history: tuple[Step, ...], delta_error: float, adjacency: Adjacency) -> float:
+class GaussianPRV:
+    """The privacy loss of the Gaussian mechanism, N(mu²/2, mu²), as `opacus.accountants.analysis.prv` composes it."""
+
+    def __init__(self, mu: float) -> None:
+        self._mu = mu
+
+    def cdf(self, t: Array) -> Array:
+        """Return the probability that the loss is at most t."""
+        return np.asarray(scipy.special.ndtr(np.asarray(t) / self._mu - self._mu / 2))
+
+
+def _reach(sampled: tuple[Step, ...], mu_squared: float, delta_error: float, adjacency: Adjacency) -> float:
     """Return beyond which privacy loss the composition may be cut off (Gopi et al. 2021, remark 5.6)."""
-    steps = sum(count for _, _, count in history)
-    singles = [
-        epsilon_of_rdp(rdp_of_step(sigma, q, adjacency), delta_error / (8 * steps)) for sigma, q, _ in history
-    ]
-    whole = epsilon_of_rdp(rdp_of_history(history, adjacency), delta_error / 4)
-    return max(whole, PRV_ERROR, *singles) + 3
+    steps = sum(count for _, _, count in sampled) + (mu_squared > 0)
+    singles = [rdp_of_step(sigma, q, adjacency) for sigma, q, _ in sampled]
+    whole = rdp_of_history(sampled, adjacency)
+    if mu_squared:
+        singles.append(rdp_of_mu_squared(mu_squared))
+        whole = whole + singles[-1]
+    largest = max(epsilon_of_rdp(single, delta_error / (8 * steps)) for single in singles)
+    return max(epsilon_of_rdp(whole, delta_error / 4), PRV_ERROR, largest) + 3
 
 
 # A whole account

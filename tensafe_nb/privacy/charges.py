@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from tensafe_nb.errors import DPBudgetExceededError, ValidationError
 from tensafe_nb.privacy import accounting
+from tensafe_nb.privacy.tickets import DrawRegister
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,13 @@ class LedgerRecord:
 
 
 class LedgerLog(Protocol):
-    """Where the ledger's records are, in one order for all accounts of a tenant."""
+    """Where the ledger's records are, in one order for all accounts of a tenant.
+
+    Attributes:
+        draws: The Poisson draws that were made for its accounts.
+    """
+
+    draws: DrawRegister
 
     def records(self) -> Sequence[LedgerRecord]:
         """Return all records, verified; what was appended meanwhile is read, what was read before is not again.
@@ -176,11 +183,14 @@ def metrics_of(charge: Charge, before: float, after: float, delta: float) -> dic
     }
 
 
-def exceeded(charge: Charge, before: float, target: float, after: float) -> DPBudgetExceededError:
+def exceeded(
+    charge: Charge, before: float, target: float, after: float, *, left_out: int
+) -> DPBudgetExceededError:
     """Return the error for a step that does not fit into the budget."""
+    others = f" (with {left_out} draws that were left out before it)" if left_out else ""
     return DPBudgetExceededError(
-        f"Step {charge.step} would bring epsilon to {after:.4g}; the budget is {target:g} and {before:.4g} is spent. "
-        f"No weight has moved and nothing was charged. Save the state, or raise target_epsilon.",
+        f"Step {charge.step}{others} would bring epsilon to {after:.4g}; the budget is {target:g} and {before:.4g} is "
+        f"spent. No weight has moved and nothing was charged. Save the state, or raise target_epsilon.",
         details={
             "current_epsilon": before,
             "max_epsilon": target,

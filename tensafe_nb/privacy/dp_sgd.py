@@ -3,6 +3,7 @@
     g'_u = g_u · min(1, C / (‖g_u‖ + 1e-6))        G = Σ_u g'_u + N(0, (σC)² I)        step with G / L
 
 The norm runs over all trained parameters together. L is a public constant, never the number of units that came.
+Sum, noise and division are float64; the quotient is rounded once, into the type of the weights (see `noise`).
 """
 
 from collections.abc import Sequence
@@ -78,14 +79,20 @@ class ClippedSum:
                 total.view(-1).addmv_(_finite(gradient.flatten(1), factors).t(), factors)
 
     def release(self, noise_multiplier: float, expected_units: float, noise: NoiseSource) -> list[Tensor]:
-        """Return (sum + noise) / L for each parameter, and forget the sum; without units it is noise alone."""
-        sums = self._totals()
-        drawn = noise(sums, noise_multiplier * self._limit) if noise_multiplier else None
-        if drawn is not None:
-            torch._foreach_add_(sums, drawn)
-        torch._foreach_div_(sums, expected_units)
+        """Return (sum + noise) / L for each parameter, and forget the sum; without units it is noise alone.
+
+        Computed in float64 and rounded once, into each parameter's type: what an optimiser, its moments included, gets
+        to see.
+        """
+        exact = [_precise(total) for total in self._totals()]
         self.clear()
-        return sums
+        if noise_multiplier:
+            torch._foreach_add_(exact, noise(exact, noise_multiplier * self._limit))
+        torch._foreach_div_(exact, expected_units)
+        return [
+            mean.to(p.dtype).to(p.device)  # rounded where float64 is, then moved
+            for mean, p in zip(exact, self._parameters, strict=True)
+        ]
 
     @property
     def norm(self) -> float:
@@ -110,6 +117,11 @@ class ClippedSum:
             int((shown > self._limit).sum()),
         )
         return torch.where(finite, (self._limit / (norms + EPSILON)).clamp(max=1.0), 0)
+
+
+def _precise(total: Tensor) -> Tensor:
+    """Return a copy in float64; on the CPU where the device has none (Apple's)."""
+    return (total.cpu() if total.device.type == "mps" else total).double()
 
 
 def _finite(rows: Tensor, factors: Tensor) -> Tensor:

@@ -13,13 +13,15 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tensafe_nb.errors import (
     AuditLogError,
     DecryptionError,
     LedgerError,
+    PrivacyUnitError,
     StorageError,
     ValidationError,
 )
@@ -41,11 +43,13 @@ from tensafe_nb.privacy.ledger_book import (
     groups_of,
     head_of,
     history_of,
+    infinite,
     missing_of,
     mu_squared_of,
     participation_rate,
     plain_of,
     readable,
+    units_of,
     voids_of,
 )
 from tensafe_nb.privacy.participation import Participation
@@ -132,7 +136,7 @@ class Ledger:
             LedgerError: The ledger cannot be read, or no longer says who took part before.
         """
         together = self._read()
-        return self._after(together, charge, self._mu_squared_after(together, charge))
+        return self._after(together, [charge], self._mu_squared_after(together, charge))
 
     @_alone
     def projected_step(self, charge: Charge, target_epsilon: float | None) -> int | None:
@@ -154,31 +158,69 @@ class Ledger:
     # charges
 
     @_alone
-    def charge(self, charge: Charge, *, target_epsilon: float | None = None) -> Charged:
+    def charge(
+        self, charge: Charge, *, target_epsilon: float | None = None, draw: int | None = None
+    ) -> Charged:
         """Pay for a step: when this returns, its record is on the disk and the step may be taken.
 
         Args:
             charge: What it costs.
             target_epsilon: Refuse what would spend more, unless the account is void.
+            draw: The number of the Poisson draw that the step uses. Draws of the account that were made before it and
+                left out are paid for with it; one that was paid for as left out is not paid for again.
 
         Raises:
             DPBudgetExceededError: It would spend more; nothing was written.
+            PrivacyUnitError: The account's steps so far protect another kind of unit; nothing was written.
             LedgerError: The ledger cannot be read, and takes no charge.
             StorageError: The record could not be written: the step must not be taken.
         """
         with self._log.held():
             together = self._read()
+            self._refuse_other_units(together, {charge.unit})
+            due = {draw: charge} if draw is None else self._due(together, charge, draw)
             before = self._claimed(together)
             mu_squared = self._mu_squared_after(together, charge)
-            after = self._after(together, charge, mu_squared)
+            after = self._after(together, list(due.values()), mu_squared)
             if target_epsilon is not None and after > target_epsilon and not voids_of(together):
-                raise exceeded(charge, before, target_epsilon, after)
-            table = self._take_part(charge) if charge.mode == "worst_case" else None
-            metrics = metrics_of(charge, before, after, self.delta)
-            record = self._append(
-                self._entry(charge, after, mu_squared, table), charge.training_client_id, metrics
+                if draw is not None:
+                    self._log.draws.waive(draw)
+                raise exceeded(charge, before, target_epsilon, after, left_out=len(due) - (draw in due))
+            head: Mapping[str, Any] = head_of(together) or {"seq": 0, "record_hash": ""}
+            for number, one in due.items():
+                record = self._pay(together, one, mu_squared)
+                head = {"seq": record.seq, "record_hash": record.record_hash}
+                if number is not None:
+                    self._log.draws.pay(number)
+        return Charged(before, after, head["seq"], head["record_hash"])
+
+    def _due(
+        self, together: Mapping[str, LedgerAccount], charge: Charge, draw: int
+    ) -> dict[int | None, Charge]:
+        """Return what is to be paid with a draw, in the order of the draws: those that were left out, and itself."""
+        return {
+            number: charge
+            if number == draw
+            else replace(owed, unit=charge.unit, step=charge.step, sampling=f"{owed.sampling}, left out")
+            for number, owed in self._log.draws.owed(together, draw).items()
+        }
+
+    def _pay(self, together: Mapping[str, LedgerAccount], charge: Charge, mu_squared: float) -> LedgerRecord:
+        before, after = self._claimed(together), self._after(together, [charge], mu_squared)
+        table = self._take_part(charge) if charge.mode == "worst_case" else None
+        metrics = metrics_of(charge, before, after, self.delta)
+        return self._append(self._entry(charge, after, table), charge.training_client_id, metrics)
+
+    def _refuse_other_units(self, together: Mapping[str, LedgerAccount], units: set[str]) -> None:
+        """Refuse to add up what cannot be: a person's epsilon says nothing of steps that clip each of their rows."""
+        held = units_of(together.values())
+        if len(held | units) > 1 and held and not voids_of(together):
+            raise PrivacyUnitError(
+                f"The privacy account {self.account!r} protects one {' or '.join(sorted(held))}, and this is for one "
+                f"{' or '.join(sorted(units - held))}: one epsilon cannot be true of both. Nothing was charged. Give "
+                f"all rows the same kind of unit; or train the others in an account of their own (another client, "
+                f"another DPConfig(dataset_id=…)); or give the guarantee up with tc.void_privacy(reason)."
             )
-        return Charged(before, after, record.seq, record.record_hash)
 
     @_alone
     def void(self, reason: str, *, training_client_id: str | None = None) -> None:
@@ -208,20 +250,20 @@ class Ledger:
 
     @_alone
     def carried(self) -> dict[str, Any]:
-        """Return the account's records, for a checkpoint: plain data, with participation tables in base 64.
+        """Return the account's records, for a checkpoint: plain data.
+
+        Who took part stays in this ledger: a checkpoint holds of it only how often the unit did that did most often.
 
         Raises:
             LedgerError: The ledger cannot be read.
         """
         with self._log.held():
             together = self._read()
-            tables = {name: self._log.table(name) for name, account in together.items() if account.table}
         return {
             "schema": SCHEMA,
             "account": self.account,
             "head": head_of(together),
             "accounts": plain_of(together),
-            "tables": {name: base64.b64encode(found[0]).decode() for name, found in tables.items() if found},
         }
 
     @_alone
@@ -269,12 +311,17 @@ class Ledger:
             if carried["schema"] != SCHEMA:
                 raise LedgerError(f"they are of format {carried['schema']!r}, this version reads {SCHEMA}")
             fresh = missing_of(carried["accounts"], self._book.known)
-            LedgerBook().read(
-                [LedgerRecord(0, "", 0.0, _import_entry(self.account, fresh))]
-            )  # or it is refused here
+            book = LedgerBook()
+            book.read(
+                [LedgerRecord(0, "", 0.0, _import_entry(self.account, dict(carried["accounts"])))]
+            )  # or refused
             account = str(carried["account"])
+        if units := units_of(map(book.account, carried["accounts"])):
+            self._refuse_other_units(self._book.together(self.account), units)
+        with readable("the checkpoint's ledger"):
             for name in fresh:
-                self._import_table(name, fresh[name], carried["accounts"][name], carried["tables"].get(name))
+                table = carried.get("tables", {}).get(name)  # as version 0.1 wrote it
+                self._import_table(name, fresh[name], carried["accounts"][name], table)
         if fresh:
             self._append(_import_entry(self.account, fresh), training_client_id)
         self.join(account, training_client_id=training_client_id)
@@ -282,11 +329,15 @@ class Ledger:
     def _import_table(
         self, name: str, fresh: dict[str, Any], carried: Mapping[str, Any], table: str | None
     ) -> None:
+        """Take in who took part. Where a checkpoint does not say, every unit counts as the one that did most often."""
         if not any(group["mode"] == "worst_case" for group in fresh["groups"]):
             return
         if table is None:
-            raise LedgerError("the table of who took part is missing")
-        theirs, here = Participation.parse(base64.b64decode(table, validate=True)), self._log.table(name)
+            taken = [len(group["hashes"]) for group in carried["groups"] if group["mode"] == "worst_case"]
+            theirs = Participation(steps=sum(taken), offset=infinite(carried["mu_squared"]))
+        else:
+            theirs = Participation.parse(base64.b64decode(table, validate=True))
+        here = self._log.table(name)
         merged = theirs
         if here is not None and not self._contains(name, carried):
             merged = Participation.parse(here[0])
@@ -347,12 +398,14 @@ class Ledger:
             return math.inf
         return max(self.computed(together).value, self._floor(together))
 
-    def _after(self, together: Mapping[str, LedgerAccount], charge: Charge, mu_squared: float) -> float:
+    def _after(
+        self, together: Mapping[str, LedgerAccount], charges: Sequence[Charge], mu_squared: float
+    ) -> float:
         if voids_of(together):
             return math.inf
-        step = [] if charge.sample_rate is None else [(charge.noise_multiplier, charge.sample_rate, 1)]
+        steps = [(one.noise_multiplier, one.sample_rate, 1) for one in charges if one.sample_rate is not None]
         computed = accounting.epsilon_of_account(
-            [*history_of(together), *step], mu_squared, self.delta, self.accountant_type
+            [*history_of(together), *steps], mu_squared, self.delta, self.accountant_type
         )
         return max(computed.value, self._floor(together))
 
@@ -419,9 +472,7 @@ class Ledger:
         self.void(reason)
         return LedgerError(f"The privacy ledger takes no charge: {reason}. The account is void from now on.")
 
-    def _entry(
-        self, charge: Charge, after: float, mu_squared: float, table: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
+    def _entry(self, charge: Charge, after: float, table: Mapping[str, Any] | None) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "what": "charge",
             "account": self.account,

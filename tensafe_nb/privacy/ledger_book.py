@@ -15,6 +15,7 @@ from tensafe_nb.privacy.accounting import Step
 from tensafe_nb.privacy.charges import LedgerRecord, finite
 
 NO_NOISE = "a step was taken without noise (sigma = 0)"
+MIXED = "steps for different privacy units ({}) were charged to one account: epsilon is true of none of them"
 _HASH = re.compile("[0-9a-f]{64}")
 MECHANISM = (
     "mode", "sigma", "C", "L", "N", "q", "delta", "unit", "noise_source", "sampling", "accountant",
@@ -39,6 +40,11 @@ class ChargedGroup:
     opened_at: float = math.inf
     epsilon: float = 0.0
     mu_squared: float = 0.0
+
+    @property
+    def unit(self) -> str:
+        """What a privacy unit is: "example", "user" or "prompt group"."""
+        return str(self.mechanism["unit"])
 
     @property
     def step(self) -> Step:
@@ -201,6 +207,7 @@ def plain_of(accounts: Mapping[str, LedgerAccount]) -> dict[str, Any]:
             "groups": [group.plain(group.hashes) for group in account.groups.values() if group.hashes],
             "voids": {key: list(value) for key, value in account.voids.items()},
             "links": dict(account.links),
+            "mu_squared": finite(account.mu_squared),
         }
         for name, account in accounts.items()
     }
@@ -244,14 +251,25 @@ def history_of(together: Mapping[str, LedgerAccount]) -> Iterator[Step]:
 
 
 def voids_of(together: Mapping[str, LedgerAccount]) -> tuple[tuple[str, float], ...]:
-    """Return every event that made an account void: (reason, when), in their order."""
-    found = [event for account in together.values() for event in account.voids.values()]
-    found += [
+    """Return every event that made an account void: (reason, when), in their order; of steps only the day is known."""
+    events = [event for account in together.values() for event in account.voids.values()]
+    found = [
         (NO_NOISE, group.opened_at)
         for group in groups_of(together)
         if group.mechanism["sigma"] == 0 and group.hashes
     ]
-    return tuple(sorted(found, key=lambda event: event[1]))
+    if len(units := units_of(together.values())) > 1:  # as version 0.1 allowed
+        begun = {
+            unit: min(g.opened_at for g in groups_of(together) if g.hashes and g.unit == unit)
+            for unit in units
+        }
+        found.append((MIXED.format(", ".join(sorted(units))), max(begun.values())))
+    return (*sorted(events, key=lambda event: event[1]), *found)
+
+
+def units_of(accounts: Iterable[LedgerAccount]) -> set[str]:
+    """Return what a privacy unit is in the steps of accounts: one kind, unless an earlier version mixed them."""
+    return {group.unit for account in accounts for group in account.groups.values() if group.hashes}
 
 
 def mu_squared_of(together: Mapping[str, LedgerAccount]) -> float:

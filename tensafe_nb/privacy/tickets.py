@@ -1,24 +1,33 @@
 """Tickets of Poisson draws: which rows were drawn together, so that a step is what its epsilon is computed for.
 
-A ticket travels with the rows as the batch entry `dp_ticket` (B, 6). Whoever checks it sees a row that is missing,
-repeated, or brought along from elsewhere, a draw that is used twice, and a unit whose rows were torn apart.
+A ticket travels with the rows as the batch entry `dp_ticket` (B, 7). Whoever checks it sees a row that is missing,
+repeated, altered, or brought along from elsewhere, a draw that is used twice, and a unit whose rows were torn apart.
+Draws are numbered, so that one that was left out is seen too: it is charged as it was drawn.
 """
 
 import hashlib
-from collections.abc import Iterable
+import os
+import threading
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tensafe_nb.batch import TICKET, Array, BatchData
 from tensafe_nb.errors import PrivacyUnitError
 
-CLIENT, SAMPLER, DRAW, ROW, ROWS, UNIT = range(6)
+if TYPE_CHECKING:
+    from tensafe_nb.privacy.charges import Charge
+
+CLIENT, SAMPLER, DRAW, ROW, ROWS, UNIT, CONTENT = range(7)
 USERS = -1  # the unit in the ticket of an empty draw whose units are users; that of examples has 0
 
 
-def ticket(client_id: str, sampler: int, draw: int, units: Array, unit: str = "example") -> Array:
-    """Return the ticket of one draw: (rows, 6), or of an empty draw (1, 6) with 0 rows.
+def ticket(
+    client_id: str, sampler: int, draw: int, units: Array, unit: str = "example", content: Array | None = None
+) -> Array:
+    """Return the ticket of one draw: (rows, 7), or of an empty draw (1, 7) with 0 rows.
 
     Args:
         client_id: The training client that the draw is for.
@@ -26,15 +35,19 @@ def ticket(client_id: str, sampler: int, draw: int, units: Array, unit: str = "e
         draw: Its number.
         units: (rows,) the privacy unit of each row.
         unit: What a unit is: "example" or "user".
+        content: (rows,) what `content_of` says of each row. None leaves the column out, (rows, 6): such a ticket does
+            for an engine that keeps no register of draws, and for no training client.
     """
     rows = len(units)
-    columns = np.zeros((max(rows, 1), 6), dtype=np.int64)
+    columns = np.zeros((max(rows, 1), CONTENT if content is None else CONTENT + 1), dtype=np.int64)
     columns[:, :ROW] = number_of(client_id), sampler, draw
     columns[:, ROWS] = rows
     if rows:
         columns[:, ROW], columns[:, UNIT] = np.arange(rows), units
     elif unit == "user":
         columns[:, UNIT] = USERS
+    if rows and content is not None:
+        columns[:, CONTENT] = content
     return columns
 
 
@@ -43,19 +56,90 @@ def number_of(client_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(client_id.encode(), digest_size=7).digest(), "big")
 
 
+def content_of(batch: BatchData, key: bytes) -> Array:
+    """Return (B,) keyed hashes of the rows: tokens, labels, and targets where there are; padding does not count."""
+    targets = batch.extras.get("targets")
+    hashes = np.zeros(len(batch), dtype=np.int64)
+    for row in range(len(batch)):
+        tokens = batch.attention_mask[row] == 1
+        digest = hashlib.blake2b(batch.input_ids[row, tokens].tobytes(), digest_size=8, key=key)
+        digest.update(batch.labels[row, tokens].tobytes())
+        if targets is not None:
+            digest.update(np.asarray(targets[row], dtype=np.float64).tobytes())
+        hashes[row] = int.from_bytes(digest.digest(), "big", signed=True)
+    return hashes
+
+
+class DrawRegister:
+    """The Poisson draws that this process made for the accounts of a ledger, numbered as they were made.
+
+    A draw is paid for when it is used, or when a later one of its account is: who looks at draws, and uses those that
+    suit, would otherwise use a probability that nobody computed with.
+
+    Attributes:
+        key: Of the rows' hashes in the tickets; it never leaves the process.
+    """
+
+    def __init__(self) -> None:
+        self.key = os.urandom(32)
+        self._lock = threading.Lock()
+        self._made = 0
+        self._owed: dict[int, tuple[str, Charge]] = {}
+        self._unused: set[int] = set()
+
+    def enter(self, account: str, charge: "Charge") -> int:
+        """Number a draw that is about to be made, and what it will cost."""
+        with self._lock:
+            self._made += 1
+            self._owed[self._made] = account, charge
+            self._unused.add(self._made)
+            return self._made
+
+    def is_unused(self, draw: int) -> bool:
+        """Whether there is such a draw, and no step has used it yet."""
+        return draw in self._unused
+
+    def use(self, draw: int) -> None:
+        """Note that a step has used a draw."""
+        with self._lock:
+            self._unused.discard(draw)
+
+    def owed(self, accounts: Container[str], draw: int) -> "Mapping[int, Charge]":
+        """Return the draws of some accounts, up to this one, that are not paid for yet, in their order."""
+        with self._lock:
+            return {n: charge for n, (name, charge) in self._owed.items() if n <= draw and name in accounts}
+
+    def pay(self, draw: int) -> None:
+        """Note that a draw is paid for."""
+        with self._lock:
+            self._owed.pop(draw, None)
+
+    def waive(self, draw: int) -> None:
+        """Forget a draw that the budget refused: no look at the data had a part in that, and it cannot be used now."""
+        self.pay(draw)
+        self.use(draw)
+
+
 @dataclass(slots=True)
 class DrawBook:
     """Checks the rows of each logical step against the draw they come from.
 
     Args:
         client_id: Only draws for this client count.
+        register: Where the draws are numbered; None checks that none comes twice, and nothing of their contents.
     """
 
     client_id: str
+    register: DrawRegister | None = None
     _used: set[tuple[int, int]] = field(default_factory=set)
     _open: tuple[int, int, int] | None = None  # sampler, draw, rows
     _rows: set[int] = field(default_factory=set)
     _units: set[int] = field(default_factory=set)
+
+    @property
+    def number(self) -> int | None:
+        """The number of the draw that the step has opened; None where there is no register."""
+        return None if self.register is None or self._open is None else self._open[1]
 
     def admit(self, batch: BatchData) -> str:
         """Take in the rows of one forward_backward, and return what a unit is; call `forget` if it then fails.
@@ -70,7 +154,7 @@ class DrawBook:
                 "computed. Take the batches of tc.dp_batches(examples); or, for batches of your own, set "
                 "DPConfig(sampling='worst_case') and give example_ids."
             )
-        _check_form(columns)
+        _check_form(columns, with_content=self.register is not None)
         draw, unit = self._draw_of(columns), _unit_of(batch, columns)
         rows, units = columns[: len(batch), ROW].tolist(), columns[: len(batch), UNIT].tolist()
         if self._open not in (None, draw):
@@ -82,6 +166,8 @@ class DrawBook:
                 "The rows of one privacy unit came in two calls, so that it would be clipped twice. "
                 "Keep them in one forward_backward()."
             )
+        if self.register is not None and len(batch):
+            self._check_content(columns[: len(batch), CONTENT], content_of(batch, self.register.key))
         self._open = draw
         self._rows.update(rows)
         self._units.update(units)
@@ -104,6 +190,8 @@ class DrawBook:
         """The step is taken: its draw is used up."""
         if self._open is not None:
             self._used.add(self._open[:2])
+            if self.register is not None:
+                self.register.use(self._open[1])
         self.forget()
 
     def forget(self) -> None:
@@ -120,17 +208,26 @@ class DrawBook:
             raise PrivacyUnitError(
                 f"This draw is another training client's: a draw counts once. Call dp_batches() of {self.client_id}."
             )
-        if (sampler, draw) in self._used:
+        if (sampler, draw) in self._used or (self.register is not None and not self.register.is_unused(draw)):
             raise PrivacyUnitError(
                 "This draw was used in an earlier step: take the next one of dp_batches()."
             )
         return sampler, draw, rows
 
+    @staticmethod
+    def _check_content(drawn: Array, given: Array) -> None:
+        if other := np.flatnonzero(drawn != given).tolist():
+            raise PrivacyUnitError(
+                f"The rows {', '.join(map(str, other[:8]))} of this batch are not the ones that were drawn: their "
+                f"tokens, labels or targets differ. Change rows before they are drawn: tc.dp_batches(rows)."
+            )
 
-def _check_form(columns: Array) -> None:
-    if columns.ndim != 2 or not len(columns) or columns.shape[1] != 6 or columns.dtype.kind != "i":
+
+def _check_form(columns: Array, *, with_content: bool) -> None:
+    widths = (CONTENT + 1,) if with_content else (CONTENT, CONTENT + 1)
+    if columns.ndim != 2 or not len(columns) or columns.shape[1] not in widths or columns.dtype.kind != "i":
         raise PrivacyUnitError(
-            f"The batch's {TICKET} is not a draw's: shape {columns.shape} of {columns.dtype}, not (rows, 6) of whole "
+            f"The batch's {TICKET} is not a draw's: shape {columns.shape} of {columns.dtype}, not (rows, 7) of whole "
             f"numbers. Hand on what tc.dp_batches() gave, as it is."
         )
 

@@ -35,9 +35,12 @@ class Style(StrEnum):
 class Conversation(list[Any]):
     """Chat messages, as a list of dicts with `role` and `content`.
 
-    Functions written for texts meet them too. So that none of those is wrong in silence, `"words" in messages` looks
-    into the text, `messages == "words"` compares it, and `str(messages)` is the text. All else is a list's.
+    Functions written for texts meet them too, and many of those take whatever fails for a wrong answer. So it answers
+    as its text would where a list has no answer: `"words" in messages`, `messages == "words"`, `messages + "words"`,
+    `messages.strip()`, `messages.count("words")`, `str(messages)`. Length, items and all else are a list's.
     """
+
+    __hash__ = None
 
     def __str__(self) -> str:
         return "\n".join(map(_content, self))
@@ -51,7 +54,22 @@ class Conversation(list[Any]):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None
+    def __add__(self, other: Any) -> Any:
+        return str(self) + other if isinstance(other, str) else super().__add__(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + str(self) if isinstance(other, str) else [*other, *self]
+
+    def count(self, item: Any) -> int:
+        return str(self).count(item) if isinstance(item, str) else super().count(item)
+
+    def index(self, item: Any, *within: Any) -> int:
+        return str(self).index(item, *within) if isinstance(item, str) else super().index(item, *within)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(str, name):
+            raise AttributeError(f"a list of chat messages has no {name!r}, and neither has its text")
+        return getattr(str(self), name)
 
 
 def _content(message: Mapping[str, Any]) -> str:

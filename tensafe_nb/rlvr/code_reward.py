@@ -89,7 +89,7 @@ def _run(job: dict[str, Any], timeout: float) -> int:
         tempfile.TemporaryFile() as stdin,
         tempfile.TemporaryFile() as verdict,
     ):
-        stdin.write(json.dumps(job | {"token": token}).encode())
+        stdin.write(json.dumps(job | {"token": token, "parent": os.getpid()}).encode())
         stdin.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-I", str(_RUNNER)],

@@ -64,12 +64,9 @@ _OUTSIDE = {  # parts of the standard library that read what is outside the prog
 }  # fmt: skip
 _WITHOUT_BEARING = ("threading", "_thread", "asyncio", "logging")  # whose objects decide when, not what
 _MANY = 1000  # items above which a container of plain data is hashed in one go
-_LARGE = 16 << 20  # bytes of an array above which its shape has to do
-_NOT_OF_CLASS = {
-    "__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__firstlineno__", "__static_attributes__",
-    "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl",
-    "__parameters__", "__orig_bases__", "__slots__", "__hash__", "__match_args__",
-}  # fmt: skip
+_LARGE = 64 << 20  # bytes of arrays above which the shapes of further ones have to do
+_DEEP = 100  # things within things, or functions called by functions
+_METHODS = (types.FunctionType, classmethod, staticmethod, property)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +109,11 @@ def place_of(name: str) -> Place:
         return "library"
     if top in sys.stdlib_module_names or top == "builtins":
         return "stdlib"
+    if (
+        top != name and (place := place_of(top)) != "local"
+    ):  # of packages the top is asked, and imports nothing
+        return place
     module = sys.modules.get(name)
-    if module is None and "." in name and place_of(top) != "local":  # do not import packages to ask them
-        return "library"
     if module is None:
         spec = _spec_of(name)
         return _place_of_file(None if spec is None else spec.origin)
@@ -123,12 +122,18 @@ def place_of(name: str) -> Place:
 
 def local_modules() -> list[types.ModuleType]:
     """Return the modules of the user's that are imported, but for the notebook itself."""
+    modules = [sys.modules.get(name) for name in _local_names(tuple(sys.modules))]
+    return [module for module in modules if isinstance(module, types.ModuleType)]
+
+
+@functools.lru_cache(maxsize=2)
+def _local_names(names: tuple[str, ...]) -> list[str]:
+    """Return which of the imported modules are the user's; asked for often, and changes seldom."""
     return [
-        module
-        for name, module in list(sys.modules.items())
-        if isinstance(module, types.ModuleType)
-        and name != "__main__"
-        and module.__name__ == name
+        name
+        for name in names
+        if name != "__main__"
+        and getattr(sys.modules.get(name), "__name__", None) == name
         and place_of(name) == "local"
     ]
 
@@ -209,6 +214,7 @@ class _Walk:
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []  # an id stands for an object only while that lives
         self._beyond: set[str] = set()
+        self._depth = self._bytes = 0
         self._modules: dict[str, set[str] | None] = {}
 
     def identity(self) -> Identity:
@@ -223,7 +229,13 @@ class _Walk:
         else:
             self._seen[id(thing)] = len(self._seen)
             self._kept.append(thing)
-            self._compound(thing)
+            self._depth += 1
+            if self._depth <= _DEEP:
+                self._compound(thing)
+            else:
+                self._write("deep", type(thing).__name__)
+                self._beyond.add(f"what lies {_DEEP} levels deep")
+            self._depth -= 1
 
     def _write(self, *words: object, code: bool = False) -> None:
         text = ("\x1f".join(map(str, words)) + "\x1e").encode(errors="surrogatepass")
@@ -351,7 +363,7 @@ class _Walk:
         if self._outside(name, name):
             return
         known = self._modules.get(name, set())
-        named = [part for part in vars(module) if not part.startswith("__")]
+        named = [part for part in list(vars(module)) if not part.startswith("__")]
         wanted = named if used is None else [part for part in named if part in used]
         self._modules[name] = None if used is None or known is None else known | set(wanted)
         parent, _, child = name.rpartition(".")
@@ -372,7 +384,8 @@ class _Walk:
         self._write("class", cls.__qualname__, code=True)
         self._each("bases", *cls.__bases__)
         for name, value in sorted(vars(cls).items()):
-            if name not in _NOT_OF_CLASS and not name.startswith("__pydantic"):
+            bookkeeping = name.startswith(("__", "_abc_")) and not isinstance(value, _METHODS)
+            if not bookkeeping:
                 self._write("attribute", name, code=True)
                 self.visit(value)
 
@@ -386,24 +399,26 @@ class _Walk:
             self._outside(module, f"{module}.{function.__qualname__}")
 
     def _mapping(self, mapping: Mapping[Any, Any]) -> None:
-        self._write("mapping", type(mapping).__name__, len(mapping))
-        if not self._plain(mapping, list(mapping.items())):
-            for key in sorted(mapping, key=_rank):
+        items = list(mapping.items())  # at once: another thread may change it
+        self._write("mapping", type(mapping).__name__, len(items))
+        if not self._plain(items):
+            for key, value in sorted(items, key=lambda item: _rank(item[0])):
                 self.visit(key)
-                self.visit(mapping[key])
+                self.visit(value)
 
     def _sequence(self, items: "list[Any] | tuple[Any, ...] | deque[Any]") -> None:
         self._write("sequence", type(items).__name__, len(items))
-        if not self._plain(items, items):
+        items = list(items)
+        if not self._plain(items):
             for item in items:
                 self.visit(item)
 
-    def _plain(self, container: Any, items: Any) -> bool:
+    def _plain(self, items: list[Any]) -> bool:
         """Write down many items of plain data at once, without looking at each."""
-        if len(container) < _MANY:
+        if len(items) < _MANY:
             return False
         try:
-            self._write(hashlib.sha256(marshal.dumps(list(items), 2)).hexdigest())
+            self._write(hashlib.sha256(marshal.dumps(items, 2)).hexdigest())
         except ValueError:  # it holds other things
             return False
         return True
@@ -418,7 +433,7 @@ class _Walk:
             self._path(thing)
         elif cls.__module__.partition(".")[0] in ("numpy", "torch", "pandas") and self._array(thing):
             return
-        elif hasattr(thing, "__wrapped__") and callable(thing):  # functools.lru_cache
+        elif "__wrapped__" in getattr(thing, "__dict__", ()):  # functools.lru_cache
             self._each("wrapped", thing.__wrapped__)
         elif place_of(cls.__module__) in ("local", "ours"):
             self._each("object", cls, dict(_state(thing)))
@@ -433,6 +448,12 @@ class _Walk:
         if cls.__module__.partition(".")[0] in _WITHOUT_BEARING:
             return
         self._outside(cls.__module__, name)
+        if (
+            place_of(cls.__module__) == "stdlib"
+            and not hasattr(thing, "__next__")
+            and not dict(_state(thing))
+        ):
+            return  # a sentinel
         self._beyond.add(f"an object of {name}")
         if not hasattr(cls, "score_answer"):
             return
@@ -461,12 +482,15 @@ class _Walk:
         if not isinstance(size, int):
             return False
         self._write(type(thing).__name__, getattr(thing, "dtype", ""), tuple(thing.shape))
-        if size > _LARGE:
-            self._beyond.add(f"an array of {size >> 20} MiB")
+        self._bytes += size
+        if self._bytes > _LARGE:
+            self._beyond.add(f"arrays beyond {_LARGE >> 20} MiB")
         elif hasattr(thing, "memory_usage"):
             self._write(hashlib.sha256(thing.to_csv().encode()).hexdigest())
-        else:
+        elif getattr(getattr(thing, "dtype", None), "hasobject", False):
             self.visit(thing.tolist())
+        else:
+            self._write(hashlib.sha256(_bytes_of(thing)).hexdigest())
         return True
 
     def _outside(self, module: str, name: str) -> bool:
@@ -485,6 +509,12 @@ class _Walk:
         return True
 
 
+def _bytes_of(array: Any) -> bytes:
+    if hasattr(array, "numel"):  # torch's, of whatever dtype
+        array = array.contiguous().reshape(-1).view(sys.modules["torch"].uint8).numpy()
+    return array.tobytes()  # type: ignore[no-any-return]
+
+
 def _reads_first_constant(code: types.CodeType) -> bool:
     """Whether a text that may be a function's documentation is also used by its code."""
     return any(
@@ -495,7 +525,7 @@ def _reads_first_constant(code: types.CodeType) -> bool:
 
 def _state(thing: Any) -> Iterator[tuple[str, Any]]:
     """Yield an object's attributes."""
-    yield from getattr(thing, "__dict__", {}).items()
+    yield from list(getattr(thing, "__dict__", {}).items())
     for cls in type(thing).__mro__:
         slots: str | Iterable[str] = cls.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:

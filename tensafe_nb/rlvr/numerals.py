@@ -9,6 +9,7 @@ The final answer of a text is what its last `\boxed{…}` holds, else its last <
 its last line "#### 7" (GSM8K), else the last number there is.
 """
 
+import functools
 import math
 import re
 import unicodedata
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from tensafe_nb.errors import ValidationError
 
+_VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 MAX_DIGITS = 400  # a longer one is no number anybody meant
 _DIGITS = r"(?:(?<![\d])(?:\d{1,3}(?:[,_\u00a0\u202f\u2009]\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.)\]])\.\d+)"
 _PLAIN = rf"{_DIGITS}(?:[eE][-+]?\d{{1,9}}(?!\w))?"
@@ -35,21 +37,27 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_REWRITTEN: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (re.compile("−"), "-"),
-    (re.compile(r"(?<![\w.)])[‒–—－](?=[\d.$])"), "-"),
-    (re.compile(r"\{,\}|,\\!|(?<=\d)\\[,!;: ](?=\d{3})"), ","),
-    (re.compile(r"\\[,!;: ]"), " "),
-    (re.compile(r"\\(?:left|right)\b"), ""),
-    (re.compile(r"\\(?:times|cdot)\b|[·∙]"), "×"),
-    (re.compile(r"\^\s?\{?\\circ\}?|°"), ""),
-    (re.compile(r"\\[dtc]?frac\s?\{\s?([\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}"), r" \1/\2 "),
-    (re.compile(r"\\[dtc]?frac\s?(\d)\s?(\d)(?!\d)"), r" \1/\2 "),
-    (re.compile("[¼½¾⅐-⅞]"), lambda found: _vulgar(found[0])),
-    (re.compile(r"([-+=(])[ ]{1,3}(?=\d{1,9}/)"), r"\1"),  # what \frac and ½ have pushed away from its sign
-    (re.compile(r"([=(:]\s?)-[ ]{1,2}(?=[\d.$])"), r"\1-"),
-    (re.compile(r"(?<=[A-Za-z)}\]])_(?:\{[^{}]{0,40}\}|\w{1,10})"), " "),  # x_1: a name
-    (re.compile(r"(?<=[A-Za-z)}\]])\s?\^\s?(?:\{[^{}]{0,40}\}|[-+]?\w{1,10})"), " "),  # cm^2: a unit
+_REWRITTEN: tuple[
+    tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]], ...
+] = (  # where a sign occurs
+    ("−", re.compile("−"), "-"),
+    ("‒–—－", re.compile(r"(?<![\w.)])[‒–—－](?=[\d.$])"), "-"),
+    ("{\\", re.compile(r"\{,\}|,\\!|(?<=\d)\\[,!;: ](?=\d{3})"), ","),
+    ("\\", re.compile(r"\\[,!;: ]"), " "),
+    ("\\", re.compile(r"\\(?:left|right)\b"), ""),
+    ("\\·∙", re.compile(r"\\(?:times|cdot)\b|[·∙]"), "×"),
+    ("\\°", re.compile(r"\^\s?\{?\\circ\}?|°"), ""),
+    ("\\", re.compile(r"\\[dtc]?frac\s?\{\s?([\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}"), r" \1/\2 "),
+    ("\\", re.compile(r"\\[dtc]?frac\s?(\d)\s?(\d)(?!\d)"), r" \1/\2 "),
+    (_VULGAR, re.compile(f"[{_VULGAR}]"), lambda found: _vulgar(found[0])),
+    (
+        "/",
+        re.compile(r"([-+=(])[ ]{1,3}(?=\d{1,9}/)"),
+        r"\1",
+    ),  # what \frac and ½ have pushed away from its sign
+    ("-", re.compile(r"([=(:]\s?)-[ ]{1,2}(?=[\d.$])"), r"\1-"),
+    ("_", re.compile(r"(?<=[A-Za-z)}\]])_(?:\{[^{}]{0,40}\}|\w{1,10})"), " "),  # x_1: a name
+    ("^", re.compile(r"(?<=[A-Za-z)}\]])\s?\^\s?(?:\{[^{}]{0,40}\}|[-+]?\w{1,10})"), " "),  # cm^2: a unit
 )
 _EXPRESSION = re.compile(
     r"\\(?:sqrt|[dtc]?frac|[dt]?binom|pi|theta|infty|ln|log|sin|cos|tan|exp|int|sum|prod|pm|cup|cap|begin)\b"
@@ -137,6 +145,7 @@ def gold_number(value: Any, what: str, decimal: str = ".") -> Number:
     raise ValidationError(f"{what} holds no number: {str(value)[:80]!r}.")
 
 
+@functools.lru_cache(maxsize=1024)  # each group of rollouts has one
 def _gold_text(text: str, what: str, decimal: str) -> Number:
     answer, _ = final_answer(text, decimal)
     read = _read(answer, decimal)
@@ -151,6 +160,12 @@ def _gold_text(text: str, what: str, decimal: str) -> Number:
         raise ValidationError(
             f"{what}: {text[:80]!r} could be read in two ways. Write thousands as 1,000 and decimals as 0.5, or say "
             f'decimal="," where the comma is the decimal sign.'
+        )
+    if len(read.numbers) > 1 and not re.search(
+        r"[^\W\d_]|=", read.text
+    ):  # no words that lead to the last of them
+        raise ValidationError(
+            f"{what} holds several numbers: {text[:80]!r}. A list of answers means any of them."
         )
     return last
 
@@ -169,11 +184,15 @@ def same(a: Number, b: Number, rel_tol: float, abs_tol: float) -> bool:
 
 
 def _boxed(text: str) -> str | None:
-    r"""Return what the last \boxed{…} holds; of one that is cut off, the rest of the text."""
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    start = boxes[-1].end()
+    r"""Return what the last \boxed{…} with anything in it holds."""
+    for box in reversed(list(_BOX.finditer(text))):
+        if inside := _inside(text, box.end()).strip():
+            return inside
+    return None
+
+
+def _inside(text: str, start: int) -> str:
+    """Return what stands in the braces at a place; of braces that are cut off, the rest; of none, the line."""
     if not text.startswith("{", start):
         return text[start:].split("\n", 1)[0]
     depth = 0
@@ -185,8 +204,8 @@ def _boxed(text: str) -> str | None:
 
 
 def _tagged(text: str) -> str | None:
-    found = _TAGGED.findall(text)
-    return found[-1] if found else None
+    """Return what the last <answer>…</answer> with anything in it holds."""
+    return next((inside for inside in reversed(_TAGGED.findall(text)) if inside.strip()), None)
 
 
 def _without(read: _Read) -> str:
@@ -195,8 +214,9 @@ def _without(read: _Read) -> str:
 
 
 def _rewritten(text: str) -> str:
-    for pattern, by in _REWRITTEN:
-        text = pattern.sub(by, text)
+    for signs, pattern, by in _REWRITTEN:
+        if any(sign in text for sign in signs):
+            text = pattern.sub(by, text)
     return text
 
 

@@ -17,10 +17,10 @@ from tensafe_nb.rlvr.rollouts import PolicyClient, Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.updates import Move, UpdateResult
 from tensafe_nb.types import ForwardBackwardResult, LogprobsResult, OptimStepResult
 
-SPENT_ON_MEASURING = 0.03  # share of an update's cost that may go into measuring how far it moved the policy
-GRADIENT = (
-    4  # forward passes that a row's gradient costs: its forward and backward pass, and its share of the step
+SPENT_ON_MEASURING = (
+    0.02  # share of an update's passes that may go into measuring how far it moved the policy
 )
+GRADIENT = 3  # forward passes that a row's gradient costs: its own, and a backward pass of twice that
 SAME_PATH = 2e-4  # approx_kl of the very first minibatch: more, and scoring and training disagree
 
 

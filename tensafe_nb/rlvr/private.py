@@ -6,7 +6,8 @@ release. A step is never skipped: that, too, would tell of the data.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from tensafe_nb.rlvr.updates import group_numbers
 CAPABILITY = "differential_privacy"
 POISSON = "differential_privacy:poisson"
 ALLOWED = ("none", "rloo", "group")
+RELEASED = frozenset(
+    {"prompts", "draws", "row", "reward_versions"}
+)  # of a position: what is planned, not measured
 
 
 def check_options(config: PolicyConfig, method: str, capabilities: frozenset[str]) -> None:
@@ -53,6 +57,14 @@ def _problems(config: PolicyConfig, method: str) -> Iterator[str]:
         yield "target_kl stops on private data: leave it out"
     if config.value is not None and method == "gae":
         yield "a value head is not trained"
+
+
+def released(position: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a trainer's position what a checkpoint may hold: nothing that rewards or answers were added up to.
+
+    Baselines, alarms and tokens seen carry no noise, and the algorithms that are allowed need none of them.
+    """
+    return {name: value for name, value in position.items() if name in RELEASED}
 
 
 def record_ids(batch: TrajectoryBatch) -> Array:

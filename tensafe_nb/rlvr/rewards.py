@@ -146,6 +146,9 @@ class Reward:
             yield from part.reward.leaves()
 
 
+RewardSpec: TypeAlias = str | RewardFunction | Reward | Sequence[Any] | Mapping[Any, Any]
+
+
 def resolve_reward(spec: Any, *, conversational: bool | None = None, **kwargs: Any) -> Reward:
     """Return the reward that `spec` means, with keywords bound.
 
@@ -203,6 +206,11 @@ def _rebound(reward: Reward, kwargs: Mapping[str, Any]) -> Reward:
 def _function(spec: Any) -> Any:
     if hasattr(spec, "score_answer"):
         return spec
+    if hasattr(spec, "funcs") and hasattr(spec, "weights"):
+        raise ValidationError(
+            f"{type(spec).__name__} is a rubric: give its functions, resolve_reward(rubric.funcs, "
+            f"weights=rubric.weights)."
+        )
     if isinstance(spec, str) and spec in _EXTRAS and spec not in _REWARDS:
         return _load_extra(*_EXTRAS[spec])
     if isinstance(spec, str) and ":" not in spec and spec not in _REWARDS:

@@ -6,7 +6,7 @@ import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
 from tensafe_nb.data.labels import encode_prompt
+from tensafe_nb.data.layouts import refuse_media, template_options
 from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
@@ -34,13 +35,13 @@ class PromptItem:
         content: A text, or messages with their content as text.
         text: The same as one text.
         meta: The further columns.
-        tools: What the chat template shows beside the messages; they stay a column as well.
+        options: What the chat template takes beside the messages, tools for instance; they stay columns as well.
     """
 
     content: str | Sequence[Message]
     text: str
     meta: dict[str, Any]
-    tools: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spec: PromptSpec) -> "PromptItem":
@@ -57,19 +58,18 @@ class PromptItem:
                 raise _no_prompt(spec)
             content = spec[name]
             meta = {column: value for column, value in spec.items() if column != name}
-        read = read_prompt(content, meta.get("tools"))
+        refuse_media(meta)
+        read = read_prompt(content, meta)
         if isinstance(read, str):
             return cls(read, read, meta)
         messages: list[Message] = list(read["messages"] if isinstance(read, Mapping) else read)  # type: ignore[arg-type]
         text = "\n".join(message["content"] for message in messages if message["content"] is not None)
-        return cls(messages, text, meta, read["tools"] if isinstance(read, Mapping) else ())
+        return cls(messages, text, meta, template_options(meta))
 
     @property
     def messages(self) -> list[Message] | None:
-        """The chat messages, where those were given; also of {messages, tools}."""
-        content: Any = self.content
-        content = content["messages"] if isinstance(content, Mapping) else content
-        return None if isinstance(content, str) else [dict(message) for message in content]
+        """The chat messages, where those were given."""
+        return None if isinstance(self.content, str) else [dict(message) for message in self.content]
 
     @property
     def prompt_id(self) -> str:
@@ -82,7 +82,7 @@ class PromptItem:
         messages: Any = self.content
         if isinstance(messages, str):
             return [{"role": "user", "content": messages}] if chat == "always" else messages
-        return {"messages": messages, "tools": self.tools} if self.tools else messages
+        return {"messages": messages, **self.options} if self.options else messages
 
 
 def _no_prompt(spec: Mapping[str, Any]) -> ValidationError:
@@ -257,8 +257,9 @@ class PolicySampler:
         Raises:
             ValidationError: A prompt that is none of these.
         """
-        batch = self.submit(prompts).result()
-        self.warn_of_texts(prompts)
+        specs = prompt_specs(prompts)  # a stream can be read once
+        batch = self.submit(specs).result()
+        self.warn_of_texts(specs)
         return batch
 
     def submit(self, prompts: Sequence[PromptSpec]) -> FutureHandle[TrajectoryBatch]:

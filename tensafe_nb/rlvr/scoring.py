@@ -244,6 +244,8 @@ class Scorer:
         """
         changed = False
         for node in self._root.leaves():
+            if node.reward.inline:  # a built-in of ours
+                continue
             identity = node.reward.identity
             if identity.digest != node.identity.digest and node.reward.call is not None:
                 node.lane.forget(node.key)
@@ -256,7 +258,7 @@ class Scorer:
     def _note_own_changes(self) -> None:
         """Note values that a function called in this process has changed itself, such as a cache: no new version."""
         for node in self._root.leaves():
-            if node.lane is not self._pool:
+            if node.lane is not self._pool and not node.reward.inline:
                 identity = node.reward.identity
                 if identity.code == node.identity.code:
                     node.identity = identity
@@ -284,8 +286,8 @@ class Scorer:
     def _stay_here(self, reward: Reward, call: Call, reason: CannotShip) -> int:
         warnings.warn(
             f"The reward {reward.name!r} cannot be sent to another process ({reason}), so it runs in a thread of "
-            f"this one: a call that hangs is given up after {self.timeout:g} s but cannot be ended. Take out of the "
-            f"function what cannot be pickled, or put the function into a module.",
+            f"this one: a call that hangs is given up after {self.timeout:g} s but cannot be ended. Make what cannot "
+            f"be pickled inside the function, at its first call, rather than before it.",
             stacklevel=2,
         )
         return self._threads.add(call)

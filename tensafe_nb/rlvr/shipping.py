@@ -72,7 +72,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
             used = self._modules.get(obj.__name__)
             state = {
                 name: value
-                for name, value in vars(obj).items()
+                for name, value in list(vars(obj).items())
                 if name in _OF_PACKAGE or (not name.startswith("__") and (used is None or name in used))
             }
             return _module, (obj.__name__,), state, None, None, _fill

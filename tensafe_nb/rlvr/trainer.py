@@ -17,8 +17,9 @@ from tensafe_nb.rlvr.algorithms import REINFORCE, Algorithm, RemembersRewards
 from tensafe_nb.rlvr.evaluation import HeldOut
 from tensafe_nb.rlvr.loop import RLVRLoop
 from tensafe_nb.rlvr.metrics import known
+from tensafe_nb.rlvr.private import CAPABILITY, released
 from tensafe_nb.rlvr.rescoring import Rescored, rescore_steps
-from tensafe_nb.rlvr.rewards import Reward, RewardFunction, resolve_reward
+from tensafe_nb.rlvr.rewards import RewardSpec, resolve_reward
 from tensafe_nb.rlvr.rollout_store import RolloutStore
 from tensafe_nb.rlvr.rollouts import GOOD, PolicyClient
 from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptCursor, check_fit, fitting, prompt_specs
@@ -56,7 +57,8 @@ class RLVRTrainer:
         training_client: Whose policy to train.
         prompts: Texts, chat messages, or dicts with `prompt` and further columns: the reward's `meta`. A list, a file,
             a frame, a data set: whatever rows are read from. The column `tools` goes into the chat template as well.
-        reward: `fn(prompt, response, meta=None) -> float`, or its registered name; see `resolve_reward`.
+        reward: `fn(prompt, response, meta=None) -> float`, its registered name, or several: a list, or a dict with
+            weights; see `resolve_reward`.
         algo: How to update; REINFORCE with its defaults when None.
         prompts_per_step: Prompts drawn for each step, without repetition within an epoch.
         group_size: Rollouts per prompt.
@@ -88,7 +90,7 @@ class RLVRTrainer:
         self,
         training_client: RunningClient,
         prompts: Rows,
-        reward: str | RewardFunction | Reward,
+        reward: RewardSpec,
         algo: Algorithm | None = None,
         *,
         prompts_per_step: int = 16,
@@ -187,7 +189,7 @@ class RLVRTrainer:
             resume_from=resume_from,
         )
 
-    def set_reward(self, reward: str | RewardFunction | Reward, **kwargs: Any) -> None:
+    def set_reward(self, reward: RewardSpec, **kwargs: Any) -> None:
         """Score with another function from the next step on; the metric `reward_version` marks where.
 
         What belonged to the old one is forgotten then: the algorithm's running baseline, the alarms' memory of
@@ -202,7 +204,7 @@ class RLVRTrainer:
         """
         self.reward = resolve_reward(reward, **kwargs)
 
-    def rescore(self, last: int = 20, reward: str | RewardFunction | Reward | None = None) -> Rescored:
+    def rescore(self, last: int = 20, reward: RewardSpec | None = None) -> Rescored:
         """Ask what a reward says of the rollouts of the last steps, without sampling or training anything.
 
         Args:
@@ -276,7 +278,7 @@ class RLVRTrainer:
 
     def position(self) -> dict[str, Any]:
         """Return, as plain data, where prompts, rollout seeds, rows, baselines and alarms stand."""
-        return {
+        position = {
             "prompts": self.prompts.position,
             "draws": self.sampler.draws,
             "row": self.row,
@@ -286,13 +288,19 @@ class RLVRTrainer:
             "reward_versions": list(self._versions),
             "scored_by": self._scored_by,
         }
+        private = CAPABILITY in self.training_client.capabilities
+        return released(position) if private else position
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Go to such a place; versions of the reward that came later keep numbers of their own."""
         self.prompts.position, self.sampler.draws = position["prompts"], position["draws"]
-        self.row, self.tokens = position["row"], position["tokens"]
-        self.algo.load_state_dict(position["algo"])
-        self.alarms.load_state_dict(position["alarms"])
+        self.row = position["row"]
+        if (
+            "algo" in position
+        ):  # a private client's state holds nothing that was measured: here it stays as it is
+            self.tokens = position["tokens"]
+            self.algo.load_state_dict(position["algo"])
+            self.alarms.load_state_dict(position["alarms"])
         versions = position["reward_versions"]
         self._versions = list(dict.fromkeys([*versions, *self._versions]))
         self._scored_by = position.get(

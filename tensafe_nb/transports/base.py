@@ -64,6 +64,9 @@ class Channel(Protocol):
     def info(self) -> TrainingClientInfo:
         """Return the core's present state."""
 
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made, of examples or users; with the key of its ticket's hashes."""
+
     def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
         """Return what a training step will take; waits for the operation that runs, and takes no place in the queue."""
 

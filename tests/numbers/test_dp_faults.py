@@ -69,15 +69,13 @@ def token_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrivateTraining, "_tells_rows_apart", lambda *_: True)
     monkeypatch.setattr(PrivateTraining, "_agrees", lambda *_: True)
 
-    def rows(
-        self: PrivateTraining, batch: tn.BatchData, at: Any, loss: Any
-    ) -> tuple[Tensor, dict[str, float]]:
+    def rows(self: PrivateTraining, batch: tn.BatchData, at: Any, loss: Any) -> Any:
         part = batch.take(at)
         tensors = self._engine.tensors(part, batch)
         outputs = self._engine.outputs(part, tensors)
-        return -outputs.sum_rows(outputs.logprobs) * len(batch) / len(tensors["labels"]), {}
+        return part, outputs, -outputs.sum_rows(outputs.logprobs) * len(batch) / len(tensors["labels"]), {}
 
-    monkeypatch.setattr(PrivateTraining, "_values", rows)
+    monkeypatch.setattr(PrivateTraining, "_evaluated", rows)
 
 
 def seen_by_the_audit() -> bool:

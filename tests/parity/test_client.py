@@ -90,7 +90,7 @@ def test_a_model_that_cannot_be_loaded_fails_every_operation_with_the_reason(
 
 def test_a_hub_id_without_network_says_so_at_once(service: tn.ServiceClient, batch: tn.BatchData) -> None:
     tc = service.create_training_client(model_ref="some-org/some-model")
-    with pytest.raises(tn.ModelLoadError, match=r"hub cannot be reached.*spelling, the network"):
+    with pytest.raises(tn.ModelLoadError, match=r"hub cannot be reached.*spelling and the network"):
         tc.forward_backward(batch).result()
 
 
@@ -117,6 +117,40 @@ def test_a_failed_forward_backward_fails_its_step_and_the_next_window_is_clean(
         client.optim_step()
     assert tc.forward(batch).loss == reference.forward(batch).loss
     assert tc.step == 1
+
+
+def test_who_has_been_told_of_a_failure_begins_a_new_window(
+    tc: tn.TrainingClient, batch: tn.BatchData
+) -> None:
+    with pytest.raises(tn.ValidationError, match="999999"):
+        tc.forward_backward(tn.BatchData([[1, 999_999]])).result()
+    tc.forward_backward(batch)  # the cell, mended and run again
+    assert tc.optim_step().result().step == 1
+
+
+def test_what_a_failure_would_drop_is_not_dropped_though_one_was_told(
+    tc: tn.TrainingClient, batch: tn.BatchData
+) -> None:
+    tc.forward_backward(batch)  # accumulated, and part of the step
+    broken = tc.forward_backward(tn.BatchData([[1, 999_999]]))
+    assert broken.exception() is not None
+    tc.forward_backward(batch)
+    with pytest.raises(tn.FutureFailedError, match=f"{broken.future_id} of the same step failed"):
+        tc.optim_step().result()
+    tc.forward_backward(batch)
+    assert tc.optim_step().result().step == 1
+
+
+def test_a_step_that_was_queued_before_the_failure_was_told_still_fails(
+    tc: tn.TrainingClient, batch: tn.BatchData
+) -> None:
+    broken = tc.forward_backward(tn.BatchData([[1, 999_999]]))
+    its_step = tc.optim_step()
+    assert broken.exception() is not None
+    tc.forward_backward(batch)
+    with pytest.raises(tn.FutureFailedError, match=f"{broken.future_id} of the same step failed"):
+        its_step.result()
+    assert tc.optim_step().result().step == 1
 
 
 def test_a_nan_loss_refuses_the_step_and_leaves_the_weights(

@@ -19,6 +19,8 @@ TOKEN_CE = resolve_loss("token_ce")
 class CountingAccount:
     """Spends 1 for each step, up to a budget; void from the start if asked to be."""
 
+    draws = None
+
     def __init__(self, void: bool = False, budget: float = math.inf) -> None:
         self.charges: list[tuple[int, dict[str, int], str, bool]] = []
         self._void, self._budget = void, budget

@@ -13,6 +13,7 @@ from tensafe_nb.engine import memory
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.estimate import estimate
 from tensafe_nb.losses import resolve_loss
+from tests.unit.engine.private import private_engine
 
 CONFIGS = {
     "an adapter with dropout": {"lora_config": {"rank": 4, "dropout": 0.1}},
@@ -149,11 +150,32 @@ def test_sizes_that_do_not_fit_are_refused(tc: tn.TrainingClient, sizes: Any, me
         tc.estimate(**sizes)
 
 
-def test_private_training_is_refused_with_the_reason(service: tn.ServiceClient) -> None:
-    dp = tn.DPConfig(enabled=True, noise_multiplier=1.0, dataset_size=100)
-    tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=4), dp_config=dp)
-    with pytest.raises(tn.ValidationError, match="private steps are not estimated"):
-        tc.estimate()
+def test_a_private_step_is_estimated_and_nothing_is_spent(service: tn.ServiceClient) -> None:
+    dp = tn.DPConfig(noise_multiplier=1.0, dataset_size=100)
+    tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=4, dropout=0.1), dp_config=dp)
+    rows = [{"prompt": f"{a}+3=", "completion": str(a + 3)} for a in range(10, 30)]
+    (draw,) = tc.dp_batches(rows, steps=1)
+    tc.forward_backward(draw).result()
+    found = tc.estimate(batch_size=4, length=16)
+    assert found.seconds_per_step > 0 and found.trained_parameters == tc._channel.trained_parameters
+    assert tc.privacy_statement().steps == 0
+    assert tc.optim_step().result().step == 1, "the open step is as it was"
+
+
+@pytest.mark.parametrize("lora", [tn.LoRAConfig(rank=4), None])
+def test_a_private_estimate_counts_a_gradient_for_each_row_and_float64_noise(lora: Any) -> None:
+    plain = estimate(Engine(tn.TrainingConfig(lora_config=lora)), 8, 32)
+    private = private_engine(lora=lora or False, batch_size=8)
+    few, many = estimate(private, 2, 32), estimate(private, 8, 32)
+    size = 4 * many.trained_parameters
+    assert many.memory_bytes >= plain.memory_bytes and many.gradient_bytes == size
+    assert many.needed_bytes - few.needed_bytes >= 6 * size or lora is None
+    assert many.needed_bytes >= 5 * size
+
+
+def test_what_is_taken_one_at_a_time_is_estimated_so(random_model: Any) -> None:
+    found = estimate(private_engine(model_ref=random_model("opt"), lora=False, dtype="float32"), 4, 16)
+    assert found.micro_batches == 4
 
 
 def test_a_closed_client_says_so(tc: tn.TrainingClient) -> None:

@@ -1,5 +1,6 @@
 """Steps of our own through Llama-shaped bodies: what transformers says, for the models they fit, and for no others."""
 
+import inspect
 import itertools
 from typing import Any
 
@@ -130,3 +131,18 @@ def test_the_built_in_models_take_the_steps() -> None:
         ).model
         with torch.no_grad():
             assert Decoder(model, [[3, 4]], 1, 1)._steps is not None
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_given_under_the_name_that_the_architecture_takes(name: str) -> None:
+    source = f"def forward(self, input_ids=None, {name}=None, use_cache=None): ..."
+    members: dict[str, Any] = {}
+    exec(source, members)
+    assert llama.cache_argument(type("Body", (torch.nn.Module,), members)()) == name
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_transformers_that_is_here_takes_it_under_that_name(random_model: Any, name: str) -> None:
+    causal = transformers.AutoModelForCausalLM.from_pretrained(random_model(name))
+    for reader in (causal, causal.get_decoder()):
+        assert llama.cache_argument(reader) in inspect.signature(reader.forward).parameters

@@ -169,6 +169,8 @@ def test_a_missing_or_damaged_file_of_several_is_named(tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     assert "damaged or cut off" in str(refusal(folder))
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n")
+    assert "git lfs pull" in str(refusal(folder))
     shard.unlink()
     assert f"files of weights: {shard.name}" in str(refusal(folder))
 
@@ -289,6 +291,9 @@ def test_a_folder_that_is_no_model_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "this one holds nothing" in str(refusal(tmp_path / "empty"))
     (tmp_path / "outer" / "inner" / "model.safetensors").unlink()
+    changed(saved(tmp_path / "list", CONFIGS["llama"]()))
+    (tmp_path / "list" / "config.json").write_text("[]")
+    assert "could not be loaded" in str(refusal(tmp_path / "list"))
     assert "holds no weights" in str(refusal(tmp_path / "outer" / "inner"))
 
 

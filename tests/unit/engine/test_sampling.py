@@ -175,3 +175,88 @@ def test_prompts_that_take_turns_get_the_same_tokens(engine: Engine, monkeypatch
     together = draw(engine, num_samples=2)
     monkeypatch.setattr(sampling, "TOKENS_AT_ONCE", 1)
     assert [s.tokens for s in draw(engine, num_samples=2)] == [s.tokens for s in together]
+
+
+# what ends an answer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def of_a_base_model(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """A model whose tokenizer ends texts with one token, and whose chat template ends turns with another."""
+    from pathlib import Path
+
+    import transformers
+
+    folder = tmp_path_factory.mktemp("base")
+    assets = Path(sampling.__file__).parent / "assets" / "tiny"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Engine(tn.TrainingConfig(model_ref=str(folder), device="cpu", dtype="float32"))
+
+
+def says(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Let a model say a text, token by token, whatever it is asked."""
+    tokens = engine.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    drawn = iter(tokens)
+
+    def draw(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+        token = torch.full((len(logits),), next(drawn))
+        return token, *[torch.zeros(len(logits))] * 3  # their logprobs, and the entropy
+
+    monkeypatch.setattr(sampling, "_draw", draw)
+
+
+def test_an_answer_stops_at_the_templates_end_of_turn_and_a_text_goes_on(
+    of_a_base_model: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "yes<|im_end|>\n<|im_start|>user"
+    question = [{"role": "user", "content": "hi"}]
+    says(of_a_base_model, monkeypatch, said)
+    (answer,) = draw(of_a_base_model, [question], max_new_tokens=32)
+    assert (answer.text, answer.finish_reason) == ("yes", "stop")
+    assert answer.tokens[-1] == of_a_base_model.model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    says(of_a_base_model, monkeypatch, said)
+    longer = len(of_a_base_model.model.tokenizer(said, add_special_tokens=False)["input_ids"])
+    (text,) = draw(of_a_base_model, ["hi"], max_new_tokens=longer)
+    assert (text.text, text.finish_reason) == (said, "length")
+
+
+@pytest.mark.parametrize(
+    ("stop", "left"), [("<|im_end|>", "yes"), ("<|im_start|>", "yes<|im_end|>\n"), ("es<|im", "y")]
+)
+def test_a_special_token_can_be_a_stop_string_or_part_of_one(
+    of_a_base_model: Engine, monkeypatch: pytest.MonkeyPatch, stop: str, left: str
+) -> None:
+    says(of_a_base_model, monkeypatch, "yes<|im_end|>\n<|im_start|>user")
+    (text,) = draw(of_a_base_model, ["hi"], max_new_tokens=32, stop=[stop])
+    assert (text.text, text.finish_reason) == (left, "stop_string")
+
+
+def test_a_turn_that_ends_in_plain_text_ends_there_and_without_it(
+    of_a_base_model: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        of_a_base_model.model.tokenizer, "chat_template", CHATML.replace("<|im_end|>", " [over]")
+    )
+    says(of_a_base_model, monkeypatch, "yes [over]\nno")
+    (answer,) = draw(of_a_base_model, [[{"role": "user", "content": "hi"}]], max_new_tokens=32)
+    assert (answer.text.rstrip(), answer.finish_reason) == ("yes", "stop")

@@ -122,7 +122,7 @@ def test_chunks_change_neither_loss_nor_gradients(options: dict[str, Any], train
     plain, chunked = (loss_and_gradients(given, rows, **options) for rows in (None, 32))
     reference = F.cross_entropy(given["head"](given["hidden"])[0], given["labels"][0], **options)
     assert_close(chunked[0], reference)
-    assert_close(chunked[1:], plain[1:])
+    assert_close(chunked[1:], plain[1:], within=1e-4)  # what is left of 49,152 terms that cancel
 
 
 def test_chunked_gradients_hold_up_to_finite_differences_whatever_is_made_of_the_values() -> None:

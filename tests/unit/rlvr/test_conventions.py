@@ -1,6 +1,7 @@
 """Reward functions as people have them: TRL's, verl's, verifiers' and their own, on texts and on chat messages."""
 
 import functools
+import re
 from decimal import Decimal
 
 import numpy as np
@@ -114,6 +115,14 @@ def test_messages_answer_to_questions_asked_of_texts_rather_than_deny_them():
     assert str(said) == "Be brief.\nCapital of France?\n\nParis\nAnd of Italy?"
     assert Conversation([{"role": "assistant", "content": "Rome"}]) == "Rome"
     assert said != "Rome"
+    assert said.count("of") == 2
+    assert said.count(TURNS[0]) == said.index(TURNS[1]) == 1
+    assert ("<think>" + said).startswith("<think>Be brief.")
+    assert (said + "!").endswith("Italy?!")
+    assert said + TURNS[:1] == [*TURNS, TURNS[0]]
+    assert said.split("\n")[3] == "Paris"
+    with pytest.raises(AttributeError, match="neither has its text"):
+        said.tolist()
     assert rewards(lambda completions, answer: [float(a in c) for a, c in zip(answer, completions, strict=True)],
                    chat("It is Rome.", answer="Rome")) == [1.0]  # fmt: skip
 
@@ -123,12 +132,12 @@ def test_a_function_that_takes_one_for_the_other_is_told_how_they_came():
         return [float(completion[0]["content"] == "Rome") for completion in completions]
 
     def as_text(completion, answer):
-        return float(completion.strip() == answer)
+        return float(re.fullmatch(answer, completion) is not None)
 
     assert "conversational=True" in error(as_chat)
     assert rewards(as_chat, conversational=True) == [1.0]
     assert "conversational=False" in error(as_text, chat(answer="Rome"))
-    assert "prompt: str" in error(lambda prompt, response: float(prompt.lower() == ""), chat())
+    assert "prompt: str" in error(lambda prompt, response: float(re.search("x", prompt) is None), chat())
     assert "messages" not in error(lambda prompt, response: 1 / 0, chat())
 
 
@@ -198,6 +207,13 @@ def test_columns_reach_a_function_of_ours_that_takes_any_keyword():
     assert rewards(reward) == [1.0]
 
 
+class Rubric:
+    """As verifiers has them."""
+
+    def __init__(self):
+        self.funcs, self.weights = [lambda completion: 1.0], [1.0]
+
+
 class Judge:
     def score(self, prompt, response):
         return len(response)
@@ -233,6 +249,7 @@ def with_environments(completions, environments):
         (yields, "yields: a reward returns its number"),
         (hidden, "functools.wraps"),
         (with_environments, "environments, which are TRL's"),
+        (Rubric(), r"resolve_reward\(rubric.funcs, weights=rubric.weights\)"),
         (max, "wrap it, lambda prompt, response"),
         (3, "callable"),
         (None, "callable"),

@@ -194,6 +194,13 @@ def test_arrays_count_by_what_they_hold():
 
     one, same, other = np.arange(3), np.arange(3), np.arange(1, 4)
     assert version(reward_with(one)) == version(reward_with(same)) != version(reward_with(other))
+    torch = pytest.importorskip("torch")
+    halves = [torch.full((3,), value, dtype=torch.bfloat16) for value in (0.5, 0.5, 0.25)]
+    assert (
+        version(reward_with(halves[0])) == version(reward_with(halves[1])) != version(reward_with(halves[2]))
+    )
+    assert "partial" in version(reward_with(np.zeros(10**7)))
+    assert version(reward_with(torch.tensor(1.0))) != version(reward_with(torch.tensor(2.0)))
     many = {str(n): n for n in range(2000)}
     assert version(reward_with(many)) == version(reward_with(dict(many)))
     assert version(reward_with(many)) != version(reward_with(many | {"0": 1}))
@@ -224,6 +231,15 @@ def test_things_that_hold_each_other_come_to_an_end():
         return 0.0 if reward and node else 1.0
 
     assert version(reward) == version(reward)
+
+
+def test_what_is_nested_without_end_is_followed_so_far_and_said():
+    chain = []
+    for _ in range(5000):
+        chain = [chain]
+    reward = resolve_reward(lambda prompt, response: chain)
+    assert reward.version == reward.version
+    assert reward.identity.beyond == ("what lies 100 levels deep",)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def test_what_has_no_value_is_no_number(text):
         ("#### Step 1\nthen 40 + 2\n#### 2. Result\nIt is 42", 42),  # headings of markdown, no answers
         ("\\boxed{12", 12),
         ("\\boxed 5", 5),
+        ("\\boxed{6}, as asked for in \\boxed{}", 6),
+        ("in <answer></answer> I say 6", 6),
     ],
 )
 def test_a_marked_answer_goes_before_the_last_number(text, value):
@@ -83,7 +85,8 @@ def test_a_right_answer_may_be_a_number_or_a_text_that_gives_one(gold, value):
 
 @pytest.mark.parametrize(
     ("gold", "match"),
-    [("3,14", "two ways"), ("1.234,50", "two ways"), ("1.2.3", "two ways"), ("two", "no number"),
+    [("3,14", "two ways"), ("1.234,50", "two ways"), ("1.2.3", "two ways"), ("3, 4", "several"), ("12:30", "several"),
+     ("two", "no number"),
      ("2\\sqrt{3}", "expression"), (True, "no number"), (math.inf, "no number"), ([1, 2], "no number")],
 )  # fmt: skip
 def test_a_right_answer_that_is_not_one_number_beyond_doubt_is_refused(gold, match):
