@@ -480,6 +480,11 @@ class TrainingClient(Verbs):
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)
 
+    def _mime_(self) -> tuple[str, str]:
+        """Return what marimo shows."""
+        shown: tuple[str, str] = load_dotted("tensafe_nb.widgets:mime")(self)
+        return shown
+
     # the end
 
     def close(self) -> None:

@@ -215,6 +215,11 @@ class TrainingRun:
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)
 
+    def _mime_(self) -> tuple[str, str]:
+        """Return what marimo shows."""
+        shown: tuple[str, str] = load_dotted("tensafe_nb.widgets:mime")(self)
+        return shown
+
     def _left_behind(self) -> "TrainingRun":
         """Return what a notebook's output history keeps of this run: how it ended, without its client."""
         if not self.done():

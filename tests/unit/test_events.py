@@ -130,7 +130,7 @@ def test_what_cannot_be_called_is_no_subscriber(bus: EventBus, subscriber: Any) 
 def test_a_coroutine_function_is_sent_to_the_iterator(bus: EventBus) -> None:
     async def tracker(event: Event) -> None: ...
 
-    with pytest.raises(ValidationError, match="async for event in tc.events"):
+    with pytest.raises(ValidationError, match=r"async for event in tc\.events"):
         bus.subscribe(tracker)
 
 
