@@ -7,6 +7,7 @@ prompt: where a token of the whole text would reach over that border, prompt and
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +27,7 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import Prompt
 
 Encoded = tuple[list[int], list[bool]]
+AT_ONCE = 250  # rows rendered while as many others are tokenised
 PROBES = ("a", "1")
 HEADS = 16  # headers of turns remembered with their tokens
 ANCHORS = ("\x02", "\n", "=", "|", "a")  # put before a text, so that no tokenizer takes it for a beginning
@@ -50,45 +52,72 @@ def encode_many(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Encod
         tokenizer: The model's. Chats are tokenised as the template writes them, everything else between the tokenizer's
             own first token and its end token.
     """
-    tokens = _Tokens(tokenizer)
-    made: list[Any] = _texts(rows, tokenizer)
-    good = [number for number, text in enumerate(made) if isinstance(text, _Text)]
-    for number, encoded in zip(good, tokens.encode([made[n] for n in good]), strict=True):
-        made[number] = encoded
+    reader = _Reader(tokenizer)
+    if len(rows) <= AT_ONCE:
+        return reader.labelled(texts := reader.texts(rows), reader.encodings(texts))
+    made: list[Encoded | ValidationError] = []
+    before: tuple[Any, Any] | None = None
+    with ThreadPoolExecutor(
+        max_workers=1
+    ) as other:  # the tokenizer needs no GIL: it works while templates render
+        for start in range(0, len(rows), AT_ONCE):
+            texts = reader.texts(rows[start : start + AT_ONCE])
+            encodings = other.submit(reader.encodings, texts)
+            if before is not None:
+                made += reader.labelled(before[0], before[1].result())
+            before = texts, encodings
+        if before is not None:
+            made += reader.labelled(before[0], before[1].result())
     return made
 
 
-def _texts(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[_Text | ValidationError]:
-    texts: dict[int, _Text | ValidationError] = {}
-    chats: dict[int, Chat] = {}
-    for number, row in enumerate(rows):
-        if "messages" in row:
-            try:
-                chats[number] = read_chat(row)
-            except ValidationError as error:
-                texts[number] = error
-        elif "prompt" in row:
-            text = row["prompt"] + row["completion"]
-            texts[number] = _Text(text, [(len(row["prompt"]), len(text))], begins=True, ends=True)
-        else:
-            texts[number] = _Text(row["text"], [(0, len(row["text"]))], begins=True, ends=True)
-    texts.update(zip(chats, _chat_texts(list(chats.values()), tokenizer), strict=True))
-    return [texts[number] for number in range(len(rows))]
+class _Reader:
+    """Rows to labelled tokens, in three steps: texts, their encodings, what is learnt of them."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = _Tokens(tokenizer)
+        self._template: Template | None = None
 
-def _chat_texts(chats: Sequence[Chat], tokenizer: Any) -> list[_Text | ValidationError]:
-    if not chats:
-        return []
-    try:
-        rendered = Template(tokenizer).rendered(chats)
-    except ValidationError as error:
-        return [error] * len(chats)
-    return [
-        one
-        if isinstance(one, ValidationError)
-        else _Text(one.text, one.spans, begins=False, ends=one.unended)
-        for one in rendered
-    ]
+    def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[_Text | ValidationError]:
+        texts: dict[int, _Text | ValidationError] = {}
+        chats: dict[int, Chat] = {}
+        for number, row in enumerate(rows):
+            if "messages" in row:
+                try:
+                    chats[number] = read_chat(row)
+                except ValidationError as error:
+                    texts[number] = error
+            elif "prompt" in row:
+                text = row["prompt"] + row["completion"]
+                texts[number] = _Text(text, [(len(row["prompt"]), len(text))], begins=True, ends=True)
+            else:
+                texts[number] = _Text(row["text"], [(0, len(row["text"]))], begins=True, ends=True)
+        texts.update(zip(chats, self._chat_texts(list(chats.values())), strict=True))
+        return [texts[number] for number in range(len(rows))]
+
+    def _chat_texts(self, chats: Sequence[Chat]) -> list[_Text | ValidationError]:
+        if not chats:
+            return []
+        try:
+            self._template = self._template or Template(self._tokenizer)
+        except ValidationError as error:
+            return [error] * len(chats)
+        return [
+            one
+            if isinstance(one, ValidationError)
+            else _Text(one.text, one.spans, begins=False, ends=one.unended)
+            for one in self._template.rendered(chats)
+        ]
+
+    def encodings(self, texts: Sequence[_Text | ValidationError]) -> list[Any]:
+        return self._tokens.encodings([text for text in texts if isinstance(text, _Text)])
+
+    def labelled(
+        self, texts: Sequence[_Text | ValidationError], encodings: Sequence[Any]
+    ) -> list[Encoded | ValidationError]:
+        good = iter(self._tokens.labelled([text for text in texts if isinstance(text, _Text)], encodings))
+        return [text if isinstance(text, ValidationError) else next(good) for text in texts]
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -230,11 +259,16 @@ class _Tokens:
         ids, (first, _) = self.ids(text, "prompt"), self._habits
         return ids if ids[: len(first)] == first else first + ids
 
-    def encode(self, texts: Sequence[_Text]) -> list[Encoded | ValidationError]:
-        """Return the tokens of each text and which are learnt, or why the tokenizer cannot read it."""
+    def encodings(self, texts: Sequence[_Text]) -> list[Any]:
+        """Return each text as the tokenizer's backend encodes it, or why it cannot; nothing where that is not all."""
         if not texts or not self._has_offsets(texts[0].text):
+            return []
+        return self._encodings([text.text for text in texts])
+
+    def labelled(self, texts: Sequence[_Text], encodings: Sequence[Any]) -> list[Encoded | ValidationError]:
+        """Return the tokens of each text and which are learnt, or why the tokenizer cannot read it."""
+        if not encodings:
             return [self._without_offsets(text) for text in texts]
-        encodings = self._encodings([text.text for text in texts])
         prompts = [self._prompt_to_check(text) for text in texts]
         checks = iter(self._encodings([prompt for prompt in prompts if prompt is not None]))
         made: list[Encoded | ValidationError] = []
@@ -244,14 +278,15 @@ class _Tokens:
                 made.append(encoding)
                 continue
             whole = _Piece(encoding, 0, len(text.text))
-            borders = self._borders(whole, text)
-            if check is not None and encoding.ids[: len(check.ids)] != check.ids:
+            tokens, learnt = whole.tokens(), whole.learnt(text.spans)
+            borders = self._borders(whole, tokens, text)
+            if check is not None and tokens[: len(check.ids)] != check.ids:
                 borders.append(len(prompt or ""))
-            pieces = self._apart(text.text, borders) if borders else [whole]
-            tokens = [token for piece in pieces for token in piece.tokens()]
-            made.append(
-                self._ended(tokens, [one for piece in pieces for one in piece.learnt(text.spans)], text)
-            )
+            if borders:
+                pieces = self._apart(text.text, borders)
+                tokens = [token for piece in pieces for token in piece.tokens()]
+                learnt = [one for piece in pieces for one in piece.learnt(text.spans)]
+            made.append(self._ended(tokens, learnt, text))
         return made
 
     def _has_offsets(self, text: str) -> bool:
@@ -279,14 +314,14 @@ class _Tokens:
         except Exception as error:  # tokenizers raises nothing more specific
             raise _unreadable("text", texts[0], error) from error
 
-    def _borders(self, whole: _Piece, text: _Text) -> list[int]:
+    def _borders(self, whole: _Piece, tokens: list[int], text: _Text) -> list[int]:
         """Return where an answer begins in the middle of a token, or after other tokens than its prompt has."""
         apart = []
         for start, end in text.spans:
             token = whole.first(start) if 0 < start < end else None
             if token is not None:
                 head = self._head(text.text, start)
-                before = whole.encoding.ids[max(0, token - len(head)) : token]
+                before = tokens[max(0, token - len(head)) : token]
                 if whole.begins(token) != start or before != head:
                     apart.append(start)
         return apart

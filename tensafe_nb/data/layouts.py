@@ -34,16 +34,15 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_MEDIA = "only text is learnt here"
+MEDIA = ("image", "images", "pixel_values", "audio", "audios", "input_features", "video", "videos")
+_MEDIA = "only text is read here"
 _TOKENS = (
     "rows of tokens make a batch: tc.forward_backward({'input_ids': …, 'labels': …}), with labels shifted"
 )
 _TEACHER = "there is no loss here that learns from another model's probabilities"
 _WEIGHT = "rows have no weights here: leave rows out, or list them several times"
 LACKING = {
-    **dict.fromkeys(
-        ("image", "images", "pixel_values", "audio", "audios", "input_features", "video", "videos"), _MEDIA
-    ),
+    **dict.fromkeys(MEDIA, _MEDIA),
     **dict.fromkeys(
         ("input_ids", "attention_mask", "token_type_ids", "labels", "tokens", "completion_mask", "assistant_masks"),
         _TOKENS,
@@ -96,7 +95,9 @@ def canonical(row: Any, *, chats: bool = True) -> Canonical:
         row = {"messages": row}
     if not isinstance(row, Mapping):
         raise ValidationError(f"it is {_kind(row)}: a row is a text or a dict. {EXPECTED}")
-    given = {name: value for name, value in row.items() if not missing(value)}
+    given = {
+        name: value for name, value in row.items() if not missing(value) and not _lacks_nothing(name, value)
+    }
     for columns, read, further in LAYOUTS:
         if all(name in given for name in columns):
             members = read(given, chats)
@@ -107,6 +108,25 @@ def canonical(row: Any, *, chats: bool = True) -> Canonical:
 
 def _with_target(members: list[dict[str, Any]], given: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**member, "target": given["target"]} for member in members] if "target" in given else members
+
+
+def _lacks_nothing(name: Any, value: Any) -> bool:
+    """Whether a column that cannot be honoured holds nothing that could be: images: []."""
+    return name in LACKING and isinstance(value, list | tuple | np.ndarray) and len(value) == 0
+
+
+def refuse_media(row: Mapping[str, Any]) -> None:
+    """Refuse columns of pictures, sound and film: the model would not see them.
+
+    Raises:
+        ValidationError: There is one; says which.
+    """
+    for name in MEDIA:
+        if name in row and not missing(row[name]) and not _lacks_nothing(name, row[name]):
+            raise ValidationError(
+                f"the column {name!r} would not be seen by the model: {_MEDIA}. Where only the reward reads it, call "
+                f"it otherwise."
+            )
 
 
 def _unread(given: Mapping[Any, Any], known: set[str]) -> list[str]:

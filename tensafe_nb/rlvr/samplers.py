@@ -14,7 +14,7 @@ import numpy as np
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
 from tensafe_nb.data.labels import encode_prompt
-from tensafe_nb.data.layouts import template_options
+from tensafe_nb.data.layouts import refuse_media, template_options
 from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
@@ -58,6 +58,7 @@ class PromptItem:
                 raise _no_prompt(spec)
             content = spec[name]
             meta = {column: value for column, value in spec.items() if column != name}
+        refuse_media(meta)
         read = read_prompt(content, meta)
         if isinstance(read, str):
             return cls(read, read, meta)
@@ -256,8 +257,9 @@ class PolicySampler:
         Raises:
             ValidationError: A prompt that is none of these.
         """
-        batch = self.submit(prompts).result()
-        self.warn_of_texts(prompts)
+        specs = prompt_specs(prompts)  # a stream can be read once
+        batch = self.submit(specs).result()
+        self.warn_of_texts(specs)
         return batch
 
     def submit(self, prompts: Sequence[PromptSpec]) -> FutureHandle[TrajectoryBatch]:

@@ -19,6 +19,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from tensafe_nb.data import labels
 from tensafe_nb.data.labels import encode_many, encode_prompt, turn_ends
 from tensafe_nb.errors import ValidationError
 
@@ -338,6 +339,24 @@ def test_a_chat_that_cannot_be_learnt_is_refused_with_the_reason_and_the_others_
     refused, text = encode_many([row, {"text": "yes"}], tokenizer)
     assert isinstance(refused, ValidationError) and said in str(refused)
     assert text == encoded(tokenizer, {"text": "yes"})
+
+
+def test_rows_keep_their_places_when_some_are_rendered_while_others_are_tokenised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = tokenizer_with(TRIMS)
+    kinds = [
+        {"messages": HO},
+        {"text": "the bridge"},
+        {"messages": chat("Hi", "yes", system="Be brief.")},
+        {"prompt": "2+2=", "completion": "4"},
+        {"messages": chat("Hi", " no ")},
+    ]
+    one_by_one = [encode_many([row], tokenizer)[0] for row in kinds]
+    monkeypatch.setattr(labels, "AT_ONCE", 3)
+    many = encode_many(kinds * 4, tokenizer)
+    assert [str(one) for one in many] == [str(one) for one in one_by_one * 4]
+    assert isinstance(many[2], ValidationError) and "no system here" in str(many[2])
 
 
 # prompts, completions and texts

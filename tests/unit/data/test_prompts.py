@@ -131,6 +131,7 @@ def test_prompts_are_dealt_from_wherever_rows_are_read(tmp_path: Path) -> None:
         ({"prompt": [{"role": "user", "content": None}]}, "has no content"),
         ({"prompt": "2+2?", "tools": [TOOL]}, "for the chat template only"),
         ([1, 2], "A prompt is a text"),
+        ({"prompt": "What is shown?", "image": "a.png"}, "'image' would not be seen by the model"),
     ],
 )
 def test_a_bad_prompt_is_named_by_its_row_or_left_out(
@@ -155,3 +156,10 @@ def test_a_prompt_of_a_file_is_named_by_its_line(tmp_path: Path) -> None:
 def test_what_is_no_list_of_prompts_is_refused(prompts: Any) -> None:
     with pytest.raises(tn.ValidationError, match=r"^prompts: "):
         prompt_specs(prompts)
+
+
+def test_a_stream_of_prompts_is_read_once() -> None:
+    from tensafe_nb.rlvr import MockRolloutSampler
+
+    batch = MockRolloutSampler(group_size=2).generate_trajectories({"prompt": text} for text in ("a", "b"))
+    assert [group.prompt for group in batch.groups] == ["a", "b"]
