@@ -194,7 +194,7 @@ class TrainingClient(Verbs):
 
         Raises:
             InsufficientMemoryError: The step will not fit the memory that is there; says what would.
-            ValidationError: This client trains privately, or a size does not fit the model.
+            ValidationError: A size does not fit the model, or the device cannot be asked for its memory.
 
         Example:
             >>> tc.estimate(batch_size=4, length=128).seconds_per_step

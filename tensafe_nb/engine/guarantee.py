@@ -14,7 +14,7 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import PrivacySpent
 from tensafe_nb.privacy.charges import LedgerLog
-from tensafe_nb.privacy.ledger import Ledger
+from tensafe_nb.privacy.ledger import Ledger, without_tables
 from tensafe_nb.privacy.statement import PrivacyStatement
 from tensafe_nb.types import DPMetrics, OptimStepResult, VoidPrivacyResult
 
@@ -53,7 +53,7 @@ class Guarantee:
             LedgerError: The ledger cannot be read or written.
         """
         if self.account is None:
-            self._inherited = carried
+            self._inherited = None if carried is None else without_tables(carried)
         elif carried is None:
             raise ValidationError(
                 "This checkpoint was trained without differential privacy: no noise covers what it holds of its data. "

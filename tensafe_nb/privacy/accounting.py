@@ -39,7 +39,7 @@ ROUNDING = (
 )
 PRV_ERROR = 0.01  # the half-width of PRV's error bound on epsilon
 PRV_POINTS = 4e6  # of a grid; where more would be needed, the error bound is widened instead,
-PRV_WIDEST = 0.018  # up to here; then the grid grows again,
+PRV_WIDEST = 0.016  # up to here; then the grid grows again,
 PRV_MOST = 16e6  # up to here: some 10 seconds and 1 GB, for 100,000 steps at an epsilon of dozens
 PRV_STALLS = 100.0  # above this epsilon PRV takes for ever, and RDP is reported
 REFUSED = {

@@ -496,5 +496,23 @@ class Ledger:
         return entry
 
 
+def without_tables(carried: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint carried as this version writes it: of the tables of version 0.1 the largest counts.
+
+    Raises:
+        LedgerError: A table is none.
+    """
+    with readable("the checkpoint's ledger"):
+        rest = {name: value for name, value in carried.items() if name != "tables"}
+        accounts = {name: dict(account) for name, account in carried["accounts"].items()}
+        for name, table in carried.get("tables", {}).items():
+            taken = Participation.parse(base64.b64decode(table, validate=True))
+            accounts[name].setdefault("mu_squared", finite(taken.mu_squared))
+        for account in accounts.values():
+            if not any(group["mode"] == "worst_case" for group in account["groups"]):
+                account.setdefault("mu_squared", 0.0)
+    return rest | {"accounts": accounts}
+
+
 def _import_entry(account: str, accounts: Mapping[str, Any]) -> dict[str, Any]:
     return {"what": "import", "account": account, "accounts": accounts}

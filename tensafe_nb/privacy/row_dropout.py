@@ -91,7 +91,7 @@ class RowDropout(TorchFunctionMode):
                 f"{len(self._secrets)} rows."
             )
         self._calls += 1
-        bits = torch.zeros(1, dtype=torch.int32)
+        bits = torch.zeros((), dtype=torch.int32, device=like.device)
         for dim, size in enumerate(like.shape[1:], 1):
             start = _mixed(_mixed(self._secrets + self._calls) + dim).unsqueeze(1)  # (rows, 1)
             table = (_mixed(start + torch.arange(size) * GOLDEN) >> 32).to(torch.int32)  # (rows, size)

@@ -19,12 +19,16 @@ ADJACENCY = {
 }
 OUTSIDE = (
     "Losses, gradient norms, clip counts, rollouts and rewards that were shown while training: they are the operator's "
-    "view, and epsilon does not cover them.",
+    "view, and epsilon does not cover them. So is what holds them in the home folder, for its owner alone: event log, "
+    "rollouts, pictures, and whatever forwards or mirrors events.",
+    "The ledger's own tables and the audit log, which stay in the home folder too. What is released is the model: "
+    "checkpoints with their metadata and names, exports, pulled artifacts, and this statement.",
+    "How long steps took, and with it the times at which checkpoints were saved.",
     "Other runs and other accounts on the same data; each adds to what is known about a unit.",
     "Stopping early, choosing a checkpoint, or choosing epsilon by a metric computed on the private data.",
     "Hyperparameter search on the same data outside this account.",
     "The machine or server that trained: it saw the raw batches.",
-    "Floating-point arithmetic beyond the hardening of the noise.",
+    "Floating-point arithmetic beyond the hardening of the noise, which is added in float64 and rounded once.",
 )
 
 

@@ -27,7 +27,7 @@ from tensafe_nb.errors import (
 )
 from tensafe_nb.privacy import accounting
 from tensafe_nb.privacy.charges import account_name
-from tensafe_nb.privacy.ledger import Ledger
+from tensafe_nb.privacy.ledger import Ledger, without_tables
 from tensafe_nb.privacy.participation import Participation
 from tensafe_nb.store import home as home_folder
 from tensafe_nb.store.audit_files import LogFiles
@@ -799,6 +799,17 @@ def test_a_table_in_a_checkpoint_of_version_0_1_is_read(home: Home, tmp_path: Pa
     there.adopt(as_0_1_saved(home, ledger), ledger.state().head)
     there.charge(turn(3, "b"))
     assert there.state().mu == pytest.approx(math.sqrt(2)), "the table says that b is another"
+
+
+def test_a_table_of_version_0_1_does_not_travel_on(home: Home, tmp_path: Path) -> None:
+    ledger = home.ledger()
+    ledger.charge(turn(1, "a")), ledger.charge(turn(2, "a"))
+    onwards = without_tables(as_0_1_saved(home, ledger))
+    assert "tables" not in onwards
+    there = Home(tmp_path / "there").ledger()
+    there.adopt(onwards, onwards["head"])
+    assert there.state().mu == pytest.approx(math.sqrt(2))
+    assert without_tables(as_saved(ledger)) == as_saved(ledger)
 
 
 def test_a_checkpoint_that_comes_home_is_never_counted_short(home: Home, tmp_path: Path) -> None:
