@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--torch", help="this torch, where the end itself is not to be had")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--keep", action="store_true", help="use the environment as it is")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)  # tests may come after options
     folder = ROOT / (chosen.folder or f".venv-{chosen.end}")
     python = folder / "bin" / "python"
     if not (chosen.keep and python.exists()):
