@@ -56,6 +56,8 @@ REAL = {
     "real-sampling-one-row": "real:sampling_one_row",
     "real-sampling-llama-cpp": "real:sampling_llama_cpp",
     "real-memory": "real:step_memory",
+    "real-chats": "chats:one_turn",
+    "real-chats-five-turns": "chats:five_turns",
 }
 ALL = ROWS | REAL
 

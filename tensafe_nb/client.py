@@ -23,6 +23,7 @@ from tensafe_nb.privacy.what_if import WhatIf, what_if
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.runs import TrainingRun
+from tensafe_nb.step_alarms import check_schedule
 from tensafe_nb.streaming import stream
 from tensafe_nb.supervised import SupervisedLoop
 from tensafe_nb.transports.base import VERBS, Channel, Transport
@@ -303,11 +304,15 @@ class TrainingClient(Verbs):
             show: Show the progress: a bar, or plain lines where the output is no terminal.
 
         Raises:
-            ValidationError: A number that is not positive.
+            ValidationError: A number that is not positive; or steps that would train at learning rate 0, since the
+                schedule ends before.
         """
         loop = SupervisedLoop(
             self, batches, epochs=epochs, steps=steps, eval_batches=eval_batches, eval_every=eval_every
         )
+        if loop.planned_steps is not None:  # those of a resumed run count from its beginning
+            begun_at = 0 if resume_from is not None else self.step
+            check_schedule(self.config.optimizer, begun_at + loop.planned_steps, loop.planned_steps)
         return self.start_run(
             loop,
             planned_steps=loop.planned_steps,
@@ -421,6 +426,10 @@ class TrainingClient(Verbs):
         await self._channel.loaded.wait_async()
         self._channel.loaded.outcome()
 
+    def wait_for_step(self, timeout: float) -> bool:
+        """Wait so many seconds until `step` is known, which a restored client reads from its state; return if it is."""
+        return self._channel.starts_afresh or self._channel.loaded.wait(timeout)
+
     # events
 
     @property
@@ -470,6 +479,11 @@ class TrainingClient(Verbs):
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+
+    def _mime_(self) -> tuple[str, str]:
+        """Return what marimo shows."""
+        shown: tuple[str, str] = load_dotted("tensafe_nb.widgets:mime")(self)
+        return shown
 
     # the end
 

@@ -188,7 +188,9 @@ class OptimizerConfig(Config):
     @pydantic.model_validator(mode="after")
     def _schedule_has_an_end(self) -> Self:
         if self.schedule != "constant" and self.total_steps is None:
-            raise ValueError(f"schedule={self.schedule!r} needs total_steps")
+            raise ValueError(
+                f"schedule={self.schedule!r} needs total_steps: the optimiser steps after which the rate is 0"
+            )
         if self.total_steps is not None and self.warmup_steps > self.total_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than total_steps={self.total_steps}")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -130,7 +130,8 @@ class RunState(Event):
         step: The client's optimiser step at that moment.
         planned_steps: How many steps of its own it is to have done at its end.
         reason: Why it came to that, where it is not as planned.
-        done: Steps of the run's own at that moment; None in logs of version 0.1.
+        done: Where it stands in its plan, in steps of its own; None in logs of version 0.1.
+        taken: Optimiser steps it has taken, those that a rollback gave up among them; None in logs of version 0.1.
     """
 
     run_id: str
@@ -139,6 +140,7 @@ class RunState(Event):
     planned_steps: int | None = None
     reason: str | None = None
     done: int | None = None
+    taken: int | None = None
 
 
 @plain
@@ -340,6 +342,11 @@ class RunHistory:
                 event = from_plain(json.loads(line))
                 if event.seq > after:
                     yield event
+
+    @property
+    def alarms(self) -> "list[Alarm]":
+        """The alarms so far, oldest first: what went wrong, why, and what helps."""
+        return [event for event in self.events(kinds=(Alarm,)) if isinstance(event, Alarm)]
 
     def add(self, event: Event) -> None:
         self.last_seq = event.seq

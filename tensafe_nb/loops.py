@@ -26,6 +26,9 @@ class RunClient(Protocol):
     def history(self) -> RunHistory: ...
     def publish(self, event: Event) -> Event: ...
     def sync_events(self) -> None: ...
+    def wait_for_step(self, timeout: float) -> bool:
+        """Wait so many seconds until `step` is known, which a restored client reads from its state."""
+
     def forward_backward(self, batch: Batch) -> FutureHandle[Any]: ...
     def forward(self, batch: Batch) -> FutureHandle[Any]: ...
     def optim_step(self) -> FutureHandle[Any]: ...
@@ -42,11 +45,22 @@ class Run(Protocol):
 
     run_id: str
 
+    @property
+    def client(self) -> RunClient:
+        """The training client it trains."""
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimiser steps it has taken."""
+
     def wait(self, handle: FutureHandle[R]) -> R:
         """Wait for a result within a step; `stop()` cancels what is waited for."""
 
     def pause(self) -> None:
         """Submit no further step."""
+
+    def remark(self, text: str) -> None:
+        """Say in the run's result why it did not go as planned; once for the same words."""
 
 
 class Loop(Protocol):

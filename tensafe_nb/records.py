@@ -2,13 +2,21 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
-from tensafe_nb.events import CheckpointSaved, Metrics, RunHistory, RunState, StateLoaded, is_being_written
+from tensafe_nb.events import (
+    CheckpointSaved,
+    Event,
+    Metrics,
+    RunHistory,
+    RunState,
+    RunStep,
+    StateLoaded,
+    is_being_written,
+)
 from tensafe_nb.plain import from_plain
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.reprs import Facts, Listing, table, visible
@@ -17,7 +25,13 @@ from tensafe_nb.types import RunStatus
 
 logger = logging.getLogger(__name__)
 
-TOLD = ('"RunState"', '"Metrics"', '"CheckpointSaved"', '"StateLoaded"')  # the events a record is made of
+TOLD = (
+    '"RunState"',
+    '"RunStep"',
+    '"Metrics"',
+    '"CheckpointSaved"',
+    '"StateLoaded"',
+)  # the events a record is made of
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -30,10 +44,12 @@ class RunRecord:
         step: The client's optimiser step then.
         planned_steps: How many it was to take, if known.
         started_at: Unix seconds.
-        reason: Why it failed.
+        reason: Why it failed, or did not go as planned.
         last_checkpoint: Artifact id of its newest checkpoint: `fit(…, resume_from=…)` goes on from there.
         curve: The metric to watch: "reward" where there is one, else "loss".
         log: The event log it was read from.
+        steps: Optimiser steps it took, those that a rollback gave up among them: `RunResult.steps`.
+        steps_done: Where it stood in its plan: `run.steps_done`.
 
     In a notebook, a run that has ended is shown as the panel it had, with its whole history.
     """
@@ -47,6 +63,8 @@ class RunRecord:
     last_checkpoint: str | None = None
     curve: str = "loss"
     log: Path = Path()
+    steps: int = 0
+    steps_done: int = 0
 
     @property
     def history(self) -> RunHistory:
@@ -80,8 +98,9 @@ def _row(record: RunRecord) -> Facts:
     return {
         "run": record.run_id,
         "state": record.state,
-        "step": record.step,
+        "steps": record.steps_done,
         "planned": record.planned_steps,
+        "client's step": record.step,
         "started_at": record.started_at,
         "last checkpoint": record.last_checkpoint,
         "reason": record.reason,
@@ -128,43 +147,88 @@ def _log_of(run_id: str) -> Path:
     return home.event_log(run_id.partition("/")[0])
 
 
+@dataclass(slots=True)
+class _Account:
+    """What a log says of one run, line by line."""
+
+    begun: RunState
+    last: RunState
+    done: int = 0  # steps of its plan
+    done_at: int = 0  # the client's step then
+    given_up: int = 0  # optimiser steps before the last time it went back
+    first: int = 0  # the client's step where it began, or where it went back to
+    checkpoint: str | None = None
+    rewarded: bool = False
+
+    def end(self, log: Path, step: int, alive: bool) -> RunRecord:
+        """Return the record, with the client's latest step."""
+        state, last = RunStatus(self.last.state), self.last
+        taken = self.given_up + step - self.first
+        done = self.done
+        if state.ended:
+            step = last.step
+            taken = self.given_up + step - self.first if last.taken is None else last.taken
+        elif not alive:
+            state = RunStatus.INTERRUPTED
+            if not self.rewarded:  # an optimiser step is a step; its end could not be written any more
+                done += step - self.done_at
+        return RunRecord(
+            last.run_id,
+            state,
+            step,
+            planned_steps=self.begun.planned_steps,
+            started_at=self.begun.time,
+            reason=last.reason,
+            last_checkpoint=self.checkpoint,
+            curve="reward" if self.rewarded else "loss",
+            log=log,
+            steps=taken,
+            steps_done=done,
+        )
+
+
 def _records(log: Path) -> list[RunRecord]:
-    states: dict[str, list[RunState]] = {}
-    checkpoints: dict[str, str] = {}
-    rewarded: set[str] = set()
-    last_step = 0
     if not log.exists():
         return []
+    runs: dict[str, _Account] = {}
+    step, ends_at = 0, {}  # the client's step, now and at the end of each run
     with log.open(encoding="utf-8") as lines:
         for line in lines:
-            if line.endswith("\n") and any(name in line for name in TOLD):
-                event = from_plain(json.loads(line))
-                if isinstance(event, RunState):
-                    states.setdefault(event.run_id, []).append(event)
-                if isinstance(event, CheckpointSaved) and event.run_id is not None:
-                    checkpoints[event.run_id] = event.artifact_id
-                if isinstance(event, Metrics) and states and "reward" in event.values:
-                    rewarded.add(next(reversed(states)))
-                last_step = event.step if isinstance(event, StateLoaded) else max(last_step, event.step)
+            if not line.endswith("\n") or not any(name in line for name in TOLD):
+                continue
+            event = from_plain(json.loads(line))
+            before = step
+            step = _step_after(event, step)
+            match event:
+                case RunState(run_id=run_id):
+                    if run_id not in runs:
+                        runs[run_id] = _Account(event, event, first=event.step, done_at=event.step)
+                    account = runs[run_id]
+                    account.last = event
+                    if event.done is not None:
+                        account.done, account.done_at = event.done, event.step
+                case RunStep(run_id=run_id, done=done) if run_id in runs:
+                    runs[run_id].done, runs[run_id].done_at = done, step
+                case CheckpointSaved(run_id=str(run_id)) if run_id in runs:
+                    runs[run_id].checkpoint = event.artifact_id
+                case Metrics(values=values) if "reward" in values and runs:
+                    runs[event.run_id if event.run_id in runs else next(reversed(runs))].rewarded = True
+                case StateLoaded() if (
+                    runs and not RunStatus((account := list(runs.values())[-1]).last.state).ended
+                ):
+                    account.given_up, account.first = account.given_up + before - account.first, step
+                    account.done_at = step
+            if runs:
+                ends_at[next(reversed(runs))] = step
     alive = is_being_written(log)
-    return [
-        RunRecord(
-            run_id,
-            *_state(seen, last_step, alive),
-            planned_steps=seen[0].planned_steps,
-            started_at=seen[0].time,
-            reason=seen[-1].reason,
-            last_checkpoint=checkpoints.get(run_id),
-            curve="reward" if run_id in rewarded else "loss",
-            log=log,
-        )
-        for run_id, seen in states.items()
-    ]
+    return [account.end(log, ends_at[run_id], alive) for run_id, account in runs.items()]
 
 
-def _state(states: Sequence[RunState], last_step: int, alive: bool) -> tuple[RunStatus, int]:
-    last = states[-1]
-    state = RunStatus(last.state)
-    if state.ended:
-        return state, last.step
-    return (state if alive else RunStatus.INTERRUPTED), last_step
+def _step_after(event: Event, step: int) -> int:
+    """Return the client's optimiser step after an event; what loops measure is numbered by their own steps."""
+    match event:
+        case StateLoaded(step=found) | RunState(step=found):
+            return found
+        case Metrics(step=found, run_id=None) | CheckpointSaved(step=found):
+            return max(step, found)
+    return step

@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.events import RunHistory, RunState, RunStep
+from tensafe_nb.events import Alarm, RunHistory, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.loops import Loop, RunClient
 from tensafe_nb.registry import load_dotted
@@ -81,6 +82,7 @@ class TrainingRun:
         self._changed = threading.Condition()
         self._promise: Promise[RunResult] = Promise()
         self._served_last = self._torn = False
+        self._remarks: list[str] = []
         self._steps_taken = 0  # before the last time it went back
         self._first_step, self._first_event = client.step, client.history.last_seq
         self._last_step_at = time.perf_counter()
@@ -171,6 +173,16 @@ class TrainingRun:
             artifact_id = checkpoint_of(step, self.history)
         return self._client.fork(artifact_id, **changes)
 
+    @property
+    def steps_taken(self) -> int:
+        """Optimiser steps it has taken, those that a rollback gave up among them."""
+        return self._steps_taken + self._client.step - self._first_step
+
+    def remark(self, text: str) -> None:
+        """Say in the result, and wherever the run is shown at its end, why it did not go as planned."""
+        if text not in self._remarks:
+            self._remarks.append(text)
+
     def done(self) -> bool:
         """Whether it has ended."""
         return self._promise.done
@@ -202,6 +214,11 @@ class TrainingRun:
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+
+    def _mime_(self) -> tuple[str, str]:
+        """Return what marimo shows."""
+        shown: tuple[str, str] = load_dotted("tensafe_nb.widgets:mime")(self)
+        return shown
 
     def _left_behind(self) -> "TrainingRun":
         """Return what a notebook's output history keeps of this run: how it ended, without its client."""
@@ -278,13 +295,28 @@ class TrainingRun:
             self._end(RunStatus.STOPPED, None, reason=str(error))
 
     def _drive(self) -> None:
+        while not self._client.wait_for_step(HEARTBEAT) and not self._wants_stop:
+            pass
+        self._first_step = self._client.step  # of a restored client it was not known before
         if self._resume_from is not None:
             self._seek(
                 self.wait(self._client.load_state(self._resume_from, for_run=type(self._loop).__name__))
             )
+            self._publish_state()
+            if self.planned_steps is not None and self._index >= self.planned_steps:
+                self.remark(
+                    f"The checkpoint stands at step {self._index}, and this run was to end at {self.planned_steps}: "
+                    f"there was nothing left to do. Steps and epochs count from the beginning of the run that saved it."
+                )
         while not self._over():
-            handles = self._loop.submit(self._index)
+            try:
+                handles = self._loop.submit(self._index)
+            except Exception:
+                with contextlib.suppress(TGTinkerError):
+                    self._collect_all()  # the step before is under way, and counts if it ends well
+                raise
             if handles is None:
+                self._say_that_the_data_ended()
                 break
             with self._changed:
                 self._inflight.append((self._index, handles))
@@ -297,6 +329,23 @@ class TrainingRun:
         if not self._wants_stop and self._checkpoints.missing(self._index):
             self._save_by_itself()
         self._tidy(wait=True)
+
+    def _say_that_the_data_ended(self) -> None:
+        """Say it where more was planned: an end that comes early is no failure, but it is no end as planned either."""
+        if self.planned_steps is None or self._index >= self.planned_steps:
+            return
+        ended = f"The batches ended after {self._index} of {self.planned_steps} steps: they can be iterated only once."
+        remedy = "Give a list or data.Batches, which begin again; or ask for as many steps as there are batches for."
+        self.remark(f"{ended} {remedy}")
+        alarm = Alarm(
+            run_id=self.run_id,
+            step=self._client.step,
+            name="data_ended",
+            level="amber",
+            message=ended,
+            remedy=remedy,
+        )
+        self._client.publish(alarm)
 
     def _collect_all(self) -> None:
         while self._inflight:
@@ -416,9 +465,12 @@ class TrainingRun:
 
     def _end(self, state: RunStatus, error: BaseException | None, reason: str | None = None) -> None:
         failed = state is RunStatus.FAILED
+        reason = " ".join([*([reason] if reason else []), *self._remarks]) or None
         try:
             self._cancel_rest()
             with self._changed:
+                if self._state.ended:
+                    return  # its thread was left behind, and has come back after all
                 self._set_state(state, str(error) if failed else reason)
                 self._served_last = True
             self._serve()
@@ -427,11 +479,15 @@ class TrainingRun:
             if "tensafe_nb.widgets" in sys.modules:  # the cell that waits ends after its outputs show the end
                 load_dotted("tensafe_nb.widgets:settle")(self)
             if failed and error is not None:
+                _empty_frames(error)
                 self._promise.fail(error)
             else:
-                steps = self._steps_taken + self._client.step - self._first_step
                 metrics = self._client.history.last(after=self._first_event)
-                self._promise.succeed(RunResult(self.run_id, str(state), steps, metrics, reason))
+                self._promise.succeed(
+                    RunResult(
+                        self.run_id, str(state), self.steps_taken, metrics, reason, steps_done=self.steps_done
+                    )
+                )
 
     def _cancel_rest(self) -> None:
         for _, handles in self._inflight:
@@ -451,5 +507,22 @@ class TrainingRun:
                 step=self._client.step,
                 planned_steps=self.planned_steps,
                 reason=reason,
+                done=self.steps_done,
+                taken=self.steps_taken,
             )
         )
+
+
+def _empty_frames(error: BaseException) -> None:
+    """Let go of what the frames of a failure hold, the run and its client above all: the result keeps the error."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        if (
+            found.__traceback__ is not None
+            and found.__traceback__.tb_frame.f_code is TrainingRun._main.__code__
+        ):
+            found.__traceback__ = found.__traceback__.tb_next  # still runs: it cannot be emptied
+        found = found.__cause__ or found.__context__

@@ -14,8 +14,8 @@ from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.events import Metrics
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.loops import Batch, Run, RunClient
-from tensafe_nb.step_alarms import StepAlarms, not_finite
-from tensafe_nb.types import ForwardResult, OptimStepResult
+from tensafe_nb.step_alarms import Rates, StepAlarms, not_finite
+from tensafe_nb.types import ForwardBackwardResult, ForwardResult, OptimStepResult
 
 EVAL_SLICE = 64  # held-out batches in the queue at a time
 LONG_WINDOW = 400  # batches per step from which on the queue holds one step only
@@ -34,6 +34,23 @@ class BatchCursor:
         self._epoch = self._dealt = 0
         self._shuffle = batches.passes if isinstance(batches, Batches) else 0
         self._iterator: Iterator[Batch] | None = None
+
+    @property
+    def is_once(self) -> bool:
+        """Whether they can be iterated only once: what a generator has dealt is gone."""
+        return isinstance(self._batches, Iterator)
+
+    def check(self) -> None:
+        """Refuse, before anything is trained, a plan that a generator cannot serve.
+
+        Raises:
+            ValidationError: Several passes over what can be iterated only once.
+        """
+        if self.is_once and self._passes is not None and self._passes > 1:
+            raise ValidationError(
+                f"fit: epochs={self._passes}, but the batches could be iterated only once. "
+                f"Give a list or data.Batches instead of a generator."
+            )
 
     def take(self, count: int) -> list[Batch]:
         """Return the next batches; fewer at the end, across passes."""
@@ -56,8 +73,7 @@ class BatchCursor:
         Raises:
             ValidationError: There are fewer batches than that.
         """
-        once = iter(self._batches) is self._batches  # a generator: what it has dealt is gone
-        if once and (self._iterator is not None or position["epoch"]):
+        if self.is_once and (self._iterator is not None or position["epoch"]):
             raise ValidationError(
                 "These batches are a generator, which cannot go back to where the checkpoint stood. "
                 "Give fit() a list or data.Batches."
@@ -124,6 +140,10 @@ class SupervisedLoop:
             raise ValidationError(f"fit: eval_every={eval_every} needs eval_batches.")
         held_out = () if eval_batches is None else eval_batches
         check_batches(batches=batches, eval_batches=held_out)
+        if batches is eval_batches and isinstance(batches, Iterator):
+            raise ValidationError(
+                "fit: batches and eval_batches are one generator: what one has dealt, the other misses. Give lists."
+            )
         self._client = client
         whole_draws = isinstance(batches, PoissonDraws)  # one item is one step, however many rows it has
         self._accumulation = 1 if whole_draws else client.config.gradient_accumulation_steps
@@ -132,18 +152,27 @@ class SupervisedLoop:
         self._eval_every = eval_every
         self._passes = epochs if epochs is not None else (None if steps is not None else 1)
         self._evaluated_after: int | None = None
-        self._alarms = StepAlarms()
+        dp = client.config.dp_config
+        self._alarms = StepAlarms(client.config.optimizer, private=dp is not None and dp.enabled)
+        self._rates = Rates(client.config.optimizer)
         self._newest: list[FutureHandle[Any]] = []  # of the last two steps
         self._batches, self._held_out = batches, held_out
         self._cursor = BatchCursor(batches, self._passes)
         self.planned_steps = steps if steps is not None else self._count(batches)
         if isinstance(batches, Sized) and len(batches) == 0:
             self._refuse_emptiness()
+        if eval_batches is not None and not self._eval_batches:
+            raise ValidationError(
+                "fit: eval_batches is empty (a generator can be iterated only once): there is nothing to evaluate on. "
+                "Give a list, or leave it out."
+            )
 
     def attach(self, run: Run) -> None:
         self._run = run
 
     def submit(self, index: int) -> Sequence[FutureHandle[Any]] | None:
+        if index == 0:
+            self._cursor.check()
         batches = [BatchData.of(batch) for batch in self._cursor.take(self._accumulation)]
         if not batches:
             self._end_of_data(index)
@@ -161,11 +190,15 @@ class SupervisedLoop:
 
     def collect(self, index: int, results: Sequence[Any]) -> None:
         """Publish the alarms that a step sets off; what it measured was published by the worker."""
-        values = {"loss": results[0].loss}
+        losses = [result.loss for result in results if isinstance(result, ForwardBackwardResult)]
+        values = {"loss": sum(losses)}  # looked at for being a number only
         for result in results:
             if isinstance(result, OptimStepResult):
                 values |= {"grad_norm": result.grad_norm, "param_delta_norm": result.param_delta_norm}
-                for alarm in self._alarms.observe(self._run.run_id, result.step, values):
+                values["learning_rate"] = result.learning_rate
+                last = None if self.planned_steps is None else result.step + self.planned_steps - index - 1
+                found = self._rates.observe(self._run.run_id, result.step, result.learning_rate, last)
+                for alarm in [*found, *self._alarms.observe(self._run.run_id, result.step, values)]:
                     self._client.publish(alarm)
 
     def position(self) -> dict[str, int]:
@@ -180,7 +213,9 @@ class SupervisedLoop:
         """Nothing to do: all it waits for is in the queue."""
 
     def close(self) -> None:
-        """Say at which step a loss or gradient was no number, if that is how it ended."""
+        """Say at which step a loss or gradient was no number, if that is how it ended; and what moved nothing."""
+        if self._rates.remark is not None:
+            self._run.remark(self._rates.remark)
         failed = (handle.exception() for handle in self._newest if handle.done())
         error = next((error for error in failed if isinstance(error, NonFiniteLossError)), None)
         if error is not None:

@@ -434,9 +434,11 @@ class RunResult:
     Attributes:
         run_id: `<training_client_id>/<n>`.
         state: FINISHED or STOPPED.
-        steps: Optimiser steps this run took.
+        steps: Optimiser steps this run took, those that a rollback gave up among them.
         metrics: The last value of every metric.
-        reason: Why it stopped by itself before its planned end: the privacy budget was spent.
+        reason: Why it did not go as planned, where it did not: the privacy budget was spent, the batches ended early,
+            steps were taken at a learning rate of 0.
+        steps_done: Where it stands in its plan: of a resumed run, counted from that run's beginning.
     """
 
     run_id: str
@@ -444,3 +446,4 @@ class RunResult:
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     reason: str | None = None
+    steps_done: int = 0

@@ -115,7 +115,7 @@ class Worker:
         self._auditor = Auditor(vault.audit, training_client_id, private=private)
         self._guarantee = Guarantee(ledger, config, training_client_id)
         self._ledger = ledger
-        self._origin = origin
+        self._origin, self.starts_afresh = origin, origin is None
         self._computing = threading.Lock()
         self._changing = threading.RLock()
         self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up

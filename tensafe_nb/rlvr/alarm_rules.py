@@ -5,7 +5,7 @@ signal were replayed on published logs: rules that count single steps fire in he
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -17,6 +17,7 @@ from tensafe_nb.rlvr.rollouts import Trajectory, TrajectoryBatch, mean
 Level: TypeAlias = Literal["amber", "red"]
 
 GROUPS = 24  # whose signal is looked at together: single steps are too few to tell
+TEN = 10  # updates whose rewards are compared
 STEPS = 5  # whose entropies, and KLs, are averaged
 KL_ONCE, KL_USUALLY, RATIO = (
     0.5,
@@ -53,6 +54,11 @@ class Memory:
     last_rewards: list[float] = field(default_factory=list)
     lowest: float | None = None  # reward of any rollout so far
     highest: float | None = None
+    fell: bool = False  # whether the last ten updates were found to be worse than the first, and still are
+    tenth: list[float] = field(default_factory=list)  # rewards of the updates since the last ten were full
+    tens: list[list[float]] = field(
+        default_factory=list
+    )  # (mean, variance, lag-1 product, square) of each ten
 
     def take(self, row: Row, batch: TrajectoryBatch, goal: Goal | None = None) -> None:
         """Take in a step."""
@@ -65,13 +71,30 @@ class Memory:
         if math.isfinite(row.get("reward", math.nan)):
             scored = batch.rewards[np.isfinite(batch.rewards)]
             self.last_rewards = [*self.last_rewards, row["reward"]][-STEPS:]
+            self._take_ten(row["reward"])
             self.lowest = min(float(scored.min()), math.inf if self.lowest is None else self.lowest)
             self.highest = max(float(scored.max()), -math.inf if self.highest is None else self.highest)
 
     def forget_reward(self) -> None:
         """Forget what another reward said; lengths and entropies are the policy's own."""
-        self.signals, self.last_rewards = [], []
+        self.signals, self.last_rewards, self.tenth, self.tens, self.fell = [], [], [], [], False
         self.lowest = self.highest = None
+
+    def _take_ten(self, reward: float) -> None:
+        if len(self.tenth) == TEN:
+            self.tenth = []
+        self.tenth = [*self.tenth, reward]
+        if len(self.tenth) == TEN:
+            values = np.array(self.tenth)
+            apart = values - values.mean()
+            self.tens.append(
+                [
+                    float(values.mean()),
+                    float(values.var(ddof=1)),
+                    float((apart[1:] * apart[:-1]).sum()),
+                    float((apart**2).sum()),
+                ]
+            )
 
     def _take_entropy(self, row: Row) -> None:
         entropy = row.get("entropy", math.nan)
@@ -139,6 +162,8 @@ def no_signal(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | Non
 def no_learning(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
     """Rewards differ within a group, and yet no weight has moved."""
     idle = row.get("grad_norm") == 0 or row.get("param_delta_norm") == 0
+    if row.get("learning_rate") == 0:
+        return None  # which has an alarm of its own
     if not idle or not any(group.has_signal for group in batch.groups):
         return None
     if _cut_are_masked(row) and all(t.truncated or not _has_advantage(t) for t in batch):
@@ -154,7 +179,7 @@ def no_learning(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | N
     else:
         reason, remedy = (
             "the gradient is not 0, but the optimiser's step is",
-            "look at the learning rate: its schedule may have come to its end",
+            "look at the learning rate: a step too small for the precision of the weights moves none",
         )
     return Finding(
         "no_learning",
@@ -187,6 +212,47 @@ def entropy(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
             "with several passes clip_range's upper end.",
         )
     return None
+
+
+def reward_fell(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
+    """The last ten updates are rewarded less than the first ten: by a fifth, and by more than chance would do.
+
+    Looked at after every ten updates, for as long as a run lasts, so that three standard errors are the least that is
+    asked for. Their number grows with the number of looks, and the standard error is that of rewards which depend on
+    the one before (a first-order autoregression, its coefficient measured within the tens) and which wander from ten
+    to ten. Of runs that do not learn, up to an autocorrelation of 0.5, fewer than 1 in 100 raise it, at any length
+    (tests/unit/rlvr/test_alarms.py simulates them).
+    """
+    if len(memory.tens) < 2:
+        return None
+    first, last = memory.tens[0][0], memory.tens[-1][0]
+    memory.fell = first - last > (0.1 * abs(first) if memory.fell else _certain_fall(memory.tens))
+    if not memory.fell:
+        return None
+    return Finding(
+        "reward_fell",
+        "amber",
+        f"The reward has fallen from {first:.3g} in the first ten updates to {last:.3g} in the last ten.",
+        "Go back to the best checkpoint (run.rollback) and lower the learning rate. If prompts became harder, compare "
+        "eval/reward instead, which is measured on the same prompts.",
+    )
+
+
+def _certain_fall(tens: Sequence[Sequence[float]]) -> float:
+    """Return by how much the last ten must lie below the first to be said to have fallen."""
+    means, variances, products, squares = np.array(tens, dtype=float).T
+    plain = math.sqrt((variances[0] + variances[-1]) / TEN)
+    kept = np.argsort(squares)[: max(2, len(squares) - 1)]  # without the ten in which it fell
+    total = float(squares[kept].sum())
+    # of an autoregression, ten values estimate ρ(1 − 1/n) − (1 + 3ρ)/n instead of ρ
+    measured = float(products[kept].sum()) / total if total else 0.0
+    rho = min(max((measured + 1 / TEN) / (1 - 4 / TEN), 0.0), 0.9)
+    variance = max(float(variances[kept].mean()), float(variances[0] + variances[-1]) / 2)
+    error = math.sqrt(2 * variance / TEN * (1 + rho) / (1 - rho))
+    if len(means) >= STEPS:
+        error = max(error, 1.5 * 1.4826 * float(np.median(np.abs(np.diff(means)))))
+    looks = 4.3 + 0.6 * math.log(len(means) - 1)
+    return max(0.2 * abs(float(means[0])), 3 * plain, looks * error)
 
 
 def sampler_mismatch(gap: float) -> Rule:

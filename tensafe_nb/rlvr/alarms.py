@@ -11,7 +11,7 @@ from tensafe_nb.rlvr.alarm_rules import Finding, Level, Memory, Rule
 from tensafe_nb.rlvr.metrics import Goal, Row
 from tensafe_nb.rlvr.rollouts import TrajectoryBatch
 
-ABOUT_REWARDS = ("no_signal", "no_learning", "reward_errors")
+ABOUT_REWARDS = ("no_signal", "no_learning", "reward_errors", "reward_fell")
 QUIET = 5  # steps without a sign after which a trouble is over
 
 
@@ -31,6 +31,7 @@ class Alarms:
             rules.no_signal,
             rules.no_learning,
             rules.entropy,
+            rules.reward_fell,
             rules.sampler_mismatch(gap),
             rules.policy_kl,
             rules.stale,
@@ -67,6 +68,7 @@ class Alarms:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
         values: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in state.items()}
+        values["tens"] = [list(ten) for ten in values.get("tens", ())]  # none in checkpoints of version 0.1
         self.memory = Memory(**values)
         self.forget_announcements()
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from tensafe_nb.errors import NonFiniteLossError, RewardError
-from tensafe_nb.events import Metrics, Rollouts
+from tensafe_nb.events import Alarm, Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.loops import Run
 from tensafe_nb.rlvr.alarm_rules import low_precision, not_finite
@@ -23,6 +23,7 @@ from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
 from tensafe_nb.rlvr.samplers import PolicySampler, PromptCursor
 from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, check_scored
 from tensafe_nb.rlvr.updates import UpdateResult
+from tensafe_nb.step_alarms import Rates
 
 TOO_MANY = 0.5  # share of failed rewards above which nobody should train on the rest
 
@@ -87,6 +88,7 @@ class RLVRLoop:
     def attach(self, run: Run) -> None:
         """Get to know the run."""
         self._run = run
+        self._rates = Rates(run.client.config.optimizer)
         self._store = self._trainer.store = RolloutStore(run.run_id)
         self._trainer.alarms.forget_announcements()
 
@@ -119,12 +121,23 @@ class RLVRLoop:
         written = BY_OPTIM_STEP if update is not None and not update.skipped else ()
         self._publish(trainer.row, known(row, without=written) | (measured[0] if measured else {}))
         goal = self._goal(step)
-        for alarm in trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch, goal):
+        alarms = []
+        if update is not None and not update.skipped:
+            rate = self._run.client.history.last().get("learning_rate", np.nan)
+            row = {**row, "learning_rate": rate}
+            alarms = self._rates_of(index, rate)
+        for alarm in [*alarms, *trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch, goal)]:
             self._client.publish(alarm)
         if index == 0 and trainer.imprecise:
             self._client.publish(alarm_of(self._run.run_id, trainer.row, low_precision(known(row))))
         if update is None or _failed(step.batch) > TOO_MANY:
             self._run.pause()
+
+    def _rates_of(self, index: int, rate: float) -> list[Alarm]:
+        """Look what the schedule makes of the updates to come, as long as they take as many steps as the first."""
+        step = self._run.client.step
+        last = step + (self._steps - index - 1) * self._run.steps_taken
+        return self._rates.observe(self._run.run_id, step, rate, last, number=self._trainer.row)
 
     def position(self) -> dict[str, Any]:
         """Return where the trainer stands."""
@@ -143,6 +156,8 @@ class RLVRLoop:
         """End the scoring processes; say which rollouts an update without a finite loss was about."""
         if self._scorer is not None:
             self._scorer.close()
+        if self._rates.remark is not None:
+            self._run.remark(self._rates.remark)
         for step in self._under_way.values():
             if isinstance(error := step.failure(), NonFiniteLossError):
                 found = not_finite(step.batch, error)

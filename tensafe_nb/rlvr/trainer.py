@@ -25,6 +25,7 @@ from tensafe_nb.rlvr.rollouts import GOOD, PolicyClient
 from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptCursor, check_fit, fitting, prompt_specs
 from tensafe_nb.rlvr.scoring import Scorer, check_scored
 from tensafe_nb.runs import TrainingRun
+from tensafe_nb.step_alarms import check_schedule
 from tensafe_nb.types import TrainingClientInfo
 
 
@@ -178,6 +179,8 @@ class RLVRTrainer:
         """
         if steps < 1:
             raise ValidationError(f"RLVRTrainer.run: steps={steps} must be at least 1.")
+        begun_at = 0 if resume_from is not None else self.training_client.step
+        check_schedule(self.training_client.config.optimizer, begun_at + steps, steps)
         return self.training_client.start_run(
             RLVRLoop(self, steps),
             planned_steps=steps,

@@ -40,6 +40,7 @@ class Channel(Protocol):
     config: TrainingConfig
     bus: EventBus
     loaded: Promise[Any]
+    starts_afresh: bool  # or from a stored state, which says its step
 
     @property
     def step(self) -> int:

@@ -26,6 +26,7 @@ __all__ = [
     "RewardHistory",
     "RolloutInspector",
     "freeze",
+    "mime",
     "mimebundle",
     "panel",
     "settle",
@@ -76,6 +77,25 @@ def mimebundle(source: feed.Source) -> Any:
     if panel(source).is_shown_here:
         return words
     return panel(source)._repr_mimebundle_()
+
+
+def mime(source: feed.Source) -> tuple[str, str]:
+    """Return what a marimo cell shows that ends with a training client or a run: for their `_mime_`.
+
+    The picture and the table of this moment; a cell that is run again takes fresh ones.
+    """
+    import base64
+    import html
+
+    from tensafe_nb.widgets.snapshot import Snapshot
+
+    snapshot = Snapshot.take(feed.feed_of(source), _run_of(source))
+    drawn = snapshot.picture()
+    picture = ""
+    if drawn is not None:
+        png = base64.b64encode(drawn[0]["image/png"]).decode()
+        picture = f'<img alt="{html.escape(snapshot.sentence)}" src="data:image/png;base64,{png}">'
+    return "text/html", picture + str(snapshot.table()["text/html"])
 
 
 def freeze(source: feed.Source, samples: int = 0) -> None:

@@ -395,11 +395,10 @@ def _eta(run: Any, record: RunView) -> float | None:
 
 
 def _reason_of(run: Any) -> str | None:
-    """Return why a run failed whose end was not witnessed."""
-    if run.state is not RunStatus.FAILED or not run.done():
+    """Return why a run did not go as planned whose end was not witnessed."""
+    if not isinstance(run, TrainingRun) or not run.done():
         return None
     try:
-        run.result(0)
+        return getattr(run.result(0), "reason", None)
     except TGTinkerError as error:
         return str(error)
-    return None

@@ -145,6 +145,7 @@ class Recording:
             step=record.step,
             reason=record.way_on,
             time=moment,
+            done=record.steps_done,
         )
 
     def _note(self, event: Event) -> None:
@@ -159,14 +160,12 @@ class Recording:
                 self._queued = 0 if status == ClientStatus.TERMINATED else self._queued
             case RunStep(run_id=run.run_id, done=done):
                 run.steps_done = done
-            case RunState(run_id=run.run_id, state=state, step=step):
+            case RunState(run_id=run.run_id, state=state, step=step, done=done):
                 if not self.started:
                     self.started, self._first_step = True, step
                 run.state, self.step = RunStatus(state), step
-                if (
-                    run.state is RunStatus.INTERRUPTED
-                ):  # the step may have been taken and not been counted any more
-                    run.steps_done = max(run.steps_done, step - self._first_step)
+                if done is not None:
+                    run.steps_done = done
             case StateLoaded(step=step) if self.started:
                 run.steps_done, self.step = max(step - self._first_step, 0), step
 

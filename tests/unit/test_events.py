@@ -1,11 +1,24 @@
 import asyncio
+import gc
 import stat
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb.events import EventBus, Metrics, OperationStarted, Progress, RunHistory, is_being_written
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.events import (
+    Event,
+    EventBus,
+    Metrics,
+    OperationStarted,
+    Progress,
+    RunHistory,
+    Subscriptions,
+    is_being_written,
+)
 
 
 @pytest.fixture
@@ -88,3 +101,48 @@ def test_a_metric_that_is_no_number_is_refused_before_it_is_written(bus: EventBu
         bus.publish(Metrics(step=1, values={"loss": "low"}))
     assert list(bus.history.events()) == []
     bus.close()
+
+
+def test_a_subscriber_that_fails_is_reported_once_and_told_no_more(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[int] = []
+
+    def tracker(event: Event) -> None:
+        seen.append(event.seq)
+        raise ConnectionError("no route to the tracking server")
+
+    bus.subscribe(tracker)
+    for step in range(20):
+        bus.publish(Metrics(step=step, values={"loss": 1.0}))
+    assert seen == [1]
+    (record,) = [found for found in caplog.records if found.levelname == "ERROR"]
+    assert "tracker" in record.getMessage() and "after=0" in record.getMessage()
+    assert "no route to the tracking server" in caplog.text
+
+
+@pytest.mark.parametrize("subscriber", ["print", None])
+def test_what_cannot_be_called_is_no_subscriber(bus: EventBus, subscriber: Any) -> None:
+    with pytest.raises(ValidationError, match="plain function of one event"):
+        bus.subscribe(subscriber)
+
+
+def test_a_coroutine_function_is_sent_to_the_iterator(bus: EventBus) -> None:
+    async def tracker(event: Event) -> None: ...
+
+    with pytest.raises(ValidationError, match=r"async for event in tc\.events"):
+        bus.subscribe(tracker)
+
+
+def test_subscriptions_end_with_their_owner(bus: EventBus) -> None:
+    seen: list[int] = []
+    owner = Subscriptions(bus)
+    end = owner.add(lambda event: seen.append(event.seq))
+    owner.add(lambda event, owner=owner: None)  # refers to its owner, and does not keep it
+    bus.publish(Metrics(step=1, values={"loss": 1.0}))
+    end()
+    bus.publish(Metrics(step=2, values={"loss": 1.0}))
+    gone = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert gone() is None and seen == [1]

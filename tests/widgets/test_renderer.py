@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import tensafe_nb as tn
 from tensafe_nb import widgets
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.types import RunStatus
@@ -103,3 +104,12 @@ def test_freezing_ends_the_live_part(kernel: object, shown: FakeClient, outputs:
 def test_settling_what_is_shown_nowhere_is_done_at_once(client: FakeClient) -> None:
     assert widgets.settle(client)
     assert "_feed" not in vars(client)
+
+
+def test_marimo_is_given_a_picture_and_a_table(tc: tn.TrainingClient, batch: tn.BatchData) -> None:
+    run = tc.fit([batch], steps=3, show=False)
+    run.result()
+    for shown in (run, tc):
+        kind, page = shown._mime_()
+        assert kind == "text/html"
+        assert "<table" in page and "data:image/png;base64," in page and "FINISHED at step 3 of 3" in page

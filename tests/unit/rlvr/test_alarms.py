@@ -3,11 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.plain import from_plain, to_plain
 from tensafe_nb.rlvr import RolloutGroup, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr.alarm_rules import TEN, Memory, reward_fell
 from tensafe_nb.rlvr.alarms import Alarms
 from tensafe_nb.rlvr.metrics import Goal
 
@@ -324,3 +326,100 @@ def test_a_run_that_stays_stable_is_left_in_peace():
         run_of(lambda step: 0.23 + 0.05 * math.sin(step), lambda step: 0.75 + 0.1 * math.sin(step / 9))
     )
     assert found == []
+
+
+# a fallen reward
+
+
+def raised_at(rewards):
+    """The update after which a fallen reward is announced; None when it never is."""
+    alarms, batch = Alarms(), batch_of(MIXED)
+    for step, reward in enumerate(rewards, 1):
+        if any(
+            a.name == "reward_fell"
+            for a in alarms.observe("tc-1/1", step, {**HEALTHY, "reward": reward}, batch)
+        ):
+            return step
+    return None
+
+
+def falsely_raised(rewards):
+    """How many of these runs (runs, updates) raise it, looked at after every ten updates as a run is."""
+    count = 0
+    for run in rewards:
+        memory = Memory()
+        for number, reward in enumerate(run.tolist(), 1):
+            memory._take_ten(reward)
+            if number % TEN == 0 and reward_fell(memory, {}, None) is not None:
+                count += 1
+                break
+    return count
+
+
+def wandering(rng, rho, runs, updates):
+    """Rewards of which each depends on the one before: a stationary first-order autoregression."""
+    values = np.empty((runs, updates))
+    values[:, 0] = rng.normal(size=runs)
+    for t in range(1, updates):
+        values[:, t] = rho * values[:, t - 1] + math.sqrt(1 - rho**2) * rng.normal(size=runs)
+    return 0.3 + 0.2 * values
+
+
+@pytest.mark.parametrize("updates", [20, 60, 250])
+@pytest.mark.parametrize(
+    "kind", ["normal", "right or wrong", "few prompts", "rare", "heavy tails", "wandering"]
+)
+def test_at_most_one_in_a_hundred_runs_that_do_not_learn_is_said_to_have_fallen(kind, updates):
+    rng = np.random.default_rng([updates, *kind.encode()])
+    shape = (500, updates)
+    makers = {
+        "normal": lambda: 0.05 + 0.3 * rng.normal(size=shape),
+        "right or wrong": lambda: rng.binomial(128, 0.3, size=shape) / 128,
+        "few prompts": lambda: rng.binomial(4, rng.beta(0.5, 0.5, size=(*shape, 4))).mean(-1) / 4,
+        "rare": lambda: rng.binomial(16, 0.02, size=shape) / 16,
+        "heavy tails": lambda: 1 + rng.standard_t(3, size=shape),
+        "wandering": lambda: wandering(rng, 0.5, *shape),
+    }
+    assert falsely_raised(makers[kind]()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("reward_at", "latest"),
+    [
+        (lambda t: 0.8 if t < 10 else 0.3, 20),
+        (lambda t: 0.5 if t < 50 else 0.2, 80),
+        (lambda t: max(0.1, 0.5 - 0.004 * t), 120),
+        (lambda t: -0.2 if t < 30 else -0.9, 60),
+    ],
+    ids=["at once", "later", "slowly", "below zero"],
+)
+def test_a_reward_that_falls_is_announced_once_with_its_remedy(reward_at, latest):
+    rng = np.random.default_rng(7)
+    rewards = [reward_at(t) + 0.04 * rng.normal() for t in range(200)]
+    alarms, batch, told = Alarms(), batch_of(MIXED), []
+    for step, reward in enumerate(rewards, 1):
+        told += alarms.observe("tc-1/1", step, {**HEALTHY, "reward": reward}, batch)
+    (alarm,) = [found for found in told if found.name == "reward_fell"]
+    assert alarm.step <= latest
+    assert "first ten updates" in alarm.message and "rollback" in alarm.remedy
+
+
+def test_a_fall_of_less_than_a_fifth_is_no_alarm_however_certain():
+    assert raised_at([0.90] * 10 + [0.75] * 60) is None
+    assert raised_at([0.90] * 10 + [0.70] * 60) == 20
+
+
+def test_the_tens_survive_a_checkpoint_and_another_reward_begins_anew():
+    before, batch = Alarms(), batch_of(MIXED)
+    for step in range(1, 16):
+        before.observe("tc-1/1", step, {**HEALTHY, "reward": 0.9}, batch)
+    after = Alarms()
+    after.load_state_dict(from_plain(json.loads(json.dumps(to_plain(before.state_dict())))))
+    told = [
+        a.name for s in range(16, 61) for a in after.observe("tc-1/1", s, {**HEALTHY, "reward": 0.1}, batch)
+    ]
+    assert told.count("reward_fell") == 1
+    before.forget_reward()
+    assert [
+        a for s in range(16, 60) for a in before.observe("tc-1/1", s, {**HEALTHY, "reward": 0.1}, batch)
+    ] == []
