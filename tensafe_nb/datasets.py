@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import given
 
 Split = Literal["train", "heldout"]
 Kind = Literal["module", "class", "function", "method"]
@@ -110,7 +111,7 @@ def sums(count: int, *, seed: int, split: Split = "train") -> list[dict[str, str
 
 def _check_split(split: str) -> None:
     if split not in ("train", "heldout"):
-        raise ValidationError(f"split must be 'train' or 'heldout', got {split!r}.")
+        raise ValidationError(f"split must be 'train' or 'heldout', got {given(split)}.")
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 import pydantic
 
+from tensafe_nb.checks import checked
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import Config, LossConfig, Positive, TrainingConfig
 from tensafe_nb.data import Batches, OnBadRows, Rows
@@ -314,6 +315,7 @@ class Recipe(Config):
         return to_yaml(document)
 
 
+@checked
 def load_config(path: str | Path) -> Recipe:
     """Read a training run from a YAML file.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tensafe_nb.batch import BatchData
+from tensafe_nb.checks import checked
 from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig
 from tensafe_nb.data import read_prompts
 from tensafe_nb.errors import ValidationError
@@ -62,6 +63,7 @@ class Verbs(ABC):
         """
         return self._submit(ForwardBackward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {})))
 
+    @checked
     def forward(
         self,
         batch: Batch,
@@ -118,6 +120,7 @@ class Verbs(ABC):
         config = SamplingConfig(**fields) if sampling is None else sampling.replace(**fields)
         return self._submit(Sample(read_prompts(prompts), config))
 
+    @checked
     def compute_logprobs(
         self, batch: Batch, reference: bool = False, *, temperature: float = 1.0
     ) -> FutureHandle[LogprobsResult]:
@@ -141,6 +144,7 @@ class Verbs(ABC):
         """
         return self._submit(FreezeReference())
 
+    @checked
     def save_state(
         self,
         include_optimizer: bool = True,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tensafe_nb.batch import IGNORE, BatchData
+from tensafe_nb.checks import checked
 from tensafe_nb.data.labels import encode_many
 from tensafe_nb.data.layouts import EXPECTED, Canonical, canonical, check_template, shortened
 from tensafe_nb.data.rows import (
@@ -27,7 +28,7 @@ from tensafe_nb.data.rows import (
     warn_of_unread,
 )
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import Facts, shown
+from tensafe_nb.reprs import Facts, given, shown
 
 logger = logging.getLogger(__name__)
 POOL = 50  # batches over which rows of like length are brought together
@@ -49,6 +50,7 @@ class Example:
         return len(self.input_ids)
 
 
+@checked
 def encode(row: Row, tokenizer: Any, *, max_length: int | None = None, truncate: bool = False) -> Example:
     """Tokenise one row.
 
@@ -107,6 +109,7 @@ class Batches:
         ValidationError: No batch size, examples that do not make whole groups, or targets of different lengths.
     """
 
+    @checked
     def __init__(
         self,
         examples: Sequence[Example],
@@ -191,6 +194,7 @@ class Batches:
         return max(map(len, self._members(number)))
 
 
+@checked
 def batches(
     source: Rows,
     tokenizer: Any,
@@ -319,7 +323,7 @@ class _Limit:
         most = self.max_length
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 2):
             raise ValidationError(
-                f"max_length={most!r} must be at least 2: one token to read, one to predict."
+                f"max_length={given(most)} must be at least 2: one token to read, one to predict."
             )
 
     @property

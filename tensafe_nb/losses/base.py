@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.batch import TICKET, BatchData
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses.views import LossOutputs
 from tensafe_nb.registry import Registry, check_keywords, name_of
@@ -209,6 +210,7 @@ class Loss:
 _LOSSES: Registry[LossFunction] = Registry("loss")
 
 
+@checked
 def register_loss(
     name: str,
     *,

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from tensafe_nb.checks import checked
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
 from tensafe_nb.data.labels import encode_prompt
@@ -354,6 +355,7 @@ class MockRolloutSampler:
         <TrajectoryBatch 4 rollouts of 1 prompts, mean reward nan, mock data>
     """
 
+    @checked
     def __init__(self, max_new_tokens: int = 64, group_size: int = 4, seed: int = 0) -> None:
         self.sampling = SamplingConfig(max_new_tokens=max_new_tokens, num_samples=group_size, seed=seed)
         self._random = random.Random(seed)

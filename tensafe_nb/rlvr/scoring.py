@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
 from tensafe_nb.reprs import shown
 from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, TrainerState, outcomes_of
@@ -353,6 +354,7 @@ def check_scored(trajectories: Sequence[Trajectory], reward: Reward) -> None:
     )
 
 
+@checked
 def rescore(batch: TrajectoryBatch, reward: Any, *, timeout: float | None = 5.0) -> TrajectoryBatch:
     """Return a copy of a batch with the rewards that another function gives; nothing is sampled again.
 
