@@ -369,13 +369,12 @@ def _verl_batch(call: Call, unit: Sequence[RewardSample], log: dict[str, list[An
 def _verifiers(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
     (sample,) = unit
     offered = {
+        **sample.meta,
         "prompt": call._prompt(sample),
         "completion": call._completion(sample),
         "task": sample.meta.get("task", "default"),
         "info": sample.meta.get("info", sample.meta),
     }
-    if "answer" in sample.meta:
-        offered["answer"] = sample.meta["answer"]
     return offered | {"state": dict(offered)}
 
 

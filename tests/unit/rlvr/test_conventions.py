@@ -200,6 +200,35 @@ def test_a_missing_ground_truth_reaches_no_verl_function_as_text(gold):
     )
 
 
+def test_a_function_of_one_completion_gets_columns_by_name_and_any_other_keyword():
+    def judged(completion, ground_truth):
+        return float(completion == ground_truth)
+
+    def rubric(prompt, completion, answer, state, task, info, **kw):
+        return float(completion == answer == state["answer"] == info["answer"] == kw["level"])
+
+    assert rewards(judged, Trajectory("q", "Rome", {"ground_truth": "Rome"})) == [1.0]
+    assert "asks for ground_truth" in error(judged)
+    assert rewards(rubric, Trajectory("q", "Rome", {"answer": "Rome", "level": "Rome"})) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda response, answer: 1.0,
+        lambda text, target: 1.0,
+        lambda output, expected: 1.0,
+        lambda response, prompt: 1.0,
+        lambda question, ground_truth: 1.0,
+        lambda prompt, response, gold: 1.0,
+        lambda completion, response: 1.0,
+    ],
+)
+def test_parameters_in_another_order_are_refused_rather_than_filled_with_something_else(function):
+    with pytest.raises(ValidationError, match="The prompt comes first, the response second"):
+        resolve_reward(function)
+
+
 def test_columns_reach_a_function_of_ours_that_takes_any_keyword():
     def reward(prompt, response, **columns):
         return float(response == columns["answer"])
