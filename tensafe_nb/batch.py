@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import plain
-from tensafe_nb.reprs import Facts, given
+from tensafe_nb.reprs import Facts, as_given
 
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
@@ -79,7 +79,7 @@ class BatchData:
             raise ValidationError("BatchData.attention_mask may hold only 0 (padding) and 1 (token).")
         if not isinstance(labels_are_shifted, bool | np.bool_):
             raise ValidationError(
-                f"BatchData.labels_are_shifted is True or False, not {given(labels_are_shifted)}."
+                f"BatchData.labels_are_shifted is True or False, not {as_given(labels_are_shifted)}."
             )
         targets = next_token_labels(ids, mask) if labels is None else _integers(labels, "labels")
         _same_shape(targets, ids, "labels")
@@ -204,7 +204,7 @@ def _named(extras: Mapping[str, ArrayLike] | None) -> Mapping[str, ArrayLike]:
     if extras is None:
         return {}
     if not isinstance(extras, Mapping) or not all(isinstance(name, str) for name in extras):
-        raise ValidationError(f"BatchData.extras is a dict of arrays by name, not {given(extras)}.")
+        raise ValidationError(f"BatchData.extras is a dict of arrays by name, not {as_given(extras)}.")
     return extras
 
 
@@ -228,7 +228,7 @@ def _check_size(value: object, name: str) -> None:
             raise ValidationError(f"BatchData.{name} holds {count:,} values, more than {MOST_VALUES:,}.")
         if len(arrays) + len(rows) < len(level) and any(map(_is_odd, level)):
             raise ValidationError(
-                f"BatchData.{name}: rows are lists, tuples or arrays, not {given(next(filter(_is_odd, level)))}."
+                f"BatchData.{name}: rows are lists, tuples or arrays, not {as_given(next(filter(_is_odd, level)))}."
             )
         if depth == 1:
             _check_ragged(level, name)
@@ -253,7 +253,7 @@ def _length(row: Sequence[Any], name: str) -> int:
     try:
         return len(row)
     except Exception as error:  # more than a machine can count; or a sequence of the user's that fails
-        raise ValidationError(f"BatchData.{name}: the length of {given(row)} cannot be told.") from error
+        raise ValidationError(f"BatchData.{name}: the length of {as_given(row)} cannot be told.") from error
 
 
 def _check_ragged(rows: Sequence[Any], name: str) -> None:

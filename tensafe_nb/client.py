@@ -437,6 +437,7 @@ class TrainingClient(Verbs):
         await self._channel.loaded.wait_async()
         self._channel.loaded.outcome()
 
+    @checked
     def wait_for_step(self, timeout: float) -> bool:
         """Wait so many seconds until `step` is known, which a restored client reads from its state; return if it is."""
         return self._channel.starts_afresh or self._channel.loaded.wait(timeout)
@@ -474,6 +475,7 @@ class TrainingClient(Verbs):
         """
         return self._channel.bus.subscribe(subscriber)
 
+    @checked
     def publish(self, event: Event) -> Event:
         """Record an event of your own in the history, for instance Metrics."""
         return self._channel.bus.publish(event)
@@ -484,6 +486,7 @@ class TrainingClient(Verbs):
 
     # how it looks in a notebook
 
+    @checked
     def dashboard(self, sections: Sequence[str] | None = None) -> Any:
         """Return the live panel of this client, a widget; or one with only some sections: see `widgets.Dashboard`."""
         return load_dotted("tensafe_nb.widgets:panel")(self, sections)

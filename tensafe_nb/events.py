@@ -22,7 +22,7 @@ from tensafe_nb.batch import Array
 from tensafe_nb.checks import checked
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import from_plain, plain, to_plain
-from tensafe_nb.reprs import Facts, given, shown
+from tensafe_nb.reprs import Facts, as_given, shown
 
 if sys.platform != "win32":  # there, a run of another process counts as interrupted
     import fcntl
@@ -114,11 +114,11 @@ class Metrics(Event):
 
     def __post_init__(self) -> None:
         if not isinstance(self.step, int | np.integer):
-            raise ValidationError(f"Metrics: the step is {given(self.step)}; it must be a whole number.")
+            raise ValidationError(f"Metrics: the step is {as_given(self.step)}; it must be a whole number.")
         for name, value in self.values.items():
             if not isinstance(value, int | float | np.number):
                 raise ValidationError(
-                    f"Metrics: the value of {given(name)} is {given(value)}; a metric is a number."
+                    f"Metrics: the value of {as_given(name)} is {as_given(value)}; a metric is a number."
                 )
 
 
@@ -536,7 +536,7 @@ class Subscriptions:
 def _check_subscriber(subscriber: object) -> None:
     if not callable(subscriber) or inspect.iscoroutinefunction(subscriber):
         raise ValidationError(
-            f"A subscriber is a plain function of one event, called where it happens, not {given(subscriber)}. "
+            f"A subscriber is a plain function of one event, called where it happens, not {as_given(subscriber)}. "
             f"To await events: async for event in tc.events()."
         )
 

@@ -27,7 +27,7 @@ from tensafe_nb.events import Alarm, RunHistory, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.loops import Loop, RunClient
 from tensafe_nb.registry import load_dotted
-from tensafe_nb.reprs import given
+from tensafe_nb.reprs import as_given
 from tensafe_nb.retention import Checkpoints, checkpoint_of
 from tensafe_nb.types import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 
@@ -126,7 +126,7 @@ class TrainingRun:
             ValidationError: Fewer than one step.
         """
         if not isinstance(steps, int) or steps < 1:
-            raise ValidationError(f"run.step({given(steps)}): take a whole number of steps, at least one.")
+            raise ValidationError(f"run.step({as_given(steps)}): take a whole number of steps, at least one.")
         with self._changed:
             self._go_on(steps)
 

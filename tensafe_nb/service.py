@@ -15,7 +15,7 @@ from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
 from tensafe_nb.lifetimes import before_loading
-from tensafe_nb.reprs import Facts, Listing, fields_of, given, shown
+from tensafe_nb.reprs import Facts, Listing, as_given, fields_of, shown
 from tensafe_nb.transports.base import Channel, Transport
 from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
 
@@ -76,7 +76,7 @@ class ServiceClient:
         """
         if config is not None and not isinstance(config, TrainingConfig):
             raise ValidationError(
-                f"create_training_client takes a TrainingConfig, or its fields as keywords, not {given(config)}."
+                f"create_training_client takes a TrainingConfig, or its fields as keywords, not {as_given(config)}."
             )
         self._refuse_if_closed()
         config = TrainingConfig(**fields) if config is None else config.replace(**fields)
@@ -125,7 +125,8 @@ class ServiceClient:
         client = self._clients.get(training_client_id)
         if client is None:
             raise TrainingClientNotFoundError(
-                f"There is no training client {given(training_client_id)} in this process. Known: {sorted(self._clients)}. "
+                f"There is no training client {as_given(training_client_id)} in this process. Known: "
+                f"{sorted(self._clients)}. "
                 f"One that nothing refers to any more is freed: keep it in a variable. The history of earlier ones is "
                 f"in list_runs()."
             )
@@ -248,12 +249,13 @@ class ServiceClient:
         for name, value in (("limit", limit), ("offset", offset)):
             if not isinstance(value, int) or value < 0:
                 raise ValidationError(
-                    f"get_audit_logs: {name}={given(value)} must be a whole number, 0 or more."
+                    f"get_audit_logs: {name}={as_given(value)} must be a whole number, 0 or more."
                 )
         return Listing(
             self._transport.audit_logs(training_client_id, operation, limit, offset), _row_of_record
         )
 
+    @checked
     def verify_audit_log(self, anchors: Sequence[str] = ()) -> AuditVerification:
         """Check the audit log from its first record to its last.
 

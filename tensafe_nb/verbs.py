@@ -24,6 +24,7 @@ from tensafe_nb.operations import (
     VoidPrivacy,
 )
 from tensafe_nb.plain import plain_metadata
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import (
     ForwardBackwardResult,
     ForwardResult,
@@ -38,6 +39,7 @@ from tensafe_nb.types import (
 )
 
 LossSpec = str | Callable[..., Any]
+MOST_SEQUENCES = 1 << 20  # of one call of sample()
 MAX_NAME = 200  # characters of a checkpoint's name
 
 
@@ -48,6 +50,7 @@ class Verbs(ABC):
     def _submit(self, operation: Operation) -> FutureHandle[Any]:
         """Queue an operation."""
 
+    @checked
     def forward_backward(
         self, batch: Batch, loss_fn: LossSpec | None = None, loss_kwargs: Mapping[str, Any] | None = None
     ) -> FutureHandle[ForwardBackwardResult]:
@@ -94,7 +97,9 @@ class Verbs(ABC):
                 a draw that is not whole, and with `DPBudgetExceededError` instead of spending more than the budget.
         """
         if not isinstance(apply_dp_noise, bool):
-            raise ValidationError(f"optim_step(apply_dp_noise=…) is True or False, not {apply_dp_noise!r}.")
+            raise ValidationError(
+                f"optim_step(apply_dp_noise=…) is True or False, not {as_given(apply_dp_noise)}."
+            )
         return self._submit(OptimStep(apply_dp_noise))
 
     def sample(
@@ -115,10 +120,16 @@ class Verbs(ABC):
         """
         if sampling is not None and not isinstance(sampling, SamplingConfig):
             raise ValidationError(
-                f"sample() takes a SamplingConfig, or its fields as keywords, not {sampling!r}."
+                f"sample() takes a SamplingConfig, or its fields as keywords, not {as_given(sampling)}."
             )
         config = SamplingConfig(**fields) if sampling is None else sampling.replace(**fields)
-        return self._submit(Sample(read_prompts(prompts), config))
+        read = read_prompts(prompts)
+        if len(read) * config.num_samples > MOST_SEQUENCES:
+            raise ValidationError(
+                f"sample(): {len(read):,} prompts with num_samples={config.num_samples:,} are more than "
+                f"{MOST_SEQUENCES:,} sequences: sample in parts."
+            )
+        return self._submit(Sample(read, config))
 
     @checked
     def compute_logprobs(
@@ -168,7 +179,9 @@ class Verbs(ABC):
             ValidationError: Metadata that is not plain data, or a name that is no text.
         """
         if name is not None and (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME):
-            raise ValidationError(f"save_state: name={name!r} must be a text of 1 to {MAX_NAME} characters.")
+            raise ValidationError(
+                f"save_state: name={as_given(name)} must be a text of 1 to {MAX_NAME} characters."
+            )
         metadata = plain_metadata(metadata or {})
         return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
 
@@ -184,7 +197,7 @@ class Verbs(ABC):
                 artifact of another model, adapter or optimiser, with a ValidationError that lists the differences.
         """
         if not isinstance(artifact_id, str) or not artifact_id:
-            raise ValidationError(f"load_state takes an artifact's id or name, not {artifact_id!r}.")
+            raise ValidationError(f"load_state takes an artifact's id or name, not {as_given(artifact_id)}.")
         return self._submit(LoadState(artifact_id, for_run))
 
     def void_privacy(self, reason: str) -> FutureHandle[VoidPrivacyResult]:

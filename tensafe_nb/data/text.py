@@ -28,7 +28,7 @@ from tensafe_nb.data.rows import (
     warn_of_unread,
 )
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import Facts, given, shown
+from tensafe_nb.reprs import Facts, as_given, shown
 
 logger = logging.getLogger(__name__)
 POOL = 50  # batches over which rows of like length are brought together
@@ -71,12 +71,16 @@ def encode(row: Row, tokenizer: Any, *, max_length: int | None = None, truncate:
     return encoded.examples[0]
 
 
+@checked
 def collate(examples: Sequence[Example], pad_token_id: int) -> BatchData:
     """Pad examples on the right to the longest and stack them: (B, T), and their targets as `targets` (B, K).
 
     Raises:
         ValidationError: Some examples have more numbers in their target than others.
     """
+    _check_examples(examples, "collate")
+    if not examples:
+        raise ValidationError("collate: there are no examples to pad.")
     width = max(map(len, examples))
     ids = np.full((len(examples), width), pad_token_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -124,6 +128,7 @@ class Batches:
         skipped: Sequence[str] = (),
         cut: int = 0,
     ) -> None:
+        _check_examples(examples, "Batches")
         if batch_size < 1:
             raise ValidationError(f"batch_size={batch_size} must be at least 1.")
         if group < 1 or len(examples) % group:
@@ -290,6 +295,7 @@ class Encoded:
         return [column[number] for number in self.numbers]
 
 
+@checked
 def encode_rows(
     source: Rows,
     tokenizer: Any,
@@ -323,7 +329,7 @@ class _Limit:
         most = self.max_length
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 2):
             raise ValidationError(
-                f"max_length={given(most)} must be at least 2: one token to read, one to predict."
+                f"max_length={as_given(most)} must be at least 2: one token to read, one to predict."
             )
 
     @property
@@ -501,6 +507,13 @@ def _target(row: Mapping[str, Any]) -> tuple[float, ...]:
             f"with; give anything else another name."
         )
     return tuple(map(float, numbers))
+
+
+def _check_examples(examples: Sequence[Example], who: str) -> None:
+    if not isinstance(examples, list | tuple) or not all(isinstance(one, Example) for one in examples):
+        raise ValidationError(
+            f"{who}: examples are a list of what encode() returns, not {as_given(examples)}."
+        )
 
 
 def _target_width(examples: Sequence[Example]) -> int:

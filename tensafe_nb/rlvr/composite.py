@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.calls import Outcome
 
 
@@ -74,7 +75,7 @@ def _listed(given: Any, weights: Sequence[float] | None) -> Any:
         return given
     if len(weights) != len(given):
         raise ValidationError(
-            f"composite: {len(given)} rewards and the weights {weights!r}: give one for each."
+            f"composite: {len(given)} rewards and the weights {as_given(weights)}: give one for each."
         )
     return [Part(reward, weight) for reward, weight in zip(given, weights, strict=True)]
 
@@ -92,9 +93,11 @@ def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
     if isinstance(given, Mapping):
         known = {"reward", "weight", "name", "true", "kwargs"}
         for key in set(given) - known:
-            raise ValidationError(f"composite: a part has no {key!r}.{nearest(str(key), known)}")
+            raise ValidationError(f"composite: a part has no {as_given(key)}.{nearest(str(key), known)}")
         if "reward" not in given:
-            raise ValidationError(f"composite: the part {dict(given)!r} does not say which reward it is.")
+            raise ValidationError(
+                f"composite: the part {as_given(dict(given))} does not say which reward it is."
+            )
         values = {key: given[key] for key in ("weight", "name", "true") if key in given}
         given = Part(resolve(given["reward"], **given.get("kwargs", {})), **values)
     if isinstance(given, tuple) and len(given) == 2:
@@ -107,7 +110,7 @@ def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
         or not math.isfinite(part.weight)
     ):
         raise ValidationError(
-            f"composite: the weight of {reward.name!r} is {part.weight!r}, expected a number."
+            f"composite: the weight of {as_given(reward.name)} is {as_given(part.weight)}, expected a number."
         )
     return Part(reward, part.weight, part.name or reward.name, part.true)
 

@@ -10,7 +10,7 @@ import pydantic
 from tensafe_nb.checks import checked
 from tensafe_nb.config import Config, Positive
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.reprs import given
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.advantages import Aggregation, Baseline, Scale, resolve_advantage
 from tensafe_nb.rlvr.rollouts import TrajectoryBatch
 
@@ -169,10 +169,12 @@ class REINFORCEConfig(PolicyConfig):
     @pydantic.model_validator(mode="after")
     def _options_agree(self) -> Self:
         if not self.use_baseline and self.baseline not in (None, "none"):
-            raise ValueError(f"use_baseline=False contradicts baseline={given(self.baseline)}: leave one out")
+            raise ValueError(
+                f"use_baseline=False contradicts baseline={as_given(self.baseline)}: leave one out"
+            )
         if self.normalize_advantages and self.scale not in (None, "batch"):
             raise ValueError(
-                f"normalize_advantages=True is scale='batch', not {given(self.scale)}: leave one out"
+                f"normalize_advantages=True is scale='batch', not {as_given(self.scale)}: leave one out"
             )
         if self.advantage is not None:
             _check_advantage(self.advantage, self.baseline, self.effective_scale)
@@ -242,7 +244,7 @@ class PPOConfig(PolicyConfig):
             )
         if self.advantage == "gae" and self.effective_scale != "none":
             raise ValueError(
-                f"scale={given(self.scale)} with advantage='gae': gae whitens by itself, leave scale out"
+                f"scale={as_given(self.scale)} with advantage='gae': gae whitens by itself, leave scale out"
             )
         if self.loss == "cispo" and isinstance(self.clip_range, float):
             raise ValueError("loss='cispo' takes both bounds: clip_range=(smallest, largest), such as (0, 5)")
@@ -313,7 +315,7 @@ def smallest_group(batch: TrajectoryBatch) -> int:
 def _check_advantage(name: str, baseline: Baseline | None, scale: Scale) -> None:
     resolve_advantage(name)
     if baseline is not None or scale != "none":
-        raise ValueError(f"advantage={given(name)} is computed as a whole: leave baseline and scale out")
+        raise ValueError(f"advantage={as_given(name)} is computed as a whole: leave baseline and scale out")
 
 
 _PRESETS: dict[str, PolicyConfig] = {
@@ -344,7 +346,7 @@ def register_preset(name: str, config: PolicyConfig, *, overwrite: bool = False)
     """
     if name in _PRESETS and not overwrite and _PRESETS[name] != config:
         raise ValidationError(
-            f"There is a preset {given(name)} already: choose another name, or overwrite=True."
+            f"There is a preset {as_given(name)} already: choose another name, or overwrite=True."
         )
     _PRESETS[name] = config
 
@@ -362,10 +364,10 @@ def preset(name: str, kind: type[PolicyConfig]) -> PolicyConfig:
         ValidationError: There is none of this name, or it belongs to the other algorithm.
     """
     if name not in _PRESETS:
-        raise ValidationError(f"There is no preset {given(name)}.{nearest(name, _PRESETS)}")
+        raise ValidationError(f"There is no preset {as_given(name)}.{nearest(name, _PRESETS)}")
     found = _PRESETS[name]
     if not isinstance(found, kind):
         raise ValidationError(
-            f"The preset {given(name)} is one of {type(found).__name__.removesuffix('Config')}."
+            f"The preset {as_given(name)} is one of {type(found).__name__.removesuffix('Config')}."
         )
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tensafe_nb.checks import checked
-from tensafe_nb.reprs import escaped, given
+from tensafe_nb.reprs import as_given, escaped
 from tensafe_nb.rlvr.rollouts import Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, unscored
 
@@ -51,7 +51,7 @@ class RewardPreview:
         top = max(self.counts, default=0)
         bars = [f"{low:>8.3g} {'█' * round(WIDTH * n / top)} {n}" for low, n in self._bars()]
         examples = [
-            f"{title}: {t.reward:.3g}  {given(_short(t.prompt))} → {given(_short(t.response))}"
+            f"{title}: {t.reward:.3g}  {_short(t.prompt)!r} → {_short(t.response)!r}"
             for title, chosen in self._chosen()
             for t in chosen
         ]
@@ -81,7 +81,7 @@ class RewardPreview:
     def _summary(self) -> str:
         report = self.report
         return (
-            f"Reward {given(self.name)} on {len(self.rollouts)} rollouts: mean {self.rollouts.mean_reward:.3g}, "
+            f"Reward {as_given(self.name)} on {len(self.rollouts)} rollouts: mean {self.rollouts.mean_reward:.3g}, "
             f"{report.scored} scored, {report.abstained} abstained, {report.errors} errors "
             f"({report.timeouts} timeouts); rewards differ within {self.groups_with_signal:.0%} of the prompts"
         )

@@ -19,6 +19,7 @@ from tensafe_nb.data.layouts import refuse_media, template_options
 from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.rollouts import MOCK, PolicyClient, RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.types import Message, Prompt, SampledSequence, SampleResult
 
@@ -97,7 +98,7 @@ def _no_prompt(spec: Mapping[str, Any]) -> ValidationError:
     name = likely or (texts[0] if texts else "…")
     return ValidationError(
         f"a prompt given as a dict needs 'prompt'; it has {names}. "
-        f"Name it: [{{**row, 'prompt': row[{name!r}]}} for row in rows]."
+        f"Name it: [{{**row, 'prompt': row[{as_given(name)}]}} for row in rows]."
     )
 
 
@@ -209,6 +210,7 @@ class PolicySampler:
         8
     """
 
+    @checked
     def __init__(
         self,
         training_client: PolicyClient,
@@ -224,7 +226,9 @@ class PolicySampler:
         seed: int | None = None,
     ) -> None:
         if chat not in get_args(Chat):
-            raise ValidationError(f"chat={chat!r} must be one of {', '.join(map(repr, get_args(Chat)))}.")
+            raise ValidationError(
+                f"chat={as_given(chat)} must be one of {', '.join(map(repr, get_args(Chat)))}."
+            )
         self.sampling = SamplingConfig(
             max_new_tokens=max_new_tokens,
             temperature=temperature,

@@ -11,7 +11,7 @@ from tensafe_nb.data.rows import check_on_bad_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.loops import Loop
-from tensafe_nb.reprs import given
+from tensafe_nb.reprs import as_given
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.rlvr.alarm_rules import BF16_GAP, FP32_GAP
 from tensafe_nb.rlvr.alarms import Alarms
@@ -155,7 +155,7 @@ class RLVRTrainer:
 
     def __repr__(self) -> str:
         client = self.training_client.training_client_id
-        return f"RLVRTrainer({client}, {given(self.reward.name)}, {given(self.algo)}, {given(self.sampler.sampling)})"
+        return f"RLVRTrainer({client}, {self.reward.name!r}, {self.algo!r}, {self.sampler.sampling!r})"
 
     def run(
         self,
@@ -207,6 +207,7 @@ class RLVRTrainer:
         """
         self.reward = resolve_reward(reward, **kwargs)
 
+    @checked
     def rescore(self, last: int = 20, reward: RewardSpec | None = None) -> Rescored:
         """Ask what a reward says of the rollouts of the last steps, without sampling or training anything.
 
@@ -322,15 +323,17 @@ def _check(
     if eval_every is not None and (eval_prompts is None or eval_every < 1):
         raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
     if algo is not None and (isinstance(algo, type) or not hasattr(algo, "update")):
-        raise ValidationError(f"RLVRTrainer: algo is an algorithm such as REINFORCE(), not {given(algo)}.")
+        raise ValidationError(f"RLVRTrainer: algo is an algorithm such as REINFORCE(), not {as_given(algo)}.")
     if on_reward_errors not in ("pause", "fail"):
         raise ValidationError(
-            f"RLVRTrainer: on_reward_errors={given(on_reward_errors)} must be 'pause' or 'fail'."
+            f"RLVRTrainer: on_reward_errors={as_given(on_reward_errors)} must be 'pause' or 'fail'."
         )
     if not isinstance(good_threshold, int | float) or not math.isfinite(good_threshold):
-        raise ValidationError(f"RLVRTrainer: good_threshold={given(good_threshold)} must be a finite number.")
+        raise ValidationError(
+            f"RLVRTrainer: good_threshold={as_given(good_threshold)} must be a finite number."
+        )
     if not isinstance(seed, int) or seed < 0:
-        raise ValidationError(f"RLVRTrainer: seed={given(seed)} must be a whole number, 0 or more.")
+        raise ValidationError(f"RLVRTrainer: seed={as_given(seed)} must be a whole number, 0 or more.")
 
 
 def _gap(config: TrainingConfig) -> float:

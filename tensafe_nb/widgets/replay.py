@@ -14,7 +14,7 @@ from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
 from tensafe_nb.events import Event, RunHistory
 from tensafe_nb.futures import Promise
 from tensafe_nb.records import RunRecord, load_run, read_log
-from tensafe_nb.reprs import given
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import RunStatus
 from tensafe_nb.widgets.recording import Recording
 
@@ -148,7 +148,7 @@ def replay(run: str | Path | RunRecord, speed: float = 20.0, *, show: bool = Tru
     """
     if not isinstance(speed, int | float) or isinstance(speed, bool) or not isfinite(speed) or speed <= 0:
         raise ValidationError(
-            f"replay: speed={given(speed)} must be a number above 0: 20 is twenty times as fast."
+            f"replay: speed={as_given(speed)} must be a number above 0: 20 is twenty times as fast."
         )
     record = _record_of(run)
     if not record.state.ended:

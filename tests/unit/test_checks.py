@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tensafe_nb as tn
 from tensafe_nb.checks import checked
-from tensafe_nb.reprs import given
+from tensafe_nb.reprs import as_given
 
 
 class Unspeakable:
@@ -69,7 +69,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_any_value_can_be_named_in_a_message_and_the_message_stays_short(name: str) -> None:
-    text = given(ODD[name])
+    text = as_given(ODD[name])
     assert 0 < len(text) < 2000
     text.encode()
 
@@ -82,11 +82,11 @@ def test_any_value_can_be_named_in_a_message_and_the_message_stays_short(name: s
     )
 )
 def test_what_is_short_is_named_as_repr_does(value: Any) -> None:
-    assert given(value) == repr(value) or len(repr(value)) > 100 or repr(value).count("[") > 4
+    assert as_given(value) == repr(value) or len(repr(value)) > 100 or repr(value).count("[") > 4
 
 
 def test_a_dict_is_named_in_its_own_order() -> None:
-    assert given({"b": 1, "a": (1, 2)}) == "{'b': 1, 'a': (1, 2)}"
+    assert as_given({"b": 1, "a": (1, 2)}) == "{'b': 1, 'a': (1, 2)}"
 
 
 @pytest.mark.parametrize(
