@@ -91,6 +91,8 @@ def _check(annotation: Any) -> Check | None:
         return None if part is None else functools.partial(_sequence, part)
     if get_origin(annotation) is Mapping and get_args(annotation)[0] is str:
         return _named
+    if get_origin(annotation) is Callable:
+        return lambda value: None if callable(value) else "a function"
     if annotation in _SIMPLE:
         return _SIMPLE[annotation]
     if _is_ours(annotation):

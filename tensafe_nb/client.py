@@ -453,6 +453,7 @@ class TrainingClient(Verbs):
         """Iterate over what happened since event number `after`, then over what happens, until the client is closed."""
         return stream(self.subscribe, after)
 
+    @checked
     def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` on every event, at once and on whatever thread it happens; see `events()`.
 
@@ -467,6 +468,7 @@ class TrainingClient(Verbs):
         """
         return self._subscriptions.add(subscriber, after)
 
+    @checked
     def watch(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
         """Subscribe for what may outlive this client and must not refer to it, such as its panel: to the last event.
 

@@ -11,6 +11,7 @@ import pydantic
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.reprs import Facts, as_given, shown
 
+Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]  # more of anything is a slip
 NonNegativeFloat = pydantic.NonNegativeFloat
 MOST_ENTRIES = 10_000  # of one field
@@ -89,6 +90,7 @@ class Config(pydantic.BaseModel):
         Example:
             >>> config.change(optimizer={"learning_rate": 1e-3})  # the rest of the optimiser stays
         """
+        changes = {name: self._bounded(name, value) for name, value in changes.items()}
         inner = {
             name: getattr(self, name).replace(**value)
             for name, value in changes.items()
@@ -230,7 +232,7 @@ class SamplingConfig(Config):
     top_k: pydantic.NonNegativeInt = 0
     num_samples: int = pydantic.Field(default=1, gt=0, le=65_536)
     stop: tuple[str, ...] = ()
-    seed: pydantic.NonNegativeInt | None = None
+    seed: Seed | None = None
     ignore_end: bool = False
 
     @pydantic.field_validator("stop", mode="before")
@@ -343,7 +345,7 @@ class TrainingConfig(Config):
     batch_size: Positive = 8
     gradient_accumulation_steps: Positive = 1
     micro_batch_tokens: Positive = 16_384
-    seed: pydantic.NonNegativeInt = 0
+    seed: Seed = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     value_head: bool = False

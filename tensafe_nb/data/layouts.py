@@ -14,6 +14,7 @@ import numpy as np
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.reprs import as_given
 
+DEEPEST, MOST_PARTS = 64, 1 << 20  # of a message and its tool calls
 EXPECTED = (
     "Expected 'text', 'prompt' and 'completion', or 'messages' ('conversations', 'instruction' and 'output' are read "
     "too); of a pair, 'prompt', 'chosen' and 'rejected', or 'anchor' and 'positive'."
@@ -351,11 +352,19 @@ def _message(message: Mapping[str, Any], what: str, share_gpt: bool) -> dict[str
     return _learnt_or_not(kept, what)
 
 
-def _plain(value: Any) -> Any:
-    """Return what templates and JSON know: lists instead of arrays and tuples."""
+def _plain(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
+    """Return what templates and JSON know: lists instead of arrays and tuples; what has no end is refused."""
+    left = [MOST_PARTS] if left is None else left
+    left[0] -= value.size if isinstance(value, np.ndarray) else 1
+    if depth > DEEPEST or left[0] < 0:
+        raise ValidationError(
+            f"A message holds {as_given(value)} more than {DEEPEST} levels deep, or more than {MOST_PARTS:,} parts."
+        )
     if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
-    return {name: _plain(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+        return [_plain(item, depth + 1, left) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(item, depth + 1, left) for name, item in value.items()}
+    return value
 
 
 def _renamed(message: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -86,6 +86,8 @@ def _one_prompt(prompt: Any, index: int) -> Prompt:
 
 def _with_tools(prompt: Mapping[str, Any]) -> Prompt:
     name = "prompt" if "prompt" in prompt else "messages"
+    if name not in prompt:
+        raise ValidationError(f"a dict has 'prompt' (or 'messages') and 'tools', not {as_given(prompt)}.")
     if other := sorted(
         str(key) for key, value in prompt.items() if key not in (name, *OPTIONS) and not missing(value)
     ):
@@ -106,6 +108,8 @@ def read_prompt(content: Any, row: Mapping[str, Any] | None = None) -> Prompt:
     Raises:
         ValidationError: It is neither, or tools beside a text, which no template ever sees.
     """
+    if row is not None and not isinstance(row, Mapping):
+        raise ValidationError(f"the row of a prompt is a dict, not {as_given(row)}.")
     options = template_options(row or {})
     if isinstance(content, str):
         if not content:

@@ -97,7 +97,7 @@ class _Description:
     tensor, a function, an object), the name of the type stands for the rest.
     """
 
-    DEEPEST = 64
+    DEEPEST = 16
     MOST_BYTES = 1 << 28  # of one array; of a larger one, shape and type stand for it
     MOST_VALUES = 4_000_000  # a context of a million tokens, several times over
 

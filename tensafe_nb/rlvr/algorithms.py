@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from tensafe_nb.batch import Array
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, completed
 from tensafe_nb.reprs import as_given
@@ -89,6 +90,7 @@ class PolicyGradient(Generic[C]):
             f"  # no effect in this run: {', '.join(idle)}" if idle else ""
         )
 
+    @checked
     def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]:
         """Queue the steps on a scored batch. Returns when the last of them is queued.
 
