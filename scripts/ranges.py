@@ -67,16 +67,16 @@ def at(end: str, requirement: str) -> str:
 
 def prepare(end: str, python: str, folder: Path, torch: str | None) -> Path:
     """Make the environment anew, and return its Python."""
-    subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-m", "venv", "--clear", folder], check=True, env=alone)
     own = folder / "bin" / "python"
-    pip = [own, "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, "--upgrade", "pip>=24"], check=True)
     wanted = [at(end, requirement) for requirement in declared()]
     if torch is not None:
         wanted = [f"torch=={torch}" if line.startswith("torch") else line for line in wanted]
-    subprocess.run([*pip, next(line for line in wanted if line.startswith("torch"))], check=True)
-    subprocess.run([*pip, "--upgrade", *wanted, *TOOLS], check=True)
-    subprocess.run([*pip, "--no-deps", "--editable", ROOT], check=True)
+    first = next(line for line in wanted if line.startswith("torch"))
+    for packages in (["pip>=24"], [first], [*wanted, *TOOLS], ["--no-deps", "--editable", str(ROOT)]):
+        install = [own, "-m", "pip", "install", "-q", "--upgrade", *packages]
+        subprocess.run(install, check=True, env=alone)
     return own
 
 

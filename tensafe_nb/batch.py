@@ -1,6 +1,8 @@
 """A batch of token sequences, checked once, where it enters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -9,10 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import plain
-from tensafe_nb.reprs import Facts
+from tensafe_nb.reprs import Facts, given
 
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
+MOST_VALUES = 1 << 27  # of one entry: 1 GiB of token ids
+MOST_ROWS = 1 << 20
+NUMBERS = (int, float, bool, np.int64, np.int32, np.float32, np.float64)
+DEEPEST = 4  # dimensions; a batch has two, an extra seldom three
 TICKET = (
     "dp_ticket"  # (B, 7) of a Poisson draw: says which rows belong to it, so that none is lost or repeated
 )
@@ -58,8 +64,8 @@ class BatchData:
         labels_are_shifted: bool = False,
         **more_extras: ArrayLike,
     ) -> None:
-        entries = {**(extras or {}), **more_extras}
-        if TICKET in entries and len(input_ids) == 0:  # type: ignore[arg-type]
+        entries = {**_named(extras), **more_extras}
+        if TICKET in entries and isinstance(input_ids, Sized) and len(input_ids) == 0:
             self._set_nothing(entries[TICKET])
             return
         ids = _integers(input_ids, "input_ids")
@@ -71,6 +77,10 @@ class BatchData:
         _same_shape(mask, ids, "attention_mask")
         if not np.isin(mask, (0, 1)).all():
             raise ValidationError("BatchData.attention_mask may hold only 0 (padding) and 1 (token).")
+        if not isinstance(labels_are_shifted, bool | np.bool_):
+            raise ValidationError(
+                f"BatchData.labels_are_shifted is True or False, not {given(labels_are_shifted)}."
+            )
         targets = next_token_labels(ids, mask) if labels is None else _integers(labels, "labels")
         _same_shape(targets, ids, "labels")
         _check_labels(targets, mask, derived=labels is None)
@@ -190,21 +200,72 @@ def next_token_labels(input_ids: Array, attention_mask: Array) -> Array:
     return labels
 
 
+def _named(extras: Mapping[str, ArrayLike] | None) -> Mapping[str, ArrayLike]:
+    if extras is None:
+        return {}
+    if not isinstance(extras, Mapping) or not all(isinstance(name, str) for name in extras):
+        raise ValidationError(f"BatchData.extras is a dict of arrays by name, not {given(extras)}.")
+    return extras
+
+
 def _integers(value: ArrayLike, name: str) -> Array:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        lengths = [len(row) if isinstance(row, Sequence | np.ndarray) else None for row in value]
-        for row, length in enumerate(lengths):
-            if length is not None and length != lengths[0]:
-                raise ValidationError(
-                    f"BatchData.{name}: row {row} has {length} entries, row 0 has {lengths[0]}. "
-                    f"Rows must be equally long: pad them, or let tensafe_nb.data.batches do it."
-                )
     array = _array(value, name)
     if array.size and array.dtype.kind not in "iub":
         raise ValidationError(f"BatchData.{name} holds {array.dtype}, expected whole numbers.")
-    return array.astype(
-        np.int64
-    )  # a copy: the caller may reuse its buffer while the batch waits in the queue
+    if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValidationError(f"BatchData.{name} holds {array.max()}, which no token id or label can be.")
+    return array.astype(np.int64)
+
+
+def _check_size(value: object, name: str) -> None:
+    """Refuse what would not end or not fit, before anything of it is read out or allocated."""
+    level: Sequence[Any] = (value,)
+    for depth in range(DEEPEST + 1):
+        arrays = [item.shape for item in level if isinstance(getattr(item, "shape", None), tuple)]
+        rows = [item for item in level if isinstance(item, Sequence) and not isinstance(item, str | bytes)]
+        count = sum(math.prod(shape) for shape in arrays) + sum(_length(row, name) for row in rows)
+        if count > MOST_VALUES:
+            raise ValidationError(f"BatchData.{name} holds {count:,} values, more than {MOST_VALUES:,}.")
+        if len(arrays) + len(rows) < len(level) and any(map(_is_odd, level)):
+            raise ValidationError(
+                f"BatchData.{name}: rows are lists, tuples or arrays, not {given(next(filter(_is_odd, level)))}."
+            )
+        if depth == 1:
+            _check_ragged(level, name)
+        items = itertools.chain.from_iterable(row for row in rows if not isinstance(row, range))
+        level = list(itertools.islice((item for item in items if type(item) not in NUMBERS), MOST_ROWS + 1))
+        if len(level) > MOST_ROWS:
+            raise ValidationError(f"BatchData.{name} has more than {MOST_ROWS:,} rows, or what is in them.")
+        if not level:
+            return
+    raise ValidationError(
+        f"BatchData.{name} is nested deeper than {DEEPEST} levels: expected rows of numbers."
+    )
+
+
+def _is_odd(item: object) -> bool:
+    """Whether numpy would read something out item by item that does not say it is a sequence."""
+    known = isinstance(item, Sequence | Mapping) or hasattr(item, "shape") or hasattr(item, "__array__")
+    return not known and hasattr(type(item), "__getitem__")
+
+
+def _length(row: Sequence[Any], name: str) -> int:
+    try:
+        return len(row)
+    except Exception as error:  # more than a machine can count; or a sequence of the user's that fails
+        raise ValidationError(f"BatchData.{name}: the length of {given(row)} cannot be told.") from error
+
+
+def _check_ragged(rows: Sequence[Any], name: str) -> None:
+    lengths = [
+        len(row) if isinstance(row, Sequence) else (*getattr(row, "shape", ()), None)[0] for row in rows
+    ]
+    for row, length in enumerate(lengths):
+        if length is not None and length != lengths[0]:
+            raise ValidationError(
+                f"BatchData.{name}: row {row} has {length} entries, row 0 has {lengths[0]}. "
+                f"Rows must be equally long: pad them, or let tensafe_nb.data.batches do it."
+            )
 
 
 def _same_shape(array: Array, ids: Array, name: str) -> None:
@@ -249,10 +310,13 @@ def _check_shift(ids: Array, mask: Array, labels: Array) -> None:
 
 def _array(value: ArrayLike, name: str) -> Array:
     """Return a copy: the caller may reuse its buffer while the batch waits in the queue."""
+    _check_size(value, name)
     try:
         array = np.asarray(value).copy()
-    except (ValueError, TypeError, RuntimeError) as error:  # ragged; or a tensor that numpy cannot read
-        reason = str(error).splitlines()[0]
+    except (
+        Exception
+    ) as error:  # ragged; a tensor that numpy cannot read; or whatever an object of the user's raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValidationError(f"BatchData.{name} cannot be read as one array of numbers: {reason}") from error
     if array.dtype.kind == "O":
         raise ValidationError(

@@ -1,17 +1,20 @@
 """What a user types to configure training: frozen, checked where it is typed, every name the field's own."""
 
 import fnmatch
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, Literal, Self
 
 import pydantic
 
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.reprs import Facts, shown
+from tensafe_nb.reprs import Facts, given, shown
 
 Positive = pydantic.PositiveInt
 NonNegativeFloat = pydantic.NonNegativeFloat
+MOST_ENTRIES = 10_000  # of one field
+MOST_PROBLEMS = 20  # that one message tells
 MIN_TEMPERATURE = 1e-4  # below, the logits leave the range of numbers; 0 means greedy
 
 
@@ -25,11 +28,37 @@ class Config(pydantic.BaseModel):
 
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**{name: self._bounded(name, value) for name, value in values.items()})
         except pydantic.ValidationError as error:
             problems = [found for problem in error.errors() for found in self._problems(dict(problem))]
-            message = " ".join(text for _, text in problems)
+            told = " ".join(text for _, text in problems[:MOST_PROBLEMS])
+            more = len(problems) - MOST_PROBLEMS
+            message = f"{told} And {more} more." if more > 0 else told
             raise ValidationError(message, details={"problems": problems}) from None
+
+    @classmethod
+    def _bounded(cls, name: str, value: Any) -> Any:
+        """Return the value of a field, refused before anything walks it if it is larger than a setting can be."""
+        if isinstance(value, str | bytes | pydantic.BaseModel):
+            return value
+        if isinstance(value, Iterator):  # it may have no end
+            value = tuple(itertools.islice(value, MOST_ENTRIES + 1))
+        try:
+            size = len(value) if isinstance(value, Sized) else 0
+        except Exception:  # noqa: BLE001  # a length that fails, or is no number: pydantic is not to ask for it either
+            raise cls._refusal(name, f"its length cannot be told (got {given(value)})") from None
+        if size > MOST_ENTRIES:
+            raise cls._refusal(
+                name, f"a setting has at most {MOST_ENTRIES:,} entries, not {size:,} (got {given(value)})"
+            )
+        if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+            raise cls._refusal(name, f"its entries are named by texts (got {given(value)})")
+        return value
+
+    @classmethod
+    def _refusal(cls, name: str, reason: str) -> ValidationError:
+        text = f"{cls.__name__}.{name}: {reason}."
+        return ValidationError(text, details={"problems": [((name,), text)]})
 
     @classmethod
     def _problems(cls, problem: dict[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
@@ -45,7 +74,7 @@ class Config(pydantic.BaseModel):
             return f"{cls.__name__} has no field {where!r}.{nearest(where, cls.model_fields)}"
         reason = problem["msg"].removeprefix("Value error, ")
         field = f".{where}" if where else ""
-        return f"{cls.__name__}{field}: {reason} (got {problem['input']!r})."
+        return f"{cls.__name__}{field}: {reason} (got {given(problem['input'])})."
 
     def _facts(self) -> Facts:
         return {name: getattr(self, name) for name in type(self).model_fields}
@@ -269,7 +298,7 @@ class DPConfig(Config):
     @pydantic.field_validator("accountant_type", mode="before")
     @classmethod
     def _accountants_that_report_too_little_are_refused(cls, value: Any) -> Any:
-        if value in UNSOUND:
+        if isinstance(value, str) and value in UNSOUND:
             raise ValueError(f"{UNSOUND[value]}; use 'rdp' or 'prv'")
         return value
 

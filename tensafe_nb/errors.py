@@ -204,10 +204,13 @@ class FutureFailedError(FutureError):
     code = "future_failed"
 
 
+LONGEST_NAME = 200  # characters that are compared
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest known name, or the list of all, for an error message."""
     options = sorted(known)
-    close = difflib.get_close_matches(name, options, n=1)
+    close = difflib.get_close_matches(name[:LONGEST_NAME], options, n=1)  # its time grows with the square
     if close:
         return f" Did you mean {close[0]!r}?"
     return f" Known: {', '.join(options) or 'none'}."

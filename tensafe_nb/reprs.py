@@ -6,7 +6,9 @@ carry no colours of their own, so they are readable in any theme, and every text
 
 import dataclasses
 import html
+import itertools
 import re
+import reprlib
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -114,6 +116,47 @@ def short(value: object) -> str:
             text = str(value)
     text = visible(text)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def given(value: object) -> str:
+    """Return a value as an error message names what it was given: as `repr` does, and short, whatever it is.
+
+    What is long, deep or cyclic is cut; what cannot be told is named by its type.
+    """
+    return _GIVEN.repr(value)
+
+
+class _Given(reprlib.Repr):
+    """`repr` with an end: reprlib, made total, and with the entries of a dict as they stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, LONGEST, LONGEST
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = FEW
+
+    def repr1(self, x: Any, level: int) -> str:
+        try:
+            return super().repr1(x, level)
+        except Exception:  # noqa: BLE001  # what a user made may do anything when it is asked for its repr
+            return f"<{type(x).__name__} that cannot be shown>"
+
+    def repr_int(self, x: int, level: int) -> str:
+        bits = int.bit_length(x)
+        return repr(x) if bits < 500 else f"<a number of about {int(bits * 0.30103) + 1} digits>"
+
+    def repr_dict(self, x: Mapping[Any, Any], level: int) -> str:
+        if level <= 0 and x:
+            return "{...}"
+        few = itertools.islice(x.items(), self.maxdict)
+        parts = [f"{self.repr1(key, level - 1)}: {self.repr1(item, level - 1)}" for key, item in few]
+        return "{" + ", ".join(parts + ["..."] * (len(x) > self.maxdict)) + "}"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        text = visible(repr(x))
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+_GIVEN = _Given()
 
 
 def as_markdown(text: str) -> str:

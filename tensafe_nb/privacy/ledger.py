@@ -201,7 +201,9 @@ class Ledger:
         return {
             number: charge
             if number == draw
-            else replace(owed, unit=charge.unit, step=charge.step, sampling=f"{owed.sampling}, left out")
+            else replace(
+                owed, unit=charge.unit, step=charge.step, sampling=f"{owed.sampling}, not used by then"
+            )
             for number, owed in self._log.draws.owed(together, draw).items()
         }
 

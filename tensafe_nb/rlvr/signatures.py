@@ -7,10 +7,12 @@ from typing import Any
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.calls import Call, Style
 
-_VERIFIERS = frozenset({"prompt", "completion", "answer", "state", "task", "info", "parser"})
-_NOT_META = frozenset({"answer", "ground_truth", "label", "target", "solution", "gold", "completion"})
+_COLUMNS = frozenset(
+    {"answer", "ground_truth", "label", "target", "solution", "gold", "reference", "expected"}
+)
+_NOT_META = _COLUMNS | {"completion"}
+_NOT_PROMPT = _COLUMNS | {"response", "completion", "output", "prediction", "pred", "generation", "generated"}
 _KNOWN = {  # what a function of a style may need; which columns there are is known when the prompts are
-    Style.VERIFIERS: _VERIFIERS - {"parser"},
     Style.OPENRLHF: frozenset({"queries", "prompts", "labels"}),
     Style.VERL_BATCH: frozenset({"data_sources", "solution_strs", "ground_truths", "extra_infos"}),
 }
@@ -98,7 +100,7 @@ def _style_of(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> Style:
         return Style.VERL_BATCH
     if {"queries", "prompts"} <= names:
         return Style.OPENRLHF
-    if "completion" in names and names - {"kwargs", "_"} <= _VERIFIERS | set(kwargs):
+    if "completion" in names and not {"response", "meta"} & names:
         return Style.VERIFIERS
     return Style.OURS
 
@@ -138,9 +140,10 @@ def _refuse_unbound(call: Call, name: str) -> None:
             f"The reward {name!r} needs environments, which are TRL's for several turns; here a rollout is one turn. "
             f"Score its text: def {name}(completions, **columns)."
         )
-    if call.style not in _KNOWN:
-        return
-    missing = call.required - _KNOWN[call.style] - set(call.kwargs)
+    needed = call.required - set(call.kwargs)
+    missing = (
+        needed & {"parser"} if call.style is Style.VERIFIERS else needed - _KNOWN.get(call.style, needed)
+    )
     if missing:
         raise ValidationError(
             f"The reward {name!r} needs {', '.join(sorted(missing))}: bind it with "
@@ -151,7 +154,11 @@ def _refuse_unbound(call: Call, name: str) -> None:
 def _positional(signature: inspect.Signature, name: str, kwargs: Mapping[str, Any]) -> int:
     """Return how many of (prompt, response, meta) a function of our style takes: 3 or 2."""
     names = list(signature.parameters)
-    ambiguous = names[1:2] == ["answer"] or bool(set(names[2:3]) & (_NOT_META - set(kwargs)))
+    ambiguous = bool(
+        set(names[:1]) & _NOT_PROMPT
+        or set(names[1:2]) & _COLUMNS
+        or set(names[2:3]) & (_NOT_META - set(kwargs))
+    )
     keywords = set(kwargs) | ({"tokens"} & set(names[2:]))
     most = 2 if _has_its_own_value(list(signature.parameters.values())[2:3]) else 3
     counts = [count for count in (3, 2) if count <= most and _binds(signature, count, keywords)]
@@ -159,7 +166,10 @@ def _positional(signature: inspect.Signature, name: str, kwargs: Mapping[str, An
         return counts[0]
     hint = ""
     if ambiguous:
-        hint = " Columns of the prompts come in meta: read meta['answer'], and name the response 'response'."
+        hint = (
+            " The prompt comes first, the response second, and columns of the prompts in meta: read meta['answer'], "
+            "and name the response 'response'."
+        )
     raise ValidationError(
         f"The reward {name!r} has the signature {signature}: expected fn(prompt, response, meta=None) -> float, "
         f"or the signature of a TRL, verl, OpenRLHF or verifiers function.{hint}"

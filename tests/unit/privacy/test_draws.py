@@ -51,7 +51,7 @@ def test_draws_that_were_left_out_are_charged_with_the_next_that_is_used(create:
     assert (tc.step, charged(tc)) == (2, 6)
     assert tc.privacy_statement().epsilon == pytest.approx(tc.what_if(steps=6).epsilon)
     evidence = {m.sampling: m.steps for m in tc.privacy_statement().mechanisms}
-    assert evidence == {"toolkit sampler": 2, "toolkit sampler, left out": 4}
+    assert evidence == {"toolkit sampler": 2, "toolkit sampler, not used by then": 4}
     take(tc, draws[6])
     assert charged(tc) == 7, "the last draw has no later one: nothing that was released depends on it"
 

@@ -1,0 +1,158 @@
+"""Values where they enter a call: `@checked` refuses what a parameter's own annotation rules out, in our words.
+
+Python checks the names of arguments, never their values, so that `steps="ten"` would fail somewhere inside, or be
+believed. Only parameters whose annotation can be checked without a look inside are: numbers, texts, paths, choices, and
+classes of this package. Sizes are asked for before anything is walked.
+"""
+
+import functools
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import given
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Check: TypeAlias = Callable[[Any], str | None]  # what is wrong with a value, or None
+LARGEST = 1 << 63  # what fits a tensor, a file and the wire
+LONGEST_TEXT = 10_000  # characters of a name, an id or a reason
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # characters: Linux's limits in bytes, which no longer text can keep
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: refuse arguments that the annotations of a function or method rule out.
+
+    A parameter is checked where its annotation consists of `int`, `float`, `str`, `bool`, `Path`, `None`, literals and
+    classes of this package; others are left to the function.
+
+    Raises:
+        ValidationError: With the function, the parameter, what it takes and what it was given.
+    """
+    signature = inspect.signature(function)
+    checks = {name: check for name, check in _checks(function, signature).items() if check is not None}
+    called = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            bound = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # a wrong signature is Python's to explain
+            return function(*args, **kwargs)
+        for name, check in checks.items():
+            if name in bound and (expected := check(bound[name])) is not None:
+                raise ValidationError(f"{called}: {name} is {expected}, not {given(bound[name])}.")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _checks(function: Callable[..., Any], signature: inspect.Signature) -> Mapping[str, Check | None]:
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        name: _check(parameter.annotation)
+        for name, parameter in signature.parameters.items()
+        if parameter.kind in named
+    }
+
+
+def _check(annotation: Any) -> Check | None:
+    """Return the check of an annotation; None where it cannot be checked without a look inside."""
+    if get_origin(annotation) in (Union, UnionType):
+        given_parts = get_args(annotation)
+        as_path = Path in given_parts  # a text is the name of a file then
+        parts = [path if as_path and part is str else _check(part) for part in given_parts]
+        return _any_of(parts) if None not in parts else None  # type: ignore[arg-type]
+    if get_origin(annotation) is Literal:
+        return functools.partial(_choice, get_args(annotation))
+    if annotation is None or annotation is NoneType:
+        return lambda value: None if value is None else "None"
+    if annotation in _SIMPLE:
+        return _SIMPLE[annotation]
+    if _is_ours(annotation):
+        return lambda value: None if isinstance(value, annotation) else f"a {annotation.__name__}"
+    return None
+
+
+def _is_ours(annotation: Any) -> bool:
+    return (
+        isinstance(annotation, type)
+        and annotation.__module__.startswith("tensafe_nb.")
+        and not getattr(annotation, "_is_protocol", False)
+    )
+
+
+def _any_of(parts: list[Check]) -> Check:
+    def check(value: Any) -> str | None:
+        wrong = [part(value) for part in parts]
+        return None if None in wrong else " or ".join(dict.fromkeys(text for text in wrong if text))
+
+    return check
+
+
+def _choice(options: tuple[Any, ...], value: Any) -> str | None:
+    if any(type(value) is type(option) and value == option for option in options):
+        return None
+    return f"one of {', '.join(map(repr, options))}"
+
+
+def whole(value: Any) -> str | None:
+    """Say what is wrong with a whole number."""
+    try:
+        number = operator.index(value)
+    except (TypeError, ValueError):  # an array of one number is none
+        return "a whole number"
+    return None if abs(number) < LARGEST else f"a whole number below {LARGEST:.0e}"
+
+
+def number(value: Any) -> str | None:
+    """Say what is wrong with a number; infinity is one, NaN is not."""
+    if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
+        return "a number"
+    try:
+        return "a number" if math.isnan(value) else None
+    except (TypeError, ValueError, OverflowError):
+        return "a number"
+
+
+def text(value: Any) -> str | None:
+    """Say what is wrong with a name, an id or a reason."""
+    if not isinstance(value, str):
+        return "a text"
+    if len(value) > LONGEST_TEXT:
+        return f"a text of at most {LONGEST_TEXT:,} characters"
+    return None if _can_be_written(value) else "a text that can be written as UTF-8, without a NUL"
+
+
+def path(value: Any) -> str | None:
+    """Say what is wrong with the path of a file or folder, or with a text that names one."""
+    if not isinstance(value, str | Path) or str(value) == "":
+        return "the path of a file or folder"
+    if len(str(value)) > LONGEST_PATH or max(map(len, Path(value).parts), default=0) > LONGEST_NAME:
+        return "a path as short as file systems take"
+    return None if _can_be_written(str(value)) else "a path that can be written as UTF-8, without a NUL"
+
+
+def _can_be_written(value: str) -> bool:
+    return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _truth(value: Any) -> str | None:
+    is_one = type(value).__name__ in ("bool", "bool_") or (whole(value) is None and value in (0, 1))
+    return None if is_one else "True or False"
+
+
+_SIMPLE: Mapping[Any, Check] = {
+    int: whole,
+    float: number,
+    str: text,
+    bool: _truth,
+    Path: path,
+    datetime: lambda value: None if isinstance(value, datetime) else "a date",
+}
