@@ -543,7 +543,7 @@ def unshown(template: Any, messages: Sequence[Mapping[str, Any]]) -> set[str]:
     """Return the keys of messages that a chat template never mentions: what stands under them is not seen."""
     further = set().union(*messages) - {"role", "content", "weight"}
     written = str(template) if further else ""
-    return {f"{name} of messages" for name in map(str, further) if name not in written}
+    return {f"messages.{name}" for name in map(str, further) if name not in written}
 
 
 # values

@@ -392,7 +392,7 @@ def test_columns_nobody_reads_are_named_once(tokenizer: Any) -> None:
 
 def test_what_messages_have_and_the_template_never_shows_is_named_once(tokenizer: Any) -> None:
     chat = {"messages": [ASK | {"name": "Galileo"}, TELL | {"reasoning_content": "By radar.", "weight": 1}]}
-    with pytest.warns(UserWarning, match="reasoning_content of messages") as caught:
+    with pytest.warns(UserWarning, match="messages.reasoning_content") as caught:
         data.batches([chat, chat], tokenizer)
     assert len(caught) == 1
 
