@@ -19,6 +19,7 @@ from tensafe_nb.privacy.tickets import content_of, ticket
 from tensafe_nb.reprs import as_given
 
 logger = logging.getLogger(__name__)
+MOST_UNITS = 1 << 31  # more than any account names
 FAR_OFF = 0.1  # of the declared number of units: more than rounding it to a public figure
 
 
@@ -140,7 +141,8 @@ def units_of(examples: int, group: int, unit_ids: Sequence[object] | None, decla
 
 
 def _names(unit_ids: Sequence[object], rows: int) -> Sequence[object]:
-    if isinstance(unit_ids, str) or not hasattr(unit_ids, "__len__"):
+    too_long = isinstance(unit_ids, range) and bool(unit_ids) and unit_ids[-1] - unit_ids[0] >= MOST_UNITS
+    if isinstance(unit_ids, str) or too_long or not hasattr(unit_ids, "__len__"):
         raise ValidationError(
             f"dp_batches: unit_ids is a list with one id for each row, not {as_given(unit_ids)}."
         )

@@ -281,7 +281,7 @@ def check_batches(**given: object) -> None:
             raise ValidationError(
                 f"fit: {name} is a list of batches: {name}=tc.batches({as_given(str(batches))}) reads the file."
             )
-        if not isinstance(batches, Iterable):
+        if not isinstance(batches, Iterable) or isinstance(batches, range):
             raise ValidationError(
                 f"fit: {name} is a list of batches (or another iterable), not {as_given(batches)}."
             )

@@ -73,7 +73,7 @@ def _listed(given: Any, weights: Sequence[float] | None) -> Any:
         return [_entry(key, value) for key, value in given.items()]
     if weights is None or not isinstance(given, Sequence) or isinstance(given, str):
         return given
-    if not isinstance(weights, Sequence | np.ndarray) or isinstance(weights, range):
+    if not hasattr(weights, "__len__") or isinstance(weights, range | str):
         raise ValidationError(f"composite: weights is a list of numbers, not {as_given(weights)}.")
     if len(weights) != len(given):
         raise ValidationError(

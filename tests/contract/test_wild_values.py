@@ -1,4 +1,5 @@
-"""Every public call with wrong values: answered, or refused by an error of our family; never a foreign one, never a hang.
+"""Every public call with wrong values: answered, or refused by an error of our family; never a foreign one, never "
+f"a hang.
 
 The calls are generated: each parameter of each public callable takes each wild value in turn, the others keep values
 that fit. A wrong *signature* stays Python's `TypeError`; a wrong value is not one.
