@@ -209,7 +209,7 @@ def _named(extras: Mapping[str, ArrayLike] | None) -> Mapping[str, ArrayLike]:
 
 
 def _integers(value: ArrayLike, name: str) -> Array:
-    array = _array(value, name)
+    array = _array(value, name, equal_rows=True)
     if array.size and array.dtype.kind not in "iub":
         raise ValidationError(f"BatchData.{name} holds {array.dtype}, expected whole numbers.")
     if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
@@ -217,7 +217,7 @@ def _integers(value: ArrayLike, name: str) -> Array:
     return array.astype(np.int64)
 
 
-def _check_size(value: object, name: str) -> None:
+def _check_size(value: object, name: str, equal_rows: bool) -> None:
     """Refuse what would not end or not fit, before anything of it is read out or allocated."""
     level: Sequence[Any] = (value,)
     for depth in range(DEEPEST + 1):
@@ -230,7 +230,7 @@ def _check_size(value: object, name: str) -> None:
             raise ValidationError(
                 f"BatchData.{name}: rows are lists, tuples or arrays, not {as_given(next(filter(_is_odd, level)))}."
             )
-        if depth == 1:
+        if depth == 1 and equal_rows:
             _check_ragged(level, name)
         items = itertools.chain.from_iterable(row for row in rows if not isinstance(row, range))
         level = list(itertools.islice((item for item in items if type(item) not in NUMBERS), MOST_ROWS + 1))
@@ -308,9 +308,9 @@ def _check_shift(ids: Array, mask: Array, labels: Array) -> None:
     )
 
 
-def _array(value: ArrayLike, name: str) -> Array:
+def _array(value: ArrayLike, name: str, *, equal_rows: bool = False) -> Array:
     """Return a copy: the caller may reuse its buffer while the batch waits in the queue."""
-    _check_size(value, name)
+    _check_size(value, name, equal_rows)
     try:
         array = np.asarray(value).copy()
     except (

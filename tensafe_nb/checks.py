@@ -50,7 +50,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         for name, check in checks.items():
             if name in bound and (expected := check(bound[name])) is not None:
-                raise ValidationError(f"{called}: {name} is {expected}, not {as_given(bound[name])}.")
+                raise ValidationError(f"{called}: {name}={as_given(bound[name])} must be {expected}.")
         return function(*args, **kwargs)
 
     return call
@@ -154,7 +154,7 @@ def _size(value: Any) -> int:
 def _choice(options: tuple[Any, ...], value: Any) -> str | None:
     if any(type(value) is type(option) and value == option for option in options):
         return None
-    return f"one of {', '.join(map(repr, options))}"
+    return " or ".join(map(repr, options))
 
 
 def whole(value: Any) -> str | None:

@@ -597,7 +597,8 @@ def _kind(value: Any) -> str:
     if isinstance(value, list | tuple | np.ndarray) and len(value) == 0:
         return "empty"
     if isinstance(value, bool | int | float | np.generic):
-        return f"the {type(value).__name__} {as_given(value)}"
+        plain = value.item() if isinstance(value, np.generic) else value
+        return f"the {type(value).__name__} {as_given(plain)}"
     return f"a {type(value).__name__}"
 
 

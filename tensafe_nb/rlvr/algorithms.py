@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from tensafe_nb.batch import Array
-from tensafe_nb.checks import checked
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, completed
 from tensafe_nb.reprs import as_given
@@ -90,7 +89,6 @@ class PolicyGradient(Generic[C]):
             f"  # no effect in this run: {', '.join(idle)}" if idle else ""
         )
 
-    @checked
     def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]:
         """Queue the steps on a scored batch. Returns when the last of them is queued.
 
@@ -104,6 +102,8 @@ class PolicyGradient(Generic[C]):
         Raises:
             ValidationError: Nothing is scored, a group is too small for the baseline, or sampling was greedy.
         """
+        if not isinstance(batch, TrajectoryBatch):
+            raise ValidationError(f"update: batch is a TrajectoryBatch, not {as_given(batch)}.")
         method = self.config.method(batch, training_client.capabilities)
         self._check(batch, method)
         is_private = private.CAPABILITY in training_client.capabilities

@@ -242,7 +242,7 @@ class PolicySampler:
             warnings.warn(
                 "top_p < 1 or top_k > 0 samples from a cut distribution, the update trains the whole one: "
                 "expect biased gradients. Leave both at their defaults for training.",
-                stacklevel=2,
+                stacklevel=3,  # past `checked`
             )
         self.chat = chat
         self._client = training_client
