@@ -515,9 +515,9 @@ class Template:
                 known.headers.add(header)
         else:
             shared = len(_shared_start(text, prompt))
-            bare = self._try(chat.messages[:number], chat.options) or ""
-            same = text.startswith(_shared_start(bare, prompt).rstrip())
-            start = self._off_token(text, min(one.start, shared)) if same and bare else one.start
+            unopened = self._try(chat.messages[:number], chat.options) or ""
+            same = text.startswith(_shared_start(unopened, prompt).rstrip())
+            start = self._off_token(text, min(one.start, shared)) if same and unopened else one.start
         if header := self._since_token(text, start):
             local.append((header + text[start : one.start], one.start - start))
         return start
