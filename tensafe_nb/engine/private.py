@@ -300,7 +300,7 @@ class PrivateTraining:
         for rows in np.split(unit, range(loss.declares.group, len(unit), loss.declares.group)):
             if self._secret_of_row is not None:  # whatever else is random: this unit's own, too
                 torch.manual_seed(int(self._secret_of_row[rows[0]]))
-            value, metrics = self._values(batch, rows, loss)
+            _, _, value, metrics = self._evaluated(batch, rows, loss, one_unit=True)
             value.sum().backward()  # type: ignore[no-untyped-call]
             if tally is not None:
                 tally.add(LossValue(value.detach(), float(len(rows)), metrics), float(value.detach().sum()))
@@ -312,12 +312,12 @@ class PrivateTraining:
         return self._evaluated(batch, rows, loss)[2:]
 
     def _evaluated(
-        self, batch: BatchData, rows: Array, loss: Loss
+        self, batch: BatchData, rows: Array, loss: Loss, *, one_unit: bool = False
     ) -> tuple[BatchData, LossOutputs, Tensor, dict[str, float]]:
         """Return some rows, what the model says of them, and what the loss says of that."""
         part = batch.take(rows)
         tensors = self._engine.tensors(part, batch)
-        with self._streams(rows):
+        with self._streams(rows, one_unit):
             outputs = self._engine.outputs(part, tensors)
         return part, outputs, *loss.row_values(outputs, tensors)
 
@@ -343,10 +343,10 @@ class PrivateTraining:
         finally:
             self._secret_of_row = None
 
-    def _streams(self, rows: Array) -> AbstractContextManager[object]:
+    def _streams(self, rows: Array, one_unit: bool) -> AbstractContextManager[object]:
         if self._secret_of_row is None:
             return contextlib.nullcontext()
-        return RowDropout(torch.from_numpy(self._secret_of_row[rows]))
+        return RowDropout(torch.from_numpy(self._secret_of_row[rows]), one_unit=one_unit)
 
     @torch.no_grad()
     def _check_part(
