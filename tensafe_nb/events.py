@@ -489,7 +489,7 @@ class EventBus:
 
     def __del__(self) -> None:
         if hasattr(self, "_log"):  # it was opened
-            try:  # at the interpreter's end, imported names are gone
+            try:  # noqa: SIM105  # at the interpreter's end, imported names are gone
                 self._log.close()
             except OSError:
                 pass
