@@ -80,7 +80,10 @@ def worst_case(service: tn.ServiceClient, changed: bool) -> tn.TrainingClient:
 
 
 def rlvr(service: tn.ServiceClient, changed: bool) -> tn.TrainingClient:
-    known = {"12+34=": 0.0, "55+11=": float(changed)}  # a reward may know the answers: its version is a hash of them
+    known = {
+        "12+34=": 0.0,
+        "55+11=": float(changed),
+    }  # a reward may know the answers: its version is a hash of them
 
     def earned(prompt: str, response: str) -> float:
         return known[prompt]
