@@ -3,7 +3,7 @@
 import re
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,13 @@ from tensafe_nb.types import SaveStateResult
 SMALLER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl"}  # as a word of a metric's name
 
 
+class Known(NamedTuple):
+    """How good a checkpoint is, and the version of the reward that says so, if one does."""
+
+    score: float
+    reward: float | None
+
+
 class Checkpoints:
     """When a run saves by itself, and what it may delete again. Checkpoints a user asked for are never deleted.
 
@@ -22,7 +29,8 @@ class Checkpoints:
         every: Steps between checkpoints; None saves none.
         keep_last: How many of the newest to keep; None keeps all, unless `keep_best` is given.
         keep_best: A metric; the checkpoint with its best value is kept besides the newest. Metrics named after a
-            loss, an error, a perplexity or a KL divergence are better when small, all others when large.
+            loss, an error, a perplexity or a KL divergence are better when small, all others when large. Where the
+            reward of a run was replaced, the best is that since then: scores of two rewards cannot be compared.
 
     Raises:
         ValidationError: A number below 1, or something to keep while nothing is saved.
@@ -43,8 +51,8 @@ class Checkpoints:
                 f"keep_best={keep_best!r} must be the name of a metric, such as 'eval/loss'."
             )
         self._every, self._keep_last, self._keep_best = every, keep_last, keep_best
-        self._saving: deque[tuple[FutureHandle[SaveStateResult], float | None]] = deque()
-        self._kept: list[tuple[str, float]] = []
+        self._saving: deque[tuple[FutureHandle[SaveStateResult], Known | None]] = deque()
+        self._kept: list[tuple[str, Known]] = []  # scores are signed: what is good is large
         self._last_index = 0
 
     def due(self, index: int, planned: int | None) -> bool:
@@ -60,27 +68,38 @@ class Checkpoints:
 
     def add(self, handle: FutureHandle[SaveStateResult], history: RunHistory, *, measured: bool) -> None:
         """Take note of a checkpoint under way; `measured` says that the metrics of its step are there already."""
-        known = history.last().get(self._keep_best or "") if measured else None
-        self._saving.append((handle, known))
+        self._saving.append((handle, self._newest(history) if measured else None))
 
-    def settled(self, wait: bool) -> Iterator[tuple[SaveStateResult, float | None]]:
+    def settled(self, wait: bool) -> Iterator[tuple[SaveStateResult, Known | None]]:
         """Yield the checkpoints that have been written since, with their metric; wait for the rest if asked to."""
         while self._saving and (wait or self._saving[0][0].done()):
             handle, known = self._saving.popleft()
             yield handle.result(), known
 
-    def keep(self, saved: SaveStateResult, known: float | None, history: RunHistory) -> list[str]:
+    def keep(self, saved: SaveStateResult, known: Known | None, history: RunHistory) -> list[str]:
         """Count in a checkpoint; return the ids of those that are no longer needed."""
-        score = self._score(saved.step, history) if known is None else self._signed(known)
-        self._kept.append((saved.artifact_id, score))
+        known = Known(self._score(saved.step, history), None) if known is None else known
+        self._kept.append((saved.artifact_id, known))
         if self._keep_last is None and self._keep_best is None:
             return []
         newest = {artifact_id for artifact_id, _ in self._kept[-(self._keep_last or 1) :]}
         if self._keep_best is not None:
-            newest.add(max(self._kept, key=lambda kept: kept[1])[0])
+            comparable = [kept for kept in self._kept if kept[1].reward == known.reward]
+            newest.add(max(comparable, key=lambda kept: kept[1].score)[0])
         gone = [artifact_id for artifact_id, _ in self._kept if artifact_id not in newest]
         self._kept = [kept for kept in self._kept if kept[0] in newest]
         return gone
+
+    def _newest(self, history: RunHistory) -> "Known | None":
+        """Return the metric as it was last measured; the worst there is where another reward scored then."""
+        steps, values = history.series(self._keep_best or "")
+        if not values.size:
+            return None
+        scored, rewards = history.series("reward_version")
+        reward = float(rewards[-1]) if rewards.size else None
+        by_another = scored[rewards != reward]
+        stale = by_another.size and steps[-1] <= by_another[-1]
+        return Known(-np.inf if stale else self._signed(float(values[-1])), reward)
 
     def _score(self, step: int, history: RunHistory) -> float:
         """Return what is to be large: the metric as it was last measured by that step."""

@@ -22,7 +22,7 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.events import Alarm, RunHistory, RunState, RunStep
+from tensafe_nb.events import RunHistory, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.loops import Loop, RunClient
 from tensafe_nb.registry import load_dotted
@@ -316,7 +316,6 @@ class TrainingRun:
                     self._collect_all()  # the step before is under way, and counts if it ends well
                 raise
             if handles is None:
-                self._say_that_the_data_ended()
                 break
             with self._changed:
                 self._inflight.append((self._index, handles))
@@ -329,23 +328,6 @@ class TrainingRun:
         if not self._wants_stop and self._checkpoints.missing(self._index):
             self._save_by_itself()
         self._tidy(wait=True)
-
-    def _say_that_the_data_ended(self) -> None:
-        """Say it where more was planned: an end that comes early is no failure, but it is no end as planned either."""
-        if self.planned_steps is None or self._index >= self.planned_steps:
-            return
-        ended = f"The batches ended after {self._index} of {self.planned_steps} steps: they can be iterated only once."
-        remedy = "Give a list or data.Batches, which begin again; or ask for as many steps as there are batches for."
-        self.remark(f"{ended} {remedy}")
-        alarm = Alarm(
-            run_id=self.run_id,
-            step=self._client.step,
-            name="data_ended",
-            level="amber",
-            message=ended,
-            remedy=remedy,
-        )
-        self._client.publish(alarm)
 
     def _collect_all(self) -> None:
         while self._inflight:

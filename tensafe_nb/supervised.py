@@ -11,7 +11,7 @@ from tensafe_nb.data import Batches, check_fit
 from tensafe_nb.data.rows import refuse_table
 from tensafe_nb.draws import PoissonDraws
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
-from tensafe_nb.events import Metrics
+from tensafe_nb.events import Alarm, Metrics
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.loops import Batch, Run, RunClient
 from tensafe_nb.step_alarms import Rates, StepAlarms, not_finite
@@ -152,6 +152,7 @@ class SupervisedLoop:
         self._eval_every = eval_every
         self._passes = epochs if epochs is not None else (None if steps is not None else 1)
         self._evaluated_after: int | None = None
+        self._ended_after: int | None = None  # steps, where the batches ended before
         dp = client.config.dp_config
         self._alarms = StepAlarms(client.config.optimizer, private=dp is not None and dp.enabled)
         self._rates = Rates(client.config.optimizer)
@@ -216,6 +217,8 @@ class SupervisedLoop:
         """Say at which step a loss or gradient was no number, if that is how it ended; and what moved nothing."""
         if self._rates.remark is not None:
             self._run.remark(self._rates.remark)
+        if self._ended_after is not None:
+            self._say_that_the_data_ended(self._ended_after)
         failed = (handle.exception() for handle in self._newest if handle.done())
         error = next((error for error in failed if isinstance(error, NonFiniteLossError)), None)
         if error is not None:
@@ -233,6 +236,28 @@ class SupervisedLoop:
             self._refuse_emptiness()
         if self._evaluated_after != index - 1:
             self._evaluate()
+        if self.planned_steps is not None and index < self.planned_steps:
+            self._ended_after = index
+
+    def _say_that_the_data_ended(self, steps: int) -> None:
+        """An end that comes early is no failure, but it is no end as planned either."""
+        if self._passes is None or self._cursor.is_once:
+            why, remedy = (
+                "they can be iterated only once",
+                "Give a list or data.Batches, which begin again; or",
+            )
+        else:
+            why, remedy = (
+                f"epochs={self._passes} asked for no further pass",
+                "Leave epochs out, so that they begin again; or",
+            )
+        ended = f"The batches ended after {steps} of {self.planned_steps} steps: {why}."
+        remedy = f"{remedy} ask for as many steps as there are batches for."
+        self._run.remark(f"{ended} {remedy}")
+        run_id, step = self._run.run_id, self._client.step
+        self._client.publish(
+            Alarm(run_id=run_id, step=step, name="data_ended", level="amber", message=ended, remedy=remedy)
+        )
 
     @staticmethod
     def _refuse_emptiness() -> None:

@@ -502,8 +502,11 @@ class Template:
             if text.endswith(header, 0, one.start):
                 return one.start - own
         prompt = self._try(chat.messages[:number], chat.options, opened=True)
-        if prompt is None:
-            return one.start
+        if (
+            prompt is None
+        ):  # nothing was said before: what the template puts after the prompt is learnt with the answer
+            bare = len(text[: one.start].rstrip())
+            return bare if any(text.endswith(header, 0, bare) for header in known.headers) else one.start
         if text.startswith(prompt) and len(prompt) <= one.start:
             start = len(prompt)
             if start == with_blanks and (header := self._header(chat.messages[:number], chat.options)):

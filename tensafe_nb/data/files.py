@@ -54,11 +54,10 @@ def read_file(path: Path) -> Numbered:
     if kind == ".parquet":
         return _parquet(path)
     text = _text_of(path, opener)
-    match kind:
-        case ".csv" | ".tsv":
-            return _csv(path, text, "\t" if kind == ".tsv" else None)
-        case ".json":
-            return _json(path, text)
+    if kind in (".csv", ".tsv"):
+        return _csv(path, text, "\t" if kind == ".tsv" else None)
+    if kind == ".json" or text.lstrip()[:1] == "[":  # arrays are found under the name .jsonl, too
+        return _json(path, text)
     return _json_lines(text)
 
 
@@ -89,7 +88,13 @@ def _text_of(path: Path, opener: Callable[..., Any] | None) -> str:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             return str(file.read())
     except UnicodeDecodeError as error:
-        raise ValidationError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+        data = bytes(error.object)
+        line = 1 + data.count(b"\n", 0, error.start)
+        wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        raise ValidationError(
+            f"{path}, line {line}: not UTF-8 (byte {error.start}). Save the file as UTF-8, for instance by "
+            f"p = pathlib.Path({str(path)!r}); p.write_text(p.read_text({'utf-16' if wide else 'cp1252'!r}), 'utf-8')."
+        ) from error
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise ValidationError(f"{path} cannot be read: {error}. Is it whole?") from error
 
@@ -106,7 +111,10 @@ def _json_line(line: str) -> Any:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        return ValidationError(f"not JSON ({getattr(error, 'msg', 'nested too deeply')}).")
+        comma = " This one ends in a comma: leave it out." if line.rstrip().endswith(",") else ""
+        return ValidationError(
+            f"not JSON ({getattr(error, 'msg', 'nested too deeply')}). One JSON object per line is expected.{comma}"
+        )
     if not isinstance(row, str | Mapping):
         return ValidationError(f"a {type(row).__name__}: one JSON object per line is expected.")
     return row
@@ -123,21 +131,29 @@ def _json(path: Path, text: str) -> Numbered:
         return _json_lines(text)
     if _skip(text, end) < len(text) or not isinstance(whole, Mapping):
         return _json_lines(text)
-    if isinstance(whole.get("data"), list):
+    if isinstance(whole.get("data"), list) and "columns" not in whole:
         return ((None, row) for row in whole["data"])
     if any(isinstance(whole.get(name), str) or is_chat(whole.get(name)) for name in COLUMNS):
         return iter([(1 + text.count("\n", 0, start), whole)])  # one row
     lists = [name for name, value in whole.items() if isinstance(value, list)]
     line = f"json.load(open({str(path)!r}))" + (f"[{lists[0]!r}]" if len(lists) == 1 else "")
-    if len(lists) > 1:
-        raise ValidationError(
-            f"{path} is one object with the keys {sorted(whole)}, not a list of rows. If these are columns, give "
-            f"pandas.read_json({str(path)!r})."
-        )
+    if "columns" in whole and "data" in whole:
+        line = f"pandas.read_json({str(path)!r}, orient='split')"
+    elif len(lists) > 1 or (
+        COLUMNS & whole.keys() and all(isinstance(one, Mapping) for one in whole.values())
+    ):
+        line = f"pandas.read_json({str(path)!r}), if these are columns"
+    elif whole and all(isinstance(one, Mapping) for one in whole.values()):
+        line = f"list({line}.values())"
+    elif not lists:
+        line = f"[{line}]"
     raise ValidationError(
-        f"{path} is one object with the keys {sorted(whole)}, not a list of rows. "
-        f"Give {line if lists else f'[{line}]'}."
+        f"{path} is one object with the keys {_some(sorted(whole))}, not a list of rows. Give {line}."
     )
+
+
+def _some(names: list[str]) -> str:
+    return str(names) if len(names) <= 10 else f"{str(names[:10])[:-1]}, …]"
 
 
 def _json_array(path: Path, text: str, at: int) -> Numbered:
@@ -175,12 +191,12 @@ def _skip(text: str, at: int) -> int:
 def _csv(path: Path, text: str, delimiter: str | None) -> Numbered:
     """Read a table with its names in the first line; an empty cell is no value."""
     csv.field_size_limit(sys.maxsize)  # of the process; cells of documents are longer than its 131,072
-    head = text.split("\n", 1)[0]
+    head = text.lstrip("\r\n").split("\n", 1)[0]
     if delimiter is None:  # a spreadsheet of a country that writes 1,5 saves with semicolons
         delimiter = max(",;\t", key=head.count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names = next(lines, [])
+        names = [name.strip() for name in next(filter(None, lines), [])]  # after empty lines
     except csv.Error as error:
         raise ValidationError(f"{path}, line 1: not CSV ({error}).") from error
     if twice := sorted({name for name in names if names.count(name) > 1}):

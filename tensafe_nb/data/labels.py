@@ -172,7 +172,18 @@ def _opened(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, Any])
     if tokenizer.chat_template is None:
         raise ValidationError("This model has no chat template: give prompts as text instead of messages.")
     check_template(tokenizer.chat_template, messages, options.get("tools"))
-    text = render(tokenizer, [dict(message) for message in messages], options, opened=True)
+    chat = [dict(message) for message in messages]
+    text = render(tokenizer, chat, options, opened=True)
+    asked = chat[-1].get("content")
+    if asked and asked.strip() not in text:  # written otherwise, or not at all
+        other = render(
+            tokenizer, [*chat[:-1], chat[-1] | {"content": f"{asked} {asked}"}], options, opened=True
+        )
+        if other == text:
+            raise ValidationError(
+                f"The model's chat template leaves out what the last message says ({shortened(asked)!r}): the model "
+                f"would not see it. Use a model whose template writes texts, or give the prompt as a text."
+            )
     return _Tokens(tokenizer).ids(text)
 
 
@@ -250,7 +261,7 @@ class _Tokens:
             ValidationError: The tokenizer cannot read it.
         """
         try:
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         except Exception as error:  # tokenizers raises nothing more specific
             raise _unreadable(what, text, error) from error
 

@@ -6,7 +6,7 @@ parts is joined, a turn that is not to be learnt has `weight: 0`, and columns th
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,8 @@ LACKING = {
     **dict.fromkeys(("negative", "negatives"), "the other rows of a batch are a row's negatives in 'contrastive'"),
     "margin": "the loss 'margin_ranking' has one margin for all pairs: resolve_loss('margin_ranking', margin=…)",
     "history": "give the earlier turns as 'messages'",
+    "functions": "call the column 'tools', and each of them {'type': 'function', 'function': …}",
+    "function_call": "that is the old form of 'tool_calls': [{'type': 'function', 'function': call}]",
 }  # fmt: skip
 NOT_TEXT = {
     "image",
@@ -94,7 +96,7 @@ def canonical(row: Any, *, chats: bool = True) -> Canonical:
     if is_chat(row):
         row = {"messages": row}
     if not isinstance(row, Mapping):
-        raise ValidationError(f"it is {_kind(row)}: a row is a text or a dict. {EXPECTED}")
+        raise ValidationError(f"it is {_kind(row)}: a row is a text or a dict.{_as_mapping(row)} {EXPECTED}")
     given = {
         name: value for name, value in row.items() if not missing(value) and not _lacks_nothing(name, value)
     }
@@ -144,6 +146,19 @@ def _unread(given: Mapping[Any, Any], known: set[str]) -> list[str]:
     return [str(name) for name in unread]
 
 
+def _as_mapping(row: Any) -> str:
+    """Return the line that makes a dict of what has fields of another kind."""
+    if hasattr(row, "model_dump"):
+        return " Give [row.model_dump() for row in rows]."
+    if is_dataclass(row):
+        return " Give [dataclasses.asdict(row) for row in rows]."
+    if hasattr(row, "_asdict"):
+        return " Give [row._asdict() for row in rows]."
+    if isinstance(row, list | tuple) and [type(item) for item in row] == [str, str]:
+        return " Name both: [{'prompt': a, 'completion': b} for a, b in rows]."
+    return ""
+
+
 def _unreadable(row: Mapping[Any, Any], given: Mapping[Any, Any]) -> ValidationError:
     for columns, _, _ in LAYOUTS:
         empty = [name for name in columns if name in row and name not in given]
@@ -159,7 +174,7 @@ def _unreadable(row: Mapping[Any, Any], given: Mapping[Any, Any]) -> ValidationE
     for name in names:
         if name in LACKING:
             return ValidationError(f"a row with the column {name!r} cannot be read: {LACKING[name]}.")
-    texts = [name for name in names if isinstance(row.get(name), str)]
+    texts = [name for name in row if isinstance(row[name], str)]  # in their order: what is asked comes first
     line = ""
     if len(texts) >= 2:
         line = (
@@ -208,10 +223,19 @@ def _answered(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         )
         raise ValidationError(
             f"{wrong!r} is {_kind(value)}: 'prompt' and {name!r} are both texts, or both lists of messages "
-            f"({{'role', 'content'}}).{_as_text(wrong, value)}"
+            f"({{'role', 'content'}}).{_as_text(wrong, value) or _as_messages(wrong, value)}"
         )
     before = [_not_learnt(message) for message in messages_of(prompt, "'prompt'")]
     return _chat_of(before + messages_of(answer, f"'{name}'"), row)
+
+
+def _as_messages(name: str, value: Any) -> str:
+    """Return the line that makes messages of what stands beside some."""
+    if isinstance(value, Mapping):
+        return f" One message goes in a list: [row[{name!r}]]."
+    role = "user" if name == "prompt" else "assistant"
+    line = f" As a message: [{{'role': '{role}', 'content': row[{name!r}]}}]."
+    return line if isinstance(value, str) else ""
 
 
 def _chats_compared(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
@@ -295,11 +319,11 @@ COLUMNS = frozenset(name for columns, _, _ in LAYOUTS for name in columns)
 
 def is_chat(value: Any) -> bool:
     """Whether a value is a list of messages; one that is empty is none."""
-    return (
-        isinstance(value, list | tuple | np.ndarray)
-        and len(value) > 0
-        and all(isinstance(message, Mapping) for message in value)
-    )
+    return _many(value) and len(value) > 0 and all(isinstance(message, Mapping) for message in value)
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, list | tuple | np.ndarray)
 
 
 def messages_of(value: Any, what: str, *, share_gpt: bool = False) -> list[dict[str, Any]]:
@@ -322,19 +346,30 @@ def messages_of(value: Any, what: str, *, share_gpt: bool = False) -> list[dict[
             f"json.loads(row[{what.strip(chr(39))!r}])."
         )
     if not is_chat(value):
+        at = (
+            next((n for n, one in enumerate(value) if not isinstance(one, Mapping)), None)
+            if _many(value)
+            else None
+        )
+        if at is not None:
+            raise ValidationError(
+                f"{what}[{at}] is {_kind(value[at])}: a message is a dict with 'role' and 'content'."
+            )
         raise ValidationError(f"{what} is {_kind(value)}: a list of messages is expected, with at least one.")
     return [_message(message, f"{what}[{at}]", share_gpt) for at, message in enumerate(value)]
 
 
 def _message(message: Mapping[str, Any], what: str, share_gpt: bool) -> dict[str, Any]:
     kept = {name: _plain(value) for name, value in message.items() if name == "content" or not missing(value)}
-    if "from" in kept and "role" not in kept:
-        if not share_gpt:
-            raise ValidationError(
-                f"{what} has 'from' and 'value', ShareGPT's names. Call the column 'conversations', or rename them: "
-                f"[{{'role': m['from'], 'content': m['value']}} for m in messages]."
-            )
+    if share_gpt:
         kept = _renamed(kept, what)
+    elif "from" in kept and "role" not in kept:
+        raise ValidationError(
+            f"{what} has 'from' and 'value', ShareGPT's names. Call the column 'conversations', or rename them: "
+            f"[{{'role': m['from'], 'content': m['value']}} for m in messages]."
+        )
+    if not kept.get("tool_calls", True):  # of a table, or of a server: no calls
+        del kept["tool_calls"]
     role = kept.get("role")
     if not isinstance(role, str):
         raise ValidationError(
@@ -356,18 +391,19 @@ def _plain(value: Any) -> Any:
 
 def _renamed(message: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Turn ShareGPT's names into those of chat templates."""
-    said = str(message["from"]).lower()
+    named = message.get("role", message.get("from"))
+    said, text = str(named).lower(), message.get("value", message.get("content"))
     rest = {name: value for name, value in message.items() if name not in ("from", "value")}
     if said == "function_call":
         return {
             **rest,
             "role": "assistant",
             "content": None,
-            "tool_calls": [_call(message.get("value"), what)],
+            "tool_calls": [_call(text, what)],
         }
-    if said not in ROLES:
-        raise ValidationError(f"{what} is from {message['from']!r}: known are {', '.join(sorted(ROLES))}.")
-    return {**rest, "role": ROLES[said], "content": message.get("value")}
+    if said not in ROLES and "role" not in message:
+        raise ValidationError(f"{what} is from {named!r}: known are {', '.join(sorted(ROLES))}.")
+    return {**rest, "role": ROLES.get(said, named), "content": text}
 
 
 def _call(value: Any, what: str) -> dict[str, Any]:
@@ -435,8 +471,14 @@ def _not_learnt(message: dict[str, Any]) -> dict[str, Any]:
 
 def _chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
     if not any(message["role"] == "assistant" and "weight" not in message for message in messages):
+        roles = sorted({message["role"] for message in messages})
+        if "assistant" in roles:
+            raise ValidationError(
+                "nothing of this chat is learnt: all its answers have weight 0. Leave it out."
+            )
         raise ValidationError(
-            "nothing of this chat is learnt: no turn of the assistant (or all have weight 0). Leave it out."
+            f"nothing of this chat is learnt: its turns are of {roles}, and none of the assistant. Leave it out"
+            f"{', or call the role of its answers assistant.' if len(roles) > 1 else '.'}"
         )
     return {"messages": messages, **template_options(row)}
 
@@ -468,7 +510,7 @@ def tools_of(value: Any) -> list[dict[str, Any]] | None:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value or "[]")
         except ValueError as error:
             raise ValidationError(f"'tools' is a text that is not JSON ({error}).") from error
     if isinstance(value, list | tuple | np.ndarray) and all(isinstance(tool, Mapping) for tool in value):
@@ -495,6 +537,13 @@ def check_template(template: Any, messages: Sequence[Mapping[str, Any]], tools: 
                 f"Write them into the messages' content, leave them out, or give the tokenizer a template that "
                 f"shows them (tc.tokenizer.chat_template = …)."
             )
+
+
+def unshown(template: Any, messages: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the keys of messages that a chat template never mentions: what stands under them is not seen."""
+    further = set().union(*messages) - {"role", "content", "weight"}
+    written = str(template) if further else ""
+    return {f"messages.{name}" for name in map(str, further) if name not in written}
 
 
 # values

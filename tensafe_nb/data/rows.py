@@ -155,6 +155,8 @@ def _table(source: Any, what: str) -> Numbered | None:
     library = type(source).__module__.partition(".")[0]
     kind = type(source).__name__
     if library == "pandas" and kind == "DataFrame":
+        if hidden := [name for name in source.index.names if name in COLUMNS]:
+            raise ValidationError(f"{what}: {hidden} are in the frame's index. Give frame.reset_index().")
         names = _column_names(list(source.columns), what)
         rows = source.itertuples(index=False, name=None)
         return ((None, without_none(dict(zip(names, cells, strict=True)))) for cells in rows)
@@ -162,15 +164,21 @@ def _table(source: Any, what: str) -> Numbered | None:
         return ((None, without_none(row)) for row in source.iter_rows(named=True))
     if library == "polars" and kind == "LazyFrame":
         raise ValidationError(f"{what}: this frame is not computed yet. Give frame.collect().")
-    if library == "pyarrow" and kind in ("Table", "RecordBatch"):
-        _column_names(source.column_names, what)
-        batches = [source] if kind == "RecordBatch" else source.to_batches()
-        return ((None, without_none(row)) for batch in batches for row in batch.to_pylist())
+    if library == "pyarrow" and hasattr(source, "schema"):  # a table, a batch, a reader, a data set
+        _column_names(source.schema.names, what)
+        batches = source.to_batches() if hasattr(source, "to_batches") else source
+        return (
+            (None, without_none(row))
+            for batch in ([source] if kind == "RecordBatch" else batches)
+            for row in batch.to_pylist()
+        )
     if library == "pyarrow":
         raise ValidationError(
             f"{what}: of pyarrow, a Table is read. Give column.to_pylist() of a single column."
         )
     if library == "datasets":
+        if (getattr(source, "format", None) or {}).get("type") in ("pandas", "polars", "arrow"):
+            source = source.with_format(None)  # each row would be a table of its own
         return ((None, without_none(row)) for row in source)
     return None
 
@@ -235,6 +243,9 @@ def _mapping_refused(source: Mapping[Any, Any], what: str) -> ValidationError:
         return ValidationError(f"{what}: this holds the splits {names}. Give one of them: data[{split!r}].")
     known = {*COLUMNS, "role", "content"}.intersection(names)
     columns = [value for name, value in source.items() if not known or name in known]
+    if columns and all(isinstance(value, Mapping) for value in source.values()):
+        line = 'frame.to_dict("records")' if known else "list(rows.values())"
+        return ValidationError(f"{what}: this is a dict of dicts. Give {line}.")
     if columns and all(_is_column(value) for value in columns):
         return ValidationError(
             f"{what}: this is a dict of columns. Give its rows: "

@@ -14,7 +14,7 @@ import numpy as np
 
 from tensafe_nb.batch import IGNORE, BatchData
 from tensafe_nb.data.labels import encode_many
-from tensafe_nb.data.layouts import EXPECTED, Canonical, canonical, check_template, shortened
+from tensafe_nb.data.layouts import EXPECTED, Canonical, canonical, check_template, shortened, unshown
 from tensafe_nb.data.rows import (
     OnBadRows,
     Row,
@@ -399,6 +399,10 @@ class _Encoder:
                 f"{'one' if self.encoded.group == 2 else 'none'}: batch them separately. {EXPECTED}"
             )
         self._unread.update(found.unread)
+        if self._template is not None:
+            self._unread.update(
+                set().union(*(unshown(self._template, one.get("messages", ())) for one in found.members))
+            )
         self._waiting.append((number, line, found.members))
 
     def _tokenise(self) -> None:

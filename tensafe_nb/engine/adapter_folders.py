@@ -52,6 +52,9 @@ WITHOUT_EFFECT = {  # on an adapter whose weights are there
     "lora_ga_config",
     "runtime_config",
 }
+UNMERGEABLE = {  # of PEFT: what is put before the text, or between the layers
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT",
+}  # fmt: skip
 KEEP_THE_BASE = (
     True,
     False,
@@ -213,8 +216,15 @@ def _lora(path: Path, facts: Mapping[str, Any]) -> LoRAConfig:
     """Return an adapter's configuration in our words, every field of it understood or refused."""
     import peft
 
-    if facts.get("peft_type") != "LORA":
-        raise _refused(path, f"it is of the kind {facts.get('peft_type')}, and only LoRA is trained here")
+    kind = facts.get("peft_type")
+    if kind in UNMERGEABLE:
+        raise ModelLoadError(
+            f"The adapter in {str(path)!r} is not one that can be trained here: it is of the kind {kind}, and only "
+            f"LoRA is. Such an adapter is no change of weights, so that it cannot be merged either: give its base "
+            f"as model_ref, and train an adapter anew."
+        )
+    if kind != "LORA":
+        raise _refused(path, f"it is of the kind {kind}, and only LoRA is trained here")
     if facts.get("task_type") not in (None, "CAUSAL_LM"):
         raise _refused(path, f"it was made for {facts['task_type']}, not for a language model")
     start = facts.get("init_lora_weights", True)

@@ -98,7 +98,7 @@ class _Description:
     """
 
     DEEPEST = 64
-    MOST_VALUES = 4_000_000  # a context of a million tokens, several times over
+    MOST_VALUES = 200_000  # a list of token ids is one of them
 
     def __init__(self) -> None:
         self._left = self.MOST_VALUES
@@ -130,6 +130,8 @@ class _Description:
                         [self.of(key, depth + 1), self.of(item, depth + 1)] for key, item in value.items()
                     ]
                 }
+            if isinstance(value, list | tuple) and {type(item) for item in value} == {int}:
+                return {"$ints": hashlib.sha256(repr(value).encode()).hexdigest()}
             if isinstance(value, list | tuple):
                 return [self.of(item, depth + 1) for item in value]
         except Exception:  # noqa: BLE001  # what a user made may do anything when it is looked at

@@ -480,7 +480,8 @@ def _check_adapter(causal: Any, lora: LoRAConfig) -> None:
             )
     for saved in lora.modules_to_save:
         if not any(_ends(name, saved) for name, _ in causal.named_modules()):
-            known = {name.rpartition(".")[2] for name, _ in causal.named_modules()}
+            last = {name.rpartition(".")[2] for name, _ in causal.named_modules()}
+            known = {name for name in last if name.strip("0123456789")}
             raise ValidationError(
                 f"LoRAConfig.modules_to_save: the model has no module named {saved!r}.{nearest(saved, known)}"
             )

@@ -120,6 +120,10 @@ class Worker:
         self._changing = threading.RLock()
         self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
         self._submitting = threading.RLock()
+        # Not only in the thread: transformers puts another module in its own place when it has been imported, and
+        # who imports it meanwhile, as `datasets` does, would be left with the first, which has nothing in it.
+        import transformers  # noqa: F401
+
         self._thread = threading.Thread(
             target=self._main, name=f"tsnb-worker-{training_client_id}", daemon=True
         )

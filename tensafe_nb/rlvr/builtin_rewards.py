@@ -58,8 +58,9 @@ def is_missing(value: Any) -> bool:
         return not value
     if getattr(value, "shape", ()):  # an array of numpy, as columns of a frame hold them
         return not len(value)
+    value = value.item() if hasattr(value, "item") else value  # of numpy or torch
     try:
-        return bool(value != value)
+        return value is None or bool(value != value)
     except TypeError:  # pandas.NA is neither equal to itself nor different
         return True
 

@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.rlvr.builtin_rewards import is_missing
 
 MAX_ERROR_TEXT = 500
 _RETURNS = "expected a finite number or None"
@@ -210,7 +211,7 @@ class Call:
         missing = self.required - set(offered) - set(self.kwargs)
         if missing:
             raise ValidationError(
-                f"the {self.style} reward function asks for {', '.join(sorted(missing))}, which the prompts do not "
+                f"the {self.style} reward function asks for {', '.join(sorted(missing))}, which this prompt does not "
                 f'have. Give prompts as {{"prompt": …, "{min(missing)}": …}}.'
             )
         chosen = {name: value for name, value in offered.items() if self.open or name in self.names}
@@ -342,9 +343,10 @@ def _verl_row(sample: RewardSample) -> dict[str, Any]:
         "solution_str": sample.response,
         "extra_info": meta.get("extra_info", meta),
     }
-    columns = {**meta, **(meta.get("reward_model") or {})}
-    gold = [columns[name] for name in ("ground_truth", "answer") if columns.get(name) is not None]
-    return row | ({"ground_truth": gold[0]} if gold and gold[0] == gold[0] else {})  # NaN is none either
+    rules = meta.get("reward_model")
+    columns = {**meta, **(rules if isinstance(rules, Mapping) else {})}
+    gold = [columns[name] for name in ("ground_truth", "answer") if not is_missing(columns.get(name))]
+    return row | ({"ground_truth": gold[0]} if gold else {})
 
 
 def _verl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
@@ -369,7 +371,7 @@ def _verl_batch(call: Call, unit: Sequence[RewardSample], log: dict[str, list[An
 def _verifiers(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
     (sample,) = unit
     offered = {
-        **sample.meta,
+        **{name: value for name, value in sample.meta.items() if name != "answer" or not is_missing(value)},
         "prompt": call._prompt(sample),
         "completion": call._completion(sample),
         "task": sample.meta.get("task", "default"),

@@ -66,6 +66,7 @@ _WITHOUT_BEARING = ("threading", "_thread", "asyncio", "logging")  # whose objec
 _MANY = 1000  # items above which a container of plain data is hashed in one go
 _LARGE = 64 << 20  # bytes of arrays above which the shapes of further ones have to do
 _DEEP = 100  # things within things, or functions called by functions
+_EMPTY = types.CellType()
 _METHODS = (types.FunctionType, classmethod, staticmethod, property)
 
 
@@ -222,7 +223,7 @@ class _Walk:
         return Identity(self._all.hexdigest(), self._code.hexdigest(), tuple(sorted(self._beyond)), modules)
 
     def visit(self, thing: Any) -> None:
-        if isinstance(thing, _ATOMS) and not isinstance(thing, enum.Enum):
+        if isinstance(thing, _ATOMS) and not _is_of_user(thing):
             self._write(type(thing).__name__, repr(thing))
         elif id(thing) in self._seen:
             self._write("again", self._seen[id(thing)])
@@ -244,6 +245,12 @@ class _Walk:
             self._code.update(text)
 
     def _compound(self, thing: Any) -> None:
+        if isinstance(thing, _ATOMS) and not isinstance(
+            thing, enum.Enum
+        ):  # of a class of the user's, as below
+            self._write(type(thing).__name__, repr(thing))
+        elif isinstance(thing, Mapping | set | frozenset | list | tuple | deque) and _is_of_user(thing):
+            self._each("object", type(thing), dict(_state(thing)))
         match thing:
             case types.FunctionType():
                 self._function(thing)
@@ -287,6 +294,8 @@ class _Walk:
     def _function(self, function: types.FunctionType) -> None:
         module = function.__globals__.get("__name__", "?")
         if self._outside(module, f"{module}.{function.__qualname__}"):
+            cells = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
+            self._users([*vars(function).values(), *cells])
             return
         self._bytecode(function.__code__)
         self._each("defaults", function.__defaults__, function.__kwdefaults__)
@@ -307,6 +316,14 @@ class _Walk:
                     self._beyond.add(f"{name}()")
         for wanted in uses.imports:
             self._import(wanted, function.__globals__, uses)
+
+    def _users(self, held: Iterable[Any]) -> None:
+        """Look at the user's functions among what a thing of a package holds: a decorator holds what it was put on."""
+        for one in held:
+            for thing in list(one.values()) if isinstance(one, Mapping) else [one]:
+                module = getattr(thing, "__module__", None)
+                if callable(thing) and isinstance(module, str) and place_of(module) in ("local", "ours"):
+                    self.visit(thing)
 
     def _value(self, name: str, value: Any, uses: _Uses) -> None:
         self._write("name", name)
@@ -451,10 +468,12 @@ class _Walk:
         if (
             place_of(cls.__module__) == "stdlib"
             and not hasattr(thing, "__next__")
+            and not callable(thing)
             and not dict(_state(thing))
         ):
             return  # a sentinel
         self._beyond.add(f"an object of {name}")
+        self._users(value for _, value in _state(thing))
         if not hasattr(cls, "score_answer"):
             return
         for key, value in sorted(_state(thing), key=operator.itemgetter(0)):  # a data set: its configuration
@@ -507,6 +526,10 @@ class _Walk:
         elif top in _OUTSIDE:
             self._beyond.add(top)
         return True
+
+
+def _is_of_user(thing: Any) -> bool:
+    return place_of(type(thing).__module__) in ("local", "ours")
 
 
 def _bytes_of(array: Any) -> bytes:

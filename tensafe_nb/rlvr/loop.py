@@ -61,6 +61,7 @@ class _Step:
     """A step on its way, between `submit` and `collect`; without an update where nothing was scored."""
 
     batch: TrajectoryBatch
+    reward: Reward
     report: ScoreReport
     clock: "_Clock"
     update: FutureHandle[UpdateResult] | None = None
@@ -84,11 +85,13 @@ class RLVRLoop:
         self._scorer: Scorer | None = None
         self._scores: Reward | None = None  # what the scorer was made for
         self._last_row = trainer.row + steps
+        self._skipped: list[str] = []  # why updates took no step
 
     def attach(self, run: Run) -> None:
         """Get to know the run."""
         self._run = run
         self._rates = Rates(run.client.config.optimizer)
+        self._points = len(run.client.history.series("learning_rate")[1])  # known of the curve
         self._store = self._trainer.store = RolloutStore(run.run_id)
         self._trainer.alarms.forget_announcements()
 
@@ -112,7 +115,10 @@ class RLVRLoop:
         trainer, step = self._trainer, self._under_way.pop(index)
         step.clock.lap("time/update")
         update, evaluations = (None, results) if step.update is None else (results[0], results[1:])
-        measured = [self._measure(index, *evaluations[at : at + 2]) for at in range(0, len(evaluations), 2)]
+        measured = [
+            self._measure(index, step.reward, *evaluations[at : at + 2])
+            for at in range(0, len(evaluations), 2)
+        ]
         if index == 0 and measured:
             self._publish(trainer.row, measured.pop(0))
         trainer.row += 1
@@ -123,9 +129,11 @@ class RLVRLoop:
         goal = self._goal(step)
         alarms = []
         if update is not None and not update.skipped:
-            rate = self._run.client.history.last().get("learning_rate", np.nan)
-            row = {**row, "learning_rate": rate}
-            alarms = self._rates_of(index, rate)
+            rates = self._new_rates()
+            row = {**row, "learning_rate": rates[-1]}
+            alarms = self._rates_of(index, rates)
+        elif update is not None:
+            self._skipped.append(update.skipped)
         for alarm in [*alarms, *trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch, goal)]:
             self._client.publish(alarm)
         if index == 0 and trainer.imprecise:
@@ -133,11 +141,19 @@ class RLVRLoop:
         if update is None or _failed(step.batch) > TOO_MANY:
             self._run.pause()
 
-    def _rates_of(self, index: int, rate: float) -> list[Alarm]:
+    def _new_rates(self) -> list[float]:
+        """Return the learning rates of the update's optimiser steps."""
+        _, rates = self._run.client.history.series("learning_rate", self._points)
+        self._points += len(rates)
+        return [float(rate) for rate in rates] or [np.nan]
+
+    def _rates_of(self, index: int, rates: Sequence[float]) -> list[Alarm]:
         """Look what the schedule makes of the updates to come, as long as they take as many steps as the first."""
-        step = self._run.client.step
+        step, run, number = self._run.client.step, self._run.run_id, self._trainer.row
         last = step + (self._steps - index - 1) * self._run.steps_taken
-        return self._rates.observe(self._run.run_id, step, rate, last, number=self._trainer.row)
+        return [
+            alarm for rate in rates for alarm in self._rates.observe(run, step, rate, last, number=number)
+        ]
 
     def position(self) -> dict[str, Any]:
         """Return where the trainer stands."""
@@ -158,6 +174,13 @@ class RLVRLoop:
             self._scorer.close()
         if self._rates.remark is not None:
             self._run.remark(self._rates.remark)
+        if self._skipped and not self._run.steps_taken:
+            cut = self._skipped.count("all truncated")
+            self._run.remark(
+                f"No optimiser step was taken, so no weight has moved: in {len(self._skipped) - cut} of "
+                f"{len(self._skipped)} steps all answers to each prompt scored the same"
+                + (f", in {cut} every answer that could teach something was cut." if cut else ".")
+            )
         for step in self._under_way.values():
             if isinstance(error := step.failure(), NonFiniteLossError):
                 found = not_finite(step.batch, error)
@@ -168,14 +191,13 @@ class RLVRLoop:
         batch = self._run.wait(sampler.submit(prompts))
         sampler.warn_of_texts(prompts)
         clock.lap("time/sample")
-        report = self._score(batch)
+        reward = self._trainer.reward  # as it is now; it may have been replaced since the step before
+        report = self._score(batch, reward)
         self._trainer.scored_by(report.version)
         clock.lap("time/reward")
-        return _Step(batch, report, clock)
+        return _Step(batch, reward, report, clock)
 
-    def _score(self, batch: TrajectoryBatch) -> ScoreReport:
-        """Score with the trainer's reward as it is now; it may have been replaced since the step before."""
-        reward = self._trainer.reward
+    def _score(self, batch: TrajectoryBatch, reward: Reward) -> ScoreReport:
         if self._scorer is None or self._scores is not reward:
             if self._scorer is not None:
                 self._scorer.close()
@@ -229,13 +251,13 @@ class RLVRLoop:
         due = done == self._steps or (every is not None and done % every == 0)
         return self._held_out.submit() if self._held_out and due else []
 
-    def _measure(self, index: int, sampled: TrajectoryBatch, greedy: TrajectoryBatch) -> Row:
-        """Measure the held-out answers; what cannot be scored ends the run at its first step only."""
+    def _measure(self, index: int, reward: Reward, sampled: TrajectoryBatch, greedy: TrajectoryBatch) -> Row:
+        """Measure the held-out answers, by the step's own reward; what cannot be scored ends a first step only."""
         if self._held_out is None:
             return {}
-        values = self._held_out.measure(sampled, greedy, self._score)
+        values = self._held_out.measure(sampled, greedy, lambda batch: self._score(batch, reward))
         if index == 0:
-            check_scored(sampled, self._trainer.reward)
+            check_scored(sampled, reward)
         return known(values)
 
     def _publish(self, step: int, values: Row) -> None:

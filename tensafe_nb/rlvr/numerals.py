@@ -47,6 +47,7 @@ _REWRITTEN: tuple[
     ("\\", re.compile(r"\\(?:left|right)\b"), ""),
     ("\\·∙", re.compile(r"\\(?:times|cdot)\b|[·∙]"), "×"),
     ("\\°", re.compile(r"\^\s?\{?\\circ\}?|°"), ""),
+    ("\\", re.compile(r"(\\[dtc]?frac)\s?\{\s?-\s?(?=[\d.])"), r"-\1{"),
     ("\\", re.compile(r"\\[dtc]?frac\s?\{\s?([\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}"), r" \1/\2 "),
     ("\\", re.compile(r"\\[dtc]?frac\s?(\d)\s?(\d)(?!\d)"), r" \1/\2 "),
     (_VULGAR, re.compile(f"[{_VULGAR}]"), lambda found: _vulgar(found[0])),

@@ -10,7 +10,7 @@ from typing import Any
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta, column_of
-from tensafe_nb.rlvr.numerals import gold_number
+from tensafe_nb.rlvr.numerals import final_answer, gold_number
 
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
@@ -75,7 +75,7 @@ def _check_json_schema(*, schema: Mapping[str, Any] | None = None, **_: Any) -> 
 
 
 MAX_EXPRESSION = 200  # characters; a longer countdown is no answer
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_SIGNS = {"×": "*", "÷": "/", "−": "-", "\\times": "*", "\\cdot": "*", "\\div": "/", "$": ""}
 
 
 def countdown(
@@ -88,11 +88,11 @@ def countdown(
     use_all: bool = True,
     partial: float = 0.0,
 ) -> float:
-    """Reward 1 for an expression of +, -, *, / and brackets that makes the target of the numbers.
+    r"""Reward 1 for an expression of +, -, *, / and brackets that makes the target of the numbers.
 
-    The expression is what stands in the last <answer>…</answer>, else on the last line; "= 24" at its end is
-    left off, and "1,000" is 1000. It is parsed with `ast` and computed in exact fractions; nothing is evaluated. The
-    task is that of TinyZero.
+    The expression is what stands in the last \boxed{…}, else in the last <answer>…</answer>, else on the last line;
+    "= 24" at its end is left off, and "1,000" is 1000. It is parsed with `ast` and computed in exact fractions; nothing
+    is evaluated. The task is that of TinyZero.
 
     Args:
         prompt: Not read.
@@ -123,11 +123,11 @@ def countdown(
 
 def _expression(response: str) -> tuple[Fraction | None, Counter[Fraction]] | None:
     """Return the value (None of a division by zero) and the numbers of the response's expression."""
-    tagged = _ANSWER_TAG.findall(response)
-    lines = (tagged[-1] if tagged else response).strip().splitlines()
-    text = (
-        lines[-1].split("=")[0].strip().replace("×", "*").replace("÷", "/").replace("−", "-") if lines else ""
-    )
+    lines = final_answer(response)[0].strip().splitlines()
+    text = lines[-1].split("=")[0] if lines else ""
+    for sign, by in _SIGNS.items():
+        text = text.replace(sign, by)
+    text = text.strip()
     if not text or len(text) > MAX_EXPRESSION:
         return None
     used: Counter[Fraction] = Counter()

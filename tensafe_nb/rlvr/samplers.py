@@ -14,7 +14,7 @@ import numpy as np
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
 from tensafe_nb.data.labels import encode_prompt
-from tensafe_nb.data.layouts import refuse_media, template_options
+from tensafe_nb.data.layouts import is_chat, refuse_media, template_options
 from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
@@ -89,7 +89,7 @@ def _no_prompt(spec: Mapping[str, Any]) -> ValidationError:
     names = sorted(map(str, spec))
     if {"role", "content"} <= set(names):
         return ValidationError("it is one message: a chat is a list of messages, [message].")
-    texts = [name for name in names if isinstance(spec.get(name), str)]
+    texts = [name for name in spec if isinstance(spec[name], str) or is_chat(spec[name])]
     likely = next(
         (name for name in ("question", "problem", "instruction", "query", "input") if name in texts), None
     )

@@ -2,6 +2,7 @@
 
 import tensafe_nb as tn
 from tensafe_nb.events import Alarm, Forked, MockTookPart
+from tensafe_nb.losses import register_loss
 from tensafe_nb.rlvr import REINFORCE, MockRolloutSampler
 from tensafe_nb.types import FutureStatus
 
@@ -39,8 +40,12 @@ def test_a_step_tells_how_many_tokens_it_was_made_of(tc: tn.TrainingClient, batc
 
 
 def test_a_run_that_moves_no_weight_raises_an_alarm(service: tn.ServiceClient, batch: tn.BatchData) -> None:
+    @register_loss("that_says_nothing", overwrite=True)
+    def that_says_nothing(outputs, batch):
+        return outputs.logprobs.sum() * 0.0
+
     tc = service.create_training_client(
-        optimizer={"learning_rate": 1e-3, "schedule": "linear", "total_steps": 2}
+        optimizer={"learning_rate": 1e-3, "weight_decay": 0.0}, loss={"type": "that_says_nothing"}
     )
     tc.fit([batch], steps=4, show=False).result()
     alarms = [event for event in tc.history.events(kinds=[Alarm]) if isinstance(event, Alarm)]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb.rlvr import RLVRTrainer
+from tensafe_nb.rlvr import PPO, RLVRTrainer
 
 BATCHES = [tn.BatchData([[5, 6, 7, n]]) for n in range(8, 18)]
 
@@ -91,6 +91,39 @@ def test_runs_with_rewards_are_held_to_the_schedule_too(service: tn.ServiceClien
         tn.ValidationError, match=r"1 of the 3 steps of this run would train at learning rate 0"
     ):
         trainer.run(steps=3, show=False)
+
+
+def test_every_step_of_an_update_at_rate_0_is_counted(service: tn.ServiceClient) -> None:
+    optimizer = {"learning_rate": 1e-6, "schedule": "linear", "total_steps": 3}
+    tc = service.create_training_client(model_ref="builtin:sums", optimizer=optimizer)
+    trainer = RLVRTrainer(
+        tc,
+        tn.datasets.sums(8, seed=0),
+        lambda prompt, response, meta=None: float(sum(map(ord, response)) % 7),
+        PPO("grpo", ppo_epochs=2),
+        prompts_per_step=2,
+        group_size=4,
+        max_new_tokens=4,
+        reward_timeout=None,
+    )
+    result = trainer.run(steps=3, show=False).result()
+    assert (tc.history["learning_rate"] == 0).sum() == 3
+    assert "3 steps were taken at learning rate 0" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [({}, "can be iterated only once"), ({"epochs": 1}, "epochs=1 asked for no further pass")],
+)
+def test_batches_that_end_before_the_steps_are_told_with_the_true_cause_at_the_last_step(
+    service: tn.ServiceClient, plan: dict[str, int], why: str
+) -> None:
+    tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+    batches = BATCHES[:3] if plan else iter(BATCHES[:3])
+    result = tc.fit(batches, steps=5, show=False, **plan).result()
+    (alarm,) = tc.history.alarms
+    assert (alarm.name, alarm.step) == ("data_ended", 3)
+    assert why in alarm.message and why in result.reason
 
 
 def test_what_evaluates_nothing_is_refused(service: tn.ServiceClient) -> None:

@@ -238,12 +238,12 @@ def test_every_line_that_json_allows_can_be_read(tmp_path: Path) -> None:
 def test_files_and_rows_of_the_wrong_kind_are_named(tmp_path: Path, tokenizer: Any) -> None:
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(tn.ValidationError, match="is not UTF-8"):
+    with pytest.raises(tn.ValidationError, match="line 1: not UTF-8"):
         data.read_rows(latin)
-    array = tmp_path / "array.jsonl"
-    array.write_text('[{"text": "one"}]\n')
-    with pytest.raises(tn.ValidationError, match=r"line 1\): a list: one JSON object per line"):
-        data.read_rows(array)
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"text": "one"}\n[{"text": "two"}]\n')
+    with pytest.raises(tn.ValidationError, match=r"line 2\): a list: one JSON object per line"):
+        data.read_rows(mixed)
     with pytest.raises(tn.ValidationError, match=r"put it in a list, \[row\]"):
         data.read_rows({"text": "one"})
     with pytest.raises(tn.ValidationError, match="max_length=1 must be at least 2"):

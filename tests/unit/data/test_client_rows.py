@@ -1,6 +1,9 @@
 """Rows through everything that takes them: batches, private draws, fit, rollouts, recipes and the command."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,20 @@ def test_a_frame_a_csv_and_a_share_gpt_file_train_at_the_first_try(
     for batches in (tc.batches(frame), tc.batches(tmp_path / "rows.csv"), chats):
         run = tc.fit(batches, epochs=1, show=False).result()
         assert run.steps == len(batches)
+
+
+def test_a_data_set_can_be_made_while_the_model_is_loading(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    code = """
+import tensafe_nb as tn
+with tn.ServiceClient() as service:
+    tc = service.create_training_client(batch_size=2)
+    import datasets
+    print(tc.batches(datasets.Dataset.from_list([{"text": "def f(x):"}, {"text": "class A:"}])))
+"""
+    env = {**os.environ, "TENSAFE_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.stdout == "<Batches 1 of 2 rows, 2 examples>\n", done.stderr
 
 
 # labels that nobody shifted

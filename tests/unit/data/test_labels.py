@@ -254,6 +254,17 @@ def test_the_tokens_before_an_answer_are_those_of_the_prompt_that_sampling_sees(
     assert tokens[: len(asked)] == asked and learnt[len(asked)]
 
 
+def test_an_answer_that_opens_the_chat_is_learnt_from_where_its_prompt_ends() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|im_end|>' if m.role == 'assistant' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer = tokenizer_with(template)
+    opening = [{"role": "assistant", "content": "Hello!"}, *chat("How are you?", "Well.")]
+    made = shown(tokenizer, *encoded(tokenizer, {"messages": opening}))
+    assert made == "assistant:⟦ Hello!<|im_end|>⟧\nuser: How are you?\nassistant:⟦ Well.<|im_end|>⟧\n"
+
+
 def test_calls_of_tools_are_learnt_and_what_the_tools_say_is_not() -> None:
     tokenizer = tokenizer_with(TOOLS)
     level = {"name": "level", "arguments": {"place": "Basel"}}

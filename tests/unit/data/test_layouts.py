@@ -1,6 +1,7 @@
 """The layouts of rows, and the faults they may have: each is read as it is meant, or refused by its number."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ TEMPLATE = (
 )
 
 
+@dataclass
+class Pair:
+    prompt: str
+    completion: str
+
+
 def members(row: Any, chats: bool = True) -> list[dict[str, Any]]:
     return canonical(row, chats=chats).members
 
@@ -45,6 +52,17 @@ def unlearnt(message: dict[str, Any]) -> dict[str, Any]:
         ({"text": float("nan"), "prompt": "p", "completion": ""}, [{"prompt": "p", "completion": ""}]),
         ({"messages": [ASK, TELL]}, [{"messages": [ASK, TELL]}]),
         ([ASK, TELL], [{"messages": [ASK, TELL]}]),
+        ({"messages": [ASK, TELL | {"tool_calls": []}], "tools": ""}, [{"messages": [ASK, TELL]}]),
+        (
+            {
+                "conversations": [
+                    ASK | {"role": "human"},
+                    TELL | {"role": "GPT"},
+                    {"role": "user", "value": "ok"},
+                ]
+            },
+            [{"messages": [ASK, TELL, {"role": "user", "content": "ok"}]}],
+        ),
         ({"messages": (TELL,), "target": [1.0]}, [{"messages": [TELL], "target": [1.0]}]),
         (
             {
@@ -205,7 +223,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (b"text", "a bytes"),
     (["a", "b"], "a list"),
     ({}, r"the keys \[\] cannot be read"),
-    ({"question": "q", "answer": "a"}, r"'prompt': row\['answer'\], 'completion': row\['question'\]"),
+    ({"question": "q", "answer": "a"}, r"'prompt': row\['question'\], 'completion': row\['answer'\]"),
     ({"content": "hello"}, r"\[\{'text': row\['content'\]\} for row in rows\]"),
     ({"text": None}, "'text' is None"),
     ({"text": float("nan")}, "'text' is missing"),
@@ -226,9 +244,22 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": "p", "completion": "half \udc00"}, "half a surrogate pair"),
     ({"messages": []}, "'messages' is empty"),
     ({"messages": "hi"}, r"json\.loads\(row\['messages'\]\)"),
-    ({"messages": [ASK]}, "no turn of the assistant"),
-    ({"messages": [ASK, unlearnt(TELL)]}, "all have weight 0"),
-    ({"messages": [ASK, None]}, "'messages' is a list"),
+    ({"messages": [ASK]}, r"turns are of \['user'\], and none of the assistant. Leave it out.$"),
+    ({"messages": [ASK, {"role": "model", "content": "Far."}]}, "call the role of its answers assistant"),
+    ({"messages": [ASK, TELL | {"content": None, "tool_calls": []}]}, "no content"),
+    (
+        {"messages": [ASK, TELL | {"content": None, "function_call": {"name": "f", "arguments": "{}"}}]},
+        "'function_call', which cannot be honoured: that is the old form of 'tool_calls'",
+    ),
+    ({"messages": [ASK, TELL], "functions": [TOOL]}, "'functions' cannot be honoured: call the column 'tools'"),
+    ({"prompt": [ASK], "completion": "Far."}, r"'assistant', 'content': row\['completion'\]"),
+    ({"prompt": ASK, "completion": [TELL]}, r"in a list: \[row\['prompt'\]\]"),
+    (("p", "c"), "for a, b in rows"),
+    (Pair("p", "c"), r"dataclasses\.asdict"),
+    ({"Prompt": "p", "Completion": "c"}, r"'prompt': row\['Prompt'\], 'completion': row\['Completion'\]"),
+    ({"messages": [ASK, unlearnt(TELL)]}, "all its answers have weight 0"),
+    ({"messages": [ASK, None]}, r"'messages'\[1\] is None: a message is a dict"),
+    ({"conversations": ["hi", "yo"]}, r"'conversations'\[0\] is a str"),
     ({"messages": [{"from": "human", "value": "x"}]}, "Call the column 'conversations'"),
     ({"messages": [{"content": "x"}]}, "has no 'role'"),
     ({"messages": [{"role": None, "content": "x"}]}, "has no 'role'"),
@@ -357,6 +388,13 @@ def test_columns_nobody_reads_are_named_once(tokenizer: Any) -> None:
     assert len(caught) == 1
     assert "'score', 'source' (in 40 of 40 rows)" in str(caught[0].message)
     assert caught[0].filename == __file__
+
+
+def test_what_messages_have_and_the_template_never_shows_is_named_once(tokenizer: Any) -> None:
+    chat = {"messages": [ASK | {"name": "Galileo"}, TELL | {"reasoning_content": "By radar.", "weight": 1}]}
+    with pytest.warns(UserWarning, match="messages.reasoning_content") as caught:
+        data.batches([chat, chat], tokenizer)
+    assert len(caught) == 1
 
 
 def test_what_is_read_is_not_named(tokenizer: Any) -> None:

@@ -94,6 +94,17 @@ def test_tools_reach_the_template_of_a_prompt_or_are_refused(tokenizer: Any) -> 
 # prompts for rewards
 
 
+def test_a_template_that_would_not_show_the_question_is_refused(tokenizer: Any) -> None:
+    tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}Say:"
+    )
+    with pytest.raises(tn.ValidationError, match="leaves out what the last message says"):
+        encode_prompt(tokenizer, [ASK | {"content": "Is it far?"}])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}Say:"
+    assert tokenizer.decode(encode_prompt(tokenizer, [ASK | {"content": "Is it far?"}])) == "IS IT FAR?Say:"
+
+
 def test_further_columns_become_meta_and_the_text_is_that_of_all_messages() -> None:
     item = PromptItem.of({"prompt": [ASK, CALLED, ASK], "answer": 4, "tools": [TOOL]})
     assert item.meta == {"answer": 4, "tools": [TOOL]}

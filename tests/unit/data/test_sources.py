@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import pathlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,10 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
         ("rows.json", json.dumps(ROWS)),
         ("rows.json", json.dumps({"version": "1", "data": ROWS})),
         ("rows.json", LINES),
+        ("rows.jsonl", json.dumps(ROWS, indent=2)),
+        ("rows.jsonl", json.dumps(ROWS)),
         ("rows.csv", table(",")),
+        ("rows.csv", "\r\n\n" + table(",").replace("prompt,", " prompt , ")),
         ("rows.csv", "\ufeff" + table(";")),
         ("rows.CSV", table("\t")),
         ("rows.tsv", table("\t")),
@@ -88,6 +92,10 @@ def test_every_table_gives_the_same_rows(tmp_path: Path) -> None:
         pyarrow.RecordBatch.from_pylist(ROWS),
         datasets.Dataset.from_list(ROWS),
         datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+        datasets.Dataset.from_list(ROWS).with_format("pandas"),
+        datasets.Dataset.from_list(ROWS).with_format("torch"),
+        pyarrow.Table.from_pylist(ROWS).to_reader(),
+        pandas.DataFrame(ROWS).astype("category").convert_dtypes(),
         np.array(ROWS, dtype=object),
         tmp_path / "rows.parquet",
         iter(ROWS),
@@ -179,6 +187,9 @@ def refused_sources() -> Iterator[Any]:
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
         "[{'messages': messages}]",
     )
+    yield dict(enumerate(ROWS)), "list(rows.values())"
+    yield pandas.DataFrame(ROWS).to_dict(), 'frame.to_dict("records")'
+    yield pandas.DataFrame(ROWS).set_index("prompt"), "frame.reset_index()"
     yield polars.LazyFrame(ROWS), "frame.collect()"
     yield pyarrow.array(["a"]), "to_pylist()"
     yield pandas.DataFrame([["a", "b"]]), "frame.columns = "
@@ -219,7 +230,15 @@ def test_a_loader_of_torch_is_refused_for_its_data_set() -> None:
         ("rows.jsonl.zst", "", "pandas.read_json"),
         ("rows.json", '{"train": [1], "x": 1}', r"json.load\(open\(.*\)\)\['train'\]"),
         ("rows.json", '{"text": "one"}\n', None),
-        ("rows.json", '{"a": [1], "b": [2]}', "If these are columns"),
+        ("rows.json", '{"a": [1], "b": [2]}', r"read_json\('.*'\), if these are columns"),
+        ("rows.json", '{"text": {"0": "a"}}', r"read_json\('.*'\), if these are columns"),
+        ("rows.json", '{"columns": ["text"], "index": [0], "data": [["a"]]}', "orient='split'"),
+        (
+            "rows.json",
+            '{"x1": {"text": "a"}, "x2": {"text": "b"}}',
+            r"list\(json.load\(open\('.*'\)\).values\(\)\)",
+        ),
+        ("rows.jsonl", '{"text": "a"},\n{"text": "b"}', "line 1.: not JSON .*ends in a comma"),
         ("rows.json", '[{"text": "a"},\n{"text": }]', r"line 2: not JSON"),
         ("rows.json", '[{"text": "a"}\n {"text": "b"}]', "line 2: not JSON .a comma"),
         ("rows.json", '[{"text": "a"}]\n{"text": "b"}', "stands behind the array"),
@@ -238,6 +257,19 @@ def test_a_file_that_is_no_list_of_rows_says_what_would_be(
         return
     with pytest.raises(tn.ValidationError, match=message):
         data.read_rows(path)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_file_that_is_not_utf8_says_the_line_that_makes_it_so(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text\nplain\nGrüße aus Köln\n", encoding)
+    with pytest.raises(
+        tn.ValidationError, match=f"line {3 if encoding == 'cp1252' else 1}: not UTF-8"
+    ) as refused:
+        data.read_rows(path)
+    (line,) = re.findall(r"p = pathlib.*'utf-8'\)", str(refused.value))
+    exec(line, {"pathlib": pathlib})
+    assert data.read_rows(path) == [{"text": "plain"}, {"text": "Grüße aus Köln"}]
 
 
 def test_a_folder_says_how_it_is_read(tmp_path: Path) -> None:

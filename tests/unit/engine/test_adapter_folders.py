@@ -152,7 +152,8 @@ def test_a_configuration_that_contradicts_the_adapter_is_refused_with_both_value
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"peft_type": "IA3"}, "kind IA3"),
+        ({"peft_type": "IA3"}, "kind IA3, and only LoRA is trained here. To train on top of it, merge"),
+        ({"peft_type": "PROMPT_TUNING"}, "cannot be merged either: give its base"),
         ({"peft_type": "PROMPT_TUNING"}, "kind PROMPT_TUNING"),
         ({"peft_type": None}, "kind None"),
         ({"use_dora": True}, "DoRA"),

@@ -210,7 +210,7 @@ def test_the_reference_of_a_fresh_adapter_is_the_base_model() -> None:
         ({"lora_config": tn.LoRAConfig(target_modules=())}, r"target_modules is empty"),
         (
             {"lora_config": tn.LoRAConfig(rank=10_000)},
-            r"rank=10000 is larger than the layer",
+            r"rank=10000 is larger than the smallest adapted layer",
         ),
         ({"model_ref": "builtin:tine"}, r"no built-in model 'builtin:tine'.*'builtin:tiny'"),
         ({"model_ref": "./no/such/folder"}, r"no folder './no/such/folder'"),

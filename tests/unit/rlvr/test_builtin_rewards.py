@@ -199,6 +199,10 @@ def test_countdown_computes_exactly_and_in_any_of_the_usual_signs():
     assert (
         reward_of("countdown", "thinking\n(7 − 8 ÷ 2) × 1 = 3", {"numbers": [7, 8, 2, 1], "target": 3}) == 1.0
     )
+    assert (
+        reward_of("countdown", r"So $\boxed{25 \times 4 = 100}$, as $3$ is left.", COUNTDOWN, use_all=False)
+        == 1.0
+    )
     assert reward_of("countdown", "8/(3-8/3)", {"numbers": [3, 3, 8, 8], "target": 24}) == 1.0
     assert reward_of("countdown", "25*4", COUNTDOWN, use_all=False) == 1.0
     assert reward_of("countdown", "25/0", {"numbers": [25, 0], "target": 1}, partial=0.1) == 0.1

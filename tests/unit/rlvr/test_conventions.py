@@ -190,14 +190,31 @@ def test_verls_batch_functions_get_columns():
     assert "have no ground truth" in error(compute_score, Trajectory("q", "7", {"answer": None}))
 
 
-@pytest.mark.parametrize("gold", [None, float("nan")])
-def test_a_missing_ground_truth_reaches_no_verl_function_as_text(gold):
+@pytest.mark.parametrize("gold", [None, float("nan"), "", [], np.array(None), np.array([])], ids=repr)
+def test_a_missing_right_answer_reaches_no_function_of_one_completion_as_text(gold):
     def compute_score(data_source, solution_str, ground_truth, extra_info=None):
         return float(str(ground_truth) in solution_str)
 
-    assert "asks for ground_truth" in error(
-        compute_score, Trajectory("q", "None nan", {"ground_truth": gold})
-    )
+    def correct(completion, answer):
+        return float(str(answer) in completion)
+
+    row = {"reward_model": {"style": "rule", "ground_truth": gold}}
+    for columns in ({"ground_truth": gold}, {"answer": gold}, row):
+        assert "asks for ground_truth" in error(compute_score, Trajectory("q", "None nan", columns))
+    assert "asks for answer" in error(correct, Trajectory("q", "None nan", {"answer": gold}))
+
+
+def test_a_missing_value_of_pandas_is_a_missing_ground_truth_and_an_array_or_0_is_one():
+    pandas = pytest.importorskip("pandas")
+
+    def compute_score(solution_str, ground_truth):
+        return float(solution_str in map(str, np.atleast_1d(ground_truth)))
+
+    assert "asks for ground_truth" in error(compute_score, Trajectory("q", "7", {"ground_truth": pandas.NA}))
+    several = Trajectory("q", "7", {"ground_truth": np.array(["6", "7"])})
+    zero = Trajectory("q", "0", {"ground_truth": 0})
+    unread = Trajectory("q", "7", {"ground_truth": "7", "reward_model": "llama"})
+    assert rewards(compute_score, several, zero, unread) == [1.0, 1.0, 1.0]
 
 
 def test_a_function_of_one_completion_gets_columns_by_name_and_any_other_keyword():
@@ -380,6 +397,8 @@ MISSING = [
     {"answer": "  "},
     {"answer": []},
     {"answer": [None]},
+    {"answer": np.array(None)},
+    {"answer": np.array(float("nan"))},
 ]
 
 

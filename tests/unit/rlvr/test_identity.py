@@ -96,6 +96,84 @@ def test_running_a_helpers_cell_again_changes_the_version_of_the_function_that_i
     assert reward.version == before
 
 
+DECORATED = """
+import collections, contextlib, functools
+from typing import NamedTuple
+
+K = 1
+
+@contextlib.contextmanager
+def limits():
+    yield K
+
+@functools.singledispatch
+def size(x):
+    return 0
+
+@size.register(str)
+def _(x):
+    return K + 1
+
+class Pair(NamedTuple):
+    weight: float = 1.0
+    def scaled(self):
+        return self.weight * (K + 2)
+
+class Table(dict):
+    def best(self):
+        return K + 3
+
+class Word(str):
+    def worth(self):
+        return K + 4
+
+class Box(collections.UserDict):
+    def lid(self):
+        return K + 5
+
+PAIR, TABLE, WORD, BOX = Pair(), Table(), Word(), Box()
+
+def context(prompt, response):
+    with limits() as k:
+        return k
+
+def dispatched(prompt, response):
+    return size(response)
+
+def pair(prompt, response):
+    return PAIR.scaled()
+
+def table(prompt, response):
+    return TABLE.best()
+
+def word(prompt, response):
+    return WORD.worth()
+
+def box(prompt, response):
+    return BOX.lid()
+"""
+
+
+@pytest.mark.parametrize("name", ["context", "dispatched", "pair", "table", "word", "box"])
+def test_functions_that_a_decorator_or_a_class_of_pythons_carries_count_as_well(name):
+    reward = resolve_reward(notebook(DECORATED)[name])
+    before = reward.version
+    assert before == resolve_reward(notebook(DECORATED)[name]).version
+    reward.function.__globals__["K"] = 2
+    assert reward.version != before
+
+
+def test_functions_that_an_object_of_a_package_carries_count_as_well():
+    variables = notebook(
+        "import numpy\nK = 1\ncount = numpy.vectorize(lambda x: K)\ndef r(prompt, response): return count(1)"
+    )
+    reward = resolve_reward(variables["r"])
+    before = reward.version
+    variables["K"] = 2
+    assert reward.version != before
+    assert before.endswith("-partial")
+
+
 def test_code_that_a_reloader_puts_into_a_function_changes_its_version():
     def old(prompt, response):
         return 1.0

@@ -11,7 +11,7 @@ import pytest
 from tensafe_nb import datasets
 from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.errors import NonFiniteLossError, RewardError, ValidationError
-from tensafe_nb.events import Alarm, Metrics, Rollouts, RunState
+from tensafe_nb.events import Alarm, ArtifactDeleted, CheckpointSaved, Metrics, Rollouts, RunState
 from tensafe_nb.plain import from_plain, to_plain
 from tensafe_nb.rlvr import (
     PPO,
@@ -446,6 +446,42 @@ def test_another_reward_takes_over_and_the_row_says_where(client, paused):
     ]
     assert names[done] != names[-1]
     assert client.history["rewards/exact_match/mean"].size == 1
+
+
+def test_the_best_checkpoint_is_the_best_under_the_present_reward(client, paused):
+    trainer = trainer_of(client, lambda prompt, response, meta=None: 100 + checksum(prompt, response))
+    run = trainer.run(steps=6, checkpoint_every=1, keep_last=1, keep_best="reward", show=False)
+    run.pause()
+    assert paused.wait()
+    done = run.steps_done
+    trainer.set_reward(checksum)
+    run.resume()
+    run.result()
+    saved = {event.step: event.artifact_id for event in events(client, CheckpointSaved)}
+    gone = {event.artifact_id for event in events(client, ArtifactDeleted)}
+    since = client.history["reward"][done:]
+    best = done + 1 + int(since.argmax())
+    assert client.history["reward"][:done].min() > since.max()
+    assert [step for step, artifact_id in saved.items() if artifact_id not in gone] == sorted({best, 6})
+
+
+def test_a_run_in_which_no_update_took_a_step_says_so_in_its_result(client):
+    result = train(client, lambda prompt, response, meta=None: 1.0, steps=2).result()
+    assert (result.steps, result.steps_done) == (0, 2)
+    assert "no weight has moved: in 2 of 2 steps all answers to each prompt scored the same" in result.reason
+
+
+def test_held_out_answers_are_scored_by_the_reward_of_their_step(client):
+    trainer = trainer_of(client, lambda prompt, response, meta=None: 100.0 + len(response), eval_prompts=SUMS)
+    update = trainer.algo.update
+
+    def replaced_meanwhile(batch, policy):
+        trainer.set_reward(checksum)
+        return update(batch, policy)
+
+    trainer.algo.update = replaced_meanwhile
+    trainer.run(steps=1, show=False).result()
+    assert client.history["eval/reward"].min() >= 100
 
 
 def test_stored_rollouts_are_scored_anew_without_sampling_or_training(client):
