@@ -100,7 +100,7 @@ class LossOutputs:
 
     @property
     def seen(self) -> tuple[Tensor, ...]:
-        """What all views are made from, and gradients go through: the logits where they are given, the hidden states."""
+        """What all views are made from, and gradients go through: logits where they are given, and hidden states."""
         given = () if self._given_logits is None else (self._given_logits,)
         return tuple(tensor for tensor in (*given, self._hidden) if tensor.requires_grad)
 

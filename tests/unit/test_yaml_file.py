@@ -75,5 +75,5 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 def test_an_escape_that_is_no_character_is_refused(tmp_path: Path, escape: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(f'model: "\\{escape}"\n')
-    with pytest.raises(ValidationError, match="recipe.yaml"):
+    with pytest.raises(ValidationError, match=r"recipe\.yaml"):
         YamlFile.read(path)
