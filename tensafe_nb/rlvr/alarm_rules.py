@@ -250,7 +250,8 @@ def _certain_fall(tens: Sequence[Sequence[float]]) -> float:
     variance = max(float(variances[kept].mean()), float(variances[0] + variances[-1]) / 2)
     error = math.sqrt(2 * variance / TEN * (1 + rho) / (1 - rho))
     if len(means) >= STEPS:
-        error = max(error, 1.5 * 1.4826 * float(np.median(np.abs(np.diff(means)))))
+        changes = np.diff(means)  # from ten to ten; a steady fall is no wandering
+        error = max(error, 1.5 * 1.4826 * float(np.median(np.abs(changes - np.median(changes)))))
     looks = 4.3 + 0.6 * math.log(len(means) - 1)
     return max(0.2 * abs(float(means[0])), 3 * plain, looks * error)
 

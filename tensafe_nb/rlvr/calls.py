@@ -4,6 +4,7 @@ Ours, and those people bring from TRL, verl, OpenRLHF, verifiers and reasoning-g
 processes too and imports nothing heavy.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,6 +116,13 @@ class RewardSample(NamedTuple):
     tokens: Sequence[int] = ()
     messages: Sequence[Mapping[str, Any]] | None = None
     state: TrainerState = TrainerState()
+
+    def copied(self) -> "RewardSample":
+        """Return a copy that a function may change without changing the prompt, which other rollouts share."""
+        try:
+            return self._replace(meta=copy.deepcopy(self.meta), messages=copy.deepcopy(self.messages))
+        except TypeError:  # something in it cannot be copied, such as a lock
+            return self._replace(meta=self.meta and dict(self.meta))
 
 
 class Outcome(NamedTuple):
@@ -256,7 +264,7 @@ def outcomes_of(call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
     """Make one call and return the outcome of each of its rollouts; what it raises becomes text."""
     log: dict[str, list[Any]] = {}
     try:
-        value = call.invoke(unit, log)
+        value = call.invoke([sample.copied() for sample in unit], log)
         if inspect.iscoroutine(value):
             value.close()
             raise ValidationError("it returned a coroutine: write the function itself as async def")
@@ -269,7 +277,7 @@ async def awaited_outcomes(call: Call, unit: Sequence[RewardSample]) -> list[Out
     """Do the same with a coroutine function."""
     log: dict[str, list[Any]] = {}
     try:
-        value = call.invoke(unit, log)
+        value = call.invoke([sample.copied() for sample in unit], log)
         return call.read(await value if inspect.isawaitable(value) else value, unit, log)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # as above
         return [failed(error, call.hint(unit))] * len(unit)
@@ -277,7 +285,10 @@ async def awaited_outcomes(call: Call, unit: Sequence[RewardSample]) -> list[Out
 
 def failed(error: BaseException, hint: str = "") -> Outcome:
     """Return the outcome of a call that raised; the hint goes with errors of the wrong kind of thing."""
-    text = f"{type(error).__name__}: {error}"[:MAX_ERROR_TEXT]
+    try:
+        text = f"{type(error).__name__}: {error}"[:MAX_ERROR_TEXT]
+    except Exception:  # noqa: BLE001  # its __str__ is user code too
+        text = f"{type(error).__name__}, whose text cannot be made"
     return Outcome(error=text + hint if isinstance(error, TypeError | AttributeError) else text)
 
 

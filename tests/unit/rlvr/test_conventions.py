@@ -2,6 +2,7 @@
 
 import functools
 import re
+import threading
 from decimal import Decimal
 
 import numpy as np
@@ -436,6 +437,47 @@ def test_a_list_of_right_answers_means_any_of_them(name):
         assert reward("q", "zz 3", {"answer": answers}) < 1.0
     with pytest.raises(ValidationError, match="expected a text or a number"):
         reward("q", "12", {"answer": {"text": ["12"]}})
+
+
+def test_what_a_function_changes_of_its_prompt_reaches_no_other_rollout():
+    def ours(prompt, response, meta):
+        right = meta["answer"] == "Rome" and len(prompt) == len(TURNS) and prompt[0]["content"] == "Be brief."
+        meta["answer"], prompt[0]["content"] = "Milan", "Be long."
+        prompt.clear()
+        return float(right)
+
+    async def later(completion, answer, info):
+        info["seen"] = info.get("seen", 0) + 1
+        return float(info["seen"] == 1)
+
+    def trl(prompts, completions, **columns):
+        for prompt in prompts:
+            prompt[0]["role"] = "assistant"
+        return [float(prompt[0]["role"] == "assistant") for prompt in prompts]
+
+    shared = {"answer": "Rome", "info": {}}
+    batch = [Trajectory("q", "Rome", shared, messages=TURNS) for _ in range(2)]
+    for function in (ours, later, trl, ours):
+        assert rewards(function, *batch) == [1.0, 1.0]
+    assert shared == {"answer": "Rome", "info": {}} and TURNS[0] == {"role": "system", "content": "Be brief."}
+
+
+def test_a_column_that_cannot_be_copied_still_reaches_the_function():
+    lock = threading.Lock()
+    assert rewards(
+        lambda prompt, response, meta: float(meta["lock"] is lock), Trajectory("q", "a", {"lock": lock})
+    ) == [1.0]
+
+
+def test_an_exception_without_a_text_is_an_error_of_its_row():
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def fails(prompt, response):
+        raise Mute
+
+    assert "Mute" in error(fails)
 
 
 def test_a_batch_without_messages_is_read_as_before():
