@@ -16,7 +16,7 @@ import tensafe_nb as tn
 from bench import workload
 from bench.harness import LARGER, Row, Taken, Target, fresh_process, paired, stopwatch
 from tensafe_nb.batch import TICKET
-from tensafe_nb.privacy.tickets import content_of, ticket
+from tensafe_nb.privacy.tickets import sealed, ticket
 
 ROWS, TOKENS = 8, 64
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -129,8 +129,7 @@ def private_step(tc: tn.TrainingClient, batch: tn.BatchData) -> Callable[[], flo
 
     def step() -> float:
         number, key = tc._channel.enter_draw("example")
-        content = content_of(batch, key)
-        mark = ticket(tc.training_client_id, 0, number, np.arange(ROWS), content=content)
+        mark = sealed(ticket(tc.training_client_id, 0, number, np.arange(ROWS)), batch, key)
         return workload.step_through(tc, batch.labelled_with(**{TICKET: mark}))()
 
     return step

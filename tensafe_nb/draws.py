@@ -15,7 +15,7 @@ from tensafe_nb.batch import TICKET, Array, BatchData
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import Example, collate
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.privacy.tickets import content_of, ticket
+from tensafe_nb.privacy.tickets import sealed, ticket
 from tensafe_nb.reprs import as_given
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,10 @@ class PoissonDraws:
         rows = np.flatnonzero(_coins(self._count, self.sample_rate)[self._units])
         units, names = self._units[rows], (self._client_id, self._sampler, number)
         if not len(rows):
-            return BatchData.nothing(ticket(*names, units, self.unit, content=units))
+            return BatchData.nothing(sealed(ticket(*names, units, self.unit), None, key))
         batch = collate([self.examples[row] for row in rows], self._pad_token_id)
         owners = {"unit_ids": units} if self.unit == "user" else {}
-        mark = ticket(*names, units, self.unit, content=content_of(batch, key))
+        mark = sealed(ticket(*names, units, self.unit), batch, key)
         return batch.labelled_with(**{TICKET: mark, **owners})
 
     def __repr__(self) -> str:

@@ -493,8 +493,10 @@ class EventBus:
 
     def __del__(self) -> None:
         if hasattr(self, "_log"):  # it was opened
-            with suppress(OSError):
+            try:  # noqa: SIM105  # at the interpreter's end, imported names are gone
                 self._log.close()
+            except OSError:
+                pass
 
 
 class Subscriptions:

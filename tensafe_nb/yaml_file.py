@@ -47,7 +47,7 @@ class YamlFile:
             where = f"{path}, line {mark.line + 1}" if mark else str(path)
             problem = getattr(error, "problem", None) or error
             raise ValidationError(f"{where}: this cannot be read as YAML: {problem}.") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:  # the last: \UFFFFFFFF is no character
             raise ValidationError(f"{path} cannot be read (looked in {Path.cwd()}): {error}.") from error
         return cls(path, data, marks)
 

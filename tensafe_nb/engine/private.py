@@ -26,6 +26,7 @@ from tensafe_nb.engine.window import Tally, Tick, Window
 from tensafe_nb.errors import PrivacyUnitError, ValidationError
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import LossValue
+from tensafe_nb.losses.views import cut_out
 from tensafe_nb.privacy.dp_sgd import ClippedSum, Norms, sum_units
 from tensafe_nb.privacy.noise import NoiseSource, gaussian
 from tensafe_nb.privacy.per_example import PerExampleGradients, way_for
@@ -45,6 +46,7 @@ MAX_GRADIENTS = 2**25  # values of row-by-row gradients that are held at a time:
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, of the probes
 ONE_AT_A_TIME = "one at a time"
 OURS = "tensafe_nb.losses"  # losses whose rows are known to be their own
+LEAST = 1e-2  # a gradient that is smaller counts as this large where two are compared: rounding has no relative bound
 PART = 4  # of a piece's rows, one in so many is looked at by itself too
 
 
@@ -277,16 +279,19 @@ class PrivateTraining:
         """Return the gradients of some units, for each parameter (units, *shape), by one backward pass."""
         rows = np.concatenate(piece)
         with self._seeing_rows(), way.recording():
-            part, outputs, values, metrics = self._evaluated(batch, rows, loss)
+            _, outputs, values, metrics = self._evaluated(batch, rows, loss)
             if values.ndim == 0 and len(rows) > 1:
                 raise PrivacyUnitError(
                     f"The loss {as_given(loss.name)} returned one value per row before, and now one for {len(rows)} "
                     f"rows. "
                     f"Return one value per row (B,) each time, or a scalar each time."
                 )
+            foreign = not _is_ours(loss)
+            for tensor in outputs.seen if foreign else ():
+                tensor.retain_grad()
             values.sum().backward()  # type: ignore[no-untyped-call]
-        if not getattr(loss.function, "__module__", "").startswith(OURS):
-            self._check_part(part, batch, outputs, values.detach(), loss)
+        if foreign:
+            self._check_part(rows, batch, outputs, values.detach(), loss)
         _forget_gradients(self._engine.parameters)
         total = float(values.detach().sum())
         tally.add(LossValue(values.detach(), float(len(rows)), metrics), total)
@@ -303,8 +308,10 @@ class PrivateTraining:
         for rows in np.split(unit, range(loss.declares.group, len(unit), loss.declares.group)):
             if self._secret_of_row is not None:  # whatever else is random: this unit's own, too
                 torch.manual_seed(int(self._secret_of_row[rows[0]]))
-            value, metrics = self._values(batch, rows, loss)
+            part, outputs, value, metrics = self._evaluated(batch, rows, loss, one_unit=True)
             value.sum().backward()  # type: ignore[no-untyped-call]
+            if not _is_ours(loss):
+                self._check_again(part, batch, outputs, value.detach(), loss)
             if tally is not None:
                 tally.add(LossValue(value.detach(), float(len(rows)), metrics), float(value.detach().sum()))
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -315,12 +322,12 @@ class PrivateTraining:
         return self._evaluated(batch, rows, loss)[2:]
 
     def _evaluated(
-        self, batch: BatchData, rows: Array, loss: Loss
+        self, batch: BatchData, rows: Array, loss: Loss, *, one_unit: bool = False
     ) -> tuple[BatchData, LossOutputs, Tensor, dict[str, float]]:
         """Return some rows, what the model says of them, and what the loss says of that."""
         part = batch.take(rows)
         tensors = self._engine.tensors(part, batch)
-        with self._streams(rows):
+        with self._streams(rows, one_unit):
             outputs = self._engine.outputs(part, tensors)
         return part, outputs, *loss.row_values(outputs, tensors)
 
@@ -346,31 +353,64 @@ class PrivateTraining:
         finally:
             self._secret_of_row = None
 
-    def _streams(self, rows: Array) -> AbstractContextManager[object]:
+    def _streams(self, rows: Array, one_unit: bool) -> AbstractContextManager[object]:
         if self._secret_of_row is None:
             return contextlib.nullcontext()
-        return RowDropout(torch.from_numpy(self._secret_of_row[rows]))
+        return RowDropout(torch.from_numpy(self._secret_of_row[rows]), one_unit=one_unit)
 
-    @torch.no_grad()
     def _check_part(
-        self, part: BatchData, batch: BatchData, outputs: LossOutputs, values: Tensor, loss: Loss
+        self, all_rows: Array, batch: BatchData, outputs: LossOutputs, values: Tensor, loss: Loss
     ) -> None:
-        """Ask a loss of the user's about a part of the rows by themselves: their values must stay what they are.
+        """Ask a loss of the user's about a part of the rows by themselves: values and gradients must stay as they are.
 
-        The model is not asked again: this costs the loss, on a quarter of the rows, in every step.
+        The model is not asked again: this costs the loss, on a quarter of the rows, in every step. A loss whose value
+        is 0 by construction, x - x.detach(), can couple rows by its gradient alone.
+
+        Args:
+            all_rows: The rows of the batch that were computed together.
+            batch: The batch.
+            outputs: What the model said of them.
+            values: What the loss said of them.
+            loss: The loss.
         """
-        group, groups = loss.declares.group, len(part) // loss.declares.group
-        if groups < 2:
-            return
+        group = loss.declares.group
+        groups = len(all_rows) // group
         chosen = np.sort(self._dice.choice(groups, max(1, groups // PART), replace=False))
         rows = (chosen[:, None] * group + np.arange(group)).reshape(-1)
-        few = part.take(rows)
-        alone, _ = loss.row_values(outputs.of_rows(part, rows), self._engine.tensors(few, batch))
-        together = values[torch.from_numpy(rows).to(values.device)]
-        if alone.shape != together.shape or not torch.allclose(
-            together, alone, rtol=self._tolerance, atol=self._tolerance, equal_nan=True
-        ):
+        part, few = batch.take(all_rows), batch.take(all_rows[rows])
+        cut = outputs.of_rows(part, rows)
+        alone, _ = loss.row_values(cut, self._engine.tensors(few, batch))
+        together = values if values.ndim == 0 else values[torch.from_numpy(rows).to(values.device)]
+        if not self._alike(together, alone.detach()):
             raise self._coupled(loss, alone, together)
+        pairs = [pair for pair in zip(outputs.seen, cut.seen, strict=True) if pair[0].grad is not None]
+        if not pairs:
+            return
+        through, own = pairs[0]  # hidden states' gradients hold those of given logits as well
+        (gradient,) = torch.autograd.grad(alone.sum(), own, materialize_grads=True)
+        off = float((gradient - cut_out(through.grad, part, rows)).abs().max())  # type: ignore[arg-type]
+        if not off <= self._tolerance * (float(gradient.abs().max()) + LEAST):
+            raise PrivacyUnitError(
+                f"The loss {loss.name!r} gives a row another gradient when other rows are beside it, though not "
+                f"another value. Clipping would bound nothing. Return one value per row (B,) that is of that row alone."
+            )
+
+    @torch.no_grad()
+    def _check_again(
+        self, part: BatchData, batch: BatchData, outputs: LossOutputs, value: Tensor, loss: Loss
+    ) -> None:
+        """Ask a loss of the user's twice about the same rows: what it remembers of others would couple them."""
+        again, _ = loss.row_values(outputs, self._engine.tensors(part, batch))
+        if not self._alike(value, again):
+            raise PrivacyUnitError(
+                f"The loss {loss.name!r} gives the same rows {value.tolist()}, and {again.tolist()} when it is asked "
+                f"again: it remembers what it saw, or draws random numbers for all rows together. Clipping would bound "
+                f"nothing. Make it a function of its arguments alone."
+            )
+
+    def _alike(self, one: Tensor, other: Tensor) -> bool:
+        near = self._tolerance
+        return one.shape == other.shape and torch.allclose(one, other, rtol=near, atol=near, equal_nan=True)
 
     @staticmethod
     def _coupled(loss: Loss, alone: Tensor, together: Tensor) -> PrivacyUnitError:
@@ -541,6 +581,10 @@ def check_model(engine: Core) -> None:
             raise PrivacyUnitError(
                 f"The weight {as_given(name)} is {parameter.dtype}; private training needs float32."
             )
+
+
+def _is_ours(loss: Loss) -> bool:
+    return str(getattr(loss.function, "__module__", "")).startswith(OURS)
 
 
 def _key_of(loss: Loss) -> tuple[object, str]:

@@ -98,19 +98,24 @@ class LossOutputs:
         """(B, T, V) logits at every position; large: prefer `logits`."""
         return _precise(self._head(self._hidden) if self._given_logits is None else self._given_logits)
 
+    @property
+    def seen(self) -> tuple[Tensor, ...]:
+        """What all views are made from, and gradients go through: logits where they are given, and hidden states."""
+        given = () if self._given_logits is None else (self._given_logits,)
+        return tuple(tensor for tensor in (*given, self._hidden) if tensor.requires_grad)
+
     def of_rows(self, batch: BatchData, rows: Array) -> "LossOutputs":
         """Return what is said of some rows of this batch alone, without the columns that are padding in all of them.
+
+        Gradients with respect to it end there.
 
         Args:
             batch: The batch, whose `take(rows)` the rows are.
             rows: Their numbers.
         """
-        used = np.flatnonzero(batch.attention_mask[rows].any(axis=0))
-        columns = slice(int(used[0]), int(used[-1]) + 1)
-        index = torch.from_numpy(rows).to(self._hidden.device)
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor.detach()[index][:, columns]
+            return cut_out(tensor.detach(), batch, rows).requires_grad_(tensor.requires_grad)
 
         return LossOutputs(
             cut(self._hidden),
@@ -154,6 +159,12 @@ class LossOutputs:
             return _GradientInForward.apply(hidden, self._labels, values_of, rows)  # type: ignore[no-any-return, no-untyped-call]
         again = partial(checkpoint, values_of, use_reentrant=False)
         return torch.cat([again(*chunk) for chunk in _chunks(hidden, self._labels, rows)])
+
+
+def cut_out(tensor: Tensor, batch: BatchData, rows: Array) -> Tensor:
+    """Return some rows of (B, T, …), without the columns that are padding in all of them, as `batch.take` does."""
+    used = np.flatnonzero(batch.attention_mask[rows].any(axis=0))
+    return tensor[torch.from_numpy(rows).to(tensor.device)][:, int(used[0]) : int(used[-1]) + 1]
 
 
 def chunk_rows(vocab_size: int, width: int, head_is_frozen: bool) -> int:

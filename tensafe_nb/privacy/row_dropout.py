@@ -31,11 +31,13 @@ class RowDropout(TorchFunctionMode):
 
     Args:
         secrets: (rows,) int64, one for each row.
+        one_unit: The rows belong to one privacy unit and are alone. A layer that sees its tokens in another shape than
+            (rows, …), such as an expert's, then gets masks of the first row's secret.
     """
 
-    def __init__(self, secrets: Tensor) -> None:
+    def __init__(self, secrets: Tensor, *, one_unit: bool = False) -> None:
         super().__init__()
-        self._secrets, self._calls = secrets, 0
+        self._secrets, self._one_unit, self._calls = secrets, one_unit, 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -84,26 +86,29 @@ class RowDropout(TorchFunctionMode):
         return self._dropout(scores.softmax(-1).to(value.dtype), dropout_p) @ value
 
     def _mask(self, like: Tensor, p: float) -> Tensor:
-        """Return what is kept, (rows, …), each place with probability 1 - p."""
-        if like.shape[0] != len(self._secrets):
-            raise PrivacyUnitError(
-                f"A dropout layer of this model does not see rows: it gets shape {tuple(like.shape)} for "
-                f"{len(self._secrets)} rows."
-            )
+        """Return what is kept, in the shape of `like`, each place with probability 1 - p."""
+        secrets, shape = self._secrets, like.shape
+        if not shape or shape[0] != len(secrets):
+            if not self._one_unit:
+                raise PrivacyUnitError(
+                    f"A dropout layer of this model does not see rows: it gets shape {tuple(shape)} for "
+                    f"{len(secrets)} rows."
+                )
+            secrets, shape = secrets[:1], torch.Size((1, *shape))
         self._calls += 1
         bits = torch.zeros((), dtype=torch.int32, device=like.device)
-        for dim, size in enumerate(like.shape[1:], 1):
-            start = _mixed(_mixed(self._secrets + self._calls) + dim).unsqueeze(1)  # (rows, 1)
+        for dim, size in enumerate(shape[1:], 1):
+            start = _mixed(_mixed(secrets + self._calls) + dim).unsqueeze(1)  # (rows, 1)
             table = (_mixed(start + torch.arange(size) * GOLDEN) >> 32).to(torch.int32)  # (rows, size)
             bits = bits ^ table.to(like.device).view(
-                -1, *(size if d == dim else 1 for d in range(1, like.ndim))
+                -1, *(size if d == dim else 1 for d in range(1, len(shape)))
             )
         for shift, factor in (
             (16, 0x7FEB352D),
             (15, -0x7B935975),
         ):  # a hash of 32 bits (Wellons 2018, lowbias32)
             bits = (bits ^ _shifted(bits, shift, 32)) * factor
-        return (bits ^ _shifted(bits, 16, 32)) >= round(p * 2**32) - 2**31
+        return ((bits ^ _shifted(bits, 16, 32)) >= round(p * 2**32) - 2**31).view(like.shape)
 
 
 def _mixed(state: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 A ticket travels with the rows as the batch entry `dp_ticket` (B, 7). Whoever checks it sees a row that is missing,
 repeated, altered, or brought along from elsewhere, a draw that is used twice, and a unit whose rows were torn apart.
+Its last column is a keyed hash of the row and of the ticket's other columns: neither can be written anew.
 Draws are numbered, so that one that was left out is seen too: it is charged as it was drawn.
 """
 
@@ -20,14 +21,14 @@ from tensafe_nb.errors import PrivacyUnitError
 if TYPE_CHECKING:
     from tensafe_nb.privacy.charges import Charge
 
-CLIENT, SAMPLER, DRAW, ROW, ROWS, UNIT, CONTENT = range(7)
+CLIENT, SAMPLER, DRAW, ROW, ROWS, UNIT, SEAL = range(7)
 USERS = -1  # the unit in the ticket of an empty draw whose units are users; that of examples has 0
 
 
-def ticket(
-    client_id: str, sampler: int, draw: int, units: Array, unit: str = "example", content: Array | None = None
-) -> Array:
-    """Return the ticket of one draw: (rows, 7), or of an empty draw (1, 7) with 0 rows.
+def ticket(client_id: str, sampler: int, draw: int, units: Array, unit: str = "example") -> Array:
+    """Return the ticket of one draw: (rows, 6), or of an empty draw (1, 6) with 0 rows; `sealed` makes it one of seven.
+
+    Without a seal it does for an engine that keeps no register of draws, and for no training client.
 
     Args:
         client_id: The training client that the draw is for.
@@ -35,20 +36,21 @@ def ticket(
         draw: Its number.
         units: (rows,) the privacy unit of each row.
         unit: What a unit is: "example" or "user".
-        content: (rows,) what `content_of` says of each row. None leaves the column out, (rows, 6): such a ticket does
-            for an engine that keeps no register of draws, and for no training client.
     """
     rows = len(units)
-    columns = np.zeros((max(rows, 1), CONTENT if content is None else CONTENT + 1), dtype=np.int64)
+    columns = np.zeros((max(rows, 1), SEAL), dtype=np.int64)
     columns[:, :ROW] = number_of(client_id), sampler, draw
     columns[:, ROWS] = rows
     if rows:
         columns[:, ROW], columns[:, UNIT] = np.arange(rows), units
     elif unit == "user":
         columns[:, UNIT] = USERS
-    if rows and content is not None:
-        columns[:, CONTENT] = content
     return columns
+
+
+def sealed(columns: Array, batch: BatchData | None, key: bytes) -> Array:
+    """Return a ticket with its last column, (rows, 7); `batch` is None for an empty draw."""
+    return np.column_stack([columns, seals_of(columns, batch, key)])
 
 
 def number_of(client_id: str) -> int:
@@ -56,18 +58,22 @@ def number_of(client_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(client_id.encode(), digest_size=7).digest(), "big")
 
 
-def content_of(batch: BatchData, key: bytes) -> Array:
-    """Return (B,) keyed hashes of the rows: tokens, labels, and targets where there are; padding does not count."""
-    targets = batch.extras.get("targets")
-    hashes = np.zeros(len(batch), dtype=np.int64)
-    for row in range(len(batch)):
-        tokens = batch.attention_mask[row] == 1
-        digest = hashlib.blake2b(batch.input_ids[row, tokens].tobytes(), digest_size=8, key=key)
-        digest.update(batch.labels[row, tokens].tobytes())
-        if targets is not None:
-            digest.update(np.asarray(targets[row], dtype=np.float64).tobytes())
-        hashes[row] = int.from_bytes(digest.digest(), "big", signed=True)
-    return hashes
+def seals_of(columns: Array, batch: BatchData | None, key: bytes) -> Array:
+    """Return (rows,) keyed hashes: of the ticket's other columns, and of the row's tokens, labels, and targets.
+
+    Padding does not count, nor what is added to a batch after it was drawn.
+    """
+    seals = np.zeros(len(columns), dtype=np.int64)
+    for row, place in enumerate(columns[:, :SEAL]):
+        digest = hashlib.blake2b(place.astype("<i8").tobytes(), digest_size=8, key=key)
+        if batch is not None and len(batch):
+            tokens = batch.attention_mask[row] == 1
+            digest.update(batch.input_ids[row, tokens].tobytes())
+            digest.update(batch.labels[row, tokens].tobytes())
+            if (targets := batch.extras.get("targets")) is not None:
+                digest.update(np.asarray(targets[row], dtype=np.float64).tobytes())
+        seals[row] = int.from_bytes(digest.digest(), "big", signed=True)
+    return seals
 
 
 class DrawRegister:
@@ -154,7 +160,7 @@ class DrawBook:
                 "computed. Take the batches of tc.dp_batches(examples); or, for batches of your own, set "
                 "DPConfig(sampling='worst_case') and give example_ids."
             )
-        _check_form(columns, with_content=self.register is not None)
+        _check_form(columns, with_seal=self.register is not None)
         draw, unit = self._draw_of(columns), _unit_of(batch, columns)
         rows, units = columns[: len(batch), ROW].tolist(), columns[: len(batch), UNIT].tolist()
         if self._open not in (None, draw):
@@ -166,8 +172,8 @@ class DrawBook:
                 "The rows of one privacy unit came in two calls, so that it would be clipped twice. "
                 "Keep them in one forward_backward()."
             )
-        if self.register is not None and len(batch):
-            self._check_content(columns[: len(batch), CONTENT], content_of(batch, self.register.key))
+        if self.register is not None:
+            self._check_seals(columns, seals_of(columns, batch, self.register.key))
         self._open = draw
         self._rows.update(rows)
         self._units.update(units)
@@ -215,16 +221,16 @@ class DrawBook:
         return sampler, draw, rows
 
     @staticmethod
-    def _check_content(drawn: Array, given: Array) -> None:
-        if other := np.flatnonzero(drawn != given).tolist():
+    def _check_seals(columns: Array, expected: Array) -> None:
+        if other := np.flatnonzero(columns[:, SEAL] != expected).tolist():
             raise PrivacyUnitError(
                 f"The rows {', '.join(map(str, other[:8]))} of this batch are not the ones that were drawn: their "
-                f"tokens, labels or targets differ. Change rows before they are drawn: tc.dp_batches(rows)."
+                f"tokens, labels, targets or tickets differ. Change rows before they are drawn: tc.dp_batches(rows)."
             )
 
 
-def _check_form(columns: Array, *, with_content: bool) -> None:
-    widths = (CONTENT + 1,) if with_content else (CONTENT, CONTENT + 1)
+def _check_form(columns: Array, *, with_seal: bool) -> None:
+    widths = (SEAL + 1,) if with_seal else (SEAL, SEAL + 1)
     if columns.ndim != 2 or not len(columns) or columns.shape[1] not in widths or columns.dtype.kind != "i":
         raise PrivacyUnitError(
             f"The batch's {TICKET} is not a draw's: shape {columns.shape} of {columns.dtype}, not (rows, 7) of whole "

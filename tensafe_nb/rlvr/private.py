@@ -23,8 +23,9 @@ CAPABILITY = "differential_privacy"
 POISSON = "differential_privacy:poisson"
 ALLOWED = ("none", "rloo", "group")
 RELEASED = frozenset(
-    {"prompts", "draws", "row", "reward_versions"}
-)  # of a position: what is planned, not measured
+    {"prompts", "draws", "row"}
+)  # of a position: what is planned. A reward's version is a hash of
+# whatever the reward refers to, the answers it knows included
 
 
 def check_options(config: PolicyConfig, method: str, capabilities: frozenset[str]) -> None:

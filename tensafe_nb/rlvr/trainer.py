@@ -305,7 +305,7 @@ class RLVRTrainer:
             self.tokens = position["tokens"]
             self.algo.load_state_dict(position["algo"])
             self.alarms.load_state_dict(position["alarms"])
-        versions = position["reward_versions"]
+        versions = position.get("reward_versions", ())
         self._versions = list(dict.fromkeys([*versions, *self._versions]))
         self._scored_by = position.get(
             "scored_by", versions[-1] if versions else None

@@ -69,3 +69,11 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValidationError, match="cannot be read"):
             YamlFile.read(path)
+
+
+@pytest.mark.parametrize("escape", ["UFFFFFFFF", "U00110000", "UZZZZZZZZ"])
+def test_an_escape_that_is_no_character_is_refused(tmp_path: Path, escape: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f'model: "\\{escape}"\n')
+    with pytest.raises(ValidationError, match=r"recipe\.yaml"):
+        YamlFile.read(path)

@@ -270,3 +270,48 @@ def test_the_look_at_a_part_asks_the_loss_and_not_the_model() -> None:
     asked.clear()
     clipped_sum(engine, examples((5,) * 8))
     assert asked == [], "the toolkit's own losses are known"
+
+
+def row_means(outputs: Any, batch: Any) -> Tensor:
+    counts = outputs.sum_rows(torch.ones_like(outputs.logprobs)).clamp(min=1)
+    return -outputs.sum_rows(outputs.logprobs) / counts  # type: ignore[no-any-return]
+
+
+def test_a_loss_that_couples_by_its_gradient_alone_is_found_when_it_begins_to() -> None:
+    def surrogate(outputs: Any, batch: Any) -> Tensor:
+        rows = row_means(outputs, batch)
+        return (rows - rows.detach()) * (rows.detach().mean() if len(rows) > 2 else 1.0)
+
+    engine = private_engine()
+    engine.forward_backward(examples((5, 7)), resolve_loss(surrogate))
+    with pytest.raises(PrivacyUnitError, match="another gradient"):
+        engine.forward_backward(examples((5, 7, 4, 9)), resolve_loss(surrogate))
+
+
+@pytest.mark.parametrize("lengths", [(5,), (5, 7, 4)])
+@pytest.mark.parametrize("scalar", [True, False])
+def test_a_loss_that_remembers_other_rows_is_refused(lengths: tuple[int, ...], scalar: bool) -> None:
+    seen = [0.0]
+
+    def against_the_past(outputs: Any, batch: Any) -> Tensor:
+        rows = row_means(outputs, batch)
+        seen[0] = 0.5 * seen[0] + 0.5 * float(rows.detach().mean())
+        return (rows * seen[0]).mean() if scalar else rows * seen[0]
+
+    with pytest.raises(PrivacyUnitError, match=r"remembers|beside it"):
+        private_engine().forward_backward(examples(lengths), resolve_loss(against_the_past))
+
+
+@pytest.mark.parametrize("lora", [None, {}], ids=["adapters", "all weights"])
+@pytest.mark.parametrize("scalar", [True, False])
+def test_a_loss_that_keeps_rows_apart_passes_in_every_batch(lora: Any, scalar: bool) -> None:
+    def mixed(outputs: Any, batch: Any) -> Tensor:
+        rows = row_means(outputs, batch) + outputs.embeddings.square().mean(1)
+        return rows.mean() if scalar else rows
+
+    engine = private_engine(lora=lora, dp={"max_grad_norm": C})
+    for number, lengths in enumerate([(5, 7, 4, 9, 2), (3,), (8, 8, 8, 2, 2, 2, 2, 2)]):
+        batch = examples(lengths, seed=number)
+        expected = one_at_a_time(engine, batch, C, resolve_loss(mixed))
+        found = clipped_sum(engine, batch, loss=resolve_loss(mixed))
+        assert float((found - expected).norm()) <= 1e-4 * float(expected.norm())

@@ -9,7 +9,8 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.batch import TICKET, BatchData
 from tensafe_nb.errors import DPBudgetExceededError, FutureFailedError, PrivacyUnitError
-from tensafe_nb.privacy.tickets import CONTENT, DrawRegister, content_of
+from tensafe_nb.privacy import tickets
+from tensafe_nb.privacy.tickets import SEAL, DrawRegister, seals_of, ticket
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10, 20) for b in (3, 5)]
 Create = Callable[..., tn.TrainingClient]
@@ -163,7 +164,7 @@ def added_targets(draw: BatchData) -> BatchData:
 
 def without_hashes(draw: BatchData) -> BatchData:
     return BatchData(
-        draw.input_ids, draw.attention_mask, draw.labels, {TICKET: draw.extras[TICKET][:, :CONTENT]}
+        draw.input_ids, draw.attention_mask, draw.labels, {TICKET: draw.extras[TICKET][:, :SEAL]}
     )
 
 
@@ -207,9 +208,36 @@ def test_padding_split_and_order_are_no_other_content(create: Create) -> None:
     assert tc.optim_step().result().step == 1
 
 
-def test_a_rows_hash_needs_the_key_and_covers_targets() -> None:
+def test_a_seal_needs_the_key_and_covers_targets_and_the_place_in_the_draw() -> None:
     batch = BatchData([[5, 6, 7], [5, 6, 7]], targets=[[1.0, 2.0], [1.0, 3.0]])
-    first, second = content_of(batch, b"k" * 32)
-    assert first != second
-    assert (content_of(batch, b"l" * 32) != content_of(batch, b"k" * 32)).all()
+    alike = BatchData([[5, 6, 7], [5, 6, 7]])
+    columns = ticket("tc-1", 7, 1, np.array([0, 0]))
+    same = columns[[0, 0]]
+    assert len(set(seals_of(same, batch, b"k" * 32))) == 2
+    assert len(set(seals_of(same, alike, b"k" * 32))) == 1
+    assert len(set(seals_of(columns, alike, b"k" * 32))) == 2
+    assert (seals_of(columns, batch, b"l" * 32) != seals_of(columns, batch, b"k" * 32)).all()
     assert DrawRegister().key != DrawRegister().key
+
+
+@pytest.mark.parametrize("column", range(SEAL + 1))
+def test_a_ticket_that_was_written_anew_is_refused(create: Create, column: int) -> None:
+    tc = create()
+    draw = next(draw for draw in tc.dp_batches(ROWS, steps=50) if len(draw) > 3)
+    forged = draw.extras[TICKET].copy()
+    forged[:, column] += 1
+    with pytest.raises(PrivacyUnitError):
+        tc.forward_backward(draw.labelled_with(**{TICKET: forged})).result()
+
+
+def test_a_draw_that_says_it_had_fewer_rows_or_none_is_refused(create: Create) -> None:
+    tc = create()
+    draw = next(draw for draw in tc.dp_batches(ROWS, steps=50) if len(draw) > 3)
+    fewer = draw.rows(0, len(draw) - 1)
+    forged = fewer.extras[TICKET].copy()
+    forged[:, tickets.ROWS] -= 1
+    none = forged[:1].copy()
+    none[:, tickets.ROWS] = 0
+    for wrong in (fewer.labelled_with(**{TICKET: forged}), BatchData.nothing(none)):
+        with pytest.raises(PrivacyUnitError, match="tickets differ"):
+            tc.forward_backward(wrong).result()

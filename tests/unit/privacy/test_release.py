@@ -80,15 +80,20 @@ def worst_case(service: tn.ServiceClient, changed: bool) -> tn.TrainingClient:
 
 
 def rlvr(service: tn.ServiceClient, changed: bool) -> tn.TrainingClient:
-    def earned(prompt: str, response: str, meta: Any = None) -> float:
-        return float(meta["worth"])
+    known = {
+        "12+34=": 0.0,
+        "55+11=": float(changed),
+    }  # a reward may know the answers: its version is a hash of them
+
+    def earned(prompt: str, response: str) -> float:
+        return known[prompt]
 
     tc = service.create_training_client(
         model_ref="builtin:sums", batch_size=2, dp_config=dp(sampling="worst_case", noise_multiplier=100.0)
     )
     trainer = tn.rlvr.RLVRTrainer(
         tc,
-        [{"prompt": "12+34=", "worth": 0.0}, {"prompt": "55+11=", "worth": float(changed)}],
+        [{"prompt": prompt} for prompt in known],
         earned,
         tn.rlvr.REINFORCE(baseline="rloo", mask_truncated=False),
         prompts_per_step=2,

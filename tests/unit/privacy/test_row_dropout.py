@@ -168,3 +168,16 @@ def test_a_draw_with_dropout_takes_a_step() -> None:
     engine = private_engine(lora=tn.LoRAConfig(rank=2, dropout=0.5), dp=dp)
     engine.forward_backward(examples((4, 5), **{TICKET: ticket(CLIENT, 1, 0, np.arange(2))}), TOKEN_CE)
     assert engine.optim_step().step == 1
+
+
+def test_a_unit_that_is_alone_gets_masks_in_every_shape_and_they_are_its_own() -> None:
+    def of(secret: int, shape: tuple[int, ...]) -> Tensor:
+        with RowDropout(torch.tensor([secret, 5]), one_unit=True):
+            return F.dropout(torch.ones(shape), 0.3, training=True)
+
+    assert torch.equal(of(17, (2, 40)), masked((2, 40), torch.tensor([17, 5])))
+    assert torch.equal(of(17, (300, 40)), of(17, (300, 40)))
+    assert not torch.equal(of(17, (300, 40)), of(18, (300, 40)))
+    for shape in ((300, 40), (40_000,)):
+        assert float((of(17, shape) > 0).double().mean()) == pytest.approx(0.7, abs=0.02)
+    assert of(17, ()).shape == ()
