@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tensafe_nb import checks
 from tensafe_nb.batch import BatchData
 from tensafe_nb.data.files import OPENERS, Numbered, is_file, read_file, without_none
 from tensafe_nb.data.layouts import COLUMNS, is_chat
@@ -80,10 +79,6 @@ def open_rows(source: Rows, what: str = "rows") -> Source:
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        if wrong := checks.path(path):
-            raise ValidationError(
-                f"{what}: {as_given(source)} is not {wrong}. A text goes in a list, [text]."
-            )
         try:
             return Source(read_file(path), path.name, what=what)
         except ValidationError as error:
