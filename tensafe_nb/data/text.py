@@ -400,9 +400,7 @@ class _Encoder:
             )
         self._unread.update(found.unread)
         if self._template is not None:
-            self._unread.update(
-                set().union(*(unshown(self._template, one.get("messages", ())) for one in found.members))
-            )
+            self._unread.update(set().union(*(unshown(self._template, member) for member in found.members)))
         self._waiting.append((number, line, found.members))
 
     def _tokenise(self) -> None:
