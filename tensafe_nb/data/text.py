@@ -329,7 +329,7 @@ class _Limit:
         most = self.max_length
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 2):
             raise ValidationError(
-                f"max_length={as_given(most)} must be at least 2: one token to read, one to predict."
+                f"max_length={as_given(most)} must be a whole number of at least 2: one token to read, one to predict."
             )
 
     @property

@@ -1,8 +1,8 @@
 """What a composite reward is made of, and how its parts add up."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from tensafe_nb.errors import ValidationError, nearest
@@ -106,15 +106,12 @@ def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
         given = Part(*given)
     part = given if isinstance(given, Part) else Part(given)
     reward = resolve(part.reward)
-    if (
-        isinstance(part.weight, bool)
-        or not isinstance(part.weight, int | float)
-        or not math.isfinite(part.weight)
-    ):
+    weight: Any = part.weight
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(weight) < 1e300:
         raise ValidationError(
-            f"composite: the weight of {as_given(reward.name)} is {as_given(part.weight)}, expected a number."
+            f"composite: the weight of {as_given(reward.name)} is {as_given(weight)}, expected a number."
         )
-    return Part(reward, part.weight, part.name or reward.name, part.true)
+    return Part(reward, float(weight), part.name or reward.name, part.true)
 
 
 def combined(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Outcome:
