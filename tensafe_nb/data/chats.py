@@ -505,8 +505,8 @@ class Template:
         if (
             prompt is None
         ):  # nothing was said before: what the template puts after the prompt is learnt with the answer
-            bare = len(text[: one.start].rstrip())
-            return bare if any(text.endswith(header, 0, bare) for header in known.headers) else one.start
+            ends = len(text[: one.start].rstrip())
+            return ends if any(text.endswith(header, 0, ends) for header in known.headers) else one.start
         if text.startswith(prompt) and len(prompt) <= one.start:
             start = len(prompt)
             if start == with_blanks and (header := self._header(chat.messages[:number], chat.options)):

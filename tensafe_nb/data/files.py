@@ -1,6 +1,7 @@
 """Files of rows: JSON lines, a JSON array, CSV, TSV and Parquet; each row with the line it begins at."""
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tensafe_nb.data.layouts import COLUMNS, is_chat
+from tensafe_nb.data.layouts import COLUMNS, is_chat, shortened
 from tensafe_nb.errors import ValidationError
 
 Numbered: TypeAlias = Iterator[tuple[int | None, Any]]  # its line, and the row or what is wrong with it
@@ -41,8 +42,9 @@ def read_file(path: Path) -> Numbered:
     Raises:
         ValidationError: No such file, another kind of file, or one that cannot be read; says what would.
     """
-    path = path.expanduser()
-    if not path.is_file():
+    with contextlib.suppress(RuntimeError):  # "~nobody/rows.csv" stays as it is
+        path = path.expanduser()
+    if not is_file(path):
         raise _no_file(path)
     kind = path.suffix.lower()
     opener = OPENERS.get(kind)
@@ -61,16 +63,30 @@ def read_file(path: Path) -> Numbered:
     return _json_lines(text)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a text that is too long to be a path, or holds what none may hold, is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return path.is_file()
+    return False
+
+
+def _is_folder(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return path.is_dir()
+    return False
+
+
 def _no_file(path: Path) -> ValidationError:
     where = str(path)
-    if path.is_dir():
+    if _is_folder(path):
         saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
         line = (
             f"datasets.load_from_disk({where!r})"
             if saved
-            else f"sorted(pathlib.Path({where!r}).glob('*.jsonl'))"
+            else f"[row for path in sorted(pathlib.Path({where!r}).glob('*.jsonl')) for row in data.read_rows(path)]"
         )
-        return ValidationError(f"{where!r} is a folder. Give one of its files, or what {line} returns.")
+        return ValidationError(f"{where!r} is a folder. Give one of its files, or {line}.")
+    where = shortened(where)
     if "://" in where or ":/" in where:  # Path makes one slash of two
         return ValidationError(
             f"{where!r} is an address: pandas.read_json(…, lines=True) reads those. Give the frame."
@@ -137,7 +153,10 @@ def _json(path: Path, text: str) -> Numbered:
         return iter([(1 + text.count("\n", 0, start), whole)])  # one row
     lists = [name for name, value in whole.items() if isinstance(value, list)]
     line = f"json.load(open({str(path)!r}))" + (f"[{lists[0]!r}]" if len(lists) == 1 else "")
-    if "columns" in whole and "data" in whole:
+    rows = [name for name in lists if is_chat(whole[name])]
+    if rows:
+        line = f"json.load(open({str(path)!r}))[{('train' if 'train' in rows else rows[0])!r}]"
+    elif "columns" in whole and "data" in whole:
         line = f"pandas.read_json({str(path)!r}, orient='split')"
     elif len(lists) > 1 or (
         COLUMNS & whole.keys() and all(isinstance(one, Mapping) for one in whole.values())

@@ -7,6 +7,7 @@ parts is joined, a turn that is not to be learnt has `weight: 0`, and columns th
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,14 @@ LACKING = {
     **dict.fromkeys(("negative", "negatives"), "the other rows of a batch are a row's negatives in 'contrastive'"),
     "margin": "the loss 'margin_ranking' has one margin for all pairs: resolve_loss('margin_ranking', margin=…)",
     "history": "give the earlier turns as 'messages'",
+    "system": "write it into the prompt, or give 'messages'",
     "functions": "call the column 'tools', and each of them {'type': 'function', 'function': …}",
     "function_call": "that is the old form of 'tool_calls': [{'type': 'function', 'function': call}]",
+}  # fmt: skip
+OURS = {  # of apply_chat_template, and set here
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask",
 }  # fmt: skip
 NOT_TEXT = {
     "image",
@@ -152,6 +159,10 @@ def _as_mapping(row: Any) -> str:
         return " Give [row.model_dump() for row in rows]."
     if is_dataclass(row):
         return " Give [dataclasses.asdict(row) for row in rows]."
+    if hasattr(row, "to_dict"):
+        return " Give [row.to_dict() for row in rows]."
+    if isinstance(row, PurePath):
+        return " Of files, give [row for path in paths for row in tensafe_nb.data.read_rows(path)]."
     if hasattr(row, "_asdict"):
         return " Give [row._asdict() for row in rows]."
     if isinstance(row, list | tuple) and [type(item) for item in row] == [str, str]:
@@ -266,15 +277,24 @@ def _views(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
 
 
 def _chat(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
-    return [_chat_of(messages_of(row["messages"], "'messages'"), row)]
+    return [_chat_of(_under_system(messages_of(row["messages"], "'messages'"), row), row)]
 
 
 def _share_gpt(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
     name = "conversations" if "conversations" in row else "conversation"
-    messages = messages_of(row[name], f"{name!r}", share_gpt=True)
-    if "system" in row and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": checked_text(row["system"], "'system'")})
-    return [_chat_of(messages, row)]
+    return [_chat_of(_under_system(messages_of(row[name], f"{name!r}", share_gpt=True), row), row)]
+
+
+def _under_system(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Put what the column 'system' says before the messages; "" is what a table has where there is nothing."""
+    system = checked_text(row.get("system", ""), "'system'")
+    if not system or (messages[0]["role"] == "system" and messages[0]["content"] == system):
+        return messages
+    if messages[0]["role"] == "system":
+        raise ValidationError(
+            "it has 'system', and its first message is another one of that role: leave one out."
+        )
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _alpaca(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
@@ -282,18 +302,15 @@ def _alpaca(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
     instruction = checked_text(row["instruction"], "'instruction'")
     given = checked_text(row.get("input", row.get("context", "")), "the input")
     if not chats:
-        if "system" in row:
+        if row.get("system"):
             raise ValidationError(
                 "'system' has no place in Alpaca's prompt, and this model has no chat template."
             )
         prompt = (ALPACA_WITH_INPUT if given else ALPACA).format(instruction=instruction, input=given)
         return [{"prompt": prompt, "completion": answer}]
-    system = (
-        [{"role": "system", "content": checked_text(row["system"], "'system'")}] if "system" in row else []
-    )
     asked = f"{instruction}\n\n{given}" if given else instruction
-    chat = [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return [{"messages": chat}]
+    chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [{"messages": _under_system(chat, row)}]
 
 
 Read = Callable[[Mapping[str, Any], bool], list[dict[str, Any]]]
@@ -303,7 +320,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Read, tuple[str, ...]], ...] = (
     (("prompt", "chosen", "rejected"), _preference, CHAT),
     (("chosen", "rejected"), _chats_compared, CHAT),
     (("anchor", "positive"), _views, ()),
-    (("messages",), _chat, CHAT),
+    (("messages",), _chat, (*CHAT, "system")),
     (("conversations",), _share_gpt, (*CHAT, "system")),
     (("conversation",), _share_gpt, (*CHAT, "system")),
     (("prompt", "completion"), _completion, CHAT),
@@ -498,6 +515,11 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
             raise ValidationError(
                 f"'chat_template_kwargs' is {_kind(keywords)}: a dict of keywords is expected."
             )
+        if taken := sorted(OURS & keywords.keys()):
+            raise ValidationError(
+                f"'chat_template_kwargs' has {taken[0]!r}, which is no word of the template but of whoever calls it: "
+                f"leave it out{' (tools have a column of that name)' if taken[0] == 'tools' else ''}."
+            )
         options["chat_template_kwargs"] = _plain(keywords)
     return options
 
@@ -539,11 +561,13 @@ def check_template(template: Any, messages: Sequence[Mapping[str, Any]], tools: 
             )
 
 
-def unshown(template: Any, messages: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the keys of messages that a chat template never mentions: what stands under them is not seen."""
-    further = set().union(*messages) - {"role", "content", "weight"}
+def unshown(template: Any, member: Mapping[str, Any]) -> set[str]:
+    """Return what a row has for a chat template that never mentions it: keys of messages, and keywords."""
+    keys = set().union(*member.get("messages", ())) - {"role", "content", "weight"}
+    further = {f"messages.{name}": str(name) for name in keys}
+    further |= {f"chat_template_kwargs.{name}": name for name in member.get("chat_template_kwargs", ())}
     written = str(template) if further else ""
-    return {f"messages.{name}" for name in map(str, further) if name not in written}
+    return {place for place, name in further.items() if name not in written}
 
 
 # values

@@ -13,13 +13,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tensafe_nb.batch import BatchData
-from tensafe_nb.data.files import Numbered, read_file, without_none
+from tensafe_nb.data.files import OPENERS, Numbered, is_file, read_file, without_none
 from tensafe_nb.data.layouts import COLUMNS, is_chat
 from tensafe_nb.errors import ValidationError
 
 Row: TypeAlias = str | Mapping[str, Any]
 Rows: TypeAlias = Any  # a path, or any table or iterable of rows: read by `open_rows`
 OnBadRows: TypeAlias = Literal["raise", "skip"]
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *OPENERS)
 TABLES = ("pandas", "polars", "pyarrow", "datasets")  # libraries of tables; none is imported here
 PACKAGE = str(Path(__file__).parents[1])
 
@@ -220,6 +221,12 @@ def _refuse_what_is_no_rows(source: Any, what: str) -> None:
         raise ValidationError(
             f"{what}: an array of shape {source.shape} and type {source.dtype} holds no rows. Give a list of texts or "
             f"dicts{', or pandas.DataFrame(array)' if source.dtype.names else ''}."
+        )
+    first = source[0] if isinstance(source, list | tuple) and source else None
+    if isinstance(first, str) and first.lower().endswith(SUFFIXES) and is_file(Path(first)):
+        raise ValidationError(
+            f"{what}: {first!r} is the name of a file, not a text. Of files, give "
+            f"[row for path in paths for row in tensafe_nb.data.read_rows(path)]."
         )
     library = type(source).__module__.partition(".")[0]
     if library == "torch" and name == "DataLoader":

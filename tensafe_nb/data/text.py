@@ -319,7 +319,7 @@ class _Limit:
         most = self.max_length
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 2):
             raise ValidationError(
-                f"max_length={most!r} must be at least 2: one token to read, one to predict."
+                f"max_length={most!r} must be a whole number of at least 2: one token to read, one to predict."
             )
 
     @property
@@ -400,9 +400,7 @@ class _Encoder:
             )
         self._unread.update(found.unread)
         if self._template is not None:
-            self._unread.update(
-                set().union(*(unshown(self._template, one.get("messages", ())) for one in found.members))
-            )
+            self._unread.update(set().union(*(unshown(self._template, member) for member in found.members)))
         self._waiting.append((number, line, found.members))
 
     def _tokenise(self) -> None:

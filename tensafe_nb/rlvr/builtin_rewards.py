@@ -6,6 +6,7 @@ that is none. A list of answers means any of them.
 """
 
 import re
+import textwrap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.numerals import Number, final_number, gold_number, numbers_in, same
 
 Meta = Mapping[str, Any] | None
+
+
+_FENCED = re.compile(r"```[ \t]*([\w+.-]*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 class Builtin(NamedTuple):
@@ -85,6 +89,17 @@ def answers_of(meta: Meta, column: str, reward: str) -> list[Any]:
                 f"number, or a list of those."
             )
     return answers
+
+
+def fenced(text: str, *languages: str) -> str | None:
+    """Return the last fenced block that names one of these languages, or none; one that is not closed goes to the end.
+
+    Args:
+        text: With blocks between three backticks.
+        languages: Names in lower case.
+    """
+    blocks = [body for name, body in _FENCED.findall(text) if name.lower() in ("", *languages)]
+    return textwrap.dedent(blocks[-1]) if blocks else None
 
 
 def texts_of(meta: Meta, column: str, reward: str) -> list[str]:

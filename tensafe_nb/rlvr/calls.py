@@ -219,7 +219,7 @@ class Call:
         missing = self.required - set(offered) - set(self.kwargs)
         if missing:
             raise ValidationError(
-                f"the {self.style} reward function asks for {', '.join(sorted(missing))}, which this prompt does not "
+                f"the {self.style} reward function asks for {', '.join(sorted(missing))}, which the prompts do not "
                 f'have. Give prompts as {{"prompt": …, "{min(missing)}": …}}.'
             )
         chosen = {name: value for name, value in offered.items() if self.open or name in self.names}

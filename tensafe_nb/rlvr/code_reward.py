@@ -8,7 +8,6 @@ let loose on your machine in a container or a virtual machine.
 
 import json
 import os
-import re
 import secrets
 import signal
 import subprocess
@@ -19,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.errors import RewardError, ValidationError
-from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta, column_of
+from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta, column_of, fenced
 
 _RUNNER = Path(__file__).with_name("code_runner.py")
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _CANNOT_RUN = 3  # exit status of a runner that could not set its limits
 
 
@@ -39,8 +37,8 @@ def python_code(
 ) -> float:
     """Reward 1 for a response whose Python code passes all tests; else 0. Not a security boundary.
 
-    The code is that of the last fenced block, or the whole response. Code that raises, exits, or takes too long
-    or too much memory has failed its tests: that scores 0. Code that inspects its own process can cheat.
+    The code is that of the last fenced block of Python, else the whole response. Code that raises, exits, or takes
+    too long or too much memory has failed its tests: that scores 0. Code that inspects its own process can cheat.
 
     Args:
         prompt: Not read.
@@ -63,9 +61,9 @@ def python_code(
             f"python_code has no tests but {str(given)[:80]!r}: pass tests=['assert …', …], or fill the column "
             f"{column!r} with such texts."
         )
-    blocks = _FENCED.findall(response)
+    block = fenced(response, "python", "py", "python3", "py3")
     job = {
-        "code": blocks[-1] if blocks else response,
+        "code": response if block is None else block,
         "tests": cases,
         "seconds": timeout,
         "memory": memory_mb << 20,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from tensafe_nb.errors import ValidationError, nearest
@@ -101,15 +102,10 @@ def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
         given = Part(*given)
     part = given if isinstance(given, Part) else Part(given)
     reward = resolve(part.reward)
-    if (
-        isinstance(part.weight, bool)
-        or not isinstance(part.weight, int | float)
-        or not math.isfinite(part.weight)
-    ):
-        raise ValidationError(
-            f"composite: the weight of {reward.name!r} is {part.weight!r}, expected a number."
-        )
-    return Part(reward, part.weight, part.name or reward.name, part.true)
+    weight: Any = part.weight
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+        raise ValidationError(f"composite: the weight of {reward.name!r} is {weight!r}, expected a number.")
+    return Part(reward, float(weight), part.name or reward.name, part.true)
 
 
 def combined(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Outcome:

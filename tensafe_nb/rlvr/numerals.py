@@ -44,8 +44,8 @@ _REWRITTEN: tuple[
     ("‒–—－", re.compile(r"(?<![\w.)])[‒–—－](?=[\d.$])"), "-"),
     ("{\\", re.compile(r"\{,\}|,\\!|(?<=\d)\\[,!;: ](?=\d{3})"), ","),
     ("\\", re.compile(r"\\[,!;: ]"), " "),
-    ("\\", re.compile(r"\\(?:left|right)\b"), ""),
-    ("\\·∙", re.compile(r"\\(?:times|cdot)\b|[·∙]"), "×"),
+    ("\\", re.compile(r"\\(?:left|right)(?![A-Za-z])"), ""),
+    ("\\·∙", re.compile(r"\\(?:times|cdot)(?![A-Za-z])|[·∙]"), "×"),
     ("\\°", re.compile(r"\^\s?\{?\\circ\}?|°"), ""),
     ("\\", re.compile(r"(\\[dtc]?frac)\s?\{\s?-\s?(?=[\d.])"), r"-\1{"),
     ("\\", re.compile(r"\\[dtc]?frac\s?\{\s?([\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}"), r" \1/\2 "),
@@ -58,11 +58,12 @@ _REWRITTEN: tuple[
     ),  # what \frac and ½ have pushed away from its sign
     ("-", re.compile(r"([=(:]\s?)-[ ]{1,2}(?=[\d.$])"), r"\1-"),
     ("_", re.compile(r"(?<=[A-Za-z)}\]])_(?:\{[^{}]{0,40}\}|\w{1,10})"), " "),  # x_1: a name
-    ("^", re.compile(r"(?<=[A-Za-z)}\]])\s?\^\s?(?:\{[^{}]{0,40}\}|[-+]?\w{1,10})"), " "),  # cm^2: a unit
+    ("^", re.compile(r"(?<=[A-Za-z)}\]])\s?\$?\^\s?(?:\{[^{}]{0,40}\}|[-+]?\w{1,10})"), " "),  # cm^2: a unit
 )
 _EXPRESSION = re.compile(
-    r"\\(?:sqrt|[dtc]?frac|[dt]?binom|pi|theta|infty|ln|log|sin|cos|tan|exp|int|sum|prod|pm|cup|cap|begin)\b"
+    r"\\(?:sqrt|[dtc]?frac|[dt]?binom|pi|theta|infty|ln|log|sin|cos|tan|exp|int|sum|prod|pm|cup|cap|begin)(?![A-Za-z])"
 )
+_EMPHASIS = re.compile(r"(?<![\w)])([*_])([^*_\s]{1,40})\1(?!\w)")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"\\f?boxed\s*")
 _MARKED = re.compile(r"####([^\n]*)")
@@ -102,14 +103,14 @@ def lone_number(text: str, decimal: str = ".", *, whole: bool = False) -> Number
     """Return the final answer of a text if it is one number, not a part of an expression; `whole`: all of the text."""
     answer, marked = final_answer(text, decimal)
     marked = marked or whole
-    read = _read(answer.replace("**", " "), decimal)
+    read = _read(_EMPHASIS.sub(r" \2 ", answer.replace("**", " ")), decimal)
     if not read.numbers:
         return None
     last = read.numbers[-1]
     before, behind = read.text[: last.start].rstrip(), read.text[last.end :]
     if marked and (_EXPRESSION.search(read.text) or len(read.numbers) > 1):
         return None
-    stands = re.match(r"[\s.,;:!?)$*}\]\"'\\]|$", behind) and not before.endswith(tuple("+-*/^×{\\"))
+    stands = re.match(r"[\s.,;:!?)$*}\]\"'`\\]|$", behind) and not before.endswith(tuple("+-*/^×{\\"))
     return last if stands else None
 
 

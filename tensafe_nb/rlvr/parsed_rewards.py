@@ -9,10 +9,8 @@ from fractions import Fraction
 from typing import Any
 
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta, column_of
+from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta, column_of, fenced
 from tensafe_nb.rlvr.numerals import final_answer, gold_number
-
-_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 def json_schema(
@@ -40,9 +38,9 @@ def json_schema(
     import jsonschema  # type: ignore[import-untyped, unused-ignore]
 
     wanted = _schema_of(meta, column) if schema is None else schema
-    blocks = _FENCED.findall(response)
+    block = fenced(response, "json")
     try:
-        value = json.loads(blocks[-1] if blocks else response)
+        value = json.loads(response if block is None else block)
     except (ValueError, RecursionError):
         return 0.0
     return 1.0 if jsonschema.validators.validator_for(wanted)(wanted).is_valid(value) else partial

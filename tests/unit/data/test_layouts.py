@@ -53,6 +53,11 @@ def unlearnt(message: dict[str, Any]) -> dict[str, Any]:
         ({"messages": [ASK, TELL]}, [{"messages": [ASK, TELL]}]),
         ([ASK, TELL], [{"messages": [ASK, TELL]}]),
         ({"messages": [ASK, TELL | {"tool_calls": []}], "tools": ""}, [{"messages": [ASK, TELL]}]),
+        ({"messages": [ASK, TELL], "system": ""}, [{"messages": [ASK, TELL]}]),
+        (
+            {"messages": [ASK, TELL], "system": "Be brief."},
+            [{"messages": [{"role": "system", "content": "Be brief."}, ASK, TELL]}],
+        ),
         (
             {
                 "conversations": [
@@ -255,6 +260,11 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": [ASK], "completion": "Far."}, r"'assistant', 'content': row\['completion'\]"),
     ({"prompt": ASK, "completion": [TELL]}, r"in a list: \[row\['prompt'\]\]"),
     (("p", "c"), "for a, b in rows"),
+    (Path("rows.jsonl"), r"for row in tensafe_nb\.data\.read_rows\(path\)"),
+    ({"prompt": "p", "completion": "c", "system": "Be brief."}, "'system' cannot be honoured: write it"),
+    ({"messages": [{"role": "system", "content": "x"}, ASK, TELL], "system": "y"}, "leave one out"),
+    ({"messages": [ASK, TELL], "chat_template_kwargs": {"tools": [TOOL]}}, "'tools', which is no word of the template"),
+    ({"messages": [ASK, TELL], "chat_template_kwargs": {"tokenize": True}}, "'tokenize', which is no word"),
     (Pair("p", "c"), r"dataclasses\.asdict"),
     ({"Prompt": "p", "Completion": "c"}, r"'prompt': row\['Prompt'\], 'completion': row\['Completion'\]"),
     ({"messages": [ASK, unlearnt(TELL)]}, "all its answers have weight 0"),
@@ -391,8 +401,12 @@ def test_columns_nobody_reads_are_named_once(tokenizer: Any) -> None:
 
 
 def test_what_messages_have_and_the_template_never_shows_is_named_once(tokenizer: Any) -> None:
-    chat = {"messages": [ASK | {"name": "Galileo"}, TELL | {"reasoning_content": "By radar.", "weight": 1}]}
-    with pytest.warns(UserWarning, match="messages.reasoning_content") as caught:
+    chat = {
+        "messages": [ASK | {"name": "Galileo"}, TELL | {"reasoning_content": "By radar.", "weight": 1}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    named = r"'chat_template_kwargs.enable_thinking', 'messages.name', 'messages.reasoning_content'"
+    with pytest.warns(UserWarning, match=named) as caught:
         data.batches([chat, chat], tokenizer)
     assert len(caught) == 1
 

@@ -195,6 +195,9 @@ def refused_sources() -> Iterator[Any]:
     yield pandas.DataFrame([["a", "b"]]), "frame.columns = "
     yield pandas.DataFrame([["a", "b"]], columns=["text", "text"]), "two columns of one name"
     yield "a text that is no path", "A text goes in a list: [text]"
+    yield "a text that is too long to be the name of a file " * 200, "A text goes in a list: [text]"
+    yield "half a te\0xt", "A text goes in a list: [text]"
+    yield "~nobody-of-that-name/rows.jsonl", "There is no file '~nobody"
     yield "owner/name", "datasets.load_dataset('owner/name'"
     yield "https://example.org/rows.jsonl", "is an address"
     yield [], "There are no rows"
@@ -204,6 +207,15 @@ def test_what_is_no_list_of_rows_says_what_to_write() -> None:
     for source, line in refused_sources():
         with pytest.raises(tn.ValidationError, match=re.escape(line)):
             data.read_rows(source)
+
+
+def test_names_of_files_are_no_texts(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", LINES)
+    with pytest.raises(tn.ValidationError, match=r"is the name of a file, not a text.*read_rows\(path\)"):
+        data.read_rows([str(path), str(path)])
+    assert (
+        data.read_rows(["a text about rows.jsonl", "long " * 2000 + ".json"])[0] == "a text about rows.jsonl"
+    )
 
 
 def test_a_loader_of_torch_is_refused_for_its_data_set() -> None:
@@ -237,6 +249,11 @@ def test_a_loader_of_torch_is_refused_for_its_data_set() -> None:
             "rows.json",
             '{"x1": {"text": "a"}, "x2": {"text": "b"}}',
             r"list\(json.load\(open\('.*'\)\).values\(\)\)",
+        ),
+        (
+            "rows.json",
+            '{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
+            r"json.load\(open\('.*'\)\)\['train'\]",
         ),
         ("rows.jsonl", '{"text": "a"},\n{"text": "b"}', "line 1.: not JSON .*ends in a comma"),
         ("rows.json", '[{"text": "a"},\n{"text": }]', r"line 2: not JSON"),

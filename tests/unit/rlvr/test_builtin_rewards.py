@@ -211,6 +211,25 @@ def test_countdown_computes_exactly_and_in_any_of_the_usual_signs():
 CODE = "Here:\n```python\ndef add(a, b):\n    return a + b\n```"
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        "```python3\ndef double(x):\n    return 2 * x\n```",
+        "```Python title=a.py\r\ndef double(x):\r\n    return 2 * x\r\n```",
+        "```bash\npip install it\n```\n```py\ndef double(x):\n    return 2 * x```\nRun:\n```sh\npython a.py\n```",
+        "Cut by a stop string:\n```python\ndef double(x):\n    return 2 * x\n",
+        "1. Define it:\n   ```python\n   def double(x):\n       return 2 * x\n   ```",
+    ],
+)
+def test_code_is_found_however_its_block_is_fenced(response):
+    assert reward_of("python_code", response, tests=["assert double(2) == 4"]) == 1.0
+
+
+def test_json_is_found_behind_a_block_of_another_language():
+    response = "```python\nprint(1)\n```\nprints\n```JSON\r\n[1]\r\n```"
+    assert reward_of("json_schema", response, schema={"type": "array"}) == 1.0
+
+
 def test_python_code_runs_the_last_block_against_its_tests():
     assert (
         reward_of("python_code", CODE, {"tests": ["assert add(2, 2) == 4", "assert add(1, 0) == 1"]}) == 1.0

@@ -439,6 +439,11 @@ def test_a_list_of_right_answers_means_any_of_them(name):
         reward("q", "12", {"answer": {"text": ["12"]}})
 
 
+def test_a_weight_is_any_real_number():
+    parts = resolve_reward({"exact_match": np.float32(0.5), "contains": np.int64(2)}).parts
+    assert [part.weight for part in parts] == [0.5, 2.0]
+
+
 def test_what_a_function_changes_of_its_prompt_reaches_no_other_rollout():
     def ours(prompt, response, meta):
         right = meta["answer"] == "Rome" and len(prompt) == len(TURNS) and prompt[0]["content"] == "Be brief."

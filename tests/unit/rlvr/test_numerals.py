@@ -27,7 +27,7 @@ def value_of(text, decimal="."):
         ("12\u202f500", 12500), ("-$1,050.75", "-4203/4"), ("€20", 20), ("\\$20", 20),
         ("5/8", "5/8"), ("-5/8", "-5/8"), ("\\frac{5}{8}", "5/8"), ("-\\tfrac58", "-5/8"), ("\\frac{-5}{8}", "-5/8"),
         ("x=\\dfrac{ -5}{8}", "-5/8"),
-        ("¾", "3/4"),
+        ("¾", "3/4"), ("5\\times10^{-2}", "1/20"), ("5\\cdot10^3", 5000), ("4 m$^2$", 4), ("\\left(8\\right)", 8),
         ("3 1/4", "13/4"), ("3\\frac{1}{4}", "13/4"), ("-3½", "-7/2"), ("2e-3", "1/500"), ("5×10^3", 5000),
         ("5 \\cdot 10^{-2}", "1/20"), ("3^4", 81), ("10^{6}", 10**6), ("y = 9.", 9), ("90^\\circ", 90),
         ("4 m^2", 4), ("a_2 = 6 and a_3", 6), ("on 3/4/2025", 2025), ("15 3/2", "3/2"), ("6-9", 9),
@@ -64,10 +64,13 @@ def test_a_marked_answer_goes_before_the_last_number(text, value):
 
 def test_a_marked_answer_that_is_an_expression_or_no_number_is_none():
     assert value_of("3 or \\boxed{2\\sqrt{3}}") is None
+    assert value_of("3 or \\boxed{\\sqrt2}") is None
     assert value_of("3 or \\boxed{\\text{no solution}}") is None
     assert lone_number("(1, 2)", whole=True) is None
     assert lone_number("the sum is 3 + 4") is None
     assert lone_number("so it is 4.").value == 4
+    assert [lone_number(text).value for text in ("*4*", "_4_", "**4**", "`4`")] == [4] * 4
+    assert lone_number("3*4*") is None
 
 
 def test_the_comma_parts_a_list_unless_three_digits_follow_or_it_is_the_decimal_sign():
