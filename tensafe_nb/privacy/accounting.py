@@ -352,16 +352,15 @@ def epsilon_of_account(
     """
     check_accountant(accountant_type)
     steps = merged(history)
-    scale = 1 if adjacency == "add_remove" else 4  # a replaced gradient moves by up to 2C
     if not steps and mu_squared:
+        scale = 1 if adjacency == "add_remove" else 4  # a replaced gradient moves by up to 2C
         return Epsilon(epsilon_gaussian(math.sqrt(scale * mu_squared), delta), "gaussian")
-    if mu_squared or accountant_type == "rdp":
-        rdp = rdp_of_history(steps, adjacency) + rdp_of_mu_squared(scale * mu_squared)
-        return Epsilon(epsilon_of_rdp(rdp, delta), "rdp")
-    by_rdp, by_prv = (
-        epsilon_of_rdp(rdp_of_history(steps, adjacency), delta),
-        epsilon_prv(steps, delta, adjacency),
-    )
+    if math.isinf(mu_squared):
+        return Epsilon(math.inf, "rdp")
+    if mu_squared:  # all worst-case steps together are one Gaussian mechanism, which every unit is in
+        steps = merged([*steps, (1 / math.sqrt(mu_squared), 1.0, 1)])
+    by_rdp = epsilon_of_rdp(rdp_of_history(steps, adjacency), delta)
+    by_prv = math.inf if accountant_type == "rdp" else epsilon_prv(steps, delta, adjacency)
     return Epsilon(by_prv, "prv") if by_prv < by_rdp else Epsilon(by_rdp, "rdp")
 
 
