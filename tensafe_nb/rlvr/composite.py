@@ -107,7 +107,7 @@ def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
     part = given if isinstance(given, Part) else Part(given)
     reward = resolve(part.reward)
     weight: Any = part.weight
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(weight) < 1e300:
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(part.weight) < 1e300:
         raise ValidationError(
             f"composite: the weight of {as_given(reward.name)} is {as_given(weight)}, expected a number."
         )
