@@ -246,5 +246,5 @@ def test_files_and_rows_of_the_wrong_kind_are_named(tmp_path: Path, tokenizer: A
         data.read_rows(mixed)
     with pytest.raises(tn.ValidationError, match=r"put it in a list, \[row\]"):
         data.read_rows({"text": "one"})
-    with pytest.raises(tn.ValidationError, match="max_length=1 must be at least 2"):
+    with pytest.raises(tn.ValidationError, match="max_length=1 must be a whole number of at least 2"):
         data.encode("a text", tokenizer, max_length=1)
