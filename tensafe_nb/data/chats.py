@@ -527,6 +527,10 @@ class Template:
             if known.stop and text.startswith(known.stop, one.end + len(own)):
                 return own + known.stop
         if number == len(chat.messages) - 1:
+            if known.stop and THOUGHT.search(one.after) and (at := text.find(known.stop, one.end)) >= 0:
+                return (
+                    text[one.end : at] + known.stop
+                )  # a thought and nothing else: the template closes it its own way
             tail = text[one.end + len(blanks) :]
             if tail not in known.tails:
                 known.tails[tail] = self._stop(

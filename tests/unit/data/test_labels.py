@@ -265,6 +265,21 @@ def test_an_answer_that_opens_the_chat_is_learnt_from_where_its_prompt_ends() ->
     assert made == "assistant:⟦ Hello!<|im_end|>⟧\nuser: How are you?\nassistant:⟦ Well.<|im_end|>⟧\n"
 
 
+def test_a_thought_without_an_answer_is_learnt_to_the_end_of_its_turn() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}"
+        "{% set parts = m.content.split('</think>') %}{% if loop.last %}{{ parts[0] }}\n</think>\n\n{% endif %}"
+        "{{ parts[1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = tokenizer_with(template)
+    made = shown(tokenizer, *encoded(tokenizer, {"messages": chat("Why?", "<think>a long story</think>")}))
+    assert made == (
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        "⟦<think>a long story\n</think>\n\n<|im_end|>⟧\n"
+    )
+
+
 def test_calls_of_tools_are_learnt_and_what_the_tools_say_is_not() -> None:
     tokenizer = tokenizer_with(TOOLS)
     level = {"name": "level", "arguments": {"place": "Basel"}}
