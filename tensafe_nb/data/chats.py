@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 
 Messages = list[dict[str, Any]]
 MARKS = 0x100000  # the last private plane of Unicode: run n stands between MARKS + 2n and MARKS + 2n + 1
@@ -74,7 +75,8 @@ def _is_learnt(message: Mapping[str, Any]) -> bool:
     weight, train = message.get("weight"), message.get("train")
     if weight not in (None, 0, 1):
         raise ValidationError(
-            f"A message has weight={weight!r}: 0 (not learnt) or 1 are known. Leave the key out, or use one of them."
+            f"A message has weight={as_given(weight)}: 0 (not learnt) or 1 are known. Leave the key out, or use one "
+            f"of them."
         )
     return weight != 0 and train is not False
 
@@ -535,9 +537,9 @@ class Template:
                 known.headers.add(header)
         else:
             shared = len(_shared_start(text, prompt))
-            bare = self._try(chat.messages[:number], chat.options) or ""
-            same = text.startswith(_shared_start(bare, prompt).rstrip())
-            start = self._off_token(text, min(one.start, shared)) if same and bare else one.start
+            unopened = self._try(chat.messages[:number], chat.options) or ""
+            same = text.startswith(_shared_start(unopened, prompt).rstrip())
+            start = self._off_token(text, min(one.start, shared)) if same and unopened else one.start
         if header := self._since_token(text, start):
             local.append((header + text[start : one.start], one.start - start))
         return start
@@ -596,7 +598,7 @@ def render(tokenizer: Any, messages: Messages, options: Mapping[str, Any], *, op
     except Exception as error:  # a template is a program: it raises what it likes
         raise _refused(error) from error
     if not isinstance(text, str):
-        raise ValidationError(f"The model's chat template makes no text of this chat, but {text!r}.")
+        raise ValidationError(f"The model's chat template makes no text of this chat, but {as_given(text)}.")
     return text
 
 

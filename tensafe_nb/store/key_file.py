@@ -115,15 +115,11 @@ class KeyFile:
 
 
 def _entry(item: Mapping[str, Any]) -> tuple[str, Root]:
-    root = Root(
-        decode_root(item["root"]),
-        "file",
-        created_at=float(item["created_at"]),
-        retired=bool(item["retired"]),
-    )
-    if root.key_id != item["key_id"]:
-        raise ValueError("a key does not match its id")
-    return str(item["tenant"]), root
+    tenant, retired = item["tenant"], item["retired"]
+    root = Root(decode_root(item["root"]), "file", created_at=float(item["created_at"]), retired=retired)
+    if root.key_id != item["key_id"] or not isinstance(tenant, str) or not isinstance(retired, bool):
+        raise ValueError("a key does not match its id, or is not said whose it is")
+    return tenant, root
 
 
 def _encode(entries: Sequence[tuple[str, Root]]) -> bytes:

@@ -247,10 +247,16 @@ def test_a_large_epsilon_is_reported_by_rdp_at_once() -> None:
     assert accounting.epsilon_prv(history, DELTA) == accounting.epsilon_rdp(*history[0], DELTA) > 100
 
 
-def test_both_modes_in_one_account_add_up_in_rdp() -> None:
+def test_both_modes_in_one_account_add_up_by_each_accountant() -> None:
     rdp = 100 * accounting.rdp_of_step(1.0, 0.01) + accounting.ORDERS * 0.5 / 2
-    mixed = accounting.epsilon_of_account([(1.0, 0.01, 100)], 0.5, DELTA, "prv")
-    assert mixed == (accounting.epsilon_of_rdp(rdp, DELTA), "rdp")
+    mixed = accounting.epsilon_of_account([(1.0, 0.01, 100)], 0.5, DELTA, "rdp")
+    assert mixed.by == "rdp" and mixed.value == pytest.approx(
+        accounting.epsilon_of_rdp(rdp, DELTA), rel=1e-12
+    )
+    by_prv = accounting.epsilon_of_account([(1.0, 0.1, 5)], 0.5, DELTA, "prv")
+    pld = 3.5897  # PoissonSampled(0.1, Gaussian(1)) five times and Gaussian(2 ** 0.5) once
+    assert by_prv.by == "prv" and pld <= by_prv.value <= pld + 0.02
+    assert math.isinf(accounting.epsilon_of_account([(1.0, 0.1, 5)], math.inf, DELTA, "prv").value)
     alone = accounting.epsilon_of_account([], 0.5, DELTA)
     assert alone == (accounting.epsilon_gaussian(math.sqrt(0.5), DELTA), "gaussian")
 

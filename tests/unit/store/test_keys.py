@@ -119,6 +119,8 @@ class TestTheKeyFile:
             lambda data: b"[]",
             lambda data: json.dumps({"version": 1, "keys": {"key_id": 1}}).encode(),
             lambda data: b"[" * 100_000,
+            lambda data: data.replace(b'"tenant": "local"', b'"tenant": 7'),
+            lambda data: data.replace(b'"retired": false', b'"retired": 7'),
         ],
     )
     def test_a_damaged_one_is_refused_and_left_as_it_is(self, keys: Keys, folder: Path, damage: Any) -> None:
