@@ -141,7 +141,7 @@ def test_sizes_are_taken_from_the_configuration_and_the_context() -> None:
     ("sizes", "message"),
     [
         ({"batch_size": 0}, "batch_size is a whole number from 1; it is 0"),
-        ({"length": 2.5}, r"length is a whole number from 1; it is 2\.5"),
+        ({"length": 2.5}, r"length=2\.5 must be a whole number"),
         ({"length": 10**6}, "more than the .* tokens that the model was made for"),
     ],
 )
