@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,6 +256,7 @@ class Template:
         self._token = token_pattern(tokenizer)
         self._known: dict[str, _Known] = {}
         self._forms: dict[Any, _Form | None] = {}
+        self._looked_for_system = False
 
     def turn_ends(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Return what ends a turn as it is learnt: that of an answer and, with tools, that of a call."""
@@ -278,6 +280,9 @@ class Template:
     def rendered(self, chats: Sequence[Chat]) -> list[Rendered | ValidationError]:
         """Render chats and find what is learnt of each; a chat that cannot be used gives its error."""
         texts = self._render_all([(chat.messages, chat.options) for chat in chats])
+        for chat, text in zip(chats, texts, strict=True):
+            if chat.messages[0].get("role") == "system" and not self._looked_for_system:
+                self._look_for_system(chat, text)
         made: list[Rendered | ValidationError | None] = []
         for chat, text in zip(chats, texts, strict=True):
             made.append(text if isinstance(text, ValidationError) else self._by_form(chat, text))
@@ -287,6 +292,23 @@ class Template:
         ):
             made[number] = one
         return made  # type: ignore[return-value]  # none is None any more
+
+    def _look_for_system(self, chat: Chat, text: str | ValidationError) -> None:
+        """Say, once, that the template has no place for what the system says."""
+        first = chat.messages[0]
+        said = first.get("content")
+        if isinstance(text, ValidationError) or not isinstance(said, str) or not said.strip():
+            return
+        self._looked_for_system = True
+        if said.strip() in text:
+            return
+        other = self._try([{**first, "content": f"{said} {said}"}, *chat.messages[1:]], chat.options)
+        if other == text:
+            warnings.warn(
+                "The model's chat template leaves out what the system says: neither training nor sampling sees it. "
+                "Write it into the first message of the user.",
+                stacklevel=2,
+            )
 
     def _by_form(self, chat: Chat, text: str) -> Rendered | ValidationError | None:
         """Find what is learnt of a chat by an earlier one of its form; None if there is none that fits."""
@@ -529,6 +551,10 @@ class Template:
             if known.stop and text.startswith(known.stop, one.end + len(own)):
                 return own + known.stop
         if number == len(chat.messages) - 1:
+            if known.stop and THOUGHT.search(one.after) and (at := text.find(known.stop, one.end)) >= 0:
+                return (
+                    text[one.end : at] + known.stop
+                )  # a thought and nothing else: the template closes it its own way
             tail = text[one.end + len(blanks) :]
             if tail not in known.tails:
                 known.tails[tail] = self._stop(
