@@ -187,7 +187,7 @@ def test_verl_functions_find_their_columns():
     meta = {"reward_model": {"ground_truth": "7"}, "extra_info": {"index": 3}, "data_source": "gsm8k"}
     assert reward("q", "7", meta) == 1.0
     assert reward("q", "8", {"answer": "7", "index": 1}) == 0.0
-    with pytest.raises(ValidationError, match="asks for ground_truth, which this prompt does not have"):
+    with pytest.raises(ValidationError, match="asks for ground_truth, which the prompts do not have"):
         reward("q", "7", {"index": 1})
 
 
