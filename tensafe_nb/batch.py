@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import plain
-from tensafe_nb.reprs import Facts, given
+from tensafe_nb.reprs import Facts, as_given
 
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
@@ -79,7 +79,7 @@ class BatchData:
             raise ValidationError("BatchData.attention_mask may hold only 0 (padding) and 1 (token).")
         if not isinstance(labels_are_shifted, bool | np.bool_):
             raise ValidationError(
-                f"BatchData.labels_are_shifted is True or False, not {given(labels_are_shifted)}."
+                f"BatchData.labels_are_shifted is True or False, not {as_given(labels_are_shifted)}."
             )
         targets = next_token_labels(ids, mask) if labels is None else _integers(labels, "labels")
         _same_shape(targets, ids, "labels")
@@ -204,12 +204,12 @@ def _named(extras: Mapping[str, ArrayLike] | None) -> Mapping[str, ArrayLike]:
     if extras is None:
         return {}
     if not isinstance(extras, Mapping) or not all(isinstance(name, str) for name in extras):
-        raise ValidationError(f"BatchData.extras is a dict of arrays by name, not {given(extras)}.")
+        raise ValidationError(f"BatchData.extras is a dict of arrays by name, not {as_given(extras)}.")
     return extras
 
 
 def _integers(value: ArrayLike, name: str) -> Array:
-    array = _array(value, name)
+    array = _array(value, name, equal_rows=True)
     if array.size and array.dtype.kind not in "iub":
         raise ValidationError(f"BatchData.{name} holds {array.dtype}, expected whole numbers.")
     if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
@@ -217,7 +217,7 @@ def _integers(value: ArrayLike, name: str) -> Array:
     return array.astype(np.int64)
 
 
-def _check_size(value: object, name: str) -> None:
+def _check_size(value: object, name: str, equal_rows: bool) -> None:
     """Refuse what would not end or not fit, before anything of it is read out or allocated."""
     level: Sequence[Any] = (value,)
     for depth in range(DEEPEST + 1):
@@ -228,9 +228,9 @@ def _check_size(value: object, name: str) -> None:
             raise ValidationError(f"BatchData.{name} holds {count:,} values, more than {MOST_VALUES:,}.")
         if len(arrays) + len(rows) < len(level) and any(map(_is_odd, level)):
             raise ValidationError(
-                f"BatchData.{name}: rows are lists, tuples or arrays, not {given(next(filter(_is_odd, level)))}."
+                f"BatchData.{name}: rows are lists, tuples or arrays, not {as_given(next(filter(_is_odd, level)))}."
             )
-        if depth == 1:
+        if depth == 1 and equal_rows:
             _check_ragged(level, name)
         items = itertools.chain.from_iterable(row for row in rows if not isinstance(row, range))
         level = list(itertools.islice((item for item in items if type(item) not in NUMBERS), MOST_ROWS + 1))
@@ -253,7 +253,7 @@ def _length(row: Sequence[Any], name: str) -> int:
     try:
         return len(row)
     except Exception as error:  # more than a machine can count; or a sequence of the user's that fails
-        raise ValidationError(f"BatchData.{name}: the length of {given(row)} cannot be told.") from error
+        raise ValidationError(f"BatchData.{name}: the length of {as_given(row)} cannot be told.") from error
 
 
 def _check_ragged(rows: Sequence[Any], name: str) -> None:
@@ -308,9 +308,9 @@ def _check_shift(ids: Array, mask: Array, labels: Array) -> None:
     )
 
 
-def _array(value: ArrayLike, name: str) -> Array:
+def _array(value: ArrayLike, name: str, *, equal_rows: bool = False) -> Array:
     """Return a copy: the caller may reuse its buffer while the batch waits in the queue."""
-    _check_size(value, name)
+    _check_size(value, name, equal_rows)
     try:
         array = np.asarray(value).copy()
     except (

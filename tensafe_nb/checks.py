@@ -9,19 +9,22 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin
 
+import numpy as np
+
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import given
+from tensafe_nb.reprs import as_given
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Check: TypeAlias = Callable[[Any], str | None]  # what is wrong with a value, or None
 LARGEST = 1 << 63  # what fits a tensor, a file and the wire
+MOST_ITEMS = 10_000  # of a list of options
 LONGEST_TEXT = 10_000  # characters of a name, an id or a reason
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # characters: Linux's limits in bytes, which no longer text can keep
 
@@ -47,7 +50,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         for name, check in checks.items():
             if name in bound and (expected := check(bound[name])) is not None:
-                raise ValidationError(f"{called}: {name} is {expected}, not {given(bound[name])}.")
+                raise ValidationError(f"{called}: {name}={as_given(bound[name])} must be {expected}.")
         return function(*args, **kwargs)
 
     return call
@@ -56,10 +59,20 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 def _checks(function: Callable[..., Any], signature: inspect.Signature) -> Mapping[str, Check | None]:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
-        name: _check(parameter.annotation)
+        name: _check(_resolved(function, parameter.annotation))
         for name, parameter in signature.parameters.items()
         if parameter.kind in named
     }
+
+
+def _resolved(function: Callable[..., Any], annotation: Any) -> Any:
+    """Return an annotation that is written as text, as it is with `from __future__ import annotations`."""
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, function.__globals__)  # our own source
+    except NameError:  # a class that comes further down: it is not checked
+        return None
 
 
 def _check(annotation: Any) -> Check | None:
@@ -71,8 +84,15 @@ def _check(annotation: Any) -> Check | None:
         return _any_of(parts) if None not in parts else None  # type: ignore[arg-type]
     if get_origin(annotation) is Literal:
         return functools.partial(_choice, get_args(annotation))
-    if annotation is None or annotation is NoneType:
+    if annotation is NoneType:
         return lambda value: None if value is None else "None"
+    if get_origin(annotation) in (Sequence, tuple) and _of_one_kind(annotation):
+        part = _check(get_args(annotation)[0])
+        return None if part is None else functools.partial(_sequence, part)
+    if get_origin(annotation) is Mapping and get_args(annotation)[0] is str:
+        return _named
+    if get_origin(annotation) is Callable:
+        return lambda value: None if callable(value) else "a function"
     if annotation in _SIMPLE:
         return _SIMPLE[annotation]
     if _is_ours(annotation):
@@ -96,10 +116,45 @@ def _any_of(parts: list[Check]) -> Check:
     return check
 
 
+def _of_one_kind(annotation: Any) -> bool:
+    kinds = get_args(annotation)
+    return len(kinds) == 1 or (len(kinds) == 2 and kinds[1] is Ellipsis)
+
+
+def _sequence(part: Check, value: Any) -> str | None:
+    items: Any = (value,) if isinstance(value, str) else value
+    if (
+        not isinstance(items, Sequence | np.ndarray)
+        or np.ndim(value if isinstance(value, np.ndarray) else ()) > 1
+    ):
+        return "a list"
+    if _size(items) > MOST_ITEMS:
+        return f"a list of at most {MOST_ITEMS:,}"
+    wrong = next((text for item in items if (text := part(item))), None)
+    return wrong and f"a list, and each item of it {wrong}"
+
+
+def _named(value: Any) -> str | None:
+    if (
+        isinstance(value, Mapping)
+        and _size(value) <= MOST_ITEMS
+        and all(isinstance(name, str) for name in value)
+    ):
+        return None
+    return "a dict whose keys are texts"
+
+
+def _size(value: Any) -> int:
+    try:
+        return len(value)
+    except OverflowError:  # range(10**30)
+        return MOST_ITEMS + 1
+
+
 def _choice(options: tuple[Any, ...], value: Any) -> str | None:
     if any(type(value) is type(option) and value == option for option in options):
         return None
-    return f"one of {', '.join(map(repr, options))}"
+    return " or ".join(map(repr, options))
 
 
 def whole(value: Any) -> str | None:

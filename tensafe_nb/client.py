@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tensafe_nb.checks import checked
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, encode_rows, padding_of
 from tensafe_nb.draws import PoissonDraws, sample_rate_of, units_of
@@ -63,6 +64,7 @@ class TrainingClient(Verbs):
         self._subscriptions = Subscriptions(channel.bus)
         weakref.finalize(self, channel.abandon).atexit = False  # there, the transport closes what is left
 
+    @checked
     def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
         """Return a new training client that starts from a state of this one, sharing its frozen weights.
 
@@ -85,14 +87,17 @@ class TrainingClient(Verbs):
         saved = self.save_state(metadata={"reason": "fork"})
         return self._fork(self._channel, config, lambda: saved.result().artifact_id)
 
+    @checked
     def delete_checkpoint(self, artifact_id: str) -> None:
         """Delete an artifact for good; retention does this to a run's own checkpoints."""
         self._transport.delete_artifact(artifact_id)
 
+    @checked
     def get_checkpoint(self, artifact_id: str) -> SaveStateResult:
         """Return what is known of an artifact: size, hash, encryption, metadata."""
         return self._transport.get_artifact(artifact_id)
 
+    @checked
     def export_checkpoint(self, artifact_id: str, path: str | Path) -> Path:
         """Write an artifact in the clear, as a folder for plain PEFT; see `ServiceClient.export_adapter`."""
         return self._transport.export_adapter(artifact_id, Path(path), merged=False)
@@ -103,6 +108,7 @@ class TrainingClient(Verbs):
 
     # data and runs
 
+    @checked
     def batches(
         self,
         source: Rows,
@@ -129,6 +135,7 @@ class TrainingClient(Verbs):
             with_ids="differential_privacy" in self.capabilities,
         )
 
+    @checked
     def dp_batches(
         self,
         examples: Rows,
@@ -183,6 +190,7 @@ class TrainingClient(Verbs):
             enter=self._channel.enter_draw,
         )
 
+    @checked
     def estimate(self, batch_size: int | None = None, length: int | None = None) -> StepEstimate:
         """Return what a training step will take in time and memory, from a short trial that trains nothing.
 
@@ -213,6 +221,7 @@ class TrainingClient(Verbs):
         self._channel.loaded.wait()
         return self._channel.privacy_statement()
 
+    @checked
     def privacy_audit(self, canaries: int = 1000, steps: int = 1) -> PrivacyAudit:
         """Measure, on made-up canaries, whether clip, sum and noise of this client keep what its epsilon promises.
 
@@ -230,6 +239,7 @@ class TrainingClient(Verbs):
             raise ValidationError("privacy_audit(): this client trains without differential privacy.")
         return self._channel.privacy_audit(canaries, steps)
 
+    @checked
     def what_if(
         self,
         *,
@@ -274,6 +284,7 @@ class TrainingClient(Verbs):
             parameters=self._channel.trained_parameters or None,
         )
 
+    @checked
     def fit(
         self,
         batches: Iterable[Batch],
@@ -426,6 +437,7 @@ class TrainingClient(Verbs):
         await self._channel.loaded.wait_async()
         self._channel.loaded.outcome()
 
+    @checked
     def wait_for_step(self, timeout: float) -> bool:
         """Wait so many seconds until `step` is known, which a restored client reads from its state; return if it is."""
         return self._channel.starts_afresh or self._channel.loaded.wait(timeout)
@@ -441,6 +453,7 @@ class TrainingClient(Verbs):
         """Iterate over what happened since event number `after`, then over what happens, until the client is closed."""
         return stream(self.subscribe, after)
 
+    @checked
     def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` on every event, at once and on whatever thread it happens; see `events()`.
 
@@ -455,6 +468,7 @@ class TrainingClient(Verbs):
         """
         return self._subscriptions.add(subscriber, after)
 
+    @checked
     def watch(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
         """Subscribe for what may outlive this client and must not refer to it, such as its panel: to the last event.
 
@@ -463,6 +477,7 @@ class TrainingClient(Verbs):
         """
         return self._channel.bus.subscribe(subscriber)
 
+    @checked
     def publish(self, event: Event) -> Event:
         """Record an event of your own in the history, for instance Metrics."""
         return self._channel.bus.publish(event)
@@ -473,6 +488,7 @@ class TrainingClient(Verbs):
 
     # how it looks in a notebook
 
+    @checked
     def dashboard(self, sections: Sequence[str] | None = None) -> Any:
         """Return the live panel of this client, a widget; or one with only some sections: see `widgets.Dashboard`."""
         return load_dotted("tensafe_nb.widgets:panel")(self, sections)

@@ -4,14 +4,15 @@ import fnmatch
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.reprs import Facts, given, shown
+from tensafe_nb.reprs import Facts, as_given, shown
 
-Positive = pydantic.PositiveInt
+Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
+Positive = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]  # more of anything is a slip
 NonNegativeFloat = pydantic.NonNegativeFloat
 MOST_ENTRIES = 10_000  # of one field
 MOST_PROBLEMS = 20  # that one message tells
@@ -46,13 +47,13 @@ class Config(pydantic.BaseModel):
         try:
             size = len(value) if isinstance(value, Sized) else 0
         except Exception:  # noqa: BLE001  # a length that fails, or is no number: pydantic is not to ask for it either
-            raise cls._refusal(name, f"its length cannot be told (got {given(value)})") from None
+            raise cls._refusal(name, f"its length cannot be told (got {as_given(value)})") from None
         if size > MOST_ENTRIES:
             raise cls._refusal(
-                name, f"a setting has at most {MOST_ENTRIES:,} entries, not {size:,} (got {given(value)})"
+                name, f"a setting has at most {MOST_ENTRIES:,} entries, not {size:,} (got {as_given(value)})"
             )
         if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
-            raise cls._refusal(name, f"its entries are named by texts (got {given(value)})")
+            raise cls._refusal(name, f"its entries are named by texts (got {as_given(value)})")
         return value
 
     @classmethod
@@ -74,7 +75,7 @@ class Config(pydantic.BaseModel):
             return f"{cls.__name__} has no field {where!r}.{nearest(where, cls.model_fields)}"
         reason = problem["msg"].removeprefix("Value error, ")
         field = f".{where}" if where else ""
-        return f"{cls.__name__}{field}: {reason} (got {given(problem['input'])})."
+        return f"{cls.__name__}{field}: {reason} (got {as_given(problem['input'])})."
 
     def _facts(self) -> Facts:
         return {name: getattr(self, name) for name in type(self).model_fields}
@@ -89,6 +90,7 @@ class Config(pydantic.BaseModel):
         Example:
             >>> config.change(optimizer={"learning_rate": 1e-3})  # the rest of the optimiser stays
         """
+        changes = {name: self._bounded(name, value) for name, value in changes.items()}
         inner = {
             name: getattr(self, name).replace(**value)
             for name, value in changes.items()
@@ -118,7 +120,7 @@ class LoRAConfig(Config):
             "all-linear" takes the experts of the known architectures with it.
     """
 
-    rank: Positive = 16
+    rank: int = pydantic.Field(default=16, gt=0, le=65_536)
     alpha: pydantic.PositiveFloat = 32
     dropout: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: tuple[str, ...] | str = "all-linear"
@@ -228,9 +230,9 @@ class SamplingConfig(Config):
     temperature: NonNegativeFloat = 1.0
     top_p: float = pydantic.Field(default=1.0, gt=0.0, le=1.0)
     top_k: pydantic.NonNegativeInt = 0
-    num_samples: Positive = 1
+    num_samples: int = pydantic.Field(default=1, gt=0, le=65_536)
     stop: tuple[str, ...] = ()
-    seed: pydantic.NonNegativeInt | None = None
+    seed: Seed | None = None
     ignore_end: bool = False
 
     @pydantic.field_validator("stop", mode="before")
@@ -343,7 +345,7 @@ class TrainingConfig(Config):
     batch_size: Positive = 8
     gradient_accumulation_steps: Positive = 1
     micro_batch_tokens: Positive = 16_384
-    seed: pydantic.NonNegativeInt = 0
+    seed: Seed = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     value_head: bool = False

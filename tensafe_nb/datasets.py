@@ -18,7 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 
 Split = Literal["train", "heldout"]
 Kind = Literal["module", "class", "function", "method"]
@@ -51,6 +53,7 @@ _HELP_TOPIC_CHARS = 1500
 _SUMS_HELDOUT_PERCENT = 10
 
 
+@checked
 def docstring_pairs(split: Split) -> list[dict[str, str]]:
     r"""Signatures and the first sentence of their docstrings, for fine-tuning a model to document code.
 
@@ -84,6 +87,7 @@ def pretraining_texts() -> list[str]:
     return [text for text in texts if not contains_completion(_one_line(text))]
 
 
+@checked
 def sums(count: int, *, seed: int, split: Split = "train") -> list[dict[str, str]]:
     """Additions of two-digit numbers with their answers, for training and for rewards that can be checked.
 
@@ -110,7 +114,7 @@ def sums(count: int, *, seed: int, split: Split = "train") -> list[dict[str, str
 
 def _check_split(split: str) -> None:
     if split not in ("train", "heldout"):
-        raise ValidationError(f"split must be 'train' or 'heldout', got {split!r}.")
+        raise ValidationError(f"split must be 'train' or 'heldout', got {as_given(split)}.")
 
 
 @cache

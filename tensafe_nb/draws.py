@@ -16,8 +16,10 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import Example, collate
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy.tickets import sealed, ticket
+from tensafe_nb.reprs import as_given
 
 logger = logging.getLogger(__name__)
+MOST_UNITS = 1 << 31  # more than any account names
 FAR_OFF = 0.1  # of the declared number of units: more than rounding it to a public figure
 
 
@@ -51,7 +53,7 @@ class PoissonDraws:
         enter: Callable[[str], tuple[int, bytes]],
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValidationError(f"dp_batches: steps={steps!r} must be a whole number, at least 1.")
+            raise ValidationError(f"dp_batches: steps={as_given(steps)} must be a whole number, at least 1.")
         self.examples, self.sample_rate, self.steps, self.unit = list(examples), sample_rate, steps, unit
         self._units, self._count = units, int(units.max()) + 1
         self._pad_token_id, self._client_id, self._enter = pad_token_id, client_id, enter
@@ -139,14 +141,18 @@ def units_of(examples: int, group: int, unit_ids: Sequence[object] | None, decla
 
 
 def _names(unit_ids: Sequence[object], rows: int) -> Sequence[object]:
-    if isinstance(unit_ids, str) or not hasattr(unit_ids, "__len__"):
-        raise ValidationError(f"dp_batches: unit_ids is a list with one id for each row, not {unit_ids!r}.")
+    too_long = isinstance(unit_ids, range) and bool(unit_ids) and unit_ids[-1] - unit_ids[0] >= MOST_UNITS
+    if isinstance(unit_ids, str) or too_long or not hasattr(unit_ids, "__len__"):
+        raise ValidationError(
+            f"dp_batches: unit_ids is a list with one id for each row, not {as_given(unit_ids)}."
+        )
     if len(unit_ids) != rows:
         raise ValidationError(f"dp_batches: unit_ids names {len(unit_ids)} rows, there are {rows}.")
     for row, name in enumerate(unit_ids):
         if isinstance(name, bool) or not isinstance(name, str | int | np.integer):
             raise ValidationError(
-                f"dp_batches: unit_ids[{row}] is {name!r}: name each row's owner by a whole number or a text. A row "
+                f"dp_batches: unit_ids[{row}] is {as_given(name)}: name each row's owner by a whole number or a "
+                f"text. A row "
                 f"whose owner is unknown gets a name of its own."
             )
     return unit_ids

@@ -19,9 +19,10 @@ from typing import Any, TextIO, TypeAlias
 import numpy as np
 
 from tensafe_nb.batch import Array
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.plain import from_plain, plain, to_plain
-from tensafe_nb.reprs import Facts, shown
+from tensafe_nb.reprs import Facts, as_given, shown
 
 if sys.platform != "win32":  # there, a run of another process counts as interrupted
     import fcntl
@@ -113,10 +114,12 @@ class Metrics(Event):
 
     def __post_init__(self) -> None:
         if not isinstance(self.step, int | np.integer):
-            raise ValidationError(f"Metrics: the step is {self.step!r}; it must be a whole number.")
+            raise ValidationError(f"Metrics: the step is {as_given(self.step)}; it must be a whole number.")
         for name, value in self.values.items():
             if not isinstance(value, int | float | np.number):
-                raise ValidationError(f"Metrics: the value of {name!r} is {value!r}; a metric is a number.")
+                raise ValidationError(
+                    f"Metrics: the value of {as_given(name)} is {as_given(value)}; a metric is a number."
+                )
 
 
 @plain
@@ -312,6 +315,7 @@ class RunHistory:
         """The metrics there are."""
         return sorted(self._values)
 
+    @checked
     def series(self, name: str, start: int = 0) -> tuple[Array, Array]:
         """Return (steps, values) of a metric, from point number `start` on; empty when it was never measured."""
         return _columns(self._steps.get(name, array("q")), self._values.get(name, array("d")), start)
@@ -534,7 +538,7 @@ class Subscriptions:
 def _check_subscriber(subscriber: object) -> None:
     if not callable(subscriber) or inspect.iscoroutinefunction(subscriber):
         raise ValidationError(
-            f"A subscriber is a plain function of one event, called where it happens, not {subscriber!r}. "
+            f"A subscriber is a plain function of one event, called where it happens, not {as_given(subscriber)}. "
             f"To await events: async for event in tc.events()."
         )
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import (
     FutureCancelledError,
     FutureFailedError,
@@ -216,6 +217,7 @@ class FutureHandle(Generic[R]):
         """Whether it completed, failed or was cancelled."""
         return self._promise.done
 
+    @checked
     def result(self, timeout: float | None = None) -> R:
         """Wait for the result.
 

@@ -14,7 +14,7 @@ import numpy as np
 from tensafe_nb import config
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.registry import name_of
-from tensafe_nb.reprs import shown
+from tensafe_nb.reprs import as_given, shown
 
 C = TypeVar("C", bound=type)
 _CLASSES: dict[str, type] = {"SamplingConfig": config.SamplingConfig, "TrainingConfig": config.TrainingConfig}
@@ -53,7 +53,7 @@ def to_plain(value: Any) -> Any:
         return {"$": type(value).__name__} | fields
     if callable(value):
         raise ValidationError(
-            f"The Python function {name_of(value)!r} cannot leave this process. "
+            f"The Python function {as_given(name_of(value))} cannot leave this process. "
             f"Remotely, losses are given by registered name."
         )
     raise ValidationError(f"A {type(value).__name__} cannot be written as plain data.")
@@ -86,13 +86,14 @@ def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         ValidationError: Something in it that JSON does not know; says what.
     """
     if not isinstance(metadata, Mapping):
-        raise ValidationError(f"metadata is a dict of plain data, not {metadata!r}.")
+        raise ValidationError(f"metadata is a dict of plain data, not {as_given(metadata)}.")
     for name, value in metadata.items():
         try:
             json.dumps({name: value}, allow_nan=False, default=_python_number)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValidationError(
-                f"metadata[{name!r}] is {value!r}, which JSON cannot hold ({error}). Give text, numbers that are "
+                f"metadata[{as_given(name)}] is {as_given(value)}, which JSON cannot hold ({error}). Give text, "
+                f"numbers that are "
                 f"finite, True, False, None, lists and dicts."
             ) from error
     copied: dict[str, Any] = json.loads(json.dumps(dict(metadata), default=_python_number))

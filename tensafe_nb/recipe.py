@@ -9,12 +9,14 @@ from typing import Any, Literal, Self
 
 import pydantic
 
+from tensafe_nb.checks import checked
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import Config, LossConfig, Positive, TrainingConfig
 from tensafe_nb.data import Batches, OnBadRows, Rows
 from tensafe_nb.draws import PoissonDraws
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.registry import load_dotted
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr import (
     PPO,
     REINFORCE,
@@ -95,7 +97,7 @@ class AlgoConfig(Config):
     def _type_is_known(cls, name: str) -> str:
         known = {"ppo", *get_presets()}
         if name not in known:
-            raise ValidationError(f"There is no algorithm {name!r}.{nearest(name, known)}")
+            raise ValidationError(f"There is no algorithm {as_given(name)}.{nearest(name, known)}")
         return name
 
     @pydantic.field_validator("kwargs")
@@ -314,6 +316,7 @@ class Recipe(Config):
         return to_yaml(document)
 
 
+@checked
 def load_config(path: str | Path) -> Recipe:
     """Read a training run from a YAML file.
 
@@ -346,7 +349,10 @@ def _misplaced(data: Any) -> Iterator[Problem]:
     sections = {str(place[0]) for place in LAYOUT}
     for section, value in data.items():
         if section not in sections:
-            yield (str(section),), f"There is no section {section!r}.{nearest(str(section), sections)}"
+            yield (
+                (str(section),),
+                f"There is no section {as_given(section)}.{nearest(str(section), sections)}",
+            )
         else:
             yield from _misplaced_keys(section, value)
 
@@ -356,11 +362,14 @@ def _misplaced_keys(section: str, value: Any) -> Iterator[Problem]:
     if not keys or (section in SHORT and isinstance(value, str)):
         return
     if not isinstance(value, Mapping):
-        yield (section,), f"The section {section} is a mapping of {', '.join(keys)}; this is {value!r}."
+        yield (
+            (section,),
+            f"The section {section} is a mapping of {', '.join(keys)}; this is {as_given(value)}.",
+        )
         return
     for key in value:
         if key not in keys:
-            problem = f"The section {section} has no key {key!r}.{nearest(str(key), keys)}"
+            problem = f"The section {section} has no key {as_given(key)}.{nearest(str(key), keys)}"
             yield (section, str(key)), problem
 
 

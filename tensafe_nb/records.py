@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
 from tensafe_nb.events import (
     CheckpointSaved,
@@ -107,6 +108,7 @@ def _row(record: RunRecord) -> Facts:
     }
 
 
+@checked
 def load_run(run_id: str) -> RunRecord:
     """Return a recorded run.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.reprs import as_given
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -40,13 +41,15 @@ class Registry(Generic[T]):
         if not isinstance(name, str) or not name:
             given: Any = name
             example = f' Write @register_{self.kind}("{name_of(given)}").' if callable(given) else ""
-            raise ValidationError(f"A {self.kind} is registered under a name, a text, not {name!r}.{example}")
+            raise ValidationError(
+                f"A {self.kind} is registered under a name, a text, not {as_given(name)}.{example}"
+            )
 
         def decorate(function: T) -> T:
             taken = self._entries.get(name)
             if taken is not None and not overwrite and _identity(taken) != _identity(function):
                 raise ValidationError(
-                    f"The {self.kind} name {name!r} is taken by {'.'.join(_identity(taken))}. "
+                    f"The {self.kind} name {as_given(name)} is taken by {'.'.join(_identity(taken))}. "
                     f"Choose another name or pass overwrite=True."
                 )
             self._entries[name] = function
@@ -64,12 +67,14 @@ class Registry(Generic[T]):
             return spec
         if not isinstance(spec, str):
             raise ValidationError(
-                f"A {self.kind} is a callable, a registered name or 'package.module:attribute', not {spec!r}."
+                f"A {self.kind} is a callable, a registered name or 'package.module:attribute', not {as_given(spec)}."
             )
         if ":" in spec:
             return load_dotted(spec, self.kind)  # type: ignore[no-any-return]
         if spec not in self._entries:
-            raise ValidationError(f"There is no {self.kind} named {spec!r}.{nearest(spec, self._entries)}")
+            raise ValidationError(
+                f"There is no {self.kind} named {as_given(spec)}.{nearest(spec, self._entries)}"
+            )
         return self._entries[spec]
 
 
@@ -83,15 +88,18 @@ def load_dotted(path: str, kind: str = "object") -> Any:
     try:
         target: Any = importlib.import_module(module_name)
     except Exception as error:  # the module is the user's: it may raise anything
-        raise ValidationError(f"The {kind} {path!r}: cannot import {module_name!r} ({error}).") from error
+        raise ValidationError(
+            f"The {kind} {as_given(path)}: cannot import {as_given(module_name)} ({error})."
+        ) from error
     for part in attribute.split("."):
         if not hasattr(target, part):
             raise ValidationError(
-                f"The {kind} {path!r}: {module_name!r} has no {part!r}.{nearest(part, dir(target))}"
+                f"The {kind} {as_given(path)}: {as_given(module_name)} has no "
+                f"{as_given(part)}.{nearest(part, dir(target))}"
             )
         target = getattr(target, part)
     if not callable(target):
-        raise ValidationError(f"The {kind} {path!r} is a {type(target).__name__}, not a callable.")
+        raise ValidationError(f"The {kind} {as_given(path)} is a {type(target).__name__}, not a callable.")
     return target
 
 
@@ -108,7 +116,7 @@ def check_keywords(
     for keyword in keywords:
         if keyword not in named:
             raise ValidationError(
-                f"The {kind} {name_of(function)!r} has no keyword {keyword!r}.{nearest(keyword, named)}"
+                f"The {kind} {as_given(name_of(function))} has no keyword {as_given(keyword)}.{nearest(keyword, named)}"
             )
 
 

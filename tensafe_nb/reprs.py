@@ -118,7 +118,7 @@ def short(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-def given(value: object) -> str:
+def as_given(value: object) -> str:
     """Return a value as an error message names what it was given: as `repr` does, and short, whatever it is.
 
     What is long, deep or cyclic is cut; what cannot be told is named by its type.

@@ -10,6 +10,7 @@ import numpy as np
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import ArtifactDeleted, CheckpointSaved, RunHistory
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import SaveStateResult
 
 SMALLER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl"}  # as a word of a metric's name
@@ -41,14 +42,14 @@ class Checkpoints:
     ) -> None:
         for name, value in (("checkpoint_every", every), ("keep_last", keep_last)):
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValidationError(f"{name}={value!r} must be a whole number, at least 1.")
+                raise ValidationError(f"{name}={as_given(value)} must be a whole number, at least 1.")
         if every is None and (keep_last is not None or keep_best is not None):
             raise ValidationError(
                 "keep_last and keep_best need checkpoint_every: nothing is saved without it."
             )
         if keep_best is not None and not isinstance(keep_best, str):
             raise ValidationError(
-                f"keep_best={keep_best!r} must be the name of a metric, such as 'eval/loss'."
+                f"keep_best={as_given(keep_best)} must be the name of a metric, such as 'eval/loss'."
             )
         self._every, self._keep_last, self._keep_best = every, keep_last, keep_best
         self._saving: deque[tuple[FutureHandle[SaveStateResult], Known | None]] = deque()
@@ -111,7 +112,7 @@ class Checkpoints:
         known = by_then if by_then.size else values[finite]
         if not known.size:
             raise ValidationError(
-                f"keep_best={self._keep_best!r}: no such metric has been measured. "
+                f"keep_best={as_given(self._keep_best)}: no such metric has been measured. "
                 f"There are: {', '.join(history.names) or 'none'}."
             )
         return self._signed(float(known[-1]))

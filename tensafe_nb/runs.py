@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tensafe_nb import lifetimes
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import (
     ArtifactNotFoundError,
     ClientClosedError,
@@ -26,6 +27,7 @@ from tensafe_nb.events import RunHistory, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.loops import Loop, RunClient
 from tensafe_nb.registry import load_dotted
+from tensafe_nb.reprs import as_given
 from tensafe_nb.retention import Checkpoints, checkpoint_of
 from tensafe_nb.types import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 
@@ -116,6 +118,7 @@ class TrainingRun:
         with self._changed:
             self._go_on(None)
 
+    @checked
     def step(self, steps: int = 1) -> None:
         """Take some steps, then pause.
 
@@ -123,7 +126,7 @@ class TrainingRun:
             ValidationError: Fewer than one step.
         """
         if not isinstance(steps, int) or steps < 1:
-            raise ValidationError(f"run.step({steps!r}): take a whole number of steps, at least one.")
+            raise ValidationError(f"run.step({as_given(steps)}): take a whole number of steps, at least one.")
         with self._changed:
             self._go_on(steps)
 
@@ -151,6 +154,7 @@ class TrainingRun:
         """
         return self._between_steps(lambda: self._save(metadata), "save_state", SaveStateResult)
 
+    @checked
     def rollback(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
         """Go back to a checkpoint: weights, optimiser, random streams and place in the data.
 
@@ -158,6 +162,7 @@ class TrainingRun:
         """
         return self._between_steps(lambda: self._go_back(artifact_id), "load_state", LoadStateResult)
 
+    @checked
     def fork(self, artifact_id: str | None = None, step: int | None = None, **changes: Any) -> Any:
         """Return a new training client that starts from a state of this one, sharing its frozen weights.
 
@@ -187,6 +192,7 @@ class TrainingRun:
         """Whether it has ended."""
         return self._promise.done
 
+    @checked
     def result(self, timeout: float | None = None) -> RunResult:
         """Wait for the end.
 

@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, overload
 from weakref import WeakValueDictionary
 
+from tensafe_nb.checks import checked
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
 from tensafe_nb.lifetimes import before_loading
-from tensafe_nb.reprs import Facts, Listing, fields_of, shown
+from tensafe_nb.reprs import Facts, Listing, as_given, fields_of, shown
 from tensafe_nb.transports.base import Channel, Transport
 from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
 
@@ -43,6 +44,7 @@ class ServiceClient:
         >>> tc = service.create_training_client(model_ref="builtin:tiny", lora_config=LoRAConfig(rank=8))
     """
 
+    @checked
     def __init__(
         self, base_url: str | None = None, api_key: str | None = None, *, key_source: str | None = None
     ) -> None:
@@ -74,13 +76,14 @@ class ServiceClient:
         """
         if config is not None and not isinstance(config, TrainingConfig):
             raise ValidationError(
-                f"create_training_client takes a TrainingConfig, or its fields as keywords, not {config!r}."
+                f"create_training_client takes a TrainingConfig, or its fields as keywords, not {as_given(config)}."
             )
         self._refuse_if_closed()
         config = TrainingConfig(**fields) if config is None else config.replace(**fields)
         before_loading()
         return self._adopt(self._transport.create(config))
 
+    @checked
     def restore(self, artifact_id: str, **changes: Any) -> TrainingClient:
         """Make a training client of a checkpoint: its configuration, its weights, its optimiser, its random streams.
 
@@ -112,6 +115,7 @@ class ServiceClient:
         """Return the training clients that are not closed, oldest first."""
         return Listing((channel.info() for channel in self._transport.channels()), fields_of)
 
+    @checked
     def get_training_client(self, training_client_id: str) -> TrainingClient:
         """Return a training client by its id.
 
@@ -121,7 +125,8 @@ class ServiceClient:
         client = self._clients.get(training_client_id)
         if client is None:
             raise TrainingClientNotFoundError(
-                f"There is no training client {training_client_id!r} in this process. Known: {sorted(self._clients)}. "
+                f"There is no training client {as_given(training_client_id)} in this process. Known: "
+                f"{sorted(self._clients)}. "
                 f"One that nothing refers to any more is freed: keep it in a variable. The history of earlier ones is "
                 f"in list_runs()."
             )
@@ -129,6 +134,7 @@ class ServiceClient:
 
     # artifacts
 
+    @checked
     def list_artifacts(self, training_client_id: str | None = None) -> list[SaveStateResult]:
         """Return the stored artifacts, newest first.
 
@@ -137,6 +143,7 @@ class ServiceClient:
         """
         return Listing(self._transport.list_artifacts(training_client_id), _row_of_artifact)
 
+    @checked
     def get_artifact(self, artifact_id: str) -> SaveStateResult:
         """Return what is known of an artifact.
 
@@ -152,6 +159,7 @@ class ServiceClient:
     def pull_artifact(self, artifact_id: str, to: None = None) -> bytes: ...
     @overload
     def pull_artifact(self, artifact_id: str, to: str | Path) -> Path: ...
+    @checked
     def pull_artifact(self, artifact_id: str, to: str | Path | None = None) -> bytes | Path:
         """Return an artifact as it lies on the disk: sealed.
 
@@ -168,6 +176,7 @@ class ServiceClient:
         """
         return self._transport.pull_artifact(artifact_id, None if to is None else Path(to))
 
+    @checked
     def push_artifact(self, path: str | Path) -> SaveStateResult:
         """Take in a sealed file, from `pull_artifact` here or elsewhere.
 
@@ -176,6 +185,7 @@ class ServiceClient:
         """
         return self._transport.push_artifact(Path(path))
 
+    @checked
     def delete_artifact(self, artifact_id: str) -> None:
         """Delete an artifact for good.
 
@@ -184,6 +194,7 @@ class ServiceClient:
         """
         self._transport.delete_artifact(artifact_id)
 
+    @checked
     def export_adapter(self, artifact_id: str, path: str | Path, merged: bool = False) -> Path:
         """Write a state in the clear, as a folder that plain PEFT (or, merged, plain transformers) loads.
 
@@ -219,6 +230,7 @@ class ServiceClient:
 
     # audit log
 
+    @checked
     def get_audit_logs(
         self,
         training_client_id: str | None = None,
@@ -236,11 +248,14 @@ class ServiceClient:
         """
         for name, value in (("limit", limit), ("offset", offset)):
             if not isinstance(value, int) or value < 0:
-                raise ValidationError(f"get_audit_logs: {name}={value!r} must be a whole number, 0 or more.")
+                raise ValidationError(
+                    f"get_audit_logs: {name}={as_given(value)} must be a whole number, 0 or more."
+                )
         return Listing(
             self._transport.audit_logs(training_client_id, operation, limit, offset), _row_of_record
         )
 
+    @checked
     def verify_audit_log(self, anchors: Sequence[str] = ()) -> AuditVerification:
         """Check the audit log from its first record to its last.
 

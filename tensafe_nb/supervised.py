@@ -14,6 +14,7 @@ from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.events import Alarm, Metrics
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.loops import Batch, Run, RunClient
+from tensafe_nb.reprs import as_given
 from tensafe_nb.step_alarms import Rates, StepAlarms, not_finite
 from tensafe_nb.types import ForwardBackwardResult, ForwardResult, OptimStepResult
 
@@ -288,7 +289,7 @@ def check_numbers(**given: int | None) -> None:
     """Refuse a count that is not a whole number above 0."""
     for name, value in given.items():
         if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValidationError(f"fit: {name}={value!r} must be a whole number, at least 1.")
+            raise ValidationError(f"fit: {name}={as_given(value)} must be a whole number, at least 1.")
 
 
 def check_batches(**given: object) -> None:
@@ -296,17 +297,19 @@ def check_batches(**given: object) -> None:
     for name, batches in given.items():
         if isinstance(batches, BatchData | Mapping):
             raise ValidationError(
-                f"fit: {name} is a list of batches (or another iterable): [batch], not {batches!r}."
+                f"fit: {name} is a list of batches (or another iterable): [batch], not {as_given(batches)}."
             )
         refuse_table(
             batches, f"fit: {name} takes batches, and this is a table of rows: {name}=tc.batches(rows)."
         )
         if isinstance(batches, str | os.PathLike):
             raise ValidationError(
-                f"fit: {name} is a list of batches: {name}=tc.batches({str(batches)!r}) reads the file."
+                f"fit: {name} is a list of batches: {name}=tc.batches({as_given(str(batches))}) reads the file."
             )
-        if not isinstance(batches, Iterable):
-            raise ValidationError(f"fit: {name} is a list of batches (or another iterable), not {batches!r}.")
+        if not isinstance(batches, Iterable) or isinstance(batches, range):
+            raise ValidationError(
+                f"fit: {name} is a list of batches (or another iterable), not {as_given(batches)}."
+            )
         first = next(iter(batches), None) if isinstance(batches, Sequence) else None
         if isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first):
             raise ValidationError(f"fit: {name} takes batches, and these are rows: {name}=tc.batches(rows).")

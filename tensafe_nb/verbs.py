@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tensafe_nb.batch import BatchData
+from tensafe_nb.checks import checked
 from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig
 from tensafe_nb.data import read_prompts
 from tensafe_nb.errors import ValidationError
@@ -23,6 +24,7 @@ from tensafe_nb.operations import (
     VoidPrivacy,
 )
 from tensafe_nb.plain import plain_metadata
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import (
     ForwardBackwardResult,
     ForwardResult,
@@ -37,6 +39,7 @@ from tensafe_nb.types import (
 )
 
 LossSpec = str | Callable[..., Any]
+MOST_SEQUENCES = 1 << 20  # of one call of sample()
 MAX_NAME = 200  # characters of a checkpoint's name
 
 
@@ -47,6 +50,7 @@ class Verbs(ABC):
     def _submit(self, operation: Operation) -> FutureHandle[Any]:
         """Queue an operation."""
 
+    @checked
     def forward_backward(
         self, batch: Batch, loss_fn: LossSpec | None = None, loss_kwargs: Mapping[str, Any] | None = None
     ) -> FutureHandle[ForwardBackwardResult]:
@@ -62,6 +66,7 @@ class Verbs(ABC):
         """
         return self._submit(ForwardBackward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {})))
 
+    @checked
     def forward(
         self,
         batch: Batch,
@@ -92,7 +97,9 @@ class Verbs(ABC):
                 a draw that is not whole, and with `DPBudgetExceededError` instead of spending more than the budget.
         """
         if not isinstance(apply_dp_noise, bool):
-            raise ValidationError(f"optim_step(apply_dp_noise=…) is True or False, not {apply_dp_noise!r}.")
+            raise ValidationError(
+                f"optim_step(apply_dp_noise=…) is True or False, not {as_given(apply_dp_noise)}."
+            )
         return self._submit(OptimStep(apply_dp_noise))
 
     def sample(
@@ -113,11 +120,18 @@ class Verbs(ABC):
         """
         if sampling is not None and not isinstance(sampling, SamplingConfig):
             raise ValidationError(
-                f"sample() takes a SamplingConfig, or its fields as keywords, not {sampling!r}."
+                f"sample() takes a SamplingConfig, or its fields as keywords, not {as_given(sampling)}."
             )
         config = SamplingConfig(**fields) if sampling is None else sampling.replace(**fields)
-        return self._submit(Sample(read_prompts(prompts), config))
+        read = read_prompts(prompts)
+        if len(read) * config.num_samples > MOST_SEQUENCES:
+            raise ValidationError(
+                f"sample(): {len(read):,} prompts with num_samples={config.num_samples:,} are more than "
+                f"{MOST_SEQUENCES:,} sequences: sample in parts."
+            )
+        return self._submit(Sample(read, config))
 
+    @checked
     def compute_logprobs(
         self, batch: Batch, reference: bool = False, *, temperature: float = 1.0
     ) -> FutureHandle[LogprobsResult]:
@@ -141,6 +155,7 @@ class Verbs(ABC):
         """
         return self._submit(FreezeReference())
 
+    @checked
     def save_state(
         self,
         include_optimizer: bool = True,
@@ -164,7 +179,9 @@ class Verbs(ABC):
             ValidationError: Metadata that is not plain data, or a name that is no text.
         """
         if name is not None and (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME):
-            raise ValidationError(f"save_state: name={name!r} must be a text of 1 to {MAX_NAME} characters.")
+            raise ValidationError(
+                f"save_state: name={as_given(name)} must be a text of 1 to {MAX_NAME} characters."
+            )
         metadata = plain_metadata(metadata or {})
         return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
 
@@ -180,7 +197,7 @@ class Verbs(ABC):
                 artifact of another model, adapter or optimiser, with a ValidationError that lists the differences.
         """
         if not isinstance(artifact_id, str) or not artifact_id:
-            raise ValidationError(f"load_state takes an artifact's id or name, not {artifact_id!r}.")
+            raise ValidationError(f"load_state takes an artifact's id or name, not {as_given(artifact_id)}.")
         return self._submit(LoadState(artifact_id, for_run))
 
     def void_privacy(self, reason: str) -> FutureHandle[VoidPrivacyResult]:

@@ -10,11 +10,13 @@ import contextlib
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 
 Messages = list[dict[str, Any]]
 MARKS = 0x100000  # the last private plane of Unicode: run n stands between MARKS + 2n and MARKS + 2n + 1
@@ -73,7 +75,8 @@ def _is_learnt(message: Mapping[str, Any]) -> bool:
     weight, train = message.get("weight"), message.get("train")
     if weight not in (None, 0, 1):
         raise ValidationError(
-            f"A message has weight={weight!r}: 0 (not learnt) or 1 are known. Leave the key out, or use one of them."
+            f"A message has weight={as_given(weight)}: 0 (not learnt) or 1 are known. Leave the key out, or use one "
+            f"of them."
         )
     return weight != 0 and train is not False
 
@@ -253,6 +256,7 @@ class Template:
         self._token = token_pattern(tokenizer)
         self._known: dict[str, _Known] = {}
         self._forms: dict[Any, _Form | None] = {}
+        self._looked_for_system = False
 
     def turn_ends(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Return what ends a turn as it is learnt: that of an answer and, with tools, that of a call."""
@@ -276,6 +280,9 @@ class Template:
     def rendered(self, chats: Sequence[Chat]) -> list[Rendered | ValidationError]:
         """Render chats and find what is learnt of each; a chat that cannot be used gives its error."""
         texts = self._render_all([(chat.messages, chat.options) for chat in chats])
+        for chat, text in zip(chats, texts, strict=True):
+            if chat.messages[0].get("role") == "system" and not self._looked_for_system:
+                self._look_for_system(chat, text)
         made: list[Rendered | ValidationError | None] = []
         for chat, text in zip(chats, texts, strict=True):
             made.append(text if isinstance(text, ValidationError) else self._by_form(chat, text))
@@ -285,6 +292,23 @@ class Template:
         ):
             made[number] = one
         return made  # type: ignore[return-value]  # none is None any more
+
+    def _look_for_system(self, chat: Chat, text: str | ValidationError) -> None:
+        """Say, once, that the template has no place for what the system says."""
+        first = chat.messages[0]
+        said = first.get("content")
+        if isinstance(text, ValidationError) or not isinstance(said, str) or not said.strip():
+            return
+        self._looked_for_system = True
+        if said.strip() in text:
+            return
+        other = self._try([{**first, "content": f"{said} {said}"}, *chat.messages[1:]], chat.options)
+        if other == text:
+            warnings.warn(
+                "The model's chat template leaves out what the system says: neither training nor sampling sees it. "
+                "Write it into the first message of the user.",
+                stacklevel=2,
+            )
 
     def _by_form(self, chat: Chat, text: str) -> Rendered | ValidationError | None:
         """Find what is learnt of a chat by an earlier one of its form; None if there is none that fits."""
@@ -513,9 +537,9 @@ class Template:
                 known.headers.add(header)
         else:
             shared = len(_shared_start(text, prompt))
-            bare = self._try(chat.messages[:number], chat.options) or ""
-            same = text.startswith(_shared_start(bare, prompt).rstrip())
-            start = self._off_token(text, min(one.start, shared)) if same and bare else one.start
+            unopened = self._try(chat.messages[:number], chat.options) or ""
+            same = text.startswith(_shared_start(unopened, prompt).rstrip())
+            start = self._off_token(text, min(one.start, shared)) if same and unopened else one.start
         if header := self._since_token(text, start):
             local.append((header + text[start : one.start], one.start - start))
         return start
@@ -527,6 +551,10 @@ class Template:
             if known.stop and text.startswith(known.stop, one.end + len(own)):
                 return own + known.stop
         if number == len(chat.messages) - 1:
+            if known.stop and THOUGHT.search(one.after) and (at := text.find(known.stop, one.end)) >= 0:
+                return (
+                    text[one.end : at] + known.stop
+                )  # a thought and nothing else: the template closes it its own way
             tail = text[one.end + len(blanks) :]
             if tail not in known.tails:
                 known.tails[tail] = self._stop(
@@ -570,7 +598,7 @@ def render(tokenizer: Any, messages: Messages, options: Mapping[str, Any], *, op
     except Exception as error:  # a template is a program: it raises what it likes
         raise _refused(error) from error
     if not isinstance(text, str):
-        raise ValidationError(f"The model's chat template makes no text of this chat, but {text!r}.")
+        raise ValidationError(f"The model's chat template makes no text of this chat, but {as_given(text)}.")
     return text
 
 

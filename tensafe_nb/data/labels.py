@@ -24,6 +24,7 @@ from tensafe_nb.data.chats import (
 )
 from tensafe_nb.data.layouts import check_template, shortened
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import Prompt
 
 Encoded = tuple[list[int], list[bool]]
@@ -398,7 +399,7 @@ class _Tokens:
         if tokens != whole and self._tokenizer.decode(tokens) != self._tokenizer.decode(whole):
             return ValidationError(
                 f"The model's tokenizer ({type(self._tokenizer).__name__}) does not say which characters a token "
-                f"stands for, and {shortened(text.text)!r} cannot be tokenised in parts. "
+                f"stands for, and {as_given(shortened(text.text))} cannot be tokenised in parts. "
                 f"Use the model's fast tokenizer."
             )
         return self._ended(tokens, learnt, text)
@@ -412,4 +413,6 @@ class _Tokens:
 
 
 def _unreadable(what: str, text: str, error: Exception) -> ValidationError:
-    return ValidationError(f"The model's tokenizer cannot read the {what} {shortened(text)!r}: {error}.")
+    return ValidationError(
+        f"The model's tokenizer cannot read the {what} {as_given(shortened(text))}: {error}."
+    )

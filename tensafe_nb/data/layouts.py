@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 
+DEEPEST, MOST_PARTS = 64, 1 << 20  # of a message and its tool calls
 EXPECTED = (
     "Expected 'text', 'prompt' and 'completion', or 'messages' ('conversations', 'instruction' and 'output' are read "
     "too); of a pair, 'prompt', 'chosen' and 'rejected', or 'anchor' and 'positive'."
@@ -133,7 +135,8 @@ def refuse_media(row: Mapping[str, Any]) -> None:
     for name in MEDIA:
         if name in row and not missing(row[name]) and not _lacks_nothing(name, row[name]):
             raise ValidationError(
-                f"the column {name!r} would not be seen by the model: {_MEDIA}. Where only the reward reads it, call "
+                f"the column {as_given(name)} would not be seen by the model: {_MEDIA}. Where only the reward reads "
+                f"it, call "
                 f"it otherwise."
             )
 
@@ -147,8 +150,8 @@ def _unread(given: Mapping[Any, Any], known: set[str]) -> list[str]:
                 name, "rows of good and bad answers (KTO) have no loss here: keep the good ones"
             )
             raise ValidationError(
-                f"the column {name!r} cannot be honoured: {why}. To train without it: "
-                f"[{{k: v for k, v in row.items() if k != {name!r}}} for row in rows]."
+                f"the column {as_given(name)} cannot be honoured: {why}. To train without it: "
+                f"[{{k: v for k, v in row.items() if k != {as_given(name)}}} for row in rows]."
             )
     return [str(name) for name in unread]
 
@@ -175,7 +178,7 @@ def _unreadable(row: Mapping[Any, Any], given: Mapping[Any, Any]) -> ValidationE
         empty = [name for name in columns if name in row and name not in given]
         if empty and all(name in row for name in columns):
             return ValidationError(
-                f"{empty[0]!r} is {_kind(row[empty[0]])}: give a text, or leave the row out."
+                f"{as_given(empty[0])} is {_kind(row[empty[0]])}: give a text, or leave the row out."
             )
     names = sorted(map(str, row))
     if {"role", "content"} <= set(names) or {"from", "value"} <= set(names):
@@ -184,16 +187,17 @@ def _unreadable(row: Mapping[Any, Any], given: Mapping[Any, Any]) -> ValidationE
         )
     for name in names:
         if name in LACKING:
-            return ValidationError(f"a row with the column {name!r} cannot be read: {LACKING[name]}.")
+            return ValidationError(f"a row with the column {as_given(name)} cannot be read: {LACKING[name]}.")
     texts = [name for name in row if isinstance(row[name], str)]  # in their order: what is asked comes first
     line = ""
     if len(texts) >= 2:
         line = (
-            f" Name them: [{{'prompt': row[{texts[0]!r}], 'completion': row[{texts[1]!r}]}} for row in rows]"
+            f" Name them: [{{'prompt': row[{as_given(texts[0])}], 'completion': row[{as_given(texts[1])}]}} for row "
+            f"in rows]"
             f" (whichever is which)."
         )
     elif len(texts) == 1:
-        line = f" Name it: [{{'text': row[{texts[0]!r}]}} for row in rows]."
+        line = f" Name it: [{{'text': row[{as_given(texts[0])}]}} for row in rows]."
     return ValidationError(f"a row with the keys {names} cannot be read. {EXPECTED}{line}")
 
 
@@ -225,7 +229,7 @@ def _answered(row: Mapping[str, Any], name: str) -> dict[str, Any]:
             messages.insert(0, {"role": "user", "content": checked_text(prompt, "'prompt'")})
         elif not any(m["role"] == "user" and m["content"] == prompt for m in messages):
             raise ValidationError(
-                f"{name!r} is a whole chat, and 'prompt' is no message of it: leave one of them out."
+                f"{as_given(name)} is a whole chat, and 'prompt' is no message of it: leave one of them out."
             )
         return _chat_of(_learning_the_last(messages), row)
     if not is_chat(prompt) or not is_chat(answer):
@@ -233,7 +237,8 @@ def _answered(row: Mapping[str, Any], name: str) -> dict[str, Any]:
             ("prompt", prompt) if not isinstance(prompt, str) and not is_chat(prompt) else (name, answer)
         )
         raise ValidationError(
-            f"{wrong!r} is {_kind(value)}: 'prompt' and {name!r} are both texts, or both lists of messages "
+            f"{as_given(wrong)} is {_kind(value)}: 'prompt' and {as_given(name)} are both texts, or both lists of "
+            f"messages "
             f"({{'role', 'content'}}).{_as_text(wrong, value) or _as_messages(wrong, value)}"
         )
     before = [_not_learnt(message) for message in messages_of(prompt, "'prompt'")]
@@ -243,9 +248,9 @@ def _answered(row: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _as_messages(name: str, value: Any) -> str:
     """Return the line that makes messages of what stands beside some."""
     if isinstance(value, Mapping):
-        return f" One message goes in a list: [row[{name!r}]]."
+        return f" One message goes in a list: [row[{as_given(name)}]]."
     role = "user" if name == "prompt" else "assistant"
-    line = f" As a message: [{{'role': '{role}', 'content': row[{name!r}]}}]."
+    line = f" As a message: [{{'role': '{role}', 'content': row[{as_given(name)}]}}]."
     return line if isinstance(value, str) else ""
 
 
@@ -273,7 +278,7 @@ def _chats_compared(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]
 
 
 def _views(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
-    return [{"text": checked_text(row[name], f"{name!r}")} for name in ("anchor", "positive")]
+    return [{"text": checked_text(row[name], f"{as_given(name)}")} for name in ("anchor", "positive")]
 
 
 def _chat(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
@@ -282,7 +287,7 @@ def _chat(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
 
 def _share_gpt(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
     name = "conversations" if "conversations" in row else "conversation"
-    return [_chat_of(_under_system(messages_of(row[name], f"{name!r}", share_gpt=True), row), row)]
+    return [_chat_of(_under_system(messages_of(row[name], f"{as_given(name)}", share_gpt=True), row), row)]
 
 
 def _under_system(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -360,7 +365,7 @@ def messages_of(value: Any, what: str, *, share_gpt: bool = False) -> list[dict[
     if isinstance(value, str):
         raise ValidationError(
             f"{what} is a text, not a list of messages. Written as JSON, it is read by "
-            f"json.loads(row[{what.strip(chr(39))!r}])."
+            f"json.loads(row[{as_given(what.strip(chr(39)))}])."
         )
     if not is_chat(value):
         at = (
@@ -394,16 +399,24 @@ def _message(message: Mapping[str, Any], what: str, share_gpt: bool) -> dict[str
         )
     for name in kept:
         if name in LACKING and name != "weight":
-            raise ValidationError(f"{what} has {name!r}, which cannot be honoured: {LACKING[name]}.")
+            raise ValidationError(f"{what} has {as_given(name)}, which cannot be honoured: {LACKING[name]}.")
     kept["content"] = _content(kept, what)
     return _learnt_or_not(kept, what)
 
 
-def _plain(value: Any) -> Any:
-    """Return what templates and JSON know: lists instead of arrays and tuples."""
+def _plain(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
+    """Return what templates and JSON know: lists instead of arrays and tuples; what has no end is refused."""
+    left = [MOST_PARTS] if left is None else left
+    left[0] -= value.size if isinstance(value, np.ndarray) else 1
+    if depth > DEEPEST or left[0] < 0:
+        raise ValidationError(
+            f"A message holds {as_given(value)} more than {DEEPEST} levels deep, or more than {MOST_PARTS:,} parts."
+        )
     if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
-    return {name: _plain(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+        return [_plain(item, depth + 1, left) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(item, depth + 1, left) for name, item in value.items()}
+    return value
 
 
 def _renamed(message: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -419,7 +432,7 @@ def _renamed(message: Mapping[str, Any], what: str) -> dict[str, Any]:
             "tool_calls": [_call(text, what)],
         }
     if said not in ROLES and "role" not in message:
-        raise ValidationError(f"{what} is from {named!r}: known are {', '.join(sorted(ROLES))}.")
+        raise ValidationError(f"{what} is from {as_given(named)}: known are {', '.join(sorted(ROLES))}.")
     return {**rest, "role": ROLES.get(said, named), "content": text}
 
 
@@ -458,7 +471,7 @@ def _part(part: Any, what: str) -> str:
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return checked_text(part["text"], what)
     if kind in NOT_TEXT:
-        raise ValidationError(f"{what} is of type {kind!r}: {_MEDIA}.")
+        raise ValidationError(f"{what} is of type {as_given(kind)}: {_MEDIA}.")
     raise ValidationError(f"{what} is {_kind(part)}: a part is {{'type': 'text', 'text': …}}.")
 
 
@@ -468,9 +481,9 @@ def _learnt_or_not(message: dict[str, Any], what: str) -> dict[str, Any]:
     if "train_detail" in message or "training_detail" in message:
         raise ValidationError(f"{what} has 'train_detail': a turn is learnt as a whole, or not (weight: 0).")
     if not isinstance(weight, int | float | np.number) or weight not in (0, 1):
-        raise ValidationError(f"{what} has weight {weight!r}: a turn is learnt (1) or not (0).")
+        raise ValidationError(f"{what} has weight {as_given(weight)}: a turn is learnt (1) or not (0).")
     if not isinstance(train, bool | np.bool_):
-        raise ValidationError(f"{what} has train {train!r}: True or False.")
+        raise ValidationError(f"{what} has train {as_given(train)}: True or False.")
     if not weight or not train:
         message["weight"] = 0
     return message
@@ -517,7 +530,8 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
             )
         if taken := sorted(OURS & keywords.keys()):
             raise ValidationError(
-                f"'chat_template_kwargs' has {taken[0]!r}, which is no word of the template but of whoever calls it: "
+                f"'chat_template_kwargs' has {as_given(taken[0])}, which is no word of the template but of whoever "
+                f"calls it: "
                 f"leave it out{' (tools have a column of that name)' if taken[0] == 'tools' else ''}."
             )
         options["chat_template_kwargs"] = _plain(keywords)
@@ -555,7 +569,8 @@ def check_template(template: Any, messages: Sequence[Mapping[str, Any]], tools: 
     for name, there in (("tools", tools), ("tool_calls", called)):
         if there and name not in written:
             raise ValidationError(
-                f"it has {name!r}, and this model's chat template does not show them: the model would not see them. "
+                f"it has {as_given(name)}, and this model's chat template does not show them: the model would not "
+                f"see them. "
                 f"Write them into the messages' content, leave them out, or give the tokenizer a template that "
                 f"shows them (tc.tokenizer.chat_template = …)."
             )
@@ -607,7 +622,8 @@ def _kind(value: Any) -> str:
     if isinstance(value, list | tuple | np.ndarray) and len(value) == 0:
         return "empty"
     if isinstance(value, bool | int | float | np.generic):
-        return f"the {type(value).__name__} {value}"
+        plain = value.item() if isinstance(value, np.generic) else value
+        return f"the {type(value).__name__} {as_given(plain)}"
     return f"a {type(value).__name__}"
 
 
@@ -619,9 +635,9 @@ def _as_text(name: str, value: Any) -> str:
         and not isinstance(value, bool)
         and not missing(value)
     ):
-        return f" str(row[{name!r}]) makes one; of a column, frame[{name!r}].astype(str)."
+        return f" str(row[{as_given(name)}]) makes one; of a column, frame[{as_given(name)}].astype(str)."
     if name and isinstance(value, bytes):
-        return f" row[{name!r}].decode() makes one."
+        return f" row[{as_given(name)}].decode() makes one."
     if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
         return " One row has one text: give a row for each."
     return ""
@@ -633,5 +649,5 @@ def _keys(message: Mapping[Any, Any]) -> str:
 
 def shortened(row: Any) -> str:
     """Return a row in at most 80 characters."""
-    text = row if isinstance(row, str) else repr(row)
+    text = row if isinstance(row, str) else as_given(row)
     return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,5 +1,7 @@
 """The door for prompts: texts, chats and token ids to sample from; one reading of a chat for all who take one."""
 
+import itertools
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
@@ -8,9 +10,11 @@ from typing import Any
 from tensafe_nb.data.layouts import checked_text, is_chat, messages_of, missing, shortened, template_options
 from tensafe_nb.data.rows import refuse_table
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import Prompt
 
 OPTIONS = ("tools", "chat_template_kwargs")
+MOST_TOKENS = 1 << 24  # of all prompts of a call
 FORMS = "a prompt is a text, a list of chat messages, or a list of token ids"
 
 
@@ -32,13 +36,13 @@ def read_prompts(prompts: Any) -> tuple[Prompt, ...]:
         raise ValidationError("sample() was given one chat message: put it in a list, [message].")
     if isinstance(prompts, os.PathLike):
         raise ValidationError(
-            f"sample() reads no files: data.read_rows({str(prompts)!r}) does; give its prompts, "
+            f"sample() reads no files: data.read_rows({as_given(str(prompts))}) does; give its prompts, "
             f"[row['prompt'] for row in rows]."
         )
     refuse_table(prompts, "sample(): this is a table, not a list of prompts. Give table['prompt'].tolist().")
     if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
         raise ValidationError(f"sample(): {FORMS}, not {type(prompts).__name__}.")
-    given: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+    given = _bounded(prompts, "sample()")
     if not given:
         raise ValidationError("sample() was given no prompt.")
     first = given[0]
@@ -49,6 +53,20 @@ def read_prompts(prompts: Any) -> tuple[Prompt, ...]:
     return tuple(_one_prompt(prompt, index) for index, prompt in enumerate(given))
 
 
+def _bounded(items: Any, what: str) -> list[Any]:
+    """Return the items of an iterable, an array or a tensor; the size is asked for before they are read."""
+    shape = getattr(items, "shape", None)
+    if isinstance(shape, tuple) and math.prod(shape) > MOST_TOKENS:
+        raise ValidationError(f"{what}: an array of shape {shape} holds more than {MOST_TOKENS:,} tokens.")
+    if hasattr(items, "tolist"):
+        listed = items.tolist()
+        return listed if isinstance(listed, list) else [listed]
+    listed = list(itertools.islice(items, MOST_TOKENS + 1))
+    if len(listed) > MOST_TOKENS:
+        raise ValidationError(f"{what}: {as_given(items)} holds more than {MOST_TOKENS:,} items.")
+    return listed
+
+
 def _one_prompt(prompt: Any, index: int) -> Prompt:
     try:
         if isinstance(prompt, Mapping):
@@ -57,9 +75,8 @@ def _one_prompt(prompt: Any, index: int) -> Prompt:
             return read_prompt(prompt)
     except ValidationError as error:
         raise ValidationError(f"Prompt {index}: {error}") from error
-    if hasattr(prompt, "tolist"):  # an array, a tensor
-        prompt = prompt.tolist()
-    parts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, bytes) else []
+    is_list = isinstance(prompt, Iterable) and not isinstance(prompt, bytes)
+    parts = _bounded(prompt, f"Prompt {index}") if is_list or hasattr(prompt, "tolist") else []
     if all(isinstance(part, Integral) and not isinstance(part, bool) for part in parts) and parts:
         return tuple(int(part) for part in parts)
     if isinstance(prompt, Sequence) and not parts:
@@ -69,12 +86,14 @@ def _one_prompt(prompt: Any, index: int) -> Prompt:
 
 def _with_tools(prompt: Mapping[str, Any]) -> Prompt:
     name = "prompt" if "prompt" in prompt else "messages"
+    if name not in prompt:
+        raise ValidationError(f"a dict has 'prompt' (or 'messages') and 'tools', not {as_given(prompt)}.")
     if other := sorted(
         str(key) for key, value in prompt.items() if key not in (name, *OPTIONS) and not missing(value)
     ):
         raise ValidationError(
             f"a dict has 'prompt' (or 'messages') and 'tools', and this has {', '.join(map(repr, other))} besides, "
-            f"which nobody would read. Of rows, give [row[{name!r}] for row in rows]."
+            f"which nobody would read. Of rows, give [row[{as_given(name)}] for row in rows]."
         )
     return read_prompt(prompt[name], prompt)
 
@@ -89,6 +108,8 @@ def read_prompt(content: Any, row: Mapping[str, Any] | None = None) -> Prompt:
     Raises:
         ValidationError: It is neither, or tools beside a text, which no template ever sees.
     """
+    if row is not None and not isinstance(row, Mapping):
+        raise ValidationError(f"the row of a prompt is a dict, not {as_given(row)}.")
     options = template_options(row or {})
     if isinstance(content, str):
         if not content:

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,10 +16,12 @@ from tensafe_nb.batch import BatchData
 from tensafe_nb.data.files import OPENERS, Numbered, is_file, read_file, without_none
 from tensafe_nb.data.layouts import COLUMNS, is_chat
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 
 Row: TypeAlias = str | Mapping[str, Any]
 Rows: TypeAlias = Any  # a path, or any table or iterable of rows: read by `open_rows`
 OnBadRows: TypeAlias = Literal["raise", "skip"]
+MOST_ROWS = 10_000_000  # of one source
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *OPENERS)
 TABLES = ("pandas", "polars", "pyarrow", "datasets")  # libraries of tables; none is imported here
 PACKAGE = str(Path(__file__).parents[1])
@@ -88,8 +90,18 @@ def open_rows(source: Rows, what: str = "rows") -> Source:
     each = _table(source, what)
     if each is None:
         _refuse_what_is_no_rows(source, what)
-        each = ((None, row) for row in source)
+        each = ((None, row) for row in _with_an_end(source, what))
     return Source(each, size=_size(source), what=what)
+
+
+def _with_an_end(source: Iterable[Any], what: str) -> Iterator[Any]:
+    """Yield what an iterable yields, and refuse it where no memory would hold it all."""
+    for number, row in enumerate(source):
+        if number == MOST_ROWS:
+            raise ValidationError(
+                f"{what}: more than {MOST_ROWS:,} rows. If they have an end, give them in parts."
+            )
+        yield row
 
 
 def _size(source: Any) -> int | None:
@@ -115,7 +127,7 @@ def no_rows(rows: Source) -> ValidationError:
 def check_on_bad_rows(on_bad_rows: str) -> None:
     """Refuse what is neither "raise" nor "skip"."""
     if on_bad_rows not in ("raise", "skip"):
-        raise ValidationError(f"on_bad_rows={on_bad_rows!r} must be 'raise' or 'skip'.")
+        raise ValidationError(f"on_bad_rows={as_given(on_bad_rows)} must be 'raise' or 'skip'.")
 
 
 def warn_of_unread(counts: Mapping[str, int], rows: int) -> None:
@@ -206,11 +218,13 @@ def _refuse_what_is_no_rows(source: Any, what: str) -> None:
         raise ValidationError(
             f"{what}: a {name} holds batches already: give it to fit() or forward_backward()."
         )
+    if isinstance(source, range):
+        raise ValidationError(f"{what}: {as_given(source)} holds numbers. Rows are texts or dicts.")
     if isinstance(source, bytes | bytearray):
         raise ValidationError(f"{what}: these are bytes. A text goes in a list: [data.decode()].")
     if isinstance(source, io.IOBase):
         file = getattr(source, "name", "rows.jsonl")
-        raise ValidationError(f"{what}: this is an open file. Give its path instead: {file!r}.")
+        raise ValidationError(f"{what}: this is an open file. Give its path instead: {as_given(file)}.")
     if isinstance(source, set | frozenset):
         raise ValidationError(f"{what}: a set has no order, so that no seed repeats it. Give sorted(rows).")
     if isinstance(source, AsyncIterable):
@@ -247,7 +261,9 @@ def _mapping_refused(source: Mapping[Any, Any], what: str) -> ValidationError:
     names = list(source)
     if names and all(_is_table(value) for value in source.values()):
         split = "train" if "train" in source else names[0]
-        return ValidationError(f"{what}: this holds the splits {names}. Give one of them: data[{split!r}].")
+        return ValidationError(
+            f"{what}: this holds the splits {names}. Give one of them: data[{as_given(split)}]."
+        )
     known = {*COLUMNS, "role", "content"}.intersection(names)
     columns = [value for name, value in source.items() if not known or name in known]
     if columns and all(isinstance(value, Mapping) for value in source.values()):

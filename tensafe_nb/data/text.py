@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tensafe_nb.batch import IGNORE, BatchData
+from tensafe_nb.checks import checked
 from tensafe_nb.data.labels import encode_many
 from tensafe_nb.data.layouts import EXPECTED, Canonical, canonical, check_template, shortened, unshown
 from tensafe_nb.data.rows import (
@@ -27,7 +28,7 @@ from tensafe_nb.data.rows import (
     warn_of_unread,
 )
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import Facts, shown
+from tensafe_nb.reprs import Facts, as_given, shown
 
 logger = logging.getLogger(__name__)
 POOL = 50  # batches over which rows of like length are brought together
@@ -49,6 +50,7 @@ class Example:
         return len(self.input_ids)
 
 
+@checked
 def encode(row: Row, tokenizer: Any, *, max_length: int | None = None, truncate: bool = False) -> Example:
     """Tokenise one row.
 
@@ -69,12 +71,16 @@ def encode(row: Row, tokenizer: Any, *, max_length: int | None = None, truncate:
     return encoded.examples[0]
 
 
+@checked
 def collate(examples: Sequence[Example], pad_token_id: int) -> BatchData:
     """Pad examples on the right to the longest and stack them: (B, T), and their targets as `targets` (B, K).
 
     Raises:
         ValidationError: Some examples have more numbers in their target than others.
     """
+    _check_examples(examples, "collate")
+    if not examples:
+        raise ValidationError("collate: there are no examples to pad.")
     width = max(map(len, examples))
     ids = np.full((len(examples), width), pad_token_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -107,6 +113,7 @@ class Batches:
         ValidationError: No batch size, examples that do not make whole groups, or targets of different lengths.
     """
 
+    @checked
     def __init__(
         self,
         examples: Sequence[Example],
@@ -121,6 +128,7 @@ class Batches:
         skipped: Sequence[str] = (),
         cut: int = 0,
     ) -> None:
+        _check_examples(examples, "Batches")
         if batch_size < 1:
             raise ValidationError(f"batch_size={batch_size} must be at least 1.")
         if group < 1 or len(examples) % group:
@@ -191,6 +199,7 @@ class Batches:
         return max(map(len, self._members(number)))
 
 
+@checked
 def batches(
     source: Rows,
     tokenizer: Any,
@@ -286,6 +295,7 @@ class Encoded:
         return [column[number] for number in self.numbers]
 
 
+@checked
 def encode_rows(
     source: Rows,
     tokenizer: Any,
@@ -319,7 +329,7 @@ class _Limit:
         most = self.max_length
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 2):
             raise ValidationError(
-                f"max_length={most!r} must be a whole number of at least 2: one token to read, one to predict."
+                f"max_length={as_given(most)} must be a whole number of at least 2: one token to read, one to predict."
             )
 
     @property
@@ -499,6 +509,13 @@ def _target(row: Mapping[str, Any]) -> tuple[float, ...]:
             f"with; give anything else another name."
         )
     return tuple(map(float, numbers))
+
+
+def _check_examples(examples: Sequence[Example], who: str) -> None:
+    if not isinstance(examples, list | tuple) or not all(isinstance(one, Example) for one in examples):
+        raise ValidationError(
+            f"{who}: examples are a list of what encode() returns, not {as_given(examples)}."
+        )
 
 
 def _target_width(examples: Sequence[Example]) -> int:

@@ -99,6 +99,7 @@ class _Description:
 
     DEEPEST = 64
     MOST_VALUES = 200_000  # a list of token ids is one of them
+    MOST_BYTES = 1 << 28  # of one array; of a larger one, shape and type stand for it
 
     def __init__(self) -> None:
         self._left = self.MOST_VALUES
@@ -117,7 +118,8 @@ class _Description:
             case float():
                 return float(value) if math.isfinite(value) else {"$float": str(float(value))}
             case np.ndarray() | np.generic():
-                content = "" if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()
+                unread = value.dtype.hasobject or value.nbytes > self.MOST_BYTES
+                content = "" if unread else hashlib.sha256(value.tobytes()).hexdigest()
                 return {"$array": [value.dtype.str, list(value.shape), content]}
         try:
             if callable(value):

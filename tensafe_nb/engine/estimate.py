@@ -24,6 +24,7 @@ from tensafe_nb.engine.window import no_tick
 from tensafe_nb.errors import InsufficientMemoryError, ValidationError
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy.noise import gaussian
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import StepEstimate
 
 PROBE_TOKENS = 512  # a micro-batch of more is not run: what it takes is worked out from one of so many
@@ -97,7 +98,8 @@ def estimate(engine: Engine, batch_size: int | None = None, length: int | None =
 def _check(engine: Engine) -> None:
     if engine.model.device.type not in ("cpu", "cuda"):
         raise ValidationError(
-            f"estimate(): the memory of device {engine.model.device.type!r} cannot be asked for. It works on cpu and "
+            f"estimate(): the memory of device {as_given(engine.model.device.type)} cannot be asked for. It works "
+            f"on cpu and "
             f"cuda."
         )
 
@@ -108,7 +110,7 @@ def _sizes(engine: Engine, batch_size: int | None, length: int | None) -> tuple[
     tokens = min(LENGTH, context or LENGTH) if length is None else length
     for name, value in (("batch_size", rows), ("length", tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValidationError(f"estimate(): {name} is a whole number from 1; it is {value!r}.")
+            raise ValidationError(f"estimate(): {name} is a whole number from 1; it is {as_given(value)}.")
     if context is not None and tokens > context:
         raise ValidationError(
             f"estimate(): length={tokens} is more than the {context} tokens that the model was made for."

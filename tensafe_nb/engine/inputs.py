@@ -6,6 +6,7 @@ from tensafe_nb.batch import IGNORE, BatchData
 from tensafe_nb.data.labels import encode_prompt
 from tensafe_nb.engine.models import LoadedModel, too_few_rows
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import Prompt
 
 
@@ -25,12 +26,12 @@ def check_batch(batch: BatchData, model: LoadedModel, model_ref: str) -> None:
         if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
             row, column = np.argwhere((ids < 0) | (ids >= model.vocab_size))[0]
             raise ValidationError(
-                f"BatchData.{name}[{row}][{column}] is {ids[row, column]}: {model_ref!r} has the tokens 0 to "
+                f"BatchData.{name}[{row}][{column}] is {ids[row, column]}: {as_given(model_ref)} has the tokens 0 to "
                 f"{model.vocab_size - 1}. {_advice(int(ids[row, column]), model)}"
             )
     if model.context is not None and batch.shape[1] > model.context:
         raise ValidationError(
-            f"BatchData has rows of {batch.shape[1]} tokens; {model_ref!r} reads at most {model.context}. "
+            f"BatchData has rows of {batch.shape[1]} tokens; {as_given(model_ref)} reads at most {model.context}. "
             f"Cut them: max_length={model.context} in tensafe_nb.data.batches."
         )
 
@@ -40,7 +41,7 @@ def _advice(token: int, model: LoadedModel) -> str:
     added = {number: text for text, number in model.tokenizer.get_vocab().items()}
     if token not in added:
         return "Was the text tokenised for another model? Use tc.tokenizer."
-    return f"It is {added[token]!r}: {too_few_rows(max(added) + 1, model.vocab_size)}."
+    return f"It is {as_given(added[token])}: {too_few_rows(max(added) + 1, model.vocab_size)}."
 
 
 def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> list[int]:

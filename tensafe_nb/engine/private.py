@@ -32,6 +32,7 @@ from tensafe_nb.privacy.noise import NoiseSource, gaussian
 from tensafe_nb.privacy.per_example import PerExampleGradients, way_for
 from tensafe_nb.privacy.row_dropout import OtherRandomness, RowDropout
 from tensafe_nb.privacy.tickets import UNIT, DrawBook, DrawRegister, count_units, ids_in
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import DPMetrics, ForwardBackwardResult, OptimStepResult
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,8 @@ class PrivateTraining:
         group = loss.declares.group
         if (numbers.reshape(-1, group) != numbers[::group, None]).any():
             raise PrivacyUnitError(
-                f"The loss {loss.name!r} takes rows in groups of {group}; the rows of a group must belong to one "
+                f"The loss {as_given(loss.name)} takes rows in groups of {group}; the rows of a group must belong "
+                f"to one "
                 f"privacy unit: give them the same unit_ids."
             )
         self._participants.update(names)
@@ -280,7 +282,8 @@ class PrivateTraining:
             _, outputs, values, metrics = self._evaluated(batch, rows, loss)
             if values.ndim == 0 and len(rows) > 1:
                 raise PrivacyUnitError(
-                    f"The loss {loss.name!r} returned one value per row before, and now one for {len(rows)} rows. "
+                    f"The loss {as_given(loss.name)} returned one value per row before, and now one for {len(rows)} "
+                    f"rows. "
                     f"Return one value per row (B,) each time, or a scalar each time."
                 )
             foreign = not _is_ours(loss)
@@ -412,7 +415,8 @@ class PrivateTraining:
     @staticmethod
     def _coupled(loss: Loss, alone: Tensor, together: Tensor) -> PrivacyUnitError:
         return PrivacyUnitError(
-            f"The loss {loss.name!r} gives a row another value when other rows are beside it: {alone.tolist()} alone, "
+            f"The loss {as_given(loss.name)} gives a row another value when other rows are beside it: "
+            f"{alone.tolist()} alone, "
             f"{together.tolist()} together. Clipping would bound nothing. Return one value per row (B,) that is of "
             f"that row alone, the same each time."
         )
@@ -426,7 +430,8 @@ class PrivateTraining:
             return self._chosen[key]
         if not loss.declares.splittable:
             raise PrivacyUnitError(
-                f"The loss {loss.name!r} compares each row with all others of the batch: no row's gradient is its own, "
+                f"The loss {as_given(loss.name)} compares each row with all others of the batch: no row's gradient "
+                f"is its own, "
                 f"so that clipping would bound nothing. Choose another loss under differential privacy."
             )
         probe = [units[0], max(units[1:], key=lambda unit: self._length(batch, unit), default=units[0])]
@@ -562,16 +567,19 @@ def check_model(engine: Core) -> None:
     for name, module in model.causal.named_modules():
         if getattr(module, "running_mean", None) is not None:
             raise PrivacyUnitError(
-                f"The layer {name!r} keeps running statistics of the rows it saw, which no noise covers. Choose a "
+                f"The layer {as_given(name)} keeps running statistics of the rows it saw, which no noise covers. "
+                f"Choose a "
                 f"model without batch normalisation."
             )
     optimised = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
     for name, parameter in model.trainable:
         if id(parameter) not in optimised:
-            raise PrivacyUnitError(f"The weight {name!r} is trainable and the optimiser does not know it.")
+            raise PrivacyUnitError(
+                f"The weight {as_given(name)} is trainable and the optimiser does not know it."
+            )
         if parameter.dtype is not torch.float32:
             raise PrivacyUnitError(
-                f"The weight {name!r} is {parameter.dtype}; private training needs float32."
+                f"The weight {as_given(name)} is {parameter.dtype}; private training needs float32."
             )
 
 

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.batch import TICKET, BatchData
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses.views import LossOutputs
 from tensafe_nb.registry import Registry, check_keywords, name_of
+from tensafe_nb.reprs import as_given
 
 LossFunction: TypeAlias = Callable[..., "Tensor | Mapping[str, Any]"]
 ALWAYS_ALLOWED = frozenset(
@@ -88,7 +90,7 @@ class Loss:
         self._check_call()
         if len(batch) % self.declares.group:
             raise ValidationError(
-                f"The loss {self.name!r} takes rows in groups of {self.declares.group}, one after the other; "
+                f"The loss {as_given(self.name)} takes rows in groups of {self.declares.group}, one after the other; "
                 f"the batch has {len(batch)}. tensafe_nb.data.batches lays out pairs."
             )
         self.check_extras(set(batch.extras))
@@ -100,11 +102,11 @@ class Loss:
         known = {*self.declares.extras, *self.declares.optional_extras}
         for name in sorted(names - known - ALWAYS_ALLOWED):
             raise ValidationError(
-                f"The loss {self.name!r} does not use the batch entry {name!r}.{nearest(name, known)}"
+                f"The loss {as_given(self.name)} does not use the batch entry {as_given(name)}.{nearest(name, known)}"
             )
         for name in sorted(set(self.declares.extras) - names):
             raise ValidationError(
-                f"The loss {self.name!r} needs the batch entry {name!r}; the batch has {sorted(names)}."
+                f"The loss {as_given(self.name)} needs the batch entry {as_given(name)}; the batch has {sorted(names)}."
             )
 
     def __call__(self, outputs: LossOutputs, batch: Mapping[str, Tensor], **overrides: Any) -> LossValue:
@@ -150,7 +152,7 @@ class Loss:
         except TypeError as error:
             keywords = "".join(f", {name}=…" for name in self.kwargs)
             raise ValidationError(
-                f"The loss {self.name!r} cannot be called as {self.name}(outputs, batch{keywords}): {error}. "
+                f"The loss {as_given(self.name)} cannot be called as {self.name}(outputs, batch{keywords}): {error}. "
                 f"Keywords are given by loss_kwargs or resolve_loss."
             ) from error
 
@@ -159,7 +161,8 @@ class Loss:
         for name in answer:
             if name not in RETURNED:
                 raise self._refusal(
-                    f"an entry {name!r}", f"numbers to watch go in 'metrics'.{nearest(name, RETURNED)}"
+                    f"an entry {as_given(name)}",
+                    f"numbers to watch go in 'metrics'.{nearest(name, RETURNED)}",
                 )
         return answer
 
@@ -174,7 +177,7 @@ class Loss:
             )
         if torch.is_grad_enabled() and not value.requires_grad:
             raise ValidationError(
-                f"The loss {self.name!r} does not depend on the model: its value carries no gradient. "
+                f"The loss {as_given(self.name)} does not depend on the model: its value carries no gradient. "
                 f"Was it detached, or made with .item()?"
             )
         return value
@@ -183,11 +186,15 @@ class Loss:
         if not isinstance(metrics, Mapping):
             raise self._refusal(f"metrics of type {type(metrics).__name__}", "return {name: number}")
         for name in RESERVED & metrics.keys():
-            raise self._refusal(f"a metric {name!r}", "every step has a curve of that name: choose another")
+            raise self._refusal(
+                f"a metric {as_given(name)}", "every step has a curve of that name: choose another"
+            )
         for name in metrics:
             if not isinstance(name, str):
-                raise self._refusal(f"a metric named {name!r}", "a metric's name is a text")
-        return {name: self._number(metric, f"the metric {name!r}") for name, metric in metrics.items()}
+                raise self._refusal(f"a metric named {as_given(name)}", "a metric's name is a text")
+        return {
+            name: self._number(metric, f"the metric {as_given(name)}") for name, metric in metrics.items()
+        }
 
     def _weight(self, weight: object) -> float:
         number = self._number(weight, "the weight")
@@ -199,16 +206,17 @@ class Loss:
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
         if not isinstance(value, Real):
-            raise self._refusal(f"{what} as {value!r}", "expected a number")
+            raise self._refusal(f"{what} as {as_given(value)}", "expected a number")
         return float(value)
 
     def _refusal(self, what: str, how: str) -> ValidationError:
-        return ValidationError(f"The loss {self.name!r} returned {what}: {how.rstrip('.')}.")
+        return ValidationError(f"The loss {as_given(self.name)} returned {what}: {how.rstrip('.')}.")
 
 
 _LOSSES: Registry[LossFunction] = Registry("loss")
 
 
+@checked
 def register_loss(
     name: str,
     *,
@@ -246,13 +254,13 @@ def register_loss(
         ...     return (1 - outputs.logprobs.exp()).square().mean()
     """
     if group < 1:
-        raise ValidationError(f"register_loss({name!r}): group={group} must be at least 1.")
+        raise ValidationError(f"register_loss({as_given(name)}): group={group} must be at least 1.")
     declaration = Declaration(prenormalised, splittable, group, per, extras, optional_extras, per_row)
 
     def decorate(function: LossFunction) -> LossFunction:
         if not hasattr(function, "__dict__") or inspect.ismethod(function):
             raise ValidationError(
-                f"register_loss: {name!r} is a bound method or built in: register a function that calls it."
+                f"register_loss: {as_given(name)} is a bound method or built in: register a function that calls it."
             )
         _LOSSES.register(name, overwrite=overwrite)(function)
         function.declares = declaration  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from torch import Tensor
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses.base import register_loss
 from tensafe_nb.losses.views import LossOutputs, label_logprobs
+from tensafe_nb.reprs import as_given
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.85e8: guards against overflow only
 MAX_K3 = 10.0  # of |log π_ref − log π_θ| in k3, whose exponential gave NaN gradients elsewhere (verl #751)
@@ -137,7 +138,7 @@ def policy_clip(
     if ratio == "sequence":
         tokens = tokens._replace(log_ratio=_sequence_mean(tokens.log_ratio, batch))
     elif ratio != "token":
-        raise ValidationError(f"policy_clip: ratio={ratio!r} must be 'token' or 'sequence'.")
+        raise ValidationError(f"policy_clip: ratio={as_given(ratio)} must be 'token' or 'sequence'.")
     rho, advantages = tokens.ratio, tokens.advantages
     loss = -torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if dual_clip is not None:
@@ -297,7 +298,7 @@ def _kl_penalty(tokens: _Tokens, batch: Batch, kl: Terms | None) -> tuple[Tensor
         bounded = difference.clamp(-MAX_K3, MAX_K3)
         return kl["coef"] * (torch.expm1(bounded) - bounded), shown
     raise ValidationError(
-        f"kl['estimator']={estimator!r} cannot be a loss: use 'k2', or put k1 into the reward. As a loss, "
+        f"kl['estimator']={as_given(estimator)} cannot be a loss: use 'k2', or put k1 into the reward. As a loss, "
         f"k1 has no gradient in expectation."
     )
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy.replace_one import ReplaceOnePRV, replace_one_log_moment
+from tensafe_nb.reprs import as_given
 
 Array = NDArray[np.float64]
 Step = tuple[float, float, int]  # noise multiplier, sample rate, how many such steps
@@ -69,7 +70,7 @@ def check_accountant(name: str) -> None:
     """
     if name not in ("rdp", "prv"):
         reason = REFUSED.get(name, 'there are "rdp", and "prv", which is tighter and slower')
-        raise ValidationError(f"accountant_type={name!r} is not offered: {reason}.")
+        raise ValidationError(f"accountant_type={as_given(name)} is not offered: {reason}.")
 
 
 @lru_cache(maxsize=1)
@@ -84,7 +85,7 @@ def sample_rate(expected_batch_size: int, dataset_size: int) -> float:
     if any(isinstance(one, bool) or not isinstance(one, int | np.integer) or one < 1 for one in both):
         raise ValidationError(
             f"expected_batch_size and dataset_size are whole numbers of privacy units, from 1; they are "
-            f"{expected_batch_size!r} and {dataset_size!r}."
+            f"{as_given(expected_batch_size)} and {as_given(dataset_size)}."
         )
     return min(1.0, expected_batch_size / dataset_size)
 
@@ -196,7 +197,7 @@ def epsilon_gaussian(mu: float, delta: float) -> float:
     """
     _check_delta(delta)
     if math.isnan(mu) or mu < 0:
-        raise ValidationError(f"mu is a ratio of sensitivity to noise, from 0; it is {mu!r}.")
+        raise ValidationError(f"mu is a ratio of sensitivity to noise, from 0; it is {as_given(mu)}.")
     if mu == 0 or _log_delta(0.0, mu) <= math.log(delta):
         return 0.0
     above = mu * mu / 2 + mu * math.sqrt(-2 * math.log(delta))  # Phi(-x) <= e^(-x²/2) / 2
@@ -212,7 +213,7 @@ def mu_of_epsilon(epsilon: float, delta: float) -> float:
     """Return the largest mu whose exact Gaussian epsilon is not above the given one."""
     _check_delta(delta)
     if not 0 < epsilon < math.inf:
-        raise ValidationError(f"epsilon is a positive number here; it is {epsilon!r}.")
+        raise ValidationError(f"epsilon is a positive number here; it is {as_given(epsilon)}.")
     above = 1.0
     while _log_delta(epsilon, above) < math.log(delta):
         above *= 2
@@ -430,7 +431,7 @@ def solve_noise_multiplier(
     _check_step(1.0, sample_rate)
     _check_count("steps", steps)
     if not 0 < target_epsilon < math.inf:
-        raise ValidationError(f"target_epsilon is a positive number; it is {target_epsilon!r}.")
+        raise ValidationError(f"target_epsilon is a positive number; it is {as_given(target_epsilon)}.")
     if not steps or not sample_rate:
         raise ValidationError(
             "No noise is needed where nothing is released: give steps and a sample_rate above 0."
@@ -462,16 +463,16 @@ def _square(value: float) -> float:
 
 def _check_step(sigma: float, q: float) -> None:
     if not 0 <= sigma < math.inf:
-        raise ValidationError(f"noise_multiplier is a number from 0; it is {sigma!r}.")
+        raise ValidationError(f"noise_multiplier is a number from 0; it is {as_given(sigma)}.")
     if not 0 <= q <= 1:
-        raise ValidationError(f"The sample rate q is a probability: L/N, from 0 to 1; it is {q!r}.")
+        raise ValidationError(f"The sample rate q is a probability: L/N, from 0 to 1; it is {as_given(q)}.")
 
 
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ValidationError(f"{name} is a whole number from 0; it is {value!r}.")
+        raise ValidationError(f"{name} is a whole number from 0; it is {as_given(value)}.")
 
 
 def _check_delta(delta: float) -> None:
     if not 0 < delta < 1:
-        raise ValidationError(f"delta is a probability above 0 and below 1; it is {delta!r}.")
+        raise ValidationError(f"delta is a probability above 0 and below 1; it is {as_given(delta)}.")

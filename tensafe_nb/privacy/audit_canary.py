@@ -14,6 +14,7 @@ import numpy as np
 
 from tensafe_nb.batch import Array
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 
 STANDARD_ERRORS = 3.5  # a false alarm comes less than 3 times in 10,000 audits
 
@@ -117,7 +118,7 @@ def check_audit(canaries: int, steps: int, noise_multiplier: float) -> None:
     """
     for name, value in (("canaries", canaries), ("steps", steps)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValidationError(f"privacy_audit: {name}={value!r} must be a whole number.")
+            raise ValidationError(f"privacy_audit: {name}={as_given(value)} must be a whole number.")
     if not 100 <= canaries <= 10_000:
         raise ValidationError(f"privacy_audit: canaries={canaries} must be between 100 and 10,000.")
     if not 1 <= steps <= 1_000:

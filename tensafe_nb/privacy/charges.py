@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from tensafe_nb.errors import DPBudgetExceededError, ValidationError
 from tensafe_nb.privacy import accounting
 from tensafe_nb.privacy.tickets import DrawRegister
+from tensafe_nb.reprs import as_given
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Charge:
 
     def __post_init__(self) -> None:
         if self.mode not in ("poisson", "worst_case"):
-            raise ValidationError(f'mode is "poisson" or "worst_case"; it is {self.mode!r}.')
+            raise ValidationError(f'mode is "poisson" or "worst_case"; it is {as_given(self.mode)}.')
         if self.mode == "poisson" and self.dataset_size is None:
             raise ValidationError(
                 'sampling="poisson" needs dataset_size, the declared number of privacy units. It is never taken from '

@@ -53,6 +53,7 @@ from tensafe_nb.privacy.ledger_book import (
     voids_of,
 )
 from tensafe_nb.privacy.participation import Participation
+from tensafe_nb.reprs import as_given
 
 SCHEMA = 1
 P = ParamSpec("P")
@@ -218,7 +219,8 @@ class Ledger:
         held = units_of(together.values())
         if len(held | units) > 1 and held and not voids_of(together):
             raise PrivacyUnitError(
-                f"The privacy account {self.account!r} protects one {' or '.join(sorted(held))}, and this is for one "
+                f"The privacy account {as_given(self.account)} protects one {' or '.join(sorted(held))}, and this "
+                f"is for one "
                 f"{' or '.join(sorted(units - held))}: one epsilon cannot be true of both. Nothing was charged. Give "
                 f"all rows the same kind of unit; or train the others in an account of their own (another client, "
                 f"another DPConfig(dataset_id=…)); or give the guarantee up with tc.void_privacy(reason)."
@@ -311,7 +313,9 @@ class Ledger:
             raise LedgerError("it carries none")
         with readable("the checkpoint's ledger"):
             if carried["schema"] != SCHEMA:
-                raise LedgerError(f"they are of format {carried['schema']!r}, this version reads {SCHEMA}")
+                raise LedgerError(
+                    f"they are of format {as_given(carried['schema'])}, this version reads {SCHEMA}"
+                )
             fresh = missing_of(carried["accounts"], self._book.known)
             book = LedgerBook()
             book.read(

@@ -8,6 +8,7 @@ from typing import Literal
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy import accounting
 from tensafe_nb.privacy.accounting import Adjacency, Epsilon
+from tensafe_nb.reprs import as_given
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def what_if(
     """
     accounting.check_accountant(accountant_type)
     if sampling not in ("poisson", "worst_case"):
-        raise ValidationError(f'sampling is "poisson" or "worst_case"; it is {sampling!r}.')
+        raise ValidationError(f'sampling is "poisson" or "worst_case"; it is {as_given(sampling)}.')
     _check_numbers(noise_multiplier=noise_multiplier, target_epsilon=target_epsilon, epochs=epochs)
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValidationError(
@@ -112,7 +113,7 @@ def what_if(
 def _check_numbers(**given: object) -> None:
     for name, value in given.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise ValidationError(f"what_if: {name}={value!r} must be a number.")
+            raise ValidationError(f"what_if: {name}={as_given(value)} must be a number.")
 
 
 def noise_to_signal(sigma: float, parameters: int, expected_batch_size: int) -> float:
@@ -154,8 +155,8 @@ def _steps(steps: int | None, epochs: float | None, q: float) -> int:
     if steps is None:
         assert epochs is not None
         if not 0 < epochs < math.inf:
-            raise ValidationError(f"epochs is a positive number; it is {epochs!r}.")
+            raise ValidationError(f"epochs is a positive number; it is {as_given(epochs)}.")
         steps = math.ceil(epochs / q - 1e-9)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValidationError(f"steps is a whole number from 1; it is {steps!r}.")
+        raise ValidationError(f"steps is a whole number from 1; it is {as_given(steps)}.")
     return steps

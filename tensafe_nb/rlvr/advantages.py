@@ -109,7 +109,8 @@ class EMABaseline:
         scored = np.isfinite(rewards)
         if self.value is None and scored.sum() > 1:
             return rloo(rewards, np.zeros(len(rewards)))
-        return np.where(scored, rewards - (self.value or 0.0), 0.0)
+        apart = rewards - (self.value or 0.0)
+        return np.where(scored & (np.abs(apart) > NO_SIGNAL), apart, 0.0)  # not the rounding error of a mean
 
     def update(self, rewards: Array) -> None:
         """Take in the mean of a batch."""

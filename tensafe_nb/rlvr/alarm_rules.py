@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from tensafe_nb.rlvr.metrics import Goal, Row, Signal, signal_of
-from tensafe_nb.rlvr.rollouts import Trajectory, TrajectoryBatch, mean
+from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory, TrajectoryBatch, mean
 
 Level: TypeAlias = Literal["amber", "red"]
 
@@ -63,7 +63,7 @@ class Memory:
     def take(self, row: Row, batch: TrajectoryBatch, goal: Goal | None = None) -> None:
         """Take in a step."""
         self.clipped = [*self.clipped, batch.clipped_ratio][-2:]
-        signals = [signal for group in batch.groups if (signal := signal_of(group, goal)) is not None]
+        signals = [signal for group in batch.groups if (signal := _taught(group, goal)) is not None]
         self.signals = [*self.signals, *signals][-max(GROUPS, len(signals)) :]
         self._take_entropy(row)
         if "policy/approx_kl" in row:
@@ -378,10 +378,16 @@ def _where(batch: TrajectoryBatch, which: Callable[[Trajectory], bool]) -> tuple
     return tuple(number for number, trajectory in enumerate(batch) if which(trajectory))[:SHOWN]
 
 
+def _taught(group: RolloutGroup, goal: Goal | None = None) -> Signal | None:
+    """Return the signal of a group; answers that all score the same teach as well where others' are their baseline."""
+    signal = signal_of(group, goal)
+    return "mixed" if signal is not None and any(map(_has_advantage, group.rollouts)) else signal
+
+
 def _quiet(batch: TrajectoryBatch) -> set[int]:
     """Return the ids of the rollouts in groups without signal."""
     return {
-        id(t) for group in batch.groups if signal_of(group) in ("all_good", "all_bad") for t in group.rollouts
+        id(t) for group in batch.groups if _taught(group) in ("all_good", "all_bad") for t in group.rollouts
     }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from tensafe_nb.batch import Array
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, completed
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr import private, updates
 from tensafe_nb.rlvr.advantages import (
     EMABaseline,
@@ -70,7 +71,8 @@ class PolicyGradient(Generic[C]):
         )
         if not isinstance(chosen, self.options):
             raise ValidationError(
-                f"{type(self).__name__} takes a {self.options.__name__}, a preset's name, or fields; not {config!r}."
+                f"{type(self).__name__} takes a {self.options.__name__}, a preset's name, or fields; not "
+                f"{as_given(config)}."
             )
         settled: Any = chosen.replace(**fields) if fields else chosen
         self.config: C = settled
@@ -100,6 +102,8 @@ class PolicyGradient(Generic[C]):
         Raises:
             ValidationError: Nothing is scored, a group is too small for the baseline, or sampling was greedy.
         """
+        if not isinstance(batch, TrajectoryBatch):
+            raise ValidationError(f"update: batch is a TrajectoryBatch, not {as_given(batch)}.")
         method = self.config.method(batch, training_client.capabilities)
         self._check(batch, method)
         is_private = private.CAPABILITY in training_client.capabilities
@@ -165,7 +169,8 @@ class PolicyGradient(Generic[C]):
         smallest = smallest_group(batch)
         if smallest < 2 and (method in ("rloo", "group") or self.config.effective_scale == "group"):
             raise ValidationError(
-                f"baseline={method!r}, scale={self.config.effective_scale!r} compare the rollouts of a prompt, but a "
+                f"baseline={as_given(method)}, scale={as_given(self.config.effective_scale)} compare the rollouts "
+                f"of a prompt, but a "
                 f"group has {smallest}. Sample with group_size ≥ 2, or use a running mean: baseline='ema' "
                 f"(of PPO: advantage='ema')."
             )
@@ -303,7 +308,8 @@ def _custom(name: str, rewards: Array, penalty: Array | None, batch: TrajectoryB
         values[~np.isfinite(batch.rewards)] = 0.0
     if values.shape not in ((len(batch),), mask.shape) or not np.isfinite(values).all():
         raise ValidationError(
-            f"The advantage {name!r} returned shape {values.shape} for {len(batch)} rollouts: return one finite number "
+            f"The advantage {as_given(name)} returned shape {values.shape} for {len(batch)} rollouts: return one "
+            f"finite number "
             f"per rollout, ({len(batch)},), or per token, {mask.shape}."
         )
     return values

@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.numerals import Number, final_number, gold_number, numbers_in, same
 
 Meta = Mapping[str, Any] | None
@@ -43,12 +44,13 @@ def column_of(meta: Meta, column: str, reward: str) -> Any:
     if not meta or column not in meta:
         has = f" It has: {', '.join(map(str, meta))}." if meta else ""
         raise ValidationError(
-            f'{reward} needs the column {column!r}: give prompts as {{"prompt": …, "{column}": …}}.{has}'
+            f'{reward} needs the column {as_given(column)}: give prompts as {{"prompt": …, "{column}": …}}.{has}'
         )
     value = meta[column]
     if is_missing(value):
         raise ValidationError(
-            f"{reward}: the column {column!r} of this prompt is missing ({value!r}): fill it in, or leave the "
+            f"{reward}: the column {as_given(column)} of this prompt is missing ({as_given(value)}): fill it in, or "
+            f"leave the "
             f"prompt out."
         )
     return value
@@ -81,11 +83,12 @@ def answers_of(meta: Meta, column: str, reward: str) -> list[Any]:
     for answer in answers:
         if is_missing(answer):
             raise ValidationError(
-                f"{reward}: a right answer in the column {column!r} of this prompt is missing."
+                f"{reward}: a right answer in the column {as_given(column)} of this prompt is missing."
             )
         if isinstance(answer, Mapping | bytes | list | tuple):
             raise ValidationError(
-                f"{reward}: the column {column!r} of this prompt holds {str(answer)[:80]!r}, expected a text or a "
+                f"{reward}: the column {as_given(column)} of this prompt holds {str(answer)[:80]!r}, expected a "
+                f"text or a "
                 f"number, or a list of those."
             )
     return answers
@@ -144,7 +147,7 @@ def keyword_contains(
     words = list(wanted) if isinstance(wanted, Iterable) else [wanted]
     if not words or not all(isinstance(word, str) and word for word in words):
         raise ValidationError(
-            f"keyword_contains needs words, not {words!r}: pass keywords=[…], or a column 'keywords'."
+            f"keyword_contains needs words, not {as_given(words)}: pass keywords=[…], or a column 'keywords'."
             if words
             else "keyword_contains has no keywords: pass keywords=[…], or a column 'keywords'."
         )
@@ -228,7 +231,7 @@ def numeric_match(
     Raises:
         ValidationError: The prompt has no such column, or what is in it is not one number beyond doubt.
     """
-    what = f"numeric_match: the column {column!r} of this prompt"
+    what = f"numeric_match: the column {as_given(column)} of this prompt"
     golds = [gold_number(gold, what, decimal) for gold in answers_of(meta, column, "numeric_match")]
     given = final_number(response, decimal) if which == "last" else _first(numbers_in(response, decimal))
     return float(given is not None and any(same(given, gold, rel_tol, abs_tol) for gold in golds))
@@ -242,9 +245,9 @@ def _check_numeric(
     *, which: str = "last", rel_tol: float = 1e-6, abs_tol: float = 1e-9, decimal: str = ".", **_: Any
 ) -> None:
     if which not in ("last", "first"):
-        raise ValidationError(f"numeric_match: which={which!r}, expected 'last' or 'first'.")
+        raise ValidationError(f"numeric_match: which={as_given(which)}, expected 'last' or 'first'.")
     if decimal not in (".", ","):
-        raise ValidationError(f"numeric_match: decimal={decimal!r}, expected '.' or ','.")
+        raise ValidationError(f"numeric_match: decimal={as_given(decimal)}, expected '.' or ','.")
     if not (rel_tol >= 0 and abs_tol >= 0):
         raise ValidationError(f"numeric_match: rel_tol={rel_tol}, abs_tol={abs_tol}: neither can be below 0.")
 
@@ -280,7 +283,7 @@ def _check_regex(*, pattern: str, **_: Any) -> None:
         re.compile(pattern, re.DOTALL)
     except (re.error, TypeError) as error:
         raise ValidationError(
-            f"regex: the pattern {pattern!r} is no regular expression ({error})."
+            f"regex: the pattern {as_given(pattern)} is no regular expression ({error})."
         ) from error
 
 
@@ -330,7 +333,7 @@ def lcs_ratio(
 
 def _check_unit(*, unit: str = "words", **_: Any) -> None:
     if unit not in ("words", "characters"):
-        raise ValidationError(f"lcs_ratio: unit={unit!r}, expected 'words' or 'characters'.")
+        raise ValidationError(f"lcs_ratio: unit={as_given(unit)}, expected 'words' or 'characters'.")
 
 
 def _positions(sequence: Sequence[Hashable]) -> dict[Hashable, int]:

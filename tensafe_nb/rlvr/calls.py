@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.builtin_rewards import is_missing
 
 MAX_ERROR_TEXT = 500
@@ -70,7 +71,7 @@ class Conversation(list[Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(str, name):
-            raise AttributeError(f"a list of chat messages has no {name!r}, and neither has its text")
+            raise AttributeError(f"a list of chat messages has no {as_given(name)}, and neither has its text")
         return getattr(str(self), name)
 
 
@@ -95,7 +96,7 @@ class TrainerState:
     max_steps: int = 0
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"trainer_state has global_step and max_steps here, but no {name!r}")
+        raise AttributeError(f"trainer_state has global_step and max_steps here, but no {as_given(name)}")
 
 
 class RewardSample(NamedTuple):
@@ -397,7 +398,8 @@ def _trl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) ->
     def log_extra(column: str, values: Sequence[Any]) -> None:
         if len(values) != len(unit):
             raise ValidationError(
-                f"log_extra({column!r}) has {len(values)} values for {len(unit)} completions: give one for each."
+                f"log_extra({as_given(column)}) has {len(values)} values for {len(unit)} completions: give one for "
+                f"each."
             )
         log[column] = list(values)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.errors import RewardError, ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta, column_of, fenced
 
 _RUNNER = Path(__file__).with_name("code_runner.py")
@@ -59,7 +60,7 @@ def python_code(
     if not cases or not all(isinstance(case, str) and case.strip() for case in cases):
         raise ValidationError(
             f"python_code has no tests but {str(given)[:80]!r}: pass tests=['assert …', …], or fill the column "
-            f"{column!r} with such texts."
+            f"{as_given(column)} with such texts."
         )
     block = fenced(response, "python", "py", "python3", "py3")
     job = {

@@ -1,12 +1,12 @@
 """What a composite reward is made of, and how its parts add up."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.calls import Outcome
 
 
@@ -73,9 +73,11 @@ def _listed(given: Any, weights: Sequence[float] | None) -> Any:
         return [_entry(key, value) for key, value in given.items()]
     if weights is None or not isinstance(given, Sequence) or isinstance(given, str):
         return given
+    if not hasattr(weights, "__len__") or isinstance(weights, range | str):
+        raise ValidationError(f"composite: weights is a list of numbers, not {as_given(weights)}.")
     if len(weights) != len(given):
         raise ValidationError(
-            f"composite: {len(given)} rewards and the weights {weights!r}: give one for each."
+            f"composite: {len(given)} rewards and the weights {as_given(weights)}: give one for each."
         )
     return [Part(reward, weight) for reward, weight in zip(given, weights, strict=True)]
 
@@ -93,9 +95,11 @@ def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
     if isinstance(given, Mapping):
         known = {"reward", "weight", "name", "true", "kwargs"}
         for key in set(given) - known:
-            raise ValidationError(f"composite: a part has no {key!r}.{nearest(str(key), known)}")
+            raise ValidationError(f"composite: a part has no {as_given(key)}.{nearest(str(key), known)}")
         if "reward" not in given:
-            raise ValidationError(f"composite: the part {dict(given)!r} does not say which reward it is.")
+            raise ValidationError(
+                f"composite: the part {as_given(dict(given))} does not say which reward it is."
+            )
         values = {key: given[key] for key in ("weight", "name", "true") if key in given}
         given = Part(resolve(given["reward"], **given.get("kwargs", {})), **values)
     if isinstance(given, tuple) and len(given) == 2:
@@ -103,8 +107,10 @@ def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
     part = given if isinstance(given, Part) else Part(given)
     reward = resolve(part.reward)
     weight: Any = part.weight
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-        raise ValidationError(f"composite: the weight of {reward.name!r} is {weight!r}, expected a number.")
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(part.weight) < 1e300:
+        raise ValidationError(
+            f"composite: the weight of {as_given(reward.name)} is {as_given(weight)}, expected a number."
+        )
     return Part(reward, float(weight), part.name or reward.name, part.true)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.metrics import Goal, Row
 from tensafe_nb.rlvr.rollouts import GOOD, PolicyClient, RolloutGroup, TrajectoryBatch, mean
 from tensafe_nb.rlvr.samplers import Chat, prompt_specs, submit_rollouts
@@ -108,7 +109,8 @@ def _ks(given: Sequence[int] | None, samples: int) -> tuple[int, ...]:
         return () if samples == 1 else tuple(sorted({*(2**i for i in range(samples.bit_length())), samples}))
     if not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= samples for k in given):
         raise ValidationError(
-            f"eval_pass_at={given!r}: each k is a whole number from 1 to eval_samples={samples}; raise eval_samples to "
+            f"eval_pass_at={as_given(given)}: each k is a whole number from 1 to eval_samples={samples}; raise "
+            f"eval_samples to "
             f"estimate a larger one."
         )
     return tuple(given)

@@ -178,7 +178,7 @@ class RLVRLoop:
             cut = self._skipped.count("all truncated")
             self._run.remark(
                 f"No optimiser step was taken, so no weight has moved: in {len(self._skipped) - cut} of "
-                f"{len(self._skipped)} steps all answers to each prompt scored the same"
+                f"{len(self._skipped)} steps no answer scored better or worse than its baseline"
                 + (f", in {cut} every answer that could teach something was cut." if cut else ".")
             )
         for step in self._under_way.values():

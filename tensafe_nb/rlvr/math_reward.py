@@ -8,6 +8,7 @@ import math_verify  # type: ignore[import-untyped, unused-ignore]
 from math_verify import grader, parser
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.builtin_rewards import Meta, answers_of
 from tensafe_nb.rlvr.numerals import Number, gold_number, lone_number, same
 
@@ -40,7 +41,7 @@ def math(prompt: str, response: str, meta: Meta = None, *, column: str = "answer
 
 
 def _is_right(right: object, given: Number | None, response: str, column: str) -> bool:
-    what = f"math: the column {column!r} of this prompt"
+    what = f"math: the column {as_given(column)} of this prompt"
     number = lone_number(right, whole=True) if isinstance(right, str) else gold_number(right, what)
     if number is not None and given is not None:
         return same(given, number, 1e-6, 1e-9)
@@ -48,7 +49,7 @@ def _is_right(right: object, given: Number | None, response: str, column: str) -
     gold = _parsed(text if "$" in text or "\\boxed" in text else f"${text}$") or _parsed(text)
     if not gold:
         raise ValidationError(
-            f"math: math-verify finds no mathematics in the column {column!r}: {text[:80]!r}."
+            f"math: math-verify finds no mathematics in the column {as_given(column)}: {text[:80]!r}."
         )
     return bool(math_verify.verify(gold, _parsed(response), timeout_seconds=None, raise_on_error=True))
 

@@ -7,8 +7,10 @@ from typing import Any, Literal, Self
 
 import pydantic
 
+from tensafe_nb.checks import checked
 from tensafe_nb.config import Config, Positive
 from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.advantages import Aggregation, Baseline, Scale, resolve_advantage
 from tensafe_nb.rlvr.rollouts import TrajectoryBatch
 
@@ -167,9 +169,13 @@ class REINFORCEConfig(PolicyConfig):
     @pydantic.model_validator(mode="after")
     def _options_agree(self) -> Self:
         if not self.use_baseline and self.baseline not in (None, "none"):
-            raise ValueError(f"use_baseline=False contradicts baseline={self.baseline!r}: leave one out")
+            raise ValueError(
+                f"use_baseline=False contradicts baseline={as_given(self.baseline)}: leave one out"
+            )
         if self.normalize_advantages and self.scale not in (None, "batch"):
-            raise ValueError(f"normalize_advantages=True is scale='batch', not {self.scale!r}: leave one out")
+            raise ValueError(
+                f"normalize_advantages=True is scale='batch', not {as_given(self.scale)}: leave one out"
+            )
         if self.advantage is not None:
             _check_advantage(self.advantage, self.baseline, self.effective_scale)
         return self
@@ -238,7 +244,7 @@ class PPOConfig(PolicyConfig):
             )
         if self.advantage == "gae" and self.effective_scale != "none":
             raise ValueError(
-                f"scale={self.scale!r} with advantage='gae': gae whitens by itself, leave scale out"
+                f"scale={as_given(self.scale)} with advantage='gae': gae whitens by itself, leave scale out"
             )
         if self.loss == "cispo" and isinstance(self.clip_range, float):
             raise ValueError("loss='cispo' takes both bounds: clip_range=(smallest, largest), such as (0, 5)")
@@ -309,7 +315,7 @@ def smallest_group(batch: TrajectoryBatch) -> int:
 def _check_advantage(name: str, baseline: Baseline | None, scale: Scale) -> None:
     resolve_advantage(name)
     if baseline is not None or scale != "none":
-        raise ValueError(f"advantage={name!r} is computed as a whole: leave baseline and scale out")
+        raise ValueError(f"advantage={as_given(name)} is computed as a whole: leave baseline and scale out")
 
 
 _PRESETS: dict[str, PolicyConfig] = {
@@ -331,6 +337,7 @@ _PRESETS: dict[str, PolicyConfig] = {
 }
 
 
+@checked
 def register_preset(name: str, config: PolicyConfig, *, overwrite: bool = False) -> None:
     """Give options a name: `REINFORCE("name")` or `PPO("name")`, and `rlvr: {algo: name}` in a file.
 
@@ -338,7 +345,9 @@ def register_preset(name: str, config: PolicyConfig, *, overwrite: bool = False)
         ValidationError: The name is taken.
     """
     if name in _PRESETS and not overwrite and _PRESETS[name] != config:
-        raise ValidationError(f"There is a preset {name!r} already: choose another name, or overwrite=True.")
+        raise ValidationError(
+            f"There is a preset {as_given(name)} already: choose another name, or overwrite=True."
+        )
     _PRESETS[name] = config
 
 
@@ -347,6 +356,7 @@ def get_presets() -> Mapping[str, PolicyConfig]:
     return dict(_PRESETS)
 
 
+@checked
 def preset(name: str, kind: type[PolicyConfig]) -> PolicyConfig:
     """Return the options of a preset.
 
@@ -354,8 +364,10 @@ def preset(name: str, kind: type[PolicyConfig]) -> PolicyConfig:
         ValidationError: There is none of this name, or it belongs to the other algorithm.
     """
     if name not in _PRESETS:
-        raise ValidationError(f"There is no preset {name!r}.{nearest(name, _PRESETS)}")
+        raise ValidationError(f"There is no preset {as_given(name)}.{nearest(name, _PRESETS)}")
     found = _PRESETS[name]
     if not isinstance(found, kind):
-        raise ValidationError(f"The preset {name!r} is one of {type(found).__name__.removesuffix('Config')}.")
+        raise ValidationError(
+            f"The preset {as_given(name)} is one of {type(found).__name__.removesuffix('Config')}."
+        )
     return found

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta, column_of, fenced
 from tensafe_nb.rlvr.numerals import final_answer, gold_number
 
@@ -53,7 +54,7 @@ def _schema_of(meta: Meta, column: str) -> Any:
         schema = json.loads(given) if isinstance(given, str) else given
     except ValueError as error:
         raise ValidationError(
-            f"json_schema: the column {column!r} of this prompt is no JSON ({error})."
+            f"json_schema: the column {as_given(column)} of this prompt is no JSON ({error})."
         ) from error
     _check_json_schema(schema=schema)
     return schema
@@ -107,7 +108,7 @@ def countdown(
     what = "countdown: the column {!r} of this prompt"
     given = column_of(meta, numbers, "countdown")
     if isinstance(given, str | Mapping) or not hasattr(given, "__iter__"):
-        raise ValidationError(f"{what.format(numbers)} holds {given!r}, expected a list of numbers.")
+        raise ValidationError(f"{what.format(numbers)} holds {as_given(given)}, expected a list of numbers.")
     allowed = Counter(gold_number(number, what.format(numbers)).value for number in given)
     aim = gold_number(column_of(meta, target, "countdown"), what.format(target)).value
     read = _expression(response)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tensafe_nb.reprs import escaped
+from tensafe_nb.checks import checked
+from tensafe_nb.reprs import as_given, escaped
 from tensafe_nb.rlvr.rollouts import Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, unscored
 
@@ -80,7 +81,7 @@ class RewardPreview:
     def _summary(self) -> str:
         report = self.report
         return (
-            f"Reward {self.name!r} on {len(self.rollouts)} rollouts: mean {self.rollouts.mean_reward:.3g}, "
+            f"Reward {as_given(self.name)} on {len(self.rollouts)} rollouts: mean {self.rollouts.mean_reward:.3g}, "
             f"{report.scored} scored, {report.abstained} abstained, {report.errors} errors "
             f"({report.timeouts} timeouts); rewards differ within {self.groups_with_signal:.0%} of the prompts"
         )
@@ -92,6 +93,7 @@ class RewardPreview:
         return [("best", self.best), ("worst", self.worst), ("suspect", self.suspects)]
 
 
+@checked
 def preview_reward(reward: Any, batch: TrajectoryBatch, *, timeout: float | None = 5.0) -> RewardPreview:
     """Score a batch to see what a reward does, before a step is taken with it. The batch stays as it is.
 

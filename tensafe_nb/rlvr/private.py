@@ -13,6 +13,7 @@ import numpy as np
 
 from tensafe_nb.batch import Array
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.advantages import token_weights
 from tensafe_nb.rlvr.options import PolicyConfig
 from tensafe_nb.rlvr.rollouts import TrajectoryBatch
@@ -46,7 +47,8 @@ def check_options(config: PolicyConfig, method: str, capabilities: frozenset[str
 def _problems(config: PolicyConfig, method: str) -> Iterator[str]:
     if method not in ALLOWED:
         yield (
-            f"the advantage {method!r} couples prompts, or cannot be seen not to: choose one of {', '.join(ALLOWED)}"
+            f"the advantage {as_given(method)} couples prompts, or cannot be seen not to: choose one of "
+            f"{', '.join(ALLOWED)}"
         )
     if config.effective_scale == "batch":
         yield "scale='batch' divides by what other prompts earned: choose 'group' or 'none'"

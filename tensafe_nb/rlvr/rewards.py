@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import RewardError, ValidationError, nearest
 from tensafe_nb.registry import Registry, check_keywords, load_dotted, name_of
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr import builtin_rewards, code_reward, parsed_rewards, shaping_rewards
 from tensafe_nb.rlvr.calls import Call, Conversation, Outcome, RewardSample, Style
 from tensafe_nb.rlvr.composite import Part, combined, read_parts
@@ -101,7 +103,7 @@ class Reward:
         text = prompt if isinstance(prompt, str) else str(messages)
         outcome = _called(self.call, RewardSample(text, response, given, tokens, messages))
         if outcome.error is not None:
-            raise RewardError(f"The reward {self.name!r} {outcome.error}.")
+            raise RewardError(f"The reward {as_given(self.name)} {outcome.error}.")
         return outcome.score
 
     @property
@@ -149,6 +151,7 @@ class Reward:
 RewardSpec: TypeAlias = str | RewardFunction | Reward | Sequence[Any] | Mapping[Any, Any]
 
 
+@checked
 def resolve_reward(spec: Any, *, conversational: bool | None = None, **kwargs: Any) -> Reward:
     """Return the reward that `spec` means, with keywords bound.
 
@@ -182,7 +185,12 @@ def resolve_reward(spec: Any, *, conversational: bool | None = None, **kwargs: A
     if isinstance(spec, Reward):
         return _rebound(spec, kwargs) if kwargs else spec
     if isinstance(spec, list | tuple | Mapping):
-        parts = read_parts(spec, resolve_reward, kwargs.pop("weights", None))
+        try:
+            parts = read_parts(spec, resolve_reward, kwargs.pop("weights", None))
+        except RecursionError:
+            raise ValidationError(
+                f"{as_given(spec)} holds itself, or is nested too deeply: no reward."
+            ) from None
         check_keywords(composite, kwargs, "reward", 3)
         return Reward("composite", composite, {"parts": parts}, parts=parts)
     function = _function(spec)
@@ -214,7 +222,9 @@ def _function(spec: Any) -> Any:
     if isinstance(spec, str) and spec in _EXTRAS and spec not in _REWARDS:
         return _load_extra(*_EXTRAS[spec])
     if isinstance(spec, str) and ":" not in spec and spec not in _REWARDS:
-        raise ValidationError(f"There is no reward named {spec!r}.{nearest(spec, get_registered_rewards())}")
+        raise ValidationError(
+            f"There is no reward named {as_given(spec)}.{nearest(spec, get_registered_rewards())}"
+        )
     return _REWARDS.resolve(spec)
 
 

@@ -17,7 +17,7 @@ from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.plain import from_plain, to_plain
-from tensafe_nb.reprs import Facts, shown
+from tensafe_nb.reprs import Facts, as_given, shown
 from tensafe_nb.types import (
     ForwardBackwardResult,
     FreezeReferenceResult,
@@ -245,7 +245,7 @@ class TrajectoryBatch(Sequence[Trajectory]):
         smallest = min((len(group.rollouts) for group in self.groups), default=0)
         if not 1 <= group_size <= smallest:
             raise ValidationError(
-                f"subset({group_size!r}): give a number from 1 to {smallest}, the size of the smallest group."
+                f"subset({as_given(group_size)}): give a number from 1 to {smallest}, the size of the smallest group."
             )
         groups = [replace(group, rollouts=group.rollouts[:group_size]) for group in self.groups]
         return TrajectoryBatch(groups, self.sampling.replace(num_samples=group_size))
@@ -374,7 +374,7 @@ def _read(path: Path) -> TrajectoryBatch:
         with path.open(encoding="utf-8") as lines:
             head = json.loads(next(lines, ""))
             if head["format"] != FORMAT:
-                raise ValueError(f"its format is {head['format']!r}")
+                raise ValueError(f"its format is {as_given(head['format'])}")
             groups = []
             for number, line in enumerate(lines, 2):  # noqa: B007
                 groups.append(_group(json.loads(line, object_hook=_revive)))

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from tensafe_nb.checks import checked
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
 from tensafe_nb.data.labels import encode_prompt
@@ -18,6 +19,7 @@ from tensafe_nb.data.layouts import is_chat, refuse_media, template_options
 from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.rollouts import MOCK, PolicyClient, RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.types import Message, Prompt, SampledSequence, SampleResult
 
@@ -96,7 +98,7 @@ def _no_prompt(spec: Mapping[str, Any]) -> ValidationError:
     name = likely or (texts[0] if texts else "…")
     return ValidationError(
         f"a prompt given as a dict needs 'prompt'; it has {names}. "
-        f"Name it: [{{**row, 'prompt': row[{name!r}]}} for row in rows]."
+        f"Name it: [{{**row, 'prompt': row[{as_given(name)}]}} for row in rows]."
     )
 
 
@@ -208,6 +210,7 @@ class PolicySampler:
         8
     """
 
+    @checked
     def __init__(
         self,
         training_client: PolicyClient,
@@ -223,7 +226,9 @@ class PolicySampler:
         seed: int | None = None,
     ) -> None:
         if chat not in get_args(Chat):
-            raise ValidationError(f"chat={chat!r} must be one of {', '.join(map(repr, get_args(Chat)))}.")
+            raise ValidationError(
+                f"chat={as_given(chat)} must be one of {', '.join(map(repr, get_args(Chat)))}."
+            )
         self.sampling = SamplingConfig(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -237,7 +242,7 @@ class PolicySampler:
             warnings.warn(
                 "top_p < 1 or top_k > 0 samples from a cut distribution, the update trains the whole one: "
                 "expect biased gradients. Leave both at their defaults for training.",
-                stacklevel=2,
+                stacklevel=3,  # past `checked`
             )
         self.chat = chat
         self._client = training_client
@@ -354,6 +359,7 @@ class MockRolloutSampler:
         <TrajectoryBatch 4 rollouts of 1 prompts, mean reward nan, mock data>
     """
 
+    @checked
     def __init__(self, max_new_tokens: int = 64, group_size: int = 4, seed: int = 0) -> None:
         self.sampling = SamplingConfig(max_new_tokens=max_new_tokens, num_samples=group_size, seed=seed)
         self._random = random.Random(seed)

@@ -13,8 +13,9 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
-from tensafe_nb.reprs import shown
+from tensafe_nb.reprs import as_given, shown
 from tensafe_nb.rlvr.calls import Call, Outcome, RewardSample, TrainerState, outcomes_of
 from tensafe_nb.rlvr.composite import combined, named_parts
 from tensafe_nb.rlvr.coroutine_pool import CoroutinePool
@@ -155,11 +156,14 @@ class Scorer:
         0
     """
 
+    @checked
     def __init__(self, reward: Any, timeout: float | None = 5.0, processes: int | None = None) -> None:
         if timeout is not None and not timeout > 0:
-            raise ValidationError(f"Scorer: timeout={timeout!r} must be more than 0 seconds, or None.")
+            raise ValidationError(
+                f"Scorer: timeout={as_given(timeout)} must be more than 0 seconds, or None."
+            )
         if processes is not None and processes < 1:
-            raise ValidationError(f"Scorer: processes={processes!r} must be at least 1.")
+            raise ValidationError(f"Scorer: processes={as_given(processes)} must be at least 1.")
         self.reward = resolve_reward(reward)
         self.timeout = timeout
         self.processes = processes or min(_cores(), MAX_PROCESSES)
@@ -285,7 +289,8 @@ class Scorer:
 
     def _stay_here(self, reward: Reward, call: Call, reason: CannotShip) -> int:
         warnings.warn(
-            f"The reward {reward.name!r} cannot be sent to another process ({reason}), so it runs in a thread of "
+            f"The reward {as_given(reward.name)} cannot be sent to another process ({reason}), so it runs in a "
+            f"thread of "
             f"this one: a call that hangs is given up after {self.timeout:g} s but cannot be ended. Make what cannot "
             f"be pickled inside the function, at its first call, rather than before it.",
             stacklevel=2,
@@ -343,16 +348,20 @@ def check_scored(trajectories: Sequence[Trajectory], reward: Reward) -> None:
         return
     errors = [trajectory for trajectory in trajectories if trajectory.reward_error is not None]
     if not errors:
-        raise RewardError(f"The reward {reward.name!r} returned None for all {len(trajectories)} rollouts.")
+        raise RewardError(
+            f"The reward {as_given(reward.name)} returned None for all {len(trajectories)} rollouts."
+        )
     first = errors[0]
     raise RewardError(
-        f"The reward {reward.name!r} scored none of {len(trajectories)} rollouts. Its first error, on prompt "
-        f"{first.prompt!r} and response {first.response!r}: {first.reward_error}. Fix the function and run "
+        f"The reward {as_given(reward.name)} scored none of {len(trajectories)} rollouts. Its first error, on prompt "
+        f"{as_given(first.prompt)} and response {as_given(first.response)}: {first.reward_error}. Fix the function "
+        f"and run "
         f"again; failed rewards are never counted as 0.",
         details={"errors": len(errors), "prompt": first.prompt, "response": first.response},
     )
 
 
+@checked
 def rescore(batch: TrajectoryBatch, reward: Any, *, timeout: float | None = 5.0) -> TrajectoryBatch:
     """Return a copy of a batch with the rewards that another function gives; nothing is sampled again.
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.builtin_rewards import Builtin, Meta
 
 UNITS = ("tokens", "words", "characters")
@@ -90,7 +91,7 @@ def _check_length_penalty(
 
 def _check_unit(reward: str, unit: str) -> None:
     if unit not in UNITS:
-        raise ValidationError(f"{reward}: unit={unit!r}, expected one of {', '.join(UNITS)}.")
+        raise ValidationError(f"{reward}: unit={as_given(unit)}, expected one of {', '.join(UNITS)}.")
 
 
 def _length(reward: str, response: str, tokens: Sequence[int], unit: str) -> int:
@@ -147,7 +148,7 @@ def _check_format(*, tags: Sequence[str] = ("think",), **_: Any) -> None:
         or not all(isinstance(t, str) and re.fullmatch(r"[\w-]+", t) for t in tags)
     ):
         raise ValidationError(
-            f"format_compliance: tags={tags!r}, expected names such as ('think', 'answer')."
+            f"format_compliance: tags={as_given(tags)}, expected names such as ('think', 'answer')."
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.reprs import as_given
 from tensafe_nb.rlvr.calls import Call, Style
 
 _COLUMNS = frozenset(
@@ -35,7 +36,9 @@ def call_for(
     """
     if hasattr(spec, "score_answer"):
         if kwargs:
-            raise ValidationError(f"The reward {name!r} is a data set's score_answer and takes no keywords.")
+            raise ValidationError(
+                f"The reward {as_given(name)} is a data set's score_answer and takes no keywords."
+            )
         return Call(spec.score_answer, {}, Style.GYM, frozenset({"answer", "entry"}))
     signature = _signature(spec, name)
     style = _style_of(signature, kwargs)
@@ -43,7 +46,7 @@ def call_for(
     check(spec, kwargs, positional)
     if conversational and style not in (Style.TRL, Style.VERIFIERS):
         raise ValidationError(
-            f"The reward {name!r}: conversational=True is for TRL's and verifiers' functions, this one has "
+            f"The reward {as_given(name)}: conversational=True is for TRL's and verifiers' functions, this one has "
             f"the signature {signature}."
         )
     if style is Style.OURS and _wants_text(signature):
@@ -56,34 +59,36 @@ def call_for(
 def _signature(spec: Any, name: str) -> inspect.Signature:
     """Return the signature of what can be called once for a score; refuse what cannot."""
     if inspect.isclass(spec):
-        raise ValidationError(f"The reward {name!r} is a class: give an object of it, {name}(…).")
+        raise ValidationError(f"The reward {as_given(name)} is a class: give an object of it, {name}(…).")
     for function in (spec, getattr(spec, "__call__", None)):  # noqa: B004  # of an object, its __call__
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise ValidationError(
-                f"The reward {name!r} yields: a reward returns its number (or list of numbers)."
+                f"The reward {as_given(name)} yields: a reward returns its number (or list of numbers)."
             )
     try:
         signature = inspect.signature(spec)
     except (TypeError, ValueError) as error:
         raise ValidationError(
-            f"The reward {name!r} does not say which parameters it takes ({error}): wrap it, "
+            f"The reward {as_given(name)} does not say which parameters it takes ({error}): wrap it, "
             f"lambda prompt, response: … ."
         ) from error
     names = list(signature.parameters)
     if "trace" in names and not {"response", "completion", "completions"} & set(names):
         raise ValidationError(
-            f"The reward {name!r} is one of verifiers v1: it needs the trace of a verifiers rollout, which there is "
+            f"The reward {as_given(name)} is one of verifiers v1: it needs the trace of a verifiers rollout, which "
+            f"there is "
             f"none of here. Write what it compares as\n"
             f"async def {name}(completion, answer): return float(completion[-1]['content'] == str(answer))"
         )
     if names[:1] in (["self"], ["cls"]):
         raise ValidationError(
-            f"The reward {name!r} is a method without its object: give that of an object, Judge(…).{name}"
+            f"The reward {as_given(name)} is a method without its object: give that of an object, Judge(…).{name}"
         )
     kinds = {p.kind for p in signature.parameters.values()}
     if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} and names:
         raise ValidationError(
-            f"The reward {name!r} has the signature {signature}, which hides what it takes. If it is decorated, put "
+            f"The reward {as_given(name)} has the signature {signature}, which hides what it takes. If it is "
+            f"decorated, put "
             f"@functools.wraps(function) on the wrapper inside the decorator; else name its parameters, "
             f"fn(prompt, response, meta=None)."
         )
@@ -137,7 +142,8 @@ def _refuse_unbound(call: Call, name: str) -> None:
     """Refuse a foreign function that needs what nobody can give it."""
     if call.style is Style.TRL and "environments" in call.required - set(call.kwargs):
         raise ValidationError(
-            f"The reward {name!r} needs environments, which are TRL's for several turns; here a rollout is one turn. "
+            f"The reward {as_given(name)} needs environments, which are TRL's for several turns; here a rollout is "
+            f"one turn. "
             f"Score its text: def {name}(completions, **columns)."
         )
     needed = call.required - set(call.kwargs)
@@ -146,7 +152,7 @@ def _refuse_unbound(call: Call, name: str) -> None:
     )
     if missing:
         raise ValidationError(
-            f"The reward {name!r} needs {', '.join(sorted(missing))}: bind it with "
+            f"The reward {as_given(name)} needs {', '.join(sorted(missing))}: bind it with "
             f"resolve_reward(function, {min(missing)}=…)."
         )
 
@@ -171,7 +177,8 @@ def _positional(signature: inspect.Signature, name: str, kwargs: Mapping[str, An
             "and name the response 'response'."
         )
     raise ValidationError(
-        f"The reward {name!r} has the signature {signature}: expected fn(prompt, response, meta=None) -> float, "
+        f"The reward {as_given(name)} has the signature {signature}: expected fn(prompt, response, meta=None) -> "
+        f"float, "
         f"or the signature of a TRL, verl, OpenRLHF or verifiers function.{hint}"
     )
 

@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from tensafe_nb.checks import checked
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import OnBadRows, Rows
 from tensafe_nb.data.rows import check_on_bad_rows
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.loops import Loop
+from tensafe_nb.reprs import as_given
 from tensafe_nb.retention import Checkpoints
 from tensafe_nb.rlvr.alarm_rules import BF16_GAP, FP32_GAP
 from tensafe_nb.rlvr.alarms import Alarms
@@ -86,6 +88,7 @@ class RLVRTrainer:
         >>> await run
     """
 
+    @checked
     def __init__(
         self,
         training_client: RunningClient,
@@ -204,6 +207,7 @@ class RLVRTrainer:
         """
         self.reward = resolve_reward(reward, **kwargs)
 
+    @checked
     def rescore(self, last: int = 20, reward: RewardSpec | None = None) -> Rescored:
         """Ask what a reward says of the rollouts of the last steps, without sampling or training anything.
 
@@ -319,15 +323,17 @@ def _check(
     if eval_every is not None and (eval_prompts is None or eval_every < 1):
         raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
     if algo is not None and (isinstance(algo, type) or not hasattr(algo, "update")):
-        raise ValidationError(f"RLVRTrainer: algo is an algorithm such as REINFORCE(), not {algo!r}.")
+        raise ValidationError(f"RLVRTrainer: algo is an algorithm such as REINFORCE(), not {as_given(algo)}.")
     if on_reward_errors not in ("pause", "fail"):
         raise ValidationError(
-            f"RLVRTrainer: on_reward_errors={on_reward_errors!r} must be 'pause' or 'fail'."
+            f"RLVRTrainer: on_reward_errors={as_given(on_reward_errors)} must be 'pause' or 'fail'."
         )
     if not isinstance(good_threshold, int | float) or not math.isfinite(good_threshold):
-        raise ValidationError(f"RLVRTrainer: good_threshold={good_threshold!r} must be a finite number.")
+        raise ValidationError(
+            f"RLVRTrainer: good_threshold={as_given(good_threshold)} must be a finite number."
+        )
     if not isinstance(seed, int) or seed < 0:
-        raise ValidationError(f"RLVRTrainer: seed={seed!r} must be a whole number, 0 or more.")
+        raise ValidationError(f"RLVRTrainer: seed={as_given(seed)} must be a whole number, 0 or more.")
 
 
 def _gap(config: TrainingConfig) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.reprs import as_given
 from tensafe_nb.runs import TrainingRun
 from tensafe_nb.types import RunStatus, SaveStateResult
 from tensafe_nb.widgets.feed import Feed
@@ -76,7 +77,7 @@ class Commands:
             return self._save()
         if command == "cancel":
             return Obeyed(f"{self._client.cancel_pending()} waiting operations were cancelled.")
-        raise ValueError(f"This panel does not know {command!r}.")
+        raise ValueError(f"This panel does not know {as_given(command)}.")
 
     def facts_of(self, artifact_id: str) -> dict[str, Any]:
         """Look up what the events do not tell of a checkpoint: how it is sealed, and its metadata."""
@@ -109,7 +110,7 @@ class Commands:
     def _checkpoint_of(self, content: Mapping[str, Any]) -> str:
         artifact_id = content.get("id")
         if artifact_id not in self._feed.landmarks.checkpoints:
-            raise ValueError(f"There is no checkpoint {artifact_id!r} of this client any more.")
+            raise ValueError(f"There is no checkpoint {as_given(artifact_id)} of this client any more.")
         return str(artifact_id)
 
     def _save(self) -> Obeyed:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, final
 import traitlets
 
 from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.reprs import escaped
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.base import CurveWidget, css, esm, view_bundle
 from tensafe_nb.widgets.feed import Source, feed_of
@@ -90,7 +91,7 @@ class Dashboard(CurveWidget):
         of = f"run {facts.run_number} of " if facts.run_id else ""
         marks = "".join(f"{mark} · " for mark in self.feed.marks)
         line = f"{marks}Live panel of {of}{self.feed.client.training_client_id}: open in Jupyter"
-        return view_bundle(self) | {"text/html": f"<p>{line}</p>", "text/plain": line}
+        return view_bundle(self) | {"text/html": f"<p>{escaped(line)}</p>", "text/plain": line}
 
     # telling the page
 

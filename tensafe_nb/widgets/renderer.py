@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.reprs import as_given
 
 VARIABLE = "TENSAFE_NB_RENDERER"
 
@@ -29,7 +30,7 @@ def choose() -> Renderer:
         return Renderer.WIDGET if in_kernel() else Renderer.TEXT
     if asked not in list(Renderer):
         raise ValidationError(
-            f"{VARIABLE}={asked!r} is none of widget, html, text.{nearest(asked, list(Renderer))}"
+            f"{VARIABLE}={as_given(asked)} is none of widget, html, text.{nearest(asked, list(Renderer))}"
         )
     return Renderer(asked) if in_kernel() else Renderer.TEXT
 

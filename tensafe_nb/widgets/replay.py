@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, final
 
 from tensafe_nb import widgets
+from tensafe_nb.checks import checked
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
 from tensafe_nb.events import Event, RunHistory
 from tensafe_nb.futures import Promise
 from tensafe_nb.records import RunRecord, load_run, read_log
+from tensafe_nb.reprs import as_given
 from tensafe_nb.types import RunStatus
 from tensafe_nb.widgets.recording import Recording
 
@@ -126,6 +128,7 @@ class Replay:
         return min(max(event.time - self._recording.now(), 0) / self.speed, LONGEST_GAP)
 
 
+@checked
 def replay(run: str | Path | RunRecord, speed: float = 20.0, *, show: bool = True) -> Replay:
     """Show a recorded run in the panel, moving as it moved; labelled REPLAY, and without buttons.
 
@@ -145,7 +148,7 @@ def replay(run: str | Path | RunRecord, speed: float = 20.0, *, show: bool = Tru
     """
     if not isinstance(speed, int | float) or isinstance(speed, bool) or not isfinite(speed) or speed <= 0:
         raise ValidationError(
-            f"replay: speed={speed!r} must be a number above 0: 20 is twenty times as fast."
+            f"replay: speed={as_given(speed)} must be a number above 0: 20 is twenty times as fast."
         )
     record = _record_of(run)
     if not record.state.ended:

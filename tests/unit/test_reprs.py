@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import reprs, types
+from tensafe_nb import records, reprs, types
 from tensafe_nb.events import CheckpointSaved, EventBus, Metrics, RunHistory
 from tensafe_nb.plain import from_plain, to_plain
 from tensafe_nb.reprs import as_markdown
@@ -64,9 +64,7 @@ HELD: dict[str, Any] = {
     "CheckpointSaved": CheckpointSaved(
         artifact_id="art-1", step=3, size_bytes=1, content_hash="x", name=HOSTILE
     ),
-    "RunRecord": dataclasses.replace(
-        hostile(tn.load_run.__globals__["RunRecord"]), state=tn.RunStatus.RUNNING
-    ),
+    "RunRecord": dataclasses.replace(hostile(records.RunRecord), state=tn.RunStatus.RUNNING),
 }
 
 

@@ -3,6 +3,7 @@
 The expected texts are written by hand, one for each way in which templates differ; none is computed by the code tested.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,7 @@ TOOLS = (
     "</tool_call>{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+FORGETS_SYSTEM = CHATML.replace("in messages %}", "in messages if m.role != 'system' %}")
 FORGETS = "{% for m in messages if m.role != 'assistant' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 
 
@@ -263,6 +265,30 @@ def test_an_answer_that_opens_the_chat_is_learnt_from_where_its_prompt_ends() ->
     opening = [{"role": "assistant", "content": "Hello!"}, *chat("How are you?", "Well.")]
     made = shown(tokenizer, *encoded(tokenizer, {"messages": opening}))
     assert made == "assistant:⟦ Hello!<|im_end|>⟧\nuser: How are you?\nassistant:⟦ Well.<|im_end|>⟧\n"
+
+
+def test_a_thought_without_an_answer_is_learnt_to_the_end_of_its_turn() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}"
+        "{% set parts = m.content.split('</think>') %}{% if loop.last %}{{ parts[0] }}\n</think>\n\n{% endif %}"
+        "{{ parts[1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = tokenizer_with(template)
+    made = shown(tokenizer, *encoded(tokenizer, {"messages": chat("Why?", "<think>a long story</think>")}))
+    assert made == (
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        "⟦<think>a long story\n</think>\n\n<|im_end|>⟧\n"
+    )
+
+
+@pytest.mark.parametrize(("template", "told"), [(FORGETS_SYSTEM, 1), (CHATML, 0), (MERGES_SYSTEM, 0)])
+def test_a_template_that_leaves_out_what_the_system_says_is_named_once(template: str, told: int) -> None:
+    rows = [{"messages": chat("Hi", "yes", system="Be brief.")}] * 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        encode_many(rows, tokenizer_with(template))
+    assert sum("leaves out what the system says" in str(one.message) for one in caught) == told
 
 
 def test_calls_of_tools_are_learnt_and_what_the_tools_say_is_not() -> None:

@@ -18,7 +18,7 @@ HEALTHY = {"grad_norm": 1.0, "param_delta_norm": 0.1, "policy/approx_kl": 0.0}
 
 
 def batch_of(*groups, cut=0, errors=0, advantage=1.0):
-    """Rollouts with these rewards: the first `cut` are truncated, the first `errors` failed to score."""
+    """Rollouts with these rewards, each prompt its own baseline: the first `cut` are truncated, `errors` failed."""
     batch = TrajectoryBatch(
         [
             RolloutGroup(f"g{n}", "p", [Trajectory("p", "r", tokens=[1] * 3, reward=r) for r in rewards])
@@ -26,9 +26,10 @@ def batch_of(*groups, cut=0, errors=0, advantage=1.0):
         ],
         SamplingConfig(max_new_tokens=16),
     )
+    signal = [group.has_signal for group in batch.groups for _ in group.rollouts]
     for number, trajectory in enumerate(batch):
         trajectory.finish_reason = "length" if number < cut else "stop"
-        trajectory.advantage = advantage
+        trajectory.advantage = advantage if signal[number] else 0.0
         if number < errors:
             trajectory.reward, trajectory.reward_error = None, "ZeroDivisionError: division by zero"
     return batch

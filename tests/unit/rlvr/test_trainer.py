@@ -468,7 +468,18 @@ def test_the_best_checkpoint_is_the_best_under_the_present_reward(client, paused
 def test_a_run_in_which_no_update_took_a_step_says_so_in_its_result(client):
     result = train(client, lambda prompt, response, meta=None: 1.0, steps=2).result()
     assert (result.steps, result.steps_done) == (0, 2)
-    assert "no weight has moved: in 2 of 2 steps all answers to each prompt scored the same" in result.reason
+    assert (
+        "no weight has moved: in 2 of 2 steps no answer scored better or worse than its baseline"
+        in result.reason
+    )
+
+
+@pytest.mark.parametrize(("reward", "alarms"), [(checksum, 0), (lambda prompt, response, meta=None: 0.7, 1)])
+def test_single_answers_are_without_signal_only_where_the_running_baseline_sees_none(client, reward, alarms):
+    trainer = trainer_of(client, reward, algo=REINFORCE("reinforce"), prompts_per_step=8, group_size=1)
+    result = trainer.run(steps=5, show=False).result()
+    assert len(alarms_named("no_signal", client)) == alarms
+    assert (result.steps == 0) == bool(alarms)
 
 
 def test_held_out_answers_are_scored_by_the_reward_of_their_step(client):
