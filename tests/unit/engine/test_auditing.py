@@ -180,7 +180,7 @@ def test_a_handle_ends_though_the_auditor_itself_fails(
             assert handle.done()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the worker's thread has died
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the worker
 @pytest.mark.parametrize("failure", [OSError("full"), RuntimeError("odd"), MemoryError()])
 def test_after_the_auditor_failed_every_later_call_has_a_handle_that_ends(
     service: tn.ServiceClient, failure: Exception, monkeypatch: pytest.MonkeyPatch
