@@ -153,7 +153,10 @@ class Worker:
                     self._lane.put(job)
             self._wakes.put(None)
         if failure is not None:
-            self._fail(job, failure)
+            try:
+                self._fail(job, failure)
+            except Exception:  # the handle has ended, and says why; nobody's call is to fail for the log
+                logger.exception("the audit record of %s could not be written", name)
         elif late:  # closed while this was being submitted
             self._cancel(job)
         return handle

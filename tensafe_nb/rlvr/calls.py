@@ -305,13 +305,13 @@ def read_value(value: Any) -> Outcome:
 def _number_or_error(value: Any) -> Outcome:
     if value is None:
         return Outcome()
-    number = _number(value)
+    number = number_of(value)
     if number is None:
         return Outcome(error=f"returned {str(value)[:80]!r}, {_RETURNS}")
     return Outcome(number)
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
     """Return a finite number, or None for anything else; a text is no number."""
     try:
         value = value.item() if hasattr(value, "item") else value  # numpy's and torch's scalars
@@ -323,7 +323,9 @@ def _number(value: Any) -> float | None:
 
 def _with_parts(outcome: Outcome, further: Mapping[str, Any]) -> Outcome:
     """Keep the parts that are numbers; the texts some functions return beside them are not scores."""
-    numbers = {str(name): number for name, value in further.items() if (number := _number(value)) is not None}
+    numbers = {
+        str(name): number for name, value in further.items() if (number := number_of(value)) is not None
+    }
     return outcome._replace(parts={**(outcome.parts or {}), **numbers} or None)
 
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.reprs import as_given
-from tensafe_nb.rlvr.calls import Outcome
+from tensafe_nb.rlvr.calls import Outcome, number_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +105,12 @@ def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
         given = Part(*given)
     part = given if isinstance(given, Part) else Part(given)
     reward = resolve(part.reward)
-    weight: Any = part.weight
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(part.weight) < 1e300:
+    weight = None if isinstance(part.weight, bool) else number_of(part.weight)
+    if weight is None:
         raise ValidationError(
-            f"composite: the weight of {as_given(reward.name)} is {as_given(weight)}, expected a number."
+            f"composite: the weight of {as_given(reward.name)} is {as_given(part.weight)}, expected a number."
         )
-    return Part(reward, float(weight), part.name or reward.name, part.true)
+    return Part(reward, weight, part.name or reward.name, part.true)
 
 
 def combined(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Outcome:

@@ -41,10 +41,14 @@ def json_schema(
     wanted = _schema_of(meta, column) if schema is None else schema
     block = fenced(response, "json")
     try:
-        value = json.loads(response if block is None else block)
+        value = json.loads(response if block is None else block, parse_constant=_no_json)
     except (ValueError, RecursionError):
         return 0.0
     return 1.0 if jsonschema.validators.validator_for(wanted)(wanted).is_valid(value) else partial
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is Python's, not JSON's")
 
 
 def _schema_of(meta: Meta, column: str) -> Any:

@@ -1,5 +1,6 @@
 """The audit record of an operation: written whatever it was asked and however it ended, and no handle left waiting."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensafe_nb as tn
-from tensafe_nb.engine.auditing import _Description
+from tensafe_nb.engine.auditing import Auditor, _Description
 from tensafe_nb.errors import StorageError
 from tensafe_nb.store.audit_log import AuditLog, outcome_of
 
@@ -177,6 +178,26 @@ def test_a_handle_ends_though_the_auditor_itself_fails(
         for handle in handles:
             handle.exception(timeout=60)
             assert handle.done()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the worker
+@pytest.mark.parametrize("failure", [OSError("full"), RuntimeError("odd"), MemoryError()])
+def test_after_the_auditor_failed_every_later_call_has_a_handle_that_ends(
+    service: tn.ServiceClient, failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tc = service.create_training_client(model_ref="builtin:sums", lora_config=tn.LoRAConfig(rank=2))
+    tc.forward_backward(BATCH).result()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Auditor, "record", fail)
+        with contextlib.suppress(tn.TGTinkerError):
+            tc.optim_step().result()
+        for _ in range(2):
+            with pytest.raises(tn.TGTinkerError):
+                tc.forward_backward(BATCH).result()
 
 
 def test_a_pull_that_the_disk_refuses_is_logged_as_failed(

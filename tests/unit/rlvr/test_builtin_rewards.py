@@ -225,6 +225,14 @@ def test_code_is_found_however_its_block_is_fenced(response):
     assert reward_of("python_code", response, tests=["assert double(2) == 4"]) == 1.0
 
 
+def test_nan_and_infinity_are_no_json():
+    assert [reward_of("json_schema", text, schema={}) for text in ("[NaN]", "-Infinity", "[null]")] == [
+        0,
+        0,
+        1,
+    ]
+
+
 def test_json_is_found_behind_a_block_of_another_language():
     response = "```python\nprint(1)\n```\nprints\n```JSON\r\n[1]\r\n```"
     assert reward_of("json_schema", response, schema={"type": "array"}) == 1.0
