@@ -164,8 +164,11 @@ def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
 def _split_as_trained(tokenizer: Any, pre: str) -> None:
     """Make a byte-level tokenizer split texts as the file says, where transformers falls back to GPT-2's rule."""
     from tokenizers import pre_tokenizers
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
 
+    known = getattr(
+        theirs, "GGUF_PRE_TOKENIZER_SPLITS", ()
+    )  # transformers 5.17 splits all texts as for GPT-2
     if (
         pre == "smollm"
     ):  # llama.cpp: \p{N} by itself, then GPT-2's rule; so two spaces before a digit are one token
@@ -175,7 +178,7 @@ def _split_as_trained(tokenizer: Any, pre: str) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-    elif pre not in {"default", "gpt-2", "phi-2", *GGUF_PRE_TOKENIZER_SPLITS}:
+    elif pre not in {"default", "gpt-2", "phi-2", *known}:
         logger.warning(
             "The GGUF file asks for the pre-tokenizer %r, which is not known here: texts are split as for GPT-2, and "
             "some tokens may differ from those the model was trained on.",
