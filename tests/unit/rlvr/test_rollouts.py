@@ -257,7 +257,7 @@ def test_on_demand_a_text_becomes_the_message_of_a_user_and_the_reward_sees_the_
 
 
 def test_an_unknown_way_to_chat_is_refused():
-    with pytest.raises(ValidationError, match="'auto', 'never', 'always'"):
+    with pytest.raises(ValidationError, match="'auto' or 'never' or 'always'"):
         PolicySampler(OneTokenClient(), chat="sometimes")
 
 
