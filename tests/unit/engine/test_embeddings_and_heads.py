@@ -35,7 +35,7 @@ def trained(service: tn.ServiceClient, folder: Path, **fields: Any) -> tn.Traini
     return tc
 
 
-@pytest.mark.parametrize("shape", ["llama", "llama tied"])
+@pytest.mark.parametrize("shape", [pytest.param("llama", marks=pytest.mark.soak), "llama tied"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_embedding_or_a_head_is_trained_checkpointed_and_exported_as_it_was_trained(
     kind: str, shape: str, service: tn.ServiceClient, tmp_path: Path
@@ -103,7 +103,9 @@ def test_embeddings_and_heads_are_trained_privately_with_each_rows_own_gradient(
     assert one.optim_step().result().dp_metrics.noise_applied
 
 
-@pytest.mark.parametrize("shape", ["llama", "gpt2", "phi", "mamba"])
+@pytest.mark.parametrize(
+    "shape", ["llama", *(pytest.param(name, marks=pytest.mark.soak) for name in ("gpt2", "phi", "mamba"))]
+)
 def test_rows_for_new_tokens_are_made_saved_exported_and_read_again(
     shape: str, service: tn.ServiceClient, tmp_path: Path
 ) -> None:
