@@ -388,8 +388,13 @@ class PrivateTraining:
             return
         through, own = pairs[0]  # hidden states' gradients hold those of given logits as well
         (gradient,) = torch.autograd.grad(alone.sum(), own, materialize_grads=True)
-        off = float((gradient - cut_out(through.grad, part, rows)).abs().max())  # type: ignore[arg-type]
-        if not off <= self._tolerance * (float(gradient.abs().max()) + LEAST):
+        beside = cut_out(through.grad, part, rows)  # type: ignore[arg-type]
+        finite = (
+            gradient.isfinite()
+        )  # a row that is not finite counts as zero: it must be so beside others, too
+        off = (gradient - beside).where(finite, 0.0).abs().max()
+        most = gradient.where(finite, 0.0).abs().max()
+        if not (beside.isfinite() == finite).all() or off > self._tolerance * (most + LEAST):
             raise PrivacyUnitError(
                 f"The loss {loss.name!r} gives a row another gradient when other rows are beside it, though not "
                 f"another value. Clipping would bound nothing. Return one value per row (B,) that is of that row alone."
