@@ -102,10 +102,10 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
             manager.shutdown_kernel(now=True)
 
 
-@pytest.mark.timeout(240)
 IN_CI = ("both are shown", "the cell fails", "nothing has a name", "rewards")
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "cell", [cell if cell in IN_CI else pytest.param(cell, marks=pytest.mark.soak) for cell in CELLS]
 )
