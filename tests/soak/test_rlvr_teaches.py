@@ -57,7 +57,7 @@ def line(label, values):
 
 
 def trained(service, capsys, seed, learning_rate=3e-4, steps=STEPS, algo=None):
-    """Return what was measured before and after, and the seconds in between."""
+    """Return what was measured before and after, and the history; print the seconds in between."""
     trainer = trainer_of(service, seed, learning_rate, steps, algo or REINFORCE(baseline="rloo"))
     before = trainer.evaluate()
     start = time.perf_counter()
@@ -67,7 +67,7 @@ def trained(service, capsys, seed, learning_rate=3e-4, steps=STEPS, algo=None):
     before, after = ({name: history[name][at] for name in before} for at in (0, -1))
     with capsys.disabled():
         print(f"\n{line(f'seed {seed}, before', before)}\n{line(f'after {seconds:.0f} s', after)}")
-    return before, after, seconds, history
+    return before, after, history
 
 
 @pytest.mark.timeout(400)
@@ -75,17 +75,16 @@ def trained(service, capsys, seed, learning_rate=3e-4, steps=STEPS, algo=None):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_rewards_alone_teach_the_model_to_add(service, capsys, name, seed):
     algo, steps = ALGORITHMS[name]
-    before, after, seconds, history = trained(service, capsys, seed, steps=steps, algo=algo())
+    before, after, history = trained(service, capsys, seed, steps=steps, algo=algo())
     assert before["eval/reward"] < 0.6
     assert after["eval/reward"] >= 0.80
     assert after["eval/greedy"] >= before["eval/greedy"] + 0.10
     assert after["eval/pass@8"] >= before["eval/pass@8"]
-    assert seconds <= 180
     assert history["param_delta_norm"].min() > 0
 
 
 def test_without_a_learning_rate_nothing_is_learned(service, capsys):
-    before, after, _, history = trained(service, capsys, seed=0, learning_rate=1e-12, steps=40)
+    before, after, history = trained(service, capsys, seed=0, learning_rate=1e-12, steps=40)
     for name in before:
         assert after[name] == pytest.approx(before[name], abs=0.01)
     rewards = history["reward"]
