@@ -13,11 +13,11 @@ from bench import workload
 from bench.harness import LARGER, Row, Taken, Target, fresh_process, paired
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.events import Event, EventBus, Metrics, RunHistory
-from tensafe_nb.types import TrainingClientInfo
-from tensafe_nb.widgets.dashboard import Dashboard
-from tensafe_nb.widgets.feed import Feed
-from tensafe_nb.widgets.snapshot import Snapshot
-from tensafe_nb.widgets.view import View
+from tensafe_nb.protocol.results import TrainingClientInfo
+from tensafe_nb.widgets.feed.feed import Feed
+from tensafe_nb.widgets.feed.flusher import View
+from tensafe_nb.widgets.live.dashboard import Dashboard
+from tensafe_nb.widgets.still.snapshot import Snapshot
 
 STEPS = 30
 PICTURES = 8

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import tensafe_nb as tn
 from bench import workload
 from bench.harness import LARGER, Row, Taken, Target, fresh_process, paired, stopwatch
-from tensafe_nb.batch import TICKET
 from tensafe_nb.privacy.tickets import sealed, ticket
+from tensafe_nb.protocol.batch import TICKET
 
 ROWS, TOKENS = 8, 64
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -70,7 +70,7 @@ def memory() -> Row:
 
 def accounting_step() -> Row:
     """Issue 8: at most 1 ms."""
-    from tensafe_nb.privacy.ledger import Ledger
+    from tensafe_nb.privacy.ledger.account import Ledger
 
     with tempfile.TemporaryDirectory(prefix="tensafe-bench-privacy-") as folder:
         ledger, charge = Ledger(_log(Path(folder)), "client:tc-1", delta=1e-5), _charge()
@@ -205,7 +205,7 @@ def random_llama() -> Iterator[str]:
     """Make a folder with a random model of 40 million weights."""
     import transformers
 
-    from tensafe_nb.engine.models import ASSETS
+    from tensafe_nb.engine.models.load import ASSETS
 
     with tempfile.TemporaryDirectory(prefix="tensafe-bench-llama-") as folder:
         torch.manual_seed(0)
@@ -226,17 +226,17 @@ def random_llama() -> Iterator[str]:
 
 
 def _log(folder: Path) -> Any:
-    from tensafe_nb.engine.ledger_binding import TenantLedger
-    from tensafe_nb.store.audit_log import AuditLog
-    from tensafe_nb.store.keys import Keys
-    from tensafe_nb.store.sealed_tables import SealedTables
+    from tensafe_nb.core.ledger import TenantLedger
+    from tensafe_nb.store.audit.log import AuditLog
+    from tensafe_nb.store.keys.keyring import Keys
+    from tensafe_nb.store.sealed.tables import SealedTables
 
     keys = Keys(folder / "keys", "file", announce=lambda _: None)
     return TenantLedger(AuditLog(folder / "audit", keys), SealedTables(folder / "ledger", keys))
 
 
 def _charge() -> Any:
-    from tensafe_nb.privacy.charges import Charge
+    from tensafe_nb.privacy.ledger.charges import Charge
 
     return Charge(
         mode="poisson",

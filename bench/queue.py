@@ -12,9 +12,9 @@ from unittest.mock import patch
 import tensafe_nb as tn
 from bench import workload
 from bench.harness import LARGER, Row, Taken, Target, p99, paired
-from tensafe_nb.engine import worker
+from tensafe_nb.core import worker
 from tensafe_nb.events import Event, OperationFinished
-from tensafe_nb.types import ForwardResult
+from tensafe_nb.protocol.results import ForwardResult
 
 STEPS = 100
 

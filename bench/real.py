@@ -37,7 +37,7 @@ from bench.harness import (
     paired,
     stopwatch,
 )
-from tensafe_nb.engine import models
+from tensafe_nb.engine.models import load as models
 
 MODELS = ROOT / "build" / "models"
 LLAMA_PYTHON = ROOT / ".venv-llama" / "bin" / "python"
@@ -324,7 +324,7 @@ def folder() -> str:
         )
     if found.is_dir():
         return str(found)
-    gguf = import_module("tensafe_nb.engine.gguf")
+    gguf = import_module("tensafe_nb.engine.models.gguf")
     return str(gguf.converted(found))
 
 

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 import tensafe_nb as tn
 from bench import workload
 from bench.harness import Row, Target, paired
-from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.engine.models.load import ASSETS
 
 PROMPTS, SAMPLES, TOKENS = 128, 8, 4
 

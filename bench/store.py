@@ -45,8 +45,8 @@ def read() -> Row:
     """Issue 5: at most 1.6 times."""
     import torch
 
-    from tensafe_nb.engine.checkpoints import tensor_of
-    from tensafe_nb.store.tensors import read_tensors
+    from tensafe_nb.core.checkpoints import tensor_of
+    from tensafe_nb.store.sealed.tensors import read_tensors
 
     with _folder() as folder:
         state, store = _state(), _store(folder)
@@ -75,7 +75,7 @@ def read() -> Row:
 
 def sealing() -> Row:
     """Issue 5: at least 700 MiB/s on one core."""
-    from tensafe_nb.store.envelope import seal
+    from tensafe_nb.store.sealed.envelope import seal
 
     with _folder() as folder:
         keys, payload = _keys(folder), memoryview(os.urandom(64 * MIB))
@@ -142,7 +142,7 @@ def rotation() -> Row:
 
 def audit() -> Row:
     """Issue 5: at most 0.2 ms without fsync."""
-    from tensafe_nb.store.audit_log import AuditLog
+    from tensafe_nb.store.audit.log import AuditLog
 
     with _folder() as folder:
         log, batch = AuditLog(folder / "audit", _keys(folder)), memoryview(os.urandom(96 << 10))
@@ -174,13 +174,13 @@ def _folder() -> Iterator[Path]:
 
 
 def _keys(folder: Path) -> Any:
-    from tensafe_nb.store.keys import Keys
+    from tensafe_nb.store.keys.keyring import Keys
 
     return Keys(folder / "keys", "file", announce=lambda _: None)
 
 
 def _store(folder: Path, keys: Any = None) -> Any:
-    from tensafe_nb.store.artifacts import ArtifactStore
+    from tensafe_nb.store.artifacts.artifacts import ArtifactStore
 
     return ArtifactStore(folder / "artifacts", keys or _keys(folder))
 
@@ -192,7 +192,7 @@ def _state() -> dict[str, Any]:
 
 
 def _save(store: Any, state: dict[str, Any]) -> str:
-    from tensafe_nb.engine.checkpoints import tensor_part
+    from tensafe_nb.core.checkpoints import tensor_part
 
     artifact_id: str = store.save(
         {"model.safetensors": tensor_part(state)}, header=HEADER | {"schema": 1}

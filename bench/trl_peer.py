@@ -44,7 +44,7 @@ def _trainer(folder: str, answers: TextIO) -> Any:
 
     from bench import workload
     from tensafe_nb.datasets import sums
-    from tensafe_nb.engine.models import ASSETS
+    from tensafe_nb.engine.models.load import ASSETS
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     logging.set_verbosity_error()

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import tensafe_nb as tn
-from tensafe_nb.batch import IGNORE
-from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.engine.models.load import ASSETS
+from tensafe_nb.protocol.batch import IGNORE
 
 RANK, ALPHA, LEARNING_RATE, WEIGHT_DECAY = 8, 16, 1e-4, 0.01
 MODEL = f"builtin:tiny LoRA r{RANK}"

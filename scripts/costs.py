@@ -15,9 +15,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import tensafe_nb as tn
-from tensafe_nb.engine.decoding import BLOCK, LARGE, Decoder
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.merged import merged
+from tensafe_nb.engine.sampling.decoding import BLOCK, LARGE, Decoder
+from tensafe_nb.engine.sampling.merged import merged
 from tensafe_nb.losses import resolve_loss
 
 ROWS, TOKENS = 4, 128

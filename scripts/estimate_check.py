@@ -45,7 +45,7 @@ def _random_llama(folder: Path) -> str:
     code = f"""
 import json, shutil, torch, transformers
 from pathlib import Path
-from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.engine.models.load import ASSETS
 torch.manual_seed(0)
 config = transformers.LlamaConfig(vocab_size=2048, hidden_size=576, intermediate_size=1536, num_hidden_layers=4,
     num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=512)

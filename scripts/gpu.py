@@ -222,7 +222,7 @@ def make_model(folder: Path, size: Size, device: str) -> int:
     """Write a random Llama with the tokenizer of the built-in model; return how many weights it has."""
     import transformers
 
-    from tensafe_nb.engine.models import ASSETS
+    from tensafe_nb.engine.models.load import ASSETS
 
     config = transformers.LlamaConfig(
         vocab_size=size.vocabulary,

@@ -26,7 +26,7 @@ from datasets import Dataset
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.engine.models.load import ASSETS
 from tests.numbers import test_rlvr_identities as fixture
 from tests.numbers import test_trl_pinned as ours
 

@@ -17,17 +17,17 @@ _HOMES = {
     "SamplingConfig": "config",
     "LossConfig": "config",
     "DPConfig": "config",
-    "Recipe": "recipe",
-    "load_config": "recipe",
-    "BatchData": "batch",
-    "ClientStatus": "types",
-    "FutureStatus": "types",
-    "RunStatus": "types",
+    "Recipe": "recipes.recipe",
+    "load_config": "recipes.recipe",
+    "BatchData": "protocol.batch",
+    "ClientStatus": "protocol.results",
+    "FutureStatus": "protocol.results",
+    "RunStatus": "protocol.results",
     "FutureHandle": "futures",
     "enable_nested_asyncio": "futures",
-    "TrainingRun": "runs",
-    "list_runs": "records",
-    "load_run": "records",
+    "TrainingRun": "runs.run",
+    "list_runs": "runs.record",
+    "load_run": "runs.record",
     "replay": "widgets.replay",
     **dict.fromkeys(
         (
@@ -64,7 +64,6 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr
-    from tensafe_nb.batch import BatchData
     from tensafe_nb.client import TrainingClient
     from tensafe_nb.config import (
         DPConfig,
@@ -100,11 +99,12 @@ if TYPE_CHECKING:
         ValidationError,
     )
     from tensafe_nb.futures import FutureHandle, enable_nested_asyncio
-    from tensafe_nb.recipe import Recipe, load_config
-    from tensafe_nb.records import list_runs, load_run
-    from tensafe_nb.runs import TrainingRun
+    from tensafe_nb.protocol.batch import BatchData
+    from tensafe_nb.protocol.results import ClientStatus, FutureStatus, RunStatus
+    from tensafe_nb.recipes.recipe import Recipe, load_config
+    from tensafe_nb.runs.record import list_runs, load_run
+    from tensafe_nb.runs.run import TrainingRun
     from tensafe_nb.service import ServiceClient
-    from tensafe_nb.types import ClientStatus, FutureStatus, RunStatus
     from tensafe_nb.widgets.replay import replay
 
 

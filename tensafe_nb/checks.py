@@ -17,8 +17,8 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args,
 
 import numpy as np
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import as_given
 
 P = ParamSpec("P")
 R = TypeVar("R")

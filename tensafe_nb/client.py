@@ -11,30 +11,30 @@ from typing import Any, Self
 from tensafe_nb.checks import checked
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, encode_rows, padding_of
-from tensafe_nb.draws import PoissonDraws, sample_rate_of, units_of
+from tensafe_nb.data.poisson import PoissonDraws, sample_rate_of, units_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.events import Event, RunHistory, Subscriptions
 from tensafe_nb.futures import FutureHandle, Outstanding
+from tensafe_nb.history.stream import stream
 from tensafe_nb.lifetimes import Freed
-from tensafe_nb.loops import Batch, Loop
-from tensafe_nb.operations import Operation
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
-from tensafe_nb.privacy.statement import PrivacyStatement
+from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.privacy.what_if import WhatIf, what_if
-from tensafe_nb.registry import load_dotted
-from tensafe_nb.retention import Checkpoints
-from tensafe_nb.runs import TrainingRun
-from tensafe_nb.step_alarms import check_schedule
-from tensafe_nb.streaming import stream
-from tensafe_nb.supervised import SupervisedLoop
-from tensafe_nb.transports.base import VERBS, Channel, Transport
-from tensafe_nb.types import (
+from tensafe_nb.protocol.operations import Operation
+from tensafe_nb.protocol.results import (
     ClientStatus,
     DPMetrics,
     SaveStateResult,
     StepEstimate,
     TrainingClientInfo,
 )
+from tensafe_nb.registry import load_dotted
+from tensafe_nb.runs.alarms import check_schedule
+from tensafe_nb.runs.checkpoints import Checkpoints
+from tensafe_nb.runs.loop import Batch, Loop
+from tensafe_nb.runs.run import TrainingRun
+from tensafe_nb.runs.supervised import SupervisedLoop
+from tensafe_nb.transports.base import VERBS, Channel, Transport
 from tensafe_nb.verbs import Verbs
 
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code

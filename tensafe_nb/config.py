@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
+from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.reprs import Facts, as_given, shown
 
 Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]  # more of anything is a slip

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from tensafe_nb.checks import checked
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import as_given
 
 Split = Literal["train", "heldout"]
 Kind = Literal["module", "class", "function", "method"]

@@ -18,11 +18,11 @@ from typing import Any, TextIO, TypeAlias
 
 import numpy as np
 
-from tensafe_nb.batch import Array
 from tensafe_nb.checks import checked
+from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.plain import from_plain, plain, to_plain
-from tensafe_nb.reprs import Facts, as_given, shown
+from tensafe_nb.protocol.batch import Array
+from tensafe_nb.protocol.codec import from_plain, plain, to_plain
 
 if sys.platform != "win32":  # there, a run of another process counts as interrupted
     import fcntl

@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
 from tensafe_nb.checks import checked
+from tensafe_nb.display import table
 from tensafe_nb.errors import (
     FutureCancelledError,
     FutureFailedError,
@@ -20,8 +21,7 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.reprs import table
-from tensafe_nb.types import FutureStatus
+from tensafe_nb.protocol.results import FutureStatus
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.reprs import as_given
 
 T = TypeVar("T", bound=Callable[..., Any])
 

@@ -13,11 +13,11 @@ from weakref import WeakValueDictionary
 from tensafe_nb.checks import checked
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import TrainingConfig
+from tensafe_nb.display import Facts, Listing, as_given, fields_of, shown
 from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
 from tensafe_nb.lifetimes import before_loading
-from tensafe_nb.reprs import Facts, Listing, as_given, fields_of, shown
+from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
 from tensafe_nb.transports.base import Channel, Transport
-from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
 
 Clients: TypeAlias = WeakValueDictionary[str, TrainingClient]
 

@@ -4,14 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tensafe_nb.batch import BatchData
 from tensafe_nb.checks import checked
 from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig
 from tensafe_nb.data import read_prompts
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle
-from tensafe_nb.loops import Batch
-from tensafe_nb.operations import (
+from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.codec import plain_metadata
+from tensafe_nb.protocol.operations import (
     ComputeLogprobs,
     Forward,
     ForwardBackward,
@@ -23,9 +24,7 @@ from tensafe_nb.operations import (
     SaveState,
     VoidPrivacy,
 )
-from tensafe_nb.plain import plain_metadata
-from tensafe_nb.reprs import as_given
-from tensafe_nb.types import (
+from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,
@@ -37,6 +36,7 @@ from tensafe_nb.types import (
     SaveStateResult,
     VoidPrivacyResult,
 )
+from tensafe_nb.runs.loop import Batch
 
 LossSpec = str | Callable[..., Any]
 MOST_SEQUENCES = 1 << 20  # of one call of sample()

@@ -106,7 +106,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     import torch
     import transformers
 
-    from tensafe_nb.engine.models import ASSETS
+    from tensafe_nb.engine.models.load import ASSETS
 
     made: dict[str, str] = {}
     shape = {

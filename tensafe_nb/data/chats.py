@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import as_given
 
 Messages = list[dict[str, Any]]
 MARKS = 0x100000  # the last private plane of Unicode: run n stands between MARKS + 2n and MARKS + 2n + 1

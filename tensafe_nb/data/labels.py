@@ -23,9 +23,9 @@ from tensafe_nb.data.chats import (
     token_pattern,
 )
 from tensafe_nb.data.layouts import check_template, shortened
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import as_given
-from tensafe_nb.types import Prompt
+from tensafe_nb.protocol.results import Prompt
 
 Encoded = tuple[list[int], list[bool]]
 AT_ONCE = 250  # rows rendered while as many others are tokenised

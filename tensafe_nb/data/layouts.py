@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import as_given
 
 DEEPEST, MOST_PARTS = 64, 1 << 20  # of a message and its tool calls
 EXPECTED = (

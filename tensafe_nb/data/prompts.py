@@ -9,9 +9,9 @@ from typing import Any
 
 from tensafe_nb.data.layouts import checked_text, is_chat, messages_of, missing, shortened, template_options
 from tensafe_nb.data.rows import refuse_table
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import as_given
-from tensafe_nb.types import Prompt
+from tensafe_nb.protocol.results import Prompt
 
 OPTIONS = ("tools", "chat_template_kwargs")
 MOST_TOKENS = 1 << 24  # of all prompts of a call

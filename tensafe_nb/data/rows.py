@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tensafe_nb.batch import BatchData
 from tensafe_nb.data.files import OPENERS, Numbered, is_file, read_file, without_none
 from tensafe_nb.data.layouts import COLUMNS, is_chat
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import as_given
+from tensafe_nb.protocol.batch import BatchData
 
 Row: TypeAlias = str | Mapping[str, Any]
 Rows: TypeAlias = Any  # a path, or any table or iterable of rows: read by `open_rows`

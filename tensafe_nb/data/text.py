@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from tensafe_nb.batch import IGNORE, BatchData
 from tensafe_nb.checks import checked
 from tensafe_nb.data.labels import encode_many
 from tensafe_nb.data.layouts import EXPECTED, Canonical, canonical, check_template, shortened, unshown
@@ -27,8 +26,9 @@ from tensafe_nb.data.rows import (
     open_rows,
     warn_of_unread,
 )
+from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import Facts, as_given, shown
+from tensafe_nb.protocol.batch import IGNORE, BatchData
 
 logger = logging.getLogger(__name__)
 POOL = 50  # batches over which rows of like length are brought together

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.config import OptimizerConfig, TrainingConfig
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.models import LoadedModel
+from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy.audit_canary import PrivacyAudit, audit_of, check_audit
 from tensafe_nb.privacy.tickets import DrawRegister, ticket
+from tensafe_nb.protocol.batch import Array, BatchData
 
 SIZE = (
     10.0  # norm of a canary's gradient before it is clipped, in units of C: far above, so that the clip acts

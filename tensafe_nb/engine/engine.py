@@ -14,19 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensafe_nb.batch import IGNORE, Array, BatchData
 from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.data.labels import turn_ends
-from tensafe_nb.engine import inputs, models, optimizers, pieces, sampling, traits
-from tensafe_nb.engine.private import Account, PrivateTraining
+from tensafe_nb.engine import micro_batches as pieces
+from tensafe_nb.engine import optimizers
+from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
+from tensafe_nb.engine.models import inputs, traits
+from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.private_step import Account, PrivateTraining
 from tensafe_nb.engine.reference import Reference
-from tensafe_nb.engine.window import Tally, Tick, Window, no_tick
+from tensafe_nb.engine.sampling import sampler as sampling
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import Declaration, LossValue
 from tensafe_nb.losses.policy import exact_entropy
 from tensafe_nb.losses.views import chunk_rows, label_logprobs
-from tensafe_nb.types import (
+from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
+from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,

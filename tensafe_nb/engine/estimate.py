@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tensafe_nb.batch import BatchData
-from tensafe_nb.engine import memory, optimizers
+from tensafe_nb.display import as_given
+from tensafe_nb.engine import optimizers
+from tensafe_nb.engine.accumulation import no_tick
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.window import no_tick
+from tensafe_nb.engine.models import memory
 from tensafe_nb.errors import InsufficientMemoryError, ValidationError
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy.noise import gaussian
-from tensafe_nb.reprs import as_given
-from tensafe_nb.types import StepEstimate
+from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.results import StepEstimate
 
 PROBE_TOKENS = 512  # a micro-batch of more is not run: what it takes is worked out from one of so many
 LONGEST_PROBE = 1_024  # tokens of a row; what a longer row takes is worked out too

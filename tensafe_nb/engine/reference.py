@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from tensafe_nb.config import LoRAConfig
-from tensafe_nb.engine.models import LoadedModel
+from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.errors import ValidationError
 
 

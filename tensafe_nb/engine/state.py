@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
+from tensafe_nb.engine.accumulation import Window
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.window import Window
 from tensafe_nb.errors import ValidationError
 
 PROBES = 64  # values of each frozen tensor that tell one base model from another

@@ -19,12 +19,12 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from tensafe_nb.batch import TICKET, BatchData
 from tensafe_nb.checks import checked
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses.views import LossOutputs
+from tensafe_nb.protocol.batch import TICKET, BatchData
 from tensafe_nb.registry import Registry, check_keywords, name_of
-from tensafe_nb.reprs import as_given
 
 LossFunction: TypeAlias = Callable[..., "Tensor | Mapping[str, Any]"]
 ALWAYS_ALLOWED = frozenset(

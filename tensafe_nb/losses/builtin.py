@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensafe_nb.batch import IGNORE
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses.base import register_loss
 from tensafe_nb.losses.views import LossOutputs
+from tensafe_nb.protocol.batch import IGNORE
 
 Batch = Mapping[str, Tensor]
 

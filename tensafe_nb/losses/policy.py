@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses.base import register_loss
 from tensafe_nb.losses.views import LossOutputs, label_logprobs
-from tensafe_nb.reprs import as_given
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.85e8: guards against overflow only
 MAX_K3 = 10.0  # of |log π_ref − log π_θ| in k3, whose exponential gave NaN gradients elsewhere (verl #751)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from tensafe_nb.batch import Array, BatchData
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.protocol.batch import Array, BatchData
 
 LogitsFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 CHUNK = 2**24  # logits that are computed at a time: 64 MiB in float32

@@ -22,9 +22,9 @@ import numpy as np
 import scipy  # its parts load when they are first used
 from numpy.typing import NDArray
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy.replace_one import ReplaceOnePRV, replace_one_log_moment
-from tensafe_nb.reprs import as_given
 
 Array = NDArray[np.float64]
 Step = tuple[float, float, int]  # noise multiplier, sample rate, how many such steps

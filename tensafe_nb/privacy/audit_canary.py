@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tensafe_nb.batch import Array
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.reprs import as_given
+from tensafe_nb.protocol.batch import Array
 
 STANDARD_ERRORS = 3.5  # a false alarm comes less than 3 times in 10,000 audits
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tensafe_nb.batch import TICKET, Array, BatchData
 from tensafe_nb.errors import PrivacyUnitError
+from tensafe_nb.protocol.batch import TICKET, Array, BatchData
 
 if TYPE_CHECKING:
-    from tensafe_nb.privacy.charges import Charge
+    from tensafe_nb.privacy.ledger.charges import Charge
 
 CLIENT, SAMPLER, DRAW, ROW, ROWS, UNIT, SEAL = range(7)
 USERS = -1  # the unit in the ticket of an empty draw whose units are users; that of examples has 0

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy import accounting
 from tensafe_nb.privacy.accounting import Adjacency, Epsilon
-from tensafe_nb.reprs import as_given
 
 
 @dataclass(frozen=True, slots=True)

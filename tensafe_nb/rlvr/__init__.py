@@ -4,24 +4,24 @@ The way of a step: `rollouts` (sample) → `rewards` (score) → `advantages` �
 `trainer`. No torch here: the policy is behind the training client, embedded or remote.
 """
 
-from tensafe_nb.rlvr.advantages import get_registered_advantages, register_advantage
-from tensafe_nb.rlvr.algorithms import PPO, REINFORCE
-from tensafe_nb.rlvr.composite import Part
-from tensafe_nb.rlvr.gym import gym_prompts
-from tensafe_nb.rlvr.options import (
+from tensafe_nb.rlvr.algorithms.advantages import get_registered_advantages, register_advantage
+from tensafe_nb.rlvr.algorithms.options import (
     PPOConfig,
     REINFORCEConfig,
     ValueOptions,
     get_presets,
     register_preset,
 )
-from tensafe_nb.rlvr.preview import RewardPreview, preview_reward
-from tensafe_nb.rlvr.rewards import Reward, get_registered_rewards, register_reward, resolve_reward
-from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.samplers import MockRolloutSampler, PolicySampler
-from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, rescore
+from tensafe_nb.rlvr.algorithms.packing import UpdateResult
+from tensafe_nb.rlvr.algorithms.policy_gradient import PPO, REINFORCE
+from tensafe_nb.rlvr.rewards.composite import Part
+from tensafe_nb.rlvr.rewards.reward import Reward, get_registered_rewards, register_reward, resolve_reward
+from tensafe_nb.rlvr.rollouts.gym import gym_prompts
+from tensafe_nb.rlvr.rollouts.samplers import MockRolloutSampler, PolicySampler
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, rescore
 from tensafe_nb.rlvr.trainer import RLVRTrainer
-from tensafe_nb.rlvr.updates import UpdateResult
+from tensafe_nb.rlvr.watch.preview import RewardPreview, preview_reward
 
 __all__ = [
     "RLVRTrainer",

@@ -10,20 +10,20 @@ import numpy as np
 from tensafe_nb.errors import NonFiniteLossError, RewardError
 from tensafe_nb.events import Alarm, Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
-from tensafe_nb.loops import Run
-from tensafe_nb.rlvr.alarm_rules import low_precision, not_finite
-from tensafe_nb.rlvr.alarms import Alarms, alarm_of
-from tensafe_nb.rlvr.algorithms import Algorithm
-from tensafe_nb.rlvr.calls import TrainerState
-from tensafe_nb.rlvr.evaluation import HeldOut
-from tensafe_nb.rlvr.metrics import BY_OPTIM_STEP, Goal, Row, known, rollout_metrics, update_metrics
-from tensafe_nb.rlvr.rewards import Reward
-from tensafe_nb.rlvr.rollout_store import RolloutStore
-from tensafe_nb.rlvr.rollouts import PolicyClient, TrajectoryBatch
-from tensafe_nb.rlvr.samplers import PolicySampler, PromptCursor
-from tensafe_nb.rlvr.scoring import Scorer, ScoreReport, check_scored
-from tensafe_nb.rlvr.updates import UpdateResult
-from tensafe_nb.step_alarms import Rates
+from tensafe_nb.rlvr.algorithms.packing import UpdateResult
+from tensafe_nb.rlvr.algorithms.policy_gradient import Algorithm
+from tensafe_nb.rlvr.rewards.conventions import TrainerState
+from tensafe_nb.rlvr.rewards.reward import Reward
+from tensafe_nb.rlvr.rollouts.samplers import PolicySampler, PromptCursor
+from tensafe_nb.rlvr.rollouts.store import RolloutStore
+from tensafe_nb.rlvr.rollouts.trajectories import PolicyClient, TrajectoryBatch
+from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, check_scored
+from tensafe_nb.rlvr.watch.alarms import Alarms, alarm_of
+from tensafe_nb.rlvr.watch.evaluation import HeldOut
+from tensafe_nb.rlvr.watch.metrics import BY_OPTIM_STEP, Goal, Row, known, rollout_metrics, update_metrics
+from tensafe_nb.rlvr.watch.rules import low_precision, not_finite
+from tensafe_nb.runs.alarms import Rates
+from tensafe_nb.runs.loop import Run
 
 TOO_MANY = 0.5  # share of failed rewards above which nobody should train on the rest
 

@@ -8,27 +8,34 @@ from tensafe_nb.checks import checked
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import OnBadRows, Rows
 from tensafe_nb.data.rows import check_on_bad_rows
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.lifetimes import Freed
-from tensafe_nb.loops import Loop
-from tensafe_nb.reprs import as_given
-from tensafe_nb.retention import Checkpoints
-from tensafe_nb.rlvr.alarm_rules import BF16_GAP, FP32_GAP
-from tensafe_nb.rlvr.alarms import Alarms
-from tensafe_nb.rlvr.algorithms import REINFORCE, Algorithm, RemembersRewards
-from tensafe_nb.rlvr.evaluation import HeldOut
+from tensafe_nb.protocol.results import TrainingClientInfo
+from tensafe_nb.rlvr.algorithms.policy_gradient import REINFORCE, Algorithm, RemembersRewards
+from tensafe_nb.rlvr.algorithms.private import CAPABILITY, released
 from tensafe_nb.rlvr.loop import RLVRLoop
-from tensafe_nb.rlvr.metrics import known
-from tensafe_nb.rlvr.private import CAPABILITY, released
-from tensafe_nb.rlvr.rescoring import Rescored, rescore_steps
-from tensafe_nb.rlvr.rewards import RewardSpec, resolve_reward
-from tensafe_nb.rlvr.rollout_store import RolloutStore
-from tensafe_nb.rlvr.rollouts import GOOD, PolicyClient
-from tensafe_nb.rlvr.samplers import Chat, PolicySampler, PromptCursor, check_fit, fitting, prompt_specs
-from tensafe_nb.rlvr.scoring import Scorer, check_scored
-from tensafe_nb.runs import TrainingRun
-from tensafe_nb.step_alarms import check_schedule
-from tensafe_nb.types import TrainingClientInfo
+from tensafe_nb.rlvr.rewards.reward import RewardSpec, resolve_reward
+from tensafe_nb.rlvr.rollouts.samplers import (
+    Chat,
+    PolicySampler,
+    PromptCursor,
+    check_fit,
+    fitting,
+    prompt_specs,
+)
+from tensafe_nb.rlvr.rollouts.store import RolloutStore
+from tensafe_nb.rlvr.rollouts.trajectories import GOOD, PolicyClient
+from tensafe_nb.rlvr.scoring.scorer import Scorer, check_scored
+from tensafe_nb.rlvr.watch.alarms import Alarms
+from tensafe_nb.rlvr.watch.evaluation import HeldOut
+from tensafe_nb.rlvr.watch.metrics import known
+from tensafe_nb.rlvr.watch.rescoring import Rescored, rescore_steps
+from tensafe_nb.rlvr.watch.rules import BF16_GAP, FP32_GAP
+from tensafe_nb.runs.alarms import check_schedule
+from tensafe_nb.runs.checkpoints import Checkpoints
+from tensafe_nb.runs.loop import Loop
+from tensafe_nb.runs.run import TrainingRun
 
 
 class RunningClient(PolicyClient, Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.errors import KeyUnavailableError, StorageError
-from tensafe_nb.store.files import Files
+from tensafe_nb.store.disk import Files
 
 if sys.platform != "win32":
     import fcntl

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification, SaveStateResult
 from tensafe_nb.store import home
-from tensafe_nb.store.artifacts import ArtifactStore
-from tensafe_nb.store.audit_log import AuditLog, outcome_of
-from tensafe_nb.store.keys import Keys
-from tensafe_nb.store.sealed_tables import SealedTables
-from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult
+from tensafe_nb.store.artifacts.artifacts import ArtifactStore
+from tensafe_nb.store.audit.log import AuditLog, outcome_of
+from tensafe_nb.store.keys.keyring import Keys
+from tensafe_nb.store.sealed.tables import SealedTables
 
 TENANT = "local"
 

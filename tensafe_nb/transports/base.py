@@ -7,10 +7,10 @@ from typing import Any, Protocol
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.events import EventBus
 from tensafe_nb.futures import FutureHandle, Promise
-from tensafe_nb.operations import Operation
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
-from tensafe_nb.privacy.statement import PrivacyStatement
-from tensafe_nb.types import (
+from tensafe_nb.privacy.ledger.statement import PrivacyStatement
+from tensafe_nb.protocol.operations import Operation
+from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
     SaveStateResult,

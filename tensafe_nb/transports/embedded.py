@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.engine import adapter_folders, checkpoints, export
-from tensafe_nb.engine.ledger_binding import TenantLedger
-from tensafe_nb.engine.worker import Origin, Worker
+from tensafe_nb.core import checkpoints, export
+from tensafe_nb.core.ledger import TenantLedger
+from tensafe_nb.core.worker import Origin, Worker
+from tensafe_nb.engine.models import adapter_folders
 from tensafe_nb.errors import ClientClosedError, DecryptionError, TGTinkerError
 from tensafe_nb.events import ArtifactDeleted, ClientCreated, Event, EventBus, Forked, StateLoaded
 from tensafe_nb.losses import resolve_loss
-from tensafe_nb.plain import to_plain
+from tensafe_nb.protocol.codec import to_plain
+from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification, SaveStateResult
 from tensafe_nb.store import home
 from tensafe_nb.store.vault import Vault
 from tensafe_nb.transports.base import Channel
-from tensafe_nb.types import AuditLogEntry, AuditVerification, SaveStateResult
 
 _alive: "weakref.WeakSet[Worker]" = weakref.WeakSet()  # of this process; one that works is held by its thread
 

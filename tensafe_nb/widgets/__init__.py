@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tensafe_nb.runs import TrainingRun
-from tensafe_nb.widgets import feed, progress, renderer
-from tensafe_nb.widgets.recording import RecordedRun
+from tensafe_nb.runs.run import TrainingRun
+from tensafe_nb.widgets import progress, renderer
+from tensafe_nb.widgets.feed import feed
+from tensafe_nb.widgets.feed.recording import RecordedRun
 
 if TYPE_CHECKING:
-    from tensafe_nb.widgets.checkpoint_table import CheckpointTable
-    from tensafe_nb.widgets.curve import LossCurve, RewardHistory
-    from tensafe_nb.widgets.dashboard import Dashboard
-    from tensafe_nb.widgets.privacy_meter import PrivacyMeter
-    from tensafe_nb.widgets.rollout_inspector import RolloutInspector
+    from tensafe_nb.widgets.live.checkpoint_table import CheckpointTable
+    from tensafe_nb.widgets.live.curve import LossCurve, RewardHistory
+    from tensafe_nb.widgets.live.dashboard import Dashboard
+    from tensafe_nb.widgets.live.privacy_meter import PrivacyMeter
+    from tensafe_nb.widgets.live.rollout_inspector import RolloutInspector
 
 __all__ = [
     "CheckpointTable",
@@ -33,12 +34,12 @@ __all__ = [
     "show_run",
 ]
 _MODULES = {
-    "CheckpointTable": "checkpoint_table",
-    "Dashboard": "dashboard",
-    "LossCurve": "curve",
-    "PrivacyMeter": "privacy_meter",
-    "RewardHistory": "curve",
-    "RolloutInspector": "rollout_inspector",
+    "CheckpointTable": "live.checkpoint_table",
+    "Dashboard": "live.dashboard",
+    "LossCurve": "live.curve",
+    "PrivacyMeter": "live.privacy_meter",
+    "RewardHistory": "live.curve",
+    "RolloutInspector": "live.rollout_inspector",
 }
 
 
@@ -49,7 +50,7 @@ def panel(source: feed.Source, sections: Sequence[str] | None = None) -> "Dashbo
         source: Whose.
         sections: Some of them; then it is a widget of its own.
     """
-    from tensafe_nb.widgets import dashboard
+    from tensafe_nb.widgets.live import dashboard
 
     return dashboard.panel_of(source, sections)
 
@@ -87,7 +88,7 @@ def mime(source: feed.Source) -> tuple[str, str]:
     import base64
     import html
 
-    from tensafe_nb.widgets.snapshot import Snapshot
+    from tensafe_nb.widgets.still.snapshot import Snapshot
 
     snapshot = Snapshot.take(feed.feed_of(source), _run_of(source))
     drawn = snapshot.picture()
@@ -105,7 +106,7 @@ def freeze(source: feed.Source, samples: int = 0) -> None:
         source: Whose.
         samples: So many prompts of the newest rollouts, with their answers; no text stays in the file unasked.
     """
-    from tensafe_nb.widgets import snapshot
+    from tensafe_nb.widgets.still import snapshot
 
     chosen = renderer.choose()
     if chosen is renderer.Renderer.WIDGET:
@@ -120,7 +121,7 @@ def settle(source: feed.Source, timeout: float = 3.0) -> bool:
 
 
 def _static_part(source: feed.Source) -> None:
-    from tensafe_nb.widgets.snapshot import StaticPart
+    from tensafe_nb.widgets.still.snapshot import StaticPart
 
     run = _run_of(source)
     part = StaticPart(feed.feed_of(source), None if run is None else run.run_id, alone=lambda: True)

@@ -9,9 +9,9 @@ from contextlib import suppress
 from typing import Any, Protocol, TextIO, cast
 
 from tensafe_nb.events import Event, Metrics, RunState, RunStep, StatusChanged
-from tensafe_nb.runs import TrainingRun
-from tensafe_nb.types import ClientStatus, RunStatus
-from tensafe_nb.widgets.recording import RecordedRun
+from tensafe_nb.protocol.results import ClientStatus, RunStatus
+from tensafe_nb.runs.run import TrainingRun
+from tensafe_nb.widgets.feed.recording import RecordedRun
 from tensafe_nb.widgets.renderer import in_kernel
 
 SHOWN = ("reward", "loss", "eval/reward", "eval/loss")

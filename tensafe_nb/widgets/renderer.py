@@ -5,8 +5,8 @@ import sys
 from enum import StrEnum
 from typing import Any
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.reprs import as_given
 
 VARIABLE = "TENSAFE_NB_RENDERER"
 

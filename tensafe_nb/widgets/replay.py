@@ -10,13 +10,13 @@ from typing import Any, final
 
 from tensafe_nb import widgets
 from tensafe_nb.checks import checked
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
 from tensafe_nb.events import Event, RunHistory
 from tensafe_nb.futures import Promise
-from tensafe_nb.records import RunRecord, load_run, read_log
-from tensafe_nb.reprs import as_given
-from tensafe_nb.types import RunStatus
-from tensafe_nb.widgets.recording import Recording
+from tensafe_nb.protocol.results import RunStatus
+from tensafe_nb.runs.record import RunRecord, load_run, read_log
+from tensafe_nb.widgets.feed.recording import Recording
 
 MARK = "REPLAY"
 LONGEST_GAP = 2.0  # s without an event, as watched: a night in which a run was paused is not worth watching

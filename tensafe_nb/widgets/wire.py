@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
-from tensafe_nb.batch import Array
+from tensafe_nb.protocol.batch import Array
 
 VERSION = 1
 DELTA_POINTS = 200  # more than this travels binary

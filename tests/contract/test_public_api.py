@@ -38,8 +38,8 @@ def test_the_thin_side_runs_where_torch_cannot_be_imported() -> None:
     code = """
 import sys
 sys.modules["torch"] = None
-import tensafe_nb.client, tensafe_nb.rlvr, tensafe_nb.widgets, tensafe_nb.data, tensafe_nb.runs
-import tensafe_nb.cli, tensafe_nb.recipe, tensafe_nb.compat
+import tensafe_nb.client, tensafe_nb.rlvr, tensafe_nb.widgets, tensafe_nb.data, tensafe_nb.runs.run
+import tensafe_nb.cli.main, tensafe_nb.recipes.recipe, tensafe_nb.compat
 print("fine")
 """
     assert run(code).strip() == "fine"

@@ -26,7 +26,7 @@ import torch
 import tensafe_nb as tn
 from tensafe_nb import data, rlvr
 from tensafe_nb.data.text import Example
-from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory
 
 BATCH = {"input_ids": [[5, 6, 7, 8], [9, 10, 11, 12]]}
 PROMPT = "12+34="

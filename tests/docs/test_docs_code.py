@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import cli
+from tensafe_nb.cli import main as cli
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md"))]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb.engine.models import ASSETS, BUILTINS
+from tensafe_nb.engine.models.load import ASSETS, BUILTINS
 
 TOKENS = np.arange(3, 3 + 5 * 16).reshape(5, 16) * 7 % 2000 + 3
 

@@ -376,7 +376,8 @@ def test_what_does_not_fit_is_refused_with_the_reason(call: Any, says: str) -> N
 
 def test_accounting_is_imported_without_torch() -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; import tensafe_nb.privacy.what_if, tensafe_nb.privacy.statement; "
+        "import sys; sys.modules['torch'] = None; import tensafe_nb.privacy.what_if; "
+        "import tensafe_nb.privacy.ledger.statement; "
         "from tensafe_nb.privacy import accounting; print(round(accounting.epsilon_gaussian(1.0, 1e-5), 3))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 import tensafe_nb as tn
 from tensafe_nb.engine import canaries
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.private import PrivateTraining
+from tensafe_nb.engine.private_step import PrivateTraining
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy import noise
 from tensafe_nb.privacy.dp_sgd import ClippedSum

@@ -13,13 +13,14 @@ import torch
 from tensafe_nb import datasets
 from tensafe_nb.config import OptimizerConfig, SamplingConfig, TrainingConfig
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.rlvr import PPO, REINFORCE, PolicySampler, PPOConfig, TrajectoryBatch, ValueOptions, passes
-from tensafe_nb.rlvr.evaluation import HeldOut, pass_at_k
-from tensafe_nb.rlvr.metrics import rollout_metrics
-from tensafe_nb.rlvr.options import REINFORCEConfig
-from tensafe_nb.rlvr.private import group_weights
-from tensafe_nb.rlvr.scoring import FunctionReport, ScoreReport
-from tensafe_nb.rlvr.updates import entropy_of, loss_mask, pack, unpack
+from tensafe_nb.rlvr import PPO, REINFORCE, PolicySampler, PPOConfig, TrajectoryBatch, ValueOptions
+from tensafe_nb.rlvr.algorithms import passes
+from tensafe_nb.rlvr.algorithms.options import REINFORCEConfig
+from tensafe_nb.rlvr.algorithms.packing import entropy_of, loss_mask, pack, unpack
+from tensafe_nb.rlvr.algorithms.private import group_weights
+from tensafe_nb.rlvr.scoring.scorer import FunctionReport, ScoreReport
+from tensafe_nb.rlvr.watch.evaluation import HeldOut, pass_at_k
+from tensafe_nb.rlvr.watch.metrics import rollout_metrics
 from tests.unit.rlvr.clients import EngineClient
 
 SGD = OptimizerConfig(name="sgd", momentum=0.0, learning_rate=0.01, weight_decay=0.0)

@@ -14,7 +14,7 @@ from tensafe_nb.config import SamplingConfig
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.losses.policy import policy_reinforce
 from tensafe_nb.rlvr import RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.advantages import advantages, centre, rloo, scale_by_group, token_weights
+from tensafe_nb.rlvr.algorithms.advantages import advantages, centre, rloo, scale_by_group, token_weights
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -6,7 +6,7 @@ import torch
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses import resolve_loss
-from tensafe_nb.rlvr.advantages import at_the_end, gae, reinforce_pp, whiten
+from tensafe_nb.rlvr.algorithms.advantages import at_the_end, gae, reinforce_pp, whiten
 from tests.numbers.test_rlvr_identities import MASK, NEW, evaluate, token_weights
 
 P, Q = np.array([0.5, 0.3, 0.2]), np.array([0.6, 0.3, 0.1])

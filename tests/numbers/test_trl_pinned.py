@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tensafe_nb.rlvr.advantages import advantages, token_weights
+from tensafe_nb.rlvr.algorithms.advantages import advantages, token_weights
 from tests.numbers.test_rlvr_identities import MASK, NEW, evaluate
 
 REFERENCE = NEW + 0.1

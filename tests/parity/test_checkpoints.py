@@ -237,7 +237,7 @@ def test_an_exported_adapter_gives_plain_peft_and_transformers_the_same_logits(
     if merged:
         model = AutoModelForCausalLM.from_pretrained(folder)
     else:
-        from tensafe_nb.engine.models import ASSETS
+        from tensafe_nb.engine.models.load import ASSETS
 
         model = peft.PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype=torch.float32), folder
@@ -533,7 +533,7 @@ def test_a_checkpoint_the_user_deleted_first_is_no_reason_to_fail(
     ("name", "small"), [("eval/loss", True), ("policy/approx_kl", True), ("checklist", False)]
 )
 def test_a_metric_counts_as_small_is_better_by_its_words_not_its_letters(name: str, small: bool) -> None:
-    from tensafe_nb.retention import Checkpoints
+    from tensafe_nb.runs.checkpoints import Checkpoints
 
     assert (Checkpoints(1, keep_best=name)._signed(2.0) < 0) == small
 

@@ -9,7 +9,7 @@ import torch
 
 import tensafe_nb as tn
 from tensafe_nb.events import PrivacySpent
-from tensafe_nb.types import DPMetrics
+from tensafe_nb.protocol.results import DPMetrics
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10, 30) for b in (3, 5)]
 DP = {"dataset_size": len(ROWS), "noise_multiplier": 1.0, "target_epsilon": None}

@@ -11,8 +11,8 @@ import pytest
 
 import tensafe_nb as tn
 from tensafe_nb.events import Metrics, RunState, RunStep
-from tensafe_nb.widgets.feed import feed_of
-from tensafe_nb.widgets.recording import Recording
+from tensafe_nb.widgets.feed.feed import feed_of
+from tensafe_nb.widgets.feed.recording import Recording
 
 BATCHES = [tn.BatchData([[5, 6, 7, n]]) for n in range(8, 18)]
 

@@ -3,8 +3,8 @@
 import tensafe_nb as tn
 from tensafe_nb.events import Alarm, Forked, MockTookPart
 from tensafe_nb.losses import register_loss
+from tensafe_nb.protocol.results import FutureStatus
 from tensafe_nb.rlvr import REINFORCE, MockRolloutSampler
-from tensafe_nb.types import FutureStatus
 
 
 def test_what_waits_is_cancelled_and_the_client_stays_usable(

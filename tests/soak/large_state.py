@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from tensafe_nb.store.artifacts import ArtifactStore
-from tensafe_nb.store.keys import Keys
-from tensafe_nb.store.tensors import TensorPart, read_tensors
+from tensafe_nb.store.artifacts.artifacts import ArtifactStore
+from tensafe_nb.store.keys.keyring import Keys
+from tensafe_nb.store.sealed.tensors import TensorPart, read_tensors
 from tests.unit.store.lives import HEADER, save
 
 PIECE = 16 << 20

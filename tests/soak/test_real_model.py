@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 import tensafe_nb as tn
 from scripts.models import MISSING, find_smollm2
 from tensafe_nb import rlvr
-from tensafe_nb.engine import gguf, models
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.models import gguf
+from tensafe_nb.engine.models import load as models
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.store import home
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tensafe_nb as tn
 from tensafe_nb.checks import checked
-from tensafe_nb.reprs import as_given
+from tensafe_nb.display import as_given
 
 
 class Unspeakable:

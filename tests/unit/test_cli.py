@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import cli
+from tensafe_nb.cli import main as cli
 
 ROWS = [
     {"prompt": "abs(x)\n", "completion": "Return the absolute value."},

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import types
 from tensafe_nb.futures import FutureHandle, Promise, combine, completed
-from tensafe_nb.types import FutureStatus, OptimStepResult
+from tensafe_nb.protocol import results as types
+from tensafe_nb.protocol.results import FutureStatus, OptimStepResult
 
 RESULT = OptimStepResult(step=3, learning_rate=0.1, grad_norm=1.0, policy_version=3, param_delta_norm=0.5)
 

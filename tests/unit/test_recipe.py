@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tensafe_nb as tn
 from tensafe_nb.config import LossConfig, TrainingConfig
-from tensafe_nb.recipe import LAYOUT, AlgoConfig, Recipe, RewardConfig, RLVRConfig, load_config
+from tensafe_nb.recipes.recipe import LAYOUT, AlgoConfig, Recipe, RewardConfig, RLVRConfig, load_config
 
 TRAPS = [
     "null",
@@ -266,6 +266,6 @@ def test_recipes_that_learn_from_rewards_take_float32_on_a_cpu(recipe_file, mode
 
 @pytest.mark.parametrize("is_cpu", [True, False])
 def test_where_the_device_is_found_out_so_is_the_precision(monkeypatch, is_cpu):
-    monkeypatch.setattr("tensafe_nb.engine.models.is_cpu", lambda name: is_cpu)
+    monkeypatch.setattr("tensafe_nb.engine.models.load.is_cpu", lambda name: is_cpu)
     recipe = Recipe(mode="rlvr", rlvr=RLVRConfig(reward="exact_match"))
     assert recipe.training.dtype == ("float32" if is_cpu else "auto")

@@ -13,9 +13,12 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.events import RunHistory, RunStep
 from tensafe_nb.store import home
-from tensafe_nb.widgets import dashboard, feed, renderer, snapshot
+from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets import replay as replays
-from tensafe_nb.widgets.recording import Recording
+from tensafe_nb.widgets.feed import feed
+from tensafe_nb.widgets.feed.recording import Recording
+from tensafe_nb.widgets.live import dashboard
+from tensafe_nb.widgets.still import snapshot
 
 STEPS = 12
 AT_ONCE = 1e9

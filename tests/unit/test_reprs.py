@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import records, reprs, types
+from tensafe_nb import display as reprs
+from tensafe_nb.display import as_markdown
 from tensafe_nb.events import CheckpointSaved, EventBus, Metrics, RunHistory
-from tensafe_nb.plain import from_plain, to_plain
-from tensafe_nb.reprs import as_markdown
-from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.scoring import FunctionReport, ScoreReport
-from tensafe_nb.rlvr.updates import UpdateResult
+from tensafe_nb.protocol import results as types
+from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.rlvr.algorithms.packing import UpdateResult
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr.scoring.scorer import FunctionReport, ScoreReport
+from tensafe_nb.runs import record as records
 
 HOSTILE = "<img src=x onerror=alert(1)>\u202eevil\x1b[31m\n&"
 SECRET = "tsk-do-not-show-me"

@@ -158,7 +158,7 @@ def test_several_passes_over_a_generator_are_refused_before_anything_is_trained(
 def test_the_advice_against_large_gradients_is_true_of_how_it_trains(
     optimizer: dict[str, Any], private: bool, advice: str
 ) -> None:
-    from tensafe_nb.step_alarms import StepAlarms
+    from tensafe_nb.runs.alarms import StepAlarms
 
     alarms = StepAlarms(tn.OptimizerConfig(**optimizer), private=private)
     for step in range(20):

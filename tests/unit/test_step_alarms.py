@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from tensafe_nb.step_alarms import QUIET, StepAlarms
+from tensafe_nb.runs.alarms import QUIET, StepAlarms
 
 HEALTHY = {"loss": 2.0, "grad_norm": 1.0, "param_delta_norm": 0.01}
 

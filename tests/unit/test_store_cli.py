@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import cli
+from tensafe_nb.cli import main as cli
 
 Run = Callable[..., tuple[int, str, str]]
 

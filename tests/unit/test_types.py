@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tensafe_nb as tn
-from tensafe_nb import operations, types
-from tensafe_nb.batch import BatchData
 from tensafe_nb.events import Metrics, OperationFailed, RunState
-from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.protocol import operations
+from tensafe_nb.protocol import results as types
+from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.codec import from_plain, to_plain
 
 
 def round_trip(value: Any) -> Any:

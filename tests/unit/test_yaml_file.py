@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.yaml_file import DEEPEST, LARGEST, MOST_NODES, YamlFile
+from tensafe_nb.recipes.yaml_file import DEEPEST, LARGEST, MOST_NODES, YamlFile
 
 
 def read(tmp_path: Path, text: str) -> object:

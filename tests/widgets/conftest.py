@@ -21,10 +21,17 @@ from tensafe_nb.events import (
     StatusChanged,
 )
 from tensafe_nb.futures import FutureHandle, Promise, handle_of
-from tensafe_nb.types import Encryption, LoadStateResult, RunStatus, SaveStateResult, TrainingClientInfo
-from tensafe_nb.widgets import dashboard, snapshot
-from tensafe_nb.widgets.feed import Feed
-from tensafe_nb.widgets.view import Member, View
+from tensafe_nb.protocol.results import (
+    Encryption,
+    LoadStateResult,
+    RunStatus,
+    SaveStateResult,
+    TrainingClientInfo,
+)
+from tensafe_nb.widgets.feed.feed import Feed
+from tensafe_nb.widgets.feed.flusher import Member, View
+from tensafe_nb.widgets.live import dashboard
+from tensafe_nb.widgets.still import snapshot
 
 PLANNED = 10
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tensafe_nb.events import OperationStarted
-from tensafe_nb.types import RunStatus
+from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets import renderer
-from tensafe_nb.widgets.dashboard import Dashboard, panel_of
-from tensafe_nb.widgets.feed import Feed
+from tensafe_nb.widgets.feed.feed import Feed
+from tensafe_nb.widgets.live.dashboard import Dashboard, panel_of
 
 from .conftest import PLANNED, FakeClient, FakeRun, HandView, Output, Wire
 

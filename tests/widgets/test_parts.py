@@ -12,8 +12,8 @@ import tensafe_nb as tn
 from tensafe_nb.config import DPConfig, SamplingConfig
 from tensafe_nb.errors import DecryptionError, ValidationError
 from tensafe_nb.events import Alarm, Forked, Metrics, MockTookPart, PrivacySpent, Rollouts
-from tensafe_nb.rlvr.rollouts import RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.types import RunStatus
+from tensafe_nb.protocol.results import RunStatus
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.widgets import (
     CheckpointTable,
     Dashboard,
@@ -21,12 +21,12 @@ from tensafe_nb.widgets import (
     PrivacyMeter,
     RewardHistory,
     RolloutInspector,
-    dashboard,
-    rollout_view,
 )
-from tensafe_nb.widgets.base import LiveWidget
-from tensafe_nb.widgets.curves import RATE, TOKENS, Curves, names_of
-from tensafe_nb.widgets.feed import Feed
+from tensafe_nb.widgets.feed import rollouts as rollout_view
+from tensafe_nb.widgets.feed.curves import RATE, TOKENS, Curves, names_of
+from tensafe_nb.widgets.feed.feed import Feed
+from tensafe_nb.widgets.live import dashboard
+from tensafe_nb.widgets.live.base import LiveWidget
 
 from .conftest import FakeClient, FakeRun, HandView, Wire
 

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from tensafe_nb.events import Metrics, RunStep
-from tensafe_nb.types import RunStatus
+from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets import progress
 
 from .conftest import FakeClient, FakeRun

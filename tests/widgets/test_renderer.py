@@ -10,7 +10,7 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb import widgets
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.types import RunStatus
+from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.renderer import Renderer, choose
 

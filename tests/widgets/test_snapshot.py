@@ -5,11 +5,11 @@ import struct
 import numpy as np
 import pytest
 
-from tensafe_nb.types import RunStatus
-from tensafe_nb.widgets import picture, snapshot
-from tensafe_nb.widgets.feed import Feed
-from tensafe_nb.widgets.picture import extremes, smoothed
-from tensafe_nb.widgets.snapshot import Snapshot, StaticPart
+from tensafe_nb.protocol.results import RunStatus
+from tensafe_nb.widgets.feed.feed import Feed
+from tensafe_nb.widgets.still import picture, snapshot
+from tensafe_nb.widgets.still.picture import extremes, smoothed
+from tensafe_nb.widgets.still.snapshot import Snapshot, StaticPart
 
 from .conftest import FakeClient, FakeRun, HandView, Output
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tensafe_nb import widgets
-from tensafe_nb.widgets.base import STATIC, css
+from tensafe_nb.widgets.live.base import STATIC, css
 
 HERE = Path(__file__).parent
 NODE = shutil.which("node")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tensafe_nb.widgets.view import PERIOD, View
+from tensafe_nb.widgets.feed.flusher import PERIOD, View
 
 PATIENCE = 250.0  # seconds: the hang guard speaks before
 

@@ -15,7 +15,7 @@ from tensafe_nb import data
 def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    from tensafe_nb.engine.models import ASSETS
+    from tensafe_nb.engine.models.load import ASSETS
 
     return AutoTokenizer.from_pretrained(ASSETS / "tiny")
 

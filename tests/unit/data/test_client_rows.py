@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import cli, rlvr
-from tensafe_nb.recipe import Recipe, RLVRConfig
+from tensafe_nb import rlvr
+from tensafe_nb.cli import main as cli
+from tensafe_nb.recipes.recipe import Recipe, RLVRConfig
 
 GOOD = [{"prompt": f"item {n}\n", "completion": f"Number {n}."} for n in range(12)]
 BAD = [*GOOD[:5], {"prompt": "broken", "completion": None}, *GOOD[5:]]

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import tensafe_nb as tn
-from tensafe_nb.engine import models
+from tensafe_nb.engine.models import load as models
 from tests.unit.engine.test_loading import CONFIGS, edited, load, refusal, saved, with_tokenizer
 
 pytestmark = [  # PEFT's own business

@@ -10,8 +10,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 import tensafe_nb as tn
-from tensafe_nb.engine import models
-from tensafe_nb.engine.adapters import FusedLinear
+from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.models.fused_lora import FusedLinear
 from tests.close import assert_close
 
 

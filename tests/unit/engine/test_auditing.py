@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensafe_nb as tn
-from tensafe_nb.engine.auditing import Auditor, _Description
+from tensafe_nb.core.auditor import Auditor, _Description
 from tensafe_nb.errors import StorageError
-from tensafe_nb.store.audit_log import AuditLog, outcome_of
+from tensafe_nb.store.audit.log import AuditLog, outcome_of
 
 BATCH = {"input_ids": [[5, 6, 7, 8]]}
 
@@ -210,7 +210,7 @@ def test_a_pull_that_the_disk_refuses_is_logged_as_failed(
         "storage_error",
     )
 
-    from tensafe_nb.store.artifacts import ArtifactStore
+    from tensafe_nb.store.artifacts.artifacts import ArtifactStore
 
     def interrupted(self: ArtifactStore, artifact_id: str) -> bytes:
         raise KeyboardInterrupt

@@ -9,7 +9,9 @@ import torch
 import transformers
 
 import tensafe_nb as tn
-from tensafe_nb.engine import decoding, export, models
+from tensafe_nb.core import export
+from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.sampling import decoding
 from tests.unit.engine.test_loading import CONFIGS, SHAPE, load, saved
 
 BATCH = {"input_ids": [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]}

@@ -9,9 +9,9 @@ import torch
 
 import tensafe_nb as tn
 from tensafe_nb.engine import estimate as estimate_of
-from tensafe_nb.engine import memory
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.estimate import estimate
+from tensafe_nb.engine.models import memory
 from tensafe_nb.losses import resolve_loss
 from tests.unit.engine.private import private_engine
 

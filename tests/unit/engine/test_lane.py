@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensafe_nb.engine.lane import Job, Lane
-from tensafe_nb.operations import ForwardBackward, OptimStep
-from tensafe_nb.types import FutureStatus
+from tensafe_nb.core.queue import Job, Lane
+from tensafe_nb.protocol.operations import ForwardBackward, OptimStep
+from tensafe_nb.protocol.results import FutureStatus
 
 KINDS = {"fb": ForwardBackward, "opt": OptimStep}
 

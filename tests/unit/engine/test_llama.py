@@ -9,9 +9,10 @@ import torch
 import transformers
 
 import tensafe_nb as tn
-from tensafe_nb.engine import llama, models
-from tensafe_nb.engine.decoding import Decoder
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.sampling import llama
+from tensafe_nb.engine.sampling.decoding import Decoder
 from tests.close import assert_close
 
 SHAPE: dict[str, Any] = {

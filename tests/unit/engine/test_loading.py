@@ -12,8 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import tensafe_nb as tn
-from tensafe_nb.engine import gguf, models
-from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.engine.models import gguf
+from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.models.load import ASSETS
 from tests.unit.engine.test_models import write_gguf
 
 Weights = dict[str, torch.Tensor]

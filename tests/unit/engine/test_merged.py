@@ -9,11 +9,11 @@ import torch
 import transformers
 
 import tensafe_nb as tn
-from tensafe_nb.engine import decoding
-from tensafe_nb.engine import merged as merging
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.merged import merged
-from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.engine.models.load import ASSETS
+from tensafe_nb.engine.sampling import decoding
+from tensafe_nb.engine.sampling import merged as merging
+from tensafe_nb.engine.sampling.merged import merged
 from tensafe_nb.losses import resolve_loss
 from tests.close import assert_close
 

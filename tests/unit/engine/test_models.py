@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tensafe_nb as tn
-from tensafe_nb.engine import gguf, models
-from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.engine.models import gguf
+from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.models.load import ASSETS
 from tensafe_nb.store import home
 from tests.close import assert_close
 

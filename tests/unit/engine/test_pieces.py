@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensafe_nb as tn
-from tensafe_nb.engine import pieces
+from tensafe_nb.engine import micro_batches as pieces
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.losses import resolve_loss
 from tests.close import assert_close

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import tensafe_nb as tn
-from tensafe_nb.batch import TICKET
-from tensafe_nb.engine import private
+from tensafe_nb.engine import private_step as private
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError, PrivacyUnitError, ValidationError
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.protocol.batch import TICKET
 from tests.close import assert_close
 
 from .private import (

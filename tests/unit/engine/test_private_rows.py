@@ -10,11 +10,11 @@ import transformers
 from torch import Tensor
 
 import tensafe_nb as tn
-from tensafe_nb.batch import BatchData
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.engine.models.load import ASSETS
 from tensafe_nb.errors import PrivacyUnitError, ValidationError
 from tensafe_nb.losses import resolve_loss
+from tensafe_nb.protocol.batch import BatchData
 
 from .private import TOKEN_CE, CountingAccount, clipped_sum, examples, one_at_a_time, private_engine
 

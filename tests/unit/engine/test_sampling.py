@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tensafe_nb as tn
-from tensafe_nb.engine import sampling
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.sampling import sampler as sampling
 from tests.close import assert_close
 from tests.conftest import ARCHITECTURES
 

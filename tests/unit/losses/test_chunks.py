@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.models import ASSETS
+from tensafe_nb.engine.models.load import ASSETS
 from tensafe_nb.losses import LossOutputs, resolve_loss
 from tensafe_nb.losses.views import CHUNK, chunk_rows
 from tests.close import assert_close

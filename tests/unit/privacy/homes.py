@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from tensafe_nb.engine.ledger_binding import TenantLedger
-from tensafe_nb.privacy.charges import Charge
-from tensafe_nb.privacy.ledger import Ledger
-from tensafe_nb.store.audit_log import AuditLog
-from tensafe_nb.store.keys import Keys
-from tensafe_nb.store.sealed_tables import SealedTables
+from tensafe_nb.core.ledger import TenantLedger
+from tensafe_nb.privacy.ledger.account import Ledger
+from tensafe_nb.privacy.ledger.charges import Charge
+from tensafe_nb.store.audit.log import AuditLog
+from tensafe_nb.store.keys.keyring import Keys
+from tensafe_nb.store.sealed.tables import SealedTables
 
 DELTA = 1e-5
 ACCOUNT = "client:tc-1"

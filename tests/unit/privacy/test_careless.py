@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb.batch import TICKET
 from tensafe_nb.errors import PrivacyUnitError, ValidationError
 from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.protocol.batch import TICKET
 from tests.unit.engine.private import CLIENT, TOKEN_CE, CountingAccount, examples, private_engine
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10, 20) for b in (3, 5)]

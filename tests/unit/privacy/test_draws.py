@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb.batch import TICKET, BatchData
 from tensafe_nb.errors import DPBudgetExceededError, FutureFailedError, PrivacyUnitError
 from tensafe_nb.privacy import tickets
 from tensafe_nb.privacy.tickets import SEAL, DrawRegister, seals_of, ticket
+from tensafe_nb.protocol.batch import TICKET, BatchData
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10, 20) for b in (3, 5)]
 Create = Callable[..., tn.TrainingClient]

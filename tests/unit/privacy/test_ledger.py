@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensafe_nb.engine.ledger_binding import TenantLedger
+from tensafe_nb.core.ledger import TenantLedger
 from tensafe_nb.errors import (
     DPBudgetExceededError,
     KeyUnavailableError,
@@ -26,13 +26,13 @@ from tensafe_nb.errors import (
     ValidationError,
 )
 from tensafe_nb.privacy import accounting
-from tensafe_nb.privacy.charges import account_name
-from tensafe_nb.privacy.ledger import Ledger, without_tables
-from tensafe_nb.privacy.participation import Participation
+from tensafe_nb.privacy.ledger.account import Ledger, without_tables
+from tensafe_nb.privacy.ledger.charges import account_name
+from tensafe_nb.privacy.ledger.participation import Participation
 from tensafe_nb.store import home as home_folder
-from tensafe_nb.store.audit_files import LogFiles
-from tensafe_nb.store.audit_log import verify_file
-from tensafe_nb.store.envelope import read_header
+from tensafe_nb.store.audit.files import LogFiles
+from tensafe_nb.store.audit.log import verify_file
+from tensafe_nb.store.sealed.envelope import read_header
 from tensafe_nb.store.vault import Vault
 from tests.unit.privacy.homes import ACCOUNT, DELTA, Home, step, turn
 

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 import tensafe_nb as tn
-from tensafe_nb.batch import TICKET
-from tensafe_nb.draws import sample_rate_of
+from tensafe_nb.data.poisson import sample_rate_of
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError, PrivacyUnitError, ValidationError
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy import noise
-from tensafe_nb.privacy.statement import PrivacyStatement
+from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.protocol.batch import TICKET
 from tensafe_nb.store.vault import Vault
 from tests.close import assert_close
 from tests.unit.engine.private import (

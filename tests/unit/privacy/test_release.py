@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import draws
-from tensafe_nb.batch import BatchData
-from tensafe_nb.store import artifacts as artifacts_of
-from tensafe_nb.store import audit_log
+from tensafe_nb.data import poisson as draws
+from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.store.artifacts import artifacts as artifacts_of
+from tensafe_nb.store.audit import log as audit_log
 from tensafe_nb.store.vault import Vault
 from tensafe_nb.transports import embedded
 

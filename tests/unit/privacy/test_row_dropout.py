@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tensafe_nb as tn
-from tensafe_nb.batch import TICKET, BatchData
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import PrivacyUnitError
 from tensafe_nb.privacy.row_dropout import OtherRandomness, RowDropout
 from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.protocol.batch import TICKET, BatchData
 from tests.unit.engine.private import CLIENT, TOKEN_CE, clipped_sum, examples, private_engine
 
 SECRETS = torch.tensor([17, -4_000_000_000_000_000_001, 2**61 + 3])

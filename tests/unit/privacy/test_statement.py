@@ -8,7 +8,7 @@ import pytest
 
 from tensafe_nb.config import DPConfig
 from tensafe_nb.privacy import accounting
-from tensafe_nb.privacy.statement import PrivacyStatement
+from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tests.unit.privacy.homes import ACCOUNT, DELTA, Home, step, turn
 
 CONFIG = DPConfig(dataset_size=1_000, expected_batch_size=10)

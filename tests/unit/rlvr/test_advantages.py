@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensafe_nb.rlvr.advantages import EMABaseline, advantages, rloo, scale_by_batch, token_weights
+from tensafe_nb.rlvr.algorithms.advantages import EMABaseline, advantages, rloo, scale_by_batch, token_weights
 
 NAN = float("nan")
 rewards_of_a_group = st.lists(st.floats(-10, 10), min_size=2, max_size=8).map(np.array)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tensafe_nb.config import SamplingConfig
-from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.protocol.codec import from_plain, to_plain
 from tensafe_nb.rlvr import RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.alarm_rules import TEN, Memory, reward_fell
-from tensafe_nb.rlvr.alarms import Alarms
-from tensafe_nb.rlvr.metrics import Goal
+from tensafe_nb.rlvr.watch.alarms import Alarms
+from tensafe_nb.rlvr.watch.metrics import Goal
+from tensafe_nb.rlvr.watch.rules import TEN, Memory, reward_fell
 
 MIXED, GOOD, BAD = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
 HEALTHY = {"grad_norm": 1.0, "param_delta_norm": 0.1, "policy/approx_kl": 0.0}

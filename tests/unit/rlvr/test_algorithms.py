@@ -10,7 +10,8 @@ import pytest
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import FutureFailedError, QueueFullError, ValidationError
 from tensafe_nb.futures import Promise, combine, completed
-from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.protocol.results import ForwardBackwardResult, LogprobsResult, OptimStepResult
 from tensafe_nb.rlvr import (
     REINFORCE,
     MockRolloutSampler,
@@ -20,8 +21,7 @@ from tensafe_nb.rlvr import (
     TrajectoryBatch,
     UpdateResult,
 )
-from tensafe_nb.rlvr.updates import pack, unpack
-from tensafe_nb.types import ForwardBackwardResult, LogprobsResult, OptimStepResult
+from tensafe_nb.rlvr.algorithms.packing import pack, unpack
 
 METRICS = {"tokens": 4.0, "entropy_sum": 2.0, "logprob_sum": -8.0, "approx_kl_sum": 0.0}
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr import get_registered_rewards, resolve_reward
-from tensafe_nb.rlvr.builtin_rewards import common_subsequence, edit_distance
+from tensafe_nb.rlvr.rewards.builtin.answers import common_subsequence, edit_distance
 
 TEXTS = st.text("abc ", max_size=70)
 

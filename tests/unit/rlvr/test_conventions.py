@@ -11,8 +11,8 @@ import pytest
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr import MockRolloutSampler, Part, Trajectory, TrajectoryBatch, resolve_reward
-from tensafe_nb.rlvr.calls import Conversation, TrainerState
-from tensafe_nb.rlvr.scoring import Scorer, rescore, score
+from tensafe_nb.rlvr.rewards.conventions import Conversation, TrainerState
+from tensafe_nb.rlvr.scoring.scorer import Scorer, rescore, score
 
 TURNS = [
     {"role": "system", "content": "Be brief."},

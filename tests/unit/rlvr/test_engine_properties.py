@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from tensafe_nb.config import LoRAConfig, OptimizerConfig, SamplingConfig
-from tensafe_nb.engine import models, sampling
 from tensafe_nb.engine.engine import no_tick
+from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.sampling import sampler as sampling
 from tensafe_nb.losses import LossOutputs, resolve_loss
+from tensafe_nb.protocol.results import OptimStepResult
 from tensafe_nb.rlvr import (
     PPO,
     REINFORCE,
@@ -17,10 +19,9 @@ from tensafe_nb.rlvr import (
     Trajectory,
     TrajectoryBatch,
 )
-from tensafe_nb.rlvr.rewards import resolve_reward
-from tensafe_nb.rlvr.scoring import score
-from tensafe_nb.rlvr.updates import pack
-from tensafe_nb.types import OptimStepResult
+from tensafe_nb.rlvr.algorithms.packing import pack
+from tensafe_nb.rlvr.rewards.reward import resolve_reward
+from tensafe_nb.rlvr.scoring.scorer import score
 from tests.close import assert_close
 from tests.unit.rlvr.clients import TINY, EngineClient, policy_batch
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tensafe_nb.rlvr import Part, resolve_reward
-from tensafe_nb.rlvr.identity import identity_of, place_of
+from tensafe_nb.rlvr.rewards.identity import identity_of, place_of
 
 
 def notebook(source, **names):
@@ -367,7 +367,7 @@ def test_modules_are_told_apart_by_where_they_are_from(modules):
     }
     assert list(places.values()) == ["local", "stdlib", "library", "library"]
     assert place_of(__name__) == "local"
-    assert place_of("tensafe_nb.rlvr.numerals") == "ours"
+    assert place_of("tensafe_nb.rlvr.rewards.builtin.numerals") == "ours"
 
 
 def test_a_clock_or_a_lock_says_when_not_what():

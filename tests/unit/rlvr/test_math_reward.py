@@ -7,8 +7,8 @@ import pytest
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr import Trajectory, resolve_reward
-from tensafe_nb.rlvr.gym import gym_prompts
-from tensafe_nb.rlvr.scoring import Scorer
+from tensafe_nb.rlvr.rollouts.gym import gym_prompts
+from tensafe_nb.rlvr.scoring.scorer import Scorer
 
 EQUAL = [
     ("so \\boxed{0.5}", "1/2"),
@@ -61,7 +61,7 @@ def test_called_in_a_thread_of_the_kernel_it_works_as_well():
 
 def test_without_the_extra_the_name_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    monkeypatch.delitem(sys.modules, "tensafe_nb.rlvr.math_reward", raising=False)
+    monkeypatch.delitem(sys.modules, "tensafe_nb.rlvr.rewards.builtin.math", raising=False)
     with pytest.raises(ValidationError, match=r"pip install 'tensafe_nb\[math\]'"):
         resolve_reward("math")
 

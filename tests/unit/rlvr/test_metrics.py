@@ -7,7 +7,7 @@ import pytest
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.rlvr import RolloutGroup, Trajectory, TrajectoryBatch, UpdateResult
-from tensafe_nb.rlvr.metrics import known, rollout_metrics, signal_of, update_metrics
+from tensafe_nb.rlvr.watch.metrics import known, rollout_metrics, signal_of, update_metrics
 
 
 def batch_of(*groups, finish="stop", logprobs=(-1.0, -3.0)):

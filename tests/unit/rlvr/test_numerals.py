@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr import resolve_reward
-from tensafe_nb.rlvr.numerals import final_number, gold_number, lone_number, numbers_in
+from tensafe_nb.rlvr.rewards.builtin.numerals import final_number, gold_number, lone_number, numbers_in
 
 
 def value_of(text, decimal="."):

@@ -6,7 +6,7 @@ import pytest
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.rlvr import RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.rescoring import rescore_steps
+from tensafe_nb.rlvr.watch.rescoring import rescore_steps
 
 
 def step_of(*groups):

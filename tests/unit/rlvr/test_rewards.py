@@ -8,8 +8,8 @@ import pytest
 
 from tensafe_nb.errors import RewardError, ValidationError
 from tensafe_nb.rlvr import Trajectory, get_registered_rewards, register_reward, resolve_reward
-from tensafe_nb.rlvr.rewards import Part
-from tensafe_nb.rlvr.scoring import check_scored, score
+from tensafe_nb.rlvr.rewards.reward import Part
+from tensafe_nb.rlvr.scoring.scorer import check_scored, score
 
 
 def scored(function, responses=("yes",), **meta):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.rlvr import RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.rollout_store import RolloutStore
+from tensafe_nb.rlvr.rollouts.store import RolloutStore
 from tensafe_nb.store import home
 
 number = st.floats() | st.integers(-(2**70), 2**70)

@@ -15,10 +15,10 @@ import pytest
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
 from tensafe_nb.rlvr import MockRolloutSampler, Trajectory, TrajectoryBatch, resolve_reward
-from tensafe_nb.rlvr.preview import preview_reward
-from tensafe_nb.rlvr.rewards import Part
-from tensafe_nb.rlvr.rollouts import RolloutGroup
-from tensafe_nb.rlvr.scoring import Scorer, rescore, score
+from tensafe_nb.rlvr.rewards.reward import Part
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup
+from tensafe_nb.rlvr.scoring.scorer import Scorer, rescore, score
+from tensafe_nb.rlvr.watch.preview import preview_reward
 
 SOON = 2.5  # seconds after which a call that hangs is given up: on a busy machine the others are done by then
 
@@ -189,7 +189,7 @@ def test_a_process_outlasts_the_thread_in_which_it_was_first_asked_for():
 KERNEL = """
 import sys
 from tensafe_nb.rlvr import Trajectory
-from tensafe_nb.rlvr.scoring import Scorer
+from tensafe_nb.rlvr.scoring.scorer import Scorer
 
 def greedy(prompt, response, meta=None):
     import os, re
@@ -536,7 +536,7 @@ def test_scoring_here_and_scoring_elsewhere_agree():
 SCRIPT = """
 import sys, threading
 from tensafe_nb.rlvr import Trajectory
-from tensafe_nb.rlvr.scoring import Scorer
+from tensafe_nb.rlvr.scoring.scorer import Scorer
 
 print("the script runs")
 LIMIT = 3

@@ -12,7 +12,7 @@ from tensafe_nb import datasets
 from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.errors import NonFiniteLossError, RewardError, ValidationError
 from tensafe_nb.events import Alarm, ArtifactDeleted, CheckpointSaved, Metrics, Rollouts, RunState
-from tensafe_nb.plain import from_plain, to_plain
+from tensafe_nb.protocol.codec import from_plain, to_plain
 from tensafe_nb.rlvr import (
     PPO,
     REINFORCE,
@@ -24,7 +24,7 @@ from tensafe_nb.rlvr import (
     TrajectoryBatch,
     resolve_reward,
 )
-from tensafe_nb.rlvr.samplers import PromptCursor
+from tensafe_nb.rlvr.rollouts.samplers import PromptCursor
 from tensafe_nb.service import ServiceClient
 
 CONFIG = TrainingConfig(

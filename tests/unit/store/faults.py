@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tensafe_nb.store.files import Files
+from tensafe_nb.store.disk import Files
 
 
 class PowerCut(BaseException):

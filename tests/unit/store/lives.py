@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tensafe_nb.store.artifacts import ArtifactStore
-from tensafe_nb.store.files import DRAFTS
-from tensafe_nb.store.keys import Keys
-from tensafe_nb.store.rotation import JOURNAL
+from tensafe_nb.store.artifacts.artifacts import ArtifactStore
+from tensafe_nb.store.disk import DRAFTS
+from tensafe_nb.store.keys.keyring import Keys
+from tensafe_nb.store.sealed.rotation import JOURNAL
 
 HEADER = {
     "training_client": "tc-1",

@@ -27,12 +27,12 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.store.artifacts import ArtifactStore, StoredArtifact, open_file
-from tensafe_nb.store.envelope import CHUNK, canonical, seal
-from tensafe_nb.store.keys import Keys
-from tensafe_nb.store.payload import MAX_MANIFEST
-from tensafe_nb.store.tensors import TensorPart, read_tensors
-from tensafe_nb.types import SaveStateResult
+from tensafe_nb.protocol.results import SaveStateResult
+from tensafe_nb.store.artifacts.artifacts import ArtifactStore, StoredArtifact, open_file
+from tensafe_nb.store.keys.keyring import Keys
+from tensafe_nb.store.sealed.envelope import CHUNK, canonical, seal
+from tensafe_nb.store.sealed.payload import MAX_MANIFEST
+from tensafe_nb.store.sealed.tensors import TensorPart, read_tensors
 from tests.unit.store.faults import Unsynced
 from tests.unit.store.lives import HEADER
 
@@ -729,7 +729,7 @@ def test_every_error_of_the_store_is_of_the_family(store: ArtifactStore, tmp_pat
 
 def test_the_store_imports_neither_torch_nor_an_engine() -> None:
     code = (
-        "import sys, tensafe_nb.store.artifacts, tensafe_nb.store.tensors;"
+        "import sys, tensafe_nb.store.artifacts.artifacts, tensafe_nb.store.sealed.tensors;"
         "print([n for n in sys.modules if n in ('torch', 'safetensors', 'tensafe_nb.engine', 'pickle5')])"
     )
     assert (

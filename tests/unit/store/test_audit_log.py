@@ -28,12 +28,14 @@ from tensafe_nb.errors import (
     StorageError,
     ValidationError,
 )
-from tensafe_nb.store import audit_chain, audit_check, audit_files
-from tensafe_nb.store.audit_key import KeyPage, Secrets, unwrap_secret
-from tensafe_nb.store.audit_log import AuditLog, verify_file
-from tensafe_nb.store.envelope import canonical
-from tensafe_nb.store.keys import Keys
-from tensafe_nb.types import AuditLogEntry
+from tensafe_nb.protocol.results import AuditLogEntry
+from tensafe_nb.store.audit import chain as audit_chain
+from tensafe_nb.store.audit import files as audit_files
+from tensafe_nb.store.audit import verify as audit_check
+from tensafe_nb.store.audit.key import KeyPage, Secrets, unwrap_secret
+from tensafe_nb.store.audit.log import AuditLog, verify_file
+from tensafe_nb.store.keys.keyring import Keys
+from tensafe_nb.store.sealed.envelope import canonical
 
 CLIENTS = ("tc-1", "tc-2")
 VERBS = ("forward_backward", "optim_step", "save_state")
@@ -804,8 +806,8 @@ def test_a_rewrapping_that_could_not_be_written_leaves_the_old_one(
 APPENDER = """
 import sys
 from pathlib import Path
-from tensafe_nb.store.audit_log import AuditLog
-from tensafe_nb.store.keys import Keys
+from tensafe_nb.store.audit.log import AuditLog
+from tensafe_nb.store.keys.keyring import Keys
 home = Path(sys.argv[1])
 log = AuditLog(home / "audit" / "local", Keys(home / "keys", "file", announce=lambda _: None))
 print("ready", flush=True)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tensafe_nb.errors import ArtifactNotFoundError, StorageError
-from tensafe_nb.store import rotation
-from tensafe_nb.store.artifacts import ArtifactStore
-from tensafe_nb.store.files import DRAFTS, Files
-from tensafe_nb.store.keys import Keys
+from tensafe_nb.store.artifacts.artifacts import ArtifactStore
+from tensafe_nb.store.disk import DRAFTS, Files
+from tensafe_nb.store.keys.keyring import Keys
+from tensafe_nb.store.sealed import rotation
 from tests.unit.store import lives
 from tests.unit.store.faults import (
     CutDisk,

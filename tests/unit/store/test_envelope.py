@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensafe_nb.errors import DecryptionError, KeyUnavailableError, ValidationError
-from tensafe_nb.store import envelope, key_sources
-from tensafe_nb.store.envelope import MAC, MAGIC, SLOT, TAG, canonical, parse_canonical
-from tensafe_nb.store.keys import REFUSED, Keys
+from tensafe_nb.store.keys import sources as key_sources
+from tensafe_nb.store.keys.keyring import REFUSED, Keys
+from tensafe_nb.store.sealed import envelope
+from tensafe_nb.store.sealed.envelope import MAC, MAGIC, SLOT, TAG, canonical, parse_canonical
 
 REAL_CHUNK = envelope.CHUNK
 CHUNK = 64  # small files of many chunks; `real_chunks` for the tests of the size itself

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from tensafe_nb.errors import DecryptionError, KeyUnavailableError, StorageError, ValidationError
-from tensafe_nb.store import key_file, key_sources
-from tensafe_nb.store.keys import REFUSED, Keys
+from tensafe_nb.store.keys import key_file
+from tensafe_nb.store.keys import sources as key_sources
+from tensafe_nb.store.keys.keyring import REFUSED, Keys
 
 SECRET = bytes(range(32))
 posix = pytest.mark.skipif(os.name != "posix", reason="rights are those of POSIX")
@@ -212,7 +213,7 @@ class TestTwoProcesses:
     PROGRAM = """
 import sys
 from pathlib import Path
-from tensafe_nb.store.keys import Keys
+from tensafe_nb.store.keys.keyring import Keys
 print("ready", flush=True)
 sys.stdin.readline()
 print(Keys(Path(sys.argv[1]), announce=lambda _: print("made")).primary_id())

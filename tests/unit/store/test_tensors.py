@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.store.tensors import ITEM_SIZES, TensorPart, read_tensors
+from tensafe_nb.store.sealed.tensors import ITEM_SIZES, TensorPart, read_tensors
 
 TORCH = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,

@@ -1,0 +1,1 @@
+"""The command line: `tensafe-nb` and `python -m tensafe_nb.cli`."""

@@ -1,0 +1,186 @@
+"""An engine's state as a sealed artifact, and back: trainer.json, then tensors as safetensors. Never pickle."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.engine import state as states
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.state import EngineState
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.protocol.operations import SaveState
+from tensafe_nb.protocol.results import LoadStateResult, SaveStateResult
+from tensafe_nb.store.artifacts.artifacts import ArtifactStore, StoredArtifact
+from tensafe_nb.store.sealed.tensors import TensorPart, read_tensors
+
+SCHEMA = 1
+FACTS, WEIGHTS, MOMENTS, WINDOW, REFERENCE = (
+    "trainer.json",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "accumulation.safetensors",
+    "reference.safetensors",
+)
+LEDGER = "ledger.json"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def save(
+    engine: Engine,
+    store: ArtifactStore,
+    operation: SaveState,
+    *,
+    training_client_id: str,
+    ledger_head: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+    ledger: Mapping[str, Any] | None = None,
+) -> SaveStateResult:
+    """Seal an engine's state.
+
+    Args:
+        engine: Whose state.
+        store: Where to keep it.
+        operation: What the user asked for.
+        training_client_id: Who saves.
+        ledger_head: Of the audit log, for the header: the artifact is an anchor of the log.
+        facts: What else is to come back, as plain data.
+        ledger: The privacy account of the weights.
+
+    Raises:
+        StorageError: It could not be written; earlier artifacts are intact.
+    """
+    state = states.capture(engine, operation.include_optimizer)
+    known = {
+        "schema": SCHEMA,
+        "loss": engine.config.loss.type,
+        "has_moments": operation.include_optimizer,
+        "position": operation.position,
+    }
+    parts: dict[str, bytes | TensorPart] = {FACTS: json.dumps(state.facts | known | dict(facts)).encode()}
+    if ledger is not None:
+        parts[LEDGER] = json.dumps(ledger).encode()
+    parts[WEIGHTS] = tensor_part(state.weights)
+    if state.optimizer is not None:
+        parts[MOMENTS] = tensor_part(state.optimizer)
+    if state.gradients:
+        parts[WINDOW] = tensor_part(state.gradients)
+    if state.reference is not None:
+        parts[REFERENCE] = tensor_part(state.reference)
+    header = {
+        "training_client": training_client_id,
+        "step": engine.step,
+        "base_model": engine.config.model_ref,
+        "revision": state.facts["base"],
+        "ledger_head": ledger_head,
+        "schema": SCHEMA,
+    }
+    return store.save(parts, header=header, metadata=operation.metadata, name=operation.name)
+
+
+def load(
+    engine: Engine,
+    store: ArtifactStore,
+    artifact_id: str,
+    *,
+    lenient_optimizer: bool = False,
+    for_run: str | None = None,
+    take_over: Callable[[Mapping[str, Any] | None], None] = lambda ledger: None,
+) -> tuple[LoadStateResult, Mapping[str, Any]]:
+    """Give an engine the state of an artifact; on any failure the engine stays as it was.
+
+    Args:
+        engine: Whose state to replace.
+        store: Where it is kept.
+        artifact_id: Its id, or its name.
+        lenient_optimizer: Moments of another optimiser are left out instead of refused.
+        for_run: The state must say where a run with a loop of this name stood in its data.
+        take_over: Called with the privacy account that the state carries, before anything is loaded.
+
+    Returns:
+        The result, and the facts that were saved.
+
+    Raises:
+        ArtifactNotFoundError: There is none.
+        DecryptionError: It does not open.
+        ValidationError: It belongs to another model, adapter or optimiser.
+    """
+    with store.open(store.resolve(artifact_id)) as artifact:
+        facts, tensors = _read(engine, artifact, artifact_id, with_moments=not lenient_optimizer)
+        if for_run is not None and (facts["position"] or {}).get("kind") != for_run:
+            raise ValidationError(
+                f"The checkpoint {artifact_id!r} was not saved by a run of this kind, so it does not say where in the "
+                f"data to go on. Nothing was loaded. load_state() it, and start a new run from there."
+            )
+        found = artifact.info.artifact_id
+    take_over(facts.get("ledger"))
+    moments = tensors.get(MOMENTS)
+    window, reference = tensors.get(WINDOW, {}), tensors.get(REFERENCE)
+    state = EngineState(facts, tensors[WEIGHTS], moments, window, reference)
+    same = facts["config"]["optimizer"]["name"] == engine.config.optimizer.name
+    states.restore(engine, state, keep_moments=same)
+    restored = moments is not None and same
+    return LoadStateResult(found, engine.step, "READY", restored, facts["position"]), facts
+
+
+def config_of(store: ArtifactStore, artifact_id: str) -> TrainingConfig:
+    """Return the configuration of the client that saved an artifact."""
+    with store.open(store.resolve(artifact_id)) as artifact:
+        return TrainingConfig(**_facts(artifact, artifact_id)["config"])
+
+
+def _read(
+    engine: Engine, artifact: StoredArtifact, artifact_id: str, *, with_moments: bool
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    facts: dict[str, Any] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, size, stream in artifact.parts():
+        if name == FACTS:
+            facts = _parse(stream.read(size), artifact_id)
+            states.check(engine, facts, artifact_id, with_moments=with_moments and facts["has_moments"])
+        elif name == LEDGER:
+            facts["ledger"] = json.loads(stream.read(size))
+        elif name in (WEIGHTS, MOMENTS, WINDOW, REFERENCE):
+            found = read_tensors(stream, size)
+            tensors[name] = {key: tensor_of(dtype, shape, data) for key, dtype, shape, data in found}
+    return facts, tensors
+
+
+def _facts(artifact: StoredArtifact, artifact_id: str) -> dict[str, Any]:
+    for name, size, stream in artifact.parts():
+        if name == FACTS:
+            return _parse(stream.read(size), artifact_id)
+    raise ValidationError(f"The artifact {artifact_id!r} holds no training state.")
+
+
+def _parse(text: bytes, artifact_id: str) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(text)
+    if facts["schema"] != SCHEMA:
+        raise ValidationError(
+            f"The artifact {artifact_id!r} was written in format {facts['schema']}, this version reads {SCHEMA}. "
+            f"Install a newer tensafe_nb."
+        )
+    return facts
+
+
+def tensor_part(tensors: Mapping[str, Tensor]) -> TensorPart:
+    """Return tensors as the part of an artifact; each is copied to the CPU when its turn comes."""
+    return TensorPart(
+        [(name, NAMES[t.dtype], tuple(t.shape), partial(_bytes, t)) for name, t in tensors.items()]
+    )
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def tensor_of(dtype: str, shape: tuple[int, ...], data: memoryview) -> Tensor:
+    """Return the tensor that lies in some bytes, without copying them."""
+    kind = DTYPES[dtype]
+    return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)

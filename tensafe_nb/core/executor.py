@@ -1,0 +1,169 @@
+"""What each operation does: to the engine, to the store, to the privacy account, and what it tells of it."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, cast
+
+from tensafe_nb.core import checkpoints
+from tensafe_nb.core.privacy import Guarantee
+from tensafe_nb.core.queue import Job, Lane, mean_of
+from tensafe_nb.engine.accumulation import Tick
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.errors import DPBudgetExceededError
+from tensafe_nb.events import CheckpointSaved, Event, EventBus, Metrics, StateLoaded
+from tensafe_nb.losses import Loss
+from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.protocol.operations import (
+    ComputeLogprobs,
+    Forward,
+    ForwardBackward,
+    FreezeReference,
+    LoadState,
+    OptimStep,
+    Sample,
+    SaveState,
+    VoidPrivacy,
+)
+from tensafe_nb.protocol.results import (
+    ForwardBackwardResult,
+    LoadStateResult,
+    OptimStepResult,
+    Result,
+    SaveStateResult,
+)
+from tensafe_nb.store.vault import Vault
+
+
+class Performer:
+    """Carries out the operations of one training client, one after the other.
+
+    Args:
+        engine: The model in training.
+        lane: Knows whether the open window is whole.
+        vault: Where states are kept.
+        guarantee: The privacy of what is trained.
+        bus: Where to publish.
+        client_id: Whose operations.
+    """
+
+    def __init__(
+        self, engine: Engine, lane: Lane, vault: Vault, guarantee: Guarantee, bus: EventBus, client_id: str
+    ) -> None:
+        self.engine, self._lane, self._vault = engine, lane, vault
+        self._guarantee, self._bus, self._client_id = guarantee, bus, client_id
+        self._losses: list[tuple[ForwardBackwardResult, bool]] = []
+        self.step, self.policy_version = engine.step, engine.policy_version
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether a forward_backward of the open window has left its gradient."""
+        return bool(self._losses)
+
+    def perform(self, job: Job, tick: Tick) -> Result:
+        """Carry out an operation."""
+        engine, operation = self.engine, job.operation
+        if self._lane.stale_gradients:
+            self._lane.stale_gradients = False
+            self._losses.clear()
+            engine.discard_gradients()
+        match operation:
+            case ForwardBackward(batch):
+                loss = cast(Loss, job.loss)
+                result = engine.forward_backward(batch, loss, tick)
+                self._losses.append((result, loss.declares.prenormalised))
+                return result
+            case Forward(batch, return_logprobs=wanted):
+                return engine.forward(batch, cast(Loss, job.loss), wanted, tick)
+            case OptimStep(apply_dp_noise):
+                return self._optim_step(engine, apply_dp_noise)
+            case Sample(prompts, sampling):
+                return engine.sample(prompts, sampling, tick)
+            case ComputeLogprobs(batch, temperature, reference):
+                return engine.compute_logprobs(batch, temperature, reference, tick)
+            case FreezeReference():
+                return engine.freeze_reference()
+            case SaveState():
+                return self._save_state(engine, operation)
+            case LoadState(artifact_id, for_run):
+                return self.load_state(artifact_id, for_run=for_run)
+            case VoidPrivacy(reason):
+                voided = self._guarantee.void(reason)
+                self._tell(self._guarantee.standing(self.step))
+                return voided
+        raise AssertionError(operation)
+
+    def _save_state(self, engine: Engine, operation: SaveState) -> SaveStateResult:
+        window = [] if engine.is_private else self._losses
+        broken = None if engine.is_private else self._lane.broken
+        saved = checkpoints.save(
+            engine,
+            self._vault.artifacts,
+            operation,
+            training_client_id=self._client_id,
+            ledger_head=self._vault.audit.head(),
+            facts={"losses": to_plain(window), "broken": broken},
+            ledger=self._guarantee.carried(),
+        )
+        dropped = engine.window.batches if engine.is_private else 0
+        saved = replace(saved, dp_metrics=self._guarantee.metrics, dropped_batches=dropped)
+        run_id = (operation.position or {}).get("run_id")
+        self._publish(
+            CheckpointSaved(
+                artifact_id=saved.artifact_id,
+                step=saved.step,
+                size_bytes=saved.size_bytes,
+                content_hash=saved.content_hash,
+                name=saved.name,
+                run_id=run_id,
+            )
+        )
+        self._bus.sync()
+        return saved
+
+    def load_state(self, artifact_id: str, **options: Any) -> LoadStateResult:
+        """Take over the state of an artifact; see `checkpoints.load`."""
+        engine = self.engine
+        take_over = self._guarantee.take_over
+        loaded, facts = checkpoints.load(
+            engine, self._vault.artifacts, artifact_id, take_over=take_over, **options
+        )
+        self._lane.end_window()
+        self._lane.inherited = facts["broken"]
+        self._losses = [tuple(pair) for pair in from_plain(facts["losses"])]
+        self.step, self.policy_version = engine.step, engine.policy_version
+        self._publish(StateLoaded(artifact_id=loaded.loaded_artifact_id, step=loaded.step))
+        self._tell(self._guarantee.standing(loaded.step))
+        return loaded
+
+    def _optim_step(self, engine: Engine, apply_dp_noise: bool) -> OptimStepResult:
+        losses, self._losses = self._losses, []
+        error = self._lane.end_window()
+        if error is not None:
+            engine.discard_gradients()
+            raise error
+        self._guarantee.before_step()
+        try:
+            result = engine.optim_step(apply_dp_noise)
+        except DPBudgetExceededError:
+            self._tell(self._guarantee.standing(engine.step, refused=True))
+            raise
+        self.step, self.policy_version = result.step, result.policy_version
+        values = {
+            **mean_of(losses),
+            "tokens": sum(result.tokens_processed for result, _ in losses),
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "param_delta_norm": result.param_delta_norm,
+        }
+        if result.dp_metrics is not None:
+            values["dp/epsilon"] = result.dp_metrics.total_epsilon
+        self._publish(Metrics(step=result.step, values=values))
+        self._tell(self._guarantee.after_step(result))
+        return result
+
+    def _publish(self, event: Event) -> None:
+        self._bus.publish(event)
+
+    def _tell(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._publish(event)

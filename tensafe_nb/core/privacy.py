@@ -1,0 +1,119 @@
+"""What a worker does for the privacy of what it trains: an account for each private client, and none forgotten.
+
+A client without differential privacy that took over private weights carries their account along: its first step on
+them ends that account's guarantee, for everybody who shares it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.core.account import PrivacyAccount
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.events import PrivacySpent
+from tensafe_nb.privacy.ledger.account import Ledger, without_tables
+from tensafe_nb.privacy.ledger.charges import LedgerLog
+from tensafe_nb.privacy.ledger.statement import PrivacyStatement
+from tensafe_nb.protocol.results import DPMetrics, OptimStepResult, VoidPrivacyResult
+
+
+class Guarantee:
+    """The privacy guarantee of one training client, or its absence.
+
+    Args:
+        log: Where the ledger's records are.
+        config: Of the training client.
+        client_id: The training client.
+    """
+
+    def __init__(self, log: LedgerLog, config: TrainingConfig, client_id: str) -> None:
+        self._log, self._client_id = log, client_id
+        private = config.dp_config is not None and config.dp_config.enabled
+        self.account = PrivacyAccount(log, config, client_id) if private else None
+        self.metrics: DPMetrics | None = None
+        self._inherited: Mapping[str, Any] | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Let an engine train privately, on this account."""
+        if self.account is not None:
+            engine.train_privately(self.account, self._client_id)
+
+    def carried(self) -> Mapping[str, Any] | None:
+        """Return what a checkpoint takes along: the account of the weights in it."""
+        return self._inherited if self.account is None else self.account.carried()
+
+    def take_over(self, carried: Mapping[str, Any] | None) -> None:
+        """Answer for weights that are about to be loaded.
+
+        Raises:
+            ValidationError: This client is private, and the weights come with no account: what they hold of the data
+                is unknown.
+            LedgerError: The ledger cannot be read or written.
+        """
+        if self.account is None:
+            self._inherited = None if carried is None else without_tables(carried)
+        elif carried is None:
+            raise ValidationError(
+                "This checkpoint was trained without differential privacy: no noise covers what it holds of its data. "
+                "Nothing was loaded. If that data is public, export it (service.export_adapter(…, merged=True)) and "
+                "take the folder as model_ref of a private client."
+            )
+        else:
+            self.account.adopt(carried)
+
+    def before_step(self) -> None:
+        """End the guarantee of an inherited account: a step without noise is about to be taken on its weights."""
+        if self.account is None and self._inherited is not None:
+            ledger = Ledger(self._log, str(self._inherited["account"]), delta=1e-5)
+            reason = f"{self._client_id} went on from its weights without differential privacy"
+            ledger.void(reason, training_client_id=self._client_id)
+            self._inherited = None
+
+    def void(self, reason: str) -> VoidPrivacyResult:
+        """Give the guarantee up.
+
+        Raises:
+            ValidationError: There is none.
+        """
+        if self.account is None:
+            raise ValidationError("void_privacy(): this client trains without differential privacy.")
+        self.account.void(reason)
+        return VoidPrivacyResult(reason, math.inf)
+
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made, and return the key of its ticket's hashes.
+
+        Raises:
+            ValidationError: There is no account to charge it to.
+        """
+        if self.account is None:
+            raise ValidationError("dp_batches(): this client trains without differential privacy.")
+        return self.account.enter_draw(unit), self.account.draws.key
+
+    def statement(self) -> PrivacyStatement:
+        """Return the privacy statement.
+
+        Raises:
+            ValidationError: There is nothing to state.
+        """
+        if self.account is None:
+            raise ValidationError(
+                "privacy_statement(): this client trains without differential privacy, and claims none."
+            )
+        return self.account.statement()
+
+    def after_step(self, result: OptimStepResult) -> list[PrivacySpent]:
+        """Return what to tell of a step."""
+        self.metrics = result.dp_metrics
+        if self.account is None or result.dp_metrics is None:
+            return []
+        before = result.dp_metrics.total_epsilon - result.dp_metrics.epsilon_spent
+        return [self.account.event(result.step, before)]
+
+    def standing(self, step: int, *, refused: bool = False) -> list[PrivacySpent]:
+        """Return what to tell of how things stand without a step."""
+        if self.account is None:
+            return []
+        return [self.account.event(step, self.account.epsilon(), refused=refused)]

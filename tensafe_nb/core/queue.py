@@ -1,0 +1,179 @@
+"""The order of a training client's operations: first in, first out; a failed window fails its optimiser step."""
+
+import uuid
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensafe_nb.errors import FutureFailedError, QueueFullError
+from tensafe_nb.futures import FutureHandle, Promise
+from tensafe_nb.losses import Loss
+from tensafe_nb.protocol.operations import (
+    ComputeLogprobs,
+    Forward,
+    ForwardBackward,
+    FreezeReference,
+    LoadState,
+    Operation,
+    OptimStep,
+    Sample,
+    SaveState,
+    VoidPrivacy,
+)
+from tensafe_nb.protocol.results import (
+    ForwardBackwardResult,
+    ForwardResult,
+    FreezeReferenceResult,
+    LoadStateResult,
+    LogprobsResult,
+    OptimStepResult,
+    SampleResult,
+    SaveStateResult,
+    VoidPrivacyResult,
+)
+
+MAX_PENDING = 1_000
+NAMES: dict[type, tuple[str, type]] = {
+    ForwardBackward: ("forward_backward", ForwardBackwardResult),
+    Forward: ("forward", ForwardResult),
+    OptimStep: ("optim_step", OptimStepResult),
+    Sample: ("sample", SampleResult),
+    ComputeLogprobs: ("compute_logprobs", LogprobsResult),
+    FreezeReference: ("freeze_reference", FreezeReferenceResult),
+    SaveState: ("save_state", SaveStateResult),
+    LoadState: ("load_state", LoadStateResult),
+    VoidPrivacy: ("void_privacy", VoidPrivacyResult),
+}
+
+
+LASTING = (SaveState, VoidPrivacy)  # what is done for good, whether or not anybody waits for the result
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """An operation in its place in the lane."""
+
+    operation: Operation | None
+    name: str
+    kind: type
+    future_id: str = field(default_factory=lambda: f"fut-{uuid.uuid4().hex[:12]}")
+    promise: Promise[Any] = field(default_factory=Promise)
+    loss: Loss | None = None
+    knows_of: "Job | None" = None  # the failure of which its submitter had been told
+    handle: "weakref.ref[FutureHandle[Any]] | None" = (
+        None  # the job never keeps the handle that is given out for it
+    )
+
+    def let_go(self) -> None:
+        """Let go of the operation with its batch, and of the loss: whoever keeps the handle keeps the result only."""
+        self.operation = self.loss = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether its outcome can still reach somebody."""
+        return self.kind in LASTING or (self.handle is not None and self.handle() is not None)
+
+
+class Lane:
+    """Jobs in order, and what became of the window they belong to. Knows no thread."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+        self._broken: tuple[Job, str] | None = None
+        self._forgivable = False  # what broke the window was the first in it: nothing had been accumulated
+        self.inherited: str | None = None  # how the window of a loaded state was broken
+        self.stale_gradients = False  # a window ended without its step: what it accumulated must go
+
+    def put(self, job: Job) -> None:
+        if job.kind is ForwardBackward and self._broken and self._broken[0].promise.told:
+            job.knows_of = self._broken[0]
+        self._jobs.append(job)
+
+    def check_room(self) -> None:
+        if self.depth >= MAX_PENDING:
+            raise QueueFullError(
+                f"{MAX_PENDING} operations of this training client are waiting already. Wait for some results "
+                f"before you submit more."
+            )
+
+    def take(self) -> Job | None:
+        """Return the next job that is still wanted; cancelled ones leave their mark on the window."""
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.promise.start():
+                self._forgive(job)
+                return job
+            self.mark_broken(job, "was cancelled")
+        return None
+
+    def _forgive(self, job: Job) -> None:
+        """Begin a new window with a forward_backward that was submitted by who knew of the failure before it.
+
+        What was queued behind a failure, unaware of it, depends on it. Who has been told, and goes on, does not, as
+        long as no gradient is dropped by it: a cell that failed is mended and run again.
+        """
+        if self._forgivable and self._broken is not None and job.knows_of is self._broken[0]:
+            self._broken = None
+
+    @property
+    def depth(self) -> int:
+        return sum(not job.promise.done for job in self._jobs)
+
+    def position(self, job: Job) -> int | None:
+        waiting = [other for other in self._jobs if not other.promise.done]
+        return waiting.index(job) if job in waiting else None
+
+    def pending(self) -> list[Job]:
+        return [job for job in self._jobs if not job.promise.done]
+
+    def mark_broken(self, job: Job, how: str, *, first: bool = False) -> None:
+        """Note that a job did not complete: a forward_backward breaks its window, an optim_step ends it.
+
+        Args:
+            job: What did not complete.
+            how: In words.
+            first: Nothing of its window was accumulated before it.
+        """
+        if job.kind is ForwardBackward and self._broken is None:
+            self._broken, self._forgivable = (job, how), first
+        elif job.kind is OptimStep:
+            self._broken, self.inherited, self.stale_gradients = None, None, True
+
+    @property
+    def broken(self) -> str | None:
+        """How the open window was broken, in words; None when it is whole."""
+        if self._broken is None:
+            return self.inherited
+        job, how = self._broken
+        return f"{job.name} {job.future_id} of the same step {how}"
+
+    def end_window(self) -> FutureFailedError | None:
+        """Close the window for an optimiser step; the error it must fail with, if the window is broken."""
+        reason, broken = self.broken, self._broken
+        self._broken = self.inherited = None
+        if reason is None:
+            return None
+        error = FutureFailedError(
+            f"optim_step was not run: {reason}. The weights are untouched and the gradients cleared; the next step "
+            f"starts clean.",
+            details={"cause": broken[0].future_id} if broken else {},
+        )
+        error.__cause__ = broken[0].promise.error if broken else None
+        return error
+
+
+def mean_of(losses: list[tuple[ForwardBackwardResult, bool]]) -> dict[str, float]:
+    """Combine the losses and metrics of a window: weighted means; pre-normalised losses add up.
+
+    The metrics of those are sums and maxima over tokens, which the algorithm that sent the batch turns into means.
+    """
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for result, prenormalised in losses:
+        weight = 1.0 if prenormalised else result.weight
+        metrics = {} if prenormalised else result.metrics
+        for name, value in {"loss": result.loss, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + weight * value
+            weights[name] = 1.0 if prenormalised else weights.get(name, 0.0) + weight
+    return {name: total / weights[name] for name, total in sums.items() if weights[name]}

@@ -1,0 +1,499 @@
+"""One engine, one thread, one lane: operations run in the order they came, and every failure is a future's."""
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import dropwhile
+from queue import SimpleQueue
+from typing import Any, cast
+
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.core.auditor import Auditor
+from tensafe_nb.core.executor import Performer
+from tensafe_nb.core.privacy import Guarantee
+from tensafe_nb.core.queue import NAMES, Job, Lane
+from tensafe_nb.engine import canaries as canaries_of
+from tensafe_nb.engine import estimate as estimate_of
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.models.failures import presentable
+from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.errors import (
+    ClientClosedError,
+    FutureCancelledError,
+    FutureFailedError,
+    TGTinkerError,
+)
+from tensafe_nb.events import (
+    Event,
+    EventBus,
+    OperationCancelled,
+    OperationFailed,
+    OperationFinished,
+    OperationQueued,
+    OperationStarted,
+    Progress,
+    StatusChanged,
+)
+from tensafe_nb.futures import FutureHandle, Promise
+from tensafe_nb.lifetimes import collect
+from tensafe_nb.losses import Loss, resolve_loss
+from tensafe_nb.privacy.audit_canary import PrivacyAudit
+from tensafe_nb.privacy.ledger.charges import LedgerLog
+from tensafe_nb.privacy.ledger.statement import PrivacyStatement
+from tensafe_nb.protocol.operations import Forward, ForwardBackward, Operation, SaveState
+from tensafe_nb.protocol.results import ClientStatus, FutureStatus, StepEstimate, TrainingClientInfo
+from tensafe_nb.store.vault import Vault
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a training client comes from, when it does not start afresh.
+
+    Attributes:
+        artifact_id: Waits for the id of the state to start from, if it is still being written.
+        relative: The client whose loaded base weights to share, if there is one.
+    """
+
+    artifact_id: Callable[[], str]
+    relative: "Worker | None" = None
+
+
+_loaded: "weakref.WeakSet[Any]" = weakref.WeakSet()  # models of this process
+
+
+class Worker:
+    """Runs the operations of one training client on a thread of its own.
+
+    The thread holds the worker, and the worker never the client: so a client that nobody refers to any more can be
+    told from one in use. It then says `abandon()`, as `close()` does for who wants to say when.
+
+    Args:
+        training_client_id: Names the thread.
+        config: What the engine is made of; it is loaded on the thread.
+        bus: Where to publish.
+        default_loss: For operations that name none.
+        vault: Where states are kept, and what happened is written down.
+        ledger: Where the tenant's privacy accounts are.
+        origin: Where it starts; afresh when None.
+    """
+
+    def __init__(
+        self,
+        training_client_id: str,
+        config: TrainingConfig,
+        bus: EventBus,
+        default_loss: Loss,
+        vault: Vault,
+        ledger: LedgerLog,
+        origin: Origin | None = None,
+    ) -> None:
+        self.training_client_id = training_client_id
+        self.config = config
+        self.bus = bus
+        self.created_at = time.time()
+        self._pid = os.getpid()
+        self.status = ClientStatus.INITIALIZING
+        self.reason: str | None = None
+        self.loaded: Promise[Any] = Promise()  # the tokenizer, once there is one
+        self._performer: Performer | None = None
+        self._reached = (0, 0)  # step and policy version, once the engine is gone
+        self._failure: TGTinkerError | None = None
+        self._lane = Lane()
+        self._running: Job | None = None
+        self._closing = self._abandoned = False
+        self._default_loss = default_loss
+        self._vault = vault
+        private = config.dp_config is not None and config.dp_config.enabled
+        self._auditor = Auditor(vault.audit, training_client_id, private=private)
+        self._guarantee = Guarantee(ledger, config, training_client_id)
+        self._ledger = ledger
+        self._origin, self.starts_afresh = origin, origin is None
+        self._computing = threading.Lock()
+        self._changing = threading.RLock()
+        self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
+        self._submitting = threading.RLock()
+        # Not only in the thread: transformers puts another module in its own place when it has been imported, and
+        # who imports it meanwhile, as `datasets` does, would be left with the first, which has nothing in it.
+        import transformers  # noqa: F401
+
+        self._thread = threading.Thread(
+            target=self._main, name=f"tsnb-worker-{training_client_id}", daemon=True
+        )
+        self._thread.start()
+
+    # called from any thread
+
+    def submit(self, operation: Operation) -> FutureHandle[Any]:
+        """Put an operation at the end of the lane.
+
+        Raises:
+            ClientClosedError: The client is closed.
+            QueueFullError: Too many wait already.
+        """
+        name, result_type = NAMES[type(operation)]
+        job = Job(operation, name, type(operation), loss=self._loss_of(operation))
+        job.promise.owner = self._thread
+        handle = self._handle_of(job, result_type)
+        with (
+            self._submitting
+        ):  # keeps the order of events; the lane's own lock is never held while publishing
+            self._refuse_if_closed(name)
+            self._publish(OperationQueued(future_id=job.future_id, operation=name))
+            with self._changing:
+                failure, late = self._failure, self._closing
+                if failure is None:
+                    self._lane.put(job)
+            self._wakes.put(None)
+        if failure is not None:
+            try:
+                self._fail(job, failure)
+            except Exception:  # the handle has ended, and says why; nobody's call is to fail for the log
+                logger.exception("the audit record of %s could not be written", name)
+        elif late:  # closed while this was being submitted
+            self._cancel(job)
+        return handle
+
+    def _handle_of(self, job: Job, result_type: type) -> FutureHandle[Any]:
+        """Return what is given out for a job: it keeps the result, and neither this worker nor its model."""
+        line = weakref.ref(self)  # while the job is pending or runs, the thread keeps the worker
+
+        def cancel() -> bool:
+            worker = line()
+            return worker is not None and worker._cancel(job)
+
+        def position() -> int | None:
+            worker = line()
+            return None if worker is None else worker._position(job)
+
+        handle = FutureHandle(
+            job.promise,
+            operation=job.name,
+            future_id=job.future_id,
+            training_client_id=self.training_client_id,
+            result_type=result_type,
+            cancel=cancel,
+            position=position,
+        )
+        job.handle = weakref.ref(handle)
+        return handle
+
+    def _loss_of(self, operation: Operation) -> Loss | None:
+        """Resolve an operation's loss where it is submitted, so that a wrong name is an error of the call."""
+        if not isinstance(operation, ForwardBackward | Forward):
+            return None
+        loss = self._default_loss if operation.loss_fn is None else resolve_loss(operation.loss_fn)
+        loss = loss.bind(**operation.loss_kwargs)
+        loss.check(operation.batch)
+        return loss
+
+    def _refuse_if_closed(self, name: str) -> None:
+        if os.getpid() != self._pid:
+            raise ClientClosedError(
+                f"{name}: the training client {self.training_client_id} belongs to the process this one was forked "
+                f"from. Create a client here."
+            )
+        with self._changing:
+            if self._closing:
+                raise ClientClosedError(
+                    f"{name}: the training client {self.training_client_id} is closed. Create a new one."
+                )
+            self._lane.check_room()
+
+    def info(self) -> TrainingClientInfo:
+        with self._changing:
+            depth = self._lane.depth + (self._running is not None)
+        performer = self._performer
+        model = None if performer is None else performer.engine.model
+        return TrainingClientInfo(
+            self.training_client_id,
+            self.config.model_ref,
+            str(self.status),
+            self.step,
+            depth,
+            self.created_at,
+            self.reason,
+            self._guarantee.metrics,
+            None if model is None else model.device.type,
+            None if model is None else str(model.compute_dtype).removeprefix("torch."),
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        performer = self._performer
+        return self._reached[0] if performer is None else performer.step
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights."""
+        performer = self._performer
+        return self._reached[1] if performer is None else performer.policy_version
+
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made, and give the key of its ticket's hashes; from any thread.
+
+        Raises:
+            ValidationError: It trains without differential privacy.
+        """
+        return self._guarantee.enter_draw(unit)
+
+    def privacy_statement(self) -> PrivacyStatement:
+        """Return the privacy statement of what this client trains, as things stand now; from any thread.
+
+        Raises:
+            ValidationError: It trains without differential privacy.
+        """
+        return Guarantee(self._ledger, self.config, self.training_client_id).statement()
+
+    def privacy_audit(self, canaries: int, steps: int) -> PrivacyAudit:
+        """Train a model of canaries as privately as this client trains; on the caller's thread."""
+        return canaries_of.audit(self.config, canaries, steps)
+
+    def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
+        """Return what a training step will take; on the caller's thread, between two operations.
+
+        Raises:
+            ClientClosedError: The client is closed.
+        """
+        self.loaded.wait()
+        self.loaded.outcome()
+        with self._computing:
+            performer = self._performer
+            if performer is None or self._closing:
+                raise ClientClosedError(
+                    f"estimate: the training client {self.training_client_id} is closed. Create a new one."
+                )
+            return estimate_of.estimate(performer.engine, batch_size, length)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are trained."""
+        performer = self._performer
+        return 0 if performer is None else sum(p.numel() for p in performer.engine.parameters)
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model reads at most."""
+        performer = self._performer
+        return None if performer is None else performer.engine.model.context
+
+    def close(self) -> None:
+        """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.
+
+        A `save_state` that comes next is carried out: the checkpoint of a script that then fails is not lost.
+        """
+        if os.getpid() != self._pid:
+            return  # a forked child has no thread to end, and the log is its parent's
+        with self._changing:
+            self._closing = True
+            pending = list(dropwhile(lambda job: job.kind is SaveState, self._lane.pending()))
+            if self._running is not None:
+                self._running.promise.cancel_requested = True
+        self._wakes.put(None)
+        for job in pending:
+            if self._cancel(job) and job.kind is SaveState:
+                logger.warning(
+                    "closing %s: a save_state was given up, as what comes before it in the queue was; wait for the "
+                    "handle of a checkpoint you want",
+                    self.training_client_id,
+                )
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._announce(ClientStatus.TERMINATED)
+
+    def abandon(self) -> None:
+        """Nobody refers to the client any more: end, once nothing is left whose outcome can reach somebody.
+
+        What is called when an object is freed may be called in the middle of anything: it takes no lock, and does not
+        wait.
+        """
+        self._abandoned = True
+        self._wakes.put(None)
+
+    def _cancel(self, job: Job) -> bool:
+        if job.promise.cancel_pending():
+            self._note_cancelled(job)
+            return True
+        job.promise.cancel_requested = True
+        if threading.current_thread() is not self._thread:
+            job.promise.wait()
+        return job.promise.state is FutureStatus.CANCELLED
+
+    def _position(self, job: Job) -> int | None:
+        with self._changing:
+            return self._lane.position(job)
+
+    # on the worker's thread
+
+    def _main(self) -> None:
+        try:
+            if self._load():
+                self._work()
+        except BaseException as error:
+            logger.exception("the worker of %s died", self.training_client_id)
+            self._die(FutureFailedError(f"The worker of {self.training_client_id} died: {error!r}"))
+        finally:
+            self._free()
+            if self._abandoned:
+                self.close()
+                self.bus.close()
+
+    def _free(self) -> None:
+        """Let go of the model; what a model refers to in a circle, only the collector finds."""
+        self._reached = self.step, self.policy_version
+        performer, self._performer = self._performer, None
+        if performer is None:
+            return
+        model = weakref.ref(performer.engine.model.causal)
+        del performer
+        if model() is not None:
+            collect()
+
+    def _load(self) -> bool:
+        if self._abandoned and not self._wanted():
+            self.loaded.fail(ClientClosedError(f"Nobody refers to {self.training_client_id} any more."))
+            return False
+        if len(_loaded) > 0:
+            collect()  # a cell that was run again has let go of another model: make room before this one
+        try:
+            engine = Engine(self.config, self._shared_model())
+            self.config = engine.config  # a folder with an adapter has brought its configuration
+            self._guarantee.attach(engine)
+            _loaded.add(engine.model.causal)
+            self._performer = Performer(
+                engine, self._lane, self._vault, self._guarantee, self.bus, self.training_client_id
+            )
+            if self._origin is not None:
+                self._performer.load_state(self._origin.artifact_id(), lenient_optimizer=True)
+        except Exception as error:  # noqa: BLE001  # whatever breaks a load becomes the client's state
+            self._die(models.refuse(error, self.config.model_ref))
+            return False
+        self._origin = None
+        self._announce(ClientStatus.READY)
+        for event in self._guarantee.standing(self.step):
+            self._publish(event)
+        self.loaded.succeed(engine.model.tokenizer)
+        return True
+
+    def _shared_model(self) -> LoadedModel | None:
+        """Return a copy of the model of the client this one was forked from, if its frozen weights can be shared."""
+        relative = self._origin.relative if self._origin is not None else None
+        if relative is None or self.config.lora_config is None:
+            return None
+        if (relative.config.dtype, relative.config.device) != (self.config.dtype, self.config.device):
+            return None
+        relative.loaded.wait()
+        with relative._computing:  # between two of its operations: within one, adapters may be switched off
+            performer = relative._performer
+            return (
+                models.share(performer.engine.model) if performer is not None else None
+            )  # closed meanwhile: load it again
+
+    def _die(self, failure: TGTinkerError) -> None:
+        with self._changing:
+            self._failure = failure
+            doomed = self._lane.pending() + ([self._running] if self._running else [])
+        self.loaded.fail(failure)
+        with ExitStack() as all_of_them:  # one that cannot be put on record keeps no other from its end
+            for job in reversed(doomed):
+                all_of_them.callback(self._fail, job, failure)
+        self._announce(ClientStatus.ERROR, str(failure))
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            self.status = ClientStatus.BUSY
+            self._publish(OperationStarted(future_id=job.future_id, operation=job.name))
+            self._run(job)
+            with self._changing:
+                self._running = None
+                if self._lane.depth == 0:
+                    self.status = ClientStatus.READY
+
+    def _next(self) -> Job | None:
+        while True:
+            if self._abandoned and not self._wanted():
+                return None
+            with self._changing:
+                self._running = self._lane.take()
+                if self._running is not None or self._closing:
+                    return self._running
+            self._wakes.get()
+
+    def _wanted(self) -> bool:
+        """Whether anything that runs or waits is still wanted; what comes before it is, too."""
+        with self._changing:
+            jobs = [*([self._running] if self._running is not None else []), *self._lane.pending()]
+        return any(job.is_wanted for job in jobs)
+
+    def _run(self, job: Job) -> None:
+        started = time.perf_counter()
+        try:
+            self._auditor.catch_up()
+            with self._computing:
+                result = cast(Performer, self._performer).perform(job, self._tick(job))
+        except FutureCancelledError:
+            self._lane.mark_broken(job, "was cancelled", first=self._opens_window)
+            try:
+                self._note_cancelled(job)
+            finally:
+                job.promise.cancel()
+        except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
+            self._lane.mark_broken(job, "failed", first=self._opens_window)
+            self._fail(job, presentable(error))
+        else:
+            duration = time.perf_counter() - started
+            try:
+                self._auditor.record(job, result)
+                job.let_go()
+                self._publish(
+                    OperationFinished(future_id=job.future_id, operation=job.name, duration=duration)
+                )
+            finally:  # whoever waits is told, whatever happens to the log
+                job.promise.succeed(result)
+
+    @property
+    def _opens_window(self) -> bool:
+        return self._performer is not None and not self._performer.accumulating
+
+    def _tick(self, job: Job) -> Callable[[int, int], None]:
+        def tick(done: int, total: int) -> None:
+            if job.promise.cancel_requested or (self._abandoned and not self._wanted()):
+                raise FutureCancelledError("cancelled while running")
+            job.promise.progress = (done, total)
+            if done:
+                self._publish(Progress(future_id=job.future_id, done=done, total=total))
+
+        return tick
+
+    def _note_cancelled(self, job: Job) -> None:
+        self._auditor.record(job, FutureCancelledError("cancelled"))
+        job.let_go()
+        self._publish(OperationCancelled(future_id=job.future_id, operation=job.name))
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        try:
+            self._auditor.record(job, error)
+            job.let_go()
+            code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
+            self._publish(
+                OperationFailed(future_id=job.future_id, operation=job.name, code=code, message=str(error))
+            )
+        finally:  # whoever waits is told, whatever happens to the log
+            job.promise.fail(error)
+
+    def _announce(self, status: ClientStatus, reason: str | None = None) -> None:
+        """Enter a status that lasts; READY and BUSY take turns unannounced, as the operations' events tell."""
+        if status is not self.status:
+            self.status, self.reason = status, reason or self.reason
+            self._publish(StatusChanged(status=str(status), reason=reason))
+
+    def _publish(self, event: Event) -> None:
+        self.bus.publish(event)

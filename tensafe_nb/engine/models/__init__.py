@@ -1,0 +1,1 @@
+"""Model files in, modules out: loading, adapters, quantised files, memory."""

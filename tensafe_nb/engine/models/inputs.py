@@ -1,0 +1,66 @@
+"""What only the model knows about its inputs: its vocabulary, its context, its chat template."""
+
+import numpy as np
+
+from tensafe_nb.data.labels import encode_prompt
+from tensafe_nb.display import as_given
+from tensafe_nb.engine.models.load import LoadedModel, too_few_rows
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.protocol.batch import IGNORE, BatchData
+from tensafe_nb.protocol.results import Prompt
+
+
+def check_batch(batch: BatchData, model: LoadedModel, model_ref: str) -> None:
+    """Refuse tokens outside the vocabulary and rows longer than the context.
+
+    Raises:
+        ValidationError: Says which token, or how long.
+    """
+    if not len(batch):
+        raise ValidationError(
+            "This batch is a Poisson draw that drew nothing: only forward_backward() of a private client takes it."
+        )
+    seen = np.where(batch.attention_mask == 0, 0, batch.input_ids)  # padding may be a token of no model
+    labels = np.where(batch.labels == IGNORE, 0, batch.labels)
+    for name, ids in (("input_ids", seen), ("labels", labels)):
+        if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
+            row, column = np.argwhere((ids < 0) | (ids >= model.vocab_size))[0]
+            raise ValidationError(
+                f"BatchData.{name}[{row}][{column}] is {ids[row, column]}: {as_given(model_ref)} has the tokens 0 to "
+                f"{model.vocab_size - 1}. {_advice(int(ids[row, column]), model)}"
+            )
+    if model.context is not None and batch.shape[1] > model.context:
+        raise ValidationError(
+            f"BatchData has rows of {batch.shape[1]} tokens; {as_given(model_ref)} reads at most {model.context}. "
+            f"Cut them: max_length={model.context} in tensafe_nb.data.batches."
+        )
+
+
+def _advice(token: int, model: LoadedModel) -> str:
+    """Say what to do about a token that the model has no row for: it may be the tokenizer's own."""
+    added = {number: text for text, number in model.tokenizer.get_vocab().items()}
+    if token not in added:
+        return "Was the text tokenised for another model? Use tc.tokenizer."
+    return f"It is {as_given(added[token])}: {too_few_rows(max(added) + 1, model.vocab_size)}."
+
+
+def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> list[int]:
+    """Return the token ids of prompt `index`, checked against vocabulary and context.
+
+    Raises:
+        ValidationError: Empty, outside the vocabulary, or too long together with what is to be drawn.
+    """
+    ids = encode_prompt(model.tokenizer, prompt)
+    if not ids:
+        raise ValidationError(f"Prompt {index} is empty: give at least one token.")
+    if min(ids) < 0 or max(ids) >= model.vocab_size:
+        raise ValidationError(
+            f"Prompt {index} holds a token outside 0 to {model.vocab_size - 1}, the model's vocabulary. "
+            f"{_advice(next(i for i in ids if not 0 <= i < model.vocab_size), model)}"
+        )
+    if model.context is not None and len(ids) + new_tokens > model.context:
+        raise ValidationError(
+            f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new_tokens} that is more than the "
+            f"model's context of {model.context}. Shorten one of them."
+        )
+    return ids

@@ -1,0 +1,553 @@
+"""From a `model_ref` to a model on a device: loading, adapters, and the split into body and head."""
+
+import copy
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tensafe_nb.config import LoRAConfig, TrainingConfig
+from tensafe_nb.engine.models import adapter_folders, gguf, reading
+from tensafe_nb.errors import ModelLoadError, TGTinkerError, ValidationError, nearest
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BUILTINS = ("builtin:sums", "builtin:tiny")
+GLOBAL_RANDOM = (
+    threading.Lock()
+)  # torch has one global random stream: who seeds it and draws from it takes turns
+LOADING = threading.Lock()  # transformers patches torch while it loads: two loads at once corrupt each other
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to train.
+
+    Attributes:
+        causal: The transformers model, adapters injected.
+        peft: The PEFT wrapper around it; None when all weights are trained.
+        tokenizer: Its tokenizer.
+        device: Where it lives.
+        compute_dtype: float32, or bfloat16 for autocast.
+        split: Whether head(body(x)) equals the model's own logits, so that logits can be had per position.
+        value_head: A scalar head on the hidden states; None without one.
+        lora: The adapter's configuration, which a folder may have brought; None when all weights are trained.
+        continued: Whether the adapter was trained before, so that base and policy differ from the beginning.
+        own_embeddings: Whether the frozen embeddings are not those of the base: resized, or brought by the adapter.
+    """
+
+    causal: Any
+    peft: Any | None
+    tokenizer: Any
+    device: torch.device
+    compute_dtype: torch.dtype
+    split: bool
+    value_head: nn.Linear | None = None
+    lora: LoRAConfig | None = None
+    continued: bool = False
+    own_embeddings: bool = False
+
+    @property
+    def body(self) -> Callable[..., Any]:
+        return self.causal.get_decoder()  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        return self.causal.get_output_embeddings()  # type: ignore[no-any-return]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.causal.get_input_embeddings().weight.shape[0])
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model was made for."""
+        return getattr(self.causal.config, "max_position_embeddings", None)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers: dropout layers, or rates that the architecture applies itself."""
+        rates = [v for k, v in self.causal.config.to_dict().items() if "drop" in k and isinstance(v, float)]
+        layers = [m.p for m in self.causal.modules() if isinstance(m, nn.Dropout)]
+        return any(rate > 0 for rate in rates + layers)
+
+    @property
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        trained = [(name, p) for name, p in self.causal.named_parameters() if p.requires_grad]
+        head = self.value_head.named_parameters(prefix="value_head") if self.value_head is not None else ()
+        return [*trained, *head]
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Every id that ends a completion: the tokenizer's, the generation config's."""
+        ends = {self.tokenizer.eos_token_id}
+        configured = getattr(self.causal.generation_config, "eos_token_id", None)
+        ends.update(configured if isinstance(configured, list) else [configured])
+        return frozenset(end for end in ends if end is not None)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model computes in its compute dtype."""
+        half = self.compute_dtype is torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+
+def load(config: TrainingConfig) -> LoadedModel:
+    """Load the model of a configuration, with the adapter of its folder, or a fresh one where it asks for one.
+
+    Raises:
+        ModelLoadError: No such model, or it cannot be loaded; the message says what to do.
+        ValidationError: The adapter does not fit the model.
+    """
+    device = _device(config.device)
+    with LOADING:
+        source = _found(config.model_ref)
+        adapter = adapter_folders.adapter_in(source, _found)
+        base, revision = (source, None) if adapter is None else (adapter.base, adapter.revision)
+        named = config.model_ref if adapter is None else base
+        causal = reading.read(named, base, config.ignore_weights, revision)
+        own = adapter is not None and adapter.own_tokenizer
+        tokenizer = reading.tokenizer_of(*((config.model_ref, source) if own else (named, base, revision)))
+    weights = {} if adapter is None else adapter.weights()
+    lora = config.lora_config
+    if adapter is not None:
+        lora = adapter.merged_with(lora, lambda asked: layers_of(asked, causal))
+    brought = _embeddings_in(weights, causal)
+    grown = _resize(causal, tokenizer, max(brought.values(), default=0), config)
+    dtype = _dtype(config, device)
+    causal = causal.to(device=device, dtype=torch.float32 if lora is None else dtype)
+    peft = None if lora is None else _add_adapter(causal, lora, config.seed)
+    if peft is not None and adapter is not None:
+        _fill(peft, weights, adapter.path)
+    causal.eval()
+    split = _probe(causal, device, dtype, config.model_ref)
+    if grown and lora is not None:
+        _warn_of_frozen_rows(causal, grown)
+    return LoadedModel(
+        causal,
+        peft,
+        tokenizer,
+        device,
+        dtype,
+        split,
+        _value_head(causal, device) if config.value_head else None,
+        lora,
+        continued=adapter is not None,
+        own_embeddings=bool(grown) or not all(_is_saved(name, lora) for name in brought),
+    )
+
+
+def _found(model_ref: str) -> str:
+    source = locate(model_ref)
+    return source if Path(source).is_dir() else _at_hand(source)
+
+
+READ_PAST_LAYERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Architectures whose fast kernels take `out_proj.weight` itself, past a layer's adapter: PEFT refuses to adapt it."""
+
+
+def _value_head(causal: Any, device: torch.device) -> nn.Linear:
+    """Return a head that says 0 everywhere before it is trained, in fp32."""
+    width = causal.get_output_embeddings().weight.shape[1]
+    with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]):
+        head = nn.Linear(width, 1, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def share(model: LoadedModel) -> LoadedModel:
+    """Return a model of its own whose frozen tensors are the given one's; adapters are copies."""
+    frozen = [p for p in model.causal.parameters() if not p.requires_grad] + list(model.causal.buffers())
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in frozen}
+    peft, causal, value_head = copy.deepcopy((model.peft, model.causal, model.value_head), memo)
+    causal.zero_grad(set_to_none=True)
+    causal.eval()
+    return replace(model, peft=peft, causal=causal, value_head=value_head)
+
+
+def locate(model_ref: str) -> str:
+    """Return the folder of a model, or the hub id that it must be.
+
+    Raises:
+        ModelLoadError: There is no such built-in, folder or file.
+    """
+    if model_ref in BUILTINS:
+        return str(ASSETS / model_ref.removeprefix("builtin:"))
+    if model_ref.startswith("builtin:"):
+        raise ModelLoadError(f"There is no built-in model {model_ref!r}.{nearest(model_ref, BUILTINS)}")
+    path = Path(model_ref).expanduser()
+    if path.suffix == ".gguf":
+        with reading.quiet_if(True):  # it has one bar of its own
+            return str(gguf.converted(path))
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise ModelLoadError(f"{model_ref!r} is a file. Give the folder it is in: {str(path.parent)!r}.")
+    if path.is_absolute() or model_ref.startswith((".", "~")) or model_ref.count("/") > 1:
+        raise ModelLoadError(f"There is no folder {model_ref!r} (looked in {Path.cwd()}).")
+    return model_ref
+
+
+def _at_hand(hub_id: str) -> str:
+    """Return where a model of the hub can be read: the hub id, or the folder of an earlier download.
+
+    An adapter is small, and its folder is what is looked into: it is downloaded whole.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    try:
+        if not _hub_answers():
+            return str(snapshot_download(hub_id, local_files_only=True))
+    except HFValidationError:
+        return hub_id  # no name that the hub could have: reading the model will say so
+    except LocalEntryNotFoundError as error:
+        raise ModelLoadError(
+            f"The model {hub_id!r} could not be loaded: the model hub cannot be reached, and this machine has no "
+            f"earlier download. It is no built-in ({', '.join(BUILTINS)}) and no local folder, so it was taken for a "
+            f"hub id: check the spelling and the network."
+        ) from error
+    try:
+        hf_hub_download(hub_id, adapter_folders.CONFIG)
+        return str(snapshot_download(hub_id))
+    except (EntryNotFoundError, HfHubHTTPError):  # no adapter; what else is wrong, reading the model will say
+        return hub_id
+
+
+def _hub_answers() -> bool:
+    """Ask once and quickly: the hub's own client would retry for a minute before it says that there is no network."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=5)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "mps") else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError("device='cuda', but torch sees no CUDA GPU. Use device='auto' or 'cpu'.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ModelLoadError("device='mps', but torch sees no Apple GPU. Use device='auto' or 'cpu'.")
+    return torch.device(name)
+
+
+def is_cpu(name: str) -> bool:
+    """Whether the device of this name ("auto" included) is the processor."""
+    return name == "cpu" or (name == "auto" and _device(name).type == "cpu")
+
+
+def _dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """fp32 for the built-ins; else bf16 compute where the hardware multiplies bf16 matrices."""
+    if config.dtype != "auto":
+        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    if config.model_ref in BUILTINS:
+        return torch.float32
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions to multiply matrices in bfloat16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _settings(lora: LoRAConfig, causal: Any) -> Any:
+    """Return a configuration in PEFT's words."""
+    import peft
+
+    def listed(value: tuple[Any, ...] | str) -> list[Any] | str | None:
+        return value if isinstance(value, str) else list(value) or None
+
+    exclude = listed(lora.exclude_modules)
+    if lora.target_modules == "all-linear" and getattr(causal.config, "model_type", "") in READ_PAST_LAYERS:
+        exclude = exclude or ["out_proj"]
+    try:
+        return peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=listed(lora.target_modules),
+            bias=lora.bias,
+            task_type="CAUSAL_LM",
+            modules_to_save=listed(lora.modules_to_save),
+            use_rslora=lora.use_rslora,
+            rank_pattern=dict(lora.rank_pattern),
+            alpha_pattern=dict(lora.alpha_pattern),
+            exclude_modules=exclude,
+            target_parameters=listed(lora.target_parameters),
+            layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
+        )
+    except (ValueError, TypeError) as error:
+        raise ValidationError(f"LoRAConfig: {reading.first_line(error)}") from error
+
+
+def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:
+    """Return the names of the layers that a configuration adapts, by PEFT's own rules, and of the experts."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+
+    settings = _maybe_include_all_linear_layers(_settings(lora, causal), causal)
+    layers = {name for name in _layers(causal) if check_target_module_exists(settings, name)}
+    experts = (name for name, p in causal.named_parameters() if p.ndim == 3 and ".experts." in name)
+    every = lora.target_modules == "all-linear"
+    return layers | {
+        name for name in experts if every or any(_ends(name, each) for each in lora.target_parameters)
+    }
+
+
+def _layers(causal: Any) -> dict[str, Any]:
+    """Return what can be adapted: every module with a matrix of its own."""
+    return {
+        name: module
+        for name, module in causal.named_modules()
+        if name and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    }
+
+
+def _add_adapter(causal: Any, lora: LoRAConfig, seed: int) -> Any:
+    import peft
+
+    from tensafe_nb.engine.models.fused_lora import FusedLinear
+
+    _check_adapter(causal, lora)
+    settings = _settings(lora, causal)
+    settings._register_custom_module({nn.Linear: FusedLinear})
+    with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        try:
+            adapted = peft.get_peft_model(causal, settings)
+        except (ValueError, TypeError) as error:
+            raise ValidationError(
+                f"LoRAConfig does not fit this model: {reading.first_line(error)}"
+            ) from error
+    _train_in_float32(causal)
+    return adapted
+
+
+def _fill(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
+    """Give an adapter the weights of a folder, all of them.
+
+    Raises:
+        ModelLoadError: Some are missing, left over, or of another shape.
+    """
+    import peft
+
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    named = adapted.get_base_model().named_parameters(remove_duplicate=False)
+    base = {f"{adapter_folders.PREFIX}{name}": parameter for name, parameter in named}
+    known = own | {name: base[name] for name in weights.keys() & base.keys() if ".lora_" not in name}
+    missing = sorted(own.keys() - weights.keys())
+    left = sorted(weights.keys() - known.keys())
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} there, {tuple(known[name].shape)} here"
+        for name in sorted(weights.keys() & known.keys())
+        if weights[name].shape != known[name].shape
+    ]
+    if missing or left or shapes:
+        parts = {"missing": missing, "without a place": left, "of another shape": shapes}
+        found = "; ".join(f"{what}: {reading.listed(names)}" for what, names in parts.items() if names)
+        raise ModelLoadError(
+            f"The adapter in {str(path)!r} does not fit its base: {found}. Is base_model_name_or_path in "
+            f"{adapter_folders.CONFIG} the model it was trained on?",
+            details={"missing": missing, "unexpected": left, "mismatched": shapes},
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.set_peft_model_state_dict(adapted, weights)
+
+
+def _is_saved(name: str, lora: LoRAConfig | None) -> bool:
+    return lora is not None and any(
+        name == module or name.endswith(f".{module}") for module in lora.modules_to_save
+    )
+
+
+def embeddings_of(causal: Any) -> dict[str, Any]:
+    """Return the embedding and the head by their names."""
+    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    return {name: module for name, module in causal.named_modules() if any(module is end for end in ends)}
+
+
+def _embeddings_in(weights: Mapping[str, Tensor], causal: Any) -> dict[str, int]:
+    """Return the rows of the embedding, and of the head, that an adapter brings, by their names."""
+    kept = {
+        name: weights.get(
+            f"{adapter_folders.PREFIX}{name}.base_layer.weight",
+            weights.get(f"{adapter_folders.PREFIX}{name}.weight"),
+        )
+        for name in embeddings_of(causal)
+    }
+    return {name: len(weight) for name, weight in kept.items() if weight is not None}
+
+
+def _resize(causal: Any, tokenizer: Any, brought: int, config: TrainingConfig) -> int:
+    """Give a model rows for its tokenizer's tokens, or for what its adapter brings; return how many are new."""
+    rows = len(causal.get_input_embeddings().weight)
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    wanted = brought or (max(rows, needed) if config.resize_embeddings else rows)
+    if needed > wanted:
+        logger.warning("%s: %s", config.model_ref, too_few_rows(needed, wanted))
+    if wanted != rows:
+        with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            causal.resize_token_embeddings(wanted, mean_resizing=False)
+        _begin_as_the_mean(causal, rows)
+    return max(0, wanted - rows)
+
+
+@torch.no_grad()
+def _begin_as_the_mean(causal: Any, rows: int) -> None:
+    """Let new rows begin as the mean of the others, with a hundredth of their spread so that no two are equal.
+
+    So a new token is neither likelier nor less likely than the others are on average. numpy's stream is the same on
+    every processor, and always this one: a frozen row is not in a checkpoint, it is made again.
+    """
+    for module in embeddings_of(causal).values():
+        for weight in module.parameters(recurse=False):
+            old = weight[:rows].double()
+            noise = np.random.default_rng(0).standard_normal(weight[rows:].shape)
+            weight[rows:] = (old.mean(0) + 0.01 * old.std(0) * torch.from_numpy(noise)).to(weight.dtype)
+
+
+def too_few_rows(tokens: int, rows: int) -> str:
+    """Say that a tokenizer has more tokens than its model has rows, and what to do."""
+    return (
+        f"the tokenizer has {tokens} tokens and the model {rows} rows for them. Tokens that were added need rows: "
+        f"TrainingConfig(resize_embeddings=True)"
+    )
+
+
+def _warn_of_frozen_rows(causal: Any, grown: int) -> None:
+    ends = embeddings_of(causal)
+    if not any(p.requires_grad for module in ends.values() for p in module.parameters()):
+        names = [name.rpartition(".")[2] for name in ends]
+        logger.warning(
+            "the %d new rows of the embedding are frozen and stay as they began: to train them, "
+            "LoRAConfig(modules_to_save=%s)",
+            grown,
+            names,
+        )
+
+
+def _train_in_float32(causal: Any) -> None:
+    """Keep what is trained in fp32, adapters and the biases that are trained along."""
+    for module in causal.modules():
+        own = list(module.parameters(recurse=False))
+        if any(p.requires_grad for p in own):
+            mixes = isinstance(module, nn.LayerNorm)  # takes its weight and its bias in one type only
+            for parameter in own:
+                if parameter.requires_grad or mixes:
+                    parameter.data = parameter.data.float()
+
+
+def _check_adapter(causal: Any, lora: LoRAConfig) -> None:
+    """Refuse names that the model does not have, and ranks that are larger than the layers that they are for."""
+    from peft.utils.other import get_pattern_key
+
+    layers = _layers(causal)
+    names = {name.rpartition(".")[2] for name in layers}
+    if not lora.target_modules:
+        raise ValidationError("LoRAConfig.target_modules is empty: name at least one layer, or 'all-linear'.")
+    for target in () if isinstance(lora.target_modules, str) else lora.target_modules:
+        if not any(_ends(name, target) for name in layers):
+            raise ValidationError(
+                f"The model has no layer named {target!r} to adapt.{nearest(target, names)}"
+            )
+    for saved in lora.modules_to_save:
+        if not any(_ends(name, saved) for name, _ in causal.named_modules()):
+            last = {name.rpartition(".")[2] for name, _ in causal.named_modules()}
+            known = {name for name in last if name.strip("0123456789")}
+            raise ValidationError(
+                f"LoRAConfig.modules_to_save: the model has no module named {saved!r}.{nearest(saved, known)}"
+            )
+    adapted = layers_of(lora, causal)
+    if not adapted:
+        hint = ""
+        if isinstance(lora.target_modules, str):
+            hint = (
+                f" A string is a regular expression for whole names; a layer's name goes into a list: "
+                f"[{lora.target_modules!r}]."
+            )
+        raise ValidationError(
+            f"LoRAConfig(target_modules={lora.target_modules!r}) adapts no layer of this model.{hint}"
+        )
+    room = {
+        name: min(layers[name].weight.shape)
+        - lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), name), lora.rank)
+        for name in sorted(adapted & layers.keys())
+    }
+    if room and min(room.values()) < 0:
+        name = min(room, key=room.__getitem__)
+        smallest = min(layers[name].weight.shape)
+        raise ValidationError(
+            f"LoRAConfig.rank={smallest - room[name]} is larger than the smallest adapted layer ({smallest}), "
+            f"{name!r}: an adapter of that rank would hold more than the layer. Choose rank ≤ {smallest}, or leave the "
+            f"layer out (exclude_modules)."
+        )
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+@torch.no_grad()
+def _probe(causal: Any, device: torch.device, dtype: torch.dtype, model_ref: str) -> bool:
+    """Look once, on three tokens, what is at hand; return whether its logits are plainly head(body(x)).
+
+    Raises:
+        ModelLoadError: The logits are no numbers.
+    """
+    half = dtype is not torch.float32
+    ids = torch.tensor([[1, 2, 3], [1, 2, 0]], device=device)
+    with torch.autocast(device.type, dtype, enabled=half):
+        own = causal(input_ids=ids, use_cache=False).logits
+        if not bool(own.isfinite().all()):
+            reading.refuse_not_finite(model_ref, causal)
+        off = (own[0, :2] - own[1, :2]).abs().max()
+        if off > (0.05 if half else 1e-3) * own.abs().max():
+            logger.warning(
+                "%r lets a token see the ones after it: a loss on next tokens shows it the answers. It is trained as "
+                "it is, padding masked; is_decoder=true in its config.json makes models of BERT's kind causal",
+                model_ref,
+            )
+        try:
+            hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            split = causal.get_output_embeddings()(hidden)
+        except (AttributeError, TypeError):
+            return False
+    return own.shape == split.shape and torch.equal(own, split)
+
+
+def refuse(error: Exception, model_ref: str) -> TGTinkerError:
+    """Turn whatever broke a load into the error that every operation of the client will raise."""
+    if isinstance(error, TGTinkerError):
+        return error
+    return ModelLoadError(
+        f"The model {model_ref!r} could not be loaded: {type(error).__name__}: {reading.first_line(error)} "
+        f"Is a file damaged or incomplete?"
+    )

@@ -1,0 +1,1 @@
+"""Draws completions: the sampler, and the steps of a decoder."""

@@ -1,0 +1,196 @@
+"""The model's side of sampling: rows that grow by a token at a time, and the logits of what comes next."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.sampling import llama
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # of the largest logit
+_caches: WeakKeyDictionary[nn.Module, bool] = (
+    WeakKeyDictionary()
+)  # by model, whether its cache can be relied on
+LARGE, BLOCK = 16_384, 128  # tokens of a vocabulary that is multiplied in blocks, and of a block
+
+
+class Rows(Protocol):
+    """Rows that grow by a token at a time."""
+
+    logits: Tensor
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows only."""
+
+    def feed(self, tokens: Tensor) -> None:
+        """Append one token (R,) to each row."""
+
+
+def rows_of(model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int) -> Rows:
+    """Return prompts' rows, decoded with a cache where the architecture's can be relied on, else anew at each token."""
+    if model.causal not in _caches:
+        _caches[model.causal] = type(model.body).__name__ in llama.SHAPED_LIKE_LLAMA or _cache_works(model)
+        if not _caches[model.causal]:
+            logger.warning(
+                "%s is sampled without a cache, which its architecture has in another form: every token takes as long "
+                "as reading all of the row",
+                type(model.causal).__name__,
+            )
+    return (Decoder if _caches[model.causal] else Recomputed)(model, prompts, samples, new_tokens)
+
+
+def _cache_works(model: LoadedModel) -> bool:
+    """Try once, on rows of different length, whether decoding with a cache says what reading them anew says."""
+    tokens = torch.tensor([3, 2, 1, 2], device=model.device)
+    found = []
+    for kind in (Recomputed, Decoder):
+        try:
+            rows = kind(model, [[1, 2, 3], [2]], 2, 2)
+            rows.feed(tokens)
+            rows.keep(torch.tensor([1, 2, 3], device=model.device))
+            rows.feed(tokens[1:])
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+            if kind is Recomputed:
+                raise
+            return False
+        found.append(rows.logits)
+    exact, cached = found
+    return bool((exact - cached).abs().max() <= TOLERANCE[model.compute_dtype] * exact.abs().max())
+
+
+class Recomputed:
+    """Rows that are read anew at each token: for state-space models, and whatever keeps no cache of keys and values.
+
+    Rows are padded on the right: what a causal model says of a token does not depend on what comes after it.
+    """
+
+    def __init__(
+        self, model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int
+    ) -> None:
+        self._model = model
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids = torch.zeros(len(prompts), int(lengths.max()) + new_tokens, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        self._ids = ids.repeat_interleave(samples, 0).to(model.device)
+        self._lengths = lengths.repeat_interleave(samples).to(model.device)
+        self.logits = self._read()
+
+    def keep(self, rows: Tensor) -> None:
+        self._ids, self._lengths = self._ids[rows], self._lengths[rows]
+
+    def feed(self, tokens: Tensor) -> None:
+        self._ids[torch.arange(len(tokens)), self._lengths] = tokens.to(self._model.device)
+        self._lengths = self._lengths + 1
+        self.logits = self._read()
+
+    def _read(self) -> Tensor:
+        """Return (R, V) logits of what comes after each row."""
+        model, rows = self._model, torch.arange(len(self._ids), device=self._model.device)
+        inputs = {"input_ids": self._ids[:, : int(self._lengths.max())], "use_cache": False}
+        with model.autocast():
+            if not model.split:
+                return model.causal(**inputs).logits[rows, self._lengths - 1].float()  # type: ignore[no-any-return]
+            return head(model, model.body(**inputs).last_hidden_state[rows, self._lengths - 1]).float()
+
+
+class Decoder:
+    """Some prompts, read; then their rows, `samples` of each, token by token.
+
+    Args:
+        model: In evaluation mode, used by nobody else meanwhile.
+        prompts: Token ids, none empty.
+        samples: Rows of each prompt, one after the other.
+        new_tokens: How many a row may grow by.
+
+    Attributes:
+        logits: (R, V) of each row's next token, in float32.
+    """
+
+    def __init__(
+        self, model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int
+    ) -> None:
+        from transformers import DynamicCache
+
+        self._model = model
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # padded on the left, so that all rows end together
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        self._mask: Tensor | None = None if bool(mask.all()) else mask.to(model.device)
+        self._cache = DynamicCache(config=model.causal.config)
+        self._cache_argument = llama.cache_argument(model.body if model.split else model.causal)
+        positions = (mask.cumsum(1) - 1).clamp(min=0).to(model.device)
+        self.logits = self._read(ids.to(model.device), positions)
+        self._position = positions[:, -1:]
+        self._steps = (
+            llama.Steps(self._cache, samples, new_tokens) if llama.fits(model, self._cache) else None
+        )
+        if samples > 1:
+            self.logits = self.logits.repeat_interleave(samples, 0)
+            self._position = self._position.repeat_interleave(samples, 0)
+            self._mask = None if self._mask is None else self._mask.repeat_interleave(samples, 0)
+        if self._steps is None:
+            self._cache.batch_repeat_interleave(samples)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows only."""
+        (self._cache.batch_select_indices if self._steps is None else self._steps.keep)(rows)
+        self._position = self._position[rows]
+        self._mask = None if self._mask is None else self._mask[rows]
+
+    def feed(self, tokens: Tensor) -> None:
+        """Append one token (R,) to each row."""
+        tokens = tokens.to(self._model.device)
+        self._position = self._position + 1
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
+        if self._steps is None:
+            self.logits = self._read(tokens.unsqueeze(1), self._position)
+        else:
+            with self._model.autocast():
+                hidden = self._steps(self._model.body, tokens, self._position, self._mask)
+                self.logits = self._precise(head(self._model, hidden))
+
+    def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Let transformers read tokens (R, T); return (R, V) logits of the last position."""
+        model = self._model
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": self._mask,
+            "position_ids": positions,
+            "use_cache": True,
+            self._cache_argument: self._cache,
+        }
+        with model.autocast():
+            if not model.split:
+                return self._precise(model.causal(**inputs, logits_to_keep=1).logits[:, -1])
+            return self._precise(head(model, model.body(**inputs).last_hidden_state[:, -1]))
+
+    def _precise(self, logits: Tensor) -> Tensor:
+        on_mps = self._model.device.type == "mps"  # which has no float64
+        return logits.float().cpu() if on_mps else logits.float()
+
+
+def head(model: LoadedModel, hidden: Tensor) -> Tensor:
+    """Return (R, V) logits of hidden states (R, D).
+
+    A few rows times a large vocabulary in float32 is what a CPU's matrix product does worst: block by block of the
+    vocabulary, each small enough for a cache, it takes about two thirds of the time.
+    """
+    layer: Any = model.head
+    plain = type(layer) is nn.Linear and [name for name, _ in layer.named_parameters()] == ["weight"]
+    vocabulary = model.vocab_size
+    pays = vocabulary >= LARGE and vocabulary % BLOCK == 0 and len(hidden) > 1
+    if not (plain and pays and model.device.type == "cpu" and model.compute_dtype is torch.float32):
+        return model.head(hidden)
+    blocks = layer.weight.view(-1, BLOCK, hidden.shape[-1])
+    return torch.matmul(hidden, blocks.transpose(1, 2)).transpose(0, 1).flatten(1)  # (V/b, R, b) → (R, V)

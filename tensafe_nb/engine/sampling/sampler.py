@@ -1,0 +1,235 @@
+"""Our own decode loop: every row has its own random stream, logprobs come for free, any token can be the last.
+
+Why not `generate`: it applies top_k=50 silently, returns no logprobs, and cannot be stopped between tokens.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensafe_nb.config import SamplingConfig
+from tensafe_nb.data.labels import TurnEnd
+from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.sampling.decoding import rows_of
+from tensafe_nb.engine.sampling.merged import merged
+from tensafe_nb.protocol.results import SampledSequence
+
+TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
+ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
+LOWEST = -1e4  # log-probability below which nothing adds to an entropy
+Tick = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class _Row:
+    """One completion in the making."""
+
+    prompt_index: int
+    prompt: tuple[int, ...]
+    seed: int
+    turn: TurnEnd = field(default_factory=TurnEnd)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    entropy: float = 0.0  # sum over its tokens
+    finish_reason: str | None = None
+    text: str | None = None
+
+    def finished(self, model: LoadedModel) -> SampledSequence:
+        return SampledSequence(
+            self.prompt_index,
+            self._shown(model, self.tokens) if self.text is None else self.text,
+            self.prompt,
+            tuple(self.tokens),
+            tuple(self.logprobs),
+            tuple(self.raw_logprobs),
+            self.finish_reason or "length",
+            self.seed,
+            self.entropy / len(self.tokens) if self.tokens else None,
+        )
+
+    def finish(self, model: LoadedModel, sampling: SamplingConfig, *, last: bool) -> None:
+        """Say why the completion ends with the token just drawn, if it does."""
+        if sampling.ignore_end:
+            self.finish_reason = "fixed" if last else None
+        elif (
+            self.tokens[-1] in model.end_tokens
+            or self.tokens[-1] in self.turn.tokens
+            or self._cut(model.tokenizer, self.turn.texts)
+        ):
+            self.finish_reason = "stop"
+        elif self._cut(model.tokenizer, sampling.stop):
+            self.finish_reason = "stop_string"
+        elif last:
+            self.finish_reason = "length"
+
+    def _cut(self, tokenizer: Any, stops: Sequence[str]) -> bool:
+        """Cut the text at the first of some strings, in which special tokens count as they are written."""
+        # a token is a byte at least: a string that the last token completed lies among so many tokens
+        recent = -4 * max(map(len, stops), default=0) - 4
+        if not any(
+            stop in tokenizer.decode(self.tokens[recent:], skip_special_tokens=False) for stop in stops
+        ):
+            return False
+        whole = tokenizer.decode(self.tokens, skip_special_tokens=False)
+        cuts = [whole.find(stop) for stop in stops if stop in whole]
+        if cuts:
+            self.text = whole[: min(cuts)]
+            for framing in filter(None, (tokenizer.bos_token, tokenizer.pad_token)):
+                self.text = self.text.replace(framing, "")
+        return bool(cuts)
+
+    def _shown(self, model: LoadedModel, tokens: Sequence[int]) -> str:
+        """Return tokens as text, without those that begin, end or fill up a sequence; other special ones are shown."""
+        tokenizer = model.tokenizer
+        framing = {*model.end_tokens, *self.turn.tokens, tokenizer.bos_token_id, tokenizer.pad_token_id}
+        return str(
+            tokenizer.decode([token for token in tokens if token not in framing], skip_special_tokens=False)
+        )
+
+
+@torch.no_grad()
+def sample(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    seed: int,
+    tick: Tick,
+    turns: Sequence[TurnEnd] = (),
+) -> list[SampledSequence]:
+    """Draw `num_samples` completions per prompt, prompt by prompt.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Token ids, none empty.
+        sampling: How to draw; its own seed, if any, is the caller's business.
+        seed: Of the call; a row's stream depends on it, on the row's prompt and on its number among equal prompts.
+        tick: Called with (tokens done, tokens at most) before each token; may raise to stop.
+        turns: What ends an answer to each prompt beside the model's end tokens; for none of them if empty.
+    """
+    rows = list(_rows(prompts, sampling.num_samples, seed, turns or [TurnEnd()] * len(prompts)))
+    longest = max(map(len, prompts)) + sampling.max_new_tokens
+    samples = sampling.num_samples
+    at_once = max(1, _tokens_at_once(model) // (longest * samples))
+    parts = range(0, len(prompts), at_once)
+    with merged(model, sampling.max_new_tokens * len(parts), min(len(prompts), at_once) * samples):
+        for turn, start in enumerate(parts):
+            _decode(
+                model,
+                prompts[start : start + at_once],
+                rows[start * samples : (start + at_once) * samples],
+                sampling,
+                _of_turn(turn, len(parts), tick),
+            )
+    return [row.finished(model) for row in rows]
+
+
+def _tokens_at_once(model: LoadedModel) -> int:
+    return TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
+
+
+def _of_turn(turn: int, turns: int, tick: Tick) -> Tick:
+    return lambda done, most: tick(turn * most + done, turns * most)
+
+
+def _decode(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    rows: list[_Row],
+    sampling: SamplingConfig,
+    tick: Tick,
+) -> None:
+    """Fill in the rows of some prompts, all of them token by token together."""
+    active = list(rows)
+    state = rows_of(model, prompts, sampling.num_samples, sampling.max_new_tokens)
+    for position in range(sampling.max_new_tokens):
+        tick(position, sampling.max_new_tokens)
+        tokens, logprobs, raw, entropy = _draw(state.logits, sampling, _uniforms(active, position))
+        for row, token, logprob, raw_logprob, nats in zip(
+            active, tokens.tolist(), logprobs.tolist(), raw.tolist(), entropy.tolist(), strict=True
+        ):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            row.raw_logprobs.append(raw_logprob)
+            row.entropy += nats
+            row.finish(model, sampling, last=position + 1 == sampling.max_new_tokens)
+        going = [index for index, row in enumerate(active) if row.finish_reason is None]
+        if not going:
+            break
+        if len(going) < len(active):
+            active = [active[index] for index in going]
+            state.keep(torch.tensor(going, device=model.device))
+            tokens = tokens[torch.tensor(going, device=tokens.device)]
+        state.feed(tokens)
+
+
+def _draw(
+    logits: Tensor, sampling: SamplingConfig, uniforms: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tokens (R,), their logprobs under the distribution drawn from, their raw logprobs, and its entropy.
+
+    The entropy −Σ p log p over the vocabulary is exact, and costs one more product with the p that are there already.
+    """
+    raw = torch.log_softmax(logits, -1)
+    if sampling.temperature == 0:
+        tokens, certain = logits.argmax(-1), torch.zeros_like(raw[:, 0])
+        return tokens, certain, _pick(raw, tokens), certain
+    plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
+    logprobs = raw if plain else torch.log_softmax(_cut(logits / sampling.temperature, sampling), -1)
+    probabilities = logprobs.exp()
+    # What was cut has p = 0, and 0 · −∞ is no number.
+    entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp(min=LOWEST))
+    cumulative = probabilities.double().cumsum(-1)  # inverse CDF: one uniform per token
+    target = uniforms.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return tokens, _pick(logprobs, tokens), _pick(raw, tokens), entropy
+
+
+def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    return logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def _cut(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Set to -inf what top_k and top_p (Holtzman et al. 2019, arXiv:1904.09751) leave out."""
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        dropped = (before >= sampling.top_p).scatter(1, order, before >= sampling.top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits
+
+
+def _rows(
+    prompts: Sequence[Sequence[int]], samples: int, seed: int, turns: Sequence[TurnEnd]
+) -> Iterator[_Row]:
+    seen: Counter[tuple[int, ...]] = Counter()
+    for index, (prompt, turn) in enumerate(zip(map(tuple, prompts), turns, strict=True)):
+        for _ in range(samples):
+            yield _Row(index, prompt, _row_seed(seed, prompt, seen[prompt]), turn)
+            seen[prompt] += 1
+
+
+def _row_seed(seed: int, prompt: tuple[int, ...], number: int) -> int:
+    digest = hashlib.blake2b(repr((seed, prompt, number)).encode(), digest_size=7)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _uniforms(rows: Sequence[_Row], position: int) -> Tensor:
+    """Return one uniform in [0, 1) per row: SplitMix64 (Steele et al. 2014) of the row's seed at this position."""
+    with np.errstate(over="ignore"):
+        state = np.array([row.seed for row in rows], dtype=np.uint64)
+        state = state + np.uint64(position + 1) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)

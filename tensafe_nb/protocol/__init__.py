@@ -1,0 +1,1 @@
+"""Plain data that crosses a wall: batches, operations, results, and the codec that writes them."""

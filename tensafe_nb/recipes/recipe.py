@@ -1,0 +1,419 @@
+"""A training run as a YAML file describes it: `load_config` reads the file and names the line of whatever is wrong."""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+
+from tensafe_nb.checks import checked
+from tensafe_nb.client import TrainingClient
+from tensafe_nb.config import Config, LossConfig, Positive, TrainingConfig
+from tensafe_nb.data import Batches, OnBadRows, Rows
+from tensafe_nb.data.poisson import PoissonDraws
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.recipes.yaml_file import Keys, Problem, YamlFile, to_yaml
+from tensafe_nb.registry import load_dotted
+from tensafe_nb.rlvr import (
+    PPO,
+    REINFORCE,
+    PPOConfig,
+    REINFORCEConfig,
+    RLVRTrainer,
+    get_presets,
+    resolve_reward,
+)
+from tensafe_nb.runs.run import TrainingRun
+
+# Where a file says what: keys in the file → fields of a Recipe.
+LAYOUT: dict[Keys, Keys] = {
+    ("training", "mode"): ("mode",),
+    ("training", "steps"): ("steps",),
+    ("training", "epochs"): ("epochs",),
+    ("training", "eval_every"): ("eval_every",),
+    ("training", "checkpoint_every"): ("checkpoint_every",),
+    ("training", "keep_last"): ("keep_last",),
+    ("training", "keep_best"): ("keep_best",),
+    ("training", "on_bad_rows"): ("on_bad_rows",),
+    ("training", "seed"): ("training", "seed"),
+    ("model", "model_ref"): ("training", "model_ref"),
+    ("model", "dtype"): ("training", "dtype"),
+    ("model", "device"): ("training", "device"),
+    ("model", "value_head"): ("training", "value_head"),
+    ("model", "ignore_weights"): ("training", "ignore_weights"),
+    ("model", "resize_embeddings"): ("training", "resize_embeddings"),
+    ("lora",): ("training", "lora_config"),
+    ("dp",): ("training", "dp_config"),
+    ("optimizer",): ("training", "optimizer"),
+    ("batch", "batch_size"): ("training", "batch_size"),
+    ("batch", "gradient_accumulation_steps"): ("training", "gradient_accumulation_steps"),
+    ("batch", "micro_batch_tokens"): ("training", "micro_batch_tokens"),
+    ("batch", "max_length"): ("max_length",),
+    ("batch", "truncate"): ("truncate",),
+    ("loss",): ("training", "loss"),
+    ("rlvr",): ("rlvr",),
+}
+SFT_ONLY: set[Keys] = {
+    ("epochs",),
+    ("max_length",),
+    ("truncate",),
+    ("training", "batch_size"),
+    ("training", "gradient_accumulation_steps"),
+    ("training", "loss"),
+}
+SHORT = {"model": "model_ref", "loss": "type"}  # `model: builtin:tiny` is `model: {model_ref: builtin:tiny}`
+
+
+class RewardConfig(Config):
+    """A reward function by name.
+
+    Args:
+        type: A registered name, or "package.module:attribute".
+        kwargs: Its keywords beyond prompt, response and meta.
+    """
+
+    type: str
+    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+
+class AlgoConfig(Config):
+    """How rewards become optimiser steps.
+
+    Args:
+        type: "reinforce", "ppo", or a preset: "grpo", "dr_grpo", "cispo", "gspo", "rloo", "reinforce_pp",
+            "reinforce_pp_baseline", "ppo_value".
+        kwargs: Fields of REINFORCEConfig or PPOConfig that are to be different.
+    """
+
+    type: str = "reinforce"
+    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+    @pydantic.field_validator("type")
+    @classmethod
+    def _type_is_known(cls, name: str) -> str:
+        known = {"ppo", *get_presets()}
+        if name not in known:
+            raise ValidationError(f"There is no algorithm {as_given(name)}.{nearest(name, known)}")
+        return name
+
+    @pydantic.field_validator("kwargs")
+    @classmethod
+    def _kwargs_fit(cls, kwargs: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
+        if "type" in info.data:
+            _options(info.data["type"]).replace(**kwargs)
+        return kwargs
+
+    def algorithm(self) -> REINFORCE | PPO:
+        """Return the algorithm."""
+        options = _options(self.type).replace(**self.kwargs)
+        return PPO(options) if isinstance(options, PPOConfig) else REINFORCE(options)
+
+
+def _options(name: str) -> Any:
+    """Return an algorithm's options before they are changed; "reinforce" by itself chooses its baseline."""
+    plain = {"reinforce": REINFORCEConfig(), "ppo": PPOConfig()}
+    return plain[name] if name in plain else get_presets()[name]
+
+
+class RLVRConfig(Config):
+    """Reinforcement learning with verifiable rewards: what `RLVRTrainer` is made of.
+
+    Args:
+        reward: How an answer is scored.
+        algo: How to update.
+        prompts_per_step: Prompts drawn for each step.
+        group_size: Rollouts per prompt.
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Of the rollouts.
+        stop: Strings that end a completion.
+        fixed_length: Every completion has `max_new_tokens`.
+        eval_samples: Sampled answers per held-out prompt.
+        eval_pass_at: The k of `eval/pass@k`; as for `RLVRTrainer`.
+        good_threshold: Score from which an answer counts as right; as for `RLVRTrainer`.
+    """
+
+    reward: RewardConfig
+    algo: AlgoConfig = AlgoConfig()
+    prompts_per_step: Positive = 16
+    group_size: Positive = 8
+    max_new_tokens: Positive = 64
+    temperature: pydantic.PositiveFloat = 1.0
+    stop: tuple[str, ...] = ()
+    fixed_length: bool = False
+    eval_samples: Positive = 1
+    eval_pass_at: tuple[Positive, ...] | None = None
+    good_threshold: float = 0.5
+
+    @pydantic.field_validator("reward", "algo", mode="before")
+    @classmethod
+    def _a_word_is_the_type(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+
+class Recipe(Config):
+    """What to train and how, as a file says it; made by `load_config`.
+
+    Args:
+        mode: "sft" learns from examples, "rlvr" from rewards.
+        training: What the training client is made of. In mode rlvr dtype "auto" is float32 on a CPU.
+        steps: Optimiser steps; needed in mode rlvr.
+        epochs: Passes over the rows, in mode sft; 1 when `steps` is not given either.
+        eval_every: Steps between evaluations on held-out rows.
+        checkpoint_every: Save the state every so many steps, and after the last.
+        keep_last: Keep the newest so many of these checkpoints; None keeps all.
+        keep_best: Keep the one with the best value of this metric as well.
+        max_length: How many tokens a row may have, in mode sft; a longer one is refused.
+        truncate: Cut longer rows at the end instead.
+        on_bad_rows: "raise" refuses the first row that cannot be used, "skip" leaves such rows out and says so.
+        rlvr: Rewards and rollouts, in mode rlvr.
+
+    Example:
+        >>> recipe = load_config("recipe.yaml")
+        >>> tc = service.create_training_client(recipe.training)
+        >>> run = recipe.start(tc, "rows.jsonl")
+    """
+
+    mode: Literal["sft", "rlvr"] = "sft"
+    training: TrainingConfig = pydantic.Field(default=TrainingConfig(), validate_default=True)
+    steps: Positive | None = None
+    epochs: Positive | None = None
+    eval_every: Positive | None = None
+    checkpoint_every: Positive | None = None
+    keep_last: Positive | None = None
+    keep_best: str | None = None
+    max_length: Positive | None = None
+    truncate: bool = False
+    on_bad_rows: OnBadRows = "raise"
+    rlvr: RLVRConfig | None = None
+
+    @pydantic.field_validator("training")
+    @classmethod
+    def _rewards_take_float32_on_a_cpu(
+        cls, training: TrainingConfig, info: pydantic.ValidationInfo
+    ) -> TrainingConfig:
+        """In bfloat16 a CPU samples from one policy and trains another; how far apart, a run measures at its start."""
+        if info.data.get("mode") != "rlvr" or training.dtype != "auto":
+            return training
+        if training.device != "cpu" and not importlib.util.find_spec("torch"):
+            return training  # a core elsewhere knows its device
+        is_cpu = load_dotted("tensafe_nb.engine.models.load:is_cpu")
+        return training.replace(dtype="float32") if is_cpu(training.device) else training
+
+    @pydantic.model_validator(mode="after")
+    def _nothing_goes_unread(self) -> Self:
+        problems = list(self._unread())
+        if problems:
+            raise ValidationError(" ".join(text for _, text in problems), details={"problems": problems})
+        return self
+
+    def _unread(self) -> Iterator[Problem]:
+        if self.mode == "sft":
+            if self.rlvr is not None:
+                yield ("rlvr",), "The section rlvr is for mode rlvr, and the mode is sft."
+            return
+        if self.rlvr is None:
+            yield ("mode",), "Mode rlvr needs a section rlvr that names a reward."
+        values: Any = self.model_dump()
+        defaults: Any = Recipe.model_construct().model_dump()
+        for place, at in LAYOUT.items():
+            if at in SFT_ONLY and reduce(getitem, at, values) != reduce(getitem, at, defaults):
+                yield at, f"{'.'.join(map(str, place))} is not read in mode rlvr: leave it out."
+
+    def start(
+        self,
+        training_client: TrainingClient,
+        data: Rows,
+        eval_data: Rows | None = None,
+        *,
+        resume_from: str | None = None,
+        show: bool = True,
+    ) -> TrainingRun:
+        """Train a client made of `training`. Returns at once with the run.
+
+        Args:
+            training_client: What to train.
+            data: Rows, as for `data.batches`: examples in mode sft, prompts with their columns in mode rlvr.
+            eval_data: Held-out rows of the same kind.
+            resume_from: A checkpoint of a run of this recipe on these rows: go on where it stood.
+            show: Show the progress.
+
+        Raises:
+            ValidationError: Rows, steps or a function named in the recipe that do not fit.
+        """
+        if self.eval_every is not None and eval_data is None:
+            raise ValidationError(
+                f"training.eval_every is {self.eval_every}, but there are no held-out rows."
+            )
+        saving = {
+            "checkpoint_every": self.checkpoint_every,
+            "keep_last": self.keep_last,
+            "keep_best": self.keep_best,
+            "resume_from": resume_from,
+        }
+        if self.rlvr is not None:
+            return self._reinforce(self.rlvr, training_client, data, eval_data, saving | {"show": show})
+        held_out = None if eval_data is None else training_client.batches(eval_data, **self._reading)
+        return training_client.fit(
+            self._batches(training_client, data),
+            epochs=self.epochs,
+            steps=self.steps,
+            eval_batches=held_out,
+            eval_every=self.eval_every,
+            show=show,
+            **saving,  # type: ignore[arg-type]
+        )
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {"max_length": self.max_length, "truncate": self.truncate, "on_bad_rows": self.on_bad_rows}
+
+    def _batches(self, client: TrainingClient, data: Rows) -> Batches | PoissonDraws:
+        if "differential_privacy:poisson" in client.capabilities:
+            return client.dp_batches(data, **self._reading)
+        return client.batches(data, seed=self.training.seed, **self._reading)
+
+    def _reinforce(
+        self,
+        rlvr: RLVRConfig,
+        client: TrainingClient,
+        data: Rows,
+        eval_data: Rows | None,
+        how: dict[str, Any],
+    ) -> TrainingRun:
+        if self.steps is None:
+            raise ValidationError("Mode rlvr needs a number of steps, and training.steps is not given.")
+        trainer = RLVRTrainer(
+            client,
+            data,
+            resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
+            rlvr.algo.algorithm(),
+            eval_prompts=eval_data,
+            eval_every=self.eval_every,
+            seed=self.training.seed,
+            on_bad_rows=self.on_bad_rows,
+            on_reward_errors="fail",  # nobody sits before a file: a pause would wait for ever
+            **{name: value for name, value in rlvr if name not in ("reward", "algo")},
+        )
+        return trainer.run(steps=self.steps, **how)
+
+    def to_yaml(self) -> str:
+        """Return the text of a file that `load_config` reads as this recipe.
+
+        Raises:
+            ValidationError: A keyword holds what YAML cannot say, such as a Python function.
+        """
+        values: Any = self.model_dump()
+        document: dict[str | int, Any] = {}
+        for place, at in LAYOUT.items():
+            value = reduce(getitem, at, values)
+            if value is not None:
+                section = document if len(place) == 1 else document.setdefault(place[0], {})
+                section[place[-1]] = value
+        return to_yaml(document)
+
+
+@checked
+def load_config(path: str | Path) -> Recipe:
+    """Read a training run from a YAML file.
+
+    Sections: `training` (mode, steps, epochs, eval_every, seed), `model`, `lora`, `optimizer`, `batch`, `dp`, `loss`,
+    `rlvr`; all have defaults. Reading a file runs no code of yours: what it names as "package.module:attribute"
+    is imported when training starts.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValidationError: An unknown key, a wrong value, or no such file; says the line and the nearest spelling.
+    """
+    file = YamlFile.read(Path(path))
+    file.refuse(_misplaced(file.data))
+    try:
+        recipe = Recipe(**_arranged(file.data))
+    except ValidationError as error:
+        problems: list[Problem] = error.details["problems"]
+        raise file.error([(_place_of(at), text) for at, text in problems]) from None
+    file.refuse(_unknown_functions(recipe))
+    return recipe
+
+
+def _misplaced(data: Any) -> Iterator[Problem]:
+    """Find what has no place in a recipe."""
+    if not isinstance(data, Mapping):
+        yield (), f"A recipe is a mapping of sections; this is {'empty' if data is None else repr(data)}."
+        return
+    sections = {str(place[0]) for place in LAYOUT}
+    for section, value in data.items():
+        if section not in sections:
+            yield (
+                (str(section),),
+                f"There is no section {as_given(section)}.{nearest(str(section), sections)}",
+            )
+        else:
+            yield from _misplaced_keys(section, value)
+
+
+def _misplaced_keys(section: str, value: Any) -> Iterator[Problem]:
+    keys = [str(place[1]) for place in LAYOUT if place[0] == section and len(place) == 2]
+    if not keys or (section in SHORT and isinstance(value, str)):
+        return
+    if not isinstance(value, Mapping):
+        yield (
+            (section,),
+            f"The section {section} is a mapping of {', '.join(keys)}; this is {as_given(value)}.",
+        )
+        return
+    for key in value:
+        if key not in keys:
+            problem = f"The section {section} has no key {as_given(key)}.{nearest(str(key), keys)}"
+            yield (section, str(key)), problem
+
+
+def _arranged(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the file's sections into the fields of a Recipe."""
+    fields: dict[Any, Any] = {"training": {}}
+    for place, at in LAYOUT.items():
+        section = data.get(str(place[0]), {})
+        if isinstance(section, str) and place[0] in SHORT:
+            section = {SHORT[str(place[0])]: section}
+        owner = fields if len(at) == 1 else fields["training"]
+        if len(place) == 1 and place[0] in data:
+            owner[at[-1]] = section
+        elif len(place) == 2 and place[1] in section:
+            owner[at[-1]] = section[place[1]]
+    return fields
+
+
+def _place_of(at: Keys) -> Keys:
+    """Turn fields of a Recipe into keys of the file."""
+    for place, start in LAYOUT.items():
+        if at[: len(start)] == start:
+            return (*place, *at[len(start) :])
+    return ()
+
+
+def _unknown_functions(recipe: Recipe) -> Iterator[Problem]:
+    """Find what names no loss or reward. Only the core knows its losses: without torch here, it will say."""
+    if recipe.rlvr is not None:
+        yield from _unresolved(("rlvr", "reward"), recipe.rlvr.reward, resolve_reward)
+    elif importlib.util.find_spec("torch"):
+        from tensafe_nb.losses import resolve_loss
+
+        yield from _unresolved(("loss",), recipe.training.loss, resolve_loss)
+
+
+def _unresolved(at: Keys, named: LossConfig | RewardConfig, resolve: Callable[..., Any]) -> Iterator[Problem]:
+    if ":" in named.type:
+        return
+    calls: list[tuple[Keys, dict[str, Any]]] = [((*at, "type"), {})]
+    calls += [((*at, "kwargs", key), {key: value}) for key, value in named.kwargs.items()]
+    for place, kwargs in calls:
+        try:
+            resolve(named.type, **kwargs)
+        except ValidationError as error:
+            yield place, str(error)
+            return

@@ -1,0 +1,321 @@
+"""From a scored batch to optimiser steps: read → advantages → weights → a batch with a named loss → step.
+
+`REINFORCE` and `PPO` are one driver with other options. With one pass over fresh rollouts their gradients are equal.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.futures import FutureHandle, completed
+from tensafe_nb.protocol.batch import Array
+from tensafe_nb.rlvr.algorithms import packing as updates
+from tensafe_nb.rlvr.algorithms import private
+from tensafe_nb.rlvr.algorithms.advantages import (
+    EMABaseline,
+    advantages,
+    at_the_end,
+    gae,
+    resolve_advantage,
+    whiten,
+)
+from tensafe_nb.rlvr.algorithms.options import (
+    PolicyConfig,
+    PPOConfig,
+    REINFORCEConfig,
+    ValueOptions,
+    preset,
+    smallest_group,
+)
+from tensafe_nb.rlvr.algorithms.packing import UpdateResult
+from tensafe_nb.rlvr.algorithms.passes import Passes, Readings, left_out
+from tensafe_nb.rlvr.rollouts.trajectories import PolicyClient, TrajectoryBatch
+
+C = TypeVar("C", bound=PolicyConfig)
+
+
+class Algorithm(Protocol):
+    """What turns a scored batch into optimiser steps."""
+
+    def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]: ...
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class RemembersRewards(Protocol):
+    """An algorithm that learned something of the rewards it has seen, and can let go of it."""
+
+    def forget_reward(self) -> None: ...
+
+
+class PolicyGradient(Generic[C]):
+    """The driver of an update; `REINFORCE` and `PPO` say what its options are.
+
+    Args:
+        config: The options, or the name of a preset; or give its fields by name.
+    """
+
+    options: ClassVar[type[PolicyConfig]]
+
+    def __init__(self, config: C | str | None = None, **fields: Any) -> None:
+        chosen: Any = (
+            preset(config, self.options)
+            if isinstance(config, str)
+            else self.options()
+            if config is None
+            else config
+        )
+        if not isinstance(chosen, self.options):
+            raise ValidationError(
+                f"{type(self).__name__} takes a {self.options.__name__}, a preset's name, or fields; not "
+                f"{as_given(config)}."
+            )
+        settled: Any = chosen.replace(**fields) if fields else chosen
+        self.config: C = settled
+        self.ema = EMABaseline(self.config.ema_decay)
+        self.updates = 0
+        self.head_updates = 0  # since the value head began on the present reward
+        self._reference_of: str | None = (
+            None  # the client whose reference is settled; "" after a resume: the next one
+        )
+
+    def __repr__(self) -> str:
+        idle = self.config.idle_options
+        return f"{type(self).__name__}({self.config!r})" + (
+            f"  # no effect in this run: {', '.join(idle)}" if idle else ""
+        )
+
+    def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]:
+        """Queue the steps on a scored batch. Returns when the last of them is queued.
+
+        Fills in every trajectory's `advantage`. With nothing to learn from (all advantages 0, no entropy bonus, no
+        KL, no value head) nothing is queued and no weight moves: the result says so in `skipped`.
+
+        Args:
+            batch: Rollouts with rewards.
+            training_client: Whose weights to update.
+
+        Raises:
+            ValidationError: Nothing is scored, a group is too small for the baseline, or sampling was greedy.
+        """
+        if not isinstance(batch, TrajectoryBatch):
+            raise ValidationError(f"update: batch is a TrajectoryBatch, not {as_given(batch)}.")
+        method = self.config.method(batch, training_client.capabilities)
+        self._check(batch, method)
+        is_private = private.CAPABILITY in training_client.capabilities
+        if is_private:
+            private.check_options(self.config, method, training_client.capabilities)
+        updates.tokenize_mock(batch, training_client)
+        mask = updates.loss_mask(batch, self.config.mask_truncated)
+        readings = self._read(batch, method, training_client)
+        returns = self._fill_in_advantages(batch, method, mask, readings)
+        rows = np.arange(len(batch)) if is_private else self._rows_that_matter(batch, mask, method)
+        if not rows.size:
+            return self._skip(batch, training_client)
+        job = Passes(self.config, batch, mask, readings, returns, training_client, self.updates, is_private)
+        warming = (
+            returns is not None
+            and self.config.value is not None
+            and self.head_updates < self.config.value.warmup
+        )
+        handle = job.run(rows, value_only=warming)
+        self.updates += 1
+        self.head_updates += 1
+        return handle
+
+    def forget_reward(self) -> None:
+        """Let go of what another reward has taught: the running baseline; a value head warms up anew."""
+        self.ema = EMABaseline(self.config.ema_decay)
+        self.head_updates = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it remembers from batch to batch, as plain data: the running baseline, the number of updates."""
+        return {
+            "total": self.ema.total,
+            "ema_updates": self.ema.updates,
+            "updates": self.updates,
+            "head_updates": self.head_updates,
+            "has_reference": self._reference_of is not None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        self.ema.total, self.ema.updates = float(state["total"]), int(state["ema_updates"])
+        self.updates, self._reference_of = int(state["updates"]), "" if state["has_reference"] else None
+        self.head_updates = int(
+            state.get("head_updates", self.updates)
+        )  # older checkpoints have one count for both
+
+    def _check(self, batch: TrajectoryBatch, method: str) -> None:
+        if not np.isfinite(batch.rewards).any():
+            raise ValidationError(
+                "No trajectory of the batch has a reward: "
+                "set `traj.reward = reward_fn(traj.prompt, traj.response)` before the update."
+            )
+        if batch.sampling.temperature == 0:
+            raise ValidationError("Greedy rollouts (temperature=0) teach nothing: sample with temperature=1.")
+        if self.config.tis_cap is not None and any(
+            t.logprobs is None or len(t.logprobs) != len(t.tokens) for t in batch
+        ):
+            raise ValidationError(
+                f"tis_cap={self.config.tis_cap:g} compares the policy with what the sampler said, and there are "
+                f"rollouts without the sampler's log-probabilities (trajectory.logprobs): bring them, or leave out "
+                f"tis_cap."
+            )
+        smallest = smallest_group(batch)
+        if smallest < 2 and (method in ("rloo", "group") or self.config.effective_scale == "group"):
+            raise ValidationError(
+                f"baseline={as_given(method)}, scale={as_given(self.config.effective_scale)} compare the rollouts "
+                f"of a prompt, but a "
+                f"group has {smallest}. Sample with group_size ≥ 2, or use a running mean: baseline='ema' "
+                f"(of PPO: advantage='ema')."
+            )
+
+    def _read(self, batch: TrajectoryBatch, method: str, client: PolicyClient) -> Readings:
+        """Score the batch with the weights as they are, and with the reference, where the options need it."""
+        config, width = self.config, max(int(batch.lengths.max()), 1)
+        if not (config.reads_old or method == "gae" or config.kl_coef):
+            return Readings()
+        rows, temperature = list(batch), batch.sampling.temperature
+        data = updates.pack(rows, {})
+        if config.kl_coef:
+            self._settle_reference(client)
+        own = client.compute_logprobs(data, temperature=temperature)
+        other = (
+            client.compute_logprobs(data, reference=True, temperature=temperature) if config.kl_coef else None
+        )
+        scored = own.result()
+        if method == "gae" and scored.values is None:
+            raise ValidationError(
+                "advantage='gae' needs a value head: create the client with TrainingConfig(value_head=True)."
+            )
+        return Readings(
+            updates.unpack(rows, scored.logprobs, width)
+            if config.reads_old or config.kl_in == "reward"
+            else None,
+            None if scored.values is None else updates.unpack(rows, scored.values, width),
+            None if other is None else updates.unpack(rows, other.result().logprobs, width),
+        )
+
+    def _settle_reference(self, client: PolicyClient) -> None:
+        """Freeze the policy as it is before the first update; an adapter that is still at zero has its base."""
+        if self._reference_of == client.training_client_id:
+            return
+        fresh = client.step == 0 and "base_reference" in client.capabilities
+        if self._reference_of != "" and not fresh:
+            client.freeze_reference()
+        self._reference_of = client.training_client_id
+
+    def _fill_in_advantages(
+        self, batch: TrajectoryBatch, method: str, mask: Array, readings: Readings
+    ) -> Array | None:
+        """Set every trajectory's advantage; return the value head's targets (N, C), if it is to learn."""
+        rewards, config, targets = batch.rewards, self.config, None
+        penalty = None
+        if config.kl_coef and config.kl_in == "reward" and readings.old is not None:
+            penalty = config.kl_coef * (readings.old - _needed(readings.reference)) * mask  # k1 per token
+        if method == "gae":
+            per_token = at_the_end(rewards, mask) - (0.0 if penalty is None else penalty)
+            head = config.value or ValueOptions()
+            values, targets = gae(per_token, _needed(readings.values), mask, gamma=head.gamma, lam=head.lam)
+            values = whiten(values, mask) if head.whiten else values
+        elif method in ("none", "ema", "rloo", "group"):
+            rewards = rewards if penalty is None else rewards - penalty.sum(1)
+            groups = updates.group_numbers(batch)
+            baseline: Any = method
+            values = advantages(
+                rewards, groups, baseline=baseline, scale=config.effective_scale, ema=self.ema
+            )
+        else:
+            values = _custom(method, rewards, penalty, batch, mask)
+        self.ema.update(
+            rewards
+        )  # with the penalty inside, if there is one: it is what the next are compared with
+        for trajectory, value in zip(batch, values, strict=True):
+            trajectory.advantage = value[: len(trajectory.tokens)].tolist() if value.ndim else float(value)
+        return targets
+
+    def _rows_that_matter(self, batch: TrajectoryBatch, mask: Array, method: str) -> Array:
+        """Return the rows of which some token has a gradient; the others only count in the normaliser."""
+        always = self.config.entropy_coef > 0 or (self.config.kl_coef > 0 and self.config.kl_in == "loss")
+        return np.flatnonzero(mask.any(1) & (has_advantage(batch) | always | (method == "gae")))
+
+    def _skip(self, batch: TrajectoryBatch, client: PolicyClient) -> FutureHandle[UpdateResult]:
+        cut = bool(has_advantage(batch).any())
+        if cut:
+            warnings.warn(
+                f"Every rollout that could teach something was cut at max_new_tokens="
+                f"{batch.sampling.max_new_tokens}: no step was taken. Raise it, or pass mask_truncated=False.",
+                stacklevel=3,
+            )
+        result = UpdateResult(
+            client.step,
+            client.policy_version,
+            batch.mean_reward,
+            entropy=updates.entropy_of(batch),
+            skipped="all truncated" if cut else "no signal",
+            notes=updates.mock_notes(batch),
+            metrics=left_out(batch, self.config),
+        )
+        return completed(result, operation="update", training_client_id=client.training_client_id)
+
+
+class REINFORCE(PolicyGradient[REINFORCEConfig]):
+    """Policy gradient with a baseline (Williams 1992): one optimiser step per batch.
+
+    Args:
+        config: The options, or a preset ("reinforce", "rloo", "reinforce_pp"); or give its fields by name.
+
+    Example:
+        >>> algo = REINFORCE(REINFORCEConfig(baseline="rloo"))
+        >>> result = algo.update(batch, training_client)  # a handle, at once
+        >>> result.param_delta_norm > 0
+        True
+    """
+
+    options = REINFORCEConfig
+
+
+class PPO(PolicyGradient[PPOConfig]):
+    """Proximal policy optimisation (Schulman et al. 2017) with group or value-head advantages; GRPO and its kin.
+
+    Args:
+        config: The options, or a preset ("grpo", "dr_grpo", "cispo", "gspo", "ppo_value"); or its fields by name.
+
+    Example:
+        >>> algo = PPO("grpo", ppo_epochs=2, target_kl=0.01)
+        >>> result = algo.update(batch, training_client)
+        >>> result.epochs_run
+        2
+    """
+
+    options = PPOConfig
+
+
+def has_advantage(batch: TrajectoryBatch) -> Array:
+    """Return (N,) whether a rollout has an advantage other than 0."""
+    return np.array([bool(np.any(trajectory.advantage)) for trajectory in batch])
+
+
+def _custom(name: str, rewards: Array, penalty: Array | None, batch: TrajectoryBatch, mask: Array) -> Array:
+    given = rewards if penalty is None else at_the_end(rewards, mask) - penalty
+    values = np.array(resolve_advantage(name)(given, updates.group_numbers(batch), mask), dtype=np.float64)
+    if values.shape[:1] == (len(batch),):
+        values[~np.isfinite(batch.rewards)] = 0.0
+    if values.shape not in ((len(batch),), mask.shape) or not np.isfinite(values).all():
+        raise ValidationError(
+            f"The advantage {as_given(name)} returned shape {values.shape} for {len(batch)} rollouts: return one "
+            f"finite number "
+            f"per rollout, ({len(batch)},), or per token, {mask.shape}."
+        )
+    return values
+
+
+def _needed(values: Array | None) -> Array:
+    assert values is not None, "read before it is used"
+    return values

@@ -1,0 +1,1 @@
+"""Rewards: what scores an answer, and how a reward function is called."""

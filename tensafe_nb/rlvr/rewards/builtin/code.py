@@ -1,0 +1,136 @@
+"""The reward "python_code": does the code in a response pass its tests?
+
+The code runs in a process of its own: isolated mode, an empty folder, no inherited environment, limits on time,
+memory, file size and processes, and no network where Linux lets an ordinary user take it away. THIS IS NOT A
+SECURITY BOUNDARY: the code runs as you and can read what you can read. Score the code of a model you would not
+let loose on your machine in a container or a virtual machine.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import RewardError, ValidationError
+from tensafe_nb.rlvr.rewards.builtin.answers import Builtin, Meta, column_of, fenced
+
+_RUNNER = Path(__file__).with_name("code_child.py")
+_CANNOT_RUN = 3  # exit status of a runner that could not set its limits
+
+
+def python_code(
+    prompt: str,
+    response: str,
+    meta: Meta = None,
+    *,
+    tests: str | Sequence[str] | None = None,
+    column: str = "tests",
+    partial: bool = False,
+    timeout: float = 3.0,
+    memory_mb: int = 512,
+) -> float:
+    """Reward 1 for a response whose Python code passes all tests; else 0. Not a security boundary.
+
+    The code is that of the last fenced block of Python, else the whole response. Code that raises, exits, or takes
+    too long or too much memory has failed its tests: that scores 0. Code that inspects its own process can cheat.
+
+    Args:
+        prompt: Not read.
+        response: Holds the code.
+        meta: Holds the tests when none are bound.
+        tests: Statements such as "assert add(2, 2) == 4", run one after the other behind the code.
+        column: Under this name.
+        partial: Reward the share of the tests that pass.
+        timeout: Seconds for code and tests together. A run's own limit per call, 5 s, must be longer.
+        memory_mb: Address space, where the platform can limit it.
+
+    Raises:
+        ValidationError: There are no tests.
+        RewardError: The process could not be started.
+    """
+    given = column_of(meta, column, "python_code") if tests is None else tests
+    cases = [given] if isinstance(given, str) or not hasattr(given, "__iter__") else list(given)
+    if not cases or not all(isinstance(case, str) and case.strip() for case in cases):
+        raise ValidationError(
+            f"python_code has no tests but {str(given)[:80]!r}: pass tests=['assert …', …], or fill the column "
+            f"{as_given(column)} with such texts."
+        )
+    block = fenced(response, "python", "py", "python3", "py3")
+    job = {
+        "code": response if block is None else block,
+        "tests": cases,
+        "seconds": timeout,
+        "memory": memory_mb << 20,
+    }
+    passed = _run(job, timeout)
+    return passed / len(cases) if partial else float(passed == len(cases))
+
+
+def _check(*, timeout: float = 3.0, memory_mb: int = 512, **_: Any) -> None:
+    if timeout <= 0 or memory_mb < 64:
+        raise ValidationError(
+            f"python_code: timeout={timeout}, memory_mb={memory_mb}: expected timeout > 0 and memory_mb ≥ 64."
+        )
+
+
+def _run(job: dict[str, Any], timeout: float) -> int:
+    """Return how many tests passed; files instead of pipes, so that nothing can keep us waiting."""
+    token = secrets.token_hex(16)
+    with (
+        tempfile.TemporaryDirectory(prefix="tsnb-code-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as stdin,
+        tempfile.TemporaryFile() as verdict,
+    ):
+        stdin.write(json.dumps(job | {"token": token, "parent": os.getpid()}).encode())
+        stdin.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(_RUNNER)],
+            stdin=stdin,
+            stdout=verdict,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env=_environment(folder),
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return 0
+        finally:
+            _end(process)
+        if process.returncode == _CANNOT_RUN:
+            raise RewardError(
+                "python_code: the process for the response could not be limited, so it was not run."
+            )
+        verdict.seek(0)
+        said = verdict.read(200).decode(errors="replace").split()
+    return int(said[1]) if len(said) == 2 and said[0] == token else 0
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """Return an environment without your keys."""
+    kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return kept | one_thread | {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder}
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End it and what it started."""
+    if sys.platform == "win32":
+        process.kill()
+    else:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # it and its group are gone
+            process.kill()
+    process.wait()
+
+
+BUILTINS = {"python_code": Builtin(python_code, _check, inline=False)}

@@ -1,0 +1,67 @@
+"""The texts of a run, beside its event log: one file per step, and never more of them than fit a limit."""
+
+from collections import deque
+from pathlib import Path
+
+from tensafe_nb.errors import StorageError, ValidationError
+from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
+from tensafe_nb.store import home
+
+LIMIT = 100_000_000  # bytes of rollouts that a run keeps
+
+
+class RolloutStore:
+    """Keeps the rollouts of a run, the newest ones; `TrajectoryBatch.load` reads the files.
+
+    Args:
+        run_id: Whose rollouts they are.
+        limit: Bytes. Once there are more, the oldest files go; that of the last step always stays.
+    """
+
+    def __init__(self, run_id: str, limit: int = LIMIT) -> None:
+        training_client_id, _, number = run_id.rpartition("/")
+        self.folder = home.rollouts(training_client_id) / number
+        self._run_id, self._limit = run_id, limit
+        self._kept: deque[tuple[int, Path, int]] = deque()  # step, file, bytes; oldest first
+
+    def add(self, step: int, batch: TrajectoryBatch) -> Path:
+        """Write the rollouts of a step.
+
+        Raises:
+            StorageError: They could not be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(
+                f"The folder {self.folder} for rollouts could not be made ({error.strerror}). "
+                f"Set TENSAFE_HOME to a folder that can be written."
+            ) from error
+        path = batch.save(self._free(step))
+        self._kept.append((step, path, path.stat().st_size))
+        self._make_room()
+        return path
+
+    def last(self, steps: int) -> list[tuple[int, TrajectoryBatch]]:
+        """Return (step, rollouts) of the last so many steps, oldest first.
+
+        Raises:
+            ValidationError: Not a number of steps, or there are no rollouts yet.
+        """
+        if not isinstance(steps, int) or steps < 1:
+            raise ValidationError(f"last={steps!r} must be a whole number of steps, at least 1.")
+        if not self._kept:
+            raise ValidationError(f"The run {self._run_id} has no rollouts yet: let it take a step.")
+        return [(step, TrajectoryBatch.load(path)) for step, path, _ in list(self._kept)[-steps:]]
+
+    def _free(self, step: int) -> Path:
+        """Return a new name: a step that is taken again after a rollback has a second file."""
+        name, number = f"step-{step:06d}", 1
+        while (path := self.folder / (f"{name}.jsonl" if number == 1 else f"{name}-{number}.jsonl")).exists():
+            number += 1
+        return path
+
+    def _make_room(self) -> None:
+        while len(self._kept) > 1 and sum(size for *_, size in self._kept) > self._limit:
+            _, path, _ = self._kept.popleft()
+            path.unlink(missing_ok=True)

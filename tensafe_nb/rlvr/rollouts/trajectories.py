@@ -1,0 +1,404 @@
+"""What was sampled: trajectories grouped by prompt, their statistics, and how they are written and read back."""
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+
+from tensafe_nb.config import SamplingConfig
+from tensafe_nb.display import Facts, as_given, shown
+from tensafe_nb.errors import StorageError, ValidationError
+from tensafe_nb.events import Event
+from tensafe_nb.futures import FutureHandle
+from tensafe_nb.protocol.batch import Array, BatchData
+from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.protocol.results import (
+    ForwardBackwardResult,
+    FreezeReferenceResult,
+    LogprobsResult,
+    Message,
+    OptimStepResult,
+    Prompt,
+    SampleResult,
+)
+
+MOCK = "mock"
+NO_SIGNAL = 1e-6  # rewards of a group that differ by less teach nothing
+GOOD = 0.5  # a rollout with at least this reward counts as solved
+FORMAT = "tensafe_nb rollouts 1"
+
+
+class PolicyClient(Protocol):
+    """What reinforcement learning needs of a training client: the wire contract, embedded or remote."""
+
+    @property
+    def training_client_id(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def policy_version(self) -> int: ...
+    @property
+    def capabilities(self) -> frozenset[str]: ...
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> FutureHandle[SampleResult]: ...
+    def forward_backward(
+        self, batch: BatchData, loss_fn: str, loss_kwargs: Mapping[str, Any]
+    ) -> FutureHandle[ForwardBackwardResult]: ...
+    def compute_logprobs(
+        self, batch: BatchData, reference: bool = False, *, temperature: float = 1.0
+    ) -> FutureHandle[LogprobsResult]: ...
+    def freeze_reference(self) -> FutureHandle[FreezeReferenceResult]: ...
+    def optim_step(self) -> FutureHandle[OptimStepResult]: ...
+    def publish(self, event: Event) -> Any: ...
+
+
+@shown
+@dataclass(slots=True)
+class Trajectory:
+    """One prompt, one response, and what became of it.
+
+    Attributes:
+        prompt: Text as the reward sees it.
+        response: Text without stop string and end token.
+        meta: The prompt's further columns (answer, …), given to rewards.
+        prompt_tokens: The prompt as the model saw it; empty for a mock until it is tokenised in the update.
+        tokens: The completion as sampled, end token included.
+        logprobs: Per token, under the distribution sampled from.
+        raw_logprobs: Per token, at temperature 1 over the whole vocabulary.
+        reward: None until scored, and where scoring failed.
+        reward_parts: What each part of a composed reward gave, by name.
+        reward_error: Why scoring failed.
+        reward_version: Which text of which function scored it.
+        finish_reason: "stop", "stop_string", "length" or "fixed".
+        policy_version: Weights that sampled it; "mock" when none did.
+        seed: Of its random stream.
+        advantage: Filled in by the update; one per token where a value head was asked.
+        prompt_id: Stable name of the prompt and its columns.
+        mask: Per token, 0 for what the loss leaves out besides; None leaves nothing out.
+        entropy: Exact, of the distributions it was sampled from, in nats, mean over its tokens; None where unknown.
+        messages: The prompt as it was given, where that was chat messages.
+    """
+
+    prompt: str
+    response: str
+    meta: dict[str, Any] = field(default_factory=dict)
+    prompt_tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    raw_logprobs: list[float] | None = None
+    reward: float | None = None
+    reward_parts: dict[str, float] | None = None
+    reward_error: str | None = None
+    reward_version: str | None = None
+    finish_reason: str = "stop"
+    policy_version: int | str | None = None
+    seed: int | None = None
+    advantage: float | list[float] | None = None
+    prompt_id: str = ""
+    mask: list[int] | None = None
+    entropy: float | None = None
+    messages: list[Message] | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it ran into the token limit."""
+        return self.finish_reason == "length"
+
+
+@shown
+@dataclass(slots=True)
+class RolloutGroup:
+    """All rollouts of one prompt. Statistics are over the scored ones."""
+
+    prompt_id: str
+    prompt: str
+    rollouts: list[Trajectory]
+    meta: dict[str, Any] = field(default_factory=dict)
+    policy_version: int | str | None = None
+    seed: int | None = None
+
+    @property
+    def rewards(self) -> Array:
+        """(G,) rewards, NaN where unscored."""
+        return _rewards(self.rollouts)
+
+    @property
+    def mean(self) -> float:
+        """Mean reward."""
+        return mean(_scored(self.rollouts))
+
+    @property
+    def std(self) -> float:
+        """Bessel's; NaN with fewer than two scored."""
+        return bessel_std(_scored(self.rollouts))
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the rewards differ."""
+        scored = _scored(self.rollouts)
+        return scored.size > 1 and bool(np.ptp(scored) > NO_SIGNAL)
+
+    @property
+    def p_hat(self) -> float:
+        """Share with a reward of 0.5 or more: how likely the policy solves the prompt. NaN with none scored."""
+        return mean((_scored(self.rollouts) >= GOOD).astype(float))
+
+
+@shown
+@dataclass(slots=True, eq=False, repr=False)
+class TrajectoryBatch(Sequence[Trajectory]):
+    """All rollouts of a step: a list of trajectories that also knows its groups.
+
+    Statistics are computed when read, since rewards are assigned after sampling; unscored rollouts are left
+    out, and with nothing scored they are NaN.
+
+    Attributes:
+        groups: One per prompt.
+        sampling: How the rollouts were drawn.
+    """
+
+    groups: list[RolloutGroup]
+    sampling: SamplingConfig
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Trajectory]: ...
+    def __getitem__(self, index: int | slice) -> Trajectory | list[Trajectory]:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return (trajectory for group in self.groups for trajectory in group.rollouts)
+
+    def __len__(self) -> int:
+        return sum(len(group.rollouts) for group in self.groups)
+
+    def _facts(self) -> Facts:
+        scored = _scored(self)
+        return {
+            "rollouts": len(self),
+            "prompts": len(self.groups),
+            "scored": len(scored),
+            "mean_reward": self.mean_reward,
+            "std_reward": self.std_reward,
+            "frac_zero_signal": self.frac_zero_signal,
+            "clipped_ratio": self.clipped_ratio,
+            "sampling": self.sampling,
+        }
+
+    def __repr__(self) -> str:
+        mock = ", mock data" if any(trajectory.policy_version == MOCK for trajectory in self) else ""
+        return (
+            f"<TrajectoryBatch {len(self)} rollouts of {len(self.groups)} prompts, "
+            f"mean reward {self.mean_reward:.3f}{mock}>"
+        )
+
+    @property
+    def rewards(self) -> Array:
+        """(N,) rewards, NaN where unscored."""
+        return _rewards(self)
+
+    @property
+    def mean_reward(self) -> float:
+        return mean(_scored(self))
+
+    @property
+    def std_reward(self) -> float:
+        """Bessel's, over the whole batch: not the spread within groups."""
+        return bessel_std(_scored(self))
+
+    @property
+    def reward_std_by_group(self) -> Array:
+        """(groups,) Bessel std within each group, NaN with fewer than two scored."""
+        return np.array([group.std for group in self.groups])
+
+    @property
+    def frac_zero_signal(self) -> float:
+        """Share of the scored groups whose rewards are all equal."""
+        scored = [group for group in self.groups if np.isfinite(group.rewards).any()]
+        return mean(np.array([not group.has_signal for group in scored], dtype=float))
+
+    @property
+    def lengths(self) -> Array:
+        """(N,) tokens per completion, end token included."""
+        return np.array([len(trajectory.tokens) for trajectory in self], dtype=np.int64)
+
+    @property
+    def clipped_ratio(self) -> float:
+        """Share of the rollouts that ran into the token limit."""
+        return mean(np.array([trajectory.truncated for trajectory in self], dtype=float))
+
+    def subset(self, group_size: int) -> "TrajectoryBatch":
+        """Return the first `group_size` rollouts of each group; the trajectories are the same objects.
+
+        Raises:
+            ValidationError: A group has fewer.
+        """
+        smallest = min((len(group.rollouts) for group in self.groups), default=0)
+        if not 1 <= group_size <= smallest:
+            raise ValidationError(
+                f"subset({as_given(group_size)}): give a number from 1 to {smallest}, the size of the smallest group."
+            )
+        groups = [replace(group, rollouts=group.rollouts[:group_size]) for group in self.groups]
+        return TrajectoryBatch(groups, self.sampling.replace(num_samples=group_size))
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return one dict per rollout: the number of its group, then every field of `Trajectory`."""
+        return [
+            {"group": number} | {f.name: getattr(trajectory, f.name) for f in fields(trajectory)}
+            for number, group in enumerate(self.groups)
+            for trajectory in group.rollouts
+        ]
+
+    def to_frame(self) -> Any:
+        """Return `to_rows()` as a pandas DataFrame.
+
+        Raises:
+            ValidationError: pandas is not installed.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ValidationError(
+                "to_frame() needs pandas, which is not installed: pip install pandas, or use to_rows()."
+            ) from error
+        return pandas.DataFrame(self.to_rows())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the batch as JSON lines, readable by its owner only: how it was sampled, then a line per group.
+
+        Columns of a prompt that JSON cannot hold are written as their text.
+
+        Returns:
+            The path.
+
+        Raises:
+            StorageError: It could not be written; what was there is intact.
+        """
+        path = Path(path)
+        write_private(path, "".join(f"{line}\n" for line in _lines(self)))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TrajectoryBatch":
+        """Read what `save` wrote.
+
+        Raises:
+            ValidationError: There is no such file, or it is no file of rollouts; says at which line.
+        """
+        return _read(Path(path))
+
+
+def mean(values: Array) -> float:
+    """Return the mean; NaN of nothing."""
+    return float(values.mean()) if values.size else float("nan")
+
+
+def bessel_std(values: Array) -> float:
+    """Return the standard deviation with Bessel's correction; NaN of fewer than two."""
+    return float(values.std(ddof=1)) if values.size > 1 else float("nan")
+
+
+def _rewards(trajectories: Sequence[Trajectory]) -> Array:
+    return np.array([float("nan") if t.reward is None else t.reward for t in trajectories], dtype=np.float64)
+
+
+def _scored(trajectories: Sequence[Trajectory]) -> Array:
+    rewards = _rewards(trajectories)
+    return rewards[np.isfinite(rewards)]
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file for its owner only, whole or not at all.
+
+    Raises:
+        StorageError: It could not be written; what was there is intact.
+    """
+    temp = path.with_name(f"{path.name}.tmp")
+    try:
+        with os.fdopen(
+            os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+        ) as file:
+            file.write(text)
+        temp.replace(path)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise StorageError(
+            f"The rollouts could not be written to {path} ({error.strerror}). Make room or choose another folder."
+        ) from error
+
+
+def _lines(batch: TrajectoryBatch) -> Iterator[str]:
+    yield json.dumps({"format": FORMAT, "sampling": to_plain(batch.sampling)})
+    for group in batch.groups:
+        yield _line(_record(group) | {"rollouts": [_record(trajectory) for trajectory in group.rollouts]})
+
+
+def _record(item: RolloutGroup | Trajectory) -> dict[str, Any]:
+    """Return the fields that are not None."""
+    names = [name for name in item.__slots__ if name != "rollouts"]
+    return {name: value for name in names if (value := getattr(item, name)) is not None}
+
+
+def _line(record: dict[str, Any]) -> str:
+    """Write a record as strict JSON: as it is, or where it holds what JSON does not know, by `to_plain`."""
+    with contextlib.suppress(TypeError, ValueError):
+        text = json.dumps(record, allow_nan=False)
+        if '"$' not in text:  # could be taken for one of the marks of to_plain
+            return text
+    for item in (record, *record["rollouts"]):
+        item["meta"] = {name: _column(value) for name, value in item["meta"].items()}
+    return json.dumps(to_plain(record), allow_nan=False)
+
+
+def _column(value: Any) -> Any:
+    """Return a value that JSON can hold: itself, or its text."""
+    try:
+        to_plain(value)
+    except ValidationError:
+        return str(value)
+    return value
+
+
+def _read(path: Path) -> TrajectoryBatch:
+    number = 1
+    try:
+        with path.open(encoding="utf-8") as lines:
+            head = json.loads(next(lines, ""))
+            if head["format"] != FORMAT:
+                raise ValueError(f"its format is {as_given(head['format'])}")
+            groups = []
+            for number, line in enumerate(lines, 2):  # noqa: B007
+                groups.append(_group(json.loads(line, object_hook=_revive)))
+    except OSError as error:
+        raise ValidationError(f"The rollouts {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValidationError(
+            f"{path} is no file of rollouts: line {number} does not fit ({error})."
+        ) from error
+    return TrajectoryBatch(groups, from_plain(head["sampling"]))
+
+
+def _group(record: dict[str, Any]) -> RolloutGroup:
+    rollouts = [Trajectory(**{"prompt": "", "response": ""} | rollout) for rollout in record.pop("rollouts")]
+    return RolloutGroup(**record, rollouts=rollouts)
+
+
+def _revive(data: dict[str, Any]) -> Any:
+    """Undo `to_plain` for one JSON object; unlike `from_plain` it leaves lists lists."""
+    match data:
+        case {"$float": text}:
+            return float(text)
+        case {"$map": items}:
+            return dict(items)
+        case {"$array": values, "dtype": dtype}:
+            return np.array(values, dtype=dtype)
+    return data

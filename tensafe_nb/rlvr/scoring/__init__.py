@@ -1,0 +1,1 @@
+"""Runs reward functions over rollouts, in threads and processes."""

@@ -1,0 +1,126 @@
+"""The ways to whoever calls a user function: a process with one pipe, or a thread where there is no other way.
+
+The processes are started by `subprocess`, not `multiprocessing`: that would import the user's main script again in
+each.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeAlias
+
+import cloudpickle  # type: ignore[import-untyped, unused-ignore]
+
+from tensafe_nb.rlvr.rewards.conventions import Call, RewardSample, outcomes_of
+from tensafe_nb.rlvr.scoring.lasting import STARTER
+from tensafe_nb.rlvr.scoring.shipping import shipped
+
+_PROGRAM = Path(__file__).with_name("child.py")
+Unit: TypeAlias = list[RewardSample]  # the rollouts of one call
+Message: TypeAlias = "list[Any] | None"  # None: there is nobody there any more
+Inbox: TypeAlias = "queue.SimpleQueue[tuple[Link, Message]]"
+
+
+class Link(Protocol):
+    """The way to whoever makes the calls; its answers come to an inbox."""
+
+    def load(self, key: int, blob: bytes) -> None: ...
+    def run(self, key: int, first: int, units: Sequence[Unit]) -> None: ...
+    def kill(self) -> None: ...
+
+
+class ProcessLink:
+    """A process, the pipe to it and the thread that reads from it."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        own_group: dict[str, Any] = {"start_new_session": True}  # interrupts of the kernel do not reach it
+        if sys.platform == "win32":
+            own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        self._process = STARTER.start(
+            [sys.executable, "-P", str(_PROGRAM), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            **own_group,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests: IO[bytes] = self._process.stdin
+        self._reader = threading.Thread(
+            target=_read, args=(self._process.stdout, inbox, self), name="tsnb-reward-pipe", daemon=True
+        )
+        self._reader.start()
+        self._write(json.dumps(sys.path).encode())
+
+    def load(self, key: int, blob: bytes) -> None:
+        self._write(cloudpickle.dumps(("load", key, blob)))
+
+    def run(self, key: int, first: int, units: Sequence[Unit]) -> None:
+        self._write(cloudpickle.dumps(("run", key, shipped((first, units)))))
+
+    def kill(self) -> None:
+        """End the process and what it started, and its thread."""
+        if sys.platform == "win32":
+            self._process.kill()
+        elif self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join()
+        with contextlib.suppress(OSError):  # what was not written yet has no reader now
+            self._requests.close()
+
+    def _write(self, body: bytes) -> None:
+        with contextlib.suppress(OSError):  # it has died: the reader says so
+            self._requests.write(len(body).to_bytes(8, "big") + body)
+            self._requests.flush()
+
+
+def _read(answers: IO[bytes], inbox: Inbox, link: Link) -> None:
+    with answers:
+        for line in answers:
+            inbox.put((link, json.loads(line)))
+    inbox.put((link, None))
+
+
+class ThreadLink:
+    """A thread of this process instead, for functions that cannot be sent elsewhere. It cannot be killed."""
+
+    def __init__(self, inbox: Inbox, calls: Sequence[Call]) -> None:
+        self._inbox, self._calls = inbox, calls
+        self._requests: queue.SimpleQueue[tuple[int, int, Sequence[Unit]] | None] = queue.SimpleQueue()
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._serve, name="tsnb-reward-call", daemon=True)
+        self._thread.start()
+
+    def load(self, key: int, blob: bytes) -> None:
+        self._inbox.put((self, ["loaded", None]))
+
+    def run(self, key: int, first: int, units: Sequence[Unit]) -> None:
+        self._requests.put((key, first, units))
+
+    def kill(self) -> None:
+        """Let go of it: it ends as soon as the function returns, if it ever does."""
+        self._abandoned = True
+        self._requests.put(None)
+        self._inbox.put((self, None))
+
+    def join(self) -> None:
+        """Wait for a thread that has nothing to do."""
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while (request := self._requests.get()) is not None:
+            key, first, units = request
+            for index, unit in enumerate(units, first):
+                if self._abandoned:
+                    return
+                self._inbox.put(
+                    (self, [index, [outcome[:3] for outcome in outcomes_of(self._calls[key], unit)]])
+                )

@@ -1,0 +1,385 @@
+"""How rollouts get their rewards: built-ins here, user functions in processes that can be killed.
+
+A failure is kept as text and counted, never scored 0, and never ends a run.
+"""
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from tensafe_nb.checks import checked
+from tensafe_nb.display import as_given, shown
+from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
+from tensafe_nb.rlvr.rewards.composite import combined, named_parts
+from tensafe_nb.rlvr.rewards.conventions import Call, Outcome, RewardSample, TrainerState, outcomes_of
+from tensafe_nb.rlvr.rewards.identity import Identity
+from tensafe_nb.rlvr.rewards.reward import Reward, resolve_reward
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, bessel_std, mean
+from tensafe_nb.rlvr.scoring.coroutines import CoroutinePool
+from tensafe_nb.rlvr.scoring.processes import NOTHING, CannotShip, Modules, RewardPool
+
+MAX_PROCESSES = 4
+BEFORE = TrainerState()  # before any run
+_NOTHING: dict[str, Any] = dict.fromkeys(
+    ("reward", "reward_parts", "reward_error", "reward_version", "advantage")
+)
+
+
+@shown
+@dataclass(frozen=True, slots=True)
+class FunctionReport:
+    """What one function, or one named part of what it returned, gave in a round of scoring.
+
+    Attributes:
+        mean: Over what it scored; NaN of nothing.
+        std: Bessel's.
+        errors: Calls that raised, returned no score, or ran out of time.
+        timeouts: Those of them that ran out of time.
+    """
+
+    mean: float
+    std: float
+    errors: int = 0
+    timeouts: int = 0
+
+
+@shown
+@dataclass(frozen=True, slots=True)
+class ScoreReport:
+    """What came of a round of scoring.
+
+    Attributes:
+        scored: Rollouts with a reward.
+        abstained: Rollouts for which the reward was None, by its own choice.
+        errors: Rollouts with an error.
+        timeouts: Those of them on which a function ran out of time.
+        functions: One report for each function, and for each part it returned, as "function/part".
+        version: The reward's version.
+        true: The name of the part marked as the true aim.
+    """
+
+    scored: int
+    abstained: int
+    errors: int
+    timeouts: int
+    functions: Mapping[str, FunctionReport] = field(default_factory=dict)
+    version: str = ""
+    true: str | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of this round: `rewards/{function}/mean`, `/std`, `/errors`, `/timeouts`; NaN means none."""
+        values: dict[str, float] = {}
+        for name, report in self.functions.items():
+            values[f"rewards/{name}/mean"] = report.mean
+            values[f"rewards/{name}/std"] = report.std
+            values[f"rewards/{name}/errors"] = report.errors
+            values[f"rewards/{name}/timeouts"] = report.timeouts
+        if self.true is not None and self.true in self.functions:
+            values["rewards/true"] = self.functions[self.true].mean
+        return values
+
+
+class _Lane(Protocol):
+    """Who makes the calls of some functions."""
+
+    def add(self, call: Call, modules: Modules = NOTHING) -> int: ...
+    def forget(self, key: int) -> None: ...
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]: ...
+    def close(self) -> None: ...
+
+
+class _Here:
+    """Calls functions in this thread, without a limit."""
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+
+    def add(self, call: Call, modules: Modules = NOTHING) -> int:
+        self._calls.append(call)
+        return len(self._calls) - 1
+
+    def forget(self, key: int) -> None:
+        """Keep what costs nothing."""
+
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
+        call = self._calls[key]
+        return [outcome for unit in call.units(samples) for outcome in outcomes_of(call, unit)]
+
+    def close(self) -> None:
+        """End nothing: there is nothing to end."""
+
+
+@dataclass(slots=True)
+class _Node:
+    """A reward in the tree of a composite: its path in metrics, and who calls it, unless it is its parts."""
+
+    reward: Reward
+    path: str
+    lane: _Lane
+    key: int
+    parts: "list[_Node]"
+    identity: Identity  # of what the lane calls
+
+    def leaves(self) -> "Iterator[_Node]":
+        """Yield the nodes that are functions."""
+        if not self.parts:
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
+
+
+class Scorer:
+    """Scores rollouts with one reward, again and again; the processes it starts live until it is closed.
+
+    Built-ins that cannot hang are called here. Other functions are called in processes: what they print goes to the
+    error output of this process (in a notebook, under the running cell), and what they change in the notebook's
+    variables stays there. Coroutine functions are awaited on a loop of its own, many at a time.
+
+    Args:
+        reward: What scores: a name, a function, or a resolved reward.
+        timeout: Seconds a call may take; a call of a batch function takes all rollouts. None calls everything
+            here, without a limit.
+        processes: How many at most; one for each core, and no more than 4, when None. They start with the
+            first rollouts.
+
+    Example:
+        >>> with Scorer(my_function) as scorer:
+        ...     report = scorer.score(batch)
+        >>> report.errors
+        0
+    """
+
+    @checked
+    def __init__(self, reward: Any, timeout: float | None = 5.0, processes: int | None = None) -> None:
+        if timeout is not None and not timeout > 0:
+            raise ValidationError(
+                f"Scorer: timeout={as_given(timeout)} must be more than 0 seconds, or None."
+            )
+        if processes is not None and processes < 1:
+            raise ValidationError(f"Scorer: processes={as_given(processes)} must be at least 1.")
+        self.reward = resolve_reward(reward)
+        self.timeout = timeout
+        self.processes = processes or min(_cores(), MAX_PROCESSES)
+        self._version = self.reward.version
+        self._closed = False
+        limit = threading.TIMEOUT_MAX if timeout is None else timeout
+        self._here = _Here()
+        self._coroutines = CoroutinePool(limit)
+        self._pool = RewardPool(limit, self.processes)
+        self._threads = RewardPool(limit, 1, in_process=True)
+        self._root = self._node(self.reward, self.reward.name)
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""
+        return f"<Scorer {self.reward.name!r}, timeout={self.timeout}, processes={self.processes}{state}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def score(self, trajectories: Sequence[Trajectory], state: TrainerState = BEFORE) -> ScoreReport:
+        """Fill in `reward`, `reward_parts`, `reward_version`, and `reward_error` where a function failed.
+
+        A function that returns None abstains: no reward, and no error either.
+
+        Args:
+            trajectories: What to score.
+            state: Where the run stands, for functions that ask for `trainer_state`.
+
+        Raises:
+            ClientClosedError: The scorer was closed, before or meanwhile.
+            RewardError: No process could be started, or the function brought its process down while loading.
+        """
+        if self._closed:
+            raise ClientClosedError("The scorer is closed. Make a new Scorer to go on.")
+        self._renew()
+        samples = [
+            RewardSample(t.prompt, t.response, t.meta, t.tokens, t.messages, state) for t in trajectories
+        ]
+        found: dict[str, list[Outcome]] = {}
+        outcomes = self._outcomes(self._root, samples, found)
+        for trajectory, outcome in zip(trajectories, outcomes, strict=True):
+            parts = outcome.parts if self.reward.parts else named_parts(self.reward.name, outcome)
+            trajectory.reward, trajectory.reward_error = outcome.score, outcome.error
+            trajectory.reward_parts, trajectory.reward_version = parts or None, self._version
+        self._note_own_changes()
+        return _report(self.reward, outcomes, found, self._version)
+
+    def close(self) -> None:
+        """End all processes and threads. Again: nothing. A round under way ends with an error."""
+        self._closed = True
+        for lane in (self._pool, self._threads, self._coroutines):
+            lane.close()
+
+    def _outcomes(
+        self, node: _Node, samples: Sequence[RewardSample], found: dict[str, list[Outcome]]
+    ) -> list[Outcome]:
+        """Return one outcome for each sample, and note those of every function under its path."""
+        if node.parts:
+            columns = [self._outcomes(part, samples, found) for part in node.parts]
+            return [combined(node.reward.parts, row) for row in zip(*columns, strict=True)]
+        found[node.path] = outcomes = self._evaluated(node, samples)
+        return outcomes
+
+    def _evaluated(self, node: _Node, samples: Sequence[RewardSample]) -> list[Outcome]:
+        try:
+            return node.lane.evaluate(node.key, samples)
+        except CannotShip as reason:
+            assert node.reward.call is not None
+            node.lane, node.key = self._threads, self._stay_here(node.reward, node.reward.call, reason)
+            return node.lane.evaluate(node.key, samples)
+
+    def _renew(self) -> None:
+        """Take on anew what has changed since it was taken on: what runs is what the notebook holds.
+
+        A function can change in mid-run: its module is reloaded, a helper's cell is run again, a variable it reads is
+        set. From this round on the new one scores, under a version of its own.
+        """
+        changed = False
+        for node in self._root.leaves():
+            if node.reward.inline:  # a built-in of ours
+                continue
+            identity = node.reward.identity
+            if identity.digest != node.identity.digest and node.reward.call is not None:
+                node.lane.forget(node.key)
+                node.identity = identity
+                node.lane, node.key = self._placed(node.reward, node.reward.call, identity)
+                changed = True
+        if changed:
+            self._version = self.reward.version
+
+    def _note_own_changes(self) -> None:
+        """Note values that a function called in this process has changed itself, such as a cache: no new version."""
+        for node in self._root.leaves():
+            if node.lane is not self._pool and not node.reward.inline:
+                identity = node.reward.identity
+                if identity.code == node.identity.code:
+                    node.identity = identity
+
+    def _node(self, reward: Reward, path: str) -> _Node:
+        above = "" if reward is self.reward else f"{path}/"
+        parts = [self._node(part.reward, f"{above}{part.name}") for part in reward.parts]
+        if reward.call is None:
+            return _Node(reward, path, self._here, -1, parts, reward.identity)
+        identity = reward.identity
+        lane, key = self._placed(reward, reward.call, identity)
+        return _Node(reward, path, lane, key, parts, identity)
+
+    def _placed(self, reward: Reward, call: Call, identity: Identity) -> tuple[_Lane, int]:
+        """Choose who calls a function."""
+        if call.asynchronous:
+            return self._coroutines, self._coroutines.add(call)
+        if reward.inline or self.timeout is None:
+            return self._here, self._here.add(call)
+        try:
+            return self._pool, self._pool.add(call, identity.modules)
+        except CannotShip as reason:
+            return self._threads, self._stay_here(reward, call, reason)
+
+    def _stay_here(self, reward: Reward, call: Call, reason: CannotShip) -> int:
+        warnings.warn(
+            f"The reward {as_given(reward.name)} cannot be sent to another process ({reason}), so it runs in a "
+            f"thread of "
+            f"this one: a call that hangs is given up after {self.timeout:g} s but cannot be ended. Make what cannot "
+            f"be pickled inside the function, at its first call, rather than before it.",
+            stacklevel=2,
+        )
+        return self._threads.add(call)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _report(
+    reward: Reward, outcomes: Sequence[Outcome], found: Mapping[str, Sequence[Outcome]], version: str
+) -> ScoreReport:
+    functions: dict[str, FunctionReport] = {}
+    for path, column in found.items():
+        functions |= _function_reports(path, column)
+    return ScoreReport(
+        scored=sum(outcome.score is not None for outcome in outcomes),
+        abstained=sum(outcome.score is None and outcome.error is None for outcome in outcomes),
+        errors=sum(outcome.error is not None for outcome in outcomes),
+        timeouts=sum(outcome.timed_out for outcome in outcomes),
+        functions=functions,
+        version=version,
+        true=reward.true,
+    )
+
+
+def _function_reports(path: str, outcomes: Sequence[Outcome]) -> dict[str, FunctionReport]:
+    scores = np.array([outcome.score for outcome in outcomes if outcome.score is not None])
+    errors = sum(outcome.error is not None for outcome in outcomes)
+    timeouts = sum(outcome.timed_out for outcome in outcomes)
+    reports = {path: FunctionReport(mean(scores), bessel_std(scores), errors, timeouts)}
+    for name in dict.fromkeys(name for outcome in outcomes for name in outcome.parts or ()):
+        values = np.array([o.parts[name] for o in outcomes if o.parts and name in o.parts])
+        reports[f"{path}/{name}"] = FunctionReport(mean(values), bessel_std(values))
+    return reports
+
+
+def score(trajectories: Sequence[Trajectory], reward: Reward) -> ScoreReport:
+    """Score rollouts here and now, in this process and without a limit on time; see `Scorer.score`."""
+    with Scorer(reward, timeout=None) as scorer:
+        return scorer.score(trajectories)
+
+
+def check_scored(trajectories: Sequence[Trajectory], reward: Reward) -> None:
+    """Refuse a step of which nothing was scored.
+
+    Raises:
+        RewardError: Names the first error.
+    """
+    if any(trajectory.reward is not None for trajectory in trajectories):
+        return
+    errors = [trajectory for trajectory in trajectories if trajectory.reward_error is not None]
+    if not errors:
+        raise RewardError(
+            f"The reward {as_given(reward.name)} returned None for all {len(trajectories)} rollouts."
+        )
+    first = errors[0]
+    raise RewardError(
+        f"The reward {as_given(reward.name)} scored none of {len(trajectories)} rollouts. Its first error, on prompt "
+        f"{as_given(first.prompt)} and response {as_given(first.response)}: {first.reward_error}. Fix the function "
+        f"and run "
+        f"again; failed rewards are never counted as 0.",
+        details={"errors": len(errors), "prompt": first.prompt, "response": first.response},
+    )
+
+
+@checked
+def rescore(batch: TrajectoryBatch, reward: Any, *, timeout: float | None = 5.0) -> TrajectoryBatch:
+    """Return a copy of a batch with the rewards that another function gives; nothing is sampled again.
+
+    Args:
+        batch: Stays as it is.
+        reward: What scores: a name, a function, or a resolved reward.
+        timeout: Seconds a call may take; None calls everything here, without a limit.
+    """
+    copy = unscored(batch)
+    with Scorer(reward, timeout) as scorer:
+        scorer.score(copy)
+    return copy
+
+
+def unscored(batch: TrajectoryBatch) -> TrajectoryBatch:
+    """Return a copy whose rollouts have neither rewards nor advantages."""
+    return replace(batch, groups=[_unscored_group(group) for group in batch.groups])
+
+
+def _unscored_group(group: RolloutGroup) -> RolloutGroup:
+    return replace(group, rollouts=[replace(rollout, **_NOTHING) for rollout in group.rollouts])

@@ -1,0 +1,1 @@
+"""Metrics, alarms, evaluation and previews of a reinforcement-learning run."""

@@ -1,0 +1,1 @@
+"""Training runs: the loop that drives a client, its record, its checkpoints and its alarms."""

@@ -1,0 +1,516 @@
+"""A training loop you can watch, await, pause, step and stop; and the record of those that ran before."""
+
+import contextlib
+import copy
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from tensafe_nb import lifetimes
+from tensafe_nb.checks import checked
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import (
+    ArtifactNotFoundError,
+    ClientClosedError,
+    DPBudgetExceededError,
+    FutureCancelledError,
+    FutureFailedError,
+    FutureTimeoutError,
+    TGTinkerError,
+    ValidationError,
+)
+from tensafe_nb.events import RunHistory, RunState, RunStep
+from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
+from tensafe_nb.protocol.results import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
+from tensafe_nb.registry import load_dotted
+from tensafe_nb.runs.checkpoints import Checkpoints, checkpoint_of
+from tensafe_nb.runs.loop import Loop, RunClient
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+
+class RunThread(threading.Thread):
+    """The thread of a run. While it lives, it keeps run and client, whoever else has let go of them meanwhile."""
+
+    def run(self) -> None:
+        """Run the run; in a notebook, then look whether it was the last that referred to its client."""
+        super().run()  # which lets go of its target
+        if lifetimes.in_notebook():
+            lifetimes.collect()
+
+
+class TrainingRun:
+    """A loop on a thread of its own. The cell that starts it returns at once.
+
+    Await it, or call `result()`, when the end is needed; interrupting that wait does not stop the run.
+
+    Example:
+        >>> run = tc.fit(batches, steps=100)
+        >>> run.pause(); run.step(5); run.resume()
+        >>> result = await run
+    """
+
+    def __init__(
+        self,
+        client: RunClient,
+        loop: Loop,
+        number: int,
+        planned_steps: int | None = None,
+        checkpoints: Checkpoints | None = None,
+        resume_from: str | None = None,
+    ) -> None:
+        self.run_id = f"{client.training_client_id}/{number}"
+        self.planned_steps = planned_steps
+        self.steps_done = 0
+        self._client = client
+        self._loop = loop
+        self.curve = loop.curve
+        self.started_at = time.time()
+        self._state = RunStatus.RUNNING
+        self._wants_pause = self._wants_stop = False
+        self._credit: int | None = None  # steps left to take before pausing again
+        self._index = 0  # of the next step
+        self._checkpoints = checkpoints or Checkpoints()
+        self._resume_from = resume_from
+        self._requests: deque[tuple[Callable[[], FutureHandle[Any]], Promise[Any]]] = deque()
+        self._inflight: deque[tuple[int, Sequence[FutureHandle[Any]]]] = deque()
+        self._changed = threading.Condition()
+        self._promise: Promise[RunResult] = Promise()
+        self._served_last = self._torn = False
+        self._remarks: list[str] = []
+        self._steps_taken = 0  # before the last time it went back
+        self._first_step, self._first_event = client.step, client.history.last_seq
+        self._last_step_at = time.perf_counter()
+        self._thread = RunThread(target=self._main, name=f"tsnb-run-{number}", daemon=True)
+        loop.attach(self)
+
+    @property
+    def state(self) -> RunStatus:
+        """RUNNING, PAUSING, PAUSED, STOPPING, STOPPED, FINISHED or FAILED."""
+        return self._state
+
+    @property
+    def client(self) -> RunClient:
+        """The training client it trains."""
+        return self._client
+
+    @property
+    def history(self) -> RunHistory:
+        """The client's history: curves and events, of this run and those before it."""
+        return self._client.history
+
+    def pause(self) -> None:
+        """Submit no further step; what is in flight finishes."""
+        with self._changed:
+            self._wants_pause = True
+            if self._state is RunStatus.RUNNING:
+                self._set_state(RunStatus.PAUSING)
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        with self._changed:
+            self._go_on(None)
+
+    @checked
+    def step(self, steps: int = 1) -> None:
+        """Take some steps, then pause.
+
+        Raises:
+            ValidationError: Fewer than one step.
+        """
+        if not isinstance(steps, int) or steps < 1:
+            raise ValidationError(f"run.step({as_given(steps)}): take a whole number of steps, at least one.")
+        with self._changed:
+            self._go_on(steps)
+
+    def _go_on(self, credit: int | None) -> None:
+        self._wants_pause, self._credit = False, credit
+        if self._state is RunStatus.PAUSING:
+            self._set_state(RunStatus.RUNNING)
+        self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Cancel the run's waiting operations and end it; no step is torn, and the client stays usable."""
+        with self._changed:
+            if self._state.ended:
+                return
+            self._wants_stop = True
+            self._set_state(RunStatus.STOPPING)
+            self._changed.notify_all()
+        self._loop.interrupt()
+
+    def checkpoint(self, **metadata: Any) -> FutureHandle[SaveStateResult]:
+        """Save the state, and where the run stands in its data, between two steps.
+
+        Args:
+            metadata: Kept, sealed, with the state.
+        """
+        return self._between_steps(lambda: self._save(metadata), "save_state", SaveStateResult)
+
+    @checked
+    def rollback(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
+        """Go back to a checkpoint: weights, optimiser, random streams and place in the data.
+
+        The run is paused there; `resume()` goes on. The curves keep the part that was abandoned.
+        """
+        return self._between_steps(lambda: self._go_back(artifact_id), "load_state", LoadStateResult)
+
+    @checked
+    def fork(self, artifact_id: str | None = None, step: int | None = None, **changes: Any) -> Any:
+        """Return a new training client that starts from a state of this one, sharing its frozen weights.
+
+        Args:
+            artifact_id: The state; None takes that of `step`, or as it is now.
+            step: An optimiser step of which there is a checkpoint.
+            changes: Fields of TrainingConfig that are to be different: `optimizer={"learning_rate": 1e-3}`.
+
+        Raises:
+            ValidationError: No checkpoint of that step, or a change that the state would not fit.
+        """
+        if step is not None and artifact_id is None:
+            artifact_id = checkpoint_of(step, self.history)
+        return self._client.fork(artifact_id, **changes)
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimiser steps it has taken, those that a rollback gave up among them."""
+        return self._steps_taken + self._client.step - self._first_step
+
+    def remark(self, text: str) -> None:
+        """Say in the result, and wherever the run is shown at its end, why it did not go as planned."""
+        if text not in self._remarks:
+            self._remarks.append(text)
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._promise.done
+
+    @checked
+    def result(self, timeout: float | None = None) -> RunResult:
+        """Wait for the end.
+
+        Raises:
+            FutureTimeoutError: Not there in time; the run goes on.
+            TGTinkerError: What made it fail.
+        """
+        if not self._promise.wait(timeout):
+            raise FutureTimeoutError(
+                f"The run {self.run_id} was not done after {timeout} s (step {self.steps_done} of "
+                f"{self.planned_steps or '?'}). It goes on: wait again, or call stop()."
+            )
+        return self._promise.outcome()
+
+    def __await__(self) -> Generator[Any, None, RunResult]:
+        yield from self._promise.wait_async().__await__()
+        return self._promise.outcome()
+
+    def __repr__(self) -> str:
+        return f"<TrainingRun {self.run_id} {self._state}, step {self.steps_done} of {self.planned_steps or '?'}>"
+
+    def freeze(self, samples: int = 0) -> None:
+        """Put a picture and a table of how things stand into the calling cell; texts only of so many `samples`."""
+        load_dotted("tensafe_nb.widgets:freeze")(self, samples)
+
+    def _repr_mimebundle_(self, **_: Any) -> Any:
+        return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+
+    def _mime_(self) -> tuple[str, str]:
+        """Return what marimo shows."""
+        shown: tuple[str, str] = load_dotted("tensafe_nb.widgets:mime")(self)
+        return shown
+
+    def _left_behind(self) -> "TrainingRun":
+        """Return what a notebook's output history keeps of this run: how it ended, without its client."""
+        if not self.done():
+            return self  # its thread keeps it anyway
+        twin = copy.copy(self)
+        behind: Any = getattr(self._client, "_left_behind", lambda: self._client)()
+        twin._client, twin._loop = behind, behind
+        return twin
+
+    def start(self) -> "TrainingRun":
+        """Start the thread; called once, by the training client."""
+        self._publish_state()
+        self._thread.start()
+        return self
+
+    def wait(self, handle: FutureHandle[R]) -> R:
+        """Wait for a result within a step, on the run's thread; `stop()` cancels what is waited for."""
+        while True:
+            if self._wants_stop:
+                handle.cancel()
+            with contextlib.suppress(FutureTimeoutError):
+                return handle.result(timeout=HEARTBEAT)
+
+    def _result_of(self, handle: FutureHandle[Any]) -> Any:
+        """Wait for a result between steps; after `stop()` what waits is cancelled and what runs may finish."""
+        while True:
+            if self._wants_stop:
+                self._cancel_pending()
+            with contextlib.suppress(FutureTimeoutError):
+                return handle.result(timeout=HEARTBEAT)
+
+    def _cancel_pending(self) -> None:
+        for _, handles in self._inflight:
+            for handle in handles:
+                if handle.state is FutureStatus.PENDING:
+                    handle.cancel()
+
+    def join(self, timeout: float) -> None:
+        """Wait until the thread is gone; a thread that is stuck in the user's code is left behind, with a warning."""
+        if threading.current_thread() is self._thread:
+            return
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            logger.warning(
+                "%s is still inside your data or reward function; its thread is left behind", self.run_id
+            )
+            self._end(RunStatus.STOPPED, None)
+
+    def _main(self) -> None:
+        try:
+            try:
+                self._drive()
+            finally:
+                self._loop.close()
+        except DPBudgetExceededError as error:
+            self._end_with_the_budget(error)
+        except BaseException as error:  # noqa: BLE001  # whatever the user's data or rewards raise ends this run, visibly
+            by_stop = isinstance(error, FutureCancelledError | FutureFailedError | ClientClosedError)
+            self._end(RunStatus.STOPPED if self._wants_stop and by_stop else RunStatus.FAILED, error)
+        else:
+            self._end(RunStatus.STOPPED if self._wants_stop else RunStatus.FINISHED, None)
+
+    def _end_with_the_budget(self, error: DPBudgetExceededError) -> None:
+        """Stop as if the user had: no step was torn, and a checkpoint keeps what was trained."""
+        self._cancel_rest()
+        self._inflight.clear()
+        self._index = self.steps_done
+        try:
+            self._save({"reason": "dp_budget_exceeded"}).result()
+        except TGTinkerError as trouble:
+            self._end(RunStatus.FAILED, trouble)
+        else:
+            self._end(RunStatus.STOPPED, None, reason=str(error))
+
+    def _drive(self) -> None:
+        while not self._client.wait_for_step(HEARTBEAT) and not self._wants_stop:
+            pass
+        self._first_step = self._client.step  # of a restored client it was not known before
+        if self._resume_from is not None:
+            self._seek(
+                self.wait(self._client.load_state(self._resume_from, for_run=type(self._loop).__name__))
+            )
+            self._publish_state()
+            if self.planned_steps is not None and self._index >= self.planned_steps:
+                self.remark(
+                    f"The checkpoint stands at step {self._index}, and this run was to end at {self.planned_steps}: "
+                    f"there was nothing left to do. Steps and epochs count from the beginning of the run that saved it."
+                )
+        while not self._over():
+            try:
+                handles = self._loop.submit(self._index)
+            except Exception:
+                with contextlib.suppress(TGTinkerError):
+                    self._collect_all()  # the step before is under way, and counts if it ends well
+                raise
+            if handles is None:
+                break
+            with self._changed:
+                self._inflight.append((self._index, handles))
+            self._index += 1
+            while len(self._inflight) > self._loop.lookahead:
+                self._collect()
+            if self._checkpoints.due(self._index, self.planned_steps):
+                self._save_by_itself()
+        self._collect_all()
+        if not self._wants_stop and self._checkpoints.missing(self._index):
+            self._save_by_itself()
+        self._tidy(wait=True)
+
+    def _collect_all(self) -> None:
+        while self._inflight:
+            self._collect()
+
+    def _over(self) -> bool:
+        """Serve requests, wait while paused; then say whether the run has reached its end or was stopped."""
+        self._serve()
+        if self.planned_steps is not None and self._index >= self.planned_steps:
+            return True
+        if self._wants_pause or self._credit == 0:
+            self._collect_all()
+            self._wait_while_paused()
+        with self._changed:
+            if self._credit is not None:
+                self._credit -= 1
+            return self._wants_stop
+
+    def _wait_while_paused(self) -> None:
+        with self._changed:
+            if self._credit == 0:
+                self._wants_pause, self._credit = True, None
+            if self._goes_on():
+                return  # what was in flight took a while: the user has gone on meanwhile
+            self._set_state(RunStatus.PAUSED)
+            self._client.sync_events()
+        while not self._goes_on():
+            self._serve()
+            with self._changed:
+                self._changed.wait_for(lambda: self._goes_on() or bool(self._requests))
+        with self._changed:
+            if self._state is RunStatus.PAUSED:
+                self._set_state(RunStatus.RUNNING)
+
+    def _goes_on(self) -> bool:
+        return self._wants_stop or not self._wants_pause
+
+    def _collect(self) -> None:
+        index, handles = self._inflight[0]
+        try:
+            results = [self._result_of(handle) for handle in handles]
+        finally:
+            with self._changed:
+                self._inflight.popleft()
+        self._loop.collect(index, results)
+        self.steps_done = index + 1
+        now = time.perf_counter()
+        self._client.publish(
+            RunStep(run_id=self.run_id, done=self.steps_done, duration=now - self._last_step_at)
+        )
+        self._last_step_at = now
+        self._tidy()
+
+    def _between_steps(
+        self, action: Callable[[], FutureHandle[R]], operation: str, result_type: type[R]
+    ) -> FutureHandle[R]:
+        """Let the run's thread do something between two steps; the handle is there at once."""
+        promise: Promise[R] = Promise()
+        with self._changed:
+            if not self._served_last:
+                self._requests.append((action, promise))
+                self._changed.notify_all()
+                return handle_of(promise, operation, self._client.training_client_id, result_type)
+        return action()  # the run is over: nothing is between steps any more
+
+    def _serve(self) -> None:
+        while self._requests:
+            action, promise = self._requests.popleft()
+            if not promise.start():
+                continue  # cancelled meanwhile
+            try:
+                follow(action(), promise)
+            except BaseException as error:
+                promise.fail(error)
+                if self._torn or not isinstance(error, TGTinkerError):
+                    raise
+
+    def _save_by_itself(self) -> None:
+        measured = self._loop.lookahead == 0  # then the step has been collected
+        self._checkpoints.add(self._save({}), self._client.history, measured=measured)
+
+    def _save(self, metadata: Mapping[str, Any]) -> FutureHandle[SaveStateResult]:
+        position = {
+            "run_id": self.run_id,
+            "kind": type(self._loop).__name__,
+            "index": self._index,
+            "loop": self._loop.position(),
+        }
+        return self._client.save_state(metadata=metadata, position=position)
+
+    def _go_back(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
+        if self._state.ended:
+            return self._client.load_state(artifact_id, for_run=None)
+        self._collect_all()
+        before = self._client.step
+        loaded = self._client.load_state(artifact_id, for_run=type(self._loop).__name__)
+        result = self.wait(loaded)
+        self._steps_taken += before - self._first_step
+        self._torn = True  # until the data stands where the weights do
+        self._seek(result)
+        self._torn = False
+        self._wants_pause, self._credit = True, None
+        return loaded
+
+    def _seek(self, loaded: LoadStateResult) -> None:
+        self._first_step = loaded.step
+        position = loaded.position or {}
+        self._loop.seek(position["loop"])
+        self._index = self.steps_done = position["index"]
+
+    def _tidy(self, *, wait: bool = False) -> None:
+        """Delete the automatic checkpoints that need not be kept."""
+        for saved, known in self._checkpoints.settled(wait):
+            for artifact_id in self._checkpoints.keep(saved, known, self._client.history):
+                with contextlib.suppress(ArtifactNotFoundError):  # the user was first
+                    self._client.delete_checkpoint(artifact_id)
+
+    def _end(self, state: RunStatus, error: BaseException | None, reason: str | None = None) -> None:
+        failed = state is RunStatus.FAILED
+        reason = " ".join([*([reason] if reason else []), *self._remarks]) or None
+        try:
+            self._cancel_rest()
+            with self._changed:
+                if self._state.ended:
+                    return  # its thread was left behind, and has come back after all
+                self._set_state(state, str(error) if failed else reason)
+                self._served_last = True
+            self._serve()
+            self._client.sync_events()
+        finally:  # whoever waits is told, whatever happens to the log
+            if "tensafe_nb.widgets" in sys.modules:  # the cell that waits ends after its outputs show the end
+                load_dotted("tensafe_nb.widgets:settle")(self)
+            if failed and error is not None:
+                _empty_frames(error)
+                self._promise.fail(error)
+            else:
+                metrics = self._client.history.last(after=self._first_event)
+                self._promise.succeed(
+                    RunResult(
+                        self.run_id, str(state), self.steps_taken, metrics, reason, steps_done=self.steps_done
+                    )
+                )
+
+    def _cancel_rest(self) -> None:
+        for _, handles in self._inflight:
+            for handle in handles:
+                handle.cancel()
+
+    def _set_state(self, state: RunStatus, reason: str | None = None) -> None:
+        if state is not self._state:
+            self._state = state
+            self._publish_state(reason)
+
+    def _publish_state(self, reason: str | None = None) -> None:
+        self._client.publish(
+            RunState(
+                run_id=self.run_id,
+                state=str(self._state),
+                step=self._client.step,
+                planned_steps=self.planned_steps,
+                reason=reason,
+                done=self.steps_done,
+                taken=self.steps_taken,
+            )
+        )
+
+
+def _empty_frames(error: BaseException) -> None:
+    """Let go of what the frames of a failure hold, the run and its client above all: the result keeps the error."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        if (
+            found.__traceback__ is not None
+            and found.__traceback__.tb_frame.f_code is TrainingRun._main.__code__
+        ):
+            found.__traceback__ = found.__traceback__.tb_next  # still runs: it cannot be emptied
+        found = found.__cause__ or found.__context__

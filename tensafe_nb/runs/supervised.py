@@ -1,0 +1,315 @@
+"""Supervised training as a loop: batches → forward_backward → optim_step, with held-out evaluation in between."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from math import ceil
+from typing import Any
+
+from tensafe_nb.data import Batches, check_fit
+from tensafe_nb.data.poisson import PoissonDraws
+from tensafe_nb.data.rows import refuse_table
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import NonFiniteLossError, ValidationError
+from tensafe_nb.events import Alarm, Metrics
+from tensafe_nb.futures import FutureHandle
+from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.results import ForwardBackwardResult, ForwardResult, OptimStepResult
+from tensafe_nb.runs.alarms import Rates, StepAlarms, not_finite
+from tensafe_nb.runs.loop import Batch, Run, RunClient
+
+EVAL_SLICE = 64  # held-out batches in the queue at a time
+LONG_WINDOW = 400  # batches per step from which on the queue holds one step only
+
+
+class BatchCursor:
+    """Deals batches, pass after pass, and can go back to any place.
+
+    Args:
+        batches: A list, a `data.Batches`, or any iterable; iterated anew for each pass.
+        passes: How many; None deals until nobody asks any more.
+    """
+
+    def __init__(self, batches: Iterable[Batch], passes: int | None) -> None:
+        self._batches, self._passes = batches, passes
+        self._epoch = self._dealt = 0
+        self._shuffle = batches.passes if isinstance(batches, Batches) else 0
+        self._iterator: Iterator[Batch] | None = None
+
+    @property
+    def is_once(self) -> bool:
+        """Whether they can be iterated only once: what a generator has dealt is gone."""
+        return isinstance(self._batches, Iterator)
+
+    def check(self) -> None:
+        """Refuse, before anything is trained, a plan that a generator cannot serve.
+
+        Raises:
+            ValidationError: Several passes over what can be iterated only once.
+        """
+        if self.is_once and self._passes is not None and self._passes > 1:
+            raise ValidationError(
+                f"fit: epochs={self._passes}, but the batches could be iterated only once. "
+                f"Give a list or data.Batches instead of a generator."
+            )
+
+    def take(self, count: int) -> list[Batch]:
+        """Return the next batches; fewer at the end, across passes."""
+        taken: list[Batch] = []
+        while len(taken) < count and (self._passes is None or self._epoch < self._passes):
+            found = list(itertools.islice(self._open(), count - len(taken)))
+            taken += found
+            self._dealt += len(found)
+            if len(taken) < count and not self._next_pass():
+                break
+        return taken
+
+    def position(self) -> dict[str, int]:
+        """Return the number of the pass, the batches dealt in it, and the number of its shuffle."""
+        return {"epoch": self._epoch, "dealt": self._dealt, "shuffle": self._shuffle}
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go to a position: the batches must come in the order in which they came then.
+
+        Raises:
+            ValidationError: There are fewer batches than that.
+        """
+        if self.is_once and (self._iterator is not None or position["epoch"]):
+            raise ValidationError(
+                "These batches are a generator, which cannot go back to where the checkpoint stood. "
+                "Give fit() a list or data.Batches."
+            )
+        self._epoch, self._dealt, self._shuffle = (position[name] for name in ("epoch", "dealt", "shuffle"))
+        self._iterator = None
+        if isinstance(self._batches, PoissonDraws):  # to draw and throw away would be charged
+            self._iterator = self._batches.rest(self._dealt)
+            return
+        passed = sum(1 for _ in itertools.islice(self._open(), self._dealt))
+        if passed < self._dealt:
+            raise ValidationError(
+                f"The checkpoint was saved after {self._dealt} batches of a pass; there are only {passed} now. "
+                f"Go on with the batches of the original run, or load_state() the checkpoint and start a new run."
+            )
+
+    def _open(self) -> Iterator[Batch]:
+        if self._iterator is None:
+            if isinstance(self._batches, Batches):
+                self._batches.passes = self._shuffle
+            self._iterator = iter(self._batches)
+        return self._iterator
+
+    def _next_pass(self) -> bool:
+        """Begin the next pass; False when this one was empty, so that the next would be too."""
+        if not self._dealt:
+            if self._epoch and self._passes is not None:
+                raise ValidationError(
+                    f"fit: epochs={self._passes}, but the batches could be iterated only once. "
+                    f"Give a list or data.Batches instead of a generator."
+                )
+            return False
+        self._epoch, self._dealt, self._shuffle = self._epoch + 1, 0, self._shuffle + 1
+        self._iterator = None
+        return True
+
+
+class SupervisedLoop:
+    """Batches → forward_backward → optim_step, with held-out evaluation in between.
+
+    Args:
+        client: What to train.
+        batches: A list, a `data.Batches`, or any iterable; iterated anew for each epoch.
+        epochs: Passes over the batches; None repeats them until the run's steps are reached, or once.
+        eval_batches: Held-out batches, evaluated before the first step, every `eval_every` steps, and at the end.
+        eval_every: Steps between evaluations.
+        steps: Planned steps; None takes what the epochs give.
+    """
+
+    curve = "loss"
+
+    def __init__(
+        self,
+        client: RunClient,
+        batches: Iterable[Batch],
+        *,
+        epochs: int | None,
+        steps: int | None,
+        eval_batches: Iterable[Batch] | None,
+        eval_every: int | None,
+    ) -> None:
+        check_numbers(epochs=epochs, steps=steps, eval_every=eval_every)
+        if eval_every is not None and eval_batches is None:
+            raise ValidationError(f"fit: eval_every={eval_every} needs eval_batches.")
+        held_out = () if eval_batches is None else eval_batches
+        check_batches(batches=batches, eval_batches=held_out)
+        if batches is eval_batches and isinstance(batches, Iterator):
+            raise ValidationError(
+                "fit: batches and eval_batches are one generator: what one has dealt, the other misses. Give lists."
+            )
+        self._client = client
+        whole_draws = isinstance(batches, PoissonDraws)  # one item is one step, however many rows it has
+        self._accumulation = 1 if whole_draws else client.config.gradient_accumulation_steps
+        self.lookahead = 1 if self._accumulation < LONG_WINDOW else 0
+        self._eval_batches = [BatchData.of(batch) for batch in held_out]
+        self._eval_every = eval_every
+        self._passes = epochs if epochs is not None else (None if steps is not None else 1)
+        self._evaluated_after: int | None = None
+        self._ended_after: int | None = None  # steps, where the batches ended before
+        dp = client.config.dp_config
+        self._alarms = StepAlarms(client.config.optimizer, private=dp is not None and dp.enabled)
+        self._rates = Rates(client.config.optimizer)
+        self._newest: list[FutureHandle[Any]] = []  # of the last two steps
+        self._batches, self._held_out = batches, held_out
+        self._cursor = BatchCursor(batches, self._passes)
+        self.planned_steps = steps if steps is not None else self._count(batches)
+        if isinstance(batches, Sized) and len(batches) == 0:
+            self._refuse_emptiness()
+        if eval_batches is not None and not self._eval_batches:
+            raise ValidationError(
+                "fit: eval_batches is empty (a generator can be iterated only once): there is nothing to evaluate on. "
+                "Give a list, or leave it out."
+            )
+
+    def attach(self, run: Run) -> None:
+        self._run = run
+
+    def submit(self, index: int) -> Sequence[FutureHandle[Any]] | None:
+        if index == 0:
+            self._cursor.check()
+        batches = [BatchData.of(batch) for batch in self._cursor.take(self._accumulation)]
+        if not batches:
+            self._end_of_data(index)
+            return None
+        if index == 0:
+            self._check_lengths()
+            self._evaluate()
+        training = [self._client.forward_backward(batch) for batch in batches] + [self._client.optim_step()]
+        self._newest = [*self._newest[-len(training) :], *training]
+        due = self._eval_every is not None and (index + 1) % self._eval_every == 0
+        if due or index + 1 == self.planned_steps:
+            self._evaluated_after = index
+            self._evaluate()
+        return training
+
+    def collect(self, index: int, results: Sequence[Any]) -> None:
+        """Publish the alarms that a step sets off; what it measured was published by the worker."""
+        losses = [result.loss for result in results if isinstance(result, ForwardBackwardResult)]
+        values = {"loss": sum(losses)}  # looked at for being a number only
+        for result in results:
+            if isinstance(result, OptimStepResult):
+                values |= {"grad_norm": result.grad_norm, "param_delta_norm": result.param_delta_norm}
+                values["learning_rate"] = result.learning_rate
+                last = None if self.planned_steps is None else result.step + self.planned_steps - index - 1
+                found = self._rates.observe(self._run.run_id, result.step, result.learning_rate, last)
+                for alarm in [*found, *self._alarms.observe(self._run.run_id, result.step, values)]:
+                    self._client.publish(alarm)
+
+    def position(self) -> dict[str, int]:
+        """Return where the batches stand."""
+        return self._cursor.position()
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go to a place in the batches."""
+        self._cursor.seek(position)
+
+    def interrupt(self) -> None:
+        """Nothing to do: all it waits for is in the queue."""
+
+    def close(self) -> None:
+        """Say at which step a loss or gradient was no number, if that is how it ended; and what moved nothing."""
+        if self._rates.remark is not None:
+            self._run.remark(self._rates.remark)
+        if self._ended_after is not None:
+            self._say_that_the_data_ended(self._ended_after)
+        failed = (handle.exception() for handle in self._newest if handle.done())
+        error = next((error for error in failed if isinstance(error, NonFiniteLossError)), None)
+        if error is not None:
+            self._client.publish(not_finite(self._run.run_id, self._client.step + 1, str(error)))
+
+    def _check_lengths(self) -> None:
+        """Refuse rows past the model's context before the first step: `data.batches` does not know the model."""
+        for batches in (self._batches, self._held_out):
+            if isinstance(batches, Batches | PoissonDraws):
+                check_fit(batches.examples, getattr(self._client, "context", None))
+
+    def _end_of_data(self, index: int) -> None:
+        """Evaluate after the last step, which nobody knew to be the last; refuse to have had none at all."""
+        if index == 0:
+            self._refuse_emptiness()
+        if self._evaluated_after != index - 1:
+            self._evaluate()
+        if self.planned_steps is not None and index < self.planned_steps:
+            self._ended_after = index
+
+    def _say_that_the_data_ended(self, steps: int) -> None:
+        """An end that comes early is no failure, but it is no end as planned either."""
+        if self._passes is None or self._cursor.is_once:
+            why, remedy = (
+                "they can be iterated only once",
+                "Give a list or data.Batches, which begin again; or",
+            )
+        else:
+            why, remedy = (
+                f"epochs={self._passes} asked for no further pass",
+                "Leave epochs out, so that they begin again; or",
+            )
+        ended = f"The batches ended after {steps} of {self.planned_steps} steps: {why}."
+        remedy = f"{remedy} ask for as many steps as there are batches for."
+        self._run.remark(f"{ended} {remedy}")
+        run_id, step = self._run.run_id, self._client.step
+        self._client.publish(
+            Alarm(run_id=run_id, step=step, name="data_ended", level="amber", message=ended, remedy=remedy)
+        )
+
+    @staticmethod
+    def _refuse_emptiness() -> None:
+        raise ValidationError("fit() was given no batches: there is nothing to train on.")
+
+    def _evaluate(self) -> None:
+        """Measure the held-out loss behind whatever is queued, a slice at a time: the queue has an end."""
+        results: list[ForwardResult] = []
+        for start in range(0, len(self._eval_batches), EVAL_SLICE):
+            part = self._eval_batches[start : start + EVAL_SLICE]
+            results += [self._run.wait(handle) for handle in [self._client.forward(batch) for batch in part]]
+        if results:
+            values = {"eval/loss": _mean_loss(results)}
+            self._client.publish(Metrics(step=self._client.step, values=values, run_id=self._run.run_id))
+
+    def _count(self, batches: Iterable[Batch]) -> int | None:
+        if self._passes is None or not isinstance(batches, Sized):
+            return None
+        return ceil(len(batches) * self._passes / self._accumulation)
+
+
+def _mean_loss(results: Sequence[ForwardResult]) -> float:
+    weight = sum(result.weight for result in results)
+    return sum(result.loss * result.weight for result in results) / weight
+
+
+def check_numbers(**given: int | None) -> None:
+    """Refuse a count that is not a whole number above 0."""
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValidationError(f"fit: {name}={as_given(value)} must be a whole number, at least 1.")
+
+
+def check_batches(**given: object) -> None:
+    """Refuse rows, and one batch, where a list of batches is meant."""
+    for name, batches in given.items():
+        if isinstance(batches, BatchData | Mapping):
+            raise ValidationError(
+                f"fit: {name} is a list of batches (or another iterable): [batch], not {as_given(batches)}."
+            )
+        refuse_table(
+            batches, f"fit: {name} takes batches, and this is a table of rows: {name}=tc.batches(rows)."
+        )
+        if isinstance(batches, str | os.PathLike):
+            raise ValidationError(
+                f"fit: {name} is a list of batches: {name}=tc.batches({as_given(str(batches))}) reads the file."
+            )
+        if not isinstance(batches, Iterable) or isinstance(batches, range):
+            raise ValidationError(
+                f"fit: {name} is a list of batches (or another iterable), not {as_given(batches)}."
+            )
+        first = next(iter(batches), None) if isinstance(batches, Sequence) else None
+        if isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first):
+            raise ValidationError(f"fit: {name} takes batches, and these are rows: {name}=tc.batches(rows).")

@@ -1,0 +1,1 @@
+"""Artifacts: sealed checkpoints, by id and by name."""

@@ -1,0 +1,145 @@
+"""The local key file: where root keys are kept unless the user keeps them elsewhere."""
+
+import base64
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensafe_nb.errors import KeyUnavailableError, ValidationError, nearest
+from tensafe_nb.store.keys.sources import Root, decode_root
+from tensafe_nb.store.private_files import locked, publish, read_versioned
+
+
+class KeyFile:
+    """`local-keys.json`: one list of root versions per tenant, the last one not retired being the primary.
+
+    Changes happen under a lock and replace the file whole, so a reader sees the old one or the new one. A file
+    that is there but cannot be used raises; nothing ever puts a new one in its place.
+    """
+
+    def __init__(self, folder: Path, tenant: str, announce: Callable[[str], None]) -> None:
+        self.path = folder / "local-keys.json"
+        self._tenant = tenant
+        self._announce = announce
+        self._seen = False
+
+    def roots(self) -> list[Root]:
+        """Return the tenant's roots, oldest first; none where there is no file."""
+        return [root for tenant, root in self._read() or [] if tenant == self._tenant]
+
+    def current(self) -> Root | None:
+        """Return the root that wraps, if there is one."""
+        return next((root for root in reversed(self.roots()) if not root.retired), None)
+
+    def primary(self) -> Root:
+        """Return the root that wraps; on first use it is made, written and announced."""
+        return self.current() or self._add(only_first=True)
+
+    def add(self) -> Root:
+        """Add a root version, which becomes the primary."""
+        return self._add(only_first=False)
+
+    def retire(self, key_id: str) -> None:
+        """Mark a version as retired: it goes on opening what it wrapped."""
+        self._index(self._read() or [], key_id)
+        with self._changing() as entries:
+            at = self._index(entries, key_id)
+            root = entries[at][1]
+            entries[at] = (
+                self._tenant,
+                Root(root.secret, "file", created_at=root.created_at, retired=True),
+            )
+
+    def forget(self, key_id: str, needed: Callable[[str], Sequence[str]]) -> None:
+        """Remove a version for good, unless `needed` names artifacts that only it opens."""
+        self._index(self._read() or [], key_id)
+        with self._changing() as entries:
+            at = self._index(entries, key_id)
+            _refuse_while_needed(key_id, needed(key_id))
+            del entries[at]
+
+    def _index(self, entries: Sequence[tuple[str, Root]], key_id: str) -> int:
+        ids = [root.key_id if tenant == self._tenant else "" for tenant, root in entries]
+        if key_id not in ids:
+            known = nearest(key_id, filter(None, ids))
+            raise ValidationError(f"The key file {self.path} holds no key {key_id!r}.{known}")
+        return ids.index(key_id)
+
+    def _add(self, *, only_first: bool) -> Root:
+        root = Root(os.urandom(32), "file", created_at=time.time())
+        try:
+            with self._changing() as entries:
+                mine = [held for tenant, held in entries if tenant == self._tenant and not held.retired]
+                if only_first and mine:
+                    return mine[-1]  # another process was first
+                entries.append((self._tenant, root))
+        except FileExistsError:
+            return self.primary() if only_first else self.add()
+        self._seen = True
+        self._announce(
+            f"Made the key {root.key_id} in {self.path}. Back this up: without it your checkpoints "
+            f"cannot be opened."
+        )
+        return root
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[list[tuple[str, Root]]]:
+        with locked(self.path.with_suffix(".lock")):
+            before = self._read()
+            if before is None and self._seen:
+                raise KeyUnavailableError(
+                    f"The key file {self.path} was there and is gone. Bring it back from your backup; "
+                    f"a new process would make a new key, which opens none of your checkpoints."
+                )
+            entries = list(before or [])
+            yield entries
+            if entries != before:
+                publish(self.path, _encode(entries), fresh=before is None)
+
+    def _read(self) -> list[tuple[str, Root]] | None:
+        try:
+            content = read_versioned(self.path)
+            if content is None:
+                return None
+            self._seen = True
+            return [_entry(item) for item in content["keys"]]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
+            raise KeyUnavailableError(
+                f"The key file {self.path} is damaged. Bring it back from your backup; it is left as it is, "
+                f"and no new key is made in its place."
+            ) from err
+
+
+def _entry(item: Mapping[str, Any]) -> tuple[str, Root]:
+    tenant, retired = item["tenant"], item["retired"]
+    root = Root(decode_root(item["root"]), "file", created_at=float(item["created_at"]), retired=retired)
+    if root.key_id != item["key_id"] or not isinstance(tenant, str) or not isinstance(retired, bool):
+        raise ValueError("a key does not match its id, or is not said whose it is")
+    return tenant, root
+
+
+def _encode(entries: Sequence[tuple[str, Root]]) -> bytes:
+    keys = [
+        {
+            "key_id": root.key_id,
+            "tenant": tenant,
+            "root": base64.b64encode(root.secret).decode(),
+            "created_at": root.created_at,
+            "retired": root.retired,
+        }
+        for tenant, root in entries
+    ]
+    return json.dumps({"version": 1, "keys": keys}, indent=1).encode()
+
+
+def _refuse_while_needed(key_id: str, artifacts: Sequence[str]) -> None:
+    if artifacts:
+        shown = ", ".join(artifacts[:3]) + (", …" if len(artifacts) > 3 else "")
+        raise ValidationError(
+            f"The key {key_id} is still needed by {len(artifacts)} artifact(s): {shown}. "
+            f"Rotate or delete them first; a forgotten key never comes back."
+        )

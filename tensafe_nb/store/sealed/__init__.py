@@ -1,0 +1,1 @@
+"""Sealed files: envelopes, payloads, key rotation."""

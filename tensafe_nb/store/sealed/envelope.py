@@ -1,0 +1,389 @@
+"""TSNB1, the sealed file: readable header, key slot, then chunks that open only with the key and only in order.
+
+    magic "TSNB" 01 | u32 H | header: canonical JSON, H bytes | key slot: 4096 bytes | chunk | chunk | … | last chunk
+
+A chunk is AES-256-GCM of up to 4 MiB, 16 bytes of tag behind it, in the STREAM construction (Hoang, Reyhanitabar,
+Rogaway, Vizár 2015): nonce = prefix (7) + counter (4) + last flag (1), associated data = SHA-256 of everything before
+the slot. The slot holds the artifact's data key, wrapped, and a MAC over everything up to itself; changing the key
+rewrites the slot and nothing else. `content_hash` covers the file without its slot, so it stays. A file begins at
+byte 0.
+"""
+
+import hashlib
+import hmac
+import itertools
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, TypeAlias
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.store.keys.keyring import Keys, check_stanzas, refused
+from tensafe_nb.store.keys.sources import derive
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+MAGIC = b"TSNB\x01"
+SUITE = "AES256GCM-STREAM"
+CHUNK = 4 << 20
+TAG = 16
+SLOT = 4096
+MAC = 32
+MAX_HEADER = 64 << 10
+_OURS = ("suite", "chunk", "nonce_prefix")
+_NONCE_PREFIX = re.compile("[0-9a-f]{14}")
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one JSON text of a value: sorted keys, no spaces, UTF-8.
+
+    Raises:
+        ValidationError: It is not JSON: NaN, an object of a class, a lone surrogate.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode()
+    except (TypeError, ValueError, RecursionError) as err:
+        raise ValidationError(f"This cannot be written as JSON: {err}.") from err
+
+
+def parse_canonical(data: bytes) -> Any:
+    """Read canonical JSON.
+
+    Raises:
+        DecryptionError: It is not what `canonical` writes; duplicate keys, too, do not survive writing it again.
+    """
+    try:
+        value = json.loads(data.decode())
+        same = canonical(value) == data
+    except (ValueError, RecursionError) as err:
+        raise refused("JSON") from err
+    if not same:
+        raise refused("JSON")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A sealed file as a whole.
+
+    Attributes:
+        content_hash: "sha256:…" of the file without its key slot.
+        size_bytes: Of the file.
+        key_id: Of the key that wraps its data key.
+    """
+
+    content_hash: str
+    size_bytes: int
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a sealed file says about itself: well-formed, but NOT authenticated before `open_sealed`.
+
+    Attributes:
+        fields: As given to `seal`, and suite, chunk and nonce_prefix.
+        stanzas: The wrapped data key, once per key that opens it.
+        prefix: The bytes before the key slot.
+        slot: The key slot.
+    """
+
+    fields: Mapping[str, Any]
+    stanzas: tuple[Mapping[str, Any], ...]
+    prefix: bytes = field(repr=False)
+    slot: bytes = field(repr=False)
+
+    @property
+    def key_id(self) -> str:
+        """The id of the key that wraps the data key; of the first, where there are several."""
+        return str(self.stanzas[0]["kek_id"])
+
+
+class _Chunks:
+    """AES-256-GCM under the nonces of STREAM, in either direction."""
+
+    def __init__(self, data_key: bytes, nonce_prefix: bytes, prefix: bytes) -> None:
+        self._cipher = AESGCM(derive(data_key, "TSNB1/payload"))
+        self._nonce_prefix = nonce_prefix
+        self._associated = hashlib.sha256(prefix).digest()
+
+    def seal(self, chunk: Buffer, counter: int, last: bool, into: bytearray) -> memoryview:
+        block = memoryview(into)[: len(chunk) + TAG]
+        self._cipher.encrypt_into(self._nonce(counter, last), chunk, self._associated, block)
+        return block
+
+    def open(self, block: Buffer, counter: int, last: bool, into: bytearray) -> memoryview:
+        size = len(block) - TAG
+        if size < 0 or (
+            size == 0 and counter
+        ):  # an empty chunk is how nothing is sealed, never how something ends
+            raise refused(f"chunk {counter}")
+        chunk = memoryview(into)[:size]
+        try:
+            self._cipher.decrypt_into(self._nonce(counter, last), block, self._associated, chunk)
+        except InvalidTag as err:
+            raise refused(f"chunk {counter}") from err
+        return chunk
+
+    def _nonce(self, counter: int, last: bool) -> bytes:
+        return self._nonce_prefix + struct.pack(">IB", counter, last)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A sealed file whose header and key slot are authentic; its chunks are checked as they are read."""
+
+    header: Header
+    _file: BinaryIO = field(repr=False)
+    _chunks: _Chunks = field(repr=False)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the payload chunk by chunk, from its beginning at every call, each one authenticated.
+
+        A chunk is gone when the next is asked for: its memory is used again. Only the end tells that nothing was cut
+        off: whoever must not act on a part reads twice.
+
+        Raises:
+            DecryptionError: At the first chunk that is altered, missing, moved or too many.
+        """
+        return (chunk for _, chunk in self._pairs())
+
+    def _pairs(self) -> Iterator[tuple[Buffer, memoryview]]:
+        buffer = bytearray()
+        for counter, (block, last) in enumerate(_blocks(self._file, self.header.prefix)):
+            buffer = buffer or bytearray(len(block))  # the first is the longest
+            yield block, self._chunks.open(block, counter, last, buffer)
+
+
+def seal(out: BinaryIO, header: Mapping[str, Any], payload: Iterable[Buffer], keys: Keys) -> Sealed:
+    """Write a sealed file under a new data key, with a few chunks in memory however long it gets.
+
+    Args:
+        out: A file, at its beginning. Making it durable is the caller's.
+        header: JSON that everyone may read; it is authenticated, not encrypted.
+        payload: Pieces of any size, zero included; a piece may be reused by its maker once the next is asked for.
+        keys: The primary key wraps the data key.
+
+    Raises:
+        ValidationError: The header is not JSON, too long, or names what is set here.
+        KeyUnavailableError: The primary key cannot be had.
+        OSError: Writing failed.
+    """
+    nonce_prefix, data_key = os.urandom(7), os.urandom(32)
+    prefix = _prefix(header, nonce_prefix)
+    stanza = keys.wrap(data_key)
+    seen, size = hashlib.sha256(prefix), len(prefix) + SLOT
+    chunks, buffers = _Chunks(data_key, nonce_prefix, prefix), [bytearray(), bytearray()]
+    with ThreadPoolExecutor(1, "tensafe-seal") as writer:
+        written = writer.submit(_write, out, prefix + _slot(prefix, [stanza], data_key))
+        for counter, (chunk, last) in enumerate(_cut(payload)):
+            if len(buffers[counter % 2]) < len(chunk) + TAG:
+                buffers[counter % 2] = bytearray(len(chunk) + TAG)
+            block = chunks.seal(chunk, counter, last, buffers[counter % 2])
+            seen.update(block)
+            size += len(block)
+            written.result()  # before the next: the other buffer is free again, and an error comes out here
+            written = writer.submit(_write, out, block)
+        written.result()
+    return Sealed(f"sha256:{seen.hexdigest()}", size, str(stanza["kek_id"]))
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Return what a sealed file says about itself, without a key: well-formed, NOT authenticated.
+
+    Raises:
+        DecryptionError: It is no sealed file, or of a suite, chunk size or version that this version does not know.
+    """
+    prefix, fields = _read_prefix(file)
+    slot = _read(file, SLOT)
+    if len(slot) != SLOT:
+        raise refused("key slot")
+    return Header(fields, _read_stanzas(slot), prefix, slot)
+
+
+def open_sealed(file: BinaryIO, keys: Keys) -> Opened:
+    """Authenticate the header of a sealed file and return its chunks' reader.
+
+    Raises:
+        KeyUnavailableError: The key is not here; says which one it is.
+        DecryptionError: A wrong key or an altered file.
+    """
+    header, data_key = _unlock(file, keys)
+    nonce_prefix = bytes.fromhex(header.fields["nonce_prefix"])
+    return Opened(header, file, _Chunks(data_key, nonce_prefix, header.prefix))
+
+
+def verify(file: BinaryIO, keys: Keys) -> Sealed:
+    """Read a sealed file once, to its end, and return what it is.
+
+    Raises:
+        DecryptionError: As `open_sealed` and `Opened.chunks`.
+    """
+    opened = open_sealed(file, keys)
+    prefix = opened.header.prefix
+    seen, size = hashlib.sha256(prefix), len(prefix) + SLOT
+    for block, _ in opened._pairs():
+        seen.update(block)
+        size += len(block)
+    return Sealed(f"sha256:{seen.hexdigest()}", size, opened.header.key_id)
+
+
+def content_hash(file: BinaryIO) -> str:
+    """Return "sha256:…" of a sealed file without its key slot. Needs no key, shows nothing about the content."""
+    prefix, _ = _read_prefix(file)
+    seen = hashlib.sha256(prefix)
+    for block, _last in _blocks(file, prefix):
+        seen.update(block)
+    return f"sha256:{seen.hexdigest()}"
+
+
+def rewrapped_slot(file: BinaryIO, keys: Keys) -> bytes:
+    """Return a key slot for the same data key under the primary key; the file is not changed.
+
+    Raises:
+        DecryptionError: The present slot does not open.
+    """
+    header, data_key = _unlock(file, keys)
+    return _slot(header.prefix, [keys.wrap(data_key)], data_key)
+
+
+def write_slot(file: BinaryIO, slot: bytes) -> None:
+    """Put a key slot in its place, whatever is there now: a slot half-written by a crash, too.
+
+    Raises:
+        DecryptionError: The file is no sealed file.
+    """
+    if len(slot) != SLOT:
+        raise ValidationError(f"A key slot has {SLOT} bytes, not {len(slot)}.")
+    prefix, _ = _read_prefix(file)
+    file.seek(len(prefix))
+    _write(file, slot)
+
+
+def _prefix(header: Mapping[str, Any], nonce_prefix: bytes) -> bytes:
+    taken = [name for name in _OURS if name in header]
+    if taken:
+        raise ValidationError(
+            f"The header fields {', '.join(taken)} are set by the envelope; leave them out."
+        )
+    data = canonical({**header, "suite": SUITE, "chunk": CHUNK, "nonce_prefix": nonce_prefix.hex()})
+    if canonical(json.loads(data)) != data:  # numbers as keys sort in another way than the texts they become
+        raise ValidationError("The keys of a header are texts; it holds one that is not.")
+    if len(data) > MAX_HEADER:
+        raise ValidationError(
+            f"A header has at most {MAX_HEADER} bytes, this one {len(data)}. Put what is long into the metadata."
+        )
+    return MAGIC + struct.pack(">I", len(data)) + data
+
+
+def _read_prefix(file: BinaryIO) -> tuple[bytes, Mapping[str, Any]]:
+    file.seek(0)
+    start = _read(file, len(MAGIC) + 4)
+    if len(start) != len(MAGIC) + 4 or not start.startswith(MAGIC):
+        raise refused("magic")
+    (length,) = struct.unpack(">I", start[len(MAGIC) :])
+    data = _read(file, length) if length <= MAX_HEADER else b""
+    if len(data) != length:
+        raise refused("header")
+    return start + data, _check_fields(parse_canonical(data))
+
+
+def _check_fields(fields: Any) -> Mapping[str, Any]:
+    known = isinstance(fields, dict) and (fields.get("suite"), fields.get("chunk")) == (SUITE, CHUNK)
+    if not known or not _NONCE_PREFIX.fullmatch(str(fields.get("nonce_prefix"))):
+        raise refused("header")
+    return dict(fields)
+
+
+def _slot(prefix: bytes, stanzas: list[Mapping[str, Any]], data_key: bytes) -> bytes:
+    data = canonical(stanzas)
+    slot = (struct.pack(">I", len(data)) + data).ljust(SLOT - MAC, b"\0")
+    return slot + _mac(prefix, slot, data_key)
+
+
+def _read_stanzas(slot: bytes) -> tuple[Mapping[str, Any], ...]:
+    (length,) = struct.unpack(">I", slot[:4])
+    data, padding = slot[4 : 4 + length], slot[4 + length : SLOT - MAC]
+    if length > SLOT - MAC - 4 or any(padding):
+        raise refused("key slot")
+    stanzas = parse_canonical(data)
+    check_stanzas(stanzas)
+    return tuple(stanzas)
+
+
+def _mac(prefix: bytes, slot: bytes, data_key: bytes) -> bytes:
+    return hmac.digest(derive(data_key, "TSNB1/header"), prefix + slot[: SLOT - MAC], "sha256")
+
+
+def _unlock(file: BinaryIO, keys: Keys) -> tuple[Header, bytes]:
+    header = read_header(file)
+    data_key = keys.unwrap(header.stanzas)
+    if not hmac.compare_digest(_mac(header.prefix, header.slot, data_key), header.slot[SLOT - MAC :]):
+        raise refused("header")
+    return header, data_key
+
+
+def _cut(payload: Iterable[Buffer]) -> Iterator[tuple[Buffer, bool]]:
+    """Cut pieces of any size into chunks, and flag the last; what fills a chunk by itself is not copied."""
+    staged = bytearray()
+    for piece in payload:
+        view = memoryview(piece)
+        rest = view.cast("B") if view.nbytes else memoryview(b"")
+        while len(staged) + len(rest) > CHUNK:  # more follows, so the chunk is not the last
+            if staged:
+                room = CHUNK - len(staged)
+                staged += rest[:room]
+                yield staged, False
+                staged, rest = bytearray(), rest[room:]
+            else:
+                yield rest[:CHUNK], False
+                rest = rest[CHUNK:]
+        staged += rest
+    yield staged, True
+
+
+def _blocks(file: BinaryIO, prefix: bytes) -> Iterator[tuple[Buffer, bool]]:
+    """Yield the sealed chunks behind the slot, and whether the file ends with each; each is gone at the next."""
+    begin = len(prefix) + SLOT
+    left = max(file.seek(0, os.SEEK_END) - begin, 0)
+    file.seek(begin)
+    size = min(left, CHUNK + TAG)
+    buffers = bytearray(size), bytearray(min(left - size, size))
+    block = _fill(file, buffers[0])
+    for turn in itertools.count(1):
+        following = _fill(file, buffers[turn % 2])
+        yield block, not following
+        if not following:
+            return
+        block = following
+
+
+def _fill(file: BinaryIO, buffer: bytearray) -> memoryview:
+    """Read until the buffer is full, less only at the end: an unbuffered file may give less at a time."""
+    view, filled = memoryview(buffer), 0
+    while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    return view[:filled]
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """Read `size` bytes, fewer only at the end: an unbuffered file may give less at a time."""
+    data = file.read(size)
+    while data and len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
+
+
+def _write(out: BinaryIO, data: Buffer) -> None:
+    """Write everything: an unbuffered file on a full disk takes a part and says so only at the next write."""
+    written = out.write(data)
+    while written < len(data):
+        written += out.write(memoryview(data)[written:])

@@ -1,0 +1,78 @@
+"""Which curves a panel holds, and those that are made of others: the time and the tokens behind a step, tokens/s."""
+
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+
+from tensafe_nb.events import TIMED
+from tensafe_nb.protocol.batch import Array
+from tensafe_nb.widgets.feed.feed import Feed
+
+TIME, TOKENS, RATE = "~time", "~tokens", "tokens/s"
+SUPERVISED = ("loss", "eval/loss", "grad_norm")
+REWARDED = (
+    "reward", "group/reward_std", "eval/reward", "rewards/true",
+    "by_group/frac_all_good", "by_group/frac_mixed", "by_group/frac_all_bad",
+    "completions/mean_length", "completions/clipped_ratio", "entropy", "policy/approx_kl",
+    "grad_norm", "param_delta_norm",
+)  # fmt: skip
+
+
+def names_of(feed: Feed, *, all_curves: bool) -> list[str]:
+    """Return the curves to send of a training client: the one to watch with its held-out twin, or all there are."""
+    curve = feed.curve
+    kept: tuple[str, ...]
+    if not all_curves:
+        kept = (curve, f"eval/{curve}", "group/reward_std") if curve == "reward" else (curve, f"eval/{curve}")
+    else:
+        kept = REWARDED if curve == "reward" else (curve, f"eval/{curve}", *SUPERVISED[2:])
+    found = [name for name in kept if name in feed.client.history]
+    timed = TIMED in feed.client.history
+    return (
+        found
+        + [TIME] * bool(found)
+        + [TOKENS] * timed
+        + [RATE] * (timed and all_curves and curve != "reward")
+    )
+
+
+class Curves:
+    """The curves of one training client, or of several side by side: those of the second begin with "1:".
+
+    Args:
+        feeds: The training clients.
+    """
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self._feeds = feeds
+        self._tokens = [array("d") for _ in feeds]  # trained on by each step, added up
+
+    def series(self, name: str, start: int = 0) -> tuple[Array, Array]:
+        """Return (steps, values) of a curve, from point number `start` on."""
+        number, _, own = name.rpartition(":")
+        which = int(number or 0)
+        history = self._feeds[which].client.history
+        if own == TIME:
+            return history.clock(start)
+        if own == TOKENS:
+            steps, _ = history.series(TIMED, start)
+            return steps, self._added_up(which)[start : start + len(steps)]
+        if own == RATE:
+            return self._rate(which, start)
+        return history.series(own, start)
+
+    def _added_up(self, which: int) -> Array:
+        total = self._tokens[which]
+        for tokens in self._feeds[which].client.history.series(TIMED, len(total))[1].tolist():
+            total.append(tokens + (total[-1] if total else 0.0))
+        return np.array(total, dtype=np.float64)
+
+    def _rate(self, which: int, start: int) -> tuple[Array, Array]:
+        """Tokens of a step by the seconds since the step before; the first step has none before it."""
+        history = self._feeds[which].client.history
+        steps, tokens = history.series(TIMED, start)
+        moments = history.moments(start)
+        count = max(0, min(len(steps), len(moments)) - 1)
+        seconds = np.maximum(np.diff(moments[: count + 1]), 1e-6)
+        return steps[1 : count + 1], tokens[1 : count + 1] / seconds if count else tokens[:0]

@@ -1,0 +1,158 @@
+"""A step's rollouts as a page shows them: grouped by prompt, token by token, with the reason where nothing is learned.
+
+Texts of models are untrusted: they travel as plain strings, and the page enters them as text.
+"""
+
+import html
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tensafe_nb.registry import load_dotted
+
+PUSHED = 64_000  # bytes of the newest step's rollouts, which are sent unasked
+ASKED = 400_000  # bytes of those that a page asks for
+MOST_TEXT = 2_000  # characters of a prompt or an answer
+MOST_TOKENS = 400  # that are coloured one by one
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+Decode = Callable[[Sequence[int]], list[str]]
+
+
+def message(step: int, path: str, decode: Decode | None, limit: int) -> dict[str, Any]:
+    """Return the message that shows the rollouts of a step, as many groups of them as fit a limit of bytes.
+
+    Args:
+        step: Whose rollouts they are.
+        path: Where they lie.
+        decode: Turns token ids into their texts; None where there is no tokenizer: then answers stay whole.
+        limit: Of the message as JSON.
+
+    Raises:
+        ValidationError: The file is gone, or does not fit.
+    """
+    batch: Any = load_dotted("tensafe_nb.rlvr.rollouts.trajectories:TrajectoryBatch").load(path)
+    groups: list[dict[str, Any]] = []
+    room = limit - 200
+    for group in batch.groups:
+        shown = _group(group, decode)
+        room -= len(json.dumps(shown)) + 2
+        if room < 0:
+            break
+        groups.append(shown)
+    return {
+        "t": "rollouts",
+        "step": step,
+        "groups": groups,
+        "left_out": len(batch.groups) - len(groups),
+    }
+
+
+def _group(group: Any, decode: Decode | None) -> dict[str, Any]:
+    return {
+        "prompt": clipped(group.prompt),
+        "mean": _number(group.mean),
+        "std": _number(group.std),
+        "signal": bool(group.has_signal),
+        "r": [_rollout(rollout, group, decode) for rollout in group.rollouts],
+    }
+
+
+def _rollout(rollout: Any, group: Any, decode: Decode | None) -> dict[str, Any]:
+    advantages = rollout.advantage
+    scalar = float(np.mean(advantages)) if isinstance(advantages, list) and advantages else advantages
+    shown: dict[str, Any] = {
+        "text": clipped(rollout.response),
+        "reward": _number(rollout.reward),
+        "adv": _number(scalar) if not isinstance(scalar, list) else None,
+        "end": rollout.finish_reason,
+        "policy": rollout.policy_version,
+        "n": len(rollout.tokens),
+    }
+    optional = {
+        "parts": {name: _number(value) for name, value in (rollout.reward_parts or {}).items()},
+        "error": rollout.reward_error,
+        "why": why_zero(rollout, group),
+        "tok": _tokens(rollout, decode),
+    }
+    return shown | {name: value for name, value in optional.items() if value}
+
+
+def _tokens(rollout: Any, decode: Decode | None) -> list[list[Any]] | None:
+    """Return [text, advantage] of each token; advantage None is "as the whole answer"."""
+    if decode is None or not rollout.tokens:
+        return None
+    texts = decode(rollout.tokens[:MOST_TOKENS])
+    each = rollout.advantage if isinstance(rollout.advantage, list) else None
+    mask = rollout.mask or [1] * len(rollout.tokens)
+    return [
+        [text, 0.0 if not mask[i] else (None if each is None else _number(each[i]))]
+        for i, text in enumerate(texts)
+    ]
+
+
+def why_zero(rollout: Any, group: Any) -> str | None:
+    """Return why an answer teaches nothing; None when it does."""
+    if rollout.reward is None:
+        return "It was not scored, so it is left out."
+    if rollout.advantage is None:
+        return "The update never came to it."
+    if np.any(np.asarray(rollout.advantage, dtype=float)):
+        if rollout.truncated:
+            return "It was cut at max_new_tokens: unless mask_truncated=False, the loss leaves it out."
+        return None
+    if not group.has_signal:
+        return "All answers to this prompt scored the same: nothing to prefer."
+    if rollout.truncated:
+        return "It was cut at max_new_tokens, and the loss leaves it out."
+    return "Its reward equals what it is compared with."
+
+
+def clipped(text: str) -> str:
+    """Return a text, or its beginning and how much is missing."""
+    return (
+        text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]} […{len(text) - MOST_TEXT} more characters]"
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(f"{value:.5g}") if value is not None and np.isfinite(value) else None
+
+
+def plain_text(text: str) -> str:
+    """Return a text with visible codes for what would be invisible or turn other text around."""
+    return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+def frozen(step: int, path: str, prompts: int) -> dict[str, Any]:
+    """Return some rollouts of a step as an output that stays in the file: for whoever asked for texts in it."""
+    shown = message(step, path, None, ASKED)
+    rows = [
+        (group["prompt"] if number == 0 else "", rollout)
+        for group in shown["groups"][:prompts]
+        for number, rollout in enumerate(group["r"])
+    ]
+    cells = "".join(
+        f'<tr><th scope="row">{_escaped(prompt)}</th><td>{_escaped(rollout["text"])}</td>'
+        f"<td>{_shown(rollout['reward'])}</td><td>{_shown(rollout['adv'])}</td></tr>"
+        for prompt, rollout in rows
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("prompt", "answer", "reward", "advantage"))
+    caption = f"Samples of step {step}"
+    return {
+        "text/html": f"<table><caption>{caption}</caption><tbody><tr>{head}</tr>{cells}</tbody></table>",
+        "text/plain": f"{caption}: {len(rows)} answers",
+    }
+
+
+def _escaped(text: str) -> str:
+    return html.escape(plain_text(text))
+
+
+def _shown(value: float | None) -> str:
+    return "—" if value is None else f"{value:.4g}"

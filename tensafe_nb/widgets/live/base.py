@@ -1,0 +1,339 @@
+"""The base of every live widget: what a page says goes into an inbox, what it is told comes from `tsnb-view`."""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import anywidget
+import traitlets
+
+from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.widgets.feed import rollouts as rollout_view
+from tensafe_nb.widgets.feed.annotations import Part
+from tensafe_nb.widgets.feed.curves import Curves, names_of
+from tensafe_nb.widgets.feed.feed import Source, feed_of
+from tensafe_nb.widgets.live import what_if as plans
+from tensafe_nb.widgets.live.commands import QUICK, Commands, Obeyed
+from tensafe_nb.widgets.wire import Outbox
+
+logger = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parents[1] / "static"
+ROLLOUT_SECONDS = 2.0  # between two steps whose rollouts are sent unasked
+
+
+def esm(*names: str) -> str:
+    """Join ES modules of `static/` into one: a page loads a widget's code as a blob, from which nothing can import.
+
+    Comments and indentation stay behind: the text is part of every widget's state.
+    """
+    lines = (
+        line.strip()
+        for name in names
+        for line in (STATIC / f"{name}.js").read_text(encoding="utf-8").splitlines()
+    )
+    return "\n".join(line for line in lines if not line.startswith(("import {", "export {", "//"))) + "\n"
+
+
+def css(name: str) -> str:
+    """Return a style sheet of `static/`."""
+    return (STATIC / f"{name}.css").read_text(encoding="utf-8")
+
+
+def view_bundle(widget: anywidget.AnyWidget) -> dict[str, Any]:
+    """Return the output that mounts a view of a widget."""
+    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    return {"application/vnd.jupyter.widget-view+json": view}
+
+
+class LiveWidget(anywidget.AnyWidget):
+    """A widget fed by custom messages, so that its state, which notebooks may save, stays constant in size.
+
+    Args:
+        sources: The training run or training client to show, and others to compare with.
+        traits: Initial values of public traits.
+    """
+
+    parts: ClassVar[tuple[Part, ...]] = ()  # what it is told besides curves and status
+
+    selected_step = traitlets.Int(None, allow_none=True, help="The step whose rollouts are looked at.").tag(
+        sync=True
+    )
+    title = traitlets.Unicode(help="What is trained, in a few words.").tag(sync=True)
+
+    def __init__(self, *sources: Source, **traits: Any) -> None:
+        if not sources:
+            raise TypeError(f"{type(self).__name__} shows a training client or a run: give it one.")
+        self.feeds = [feed_of(source) for source in sources]
+        self.feed = self.feeds[0]
+        title = f"{self.feed.client.training_client_id} · {self.feed.description}"
+        super().__init__(title=title, **traits)
+        self._greeted = False
+        self._told: dict[str, Any] = {}
+        self.pages = 0  # mounted so far; 0: no page ever said hello
+        self._commands = Commands(self.feed)
+        self._curves, self._outbox = Curves(self.feeds), Outbox()
+        self._inbox: deque[dict[str, Any]] = deque()
+        self._ready: deque[dict[str, Any]] = deque()  # answers that other threads have prepared
+        self._born: deque[Any] = deque()  # training clients that a button made
+        self._preparing: set[object] = set()
+        self._parts_told: dict[Part, int] = {}
+        self._rollouts_at = float("-inf")
+        self.on_msg(self._on_message)
+        for feed in self.feeds:
+            feed.watch(self)
+
+    @property
+    def shown(self) -> Sequence[str]:
+        """The curves to send."""
+        return ()
+
+    @property
+    def live(self) -> bool:
+        return self.busy or not all(feed.over for feed in self.feeds)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._inbox or self._ready or self._born or self._preparing)
+
+    def flush(self) -> float | None:
+        """Answer the page, then send it what is new; called by `tsnb-view` only."""
+        try:
+            while self._inbox:
+                self._answer(self._inbox.popleft())
+            while self._born:
+                self.adopt(self._born.popleft())
+            while self._ready:
+                self.send(self._ready.popleft())
+            if not self.pages:
+                return None
+            if self._greeted:  # the badge comes before a long history
+                self._greeted = False
+                self.send_status()
+            later = self._send_parts()
+            for content, buffers in self._outbox.messages(self._curves, self.shown):
+                self.send(content | self.stamp(), buffers)
+            return _sooner(later, self.send_status())
+        except Exception as error:
+            logger.exception("a widget could not be brought up to date")
+            self.send({"t": "error", "text": f"The panel stumbled: {type(error).__name__}: {error}"})
+            return None
+
+    def send_status(self) -> float | None:
+        """Tell the page what else changed; return the seconds after which to be called again."""
+        status = self.status()
+        if status != self._told:
+            self._told = status
+            self.send({"t": "status"} | status)
+        return None
+
+    def status(self) -> dict[str, Any]:
+        """Return what a page must know besides curves and parts."""
+        return {
+            "curve": self.feed.curve,
+            "n": self._outbox.points,
+            "dp": self.feed.is_private,
+            "marks": self.feed.marks,
+            "steer": self.feed.client.steerable,
+        }
+
+    def stamp(self) -> dict[str, Any]:
+        """Return what every stretch of a curve carries: when its last point was measured, in Unix milliseconds."""
+        return {"at": round(self.feed.measured_at * 1000)}
+
+    def adopt(self, child: Any) -> None:
+        """Take in a training client that a button made; what shows no branches ignores it."""
+
+    def greet(self, mounted: bool) -> None:
+        """A page is new (`mounted`) or missed something: what it was told before does not count."""
+        self.pages += mounted
+        self._greeted = True
+        self._outbox.start_over()
+        self._told = {}
+        self._parts_told.clear()
+        self._rollouts_at = float("-inf")
+
+    # parts
+
+    def _send_parts(self) -> float | None:
+        """Send the parts that have changed; return the seconds until one that has to wait is due."""
+        later = None
+        for part in self.parts:
+            version = self.feed.landmarks.changes[part]
+            if version == self._parts_told.get(part, 0):
+                continue
+            wait = self._rollouts_at + ROLLOUT_SECONDS - self.feed.view.now()
+            if part == "rollouts" and wait > 0:
+                later = wait
+                continue
+            self._parts_told[part] = version
+            if part == "rollouts":
+                self._push_newest()
+            else:
+                self.send({"t": part} | self._content(part))
+        return later
+
+    def _content(self, part: Part) -> dict[str, Any]:
+        landmarks = self.feed.landmarks
+        match part:
+            case "marks":
+                return {
+                    "marks": landmarks.marks(self.feed.client.history, self.feed.client.training_client_id)
+                }
+            case "alarms":
+                return {"alarms": [_alarm(alarm) for alarm in landmarks.alarms]}
+            case "rows":
+                self._look_up_details()
+                return {"rows": landmarks.rows(), "saving": landmarks.saving}
+            case _:
+                return self._privacy()
+
+    def _privacy(self) -> dict[str, Any]:
+        spent = self.feed.landmarks.privacy
+        if spent is None:
+            return {}
+        return {
+            "spent": _json(spent.total_epsilon),
+            "target": None if spent.target_epsilon is None else _json(spent.target_epsilon),
+            "delta": spent.delta,
+            "accountant": spent.accountant,
+            "adjacency": spent.adjacency,
+            "projected": spent.projected_step,
+            "refused": self.feed.landmarks.refused_at,
+            "void": spent.void,
+            "plan": plans.first_plan(self.feed.client.config) if self.feed.client.steerable else None,
+        }
+
+    def _look_up_details(self) -> None:
+        landmarks = self.feed.landmarks
+        unknown = [
+            artifact_id for artifact_id in landmarks.checkpoints if artifact_id not in landmarks.details
+        ]
+        if unknown and self.feed.client.steerable:
+            self._aside(lambda: self._look_up(unknown))
+
+    def _look_up(self, artifact_ids: Sequence[str]) -> None:
+        details = {}
+        for artifact_id in artifact_ids:
+            try:
+                details[artifact_id] = self._commands.facts_of(artifact_id)
+            except TGTinkerError as error:
+                details[artifact_id] = {"enc": f"cannot be read: {error}"}
+        self.feed.learn(details)
+
+    def _push_newest(self) -> None:
+        newest = max(self.feed.landmarks.rollouts.values(), key=lambda rollouts: rollouts.seq, default=None)
+        if newest is not None:
+            self._rollouts_at = self.feed.view.now()
+            self._aside(lambda: self._prepare(newest.step, rollout_view.PUSHED))
+
+    def _prepare(self, step: int, limit: int) -> None:
+        rollouts = self.feed.landmarks.rollouts.get(step)
+        if rollouts is None:
+            content = {"t": "rollouts", "step": step, "why": f"No rollouts were recorded for step {step}."}
+        else:
+            try:
+                content = rollout_view.message(step, rollouts.path, self.feed.decode(), limit)
+            except TGTinkerError as error:  # the oldest texts go when a run has too many
+                content = {"t": "rollouts", "step": step, "why": str(error)}
+        self._ready.append(content)
+
+    def _aside(self, work: Any) -> None:
+        """Do what takes a while on a thread of its own; what it prepared is sent by the next flush."""
+        job = object()
+        self._preparing.add(job)
+
+        def run() -> None:
+            try:
+                work()
+            finally:
+                self._preparing.discard(job)
+                self.feed.view.wake(self, urgent=True)
+
+        self.feed.view.aside(run)
+
+    # commands
+
+    def _on_message(self, _widget: object, content: dict[str, Any], _buffers: object) -> None:
+        self._inbox.append(content)
+        self.feed.view.wake(self, urgent=True)
+
+    def _answer(self, content: dict[str, Any]) -> None:
+        match content:
+            case {"t": "hello"}:
+                self.greet(mounted=bool(content.get("mount")))
+            case {"t": "show", "step": int(step)}:
+                self._aside(lambda: self._prepare(step, rollout_view.ASKED))
+            case {"t": "plan"} if self.feed.client.steerable:
+                client: Any = self.feed.client
+                self._aside(lambda: self._ready.append(plans.answer(client, content)))
+            case {"t": "do", "do": str(command), "n": int(number)}:
+                if command in QUICK:
+                    self._carry_out(number, command, content)
+                else:
+                    self._aside(lambda: self._carry_out(number, command, content))
+            case _:
+                logger.warning("a page sent what no widget understands: %r", content)
+
+    def _carry_out(self, number: int, command: str, content: dict[str, Any]) -> None:
+        why, outcome = None, Obeyed()
+        try:
+            outcome = self._commands.obey(command, content)
+        except ValueError as error:
+            why = str(error)
+        except Exception as error:  # noqa: BLE001  # whoever clicked must be told, whatever it was
+            why = f"{type(error).__name__}: {error}"
+        if outcome.child is not None:
+            self._born.append(outcome.child)
+        self._ready.append({"t": "ack", "n": number, "why": why, "said": outcome.said})
+        if outcome.handle is not None:
+            outcome.handle.add_done_callback(lambda handle: self._tell_failure(command, handle))
+
+    def _tell_failure(self, command: str, handle: Any) -> None:
+        error = None if handle.state == "CANCELLED" else handle.exception()
+        if error is not None:
+            self._ready.append({"t": "error", "text": f"{command}: {error}"})
+            self.feed.view.wake(self)
+
+
+class CurveWidget(LiveWidget):
+    """A live widget with curves: what all of those let you set."""
+
+    smoothing = traitlets.Float(
+        0.8, min=0.0, max=0.999, help="Weight of the past in the smoothed curve, 0 for none."
+    ).tag(sync=True)
+    log_scale = traitlets.Bool(False, help="Whether values stand on a logarithmic scale.").tag(sync=True)
+    x_axis = traitlets.Enum(("step", "tokens", "time"), "step", help="Over what the curves are drawn.").tag(
+        sync=True
+    )
+    all_curves: ClassVar[bool] = False
+
+    @property
+    def shown(self) -> Sequence[str]:
+        prefixes = ["", *(f"{number}:" for number in range(1, len(self.feeds)))]
+        return [
+            f"{prefix}{name}"
+            for prefix, feed in zip(prefixes, self.feeds, strict=True)
+            for name in names_of(feed, all_curves=self.all_curves)
+        ]
+
+
+def _alarm(alarm: Any) -> dict[str, Any]:
+    return {
+        "name": alarm.name,
+        "level": alarm.level,
+        "text": alarm.message,
+        "remedy": alarm.remedy,
+        "step": alarm.step,
+        "seq": alarm.seq,
+    }
+
+
+def _json(value: float) -> float | str:
+    return value if abs(value) < float("inf") else "∞"
+
+
+def _sooner(first: float | None, second: float | None) -> float | None:
+    return min((seconds for seconds in (first, second) if seconds is not None), default=None)

@@ -1,0 +1,96 @@
+"""One curve alone, loss or reward, to be placed beside other widgets; several runs on the same axes."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar, final
+
+import traitlets
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.runs.record import RunRecord
+from tensafe_nb.runs.run import TrainingRun
+from tensafe_nb.widgets.feed.annotations import Part
+from tensafe_nb.widgets.feed.feed import Source
+from tensafe_nb.widgets.feed.recording import RecordedRun
+from tensafe_nb.widgets.live.base import CurveWidget, css, esm
+
+MOST_CURVES = 6  # colours that can be told apart on light and dark
+
+
+class _AloneCurve(CurveWidget):
+    """A widget that is one chart: what LossCurve and RewardHistory share."""
+
+    _css = css("panel")
+    parts: ClassVar[tuple[Part, ...]] = ("marks",)
+
+    labels = traitlets.List(traitlets.Unicode(), help="Names of the runs that are compared.").tag(sync=True)
+
+    def __init__(self, *sources: Source, **traits: Any) -> None:
+        if len(sources) > MOST_CURVES:
+            raise ValidationError(
+                f"{len(sources)} runs on one chart cannot be told apart: give at most {MOST_CURVES}."
+            )
+        super().__init__(*sources, **({"labels": [_label(source) for source in sources]} | traits))
+
+    def status(self) -> dict[str, Any]:
+        return super().status() | {"curve": self.curve}
+
+    @property
+    @abstractmethod
+    def curve(self) -> str:
+        """The metric that is drawn."""
+
+
+@final
+class LossCurve(_AloneCurve):
+    """The loss, or the reward where there is one, as a live curve; the held-out one dashed.
+
+    Args:
+        sources: A training run or a training client, and others to compare with on the same axes.
+        traits: `smoothing`, `log_scale`, `x_axis`, `selected_step`, `labels`.
+
+    Raises:
+        ValidationError: More than six runs.
+
+    Example:
+        >>> LossCurve(run, other_run)
+        >>> HBox([LossCurve(run), LossCurve(other_run, log_scale=True)])
+    """
+
+    _esm = esm("wire", "page", "chart", "curves", "curve")
+
+    @property
+    def curve(self) -> str:
+        return self.feed.curve
+
+
+@final
+class RewardHistory(_AloneCurve):
+    """The reward with everything that tells how a run with rewards is doing: signal, length, entropy, KL, update size.
+
+    Args:
+        source: A run of `RLVRTrainer`, or its training client.
+        traits: `smoothing`, `log_scale`, `x_axis`, `selected_step`.
+
+    Example:
+        >>> history, inspector = RewardHistory(run), RolloutInspector(run)
+        >>> jslink((history, "selected_step"), (inspector, "selected_step"))
+        >>> VBox([history, inspector])
+    """
+
+    _esm = esm("wire", "page", "chart", "curves", "rewards")
+    all_curves = True
+
+    def __init__(self, source: Source, **traits: Any) -> None:
+        super().__init__(source, **traits)
+
+    @property
+    def curve(self) -> str:
+        return "reward"
+
+
+def _label(source: Source) -> str:
+    if isinstance(source, TrainingRun | RunRecord | RecordedRun):
+        marks = "".join(f"{mark} " for mark in source.client.marks) if isinstance(source, RecordedRun) else ""
+        return f"{marks}run {source.run_id.rpartition('/')[2]} of {source.run_id.partition('/')[0]}"
+    client: Any = getattr(source, "client", source)
+    return str(client.training_client_id)

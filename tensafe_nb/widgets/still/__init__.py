@@ -1,0 +1,1 @@
+"""Pictures and tables that stay in the notebook file."""

@@ -1,0 +1,142 @@
+"""The picture that stays in the file: drawn by matplotlib, on white, in few colours, never with a spike left out."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tensafe_nb.protocol.batch import Array
+from tensafe_nb.widgets.feed.feed import Feed
+
+COLUMNS = 900  # of the picture; a longer curve is drawn as the extremes per column, so no spike is lost
+BLUE, ORANGE, GREY = "#2a7de1", "#c9661a", "#777777"
+
+
+def draw(feed: Feed, names: tuple[str, str], title: str) -> bytes | None:
+    """Return a PNG of a curve, its held-out twin and the marks along them; None where there is nothing to draw.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    history = feed.client.history
+    name, held_out = names
+    steps, values = history.series(name)
+    if not len(steps):
+        return None
+    figure = Figure(figsize=(9.6, 3.0), dpi=100, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    marks = feed.landmarks.marks(history, feed.client.training_client_id)
+    breaks = [step for step, kind, _ in marks if kind == "v" and "reward" in name]
+    for piece in abandoned(steps):
+        axes.plot(*extremes(steps[piece], values[piece]), color=BLUE, alpha=0.2, linewidth=1)
+    steps, values = (column[current(steps)] for column in (steps, values))
+    for number, part in enumerate(_parts(steps, breaks)):
+        axes.plot(*extremes(steps[part], values[part]), color=BLUE, alpha=0.35, linewidth=1)
+        label = name if number == 0 else None
+        axes.plot(*extremes(steps[part], smoothed(values[part])), color=BLUE, linewidth=2, label=label)
+    if held_out in history:
+        measured, points = history.series(held_out)
+        measured, points = (column[current(measured)] for column in (measured, points))
+        for number, part in enumerate(_parts(measured, breaks)):
+            axes.plot(
+                measured[part],
+                points[part],
+                color=ORANGE,
+                linestyle="--",
+                marker="o",
+                markersize=3,
+                label=held_out if number == 0 else None,
+            )
+    _draw_marks(axes, marks, breaks)
+    _style(axes, title)
+    return _png(FigureCanvasAgg(figure))
+
+
+def _parts(steps: Array, breaks: list[int]) -> Iterator[Array]:
+    """Yield the stretches between breaks, as indices: what was measured differently is not joined."""
+    for part in np.split(np.arange(len(steps)), np.searchsorted(steps, breaks)):
+        if part.size:
+            yield part
+
+
+def _draw_marks(axes: Any, marks: list[tuple[int, str, str]], breaks: list[int]) -> None:
+    at_the_bottom = axes.get_xaxis_transform()
+    for kind, marker, label in (("c", "D", "checkpoint"), ("f", "^", "branch")):
+        steps = [step for step, which, _ in marks if which == kind]
+        if steps:
+            axes.plot(
+                steps,
+                [0.03] * len(steps),
+                transform=at_the_bottom,
+                linestyle="none",
+                marker=marker,
+                markersize=5,
+                color=GREY,
+                label=label,
+            )
+    for step in breaks:
+        axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
+
+
+def _png(canvas: Any) -> bytes:
+    """Return what is drawn, in 64 colours: half the size, and notebooks keep every byte."""
+    from PIL import Image
+
+    canvas.draw()
+    target = io.BytesIO()
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    pixels.quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        target, "PNG", optimize=True
+    )
+    return target.getvalue()
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, fontsize=9, loc="left", color="#444444")
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=9, length=0)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.legend(fontsize=9, frameon=False)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def current(steps: Array) -> Array:
+    """Return which points belong to the curve as it stands: after a rollback, not those that were abandoned."""
+    later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.iinfo(np.int64).max)
+    kept: Array = steps < later
+    return kept
+
+
+def abandoned(steps: Array) -> list[Array]:
+    """Return the stretches of points that rollbacks have left behind, as indices."""
+    left = np.flatnonzero(~current(steps))
+    return [part for part in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if part.size]
+
+
+def smoothed(values: Array, weight: float = 0.8) -> Array:
+    """Return the bias-corrected exponential mean (Kingma and Ba 2015, section 3); non-finite values do not enter it."""
+    result, mean, total = np.full(len(values), np.nan), 0.0, 0.0
+    for index, value in enumerate(values):
+        if np.isfinite(value):
+            mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        if total:
+            result[index] = mean / total
+    return result
+
+
+def extremes(steps: Array, values: Array, columns: int = COLUMNS) -> tuple[Array, Array]:
+    """Return the least and the greatest value of each of `columns` stretches, in order, if there are more points."""
+    if len(steps) <= 2 * columns:
+        return steps, values
+    kept: list[int] = []
+    for part in np.array_split(np.arange(len(steps)), columns):
+        finite = part[np.isfinite(values[part])]
+        if len(finite):
+            low, high = finite[np.argmin(values[finite])], finite[np.argmax(values[finite])]
+            kept += sorted({int(low), int(high)})
+    return steps[kept], values[kept]
