@@ -6,7 +6,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tensafe_nb.checks import checked
 from tensafe_nb.config import TrainingConfig
@@ -20,7 +20,7 @@ from tensafe_nb.lifetimes import Freed
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.privacy.what_if import WhatIf, what_if
-from tensafe_nb.protocol.operations import Operation
+from tensafe_nb.protocol.operations import VERBS, Operation
 from tensafe_nb.protocol.results import (
     ClientStatus,
     DPMetrics,
@@ -34,8 +34,10 @@ from tensafe_nb.runs.checkpoints import Checkpoints
 from tensafe_nb.runs.loop import Batch, Loop
 from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop
-from tensafe_nb.transports.base import VERBS, Channel, Transport
+from tensafe_nb.transports.base import Channel, Transport
 from tensafe_nb.verbs import Verbs
+
+R = TypeVar("R")
 
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
 Fork = Callable[[Channel, TrainingConfig, Callable[[], str]], "TrainingClient"]
@@ -409,7 +411,7 @@ class TrainingClient(Verbs):
             "value_head": self.config.value_head,
             "base_reference": lora is not None and lora.bias == "none",
         }
-        return VERBS | {name for name, is_so in has.items() if is_so}
+        return frozenset(VERBS) | {name for name, is_so in has.items() if is_so}
 
     @property
     def tokenizer(self) -> Any:
@@ -538,7 +540,7 @@ class TrainingClient(Verbs):
         kept = {"history": self.history, "training_client_id": self.training_client_id, "config": self.config}
         return Freed(f"The training client {self.training_client_id}", **kept, _feed=vars(self).get("_feed"))
 
-    def _submit(self, operation: Operation) -> FutureHandle[Any]:
+    def _submit(self, operation: Operation[R]) -> FutureHandle[R]:
         handle = self._channel.submit(operation)
         self._outstanding.add(handle)
         return handle

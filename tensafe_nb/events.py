@@ -22,7 +22,7 @@ from tensafe_nb.checks import checked
 from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.batch import Array
-from tensafe_nb.protocol.codec import from_plain, plain, to_plain
+from tensafe_nb.protocol.codec import decode, encode, tagged, tags_of
 
 if sys.platform != "win32":  # there, a run of another process counts as interrupted
     import fcntl
@@ -39,21 +39,21 @@ class Event:
     time: float = 0.0
 
 
-@plain
+@tagged("operation_queued")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationQueued(Event):
     future_id: str
     operation: str
 
 
-@plain
+@tagged("operation_started")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationStarted(Event):
     future_id: str
     operation: str
 
 
-@plain
+@tagged("progress")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress(Event):
     """(done, total) micro-batches or tokens of a running operation; not persisted."""
@@ -63,7 +63,7 @@ class Progress(Event):
     total: int
 
 
-@plain
+@tagged("operation_finished")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationFinished(Event):
     future_id: str
@@ -71,7 +71,7 @@ class OperationFinished(Event):
     duration: float
 
 
-@plain
+@tagged("operation_failed")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationFailed(Event):
     future_id: str
@@ -80,21 +80,21 @@ class OperationFailed(Event):
     message: str
 
 
-@plain
+@tagged("operation_cancelled")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationCancelled(Event):
     future_id: str
     operation: str
 
 
-@plain
+@tagged("status_changed")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusChanged(Event):
     status: str
     reason: str | None = None
 
 
-@plain
+@tagged("client_created")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientCreated(Event):
     """First event of a log: what this training client is (`config` as plain data)."""
@@ -103,7 +103,7 @@ class ClientCreated(Event):
     config: Mapping[str, Any]
 
 
-@plain
+@tagged("metrics")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics(Event):
     """Values measured at an optimiser step."""
@@ -122,7 +122,7 @@ class Metrics(Event):
                 )
 
 
-@plain
+@tagged("run_state")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState(Event):
     """A run started, paused, resumed or ended.
@@ -146,7 +146,7 @@ class RunState(Event):
     taken: int | None = None
 
 
-@plain
+@tagged("run_step")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStep(Event):
     """A run finished its step number `done` (1, 2, 3 …), `duration` seconds after the one before."""
@@ -156,7 +156,7 @@ class RunStep(Event):
     duration: float
 
 
-@plain
+@tagged("checkpoint_saved")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSaved(Event):
     """A state was sealed as an artifact."""
@@ -169,7 +169,7 @@ class CheckpointSaved(Event):
     run_id: str | None = None
 
 
-@plain
+@tagged("state_loaded")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateLoaded(Event):
     """The state of an artifact took the place of the client's own: its step is `step` from now on."""
@@ -178,7 +178,7 @@ class StateLoaded(Event):
     step: int
 
 
-@plain
+@tagged("artifact_deleted")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactDeleted(Event):
     """A checkpoint of this client was deleted."""
@@ -186,7 +186,7 @@ class ArtifactDeleted(Event):
     artifact_id: str
 
 
-@plain
+@tagged("forked")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forked(Event):
     """The client `child` has started from a state of the client `parent`, which was at `step`; both are told."""
@@ -197,7 +197,7 @@ class Forked(Event):
     step: int
 
 
-@plain
+@tagged("rollouts")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts(Event):
     """A step's rollouts were scored; their texts lie in `path`."""
@@ -208,13 +208,13 @@ class Rollouts(Event):
     path: str
 
 
-@plain
+@tagged("mock_took_part")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MockTookPart(Event):
     """Weights were changed by what a `Mock…` object made up: every picture of this training says so."""
 
 
-@plain
+@tagged("alarm")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm(Event):
     """Something about a run needs a look: what, how bad ("amber" or "red"), why, and what helps."""
@@ -228,7 +228,7 @@ class Alarm(Event):
     rollouts: tuple[int, ...] = ()
 
 
-@plain
+@tagged("privacy_spent")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacySpent(Event):
     """How the privacy account stands after a step, a refused step, or an event that made its guarantee void.
@@ -336,14 +336,14 @@ class RunHistory:
         """Iterate over the recorded events with a number above `after`: all, or those of some kinds, which is quick."""
         if not self.path.exists():
             return
-        wanted = [f'"$": "{kind.__name__}"' for kind in kinds]
+        wanted = [f'"$": "{tag}"' for kind in kinds for tag in tags_of(kind)]
         with self.path.open(encoding="utf-8") as lines:
             for line in lines:
                 if not line.endswith("\n"):
                     return
                 if wanted and not any(name in line for name in wanted):
                     continue
-                event = from_plain(json.loads(line))
+                event = decode(json.loads(line))
                 if event.seq > after:
                     yield event
 
@@ -423,7 +423,7 @@ class EventBus:
             self._seq += 1
             event = replace(event, seq=self._seq, time=time.time())
             if not isinstance(event, Progress) and not self._log.closed and os.getpid() == self._pid:
-                self._write(json.dumps(to_plain(event), allow_nan=False) + "\n")
+                self._write(json.dumps(encode(event), allow_nan=False) + "\n")
                 self.history.add(event)
             for subscriber in tuple(self._subscribers):
                 try:

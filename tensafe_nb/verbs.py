@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tensafe_nb.checks import checked
 from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig
@@ -38,6 +38,8 @@ from tensafe_nb.protocol.results import (
 )
 from tensafe_nb.runs.loop import Batch
 
+R = TypeVar("R")
+
 LossSpec = str | Callable[..., Any]
 MOST_SEQUENCES = 1 << 20  # of one call of sample()
 MAX_NAME = 200  # characters of a checkpoint's name
@@ -47,7 +49,7 @@ class Verbs(ABC):
     """The verbs of a training client."""
 
     @abstractmethod
-    def _submit(self, operation: Operation) -> FutureHandle[Any]:
+    def _submit(self, operation: Operation[R]) -> FutureHandle[R]:
         """Queue an operation."""
 
     @checked

@@ -1,5 +1,6 @@
 """One record of the audit log for every operation that ended, whichever way."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -63,7 +64,7 @@ class Auditor:
             return
         now = time.time()
         entry: dict[str, Any] = {
-            "operation": job.name,
+            "operation": job.kind.verb,
             "training_client_id": self._training_client_id,
             "request": () if self._private or job.operation is None else tuple(_buffers(job.operation)),
             "to_the_day": self._private,
@@ -78,7 +79,7 @@ class Auditor:
                 self._log.append(**entry)
             except Exception as error:  # a full disk, a missing key: `catch_up` will say so
                 if not isinstance(error, TGTinkerError):
-                    logger.exception("the audit record of %s could not be written", job.name)
+                    logger.exception("the audit record of %s could not be written", job.kind.verb)
                 self._owed.append(entry | {"request": ()})
 
     def _is_further_part(self, job: Job, error: BaseException | None) -> bool:
@@ -141,11 +142,11 @@ class _Description:
         return {"$object": type(value).__name__}
 
 
-def _buffers(operation: Operation) -> Iterator[Any]:
+def _buffers(operation: Operation[Any]) -> Iterator[Any]:
     """Yield what was asked for, as bytes to hash: small fields as JSON, arrays as they lie in memory."""
-    yield type(operation).__name__.encode()
-    for name in operation.__slots__:
-        value = getattr(operation, name)
+    yield operation.verb.encode()
+    for field in dataclasses.fields(operation):  # type: ignore[arg-type]  # every operation is a dataclass
+        name, value = field.name, getattr(operation, field.name)
         if isinstance(value, BatchData):
             arrays = {"input_ids": value.input_ids, "mask": value.attention_mask, "labels": value.labels}
             for key, array in (arrays | dict(value.extras)).items():

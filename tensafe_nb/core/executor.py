@@ -12,7 +12,7 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError
 from tensafe_nb.events import CheckpointSaved, Event, EventBus, Metrics, StateLoaded
 from tensafe_nb.losses import Loss
-from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.operations import (
     ComputeLogprobs,
     Forward,
@@ -101,7 +101,7 @@ class Performer:
             operation,
             training_client_id=self._client_id,
             ledger_head=self._vault.audit.head(),
-            facts={"losses": to_plain(window), "broken": broken},
+            facts={"losses": encode(window), "broken": broken},
             ledger=self._guarantee.carried(),
         )
         dropped = engine.window.batches if engine.is_private else 0
@@ -129,7 +129,7 @@ class Performer:
         )
         self._lane.end_window()
         self._lane.inherited = facts["broken"]
-        self._losses = [tuple(pair) for pair in from_plain(facts["losses"])]
+        self._losses = [tuple(pair) for pair in decode(facts["losses"])]
         self.step, self.policy_version = engine.step, engine.policy_version
         self._publish(StateLoaded(artifact_id=loaded.loaded_artifact_id, step=loaded.step))
         self._tell(self._guarantee.standing(loaded.step))

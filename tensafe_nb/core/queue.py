@@ -9,54 +9,18 @@ from typing import Any
 from tensafe_nb.errors import FutureFailedError, QueueFullError
 from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.losses import Loss
-from tensafe_nb.protocol.operations import (
-    ComputeLogprobs,
-    Forward,
-    ForwardBackward,
-    FreezeReference,
-    LoadState,
-    Operation,
-    OptimStep,
-    Sample,
-    SaveState,
-    VoidPrivacy,
-)
-from tensafe_nb.protocol.results import (
-    ForwardBackwardResult,
-    ForwardResult,
-    FreezeReferenceResult,
-    LoadStateResult,
-    LogprobsResult,
-    OptimStepResult,
-    SampleResult,
-    SaveStateResult,
-    VoidPrivacyResult,
-)
+from tensafe_nb.protocol.operations import ForwardBackward, Operation, OptimStep
+from tensafe_nb.protocol.results import ForwardBackwardResult
 
 MAX_PENDING = 1_000
-NAMES: dict[type, tuple[str, type]] = {
-    ForwardBackward: ("forward_backward", ForwardBackwardResult),
-    Forward: ("forward", ForwardResult),
-    OptimStep: ("optim_step", OptimStepResult),
-    Sample: ("sample", SampleResult),
-    ComputeLogprobs: ("compute_logprobs", LogprobsResult),
-    FreezeReference: ("freeze_reference", FreezeReferenceResult),
-    SaveState: ("save_state", SaveStateResult),
-    LoadState: ("load_state", LoadStateResult),
-    VoidPrivacy: ("void_privacy", VoidPrivacyResult),
-}
-
-
-LASTING = (SaveState, VoidPrivacy)  # what is done for good, whether or not anybody waits for the result
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """An operation in its place in the lane."""
 
-    operation: Operation | None
-    name: str
-    kind: type
+    operation: Operation[Any] | None  # until it has ended
+    kind: type[Operation[Any]]
     future_id: str = field(default_factory=lambda: f"fut-{uuid.uuid4().hex[:12]}")
     promise: Promise[Any] = field(default_factory=Promise)
     loss: Loss | None = None
@@ -72,7 +36,7 @@ class Job:
     @property
     def is_wanted(self) -> bool:
         """Whether its outcome can still reach somebody."""
-        return self.kind in LASTING or (self.handle is not None and self.handle() is not None)
+        return self.kind.lasting or (self.handle is not None and self.handle() is not None)
 
 
 class Lane:
@@ -146,7 +110,7 @@ class Lane:
         if self._broken is None:
             return self.inherited
         job, how = self._broken
-        return f"{job.name} {job.future_id} of the same step {how}"
+        return f"{job.kind.verb} {job.future_id} of the same step {how}"
 
     def end_window(self) -> FutureFailedError | None:
         """Close the window for an optimiser step; the error it must fail with, if the window is broken."""

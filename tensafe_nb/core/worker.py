@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import dropwhile
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.auditor import Auditor
 from tensafe_nb.core.executor import Performer
 from tensafe_nb.core.privacy import Guarantee
-from tensafe_nb.core.queue import NAMES, Job, Lane
+from tensafe_nb.core.queue import Job, Lane
 from tensafe_nb.engine import canaries as canaries_of
 from tensafe_nb.engine import estimate as estimate_of
 from tensafe_nb.engine.engine import Engine
@@ -49,6 +49,8 @@ from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.protocol.operations import Forward, ForwardBackward, Operation, SaveState
 from tensafe_nb.protocol.results import ClientStatus, FutureStatus, StepEstimate, TrainingClientInfo
 from tensafe_nb.store.vault import Vault
+
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -131,22 +133,21 @@ class Worker:
 
     # called from any thread
 
-    def submit(self, operation: Operation) -> FutureHandle[Any]:
+    def submit(self, operation: Operation[R]) -> FutureHandle[R]:
         """Put an operation at the end of the lane.
 
         Raises:
             ClientClosedError: The client is closed.
             QueueFullError: Too many wait already.
         """
-        name, result_type = NAMES[type(operation)]
-        job = Job(operation, name, type(operation), loss=self._loss_of(operation))
+        job = Job(operation, type(operation), loss=self._loss_of(operation))
         job.promise.owner = self._thread
-        handle = self._handle_of(job, result_type)
+        handle = self._handle_of(job)
         with (
             self._submitting
         ):  # keeps the order of events; the lane's own lock is never held while publishing
-            self._refuse_if_closed(name)
-            self._publish(OperationQueued(future_id=job.future_id, operation=name))
+            self._refuse_if_closed(operation.verb)
+            self._publish(OperationQueued(future_id=job.future_id, operation=operation.verb))
             with self._changing:
                 failure, late = self._failure, self._closing
                 if failure is None:
@@ -156,12 +157,12 @@ class Worker:
             try:
                 self._fail(job, failure)
             except Exception:  # the handle has ended, and says why; nobody's call is to fail for the log
-                logger.exception("the audit record of %s could not be written", name)
+                logger.exception("the audit record of %s could not be written", operation.verb)
         elif late:  # closed while this was being submitted
             self._cancel(job)
         return handle
 
-    def _handle_of(self, job: Job, result_type: type) -> FutureHandle[Any]:
+    def _handle_of(self, job: Job) -> FutureHandle[Any]:
         """Return what is given out for a job: it keeps the result, and neither this worker nor its model."""
         line = weakref.ref(self)  # while the job is pending or runs, the thread keeps the worker
 
@@ -175,17 +176,17 @@ class Worker:
 
         handle = FutureHandle(
             job.promise,
-            operation=job.name,
+            operation=job.kind.verb,
             future_id=job.future_id,
             training_client_id=self.training_client_id,
-            result_type=result_type,
+            result_type=job.kind.result,
             cancel=cancel,
             position=position,
         )
         job.handle = weakref.ref(handle)
         return handle
 
-    def _loss_of(self, operation: Operation) -> Loss | None:
+    def _loss_of(self, operation: Operation[Any]) -> Loss | None:
         """Resolve an operation's loss where it is submitted, so that a wrong name is an error of the call."""
         if not isinstance(operation, ForwardBackward | Forward):
             return None
@@ -410,7 +411,7 @@ class Worker:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             self.status = ClientStatus.BUSY
-            self._publish(OperationStarted(future_id=job.future_id, operation=job.name))
+            self._publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
             self._run(job)
             with self._changing:
                 self._running = None
@@ -454,7 +455,7 @@ class Worker:
                 self._auditor.record(job, result)
                 job.let_go()
                 self._publish(
-                    OperationFinished(future_id=job.future_id, operation=job.name, duration=duration)
+                    OperationFinished(future_id=job.future_id, operation=job.kind.verb, duration=duration)
                 )
             finally:  # whoever waits is told, whatever happens to the log
                 job.promise.succeed(result)
@@ -476,7 +477,7 @@ class Worker:
     def _note_cancelled(self, job: Job) -> None:
         self._auditor.record(job, FutureCancelledError("cancelled"))
         job.let_go()
-        self._publish(OperationCancelled(future_id=job.future_id, operation=job.name))
+        self._publish(OperationCancelled(future_id=job.future_id, operation=job.kind.verb))
 
     def _fail(self, job: Job, error: BaseException) -> None:
         try:
@@ -484,7 +485,9 @@ class Worker:
             job.let_go()
             code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
             self._publish(
-                OperationFailed(future_id=job.future_id, operation=job.name, code=code, message=str(error))
+                OperationFailed(
+                    future_id=job.future_id, operation=job.kind.verb, code=code, message=str(error)
+                )
             )
         finally:  # whoever waits is told, whatever happens to the log
             job.promise.fail(error)

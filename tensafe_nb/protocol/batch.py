@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tensafe_nb.display import Facts, as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.protocol.codec import plain
+from tensafe_nb.protocol.codec import tagged
 
 Array: TypeAlias = NDArray[Any]
 IGNORE = -100
@@ -25,7 +25,7 @@ TICKET = (
 PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id", TICKET)
 
 
-@plain
+@tagged("batch_data")
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchData:
     """A batch of token sequences, checked once, here.

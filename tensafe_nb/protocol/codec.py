@@ -1,33 +1,76 @@
-"""Plain data ↔ JSON: operations, results and events can be logged, and later carried by a server.
+"""The form in which records are stored and sent: JSON with explicit tags.
 
-`from_plain(json.loads(json.dumps(to_plain(x)))) == x` for every class marked with `@plain`. Never pickle.
+A record is an object `{"$": tag, field: value, …}`. Its tag is declared beside its class and is the format: a class may
+be renamed, its tag may not. `decode(json.loads(json.dumps(encode(x)))) == x` for every class marked with `@tagged`.
+
+Reading is strict: an unknown tag, a field that is missing, unknown or of another type, an array of a type or of more
+dimensions than any record has, nesting without end: each is refused before anything is allocated for it. Never pickle.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
+import pydantic
 
-from tensafe_nb import config
+from tensafe_nb.config import Config, SamplingConfig, TrainingConfig
 from tensafe_nb.display import as_given, shown
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.registry import name_of
 
 C = TypeVar("C", bound=type)
-_CLASSES: dict[str, type] = {"SamplingConfig": config.SamplingConfig, "TrainingConfig": config.TrainingConfig}
+DEEPEST = 64  # objects and lists in each other: records have five or six, a user's metadata may have more
+DIMENSIONS = 4  # of an array: a batch has two, an extra seldom three
+DTYPES = frozenset({"|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8"})
+OF_0_1 = {  # where the tags are now, version 0.1 wrote these class names
+    "Alarm": "alarm",
+    "ArtifactDeleted": "artifact_deleted",
+    "CheckpointSaved": "checkpoint_saved",
+    "ClientCreated": "client_created",
+    "Forked": "forked",
+    "ForwardBackwardResult": "forward_backward_result",
+    "Metrics": "metrics",
+    "MockTookPart": "mock_took_part",
+    "OperationCancelled": "operation_cancelled",
+    "OperationFailed": "operation_failed",
+    "OperationFinished": "operation_finished",
+    "OperationQueued": "operation_queued",
+    "OperationStarted": "operation_started",
+    "PrivacySpent": "privacy_spent",
+    "Rollouts": "rollouts",
+    "RunState": "run_state",
+    "RunStep": "run_step",
+    "SamplingConfig": "sampling_config",
+    "StateLoaded": "state_loaded",
+    "StatusChanged": "status_changed",
+    "TrainingConfig": "training_config",
+}
+_classes: dict[str, type] = {"sampling_config": SamplingConfig, "training_config": TrainingConfig}
+_tags: dict[type, str] = {cls: tag for tag, cls in _classes.items()}
 
 
-def plain(cls: C) -> C:
-    """Class decorator: instances can be written as JSON and read back, and a notebook shows them as a table."""
-    _CLASSES[cls.__name__] = cls
-    return shown(cls)
+def tagged(tag: str) -> Callable[[C], C]:
+    """Class decorator for dataclasses: instances are written under `tag`, and a notebook shows them as a table."""
+
+    def register(cls: C) -> C:
+        _classes[tag], _tags[cls] = cls, tag
+        return shown(cls)
+
+    return register
 
 
-def to_plain(value: Any) -> Any:
-    """Turn operations, results and events into what `json.dumps(…, allow_nan=False)` takes.
+def tags_of(cls: type) -> tuple[str, ...]:
+    """Return the tags under which a class's records lie in files: today's, and what version 0.1 wrote."""
+    tag = _tags[cls]
+    return (tag, *(old for old, new in OF_0_1.items() if new == tag))
+
+
+def encode(value: Any) -> Any:
+    """Turn a record, and what its fields may hold, into what `json.dumps(…, allow_nan=False)` takes.
 
     Raises:
         ValidationError: The value holds a Python function, which cannot leave the process.
@@ -38,19 +81,19 @@ def to_plain(value: Any) -> Any:
         case float():
             return value if math.isfinite(value) else {"$float": str(value)}
         case np.ndarray():
-            return {"$array": to_plain(value.tolist()), "dtype": value.dtype.str}
+            return {"$array": encode(value.tolist()), "dtype": value.dtype.str}
         case np.generic():
-            return to_plain(value.item())
+            return encode(value.item())
         case Mapping():
-            items = {str(key): to_plain(item) for key, item in value.items()}
+            items = {str(key): encode(item) for key, item in value.items()}
             return {"$map": list(items.items())} if any(key.startswith("$") for key in items) else items
         case list() | tuple():
-            return [to_plain(item) for item in value]
-        case config.Config():
-            return {"$": type(value).__name__} | to_plain(value.model_dump())
-    if type(value).__name__ in _CLASSES and dataclasses.is_dataclass(value):
-        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"$": type(value).__name__} | fields
+            return [encode(item) for item in value]
+        case Config():
+            return {"$": _tags[type(value)]} | encode(value.model_dump())
+    if type(value) in _tags:
+        fields = {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"$": _tags[type(value)]} | fields
     if callable(value):
         raise ValidationError(
             f"The Python function {as_given(name_of(value))} cannot leave this process. "
@@ -59,24 +102,113 @@ def to_plain(value: Any) -> Any:
     raise ValidationError(f"A {type(value).__name__} cannot be written as plain data.")
 
 
-def from_plain(data: Any) -> Any:
-    """Read back what `to_plain` wrote. Sequences come back as tuples."""
-    if isinstance(data, list):
-        return tuple(from_plain(item) for item in data)
-    if not isinstance(data, dict):
+def decode(data: Any, *kinds: type) -> Any:
+    """Read back what `encode` wrote. Sequences come back as tuples.
+
+    Args:
+        data: As `json.loads` gave it.
+        kinds: The classes it may be an instance of; any when none is given.
+
+    Raises:
+        ValidationError: It is no such record; says what does not fit, and in which field.
+    """
+    value = _decoded(data, DEEPEST)
+    if kinds and not isinstance(value, kinds):
+        expected = " or ".join(repr(_tags.get(kind, kind.__name__)) for kind in kinds)
+        raise ValidationError(
+            f"Expected a record {expected}, not {_tags.get(type(value), type(value).__name__)!r}."
+        )
+    return value
+
+
+def _decoded(data: Any, depth: int) -> Any:
+    if not isinstance(data, list | dict):
         return data
+    if depth == 0:
+        raise ValidationError(f"This is nested more than {DEEPEST} deep, as no record is.")
+    if isinstance(data, list):
+        return tuple([_decoded(item, depth - 1) for item in data])
     if "$float" in data:
-        return float(data["$float"])
+        return _float(data)
     if "$map" in data:
-        return {key: from_plain(item) for key, item in data["$map"]}
+        return _map(data, depth)
     if "$array" in data:
-        return np.array(from_plain(data["$array"]), dtype=data["dtype"])
-    values = {key: from_plain(item) for key, item in data.items() if key != "$"}
-    if "$" not in data:
-        return values
-    if data["$"] not in _CLASSES:
-        raise ValidationError(f"Unknown plain type {data['$']!r}: written by a newer version?")
-    return _CLASSES[data["$"]](**values)
+        return _array(data)
+    values = {key: _decoded(item, depth - 1) for key, item in data.items() if key != "$"}
+    return _record(data["$"], values) if "$" in data else values
+
+
+def _record(given: Any, values: dict[str, Any]) -> Any:
+    tag = OF_0_1.get(given, given) if isinstance(given, str) else None
+    if tag not in _classes:
+        raise ValidationError(f"Unknown tag {as_given(given)}: written by a newer version?")
+    cls = _classes[tag]
+    if issubclass(cls, Config):  # reads answers as a user types them, and refuses the rest
+        return cls(**values)
+    try:
+        checked = _checker(tag).model_validate(values)
+    except pydantic.ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3]
+        )
+        raise ValidationError(f"The record {tag!r} does not read: {faults}.") from error
+    return cls(**{name: getattr(checked, name) for name in checked.model_fields_set})
+
+
+@cache
+def _checker(tag: str) -> type[pydantic.BaseModel]:
+    """Return the model that checks the fields of a record: of exactly the types of its class, and no others."""
+    cls = _classes[tag]
+    types, fields = get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        fields[field.name] = (types[field.name], ... if required else None)
+    rules = pydantic.ConfigDict(
+        strict=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()
+    )
+    return pydantic.create_model(cls.__name__, __config__=rules, **fields)  # type: ignore[call-overload, no-any-return]
+
+
+def _float(data: Mapping[str, Any]) -> float:
+    """Read what JSON has no number for: "inf", "-inf", "nan"."""
+    if data["$float"] not in ("inf", "-inf", "nan"):
+        raise ValidationError(
+            f"A number that is not finite is inf, -inf or nan, not {as_given(data['$float'])}."
+        )
+    return float(data["$float"])
+
+
+def _map(data: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """Read a mapping one of whose keys begins with a dollar sign, as pairs."""
+    pairs = data["$map"]
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+    ):
+        raise ValidationError(
+            f"A mapping is written as pairs of a name and a value, not as {as_given(pairs)}."
+        )
+    return {key: _decoded(item, depth - 1) for key, item in pairs}
+
+
+def _array(data: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    dtype = data.get("dtype")
+    if dtype not in DTYPES:
+        raise ValidationError(f"An array has one of the types {sorted(DTYPES)}, not {as_given(dtype)}.")
+    try:
+        array = np.array(_numbers(data["$array"], DIMENSIONS), dtype=dtype)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise ValidationError(f"An array of {dtype} does not read: {error}.") from error
+    return array
+
+
+def _numbers(data: Any, dimensions: int) -> Any:
+    if isinstance(data, list) and dimensions:
+        return [_numbers(item, dimensions - 1) for item in data]
+    if isinstance(data, dict) and "$float" in data:
+        return _float(data)
+    if isinstance(data, bool | int | float):
+        return data
+    raise ValidationError(f"An array has numbers in at most {DIMENSIONS} dimensions, not {as_given(data)}.")
 
 
 def plain_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

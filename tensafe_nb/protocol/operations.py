@@ -1,18 +1,60 @@
-"""The operations of the queue, as plain data: what a client submits, and what a server would be sent."""
+"""The verbs of a training client, as plain data: one declaration for client, queue, executor, server and docs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 from tensafe_nb import config
 from tensafe_nb.protocol.batch import BatchData
-from tensafe_nb.protocol.codec import plain
-from tensafe_nb.protocol.results import Prompt
+from tensafe_nb.protocol.codec import tagged
+from tensafe_nb.protocol.results import (
+    ForwardBackwardResult,
+    ForwardResult,
+    FreezeReferenceResult,
+    LoadStateResult,
+    LogprobsResult,
+    OptimStepResult,
+    Prompt,
+    SampleResult,
+    SaveStateResult,
+    VoidPrivacyResult,
+)
+
+R = TypeVar("R")
+Op = TypeVar("Op", bound="type[Operation[Any]]")
+VERBS: "dict[str, type[Operation[Any]]]" = {}  # what a core can be asked for
 
 
-@plain
+class Operation(Generic[R]):
+    """Base of all operations; R is the class of the result that a handle gives.
+
+    Attributes:
+        verb: Its name everywhere: the client's method, the record of the audit log, the tag it is written under.
+        result: R, at run time.
+        lasting: What it does is done for good, whether or not anybody waits for the result.
+    """
+
+    __slots__ = ()
+    verb: ClassVar[str]
+    result: ClassVar[type]
+    lasting: ClassVar[bool]
+
+
+def verb(name: str, *, lasting: bool = False) -> Callable[[Op], Op]:
+    """Class decorator that declares an operation."""
+
+    def declare(cls: Op) -> Op:
+        (base,) = cls.__orig_bases__  # type: ignore[attr-defined]  # Operation[R]
+        cls.verb, cls.result, cls.lasting = name, *get_args(base), lasting
+        VERBS[name] = cls
+        return tagged(name)(cls)
+
+    return declare
+
+
+@verb("forward_backward")
 @dataclass(frozen=True, slots=True)
-class ForwardBackward:
+class ForwardBackward(Operation[ForwardBackwardResult]):
     """Compute the loss and add its gradient to what is accumulated."""
 
     batch: BatchData
@@ -20,9 +62,9 @@ class ForwardBackward:
     loss_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-@plain
+@verb("forward")
 @dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(Operation[ForwardResult]):
     """Compute the loss in evaluation mode, without gradients."""
 
     batch: BatchData
@@ -31,26 +73,26 @@ class Forward:
     return_logprobs: bool = False
 
 
-@plain
+@verb("optim_step")
 @dataclass(frozen=True, slots=True)
-class OptimStep:
+class OptimStep(Operation[OptimStepResult]):
     """Apply what is accumulated."""
 
     apply_dp_noise: bool = True
 
 
-@plain
+@verb("sample")
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Operation[SampleResult]):
     """Draw completions."""
 
     prompts: tuple[Prompt, ...]
     sampling: config.SamplingConfig
 
 
-@plain
+@verb("compute_logprobs")
 @dataclass(frozen=True, slots=True)
-class ComputeLogprobs:
+class ComputeLogprobs(Operation[LogprobsResult]):
     """Score the labels of a batch under the current or the reference weights."""
 
     batch: BatchData
@@ -58,9 +100,9 @@ class ComputeLogprobs:
     reference: bool = False
 
 
-@plain
+@verb("save_state", lasting=True)
 @dataclass(frozen=True, slots=True)
-class SaveState:
+class SaveState(Operation[SaveStateResult]):
     """Seal the client's state as an artifact; `position` says where a run stood in its data."""
 
     include_optimizer: bool = True
@@ -69,37 +111,24 @@ class SaveState:
     position: Mapping[str, Any] | None = None
 
 
-@plain
+@verb("void_privacy", lasting=True)
 @dataclass(frozen=True, slots=True)
-class VoidPrivacy:
+class VoidPrivacy(Operation[VoidPrivacyResult]):
     """Give the privacy guarantee up, for good; the reason is on record."""
 
     reason: str
 
 
-@plain
+@verb("freeze_reference")
 @dataclass(frozen=True, slots=True)
-class FreezeReference:
+class FreezeReference(Operation[FreezeReferenceResult]):
     """Keep a copy of the trained weights: the reference that later scores are compared with."""
 
 
-@plain
+@verb("load_state")
 @dataclass(frozen=True, slots=True)
-class LoadState:
+class LoadState(Operation[LoadStateResult]):
     """Take the state of an artifact, given by its id or its name; `for_run` refuses one that no such run saved."""
 
     artifact_id: str
     for_run: str | None = None
-
-
-Operation: TypeAlias = (
-    ForwardBackward
-    | Forward
-    | OptimStep
-    | Sample
-    | ComputeLogprobs
-    | FreezeReference
-    | SaveState
-    | LoadState
-    | VoidPrivacy
-)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from tensafe_nb.display import Facts
 from tensafe_nb.protocol.batch import Array
-from tensafe_nb.protocol.codec import plain
+from tensafe_nb.protocol.codec import tagged
 
 Message: TypeAlias = Mapping[str, Any]  # role and content, a text; content is None beside tool_calls
 Prompt: TypeAlias = (
@@ -52,7 +52,7 @@ class RunStatus(StrEnum):
         return self in (RunStatus.STOPPED, RunStatus.FINISHED, RunStatus.FAILED, RunStatus.INTERRUPTED)
 
 
-@plain
+@tagged("forward_backward_result")
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
     """What `forward_backward` found.
@@ -72,7 +72,7 @@ class ForwardBackwardResult:
     weight: float = 0.0
 
 
-@plain
+@tagged("forward_result")
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardResult:
     """What `forward` found; `logprobs` is (B, T), 0 where nothing is labelled, when asked for."""
@@ -84,7 +84,7 @@ class ForwardResult:
     weight: float = 0.0
 
 
-@plain
+@tagged("dp_metrics")
 @dataclass(frozen=True, slots=True)
 class DPMetrics:
     """What a private step spent. The norms and the count are for the operator: epsilon does not cover them.
@@ -108,7 +108,7 @@ class DPMetrics:
     num_clipped: int
 
 
-@plain
+@tagged("optim_step_result")
 @dataclass(frozen=True, slots=True)
 class OptimStepResult:
     """What `optim_step` did.
@@ -130,7 +130,7 @@ class OptimStepResult:
     dp_metrics: DPMetrics | None = None
 
 
-@plain
+@tagged("sampled_sequence")
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
     """One completion.
@@ -160,7 +160,7 @@ class SampledSequence:
     entropy: float | None = None
 
 
-@plain
+@tagged("sample_result")
 @dataclass(frozen=True, slots=True)
 class SampleResult:
     """What `sample` drew: `num_samples` sequences for the first prompt, then for the second, and so on."""
@@ -181,7 +181,7 @@ class SampleResult:
         return f"<SampleResult {len(self.sequences)} sequences, policy_version {self.policy_version}>"
 
 
-@plain
+@tagged("logprobs_result")
 @dataclass(frozen=True, slots=True, eq=False)
 class LogprobsResult:
     """Scores of a batch's labels; both arrays are (B, T) and 0 where nothing is labelled.
@@ -199,7 +199,7 @@ class LogprobsResult:
     values: Array | None = None
 
 
-@plain
+@tagged("freeze_reference_result")
 @dataclass(frozen=True, slots=True)
 class FreezeReferenceResult:
     """The reference is set: `reference_version` is the version of the weights it holds."""
@@ -207,7 +207,7 @@ class FreezeReferenceResult:
     reference_version: int
 
 
-@plain
+@tagged("void_privacy_result")
 @dataclass(frozen=True, slots=True)
 class VoidPrivacyResult:
     """The guarantee is given up: `total_epsilon` is infinite from now on."""
@@ -216,7 +216,7 @@ class VoidPrivacyResult:
     total_epsilon: float
 
 
-@plain
+@tagged("encryption")
 @dataclass(frozen=True, slots=True)
 class Encryption:
     """How an artifact is sealed, and the id of the key that opens it."""
@@ -225,7 +225,7 @@ class Encryption:
     key_id: str
 
 
-@plain
+@tagged("save_state_result")
 @dataclass(frozen=True, slots=True)
 class SaveStateResult:
     """What `save_state` wrote, and what `list_artifacts` finds.
@@ -262,7 +262,7 @@ class SaveStateResult:
     dropped_batches: int = 0
 
 
-@plain
+@tagged("load_state_result")
 @dataclass(frozen=True, slots=True)
 class LoadStateResult:
     """What `load_state` took.
@@ -282,7 +282,7 @@ class LoadStateResult:
     position: Mapping[str, Any] | None = None
 
 
-@plain
+@tagged("audit_log_entry")
 @dataclass(frozen=True, slots=True)
 class AuditLogEntry:
     """One record of the audit log: who did what when, chained to the record before it.
@@ -332,7 +332,7 @@ class AuditLogEntry:
     dp_metrics: Mapping[str, Any] | None = None
 
 
-@plain
+@tagged("audit_verification")
 @dataclass(frozen=True, slots=True)
 class AuditVerification:
     """What verifying an audit log showed.
@@ -369,7 +369,7 @@ Result: TypeAlias = (
 )
 
 
-@plain
+@tagged("training_client_info")
 @dataclass(frozen=True, slots=True)
 class TrainingClientInfo:
     """A training client as its core sees it at one moment; where and in what it computes once its model is loaded."""
@@ -386,7 +386,7 @@ class TrainingClientInfo:
     precision: str | None = None
 
 
-@plain
+@tagged("step_estimate")
 @dataclass(frozen=True, slots=True)
 class StepEstimate:
     """What one training step will take: forward and backward over its rows, and the optimiser step.
@@ -426,7 +426,7 @@ class StepEstimate:
     device: str
 
 
-@plain
+@tagged("run_result")
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """How a training run ended.

@@ -19,20 +19,15 @@ from tensafe_nb.events import (
     StateLoaded,
     is_being_written,
 )
-from tensafe_nb.protocol.codec import from_plain
+from tensafe_nb.protocol.codec import decode, tags_of
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.store import home
 
 logger = logging.getLogger(__name__)
 
-TOLD = (
-    '"RunState"',
-    '"RunStep"',
-    '"Metrics"',
-    '"CheckpointSaved"',
-    '"StateLoaded"',
-)  # the events a record is made of
+MADE_OF = (RunState, RunStep, Metrics, CheckpointSaved, StateLoaded)  # the events a record is made of
+TOLD = tuple(f'"{tag}"' for event in MADE_OF for tag in tags_of(event))  # as they appear in a line of the log
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -198,7 +193,7 @@ def _records(log: Path) -> list[RunRecord]:
         for line in lines:
             if not line.endswith("\n") or not any(name in line for name in TOLD):
                 continue
-            event = from_plain(json.loads(line))
+            event = decode(json.loads(line))
             before = step
             step = _step_after(event, step)
             match event:

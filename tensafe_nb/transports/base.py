@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.events import EventBus
@@ -18,19 +18,7 @@ from tensafe_nb.protocol.results import (
     TrainingClientInfo,
 )
 
-VERBS = frozenset(  # what an embedded core knows
-    {
-        "forward_backward",
-        "forward",
-        "optim_step",
-        "sample",
-        "compute_logprobs",
-        "freeze_reference",
-        "save_state",
-        "load_state",
-        "void_privacy",
-    }
-)
+R = TypeVar("R")
 
 
 class Channel(Protocol):
@@ -58,7 +46,7 @@ class Channel(Protocol):
     def context(self) -> int | None:
         """How many tokens the model reads at most; None without a limit, or before it is loaded."""
 
-    def submit(self, operation: Operation) -> FutureHandle[Any]:
+    def submit(self, operation: Operation[R]) -> FutureHandle[R]:
         """Queue an operation; returns at once."""
 
     def info(self) -> TrainingClientInfo:

@@ -14,7 +14,7 @@ from tensafe_nb.engine.models import adapter_folders
 from tensafe_nb.errors import ClientClosedError, DecryptionError, TGTinkerError
 from tensafe_nb.events import ArtifactDeleted, ClientCreated, Event, EventBus, Forked, StateLoaded
 from tensafe_nb.losses import resolve_loss
-from tensafe_nb.protocol.codec import to_plain
+from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification, SaveStateResult
 from tensafe_nb.store import home
 from tensafe_nb.store.vault import Vault
@@ -56,7 +56,7 @@ class EmbeddedTransport:
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
         config = config.replace(lora_config=adapter_folders.announced(config.model_ref, config.lora_config))
         training_client_id = f"tc-{uuid.uuid4().hex[:12]}"
-        created = ClientCreated(training_client_id=training_client_id, config=to_plain(config))
+        created = ClientCreated(training_client_id=training_client_id, config=encode(config))
         bus = EventBus(home.event_log(training_client_id))
         try:
             self._vault.keys.primary_id()  # one that cannot be had is an error of the call, not of the first operation

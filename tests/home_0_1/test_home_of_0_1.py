@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import cli
+from tensafe_nb.cli import main as cli
 from tests.home_0_1 import write
 
 HERE = Path(__file__).parent

@@ -368,7 +368,7 @@ def paused(tc: Any, run: Any) -> None:
 
 def keys() -> Any:
     from tensafe_nb.store import home
-    from tensafe_nb.store.keys import Keys
+    from tensafe_nb.store.keys.keyring import Keys
 
     return Keys(home.keys(), "file")
 

@@ -264,10 +264,10 @@ def test_a_log_that_becomes_unreadable_fails_the_replay_and_ends_its_panel(
 ) -> None:
     copy = tmp_path / "events.jsonl"
     lines = recorded.history.path.read_text().splitlines(keepends=True)
-    middle = next(n for n, line in enumerate(lines) if '"RunStep"' in line and n > len(lines) // 2)
+    middle = next(n for n, line in enumerate(lines) if '"run_step"' in line and n > len(lines) // 2)
     copy.write_text("".join([*lines[:middle], '{"$": "FromTheFuture"}\n', *lines[middle:]]))
     replay = tn.replay(copy, speed=AT_ONCE, show=False)
-    with pytest.raises(tn.ValidationError, match=r"cannot be read to its end: Unknown plain type"):
+    with pytest.raises(tn.ValidationError, match=r"cannot be read to its end: Unknown tag"):
         replay.result()
     assert replay.state == "INTERRUPTED"
 
@@ -308,7 +308,7 @@ def test_a_log_without_its_beginning_is_refused(recorded: tn.TrainingRun, tmp_pa
 
 def test_a_record_reads_as_its_log_says(recorded: tn.TrainingRun) -> None:
     record = tn.load_run(recorded.run_id)
-    assert json.loads(record.log.read_text().splitlines()[0])["$"] == "ClientCreated"
+    assert json.loads(record.log.read_text().splitlines()[0])["$"] == "client_created"
     assert record.curve == "loss"
     assert isinstance(record.history, RunHistory)
 

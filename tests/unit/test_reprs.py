@@ -17,7 +17,7 @@ from tensafe_nb import display as reprs
 from tensafe_nb.display import as_markdown
 from tensafe_nb.events import CheckpointSaved, EventBus, Metrics, RunHistory
 from tensafe_nb.protocol import results as types
-from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.rlvr.algorithms.packing import UpdateResult
 from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.scoring.scorer import FunctionReport, ScoreReport
@@ -150,7 +150,7 @@ def test_a_moment_is_shown_as_a_date() -> None:
 
 def test_data_stays_what_it_was() -> None:
     result = types.ForwardBackwardResult(2.3456789, 0.5, 6)
-    assert from_plain(json.loads(json.dumps(to_plain(result)))) == result
+    assert decode(json.loads(json.dumps(encode(result)))) == result
     assert pickle.loads(pickle.dumps(result)) == result
     assert not hasattr(result, "__dict__"), "it has slots"
 
@@ -160,7 +160,7 @@ def test_a_listing_is_a_list_and_shows_a_row_for_each() -> None:
     listing = reprs.Listing(items, reprs.fields_of)
     assert isinstance(listing, list) and listing == items
     assert type(listing[:1]) is list and type(sorted(listing, key=str)) is list
-    assert to_plain(listing) == to_plain(items)
+    assert encode(listing) == encode(items)
     copied = pickle.loads(pickle.dumps(listing))
     assert type(copied) is list and copied == items
     check_table(listing._repr_html_())

@@ -9,6 +9,7 @@ import pytest
 
 import tensafe_nb as tn
 from tensafe_nb.cli import main as cli
+from tensafe_nb.protocol.results import SaveStateResult
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -29,12 +30,12 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.fixture
-def saved(service: tn.ServiceClient, tc: tn.TrainingClient, batch: tn.BatchData) -> tn.types.SaveStateResult:
+def saved(service: tn.ServiceClient, tc: tn.TrainingClient, batch: tn.BatchData) -> SaveStateResult:
     tc.forward_backward(batch), tc.optim_step()
     return tc.save_state(name="first", metadata={"note": "hello ✓"}).result()
 
 
-def test_list_shows_what_there_is(run: Run, saved: tn.types.SaveStateResult) -> None:
+def test_list_shows_what_there_is(run: Run, saved: SaveStateResult) -> None:
     status, out, _ = run("artifacts", "list")
     assert status == 0
     assert re.search(rf"{saved.artifact_id} .* step +1 .* builtin:tiny .*first .*hello ✓", out)
@@ -46,7 +47,7 @@ def test_an_empty_home_says_how_to_fill_it(run: Run) -> None:
 
 
 def test_verify_reads_everything_and_a_flipped_byte_is_bad(
-    run: Run, saved: tn.types.SaveStateResult, tmp_path: Path
+    run: Run, saved: SaveStateResult, tmp_path: Path
 ) -> None:
     assert run("artifacts", "verify")[:2] == (0, f"ok   {saved.artifact_id}  {saved.content_hash}\n")
     (path,) = (tmp_path / "home" / "artifacts").rglob("*.tsnb")
@@ -60,7 +61,7 @@ def test_verify_reads_everything_and_a_flipped_byte_is_bad(
 
 @pytest.mark.parametrize("pulled", [False, True], ids=["by name", "a file"])
 def test_decrypt_writes_the_parts_in_the_clear(
-    run: Run, saved: tn.types.SaveStateResult, service: tn.ServiceClient, tmp_path: Path, pulled: bool
+    run: Run, saved: SaveStateResult, service: tn.ServiceClient, tmp_path: Path, pulled: bool
 ) -> None:
     from safetensors.numpy import load_file
 
@@ -91,13 +92,13 @@ def test_decrypt_explains_itself(run: Run) -> None:
     assert "id, name, or the path of a sealed file" in out and "TENSAFE_PASSPHRASE" in out
 
 
-def test_export_writes_a_peft_folder(run: Run, saved: tn.types.SaveStateResult, tmp_path: Path) -> None:
+def test_export_writes_a_peft_folder(run: Run, saved: SaveStateResult, tmp_path: Path) -> None:
     assert run("artifacts", "export", "first", "--to", "adapter")[0] == 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_without_the_key_nothing_opens_and_the_message_names_it(
-    run: Run, saved: tn.types.SaveStateResult, tmp_path: Path
+    run: Run, saved: SaveStateResult, tmp_path: Path
 ) -> None:
     (tmp_path / "home" / "keys" / "local-keys.json").unlink()
     assert "its key is not here" in run("artifacts", "list")[1]
@@ -107,7 +108,7 @@ def test_without_the_key_nothing_opens_and_the_message_names_it(
 
 
 def test_keys_are_listed_made_and_rotated(
-    run: Run, saved: tn.types.SaveStateResult, service: tn.ServiceClient
+    run: Run, saved: SaveStateResult, service: tn.ServiceClient
 ) -> None:
     old = saved.encryption.key_id
     assert re.search(rf"{old}  file .* seals new artifacts", run("keys", "list")[1])
@@ -122,7 +123,7 @@ def test_keys_are_listed_made_and_rotated(
 
 
 def test_the_audit_log_is_verified_against_anchors_and_checkpoints(
-    run: Run, saved: tn.types.SaveStateResult, service: tn.ServiceClient, tmp_path: Path
+    run: Run, saved: SaveStateResult, service: tn.ServiceClient, tmp_path: Path
 ) -> None:
     sealed = service.pull_artifact("first", to=tmp_path / "checkpoint.bin")
     head = service.verify_audit_log().head
@@ -140,7 +141,7 @@ def test_the_audit_log_is_verified_against_anchors_and_checkpoints(
     assert run("audit", "verify", "nowhere.jsonl")[0] == 1
 
 
-def test_a_path_that_cannot_be_used_is_one_message(run: Run, saved: tn.types.SaveStateResult) -> None:
+def test_a_path_that_cannot_be_used_is_one_message(run: Run, saved: SaveStateResult) -> None:
     for command in (
         ("artifacts", "decrypt", "first", "--to", "/proc/nowhere"),
         ("audit", "verify", "--artifact", "missing.bin"),

@@ -9,7 +9,7 @@ import numpy as np
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import MockTookPart
 from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
-from tensafe_nb.protocol.codec import plain
+from tensafe_nb.protocol.codec import tagged
 from tensafe_nb.protocol.results import ForwardBackwardResult, OptimStepResult
 from tensafe_nb.rlvr.rollouts.trajectories import MOCK, PolicyClient, Trajectory, TrajectoryBatch
 
@@ -51,7 +51,7 @@ class Move:
     furthest: float
 
 
-@plain
+@tagged("update_result")
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
     """What an update did. Means are over the tokens in the loss, of all its optimiser steps.

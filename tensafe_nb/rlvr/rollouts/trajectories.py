@@ -17,7 +17,7 @@ from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.protocol.batch import Array, BatchData
-from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     FreezeReferenceResult,
@@ -337,7 +337,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def _lines(batch: TrajectoryBatch) -> Iterator[str]:
-    yield json.dumps({"format": FORMAT, "sampling": to_plain(batch.sampling)})
+    yield json.dumps({"format": FORMAT, "sampling": encode(batch.sampling)})
     for group in batch.groups:
         yield _line(_record(group) | {"rollouts": [_record(trajectory) for trajectory in group.rollouts]})
 
@@ -349,20 +349,20 @@ def _record(item: RolloutGroup | Trajectory) -> dict[str, Any]:
 
 
 def _line(record: dict[str, Any]) -> str:
-    """Write a record as strict JSON: as it is, or where it holds what JSON does not know, by `to_plain`."""
+    """Write a record as strict JSON: as it is, or where it holds what JSON does not know, by `encode`."""
     with contextlib.suppress(TypeError, ValueError):
         text = json.dumps(record, allow_nan=False)
-        if '"$' not in text:  # could be taken for one of the marks of to_plain
+        if '"$' not in text:  # could be taken for one of the marks of encode
             return text
     for item in (record, *record["rollouts"]):
         item["meta"] = {name: _column(value) for name, value in item["meta"].items()}
-    return json.dumps(to_plain(record), allow_nan=False)
+    return json.dumps(encode(record), allow_nan=False)
 
 
 def _column(value: Any) -> Any:
     """Return a value that JSON can hold: itself, or its text."""
     try:
-        to_plain(value)
+        encode(value)
     except ValidationError:
         return str(value)
     return value
@@ -384,7 +384,7 @@ def _read(path: Path) -> TrajectoryBatch:
         raise ValidationError(
             f"{path} is no file of rollouts: line {number} does not fit ({error})."
         ) from error
-    return TrajectoryBatch(groups, from_plain(head["sampling"]))
+    return TrajectoryBatch(groups, decode(head["sampling"]))
 
 
 def _group(record: dict[str, Any]) -> RolloutGroup:
@@ -393,7 +393,7 @@ def _group(record: dict[str, Any]) -> RolloutGroup:
 
 
 def _revive(data: dict[str, Any]) -> Any:
-    """Undo `to_plain` for one JSON object; unlike `from_plain` it leaves lists lists."""
+    """Undo `encode` for one JSON object; unlike `decode` it leaves lists lists."""
     match data:
         case {"$float": text}:
             return float(text)

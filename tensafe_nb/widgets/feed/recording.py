@@ -22,7 +22,7 @@ from tensafe_nb.events import (
     StateLoaded,
     StatusChanged,
 )
-from tensafe_nb.protocol.codec import from_plain
+from tensafe_nb.protocol.codec import decode
 from tensafe_nb.protocol.results import ClientStatus, RunStatus, TrainingClientInfo
 from tensafe_nb.runs.record import RunRecord
 
@@ -188,7 +188,7 @@ def _beside(log: Path, event: Event) -> Event:
 
 def _config_of(record: RunRecord) -> TrainingConfig:
     created = next(RunHistory(record.log).events(), None)
-    config = from_plain(dict(created.config)) if isinstance(created, ClientCreated) else None
+    config = decode(dict(created.config)) if isinstance(created, ClientCreated) else None
     if not isinstance(config, TrainingConfig):
         raise ValidationError(
             f"{record.log} does not begin with what was trained: it is not the whole log of a training client."

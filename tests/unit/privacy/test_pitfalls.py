@@ -24,6 +24,7 @@ from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy import noise
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.protocol import results
 from tensafe_nb.protocol.batch import TICKET
 from tensafe_nb.store.vault import Vault
 from tests.close import assert_close
@@ -219,7 +220,7 @@ def test_13_what_is_shown_live_is_marked_as_outside_epsilon(home: Home) -> None:
     ledger.charge(step())
     statement = PrivacyStatement.of(ledger, tn.DPConfig(dataset_size=1000))
     assert any("operator's view" in text and "gradient norms" in text for text in statement.outside)
-    assert "epsilon does not cover them" in (tn.types.DPMetrics.__doc__ or "")
+    assert "epsilon does not cover them" in (results.DPMetrics.__doc__ or "")
     listed = home.log.entries(operation="dp_charge")[0].dp_metrics
     assert listed is not None, "the log may be handed on: it holds none of this"
     assert {listed[name] for name in ("grad_norm_before_clip", "grad_norm_after_clip", "num_clipped")} == {

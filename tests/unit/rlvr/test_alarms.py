@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tensafe_nb.config import SamplingConfig
-from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.rlvr import RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.watch.alarms import Alarms
 from tensafe_nb.rlvr.watch.metrics import Goal
@@ -281,7 +281,7 @@ def test_the_memory_survives_a_checkpoint_and_what_goes_on_is_announced_anew():
     steps = [({"entropy": 0.2}, batch_of(MIXED))] * 5 + [({"entropy": 0.2}, batch_of(BAD))] * 19
     whole, first, second = Alarms(), Alarms(), Alarms()
     watch(steps[:20], first)
-    second.load_state_dict(from_plain(json.loads(json.dumps(to_plain(first.state_dict()), allow_nan=False))))
+    second.load_state_dict(decode(json.loads(json.dumps(encode(first.state_dict()), allow_nan=False))))
     assert watch(steps[20:] + steps[5:15], second)
     watch(steps + steps[5:15], whole)
     assert second.memory == whole.memory
@@ -291,7 +291,7 @@ def test_the_memory_survives_a_checkpoint_and_what_goes_on_is_announced_anew():
 
 def test_an_alarm_is_an_event_that_can_be_logged():
     event = only({"policy/approx_kl": 0.5}, batch_of(MIXED))
-    assert from_plain(json.loads(json.dumps(to_plain(event), allow_nan=False))) == event
+    assert decode(json.loads(json.dumps(encode(event), allow_nan=False))) == event
 
 
 # whole runs, shaped like the published logs that the thresholds come from (one group per step)
@@ -421,7 +421,7 @@ def test_the_tens_survive_a_checkpoint_and_another_reward_begins_anew():
     for step in range(1, 16):
         before.observe("tc-1/1", step, {**HEALTHY, "reward": 0.9}, batch)
     after = Alarms()
-    after.load_state_dict(from_plain(json.loads(json.dumps(to_plain(before.state_dict())))))
+    after.load_state_dict(decode(json.loads(json.dumps(encode(before.state_dict())))))
     told = [
         a.name for s in range(16, 61) for a in after.observe("tc-1/1", s, {**HEALTHY, "reward": 0.1}, batch)
     ]

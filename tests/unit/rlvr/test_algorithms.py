@@ -10,7 +10,7 @@ import pytest
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import FutureFailedError, QueueFullError, ValidationError
 from tensafe_nb.futures import Promise, combine, completed
-from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.results import ForwardBackwardResult, LogprobsResult, OptimStepResult
 from tensafe_nb.rlvr import (
     REINFORCE,
@@ -155,7 +155,7 @@ def test_an_update_queues_one_gradient_and_one_step_and_returns_their_results_as
         },
     )
     assert handle.approx_kl == 0.0  # lent, as in the guide
-    assert from_plain(to_plain(result)) == result
+    assert decode(encode(result)) == result
 
 
 def test_the_update_fills_in_every_trajectorys_advantage():

@@ -12,7 +12,7 @@ from tensafe_nb import datasets
 from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.errors import NonFiniteLossError, RewardError, ValidationError
 from tensafe_nb.events import Alarm, ArtifactDeleted, CheckpointSaved, Metrics, Rollouts, RunState
-from tensafe_nb.protocol.codec import from_plain, to_plain
+from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.rlvr import (
     PPO,
     REINFORCE,
@@ -252,7 +252,7 @@ def test_a_checkpoint_knows_which_reward_its_baseline_is_of(client):
     position = trainer.position()
     for reward, updates in ((checksum, 3), (broken_off, 1)):
         again = RLVRTrainer(client, SUMS, reward, REINFORCE("reinforce"), **SMALL)
-        again.seek(from_plain(to_plain(position)))
+        again.seek(decode(encode(position)))
         again.run(steps=1, show=False).result(60)
         assert again.algo.ema.updates == updates
     old = {name: value for name, value in position.items() if name != "scored_by"}  # as 0.1 wrote it
