@@ -12,7 +12,9 @@ import tensafe_nb as tn
 from bench import workload
 from bench.harness import LARGER, Row, Taken, Target, fresh_process, paired
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.events import Event, EventBus, Metrics, RunHistory
+from tensafe_nb.core.bus import EventBus
+from tensafe_nb.events import Event, Metrics
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import TrainingClientInfo
 from tensafe_nb.widgets.feed.feed import Feed
 from tensafe_nb.widgets.feed.flusher import View

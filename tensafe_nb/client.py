@@ -13,9 +13,10 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, encode_rows, padding_of
 from tensafe_nb.data.poisson import PoissonDraws, sample_rate_of, units_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
-from tensafe_nb.events import Event, RunHistory, Subscriptions
+from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle, Outstanding
-from tensafe_nb.history.stream import stream
+from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.stream import Subscriptions, stream
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
@@ -63,7 +64,7 @@ class TrainingClient(Verbs):
         self._channel, self._fork, self._transport = channel, fork, transport
         self._runs: list[TrainingRun] = []
         self._outstanding = Outstanding()
-        self._subscriptions = Subscriptions(channel.bus)
+        self._subscriptions = Subscriptions(channel.bus.subscribe)
         weakref.finalize(self, channel.abandon).atexit = False  # there, the transport closes what is left
 
     @checked

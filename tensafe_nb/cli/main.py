@@ -11,7 +11,8 @@ from typing import Any
 
 from tensafe_nb.cli.store import add_commands
 from tensafe_nb.errors import TGTinkerError, ValidationError
-from tensafe_nb.events import Metrics, RunHistory, RunState, RunStep
+from tensafe_nb.events import Metrics, RunState, RunStep
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import RunResult, RunStatus
 from tensafe_nb.recipes.recipe import load_config
 from tensafe_nb.service import ServiceClient

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.auditor import Auditor
+from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.executor import Performer
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, Lane
@@ -31,7 +32,6 @@ from tensafe_nb.errors import (
 )
 from tensafe_nb.events import (
     Event,
-    EventBus,
     OperationCancelled,
     OperationFailed,
     OperationFinished,

@@ -9,8 +9,9 @@ import numpy as np
 
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import ArtifactDeleted, CheckpointSaved, RunHistory
+from tensafe_nb.events import ArtifactDeleted, CheckpointSaved
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import SaveStateResult
 
 SMALLER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl"}  # as a word of a metric's name

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.events import Event, RunHistory
+from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.results import LoadStateResult, SaveStateResult
 

@@ -9,16 +9,9 @@ from typing import Any
 from tensafe_nb.checks import checked
 from tensafe_nb.display import Facts, Listing, table, visible
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
-from tensafe_nb.events import (
-    CheckpointSaved,
-    Event,
-    Metrics,
-    RunHistory,
-    RunState,
-    RunStep,
-    StateLoaded,
-    is_being_written,
-)
+from tensafe_nb.events import CheckpointSaved, Event, Metrics, RunState, RunStep, StateLoaded
+from tensafe_nb.history.log import RunHistory
+from tensafe_nb.locks import is_being_written
 from tensafe_nb.protocol.codec import decode, tags_of
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.registry import load_dotted

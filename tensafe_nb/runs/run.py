@@ -24,8 +24,9 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.events import RunHistory, RunState, RunStep
+from tensafe_nb.events import RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 from tensafe_nb.registry import load_dotted
 from tensafe_nb.runs.checkpoints import Checkpoints, checkpoint_of

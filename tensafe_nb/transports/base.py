@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.events import EventBus
+from tensafe_nb.core.bus import EventBus
 from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core import checkpoints, export
+from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.ledger import TenantLedger
 from tensafe_nb.core.worker import Origin, Worker
 from tensafe_nb.engine.models import adapter_folders
 from tensafe_nb.errors import ClientClosedError, DecryptionError, TGTinkerError
-from tensafe_nb.events import ArtifactDeleted, ClientCreated, Event, EventBus, Forked, StateLoaded
+from tensafe_nb.events import ArtifactDeleted, ClientCreated, Event, Forked, StateLoaded
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification, SaveStateResult

@@ -12,8 +12,9 @@ from tensafe_nb import widgets
 from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
-from tensafe_nb.events import Event, RunHistory
+from tensafe_nb.events import Event
 from tensafe_nb.futures import Promise
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.runs.record import RunRecord, load_run, read_log
 from tensafe_nb.widgets.feed.recording import Recording

@@ -8,17 +8,12 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.core.bus import EventBus
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import (
-    Event,
-    EventBus,
-    Metrics,
-    OperationStarted,
-    Progress,
-    RunHistory,
-    Subscriptions,
-    is_being_written,
-)
+from tensafe_nb.events import Event, Metrics, OperationStarted, Progress
+from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.stream import Subscriptions
+from tensafe_nb.locks import is_being_written
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb.events import RunHistory, RunStep
+from tensafe_nb.events import RunStep
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.store import home
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets import replay as replays

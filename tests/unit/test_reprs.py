@@ -14,8 +14,10 @@ import pytest
 
 import tensafe_nb as tn
 from tensafe_nb import display as reprs
+from tensafe_nb.core.bus import EventBus
 from tensafe_nb.display import as_markdown
-from tensafe_nb.events import CheckpointSaved, EventBus, Metrics, RunHistory
+from tensafe_nb.events import CheckpointSaved, Metrics
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol import results as types
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.rlvr.algorithms.packing import UpdateResult

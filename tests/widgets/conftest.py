@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
+from tensafe_nb.core.bus import EventBus
 from tensafe_nb.events import (
     ArtifactDeleted,
     CheckpointSaved,
     Event,
-    EventBus,
     Metrics,
     RunState,
     RunStep,

@@ -14,9 +14,9 @@ from tensafe_nb.events import (
     MockTookPart,
     PrivacySpent,
     Rollouts,
-    RunHistory,
     StateLoaded,
 )
+from tensafe_nb.history.log import RunHistory
 
 Part = Literal["marks", "alarms", "privacy", "rows", "rollouts"]
 KINDS = (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tensafe_nb.events import TIMED
+from tensafe_nb.history.log import TIMED
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.widgets.feed.feed import Feed
 

@@ -19,11 +19,11 @@ from tensafe_nb.events import (
     OperationFinished,
     OperationStarted,
     Progress,
-    RunHistory,
     RunState,
     RunStep,
     StatusChanged,
 )
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import ClientStatus, RunStatus, TrainingClientInfo
 from tensafe_nb.runs.record import RunRecord
 from tensafe_nb.runs.run import TrainingRun

@@ -16,12 +16,12 @@ from tensafe_nb.events import (
     OperationFinished,
     OperationQueued,
     Rollouts,
-    RunHistory,
     RunState,
     RunStep,
     StateLoaded,
     StatusChanged,
 )
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.codec import decode
 from tensafe_nb.protocol.results import ClientStatus, RunStatus, TrainingClientInfo
 from tensafe_nb.runs.record import RunRecord

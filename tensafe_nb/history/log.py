@@ -1,0 +1,129 @@
+"""The event log of a training client: every event on disk, every metric as a curve."""
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tensafe_nb.checks import checked
+from tensafe_nb.display import Facts, shown
+from tensafe_nb.events import Alarm, Event, Metrics
+from tensafe_nb.protocol.batch import Array
+from tensafe_nb.protocol.codec import decode, tags_of
+
+TIMED = "tokens"  # the curve whose points keep their moments as well, so that a rate can be told
+
+
+@shown
+class RunHistory:
+    """The history of a training client: every metric as a curve, every event on disk.
+
+    Curves are held as columns; events are read from the log when asked for, so memory does not grow with them.
+
+    Args:
+        path: The log, one event per line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._steps: dict[str, array[int]] = {}
+        self._values: dict[str, array[float]] = {}
+        self._measured: dict[str, int] = {}
+        self._clock, self._began = (array("q"), array("d")), 0.0
+        self._timed = array("d")
+        self.last_seq = 0
+
+    @classmethod
+    def load(cls, path: Path) -> "RunHistory":
+        """Read a log that another process wrote, or this one; a torn last line is ignored."""
+        history = cls(path)
+        for event in history.events():
+            history.add(event)
+        return history
+
+    def __getitem__(self, name: str) -> Array:
+        """Values of a metric, in order of time."""
+        return self.series(name)[1]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}: {len(self._values[name])}" for name in self.names)
+        return f"<RunHistory {self.last_seq} events; {sizes or 'no metrics yet'}>"
+
+    def _facts(self) -> Facts:
+        curves = {
+            name: f"{len(values)} values, {values[0]:.4g} → {values[-1]:.4g}"
+            for name, values in sorted(self._values.items())
+        }
+        return {"events": self.last_seq} | curves
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.names
+
+    @property
+    def names(self) -> list[str]:
+        """The metrics there are."""
+        return sorted(self._values)
+
+    @checked
+    def series(self, name: str, start: int = 0) -> tuple[Array, Array]:
+        """Return (steps, values) of a metric, from point number `start` on; empty when it was never measured."""
+        return _columns(self._steps.get(name, array("q")), self._values.get(name, array("d")), start)
+
+    def clock(self, start: int = 0) -> tuple[Array, Array]:
+        """Return (steps, seconds since the first) of everything that was measured, from entry number `start` on."""
+        return _columns(*self._clock, start)
+
+    def moments(self, start: int = 0) -> Array:
+        """Return when each point of the curve "tokens" was measured, in Unix seconds."""
+        return np.array(self._timed[start:], dtype=np.float64)
+
+    def last(self, after: int = 0) -> dict[str, float]:
+        """Return the latest value of every metric measured since event number `after`."""
+        return {name: self._values[name][-1] for name in self.names if self._measured[name] > after}
+
+    def events(self, after: int = 0, kinds: Sequence[type[Event]] = ()) -> Iterator[Event]:
+        """Iterate over the recorded events with a number above `after`: all, or those of some kinds, which is quick."""
+        if not self.path.exists():
+            return
+        wanted = [f'"$": "{tag}"' for kind in kinds for tag in tags_of(kind)]
+        with self.path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if not line.endswith("\n"):
+                    return
+                if wanted and not any(name in line for name in wanted):
+                    continue
+                event = decode(json.loads(line))
+                if event.seq > after:
+                    yield event
+
+    @property
+    def alarms(self) -> "list[Alarm]":
+        """The alarms so far, oldest first: what went wrong, why, and what helps."""
+        return [event for event in self.events(kinds=(Alarm,)) if isinstance(event, Alarm)]
+
+    def add(self, event: Event) -> None:
+        self.last_seq = event.seq
+        if isinstance(event, Metrics):
+            self._clock[0].append(event.step)
+            self._began = self._began or event.time
+            self._clock[1].append(event.time - self._began)
+            if TIMED in event.values:
+                self._timed.append(event.time)
+            for name, value in event.values.items():
+                self._steps.setdefault(name, array("q")).append(event.step)
+                self._values.setdefault(name, array("d")).append(value)
+                self._measured[name] = event.seq
+
+
+def _columns(steps: "array[int]", values: "array[float]", start: int) -> tuple[Array, Array]:
+    """Copy the columns, which grow on another thread: as far as both reach."""
+    count = min(len(values), len(steps))
+    return (
+        np.array(steps[start:count], dtype=np.int64),
+        np.array(values[start:count], dtype=np.float64),
+    )
