@@ -13,7 +13,7 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, completed
 from tensafe_nb.protocol.results import SampledSequence, SampleResult
 from tensafe_nb.rlvr import MockRolloutSampler, PolicySampler, RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.rollouts.samplers import PromptItem
+from tensafe_nb.rlvr.rollouts.prompts import PromptItem
 
 
 def batch_of(*groups, tokens=2, **fields):

@@ -24,7 +24,7 @@ from tensafe_nb.rlvr import (
     TrajectoryBatch,
     resolve_reward,
 )
-from tensafe_nb.rlvr.rollouts.samplers import PromptCursor
+from tensafe_nb.rlvr.rollouts.prompts import PromptCursor
 from tensafe_nb.service import ServiceClient
 
 CONFIG = TrainingConfig(
