@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar
 
 from tensafe_nb.checks import checked
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.data import Batches, OnBadRows, Rows, batches, encode_rows, padding_of
-from tensafe_nb.data.poisson import PoissonDraws, sample_rate_of, units_of
+from tensafe_nb.data import Batches, OnBadRows, Rows, batches
+from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle, Outstanding
@@ -169,28 +169,20 @@ class TrainingClient(Verbs):
             ...     tc.forward_backward(draw), tc.optim_step()
         """
         sample_rate = sample_rate_of(self.config)
-        encoded = encode_rows(
+        assert self.config.dp_config is not None  # else it was refused
+        return poisson_draws(
+            sample_rate,
             examples,
             self.tokenizer,
+            context=self.context,
+            declared=self.config.dp_config.dataset_size,
+            client_id=self.training_client_id,
+            enter=self._channel.enter_draw,
+            steps=steps,
+            unit_ids=unit_ids,
             max_length=max_length,
             truncate=truncate,
             on_bad_rows=on_bad_rows,
-            context=self.context,
-        )
-        if encoded.skipped and unit_ids is not None:
-            unit_ids = encoded.kept(unit_ids, "dp_batches: unit_ids")
-        dp = self.config.dp_config
-        count = len(encoded.examples)
-        units = units_of(count, encoded.group, unit_ids, dp.dataset_size if dp is not None else None)
-        return PoissonDraws(
-            encoded.examples,
-            units,
-            sample_rate,
-            unit="user" if unit_ids is not None else "example",
-            steps=max(1, round(1 / sample_rate)) if steps is None else steps,
-            pad_token_id=padding_of(self.tokenizer),
-            client_id=self.training_client_id,
-            enter=self._channel.enter_draw,
         )
 
     @checked
