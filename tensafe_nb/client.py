@@ -20,7 +20,7 @@ from tensafe_nb.history.stream import Subscriptions, stream
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
-from tensafe_nb.privacy.what_if import WhatIf, what_if
+from tensafe_nb.privacy.what_if import WhatIf, what_if_of
 from tensafe_nb.protocol.operations import VERBS, Operation
 from tensafe_nb.protocol.results import (
     ClientStatus,
@@ -258,24 +258,14 @@ class TrainingClient(Verbs):
         Raises:
             ValidationError: No N, or arguments that do not go together.
         """
-        dp = self.config.dp_config
-        declared = dp.dataset_size if dp is not None else None
-        size = declared if dataset_size is None else dataset_size
-        units = self.config.expected_units if expected_batch_size is None else expected_batch_size
-        if size is None:
-            raise ValidationError("what_if() needs dataset_size, the number of privacy units.")
-        if noise_multiplier is None and target_epsilon is None:
-            noise_multiplier = dp.noise_multiplier if dp is not None else 1.0
-        return what_if(
-            dataset_size=size,
-            expected_batch_size=units,
-            steps=steps,
-            epochs=1 if steps is None and epochs is None else epochs,
+        return what_if_of(
+            self.config,
             noise_multiplier=noise_multiplier,
             target_epsilon=target_epsilon,
-            delta=1e-5 if dp is None else dp.target_delta,
-            accountant_type="rdp" if dp is None else dp.accountant_type,
-            sampling="poisson" if dp is None else dp.sampling,
+            steps=steps,
+            epochs=epochs,
+            expected_batch_size=expected_batch_size,
+            dataset_size=dataset_size,
             parameters=self._channel.trained_parameters or None,
         )
 
