@@ -122,10 +122,7 @@ class Worker:
         self._changing = threading.RLock()
         self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
         self._submitting = threading.RLock()
-        # Not only in the thread: transformers puts another module in its own place when it has been imported, and
-        # who imports it meanwhile, as `datasets` does, would be left with the first, which has nothing in it.
-        import transformers  # noqa: F401
-
+        models.import_transformers()  # on the caller's thread
         self._thread = threading.Thread(
             target=self._main, name=f"tsnb-worker-{training_client_id}", daemon=True
         )
@@ -223,7 +220,7 @@ class Worker:
             self.reason,
             self._guarantee.metrics,
             None if model is None else model.device.type,
-            None if model is None else str(model.compute_dtype).removeprefix("torch."),
+            None if model is None else model.precision,
         )
 
     @property

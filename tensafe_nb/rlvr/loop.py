@@ -10,13 +10,15 @@ import numpy as np
 from tensafe_nb.errors import NonFiniteLossError, RewardError
 from tensafe_nb.events import Alarm, Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
-from tensafe_nb.rlvr.algorithms.packing import UpdateResult
 from tensafe_nb.rlvr.algorithms.policy_gradient import Algorithm
+from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.policy import PolicyClient
 from tensafe_nb.rlvr.rewards.conventions import TrainerState
 from tensafe_nb.rlvr.rewards.reward import Reward
-from tensafe_nb.rlvr.rollouts.samplers import PolicySampler, PromptCursor
+from tensafe_nb.rlvr.rollouts.prompts import PromptCursor
+from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
-from tensafe_nb.rlvr.rollouts.trajectories import PolicyClient, TrajectoryBatch
+from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, check_scored
 from tensafe_nb.rlvr.watch.alarms import Alarms, alarm_of
 from tensafe_nb.rlvr.watch.evaluation import HeldOut
