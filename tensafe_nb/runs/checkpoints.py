@@ -17,14 +17,14 @@ SMALLER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl"}  # as a word
 
 
 class Known(NamedTuple):
-    """How good a checkpoint is, and the version of the reward that says so, if one does."""
+    """The score of a checkpoint, and the version of the reward that gave it, if one did."""
 
     score: float
     reward: float | None
 
 
 class Checkpoints:
-    """When a run saves by itself, and what it may delete again. Checkpoints a user asked for are never deleted.
+    """The rules by which a run saves by itself, and deletes again. Checkpoints a user asked for are never deleted.
 
     Args:
         every: Steps between checkpoints; None saves none.

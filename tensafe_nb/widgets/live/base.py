@@ -68,7 +68,7 @@ class LiveWidget(anywidget.AnyWidget):
             raise TypeError(f"{type(self).__name__} shows a training client or a run: give it one.")
         self.feeds = [feed_of(source) for source in sources]
         self.feed = self.feeds[0]
-        title = f"{self.feed.client.training_client_id} · {self.feed.description}"
+        title = f"{self.feed.client_id} · {self.feed.description}"
         super().__init__(title=title, **traits)
         self._greeted = False
         self._told: dict[str, Any] = {}
