@@ -137,7 +137,7 @@ class RunSoFar:
 
     @property
     def steps_done_if_killed(self) -> int:
-        """Steps of its plan that were taken if its process died: without rewards an optimiser step is a step, told or not."""
+        """Steps of its plan if its process died: without rewards each optimiser step was one, told or not."""
         return self.steps_done if self.rewarded else self.steps_done + self.step - self.done_at
 
     def elapsed(self, now: float) -> float | None:
