@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.checks import checked
-from tensafe_nb.display import Facts, Listing, table, visible
+from tensafe_nb.display import Facts, Listing, table, visible, widgets
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
 from tensafe_nb.events import CheckpointSaved, Event, Metrics, RunState, RunStep, StateLoaded
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.locks import is_being_written
 from tensafe_nb.protocol.codec import decode, tags_of
 from tensafe_nb.protocol.results import RunStatus
-from tensafe_nb.registry import load_dotted
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +73,12 @@ class RunRecord:
     def _repr_mimebundle_(self, **_: Any) -> Any:
         if not self.state.ended:
             return {"text/plain": repr(self), "text/html": table(f"run {self.run_id}", _row(self))}
-        return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+        return widgets().mimebundle(self)
 
 
 def list_runs() -> list[RunRecord]:
     """Return every run recorded in the home folder, oldest first: a list, which a notebook shows as a table."""
-    records = [record for log in sorted(home.runs().glob("*/events.jsonl")) for record in _readable(log)]
+    records = [record for log in Home.of_environment().event_logs() for record in _readable(log)]
     return Listing(sorted(records, key=lambda record: record.started_at), _row)
 
 
@@ -107,7 +106,7 @@ def load_run(run_id: str) -> RunRecord:
         if record.run_id == run_id:
             return record
     raise RunNotFoundError(
-        f"There is no run {run_id!r} under {home.runs()}. list_runs() shows all there are."
+        f"There is no run {run_id!r} under {Home.of_environment().runs()}. list_runs() shows all there are."
     )
 
 
@@ -134,7 +133,7 @@ def _readable(log: Path) -> list[RunRecord]:
 
 
 def _log_of(run_id: str) -> Path:
-    return home.event_log(run_id.partition("/")[0])
+    return Home.of_environment().event_log(run_id.partition("/")[0])
 
 
 @dataclass(slots=True)
