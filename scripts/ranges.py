@@ -38,9 +38,8 @@ PART = (
     "tests/parity",
     "tests/unit/engine",
     "tests/unit/losses",
-    "tests/unit/rlvr/test_engine_properties.py",
-    "tests/unit/rlvr/test_math_reward.py",
-    "tests/unit/rlvr/test_ppo.py",
+    "tests/unit/rlvr/algorithms",
+    "tests/unit/rlvr/rewards/builtin/test_math.py",
 )
 MARKS = "not soak and not browser and not alone"
 FLOOR = re.compile(r"([A-Za-z0-9._-]+)(\[[^\]]*\])?>=([0-9][0-9.]*)$")

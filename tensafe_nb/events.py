@@ -246,7 +246,14 @@ class PrivacySpent(Event):
     void: str | None = None
 
 
-REPORTED = (Metrics, RunState, RunStep, Rollouts, Alarm, MockTookPart)  # what runs and producers of rollouts tell
+REPORTED = (
+    Metrics,
+    RunState,
+    RunStep,
+    Rollouts,
+    Alarm,
+    MockTookPart,
+)  # what runs and producers of rollouts tell
 
 
 def check_reported(event: object) -> None:

@@ -305,9 +305,7 @@ def _adopt(transport: Transport, clients: Clients, channel: Channel) -> Training
     return client
 
 
-def _fork(
-    transport: Transport, clients: Clients, config: TrainingConfig, source: Source
-) -> TrainingClient:
+def _fork(transport: Transport, clients: Clients, config: TrainingConfig, source: Source) -> TrainingClient:
     return _adopt(transport, clients, transport.create(config, source))
 
 

@@ -16,7 +16,7 @@ from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import RunResult, RunStatus
 from tensafe_nb.recipes.recipe import load_config
 from tensafe_nb.service import ServiceClient
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 
 QUICKSTART = "01_quickstart.ipynb"
 
@@ -102,7 +102,7 @@ def _print_end(result: RunResult) -> None:
     print(f"run {result.run_id} {result.state} after {result.steps} steps")
     for name, value in sorted(result.metrics.items()):
         print(f"  {name:24} {value:.6g}")
-    log = home.event_log(result.run_id.partition("/")[0])
+    log = Home.of_environment().event_log(result.run_id.partition("/")[0])
     print(f"its history: tensafe_nb.load_run({result.run_id!r}).history, kept in {log}")
 
 
@@ -133,7 +133,7 @@ def _demo(chosen: argparse.Namespace) -> int:
 async def _execute(client: Any) -> None:
     from nbclient.exceptions import CellExecutionError
 
-    watcher = asyncio.create_task(_show_progress(set(home.runs().glob("*/events.jsonl"))))
+    watcher = asyncio.create_task(_show_progress(set(Home.of_environment().event_logs())))
     try:
         await client.async_execute()
     except CellExecutionError as error:
@@ -147,7 +147,7 @@ async def _show_progress(old: set[Path]) -> None:
     seen: dict[Path, int] = {}
     values: dict[str, float] = {}
     while True:
-        for log in sorted(set(home.runs().glob("*/events.jsonl")) - old):
+        for log in sorted(set(Home.of_environment().event_logs()) - old):
             for event in RunHistory(log).events(after=seen.get(log, 0)):
                 seen[log] = event.seq
                 _report(event, values)

@@ -90,9 +90,10 @@ def _verb(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentPar
 
 
 def _vault(chosen: argparse.Namespace) -> Any:
+    from tensafe_nb.store.home import Home
     from tensafe_nb.store.vault import Vault
 
-    return Vault(chosen.keys)
+    return Vault(Home.of_environment(), chosen.keys)
 
 
 def _list(chosen: argparse.Namespace) -> int:
@@ -180,7 +181,7 @@ def _export(chosen: argparse.Namespace) -> int:
 
 
 def _list_keys(chosen: argparse.Namespace) -> int:
-    from tensafe_nb.store import home
+    from tensafe_nb.store.home import Home
 
     infos = _vault(chosen).keys.infos()
     for info in infos:
@@ -188,7 +189,7 @@ def _list_keys(chosen: argparse.Namespace) -> int:
         role = "seals new artifacts" if info.primary else "retired" if info.retired else "opens"
         print(f"{info.key_id}  {info.source}  made {made}  {role}")
     print(
-        f"The key file is kept in {home.keys()}."
+        f"The key file is kept in {Home.of_environment().keys()}."
         if infos
         else "There are no keys yet: the first save makes one."
     )

@@ -92,7 +92,8 @@ class Origin:
         saved = relative.promise_of(source.future_id) if relative is not None else None
         if saved is None:
             raise ValidationError(
-                f"The source {source.future_id!r} of {source.parent!r} is not here any more: name the artifact it saved."
+                f"The source {source.future_id!r} of {source.parent!r} is not here any more: name the artifact that it "
+                f"saved."
             )
         return cls(source, relative, saved)
 
@@ -150,7 +151,9 @@ class Worker:
         self._running: Job | None = None
         self._promises: weakref.WeakValueDictionary[str, Promise[Any]] = weakref.WeakValueDictionary()
         self._closing = False
-        self._holders = [training_client_id]  # an entry for each client at the other end: appending, popping are atomic
+        self._holders = [
+            training_client_id
+        ]  # an entry for each client at the other end: appending, popping are atomic
         self._default_loss = default_loss
         self._vault = vault
         private = config.dp_config is not None and config.dp_config.enabled
@@ -162,10 +165,7 @@ class Worker:
         self._changing = threading.RLock()
         self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
         self._submitting = threading.RLock()
-        # Not only in the thread: transformers puts another module in its own place when it has been imported, and
-        # who imports it meanwhile, as `datasets` does, would be left with the first, which has nothing in it.
-        import transformers  # noqa: F401
-
+        models.import_transformers()  # on the caller's thread
         self._thread = threading.Thread(
             target=self._main, name=f"tsnb-worker-{training_client_id}", daemon=True
         )
@@ -446,7 +446,7 @@ class Worker:
             self._tokenizer = engine.model.tokenizer
             self._model = {
                 "device": engine.model.device.type,
-                "precision": str(engine.model.compute_dtype).removeprefix("torch."),
+                "precision": engine.model.precision,
                 "context": engine.model.context,
                 "trained_parameters": sum(parameter.numel() for parameter in engine.parameters),
             }
@@ -516,7 +516,9 @@ class Worker:
             return False
         with self._changing:
             jobs = [*([self._running] if self._running is not None else []), *self._lane.pending()]
-            if self._holders or any(job.is_wanted for job in jobs):  # what comes before a wanted one is wanted, too
+            if self._holders or any(
+                job.is_wanted for job in jobs
+            ):  # what comes before a wanted one is wanted, too
                 return False
             self._closing = True
         return True

@@ -9,7 +9,7 @@ import numpy as np
 
 from tensafe_nb.checks import checked
 from tensafe_nb.display import Facts, shown
-from tensafe_nb.events import Alarm, Event, Metrics
+from tensafe_nb.events import Alarm, Event, Metrics, Rollouts
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, tags_of
 
@@ -100,6 +100,11 @@ class RunHistory:
                 event = decode(json.loads(line))
                 if event.seq > after:
                     yield event
+
+    def rollouts_file(self, event: Rollouts) -> Path:
+        """Return where the texts of a step lie: beside the log, wherever it was moved to, and nowhere else."""
+        number = Path(event.run_id.rpartition("/")[2]).name
+        return self.path.parent / "rollouts" / number / Path(event.path).name
 
     @property
     def alarms(self) -> "list[Alarm]":

@@ -5,18 +5,13 @@ The way of a step: `rollouts` (sample) → `rewards` (score) → `advantages` �
 """
 
 from tensafe_nb.rlvr.algorithms.advantages import get_registered_advantages, register_advantage
-from tensafe_nb.rlvr.algorithms.options import (
-    PPOConfig,
-    REINFORCEConfig,
-    ValueOptions,
-    get_presets,
-    register_preset,
-)
-from tensafe_nb.rlvr.algorithms.packing import UpdateResult
+from tensafe_nb.rlvr.algorithms.options import PPOConfig, REINFORCEConfig, ValueOptions
 from tensafe_nb.rlvr.algorithms.policy_gradient import PPO, REINFORCE
+from tensafe_nb.rlvr.algorithms.presets import get_presets, register_preset
+from tensafe_nb.rlvr.algorithms.result import UpdateResult
 from tensafe_nb.rlvr.rewards.composite import Part
 from tensafe_nb.rlvr.rewards.reward import Reward, get_registered_rewards, register_reward, resolve_reward
-from tensafe_nb.rlvr.rollouts.gym import gym_prompts
+from tensafe_nb.rlvr.rollouts.prompts import gym_prompts
 from tensafe_nb.rlvr.rollouts.samplers import MockRolloutSampler, PolicySampler
 from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, rescore

@@ -10,13 +10,15 @@ import numpy as np
 from tensafe_nb.errors import NonFiniteLossError, RewardError
 from tensafe_nb.events import Alarm, Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
-from tensafe_nb.rlvr.algorithms.packing import UpdateResult
 from tensafe_nb.rlvr.algorithms.policy_gradient import Algorithm
+from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.policy import PolicyClient
 from tensafe_nb.rlvr.rewards.conventions import TrainerState
 from tensafe_nb.rlvr.rewards.reward import Reward
-from tensafe_nb.rlvr.rollouts.samplers import PolicySampler, PromptCursor
+from tensafe_nb.rlvr.rollouts.prompts import PromptCursor
+from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
-from tensafe_nb.rlvr.rollouts.trajectories import PolicyClient, TrajectoryBatch
+from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, check_scored
 from tensafe_nb.rlvr.watch.alarms import Alarms, alarm_of
 from tensafe_nb.rlvr.watch.evaluation import HeldOut
@@ -92,7 +94,7 @@ class RLVRLoop:
         self._run = run
         self._rates = Rates(run.client.config.optimizer)
         self._points = len(run.client.history.series("learning_rate")[1])  # known of the curve
-        self._store = self._trainer.store = RolloutStore(run.run_id)
+        self._store = self._trainer.store = RolloutStore(run.run_id, run.client.history.path.parent)
         self._trainer.alarms.forget_announcements()
 
     def submit(self, index: int) -> list[FutureHandle[Any]]:
@@ -233,7 +235,12 @@ class RLVRLoop:
         step = self._trainer.row + 1
         path = self._store.add(step, batch)
         self._client.publish(
-            Rollouts(run_id=self._run.run_id, step=step, rollouts=len(batch), path=str(path))
+            Rollouts(
+                run_id=self._run.run_id,
+                step=step,
+                rollouts=len(batch),
+                path=f"{path.parent.name}/{path.name}",
+            )
         )
 
     def _row(self, step: _Step, update: UpdateResult | None) -> Row:

@@ -15,17 +15,12 @@ from tensafe_nb.protocol.results import TrainingClientInfo
 from tensafe_nb.rlvr.algorithms.policy_gradient import REINFORCE, Algorithm, RemembersRewards
 from tensafe_nb.rlvr.algorithms.private import CAPABILITY, released
 from tensafe_nb.rlvr.loop import RLVRLoop
+from tensafe_nb.rlvr.policy import PolicyClient
 from tensafe_nb.rlvr.rewards.reward import RewardSpec, resolve_reward
-from tensafe_nb.rlvr.rollouts.samplers import (
-    Chat,
-    PolicySampler,
-    PromptCursor,
-    check_fit,
-    fitting,
-    prompt_specs,
-)
+from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptCursor, check_fit, fitting, prompt_specs
+from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
-from tensafe_nb.rlvr.rollouts.trajectories import GOOD, PolicyClient
+from tensafe_nb.rlvr.rollouts.trajectories import GOOD
 from tensafe_nb.rlvr.scoring.scorer import Scorer, check_scored
 from tensafe_nb.rlvr.watch.alarms import Alarms
 from tensafe_nb.rlvr.watch.evaluation import HeldOut

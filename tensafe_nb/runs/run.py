@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import logging
-import sys
 import threading
 import time
 import traceback
@@ -464,8 +463,7 @@ class TrainingRun:
             self._serve()
             self._client.sync_events()
         finally:  # whoever waits is told, whatever happens to the log
-            if "tensafe_nb.widgets" in sys.modules:  # the cell that waits ends after its outputs show the end
-                load_dotted("tensafe_nb.widgets:settle")(self)
+            settle(self)  # the cell that waits ends after its outputs show the end
             if failed and error is not None:
                 _empty_frames(error)
                 self._promise.fail(error)

@@ -164,6 +164,26 @@ def locked(path: Path, *, exclusive: bool, wait: bool = True) -> Iterator[bool]:
             _unlock(file)
 
 
+def write_private(path: Path, text: str) -> None:
+    """Write a text for its owner only, whole or not at all; not fsynced: it is written at every step of a run.
+
+    Raises:
+        StorageError: It could not be written; what was there is intact.
+    """
+    temp = path.with_name(f"{path.name}.tmp")
+    try:
+        with os.fdopen(
+            os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+        ) as file:
+            file.write(text)
+        temp.replace(path)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path} could not be written ({error.strerror}). Make room or choose another folder."
+        ) from error
+
+
 @contextmanager
 def disk_errors(action: str) -> Iterator[None]:
     """Turn what the operating system refuses into a `StorageError` that says what was being done."""

@@ -89,7 +89,9 @@ class EmbeddedTransport:
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
         known = [worker.info() for worker in self._workers.values()]
-        return sorted((info for info in known if info.status != "TERMINATED"), key=lambda info: info.created_at)
+        return sorted(
+            (info for info in known if info.status != "TERMINATED"), key=lambda info: info.created_at
+        )
 
     def list_artifacts(self, training_client_id: str | None) -> list[SaveStateResult]:
         return self._vault.list(training_client_id)

@@ -20,7 +20,7 @@ from tensafe_nb.events import CheckpointSaved, Metrics
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol import results as types
 from tensafe_nb.protocol.codec import decode, encode
-from tensafe_nb.rlvr.algorithms.packing import UpdateResult
+from tensafe_nb.rlvr.algorithms.result import UpdateResult
 from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.scoring.scorer import FunctionReport, ScoreReport
 from tensafe_nb.runs import record as records

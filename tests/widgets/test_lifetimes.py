@@ -11,7 +11,7 @@ SETUP = """
 import gc, json, threading, time, weakref
 import psutil
 import tensafe_nb as tn
-from tensafe_nb.engine import worker as _workers
+from tensafe_nb.core import worker as _workers
 
 def models(at_most=1):
     "Models and workers that are alive, once what is on its way out has gone."

@@ -11,12 +11,13 @@ from tensafe_nb.errors import TGTinkerError, ValidationError
 from tensafe_nb.futures import FutureHandle, combine
 from tensafe_nb.protocol.batch import Array, BatchData
 from tensafe_nb.protocol.results import ForwardBackwardResult, LogprobsResult, OptimStepResult
-from tensafe_nb.rlvr.algorithms import packing as updates
 from tensafe_nb.rlvr.algorithms import private
 from tensafe_nb.rlvr.algorithms.advantages import token_weights
 from tensafe_nb.rlvr.algorithms.options import PolicyConfig
-from tensafe_nb.rlvr.algorithms.packing import Move, UpdateResult
-from tensafe_nb.rlvr.rollouts.trajectories import PolicyClient, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr.algorithms.packing import entropy_of, group_numbers, pack, sampler_logprobs, unpack
+from tensafe_nb.rlvr.algorithms.result import Move, UpdateResult, mock_notes, read_results, staleness
+from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.rollouts.trajectories import Trajectory, TrajectoryBatch
 
 SPENT_ON_MEASURING = (
     0.02  # share of an update's passes that may go into measuring how far it moved the policy
@@ -69,8 +70,8 @@ class Passes:
         # What is said of the batch is read now: rewards may be edited later.
         mean_reward, entropy, notes = (
             self.batch.mean_reward,
-            updates.entropy_of(self.batch),
-            updates.mock_notes(self.batch),
+            entropy_of(self.batch),
+            mock_notes(self.batch),
         )
         versions = [t.policy_version for t in self.batch if isinstance(t.policy_version, int)]
         count, known = len(gradients), self._explained() | left_out(self.batch, self.config)
@@ -78,8 +79,8 @@ class Passes:
         def read(results: list[Any]) -> UpdateResult:
             done: list[OptimStepResult] = results[count : 2 * count]
             began = done[0].policy_version - 1
-            metrics, stale = updates.staleness(versions, began, self.config.tis_cap)
-            return updates.read_results(
+            metrics, stale = staleness(versions, began, self.config.tis_cap)
+            return read_results(
                 results[:count],
                 done,
                 mean_reward=mean_reward,
@@ -109,10 +110,10 @@ class Passes:
             and uncut
             and all(t.policy_version == self.client.policy_version for t in trajectories)
         ):
-            old, version = updates.sampler_logprobs(trajectories, width), self.client.policy_version
+            old, version = sampler_logprobs(trajectories, width), self.client.policy_version
         budget = SPENT_ON_MEASURING * (GRADIENT * rows.size * self.config.passes + read)
         chosen = spread(self.batch, rows, max(1, int(budget) // (2 if old is None else 1)), self.number)
-        data = updates.pack([trajectories[row] for row in chosen], {})
+        data = pack([trajectories[row] for row in chosen], {})
         temperature = sampling.temperature
         before = self.client.compute_logprobs(data, temperature=temperature) if old is None else None
         return Measurement(
@@ -179,7 +180,7 @@ class Passes:
         count = self.config.parts
         if count == 1:
             return [rows]
-        groups = updates.group_numbers(self.batch)
+        groups = group_numbers(self.batch)
         order = np.random.default_rng([self.number, epoch]).permutation(np.unique(groups[rows]))
         parts = [rows[np.isin(groups[rows], part)] for part in np.array_split(order, count)]
         return [part for part in parts if part.size]
@@ -195,21 +196,19 @@ class Passes:
                 "advantages": _advantage_rows(chosen, width),
                 "old_logprobs": _rows(self.readings.old, rows),
                 "ref_logprobs": _rows(self.readings.reference, rows),
-                "sampler_logprobs": updates.sampler_logprobs(chosen, width),
+                "sampler_logprobs": sampler_logprobs(chosen, width),
             }
         owners = private.record_ids(self.batch)[rows] if self.is_private else None
         present = {name: v for name, v in extras.items() if v is not None}
-        return updates.pack(chosen, present, numbers=rows, owners=owners)
+        return pack(chosen, present, numbers=rows, owners=owners)
 
     def _too_far(self) -> bool:
         """Measure KL(old ‖ new) over the whole batch, against the target. Nothing has to be thrown away for it."""
         if self.config.kl_limit is None or self.readings.old is None:
             return False
         rows = list(self.batch)
-        scored = self.client.compute_logprobs(
-            updates.pack(rows, {}), temperature=self.batch.sampling.temperature
-        )
-        new = updates.unpack(rows, scored.result().logprobs, self.mask.shape[1])
+        scored = self.client.compute_logprobs(pack(rows, {}), temperature=self.batch.sampling.temperature)
+        new = unpack(rows, scored.result().logprobs, self.mask.shape[1])
         difference = np.clip(new - self.readings.old, -20, 20)
         k3 = (np.expm1(difference) - difference) * self.mask
         return bool(k3.sum() / max(self.mask.sum(), 1.0) > 1.5 * self.config.kl_limit)
@@ -242,9 +241,7 @@ class Measurement:
         """
         if self.version not in (None, began):
             return Move(math.nan, 0.0)
-        new, *before = (
-            updates.unpack(self.trajectories, result.logprobs, self.mask.shape[1]) for result in scored
-        )
+        new, *before = (unpack(self.trajectories, result.logprobs, self.mask.shape[1]) for result in scored)
         difference = (new - (before[0] if before else _needed(self.old))) * self.mask
         bounded = np.minimum(difference, 20)  # against overflow; far below 0 the term is linear
         k3 = ((np.expm1(bounded) - bounded) * self.mask).sum() / self.mask.sum()

@@ -13,7 +13,6 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, completed
 from tensafe_nb.protocol.batch import Array
-from tensafe_nb.rlvr.algorithms import packing as updates
 from tensafe_nb.rlvr.algorithms import private
 from tensafe_nb.rlvr.algorithms.advantages import (
     EMABaseline,
@@ -28,12 +27,21 @@ from tensafe_nb.rlvr.algorithms.options import (
     PPOConfig,
     REINFORCEConfig,
     ValueOptions,
-    preset,
     smallest_group,
 )
-from tensafe_nb.rlvr.algorithms.packing import UpdateResult
+from tensafe_nb.rlvr.algorithms.packing import (
+    entropy_of,
+    group_numbers,
+    loss_mask,
+    pack,
+    tokenize_mock,
+    unpack,
+)
 from tensafe_nb.rlvr.algorithms.passes import Passes, Readings, left_out
-from tensafe_nb.rlvr.rollouts.trajectories import PolicyClient, TrajectoryBatch
+from tensafe_nb.rlvr.algorithms.presets import preset
+from tensafe_nb.rlvr.algorithms.result import UpdateResult, mock_notes
+from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 
 C = TypeVar("C", bound=PolicyConfig)
 
@@ -110,8 +118,8 @@ class PolicyGradient(Generic[C]):
         is_private = private.CAPABILITY in training_client.capabilities
         if is_private:
             private.check_options(self.config, method, training_client.capabilities)
-        updates.tokenize_mock(batch, training_client)
-        mask = updates.loss_mask(batch, self.config.mask_truncated)
+        tokenize_mock(batch, training_client)
+        mask = loss_mask(batch, self.config.mask_truncated)
         readings = self._read(batch, method, training_client)
         returns = self._fill_in_advantages(batch, method, mask, readings)
         rows = np.arange(len(batch)) if is_private else self._rows_that_matter(batch, mask, method)
@@ -182,7 +190,7 @@ class PolicyGradient(Generic[C]):
         if not (config.reads_old or method == "gae" or config.kl_coef):
             return Readings()
         rows, temperature = list(batch), batch.sampling.temperature
-        data = updates.pack(rows, {})
+        data = pack(rows, {})
         if config.kl_coef:
             self._settle_reference(client)
         own = client.compute_logprobs(data, temperature=temperature)
@@ -195,11 +203,9 @@ class PolicyGradient(Generic[C]):
                 "advantage='gae' needs a value head: create the client with TrainingConfig(value_head=True)."
             )
         return Readings(
-            updates.unpack(rows, scored.logprobs, width)
-            if config.reads_old or config.kl_in == "reward"
-            else None,
-            None if scored.values is None else updates.unpack(rows, scored.values, width),
-            None if other is None else updates.unpack(rows, other.result().logprobs, width),
+            unpack(rows, scored.logprobs, width) if config.reads_old or config.kl_in == "reward" else None,
+            None if scored.values is None else unpack(rows, scored.values, width),
+            None if other is None else unpack(rows, other.result().logprobs, width),
         )
 
     def _settle_reference(self, client: PolicyClient) -> None:
@@ -226,7 +232,7 @@ class PolicyGradient(Generic[C]):
             values = whiten(values, mask) if head.whiten else values
         elif method in ("none", "ema", "rloo", "group"):
             rewards = rewards if penalty is None else rewards - penalty.sum(1)
-            groups = updates.group_numbers(batch)
+            groups = group_numbers(batch)
             baseline: Any = method
             values = advantages(
                 rewards, groups, baseline=baseline, scale=config.effective_scale, ema=self.ema
@@ -257,9 +263,9 @@ class PolicyGradient(Generic[C]):
             client.step,
             client.policy_version,
             batch.mean_reward,
-            entropy=updates.entropy_of(batch),
+            entropy=entropy_of(batch),
             skipped="all truncated" if cut else "no signal",
-            notes=updates.mock_notes(batch),
+            notes=mock_notes(batch),
             metrics=left_out(batch, self.config),
         )
         return completed(result, operation="update", training_client_id=client.training_client_id)
@@ -304,7 +310,7 @@ def has_advantage(batch: TrajectoryBatch) -> Array:
 
 def _custom(name: str, rewards: Array, penalty: Array | None, batch: TrajectoryBatch, mask: Array) -> Array:
     given = rewards if penalty is None else at_the_end(rewards, mask) - penalty
-    values = np.array(resolve_advantage(name)(given, updates.group_numbers(batch), mask), dtype=np.float64)
+    values = np.array(resolve_advantage(name)(given, group_numbers(batch), mask), dtype=np.float64)
     if values.shape[:1] == (len(batch),):
         values[~np.isfinite(batch.rewards)] = 0.0
     if values.shape not in ((len(batch),), mask.shape) or not np.isfinite(values).all():

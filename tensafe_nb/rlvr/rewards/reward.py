@@ -11,10 +11,7 @@ from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import RewardError, ValidationError, nearest
 from tensafe_nb.registry import Registry, check_keywords, load_dotted, name_of
-from tensafe_nb.rlvr.rewards.builtin import answers as builtin_rewards
-from tensafe_nb.rlvr.rewards.builtin import code as code_reward
-from tensafe_nb.rlvr.rewards.builtin import parsed as parsed_rewards
-from tensafe_nb.rlvr.rewards.builtin import shaping as shaping_rewards
+from tensafe_nb.rlvr.rewards.builtin import answers, code, parsed, shaping
 from tensafe_nb.rlvr.rewards.composite import Part, combined, read_parts
 from tensafe_nb.rlvr.rewards.conventions import Call, Conversation, Outcome, RewardSample, Style
 from tensafe_nb.rlvr.rewards.identity import Identity, identity_of
@@ -24,12 +21,7 @@ from tensafe_nb.rlvr.scoring.lasting import LOOP
 RewardFunction: TypeAlias = Callable[..., Any]
 
 _REWARDS: Registry[RewardFunction] = Registry("reward")
-_BUILTINS = {
-    **builtin_rewards.BUILTINS,
-    **parsed_rewards.BUILTINS,
-    **shaping_rewards.BUILTINS,
-    **code_reward.BUILTINS,
-}
+_BUILTINS = {**answers.BUILTINS, **parsed.BUILTINS, **shaping.BUILTINS, **code.BUILTINS}
 _CHECKS = {builtin.function: builtin.check for builtin in _BUILTINS.values() if builtin.check}
 _INLINE = {builtin.function for builtin in _BUILTINS.values() if builtin.inline}
 _EXTRAS = {"math": ("tensafe_nb.rlvr.rewards.builtin.math:math", "math")}  # name → function, extra it needs

@@ -1,194 +1,19 @@
 """Who samples: the policy behind a training client, or a mock; and how the prompts a user gave are read."""
 
-import hashlib
-import json
-import logging
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
-
-import numpy as np
+from collections.abc import Sequence
+from typing import get_args
 
 from tensafe_nb.checks import checked
 from tensafe_nb.config import SamplingConfig
-from tensafe_nb.data import OnBadRows, read_prompt
-from tensafe_nb.data.labels import encode_prompt
-from tensafe_nb.data.layouts import is_chat, refuse_media, template_options
-from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
-from tensafe_nb.protocol.results import Message, Prompt, SampledSequence, SampleResult
-from tensafe_nb.rlvr.rollouts.trajectories import (
-    MOCK,
-    PolicyClient,
-    RolloutGroup,
-    Trajectory,
-    TrajectoryBatch,
-)
-
-logger = logging.getLogger(__name__)
-
-PromptSpec: TypeAlias = str | Sequence[Message] | Mapping[str, Any]
-Chat: TypeAlias = Literal["auto", "never", "always"]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptItem:
-    """A prompt as it is sent, as the reward sees it, and its further columns.
-
-    Attributes:
-        content: A text, or messages with their content as text.
-        text: The same as one text.
-        meta: The further columns.
-        options: What the chat template takes beside the messages, tools for instance; they stay columns as well.
-    """
-
-    content: str | Sequence[Message]
-    text: str
-    meta: dict[str, Any]
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, spec: PromptSpec) -> "PromptItem":
-        """Read a text, a list of chat messages, or a dict with `prompt` (or `messages`) and further columns.
-
-        Raises:
-            ValidationError: It is none of these.
-        """
-        meta: dict[str, Any] = {}
-        content: Any = spec
-        if isinstance(spec, Mapping):
-            name = "prompt" if "prompt" in spec or "messages" not in spec else "messages"
-            if name not in spec:
-                raise _no_prompt(spec)
-            content = spec[name]
-            meta = {column: value for column, value in spec.items() if column != name}
-        refuse_media(meta)
-        read = read_prompt(content, meta)
-        if isinstance(read, str):
-            return cls(read, read, meta)
-        messages: list[Message] = list(read["messages"] if isinstance(read, Mapping) else read)  # type: ignore[arg-type]
-        text = "\n".join(message["content"] for message in messages if message["content"] is not None)
-        return cls(messages, text, meta, template_options(meta))
-
-    @property
-    def messages(self) -> list[Message] | None:
-        """The chat messages, where those were given."""
-        return None if isinstance(self.content, str) else [dict(message) for message in self.content]
-
-    @property
-    def prompt_id(self) -> str:
-        """A name that depends on the prompt and its columns alone."""
-        written = json.dumps([self.content, self.meta], sort_keys=True, default=str)
-        return hashlib.sha256(written.encode()).hexdigest()[:12]
-
-    def sent(self, chat: Chat) -> Prompt:
-        """Return what the policy is asked; with chat="always", a text is the message of a user."""
-        messages: Any = self.content
-        if isinstance(messages, str):
-            return [{"role": "user", "content": messages}] if chat == "always" else messages
-        return {"messages": messages, **self.options} if self.options else messages
-
-
-def _no_prompt(spec: Mapping[str, Any]) -> ValidationError:
-    names = sorted(map(str, spec))
-    if {"role", "content"} <= set(names):
-        return ValidationError("it is one message: a chat is a list of messages, [message].")
-    texts = [name for name in spec if isinstance(spec[name], str) or is_chat(spec[name])]
-    likely = next(
-        (name for name in ("question", "problem", "instruction", "query", "input") if name in texts), None
-    )
-    name = likely or (texts[0] if texts else "…")
-    return ValidationError(
-        f"a prompt given as a dict needs 'prompt'; it has {names}. "
-        f"Name it: [{{**row, 'prompt': row[{as_given(name)}]}} for row in rows]."
-    )
-
-
-def prompt_items(prompts: Any) -> list[PromptItem]:
-    """Read the prompts a user gave; see `prompt_specs`."""
-    return [PromptItem.of(spec) for spec in prompt_specs(prompts)]
-
-
-def prompt_specs(
-    prompts: Any,
-    on_bad_rows: OnBadRows = "raise",
-    fits: Callable[[PromptItem], object] = lambda _: None,
-    what: str = "prompts",
-) -> list[PromptSpec]:
-    """Read prompts from wherever rows are read from, and check each.
-
-    Args:
-        prompts: A list, a file, a frame, a data set, …: see `data.batches`. Each a text, messages, or a row of columns.
-        on_bad_rows: "skip" leaves out what cannot be read or does not fit, and says so.
-        fits: Raises a ValidationError for a prompt that does not fit.
-        what: What they are called in an error.
-
-    Returns:
-        The prompts as they were given.
-
-    Raises:
-        ValidationError: There are none, or one cannot be read; says which.
-    """
-    check_on_bad_rows(on_bad_rows)
-    rows = open_rows(prompts, what)
-    specs: list[PromptSpec] = []
-    left_out: list[str] = []
-    for number, (line, spec) in enumerate(rows.each):
-        try:
-            if isinstance(spec, ValidationError):
-                raise spec
-            fits(PromptItem.of(spec))
-        except ValidationError as error:
-            placed = located(error, rows, number, line)
-            if on_bad_rows == "raise":
-                raise placed from error
-            left_out.append(str(placed))
-        else:
-            specs.append(spec)
-    if not specs:
-        raise ValidationError(f"There are no {what}: give at least one. {''.join(left_out[:1])}".rstrip())
-    if left_out:
-        of = len(left_out) + len(specs)
-        logger.warning("%d of %d %s were left out; the first: %s", len(left_out), of, what, left_out[0])
-    return specs
-
-
-def check_fit(
-    client: PolicyClient, specs: Sequence[PromptSpec], sampling: SamplingConfig, chat: Chat, what: str
-) -> None:
-    """Refuse prompts that the model cannot read, or that leave no room for an answer, before one is dealt.
-
-    Raises:
-        ValidationError: Says which row.
-    """
-    fits = fitting(client, sampling, chat)
-    for number, spec in enumerate(specs):
-        try:
-            fits(PromptItem.of(spec))
-        except ValidationError as error:
-            raise ValidationError(
-                f"{what}: row {number}: {error} (on_bad_rows='skip' leaves such rows out.)",
-                details={"row": number},
-            ) from error
-
-
-def fitting(client: PolicyClient, sampling: SamplingConfig, chat: Chat) -> Callable[[PromptItem], None]:
-    """Return a check of one prompt against tokenizer, template and context; waits for the model to be loaded."""
-    tokenizer, context = client.tokenizer, getattr(client, "context", None)
-
-    def fits(item: PromptItem) -> None:
-        length = len(encode_prompt(tokenizer, item.sent(chat)))
-        if context is not None and length + sampling.max_new_tokens > context:
-            raise ValidationError(
-                f"it has {length} tokens; with max_new_tokens={sampling.max_new_tokens} that is more than the "
-                f"model's context of {context}. Shorten one of them."
-            )
-
-    return fits
+from tensafe_nb.protocol.results import SampledSequence, SampleResult
+from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptItem, PromptSpec, prompt_items, prompt_specs
+from tensafe_nb.rlvr.rollouts.trajectories import MOCK, RolloutGroup, Trajectory, TrajectoryBatch
 
 
 class PolicySampler:
@@ -394,34 +219,3 @@ class MockRolloutSampler:
             prompt_id=item.prompt_id,
             messages=item.messages,
         )
-
-
-class PromptCursor:
-    """Deals prompts: shuffled anew in every epoch, none twice before all have been dealt.
-
-    Args:
-        prompts: What to deal, from any source of rows.
-        count: How many at a time.
-        seed: Fixes the order.
-
-    Raises:
-        ValidationError: No prompts, or what is none.
-    """
-
-    def __init__(self, prompts: Any, count: int, seed: int) -> None:
-        self.specs = prompt_specs(prompts)
-        if count < 1:
-            raise ValidationError(f"prompts_per_step is {count}: a step needs at least one prompt.")
-        self._count, self._seed = count, seed
-        self.position = 0  # prompts dealt so far: all there is to save
-
-    def take(self) -> list[PromptSpec]:
-        """Return the next prompts."""
-        start, self.position = self.position, self.position + self._count
-        return [self.specs[index] for index in self._order(start, self.position)]
-
-    def _order(self, start: int, stop: int) -> Iterator[int]:
-        size = len(self.specs)
-        for epoch in range(start // size, (stop - 1) // size + 1):
-            order = np.random.default_rng([self._seed, epoch]).permutation(size)
-            yield from order[max(start - epoch * size, 0) : stop - epoch * size].tolist()

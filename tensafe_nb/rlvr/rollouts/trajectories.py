@@ -3,61 +3,27 @@
 import contextlib
 import importlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy as np
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.display import Facts, as_given, shown
-from tensafe_nb.errors import StorageError, ValidationError
-from tensafe_nb.events import Event
-from tensafe_nb.futures import FutureHandle
-from tensafe_nb.protocol.batch import Array, BatchData
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.results import (
-    ForwardBackwardResult,
-    FreezeReferenceResult,
-    LogprobsResult,
     Message,
-    OptimStepResult,
-    Prompt,
-    SampleResult,
 )
+from tensafe_nb.store.disk import write_private
 
 MOCK = "mock"
 NO_SIGNAL = 1e-6  # rewards of a group that differ by less teach nothing
 GOOD = 0.5  # a rollout with at least this reward counts as solved
 FORMAT = "tensafe_nb rollouts 1"
-
-
-class PolicyClient(Protocol):
-    """What reinforcement learning needs of a training client: the wire contract, embedded or remote."""
-
-    @property
-    def training_client_id(self) -> str: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def policy_version(self) -> int: ...
-    @property
-    def capabilities(self) -> frozenset[str]: ...
-    @property
-    def tokenizer(self) -> Any: ...
-
-    def sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> FutureHandle[SampleResult]: ...
-    def forward_backward(
-        self, batch: BatchData, loss_fn: str, loss_kwargs: Mapping[str, Any]
-    ) -> FutureHandle[ForwardBackwardResult]: ...
-    def compute_logprobs(
-        self, batch: BatchData, reference: bool = False, *, temperature: float = 1.0
-    ) -> FutureHandle[LogprobsResult]: ...
-    def freeze_reference(self) -> FutureHandle[FreezeReferenceResult]: ...
-    def optim_step(self) -> FutureHandle[OptimStepResult]: ...
-    def publish(self, event: Event) -> Any: ...
 
 
 @shown
@@ -314,26 +280,6 @@ def _rewards(trajectories: Sequence[Trajectory]) -> Array:
 def _scored(trajectories: Sequence[Trajectory]) -> Array:
     rewards = _rewards(trajectories)
     return rewards[np.isfinite(rewards)]
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file for its owner only, whole or not at all.
-
-    Raises:
-        StorageError: It could not be written; what was there is intact.
-    """
-    temp = path.with_name(f"{path.name}.tmp")
-    try:
-        with os.fdopen(
-            os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-        ) as file:
-            file.write(text)
-        temp.replace(path)
-    except OSError as error:
-        temp.unlink(missing_ok=True)
-        raise StorageError(
-            f"The rollouts could not be written to {path} ({error.strerror}). Make room or choose another folder."
-        ) from error
 
 
 def _lines(batch: TrajectoryBatch) -> Iterator[str]:

@@ -10,8 +10,10 @@ from tensafe_nb.config import SamplingConfig
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle
-from tensafe_nb.rlvr.rollouts.samplers import Chat, prompt_specs, submit_rollouts
-from tensafe_nb.rlvr.rollouts.trajectories import GOOD, PolicyClient, RolloutGroup, TrajectoryBatch, mean
+from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.rollouts.prompts import Chat, prompt_specs
+from tensafe_nb.rlvr.rollouts.samplers import submit_rollouts
+from tensafe_nb.rlvr.rollouts.trajectories import GOOD, RolloutGroup, TrajectoryBatch, mean
 from tensafe_nb.rlvr.scoring.scorer import ScoreReport
 from tensafe_nb.rlvr.watch.metrics import Goal, Row
 

@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from tensafe_nb.protocol.batch import Array
-from tensafe_nb.rlvr.algorithms.packing import UpdateResult, entropy_of
+from tensafe_nb.rlvr.algorithms.packing import entropy_of
+from tensafe_nb.rlvr.algorithms.result import UpdateResult
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD, RolloutGroup, Trajectory, TrajectoryBatch, mean
 
 Signal: TypeAlias = Literal["mixed", "all_good", "all_bad"]

@@ -221,7 +221,7 @@ def reward_fell(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | N
     asked for. Their number grows with the number of looks, and the standard error is that of rewards which depend on
     the one before (a first-order autoregression, its coefficient measured within the tens) and which wander from ten
     to ten. Of runs that do not learn, up to an autocorrelation of 0.5, fewer than 1 in 100 raise it, at any length
-    (tests/unit/rlvr/test_alarms.py simulates them).
+    (tests/unit/rlvr/watch/test_alarms.py simulates them).
     """
     if len(memory.tens) < 2:
         return None

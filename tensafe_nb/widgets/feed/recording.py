@@ -1,9 +1,8 @@
 """A run that was, as something to watch: what its log says, told event by event, all at once or at a pace."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, final
 
 from tensafe_nb.config import TrainingConfig
@@ -15,7 +14,6 @@ from tensafe_nb.events import (
     OperationFailed,
     OperationFinished,
     OperationQueued,
-    Rollouts,
     RunState,
     RunStep,
     StateLoaded,
@@ -107,7 +105,7 @@ class Recording:
         """Iterate over what is to be told, up to the run's end: also one that its process could not write any more."""
         last: Event = Event()
         for last in RunHistory(self._record.log).events():
-            yield _beside(self._record.log, last)
+            yield last
             if isinstance(last, RunState) and last.run_id == self.run.run_id and RunStatus(last.state).ended:
                 break
         else:
@@ -174,16 +172,7 @@ class _Told(RunHistory):
     """A history that reads no further in the log than it was told."""
 
     def events(self, after: int = 0, kinds: Sequence[type[Event]] = ()) -> Iterator[Event]:
-        told = takewhile(lambda event: event.seq <= self.last_seq, super().events(after, kinds))
-        return (_beside(self.path, event) for event in told)
-
-
-def _beside(log: Path, event: Event) -> Event:
-    """Look for texts beside the log, wherever it was moved to; a log names no other file of this machine."""
-    if not isinstance(event, Rollouts):
-        return event
-    number = event.run_id.rpartition("/")[2]
-    return replace(event, path=str(log.parent / "rollouts" / Path(number).name / Path(event.path).name))
+        return takewhile(lambda event: event.seq <= self.last_seq, super().events(after, kinds))
 
 
 def _config_of(record: RunRecord) -> TrainingConfig:

@@ -235,7 +235,8 @@ class LiveWidget(anywidget.AnyWidget):
             content = {"t": "rollouts", "step": step, "why": f"No rollouts were recorded for step {step}."}
         else:
             try:
-                content = rollout_view.message(step, rollouts.path, self.feed.decode(), limit)
+                path = self.feed.client.history.rollouts_file(rollouts)
+                content = rollout_view.message(step, path, self.feed.decode(), limit)
             except TGTinkerError as error:  # the oldest texts go when a run has too many
                 content = {"t": "rollouts", "step": step, "why": str(error)}
         self._ready.append(content)

@@ -11,7 +11,7 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb import data
 from tensafe_nb.data.labels import encode_prompt
-from tensafe_nb.rlvr.rollouts.samplers import PromptCursor, PromptItem, prompt_specs
+from tensafe_nb.rlvr.rollouts.prompts import PromptCursor, PromptItem, prompt_specs
 
 ASK = {"role": "user", "content": "How far is the moon?"}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "distance"}}]}

@@ -7,7 +7,7 @@ import pytest
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr import Trajectory, resolve_reward
-from tensafe_nb.rlvr.rollouts.gym import gym_prompts
+from tensafe_nb.rlvr.rollouts.prompts import gym_prompts
 from tensafe_nb.rlvr.scoring.scorer import Scorer
 
 EQUAL = [

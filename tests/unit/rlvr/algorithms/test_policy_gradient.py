@@ -325,7 +325,7 @@ def _handle(promise):
 def test_an_update_runs_where_torch_cannot_be_imported():
     without_torch = (
         f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(Path(__file__).parent)!r});"
-        "import test_algorithms as t; assert t.update(t.batch_of([1, 0])).step == 8"
+        "import test_policy_gradient as t; assert t.update(t.batch_of([1, 0])).step == 8"
     )
     subprocess.run([sys.executable, "-c", without_torch], check=True)
 

@@ -1,0 +1,62 @@
+"""Presets: well-known algorithms, as values of the options."""
+
+from collections.abc import Mapping
+
+from tensafe_nb.checks import checked
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.rlvr.algorithms.options import PolicyConfig, PPOConfig, REINFORCEConfig
+
+_PRESETS: dict[str, PolicyConfig] = {
+    "reinforce": REINFORCEConfig(baseline="ema"),
+    "rloo": REINFORCEConfig(baseline="rloo"),
+    "reinforce_pp": REINFORCEConfig(advantage="reinforce_pp", kl_coef=0.01, aggregation="token_mean"),
+    "reinforce_pp_baseline": REINFORCEConfig(
+        advantage="reinforce_pp_baseline", kl_coef=1e-3, kl_in="loss", aggregation="token_mean"
+    ),
+    "grpo": PPOConfig(advantage="group", scale="group", clip_range=0.2, aggregation="seq_mean"),
+    "dr_grpo": PPOConfig(advantage="group", clip_range=0.2),
+    "cispo": PPOConfig(
+        advantage="group", scale="group", loss="cispo", clip_range=(0.0, 5.0), aggregation="token_mean"
+    ),
+    "gspo": PPOConfig(
+        advantage="group", scale="group", ratio="sequence", clip_range=(3e-4, 4e-4), aggregation="seq_mean"
+    ),
+    "ppo_value": PPOConfig(advantage="gae", clip_range=0.2, ppo_epochs=4, aggregation="token_mean"),
+}
+
+
+@checked
+def register_preset(name: str, config: PolicyConfig, *, overwrite: bool = False) -> None:
+    """Give options a name: `REINFORCE("name")` or `PPO("name")`, and `rlvr: {algo: name}` in a file.
+
+    Raises:
+        ValidationError: The name is taken.
+    """
+    if name in _PRESETS and not overwrite and _PRESETS[name] != config:
+        raise ValidationError(
+            f"There is a preset {as_given(name)} already: choose another name, or overwrite=True."
+        )
+    _PRESETS[name] = config
+
+
+def get_presets() -> Mapping[str, PolicyConfig]:
+    """Return the presets by name."""
+    return dict(_PRESETS)
+
+
+@checked
+def preset(name: str, kind: type[PolicyConfig]) -> PolicyConfig:
+    """Return the options of a preset.
+
+    Raises:
+        ValidationError: There is none of this name, or it belongs to the other algorithm.
+    """
+    if name not in _PRESETS:
+        raise ValidationError(f"There is no preset {as_given(name)}.{nearest(name, _PRESETS)}")
+    found = _PRESETS[name]
+    if not isinstance(found, kind):
+        raise ValidationError(
+            f"The preset {as_given(name)} is one of {type(found).__name__.removesuffix('Config')}."
+        )
+    return found
