@@ -20,7 +20,7 @@ from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
     SaveStateResult,
-    Source,
+    StateSource,
     TrainingClientInfo,
 )
 from tensafe_nb.store.home import Home
@@ -109,7 +109,7 @@ class ServiceClient:
         self._refuse_if_closed()
         config = self._transport.config_of(artifact_id).change(**changes)
         before_loading()
-        return self._adopt(self._transport.create(config, Source(artifact_id=artifact_id)))
+        return self._adopt(self._transport.create(config, StateSource(artifact_id=artifact_id)))
 
     def _adopt(self, channel: Channel) -> TrainingClient:
         return _adopt(self._transport, self._clients, channel)
@@ -305,7 +305,9 @@ def _adopt(transport: Transport, clients: Clients, channel: Channel) -> Training
     return client
 
 
-def _fork(transport: Transport, clients: Clients, config: TrainingConfig, source: Source) -> TrainingClient:
+def _fork(
+    transport: Transport, clients: Clients, config: TrainingConfig, source: StateSource
+) -> TrainingClient:
     return _adopt(transport, clients, transport.create(config, source))
 
 

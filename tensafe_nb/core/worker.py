@@ -55,7 +55,7 @@ from tensafe_nb.protocol.results import (
     ClientStatus,
     FutureStatus,
     SaveStateResult,
-    Source,
+    StateSource,
     StepEstimate,
     TrainingClientInfo,
 )
@@ -76,12 +76,12 @@ class Origin:
         saved: The state that is still being written, where it is.
     """
 
-    source: Source
+    source: StateSource
     relative: "Worker | None" = None
     saved: Promise[SaveStateResult] | None = None
 
     @classmethod
-    def of(cls, source: Source, relative: "Worker | None") -> "Origin":
+    def of(cls, source: StateSource, relative: "Worker | None") -> "Origin":
         """Find what a source names.
 
         Raises:

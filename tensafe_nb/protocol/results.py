@@ -370,9 +370,9 @@ Result: TypeAlias = (
 )
 
 
-@tagged("source")
+@tagged("state_source")
 @dataclass(frozen=True, slots=True)
-class Source:
+class StateSource:
     """The state that a training client starts from; the core finds it.
 
     Attributes:
@@ -428,7 +428,7 @@ class TrainingClientInfo:
     context: int | None = None
     policy_version: int = 0
     trained_parameters: int = 0
-    source: Source | None = None
+    source: StateSource | None = None
 
 
 @tagged("step_estimate")

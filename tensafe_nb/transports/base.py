@@ -19,7 +19,7 @@ from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
     SaveStateResult,
-    Source,
+    StateSource,
     StepEstimate,
     TrainingClientInfo,
 )
@@ -98,7 +98,7 @@ class Channel(Protocol):
 class Transport(Protocol):
     """A service that holds training clients and their artifacts."""
 
-    def create(self, config: TrainingConfig, source: Source | None = None) -> Channel:
+    def create(self, config: TrainingConfig, source: StateSource | None = None) -> Channel:
         """Make a training client, afresh or from a state; returns before its model is loaded."""
 
     def attach(self, training_client_id: str) -> Channel:

@@ -26,7 +26,7 @@ from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
     SaveStateResult,
-    Source,
+    StateSource,
     TrainingClientInfo,
 )
 from tensafe_nb.store.home import Home
@@ -53,7 +53,7 @@ class EmbeddedTransport:
         self._vault = Vault(home, key_source)
         self._ledger = TenantLedger(self._vault.audit, self._vault.tables)
 
-    def create(self, config: TrainingConfig, source: Source | None = None) -> Channel:
+    def create(self, config: TrainingConfig, source: StateSource | None = None) -> Channel:
         if self._closed:
             raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)

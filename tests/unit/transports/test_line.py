@@ -13,7 +13,7 @@ from tensafe_nb.core.bus import EventBus
 from tensafe_nb.events import Alarm, Forked, Metrics, OperationFinished, Rollouts, StatusChanged
 from tensafe_nb.futures import Promise
 from tensafe_nb.protocol.codec import decode, encode
-from tensafe_nb.protocol.results import Source, TrainingClientInfo
+from tensafe_nb.protocol.results import StateSource, TrainingClientInfo
 from tensafe_nb.transports.base import Channel, Transport
 
 
@@ -109,22 +109,22 @@ def test_what_runs_tell_is_numbered_by_the_core(tc: tn.TrainingClient) -> None:
 
 
 def test_a_source_is_plain_data_that_names_one_state() -> None:
-    source = Source(future_id="fut-1", parent="tc-1")
+    source = StateSource(future_id="fut-1", parent="tc-1")
     assert decode(encode(source)) == source
     for wrong in ({}, {"artifact_id": "a", "future_id": "f", "parent": "p"}, {"future_id": "f"}):
         with pytest.raises(tn.ValidationError, match="A source is"):
-            Source(**wrong)
+            StateSource(**wrong)
 
 
 def test_the_core_finds_a_state_that_is_still_being_written_by_its_future(tc: tn.TrainingClient) -> None:
     saved = tc.save_state()
     transport = tc._transport
-    child = transport.create(tc.config, Source(future_id=saved.future_id, parent=tc.training_client_id))
+    child = transport.create(tc.config, StateSource(future_id=saved.future_id, parent=tc.training_client_id))
     ready = child.ready().result()
-    assert ready.source == Source(future_id=saved.future_id, parent=tc.training_client_id)
+    assert ready.source == StateSource(future_id=saved.future_id, parent=tc.training_client_id)
     assert [event.artifact_id for event in child.history.events(kinds=(Forked,))] == [saved.artifact_id]
     with pytest.raises(tn.ValidationError, match="name the artifact"):
-        transport.create(tc.config, Source(future_id="fut-gone", parent=tc.training_client_id))
+        transport.create(tc.config, StateSource(future_id="fut-gone", parent=tc.training_client_id))
 
 
 def test_ready_is_a_handle_like_any_other(service: tn.ServiceClient) -> None:
