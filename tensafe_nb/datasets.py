@@ -68,7 +68,7 @@ def docstring_pairs(split: Split) -> list[dict[str, str]]:
         ValidationError: the split has another name.
     """
     _check_split(split)
-    return [{"prompt": prompt, "completion": text} for text, prompt in _completions()[split].items()]
+    return [{"prompt": prompt, "completion": text} for text, prompt in _completions(split).items()]
 
 
 def pretraining_texts() -> list[str]:
@@ -79,11 +79,10 @@ def pretraining_texts() -> list[str]:
         `HELDOUT_MODULES`, and Python's own help topics. A text that contains a completion of
         `docstring_pairs` is left out.
     """
-    splits = _completions()
     fine_tuned = {*TRAIN_MODULES, *HELDOUT_MODULES}
     modules = [name for name in _standard_modules() if name not in fine_tuned]
     texts = dict.fromkeys(text for name in modules for text in _help_texts(name))
-    contains_completion = _finder([*splits["train"], *splits["heldout"]])
+    contains_completion = _finder([*_completions("train"), *_completions("heldout")])
     return [text for text in texts if not contains_completion(_one_line(text))]
 
 
@@ -139,10 +138,11 @@ class _Documented:
 
 
 @cache
-def _completions() -> dict[Split, dict[str, str]]:
-    """Completion -> prompt of both splits."""
-    train = _pairs(TRAIN_MODULES, taken=set())
-    return {"train": train, "heldout": _pairs(HELDOUT_MODULES, taken=set(train))}
+def _completions(split: Split) -> dict[str, str]:
+    """Completion -> prompt. The modules held out are read only for those who ask for them."""
+    if split == "train":
+        return _pairs(TRAIN_MODULES, taken=set())
+    return _pairs(HELDOUT_MODULES, taken=set(_completions("train")))
 
 
 def _pairs(modules: Sequence[str], taken: set[str]) -> dict[str, str]:

@@ -23,6 +23,13 @@ def models(at_most=1):
         time.sleep(0.05)
     return max(len(names), alive)
 """
+WARM = """
+with tn.ServiceClient() as service:
+    service.create_training_client(model_ref="builtin:sums").forward({"input_ids": [[3, 4, 5, 6]]}).result()
+del service
+gc.collect()
+gc.freeze()  # what imports left behind is not searched at every collection of every cell
+"""
 FORGET = "for name in ('service', 'tc', 'run', 'trainer', 'last', 'held'):\n    globals().pop(name, None)"
 MAKE = """
 service = tn.ServiceClient()
@@ -96,6 +103,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
         try:
             kernel = Kernel(client)
             kernel.run(SETUP)
+            kernel.run(WARM)
             yield kernel
         finally:
             client.stop_channels()
