@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,13 @@ import numpy as np
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.codec import tagged
+from tensafe_nb.protocol.results import ClientStatus, RunStatus
+
+
+def check_status(event: str, status: object, known: type[StrEnum]) -> None:
+    """Refuse, before it is written, what no reader of the log would know."""
+    if status not in list(known):
+        raise ValidationError(f"{event}: {as_given(status)} is none of {', '.join(known)}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +81,9 @@ class StatusChanged(Event):
     status: str
     reason: str | None = None
 
+    def __post_init__(self) -> None:
+        check_status("StatusChanged", self.status, ClientStatus)
+
 
 @tagged("client_created")
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +126,7 @@ class RunState(Event):
         reason: Why it came to that, where it is not as planned.
         done: Where it stands in its plan, in steps of its own; None in logs of version 0.1.
         taken: Optimiser steps it has taken, those that a rollback gave up among them; None in logs of version 0.1.
+        curve: The metric to watch; None in logs of version 0.1.
     """
 
     run_id: str
@@ -124,6 +136,10 @@ class RunState(Event):
     reason: str | None = None
     done: int | None = None
     taken: int | None = None
+    curve: str | None = None
+
+    def __post_init__(self) -> None:
+        check_status("RunState", self.state, RunStatus)
 
 
 @tagged("run_step")

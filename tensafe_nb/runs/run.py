@@ -427,6 +427,8 @@ class TrainingRun:
         self._torn = True  # until the data stands where the weights do
         self._seek(result)
         self._torn = False
+        with self._changed:
+            self._publish_state()  # the state it is in is no other, but it stands elsewhere now
         self._wants_pause, self._credit = True, None
         return loaded
 
@@ -489,6 +491,7 @@ class TrainingRun:
                 reason=reason,
                 done=self.steps_done,
                 taken=self.steps_taken,
+                curve=self.curve,
             )
         )
 

@@ -127,7 +127,7 @@ def test_what_comes_later_is_not_known_yet(recorded: tn.TrainingRun) -> None:
     assert recording.run.state == "RUNNING"
     assert len(list(recording.history.events())) == recording.history.last_seq
     assert len(recording.history["loss"]) < len(recorded.history["loss"])
-    assert recording.refresh().queue_depth >= 0
+    assert recording.history.state.queue.depth >= 0
 
 
 def test_closing_shows_the_rest_at_once_and_ends_the_thread(recorded: tn.TrainingRun) -> None:
@@ -190,7 +190,7 @@ def test_a_loaded_run_is_shown_whole(recorded: tn.TrainingRun, outputs: list[dic
     record = tn.load_run(recorded.run_id)
     data, _ = record._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
-    facts = feed.feed_of(record).facts()
+    facts = feed.feed_of(record).standing()
     assert (facts.state, facts.step, facts.planned, facts.active) == ("FINISHED", STEPS, STEPS, False)
     assert 0 < facts.elapsed < 60
     assert dashboard.panel_of(record) is dashboard.panel_of(tn.load_run(recorded.run_id))
@@ -204,7 +204,7 @@ def test_a_run_of_a_process_that_died_says_where_and_what_to_go_on_from(
         f"<RunRecord {killed.run_id} INTERRUPTED at step {killed.step}, last checkpoint {checkpoint}>"
     )
     killed._repr_mimebundle_()
-    facts = feed.feed_of(killed).facts()
+    facts = feed.feed_of(killed).standing()
     assert (facts.state, facts.active) == ("INTERRUPTED", False)
     assert checkpoint in facts.reason
     tn.replay(killed, speed=AT_ONCE).result()
@@ -226,7 +226,7 @@ def test_after_a_crash_training_goes_on_as_if_nothing_had_happened(
     assert tc.history["loss"].tolist() == again.history["loss"][8:].tolist()
     whole = Recording(tn.load_run(run.run_id), "RECORDED")
     whole.tell_all()
-    assert (whole.run.steps_done, whole.step) == (20, 20)
+    assert (whole.run.steps_done, whole.history.state.step) == (20, 20)
 
 
 def test_the_curve_before_a_crash_and_the_one_after_it_are_shown_on_the_same_axes(
@@ -332,7 +332,7 @@ def test_the_samples_of_a_log_that_was_moved_are_found_beside_it_and_nowhere_els
     replay = tn.replay(log, speed=AT_ONCE, show=False)
     assert replay.result().curve == "reward"
     seen = feed.feed_of(replay.run)
-    shown = seen.landmarks.rollouts
+    shown = seen.state.rollouts
     assert sorted(shown) == [1, 2]
     found = [seen.client.history.rollouts_file(one) for one in shown.values()]
     assert all(path.is_file() and moved in path.parents for path in found)
