@@ -1,6 +1,8 @@
 """Recorded runs: shown again as they went, shown whole after a crash, gone on with from their last checkpoint."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,10 +44,21 @@ def recorded(tc: tn.TrainingClient, batch: tn.BatchData) -> tn.TrainingRun:
     return run
 
 
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home folder of a process that was killed."""
+    folder = tmp_path_factory.mktemp("killed") / "home"
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED], env=os.environ | {"TENSAFE_HOME": str(folder)}, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    return folder
+
+
 @pytest.fixture
-def killed() -> Any:
-    """The record of a run whose process was killed."""
-    assert subprocess.run([sys.executable, "-c", KILLED], check=False).returncode == -signal.SIGKILL
+def killed(left_behind: Path) -> Any:
+    """The record of a run whose process was killed, in a home folder of the test's own."""
+    shutil.copytree(left_behind, os.environ["TENSAFE_HOME"])
     [record] = tn.list_runs()
     return record
 
