@@ -1,7 +1,6 @@
 """A panel asks the core nothing while it draws: what it shows is in the history, whoever else is still there."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +42,10 @@ class Mute:
         return self._answers[name]
 
 
-def train(client: FakeClient, folder: Path) -> None:
+def train(client: FakeClient) -> None:
     """Publish something of everything that a panel shows."""
-    run = client.start()
+    run, folder = client.start(), client.history.path.parent / "rollouts" / "1"
+    folder.mkdir(parents=True)
     for step in range(1, 8):
         client.advance(run, loss=1.0 / step)
     client.measure(reward=0.5, eval_loss=0.25, tokens=100.0)
@@ -57,7 +57,14 @@ def train(client: FakeClient, folder: Path) -> None:
     rollouts = TrajectoryBatch(
         [RolloutGroup("p", "2+2=", [Trajectory("2+2=", "4", reward=1.0)])], SamplingConfig()
     )
-    client.publish(Rollouts(run_id=run.run_id, step=7, rollouts=1, path=str(rollouts.save(folder / "r"))))
+    client.publish(
+        Rollouts(
+            run_id=run.run_id,
+            step=7,
+            rollouts=1,
+            path=str(rollouts.save(folder / "r")),
+        )
+    )
     client.publish(
         PrivacySpent(
             step=7, epsilon_spent=0.1, total_epsilon=1.5, delta=1e-5, target_epsilon=8.0, accountant="rdp",
@@ -84,9 +91,9 @@ def drawn(source: Any, clock: Callable[[], float], flusher: HandFlusher) -> list
 
 
 def test_a_panel_of_a_client_whose_core_fails_at_every_question_draws_the_same(
-    client: FakeClient, flusher: HandFlusher, tmp_path: Path
+    client: FakeClient, flusher: HandFlusher
 ) -> None:
-    train(client, tmp_path)
+    train(client)
     now = client.history.state.measured_at + 10
     shown = drawn(client, lambda: now, flusher)
     assert {"status", "full", "marks", "alarms", "privacy", "rows", "rollouts"} <= {
@@ -96,9 +103,9 @@ def test_a_panel_of_a_client_whose_core_fails_at_every_question_draws_the_same(
 
 
 def test_a_panel_without_pages_renews_what_stays_in_the_file_without_a_question(
-    client: FakeClient, flusher: HandFlusher, outputs: list[Any], tmp_path: Path
+    client: FakeClient, flusher: HandFlusher, outputs: list[Any]
 ) -> None:
-    train(client, tmp_path)
+    train(client)
     panel = Dashboard(Feed(Mute(client), flusher))
     panel.show()
     still = next(iter(panel._stills.values()))

@@ -201,7 +201,7 @@ class LiveWidget(anywidget.AnyWidget):
             content = {"t": "rollouts", "step": step, "why": f"No rollouts were recorded for step {step}."}
         else:
             try:
-                path = self.feed.client.history.rollouts_file(found)
+                path = self.feed.history.rollouts_file(found)
                 content = rollouts.message(step, path, self.feed.decode(), limit)
             except TGTinkerError as error:  # the oldest texts go when a run has too many
                 content = {"t": "rollouts", "step": step, "why": str(error)}

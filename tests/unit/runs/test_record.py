@@ -9,7 +9,7 @@ import tensafe_nb as tn
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.events import CheckpointSaved, Event, Metrics, RunState, RunStep, StateLoaded
 from tensafe_nb.runs.record import RunRecord, read_log, records_of
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 
 
 def written(path: Path, *events: Event) -> Path:
@@ -96,6 +96,7 @@ def test_steps_that_a_rollback_gave_up_count_as_taken(log: Path) -> None:
 
 
 def test_a_log_that_cannot_be_read_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    home = Home.of_environment()
     written(home.event_log("tc-1"), BEGUN)
     broken = home.event_log("tc-2")
     written(broken, BEGUN)
