@@ -7,14 +7,13 @@ signal were replayed on published logs: rules that count single steps fire in he
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, mean
 from tensafe_nb.rlvr.watch.metrics import Goal, Row, Signal, signal_of
-
-Level: TypeAlias = Literal["amber", "red"]
+from tensafe_nb.runs.alarm_log import Finding
 
 GROUPS = 24  # whose signal is looked at together: single steps are too few to tell
 TEN = 10  # updates whose rewards are compared
@@ -29,17 +28,6 @@ FP32_GAP, BF16_GAP = (
     1e-3,
     2e-2,
 )  # mean |log p of the sampler − log p of the training path| that precision explains
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a rule has to say about a step."""
-
-    name: str
-    level: Level
-    message: str
-    remedy: str
-    rollouts: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
