@@ -45,7 +45,7 @@ def read() -> Row:
     """Issue 5: at most 1.6 times."""
     import torch
 
-    from tensafe_nb.core.checkpoints import tensor_of
+    from tensafe_nb.engine.state import tensor_of
     from tensafe_nb.store.sealed.tensors import read_tensors
 
     with _folder() as folder:
@@ -192,7 +192,7 @@ def _state() -> dict[str, Any]:
 
 
 def _save(store: Any, state: dict[str, Any]) -> str:
-    from tensafe_nb.core.checkpoints import tensor_part
+    from tensafe_nb.engine.state import tensor_part
 
     artifact_id: str = store.save(
         {"model.safetensors": tensor_part(state)}, header=HEADER | {"schema": 1}

@@ -2,33 +2,20 @@
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.engine import state as states
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.state import EngineState
+from tensafe_nb.engine.state import EngineState, Tensors
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.operations import SaveState
 from tensafe_nb.protocol.results import LoadStateResult, SaveStateResult
 from tensafe_nb.store.artifacts.artifacts import ArtifactStore, StoredArtifact
-from tensafe_nb.store.sealed.tensors import TensorPart, read_tensors
+from tensafe_nb.store.sealed.tensors import TensorPart
 
 SCHEMA = 1
-FACTS, WEIGHTS, MOMENTS, WINDOW, REFERENCE = (
-    "trainer.json",
-    "model.safetensors",
-    "optimizer.safetensors",
-    "accumulation.safetensors",
-    "reference.safetensors",
-)
-LEDGER = "ledger.json"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FACTS, LEDGER = "trainer.json", "ledger.json"
 
 
 def save(
@@ -65,13 +52,7 @@ def save(
     parts: dict[str, bytes | TensorPart] = {FACTS: json.dumps(state.facts | known | dict(facts)).encode()}
     if ledger is not None:
         parts[LEDGER] = json.dumps(ledger).encode()
-    parts[WEIGHTS] = tensor_part(state.weights)
-    if state.optimizer is not None:
-        parts[MOMENTS] = tensor_part(state.optimizer)
-    if state.gradients:
-        parts[WINDOW] = tensor_part(state.gradients)
-    if state.reference is not None:
-        parts[REFERENCE] = tensor_part(state.reference)
+    parts |= state.parts()
     header = {
         "training_client": training_client_id,
         "step": engine.step,
@@ -119,12 +100,10 @@ def load(
             )
         found = artifact.info.artifact_id
     take_over(facts.get("ledger"))
-    moments = tensors.get(MOMENTS)
-    window, reference = tensors.get(WINDOW, {}), tensors.get(REFERENCE)
-    state = EngineState(facts, tensors[WEIGHTS], moments, window, reference)
+    state = EngineState.of_parts(facts, tensors)
     same = facts["config"]["optimizer"]["name"] == engine.config.optimizer.name
     states.restore(engine, state, keep_moments=same)
-    restored = moments is not None and same
+    restored = state.optimizer is not None and same
     return LoadStateResult(found, engine.step, "READY", restored, facts["position"]), facts
 
 
@@ -136,18 +115,17 @@ def config_of(store: ArtifactStore, artifact_id: str) -> TrainingConfig:
 
 def _read(
     engine: Engine, artifact: StoredArtifact, artifact_id: str, *, with_moments: bool
-) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+) -> tuple[dict[str, Any], dict[str, Tensors]]:
     facts: dict[str, Any] = {}
-    tensors: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, Tensors] = {}
     for name, size, stream in artifact.parts():
         if name == FACTS:
             facts = _parse(stream.read(size), artifact_id)
             states.check(engine, facts, artifact_id, with_moments=with_moments and facts["has_moments"])
         elif name == LEDGER:
             facts["ledger"] = json.loads(stream.read(size))
-        elif name in (WEIGHTS, MOMENTS, WINDOW, REFERENCE):
-            found = read_tensors(stream, size)
-            tensors[name] = {key: tensor_of(dtype, shape, data) for key, dtype, shape, data in found}
+        elif name in states.PARTS:
+            tensors[name] = states.read_part(stream, size)
     return facts, tensors
 
 
@@ -166,21 +144,3 @@ def _parse(text: bytes, artifact_id: str) -> dict[str, Any]:
             f"Install a newer tensafe_nb."
         )
     return facts
-
-
-def tensor_part(tensors: Mapping[str, Tensor]) -> TensorPart:
-    """Return tensors as the part of an artifact; each is copied to the CPU when its turn comes."""
-    return TensorPart(
-        [(name, NAMES[t.dtype], tuple(t.shape), partial(_bytes, t)) for name, t in tensors.items()]
-    )
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def tensor_of(dtype: str, shape: tuple[int, ...], data: memoryview) -> Tensor:
-    """Return the tensor that lies in some bytes, without copying them."""
-    kind = DTYPES[dtype]
-    return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)

@@ -7,8 +7,8 @@ from typing import Any, cast
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.privacy import Guarantee
-from tensafe_nb.core.queue import Job, Lane, mean_of
-from tensafe_nb.engine.accumulation import Tick
+from tensafe_nb.core.queue import Job, Lane
+from tensafe_nb.engine.accumulation import Tick, mean_of
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError
 from tensafe_nb.events import CheckpointSaved, Event, Metrics, StateLoaded

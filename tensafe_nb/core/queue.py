@@ -10,7 +10,6 @@ from tensafe_nb.errors import FutureFailedError, QueueFullError
 from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.losses import Loss
 from tensafe_nb.protocol.operations import ForwardBackward, Operation, OptimStep
-from tensafe_nb.protocol.results import ForwardBackwardResult
 
 MAX_PENDING = 1_000
 
@@ -125,19 +124,3 @@ class Lane:
         )
         error.__cause__ = broken[0].promise.error if broken else None
         return error
-
-
-def mean_of(losses: list[tuple[ForwardBackwardResult, bool]]) -> dict[str, float]:
-    """Combine the losses and metrics of a window: weighted means; pre-normalised losses add up.
-
-    The metrics of those are sums and maxima over tokens, which the algorithm that sent the batch turns into means.
-    """
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for result, prenormalised in losses:
-        weight = 1.0 if prenormalised else result.weight
-        metrics = {} if prenormalised else result.metrics
-        for name, value in {"loss": result.loss, **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + weight * value
-            weights[name] = 1.0 if prenormalised else weights.get(name, 0.0) + weight
-    return {name: total / weights[name] for name, total in sums.items() if weights[name]}

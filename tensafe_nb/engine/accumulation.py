@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses import Loss
 from tensafe_nb.losses.base import LossValue
+from tensafe_nb.protocol.results import ForwardBackwardResult
 
 Tick = Callable[[int, int], None]
 MAXIMUM = "_max"  # a metric of such a name is the largest of the micro-batches' values, not their mean
@@ -68,3 +69,19 @@ class Tally:
     @property
     def metrics(self) -> dict[str, float]:
         return {name: total / self.divisor for name, total in self.sums.items()} | self.maxima
+
+
+def mean_of(losses: list[tuple[ForwardBackwardResult, bool]]) -> dict[str, float]:
+    """Combine the losses and metrics of a window: weighted means; pre-normalised losses add up.
+
+    The metrics of those are sums and maxima over tokens, which the algorithm that sent the batch turns into means.
+    """
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for result, prenormalised in losses:
+        weight = 1.0 if prenormalised else result.weight
+        metrics = {} if prenormalised else result.metrics
+        for name, value in {"loss": result.loss, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + weight * value
+            weights[name] = 1.0 if prenormalised else weights.get(name, 0.0) + weight
+    return {name: total / weights[name] for name, total in sums.items() if weights[name]}

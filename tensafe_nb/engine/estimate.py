@@ -89,7 +89,7 @@ def estimate(engine: Engine, batch_size: int | None = None, length: int | None =
         activation_bytes=int(max(0, transient - gradient_bytes)),
         needed_bytes=int(max(0, moment_bytes + transient - kept)),
         available_bytes=memory.available(engine.model.device),
-        precision=str(engine.model.compute_dtype).removeprefix("torch."),
+        precision=engine.model.precision,
         device=str(engine.model.device),
     )
     _check_fit(found, micro_rows)

@@ -4,7 +4,8 @@ import base64
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +14,17 @@ from tensafe_nb.config import LoRAConfig, TrainingConfig
 from tensafe_nb.engine.accumulation import Window
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.store.sealed.tensors import Readable, TensorPart, read_tensors
 
+PARTS = (WEIGHTS, MOMENTS, WINDOW, REFERENCE) = (  # of an artifact
+    "model.safetensors",
+    "optimizer.safetensors",
+    "accumulation.safetensors",
+    "reference.safetensors",
+)
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Tensors: TypeAlias = dict[str, Tensor]
 PROBES = 64  # values of each frozen tensor that tell one base model from another
 
 
@@ -30,10 +41,46 @@ class EngineState:
     """
 
     facts: dict[str, Any]
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor] | None
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    reference: dict[str, Tensor] | None = None
+    weights: Tensors
+    optimizer: Tensors | None
+    gradients: Tensors = field(default_factory=dict)
+    reference: Tensors | None = None
+
+    @classmethod
+    def of_parts(cls, facts: dict[str, Any], parts: Mapping[str, Tensors]) -> "EngineState":
+        """Put a state together from its facts and the parts of an artifact that `read_part` has read."""
+        return cls(facts, parts[WEIGHTS], parts.get(MOMENTS), parts.get(WINDOW, {}), parts.get(REFERENCE))
+
+    def parts(self) -> dict[str, TensorPart]:
+        """Return the tensors as parts of an artifact; what is empty or absent is left out."""
+        tensors = zip(
+            PARTS, (self.weights, self.optimizer, self.gradients or None, self.reference), strict=True
+        )
+        return {name: tensor_part(part) for name, part in tensors if part is not None}
+
+
+def tensor_part(tensors: Mapping[str, Tensor]) -> TensorPart:
+    """Return tensors as a part of an artifact; each is copied to the CPU when its turn comes."""
+    return TensorPart(
+        [(name, NAMES[t.dtype], tuple(t.shape), partial(_bytes, t)) for name, t in tensors.items()]
+    )
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def read_part(stream: Readable, size: int) -> Tensors:
+    """Return the tensors of a part, that lie in the bytes read: nothing is copied."""
+    found = read_tensors(stream, size)
+    return {name: tensor_of(dtype, shape, data) for name, dtype, shape, data in found}
+
+
+def tensor_of(dtype: str, shape: tuple[int, ...], data: memoryview) -> Tensor:
+    """Return the tensor that lies in some bytes, without copying them."""
+    kind = DTYPES[dtype]
+    return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
 
 
 def capture(engine: Engine, include_optimizer: bool) -> EngineState:

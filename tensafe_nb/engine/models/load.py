@@ -80,6 +80,11 @@ class LoadedModel:
         return any(rate > 0 for rate in rates + layers)
 
     @property
+    def precision(self) -> str:
+        """What it computes in, by name: "float32" or "bfloat16"."""
+        return str(self.compute_dtype).removeprefix("torch.")
+
+    @property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         trained = [(name, p) for name, p in self.causal.named_parameters() if p.requires_grad]
         head = self.value_head.named_parameters(prefix="value_head") if self.value_head is not None else ()
@@ -97,6 +102,15 @@ class LoadedModel:
         """Return the context in which the model computes in its compute dtype."""
         half = self.compute_dtype is torch.bfloat16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+
+def import_transformers() -> None:
+    """Import it on the caller's thread.
+
+    It puts another module in its own place once it has been imported: who imports it meanwhile on another thread, as
+    `datasets` does, would be left with the first, which has nothing in it.
+    """
+    import transformers  # noqa: F401
 
 
 def load(config: TrainingConfig) -> LoadedModel:

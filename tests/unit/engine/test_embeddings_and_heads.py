@@ -263,11 +263,11 @@ def test_an_export_that_fails_leaves_nothing_and_says_why(
 ) -> None:
     tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
     state = tc.save_state().result().artifact_id
-    write = export._write
+    write = export.write_folder
 
     def fail(error: Exception) -> Any:
-        def written(*args: Any) -> None:
-            write(*args)
+        def written(*args: Any, **options: Any) -> None:
+            write(*args, **options)
             raise error
 
         return written
@@ -277,7 +277,7 @@ def test_an_export_that_fails_leaves_nothing_and_says_why(
         UnboundLocalError("active_adapters"),
         RuntimeError("odd"),
     ):
-        monkeypatch.setattr(export, "_write", fail(error))
+        monkeypatch.setattr(export, "write_folder", fail(error))
         with pytest.raises(tn.StorageError, match=r"cannot be written \(.*Nothing is left of it"):
             service.export_adapter(state, tmp_path / "new" / "deeper" / "out", merged=True)
         assert not (tmp_path / "new").exists()
@@ -286,7 +286,7 @@ def test_an_export_that_fails_leaves_nothing_and_says_why(
             service.export_adapter(state, tmp_path / "empty")
         assert list((tmp_path / "empty").iterdir()) == []
     assert [p.name for p in tmp_path.iterdir() if "exporting" in p.name] == []
-    monkeypatch.setattr(export, "_write", write)
+    monkeypatch.setattr(export, "write_folder", write)
     assert service.export_adapter(state, tmp_path / "new" / "deeper" / "out").is_dir()
     assert (service.export_adapter(state, tmp_path / "empty") / "adapter_config.json").is_file()
 
@@ -297,14 +297,16 @@ def test_an_export_has_its_name_only_once_it_is_whole(
     tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
     state = tc.save_state().result().artifact_id
     seen: list[bool] = []
-    write = export._write
+    write = export.write_folder
     monkeypatch.setattr(
-        export, "_write", lambda *args: (write(*args), seen.append((tmp_path / "out").exists()))
+        export,
+        "write_folder",
+        lambda *args, **options: (write(*args, **options), seen.append((tmp_path / "out").exists())),
     )
     service.export_adapter(state, tmp_path / "out", merged=True)
     assert seen == [False]
     with pytest.raises(tn.ValidationError, match="not an empty folder"):
         service.export_adapter(state, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, "_write", write)
+    monkeypatch.setattr(export, "write_folder", write)
     assert service.export_adapter(state, "relative").resolve() == tmp_path / "relative"
