@@ -1,4 +1,4 @@
-"""What happens to a training client, as records: its core numbers them, its log keeps them."""
+"""The events of a training client: its core numbers them, its log keeps them, and whoever watches is told."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -196,7 +196,15 @@ class Forked(Event):
 @tagged("rollouts")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts(Event):
-    """A step's rollouts were scored; their texts lie in `path`."""
+    """A step's rollouts were scored.
+
+    Attributes:
+        run_id: The run.
+        step: Its step.
+        rollouts: How many there are.
+        path: The file of their texts, in the folder `rollouts` beside the log; version 0.1 wrote where on its machine
+            that was. `RunHistory.rollouts_file` finds either.
+    """
 
     run_id: str
     step: int
@@ -252,3 +260,31 @@ class PrivacySpent(Event):
     projected_step: int | None = None
     refused: bool = False
     void: str | None = None
+
+
+REPORTED = (
+    Metrics,
+    RunState,
+    RunStep,
+    Rollouts,
+    Alarm,
+    MockTookPart,
+)  # what runs and producers of rollouts tell
+
+
+def check_reported(event: object) -> None:
+    """Refuse to take from a client what its core alone can know.
+
+    Raises:
+        ValidationError: Another event than those of `REPORTED`, or Metrics that say of no run to have measured them.
+    """
+    if not isinstance(event, REPORTED):
+        raise ValidationError(
+            f"publish() takes what a run tells ({', '.join(kind.__name__ for kind in REPORTED)}), not "
+            f"{type(event).__name__}: that is the core's to tell."
+        )
+    if isinstance(event, Metrics) and event.run_id is None:
+        raise ValidationError(
+            "publish(Metrics(…)) needs run_id=…, the run that measured them, or a name of your own: without one they "
+            "would pass for the core's measurements."
+        )

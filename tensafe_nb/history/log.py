@@ -10,7 +10,7 @@ import numpy as np
 from tensafe_nb.checks import checked
 from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import Alarm, Event, Metrics
+from tensafe_nb.events import Alarm, Event, Metrics, Rollouts
 from tensafe_nb.history.state import ClientState
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, tags_of
@@ -115,6 +115,11 @@ class RunHistory:
                     raise ValidationError(f"A line of {self.path} is no event: {as_given(event)}.")
                 if event.seq > after and isinstance(event, tuple(kinds) or Event):
                     yield event
+
+    def rollouts_file(self, event: Rollouts) -> Path:
+        """Return where the texts of a step lie: beside the log, wherever it was moved to, and nowhere else."""
+        number = Path(event.run_id.rpartition("/")[2]).name
+        return self.path.parent / "rollouts" / number / Path(event.path).name
 
     @property
     def alarms(self) -> list[Alarm]:

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.checks import checked
-from tensafe_nb.display import Facts, Listing, table, visible
+from tensafe_nb.display import Facts, Listing, table, visible, widgets
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
 from tensafe_nb.events import CheckpointSaved, Metrics, RunState, RunStep, StateLoaded
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.state import ClientState, RunSoFar
 from tensafe_nb.locks import is_being_written
 from tensafe_nb.protocol.results import RunStatus
-from tensafe_nb.registry import load_dotted
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class RunRecord:
     def _repr_mimebundle_(self, **_: Any) -> Any:
         if not self.state.ended:
             return {"text/plain": repr(self), "text/html": table(f"run {self.run_id}", row_of(self))}
-        return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+        return widgets().mimebundle(self)
 
 
 def records_of(log: Path) -> list[RunRecord]:
@@ -111,7 +110,7 @@ def record_of(run: RunSoFar, log: Path, *, alive: bool) -> RunRecord:
 def list_runs() -> list[RunRecord]:
     """Return every run recorded in the home folder, oldest first: a list, which a notebook shows as a table."""
     records = []
-    for log in sorted(home.runs().glob("*/events.jsonl")):
+    for log in Home.of_environment().event_logs():
         try:
             records += records_of(log)
         except UNREADABLE as error:
@@ -140,11 +139,11 @@ def load_run(run_id: str) -> RunRecord:
     Raises:
         RunNotFoundError: No such run in the home folder.
     """
-    for record in records_of(home.event_log(run_id.partition("/")[0])):
+    for record in records_of(Home.of_environment().event_log(run_id.partition("/")[0])):
         if record.run_id == run_id:
             return record
     raise RunNotFoundError(
-        f"There is no run {run_id!r} under {home.runs()}. list_runs() shows all there are."
+        f"There is no run {run_id!r} under {Home.of_environment().runs()}. list_runs() shows all there are."
     )
 
 

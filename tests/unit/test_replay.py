@@ -15,7 +15,7 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.events import RunStep
 from tensafe_nb.history.log import RunHistory
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets import replay as replays
 from tensafe_nb.widgets.feed import feed
@@ -78,7 +78,9 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def files() -> dict[Path, tuple[int, int]]:
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in home.home().rglob("*")}
+    return {
+        path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Home.of_environment().root.rglob("*")
+    }
 
 
 def texts(outputs: list[dict[str, Any]]) -> str:
@@ -337,11 +339,13 @@ def test_the_samples_of_a_log_that_was_moved_are_found_beside_it_and_nowhere_els
     run.result()
     service.close()
     moved = tmp_path / "moved"
-    home.event_log(tc.training_client_id).parent.rename(moved)
+    Home.of_environment().event_log(tc.training_client_id).parent.rename(moved)
     log = moved / "events.jsonl"
-    log.write_text(log.read_text().replace(str(home.home()), "/etc"))
+    log.write_text(log.read_text().replace(str(Home.of_environment().root), "/etc"))
     replay = tn.replay(log, speed=AT_ONCE, show=False)
     assert replay.result().curve == "reward"
-    shown = feed.feed_of(replay.run).state.rollouts
+    seen = feed.feed_of(replay.run)
+    shown = seen.state.rollouts
     assert sorted(shown) == [1, 2]
-    assert all(Path(one.path).is_file() and moved in Path(one.path).parents for one in shown.values())
+    found = [seen.client.history.rollouts_file(one) for one in shown.values()]
+    assert all(path.is_file() and moved in path.parents for path in found)

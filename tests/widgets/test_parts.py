@@ -37,7 +37,12 @@ SPENT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def rollouts_of(path: Path, answers: dict[str, float | None], **fields: Any) -> str:
+def beside(client: FakeClient) -> Path:
+    """Return where the rollouts of the client's first run lie."""
+    return client.history.path.parent / "rollouts" / "1"
+
+
+def rollouts_of(path: Path, answers: dict[str, float | None], **fields: Any) -> Path:
     """Write the rollouts of one prompt and return where they lie."""
     made = [
         Trajectory("2+2=", text, reward=reward, tokens=[ord(c) for c in text], policy_version=7, **fields)
@@ -48,7 +53,8 @@ def rollouts_of(path: Path, answers: dict[str, float | None], **fields: Any) -> 
         if trajectory.reward is not None:
             trajectory.advantage = trajectory.reward - sum(rewards) / len(rewards)
     batch = TrajectoryBatch([RolloutGroup("p", "2+2=", made)], SamplingConfig())
-    return str(batch.save(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return batch.save(path)
 
 
 class Letters:
@@ -224,12 +230,12 @@ def test_sections_are_chosen_by_name(client: FakeClient) -> None:
 
 
 def test_the_newest_rollouts_are_pushed_once_in_two_seconds_at_most(
-    client: FakeClient, wire: Wire, flusher: HandFlusher, tmp_path: Path
+    client: FakeClient, wire: Wire, flusher: HandFlusher
 ) -> None:
     wire.mount()
     for step in (1, 2):
-        path = rollouts_of(tmp_path / f"{step}", {"4": 1.0, "5": 0.0})
-        client.publish(Rollouts(run_id="tc-1/1", step=step, rollouts=2, path=path))
+        path = rollouts_of(beside(client) / f"{step}", {"4": 1.0, "5": 0.0})
+        client.publish(Rollouts(run_id="tc-1/1", step=step, rollouts=2, path=f"1/{path.name}"))
         told = [*wire.flush(), *wire.flush()]
         assert [content["step"] for content in told if content["t"] == "rollouts"] == [1] * (step == 1)
     assert wire.again == 2.0
@@ -241,9 +247,9 @@ def test_the_newest_rollouts_are_pushed_once_in_two_seconds_at_most(
 def test_an_older_step_is_shown_on_request_and_a_missing_one_with_the_reason(
     client: FakeClient, wire: Wire, tmp_path: Path
 ) -> None:
-    path = rollouts_of(tmp_path / "1", {"4": 1.0, "5": 0.0})
-    client.publish(Rollouts(run_id="tc-1/1", step=1, rollouts=2, path=path))
-    client.publish(Rollouts(run_id="tc-1/1", step=2, rollouts=2, path=str(tmp_path / "gone")))
+    path = rollouts_of(beside(client) / "1", {"4": 1.0, "5": 0.0})
+    client.publish(Rollouts(run_id="tc-1/1", step=1, rollouts=2, path=str(path)))  # as 0.1 wrote it
+    client.publish(Rollouts(run_id="tc-1/1", step=2, rollouts=2, path="1/gone"))
     wire.mount()
     for step in (1, 2, 3):
         wire.page_says(t="show", step=step)

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from pathlib import Path
 from typing import final
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import ClientCreated, Event, Rollouts, RunState, StatusChanged
+from tensafe_nb.events import ClientCreated, Event, RunState, StatusChanged
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.state import RunSoFar
 from tensafe_nb.protocol.codec import decode
@@ -149,12 +148,8 @@ class ToldHistory(RunHistory):
 
 def as_here(event: Event, record: RunRecord) -> Event:
     """Return an event as it would have been written here and now."""
-    match event:
-        case Rollouts():  # texts lie beside the log, wherever it was moved to: it names no other file of this machine
-            folder = record.log.parent / "rollouts" / Path(event.run_id.rpartition("/")[2]).name
-            return replace(event, path=str(folder / Path(event.path).name))
-        case RunState(run_id=record.run_id, curve=None):  # written by version 0.1
-            return replace(event, curve=record.curve)
+    if isinstance(event, RunState) and event.run_id == record.run_id and event.curve is None:  # version 0.1
+        return replace(event, curve=record.curve)
     return event
 
 

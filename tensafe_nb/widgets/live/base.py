@@ -201,7 +201,8 @@ class LiveWidget(anywidget.AnyWidget):
             content = {"t": "rollouts", "step": step, "why": f"No rollouts were recorded for step {step}."}
         else:
             try:
-                content = rollouts.message(step, found.path, self.feed.decode(), limit)
+                path = self.feed.client.history.rollouts_file(found)
+                content = rollouts.message(step, path, self.feed.decode(), limit)
             except TGTinkerError as error:  # the oldest texts go when a run has too many
                 content = {"t": "rollouts", "step": step, "why": str(error)}
         self._ready.append(content)

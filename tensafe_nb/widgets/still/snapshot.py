@@ -273,7 +273,7 @@ def display(feed: Feed, run: Any, samples: int = 0, *, pictured: bool = True) ->
     publish(snapshot.table(), {})
     newest = feed.annotations.newest_rollouts()
     if samples and newest is not None:
-        publish(frozen(newest.step, newest.path, samples), {})
+        publish(frozen(newest.step, feed.client.history.rollouts_file(newest), samples), {})
 
 
 def publish(data: Bundle, metadata: Bundle, display_id: str | None = None, *, update: bool = False) -> None:
