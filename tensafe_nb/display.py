@@ -1,4 +1,4 @@
-"""How things look at the end of a cell: one line of text, and one small table. One template, for everything one holds.
+"""Looks of everything one holds at the end of a cell: one line of text, and one small table, of one template.
 
 Nothing here waits, computes on a model or reads a file: what is shown is what the object already knows. The tables
 carry no colours of their own, so they are readable in any theme, and every text in them is escaped.
@@ -6,9 +6,11 @@ carry no colours of their own, so they are readable in any theme, and every text
 
 import dataclasses
 import html
+import importlib
 import itertools
 import re
 import reprlib
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 C = TypeVar("C", bound=type)
 T = TypeVar("T")
 Facts = Mapping[str, object]
+WIDGETS = "tensafe_nb.widgets"
 LONGEST = 200  # characters of a value
 MOST_ROWS = 50  # of a listing
 FEW = 8  # items that are shown one by one
@@ -30,9 +33,23 @@ def shown(cls: C) -> C:
     """
     if not hasattr(cls, "_facts"):
         cls._facts = fields_of  # type: ignore[attr-defined]
-        cls.__repr__ = _line  # type: ignore[assignment]
+        cls.__repr__ = line_of_fields  # type: ignore[assignment]
     cls._repr_html_ = lambda self: table(type(self).__name__, self._facts())  # type: ignore[attr-defined]
     return cls
+
+
+def widgets() -> Any:
+    """Return the module of the widgets, which is imported when something is first shown: a first cell stays light.
+
+    This is the one door from what a user holds to how a page shows it.
+    """
+    return importlib.import_module(WIDGETS)
+
+
+def settle(ended: Any) -> None:
+    """Let whatever may be showing a client or a run show its end; nothing does before the widgets are imported."""
+    if WIDGETS in sys.modules:
+        widgets().settle(ended)
 
 
 def fields_of(value: Any) -> dict[str, object]:
@@ -107,7 +124,7 @@ def short(value: object) -> str:
         case Mapping():
             text = ", ".join(f"{name} {short(item)}" for name, item in value.items()) or "—"
         case tuple() | list():
-            text = _sequence(value)
+            text = few_words(value)
         case _ if hasattr(value, "shape") and hasattr(value, "dtype"):
             text = f"{tuple(value.shape)} {value.dtype}"
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -126,7 +143,7 @@ def as_given(value: object) -> str:
     return _GIVEN.repr(value)
 
 
-class _Given(reprlib.Repr):
+class GivenRepr(reprlib.Repr):
     """`repr` with an end: reprlib, made total, and with the entries of a dict as they stand."""
 
     def __init__(self) -> None:
@@ -156,7 +173,7 @@ class _Given(reprlib.Repr):
         return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-_GIVEN = _Given()
+_GIVEN = GivenRepr()
 
 
 def as_markdown(text: str) -> str:
@@ -168,19 +185,20 @@ def as_markdown(text: str) -> str:
 
 def visible(text: str) -> str:
     """Return a text with control characters, and those that turn its direction, as codes."""
-    return "".join(_code(c) if c in DIRECTIONS or unicodedata.category(c) in _UNSEEN else c for c in text)
+    return "".join(code_of(c) if c in DIRECTIONS or unicodedata.category(c) in _UNSEEN else c for c in text)
 
 
 _UNSEEN = ("Cc", "Zl", "Zp", "Cs")
 
 
-def _code(character: str) -> str:
+def code_of(character: str) -> str:
+    r"""Return a character as Python writes it in a text: \n, \x1b."""
     named = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
     number = ord(character)
     return named.get(character) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
 
 
-def _sequence(items: Sequence[object]) -> str:
+def few_words(items: Sequence[object]) -> str:
     """Return a few items as they are, many as their number."""
     if items and dataclasses.is_dataclass(items[0]):
         return f"{len(items)} × {type(items[0]).__name__}"
@@ -189,8 +207,8 @@ def _sequence(items: Sequence[object]) -> str:
     return ", ".join(short(item) for item in items) or "—"
 
 
-def _line(self: Any) -> str:
-    """The repr of a dataclass, as short as it can be read."""
+def line_of_fields(self: Any) -> str:
+    """Return the repr of a dataclass, as short as it can be read."""
     parts = ", ".join(f"{name}={_argument(value)}" for name, value in fields_of(self).items())
     return f"{type(self).__name__}({parts})"
 

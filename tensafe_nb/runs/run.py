@@ -1,9 +1,8 @@
-"""A training loop you can watch, await, pause, step and stop; and the record of those that ran before."""
+"""A run: a training loop on a thread of its own, which you can watch, await, pause, step and stop."""
 
 import contextlib
 import copy
 import logging
-import sys
 import threading
 import time
 import traceback
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from tensafe_nb import lifetimes
 from tensafe_nb.checks import checked
-from tensafe_nb.display import as_given
+from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import (
     ArtifactNotFoundError,
     ClientClosedError,
@@ -28,7 +27,6 @@ from tensafe_nb.events import RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
-from tensafe_nb.registry import load_dotted
 from tensafe_nb.runs.checkpoints import Checkpoints, checkpoint_of
 from tensafe_nb.runs.loop import Loop, RunClient
 
@@ -217,14 +215,14 @@ class TrainingRun:
 
     def freeze(self, samples: int = 0) -> None:
         """Put a picture and a table of how things stand into the calling cell; texts only of so many `samples`."""
-        load_dotted("tensafe_nb.widgets:freeze")(self, samples)
+        widgets().freeze(self, samples)
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
-        return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+        return widgets().mimebundle(self)
 
     def _mime_(self) -> tuple[str, str]:
         """Return what marimo shows."""
-        shown: tuple[str, str] = load_dotted("tensafe_nb.widgets:mime")(self)
+        shown: tuple[str, str] = widgets().mime(self)
         return shown
 
     def _left_behind(self) -> "TrainingRun":
@@ -249,20 +247,6 @@ class TrainingRun:
                 handle.cancel()
             with contextlib.suppress(FutureTimeoutError):
                 return handle.result(timeout=HEARTBEAT)
-
-    def _result_of(self, handle: FutureHandle[Any]) -> Any:
-        """Wait for a result between steps; after `stop()` what waits is cancelled and what runs may finish."""
-        while True:
-            if self._wants_stop:
-                self._cancel_pending()
-            with contextlib.suppress(FutureTimeoutError):
-                return handle.result(timeout=HEARTBEAT)
-
-    def _cancel_pending(self) -> None:
-        for _, handles in self._inflight:
-            for handle in handles:
-                if handle.state is FutureStatus.PENDING:
-                    handle.cancel()
 
     def join(self, timeout: float) -> None:
         """Wait until the thread is gone; a thread that is stuck in the user's code is left behind, with a warning."""
@@ -291,7 +275,7 @@ class TrainingRun:
 
     def _end_with_the_budget(self, error: DPBudgetExceededError) -> None:
         """Stop as if the user had: no step was torn, and a checkpoint keeps what was trained."""
-        self._cancel_rest()
+        self._cancel_inflight(running=True)
         self._inflight.clear()
         self._index = self.steps_done
         try:
@@ -306,9 +290,8 @@ class TrainingRun:
             pass
         self._first_step = self._client.step  # of a restored client it was not known before
         if self._resume_from is not None:
-            self._seek(
-                self.wait(self._client.load_state(self._resume_from, for_run=type(self._loop).__name__))
-            )
+            loading = self._client.load_state(self._resume_from, for_run=type(self._loop).__name__)
+            self._seek(self.wait(loading))
             self._publish_state()
             if self.planned_steps is not None and self._index >= self.planned_steps:
                 self.remark(
@@ -388,6 +371,14 @@ class TrainingRun:
         self._last_step_at = now
         self._tidy()
 
+    def _result_of(self, handle: FutureHandle[Any]) -> Any:
+        """Wait for a result between steps; after `stop()` what waits is cancelled and what runs may finish."""
+        while True:
+            if self._wants_stop:
+                self._cancel_inflight(running=False)
+            with contextlib.suppress(FutureTimeoutError):
+                return handle.result(timeout=HEARTBEAT)
+
     def _between_steps(
         self, action: Callable[[], FutureHandle[R]], operation: str, result_type: type[R]
     ) -> FutureHandle[R]:
@@ -436,6 +427,8 @@ class TrainingRun:
         self._torn = True  # until the data stands where the weights do
         self._seek(result)
         self._torn = False
+        with self._changed:
+            self._publish_state()  # the state it is in is no other, but it stands elsewhere now
         self._wants_pause, self._credit = True, None
         return loaded
 
@@ -456,7 +449,7 @@ class TrainingRun:
         failed = state is RunStatus.FAILED
         reason = " ".join([*([reason] if reason else []), *self._remarks]) or None
         try:
-            self._cancel_rest()
+            self._cancel_inflight(running=True)
             with self._changed:
                 if self._state.ended:
                     return  # its thread was left behind, and has come back after all
@@ -465,10 +458,9 @@ class TrainingRun:
             self._serve()
             self._client.sync_events()
         finally:  # whoever waits is told, whatever happens to the log
-            if "tensafe_nb.widgets" in sys.modules:  # the cell that waits ends after its outputs show the end
-                load_dotted("tensafe_nb.widgets:settle")(self)
+            settle(self)  # the cell that waits ends after its outputs show the end
             if failed and error is not None:
-                _empty_frames(error)
+                forget_frames(error)
                 self._promise.fail(error)
             else:
                 metrics = self._client.history.last(after=self._first_event)
@@ -478,9 +470,10 @@ class TrainingRun:
                     )
                 )
 
-    def _cancel_rest(self) -> None:
-        for _, handles in self._inflight:
-            for handle in handles:
+    def _cancel_inflight(self, *, running: bool) -> None:
+        """Cancel what waits of the steps under way, and what is running too if so told."""
+        for handle in (handle for _, handles in self._inflight for handle in handles):
+            if running or handle.state is FutureStatus.PENDING:
                 handle.cancel()
 
     def _set_state(self, state: RunStatus, reason: str | None = None) -> None:
@@ -498,20 +491,19 @@ class TrainingRun:
                 reason=reason,
                 done=self.steps_done,
                 taken=self.steps_taken,
+                curve=self.curve,
             )
         )
 
 
-def _empty_frames(error: BaseException) -> None:
+def forget_frames(error: BaseException) -> None:
     """Let go of what the frames of a failure hold, the run and its client above all: the result keeps the error."""
     seen: set[int] = set()
     found: BaseException | None = error
     while found is not None and id(found) not in seen:
         seen.add(id(found))
         traceback.clear_frames(found.__traceback__)
-        if (
-            found.__traceback__ is not None
-            and found.__traceback__.tb_frame.f_code is TrainingRun._main.__code__
-        ):
-            found.__traceback__ = found.__traceback__.tb_next  # still runs: it cannot be emptied
+        trace = found.__traceback__
+        if trace is not None and trace.tb_frame.f_code is TrainingRun._main.__code__:
+            found.__traceback__ = trace.tb_next  # still runs: it cannot be emptied
         found = found.__cause__ or found.__context__
