@@ -15,29 +15,47 @@ from tensafe_nb.store.home import TENANT, Home
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def add_commands(commands: Any) -> None:
+def add_server(commands: Any) -> None:
     """Add them to the parser of `tensafe-nb`."""
     serve = commands.add_parser("serve", help="offer this machine's core to notebooks elsewhere")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     serve.add_argument("--home", type=Path, help="where everything is kept, instead of TENSAFE_HOME")
-    serve.add_argument("--tokens", type=Path, help="the file of tokens; without one, a token is made for this run")
-    serve.add_argument("--print-token", action="store_true", help="make a token for the tenant 'local' and show it")
-    serve.add_argument("--models", type=Path, help="the folder whose models are offered, by their names beneath it")
-    serve.add_argument("--hub-model", action="append", default=[], help="a hub id that may be loaded; may be repeated")
-    serve.add_argument("--host-name", action="append", default=[], help="a name it is called by, besides localhost")
+    serve.add_argument(
+        "--tokens", type=Path, help="the file of tokens; without one, a token is made for this run"
+    )
+    serve.add_argument(
+        "--print-token", action="store_true", help="make a token for the tenant 'local' and show it"
+    )
+    serve.add_argument(
+        "--models", type=Path, help="the folder whose models are offered, by their names beneath it"
+    )
+    serve.add_argument(
+        "--hub-model", action="append", default=[], help="a hub id that may be loaded; may be repeated"
+    )
+    serve.add_argument(
+        "--host-name", action="append", default=[], help="a name it is called by, besides localhost"
+    )
     serve.add_argument("--root-path", default="", help="the path under which a proxy offers it")
-    serve.add_argument("--max-clients", type=int, default=32, help="training clients of a tenant (default: %(default)s)")
+    serve.add_argument(
+        "--max-clients", type=int, default=32, help="training clients of a tenant (default: %(default)s)"
+    )
     serve.add_argument("--json", action="store_true", help='print {"url": …, "token": …} as the first line')
     serve.set_defaults(run=run_server)
     tokens = commands.add_parser("tokens", help="who may use a server")
     actions = tokens.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, words in (("new", "make a token and show it, once"), ("list", "list them"), ("revoke", "take one back")):
+    for name, words in (
+        ("new", "make a token and show it, once"),
+        ("list", "list them"),
+        ("revoke", "take one back"),
+    ):
         action = actions.add_parser(name, help=words)
         action.add_argument("--tokens", type=Path, required=True, help="the file of tokens")
         action.set_defaults(run=run_tokens)
         if name == "new":
-            action.add_argument("--tenant", default=TENANT, help="whose clients it opens (default: %(default)s)")
+            action.add_argument(
+                "--tenant", default=TENANT, help="whose clients it opens (default: %(default)s)"
+            )
         if name == "revoke":
             action.add_argument("token_id", help="its id, from `tensafe-nb tokens list`")
 
@@ -49,12 +67,15 @@ def run_server(chosen: argparse.Namespace) -> int:
 
         from tensafe_nb.server.app import Limits, create_app
     except ImportError as error:
-        raise ValidationError(f"A server needs more packages ({error}): pip install 'tensafe_nb[server]'") from error
+        raise ValidationError(
+            f"A server needs more packages ({error}): pip install 'tensafe_nb[server]'"
+        ) from error
     from tensafe_nb.server.tokens import Tokens
 
     if chosen.host not in LOOPBACK and chosen.tokens is None:
         raise ValidationError(
-            f"Listening at {chosen.host} lets others reach this server: give --tokens FILE, made with tensafe-nb tokens new."
+            f"Listening at {chosen.host} lets others reach this server: give --tokens FILE, "
+            f"made with tensafe-nb tokens new."
         )
     tokens = Tokens(chosen.tokens)
     shown = tokens.mint() if chosen.print_token or chosen.tokens is None else None

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import tarfile
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,10 +18,9 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
-from tensafe_nb import __version__
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import (
-    ArtifactNotFoundError,
+    FutureCancelledError,
     NotFoundError,
     QueueFullError,
     TGTinkerError,
@@ -30,8 +30,8 @@ from tensafe_nb.errors import (
 from tensafe_nb.events import Event
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import decode, encode
-from tensafe_nb.protocol.operations import VERBS, ForwardBackward, Operation, Sample
-from tensafe_nb.protocol.results import Source
+from tensafe_nb.protocol.operations import VERBS, Operation
+from tensafe_nb.protocol.results import StateSource
 from tensafe_nb.server.clients import Answer, ServedClient, Submitter, ended, error_of, outcome_of
 from tensafe_nb.server.guard import MOST_BODY_BYTES, BodyTooLargeError, Guard
 from tensafe_nb.server.tokens import Tokens
@@ -41,6 +41,7 @@ from tensafe_nb.transports.embedded import EmbeddedTransport
 T = TypeVar("T")
 
 PREFIX = "/api/v1"
+VERSION = importlib.metadata.version("tensafe_nb")
 STATUS = {  # of an error's code; 500 for the rest
     "validation_error": 422, "privacy_unit": 422, "model_load_error": 422, "decryption_error": 422,
     "client_closed": 409, "dp_budget_exceeded": 409, "future_cancelled": 409, "future_failed": 409,
@@ -115,7 +116,7 @@ class Service:
         """Return every client of every tenant."""
         return [client for tenant in self._tenants.values() for client in tenant.clients.values()]
 
-    def create(self, tenant: Tenant, config: TrainingConfig, source: Source | None) -> ServedClient:
+    def create(self, tenant: Tenant, config: TrainingConfig, source: StateSource | None) -> ServedClient:
         """Make a training client.
 
         Raises:
@@ -131,7 +132,9 @@ class Service:
         if config.lora_config is not None and config.lora_config.rank > MOST_RANK:
             raise ValidationError(f"LoRAConfig.rank is at most {MOST_RANK} on this server.")
         if ":" in config.loss.type:
-            raise ValidationError("Losses from a dotted path run in the user's own process only.", code="forbidden")
+            raise ValidationError(
+                "Losses from a dotted path run in the user's own process only.", code="forbidden"
+            )
         self._check_model(config.model_ref)
         channel = tenant.transport.create(config, source)
         client = tenant.clients[channel.training_client_id] = ServedClient(channel)
@@ -162,7 +165,9 @@ class Service:
             )
         loss = getattr(operation, "loss_fn", None)
         if isinstance(loss, str) and ":" in loss:
-            raise ValidationError("Losses from a dotted path run in the user's own process only.", code="forbidden")
+            raise ValidationError(
+                "Losses from a dotted path run in the user's own process only.", code="forbidden"
+            )
 
     def _refuse_if_draining(self) -> None:
         if self.draining:
@@ -203,7 +208,7 @@ def create_app(
         yield
         await service.drain()
 
-    app = FastAPI(title="tensafe_nb", version=__version__, lifespan=lifespan, root_path=root_path)
+    app = FastAPI(title="tensafe_nb", version=VERSION, lifespan=lifespan, root_path=root_path)
     app.state.service = service
     app.add_middleware(Guard, tokens=tokens, hosts=hosts)
     add_error_handlers(app)
@@ -263,7 +268,7 @@ def add_probes(app: FastAPI, service: Service) -> None:
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"name": "tensafe_nb", "version": __version__, "api": PREFIX}
+        return {"name": "tensafe_nb", "version": VERSION, "api": PREFIX}
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
@@ -310,7 +315,7 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
     async def create(request: Request, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
         """Make a training client: `{"config": …, "source": …}`; returns before its model is loaded."""
         config = decode({"$": "training_config"} | body.get("config", {}), TrainingConfig)
-        source = None if body.get("source") is None else decode(body["source"], Source)
+        source = None if body.get("source") is None else decode(body["source"], StateSource)
         made = await asyncio.to_thread(service.create, tenant_of(request), config, source)
         return described(made)
 
@@ -332,6 +337,13 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
         await asyncio.to_thread(client.channel.hang_up)
         return described(client)
 
+    @app.get(clients + "/{training_client_id}/ready")
+    async def ready(request: Request, training_client_id: str) -> Response:
+        """Wait until the model is loaded; the error it could not be loaded for is the answer's."""
+        handle = client_of(request, training_client_id).channel.ready()
+        await ended(handle)
+        return packed(handle.result())
+
     async def queue(
         request: Request,
         training_client_id: str,
@@ -339,6 +351,7 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
         submitter: str | None,
         number: int | None,
         future_id: str | None,
+        verb: str,
         knows_of: str | None,
     ) -> Response:
         client = client_of(request, training_client_id)
@@ -349,6 +362,8 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
                 service.check_operation(operation)
                 handle = await asyncio.to_thread(client.submit, operation, future_id, knows_of)
             except TGTinkerError as error:
+                if number is not None and verb in VERBS and future_id is not None:
+                    await asyncio.to_thread(client.refuse, VERBS[verb], future_id, error)
                 error.request_id = error.request_id or future_id
                 return Answer(STATUS.get(error.code, 500), {"error": error_of(error)})
             return Answer(
@@ -367,7 +382,9 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
         else:
             answer = await client.submitters.setdefault(submitter, Submitter()).in_turn(number, submit)
         if "error" in answer.content:
-            answer.content["error"]["request_id"] = answer.content["error"]["request_id"] or request.state.request_id
+            answer.content["error"]["request_id"] = (
+                answer.content["error"]["request_id"] or request.state.request_id
+            )
         return JSONResponse(answer.content, answer.status)
 
     @app.post(clients + "/{training_client_id}/operations", status_code=202)
@@ -377,11 +394,14 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
         x_submitter: Annotated[str | None, Header(max_length=64)] = None,
         x_number: Annotated[int | None, Header(ge=1)] = None,
         x_future_id: Annotated[str | None, Header(max_length=64, pattern=r"^fut-[A-Za-z0-9-]+$")] = None,
+        x_verb: Annotated[str, Header(max_length=64)] = "",
         x_knows_of: Annotated[str | None, Header(max_length=64)] = None,
     ) -> Response:
         """Queue an operation, given as a tagged record: JSON, or safetensors with the JSON in the metadata."""
         make = partial(body_of, request, Operation)
-        return await queue(request, training_client_id, make, x_submitter, x_number, x_future_id, x_knows_of)
+        return await queue(
+            request, training_client_id, make, x_submitter, x_number, x_future_id, x_verb, x_knows_of
+        )
 
     def add_twin(verb: str) -> None:
         @app.post(clients + "/{training_client_id}/" + verb, status_code=202, name=verb)
@@ -396,7 +416,7 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
                     fields["batch"] = encode(BatchData.of(fields["batch"]))
                 return decode({"$": verb} | fields, Operation)
 
-            return await queue(request, training_client_id, operation, None, None, None, None)
+            return await queue(request, training_client_id, operation, None, None, None, verb, None)
 
         twin.__doc__ = f"Queue {verb}, given by its fields as plain JSON."
 
@@ -499,10 +519,7 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
         if "error" in outcome:
             return JSONResponse({"error": outcome["error"]}, STATUS.get(outcome["error"]["code"], 500))
         if outcome["state"] == "CANCELLED":
-            return JSONResponse(
-                {"error": {"code": "future_cancelled", "message": "It was cancelled.", "details": {}, "request_id": None}},
-                409,
-            )
+            raise FutureCancelledError("The operation was cancelled.", request_id=future_id)
         return packed(await asyncio.to_thread(handle.result))
 
     @app.post(PREFIX + "/futures/{future_id}/cancel")
@@ -532,7 +549,9 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
     @app.get(clients + "/{training_client_id}/privacy_statement")
     async def privacy_statement(request: Request, training_client_id: str) -> Response:
         """Return what may be said about the privacy of what is trained."""
-        return packed(await asyncio.to_thread(client_of(request, training_client_id).channel.privacy_statement))
+        return packed(
+            await asyncio.to_thread(client_of(request, training_client_id).channel.privacy_statement)
+        )
 
     @app.post(clients + "/{training_client_id}/privacy_audit")
     async def privacy_audit(
@@ -546,13 +565,15 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
     async def tokenizer(request: Request, training_client_id: str) -> Response:
         """Return the files of the model's tokenizer, as a tar archive; waits until the model is loaded."""
         channel = client_of(request, training_client_id).channel
-        return Response(await asyncio.to_thread(tokenizer_files, channel.tokenizer), media_type="application/x-tar")
+        return Response(
+            await asyncio.to_thread(tokenizer_files, channel.tokenizer), media_type="application/x-tar"
+        )
 
     @app.get(PREFIX + "/capabilities")
     async def capabilities() -> dict[str, Any]:
         """Say what this server can do, and how much at a time."""
         return {
-            "version": __version__,
+            "version": VERSION,
             "verbs": sorted(VERBS),
             "limits": {"tokens_of_a_batch": MOST_TOKENS, "rank": MOST_RANK, "body_bytes": MOST_BODY_BYTES},
         }
@@ -560,7 +581,7 @@ def add_client_routes(app: FastAPI, service: Service) -> None:
     @app.get(PREFIX + "/losses")
     async def losses() -> list[Any]:
         """Say what every registered loss takes, so that a client can refuse a wrong name without torch."""
-        from tensafe_nb.losses import declared_losses
+        from tensafe_nb.losses.base import declared_losses
 
         return [encode(declared) for declared in await asyncio.to_thread(declared_losses)]
 
@@ -616,8 +637,12 @@ def add_artifact_routes(app: FastAPI, service: Service) -> None:
     @app.get(artifacts + "/{artifact_id}/content")
     async def content(request: Request, artifact_id: str) -> FileResponse:
         """Return the sealed file, in ranges if asked for."""
-        path = await asyncio.to_thread(transport_of(request).path_of, artifact_id)
-        return FileResponse(path, media_type="application/octet-stream")
+        with tempfile.NamedTemporaryFile(suffix=".tsnb", delete=False) as file:
+            copy = Path(file.name)
+        await asyncio.to_thread(transport_of(request).pull_artifact, artifact_id, copy)
+        return FileResponse(
+            copy, media_type="application/octet-stream", background=BackgroundTask(copy.unlink)
+        )
 
     @app.get(artifacts + "/{artifact_id}/export")
     async def export(request: Request, artifact_id: str, merged: bool = False) -> FileResponse:
@@ -640,7 +665,10 @@ def add_artifact_routes(app: FastAPI, service: Service) -> None:
     ) -> list[Any]:
         """Return records of the audit log, newest first."""
         logs = transport_of(request).audit_logs
-        return [encode(entry) for entry in await asyncio.to_thread(logs, training_client_id, operation, limit, offset)]
+        return [
+            encode(entry)
+            for entry in await asyncio.to_thread(logs, training_client_id, operation, limit, offset)
+        ]
 
     @app.get(PREFIX + "/audit_logs/verify")
     async def verify(request: Request, anchor: Annotated[list[str] | None, Query()] = None) -> Response:

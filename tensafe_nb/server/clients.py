@@ -4,9 +4,11 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensafe_nb.core.worker import Worker
 from tensafe_nb.errors import FutureFailedError, TGTinkerError, ValidationError
 from tensafe_nb.events import (
     Event,
@@ -21,14 +23,15 @@ from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.operations import Operation
 from tensafe_nb.protocol.results import ClientStatus, FutureStatus
-from tensafe_nb.transports.base import Channel
 
 logger = logging.getLogger(__name__)
 
 KEPT_HANDLES = 2_000  # of operations that have ended: their results can still be fetched
 KEPT_ANSWERS = 4_096  # of one submitter: a repeated submission gets the first answer
 LONGEST_GAP = 30.0  # s; how long a submission waits for those before it
-MOST_BEHIND = 50_000  # events a stream's reader may be behind: then it ends, and begins again where the reader stands
+MOST_BEHIND = (
+    50_000  # events a stream's reader may be behind: then it ends, and begins again where the reader stands
+)
 HEARTBEAT = 10.0  # s between signs of life
 INLINE = 1 << 16  # bytes of JSON: a larger result is fetched by its future's id
 ENDS = (OperationFinished, OperationFailed, OperationCancelled)
@@ -85,7 +88,7 @@ class ServedClient:
         channel: The line to its core.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Worker) -> None:
         self.channel = channel
         self.submitters: dict[str, Submitter] = {}
         self._handles: OrderedDict[str, FutureHandle[Any]] = OrderedDict()
@@ -103,7 +106,14 @@ class ServedClient:
         failed = self._handles.get(knows_of or "")
         if failed is not None:
             promise_of(failed).told = True
-        handle = self.channel.submit(operation, future_id)
+        return self._keep(self.channel.submit(operation, future_id))
+
+    def refuse(self, kind: type[Operation[Any]], future_id: str, error: TGTinkerError) -> None:
+        """Let what could not be taken fail in its turn, so that its step is not taken without it."""
+        with suppress(TGTinkerError):  # a closed client, a full queue: nothing of it will be taken
+            self._keep(self.channel.refuse(kind, future_id, error))
+
+    def _keep(self, handle: FutureHandle[Any]) -> FutureHandle[Any]:
         self._handles[handle.future_id] = handle
         ended = [name for name, kept in self._handles.items() if kept.done()]
         for name in ended[: len(self._handles) - KEPT_HANDLES]:
@@ -154,13 +164,13 @@ class ServedClient:
         return item
 
 
-async def ended(handle: FutureHandle[Any], timeout: float | None = None) -> bool:
+async def ended(handle: FutureHandle[Any], seconds: float | None = None) -> bool:
     """Wait until an operation has ended; False where it has not in time."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
     handle.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(seconds):
             await done.wait()
     except TimeoutError:
         return False

@@ -43,7 +43,9 @@ class Guard:
             return
         request_id = f"req-{secrets.token_hex(6)}"
         scope.setdefault("state", {})["request_id"] = request_id
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             status, code, message, more = refusal

@@ -61,7 +61,8 @@ class Tokens:
                 self._tokens = [Token(**entry) for entry in entries]
             except (ValueError, TypeError, KeyError, OSError) as error:
                 raise StorageError(
-                    f"{self._path} is no file of tokens ({error}). Make one: tensafe-nb tokens new --tokens {self._path}"
+                    f"{self._path} is no file of tokens ({error}). Make one: "
+                    f"tensafe-nb tokens new --tokens {self._path}"
                 ) from error
             self._read_at = stamp
         return self._tokens

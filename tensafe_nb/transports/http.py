@@ -58,7 +58,7 @@ from tensafe_nb.protocol.results import (
     ClientStatus,
     FutureStatus,
     SaveStateResult,
-    Source,
+    StateSource,
     StepEstimate,
     TrainingClientInfo,
 )
@@ -135,14 +135,13 @@ class HttpTransport:
         base_url: Of the server, such as "http://127.0.0.1:8000".
         api_key: The bearer token; it is sent to this server only.
         home: Where the mirrors of its training clients' event logs are kept.
-        app: An ASGI application in place of a server: for tests of one, in this process.
 
     Raises:
         ServerConnectionError: Nothing answers there.
         AuthenticationError: It takes no such token.
     """
 
-    def __init__(self, base_url: str, api_key: str | None, home: Home, app: Any = None) -> None:
+    def __init__(self, base_url: str, api_key: str | None, home: Home) -> None:
         self._url, self._home = base_url.rstrip("/"), home
         self._channels: weakref.WeakValueDictionary[str, HttpChannel] = weakref.WeakValueDictionary()
         self._closed = False
@@ -152,7 +151,6 @@ class HttpTransport:
             headers=headers,
             timeout=httpx.Timeout(30.0, connect=5.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=CONNECTIONS),
-            transport=None if app is None else httpx.ASGITransport(app),
         )
         self._io = LoopThread(f"tsnb-http-{uuid.uuid4().hex[:6]}")
         weakref.finalize(self, self._io.close)
@@ -193,7 +191,8 @@ class HttpTransport:
         """Say that the server does not answer."""
         why = str(error) or type(error).__name__
         return ServerConnectionError(
-            f"The server {self._url} does not answer ({why}). Is it running (tensafe-nb serve), and is the address right?"
+            f"The server {self._url} does not answer ({why}). Is it running (tensafe-nb serve), is the "
+            f"address right?"
         )
 
     def call(self, method: str, path: str, **options: Any) -> httpx.Response:
@@ -214,7 +213,7 @@ class HttpTransport:
 
     # training clients
 
-    def create(self, config: TrainingConfig, source: Source | None = None) -> Channel:
+    def create(self, config: TrainingConfig, source: StateSource | None = None) -> Channel:
         body = {"config": encode(config), "source": encode(source)}
         made = self.call("POST", "/training_clients", json=body).json()
         return self._channel(made)
@@ -267,7 +266,9 @@ class HttpTransport:
                     if not answer.is_success:
                         await answer.aread()
                         raise error_in(answer)
-                    with part.open("ab" if answer.status_code == httpx.codes.PARTIAL_CONTENT else "wb") as file:
+                    with part.open(
+                        "ab" if answer.status_code == httpx.codes.PARTIAL_CONTENT else "wb"
+                    ) as file:
                         async for chunk in answer.aiter_bytes(1 << 20):
                             file.write(chunk)
                 break
@@ -286,8 +287,12 @@ class HttpTransport:
 
     def export_adapter(self, artifact_id: str, path: Path, merged: bool) -> Path:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValidationError(f"{path} is there already. Give a folder that does not exist yet, or is empty.")
-        answer = self.call("GET", f"/artifacts/{quoted(artifact_id)}/export", params={"merged": merged}, timeout=600.0)
+            raise ValidationError(
+                f"{path} is there already. Give a folder that does not exist yet, or is empty."
+            )
+        answer = self.call(
+            "GET", f"/artifacts/{quoted(artifact_id)}/export", params={"merged": merged}, timeout=600.0
+        )
         extract(answer.content, path)
         return path
 
@@ -297,7 +302,12 @@ class HttpTransport:
     def audit_logs(
         self, training_client_id: str | None, operation: str | None, limit: int, offset: int
     ) -> Sequence[AuditLogEntry]:
-        options = {"training_client_id": training_client_id, "operation": operation, "limit": limit, "offset": offset}
+        options = {
+            "training_client_id": training_client_id,
+            "operation": operation,
+            "limit": limit,
+            "offset": offset,
+        }
         params = {name: value for name, value in options.items() if value is not None}
         return [decode(entry, AuditLogEntry) for entry in self.get("/audit_logs", params=params)]
 
@@ -343,10 +353,15 @@ class HttpChannel:
     """
 
     def __init__(
-        self, transport: HttpTransport, io: LoopThread, info: TrainingClientInfo, config: TrainingConfig, home: Home
+        self,
+        transport: HttpTransport,
+        io: LoopThread,
+        info: TrainingClientInfo,
+        config: TrainingConfig,
+        home: Home,
     ) -> None:
         self.training_client_id, self.config = info.training_client_id, config
-        self.closed = False
+        self.closed = self._left = False
         self._transport, self._io, self._info = transport, io, info
         self._path = f"/training_clients/{info.training_client_id}"
         self._recorder = Recorder(home.event_log(info.training_client_id))
@@ -446,7 +461,9 @@ class HttpChannel:
         return waiting.index(future_id) if future_id in waiting else None
 
     def ready(self) -> FutureHandle[TrainingClientInfo]:
-        return handle_of(self._loaded, "ready", self.training_client_id, TrainingClientInfo, cancel=lambda: False)
+        return handle_of(
+            self._loaded, "ready", self.training_client_id, TrainingClientInfo, cancel=lambda: False
+        )
 
     def info(self) -> TrainingClientInfo:
         return self._info
@@ -489,14 +506,18 @@ class HttpChannel:
 
     def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
         asked = {"batch_size": batch_size, "length": length}
-        return self._transport.record("POST", f"{self._path}/estimate", StepEstimate, json=asked, timeout=600.0)
+        return self._transport.record(
+            "POST", f"{self._path}/estimate", StepEstimate, json=asked, timeout=600.0
+        )
 
     def privacy_statement(self) -> PrivacyStatement:
         return self._transport.record("GET", f"{self._path}/privacy_statement", PrivacyStatement)
 
     def privacy_audit(self, canaries: int, steps: int) -> PrivacyAudit:
         asked = {"canaries": canaries, "steps": steps}
-        return self._transport.record("POST", f"{self._path}/privacy_audit", PrivacyAudit, json=asked, timeout=600.0)
+        return self._transport.record(
+            "POST", f"{self._path}/privacy_audit", PrivacyAudit, json=asked, timeout=600.0
+        )
 
     def close(self) -> None:
         """Terminate the training client on the server."""
@@ -521,8 +542,8 @@ class HttpChannel:
         """Leave the training client to the server; never waits."""
         self._clients -= 1
         if self._clients <= 0:
-            self.closed = True
-            self._recorder.close_soon()
+            self._left = True
+            self._io.soon(self._leave_if_done)
 
     def _give_up(self, error: TGTinkerError, *, cancel: bool = False) -> None:
         """End whatever still waits."""
@@ -543,7 +564,9 @@ class HttpChannel:
         self._reached = self._recorder.history.last_seq
         held = weakref.ref(self)
         self._tasks = [asyncio.ensure_future(listen(held, self._transport))]
-        self._tasks += [asyncio.ensure_future(send(held, self._transport, self._outgoing)) for _ in range(SENDERS)]
+        self._tasks += [
+            asyncio.ensure_future(send(held, self._transport, self._outgoing)) for _ in range(SENDERS)
+        ]
         if self._info.status != ClientStatus.INITIALIZING:
             self._note_status(self._info)
 
@@ -561,7 +584,10 @@ class HttpChannel:
                 headers = {"x-submitter": self._submitter, "x-number": str(self._told_number)}
                 try:
                     answer = await self._transport.request(
-                        "POST", f"{self._path}/events", json=[encode(event) for event in events], headers=headers
+                        "POST",
+                        f"{self._path}/events",
+                        json=[encode(event) for event in events],
+                        headers=headers,
                     )
                     self._owed = max(self._owed, int(answer.json()["seq"]))
                 except TGTinkerError as error:
@@ -597,6 +623,14 @@ class HttpChannel:
             self._end(item["outcome"])
         elif getattr(event, "future_id", None) in self._waiting and "info" in item:
             self.fail(event.future_id, ServerConnectionError("The server does not keep the result any more."))
+
+    def _leave_if_done(self) -> None:
+        """End the stream and the log, once nobody is left who holds the client or waits for an operation."""
+        if self._left and not self._waiting and not self._outbox:
+            self.closed = True
+            for task in self._tasks:
+                task.cancel()
+            self._recorder.close()
 
     def _note_status(self, info: TrainingClientInfo) -> None:
         if info.status in (ClientStatus.READY, ClientStatus.BUSY):
@@ -649,9 +683,12 @@ class HttpChannel:
         with self._changing:
             self._waiting.pop(future_id, None)
         self._tasks = [task for task in self._tasks if not task.done()]
+        self._leave_if_done()
 
 
-async def send(held: "weakref.ref[HttpChannel]", transport: HttpTransport, outgoing: "asyncio.Queue[Submission]") -> None:
+async def send(
+    held: "weakref.ref[HttpChannel]", transport: HttpTransport, outgoing: "asyncio.Queue[Submission]"
+) -> None:
     """Submit what is queued, one after the other; several of these run at once."""
     while True:
         submission = await outgoing.get()
@@ -688,7 +725,9 @@ async def listen(held: "weakref.ref[HttpChannel]", transport: HttpTransport) -> 
             return
         try:
             timeout = httpx.Timeout(30.0, connect=5.0)
-            async with transport.http.stream("GET", f"{PREFIX}{path}/stream", headers=headers, timeout=timeout) as answer:
+            async with transport.http.stream(
+                "GET", f"{PREFIX}{path}/stream", headers=headers, timeout=timeout
+            ) as answer:
                 if not answer.is_success:
                     await answer.aread()
                     raise error_in(answer)
@@ -718,13 +757,15 @@ def error_in(answer: httpx.Response) -> TGTinkerError:
     """Return the error that an answer holds."""
     try:
         found = answer.json()["error"]
-        return error_of_code(found["code"], found["message"], found.get("details") or {}, found.get("request_id"))
+        return error_of_code(
+            found["code"], found["message"], found.get("details") or {}, found.get("request_id")
+        )
     except (ValueError, KeyError, TypeError):
         if answer.status_code in (401, 403):
             return AuthenticationError(f"{answer.url} refused the request ({answer.status_code}).")
         return ServerConnectionError(
-            f"{answer.url} answered {answer.status_code} {answer.reason_phrase}, which no tensafe-nb server says. Is the "
-            f"address right?"
+            f"{answer.url} answered {answer.status_code} {answer.reason_phrase}, which no tensafe-nb server "
+            f"says. Is the address right?"
         )
 
 
