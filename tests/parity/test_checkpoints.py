@@ -13,6 +13,7 @@ import torch
 
 import tensafe_nb as tn
 from tensafe_nb.events import CheckpointSaved, StateLoaded
+from tensafe_nb.protocol.results import StateSource
 from tests.close import assert_close
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
@@ -98,11 +99,11 @@ def test_a_restored_client_has_the_configuration_and_goes_on_exactly(service: tn
 
 def test_a_restored_client_whose_state_does_not_open_is_in_error(service: tn.ServiceClient, tc: Any) -> None:
     saved = tc.save_state().result()
-    restored = service._transport.restore(
-        tc.config.replace(lora_config={"rank": 2}), lambda: saved.artifact_id
+    restored = service._transport.create(
+        tc.config.replace(lora_config={"rank": 2}), StateSource(artifact_id=saved.artifact_id)
     )
     with pytest.raises(tn.ValidationError, match=r"lora_config\.rank: 4 there, 2 here"):
-        restored.loaded.wait(), restored.loaded.outcome()
+        restored.ready().result()
     assert restored.info().status == "ERROR"
 
 
@@ -527,15 +528,6 @@ def test_a_checkpoint_the_user_deleted_first_is_no_reason_to_fail(
     run = tc.fit(Endless(), steps=8, checkpoint_every=2, keep_last=1, show=False)
     tc.subscribe(lambda e: service.delete_artifact(e.artifact_id) if isinstance(e, CheckpointSaved) else None)
     assert run.result().steps == 8
-
-
-@pytest.mark.parametrize(
-    ("name", "small"), [("eval/loss", True), ("policy/approx_kl", True), ("checklist", False)]
-)
-def test_a_metric_counts_as_small_is_better_by_its_words_not_its_letters(name: str, small: bool) -> None:
-    from tensafe_nb.runs.checkpoints import Checkpoints
-
-    assert (Checkpoints(1, keep_best=name)._signed(2.0) < 0) == small
 
 
 def test_retention_keeps_the_newest_and_the_best(service: tn.ServiceClient, tc: tn.TrainingClient) -> None:

@@ -7,6 +7,7 @@ import html
 import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ UNSEEN = re.compile(
 Decode = Callable[[Sequence[int]], list[str]]
 
 
-def message(step: int, path: str, decode: Decode | None, limit: int) -> dict[str, Any]:
+def message(step: int, path: Path, decode: Decode | None, limit: int) -> dict[str, Any]:
     """Return the message that shows the rollouts of a step, as many groups of them as fit a limit of bytes.
 
     Args:
@@ -40,7 +41,7 @@ def message(step: int, path: str, decode: Decode | None, limit: int) -> dict[str
     groups: list[dict[str, Any]] = []
     room = limit - 200
     for group in batch.groups:
-        shown = _group(group, decode)
+        shown = group_shown(group, decode)
         room -= len(json.dumps(shown)) + 2
         if room < 0:
             break
@@ -53,17 +54,17 @@ def message(step: int, path: str, decode: Decode | None, limit: int) -> dict[str
     }
 
 
-def _group(group: Any, decode: Decode | None) -> dict[str, Any]:
+def group_shown(group: Any, decode: Decode | None) -> dict[str, Any]:
     return {
         "prompt": clipped(group.prompt),
         "mean": _number(group.mean),
         "std": _number(group.std),
         "signal": bool(group.has_signal),
-        "r": [_rollout(rollout, group, decode) for rollout in group.rollouts],
+        "r": [rollout_shown(rollout, group, decode) for rollout in group.rollouts],
     }
 
 
-def _rollout(rollout: Any, group: Any, decode: Decode | None) -> dict[str, Any]:
+def rollout_shown(rollout: Any, group: Any, decode: Decode | None) -> dict[str, Any]:
     advantages = rollout.advantage
     scalar = float(np.mean(advantages)) if isinstance(advantages, list) and advantages else advantages
     shown: dict[str, Any] = {
@@ -78,12 +79,12 @@ def _rollout(rollout: Any, group: Any, decode: Decode | None) -> dict[str, Any]:
         "parts": {name: _number(value) for name, value in (rollout.reward_parts or {}).items()},
         "error": rollout.reward_error,
         "why": why_zero(rollout, group),
-        "tok": _tokens(rollout, decode),
+        "tok": tokens_shown(rollout, decode),
     }
     return shown | {name: value for name, value in optional.items() if value}
 
 
-def _tokens(rollout: Any, decode: Decode | None) -> list[list[Any]] | None:
+def tokens_shown(rollout: Any, decode: Decode | None) -> list[list[Any]] | None:
     """Return [text, advantage] of each token; advantage None is "as the whole answer"."""
     if decode is None or not rollout.tokens:
         return None
@@ -129,7 +130,7 @@ def plain_text(text: str) -> str:
     return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
 
-def frozen(step: int, path: str, prompts: int) -> dict[str, Any]:
+def frozen(step: int, path: Path, prompts: int) -> dict[str, Any]:
     """Return some rollouts of a step as an output that stays in the file: for whoever asked for texts in it."""
     shown = message(step, path, None, ASKED)
     rows = [
