@@ -1,4 +1,4 @@
-"""The bus of a training client: it numbers its events, records them, and tells the subscribers."""
+"""The event bus of a training client: numbers its events, records them, tells its subscribers."""
 
 import json
 import logging
