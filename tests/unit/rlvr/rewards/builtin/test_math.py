@@ -69,7 +69,7 @@ def test_without_the_extra_the_name_says_what_to_install(monkeypatch):
 def test_a_reasoning_gym_data_set_supplies_prompts_and_scores():
     import reasoning_gym
 
-    dataset = reasoning_gym.create_dataset("spell_backward", size=4, seed=0, min_word_len=3, max_word_len=5)
+    dataset = reasoning_gym.create_dataset("spell_backward", size=4, seed=0, min_word_len=3)
     prompts = gym_prompts(dataset)
     assert [prompt["prompt"] for prompt in prompts] == [entry["question"] for entry in dataset]
     right = [
