@@ -80,7 +80,8 @@ def test_a_reasoning_gym_data_set_supplies_prompts_and_scores():
     with Scorer(dataset, timeout=30, processes=1) as scorer:
         report = scorer.score(right + wrong)
     assert report.errors == 0
-    assert [t.reward for t in right + wrong] == [1.0] * 4 + [0.0] * 4
+    assert [t.reward for t in right] == [1.0] * 4
+    assert all(t.reward <= 0.01 for t in wrong)  # reasoning-gym 0.1.5 gives any answer that much
     assert resolve_reward(dataset)("q", "abc", {"answer": "abc", "metadata": {}}) == 1.0
 
 
