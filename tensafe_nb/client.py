@@ -539,7 +539,8 @@ class TrainingClient:
                 f"The run {self._runs[-1].run_id} is still under way, and two would mix their steps. "
                 f"Await it, or stop() it first; another model can train at the same time on a client of its own."
             )
-        run = TrainingRun(self, loop, len(self._runs) + 1, planned_steps, checkpoints, resume_from)
+        earlier = max(len(self._runs), len(self.history.state.runs))  # there, another client's may be, too
+        run = TrainingRun(self, loop, earlier + 1, planned_steps, checkpoints, resume_from)
         self._runs.append(run)
         if show:
             widgets().show_run(run)
