@@ -173,6 +173,7 @@ def test_weights_without_an_account_are_refused_by_a_private_client(
         fork.optim_step().result()
 
 
+@pytest.mark.transports("embedded")  # a server's keys stay where they are
 def test_a_checkpoint_restores_elsewhere_with_its_account(
     service: tn.ServiceClient, private: Private, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
