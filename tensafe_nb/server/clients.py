@@ -214,10 +214,7 @@ class ServedClient:
 
     async def cancel(self, future_ids: Iterable[str]) -> int:
         """Cancel operations, in the order given; return how many were."""
-        found = []
-        for future_id in future_ids:
-            with suppress(NotFoundError):
-                found.append(await self.arrived(future_id))
+        found = [self._handles[name] for name in future_ids if name in self._handles]
         return await asyncio.to_thread(lambda: sum(handle.cancel() for handle in found))
 
     # its stream

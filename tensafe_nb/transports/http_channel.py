@@ -116,7 +116,7 @@ class HttpChannel:
         self._loaded.owner = self._io.thread
         self._tokenizer: Any = None
         self._numbers = self._told_number = 0
-        self.unsent = 0
+        self.unsent: set[str] = set()  # what the server has neither taken nor refused yet
         self.reached = 0  # number of the latest event
         self._owed = 0  # number that the latest event published here was given
         self._changed = threading.Condition()
@@ -172,7 +172,7 @@ class HttpChannel:
             told = self._newly_told()
             submission = Submission(self._numbers, future_id, operation.verb, media_type, body, promise, told)
             self._waiting[future_id] = promise
-            self.unsent += 1
+            self.unsent.add(future_id)
             self._io.soon(self._outgoing.put_nowait, submission)
 
         def cancel() -> bool:
@@ -232,11 +232,18 @@ class HttpChannel:
         wanted = [name for name, promise in promises.items() if not promise.done]
         for name in wanted:
             promises[name].cancel_requested = True  # what has not been sent yet takes the word along
-        if wanted:
-            with suppress(TGTinkerError):
-                self.requests.call("POST", f"{self.path}/cancel", json={"future_ids": wanted})
+        self._ask_to_cancel([name for name in wanted if name not in self.unsent])
+        self._until(lambda: self.unsent.isdisjoint(wanted), PATIENCE)
+        self._ask_to_cancel(
+            [name for name in wanted if not promises[name].done]
+        )  # what was on its way meanwhile
         for name in wanted:
             promises[name].wait()
+
+    def _ask_to_cancel(self, future_ids: Sequence[str]) -> None:
+        if future_ids:
+            with suppress(TGTinkerError):
+                self.requests.call("POST", f"{self.path}/cancel", json={"future_ids": future_ids})
 
     def _position(self, future_id: str) -> int | None:
         with self._changing:
@@ -410,12 +417,12 @@ class HttpChannel:
         with self._changed:
             self._changed.notify_all()
 
-    def sent(self) -> None:
-        """Note that the server has taken, or refused, one more submission."""
-        with self._changing:
-            self.unsent -= 1
-        if not self.unsent:
-            self._notify()
+    def sent(self, future_id: str, error: TGTinkerError | None) -> None:
+        """Note that the server has taken a submission, or refused it."""
+        if error is not None:
+            self.fail(future_id, error)
+        self.unsent.discard(future_id)
+        self._notify()
 
     def take(self, item: Mapping[str, Any]) -> None:
         """Take an item of the stream: record its event, tell the subscribers, end the operation that it ends."""
@@ -552,9 +559,7 @@ async def send(
         error = await refusal_of(requests, path, submission.body, headers)
         channel = held()
         if channel is not None:
-            channel.sent()
-            if error is not None:
-                channel.fail(submission.future_id, error)
+            channel.sent(submission.future_id, error)
         del channel
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
-from tests.parity.serving import Serving, serving_thread
+from tests.parity.serving import Gate, Serving, serving_thread
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +62,10 @@ def core_home(transport: str, tenant: str, request: pytest.FixtureRequest, tmp_p
     if transport == "embedded":
         return Home(tmp_path / "home")
     return Home(request.getfixturevalue("serving").home, tenant)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()

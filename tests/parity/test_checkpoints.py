@@ -15,6 +15,7 @@ import tensafe_nb as tn
 from tensafe_nb.events import CheckpointSaved, StateLoaded
 from tensafe_nb.protocol.results import StateSource
 from tests.close import assert_close
+from tests.parity.serving import engine_of
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
 
@@ -25,8 +26,7 @@ def training_batch(seed: int, rows: int = 3) -> tn.BatchData:
 
 def weights(tc: tn.TrainingClient) -> dict[str, torch.Tensor]:
     """What is trained, read where it lies."""
-    engine = tc._channel._executor.engine  # type: ignore[attr-defined]
-    return {name: parameter.detach().clone() for name, parameter in engine.model.trainable}
+    return {name: parameter.detach().clone() for name, parameter in engine_of(tc).model.trainable}
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -265,7 +265,7 @@ def test_a_fork_shares_the_frozen_weights_and_nothing_else(
     tc.forward_backward(batch), tc.optim_step()
     branch = tc.fork(optimizer={"learning_rate": 1e-3})
     tc.forward_backward(batch), tc.optim_step().result()
-    first, second = (client._channel._executor.engine.model.causal for client in (tc, settled(branch)))  # type: ignore[attr-defined]
+    first, second = (engine_of(client).model.causal for client in (tc, settled(branch)))
     frozen = {n: p for n, p in first.named_parameters() if not p.requires_grad}
     mine = dict(second.named_parameters())
     assert all(mine[name].data_ptr() == parameter.data_ptr() for name, parameter in frozen.items())
@@ -692,7 +692,7 @@ def test_one_algorithm_settles_the_reference_of_every_client_it_updates(service:
 def test_a_fork_of_another_precision_is_loaded_in_it(service: tn.ServiceClient) -> None:
     fork = service.create_training_client(SUMS).fork(dtype="bfloat16")
     fork.freeze_reference().result()  # it is there now
-    model = fork._channel._executor.engine.model.causal  # type: ignore[attr-defined]
+    model = engine_of(fork).model.causal
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 

@@ -4,7 +4,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,27 +11,7 @@ import pytest
 
 import tensafe_nb as tn
 from tensafe_nb.events import OperationCancelled, OperationFailed, OperationFinished, Progress
-from tests.parity.serving import eventually, registered
-
-
-class Gate:
-    """A loss that waits until it is opened: holds the lane at a known place."""
-
-    def __init__(self) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
-        self.name = registered("gate", lambda outputs, batch: self(outputs))
-
-    def __call__(self, outputs: Any) -> Any:
-        self.reached.set()
-        assert self.opened.wait()
-        return outputs.logits.mean()
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.opened.set()
+from tests.parity.serving import Gate, eventually, registered
 
 
 def test_operations_are_queued_at_once_and_results_come_in_order(
