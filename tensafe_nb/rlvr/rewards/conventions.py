@@ -351,7 +351,7 @@ def _list(value: Any) -> list[Any]:
     return list(value)
 
 
-def verl_row(sample: RewardSample) -> dict[str, Any]:
+def _verl_row(sample: RewardSample) -> dict[str, Any]:
     """Return what verl knows of a rollout; without `ground_truth` where the prompt has none."""
     meta = sample.meta
     row = {
@@ -369,14 +369,14 @@ def verl_arguments(call: Call, unit: Sequence[RewardSample], log: dict[str, list
     """Return the arguments of a verl function."""
     (sample,) = unit
     prompt = {"prompt": call.prompt_of(sample)} if "prompt" in call.names else {}
-    return verl_row(sample) | prompt
+    return _verl_row(sample) | prompt
 
 
 def verl_batch_arguments(
     call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]
 ) -> dict[str, Any]:
     """Return those of one of verl's batch functions, whose names are plural."""
-    rows = [verl_row(sample) for sample in unit]
+    rows = [_verl_row(sample) for sample in unit]
     without = sum("ground_truth" not in row for row in rows)
     if without and "ground_truths" in call.required:
         raise ValidationError(

@@ -115,8 +115,8 @@ def place_of(name: str) -> Place:
             spec = importlib.util.find_spec(name)
         except (ImportError, AttributeError, ValueError):  # its parent is missing, or is no package
             spec = None
-        return place_of_file(None if spec is None else spec.origin)
-    return place_of_file(getattr(module, "__file__", None))
+        return _place_of_file(None if spec is None else spec.origin)
+    return _place_of_file(getattr(module, "__file__", None))
 
 
 def local_modules() -> list[types.ModuleType]:
@@ -138,7 +138,7 @@ def local_names(names: tuple[str, ...]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=8192)
-def place_of_file(file: str | None) -> Place:
+def _place_of_file(file: str | None) -> Place:
     if file in ("built-in", "frozen"):
         return "stdlib"
     if file is None or file.startswith("<"):  # of a notebook, or made by hand, or a folder of modules
@@ -157,7 +157,7 @@ class Import(NamedTuple):
     wanted: tuple[str, ...]
 
 
-class Uses(NamedTuple):
+class _Uses(NamedTuple):
     """What the code of a function, with that of functions inside it, names."""
 
     names: frozenset[str]  # globals and built-ins
@@ -166,7 +166,7 @@ class Uses(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def uses_of(code: types.CodeType) -> Uses:
+def _uses_of(code: types.CodeType) -> _Uses:
     names: set[str] = set()
     attributes: set[str] = set()
     imports: list[Import] = []
@@ -182,15 +182,15 @@ def uses_of(code: types.CodeType) -> Uses:
         before = [before[1], step.argval]
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            inner = uses_of(constant)
+            inner = _uses_of(constant)
             names |= inner.names
             attributes |= inner.attributes
             imports += inner.imports
-    return Uses(frozenset(names), frozenset(attributes), tuple(imports))
+    return _Uses(frozenset(names), frozenset(attributes), tuple(imports))
 
 
 @functools.lru_cache(maxsize=512)
-def release_of(top: str) -> str:
+def _release_of(top: str) -> str:
     """Return a package with its version."""
     try:
         return f"{top} {importlib.metadata.version(top.replace('_', '-'))}"
@@ -214,7 +214,7 @@ class Walk:
         return Identity(self._all.hexdigest(), self._code.hexdigest(), tuple(sorted(self._beyond)), modules)
 
     def visit(self, thing: Any) -> None:
-        if isinstance(thing, _ATOMS) and not is_of_user(thing):
+        if isinstance(thing, _ATOMS) and not _is_of_user(thing):
             self._write(type(thing).__name__, repr(thing))
         elif id(thing) in self._seen:
             self._write("again", self._seen[id(thing)])
@@ -240,8 +240,8 @@ class Walk:
             thing, enum.Enum
         ):  # of a class of the user's, as below
             self._write(type(thing).__name__, repr(thing))
-        elif isinstance(thing, Mapping | set | frozenset | list | tuple | deque) and is_of_user(thing):
-            self._each("object", type(thing), dict(attributes_of(thing)))
+        elif isinstance(thing, Mapping | set | frozenset | list | tuple | deque) and _is_of_user(thing):
+            self._each("object", type(thing), dict(_attributes_of(thing)))
         match thing:
             case types.FunctionType():
                 self.visit_function(thing)
@@ -292,7 +292,7 @@ class Walk:
         self._each("defaults", function.__defaults__, function.__kwdefaults__)
         own = {name: value for name, value in vars(function).items() if not name.startswith("__")}
         self._each("attributes", own)
-        uses = uses_of(function.__code__)
+        uses = _uses_of(function.__code__)
         for cell in function.__closure__ or ():
             try:
                 self._value("cell", cell.cell_contents, uses)
@@ -316,7 +316,7 @@ class Walk:
                 if callable(thing) and isinstance(module, str) and place_of(module) in ("local", "ours"):
                     self.visit(thing)
 
-    def _value(self, name: str, value: Any, uses: Uses) -> None:
+    def _value(self, name: str, value: Any, uses: _Uses) -> None:
         self._write("name", name)
         if isinstance(value, types.ModuleType):
             self.visit_module(value, None if "getattr" in uses.names else uses.attributes)
@@ -336,7 +336,7 @@ class Walk:
             elif place or constant is not documentation or reads_first_constant(code):
                 self._write(type(constant).__name__, repr(constant), code=True)
 
-    def visit_import(self, wanted: Import, namespace: Mapping[str, Any], uses: Uses) -> None:
+    def visit_import(self, wanted: Import, namespace: Mapping[str, Any], uses: _Uses) -> None:
         """Follow an import inside a function; what it would import when it is called, it imports now.
 
         Every scoring process is then given the module that the notebook has, whatever happens to the file.
@@ -444,7 +444,7 @@ class Walk:
         elif "__wrapped__" in getattr(thing, "__dict__", ()):  # functools.lru_cache
             self._each("wrapped", thing.__wrapped__)
         elif place_of(cls.__module__) in ("local", "ours"):
-            self._each("object", cls, dict(attributes_of(thing)))
+            self._each("object", cls, dict(_attributes_of(thing)))
         else:
             self.visit_foreign(thing)
 
@@ -460,15 +460,15 @@ class Walk:
             place_of(cls.__module__) == "stdlib"
             and not hasattr(thing, "__next__")
             and not callable(thing)
-            and not dict(attributes_of(thing))
+            and not dict(_attributes_of(thing))
         ):
             return  # a sentinel
         self._beyond.add(f"an object of {name}")
-        self._users(value for _, value in attributes_of(thing))
+        self._users(value for _, value in _attributes_of(thing))
         if not hasattr(cls, "score_answer"):
             return
         for key, value in sorted(
-            attributes_of(thing), key=operator.itemgetter(0)
+            _attributes_of(thing), key=operator.itemgetter(0)
         ):  # a data set: its configuration
             if isinstance(value, _ATOMS) or is_dataclass(value):
                 self._write(key, re.sub(" at 0x[0-9a-f]+", "", repr(value)))
@@ -515,15 +515,15 @@ class Walk:
         top = module.partition(".")[0]
         self._write("outside", name)
         if place == "library":
-            self._write(release_of(top))
+            self._write(_release_of(top))
             if top != "tensafe_nb":
-                self._beyond.add(release_of(top))
+                self._beyond.add(_release_of(top))
         elif top in _OUTSIDE:
             self._beyond.add(top)
         return True
 
 
-def is_of_user(thing: Any) -> bool:
+def _is_of_user(thing: Any) -> bool:
     return place_of(type(thing).__module__) in ("local", "ours")
 
 
@@ -535,7 +535,7 @@ def reads_first_constant(code: types.CodeType) -> bool:
     )
 
 
-def attributes_of(thing: Any) -> Iterator[tuple[str, Any]]:
+def _attributes_of(thing: Any) -> Iterator[tuple[str, Any]]:
     """Yield an object's attributes."""
     yield from list(getattr(thing, "__dict__", {}).items())
     for cls in type(thing).__mro__:

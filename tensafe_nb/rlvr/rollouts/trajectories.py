@@ -94,28 +94,28 @@ class RolloutGroup:
     @property
     def rewards(self) -> Array:
         """(G,) rewards, NaN where unscored."""
-        return rewards_of(self.rollouts)
+        return _rewards_of(self.rollouts)
 
     @property
     def mean(self) -> float:
         """Mean reward."""
-        return mean(scored_rewards(self.rollouts))
+        return mean(_scored_rewards(self.rollouts))
 
     @property
     def std(self) -> float:
         """Bessel's; NaN with fewer than two scored."""
-        return bessel_std(scored_rewards(self.rollouts))
+        return bessel_std(_scored_rewards(self.rollouts))
 
     @property
     def has_signal(self) -> bool:
         """Whether the rewards differ."""
-        scored = scored_rewards(self.rollouts)
+        scored = _scored_rewards(self.rollouts)
         return scored.size > 1 and bool(np.ptp(scored) > NO_SIGNAL)
 
     @property
     def p_hat(self) -> float:
         """Share with a reward of 0.5 or more: how likely the policy solves the prompt. NaN with none scored."""
-        return mean((scored_rewards(self.rollouts) >= GOOD).astype(float))
+        return mean((_scored_rewards(self.rollouts) >= GOOD).astype(float))
 
 
 @shown
@@ -148,7 +148,7 @@ class TrajectoryBatch(Sequence[Trajectory]):
         return sum(len(group.rollouts) for group in self.groups)
 
     def _facts(self) -> Facts:
-        scored = scored_rewards(self)
+        scored = _scored_rewards(self)
         return {
             "rollouts": len(self),
             "prompts": len(self.groups),
@@ -170,16 +170,16 @@ class TrajectoryBatch(Sequence[Trajectory]):
     @property
     def rewards(self) -> Array:
         """(N,) rewards, NaN where unscored."""
-        return rewards_of(self)
+        return _rewards_of(self)
 
     @property
     def mean_reward(self) -> float:
-        return mean(scored_rewards(self))
+        return mean(_scored_rewards(self))
 
     @property
     def std_reward(self) -> float:
         """Bessel's, over the whole batch: not the spread within groups."""
-        return bessel_std(scored_rewards(self))
+        return bessel_std(_scored_rewards(self))
 
     @property
     def reward_std_by_group(self) -> Array:
@@ -273,14 +273,14 @@ def bessel_std(values: Array) -> float:
     return float(values.std(ddof=1)) if values.size > 1 else float("nan")
 
 
-def rewards_of(trajectories: Sequence[Trajectory]) -> Array:
+def _rewards_of(trajectories: Sequence[Trajectory]) -> Array:
     """Return (N,) rewards, NaN where unscored."""
     return np.array([float("nan") if t.reward is None else t.reward for t in trajectories], dtype=np.float64)
 
 
-def scored_rewards(trajectories: Sequence[Trajectory]) -> Array:
+def _scored_rewards(trajectories: Sequence[Trajectory]) -> Array:
     """Return the rewards of those that were scored."""
-    rewards = rewards_of(trajectories)
+    rewards = _rewards_of(trajectories)
     return rewards[np.isfinite(rewards)]
 
 

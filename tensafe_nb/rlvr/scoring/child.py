@@ -23,7 +23,7 @@ def main() -> None:
     end_with(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the notebook is not ours
     requests, answers = take_pipes()
-    sys.path[:] = json.loads(read_frame(requests))
+    sys.path[:] = json.loads(_read_frame(requests))
     import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
     from tensafe_nb.rlvr.rewards.conventions import outcomes_of
@@ -36,17 +36,17 @@ def main() -> None:
         None
     ):  # on a thread, so that this process ends with the one that asked, whatever it is doing
         while True:
-            inbox.put(read_frame(requests))
+            inbox.put(_read_frame(requests))
 
     threading.Thread(target=read, daemon=True).start()
     while True:
         kind, key, blob = cloudpickle.loads(inbox.get())
         if kind == "load":
-            write_answer(answers, load(calls, key, blob))
+            _write_answer(answers, load(calls, key, blob))
         else:
             first, units = arrived(blob)
             for index, unit in enumerate(units, first):
-                write_answer(answers, [index, [outcome[:3] for outcome in outcomes_of(calls[key], unit)]])
+                _write_answer(answers, [index, [outcome[:3] for outcome in outcomes_of(calls[key], unit)]])
 
 
 def end_with(parent: int) -> None:
@@ -73,7 +73,7 @@ def take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return requests, answers
 
 
-def read_frame(requests: BinaryIO) -> bytes:
+def _read_frame(requests: BinaryIO) -> bytes:
     header = requests.read(HEADER)
     if len(header) < HEADER:
         os._exit(0)  # whoever asked is gone
@@ -91,7 +91,7 @@ def load(calls: dict[int, Any], key: int, blob: bytes) -> list[Any]:
     return ["loaded", None]
 
 
-def write_answer(answers: BinaryIO, message: list[Any]) -> None:
+def _write_answer(answers: BinaryIO, message: list[Any]) -> None:
     answers.write(json.dumps(message).encode() + b"\n")
     answers.flush()
 

@@ -321,7 +321,7 @@ def lcs_ratio(
     Raises:
         ValidationError: The prompt has no such column.
     """
-    words = unit == "words"
+    words = unit == "words"  # else characters
     given: Sequence[str] = response.split() if words else response.strip()
     answers = [answer.split() if words else answer for answer in texts_of(meta, column, "lcs_ratio")]
     return max(2 * common_subsequence(answer, given) / (len(answer) + len(given)) for answer in answers)
@@ -348,7 +348,7 @@ def edit_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     up, down, distance = full, 0, len(a)  # where the column rises and falls
     for item in b:
         equal = masks.get(item, 0)
-        # D0, HP and HN, then VP and VN of Hyyrö (2003), figure 5: where the table falls and rises from here on.
+        # D0, HP and HN, then VP and VN of Hyyrö (2003): where the table falls and rises from here on.
         diagonal = ((((equal & up) + up) ^ up) | equal | down) & full
         rises, falls = down | (full & ~(diagonal | up)), diagonal & up
         distance += bool(rises & last) - bool(falls & last)

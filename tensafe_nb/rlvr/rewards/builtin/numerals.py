@@ -87,8 +87,8 @@ class Number(NamedTuple):
     end: int = 0
 
 
-class ReadText(NamedTuple):
-    """A text as it was rewritten for reading, and its numbers."""
+class _ReadText(NamedTuple):
+    """A text as it was _rewritten for reading, and its numbers."""
 
     text: str
     numbers: list[Number]
@@ -102,7 +102,7 @@ def numbers_in(text: str, decimal: str = ".") -> list[Number]:
 def final_number(text: str, decimal: str = ".") -> Number | None:
     """Return the number that a text gives as its final answer; None if that is none, or an expression."""
     answer, marked = final_answer(text, decimal)
-    if marked and _EXPRESSION.search(rewritten(answer)):
+    if marked and _EXPRESSION.search(_rewritten(answer)):
         return None
     numbers = numbers_in(answer, decimal)
     return numbers[-1] if numbers else None
@@ -224,7 +224,7 @@ def tagged(text: str) -> str | None:
     return next((inside for inside in reversed(_TAGGED.findall(text)) if inside.strip()), None)
 
 
-def rewritten(text: str) -> str:
+def _rewritten(text: str) -> str:
     """Return a text with TeX and typographic signs as plain ones; only patterns whose sign occurs are tried."""
     for signs, pattern, by in _REWRITTEN:
         if any(sign in text for sign in signs):
@@ -235,9 +235,9 @@ def rewritten(text: str) -> str:
 _SWAPPED = str.maketrans(",.", ".,")
 
 
-def read_text(text: str, decimal: str) -> ReadText:
+def read_text(text: str, decimal: str) -> _ReadText:
     """Find the numbers of a text, from left to right."""
-    text = rewritten(text)
+    text = _rewritten(text)
     if decimal == ",":
         text = text.translate(_SWAPPED)
     numbers: list[Number] = []
@@ -247,7 +247,7 @@ def read_text(text: str, decimal: str) -> ReadText:
         if value is not None:
             percent = found["percent"] is not None and at == found.end()
             numbers.append(Number(-value if found["sign"] == "-" else value, percent, found.start(), at))
-    return ReadText(text, numbers)
+    return _ReadText(text, numbers)
 
 
 def value_at(text: str, found: re.Match[str]) -> tuple[Fraction | None, int]:
