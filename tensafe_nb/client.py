@@ -698,10 +698,17 @@ class TrainingClient:
     # the end
 
     def close(self) -> None:
-        """Stop the runs, cancel what waits, end the threads, free the memory; idempotent."""
+        """Stop the runs, cancel what waits, end the threads, free the memory, on a server too; idempotent."""
+        self._end(self._channel.close)
+
+    def leave(self) -> None:
+        """Stop the runs of this kernel; a training client of this process ends, one of a server lives on."""
+        self._end(self._channel.leave)
+
+    def _end(self, end: Callable[[], None]) -> None:
         for run in self._runs:
             run.stop()
-        self._channel.close()
+        end()
         for run in self._runs:
             run.join(timeout=JOIN_SECONDS)
         self._channel.hang_up()

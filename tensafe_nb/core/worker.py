@@ -385,6 +385,10 @@ class Worker:
         """Write out the log; nothing is recorded after this."""
         self.bus.close()
 
+    def leave(self) -> None:
+        """End with the process's own end of the line; see `close`."""
+        self.close()
+
     def detach(self) -> None:
         """One client less: after the last, end once nothing is left whose outcome can reach somebody.
 
