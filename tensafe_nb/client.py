@@ -539,7 +539,8 @@ class TrainingClient:
                 f"The run {self._runs[-1].run_id} is still under way, and two would mix their steps. "
                 f"Await it, or stop() it first; another model can train at the same time on a client of its own."
             )
-        run = TrainingRun(self, loop, len(self._runs) + 1, planned_steps, checkpoints, resume_from)
+        earlier = max(len(self._runs), len(self.history.state.runs))  # there, another client's may be, too
+        run = TrainingRun(self, loop, earlier + 1, planned_steps, checkpoints, resume_from)
         self._runs.append(run)
         if show:
             widgets().show_run(run)
@@ -697,10 +698,17 @@ class TrainingClient:
     # the end
 
     def close(self) -> None:
-        """Stop the runs, cancel what waits, end the threads, free the memory; idempotent."""
+        """Stop the runs, cancel what waits, end the threads, free the memory, on a server too; idempotent."""
+        self._end(self._channel.close)
+
+    def leave(self) -> None:
+        """Stop the runs of this kernel; a training client of this process ends, one of a server lives on."""
+        self._end(self._channel.leave)
+
+    def _end(self, end: Callable[[], None]) -> None:
         for run in self._runs:
             run.stop()
-        self._channel.close()
+        end()
         for run in self._runs:
             run.join(timeout=JOIN_SECONDS)
         self._channel.hang_up()

@@ -262,10 +262,10 @@ class ServiceClient:
         return self._transport.verify_audit_log((anchors,) if isinstance(anchors, str) else tuple(anchors))
 
     def close(self) -> None:
-        """Close every training client of this service; idempotent."""
+        """End the training clients of this process, and leave those of a server, which live on; idempotent."""
         self._closed = True
         for client in list(self._clients.values()):
-            client.close()
+            client.leave()
         self._transport.close()
 
     def __enter__(self) -> Self:

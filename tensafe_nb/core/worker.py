@@ -105,7 +105,7 @@ class Origin:
         return self.saved.outcome().artifact_id
 
 
-_loaded: "weakref.WeakSet[Any]" = weakref.WeakSet()  # models of this process
+loaded_models: "weakref.WeakSet[Any]" = weakref.WeakSet()  # of this process
 
 
 class Worker:
@@ -151,9 +151,8 @@ class Worker:
         self._running: Job | None = None
         self._promises: weakref.WeakValueDictionary[str, Promise[Any]] = weakref.WeakValueDictionary()
         self._closing = False
-        self._holders = [
-            training_client_id
-        ]  # an entry for each client at the other end: appending, popping are atomic
+        # One entry for each client at the other end of the line; a list, since appending and popping are atomic.
+        self._holders = [training_client_id]
         self._default_loss = default_loss
         self._vault = vault
         private = config.dp_config is not None and config.dp_config.enabled
@@ -241,9 +240,7 @@ class Worker:
         job.promise.owner = self._thread
         self._promises[job.future_id] = job.promise
         handle = self._handle_of(job)
-        with (
-            self._submitting
-        ):  # keeps the order of events; the queue's own lock is never held while publishing
+        with self._submitting:  # keeps the order of events; `_changing` is never held while publishing
             self._refuse_if_closed(job.kind.verb)
             self.bus.publish(OperationQueued(future_id=job.future_id, operation=job.kind.verb))
             with self._changing:
@@ -388,6 +385,10 @@ class Worker:
         """Write out the log; nothing is recorded after this."""
         self.bus.close()
 
+    def leave(self) -> None:
+        """End with the process's own end of the line; see `close`."""
+        self.close()
+
     def detach(self) -> None:
         """One client less: after the last, end once nothing is left whose outcome can reach somebody.
 
@@ -435,14 +436,16 @@ class Worker:
             collect()
 
     def _load(self) -> bool:
+        """Load the model, and the state it starts from; return whether there is anything to work with."""
         self._loaded.start()
         if self._is_left():
             self._loaded.fail(ClientClosedError(f"Nobody refers to {self.training_client_id} any more."))
             return False
-        if len(_loaded) > 0:
+        if len(loaded_models) > 0:
             collect()  # a cell that was run again has let go of another model: make room before this one
         try:
-            engine = Engine(self.config, self._shared_model())
+            model = self._shared_model() or models.load(self.config, self._vault.home)
+            engine = Engine(self.config, model)
             self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
             self._tokenizer = engine.model.tokenizer
@@ -452,7 +455,7 @@ class Worker:
                 "context": engine.model.context,
                 "trained_parameters": sum(parameter.numel() for parameter in engine.parameters),
             }
-            _loaded.add(engine.model.causal)
+            loaded_models.add(engine.model.causal)
             self._executor = Executor(
                 engine, self._queue, self._vault, self._guarantee, self.bus, self.training_client_id
             )
@@ -477,12 +480,13 @@ class Worker:
             return None
         relative._loaded.wait()
         with relative._computing:  # between two of its operations: within one, adapters may be switched off
-            executor = relative._executor
-            return (
-                models.share(executor.engine.model) if executor is not None else None
-            )  # closed meanwhile: load it again
+            executor = (
+                relative._executor
+            )  # None where it was closed meanwhile: then the model is loaded again
+            return None if executor is None else models.share(executor.engine.model)
 
     def _die(self, failure: TGTinkerError) -> None:
+        """Fail everything that runs, waits, or is still to come."""
         with self._changing:
             self._failure = failure
             doomed = self._queue.pending() + ([self._running] if self._running else [])
@@ -493,6 +497,7 @@ class Worker:
         self._announce(ClientStatus.ERROR, str(failure))
 
     def _next(self) -> Job | None:
+        """Wait for the next job; None at the end."""
         while True:
             if self._is_left():
                 return None
@@ -508,9 +513,8 @@ class Worker:
             return False
         with self._changing:
             jobs = [*([self._running] if self._running is not None else []), *self._queue.pending()]
-            if self._holders or any(
-                job.is_wanted for job in jobs
-            ):  # what comes before a wanted one is wanted, too
+            # A job that nobody waits for is carried out all the same, if a later one is still wanted.
+            if self._holders or any(job.is_wanted for job in jobs):
                 return False
             self._closing = True
         return True
@@ -525,6 +529,7 @@ class Worker:
                 self.status = ClientStatus.READY
 
     def _carry_out(self, job: Job) -> None:
+        """Execute a job and end its promise: on record first, then in the log, then for whoever waits."""
         started = time.perf_counter()
         try:
             self._auditor.catch_up()
