@@ -1,9 +1,10 @@
 """The executor: carries out each operation, on engine, store and privacy account, and publishes what came of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from tensafe_nb.config import SamplingConfig
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.privacy import Guarantee
@@ -29,8 +30,12 @@ from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     LoadStateResult,
     OptimStepResult,
+    Prompt,
     Result,
+    SampledPiece,
+    SampleResult,
     SaveStateResult,
+    missing_pieces,
 )
 from tensafe_nb.store.vault import Vault
 
@@ -84,8 +89,8 @@ class Executor:
                 return engine.forward(batch, cast(Loss, job.loss), wanted, tick)
             case OptimStep(apply_dp_noise):
                 return self.optim_step(apply_dp_noise)
-            case Sample(prompts, sampling):
-                return engine.sample(prompts, sampling, tick)
+            case Sample(prompts, sampling, stream):
+                return self.sample(job, prompts, sampling, stream, tick)
             case ComputeLogprobs(batch, temperature, reference):
                 return engine.compute_logprobs(batch, temperature, reference, tick)
             case FreezeReference():
@@ -99,6 +104,20 @@ class Executor:
                 self._tell(self._guarantee.standing(self.step))
                 return voided
         raise AssertionError(operation)
+
+    def sample(
+        self, job: Job, prompts: Sequence[Prompt], sampling: SamplingConfig, stream: bool, tick: Tick
+    ) -> SampleResult:
+        """Draw completions; where they are streamed, tell their texts as they grow, to whoever holds the handle."""
+        promise = job.promise
+
+        def tell(sequence: int, text: str) -> None:
+            promise.add_piece(SampledPiece(sequence, text))
+
+        result = self.engine.sample(prompts, sampling, tick, tell if stream else None)
+        for piece in missing_pieces(promise.pieces, result) if stream else ():
+            promise.add_piece(piece)
+        return result
 
     def save_state(self, operation: SaveState) -> SaveStateResult:
         """Seal the state, with the open window: what was accumulated, and how it was broken."""
