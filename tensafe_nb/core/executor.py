@@ -94,8 +94,8 @@ class Performer:
         raise AssertionError(operation)
 
     def _save_state(self, engine: Engine, operation: SaveState) -> SaveStateResult:
-        window = [] if engine.is_private else self._losses
-        broken = None if engine.is_private else self._lane.broken
+        resumable = engine.training_step.resumable
+        window, broken = (self._losses, self._lane.broken) if resumable else ([], None)
         saved = checkpoints.save(
             engine,
             self._vault.artifacts,
@@ -105,7 +105,7 @@ class Performer:
             facts={"losses": encode(window), "broken": broken},
             ledger=self._guarantee.carried(),
         )
-        dropped = engine.window.batches if engine.is_private else 0
+        dropped = 0 if resumable else engine.window.batches
         saved = replace(saved, dp_metrics=self._guarantee.metrics, dropped_batches=dropped)
         run_id = (operation.position or {}).get("run_id")
         self._publish(

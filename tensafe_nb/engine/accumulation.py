@@ -34,6 +34,10 @@ class Window:
             )
         self.prenormalised = loss.declares.prenormalised
 
+    def add(self, tally: "Tally") -> None:
+        self.weight += tally.weight
+        self.batches += 1
+
     @property
     def divisor(self) -> float:
         return 1.0 if self.prenormalised else self.weight

@@ -19,12 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from tensafe_nb.display import as_given
 from tensafe_nb.engine import optimizers
-from tensafe_nb.engine.accumulation import no_tick
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import memory
 from tensafe_nb.errors import InsufficientMemoryError, ValidationError
 from tensafe_nb.losses import resolve_loss
-from tensafe_nb.privacy.noise import gaussian
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.results import StepEstimate
 
@@ -65,15 +63,13 @@ def estimate(engine: Engine, batch_size: int | None = None, length: int | None =
     step = _in_one_piece(engine, micro_rows, length)
     optimizer_seconds, moment_bytes = _optimizer(engine)
     gradient_bytes = memory.size_of(engine.parameters)
-    transient = step.peak_bytes
-    if engine.private is not None:  # the sum of clipped gradients stays; then it and its noise are float64
-        transient = max(transient + (micro_batches > 1) * gradient_bytes, 5 * gradient_bytes)
-    elif micro_batches > 1:  # the later ones find the gradients of the first
-        transient = max(transient, gradient_bytes + step.forward_bytes)
+    transient = engine.training_step.peak_bytes(
+        step.forward_bytes, step.peak_bytes, gradient_bytes, micro_batches
+    )
     seconds = step.seconds * rows / micro_rows + optimizer_seconds
     weight_bytes = memory.size_of([*engine.model.causal.parameters(), *engine.model.causal.buffers()])
     kept = memory.size_of(p.grad for p in engine.parameters if p.grad is not None) + _moments(
-        engine.optimizer
+        engine.optimizer.torch
     )
     found = StepEstimate(
         batch_size=rows,
@@ -122,10 +118,9 @@ def _sizes(engine: Engine, batch_size: int | None, length: int | None) -> tuple[
 def _rows_at_once(engine: Engine, rows: int, length: int) -> int:
     """Return how many rows the engine computes at a time; fewer where it keeps a gradient for each."""
     fitting = min(rows, max(1, engine.config.micro_batch_tokens // length))
-    if engine.private is None:
-        return fitting
     tokens = min(length, LONGEST_PROBE, max(2, PROBE_TOKENS // 2))
-    return min(fitting, engine.private.trial(_made_up(engine, max(2, fitting), tokens), TOKEN_CE)[0])
+    rows_at_once, _ = engine.training_step.trial(_made_up(engine, max(2, fitting), tokens), TOKEN_CE)
+    return min(fitting, rows_at_once)
 
 
 def _in_one_piece(engine: Engine, rows: int, length: int) -> _Probe:
@@ -160,7 +155,7 @@ def _attention(engine: Engine, length: int, tried: int) -> float:
 
 
 def _probe(engine: Engine, rows: int, length: int, *, timed: bool = True) -> _Probe:
-    compute = _pass(engine, rows, length)
+    _, compute = engine.training_step.trial(_made_up(engine, rows, length), TOKEN_CE)
     forward_bytes, peak_bytes = _peaks(engine, compute)
     seconds = _timed(engine, lambda: compute(_nothing)) if timed else 0.0
     return _Probe(rows * length, seconds, forward_bytes, peak_bytes)
@@ -168,30 +163,6 @@ def _probe(engine: Engine, rows: int, length: int, *, timed: bool = True) -> _Pr
 
 def _nothing() -> None:
     """Note nothing."""
-
-
-def _pass(engine: Engine, rows: int, length: int) -> Callable[[Callable[[], None]], None]:
-    """Return a function that computes loss and gradient of made-up rows, and calls back between the two."""
-    batch = _made_up(engine, rows, length)
-    if engine.private is not None:
-        _, step = engine.private.trial(batch, TOKEN_CE)
-
-        def compute_privately(between: Callable[[], None]) -> None:
-            step()
-            between()
-
-        return compute_privately
-    trained = [parameter for parameter in engine.parameters if parameter.requires_grad]
-
-    def compute(between: Callable[[], None]) -> None:
-        for _, part in engine.micro_batches(batch, None, no_tick):
-            tensors = engine.tensors(part, batch)
-            value = TOKEN_CE(engine.outputs(part, tensors), tensors)
-            between()
-            gradients = torch.autograd.grad(value.total, trained, allow_unused=True)
-            nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-
-    return compute
 
 
 def _made_up(engine: Engine, rows: int, length: int) -> BatchData:
@@ -271,9 +242,7 @@ def _optimizer(engine: Engine) -> tuple[float, float]:
         parameter.grad = gradient
 
     def step() -> None:
-        if engine.private is not None:
-            gaussian([gradient.double() for gradient in gradients], 1.0)
-        torch._foreach_div_(gradients, 1.0)
+        engine.training_step.rehearse(gradients)
         nn.utils.get_total_norm(gradients)
         optimizer.step()
 

@@ -89,8 +89,9 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
     Of private training, the open window is left out: its gradients carry no noise yet. So are the random streams: a
     private client draws from none that could be repeated.
     """
-    random = {} if engine.is_private else engine.random
-    window = Window() if engine.is_private else engine.window
+    resumable = engine.training_step.resumable
+    random = engine.forward_pass.random if resumable else {}
+    window = engine.window if resumable else Window()
     facts = {
         "step": engine.step,
         "policy_version": engine.policy_version,
@@ -131,17 +132,16 @@ def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) ->
     engine.discard_gradients()
     for name, gradient in state.gradients.items():
         parameters[name].grad = gradient.to(parameters[name].device)
-    engine.window = Window(**facts["window"])
+    engine.training_step.window = Window(**facts["window"])
     _restore_moments(engine, state.optimizer if keep_moments else None)
     if facts["config"]["seed"] == engine.config.seed:  # the streams belong to the seed
         engine.samples_drawn = facts["samples_drawn"]
-        for name in engine.random.keys() & facts["random"].keys():
-            engine.random[name] = torch.tensor(
-                list(base64.b64decode(facts["random"][name])), dtype=torch.uint8
-            )
+        random = engine.forward_pass.random
+        for name in random.keys() & facts["random"].keys():
+            random[name] = torch.tensor(list(base64.b64decode(facts["random"][name])), dtype=torch.uint8)
     engine.reference.restore(state.reference, facts["reference_version"])
-    engine.step = facts["step"]
-    engine.policy_version = _next_version(engine.policy_version, facts["policy_version"])
+    engine.optimizer.step = facts["step"]
+    engine.optimizer.policy_version = _next_version(engine.policy_version, facts["policy_version"])
 
 
 def check(engine: Engine, facts: Mapping[str, Any], artifact_id: str, *, with_moments: bool) -> None:
@@ -222,19 +222,19 @@ def _check_tensors(engine: Engine, state: EngineState) -> None:
 
 
 def _moments(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    for number, values in engine.optimizer.state_dict()["state"].items():
+    for number, values in engine.optimizer.torch.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
                 yield f"state.{number}.{name}", value
 
 
 def _restore_moments(engine: Engine, moments: Mapping[str, Tensor] | None) -> None:
-    groups = engine.optimizer.state_dict()["param_groups"]
+    groups = engine.optimizer.torch.state_dict()["param_groups"]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in (moments or {}).items():
         _, number, name = key.split(".", 2)
         state.setdefault(int(number), {})[name] = value
-    engine.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    engine.optimizer.torch.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _next_version(here: int, saved: int) -> int:

@@ -78,14 +78,17 @@ def ragged() -> tn.BatchData:
 
 
 def shapes(engine: Engine, loss: str, batch: tn.BatchData) -> list[tuple[int, ...]]:
-    return [part.shape for _, part in engine.micro_batches(batch, resolve_loss(loss), lambda *_: None)]
+    return [
+        part.shape
+        for _, part in engine.forward_pass.micro_batches(batch, resolve_loss(loss), lambda *_: None)
+    ]
 
 
 def test_a_ragged_batch_computes_little_padding_and_gives_the_same_loss_and_gradient(engine: Engine) -> None:
     batch, loss, found = ragged(), resolve_loss("token_ce"), []
     assert shapes(engine, "token_ce", batch) == [(4, 9), (2, 60)]
-    for overhead in (10**6, engine._overhead):
-        engine._overhead = overhead
+    for overhead in (10**6, engine.forward_pass.overhead):
+        engine.forward_pass.overhead = overhead
         result = engine.forward_backward(batch, loss)
         found.append((result, torch.cat([p.grad.flatten() for p in engine.parameters if p.grad is not None])))
         engine.discard_gradients()
