@@ -39,7 +39,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         ValidationError: With the function, the parameter, what it takes and what it was given.
     """
     signature = inspect.signature(function)
-    checks = {name: check for name, check in _checks(function, signature).items() if check is not None}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {
+        name: check_of(resolved_annotation(function, parameter.annotation))
+        for name, parameter in signature.parameters.items()
+        if parameter.kind in named
+    }
+    checks = {name: check for name, check in found.items() if check is not None}
     called = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
@@ -56,16 +62,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _checks(function: Callable[..., Any], signature: inspect.Signature) -> Mapping[str, Check | None]:
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {
-        name: _check(_resolved(function, parameter.annotation))
-        for name, parameter in signature.parameters.items()
-        if parameter.kind in named
-    }
-
-
-def _resolved(function: Callable[..., Any], annotation: Any) -> Any:
+def resolved_annotation(function: Callable[..., Any], annotation: Any) -> Any:
     """Return an annotation that is written as text, as it is with `from __future__ import annotations`."""
     if not isinstance(annotation, str):
         return annotation
@@ -75,32 +72,34 @@ def _resolved(function: Callable[..., Any], annotation: Any) -> Any:
         return None
 
 
-def _check(annotation: Any) -> Check | None:
+def check_of(annotation: Any) -> Check | None:
     """Return the check of an annotation; None where it cannot be checked without a look inside."""
     if get_origin(annotation) in (Union, UnionType):
         given_parts = get_args(annotation)
         as_path = Path in given_parts  # a text is the name of a file then
-        parts = [path if as_path and part is str else _check(part) for part in given_parts]
-        return _any_of(parts) if None not in parts else None  # type: ignore[arg-type]
+        parts = [path if as_path and part is str else check_of(part) for part in given_parts]
+        return any_of(parts) if None not in parts else None  # type: ignore[arg-type]
     if get_origin(annotation) is Literal:
-        return functools.partial(_choice, get_args(annotation))
+        return functools.partial(choice, get_args(annotation))
     if annotation is NoneType:
         return lambda value: None if value is None else "None"
-    if get_origin(annotation) in (Sequence, tuple) and _of_one_kind(annotation):
-        part = _check(get_args(annotation)[0])
-        return None if part is None else functools.partial(_sequence, part)
+    of_one_kind = get_args(annotation)[1:] in ((), (Ellipsis,))  # tuple[int, ...], not tuple[int, str]
+    if get_origin(annotation) in (Sequence, tuple) and of_one_kind:
+        part = check_of(get_args(annotation)[0])
+        return None if part is None else functools.partial(list_of, part)
     if get_origin(annotation) is Mapping and get_args(annotation)[0] is str:
-        return _named
+        return options
     if get_origin(annotation) is Callable:
         return lambda value: None if callable(value) else "a function"
     if annotation in _SIMPLE:
         return _SIMPLE[annotation]
-    if _is_ours(annotation):
+    if is_ours(annotation):
         return lambda value: None if isinstance(value, annotation) else f"a {annotation.__name__}"
     return None
 
 
-def _is_ours(annotation: Any) -> bool:
+def is_ours(annotation: Any) -> bool:
+    """Whether an annotation is a class of this package; of a Protocol nobody is an instance."""
     return (
         isinstance(annotation, type)
         and annotation.__module__.startswith("tensafe_nb.")
@@ -108,7 +107,9 @@ def _is_ours(annotation: Any) -> bool:
     )
 
 
-def _any_of(parts: list[Check]) -> Check:
+def any_of(parts: list[Check]) -> Check:
+    """Return the check that is content where one of these is."""
+
     def check(value: Any) -> str | None:
         wrong = [part(value) for part in parts]
         return None if None in wrong else " or ".join(dict.fromkeys(text for text in wrong if text))
@@ -116,17 +117,10 @@ def _any_of(parts: list[Check]) -> Check:
     return check
 
 
-def _of_one_kind(annotation: Any) -> bool:
-    kinds = get_args(annotation)
-    return len(kinds) == 1 or (len(kinds) == 2 and kinds[1] is Ellipsis)
-
-
-def _sequence(part: Check, value: Any) -> str | None:
+def list_of(part: Check, value: Any) -> str | None:
+    """Say what is wrong with a list, or with the first of its items that `part` refuses."""
     items: Any = (value,) if isinstance(value, str) else value
-    if (
-        not isinstance(items, Sequence | np.ndarray)
-        or np.ndim(value if isinstance(value, np.ndarray) else ()) > 1
-    ):
+    if not isinstance(items, Sequence | np.ndarray) or (isinstance(value, np.ndarray) and value.ndim > 1):
         return "a list"
     if _size(items) > MOST_ITEMS:
         return f"a list of at most {MOST_ITEMS:,}"
@@ -134,7 +128,8 @@ def _sequence(part: Check, value: Any) -> str | None:
     return wrong and f"a list, and each item of it {wrong}"
 
 
-def _named(value: Any) -> str | None:
+def options(value: Any) -> str | None:
+    """Say what is wrong with a dict of keywords."""
     if (
         isinstance(value, Mapping)
         and _size(value) <= MOST_ITEMS
@@ -151,10 +146,11 @@ def _size(value: Any) -> int:
         return MOST_ITEMS + 1
 
 
-def _choice(options: tuple[Any, ...], value: Any) -> str | None:
-    if any(type(value) is type(option) and value == option for option in options):
+def choice(among: tuple[Any, ...], value: Any) -> str | None:
+    """Say what is wrong with one of a few values."""
+    if any(type(value) is type(one) and value == one for one in among):
         return None
-    return " or ".join(map(repr, options))
+    return " or ".join(map(repr, among))
 
 
 def whole(value: Any) -> str | None:
@@ -198,7 +194,8 @@ def _can_be_written(value: str) -> bool:
     return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def _truth(value: Any) -> str | None:
+def truth(value: Any) -> str | None:
+    """Say what is wrong with True or False; 0 and 1 mean these."""
     is_one = type(value).__name__ in ("bool", "bool_") or (whole(value) is None and value in (0, 1))
     return None if is_one else "True or False"
 
@@ -207,7 +204,7 @@ _SIMPLE: Mapping[Any, Check] = {
     int: whole,
     float: number,
     str: text,
-    bool: _truth,
+    bool: truth,
     Path: path,
     datetime: lambda value: None if isinstance(value, datetime) else "a date",
 }

@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar
 
 from tensafe_nb.checks import checked
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.data import Batches, OnBadRows, Rows, batches, encode_rows, padding_of
-from tensafe_nb.data.poisson import PoissonDraws, sample_rate_of, units_of
+from tensafe_nb.data import Batches, OnBadRows, Rows, batches
+from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle, Outstanding
@@ -20,7 +20,7 @@ from tensafe_nb.history.stream import Subscriptions, stream
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
-from tensafe_nb.privacy.what_if import WhatIf, what_if
+from tensafe_nb.privacy.what_if import WhatIf, what_if_of
 from tensafe_nb.protocol.operations import VERBS, Operation
 from tensafe_nb.protocol.results import (
     ClientStatus,
@@ -169,28 +169,20 @@ class TrainingClient(Verbs):
             ...     tc.forward_backward(draw), tc.optim_step()
         """
         sample_rate = sample_rate_of(self.config)
-        encoded = encode_rows(
+        assert self.config.dp_config is not None  # else it was refused
+        return poisson_draws(
+            sample_rate,
             examples,
             self.tokenizer,
+            context=self.context,
+            declared=self.config.dp_config.dataset_size,
+            client_id=self.training_client_id,
+            enter=self._channel.enter_draw,
+            steps=steps,
+            unit_ids=unit_ids,
             max_length=max_length,
             truncate=truncate,
             on_bad_rows=on_bad_rows,
-            context=self.context,
-        )
-        if encoded.skipped and unit_ids is not None:
-            unit_ids = encoded.kept(unit_ids, "dp_batches: unit_ids")
-        dp = self.config.dp_config
-        count = len(encoded.examples)
-        units = units_of(count, encoded.group, unit_ids, dp.dataset_size if dp is not None else None)
-        return PoissonDraws(
-            encoded.examples,
-            units,
-            sample_rate,
-            unit="user" if unit_ids is not None else "example",
-            steps=max(1, round(1 / sample_rate)) if steps is None else steps,
-            pad_token_id=padding_of(self.tokenizer),
-            client_id=self.training_client_id,
-            enter=self._channel.enter_draw,
         )
 
     @checked
@@ -266,24 +258,14 @@ class TrainingClient(Verbs):
         Raises:
             ValidationError: No N, or arguments that do not go together.
         """
-        dp = self.config.dp_config
-        declared = dp.dataset_size if dp is not None else None
-        size = declared if dataset_size is None else dataset_size
-        units = self.config.expected_units if expected_batch_size is None else expected_batch_size
-        if size is None:
-            raise ValidationError("what_if() needs dataset_size, the number of privacy units.")
-        if noise_multiplier is None and target_epsilon is None:
-            noise_multiplier = dp.noise_multiplier if dp is not None else 1.0
-        return what_if(
-            dataset_size=size,
-            expected_batch_size=units,
-            steps=steps,
-            epochs=1 if steps is None and epochs is None else epochs,
+        return what_if_of(
+            self.config,
             noise_multiplier=noise_multiplier,
             target_epsilon=target_epsilon,
-            delta=1e-5 if dp is None else dp.target_delta,
-            accountant_type="rdp" if dp is None else dp.accountant_type,
-            sampling="poisson" if dp is None else dp.sampling,
+            steps=steps,
+            epochs=epochs,
+            expected_batch_size=expected_batch_size,
+            dataset_size=dataset_size,
             parameters=self._channel.trained_parameters or None,
         )
 

@@ -22,7 +22,7 @@ STANDS_FOR = {
 }
 
 
-class _StandIn(ModuleType):
+class StandIn(ModuleType):
     """A module whose names are those of another, `target`."""
 
     def __init__(self, name: str, target: str) -> None:
@@ -42,7 +42,7 @@ class _StandIn(ModuleType):
         return sorted(import_module(self._target).__all__)
 
 
-def _place_of(package: str) -> str | None:
+def place_of(package: str) -> str | None:
     """Return where somebody else's package of this name lies; None when there is none."""
     module = sys.modules.get(package)
     spec = find_spec(package) if module is None else module.__spec__
@@ -53,19 +53,24 @@ def _place_of(package: str) -> str | None:
     return spec.origin or ", ".join(spec.submodule_search_locations or ())
 
 
-def _stand_in() -> None:
+def stand_in() -> None:
+    """Put the stand-ins where Python looks for modules.
+
+    Raises:
+        ValidationError: A package of one of these names is installed.
+    """
     for package in ("tg_tinker", "tensafe"):
-        place = _place_of(package)
+        place = place_of(package)
         if place is not None:
             raise ValidationError(
                 f"There is a package {package!r} already ({place}), and tensafe_nb.compat does not take its place. "
                 f"Import from tensafe_nb instead, or remove that package."
             )
     for name, target in STANDS_FOR.items():
-        module = sys.modules[name] = _StandIn(name, target)
+        module = sys.modules[name] = StandIn(name, target)
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
 
 
-_stand_in()
+stand_in()

@@ -1,4 +1,4 @@
-"""What a user types to configure training: frozen, checked where it is typed, every name the field's own."""
+"""Configurations of training: frozen, checked where a user types them, every name the field's own."""
 
 import fnmatch
 import itertools
@@ -31,7 +31,7 @@ class Config(pydantic.BaseModel):
         try:
             super().__init__(**{name: self._bounded(name, value) for name, value in values.items()})
         except pydantic.ValidationError as error:
-            problems = [found for problem in error.errors() for found in self._problems(dict(problem))]
+            problems = [found for problem in error.errors() for found in problems_of(type(self), problem)]
             told = " ".join(text for _, text in problems[:MOST_PROBLEMS])
             more = len(problems) - MOST_PROBLEMS
             message = f"{told} And {more} more." if more > 0 else told
@@ -61,22 +61,6 @@ class Config(pydantic.BaseModel):
         text = f"{cls.__name__}.{name}: {reason}."
         return ValidationError(text, details={"problems": [((name,), text)]})
 
-    @classmethod
-    def _problems(cls, problem: dict[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
-        """Return where and what, one by one; a configuration inside this one has found its own already."""
-        inner = problem.get("ctx", {}).get("error")
-        found = inner.details.get("problems") if isinstance(inner, ValidationError) else None
-        return [((*problem["loc"], *at), text) for at, text in found or [((), cls._explain_one(problem))]]
-
-    @classmethod
-    def _explain_one(cls, problem: dict[str, Any]) -> str:
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            return f"{cls.__name__} has no field {where!r}.{nearest(where, cls.model_fields)}"
-        reason = problem["msg"].removeprefix("Value error, ")
-        field = f".{where}" if where else ""
-        return f"{cls.__name__}{field}: {reason} (got {as_given(problem['input'])})."
-
     def _facts(self) -> Facts:
         return {name: getattr(self, name) for name in type(self).model_fields}
 
@@ -97,6 +81,24 @@ class Config(pydantic.BaseModel):
             if isinstance(value, dict) and isinstance(getattr(self, name, None), Config)
         }
         return self.replace(**(changes | inner))
+
+
+def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
+    """Return where and what, one by one, of a problem that pydantic found.
+
+    A configuration inside this one has found its own already.
+    """
+    inner = problem.get("ctx", {}).get("error")
+    if isinstance(inner, ValidationError) and (found := inner.details.get("problems")):
+        return [((*problem["loc"], *at), text) for at, text in found]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        text = f"{config.__name__} has no field {where!r}.{nearest(where, config.model_fields)}"
+    else:
+        reason = problem["msg"].removeprefix("Value error, ")
+        field = f".{where}" if where else ""
+        text = f"{config.__name__}{field}: {reason} (got {as_given(problem['input'])})."
+    return [(problem["loc"], text)]
 
 
 class LoRAConfig(Config):
@@ -374,10 +376,11 @@ class TrainingConfig(Config):
 
 def covers(patterns: Iterable[str], name: str) -> bool:
     """Whether one of `ignore_weights` covers the name of a weight."""
-    return any(_pattern(text).search(name) for text in patterns)
+    return any(weight_pattern(text).search(name) for text in patterns)
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def weight_pattern(text: str) -> re.Pattern[str]:
+    """Return one of `ignore_weights`, ready to search with."""
     try:
         return re.compile(text)
     except re.error:  # "*.inv_freq", which means what it does in a shell

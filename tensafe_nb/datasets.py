@@ -68,7 +68,7 @@ def docstring_pairs(split: Split) -> list[dict[str, str]]:
         ValidationError: the split has another name.
     """
     _check_split(split)
-    return [{"prompt": prompt, "completion": text} for text, prompt in _completions()[split].items()]
+    return [{"prompt": prompt, "completion": text} for text, prompt in _completions(split).items()]
 
 
 def pretraining_texts() -> list[str]:
@@ -79,11 +79,12 @@ def pretraining_texts() -> list[str]:
         `HELDOUT_MODULES`, and Python's own help topics. A text that contains a completion of
         `docstring_pairs` is left out.
     """
-    splits = _completions()
     fine_tuned = {*TRAIN_MODULES, *HELDOUT_MODULES}
-    modules = [name for name in _standard_modules() if name not in fine_tuned]
+    packages = {path.parent.name for path in _library().glob("*/__init__.py")}
+    files = {path.stem for path in _library().glob("*.py")}
+    modules = sorted((packages | files) - _SKIPPED - fine_tuned)
     texts = dict.fromkeys(text for name in modules for text in _help_texts(name))
-    contains_completion = _finder([*splits["train"], *splits["heldout"]])
+    contains_completion = _finder([*_completions("train"), *_completions("heldout")])
     return [text for text in texts if not contains_completion(_one_line(text))]
 
 
@@ -119,13 +120,12 @@ def _check_split(split: str) -> None:
 
 @cache
 def _sum_pairs(split: Split) -> tuple[tuple[int, int], ...]:
+    def is_heldout(a: int, b: int) -> bool:
+        digest = hashlib.sha256(f"{a:02d}+{b:02d}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") % 100 < _SUMS_HELDOUT_PERCENT
+
     every = ((a, b) for a in range(100) for b in range(100))
-    return tuple(pair for pair in every if _is_heldout_sum(*pair) == (split == "heldout"))
-
-
-def _is_heldout_sum(a: int, b: int) -> bool:
-    digest = hashlib.sha256(f"{a:02d}+{b:02d}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") % 100 < _SUMS_HELDOUT_PERCENT
+    return tuple(pair for pair in every if is_heldout(*pair) == (split == "heldout"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,45 +137,77 @@ class _Documented:
     arguments: str  # parameters, or the bases of a class
     doc: str
 
+    @classmethod
+    def within(cls, node: Documentable, kind: Kind, path: str) -> Iterator[_Documented]:
+        """Depth first. What a function defines inside itself is nobody's interface."""
+        if doc := ast.get_docstring(node):
+            yield cls(kind, path, _arguments(node), doc)
+        for child in node.body if isinstance(node, ast.Module | ast.ClassDef) else ():
+            if isinstance(child, ast.ClassDef):
+                yield from cls.within(child, "class", f"{path}.{child.name}")
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from cls.within(
+                    child, "function" if kind == "module" else "method", f"{path}.{child.name}"
+                )
+
+    def signature(self, name: str, arguments: str) -> str:
+        if self.kind in ("module", "class"):
+            return f"{self.kind} {name}({arguments})" if arguments else f"{self.kind} {name}"
+        return f"{name}({arguments})"
+
+    @property
+    def prompt(self) -> str:
+        own = re.sub(r"^(self|cls)(, |$)", "", self.arguments) if self.kind == "method" else self.arguments
+        return self.signature(self.path, own) + "\n"
+
+    @property
+    def first_sentence(self) -> str:
+        paragraph = _one_line(self.doc.strip().split("\n\n")[0])
+        return re.split(r"(?<=[a-z)\]'\"`]\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
+
+    @property
+    def help_text(self) -> str:
+        """Unlike the prompts of the pairs: a short name, `self`, the whole docstring indented."""
+        name = self.path if self.kind == "module" else self.path.rpartition(".")[2]
+        doc = "\n".join(f"    {line}".rstrip() for line in self.doc.strip().splitlines())
+        return f"{self.signature(name, self.arguments)}\n{doc}"
+
+    @property
+    def makes_a_pair(self) -> bool:
+        """Whether it is public, and its first sentence prose of a length that can be learnt."""
+        (low, high), completion = _COMPLETION_CHARS, self.first_sentence
+        is_public = not re.search(r"(^|\.)_(?!_)", self.path)
+        is_prose = completion[:1].isupper() and " " in completion and not re.search("->|>>>", completion)
+        return is_public and is_prose and low <= len(completion) <= high and len(self.prompt) <= _PROMPT_CHARS
+
+
+def _arguments(node: Documentable) -> str:
+    if isinstance(node, ast.Module):
+        return ""
+    if isinstance(node, ast.ClassDef):
+        return ", ".join(ast.unparse(base) for base in node.bases)
+    for argument in ast.walk(node.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    return ast.unparse(node.args)
+
 
 @cache
-def _completions() -> dict[Split, dict[str, str]]:
-    """Completion -> prompt of both splits."""
-    train = _pairs(TRAIN_MODULES, taken=set())
-    return {"train": train, "heldout": _pairs(HELDOUT_MODULES, taken=set(train))}
+def _completions(split: Split) -> dict[str, str]:
+    """Completion -> prompt. The modules held out are read only for those who ask for them."""
+    if split == "train":
+        return _pairs(TRAIN_MODULES, taken=set())
+    return _pairs(HELDOUT_MODULES, taken=set(_completions("train")))
 
 
 def _pairs(modules: Sequence[str], taken: set[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for item in (item for name in modules for item in _documented(name) if item.kind != "module"):
-        prompt, text = _prompt(item), _first_sentence(item.doc)
-        if _is_usable(item, prompt, text) and taken.isdisjoint((prompt, text)):
+        prompt, text = item.prompt, item.first_sentence
+        if item.makes_a_pair and taken.isdisjoint((prompt, text)):
             pairs[text] = prompt
             taken |= {prompt, text}
     return pairs
-
-
-def _is_usable(item: _Documented, prompt: str, completion: str) -> bool:
-    low, high = _COMPLETION_CHARS
-    is_public = not re.search(r"(^|\.)_(?!_)", item.path)
-    is_prose = completion[:1].isupper() and " " in completion and not re.search("->|>>>", completion)
-    return is_public and is_prose and low <= len(completion) <= high and len(prompt) <= _PROMPT_CHARS
-
-
-def _prompt(item: _Documented) -> str:
-    arguments = re.sub(r"^(self|cls)(, |$)", "", item.arguments) if item.kind == "method" else item.arguments
-    return _signature(item.kind, item.path, arguments) + "\n"
-
-
-def _signature(kind: str, name: str, arguments: str) -> str:
-    if kind in ("module", "class"):
-        return f"{kind} {name}({arguments})" if arguments else f"{kind} {name}"
-    return f"{name}({arguments})"
-
-
-def _first_sentence(doc: str) -> str:
-    paragraph = _one_line(doc.strip().split("\n\n")[0])
-    return re.split(r"(?<=[a-z)\]'\"`]\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
 
 
 def _one_line(text: str) -> str:
@@ -183,20 +215,11 @@ def _one_line(text: str) -> str:
 
 
 def _help_texts(module: str) -> Iterator[str]:
-    """Unlike the prompts of the pairs: short names, `self`, the whole docstring indented."""
-    for item in _documented(module):
-        name = item.path if item.kind == "module" else item.path.rpartition(".")[2]
-        doc = "\n".join(f"    {line}".rstrip() for line in item.doc.strip().splitlines())
-        yield f"{_signature(item.kind, name, item.arguments)}\n{doc}"
-    if module == "pydoc_data":
-        yield from _help_topics()
-
-
-def _help_topics() -> Iterator[str]:
-    """The pages of `help("topics")`: a literal dict in `pydoc_data/topics.py`, cut into short texts."""
-    for _, tree in _sources("pydoc_data"):
+    """Yield the docstrings of a module; of `pydoc_data`, the pages of `help("topics")` besides, cut short."""
+    yield from (item.help_text for item in _documented(module))
+    for _, tree in _sources(module) if module == "pydoc_data" else ():
         for node in tree.body:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):  # of topics.py
                 for page in ast.literal_eval(node.value).values():
                     yield from _cut(page)
 
@@ -214,49 +237,16 @@ def _cut(page: str) -> Iterator[str]:
 @cache
 def _documented(module: str) -> tuple[_Documented, ...]:
     """In source order, all files of a top-level module; empty where this Python lacks it."""
-    return tuple(item for name, tree in _sources(module) for item in _walk(tree, "module", name))
-
-
-def _walk(node: Documentable, kind: Kind, path: str) -> Iterator[_Documented]:
-    """Depth first. What a function defines inside itself is nobody's interface."""
-    if doc := ast.get_docstring(node):
-        yield _Documented(kind, path, _arguments(node), doc)
-    if isinstance(node, ast.Module | ast.ClassDef):
-        for child in node.body:
-            if isinstance(child, ast.ClassDef):
-                yield from _walk(child, "class", f"{path}.{child.name}")
-            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _walk(child, "function" if kind == "module" else "method", f"{path}.{child.name}")
-
-
-def _arguments(node: Documentable) -> str:
-    if isinstance(node, ast.Module):
-        return ""
-    if isinstance(node, ast.ClassDef):
-        return ", ".join(ast.unparse(base) for base in node.bases)
-    for argument in ast.walk(node.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    return ast.unparse(node.args)
+    return tuple(item for name, tree in _sources(module) for item in _Documented.within(tree, "module", name))
 
 
 def _sources(module: str) -> Iterator[tuple[str, ast.Module]]:
     """Dotted name and syntax tree of each file. Trees are heavy: one at a time, never kept."""
-    for path in _files(_library() / module):
+    single = _library() / f"{module}.py"
+    for path in [single] if single.is_file() else sorted((_library() / module).rglob("*.py")):
         parts = path.relative_to(_library()).with_suffix("").parts
         if not _SKIPPED & set(parts):
             yield ".".join(parts).removesuffix(".__init__"), ast.parse(path.read_bytes())
-
-
-def _files(module: Path) -> list[Path]:
-    single = module.with_suffix(".py")
-    return [single] if single.is_file() else sorted(module.rglob("*.py"))
-
-
-def _standard_modules() -> list[str]:
-    packages = {path.parent.name for path in _library().glob("*/__init__.py")}
-    files = {path.stem for path in _library().glob("*.py")}
-    return sorted((packages | files) - _SKIPPED)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""How things look at the end of a cell: one line of text, and one small table. One template, for everything one holds.
+"""Looks of everything one holds at the end of a cell: one line of text, and one small table, of one template.
 
 Nothing here waits, computes on a model or reads a file: what is shown is what the object already knows. The tables
 carry no colours of their own, so they are readable in any theme, and every text in them is escaped.
@@ -30,7 +30,7 @@ def shown(cls: C) -> C:
     """
     if not hasattr(cls, "_facts"):
         cls._facts = fields_of  # type: ignore[attr-defined]
-        cls.__repr__ = _line  # type: ignore[assignment]
+        cls.__repr__ = line_of_fields  # type: ignore[assignment]
     cls._repr_html_ = lambda self: table(type(self).__name__, self._facts())  # type: ignore[attr-defined]
     return cls
 
@@ -107,7 +107,7 @@ def short(value: object) -> str:
         case Mapping():
             text = ", ".join(f"{name} {short(item)}" for name, item in value.items()) or "—"
         case tuple() | list():
-            text = _sequence(value)
+            text = few_words(value)
         case _ if hasattr(value, "shape") and hasattr(value, "dtype"):
             text = f"{tuple(value.shape)} {value.dtype}"
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -126,7 +126,7 @@ def as_given(value: object) -> str:
     return _GIVEN.repr(value)
 
 
-class _Given(reprlib.Repr):
+class GivenRepr(reprlib.Repr):
     """`repr` with an end: reprlib, made total, and with the entries of a dict as they stand."""
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class _Given(reprlib.Repr):
         return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-_GIVEN = _Given()
+_GIVEN = GivenRepr()
 
 
 def as_markdown(text: str) -> str:
@@ -168,19 +168,20 @@ def as_markdown(text: str) -> str:
 
 def visible(text: str) -> str:
     """Return a text with control characters, and those that turn its direction, as codes."""
-    return "".join(_code(c) if c in DIRECTIONS or unicodedata.category(c) in _UNSEEN else c for c in text)
+    return "".join(code_of(c) if c in DIRECTIONS or unicodedata.category(c) in _UNSEEN else c for c in text)
 
 
 _UNSEEN = ("Cc", "Zl", "Zp", "Cs")
 
 
-def _code(character: str) -> str:
+def code_of(character: str) -> str:
+    r"""Return a character as Python writes it in a text: \n, \x1b."""
     named = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
     number = ord(character)
     return named.get(character) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
 
 
-def _sequence(items: Sequence[object]) -> str:
+def few_words(items: Sequence[object]) -> str:
     """Return a few items as they are, many as their number."""
     if items and dataclasses.is_dataclass(items[0]):
         return f"{len(items)} × {type(items[0]).__name__}"
@@ -189,8 +190,8 @@ def _sequence(items: Sequence[object]) -> str:
     return ", ".join(short(item) for item in items) or "—"
 
 
-def _line(self: Any) -> str:
-    """The repr of a dataclass, as short as it can be read."""
+def line_of_fields(self: Any) -> str:
+    """Return the repr of a dataclass, as short as it can be read."""
     parts = ", ".join(f"{name}={_argument(value)}" for name, value in fields_of(self).items())
     return f"{type(self).__name__}({parts})"
 

@@ -1,10 +1,11 @@
-"""When nothing but a circle, or a notebook's output history, refers to a training client, it is let go.
+"""Lifetimes of training clients: what only a circle, or a notebook's output history, refers to is let go.
 
 Whoever ends a cell with `tc` wants to see it, not to own its model for as long as the kernel lives: `Out` and `_` keep
 results, no models. So, when a variable has let go of something of ours, and before another model is loaded, the history
 steps aside for a moment: what lives on without it is put back, and in place of the rest stands what it leaves behind.
 """
 
+import functools
 import gc
 import re
 import sys
@@ -23,7 +24,7 @@ _collecting = threading.Lock()
 _named: set[int] = set()  # ids of what variables referred to after the latest cell
 
 
-class _Circle:
+class Circle:
     """Something that only the collector frees."""
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ def collect() -> None:
     """Collect circles, for certain: a collection asked for while another thread is in one does nothing at all."""
     with _collecting:
         for _ in range(20):
-            witness = weakref.ref(_Circle())
+            witness = weakref.ref(Circle())
             gc.collect()
             if witness() is None:
                 return
@@ -65,16 +66,16 @@ def before_loading() -> None:
     shell = _shell()
     if shell is None:
         return
-    if _after_cell not in shell.events.callbacks["post_run_cell"]:
-        shell.events.register("post_run_cell", _after_cell)
-    if any(True for _ in _places(shell)):
+    if after_cell not in shell.events.callbacks["post_run_cell"]:
+        shell.events.register("post_run_cell", after_cell)
+    if any(True for _ in places_of(shell)):
         step_aside(shell)
 
 
 def step_aside(shell: Any) -> None:
     """Take what is ours out of the output history, collect what nothing else refers to, and put back the rest."""
-    _forget_frames()
-    places = list(_places(shell))
+    forget_latest_error()
+    places = list(places_of(shell))
     for _, fill in places:
         fill(None)
     collect()
@@ -82,7 +83,7 @@ def step_aside(shell: Any) -> None:
         fill(make())
 
 
-def _after_cell(_result: object = None) -> None:
+def after_cell(_result: object = None) -> None:
     """Step aside once a variable has let go of something: it was deleted, or its cell was run again."""
     shell = _shell()
     if shell is None:
@@ -112,7 +113,7 @@ def _is_ours(value: object) -> bool:
     return hasattr(type(value), "_left_behind")
 
 
-def _places(shell: Any) -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
+def places_of(shell: Any) -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
     """Yield, for every place of the history with something of ours, what makes its content anew, and what fills it."""
     spaces = [shell.user_ns.get("_oh") or {}, shell.user_ns, shell.user_ns_hidden]
     spaces += [
@@ -123,30 +124,24 @@ def _places(shell: Any) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Non
         for name, value in list(space.items()):
             filed = number == 0 or name == "result" or OUTPUT.fullmatch(str(name))
             if filed and (make := _maker(value, twins)) is not None:
-                yield make, _setter(space, name)
-
-
-def _setter(space: dict[Any, Any], name: Any) -> Callable[[Any], None]:
-    def fill(value: Any) -> None:
-        space[name] = value
-
-    return fill
+                yield make, functools.partial(space.__setitem__, name)
 
 
 def _maker(value: Any, twins: dict[int, Callable[[], Any]]) -> Callable[[], Any] | None:
     """Return what gives back a value of ours, or what it left behind, without keeping it; None for any other value."""
     if _is_ours(value):
         if id(value) not in twins:
-            twins[id(value)] = _weakly(value)
+            twins[id(value)] = made_again(value)
         return twins[id(value)]
     if type(value) in (tuple, list) and any(_is_ours(item) for item in value):
-        parts = [_maker(item, twins) or _constant(item) for item in value]
-        kind = type(value)
-        return lambda: kind(part() for part in parts)
+        makers, kind = [_maker(item, twins) for item in value], type(value)
+        kept = [item if make is None else None for item, make in zip(value, makers, strict=True)]
+        return lambda: kind(item if make is None else make() for item, make in zip(kept, makers, strict=True))
     return None
 
 
-def _weakly(value: Any) -> Callable[[], Any]:
+def made_again(value: Any) -> Callable[[], Any]:
+    """Return what gives back a value while it lives, then what it left behind."""
     alive, behind = weakref.ref(value), value._left_behind()
 
     def make() -> Any:
@@ -156,11 +151,7 @@ def _weakly(value: Any) -> Callable[[], Any]:
     return make
 
 
-def _constant(value: Any) -> Callable[[], Any]:
-    return lambda: value
-
-
-def _forget_frames() -> None:
+def forget_latest_error() -> None:
     """Empty the frames of this package that the latest error keeps: in one of a method, `self` is a client."""
     error: BaseException | None = getattr(sys, "last_value", None)
     seen: set[int] = set()
@@ -168,12 +159,13 @@ def _forget_frames() -> None:
         seen.add(id(error))
         trace = error.__traceback__
         while trace is not None:
-            _empty(trace.tb_frame)
+            empty_frame(trace.tb_frame)
             trace = trace.tb_next
         error = error.__cause__ or error.__context__
 
 
-def _empty(frame: FrameType) -> None:
+def empty_frame(frame: FrameType) -> None:
+    """Let go of what a frame of this package holds."""
     if str(frame.f_globals.get("__name__", "")).startswith("tensafe_nb"):
         with suppress(RuntimeError):  # it is still running
             frame.clear()

@@ -10,7 +10,7 @@ from tensafe_nb.engine.models.export import write_folder
 from tensafe_nb.engine.models.reading import first_line
 from tensafe_nb.errors import StorageError, TGTinkerError, ValidationError
 from tensafe_nb.store.artifacts.artifacts import ArtifactStore
-from tensafe_nb.store.disk import Files
+from tensafe_nb.store.disk import Files, publish_folder
 
 
 def export(store: ArtifactStore, artifact_id: str, path: Path, *, merged: bool = False) -> Path:
@@ -47,7 +47,7 @@ def export(store: ArtifactStore, artifact_id: str, path: Path, *, merged: bool =
     try:
         draft.mkdir(parents=True)
         write_folder(engine.model, draft, merged=merged)
-        _publish(draft, target)
+        publish_folder(Files(), draft, target)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
         for folder in made:  # the innermost first
@@ -62,16 +62,3 @@ def export(store: ArtifactStore, artifact_id: str, path: Path, *, merged: bool =
             f"export_adapter: {path} cannot be written ({reason}). Nothing is left of it."
         ) from error
     return path
-
-
-def _publish(draft: Path, target: Path) -> None:
-    """Give a folder its name, once all of it is on the disk."""
-    files = Files()
-    for file in draft.iterdir():
-        with files.update(file) as written:
-            files.fsync(written)
-    files.fsync_folder(draft)
-    if target.exists():
-        target.rmdir()
-    files.replace(draft, target)
-    files.fsync_folder(target.parent)

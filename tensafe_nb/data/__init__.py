@@ -1,4 +1,4 @@
-"""From what people have to batches: rows are read, tokenised, labelled, padded and shuffled here."""
+"""Rows to batches: what people have is read, tokenised, labelled, padded and shuffled here."""
 
 from tensafe_nb.data.prompts import read_prompt, read_prompts
 from tensafe_nb.data.rows import OnBadRows, Row, Rows, read_rows

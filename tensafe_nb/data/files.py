@@ -14,7 +14,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tensafe_nb.data.layouts import COLUMNS, is_chat, shortened
+from tensafe_nb.data.layouts import COLUMNS
+from tensafe_nb.data.messages import is_chat
+from tensafe_nb.data.values import shortened
 from tensafe_nb.errors import ValidationError
 
 Numbered: TypeAlias = Iterator[tuple[int | None, Any]]  # its line, and the row or what is wrong with it
@@ -45,7 +47,7 @@ def read_file(path: Path) -> Numbered:
     with contextlib.suppress(RuntimeError):  # "~nobody/rows.csv" stays as it is
         path = path.expanduser()
     if not is_file(path):
-        raise _no_file(path)
+        raise missing_file(path)
     kind = path.suffix.lower()
     opener = OPENERS.get(kind)
     if opener is not None:
@@ -54,13 +56,13 @@ def read_file(path: Path) -> Numbered:
         line = CONVERT[kind].format(path=str(path))
         raise ValidationError(f"{path} is read by {line}: give that. Files that are read here: {KNOWN}.")
     if kind == ".parquet":
-        return _parquet(path)
-    text = _text_of(path, opener)
+        return parquet_rows(path)
+    text = file_text(path, opener)
     if kind in (".csv", ".tsv"):
-        return _csv(path, text, "\t" if kind == ".tsv" else None)
+        return csv_rows(path, text, "\t" if kind == ".tsv" else None)
     if kind == ".json" or text.lstrip()[:1] == "[":  # arrays are found under the name .jsonl, too
-        return _json(path, text)
-    return _json_lines(text)
+        return json_rows(path, text)
+    return json_lines(text)
 
 
 def is_file(path: Path) -> bool:
@@ -70,15 +72,12 @@ def is_file(path: Path) -> bool:
     return False
 
 
-def _is_folder(path: Path) -> bool:
+def missing_file(path: Path) -> ValidationError:
+    """Return why nothing is read at a path, and the line that reads what may be meant."""
+    where, is_folder = str(path), False
     with contextlib.suppress(OSError, ValueError):
-        return path.is_dir()
-    return False
-
-
-def _no_file(path: Path) -> ValidationError:
-    where = str(path)
-    if _is_folder(path):
+        is_folder = path.is_dir()
+    if is_folder:
         saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
         line = (
             f"datasets.load_from_disk({where!r})"
@@ -97,7 +96,7 @@ def _no_file(path: Path) -> ValidationError:
     )
 
 
-def _text_of(path: Path, opener: Callable[..., Any] | None) -> str:
+def file_text(path: Path, opener: Callable[..., Any] | None) -> str:
     try:
         if opener is None:
             return path.read_text(encoding="utf-8-sig")
@@ -115,15 +114,15 @@ def _text_of(path: Path, opener: Callable[..., Any] | None) -> str:
         raise ValidationError(f"{path} cannot be read: {error}. Is it whole?") from error
 
 
-def _json_lines(text: str) -> Numbered:
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # JSON may hold every other line separator as it is
+def json_lines(text: str) -> Numbered:
+    # JSON may hold every other line separator as it is
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield number, _json_line(line)
+            yield number, json_row(line)
 
 
-def _json_line(line: str) -> Any:
+def json_row(line: str) -> Any:
+    """Return the row that a line holds, or what is wrong with it."""
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -136,21 +135,26 @@ def _json_line(line: str) -> Any:
     return row
 
 
-def _json(path: Path, text: str) -> Numbered:
+def json_rows(path: Path, text: str) -> Numbered:
     """Read an array of rows, {"data": [rows]}, or JSON lines under another name."""
     start = _skip(text, 0)
     if text[start : start + 1] == "[":
-        return _json_array(path, text, start + 1)
+        return json_array(path, text, start + 1)
     try:
         whole, end = json.JSONDecoder().raw_decode(text, start)
     except (json.JSONDecodeError, RecursionError):
-        return _json_lines(text)
+        return json_lines(text)
     if _skip(text, end) < len(text) or not isinstance(whole, Mapping):
-        return _json_lines(text)
+        return json_lines(text)
     if isinstance(whole.get("data"), list) and "columns" not in whole:
         return ((None, row) for row in whole["data"])
     if any(isinstance(whole.get(name), str) or is_chat(whole.get(name)) for name in COLUMNS):
         return iter([(1 + text.count("\n", 0, start), whole)])  # one row
+    raise other_object(path, whole)
+
+
+def other_object(path: Path, whole: Mapping[str, Any]) -> ValidationError:
+    """Return why an object of JSON is no list of rows, and the line that makes one of it."""
     lists = [name for name, value in whole.items() if isinstance(value, list)]
     line = f"json.load(open({str(path)!r}))" + (f"[{lists[0]!r}]" if len(lists) == 1 else "")
     rows = [name for name in lists if is_chat(whole[name])]
@@ -166,16 +170,13 @@ def _json(path: Path, text: str) -> Numbered:
         line = f"list({line}.values())"
     elif not lists:
         line = f"[{line}]"
-    raise ValidationError(
-        f"{path} is one object with the keys {_some(sorted(whole))}, not a list of rows. Give {line}."
-    )
+    keys = sorted(whole)
+    names = str(keys) if len(keys) <= 10 else f"{str(keys[:10])[:-1]}, …]"
+    return ValidationError(f"{path} is one object with the keys {names}, not a list of rows. Give {line}.")
 
 
-def _some(names: list[str]) -> str:
-    return str(names) if len(names) <= 10 else f"{str(names[:10])[:-1]}, …]"
-
-
-def _json_array(path: Path, text: str, at: int) -> Numbered:
+def json_array(path: Path, text: str, at: int) -> Numbered:
+    """Read an array from behind its bracket on, one row after the other, so that each knows its line."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     at = _skip(text, at)
     while text[at : at + 1] != "]":
@@ -207,7 +208,7 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _csv(path: Path, text: str, delimiter: str | None) -> Numbered:
+def csv_rows(path: Path, text: str, delimiter: str | None) -> Numbered:
     """Read a table with its names in the first line; an empty cell is no value."""
     csv.field_size_limit(sys.maxsize)  # of the process; cells of documents are longer than its 131,072
     head = text.lstrip("\r\n").split("\n", 1)[0]
@@ -220,10 +221,10 @@ def _csv(path: Path, text: str, delimiter: str | None) -> Numbered:
         raise ValidationError(f"{path}, line 1: not CSV ({error}).") from error
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValidationError(f"{path}: its first line, the names of the columns, has {twice[0]!r} twice.")
-    return _cells(path, lines, names)
+    return csv_cells(path, lines, names)
 
 
-def _cells(path: Path, lines: Any, names: list[str]) -> Numbered:
+def csv_cells(path: Path, lines: Any, names: list[str]) -> Numbered:
     while True:
         line = lines.line_num + 1
         try:
@@ -244,7 +245,7 @@ def _cells(path: Path, lines: Any, names: list[str]) -> Numbered:
             )
 
 
-def _parquet(path: Path) -> Numbered:
+def parquet_rows(path: Path) -> Numbered:
     try:
         import pyarrow
         from pyarrow import parquet

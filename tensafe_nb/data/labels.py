@@ -5,7 +5,6 @@ is learnt of the text. Where an answer begins, the tokens before it are those th
 prompt: where a token of the whole text would reach over that border, prompt and answer are tokenised apart.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,14 +14,15 @@ from typing import Any
 
 from tensafe_nb.data.chats import (
     LOOK_BACK,
+    AddedTokens,
     Chat,
     Template,
     read_chat,
     render,
-    template_options,
-    token_pattern,
+    template_keywords,
 )
-from tensafe_nb.data.layouts import check_template, shortened
+from tensafe_nb.data.messages import check_template
+from tensafe_nb.data.values import shortened
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.results import Prompt
@@ -35,7 +35,7 @@ ANCHORS = ("\x02", "\n", "=", "|", "a")  # put before a text, so that no tokeniz
 
 
 @dataclass(slots=True)
-class _Text:
+class SourceText:
     """A text to be tokenised, and the characters of it that are learnt."""
 
     text: str
@@ -53,7 +53,7 @@ def encode_many(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Encod
         tokenizer: The model's. Chats are tokenised as the template writes them, everything else between the tokenizer's
             own first token and its end token.
     """
-    reader = _Reader(tokenizer)
+    reader = RowReader(tokenizer)
     if len(rows) <= AT_ONCE:
         return reader.labelled(texts := reader.texts(rows), reader.encodings(texts))
     made: list[Encoded | ValidationError] = []
@@ -72,16 +72,16 @@ def encode_many(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Encod
     return made
 
 
-class _Reader:
+class RowReader:
     """Rows to labelled tokens, in three steps: texts, their encodings, what is learnt of them."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._tokens = _Tokens(tokenizer)
+        self._tokens = TextTokens(tokenizer)
         self._template: Template | None = None
 
-    def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[_Text | ValidationError]:
-        texts: dict[int, _Text | ValidationError] = {}
+    def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[SourceText | ValidationError]:
+        texts: dict[int, SourceText | ValidationError] = {}
         chats: dict[int, Chat] = {}
         for number, row in enumerate(rows):
             if "messages" in row:
@@ -91,13 +91,13 @@ class _Reader:
                     texts[number] = error
             elif "prompt" in row:
                 text = row["prompt"] + row["completion"]
-                texts[number] = _Text(text, [(len(row["prompt"]), len(text))], begins=True, ends=True)
+                texts[number] = SourceText(text, [(len(row["prompt"]), len(text))], begins=True, ends=True)
             else:
-                texts[number] = _Text(row["text"], [(0, len(row["text"]))], begins=True, ends=True)
-        texts.update(zip(chats, self._chat_texts(list(chats.values())), strict=True))
+                texts[number] = SourceText(row["text"], [(0, len(row["text"]))], begins=True, ends=True)
+        texts.update(zip(chats, self.chat_texts(list(chats.values())), strict=True))
         return [texts[number] for number in range(len(rows))]
 
-    def _chat_texts(self, chats: Sequence[Chat]) -> list[_Text | ValidationError]:
+    def chat_texts(self, chats: Sequence[Chat]) -> list[SourceText | ValidationError]:
         if not chats:
             return []
         try:
@@ -107,17 +107,19 @@ class _Reader:
         return [
             one
             if isinstance(one, ValidationError)
-            else _Text(one.text, one.spans, begins=False, ends=one.unended)
+            else SourceText(one.text, one.spans, begins=False, ends=one.unended)
             for one in self._template.rendered(chats)
         ]
 
-    def encodings(self, texts: Sequence[_Text | ValidationError]) -> list[Any]:
-        return self._tokens.encodings([text for text in texts if isinstance(text, _Text)])
+    def encodings(self, texts: Sequence[SourceText | ValidationError]) -> list[Any]:
+        return self._tokens.encodings([text for text in texts if isinstance(text, SourceText)])
 
     def labelled(
-        self, texts: Sequence[_Text | ValidationError], encodings: Sequence[Any]
+        self, texts: Sequence[SourceText | ValidationError], encodings: Sequence[Any]
     ) -> list[Encoded | ValidationError]:
-        good = iter(self._tokens.labelled([text for text in texts if isinstance(text, _Text)], encodings))
+        good = iter(
+            self._tokens.labelled([text for text in texts if isinstance(text, SourceText)], encodings)
+        )
         return [text if isinstance(text, ValidationError) else next(good) for text in texts]
 
 
@@ -128,11 +130,11 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     token and none of its last ones: what is drawn goes on from here.
     """
     if isinstance(prompt, str):
-        return _Tokens(tokenizer).prompt(prompt)
+        return TextTokens(tokenizer).prompt(prompt)
     if isinstance(prompt, Mapping):
-        return _opened(tokenizer, prompt["messages"], template_options(prompt))
+        return opened_chat(tokenizer, prompt["messages"], template_keywords(prompt))
     if prompt and isinstance(prompt[0], Mapping):
-        return _opened(tokenizer, prompt, {})
+        return opened_chat(tokenizer, prompt, {})
     return [int(token) for token in prompt]  # type: ignore[arg-type]
 
 
@@ -142,6 +144,14 @@ class TurnEnd:
 
     tokens: frozenset[int] = frozenset()
     texts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any, stops: Sequence[str]) -> "TurnEnd":
+        """Return the turn end of texts that end turns: where one holds added tokens, its last of them is enough."""
+        token = AddedTokens(tokenizer).pattern
+        added = [token.findall(stop)[-1] for stop in stops if token.search(stop)]
+        ids = tokenizer.convert_tokens_to_ids(added)
+        return cls(frozenset(ids), tuple(stop.strip() for stop in stops if not token.search(stop)))
 
 
 def turn_ends(tokenizer: Any, prompts: Sequence[Prompt]) -> list[TurnEnd]:
@@ -154,22 +164,20 @@ def turn_ends(tokenizer: Any, prompts: Sequence[Prompt]) -> list[TurnEnd]:
         if template is None or not chat:
             ends.append(TurnEnd())
             continue
-        options = template_options(prompt) if isinstance(prompt, Mapping) else {}
+        options = template_keywords(prompt) if isinstance(prompt, Mapping) else {}
         key = repr(options)
         if key not in known:
-            known[key] = _turn_end(tokenizer, template.turn_ends(options))
+            known[key] = TurnEnd.of(tokenizer, template.turn_ends(options))
         ends.append(known[key])
     return ends
 
 
-def _turn_end(tokenizer: Any, stops: Sequence[str]) -> TurnEnd:
-    token = token_pattern(tokenizer)
-    added = [token.findall(stop)[-1] for stop in stops if token.search(stop)]
-    ids = tokenizer.convert_tokens_to_ids(added)
-    return TurnEnd(frozenset(ids), tuple(stop.strip() for stop in stops if not token.search(stop)))
+def opened_chat(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of a chat up to where the assistant's next answer begins.
 
-
-def _opened(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, Any]) -> list[int]:
+    Raises:
+        ValidationError: There is no chat template, or it does not show what is asked.
+    """
     if tokenizer.chat_template is None:
         raise ValidationError("This model has no chat template: give prompts as text instead of messages.")
     check_template(tokenizer.chat_template, messages, options.get("tools"))
@@ -177,19 +185,17 @@ def _opened(tokenizer: Any, messages: Sequence[Any], options: Mapping[str, Any])
     text = render(tokenizer, chat, options, opened=True)
     asked = chat[-1].get("content")
     if asked and asked.strip() not in text:  # written otherwise, or not at all
-        other = render(
-            tokenizer, [*chat[:-1], chat[-1] | {"content": f"{asked} {asked}"}], options, opened=True
-        )
-        if other == text:
+        twice = [*chat[:-1], chat[-1] | {"content": f"{asked} {asked}"}]
+        if render(tokenizer, twice, options, opened=True) == text:
             raise ValidationError(
                 f"The model's chat template leaves out what the last message says ({shortened(asked)!r}): the model "
                 f"would not see it. Use a model whose template writes texts, or give the prompt as a text."
             )
-    return _Tokens(tokenizer).ids(text)
+    return TextTokens(tokenizer).ids(text)
 
 
 @dataclass(slots=True)
-class _Piece:
+class TokenPiece:
     """The characters from `low` to `high` of a text, tokenised after an anchor that is left out again."""
 
     encoding: Any
@@ -229,18 +235,15 @@ class _Piece:
         return self.encoding.ids[self.skip :] if self.skip else self.encoding.ids  # type: ignore[no-any-return]
 
 
-class _Tokens:
+class TextTokens:
     """A tokenizer, asked for many texts at once, by their characters where it has offsets."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._heads: dict[str, list[int]] = {}
+        self._added = AddedTokens(tokenizer)
         self._backend: Any = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         self._compared = False
-
-    @cached_property
-    def _token(self) -> re.Pattern[str]:
-        return token_pattern(self._tokenizer)
 
     @cached_property
     def _habits(self) -> tuple[list[int], bool]:
@@ -264,24 +267,26 @@ class _Tokens:
         try:
             return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         except Exception as error:  # tokenizers raises nothing more specific
-            raise _unreadable(what, text, error) from error
+            raise untokenisable(what, text, error) from error
 
     def prompt(self, text: str) -> list[int]:
         """Return the tokens of a text that sampling goes on from."""
         ids, (first, _) = self.ids(text, "prompt"), self._habits
         return ids if ids[: len(first)] == first else first + ids
 
-    def encodings(self, texts: Sequence[_Text]) -> list[Any]:
+    def encodings(self, texts: Sequence[SourceText]) -> list[Any]:
         """Return each text as the tokenizer's backend encodes it, or why it cannot; nothing where that is not all."""
-        if not texts or not self._has_offsets(texts[0].text):
+        if not texts or not self.has_offsets(texts[0].text):
             return []
         return self._encodings([text.text for text in texts])
 
-    def labelled(self, texts: Sequence[_Text], encodings: Sequence[Any]) -> list[Encoded | ValidationError]:
+    def labelled(
+        self, texts: Sequence[SourceText], encodings: Sequence[Any]
+    ) -> list[Encoded | ValidationError]:
         """Return the tokens of each text and which are learnt, or why the tokenizer cannot read it."""
         if not encodings:
-            return [self._without_offsets(text) for text in texts]
-        prompts = [self._prompt_to_check(text) for text in texts]
+            return [self.labelled_apart(text) for text in texts]
+        prompts = [self.prompt_to_check(text) for text in texts]
         checks = iter(self._encodings([prompt for prompt in prompts if prompt is not None]))
         made: list[Encoded | ValidationError] = []
         for encoding, text, prompt in zip(encodings, texts, prompts, strict=True):
@@ -289,19 +294,20 @@ class _Tokens:
             if isinstance(encoding, ValidationError):
                 made.append(encoding)
                 continue
-            whole = _Piece(encoding, 0, len(text.text))
+            whole = TokenPiece(encoding, 0, len(text.text))
             tokens, learnt = whole.tokens(), whole.learnt(text.spans)
-            borders = self._borders(whole, tokens, text)
+            borders = self.borders(whole, tokens, text)
             if check is not None and tokens[: len(check.ids)] != check.ids:
                 borders.append(len(prompt or ""))
             if borders:
-                pieces = self._apart(text.text, borders)
+                edges = pairwise(sorted({0, *borders, len(text.text)}))
+                pieces = [self.piece(text.text, low, high) for low, high in edges]
                 tokens = [token for piece in pieces for token in piece.tokens()]
                 learnt = [one for piece in pieces for one in piece.learnt(text.spans)]
             made.append(self._ended(tokens, learnt, text))
         return made
 
-    def _has_offsets(self, text: str) -> bool:
+    def has_offsets(self, text: str) -> bool:
         """Whether the backend says all: some tokenizers do more in Python, and then only their own tokens count.
 
         Their call also undoes a truncation or a padding that was saved with the tokenizer.
@@ -324,9 +330,9 @@ class _Tokens:
         try:
             return list(self._backend.encode_batch(texts, add_special_tokens=False))
         except Exception as error:  # tokenizers raises nothing more specific
-            raise _unreadable("text", texts[0], error) from error
+            raise untokenisable("text", texts[0], error) from error
 
-    def _borders(self, whole: _Piece, tokens: list[int], text: _Text) -> list[int]:
+    def borders(self, whole: TokenPiece, tokens: list[int], text: SourceText) -> list[int]:
         """Return where an answer begins in the middle of a token, or after other tokens than its prompt has."""
         apart = []
         for start, end in text.spans:
@@ -343,7 +349,7 @@ class _Tokens:
         for head, ids in self._heads.items():
             if text.endswith(head, 0, until):
                 return ids
-        found = list(self._token.finditer(text, max(0, until - LOOK_BACK), until))
+        found = list(self._added.pattern.finditer(text, max(0, until - LOOK_BACK), until))
         if not found:
             return []
         head = text[found[-1].start() : until]
@@ -352,27 +358,24 @@ class _Tokens:
             self._heads[head] = ids
         return ids
 
-    def _prompt_to_check(self, text: _Text) -> str | None:
+    def prompt_to_check(self, text: SourceText) -> str | None:
         """Return the prompt of the last answer, if its tokens are known only once it is tokenised by itself."""
         start = text.spans[-1][0] if text.spans else 0
         return text.text[:start] if start and not self._head(text.text, start) else None
 
-    def _apart(self, text: str, borders: Sequence[int]) -> list[_Piece]:
-        return [self._piece(text, *edges) for edges in pairwise(sorted({0, *borders, len(text)}))]
-
-    def _piece(self, text: str, low: int, high: int) -> _Piece:
+    def piece(self, text: str, low: int, high: int) -> TokenPiece:
         """Tokenise a part of a text as the middle of one: without the space that some tokenizers put first."""
         for anchor in ANCHORS if low and self._habits[1] else ():
             (encoding,) = self._encode_batch([anchor + text[low:high]])
-            piece = _Piece(encoding, low, high, len(anchor))
+            piece = TokenPiece(encoding, low, high, len(anchor))
             token = piece.first(low)
             if token is not None and piece.begins(token) == low:
                 piece.skip = token
                 return piece
         (encoding,) = self._encode_batch([text[low:high]])
-        return _Piece(encoding, low, high)
+        return TokenPiece(encoding, low, high)
 
-    def _ended(self, tokens: list[int], learnt: list[bool], text: _Text) -> Encoded:
+    def _ended(self, tokens: list[int], learnt: list[bool], text: SourceText) -> Encoded:
         """Put the first token before a text and the end token after it, unless the text has them already."""
         if not text.begins and not text.ends:
             return tokens, learnt
@@ -382,7 +385,7 @@ class _Tokens:
         due = text.ends and end is not None and not (tokens[-1:] == [end] and learnt[-1])
         return [*first, *tokens, *[end] * due], [*[False] * len(first), *learnt, *[True] * due]
 
-    def _without_offsets(self, text: _Text) -> Encoded | ValidationError:
+    def labelled_apart(self, text: SourceText) -> Encoded | ValidationError:
         """Tokenise what is learnt and what is not apart, each as the middle of a text."""
         tokens: list[int] = []
         learnt: list[bool] = []
@@ -390,7 +393,7 @@ class _Tokens:
             for low, high in pairwise(
                 sorted({0, len(text.text), *(at for span in text.spans for at in span)})
             ):
-                part = self._middle(text.text[low:high]) if low else self.ids(text.text[:high])
+                part = self.middle(text.text[low:high]) if low else self.ids(text.text[:high])
                 tokens += part
                 learnt += [any(start <= low < end for start, end in text.spans)] * len(part)
             whole = self.ids(text.text)
@@ -404,7 +407,7 @@ class _Tokens:
             )
         return self._ended(tokens, learnt, text)
 
-    def _middle(self, text: str) -> list[int]:
+    def middle(self, text: str) -> list[int]:
         for anchor in ANCHORS if self._habits[1] else ():
             before, both = self.ids(anchor), self.ids(anchor + text)
             if both[: len(before)] == before:
@@ -412,7 +415,7 @@ class _Tokens:
         return self.ids(text)
 
 
-def _unreadable(what: str, text: str, error: Exception) -> ValidationError:
+def untokenisable(what: str, text: str, error: Exception) -> ValidationError:
     return ValidationError(
         f"The model's tokenizer cannot read the {what} {as_given(shortened(text))}: {error}."
     )

@@ -8,11 +8,13 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.data import Example, collate
+from tensafe_nb.data.rows import OnBadRows, Rows
+from tensafe_nb.data.text import Example, collate, encode_rows, padding_of
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy.tickets import sealed, ticket
@@ -76,7 +78,7 @@ class PoissonDraws:
         It is numbered. When a later draw of the same account is used before it, it is charged as left out.
         """
         number, key = self._enter(self.unit)
-        rows = np.flatnonzero(_coins(self._count, self.sample_rate)[self._units])
+        rows = np.flatnonzero(coins(self._count, self.sample_rate)[self._units])
         units, names = self._units[rows], (self._client_id, self._sampler, number)
         if not len(rows):
             return BatchData.nothing(sealed(ticket(*names, units, self.unit), None, key))
@@ -89,11 +91,59 @@ class PoissonDraws:
         return f"<PoissonDraws {self.steps} of {self._count} units at rate {self.sample_rate:.4g}>"
 
 
-def _coins(count: int, sample_rate: float) -> Array:
+def coins(count: int, sample_rate: float) -> Array:
     """Return (count,) whether each coin fell; 53 random bits of the operating system for each."""
     bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
     fell: Array = bits * 2.0**-53 < sample_rate
     return fell
+
+
+def poisson_draws(
+    sample_rate: float,
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    context: int | None,
+    declared: int | None,
+    client_id: str,
+    enter: Callable[[str], tuple[int, bytes]],
+    steps: int | None = None,
+    unit_ids: Sequence[object] | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+    on_bad_rows: OnBadRows = "raise",
+) -> PoissonDraws:
+    """Tokenise rows and return the draws of them; `TrainingClient.dp_batches` says what the arguments are.
+
+    Args:
+        sample_rate: q, see `sample_rate_of`.
+        rows: As for `batches`.
+        tokenizer: The model's.
+        context: How many tokens the model reads at most.
+        declared: N, the number of units that the accounting was told.
+        client_id: The training client that the draws are for.
+        enter: See `PoissonDraws`.
+        steps: Draws per pass; None takes 1/q, which use each unit once on average.
+        unit_ids: Whose each row is; None takes each row for itself.
+        max_length: How many tokens a row may have.
+        truncate: Cut longer rows at the end.
+        on_bad_rows: "skip" leaves out rows that cannot be used, and their `unit_ids`.
+    """
+    encoded = encode_rows(
+        rows, tokenizer, max_length=max_length, truncate=truncate, on_bad_rows=on_bad_rows, context=context
+    )
+    if encoded.skipped and unit_ids is not None:
+        unit_ids = encoded.kept(unit_ids, "dp_batches: unit_ids")
+    return PoissonDraws(
+        encoded.examples,
+        units_of(len(encoded.examples), encoded.group, unit_ids, declared),
+        sample_rate,
+        unit="user" if unit_ids is not None else "example",
+        steps=max(1, round(1 / sample_rate)) if steps is None else steps,
+        pad_token_id=padding_of(tokenizer),
+        client_id=client_id,
+        enter=enter,
+    )
 
 
 def sample_rate_of(config: TrainingConfig) -> float:
@@ -128,7 +178,7 @@ def units_of(examples: int, group: int, unit_ids: Sequence[object] | None, decla
         ValidationError: Not one id per row, or ids that are neither whole numbers nor texts.
     """
     rows = examples // group
-    names = range(rows) if unit_ids is None else _names(unit_ids, rows)
+    names = range(rows) if unit_ids is None else checked_names(unit_ids, rows)
     numbers: dict[str, int] = {}
     units = [numbers.setdefault(str(name), len(numbers)) for name in names]
     if declared is not None and abs(len(numbers) - declared) > FAR_OFF * declared:
@@ -140,7 +190,8 @@ def units_of(examples: int, group: int, unit_ids: Sequence[object] | None, decla
     return np.repeat(np.asarray(units, dtype=np.int64), group)
 
 
-def _names(unit_ids: Sequence[object], rows: int) -> Sequence[object]:
+def checked_names(unit_ids: Sequence[object], rows: int) -> Sequence[object]:
+    """Return what names the unit of each row; refuse what is not one whole number or text for each."""
     too_long = isinstance(unit_ids, range) and bool(unit_ids) and unit_ids[-1] - unit_ids[0] >= MOST_UNITS
     if isinstance(unit_ids, str) or too_long or not hasattr(unit_ids, "__len__"):
         raise ValidationError(
@@ -152,7 +203,6 @@ def _names(unit_ids: Sequence[object], rows: int) -> Sequence[object]:
         if isinstance(name, bool) or not isinstance(name, str | int | np.integer):
             raise ValidationError(
                 f"dp_batches: unit_ids[{row}] is {as_given(name)}: name each row's owner by a whole number or a "
-                f"text. A row "
-                f"whose owner is unknown gets a name of its own."
+                f"text. A row whose owner is unknown gets a name of its own."
             )
     return unit_ids

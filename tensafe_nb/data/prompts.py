@@ -1,4 +1,4 @@
-"""The door for prompts: texts, chats and token ids to sample from; one reading of a chat for all who take one."""
+"""Prompts to sample from: texts, chats and token ids; one reading of a chat for all who take one."""
 
 import itertools
 import math
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from tensafe_nb.data.layouts import checked_text, is_chat, messages_of, missing, shortened, template_options
+from tensafe_nb.data.messages import is_chat, messages_of, template_options
 from tensafe_nb.data.rows import refuse_table
+from tensafe_nb.data.values import checked_text, missing, shortened
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.results import Prompt
@@ -70,7 +71,7 @@ def _bounded(items: Any, what: str) -> list[Any]:
 def _one_prompt(prompt: Any, index: int) -> Prompt:
     try:
         if isinstance(prompt, Mapping):
-            return _with_tools(prompt)
+            return prompt_of(prompt)
         if isinstance(prompt, str) or is_chat(prompt):
             return read_prompt(prompt)
     except ValidationError as error:
@@ -84,7 +85,8 @@ def _one_prompt(prompt: Any, index: int) -> Prompt:
     raise ValidationError(f"Prompt {index} is {shortened(prompt)}: {FORMS}.")
 
 
-def _with_tools(prompt: Mapping[str, Any]) -> Prompt:
+def prompt_of(prompt: Mapping[str, Any]) -> Prompt:
+    """Return the prompt of a dict {"prompt" or "messages", "tools"?, "chat_template_kwargs"?}, and of no other."""
     name = "prompt" if "prompt" in prompt else "messages"
     if name not in prompt:
         raise ValidationError(f"a dict has 'prompt' (or 'messages') and 'tools', not {as_given(prompt)}.")
@@ -102,8 +104,8 @@ def read_prompt(content: Any, row: Mapping[str, Any] | None = None) -> Prompt:
     """Return a prompt as it is sent: a text, messages, or {"messages", "tools"?, "chat_template_kwargs"?}.
 
     Args:
-        content: A text or a list of messages; see `layouts.messages_of`.
-        row: What may have further columns for the chat template: see `layouts.template_options`.
+        content: A text or a list of messages; see `messages.messages_of`.
+        row: What may have further columns for the chat template: see `messages.template_options`.
 
     Raises:
         ValidationError: It is neither, or tools beside a text, which no template ever sees.

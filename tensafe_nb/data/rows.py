@@ -1,4 +1,4 @@
-"""The door for rows: files, tables, lists and streams → one row after the other, each with its number and line."""
+"""Sources of rows: files, tables, lists and streams → one row after the other, each with its number and line."""
 
 import contextlib
 import io
@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tensafe_nb.data.files import OPENERS, Numbered, is_file, read_file, without_none
-from tensafe_nb.data.layouts import COLUMNS, is_chat
+from tensafe_nb.data.layouts import COLUMNS
+from tensafe_nb.data.messages import is_chat
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.batch import BatchData
@@ -86,15 +87,20 @@ def open_rows(source: Rows, what: str = "rows") -> Source:
                 raise
             raise ValidationError(f"{what}: {error}") from error
     if isinstance(source, Mapping):
-        raise _mapping_refused(source, what)
-    each = _table(source, what)
+        raise refused_mapping(source, what)
+    each = table_rows(source, what)
     if each is None:
-        _refuse_what_is_no_rows(source, what)
-        each = ((None, row) for row in _with_an_end(source, what))
-    return Source(each, size=_size(source), what=what)
+        refuse_no_rows(source, what)
+        each = ((None, row) for row in bounded_rows(source, what))
+    size = None
+    with contextlib.suppress(
+        TypeError, NotImplementedError
+    ):  # streams of Hugging Face have a len() that raises
+        size = len(source)
+    return Source(each, size=size, what=what)
 
 
-def _with_an_end(source: Iterable[Any], what: str) -> Iterator[Any]:
+def bounded_rows(source: Iterable[Any], what: str) -> Iterator[Any]:
     """Yield what an iterable yields, and refuse it where no memory would hold it all."""
     for number, row in enumerate(source):
         if number == MOST_ROWS:
@@ -102,13 +108,6 @@ def _with_an_end(source: Iterable[Any], what: str) -> Iterator[Any]:
                 f"{what}: more than {MOST_ROWS:,} rows. If they have an end, give them in parts."
             )
         yield row
-
-
-def _size(source: Any) -> int | None:
-    """Return how many rows there are; streams of Hugging Face have a len() that raises."""
-    with contextlib.suppress(TypeError, NotImplementedError):
-        return len(source)
-    return None
 
 
 def located(error: ValidationError, rows: Source, number: int, line: int | None) -> ValidationError:
@@ -135,19 +134,14 @@ def warn_of_unread(counts: Mapping[str, int], rows: int) -> None:
     if counts:
         names = ", ".join(repr(name) for name in sorted(counts))
         most = max(counts.values())
+        level, frame = 1, sys._getframe(0)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+            level, frame = level + 1, frame.f_back
         warnings.warn(
             f"Nobody reads {'the column' if len(counts) == 1 else 'the columns'} {names} "
             f"(in {most} of {rows} rows): training does not see what is in them.",
-            stacklevel=_levels_to_the_user(),
+            stacklevel=level,  # the first line outside this package: the one that the warning is about
         )
-
-
-def _levels_to_the_user() -> int:
-    """Return the stacklevel of the first frame outside this package: the line the warning is about."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 # tables
@@ -160,7 +154,7 @@ def refuse_table(source: Any, message: str) -> None:
         raise ValidationError(message)
 
 
-def _table(source: Any, what: str) -> Numbered | None:
+def table_rows(source: Any, what: str) -> Numbered | None:
     """Return the rows of a table of pandas, polars, pyarrow or datasets; None if it is none of these.
 
     None of them is imported: what was given has been made by it.
@@ -211,7 +205,7 @@ def _column_names(names: Sequence[Any], what: str) -> list[str]:
 # what is no list of rows
 
 
-def _refuse_what_is_no_rows(source: Any, what: str) -> None:
+def refuse_no_rows(source: Any, what: str) -> None:
     """Refuse what can be iterated, or looks as if, and whose items are no rows."""
     name = type(source).__name__
     if isinstance(source, BatchData) or name in ("Batches", "PoissonDraws"):
@@ -256,10 +250,10 @@ def _refuse_what_is_no_rows(source: Any, what: str) -> None:
         raise ValidationError(f"{what}: this is one chat. Give a list of chats: [{chat}].")
 
 
-def _mapping_refused(source: Mapping[Any, Any], what: str) -> ValidationError:
+def refused_mapping(source: Mapping[Any, Any], what: str) -> ValidationError:
     """Tell splits from columns from a row."""
     names = list(source)
-    if names and all(_is_table(value) for value in source.values()):
+    if names and all(is_split(value) for value in source.values()):
         split = "train" if "train" in source else names[0]
         return ValidationError(
             f"{what}: this holds the splits {names}. Give one of them: data[{as_given(split)}]."
@@ -269,7 +263,7 @@ def _mapping_refused(source: Mapping[Any, Any], what: str) -> ValidationError:
     if columns and all(isinstance(value, Mapping) for value in source.values()):
         line = 'frame.to_dict("records")' if known else "list(rows.values())"
         return ValidationError(f"{what}: this is a dict of dicts. Give {line}.")
-    if columns and all(_is_column(value) for value in columns):
+    if columns and all(is_column(value) for value in columns):
         return ValidationError(
             f"{what}: this is a dict of columns. Give its rows: "
             f"[dict(zip(columns, cells)) for cells in zip(*columns.values())]."
@@ -281,14 +275,14 @@ def _mapping_refused(source: Mapping[Any, Any], what: str) -> ValidationError:
     )
 
 
-def _is_table(value: Any) -> bool:
+def is_split(value: Any) -> bool:
     """Whether a value is a split: rows, not the messages of a chat."""
     if type(value).__module__.partition(".")[0] in TABLES:
         return type(value).__name__ not in ("Series", "Column")
     return is_chat(value) and not any({"role", "from"} & message.keys() for message in value)
 
 
-def _is_column(value: Any) -> bool:
+def is_column(value: Any) -> bool:
     if isinstance(value, str | Mapping | bytes) or not isinstance(value, Iterable):
         return False
     return not is_chat(value)

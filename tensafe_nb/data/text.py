@@ -14,7 +14,8 @@ import numpy as np
 
 from tensafe_nb.checks import checked
 from tensafe_nb.data.labels import encode_many
-from tensafe_nb.data.layouts import EXPECTED, Canonical, canonical, check_template, shortened, unshown
+from tensafe_nb.data.layouts import EXPECTED, Canonical, canonical
+from tensafe_nb.data.messages import check_template, unshown
 from tensafe_nb.data.rows import (
     OnBadRows,
     Row,
@@ -26,6 +27,7 @@ from tensafe_nb.data.rows import (
     open_rows,
     warn_of_unread,
 )
+from tensafe_nb.data.values import shortened
 from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.batch import IGNORE, BatchData
@@ -186,17 +188,15 @@ class Batches:
             return _chunks(numbers, self.batch_size)
         rng.shuffle(numbers)
         if self._bucket:
+            lengths = [max(map(len, self._members(number))) for number in range(len(numbers))]
             pools = _chunks(numbers, self.batch_size * POOL)
-            numbers = [number for pool in pools for number in sorted(pool, key=self._longest)]
+            numbers = [number for pool in pools for number in sorted(pool, key=lengths.__getitem__)]
         ordered = _chunks(numbers, self.batch_size)
         rng.shuffle(ordered)
         return ordered
 
     def _members(self, number: int) -> list[Example]:
         return self.examples[number * self.group : (number + 1) * self.group]
-
-    def _longest(self, number: int) -> int:
-        return max(map(len, self._members(number)))
 
 
 @checked
@@ -311,14 +311,14 @@ def encode_rows(
         ValidationError: Rows that cannot be read, or pairs among rows that are none.
     """
     check_on_bad_rows(on_bad_rows)
-    limit = _Limit(max_length, context, truncate)
-    encoder = _Encoder(open_rows(source), tokenizer, limit, skip=on_bad_rows == "skip")
+    limit = LengthLimit(max_length, context, truncate)
+    encoder = RowEncoder(open_rows(source), tokenizer, limit, skip=on_bad_rows == "skip")
     encoder.read()
     return encoder.encoded
 
 
 @dataclass(frozen=True, slots=True)
-class _Limit:
+class LengthLimit:
     """How long a row may be."""
 
     max_length: int | None
@@ -349,10 +349,10 @@ class _Limit:
         )
 
 
-class _Encoder:
+class RowEncoder:
     """Reads rows, a thousand at a time for the tokeniser, and puts the bad ones in their place."""
 
-    def __init__(self, rows: Source, tokenizer: Any, limit: _Limit, *, skip: bool) -> None:
+    def __init__(self, rows: Source, tokenizer: Any, limit: LengthLimit, *, skip: bool) -> None:
         self.encoded = Encoded()
         self._rows, self._tokenizer, self._limit, self._skip = rows, tokenizer, limit, skip
         self._template = getattr(tokenizer, "chat_template", None)
@@ -363,9 +363,9 @@ class _Encoder:
     def read(self) -> None:
         """Read all rows, and say what was left out of them and in them."""
         encoded = self.encoded
-        for number, (line, row) in enumerate(_progress(self._rows)):
+        for number, (line, row) in enumerate(with_progress(self._rows)):
             encoded.rows = number + 1
-            self._accept(number, line, row)
+            self.accept(number, line, row)
             if len(self._waiting) >= AT_ONCE:
                 self._tokenise()
         self._tokenise()
@@ -374,9 +374,10 @@ class _Encoder:
         if not encoded.examples:
             raise ValidationError(f"None of the {encoded.rows} rows can be used. {encoded.skipped[0]}")
         _target_width(encoded.examples)
-        self._tell()
+        self.report()
 
-    def _tell(self) -> None:
+    def report(self) -> None:
+        """Say which columns nobody read, which rows were left out, and how many sequences were cut."""
         encoded = self.encoded
         warn_of_unread(self._unread, encoded.rows)
         if encoded.skipped:
@@ -390,12 +391,12 @@ class _Encoder:
                 encoded.cut, len(encoded.examples), self._limit.tokens,
             )  # fmt: skip
 
-    def _accept(self, number: int, line: int | None, row: Any) -> None:
+    def accept(self, number: int, line: int | None, row: Any) -> None:
         """Bring a row into its one form, and put it on the pile for the tokeniser."""
         try:
             if isinstance(row, ValidationError):
                 raise row
-            found = _canonical(row, chats=self._template is not None)
+            found = canonical_row(row, chats=self._template is not None)
             for member in found.members:
                 check_template(self._template, member.get("messages", ()), member.get("tools"))
         except ValidationError as error:
@@ -422,7 +423,7 @@ class _Encoder:
             found = list(itertools.islice(tokenised, len(group)))
             cut = self.encoded.cut
             try:
-                examples = [self._example(*both) for both in zip(group, found, strict=True)]
+                examples = [self.example_of(*both) for both in zip(group, found, strict=True)]
             except ValidationError as error:
                 self.encoded.cut = cut
                 self._leave_out(error, number, line)
@@ -430,9 +431,10 @@ class _Encoder:
                 self.encoded.examples += examples
                 self.encoded.numbers.append(number)
 
-    def _example(
+    def example_of(
         self, member: dict[str, Any], found: tuple[list[int], list[bool]] | ValidationError
     ) -> Example:
+        """Make an example of a row's tokens: cut, or refused, where there are too many, and its labels shifted."""
         if isinstance(found, ValidationError):
             raise found
         tokens, learnt = found
@@ -447,8 +449,9 @@ class _Encoder:
                 f"Nothing is left to learn of {shortened(member)}: {len(tokens)} tokens"
                 f"{f' at max_length={most}' if len(tokens) == most else ''}, none to be predicted. Leave it out."
             )
+        # labels[t] is the token that position t predicts, the next one
         labels = [token if wanted else IGNORE for token, wanted in zip(tokens, learnt, strict=True)]
-        return Example(tuple(tokens), (*labels[1:], IGNORE), _target(member))
+        return Example(tuple(tokens), (*labels[1:], IGNORE), target_of(member))
 
     def _leave_out(self, error: ValidationError, number: int, line: int | None) -> None:
         placed = located(error, self._rows, number, line)
@@ -457,7 +460,7 @@ class _Encoder:
         self.encoded.skipped.append(str(placed))
 
 
-def _canonical(row: Any, *, chats: bool) -> Canonical:
+def canonical_row(row: Any, *, chats: bool) -> Canonical:
     """Read a row; whatever is wrong with it is a `ValidationError`."""
     try:
         return canonical(row, chats=chats)
@@ -467,7 +470,7 @@ def _canonical(row: Any, *, chats: bool) -> Canonical:
         raise ValidationError(f"it cannot be read ({type(error).__name__}: {error}).") from error
 
 
-def _progress(rows: Source) -> Iterable[tuple[int | None, Any]]:
+def with_progress(rows: Source) -> Iterable[tuple[int | None, Any]]:
     """Iterate over rows; after a second, a bar shows how far."""
     from tqdm.auto import tqdm
 
@@ -497,7 +500,8 @@ def padding_of(tokenizer: Any) -> int:
     return int(pad if pad is not None else tokenizer.eos_token_id or 0)
 
 
-def _target(row: Mapping[str, Any]) -> tuple[float, ...]:
+def target_of(row: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return the numbers that the loss `mse` compares a row with; none where it has no "target"."""
     if "target" not in row:
         return ()
     numbers = row["target"] if isinstance(row["target"], Sequence | np.ndarray) else [row["target"]]

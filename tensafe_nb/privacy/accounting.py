@@ -3,7 +3,8 @@
 One DP-SGD step on a Poisson draw of rate q with noise multiplier sigma is the subsampled Gaussian mechanism.
 
 - RDP (Mironov et al. 2019, arXiv:1908.10530): a vector over ORDERS, which adds up over steps; to epsilon by Balle et
-  al. 2020 (arXiv:1905.09982, Theorem 21): eps = min over alpha of RDP(alpha) + conv(alpha).
+  al. 2020 (arXiv:1905.09982, Theorem 21): eps = min over alpha of RDP(alpha) + conv(alpha), with
+  conv(alpha) = log(1 - 1/alpha) - (log delta + log alpha) / (alpha - 1).
 - PRV (Gopi et al. 2021, arXiv:2106.02848): numerical composition; the upper end of its error bound is what counts.
 - Gaussian (Balle and Wang 2018, arXiv:1805.06530), exact, where nothing is subsampled: at q = 1, and for one unit
   that took part m_t times in step t: mu² = sum of (m_t / sigma_t)².
@@ -30,14 +31,20 @@ Array = NDArray[np.float64]
 Step = tuple[float, float, int]  # noise multiplier, sample rate, how many such steps
 Adjacency = Literal["add_remove", "replace_one"]
 
-ORDERS: Array = np.array(
-    [1 + x / 10 for x in range(1, 100)]
-    + [float(x) for x in (*range(12, 64), 72, 96, 128, 192, 256, 512, 1024)]
+SENSITIVITY: dict[Adjacency, int] = {
+    "add_remove": 1,
+    "replace_one": 2,
+}  # in units of C: a replaced gradient may turn
+
+ORDERS: Array = (
+    np.array(  # dense where a large epsilon has its minimum, and up to where that of a small one lies
+        [1 + x / 10 for x in range(1, 100)]
+        + [float(x) for x in (*range(12, 64), 72, 96, 128, 192, 256, 512, 1024)]
+    )
 )
 CONVERSION: Array = np.log1p(-1 / ORDERS) - np.log(ORDERS) / (ORDERS - 1)  # conv(alpha), but for its delta
-ROUNDING = (
-    1e-10  # of a log moment: sums of thousands of terms are off by 1e-12, and may not make a step cheaper
-)
+# added to a log moment: sums of thousands of terms are off by 1e-12, and may not make a step cheaper
+ROUNDING = 1e-10
 PRV_ERROR = 0.01  # the half-width of PRV's error bound on epsilon
 PRV_POINTS = 4e6  # of a grid; where more would be needed, the error bound is widened instead,
 PRV_WIDEST = 0.016  # up to here; then the grid grows again,
@@ -107,28 +114,24 @@ def rdp_of_step(sigma: float, q: float, adjacency: Adjacency = "add_remove") -> 
 
 @lru_cache(maxsize=256)
 def _rdp_of_step(sigma: float, q: float, adjacency: Adjacency) -> Array:
-    rdp = _rdp_vector(sigma, q, adjacency)
-    rdp.flags.writeable = False
+    if q == 0:
+        rdp = np.zeros_like(ORDERS)
+    elif sigma == 0:
+        rdp = np.full_like(ORDERS, math.inf)
+    elif q == 1:
+        rdp = rdp_of_mu_squared(_square(SENSITIVITY[adjacency] / sigma))
+    else:
+        log_moment = add_remove_log_moment if adjacency == "add_remove" else replace_one_log_moment
+        moments = np.array([log_moment(order, sigma, q) for order in ORDERS])
+        moments = np.where(np.isnan(moments), math.inf, np.maximum(moments, 0.0))
+        # RDP grows with its order: an order that rounding took below a smaller one is lifted
+        rdp = np.maximum.accumulate((moments + ROUNDING) / (ORDERS - 1))
+    rdp.flags.writeable = False  # it is handed out again and again
     return rdp
 
 
-def _rdp_vector(sigma: float, q: float, adjacency: Adjacency) -> Array:
-    if q == 0:
-        return np.zeros_like(ORDERS)
-    if sigma == 0:
-        return np.full_like(ORDERS, math.inf)
-    if q == 1:
-        return rdp_of_mu_squared(_square((1 if adjacency == "add_remove" else 2) / sigma))
-    if adjacency == "replace_one":
-        moments = np.array([replace_one_log_moment(order, sigma, q) for order in ORDERS])
-    else:
-        moments = np.array([_log_moment(order, sigma, q) for order in ORDERS])
-    moments = np.where(np.isnan(moments), math.inf, np.maximum(moments, 0.0))
-    # RDP grows with its order: an order that rounding took below a smaller one is lifted
-    return np.asarray(np.maximum.accumulate((moments + ROUNDING) / (ORDERS - 1)))
-
-
-def _log_moment(order: float, sigma: float, q: float) -> float:
+def add_remove_log_moment(order: float, sigma: float, q: float) -> float:
+    """Return (alpha - 1) · RDP(alpha) = log E[((1-q) + q e^((2z-1) / (2 sigma²)))^alpha], z from N(0, sigma²)."""
     from opacus.accountants.analysis.rdp import compute_rdp
 
     try:
@@ -198,13 +201,13 @@ def epsilon_gaussian(mu: float, delta: float) -> float:
     _check_delta(delta)
     if math.isnan(mu) or mu < 0:
         raise ValidationError(f"mu is a ratio of sensitivity to noise, from 0; it is {as_given(mu)}.")
-    if mu == 0 or _log_delta(0.0, mu) <= math.log(delta):
+    if mu == 0 or gaussian_log_delta(0.0, mu) <= math.log(delta):
         return 0.0
     above = mu * mu / 2 + mu * math.sqrt(-2 * math.log(delta))  # Phi(-x) <= e^(-x²/2) / 2
     if math.isinf(above):
         return math.inf
     root = scipy.optimize.brentq(
-        lambda epsilon: _log_delta(epsilon, mu) - math.log(delta), 0.0, above, xtol=1e-12, rtol=1e-14
+        lambda epsilon: gaussian_log_delta(epsilon, mu) - math.log(delta), 0.0, above, xtol=1e-12, rtol=1e-14
     )
     return float(root) * (1 + 1e-12) + 1e-12
 
@@ -215,16 +218,23 @@ def mu_of_epsilon(epsilon: float, delta: float) -> float:
     if not 0 < epsilon < math.inf:
         raise ValidationError(f"epsilon is a positive number here; it is {as_given(epsilon)}.")
     above = 1.0
-    while _log_delta(epsilon, above) < math.log(delta):
+    while gaussian_log_delta(epsilon, above) < math.log(delta):
         above *= 2
     root = scipy.optimize.brentq(
-        lambda mu: _log_delta(epsilon, mu) - math.log(delta), above * 1e-12, above, xtol=1e-14, rtol=1e-14
+        lambda mu: gaussian_log_delta(epsilon, mu) - math.log(delta),
+        above * 1e-12,
+        above,
+        xtol=1e-14,
+        rtol=1e-14,
     )
     return float(root) * (1 - 1e-12)
 
 
-def _log_delta(epsilon: float, mu: float) -> float:
-    """Return log delta(epsilon), with the ratio of the two terms as one of Mills ratios: nothing overflows."""
+def gaussian_log_delta(epsilon: float, mu: float) -> float:
+    """Return log delta of the Gaussian mechanism, with the ratio of its two terms as one of Mills ratios.
+
+    e^eps Phi(-far) / Phi(-near) = erfcx(far / √2) / erfcx(near / √2), so that nothing overflows.
+    """
     near, far = epsilon / mu - mu / 2, epsilon / mu + mu / 2
     ratio = scipy.special.erfcx(far / math.sqrt(2)) / scipy.special.erfcx(near / math.sqrt(2))
     return float(scipy.special.log_ndtr(-near)) + (math.log1p(-ratio) if ratio < 1 else -math.inf)
@@ -265,33 +275,40 @@ def _epsilon_prv(history: tuple[Step, ...], delta: float, adjacency: Adjacency) 
     if by_rdp == 0 or math.isinf(by_rdp):
         return by_rdp
     sampled = tuple(step for step in history if step[1] < 1)
-    mu_squared = _mu_squared_of_whole(history, adjacency)
+    # Gaussian mechanisms, the steps with q = 1, compose to one: mu² = sum of (sensitivity / sigma)²
+    mu_squared = math.fsum(n * _square(SENSITIVITY[adjacency] / sigma) for sigma, q, n in history if q == 1)
     if not sampled:
         return epsilon_gaussian(math.sqrt(mu_squared), delta)
     if by_rdp > PRV_STALLS:
         return by_rdp
     try:
-        return min(by_rdp, max(0.0, _composed(sampled, mu_squared, delta, adjacency)))
-    except (
-        ValueError,
-        RuntimeError,
-    ):  # its grid is too coarse for this delta, and it says so: RDP's bound holds
-        return by_rdp
+        return min(by_rdp, max(0.0, composed_epsilon(sampled, mu_squared, delta, adjacency)))
+    except (ValueError, RuntimeError):
+        return by_rdp  # the grid is too coarse for this delta, and PRV says so: RDP's bound holds
 
 
-def _mu_squared_of_whole(history: Iterable[Step], adjacency: Adjacency) -> float:
-    """Return mu² of the steps with q = 1 together: Gaussian mechanisms compose to one."""
-    size = 1 if adjacency == "add_remove" else 2  # a replaced gradient moves by up to 2C
-    return math.fsum(n * _square(size / sigma) for sigma, q, n in history if q == 1)
+def composed_epsilon(
+    sampled: tuple[Step, ...], mu_squared: float, delta: float, adjacency: Adjacency
+) -> float:
+    """Return epsilon of composed privacy loss random variables, as Opacus's PRVAccountant has it, on a bounded grid.
 
+    The mesh follows Gopi et al. 2021, theorem 5.5: h = eps_error / √(k/2 · log(12 / delta_error)) for k steps.
 
-def _composed(sampled: tuple[Step, ...], mu_squared: float, delta: float, adjacency: Adjacency) -> float:
-    """Compose privacy loss random variables, as Opacus's PRVAccountant does, on a grid of bounded size."""
+    Args:
+        sampled: The steps with q < 1.
+        mu_squared: Of all steps with q = 1, as one Gaussian mechanism.
+        delta: Of the guarantee.
+        adjacency: Of the variables.
+
+    Raises:
+        ValueError: The grid is too coarse for delta.
+        RuntimeError: As well.
+    """
     from opacus.accountants.analysis import prv
 
     delta_error = delta / 1000
     steps = sum(count for _, _, count in sampled) + (mu_squared > 0)
-    reach = _reach(sampled, mu_squared, delta_error, adjacency)
+    reach = truncation_of(sampled, mu_squared, delta_error, adjacency)
     spread = math.sqrt(steps * math.log(12 / delta_error) / 2)  # mesh = error / spread
     span = 2 * reach * spread
     error = max(PRV_ERROR, min(span / PRV_POINTS, max(PRV_WIDEST, span / PRV_MOST)))
@@ -305,7 +322,8 @@ def _composed(sampled: tuple[Step, ...], mu_squared: float, delta: float, adjace
         for one, _ in variables
     ]
     composed = prv.compose_heterogeneous(parts, [count for _, count in variables])
-    return float(composed.compute_epsilon(delta, delta_error, error)[2])
+    _lower, _estimate, upper = composed.compute_epsilon(delta, delta_error, error)
+    return float(upper)
 
 
 class GaussianPRV:
@@ -319,7 +337,9 @@ class GaussianPRV:
         return np.asarray(scipy.special.ndtr(np.asarray(t) / self._mu - self._mu / 2))
 
 
-def _reach(sampled: tuple[Step, ...], mu_squared: float, delta_error: float, adjacency: Adjacency) -> float:
+def truncation_of(
+    sampled: tuple[Step, ...], mu_squared: float, delta_error: float, adjacency: Adjacency
+) -> float:
     """Return beyond which privacy loss the composition may be cut off (Gopi et al. 2021, remark 5.6)."""
     steps = sum(count for _, _, count in sampled) + (mu_squared > 0)
     singles = [rdp_of_step(sigma, q, adjacency) for sigma, q, _ in sampled]
@@ -353,8 +373,8 @@ def epsilon_of_account(
     check_accountant(accountant_type)
     steps = merged(history)
     if not steps and mu_squared:
-        scale = 1 if adjacency == "add_remove" else 4  # a replaced gradient moves by up to 2C
-        return Epsilon(epsilon_gaussian(math.sqrt(scale * mu_squared), delta), "gaussian")
+        mu = SENSITIVITY[adjacency] * math.sqrt(mu_squared)
+        return Epsilon(epsilon_gaussian(mu, delta), "gaussian")
     if math.isinf(mu_squared):
         return Epsilon(math.inf, "rdp")
     if mu_squared:  # all worst-case steps together are one Gaussian mechanism, which every unit is in

@@ -72,11 +72,15 @@ class ClippedSum:
         """
         sums = self._totals()
         factors = self._factors(gradients)  # (units,)
+        counts = factors > 0
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient.shape[0] == 1:
-                total.add_(torch.where(factors[0] > 0, gradient[0] * factors[0], 0))
+                total.add_(torch.where(counts[0], gradient[0] * factors[0], 0))
             else:
-                total.view(-1).addmv_(_finite(gradient.flatten(1), factors).t(), factors)
+                rows = gradient.flatten(1)  # (units, parameters)
+                if not bool(counts.all()):  # NaN · 0 is NaN
+                    rows = torch.where(counts.unsqueeze(1), rows, 0)
+                total.view(-1).addmv_(rows.t(), factors)
 
     def release(self, noise_multiplier: float, expected_units: float, noise: NoiseSource) -> list[Tensor]:
         """Return (sum + noise) / L for each parameter, and forget the sum; without units it is noise alone.
@@ -84,9 +88,12 @@ class ClippedSum:
         Computed in float64 and rounded once, into each parameter's type: what an optimiser, its moments included, gets
         to see.
         """
-        exact = [_precise(total) for total in self._totals()]
+        exact = [
+            (total.cpu() if total.device.type == "mps" else total).double()  # Apple's devices have no float64
+            for total in self._totals()
+        ]
         self.clear()
-        if noise_multiplier:
+        if noise_multiplier:  # N(0, (σC)² I), once for the whole step
             torch._foreach_add_(exact, noise(exact, noise_multiplier * self._limit))
         torch._foreach_div_(exact, expected_units)
         return [
@@ -106,7 +113,10 @@ class ClippedSum:
 
     def _factors(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return (units,) what each unit's gradient is multiplied by; 0 for one that is not finite."""
-        squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients])
+        # ‖g_u‖² over all parameters together: a bound per layer would be another mechanism
+        squares = torch.stack(
+            [gradient.flatten(1).square().sum(1) for gradient in gradients]
+        )  # (layers, units)
         norms = squares.sum(0).sqrt()
         finite = norms.isfinite()
         shown = torch.where(finite, norms, 0)
@@ -117,16 +127,6 @@ class ClippedSum:
             int((shown > self._limit).sum()),
         )
         return torch.where(finite, (self._limit / (norms + EPSILON)).clamp(max=1.0), 0)
-
-
-def _precise(total: Tensor) -> Tensor:
-    """Return a copy in float64; on the CPU where the device has none (Apple's)."""
-    return (total.cpu() if total.device.type == "mps" else total).double()
-
-
-def _finite(rows: Tensor, factors: Tensor) -> Tensor:
-    """Return (units, n) with the rows of factor 0 replaced: NaN · 0 is NaN."""
-    return rows if bool((factors > 0).all()) else torch.where(factors.unsqueeze(1) > 0, rows, 0)
 
 
 def sum_units(gradients: Sequence[Tensor], units: Tensor, count: int) -> list[Tensor]:

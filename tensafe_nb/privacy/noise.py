@@ -30,18 +30,23 @@ def gaussian(like: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
     One call is one draw: a private step makes exactly one.
     """
     count = sum(tensor.numel() for tensor in like)
+    # a fresh key each time, so that the nonce may be zero and no two draws share a keystream
     stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
     flat = torch.empty(count, dtype=torch.float64)
     for piece in torch.split(flat, PIECE):
-        piece.copy_(_normals(stream.update, len(piece)))
+        piece.copy_(standard_normals(stream.update, len(piece)))
     parts = torch.split(flat.mul_(standard_deviation), [tensor.numel() for tensor in like])
     return [part.reshape(t.shape).to(t.device, t.dtype) for part, t in zip(parts, like, strict=True)]
 
 
-def _normals(keystream: Callable[[bytes], bytes], count: int) -> Tensor:
-    """Return (count,) standard normal values in float64: half the sum of four, two Box-Muller pairs each."""
+def standard_normals(keystream: Callable[[bytes], bytes], count: int) -> Tensor:
+    """Return (count,) values of N(0, 1) in float64: half the sum of four, two Box-Muller pairs.
+
+    One pair is √(-2 log u₁) · (cos 2πu₂, sin 2πu₂). Each value takes 32 bytes of keystream: u₁ and u₂ of two pairs.
+    """
     bits = torch.frombuffer(bytearray(keystream(bytes(32 * count))), dtype=torch.int64)
-    uniform = ((bits & _MANTISSA) + 1).to(torch.float64).mul_(2.0**-53).view(4, count)  # in (0, 1]
+    # in (0, 1]: 53 bits are all that float64 holds, and log of 0 is left out
+    uniform = ((bits & _MANTISSA) + 1).to(torch.float64).mul_(2.0**-53).view(4, count)
     radius = uniform[:2].log_().mul_(-2.0).sqrt_()
     angle = uniform[2:].mul_(2 * torch.pi)
     return (radius * (angle.cos() + angle.sin_())).sum(0) / 2

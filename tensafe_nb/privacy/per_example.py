@@ -1,4 +1,4 @@
-"""Gradients row by row: what one backward pass through a batch would have been for each of its rows alone.
+"""Per-example gradients: one backward pass through a batch, kept apart for each of its rows.
 
 Two ways, one contract. `LinearGradients` does book-keeping inside the linear layers themselves (Bu et al. 2022,
 arXiv:2210.00038): the backward pass that would add a weight's gradient up over rows keeps it apart instead, at the
@@ -9,6 +9,7 @@ a stray forward pass, in whatever mode, leaves nothing behind.
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +73,7 @@ class LinearGradients:
     def recording(self) -> Iterator[None]:
         self._seen.clear()
         for layer in self._layers:
-            layer.forward = _watched(layer, self._take)  # type: ignore[method-assign, assignment]
+            layer.forward = partial(rowwise_linear, layer, self._take)  # type: ignore[method-assign]
         for module in self._fused:
             module.sink = self._take
         try:
@@ -98,14 +99,12 @@ def _with(attribute: str, model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(type(module), attribute)]
 
 
-def _watched(layer: nn.Linear, sink: Sink) -> Callable[[Tensor], Tensor]:
-    def forward(inputs: Tensor) -> Tensor:
-        return _Linear.apply(inputs, layer.weight, layer.bias, sink)  # type: ignore[no-any-return, no-untyped-call]
-
-    return forward
+def rowwise_linear(layer: nn.Linear, sink: Sink, inputs: Tensor) -> Tensor:
+    """Return what a layer makes of its inputs; the backward pass tells `sink` the gradients of each row."""
+    return RowwiseLinear.apply(inputs, layer.weight, layer.bias, sink)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Linear(torch.autograd.Function):
+class RowwiseLinear(torch.autograd.Function):
     """x Wᵀ + b, whose backward pass hands over the gradients of W and b of each row instead of their sum."""
 
     @staticmethod
@@ -124,6 +123,7 @@ class _Linear(torch.autograd.Function):
         backprops = gradient.reshape(rows, -1, gradient.shape[-1])  # (B, T, out)
         if weight.requires_grad:
             activations = inputs.reshape(rows, -1, inputs.shape[-1]).to(gradient.dtype)  # (B, T, in)
+            # the gradient of W for row b is Σ_t backprop[b, t] activation[b, t]ᵀ, and autograd would add over b, too
             ctx.sink(weight, torch.bmm(backprops.transpose(1, 2), activations).float())
         if bias is not None and bias.requires_grad:
             ctx.sink(bias, backprops.sum(1, dtype=torch.float32))

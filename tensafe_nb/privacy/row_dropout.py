@@ -1,4 +1,4 @@
-"""Dropout of private training: each row's masks come from a secret of its own, whoever its neighbours are.
+"""Row dropout, that of private training: each row's masks come from a secret of its own, not from one stream.
 
 Masks that are drawn from one stream, row after row, change when a row before them is left out: one example then moves
 the gradients of all others, and clipping bounds nothing. Here the mask at a place (row, c1, c2, …) of the k-th dropout
@@ -18,11 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensafe_nb.errors import PrivacyUnitError
 
-GOLDEN, FIRST, SECOND = (
-    -0x61C8864680B583EB,
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-)  # of SplitMix64, as int64
+# the constants of SplitMix64, as int64
+GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 ATTENTION = F.scaled_dot_product_attention
 
 
@@ -97,22 +94,22 @@ class RowDropout(TorchFunctionMode):
             secrets, shape = secrets[:1], torch.Size((1, *shape))
         self._calls += 1
         bits = torch.zeros((), dtype=torch.int32, device=like.device)
+        # one table of hashes for each dimension, combined by exclusive or: a place's bits depend on its coordinates and
+        # not on the shape, and no tensor of 64-bit numbers as large as the mask is made
         for dim, size in enumerate(shape[1:], 1):
-            start = _mixed(_mixed(secrets + self._calls) + dim).unsqueeze(1)  # (rows, 1)
-            table = (_mixed(start + torch.arange(size) * GOLDEN) >> 32).to(torch.int32)  # (rows, size)
+            start = splitmix64(splitmix64(secrets + self._calls) + dim).unsqueeze(1)  # (rows, 1)
+            table = (splitmix64(start + torch.arange(size) * GOLDEN) >> 32).to(torch.int32)  # (rows, size)
             bits = bits ^ table.to(like.device).view(
                 -1, *(size if d == dim else 1 for d in range(1, len(shape)))
             )
-        for shift, factor in (
-            (16, 0x7FEB352D),
-            (15, -0x7B935975),
-        ):  # a hash of 32 bits (Wellons 2018, lowbias32)
+        # lowbias32 (Wellons 2018), a hash of 32 bits: what combined tables have in common goes
+        for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975)):
             bits = (bits ^ _shifted(bits, shift, 32)) * factor
         return ((bits ^ _shifted(bits, 16, 32)) >= round(p * 2**32) - 2**31).view(like.shape)
 
 
-def _mixed(state: Tensor) -> Tensor:
-    """SplitMix64 (Steele et al. 2014), in int64."""
+def splitmix64(state: Tensor) -> Tensor:
+    """Return what SplitMix64 (Steele et al. 2014) makes of its state: a hash of 64 bits, in int64."""
     state = (state ^ _shifted(state, 30, 64)) * FIRST
     state = (state ^ _shifted(state, 27, 64)) * SECOND
     return state ^ _shifted(state, 31, 64)

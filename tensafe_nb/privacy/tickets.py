@@ -63,7 +63,9 @@ def seals_of(columns: Array, batch: BatchData | None, key: bytes) -> Array:
 
     Padding does not count, nor what is added to a batch after it was drawn.
     """
-    seals = np.zeros(len(columns), dtype=np.int64)
+    seals = np.zeros(
+        len(columns), dtype=np.int64
+    )  # 8 bytes of BLAKE2b each: with a secret key, none can be guessed
     for row, place in enumerate(columns[:, :SEAL]):
         digest = hashlib.blake2b(place.astype("<i8").tobytes(), digest_size=8, key=key)
         if batch is not None and len(batch):
@@ -160,8 +162,8 @@ class DrawBook:
                 "computed. Take the batches of tc.dp_batches(examples); or, for batches of your own, set "
                 "DPConfig(sampling='worst_case') and give example_ids."
             )
-        _check_form(columns, with_seal=self.register is not None)
-        draw, unit = self._draw_of(columns), _unit_of(batch, columns)
+        check_ticket(columns, with_seal=self.register is not None)
+        draw, unit = self._draw_of(columns), unit_of(batch, columns)
         rows, units = columns[: len(batch), ROW].tolist(), columns[: len(batch), UNIT].tolist()
         if self._open not in (None, draw):
             raise PrivacyUnitError("Rows of two draws in one step: call optim_step() after each draw.")
@@ -173,7 +175,7 @@ class DrawBook:
                 "Keep them in one forward_backward()."
             )
         if self.register is not None:
-            self._check_seals(columns, seals_of(columns, batch, self.register.key))
+            check_seals(columns, seals_of(columns, batch, self.register.key))
         self._open = draw
         self._rows.update(rows)
         self._units.update(units)
@@ -220,16 +222,13 @@ class DrawBook:
             )
         return sampler, draw, rows
 
-    @staticmethod
-    def _check_seals(columns: Array, expected: Array) -> None:
-        if other := np.flatnonzero(columns[:, SEAL] != expected).tolist():
-            raise PrivacyUnitError(
-                f"The rows {', '.join(map(str, other[:8]))} of this batch are not the ones that were drawn: their "
-                f"tokens, labels, targets or tickets differ. Change rows before they are drawn: tc.dp_batches(rows)."
-            )
 
+def check_ticket(columns: Array, *, with_seal: bool) -> None:
+    """Refuse what has not the form of a ticket.
 
-def _check_form(columns: Array, *, with_seal: bool) -> None:
+    Raises:
+        PrivacyUnitError: It is not one.
+    """
     widths = (SEAL + 1,) if with_seal else (SEAL, SEAL + 1)
     if columns.ndim != 2 or not len(columns) or columns.shape[1] not in widths or columns.dtype.kind != "i":
         raise PrivacyUnitError(
@@ -238,7 +237,20 @@ def _check_form(columns: Array, *, with_seal: bool) -> None:
         )
 
 
-def _unit_of(batch: BatchData, columns: Array) -> str:
+def check_seals(columns: Array, expected: Array) -> None:
+    """Refuse rows that are not the ones that were drawn.
+
+    Raises:
+        PrivacyUnitError: A seal is not the row's.
+    """
+    if other := np.flatnonzero(columns[:, SEAL] != expected).tolist():
+        raise PrivacyUnitError(
+            f"The rows {', '.join(map(str, other[:8]))} of this batch are not the ones that were drawn: their "
+            f"tokens, labels, targets or tickets differ. Change rows before they are drawn: tc.dp_batches(rows)."
+        )
+
+
+def unit_of(batch: BatchData, columns: Array) -> str:
     """Return what a unit of a draw is; refuse owners that were written onto it afterwards."""
     if not len(batch):
         return "user" if columns[0, UNIT] == USERS else "example"

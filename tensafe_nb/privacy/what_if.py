@@ -1,10 +1,11 @@
-"""What a plan would cost, before anything is trained: noise to epsilon and back."""
+"""Plans and their cost, before anything is trained: noise to epsilon and back."""
 
 import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
+from tensafe_nb.config import DPConfig, TrainingConfig
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy import accounting
@@ -82,14 +83,21 @@ def what_if(
     accounting.check_accountant(accountant_type)
     if sampling not in ("poisson", "worst_case"):
         raise ValidationError(f'sampling is "poisson" or "worst_case"; it is {as_given(sampling)}.')
-    _check_numbers(noise_multiplier=noise_multiplier, target_epsilon=target_epsilon, epochs=epochs)
+    given: dict[str, object] = {
+        "noise_multiplier": noise_multiplier,
+        "target_epsilon": target_epsilon,
+        "epochs": epochs,
+    }
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise ValidationError(f"what_if: {name}={as_given(value)} must be a number.")
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValidationError(
             "Give noise_multiplier to get epsilon, or target_epsilon to get the noise multiplier."
         )
     q = accounting.sample_rate(expected_batch_size, dataset_size)
-    steps = _steps(steps, epochs, q)
-    plan = _Plan(q, steps, delta, accountant_type, sampling)
+    steps = planned_steps(steps, epochs, q)
+    plan = Plan(q, steps, delta, accountant_type, sampling)
     sigma = plan.noise_for(target_epsilon) if noise_multiplier is None else float(noise_multiplier)
     epsilon = plan.epsilon(sigma)
     return WhatIf(
@@ -110,10 +118,50 @@ def what_if(
     )
 
 
-def _check_numbers(**given: object) -> None:
-    for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise ValidationError(f"what_if: {name}={as_given(value)} must be a number.")
+def what_if_of(
+    client: TrainingConfig,
+    *,
+    noise_multiplier: float | None,
+    target_epsilon: float | None,
+    steps: int | None,
+    epochs: float | None,
+    expected_batch_size: int | None,
+    dataset_size: int | None,
+    parameters: int | None,
+) -> WhatIf:
+    """Return what a plan costs a training client, whose own settings stand where the plan leaves something out.
+
+    Args:
+        client: The client's settings.
+        noise_multiplier: Sigma; None and no `target_epsilon` either takes the client's own, or 1.
+        target_epsilon: Or epsilon, to get sigma.
+        steps: Optimiser steps; or give `epochs`.
+        epochs: How often to use a unit, on average; 1 when `steps` is not given either.
+        expected_batch_size: L; None takes the client's own.
+        dataset_size: N; None takes the client's own.
+        parameters: How many are trained, for the noise-to-signal ratio.
+
+    Raises:
+        ValidationError: No N, or arguments that do not go together.
+    """
+    dp = client.dp_config or DPConfig(enabled=False)  # of one without privacy, the defaults
+    size = dp.dataset_size if dataset_size is None else dataset_size
+    if size is None:
+        raise ValidationError("what_if() needs dataset_size, the number of privacy units.")
+    if noise_multiplier is None and target_epsilon is None:
+        noise_multiplier = dp.noise_multiplier
+    return what_if(
+        dataset_size=size,
+        expected_batch_size=client.expected_units if expected_batch_size is None else expected_batch_size,
+        steps=steps,
+        epochs=1 if steps is None and epochs is None else epochs,
+        noise_multiplier=noise_multiplier,
+        target_epsilon=target_epsilon,
+        delta=dp.target_delta,
+        accountant_type=dp.accountant_type,
+        sampling=dp.sampling,
+        parameters=parameters,
+    )
 
 
 def noise_to_signal(sigma: float, parameters: int, expected_batch_size: int) -> float:
@@ -122,7 +170,9 @@ def noise_to_signal(sigma: float, parameters: int, expected_batch_size: int) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
+    """So many steps at one sample rate: only the noise is open."""
+
     q: float
     steps: int
     delta: float
@@ -142,6 +192,7 @@ class _Plan:
             return accounting.solve_noise_multiplier(
                 target_epsilon, self.delta, self.q, self.steps, self.accountant_type
             )
+        # mu = √m / sigma for a unit in m steps
         return math.sqrt(self._participations) / accounting.mu_of_epsilon(target_epsilon, self.delta)
 
     @property
@@ -149,7 +200,8 @@ class _Plan:
         return math.ceil(self.steps * self.q - 1e-9)  # of the unit that takes part most often
 
 
-def _steps(steps: int | None, epochs: float | None, q: float) -> int:
+def planned_steps(steps: int | None, epochs: float | None, q: float) -> int:
+    """Return how many optimiser steps are planned: those given, or enough for so many epochs at rate q."""
     if (steps is None) == (epochs is None):
         raise ValidationError("Give steps or epochs: one of them.")
     if steps is None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import pydantic
+from numpy.typing import NDArray
 
 from tensafe_nb.config import Config, SamplingConfig, TrainingConfig
 from tensafe_nb.display import as_given, shown
@@ -69,8 +70,12 @@ def tags_of(cls: type) -> tuple[str, ...]:
     return (tag, *(old for old, new in OF_0_1.items() if new == tag))
 
 
-def encode(value: Any) -> Any:
+def encode(value: Any, arrays: dict[str, NDArray[Any]] | None = None) -> Any:
     """Turn a record, and what its fields may hold, into what `json.dumps(…, allow_nan=False)` takes.
+
+    Args:
+        value: The record.
+        arrays: Takes the arrays, under names of ours, for whoever sends them beside the JSON; None writes them into it.
 
     Raises:
         ValidationError: The value holds a Python function, which cannot leave the process.
@@ -80,19 +85,25 @@ def encode(value: Any) -> Any:
             return value
         case float():
             return value if math.isfinite(value) else {"$float": str(value)}
+        case np.ndarray() if arrays is not None:
+            name = str(len(arrays))
+            arrays[name] = value
+            return {"$tensor": name}
         case np.ndarray():
             return {"$array": encode(value.tolist()), "dtype": value.dtype.str}
         case np.generic():
             return encode(value.item())
         case Mapping():
-            items = {str(key): encode(item) for key, item in value.items()}
+            items = {str(key): encode(item, arrays) for key, item in value.items()}
             return {"$map": list(items.items())} if any(key.startswith("$") for key in items) else items
         case list() | tuple():
-            return [encode(item) for item in value]
+            return [encode(item, arrays) for item in value]
         case Config():
             return {"$": _tags[type(value)]} | encode(value.model_dump())
     if type(value) in _tags:
-        fields = {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: encode(getattr(value, field.name), arrays) for field in dataclasses.fields(value)
+        }
         return {"$": _tags[type(value)]} | fields
     if callable(value):
         raise ValidationError(
@@ -102,17 +113,18 @@ def encode(value: Any) -> Any:
     raise ValidationError(f"A {type(value).__name__} cannot be written as plain data.")
 
 
-def decode(data: Any, *kinds: type) -> Any:
+def decode(data: Any, *kinds: type, arrays: Mapping[str, NDArray[Any]] | None = None) -> Any:
     """Read back what `encode` wrote. Sequences come back as tuples.
 
     Args:
         data: As `json.loads` gave it.
         kinds: The classes it may be an instance of; any when none is given.
+        arrays: Those that came beside the JSON.
 
     Raises:
         ValidationError: It is no such record; says what does not fit, and in which field.
     """
-    value = _decoded(data, DEEPEST)
+    value = _decoded(data, DEEPEST, arrays or {})
     if kinds and not isinstance(value, kinds):
         expected = " or ".join(repr(_tags.get(kind, kind.__name__)) for kind in kinds)
         raise ValidationError(
@@ -121,20 +133,22 @@ def decode(data: Any, *kinds: type) -> Any:
     return value
 
 
-def _decoded(data: Any, depth: int) -> Any:
+def _decoded(data: Any, depth: int, arrays: Mapping[str, NDArray[Any]]) -> Any:
     if not isinstance(data, list | dict):
         return data
     if depth == 0:
         raise ValidationError(f"This is nested more than {DEEPEST} deep, as no record is.")
     if isinstance(data, list):
-        return tuple([_decoded(item, depth - 1) for item in data])
+        return tuple([_decoded(item, depth - 1, arrays) for item in data])
     if "$float" in data:
         return _float(data)
     if "$map" in data:
-        return _map(data, depth)
+        return {key: _decoded(item, depth - 1, arrays) for key, item in _pairs(data["$map"])}
     if "$array" in data:
         return _array(data)
-    values = {key: _decoded(item, depth - 1) for key, item in data.items() if key != "$"}
+    if "$tensor" in data:
+        return _tensor(data["$tensor"], arrays)
+    values = {key: _decoded(item, depth - 1, arrays) for key, item in data.items() if key != "$"}
     return _record(data["$"], values) if "$" in data else values
 
 
@@ -178,19 +192,24 @@ def _float(data: Mapping[str, Any]) -> float:
     return float(data["$float"])
 
 
-def _map(data: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """Read a mapping one of whose keys begins with a dollar sign, as pairs."""
-    pairs = data["$map"]
+def _pairs(pairs: Any) -> list[list[Any]]:
+    """Return a mapping's pairs: written so where one of its keys begins with a dollar sign."""
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
     ):
         raise ValidationError(
             f"A mapping is written as pairs of a name and a value, not as {as_given(pairs)}."
         )
-    return {key: _decoded(item, depth - 1) for key, item in pairs}
+    return pairs
 
 
-def _array(data: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+def _tensor(name: Any, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    if not isinstance(name, str) or name not in arrays:
+        raise ValidationError(f"The tensor {as_given(name)} did not come with this record.")
+    return arrays[name]
+
+
+def _array(data: Mapping[str, Any]) -> NDArray[Any]:
     dtype = data.get("dtype")
     if dtype not in DTYPES:
         raise ValidationError(f"An array has one of the types {sorted(DTYPES)}, not {as_given(dtype)}.")

@@ -1,4 +1,4 @@
-"""A training run as a YAML file describes it: `load_config` reads the file and names the line of whatever is wrong."""
+"""Recipes: a training run as a YAML file describes it; `load_config` names the line of whatever is wrong."""
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
@@ -154,6 +154,22 @@ class RLVRConfig(Config):
         return {"type": value} if isinstance(value, str) else value
 
 
+def trainer_of(
+    rlvr: RLVRConfig, client: TrainingClient, prompts: Rows, eval_prompts: Rows | None, **how: Any
+) -> RLVRTrainer:
+    """Return the trainer that a recipe describes; `how` says when to evaluate, the seed, and what bad rows become."""
+    return RLVRTrainer(
+        client,
+        prompts,
+        resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
+        rlvr.algo.algorithm(),
+        eval_prompts=eval_prompts,
+        on_reward_errors="fail",  # nobody sits before a file: a pause would wait for ever
+        **{name: value for name, value in rlvr if name not in ("reward", "algo")},
+        **how,
+    )
+
+
 class Recipe(Config):
     """What to train and how, as a file says it; made by `load_config`.
 
@@ -255,10 +271,31 @@ class Recipe(Config):
             "resume_from": resume_from,
         }
         if self.rlvr is not None:
-            return self._reinforce(self.rlvr, training_client, data, eval_data, saving | {"show": show})
-        held_out = None if eval_data is None else training_client.batches(eval_data, **self._reading)
+            if self.steps is None:
+                raise ValidationError("Mode rlvr needs a number of steps, and training.steps is not given.")
+            trainer = trainer_of(
+                self.rlvr,
+                training_client,
+                data,
+                eval_data,
+                eval_every=self.eval_every,
+                seed=self.training.seed,
+                on_bad_rows=self.on_bad_rows,
+            )
+            return trainer.run(steps=self.steps, show=show, **saving)  # type: ignore[arg-type]
+        reading: dict[str, Any] = {
+            "max_length": self.max_length,
+            "truncate": self.truncate,
+            "on_bad_rows": self.on_bad_rows,
+        }
+        held_out = None if eval_data is None else training_client.batches(eval_data, **reading)
+        batches: Batches | PoissonDraws
+        if "differential_privacy:poisson" in training_client.capabilities:
+            batches = training_client.dp_batches(data, **reading)
+        else:
+            batches = training_client.batches(data, seed=self.training.seed, **reading)
         return training_client.fit(
-            self._batches(training_client, data),
+            batches,
             epochs=self.epochs,
             steps=self.steps,
             eval_batches=held_out,
@@ -266,39 +303,6 @@ class Recipe(Config):
             show=show,
             **saving,  # type: ignore[arg-type]
         )
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        return {"max_length": self.max_length, "truncate": self.truncate, "on_bad_rows": self.on_bad_rows}
-
-    def _batches(self, client: TrainingClient, data: Rows) -> Batches | PoissonDraws:
-        if "differential_privacy:poisson" in client.capabilities:
-            return client.dp_batches(data, **self._reading)
-        return client.batches(data, seed=self.training.seed, **self._reading)
-
-    def _reinforce(
-        self,
-        rlvr: RLVRConfig,
-        client: TrainingClient,
-        data: Rows,
-        eval_data: Rows | None,
-        how: dict[str, Any],
-    ) -> TrainingRun:
-        if self.steps is None:
-            raise ValidationError("Mode rlvr needs a number of steps, and training.steps is not given.")
-        trainer = RLVRTrainer(
-            client,
-            data,
-            resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
-            rlvr.algo.algorithm(),
-            eval_prompts=eval_data,
-            eval_every=self.eval_every,
-            seed=self.training.seed,
-            on_bad_rows=self.on_bad_rows,
-            on_reward_errors="fail",  # nobody sits before a file: a pause would wait for ever
-            **{name: value for name, value in rlvr if name not in ("reward", "algo")},
-        )
-        return trainer.run(steps=self.steps, **how)
 
     def to_yaml(self) -> str:
         """Return the text of a file that `load_config` reads as this recipe.
@@ -331,17 +335,17 @@ def load_config(path: str | Path) -> Recipe:
         ValidationError: An unknown key, a wrong value, or no such file; says the line and the nearest spelling.
     """
     file = YamlFile.read(Path(path))
-    file.refuse(_misplaced(file.data))
+    file.refuse(misplaced(file.data))
     try:
-        recipe = Recipe(**_arranged(file.data))
+        recipe = Recipe(**recipe_fields(file.data))
     except ValidationError as error:
         problems: list[Problem] = error.details["problems"]
-        raise file.error([(_place_of(at), text) for at, text in problems]) from None
-    file.refuse(_unknown_functions(recipe))
+        raise file.error([(file_keys(at), text) for at, text in problems]) from None
+    file.refuse(unknown_functions(recipe))
     return recipe
 
 
-def _misplaced(data: Any) -> Iterator[Problem]:
+def misplaced(data: Any) -> Iterator[Problem]:
     """Find what has no place in a recipe."""
     if not isinstance(data, Mapping):
         yield (), f"A recipe is a mapping of sections; this is {'empty' if data is None else repr(data)}."
@@ -354,10 +358,11 @@ def _misplaced(data: Any) -> Iterator[Problem]:
                 f"There is no section {as_given(section)}.{nearest(str(section), sections)}",
             )
         else:
-            yield from _misplaced_keys(section, value)
+            yield from misplaced_keys(section, value)
 
 
-def _misplaced_keys(section: str, value: Any) -> Iterator[Problem]:
+def misplaced_keys(section: str, value: Any) -> Iterator[Problem]:
+    """Find what has no place in a section."""
     keys = [str(place[1]) for place in LAYOUT if place[0] == section and len(place) == 2]
     if not keys or (section in SHORT and isinstance(value, str)):
         return
@@ -373,7 +378,7 @@ def _misplaced_keys(section: str, value: Any) -> Iterator[Problem]:
             yield (section, str(key)), problem
 
 
-def _arranged(data: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     """Turn the file's sections into the fields of a Recipe."""
     fields: dict[Any, Any] = {"training": {}}
     for place, at in LAYOUT.items():
@@ -388,15 +393,14 @@ def _arranged(data: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _place_of(at: Keys) -> Keys:
+def file_keys(at: Keys) -> Keys:
     """Turn fields of a Recipe into keys of the file."""
-    for place, start in LAYOUT.items():
-        if at[: len(start)] == start:
-            return (*place, *at[len(start) :])
-    return ()
+    return next(
+        ((*keys, *at[len(field) :]) for keys, field in LAYOUT.items() if at[: len(field)] == field), ()
+    )
 
 
-def _unknown_functions(recipe: Recipe) -> Iterator[Problem]:
+def unknown_functions(recipe: Recipe) -> Iterator[Problem]:
     """Find what names no loss or reward. Only the core knows its losses: without torch here, it will say."""
     if recipe.rlvr is not None:
         yield from _unresolved(("rlvr", "reward"), recipe.rlvr.reward, resolve_reward)

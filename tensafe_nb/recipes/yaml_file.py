@@ -40,7 +40,13 @@ class YamlFile:
                 entangled than a file of settings is.
         """
         try:
-            node, data = _parse(_text(path))
+            if path.exists() and not path.is_file():
+                raise OSError("it is no file")  # a pipe would wait for ever, a device never end
+            with path.open("rb") as file:
+                content = file.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise ValueError(f"it is larger than {LARGEST >> 10} KiB")
+            node, data = PlainLoader.parse(content.decode("utf-8-sig"))
             marks = dict(_marks(node))
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
@@ -63,34 +69,15 @@ class YamlFile:
 
     def error(self, problems: Iterable[Problem]) -> ValidationError:
         """Return the error that names the file and the line of each problem."""
-        found = sorted((self._line(at), text) for at, text in problems)
+        found = sorted((self.line(at), text) for at, text in problems)
         return ValidationError("\n".join(f"{self.path}, line {line}: {text}" for line, text in found))
 
-    def _line(self, at: Keys) -> int:
+    def line(self, at: Keys) -> int:
         """Return the line of a key, or of what is around it; names that do not stand in the file are passed over."""
         place: Keys = ()
         for key in at:
             place = (*place, key) if (*place, key) in self.lines else place
         return self.lines.get(place, 1)
-
-
-def _text(path: Path) -> str:
-    if path.exists() and not path.is_file():
-        raise OSError("it is no file")  # a pipe would wait for ever, a device never end
-    with path.open("rb") as file:
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise ValueError(f"it is larger than {LARGEST >> 10} KiB")
-    return content.decode("utf-8-sig")
-
-
-def _parse(text: str) -> tuple[yaml.Node | None, Any]:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        return node, None if node is None else loader.construct_document(node)
-    finally:
-        loader.dispose()
 
 
 def _marks(node: yaml.Node | None, at: Keys = ()) -> Iterator[tuple[Keys, int]]:
@@ -112,7 +99,7 @@ def to_yaml(document: Mapping[Any, Any]) -> str:
         ValidationError: It holds what YAML cannot say, such as a Python function.
     """
     try:
-        return str(yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+        return str(yaml.dump(document, Dumper=PlainDumper, sort_keys=False, allow_unicode=True))
     except yaml.representer.RepresenterError as error:
         raise ValidationError(f"This cannot be written as YAML: {error.args[-1]!r}.") from error
 
@@ -121,7 +108,7 @@ def _refused(problem: str, at: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(None, None, problem, at.start_mark)
 
 
-class _Loader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """Reads the scalars of YAML 1.2: `no` is a word and 1e-4 a number, unlike in 1.1, PyYAML's own.
 
     Nothing is built before it is known to be small: nine aliases of nine aliases of … are a few bytes of text and
@@ -131,9 +118,18 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._nodes = 0
-        self._weights: dict[
-            yaml.Node, int
-        ] = {}  # nodes in and below each one, aliases counted as what they mean
+        # nodes in and below each one, aliases counted as what they mean
+        self._weights: dict[yaml.Node, int] = {}
+
+    @classmethod
+    def parse(cls, text: str) -> tuple[yaml.Node | None, Any]:
+        """Return the nodes of a text, and the data that they stand for."""
+        loader = cls(text)
+        try:
+            node = loader.get_single_node()
+            return node, None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse tags, and whatever is too deep or too much, before it is composed any further."""
@@ -169,20 +165,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads."""
+class PlainDumper(yaml.SafeDumper):
+    """Writes what `PlainLoader` reads."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Escape the line breaks of Unicode, which PyYAML would write as they are and read as spaces."""
+        style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Escape the line breaks of Unicode, which PyYAML would write as they are and read as spaces."""
-    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+PlainDumper.add_representer(str, PlainDumper.represent_text)
 
 
-_Dumper.add_representer(str, _represent_text)
 _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -192,7 +189,7 @@ _SCALARS = {
         list("-+.0123456789"),
     ),
 }
-for _class in (_Loader, _Dumper):
+for _class in (PlainLoader, PlainDumper):
     _class.yaml_implicit_resolvers = {}
     for _name, (_pattern, _first) in _SCALARS.items():
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)

@@ -1,4 +1,4 @@
-"""What a run drives, and what it needs of a training client: whoever writes a loop of their own meets these two."""
+"""Protocols of a run: the loop that it drives, and what both need of a training client."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar

@@ -1,4 +1,4 @@
-"""A training loop you can watch, await, pause, step and stop; and the record of those that ran before."""
+"""A run: a training loop on a thread of its own, which you can watch, await, pause, step and stop."""
 
 import contextlib
 import copy
@@ -250,20 +250,6 @@ class TrainingRun:
             with contextlib.suppress(FutureTimeoutError):
                 return handle.result(timeout=HEARTBEAT)
 
-    def _result_of(self, handle: FutureHandle[Any]) -> Any:
-        """Wait for a result between steps; after `stop()` what waits is cancelled and what runs may finish."""
-        while True:
-            if self._wants_stop:
-                self._cancel_pending()
-            with contextlib.suppress(FutureTimeoutError):
-                return handle.result(timeout=HEARTBEAT)
-
-    def _cancel_pending(self) -> None:
-        for _, handles in self._inflight:
-            for handle in handles:
-                if handle.state is FutureStatus.PENDING:
-                    handle.cancel()
-
     def join(self, timeout: float) -> None:
         """Wait until the thread is gone; a thread that is stuck in the user's code is left behind, with a warning."""
         if threading.current_thread() is self._thread:
@@ -291,7 +277,7 @@ class TrainingRun:
 
     def _end_with_the_budget(self, error: DPBudgetExceededError) -> None:
         """Stop as if the user had: no step was torn, and a checkpoint keeps what was trained."""
-        self._cancel_rest()
+        self._cancel_inflight(running=True)
         self._inflight.clear()
         self._index = self.steps_done
         try:
@@ -306,9 +292,8 @@ class TrainingRun:
             pass
         self._first_step = self._client.step  # of a restored client it was not known before
         if self._resume_from is not None:
-            self._seek(
-                self.wait(self._client.load_state(self._resume_from, for_run=type(self._loop).__name__))
-            )
+            loading = self._client.load_state(self._resume_from, for_run=type(self._loop).__name__)
+            self._seek(self.wait(loading))
             self._publish_state()
             if self.planned_steps is not None and self._index >= self.planned_steps:
                 self.remark(
@@ -388,6 +373,14 @@ class TrainingRun:
         self._last_step_at = now
         self._tidy()
 
+    def _result_of(self, handle: FutureHandle[Any]) -> Any:
+        """Wait for a result between steps; after `stop()` what waits is cancelled and what runs may finish."""
+        while True:
+            if self._wants_stop:
+                self._cancel_inflight(running=False)
+            with contextlib.suppress(FutureTimeoutError):
+                return handle.result(timeout=HEARTBEAT)
+
     def _between_steps(
         self, action: Callable[[], FutureHandle[R]], operation: str, result_type: type[R]
     ) -> FutureHandle[R]:
@@ -456,7 +449,7 @@ class TrainingRun:
         failed = state is RunStatus.FAILED
         reason = " ".join([*([reason] if reason else []), *self._remarks]) or None
         try:
-            self._cancel_rest()
+            self._cancel_inflight(running=True)
             with self._changed:
                 if self._state.ended:
                     return  # its thread was left behind, and has come back after all
@@ -468,7 +461,7 @@ class TrainingRun:
             if "tensafe_nb.widgets" in sys.modules:  # the cell that waits ends after its outputs show the end
                 load_dotted("tensafe_nb.widgets:settle")(self)
             if failed and error is not None:
-                _empty_frames(error)
+                forget_frames(error)
                 self._promise.fail(error)
             else:
                 metrics = self._client.history.last(after=self._first_event)
@@ -478,9 +471,10 @@ class TrainingRun:
                     )
                 )
 
-    def _cancel_rest(self) -> None:
-        for _, handles in self._inflight:
-            for handle in handles:
+    def _cancel_inflight(self, *, running: bool) -> None:
+        """Cancel what waits of the steps under way, and what is running too if so told."""
+        for handle in (handle for _, handles in self._inflight for handle in handles):
+            if running or handle.state is FutureStatus.PENDING:
                 handle.cancel()
 
     def _set_state(self, state: RunStatus, reason: str | None = None) -> None:
@@ -502,16 +496,14 @@ class TrainingRun:
         )
 
 
-def _empty_frames(error: BaseException) -> None:
+def forget_frames(error: BaseException) -> None:
     """Let go of what the frames of a failure hold, the run and its client above all: the result keeps the error."""
     seen: set[int] = set()
     found: BaseException | None = error
     while found is not None and id(found) not in seen:
         seen.add(id(found))
         traceback.clear_frames(found.__traceback__)
-        if (
-            found.__traceback__ is not None
-            and found.__traceback__.tb_frame.f_code is TrainingRun._main.__code__
-        ):
-            found.__traceback__ = found.__traceback__.tb_next  # still runs: it cannot be emptied
+        trace = found.__traceback__
+        if trace is not None and trace.tb_frame.f_code is TrainingRun._main.__code__:
+            found.__traceback__ = trace.tb_next  # still runs: it cannot be emptied
         found = found.__cause__ or found.__context__

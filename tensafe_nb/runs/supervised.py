@@ -1,4 +1,4 @@
-"""Supervised training as a loop: batches → forward_backward → optim_step, with held-out evaluation in between."""
+"""Supervised training: batches → forward_backward → optim_step, with held-out evaluation in between."""
 
 import itertools
 import os
@@ -160,7 +160,9 @@ class SupervisedLoop:
         self._newest: list[FutureHandle[Any]] = []  # of the last two steps
         self._batches, self._held_out = batches, held_out
         self._cursor = BatchCursor(batches, self._passes)
-        self.planned_steps = steps if steps is not None else self._count(batches)
+        self.planned_steps = steps
+        if steps is None and self._passes is not None and isinstance(batches, Sized):
+            self.planned_steps = ceil(len(batches) * self._passes / self._accumulation)
         if isinstance(batches, Sized) and len(batches) == 0:
             self._refuse_emptiness()
         if eval_batches is not None and not self._eval_batches:
@@ -180,7 +182,10 @@ class SupervisedLoop:
             self._end_of_data(index)
             return None
         if index == 0:
-            self._check_lengths()
+            # `data.batches` does not know the model: rows past its context are refused before the first step
+            for source in (self._batches, self._held_out):
+                if isinstance(source, Batches | PoissonDraws):
+                    check_fit(source.examples, getattr(self._client, "context", None))
             self._evaluate()
         training = [self._client.forward_backward(batch) for batch in batches] + [self._client.optim_step()]
         self._newest = [*self._newest[-len(training) :], *training]
@@ -225,12 +230,6 @@ class SupervisedLoop:
         if error is not None:
             self._client.publish(not_finite(self._run.run_id, self._client.step + 1, str(error)))
 
-    def _check_lengths(self) -> None:
-        """Refuse rows past the model's context before the first step: `data.batches` does not know the model."""
-        for batches in (self._batches, self._held_out):
-            if isinstance(batches, Batches | PoissonDraws):
-                check_fit(batches.examples, getattr(self._client, "context", None))
-
     def _end_of_data(self, index: int) -> None:
         """Evaluate after the last step, which nobody knew to be the last; refuse to have had none at all."""
         if index == 0:
@@ -271,18 +270,9 @@ class SupervisedLoop:
             part = self._eval_batches[start : start + EVAL_SLICE]
             results += [self._run.wait(handle) for handle in [self._client.forward(batch) for batch in part]]
         if results:
-            values = {"eval/loss": _mean_loss(results)}
+            weight = sum(result.weight for result in results)  # of the tokens that are learnt
+            values = {"eval/loss": sum(result.loss * result.weight for result in results) / weight}
             self._client.publish(Metrics(step=self._client.step, values=values, run_id=self._run.run_id))
-
-    def _count(self, batches: Iterable[Batch]) -> int | None:
-        if self._passes is None or not isinstance(batches, Sized):
-            return None
-        return ceil(len(batches) * self._passes / self._accumulation)
-
-
-def _mean_loss(results: Sequence[ForwardResult]) -> float:
-    weight = sum(result.weight for result in results)
-    return sum(result.loss * result.weight for result in results) / weight
 
 
 def check_numbers(**given: int | None) -> None:

@@ -1,4 +1,4 @@
-"""How the store touches the disk: whatever must outlive a power cut goes through `Files`.
+"""Writes that outlive a power cut: every one of them goes through `Files`.
 
 A new file is written under a name of its own making, fsynced, given its real name in one step, and its folder fsynced.
 So under its name it is whole or absent, and once `Draft.publish` has returned it is there for good.
@@ -10,35 +10,15 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from tensafe_nb.errors import StorageError
+from tensafe_nb.locks import hold
 
-if sys.platform != "win32":
-    import fcntl
-
-    def _flock(file: BinaryIO, exclusive: bool, wait: bool) -> bool:
-        kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-        try:
-            fcntl.flock(file.fileno(), kind if wait else kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _unlock(file: BinaryIO) -> None:
-        fcntl.flock(
-            file.fileno(), fcntl.LOCK_UN
-        )  # closing alone would not, while a forked child holds a copy
-else:  # no locks there: what another process has open cannot be removed, two rotations at once are the user's to avoid
-
-    def _flock(file: BinaryIO, exclusive: bool, wait: bool) -> bool:
-        return True
-
-    def _unlock(file: BinaryIO) -> None:
-        pass
-
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 DRAFTS = ".tensafe-*.tmp"
 _ADVICE = {
@@ -68,6 +48,11 @@ class Files:
         """Open a file to change bytes in place."""
         return path.open("r+b")
 
+    def unbuffered(self, path: Path, *, append: bool = False) -> FileIO:
+        """Open a file each of whose writes reaches the system whole and at once; make it where there is none."""
+        flags = os.O_CREAT | (os.O_APPEND if append else 0)
+        return FileIO(path, "r+", opener=lambda name, mode: _private(name, mode | flags))
+
     def fsync(self, file: BinaryIO) -> None:
         """Return when everything written to the file is on the disk."""
         file.flush()
@@ -76,6 +61,10 @@ class Files:
     def replace(self, source: Path, target: Path) -> None:
         """Give a file another name in one step, in place of what has that name."""
         source.replace(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name, unless something has that name: unlike `replace`, it takes none away."""
+        os.link(source, target)
 
     def unlink(self, path: Path) -> None:
         """Remove a file."""
@@ -102,7 +91,7 @@ class Draft:
         self._files = files
         self._path: Path | None = folder / DRAFTS.replace("*", secrets.token_hex(16))
         self.file = files.create(self._path)
-        _flock(self.file, exclusive=True, wait=False)
+        hold(self.file)
 
     def __enter__(self) -> "Draft":
         return self
@@ -120,18 +109,29 @@ class Draft:
         """Return when what was written so far is on the disk."""
         self._files.fsync(self.file)
 
-    def publish(self, target: Path) -> None:
+    def publish(self, target: Path, *, fresh: bool = False, lasting: bool = True) -> None:
         """Give it its name, for good; on an error the name stays free.
 
         Args:
             target: In the same folder. What has this name is replaced.
+            fresh: Replace nothing.
+            lasting: Return when it is on the disk. Else it is whole for whoever looks, and a power cut may take it.
+
+        Raises:
+            FileExistsError: `fresh`, and something has this name.
         """
         assert self._path is not None, "published twice"
-        self.sync()
+        if lasting:
+            self.sync()
         self.file.close()
-        self._files.replace(self._path, target)
+        if fresh:
+            self._files.link(self._path, target)
+            self._files.unlink(self._path)
+        else:
+            self._files.replace(self._path, target)
         self._path = target  # until the name is on the disk, leaving removes it
-        self._files.fsync_folder(target.parent)
+        if lasting:
+            self._files.fsync_folder(target.parent)
         self._path = None
 
 
@@ -147,41 +147,62 @@ def sweep_drafts(files: Files, folder: Path) -> None:
     """Remove drafts whose process died. Nobody may make one meanwhile."""
     for path in folder.glob(DRAFTS):
         with suppress(FileNotFoundError, PermissionError), path.open("r+b") as draft:
-            if _flock(draft, exclusive=True, wait=False):
+            if hold(draft):
                 files.unlink(path)
 
 
-@contextmanager
-def locked(path: Path, *, exclusive: bool, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock that a file stands for, and yield whether it was to be had."""
-    with open(
-        path, "a+b", opener=_private
-    ) as file:  # both ways, for network folders lock only what is open so
-        held = _flock(file, exclusive, wait)
-        try:
-            yield held
-        finally:
-            _unlock(file)
+def publish_folder(files: Files, draft: Path, target: Path) -> None:
+    """Give a folder its name, once all that lies in it is on the disk; an empty one of that name gives way."""
+    for file in draft.iterdir():
+        with files.update(file) as written:
+            files.fsync(written)
+    files.fsync_folder(draft)
+    if target.exists():
+        target.rmdir()
+    files.replace(draft, target)
+    files.fsync_folder(target.parent)
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a text for its owner only, whole or not at all; not fsynced: it is written at every step of a run.
+    """Write a text for its owner only, whole or not at all; not fsynced, for it is written at every step of a run.
 
     Raises:
         StorageError: It could not be written; what was there is intact.
     """
-    temp = path.with_name(f"{path.name}.tmp")
     try:
-        with os.fdopen(
-            os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-        ) as file:
-            file.write(text)
-        temp.replace(path)
+        with Draft(Files(), path.parent) as draft:
+            draft.file.write(text.encode())
+            draft.publish(path, lasting=False)
     except OSError as error:
-        temp.unlink(missing_ok=True)
         raise StorageError(
             f"{path} could not be written ({error.strerror}). Make room or choose another folder."
         ) from error
+
+
+# Unbuffered files may give or take less than they are asked to
+
+
+def fill(file: BinaryIO, buffer: bytearray) -> memoryview:
+    """Read until the buffer is full, less only at the end, and return what is filled."""
+    view, filled = memoryview(buffer), 0
+    while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    return view[:filled]
+
+
+def read_up_to(file: BinaryIO, size: int) -> bytes:
+    """Read `size` bytes, fewer only at the end."""
+    data = file.read(size)
+    while data and len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
+
+
+def write_all(out: BinaryIO, data: Buffer) -> None:
+    """Write everything: on a full disk, a part is taken, and only the next write says so."""
+    written = out.write(data)
+    while written < len(data):
+        written += out.write(memoryview(data)[written:])
 
 
 @contextmanager
@@ -198,5 +219,5 @@ def disk_errors(action: str) -> Iterator[None]:
         ) from error
 
 
-def _private(path: str, flags: int) -> int:
+def _private(path: str, flags: int) -> int:  # an opener: files are their owner's alone
     return os.open(path, flags, 0o600)

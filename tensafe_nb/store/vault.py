@@ -92,8 +92,8 @@ class Vault:
             yield
 
     @contextmanager
-    def _on_record(self, operation: str, kind: str = "artifact") -> "Iterator[_Record]":
-        record, started = _Record(), time.time()
+    def _on_record(self, operation: str, kind: str = "artifact") -> "Iterator[Touched]":
+        record, started = Touched(), time.time()
         error: BaseException | None = None
         try:
             yield record
@@ -112,7 +112,9 @@ class Vault:
             )
 
 
-class _Record:
+class Touched:
+    """The artifacts that an operation made and used, for its record."""
+
     def __init__(self) -> None:
         self.produced: list[str] = []
         self.consumed: list[str] = []

@@ -11,7 +11,7 @@ SETUP = """
 import gc, json, threading, time, weakref
 import psutil
 import tensafe_nb as tn
-from tensafe_nb.engine import worker as _workers
+from tensafe_nb.core import worker as _workers
 
 def models(at_most=1):
     "Models and workers that are alive, once what is on its way out has gone."
@@ -22,6 +22,13 @@ def models(at_most=1):
             break
         time.sleep(0.05)
     return max(len(names), alive)
+"""
+WARM = """
+with tn.ServiceClient() as service:
+    service.create_training_client(model_ref="builtin:sums").forward({"input_ids": [[3, 4, 5, 6]]}).result()
+del service
+gc.collect()
+gc.freeze()  # what imports left behind is not searched at every collection of every cell
 """
 FORGET = "for name in ('service', 'tc', 'run', 'trainer', 'last', 'held'):\n    globals().pop(name, None)"
 MAKE = """
@@ -96,6 +103,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
         try:
             kernel = Kernel(client)
             kernel.run(SETUP)
+            kernel.run(WARM)
             yield kernel
         finally:
             client.stop_channels()

@@ -14,8 +14,9 @@ from typing import Any
 
 from tensafe_nb.engine.models import reading
 from tensafe_nb.errors import ModelLoadError, StorageError
+from tensafe_nb.locks import held
 from tensafe_nb.store import home
-from tensafe_nb.store.disk import Files, disk_errors, locked, make_folder
+from tensafe_nb.store.disk import Files, disk_errors, make_folder, publish_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def converted(path: Path) -> Path:
         files = Files()
         with disk_errors(f"convert {path.name}"):
             make_folder(files, home.models())
-            with locked(home.models() / ".lock", exclusive=True):
+            with held(home.models() / ".lock", exclusive=True):
                 if not folder.is_dir():
                     _convert(path, folder, files)
     return folder
@@ -59,12 +60,7 @@ def _convert(path: Path, folder: Path, files: Files) -> None:
     draft = folder.with_name(folder.name + DRAFT)
     try:
         _write(path, draft)
-        for file in draft.iterdir():
-            with files.update(file) as written:
-                files.fsync(written)
-        files.fsync_folder(draft)
-        files.replace(draft, folder)
-        files.fsync_folder(folder.parent)
+        publish_folder(files, draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # gone already, unless something failed
 

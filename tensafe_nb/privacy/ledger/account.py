@@ -49,6 +49,7 @@ from tensafe_nb.privacy.ledger.charges import (
     LedgerLog,
     LedgerRecord,
     Spent,
+    entry_of,
     exceeded,
     finite,
     metrics_of,
@@ -102,12 +103,28 @@ class Ledger:
     @_alone
     def state(self) -> Spent:
         """Return how the account stands; with a ledger that cannot be read, epsilon is infinite and says why."""
-        unreadable = None
+        unreadable: list[tuple[str, float]] = []
         try:
             self._read()
         except (AuditLogError, DecryptionError, StorageError) as error:
-            unreadable = error.message
-        return self._spent(self._book.together(self.account), unreadable)
+            unreadable = [(error.message, time.time())]
+        together = self._book.together(self.account)
+        voids = (*voids_of(together), *unreadable)
+        claimed = Epsilon(math.inf, self.accountant_type) if voids else self.computed(together)
+        opened = min(account.opened_at for account in together.values())
+        return Spent(
+            account=self.account,
+            joined=tuple(name for name in together if name != self.account),
+            total_epsilon=math.inf if voids else self._claimed(together),
+            delta=self.delta,
+            accountant=claimed.by,
+            steps=sum(len(group.hashes) for group in groups_of(together)),
+            mu=math.sqrt(mu_squared_of(together)),
+            void=voids[0][0] if voids else None,
+            voids=voids,
+            head=head_of(together),
+            opened_at=None if math.isinf(opened) else opened,
+        )
 
     @_alone
     def snapshot(self) -> tuple[Spent, Mapping[str, LedgerAccount]]:
@@ -210,9 +227,10 @@ class Ledger:
 
     def _pay(self, together: Mapping[str, LedgerAccount], charge: Charge, mu_squared: float) -> LedgerRecord:
         before, after = self._claimed(together), self._after(together, [charge], mu_squared)
-        table = self._take_part(charge) if charge.mode == "worst_case" else None
-        metrics = metrics_of(charge, before, after, self.delta)
-        return self._append(self._entry(charge, after, table), charge.training_client_id, metrics)
+        entry = entry_of(charge, self.account, after, delta=self.delta, accountant_type=self.accountant_type)
+        if charge.mode == "worst_case":
+            entry |= self._take_part(charge)
+        return self._append(entry, charge.training_client_id, metrics_of(charge, before, after, self.delta))
 
     def _refuse_other_units(self, together: Mapping[str, LedgerAccount], units: set[str]) -> None:
         """Refuse to add up what cannot be: a person's epsilon says nothing of steps that clip each of their rows."""
@@ -345,7 +363,7 @@ class Ledger:
             theirs = Participation.parse(base64.b64decode(table, validate=True))
         here = self._log.table(name)
         merged = theirs
-        if here is not None and not self._contains(name, carried):
+        if here is not None and not self._book.holds(name, carried):
             merged = Participation.parse(here[0])
             merged.merge(theirs)
         content_hash = self._log.keep_table(name, bytes(merged))
@@ -354,14 +372,6 @@ class Ledger:
             "steps": merged.steps,
             "mu_squared": finite(merged.mu_squared),
         }
-
-    def _contains(self, name: str, carried: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint holds every worst-case step that this ledger has of an account."""
-        theirs = {found for group in carried["groups"] for found in group["hashes"]}
-        groups = self._book.account(name).groups.values()
-        return all(
-            theirs.issuperset(group.hashes) for group in groups if group.mechanism["mode"] == "worst_case"
-        )
 
     # reading and adding up
 
@@ -375,28 +385,6 @@ class Ledger:
         record = self._log.append(dp, training_client_id=training_client_id, dp_metrics=metrics)
         self._read()
         return record
-
-    def _spent(self, together: Mapping[str, LedgerAccount], unreadable: str | None = None) -> Spent:
-        voids = voids_of(together)
-        if unreadable is not None:
-            voids = (*voids, (unreadable, time.time()))
-        claimed = Epsilon(math.inf, self.accountant_type) if voids else self.computed(together)
-        opened = min(account.opened_at for account in together.values())
-        return Spent(
-            account=self.account,
-            joined=tuple(name for name in together if name != self.account),
-            total_epsilon=math.inf if voids else self._claimed(together),
-            delta=self.delta,
-            accountant=claimed.by,
-            steps=sum(
-                len(group.hashes) for account in together.values() for group in account.groups.values()
-            ),
-            mu=math.sqrt(mu_squared_of(together)),
-            void=voids[0][0] if voids else None,
-            voids=voids,
-            head=head_of(together),
-            opened_at=None if math.isinf(opened) else opened,
-        )
 
     def _claimed(self, together: Mapping[str, LedgerAccount]) -> float:
         """Return the account's epsilon: what is computed, and never less than was claimed before."""
@@ -445,13 +433,17 @@ class Ledger:
         return now - together[self.account].mu_squared + max(own, together[self.account].mu_squared)
 
     def _take_part(self, charge: Charge) -> dict[str, Any]:
-        """Write the table of who took part. It may come to be ahead of the records, never behind."""
+        """Write the table of who took part, and return what the record says of it.
+
+        It is on the disk before the record: it may come to be ahead of the records, never behind.
+        """
         table = self._participation()
         self._table = None  # if writing fails, what is on the disk counts
         table.take(charge.participants, charge.noise_multiplier)
         content_hash = self._log.keep_table(self.account, bytes(table))
         self._table = table, content_hash
-        return {"hash": content_hash, "steps": table.steps}
+        participation = {"hash": content_hash, "steps": table.steps}
+        return {"mu_max": finite(math.sqrt(table.mu_squared)), "participation": participation}
 
     def _participation(self) -> Participation:
         """Return the account's table, as it is on the disk.
@@ -477,29 +469,6 @@ class Ledger:
         reason = f"the table of who took part in the worst-case steps of {self.account} {how}"
         self.void(reason)
         return LedgerError(f"The privacy ledger takes no charge: {reason}. The account is void from now on.")
-
-    def _entry(self, charge: Charge, after: float, table: Mapping[str, Any] | None) -> dict[str, Any]:
-        entry: dict[str, Any] = {
-            "what": "charge",
-            "account": self.account,
-            "mode": charge.mode,
-            "sigma": float(charge.noise_multiplier),
-            "C": float(charge.max_grad_norm),
-            "L": charge.expected_batch_size,
-            "N": charge.dataset_size,
-            "q": charge.sample_rate,
-            "delta": self.delta,
-            "unit": charge.unit,
-            "noise_source": charge.noise_source,
-            "sampling": charge.sampling,
-            "accountant": self.accountant_type,
-            "accountant_version": accounting.accountant_version(),
-            "epsilon_after": finite(after),
-            "step": charge.step,
-        }
-        if table is not None and self._table is not None:
-            entry |= {"mu_max": finite(math.sqrt(self._table[0].mu_squared)), "participation": table}
-        return entry
 
 
 def without_tables(carried: Mapping[str, Any]) -> dict[str, Any]:

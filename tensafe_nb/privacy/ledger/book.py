@@ -1,4 +1,4 @@
-"""What the ledger's records add up to: accounts, what each was charged, which belong together, which are void.
+"""The accounts that the ledger's records add up to: what each was charged, which belong together, which are void.
 
 A record is counted once, by its `record_hash`, whichever log it was written to first. Nothing here is ever taken away.
 """
@@ -89,7 +89,7 @@ class LedgerBook:
     """All accounts of one log, brought up to date record by record."""
 
     def __init__(self) -> None:
-        self.known: set[str] = set()
+        self.known: set[str] = set()  # hashes of all records, those that a checkpoint brought along included
         self._accounts: dict[str, LedgerAccount] = {}
         self._seen = 0
 
@@ -111,21 +111,27 @@ class LedgerBook:
     def together(self, name: str) -> dict[str, LedgerAccount]:
         """Return an account and those that were ever joined to it, the account first."""
         found, ahead = {name: self.account(name)}, [name]
-        neighbours = self._neighbours()
-        while ahead:
-            for other in neighbours.get(ahead.pop(), ()):
-                if other not in found:
+        joined = [
+            (one, other)
+            for one, account in self._accounts.items()
+            for other in account.links.values()
+            if other
+        ]
+        while ahead:  # a join counts both ways, and through others
+            here = ahead.pop()
+            for one, other in (*joined, *((other, one) for one, other in joined)):
+                if one == here and other not in found:
                     found[other] = self.account(other)
                     ahead.append(other)
         return found
 
-    def _neighbours(self) -> dict[str, set[str]]:
-        neighbours: dict[str, set[str]] = {}
-        for name, account in self._accounts.items():
-            for other in filter(None, account.links.values()):
-                neighbours.setdefault(name, set()).add(other)
-                neighbours.setdefault(other, set()).add(name)
-        return neighbours
+    def holds(self, name: str, carried: Mapping[str, Any]) -> bool:
+        """Whether what a checkpoint carried of an account has every worst-case step that this book has of it."""
+        theirs = {found for group in carried["groups"] for found in group["hashes"]}
+        groups = self.account(name).groups.values()
+        return all(
+            theirs.issuperset(group.hashes) for group in groups if group.mechanism["mode"] == "worst_case"
+        )
 
     def _take(self, record: LedgerRecord) -> None:
         dp, account = record.dp, self.account(record.dp["account"])
@@ -133,7 +139,11 @@ class LedgerBook:
         account.opened_at = min(account.opened_at, record.at)
         kind = dp["what"]
         if kind == "charge":
-            self._charge(account, dp, record)
+            mu = 0.0 if dp["mode"] == "poisson" else infinite(dp["mu_max"])
+            values = {"opened_at": record.at, "epsilon": dp["epsilon_after"], "mu_squared": finite(mu * mu)}
+            self._add(account, {**dp, **values, "hashes": [record.record_hash]})
+            if dp["mode"] != "poisson":
+                account.table = dp["participation"]
         elif kind == "void":
             account.voids.setdefault(record.record_hash, (str(dp["reason"]), record.at))
         elif kind == "join":
@@ -145,17 +155,10 @@ class LedgerBook:
             raise ValueError(f"there are no records of kind {kind!r}")
         self.known.add(record.record_hash)
 
-    def _charge(self, account: LedgerAccount, dp: Mapping[str, Any], record: LedgerRecord) -> None:
-        mu = 0.0 if dp["mode"] == "poisson" else infinite(dp["mu_max"])
-        values = {"opened_at": record.at, "epsilon": dp["epsilon_after"], "mu_squared": finite(mu * mu)}
-        self._add(account, {**dp, **values, "hashes": [record.record_hash]})
-        if dp["mode"] != "poisson":
-            account.table = dp["participation"]
-
     def _add(self, account: LedgerAccount, entry: Mapping[str, Any]) -> None:
         """Count the steps of an entry that are not known yet."""
         mechanism = {name: entry[name] for name in MECHANISM}
-        _check(mechanism, entry["hashes"])
+        check_mechanism(mechanism, entry["hashes"])
         group = account.groups.setdefault(tuple(mechanism.values()), ChargedGroup(mechanism))
         fresh = [found for found in entry["hashes"] if found not in self.known]
         self.known.update(fresh)
@@ -229,7 +232,12 @@ def readable(what: str) -> Iterator[None]:
         ) from error
 
 
-def _check(mechanism: Mapping[str, Any], hashes: Sequence[Any]) -> None:
+def check_mechanism(mechanism: Mapping[str, Any], hashes: Sequence[Any]) -> None:
+    """Refuse steps that no accountant could count.
+
+    Raises:
+        ValueError: No mode, sigma, q or hash as this version writes them.
+    """
     mode, sigma, q = mechanism["mode"], mechanism["sigma"], mechanism["q"]
     if mode not in ("poisson", "worst_case") or not 0 <= sigma < math.inf:
         raise ValueError(f"mode {mode!r}, sigma {sigma!r}")

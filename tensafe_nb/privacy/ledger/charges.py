@@ -1,4 +1,4 @@
-"""What passes in and out of the privacy ledger: a charge, its receipt, the state of an account, records of the log."""
+"""Charges to the privacy ledger, their receipts, the state of an account, and the records of the log behind it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -164,10 +164,45 @@ class Spent:
     head: Mapping[str, Any] | None
     opened_at: float | None
 
+    @property
+    def scope(self) -> str:
+        """What the account covers, in words."""
+        kind, _, name = self.account.partition(":")
+        alone = (
+            f"the training client {name} and everything forked from it"
+            if kind == "client"
+            else f"dataset_id {name!r}"
+        )
+        return alone + (f"; joined to it for good: {', '.join(self.joined)}" if self.joined else "")
+
 
 def account_name(dataset_id: str | None, training_client_id: str) -> str:
     """Return the name of an account: a data set's, or that of a client and everything forked from it."""
     return f"client:{training_client_id}" if dataset_id is None else f"dataset:{dataset_id}"
+
+
+def entry_of(
+    charge: Charge, account: str, after: float, *, delta: float, accountant_type: str
+) -> dict[str, Any]:
+    """Return what the record of a charge says: everything that epsilon is computed from."""
+    return {
+        "what": "charge",
+        "account": account,
+        "mode": charge.mode,
+        "sigma": float(charge.noise_multiplier),
+        "C": float(charge.max_grad_norm),
+        "L": charge.expected_batch_size,
+        "N": charge.dataset_size,
+        "q": charge.sample_rate,
+        "delta": delta,
+        "unit": charge.unit,
+        "noise_source": charge.noise_source,
+        "sampling": charge.sampling,
+        "accountant": accountant_type,
+        "accountant_version": accounting.accountant_version(),
+        "epsilon_after": finite(after),
+        "step": charge.step,
+    }
 
 
 def metrics_of(charge: Charge, before: float, after: float, delta: float) -> dict[str, Any]:

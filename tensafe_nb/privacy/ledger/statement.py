@@ -1,4 +1,4 @@
-"""The privacy statement: what may be said about an account, as Markdown and as JSON, from one object."""
+"""The privacy statement: the claims that may be made about an account, as Markdown and as JSON, from one object."""
 
 import math
 import time
@@ -9,8 +9,8 @@ from typing import Any
 from tensafe_nb.config import DPConfig
 from tensafe_nb.display import as_markdown
 from tensafe_nb.privacy.ledger.account import Ledger
-from tensafe_nb.privacy.ledger.book import ChargedGroup, LedgerAccount, groups_of
-from tensafe_nb.privacy.ledger.charges import Spent, finite
+from tensafe_nb.privacy.ledger.book import ChargedGroup, LedgerAccount
+from tensafe_nb.privacy.ledger.charges import finite
 
 ADJACENCY = {
     "poisson": "two data sets are neighbours if one has one {unit} more than the other",
@@ -65,6 +65,26 @@ class Mechanism:
     mu: float | None
     noise_source: str
     accountant_version: str
+
+    @classmethod
+    def of(cls, account: str, group: ChargedGroup) -> "Mechanism":
+        """Return how a group of steps of an account was charged."""
+        found = group.mechanism
+        return cls(
+            account=account,
+            mode=found["mode"],
+            sampling=found["sampling"],
+            unit=found["unit"],
+            dataset_size=found["N"],
+            expected_batch_size=found["L"],
+            sample_rate=found["q"],
+            noise_multiplier=found["sigma"],
+            max_grad_norm=found["C"],
+            steps=len(group.hashes),
+            mu=finite(math.sqrt(group.mu_squared)) if found["mode"] == "worst_case" else None,
+            noise_source=found["noise_source"],
+            accountant_version=found["accountant_version"],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +144,18 @@ class PrivacyStatement:
         A ledger that cannot be read gives a statement that is void and says so.
         """
         spent, together = ledger.snapshot()
-        mechanisms = tuple(_mechanisms(together))
+        mechanisms = tuple(
+            Mechanism.of(name, group)
+            for name, account in together.items()
+            for group in account.groups.values()
+            if group.hashes
+        )
         modes = {found.mode for found in mechanisms} or {config.sampling}
-        by = _epsilons(ledger, together, modes) if spent.void is None else _Epsilons()
+        by = Epsilons() if spent.void else Epsilons.of(ledger, together, modes)
         units = sorted({found.unit for found in mechanisms}) or ["example"]
         return cls(
             account=spent.account,
-            scope=_scope(spent),
+            scope=spent.scope,
             joined=spent.joined,
             opened_at=spent.opened_at,
             made_at=time.time(),
@@ -158,7 +183,7 @@ class PrivacyStatement:
 
     def to_markdown(self) -> str:
         """Return it as Markdown."""
-        return "\n".join(_markdown(self))
+        return "\n".join(markdown_of(self))
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
@@ -167,85 +192,53 @@ class PrivacyStatement:
         return self.to_markdown()
 
 
-def _scope(spent: Spent) -> str:
-    kind, _, name = spent.account.partition(":")
-    alone = (
-        f"the training client {name} and everything forked from it"
-        if kind == "client"
-        else f"dataset_id {name!r}"
-    )
-    return alone + (f"; joined to it for good: {', '.join(spent.joined)}" if spent.joined else "")
-
-
 @dataclass(frozen=True, slots=True)
-class _Epsilons:
+class Epsilons:
+    """Epsilon of one account by every accountant that may be asked; None where one may not."""
+
     rdp: float | None = None
     prv: float | None = None
     gaussian: float | None = None
     replace_one: float | None = None
 
-
-def _epsilons(ledger: Ledger, together: Mapping[str, LedgerAccount], modes: set[str]) -> _Epsilons:
-    poisson, worst_case = modes == {"poisson"}, modes == {"worst_case"}
-    return _Epsilons(
-        rdp=None if worst_case else ledger.computed(together, "rdp").value,
-        prv=ledger.computed(together, "prv").value if poisson else None,
-        gaussian=ledger.computed(together).value if worst_case else None,
-        replace_one=ledger.computed(together, adjacency="replace_one").value,
-    )
-
-
-def _mechanisms(together: Mapping[str, LedgerAccount]) -> Iterator[Mechanism]:
-    for name, account in together.items():
-        yield from (_mechanism(name, group) for group in groups_of({name: account}) if group.hashes)
-
-
-def _mechanism(account: str, group: ChargedGroup) -> Mechanism:
-    found = group.mechanism
-    worst_case = found["mode"] == "worst_case"
-    return Mechanism(
-        account=account,
-        mode=found["mode"],
-        sampling=found["sampling"],
-        unit=found["unit"],
-        dataset_size=found["N"],
-        expected_batch_size=found["L"],
-        sample_rate=found["q"],
-        noise_multiplier=found["sigma"],
-        max_grad_norm=found["C"],
-        steps=len(group.hashes),
-        mu=finite(math.sqrt(group.mu_squared)) if worst_case else None,
-        noise_source=found["noise_source"],
-        accountant_version=found["accountant_version"],
-    )
+    @classmethod
+    def of(cls, ledger: Ledger, together: Mapping[str, LedgerAccount], modes: set[str]) -> "Epsilons":
+        """Ask RDP unless all steps are worst-case steps, the exact formula where they are, PRV where none is."""
+        poisson, worst_case = modes == {"poisson"}, modes == {"worst_case"}
+        return cls(
+            rdp=None if worst_case else ledger.computed(together, "rdp").value,
+            prv=ledger.computed(together, "prv").value if poisson else None,
+            gaussian=ledger.computed(together).value if worst_case else None,
+            replace_one=ledger.computed(together, adjacency="replace_one").value,
+        )
 
 
 # Markdown
 
+NAMES = {"rdp": "RDP", "prv": "PRV", "gaussian": "the exact Gaussian formula"}
 
-def _markdown(statement: PrivacyStatement) -> Iterator[str]:
+
+def markdown_of(statement: PrivacyStatement) -> Iterator[str]:
+    """Yield the lines of a statement: claim, particulars, mechanisms, reasons for being void, limits."""
     yield "**Privacy statement**"
     yield ""
-    yield _claim(statement)
+    if statement.void:
+        yield "**Void: there is no guarantee, epsilon is infinite.** The reasons are below."
+    elif not statement.steps:
+        yield "Nothing was trained yet, and nothing is spent: **ε = 0**."
+    else:
+        yield f"**ε = {statement.epsilon:.4g} at δ = {statement.delta:g}**, by {claimed_by(statement)}."
     yield ""
     yield "| | |"
     yield "|---|---|"
-    yield from (f"| {name} | {as_markdown(value)} |" for name, value in _facts(statement))
+    yield from (f"| {name} | {as_markdown(value)} |" for name, value in particulars_of(statement))
     yield ""
-    yield from _table_of(statement.mechanisms)
+    yield from table_of(statement.mechanisms)
     yield from _list_of("Void", [f"{_when(at)}: {as_markdown(reason)}" for reason, at in statement.void])
     yield from _list_of("Not covered", statement.outside)
 
 
-def _claim(statement: PrivacyStatement) -> str:
-    if statement.void:
-        return "**Void: there is no guarantee, epsilon is infinite.** The reasons are below."
-    if not statement.steps:
-        return "Nothing was trained yet, and nothing is spent: **ε = 0**."
-    return f"**ε = {statement.epsilon:.4g} at δ = {statement.delta:g}**, by {_claimed(statement)}."
-
-
-def _claimed(statement: PrivacyStatement) -> str:
+def claimed_by(statement: PrivacyStatement) -> str:
     """Say by what; a claim that was made once is not lowered when a tighter accountant is asked later."""
     computed = {
         "rdp": statement.epsilon_rdp,
@@ -253,13 +246,11 @@ def _claimed(statement: PrivacyStatement) -> str:
         "gaussian": statement.epsilon_gaussian,
     }[statement.claimed_by]
     higher = computed is not None and statement.epsilon is not None and statement.epsilon > computed
-    return _NAMES[statement.claimed_by] + (", not below what was claimed before" if higher else "")
+    return NAMES[statement.claimed_by] + (", not below what was claimed before" if higher else "")
 
 
-_NAMES = {"rdp": "RDP", "prv": "PRV", "gaussian": "the exact Gaussian formula"}
-
-
-def _facts(statement: PrivacyStatement) -> Iterator[tuple[str, str]]:
+def particulars_of(statement: PrivacyStatement) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of everything that a claim means nothing without."""
     yield "Privacy unit", f"one {statement.unit}"
     for text in statement.adjacency:
         yield "Adjacency", text
@@ -270,7 +261,7 @@ def _facts(statement: PrivacyStatement) -> Iterator[tuple[str, str]]:
         yield "ε by PRV", _epsilon(statement.epsilon_prv, statement)
     if statement.epsilon_gaussian is not None:
         yield "ε by the exact Gaussian formula", _epsilon(statement.epsilon_gaussian, statement)
-    yield "Claimed", "none" if statement.void else _claimed(statement)
+    yield "Claimed", "none" if statement.void else claimed_by(statement)
     budget = "none" if statement.target_epsilon is None else f"{statement.target_epsilon:g}"
     yield "δ; budget", f"{statement.delta:g}; {budget}"
     yield "Steps charged", f"{statement.steps:,}"
@@ -281,7 +272,8 @@ def _facts(statement: PrivacyStatement) -> Iterator[tuple[str, str]]:
     yield "Stated", _when(statement.made_at)
 
 
-def _table_of(mechanisms: Sequence[Mechanism]) -> Iterator[str]:
+def table_of(mechanisms: Sequence[Mechanism]) -> Iterator[str]:
+    """Yield the lines of a table, one row for each mechanism."""
     if not mechanisms:
         return
     yield "| Steps | Mode | Evidence | Unit | N | L | q | σ | C | μ | Noise | Accountant | Account |"

@@ -13,7 +13,8 @@ import numpy as np
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
 from tensafe_nb.data.labels import encode_prompt
-from tensafe_nb.data.layouts import is_chat, refuse_media, template_options
+from tensafe_nb.data.layouts import refuse_media
+from tensafe_nb.data.messages import is_chat, template_options
 from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tensafe_nb.errors import ArtifactNotFoundError, nearest
-from tensafe_nb.store.disk import Draft, Files, disk_errors, locked, make_folder, sweep_drafts
+from tensafe_nb.locks import held
+from tensafe_nb.store.disk import Draft, Files, disk_errors, make_folder, sweep_drafts
 from tensafe_nb.store.sealed.rotation import JOURNAL, replay
 
 _ID = re.compile(r"art-[0-9a-z-]{1,64}")
@@ -32,7 +33,7 @@ class ArtifactFolder:
     def shared(self) -> Iterator[None]:
         """Keep rotations out, after finishing one that a crash cut off."""
         while self.path.is_dir():
-            with locked(self._lock, exclusive=False):
+            with held(self._lock, exclusive=False):
                 if not (self.path / JOURNAL).exists():
                     yield
                     return
@@ -45,7 +46,7 @@ class ArtifactFolder:
         if not self.path.is_dir():
             yield
             return
-        with locked(self._lock, exclusive=True):
+        with held(self._lock, exclusive=True):
             replay(self.files, self.path)
             yield
 
@@ -58,7 +59,7 @@ class ArtifactFolder:
     def draft(self) -> Iterator[Draft]:
         """Give a new file to write, after sweeping away those of processes that died."""
         make_folder(self.files, self.path)
-        with locked(self._lock, exclusive=True, wait=False) as alone:
+        with held(self._lock, exclusive=True, wait=False) as alone:
             if alone:
                 sweep_drafts(self.files, self.path)
         with self.shared():  # nobody sweeps between its making and its locking

@@ -98,6 +98,22 @@ def hash_of(line: bytes) -> str | None:
         return None
 
 
+def check_end(log: BinaryIO, counted: Tip, size: int) -> None:
+    """Refuse to go on behind anything but the record that the key file counts as the last.
+
+    Raises:
+        AuditLogError: The log ends before it, or another record is there.
+    """
+    if size < counted.size:
+        raise AuditLogError(
+            f"its key file counts {counted.seq} records in {counted.size} bytes, but it has {size} bytes: its "
+            f"end was cut off, or was lost when the machine lost power"
+        )
+    last = next(lines_newest_first(log, counted.size), None)
+    if (ZEROS if last is None else hash_of(last)) != counted.head:
+        raise AuditLogError(f"record {counted.seq - 1} is not the one that its key file counts as the last")
+
+
 def parse_record(line: bytes) -> dict[str, Any]:
     """Return the record in a line.
 
@@ -148,7 +164,15 @@ def newest_first(path: Path) -> Iterator[dict[str, Any]]:
         return
     with disk_errors("read the audit log"), path.open("rb") as log:
         for line in lines_newest_first(log, log.seek(0, os.SEEK_END)):
-            yield _load(line, path)
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict) or not record.keys() >= set(_SHOWN):
+                raise AuditLogError(
+                    f"The audit log {path} holds a line that is no record. verify_audit_log() says which one."
+                )
+            yield record
 
 
 def entry_of(record: Mapping[str, Any]) -> AuditLogEntry:
@@ -156,15 +180,3 @@ def entry_of(record: Mapping[str, Any]) -> AuditLogEntry:
     shown = {name: record[name] for name in _SHOWN}
     ids = ("artifact_ids_produced", "artifact_ids_consumed")
     return AuditLogEntry(**shown | {name: tuple(record[name]) for name in ids})
-
-
-def _load(line: bytes, path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or not record.keys() >= set(_SHOWN):
-        raise AuditLogError(
-            f"The audit log {path} holds a line that is no record. verify_audit_log() says which one."
-        )
-    return record

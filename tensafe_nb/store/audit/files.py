@@ -3,17 +3,14 @@
 import errno
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+from tensafe_nb.locks import locked
 from tensafe_nb.store.disk import Files, disk_errors, make_folder
-
-if sys.platform != "win32":  # there, processes that share a home folder are the user's to avoid
-    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +23,8 @@ class LogFiles:
     back either both files or neither, where a rename would put the key on the disk well before the log.
     """
 
-    def __init__(self, path: Path, log: FileIO, key: FileIO) -> None:
+    def __init__(self, path: Path, log: FileIO, key: FileIO, files: Files) -> None:
+        self._files = files
         self.path = path
         self.log = log
         self._key = key
@@ -43,22 +41,22 @@ class LogFiles:
 
     def append(self, line: bytes, sync: bool) -> None:
         """Write a line at the log's end, or leave the log as it was."""
-        _put(self.log, line, sync)
+        self._put(self.log, line, sync)
 
     def keep(self, page: bytes, sync: bool) -> None:
         """Overwrite the key file."""
         self._key.seek(0)
-        _put(self._key, page, sync)
+        self._put(self._key, page, sync)
 
     def keep_names(self) -> None:
         """Return when both files' names are on the disk."""
-        Files().fsync_folder(self.path.parent)
+        self._files.fsync_folder(self.path.parent)
 
     def set_aside(self, unfinished: bytes) -> None:
         """Move the log's last bytes to a file of their own."""
         aside = self.path.with_name(f"{self.path.name}.torn")
-        with _private(aside, os.O_APPEND) as file:
-            _put(file, unfinished + b"\n", sync=True)
+        with self._files.unbuffered(aside, append=True) as file:
+            self._put(file, unfinished + b"\n", sync=True)
         self.log.truncate(self.size - len(unfinished))
         logger.warning(
             "%s ended in %d bytes of an unfinished record; they are now in %s",
@@ -67,9 +65,21 @@ class LogFiles:
             aside,
         )
 
+    def _put(self, file: FileIO, data: bytes, sync: bool) -> None:
+        """Write all of it, or leave the file as long as it was."""
+        before = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)
+            raise
+        if sync:
+            self._files.fsync(file)
+
 
 @contextmanager
-def held(path: Path) -> Iterator[LogFiles]:
+def opened(path: Path, files: Files) -> Iterator[LogFiles]:
     """Open a log and its key file, made if need be, while nobody else appends or takes a snapshot.
 
     Raises:
@@ -77,18 +87,18 @@ def held(path: Path) -> Iterator[LogFiles]:
     """
     with disk_errors("write the audit log"):
         if not path.parent.is_dir():
-            make_folder(Files(), path.parent)
+            make_folder(files, path.parent)
         with (
-            _private(path, os.O_APPEND) as log,
-            _locked(log, exclusive=True),
-            _private(path.with_suffix(".key")) as key,
+            files.unbuffered(path, append=True) as log,
+            locked(log, exclusive=True),
+            files.unbuffered(path.with_suffix(".key")) as key,
         ):
-            yield LogFiles(path, log, key)
+            yield LogFiles(path, log, key, files)
 
 
 def snapshot(path: Path, log: BinaryIO) -> tuple[int, bytes]:
     """Return the size of a log and the content of its key file, as they belong together."""
-    with _locked(log, exclusive=False):
+    with locked(log, exclusive=False):
         return log.seek(0, os.SEEK_END), read_key_file(path)
 
 
@@ -98,33 +108,3 @@ def read_key_file(log: Path) -> bytes:
         return log.with_suffix(".key").read_bytes()
     except FileNotFoundError:
         return b""
-
-
-@contextmanager
-def _locked(file: BinaryIO | FileIO, exclusive: bool) -> Iterator[None]:
-    if sys.platform == "win32":
-        yield
-        return
-    fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would not, while a forked child holds a copy
-
-
-def _private(path: Path, flags: int = 0) -> FileIO:
-    """Open for reading and writing, unbuffered; made if need be, for its owner only."""
-    return FileIO(path, "r+", opener=lambda name, mode: os.open(name, mode | flags | os.O_CREAT, 0o600))
-
-
-def _put(file: FileIO, data: bytes, sync: bool) -> None:
-    """Write all of it, or leave the file as long as it was."""
-    before = os.fstat(file.fileno()).st_size
-    try:
-        if file.write(data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError:
-        file.truncate(before)
-        raise
-    if sync:
-        os.fsync(file.fileno())

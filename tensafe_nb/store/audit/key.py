@@ -1,7 +1,7 @@
 """The secret of an audit log, and the key file that holds the next record's key.
 
 Everything derives from one secret per log: k_0, the key of the request hashes, the key that seals the key file. On
-disk it is only ever wrapped (`keys.py`): in the log's first record, in the key file, and in the log again after a
+disk it is only ever wrapped (`keyring.py`): in the log's first record, in the key file, and in the log again after a
 rotation. A process that appends keeps the second and third, not the secret.
 """
 
@@ -69,7 +69,7 @@ class Secrets:
         mac, size = hmac.new(self.request, digestmod="sha256"), 0
         for piece in pieces:
             view = memoryview(piece)
-            mac.update(view.nbytes.to_bytes(8, "big"))
+            mac.update(view.nbytes.to_bytes(8, "big"))  # or "ab", "c" would have the hash of "a", "bc"
             mac.update(view if view.ndim == 1 and view.c_contiguous else view.tobytes())
             size += view.nbytes
         return mac.hexdigest(), size
@@ -96,6 +96,8 @@ class KeyPage:
         claim = Tip(tip.seq, tip.size, tip.head, None)
         stanzas = list(secrets.stanzas)
         public = canonical({"seq": tip.seq, "size": tip.size, "head": tip.head, "stanzas": stanzas})
+        # one page for every record, under one key for as long as the log lives: 96 random bits keep two nonces from
+        # being equal up to some 2³² records (NIST SP 800-38D, 8.3), where a counter would be set back with an old file
         nonce = os.urandom(_NONCE)
         return cls(claim, secrets.stanzas, public, nonce + secrets.seal.encrypt(nonce, tip.key, public))
 
@@ -108,7 +110,12 @@ class KeyPage:
         """
         public, _, sealed = raw.rstrip(b" \n").partition(b"\n")
         try:
-            page = cls._read(public, bytes.fromhex(sealed.decode()))
+            fields = parse_canonical(public)
+            seq, size, head, stanzas = (fields[name] for name in ("seq", "size", "head", "stanzas"))
+            check_stanzas(stanzas)
+            if type(seq) is not int or type(size) is not int:
+                raise ValueError("number and place are integers")
+            page = cls(Tip(seq, size, head, None), tuple(stanzas), public, bytes.fromhex(sealed.decode()))
         except (DecryptionError, ValueError, TypeError, KeyError) as error:
             raise AuditLogError(_ALTERED) from error
         if bytes(page) != raw:
@@ -127,15 +134,6 @@ class KeyPage:
         except (InvalidTag, ValueError) as error:
             raise AuditLogError(_ALTERED) from error
         return Tip(self.claim.seq, self.claim.size, self.claim.head, key)
-
-    @classmethod
-    def _read(cls, public: bytes, sealed: bytes) -> "KeyPage":
-        fields = parse_canonical(public)
-        seq, size, head, stanzas = (fields[name] for name in ("seq", "size", "head", "stanzas"))
-        check_stanzas(stanzas)
-        if type(seq) is not int or type(size) is not int:
-            raise ValueError("number and place are integers")
-        return cls(Tip(seq, size, head, None), tuple(stanzas), public, sealed)
 
     def __bytes__(self) -> bytes:
         text = self._public + b"\n" + self._sealed.hex().encode()

@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from tensafe_nb.errors import (
     AuditLogError,
@@ -37,10 +37,10 @@ from tensafe_nb.errors import (
 )
 from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification
 from tensafe_nb.store.audit import chain
-from tensafe_nb.store.audit.files import LogFiles, held, read_key_file
+from tensafe_nb.store.audit.files import LogFiles, opened, read_key_file
 from tensafe_nb.store.audit.key import SIZE, KeyPage, Secrets, unwrap_secret, wrap_secret
 from tensafe_nb.store.audit.verify import check, verify_file
-from tensafe_nb.store.disk import disk_errors
+from tensafe_nb.store.disk import Files, disk_errors
 from tensafe_nb.store.keys.keyring import Keys
 from tensafe_nb.store.sealed.envelope import canonical
 
@@ -87,6 +87,7 @@ class AuditLog:
         folder: Holds `audit.jsonl` and `audit.key`.
         keys: Wrap the log's key.
         tenant: Whose log it is.
+        files: How the disk is touched.
 
     Example:
         log = AuditLog(home.audit("local"), keys)
@@ -94,8 +95,9 @@ class AuditLog:
         assert log.verify(anchors=[noted_before]).ok
     """
 
-    def __init__(self, folder: Path, keys: Keys, tenant: str = "local") -> None:
+    def __init__(self, folder: Path, keys: Keys, tenant: str = "local", files: Files | None = None) -> None:
         self.path = folder / "audit.jsonl"
+        self._files = files or Files()
         self._keys = keys
         self._tenant = tenant
         self._lock = threading.Lock()
@@ -148,7 +150,9 @@ class AuditLog:
             KeyUnavailableError: The key that opens the log's own is not here.
             StorageError: The folder cannot be written; the records in it are intact.
         """
-        extra = _free(extra or {})
+        extra = dict(extra or {})
+        if taken := sorted(chain.FIELDS & extra.keys()):
+            raise ValidationError(f"extra cannot hold {', '.join(taken)}: a record has fields of that name.")
         if to_the_day:
             started_at = completed_at = completed_at // DAY * DAY
         if error_class is not None and not error_class.isidentifier():
@@ -167,7 +171,7 @@ class AuditLog:
             "dp_metrics": None if dp_metrics is None else dict(dp_metrics),
             "ts": completed_at if to_the_day else time.time(),
         }
-        with self._lock, held(self.path) as files:
+        with self._lock, opened(self.path, self._files) as files:
             tip = self._ready(files)
             fields["request_hash"], size = self._open.hash_request(request)
             fields["request_size_bytes"] = size if request_size_bytes is None else request_size_bytes
@@ -177,7 +181,7 @@ class AuditLog:
         """Wrap the log's key under the primary key, after a rotation; None if it is, or if there is no log yet."""
         if not self.path.exists():
             return None
-        with self._lock, held(self.path) as files:
+        with self._lock, opened(self.path, self._files) as files:
             tip = self._ready(files)
             old = self._open.stanzas
             if {stanza["kek_id"] for stanza in old} == {self._keys.primary_id()}:
@@ -217,7 +221,7 @@ class AuditLog:
             if behind is None:
                 return [], None
             raise self._broken(AuditLogError("it is gone"))
-        with self._lock, held(self.path) as files:
+        with self._lock, opened(self.path, self._files) as files:
             end = self._ready(files)
             tip = behind or chain.first_tip(unwrap_secret(self._open.stanzas, self._keys))
             if tip == end:
@@ -304,7 +308,7 @@ class AuditLog:
         """Take in what a process that died wrote behind the last record that the key file counts."""
         tip = self._opened(raw)
         with self.path.open("rb") as log:
-            _check_end(log, tip, size)
+            chain.check_end(log, tip, size)
             for line in chain.lines(log, tip.size, size):
                 if line.endswith(b"\n"):
                     tip = _next(tip, line)
@@ -365,24 +369,6 @@ class AuditLog:
             f"evidence up to its last good record; anchors and checkpoints made so far point into it, and nothing "
             f"ties the new log to it."
         )
-
-
-def _free(extra: Mapping[str, Any]) -> dict[str, Any]:
-    if taken := sorted(chain.FIELDS & extra.keys()):
-        raise ValidationError(f"extra cannot hold {', '.join(taken)}: a record has fields of that name.")
-    return dict(extra)
-
-
-def _check_end(log: BinaryIO, counted: chain.Tip, size: int) -> None:
-    """Refuse to go on behind anything but the record that the key file counts as the last."""
-    if size < counted.size:
-        raise AuditLogError(
-            f"its key file counts {counted.seq} records in {counted.size} bytes, but it has {size} bytes: its "
-            f"end was cut off, or was lost when the machine lost power"
-        )
-    last = next(chain.lines_newest_first(log, counted.size), None)
-    if (chain.ZEROS if last is None else chain.hash_of(last)) != counted.head:
-        raise AuditLogError(f"record {counted.seq - 1} is not the one that its key file counts as the last")
 
 
 def _next(tip: chain.Tip, line: bytes) -> chain.Tip:

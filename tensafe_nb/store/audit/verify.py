@@ -1,6 +1,6 @@
 """Verification of an audit log, or of a copy: record by record, in constant memory, changing nothing.
 
-What it can show and what it cannot is written in `audit_log.py`.
+What it can show and what it cannot is written in `log.py`.
 """
 
 from collections import deque
@@ -55,9 +55,12 @@ def check(path: Path, keys: Keys | None, anchors: Sequence[str], *, own: bool) -
             return _checked(log, size, raw, keys, anchors, own)
 
 
+Fault = tuple[int | None, str]
+
+
 @dataclass(slots=True)
-class _Walk:
-    """What one pass over the records found.
+class Walk:
+    """One pass over the records, as far as they are good.
 
     Attributes:
         tip: Behind the last good record.
@@ -73,21 +76,98 @@ class _Walk:
     matched: set[str] = field(default_factory=set)
     unfinished: int = 0
 
+    def over(self, log: BinaryIO, size: int, page: KeyPage | None, anchors: set[str]) -> None:
+        """Go from record to record, up to the end or the first that is not good."""
+        for line in chain.lines(log, 0, size):
+            self._note(page, anchors)
+            if not line.endswith(b"\n"):
+                self.unfinished = len(line)
+                break
+            try:
+                self.tip = self.tip.after(line)
+            except AuditLogError as error:
+                self.fault = error.message
+                break
+        self._note(page, anchors)
 
-Fault = tuple[int | None, str]
+    def _note(self, page: KeyPage | None, anchors: set[str]) -> None:
+        if self.tip.seq and self.tip.head in anchors:
+            self.matched.add(self.tip.head)
+        if page and page.claim.seq == self.tip.seq:
+            self.counted = self.tip
+
+    def against(self, page: KeyPage | None, secret: bytes | None, own: bool) -> Fault | None:
+        """Hold the records against the key file: it may be behind them, for a process that died, but not ahead."""
+        seq = self.tip.seq
+        if page is None:
+            return (None, "its key file is missing") if own and seq else None
+        try:
+            says = page.opened(Secrets.of(secret, page.stanzas)) if secret else page.claim
+        except AuditLogError as error:
+            return None, error.message
+        if self.fault:
+            return None
+        if says.seq > seq:
+            return seq, f"{says.seq - seq} records are missing at the end: the key file counts {says.seq}"
+        return None if self.counted == says else (None, "the key file does not fit the records")
+
+    def without(self, anchors: Sequence[str]) -> Fault | None:
+        """Say which anchor was not met."""
+        missing = [anchor for anchor in anchors if anchor not in self.matched]
+        if not missing:
+            return None
+        return None, (
+            f"the anchor {missing[0]} is not in the log: it was cut before that record, or written anew, or is "
+            f"another log"
+        )
+
+    def not_checked(self, secret: bytes | None, raw: bytes, anchors: Sequence[str]) -> Iterator[str]:
+        """Yield what this pass could not show, and what would."""
+        if secret is None and self.tip.seq:
+            yield NO_KEY
+        if not raw:
+            yield NO_KEY_FILE
+        if not anchors:
+            yield NO_ANCHOR
+        if self.unfinished:
+            yield (
+                f"the last {self.unfinished} bytes, an unfinished record: a process died writing it, or the file was "
+                f"cut there; the next append moves them to a .torn file"
+            )
+
+
+def secret_in(log: BinaryIO, size: int, keys: Keys) -> tuple[bytes | None, Fault | None]:
+    """Return a log's secret, from whichever of its records holds a wrapping that opens; or why none does."""
+    wrapped: deque[Any] = deque(maxlen=MOST_WRAPPED)
+    for line in chain.lines(log, 0, size):
+        if b'"stanzas":' in line:
+            with suppress(AuditLogError):
+                wrapped.append(chain.parse_record(line).get("stanzas"))
+    fault: Fault | None = None
+    for stanzas in reversed(wrapped):  # the latest first: after a rotation it is the one whose key is here
+        try:
+            return unwrap_secret(stanzas, keys), None
+        except DecryptionError as error:
+            fault = fault or (None, f"the log's key does not open: {error.message}")
+    return None, fault or (None, "no record holds the log's wrapped key")
 
 
 def _checked(
     log: BinaryIO, size: int, raw: bytes, keys: Keys | None, anchors: Sequence[str], own: bool
 ) -> AuditVerification:
-    page, page_fault = _page(raw)
-    secret, secret_fault = _secret(_wrapped(log, size), keys) if keys and size else (None, None)
-    walk = _walk(log, size, chain.first_tip(secret), page, set(anchors))
+    page, page_fault = None, None
+    try:
+        page = KeyPage.parse(raw) if raw else None
+    except AuditLogError as error:
+        page_fault = None, error.message
+    secret, secret_fault = secret_in(log, size, keys) if keys and size else (None, None)
+    walk = Walk(chain.first_tip(secret))
+    walk.over(log, size, page, set(anchors))
     faults: list[Fault | None] = [
         (walk.tip.seq, f"record {walk.tip.seq}: {walk.fault}") if walk.fault else None,
         secret_fault,
-        page_fault or _page_against(walk, page, secret, own),
-        _missing(anchors, walk),
+        page_fault or walk.against(page, secret, own),
+        walk.without(anchors),
     ]
     bad_seq, reason = next((fault for fault in faults if fault), (None, None))
     return AuditVerification(
@@ -97,94 +177,5 @@ def _checked(
         reason=reason,
         head=walk.tip.head if walk.tip.seq else None,
         anchors_matched=tuple(anchor for anchor in anchors if anchor in walk.matched),
-        not_checked=tuple(_not_checked(walk, secret, raw, anchors)),
+        not_checked=tuple(walk.not_checked(secret, raw, anchors)),
     )
-
-
-def _walk(log: BinaryIO, size: int, tip: chain.Tip, page: KeyPage | None, anchors: set[str]) -> _Walk:
-    walk = _Walk(tip)
-    for line in chain.lines(log, 0, size):
-        _note(walk, page, anchors)
-        if not line.endswith(b"\n"):
-            walk.unfinished = len(line)
-            break
-        try:
-            walk.tip = walk.tip.after(line)
-        except AuditLogError as error:
-            walk.fault = error.message
-            break
-    _note(walk, page, anchors)
-    return walk
-
-
-def _note(walk: _Walk, page: KeyPage | None, anchors: set[str]) -> None:
-    if walk.tip.seq and walk.tip.head in anchors:
-        walk.matched.add(walk.tip.head)
-    if page and page.claim.seq == walk.tip.seq:
-        walk.counted = walk.tip
-
-
-def _page(raw: bytes) -> tuple[KeyPage | None, Fault | None]:
-    try:
-        return (KeyPage.parse(raw) if raw else None), None
-    except AuditLogError as error:
-        return None, (None, error.message)
-
-
-def _wrapped(log: BinaryIO, size: int) -> list[Any]:
-    """Return the wrapped secrets of the records that carry one, latest first."""
-    found: deque[Any] = deque(maxlen=MOST_WRAPPED)
-    for line in chain.lines(log, 0, size):
-        if b'"stanzas":' in line:
-            with suppress(AuditLogError):
-                found.append(chain.parse_record(line).get("stanzas"))
-    return list(reversed(found))
-
-
-def _secret(wrapped: Sequence[Any], keys: Keys) -> tuple[bytes | None, Fault | None]:
-    """Return the log's secret, from whichever wrapping opens; or why none does."""
-    fault: Fault | None = None
-    for stanzas in wrapped:
-        try:
-            return unwrap_secret(stanzas, keys), None
-        except DecryptionError as error:
-            fault = fault or (None, f"the log's key does not open: {error.message}")
-    return None, fault or (None, "no record holds the log's wrapped key")
-
-
-def _page_against(walk: _Walk, page: KeyPage | None, secret: bytes | None, own: bool) -> Fault | None:
-    seq = walk.tip.seq
-    if page is None:
-        return (None, "its key file is missing") if own and seq else None
-    try:
-        says = page.opened(Secrets.of(secret, page.stanzas)) if secret else page.claim
-    except AuditLogError as error:
-        return None, error.message
-    if walk.fault:
-        return None
-    if says.seq > seq:
-        return seq, f"{says.seq - seq} records are missing at the end: the key file counts {says.seq}"
-    return None if walk.counted == says else (None, "the key file does not fit the records")
-
-
-def _missing(anchors: Sequence[str], walk: _Walk) -> Fault | None:
-    missing = [anchor for anchor in anchors if anchor not in walk.matched]
-    if not missing:
-        return None
-    return None, (
-        f"the anchor {missing[0]} is not in the log: it was cut before that record, or written anew, or is another log"
-    )
-
-
-def _not_checked(walk: _Walk, secret: bytes | None, raw: bytes, anchors: Sequence[str]) -> Iterator[str]:
-    if secret is None and walk.tip.seq:
-        yield NO_KEY
-    if not raw:
-        yield NO_KEY_FILE
-    if not anchors:
-        yield NO_ANCHOR
-    if walk.unfinished:
-        yield (
-            f"the last {walk.unfinished} bytes, an unfinished record: a process died writing it, or the file was cut "
-            f"there; the next append moves them to a .torn file"
-        )

@@ -1,4 +1,4 @@
-"""The local key file: where root keys are kept unless the user keeps them elsewhere."""
+"""The local key file: the root keys of a home whose user keeps them nowhere else."""
 
 import base64
 import contextlib
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.errors import KeyUnavailableError, ValidationError, nearest
+from tensafe_nb.store.disk import Files
+from tensafe_nb.store.keys.private import changing, publish, read_versioned
 from tensafe_nb.store.keys.sources import Root, decode_root
-from tensafe_nb.store.private_files import locked, publish, read_versioned
 
 
 class KeyFile:
@@ -21,8 +22,11 @@ class KeyFile:
     that is there but cannot be used raises; nothing ever puts a new one in its place.
     """
 
-    def __init__(self, folder: Path, tenant: str, announce: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, tenant: str, announce: Callable[[str], None], files: Files | None = None
+    ) -> None:
         self.path = folder / "local-keys.json"
+        self._files = files or Files()
         self._tenant = tenant
         self._announce = announce
         self._seen = False
@@ -59,7 +63,12 @@ class KeyFile:
         self._index(self._read() or [], key_id)
         with self._changing() as entries:
             at = self._index(entries, key_id)
-            _refuse_while_needed(key_id, needed(key_id))
+            if artifacts := needed(key_id):
+                shown = ", ".join(artifacts[:3]) + (", …" if len(artifacts) > 3 else "")
+                raise ValidationError(
+                    f"The key {key_id} is still needed by {len(artifacts)} artifact(s): {shown}. "
+                    f"Rotate or delete them first; a forgotten key never comes back."
+                )
             del entries[at]
 
     def _index(self, entries: Sequence[tuple[str, Root]], key_id: str) -> int:
@@ -88,7 +97,7 @@ class KeyFile:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[list[tuple[str, Root]]]:
-        with locked(self.path.with_suffix(".lock")):
+        with changing(self.path, self._files):
             before = self._read()
             if before is None and self._seen:
                 raise KeyUnavailableError(
@@ -98,7 +107,7 @@ class KeyFile:
             entries = list(before or [])
             yield entries
             if entries != before:
-                publish(self.path, _encode(entries), fresh=before is None)
+                publish(self.path, encoded(entries), self._files, fresh=before is None)
 
     def _read(self) -> list[tuple[str, Root]] | None:
         try:
@@ -106,7 +115,7 @@ class KeyFile:
             if content is None:
                 return None
             self._seen = True
-            return [_entry(item) for item in content["keys"]]
+            return [entry_of(item) for item in content["keys"]]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
             raise KeyUnavailableError(
                 f"The key file {self.path} is damaged. Bring it back from your backup; it is left as it is, "
@@ -114,7 +123,12 @@ class KeyFile:
             ) from err
 
 
-def _entry(item: Mapping[str, Any]) -> tuple[str, Root]:
+def entry_of(item: Mapping[str, Any]) -> tuple[str, Root]:
+    """Return a tenant and its root, as `encoded` wrote them.
+
+    Raises:
+        ValueError: They are not; so do KeyError, TypeError and OverflowError.
+    """
     tenant, retired = item["tenant"], item["retired"]
     root = Root(decode_root(item["root"]), "file", created_at=float(item["created_at"]), retired=retired)
     if root.key_id != item["key_id"] or not isinstance(tenant, str) or not isinstance(retired, bool):
@@ -122,7 +136,8 @@ def _entry(item: Mapping[str, Any]) -> tuple[str, Root]:
     return tenant, root
 
 
-def _encode(entries: Sequence[tuple[str, Root]]) -> bytes:
+def encoded(entries: Sequence[tuple[str, Root]]) -> bytes:
+    """Return the key file's content: everything that opens a checkpoint, in a form that a person can back up."""
     keys = [
         {
             "key_id": root.key_id,
@@ -134,12 +149,3 @@ def _encode(entries: Sequence[tuple[str, Root]]) -> bytes:
         for tenant, root in entries
     ]
     return json.dumps({"version": 1, "keys": keys}, indent=1).encode()
-
-
-def _refuse_while_needed(key_id: str, artifacts: Sequence[str]) -> None:
-    if artifacts:
-        shown = ", ".join(artifacts[:3]) + (", …" if len(artifacts) > 3 else "")
-        raise ValidationError(
-            f"The key {key_id} is still needed by {len(artifacts)} artifact(s): {shown}. "
-            f"Rotate or delete them first; a forgotten key never comes back."
-        )

@@ -18,6 +18,7 @@ from typing import Any
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
 from tensafe_nb.errors import DecryptionError, KeyUnavailableError, ValidationError
+from tensafe_nb.store.disk import Files
 from tensafe_nb.store.keys.key_file import KeyFile
 from tensafe_nb.store.keys.sources import (
     HKDF_ONLY,
@@ -79,6 +80,7 @@ class Keys:
         tenant: Whose keys; the same root gives every tenant another key.
         passphrase: Instead of TENSAFE_PASSPHRASE and of asking.
         announce: Told once when a key was made, with what to back up.
+        files: How the disk is touched.
 
     Raises:
         ValidationError: No such source.
@@ -97,13 +99,14 @@ class Keys:
         tenant: str = "local",
         passphrase: str | None = None,
         announce: Callable[[str], None] = logger.warning,
+        files: Files | None = None,
     ) -> None:
         if source not in (None, *SOURCES):
             raise ValidationError(f"There is no key source {source!r}. Known: {', '.join(SOURCES)}.")
         self._given_source = source
         self._tenant = tenant
-        self._file = KeyFile(folder, tenant, announce)
-        self._passphrase = Passphrase(folder, passphrase, may_ask=source == "passphrase")
+        self._file = KeyFile(folder, tenant, announce, files)
+        self._passphrase = Passphrase(folder, passphrase, may_ask=source == "passphrase", files=files)
 
     @functools.cached_property
     def source(self) -> str:
@@ -142,7 +145,9 @@ class Keys:
         if not held:
             raise self._unavailable([stanza["kek_id"] for stanza in stanzas])
         for stanza, root in held:
-            with contextlib.suppress(InvalidUnwrap):
+            with contextlib.suppress(
+                InvalidUnwrap
+            ):  # AES-KW checks itself: a wrong key or a flipped bit says so
                 return aes_key_unwrap(self._wrapping_key(root), bytes.fromhex(stanza["wrapped"]))
         raise refused("key")
 
@@ -233,6 +238,7 @@ class Keys:
         return None
 
     def _wrapping_key(self, root: Root) -> bytes:
+        # the tenant is in the label: what one tenant wraps, another's key from the same root does not open
         return derive(root.secret, f"TSNB1/kek/{self._tenant}")
 
     def _info(self, root: Root, current: Root | None) -> KeyInfo:

@@ -1,6 +1,6 @@
 """Root keys, and two places they come from: the environment and a passphrase. The third is `key_file.py`.
 
-A root is named by a hash of itself, whatever source it came from, wraps nothing itself (`keys.py` derives from it),
+A root is named by a hash of itself, whatever source it came from, wraps nothing itself (`keyring.py` derives from it),
 and appears in no message and no repr.
 """
 
@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from tensafe_nb.errors import KeyUnavailableError
-from tensafe_nb.store.private_files import locked, publish, read_versioned
+from tensafe_nb.store.disk import Files
+from tensafe_nb.store.keys.private import changing, publish, read_versioned
 
 HKDF_ONLY: Mapping[str, Any] = {"name": "HKDF-SHA256"}
 SCRYPT: Mapping[str, Any] = {"n": 2**17, "r": 8, "p": 1}  # 128 MiB and half a second
@@ -31,7 +32,11 @@ MAKE_ONE = 'python -c "import base64, os; print(base64.b64encode(os.urandom(32))
 
 
 def derive(secret: bytes, label: str) -> bytes:
-    """Return the 32-byte subkey of a secret for one purpose (HKDF-SHA256, RFC 5869)."""
+    """Return the 32-byte subkey of a secret for one purpose (HKDF-SHA256, RFC 5869).
+
+    Each use of a secret has a label, and so a key, of its own: what one of them gives away opens nothing else. There is
+    no salt, since every secret is 32 random bytes, or scrypt's, which had one.
+    """
     return HKDF(SHA256(), 32, salt=None, info=label.encode()).derive(secret)
 
 
@@ -47,10 +52,16 @@ class Root:
 
     @property
     def key_id(self) -> str:
+        # 64 bits of a one-way subkey: they name the root and say nothing about it
         return f"key-{derive(self.secret, 'TSNB1/key-id')[:8].hex()}"
 
 
 def decode_root(text: str) -> bytes:
+    """Return the 32 bytes of a root in base64.
+
+    Raises:
+        ValueError: It is not that.
+    """
     secret = base64.b64decode(text, validate=True)
     if len(secret) != 32:
         raise ValueError(f"it holds {len(secret)} bytes")
@@ -84,7 +95,8 @@ class Passphrase:
     noticed before anything is sealed with it. Artifacts carry their salt, so losing that file loses nothing.
     """
 
-    def __init__(self, folder: Path, given: str | None, *, may_ask: bool) -> None:
+    def __init__(self, folder: Path, given: str | None, *, may_ask: bool, files: Files | None = None) -> None:
+        self._files = files or Files()
         self._path = folder / "passphrase.json"
         self._given = given
         self._may_ask = may_ask
@@ -131,7 +143,8 @@ class Passphrase:
     def matching(self, kdf: Mapping[str, Any], key_id: str, *, ask: bool) -> Root | None:
         """Return the root of these parameters if it is the named one; a passphrase typed wrong is dropped."""
         with self._lock:
-            if not self._at_hand and not (ask and self._may_ask):
+            at_hand = (self._given, self._asked, os.environ.get("TENSAFE_PASSPHRASE")) != (None, None, None)
+            if not at_hand and not (ask and self._may_ask):
                 return None
             root = self._derive(kdf, confirm=False)
             if root.key_id != key_id:
@@ -139,31 +152,28 @@ class Passphrase:
                 return None
             return root
 
-    @property
-    def _at_hand(self) -> bool:
-        return self._given is not None or self._asked is not None or "TENSAFE_PASSPHRASE" in os.environ
-
     def _set_up(self) -> Root:
         root = self._derive({"name": "scrypt", "salt": os.urandom(16).hex(), **SCRYPT}, confirm=True)
         content = {"version": 1, "key_id": root.key_id, "kdf": dict(root.kdf), "created_at": time.time()}
         try:
-            with locked(self._path.with_suffix(".lock")):
-                publish(self._path, json.dumps(content, indent=1).encode(), fresh=True)
+            with changing(self._path, self._files):
+                publish(self._path, json.dumps(content, indent=1).encode(), self._files, fresh=True)
         except FileExistsError:
             return self.primary()  # another process was first: its salt counts
         return root
 
     def _derive(self, kdf: Mapping[str, Any], *, confirm: bool) -> Root:
+        # the same letters come composed from one keyboard and decomposed from another
         text = unicodedata.normalize("NFC", self._text(confirm=confirm))
         known = (text, kdf["salt"], kdf["n"], kdf["r"], kdf["p"])
         if known not in self._roots:
-            self._roots[known] = Root(_scrypt(text, kdf), "passphrase", kdf=dict(kdf))
+            self._roots[known] = Root(stretched(text, kdf), "passphrase", kdf=dict(kdf))
         return self._roots[known]
 
     def _text(self, *, confirm: bool) -> str:
         text = self._given if self._given is not None else os.environ.get("TENSAFE_PASSPHRASE")
         if text is None:
-            text = self._asked = self._asked or _ask(confirm=confirm)
+            text = self._asked = self._asked or ask_passphrase(confirm=confirm)
         if not text:
             raise KeyUnavailableError("The passphrase is empty. Set TENSAFE_PASSPHRASE, or pass one.")
         if not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
@@ -189,7 +199,12 @@ def check_scrypt(kdf: Any) -> None:
         raise ValueError("n is a power of two")
 
 
-def _scrypt(text: str, kdf: Mapping[str, Any]) -> bytes:
+def stretched(text: str, kdf: Mapping[str, Any]) -> bytes:
+    """Return the 32 bytes that scrypt makes of a passphrase: each guess costs a thief as much time and memory.
+
+    Raises:
+        KeyUnavailableError: There is not that much memory.
+    """
     salt = bytes.fromhex(kdf["salt"])
     try:
         return Scrypt(salt, 32, n=kdf["n"], r=kdf["r"], p=kdf["p"]).derive(text.encode())
@@ -198,8 +213,15 @@ def _scrypt(text: str, kdf: Mapping[str, Any]) -> bytes:
         raise KeyUnavailableError(f"The passphrase needs {needed} MiB of memory to become a key.") from err
 
 
-def _ask(*, confirm: bool) -> str:
-    if not (sys.stdin and sys.stdin.isatty()) and not _in_notebook():
+def ask_passphrase(*, confirm: bool) -> str:
+    """Ask whoever sits at the terminal or the notebook.
+
+    Raises:
+        KeyUnavailableError: Nobody does, or the two answers differ.
+    """
+    ipython = sys.modules.get("IPython")
+    in_notebook = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    if not in_notebook and not (sys.stdin and sys.stdin.isatty()):
         raise _no_passphrase()
     try:
         text = getpass.getpass("Passphrase of your checkpoints: ")
@@ -208,11 +230,6 @@ def _ask(*, confirm: bool) -> str:
     except (EOFError, OSError, NotImplementedError) as err:  # the last: a kernel whose front end cannot ask
         raise _no_passphrase() from err
     return text
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def _no_passphrase() -> KeyUnavailableError:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tensafe_nb.store.disk import Draft, Files, disk_errors, locked, make_folder, sweep_drafts
+from tensafe_nb.locks import held
+from tensafe_nb.store.disk import Draft, Files, disk_errors, make_folder, sweep_drafts
 from tensafe_nb.store.keys.keyring import Keys
 from tensafe_nb.store.sealed.envelope import content_hash, open_sealed, seal
 from tensafe_nb.store.sealed.rotation import replay, rotate
@@ -50,7 +51,7 @@ class SealedTables:
             with disk_errors("lock the privacy ledger"):
                 if not self._folder.is_dir():
                     make_folder(self._files, self._folder)
-            with locked(self._folder / ".lock", exclusive=True):
+            with held(self._folder / ".lock", exclusive=True):
                 self._depth += 1
                 try:
                     replay(self._files, self._folder)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import tensafe_nb as tn
 from tensafe_nb import data
-from tensafe_nb.data.layouts import canonical, messages_of
+from tensafe_nb.data.layouts import canonical
+from tensafe_nb.data.messages import messages_of
 
 ASK = {"role": "user", "content": "How far is the moon?"}
 TELL = {"role": "assistant", "content": "384,400 km."}

@@ -65,7 +65,7 @@ ODD = {
     "not a number": float("nan"),
     "a long double": np.longdouble(0.5),
     "long doubles": np.zeros(2, np.longdouble),
-    "no date": np.datetime64("nat"),
+    "no date": np.datetime64("nat", "s"),
     "objects": np.array([Unspeakable(), 1], dtype=object),
     "a structure": np.zeros(1, dtype=[("a", "i4")]),
     "a tensor": torch.zeros(2),

@@ -39,7 +39,7 @@ def injected(home: Path) -> Iterator[None]:
         patch.setattr(
             artifacts_of, "secrets", SimpleNamespace(token_hex=lambda count: f"{next(artifacts):032x}")
         )
-        patch.setattr(draws, "_coins", lambda count, rate: coins.random(count) < rate)
+        patch.setattr(draws, "coins", lambda count, rate: coins.random(count) < rate)
         yield
 
 

@@ -8,6 +8,7 @@ anything in between. That is what POSIX promises and no more.
 import errno
 import io
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,6 +65,10 @@ class Counted(Files):
         self.tick("replace", target)
         super().replace(source, target)
 
+    def link(self, source: Path, target: Path) -> None:
+        self.tick("link", target)
+        super().link(source, target)
+
     def unlink(self, path: Path) -> None:
         self.tick("unlink", path)
         super().unlink(path)
@@ -77,7 +82,7 @@ class Counted(Files):
 
 class TickingFile(io.FileIO):
     def __init__(self, path: Path, mode: str, disk: Counted) -> None:
-        super().__init__(path, mode)
+        super().__init__(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600))
         self._disk = disk
 
     def write(self, data: Any, /) -> int:
@@ -160,6 +165,10 @@ class CutDisk(Counted):
     def replace(self, source: Path, target: Path) -> None:
         super().replace(source, target)
         self._change("move", target, source, self._inodes[source])
+
+    def link(self, source: Path, target: Path) -> None:
+        super().link(source, target)
+        self._change("appear", target, None, self._inodes[source])
 
     def unlink(self, path: Path) -> None:
         super().unlink(path)
@@ -248,4 +257,5 @@ def _made(folder: Path, state: dict[Path, bytes | None]) -> Path:
             (folder / path).mkdir()
         else:
             (folder / path).write_bytes(content)
+            (folder / path).chmod(0o600)
     return folder

@@ -1,6 +1,7 @@
 """Killed, cut off from power, out of space, shared: what was promised is there, and nothing is half there."""
 
 import errno
+import itertools
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tensafe_nb.errors import ArtifactNotFoundError, StorageError
+from tensafe_nb.errors import ArtifactNotFoundError, KeyUnavailableError, StorageError
 from tensafe_nb.store.artifacts.artifacts import ArtifactStore
 from tensafe_nb.store.disk import DRAFTS, Files
 from tensafe_nb.store.keys.keyring import Keys
@@ -416,3 +417,46 @@ def test_of_two_that_delete_the_same_artifact_one_is_told(tmp_path: Path, keys: 
     saved = lives.save(ArtifactStore(folder_in(tmp_path), keys), 0)
     with pytest.raises(ArtifactNotFoundError, match="a moment ago"):
         ArtifactStore(folder_in(tmp_path), keys, files=Late()).delete(saved)
+
+
+# Keys
+
+
+def keys_on(root: Path, files: Files | None = None) -> Keys:
+    return Keys(root / "keys", announce=lambda text: None, files=files)
+
+
+def make_a_key(tmp_path: Path, there: int, disk_type: type[CutDisk]) -> None:
+    """Make a key beside those that are there, on a disk that loses power at each step, and look at what is left."""
+    base = tmp_path / "base"
+    base.mkdir()
+    before = [keys_on(base).new().key_id for _ in range(there)]
+    for at in itertools.count():
+        root = Path(shutil.copytree(base, tmp_path / f"disk-{at}"))
+        disk, promised = disk_type(root, at), set[str]()
+        with suppress(PowerCut):
+            promised.add(keys_on(root, disk).new().key_id)
+        for left in disk.leftovers(tmp_path / f"left-{at}"):
+            found = [info.key_id for info in keys_on(left).infos()]
+            assert found[:there] == before and promised <= set(found), "a key is lost"
+            assert len(found) <= there + 1
+            keys_on(left).new()
+            assert not list((left / "keys").glob(DRAFTS)), "half a key is left lying about"
+        if promised:
+            assert at >= 5
+            return
+
+
+@pytest.mark.parametrize("there", [0, 1], ids=["the first", "another"])
+def test_a_power_cut_while_a_key_is_made_leaves_the_keys_of_before_or_of_after(
+    tmp_path: Path, there: int
+) -> None:
+    make_a_key(tmp_path, there, CutDisk)
+
+
+@pytest.mark.parametrize("disk_type", [WithoutFileSync, WithoutFolderSync])
+def test_the_check_of_keys_fails_where_something_is_not_synced(
+    tmp_path: Path, disk_type: type[CutDisk]
+) -> None:
+    with pytest.raises((AssertionError, KeyUnavailableError), match=r"lost|damaged"):
+        make_a_key(tmp_path, 1, disk_type)

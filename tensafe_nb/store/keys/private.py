@@ -1,19 +1,15 @@
-"""Small private files that are never half-written: the key file, the record of a passphrase."""
+"""Private files of the keys folder: read only while nobody else can, replaced whole."""
 
-import contextlib
 import json
 import os
-import secrets
-import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from tensafe_nb.errors import KeyUnavailableError, StorageError
-from tensafe_nb.store.disk import Files
-
-if sys.platform != "win32":
-    import fcntl
+from tensafe_nb.locks import held
+from tensafe_nb.store.disk import Draft, Files, make_folder, sweep_drafts
 
 
 def read_private(path: Path) -> bytes | None:
@@ -52,53 +48,42 @@ def read_versioned(path: Path) -> Any:
     return content
 
 
-def publish(path: Path, data: bytes, *, fresh: bool) -> None:
+@contextmanager
+def changing(path: Path, files: Files) -> Iterator[None]:
+    """Keep other processes from changing a private file; on Windows only `fresh` files are so guarded.
+
+    Raises:
+        StorageError: The folder cannot be made, or not be written to.
+    """
+    lock = path.with_suffix(".lock")
+    with ExitStack() as stack:
+        try:
+            if not path.parent.is_dir():
+                make_folder(files, path.parent)
+            stack.enter_context(held(lock, exclusive=True))
+            sweep_drafts(files, path.parent)
+            for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a crash of version 0.1
+                files.unlink(left)
+        except OSError as err:
+            raise _unwritable(lock, err) from err
+        yield
+
+
+def publish(path: Path, data: bytes, files: Files, *, fresh: bool) -> None:
     """Write a private file so that it is never seen half-written and survives a crash.
 
     Raises:
         FileExistsError: `fresh`, and another process was first.
         StorageError: It could not be written; what was there is intact.
     """
-    temp = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        _write_synced(temp, data)
-        if fresh:
-            os.link(temp, path)  # unlike a rename, never replaces
-        else:
-            temp.replace(path)
-        Files().fsync_folder(path.parent)
+        with Draft(files, path.parent) as draft:
+            draft.file.write(data)
+            draft.publish(path, fresh=fresh)
     except FileExistsError:
         raise
     except OSError as err:
         raise _unwritable(path, err) from err
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep other processes from changing keys at the same time; on Windows only `fresh` files are so guarded."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as err:
-        raise _unwritable(path, err) from err
-    try:
-        if sys.platform != "win32":
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            for left_by_a_crash in path.parent.glob(f"{path.stem}.json.*.tmp"):
-                left_by_a_crash.unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _unwritable(path: Path, err: OSError) -> StorageError:

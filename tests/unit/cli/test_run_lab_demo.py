@@ -44,7 +44,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_it_trains_shows_its_progress_and_says_where_the_history_is(run: Run) -> None:
     status, out, err = run(SFT, "--eval", "heldout.jsonl")
     run_id = re.search(r"run (tc-\w+/1) FINISHED after 4 steps", out)[1]
-    assert status == 0
+    assert status == 0, err
     assert err.splitlines()[-1].startswith(f"{run_id} step 4/4 loss=")
     history = tn.load_run(run_id).history
     assert f"  eval/loss                {history['eval/loss'][-1]:.6g}\n" in out
@@ -54,7 +54,7 @@ def test_it_trains_shows_its_progress_and_says_where_the_history_is(run: Run) ->
 def test_it_reinforces(run: Run) -> None:
     sums = tn.datasets.sums(4, seed=0)
     status, out, err = run(RLVR, "--eval", "heldout.jsonl", rows=sums)
-    assert status == 0
+    assert status == 0, err
     assert re.search(r"FINISHED after [012] steps\n(  .*\n)*  eval/reward +\d", out)
     assert "step 2/2 reward=" in err
 
