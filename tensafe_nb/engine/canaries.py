@@ -89,7 +89,7 @@ def audit(config: TrainingConfig, canaries: int, steps: int) -> PrivacyAudit:
     engine = canary_engine(config, canaries)
     included = np.random.default_rng().random(canaries) < 0.5
     for step in range(steps):
-        engine.forward_backward(_batch(np.flatnonzero(included), step), resolve_loss(readout))
+        engine.forward_backward(canary_batch(np.flatnonzero(included), step), resolve_loss(readout))
         engine.optim_step()
     unit = dp.max_grad_norm / config.expected_units
     weights = engine.model.causal.readout.weight.detach()[0].double().numpy()
@@ -120,7 +120,8 @@ def readout(outputs: Any, batch: Any) -> Tensor:
     return rows
 
 
-def _batch(tokens: Array, step: int) -> BatchData:
+def canary_batch(tokens: Array, step: int) -> BatchData:
+    """Return one row of one token for each canary, with the ticket of a whole draw."""
     ids = tokens[:, None]
     return BatchData(
         ids,

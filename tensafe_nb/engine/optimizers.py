@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,24 @@ class Optimizer:
     def clear(self) -> None:
         """Drop the gradients."""
         self.torch.zero_grad(set_to_none=True)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return what the optimiser remembers, by "state.<number of the parameter>.<name>"."""
+        state = self.torch.state_dict()["state"]
+        return {
+            f"state.{number}.{name}": value
+            for number, values in state.items()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def restore_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Let the optimiser remember this, and nothing else."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in moments.items():
+            _, number, name = key.split(".", 2)
+            state.setdefault(int(number), {})[name] = value
+        self.torch.load_state_dict({"state": state, "param_groups": self.torch.state_dict()["param_groups"]})
 
 
 def build(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

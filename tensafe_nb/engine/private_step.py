@@ -121,7 +121,7 @@ class PrivateStep:
         try:
             self.window.join(loss)
             tally = Tally(loss.declares.prenormalised)
-            units = self._admit(batch, loss)
+            units = self.admit(batch, loss)
             if units:
                 self.gradients.add_up(batch, units, loss, self.sum, tally, tick)
             self.window.add(tally)
@@ -133,7 +133,7 @@ class PrivateStep:
         grad_norm = self.sum.norm / self._expected_units
         return ForwardBackwardResult(loss_value, grad_norm, labelled, tally.metrics, tally.weight)
 
-    def _admit(self, batch: BatchData, loss: Loss) -> list[Array]:
+    def admit(self, batch: BatchData, loss: Loss) -> list[Array]:
         """Return the rows of each unit, having checked that they may be here."""
         numbers, names, unit = self._number(batch)  # (B,)
         if self._participants and unit != self._unit:

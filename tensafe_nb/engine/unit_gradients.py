@@ -100,7 +100,7 @@ class UnitGradients:
             tally: Takes the values of the loss.
             tick: Called before each piece.
         """
-        way, done = self._choose(batch, units, loss), 0
+        way, done = self.way_of(batch, units, loss), 0
         with self._dropout_of(batch):
             for piece in self._pieces(units, batch.shape[1], one_by_one=way is None):
                 tick(done, len(batch))
@@ -220,7 +220,7 @@ class UnitGradients:
 
     # which way
 
-    def _choose(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> PerExampleGradients | None:
+    def way_of(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> PerExampleGradients | None:
         """Return the way to tell this loss's gradients apart: probed once, and then kept."""
         key = key_of(loss)
         if key in self.chosen:
@@ -230,11 +230,14 @@ class UnitGradients:
                 f"The loss {as_given(loss.name)} compares each row with all others of the batch: no row's gradient is "
                 f"its own, so that clipping would bound nothing. Choose another loss under differential privacy."
             )
-        longest = max(units[1:], key=lambda unit: int(batch.attention_mask[unit].sum()), default=units[0])
+        longest = max(units[1:], key=lambda unit: int(batch.attention_mask[unit].sum()), default=None)
+        if longest is None:
+            return None  # nothing to compare with yet: it is taken one at a time, which needs no probe
         probe = [units[0], longest]
-        if probe[0] is probe[1] or not self._are_finite(batch, probe, loss):
-            # nothing to compare with yet: this batch is taken one at a time, which needs no probe
-            return None
+        with torch.no_grad():
+            values = self._evaluated(batch, np.concatenate(probe), loss).values
+        if not bool(values.isfinite().all()):
+            return None  # nor is there in this batch
         way = self._probed(batch, probe, loss)
         if way is None and self._way is not None:
             logger.warning("%s is trained one example at a time: exact, and slower", loss.name)
@@ -245,10 +248,6 @@ class UnitGradients:
         if not self._tells_rows_apart(batch, units, loss):
             return None
         return self._way if self._way is not None and self._agrees(self._way, batch, units, loss) else None
-
-    @torch.no_grad()
-    def _are_finite(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:
-        return bool(self._evaluated(batch, np.concatenate(units), loss).values.isfinite().all())
 
     @torch.no_grad()
     def _tells_rows_apart(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from tensafe_nb.registry import Registry, check_keywords, name_of
 LossFunction: TypeAlias = Callable[..., "Tensor | Mapping[str, Any]"]
 ALWAYS_ALLOWED = frozenset(
     {"example_ids", "unit_ids", "record_id", TICKET}
-)  # travel with a batch, no loss reads them
+)  # travel along, no loss reads them
 RESERVED = frozenset({"loss", "grad_norm", "learning_rate", "param_delta_norm"})  # curves every step has
 RETURNED = frozenset({"loss", "metrics", "weight"})
 
@@ -40,10 +40,6 @@ class LossValue(NamedTuple):
     total: Tensor
     weight: float
     metrics: dict[str, float]
-
-
-class _Declared(Protocol):
-    declares: "Declaration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,7 @@ class Loss:
         Raises:
             ValidationError: Groups that are not whole, entries that are missing or would be dropped silently.
         """
-        self._check_call()
+        self.check_call()
         if len(batch) % self.declares.group:
             raise ValidationError(
                 f"The loss {as_given(self.name)} takes rows in groups of {self.declares.group}, one after the other; "
@@ -121,9 +117,10 @@ class Loss:
             return LossValue(value.sum(), float(rows), metrics)
         if self.declares.prenormalised:
             return LossValue(value, 1.0, metrics)
-        weight = self._weight(
-            answer.get("weight", rows if self.declares.per == "row" else len(batch["labels"]))
-        )
+        counted = rows if self.declares.per == "row" else len(batch["labels"])
+        weight = self._number(answer.get("weight", counted), "the weight")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise self._refusal(f"the weight {weight}", "it must be a finite number ≥ 0")
         return LossValue(value * weight, weight, metrics)
 
     def row_values(
@@ -142,7 +139,8 @@ class Loss:
         bound = ", ".join(f"{name}={value!r}" for name, value in self.kwargs.items())
         return f"<Loss {self.name}({bound})>"
 
-    def _check_call(self) -> None:
+    def check_call(self) -> None:
+        """Refuse keywords that are missing, or more than the function takes."""
         try:
             signature = inspect.signature(self.function)
         except ValueError:  # some functions written in C do not tell theirs
@@ -195,12 +193,6 @@ class Loss:
         return {
             name: self._number(metric, f"the metric {as_given(name)}") for name, metric in metrics.items()
         }
-
-    def _weight(self, weight: object) -> float:
-        number = self._number(weight, "the weight")
-        if not (math.isfinite(number) and number >= 0):
-            raise self._refusal(f"the weight {number}", "it must be a finite number ≥ 0")
-        return number
 
     def _number(self, value: object, what: str) -> float:
         if isinstance(value, Tensor) and value.numel() == 1:

@@ -156,7 +156,7 @@ class LossOutputs:
         if not torch.is_grad_enabled():
             return torch.cat([values_of(*chunk) for chunk in _chunks(hidden, self._labels, rows)])
         if self._head_is_frozen:
-            return _GradientInForward.apply(hidden, self._labels, values_of, rows)  # type: ignore[no-any-return, no-untyped-call]
+            return GradientInForward.apply(hidden, self._labels, values_of, rows)  # type: ignore[no-any-return, no-untyped-call]
         again = partial(checkpoint, values_of, use_reentrant=False)
         return torch.cat([again(*chunk) for chunk in _chunks(hidden, self._labels, rows)])
 
@@ -179,10 +179,10 @@ def chunk_rows(vocab_size: int, width: int, head_is_frozen: bool) -> int:
 
 def label_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Return (N,) log-probabilities of the labels from logits (N, V) that are divided by the temperature."""
-    return _LabelLogprobs.apply(logits if temperature == 1 else logits / temperature, labels)  # type: ignore[no-any-return, no-untyped-call]
+    return LabelLogprobs.apply(logits if temperature == 1 else logits / temperature, labels)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _LabelLogprobs(torch.autograd.Function):
+class LabelLogprobs(torch.autograd.Function):
     """log softmax at the labels, whose gradient, one-hot − softmax, is written once: two tensors of V, not four."""
 
     @staticmethod
@@ -199,7 +199,7 @@ class _LabelLogprobs(torch.autograd.Function):
         return scores.exp().mul_(-slopes).scatter_add_(1, places, slopes), None
 
 
-class _GradientInForward(torch.autograd.Function):
+class GradientInForward(torch.autograd.Function):
     """Values of each position with their gradient by its hidden state, (N, D), computed while its logits are there.
 
     As exact as keeping the logits, and no slower: value i depends on state i alone, so its gradient only has to be

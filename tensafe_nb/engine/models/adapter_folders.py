@@ -113,7 +113,7 @@ class AdapterFolder:
         if asked is None:
             return lora
         typed = asked.model_fields_set
-        differing = [name for name in sorted(typed - {"dropout"}) if not _agree(name, asked, lora, layers_of)]
+        differing = [name for name in sorted(typed - {"dropout"}) if not agree(name, asked, lora, layers_of)]
         if differing:
             both = "; ".join(
                 f"{name}={getattr(asked, name)!r} asked for, {getattr(lora, name)!r} in the adapter"
@@ -151,9 +151,10 @@ class AdapterFolder:
         return found
 
 
-def _agree(
+def agree(
     name: str, asked: LoRAConfig, lora: LoRAConfig, layers_of: Callable[[LoRAConfig], set[str]]
 ) -> bool:
+    """Whether a field that was asked for says what the adapter says; of layers, whether it names the same ones."""
     if name in (
         "target_modules",
         "exclude_modules",
@@ -179,9 +180,9 @@ def adapter_in(source: str, locate: Callable[[str], str]) -> AdapterFolder | Non
     path = Path(source)
     if not (path / CONFIG).is_file():
         return None
-    facts = _facts(path)
-    lora = _lora(path, facts)
-    base, revision = _base(path, facts, locate)
+    facts = facts_in(path)
+    lora = lora_in(path, facts)
+    base, revision = base_of(path, facts, locate)
     own_tokenizer = any((path / name).is_file() for name in TOKENIZERS)
     return AdapterFolder(path, base, revision, lora, own_tokenizer)
 
@@ -192,7 +193,7 @@ def announced(model_ref: str, asked: LoRAConfig | None) -> LoRAConfig | None:
     if not (path / CONFIG).is_file():
         return asked
     try:
-        lora = _lora(path, _facts(path))
+        lora = lora_in(path, facts_in(path))
         return (
             lora if asked is None else lora.replace(**{n: getattr(asked, n) for n in asked.model_fields_set})
         )
@@ -200,7 +201,12 @@ def announced(model_ref: str, asked: LoRAConfig | None) -> LoRAConfig | None:
         return asked
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def facts_in(path: Path) -> dict[str, Any]:
+    """Return what PEFT wrote about an adapter.
+
+    Raises:
+        ModelLoadError: It cannot be read.
+    """
     try:
         facts = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -212,7 +218,7 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _lora(path: Path, facts: Mapping[str, Any]) -> LoRAConfig:
+def lora_in(path: Path, facts: Mapping[str, Any]) -> LoRAConfig:
     """Return an adapter's configuration in our words, every field of it understood or refused."""
     import peft
 
@@ -263,7 +269,7 @@ def _refused(path: Path, reason: str) -> ModelLoadError:
     )
 
 
-def _base(path: Path, facts: Mapping[str, Any], locate: Callable[[str], str]) -> tuple[str, str | None]:
+def base_of(path: Path, facts: Mapping[str, Any], locate: Callable[[str], str]) -> tuple[str, str | None]:
     """Return the base of an adapter: a path as it is, or seen from the adapter's folder, or a hub id."""
     named = facts.get("base_model_name_or_path")
     whole = (path / "config.json").is_file() and any(

@@ -36,10 +36,10 @@ class FusedLinear(lora.Linear):  # type: ignore[misc]
         if not plain or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
             return super().forward(x)  # type: ignore[no-any-return]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoRA.apply(x, base.weight, base.bias, a, b, self.scaling[name], self.sink)  # type: ignore[no-any-return, no-untyped-call]
+        return LoRAFunction.apply(x, base.weight, base.bias, a, b, self.scaling[name], self.sink)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _LoRA(torch.autograd.Function):
+class LoRAFunction(torch.autograd.Function):
     """x Wᵀ + c + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv:2106.09685), computed in the type of the frozen W."""
 
     @staticmethod
@@ -71,14 +71,14 @@ class _LoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], a.shape[1])
         if ctx.sink is not None:
-            _hand_over(ctx, len(gradient), slopes, low_slopes, rows, low)
+            hand_over_rows(ctx, len(gradient), slopes, low_slopes, rows, low)
             return to_x, *[None] * 6
         if ctx.needs_input_grad[2]:
             to_bias = slopes.sum(0)
         return to_x, None, to_bias, low_slopes.T @ rows, (low.T @ slopes).T, None, None
 
 
-def _hand_over(ctx: Any, count: int, *flat: Tensor) -> None:
+def hand_over_rows(ctx: Any, count: int, *flat: Tensor) -> None:
     """Give the sink the gradients of bias, A and B of each of a batch's rows (Bu et al. 2022, arXiv:2210.00038)."""
     slopes, low_slopes, rows, low = (tensor.view(count, -1, tensor.shape[-1]) for tensor in flat)  # (B, T, …)
     bias, a, b = ctx.trained

@@ -21,9 +21,10 @@ logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTINS = ("builtin:sums", "builtin:tiny")
-GLOBAL_RANDOM = (
-    threading.Lock()
-)  # torch has one global random stream: who seeds it and draws from it takes turns
+READ_PAST_LAYERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Architectures whose fast kernels take `out_proj.weight` itself, past a layer's adapter: PEFT refuses to adapt it."""
+# torch has one global random stream: who seeds it and draws from it takes turns
+GLOBAL_RANDOM = threading.Lock()
 LOADING = threading.Lock()  # transformers patches torch while it loads: two loads at once corrupt each other
 
 
@@ -120,10 +121,10 @@ def load(config: TrainingConfig) -> LoadedModel:
         ModelLoadError: No such model, or it cannot be loaded; the message says what to do.
         ValidationError: The adapter does not fit the model.
     """
-    device = _device(config.device)
+    device = device_of(config.device)
     with LOADING:
-        source = _found(config.model_ref)
-        adapter = adapter_folders.adapter_in(source, _found)
+        source = readable(config.model_ref)
+        adapter = adapter_folders.adapter_in(source, readable)
         base, revision = (source, None) if adapter is None else (adapter.base, adapter.revision)
         named = config.model_ref if adapter is None else base
         causal = reading.read(named, base, config.ignore_weights, revision)
@@ -133,17 +134,18 @@ def load(config: TrainingConfig) -> LoadedModel:
     lora = config.lora_config
     if adapter is not None:
         lora = adapter.merged_with(lora, lambda asked: layers_of(asked, causal))
-    brought = _embeddings_in(weights, causal)
-    grown = _resize(causal, tokenizer, max(brought.values(), default=0), config)
-    dtype = _dtype(config, device)
+    brought = embeddings_in(weights, causal)
+    grown = resize_embeddings(causal, tokenizer, max(brought.values(), default=0), config)
+    dtype = compute_dtype_of(config, device)
     causal = causal.to(device=device, dtype=torch.float32 if lora is None else dtype)
-    peft = None if lora is None else _add_adapter(causal, lora, config.seed)
+    peft = None if lora is None else add_adapter(causal, lora, config.seed)
     if peft is not None and adapter is not None:
-        _fill(peft, weights, adapter.path)
+        fill_adapter(peft, weights, adapter.path)
     causal.eval()
-    split = _probe(causal, device, dtype, config.model_ref)
+    split = is_split(causal, device, dtype, config.model_ref)
+    saved = () if lora is None else lora.modules_to_save
     if grown and lora is not None:
-        _warn_of_frozen_rows(causal, grown)
+        warn_of_frozen_rows(causal, grown)
     return LoadedModel(
         causal,
         peft,
@@ -151,23 +153,20 @@ def load(config: TrainingConfig) -> LoadedModel:
         device,
         dtype,
         split,
-        _value_head(causal, device) if config.value_head else None,
+        value_head_for(causal, device) if config.value_head else None,
         lora,
         continued=adapter is not None,
-        own_embeddings=bool(grown) or not all(_is_saved(name, lora) for name in brought),
+        own_embeddings=bool(grown) or not all(any(_ends(name, each) for each in saved) for name in brought),
     )
 
 
-def _found(model_ref: str) -> str:
+def readable(model_ref: str) -> str:
+    """Return the folder of a model, or the hub id by which it can be read."""
     source = locate(model_ref)
-    return source if Path(source).is_dir() else _at_hand(source)
+    return source if Path(source).is_dir() else at_hand(source)
 
 
-READ_PAST_LAYERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
-"""Architectures whose fast kernels take `out_proj.weight` itself, past a layer's adapter: PEFT refuses to adapt it."""
-
-
-def _value_head(causal: Any, device: torch.device) -> nn.Linear:
+def value_head_for(causal: Any, device: torch.device) -> nn.Linear:
     """Return a head that says 0 everywhere before it is trained, in fp32."""
     width = causal.get_output_embeddings().weight.shape[1]
     with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]):
@@ -210,7 +209,7 @@ def locate(model_ref: str) -> str:
     return model_ref
 
 
-def _at_hand(hub_id: str) -> str:
+def at_hand(hub_id: str) -> str:
     """Return where a model of the hub can be read: the hub id, or the folder of an earlier download.
 
     An adapter is small, and its folder is what is looked into: it is downloaded whole.
@@ -224,7 +223,7 @@ def _at_hand(hub_id: str) -> str:
     )
 
     try:
-        if not _hub_answers():
+        if not hub_answers():
             return str(snapshot_download(hub_id, local_files_only=True))
     except HFValidationError:
         return hub_id  # no name that the hub could have: reading the model will say so
@@ -241,7 +240,7 @@ def _at_hand(hub_id: str) -> str:
         return hub_id
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Ask once and quickly: the hub's own client would retry for a minute before it says that there is no network."""
     import httpx
     from huggingface_hub import constants
@@ -255,7 +254,12 @@ def _hub_answers() -> bool:
     return True
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device of this name; "auto" takes an accelerator where there is one.
+
+    Raises:
+        ModelLoadError: torch sees no such device.
+    """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "mps") else "cpu"
@@ -268,10 +272,10 @@ def _device(name: str) -> torch.device:
 
 def is_cpu(name: str) -> bool:
     """Whether the device of this name ("auto" included) is the processor."""
-    return name == "cpu" or (name == "auto" and _device(name).type == "cpu")
+    return name == "cpu" or (name == "auto" and device_of(name).type == "cpu")
 
 
-def _dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+def compute_dtype_of(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """fp32 for the built-ins; else bf16 compute where the hardware multiplies bf16 matrices."""
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -290,7 +294,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _settings(lora: LoRAConfig, causal: Any) -> Any:
+def peft_config_of(lora: LoRAConfig, causal: Any) -> Any:
     """Return a configuration in PEFT's words."""
     import peft
 
@@ -324,8 +328,8 @@ def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:
     """Return the names of the layers that a configuration adapts, by PEFT's own rules, and of the experts."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    settings = _maybe_include_all_linear_layers(_settings(lora, causal), causal)
-    layers = {name for name in _layers(causal) if check_target_module_exists(settings, name)}
+    settings = _maybe_include_all_linear_layers(peft_config_of(lora, causal), causal)
+    layers = {name for name in adaptable_layers(causal) if check_target_module_exists(settings, name)}
     experts = (name for name, p in causal.named_parameters() if p.ndim == 3 and ".experts." in name)
     every = lora.target_modules == "all-linear"
     return layers | {
@@ -333,7 +337,7 @@ def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:
     }
 
 
-def _layers(causal: Any) -> dict[str, Any]:
+def adaptable_layers(causal: Any) -> dict[str, Any]:
     """Return what can be adapted: every module with a matrix of its own."""
     return {
         name: module
@@ -342,13 +346,18 @@ def _layers(causal: Any) -> dict[str, Any]:
     }
 
 
-def _add_adapter(causal: Any, lora: LoRAConfig, seed: int) -> Any:
+def add_adapter(causal: Any, lora: LoRAConfig, seed: int) -> Any:
+    """Put a fresh adapter on a model, whose `nn.Linear` layers get ours; return PEFT's wrapper.
+
+    Raises:
+        ValidationError: It does not fit the model.
+    """
     import peft
 
     from tensafe_nb.engine.models.fused_lora import FusedLinear
 
-    _check_adapter(causal, lora)
-    settings = _settings(lora, causal)
+    check_adapter(causal, lora)
+    settings = peft_config_of(lora, causal)
     settings._register_custom_module({nn.Linear: FusedLinear})
     with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -359,11 +368,11 @@ def _add_adapter(causal: Any, lora: LoRAConfig, seed: int) -> Any:
             raise ValidationError(
                 f"LoRAConfig does not fit this model: {reading.first_line(error)}"
             ) from error
-    _train_in_float32(causal)
+    train_in_float32(causal)
     return adapted
 
 
-def _fill(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
+def fill_adapter(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
     """Give an adapter the weights of a folder, all of them.
 
     Raises:
@@ -395,19 +404,13 @@ def _fill(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
         peft.set_peft_model_state_dict(adapted, weights)
 
 
-def _is_saved(name: str, lora: LoRAConfig | None) -> bool:
-    return lora is not None and any(
-        name == module or name.endswith(f".{module}") for module in lora.modules_to_save
-    )
-
-
 def embeddings_of(causal: Any) -> dict[str, Any]:
     """Return the embedding and the head by their names."""
     ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
     return {name: module for name, module in causal.named_modules() if any(module is end for end in ends)}
 
 
-def _embeddings_in(weights: Mapping[str, Tensor], causal: Any) -> dict[str, int]:
+def embeddings_in(weights: Mapping[str, Tensor], causal: Any) -> dict[str, int]:
     """Return the rows of the embedding, and of the head, that an adapter brings, by their names."""
     kept = {
         name: weights.get(
@@ -419,7 +422,7 @@ def _embeddings_in(weights: Mapping[str, Tensor], causal: Any) -> dict[str, int]
     return {name: len(weight) for name, weight in kept.items() if weight is not None}
 
 
-def _resize(causal: Any, tokenizer: Any, brought: int, config: TrainingConfig) -> int:
+def resize_embeddings(causal: Any, tokenizer: Any, brought: int, config: TrainingConfig) -> int:
     """Give a model rows for its tokenizer's tokens, or for what its adapter brings; return how many are new."""
     rows = len(causal.get_input_embeddings().weight)
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -430,12 +433,12 @@ def _resize(causal: Any, tokenizer: Any, brought: int, config: TrainingConfig) -
         with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             causal.resize_token_embeddings(wanted, mean_resizing=False)
-        _begin_as_the_mean(causal, rows)
+        begin_as_the_mean(causal, rows)
     return max(0, wanted - rows)
 
 
 @torch.no_grad()
-def _begin_as_the_mean(causal: Any, rows: int) -> None:
+def begin_as_the_mean(causal: Any, rows: int) -> None:
     """Let new rows begin as the mean of the others, with a hundredth of their spread so that no two are equal.
 
     So a new token is neither likelier nor less likely than the others are on average. numpy's stream is the same on
@@ -456,7 +459,8 @@ def too_few_rows(tokens: int, rows: int) -> str:
     )
 
 
-def _warn_of_frozen_rows(causal: Any, grown: int) -> None:
+def warn_of_frozen_rows(causal: Any, grown: int) -> None:
+    """Say that new rows of the embedding stay as they began, where nothing trains them."""
     ends = embeddings_of(causal)
     if not any(p.requires_grad for module in ends.values() for p in module.parameters()):
         names = [name.rpartition(".")[2] for name in ends]
@@ -468,7 +472,7 @@ def _warn_of_frozen_rows(causal: Any, grown: int) -> None:
         )
 
 
-def _train_in_float32(causal: Any) -> None:
+def train_in_float32(causal: Any) -> None:
     """Keep what is trained in fp32, adapters and the biases that are trained along."""
     for module in causal.modules():
         own = list(module.parameters(recurse=False))
@@ -479,11 +483,11 @@ def _train_in_float32(causal: Any) -> None:
                     parameter.data = parameter.data.float()
 
 
-def _check_adapter(causal: Any, lora: LoRAConfig) -> None:
+def check_adapter(causal: Any, lora: LoRAConfig) -> None:
     """Refuse names that the model does not have, and ranks that are larger than the layers that they are for."""
     from peft.utils.other import get_pattern_key
 
-    layers = _layers(causal)
+    layers = adaptable_layers(causal)
     names = {name.rpartition(".")[2] for name in layers}
     if not lora.target_modules:
         raise ValidationError("LoRAConfig.target_modules is empty: name at least one layer, or 'all-linear'.")
@@ -530,7 +534,7 @@ def _ends(name: str, target: str) -> bool:
 
 
 @torch.no_grad()
-def _probe(causal: Any, device: torch.device, dtype: torch.dtype, model_ref: str) -> bool:
+def is_split(causal: Any, device: torch.device, dtype: torch.dtype, model_ref: str) -> bool:
     """Look once, on three tokens, what is at hand; return whether its logits are plainly head(body(x)).
 
     Raises:

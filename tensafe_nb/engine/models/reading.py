@@ -63,11 +63,11 @@ def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str 
     where = {} if revision is None else {"revision": revision}
     folder = Path(source) if Path(source).is_dir() else None
     if folder is not None:
-        _refuse_incomplete(model_ref, folder)
+        refuse_incomplete(model_ref, folder)
     with _refusals(model_ref, folder):
         facts = PreTrainedConfig.get_config_dict(source, **where)[0]
-        _refuse_kind(model_ref, facts)
-        with quiet_if(folder is not None), without_report(), _without_adapter(source) as whole:
+        refuse_kind(model_ref, facts)
+        with quiet_if(folder is not None), without_report(), without_adapter(source) as whole:
             causal, info = AutoModelForCausalLM.from_pretrained(
                 whole,
                 dtype=torch.float32,
@@ -78,7 +78,7 @@ def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str 
             )
     check_report(model_ref, info, ignore, facts)
     if folder is not None:
-        _refuse_integers(model_ref, folder)
+        refuse_integers(model_ref, folder)
         source = str(folder.absolute())
     causal.name_or_path = causal.config._name_or_path = (
         source  # of which an exported adapter says that it is its base
@@ -128,7 +128,7 @@ def check_report(
     found = []
     if missing:
         found.append(
-            f"{_count(missing, 'weight')} of the model {_are(missing)} not in it: {listed(missing)}."
+            f"{_count(missing, 'weight')} of the model {'are' if missing[1:] else 'is'} not in it: {listed(missing)}."
         )
     if mismatched:
         shapes = [f"{name} {there} there, {here} by config.json" for name, there, here in mismatched]
@@ -140,7 +140,7 @@ def check_report(
     found += list(info["error_msgs"])
     raise ModelLoadError(
         f"The model {model_ref!r} could not be loaded as it is. {' '.join(found)} "
-        f"{_advice(missing, unexpected, mismatched, facts)} Nothing is made up in its place.",
+        f"{advice_on(missing, unexpected, mismatched, facts)} Nothing is made up in its place.",
         details={"missing": missing, "unexpected": unexpected, "mismatched": mismatched},
     )
 
@@ -159,14 +159,14 @@ def refuse_not_finite(model_ref: str, causal: Any) -> None:
     )
 
 
-def _advice(
+def advice_on(
     missing: Sequence[str],
     unexpected: Sequence[str],
     mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
     facts: Mapping[str, Any],
 ) -> str:
     """Return what is the matter, as far as the names tell, and what to do about it."""
-    prefix = _prefix(missing, unexpected)
+    prefix = common_prefix(missing, unexpected)
     if prefix is not None:
         source = next((what for start, what in WRAPPERS.items() if prefix.startswith(start)), None)
         return (
@@ -204,7 +204,7 @@ def _advice(
     return f"If the model is meant to do without them, say so: TrainingConfig(ignore_weights={patterns})."
 
 
-def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+def common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
     """Return what stands before most of the missing names in the file."""
     for name in sorted(missing, key=len, reverse=True):
         for there in unexpected:
@@ -230,22 +230,21 @@ def _count(names: Sequence[str], noun: str) -> str:
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''}"
 
 
-def _are(names: Sequence[str]) -> str:
-    return "are" if len(names) > 1 else "is"
-
-
 def _has(names: Sequence[str]) -> str:
     return "have" if len(names) > 1 else "has"
 
 
-def _refuse_incomplete(model_ref: str, folder: Path) -> None:
+def refuse_incomplete(model_ref: str, folder: Path) -> None:
     """Say what a folder lacks before transformers says it in its own words."""
     names = {path.name for path in folder.iterdir()}
     if "config.json" not in names:
         raise ModelLoadError(f"The folder {model_ref!r} holds no config.json. {_instead(folder, names)}")
-    pointers = sorted(
-        name for name in names if name.endswith((".safetensors", ".bin")) and _is_pointer(folder / name)
-    )
+    large = sorted(folder / name for name in names if name.endswith((".safetensors", ".bin")))
+    pointers = [
+        file.name
+        for file in large
+        if file.stat().st_size <= LONGEST_POINTER and file.read_bytes().startswith(b"version https://git-lfs")
+    ]
     if pointers:
         raise ModelLoadError(
             f"The folder {model_ref!r} was cloned without its large files: {listed(pointers)} only says where they "
@@ -273,12 +272,6 @@ def _refuse_incomplete(model_ref: str, folder: Path) -> None:
         raise ModelLoadError(f"The folder {model_ref!r} holds no weights. {_instead(folder, names)}")
 
 
-def _is_pointer(file: Path) -> bool:
-    if file.stat().st_size > LONGEST_POINTER:
-        return False
-    return file.read_bytes().startswith(b"version https://git-lfs")
-
-
 def _instead(folder: Path, names: set[str]) -> str:
     """Return what to do with a folder that is no model."""
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
@@ -301,7 +294,7 @@ def _instead(folder: Path, names: set[str]) -> str:
     )
 
 
-def _refuse_kind(model_ref: str, facts: Mapping[str, Any]) -> None:
+def refuse_kind(model_ref: str, facts: Mapping[str, Any]) -> None:
     """Refuse what is no causal language model with weights of its own, by what config.json says."""
     quantised = facts.get("quantization_config")
     if quantised:
@@ -329,7 +322,7 @@ def _refuse_kind(model_ref: str, facts: Mapping[str, Any]) -> None:
     )
 
 
-def _refuse_integers(model_ref: str, folder: Path) -> None:
+def refuse_integers(model_ref: str, folder: Path) -> None:
     """Refuse weights that are stored as whole numbers: read as they are, they would be another model."""
     from safetensors import safe_open
 
@@ -353,18 +346,9 @@ def _refusals(model_ref: str, folder: Path | None) -> Iterator[None]:
     """Turn what transformers raises into an error that says what to do."""
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
+    except FOREIGN as error:
         raise ModelLoadError(
-            f"The model {model_ref!r} could not be loaded: {_told(error, model_ref, folder)}"
+            f"The model {model_ref!r} could not be loaded: {explained(error, folder)}"
         ) from error
     except Exception as error:  # torch raises one of a module that is not imported here
         if type(error).__name__ != "UnpicklingError":
@@ -375,7 +359,8 @@ def _refusals(model_ref: str, folder: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _told(error: Exception, model_ref: str, folder: Path | None) -> str:
+def explained(error: Exception, folder: Path | None) -> str:
+    """Return what an error of transformers means for whoever named the model, and what to do."""
     text = str(error)
     if isinstance(error, SafetensorError):
         return f"a file of weights is damaged or cut off: {first_line(error)} Fetch or save the model again."
@@ -420,7 +405,7 @@ def without_report() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_adapter(source: str) -> Iterator[str]:
+def without_adapter(source: str) -> Iterator[str]:
     """Let transformers see a folder without the adapter in it, which it would put on in its own way."""
     folder = Path(source)
     if not (folder / "adapter_config.json").is_file():

@@ -88,11 +88,12 @@ def fits(model: LoadedModel, cache: Any) -> bool:
     if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a sliding window, for one
         return False
     if model.causal not in _same:
-        _same[model.causal] = _says_the_same(model)
+        _same[model.causal] = says_the_same(model)
     return _same[model.causal]
 
 
-def _says_the_same(model: LoadedModel) -> bool:
+def says_the_same(model: LoadedModel) -> bool:
+    """Try a step on two rows, one of them padded, beside transformers' own."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.causal.config)

@@ -255,7 +255,7 @@ def test_state_space_models_are_sampled_as_they_are_scored(
 @pytest.mark.parametrize("shape", [name for name in CONFIGS if not name.startswith("mamba")])
 def test_other_shapes_keep_their_cache(shape: str, tmp_path: Path) -> None:
     model = load(saved(tmp_path / "m", CONFIGS[shape]()))
-    assert decoding._cache_works(model)
+    assert decoding.cache_works(model)
 
 
 def test_an_export_that_fails_leaves_nothing_and_says_why(
