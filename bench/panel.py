@@ -15,9 +15,8 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.events import Event, Metrics
 from tensafe_nb.history.log import RunHistory
-from tensafe_nb.protocol.results import TrainingClientInfo
 from tensafe_nb.widgets.feed.feed import Feed
-from tensafe_nb.widgets.feed.flusher import View
+from tensafe_nb.widgets.feed.flusher import Flusher
 from tensafe_nb.widgets.live.dashboard import Dashboard
 from tensafe_nb.widgets.still.snapshot import Snapshot
 
@@ -32,7 +31,6 @@ class Source:
     config = TrainingConfig()
     marks: tuple[str, ...] = ()
     steerable = True
-    runs = ()
     step = 0
 
     def __init__(self, folder: str) -> None:
@@ -42,11 +40,8 @@ class Source:
     def history(self) -> RunHistory:
         return self.bus.history
 
-    def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
-        return self.bus.subscribe(subscriber, after)
-
-    def refresh(self) -> TrainingClientInfo:
-        return TrainingClientInfo(self.training_client_id, "builtin:tiny", "READY", self.step, 0, 0.0, None)
+    def watch(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
+        return self.bus.subscribe(subscriber)
 
     def measure(self) -> None:
         self.step += 1
@@ -54,7 +49,7 @@ class Source:
         self.bus.publish(Metrics(step=self.step, values=values))
 
 
-class Idle(View):
+class Idle(Flusher):
     """A view that never flushes by itself."""
 
     def wake(self, member: Any, *, urgent: bool = False) -> None: ...
@@ -71,7 +66,7 @@ def _mounted() -> Iterator[tuple[Source, Dashboard, list[int]]]:
             len(json.dumps(content, separators=(",", ":"))) + sum(len(part) for part in buffers or ())
         )
         source.measure()
-        panel._on_message(panel, {"t": "hello", "v": 1, "n": 0, "mount": True}, None)
+        panel.receive(panel, {"t": "hello", "v": 1, "n": 0, "mount": True}, None)
         panel.flush()
         yield source, panel, sizes
         panel.close()
@@ -104,7 +99,7 @@ def slow_down() -> Row:
         plain, shown = workload.tiny_client(service), workload.tiny_client(service)
         panel = Dashboard(shown)
         panel.send = lambda content, buffers=None: json.dumps(content)  # type: ignore[method-assign]
-        panel._on_message(panel, {"t": "hello", "v": 1, "n": 0, "mount": True}, None)
+        panel.receive(panel, {"t": "hello", "v": 1, "n": 0, "mount": True}, None)
         taken = paired(lambda: _train(shown, batch), lambda: _train(plain, batch), seconds=60, at_least=10)
     return Row(
         what=f"{STEPS} steps with an open panel, whose messages are made and written as JSON",

@@ -1,7 +1,6 @@
 """What a notebook holds: a TrainingClient, whose every verb queues an operation and returns a handle."""
 
 import asyncio
-import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from tensafe_nb.checks import checked
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
-from tensafe_nb.errors import ClientClosedError, ValidationError
+from tensafe_nb.display import settle, widgets
+from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.history.log import RunHistory
@@ -26,10 +26,10 @@ from tensafe_nb.protocol.results import (
     ClientStatus,
     DPMetrics,
     SaveStateResult,
+    StateSource,
     StepEstimate,
     TrainingClientInfo,
 )
-from tensafe_nb.registry import load_dotted
 from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
 from tensafe_nb.runs.loop import Batch, Loop
@@ -41,7 +41,7 @@ from tensafe_nb.verbs import Verbs
 R = TypeVar("R")
 
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
-Fork = Callable[[Channel, TrainingConfig, Callable[[], str]], "TrainingClient"]
+Fork = Callable[[TrainingConfig, StateSource], "TrainingClient"]
 
 
 class TrainingClient(Verbs):
@@ -64,8 +64,8 @@ class TrainingClient(Verbs):
         self._channel, self._fork, self._transport = channel, fork, transport
         self._runs: list[TrainingRun] = []
         self._outstanding = Outstanding()
-        self._subscriptions = Subscriptions(channel.bus.subscribe)
-        weakref.finalize(self, channel.abandon).atexit = False  # there, the transport closes what is left
+        self._subscriptions = Subscriptions(channel.subscribe)
+        weakref.finalize(self, channel.detach).atexit = False  # there, the transport closes what is left
 
     @checked
     def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
@@ -85,10 +85,11 @@ class TrainingClient(Verbs):
                     f"fork: {field} cannot change: the state would not fit. Create a new client for it."
                 )
         config = self.config.change(**changes)
+        parent = self.training_client_id
         if artifact_id is not None:
-            return self._fork(self._channel, config, lambda: artifact_id)
+            return self._fork(config, StateSource(artifact_id=artifact_id, parent=parent))
         saved = self.save_state(metadata={"reason": "fork"})
-        return self._fork(self._channel, config, lambda: saved.result().artifact_id)
+        return self._fork(config, StateSource(future_id=saved.future_id, parent=parent))
 
     @checked
     def delete_checkpoint(self, artifact_id: str) -> None:
@@ -213,7 +214,7 @@ class TrainingClient(Verbs):
         Raises:
             ValidationError: This client trains without differential privacy.
         """
-        self._channel.loaded.wait()
+        self.ready().exception()
         return self._channel.privacy_statement()
 
     @checked
@@ -266,7 +267,7 @@ class TrainingClient(Verbs):
             epochs=epochs,
             expected_batch_size=expected_batch_size,
             dataset_size=dataset_size,
-            parameters=self._channel.trained_parameters or None,
+            parameters=self._channel.info().trained_parameters or None,
         )
 
     @checked
@@ -339,7 +340,7 @@ class TrainingClient(Verbs):
         run = TrainingRun(self, loop, len(self._runs) + 1, planned_steps, checkpoints, resume_from)
         self._runs.append(run)
         if show:
-            load_dotted("tensafe_nb.widgets:show_run")(run)
+            widgets().show_run(run)
         return run.start()
 
     @property
@@ -367,12 +368,12 @@ class TrainingClient(Verbs):
     @property
     def step(self) -> int:
         """Optimiser steps taken."""
-        return self._channel.step
+        return self._channel.info().step
 
     @property
     def policy_version(self) -> int:
         """Version of the weights; every change of them counts one up."""
-        return self._channel.policy_version
+        return self._channel.info().policy_version
 
     @property
     def dp_metrics(self) -> DPMetrics | None:
@@ -399,40 +400,41 @@ class TrainingClient(Verbs):
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer; waits for the model to be loaded."""
-        self._channel.loaded.wait()
-        return self._channel.loaded.outcome()
+        return self._channel.tokenizer()
 
     @property
     def context(self) -> int | None:
         """How many tokens the model reads at most, if there is a limit; waits for the model to be loaded."""
-        self._channel.loaded.wait()
-        self._channel.loaded.outcome()
-        return self._channel.context
+        return self.ready().result().context
 
     def refresh(self) -> TrainingClientInfo:
         """Read the core's state now."""
         return self._channel.info()
 
-    async def ready(self) -> None:
-        """Wait until the model is loaded.
+    def ready(self) -> FutureHandle[TrainingClientInfo]:
+        """Return a handle that ends when the model is loaded: await it, or ask for its `result()`.
 
-        Raises:
-            ModelLoadError: It could not be loaded.
+        It fails with a `ModelLoadError` where the model cannot be loaded. Cancelling it has no effect.
         """
-        await self._channel.loaded.wait_async()
-        self._channel.loaded.outcome()
+        return self._channel.ready()
 
     @checked
     def wait_for_step(self, timeout: float) -> bool:
         """Wait so many seconds until `step` is known, which a restored client reads from its state; return if it is."""
-        return self._channel.starts_afresh or self._channel.loaded.wait(timeout)
+        if self._channel.info().source is None:
+            return True
+        try:
+            self.ready().exception(timeout)
+        except FutureTimeoutError:
+            return False
+        return True
 
     # events
 
     @property
     def history(self) -> RunHistory:
         """Every metric as a curve, every event by number; outlives the process."""
-        return self._channel.bus.history
+        return self._channel.history
 
     def events(self, after: int = 0) -> AsyncIterator[Event]:
         """Iterate over what happened since event number `after`, then over what happens, until the client is closed."""
@@ -460,30 +462,34 @@ class TrainingClient(Verbs):
         Returns:
             A function that ends the subscription.
         """
-        return self._channel.bus.subscribe(subscriber)
+        return self._channel.subscribe(subscriber)
 
     @checked
     def publish(self, event: Event) -> Event:
-        """Record an event of your own in the history, for instance Metrics."""
-        return self._channel.bus.publish(event)
+        """Record an event of your own in the history: `Metrics` with a `run_id`, `Alarm`, or what else a run tells.
+
+        Raises:
+            ValidationError: An event that only the core can tell.
+        """
+        return self._channel.publish(event)
 
     def sync_events(self) -> None:
         """Put every recorded event on the disk."""
-        self._channel.bus.sync()
+        self._channel.sync()
 
     # how it looks in a notebook
 
     @checked
     def dashboard(self, sections: Sequence[str] | None = None) -> Any:
         """Return the live panel of this client, a widget; or one with only some sections: see `widgets.Dashboard`."""
-        return load_dotted("tensafe_nb.widgets:panel")(self, sections)
+        return widgets().panel(self, sections)
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
-        return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+        return widgets().mimebundle(self)
 
     def _mime_(self) -> tuple[str, str]:
         """Return what marimo shows."""
-        shown: tuple[str, str] = load_dotted("tensafe_nb.widgets:mime")(self)
+        shown: tuple[str, str] = widgets().mime(self)
         return shown
 
     # the end
@@ -495,9 +501,8 @@ class TrainingClient(Verbs):
         self._channel.close()
         for run in self._runs:
             run.join(timeout=JOIN_SECONDS)
-        self._channel.bus.close()
-        if "tensafe_nb.widgets" in sys.modules:  # something may be showing this client: let it show the end
-            load_dotted("tensafe_nb.widgets:settle")(self)
+        self._channel.hang_up()
+        settle(self)
 
     def __enter__(self) -> Self:
         return self

@@ -6,9 +6,11 @@ carry no colours of their own, so they are readable in any theme, and every text
 
 import dataclasses
 import html
+import importlib
 import itertools
 import re
 import reprlib
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 C = TypeVar("C", bound=type)
 T = TypeVar("T")
 Facts = Mapping[str, object]
+WIDGETS = "tensafe_nb.widgets"
 LONGEST = 200  # characters of a value
 MOST_ROWS = 50  # of a listing
 FEW = 8  # items that are shown one by one
@@ -33,6 +36,20 @@ def shown(cls: C) -> C:
         cls.__repr__ = line_of_fields  # type: ignore[assignment]
     cls._repr_html_ = lambda self: table(type(self).__name__, self._facts())  # type: ignore[attr-defined]
     return cls
+
+
+def widgets() -> Any:
+    """Return the module of the widgets, which is imported when something is first shown: a first cell stays light.
+
+    This is the one door from what a user holds to how a page shows it.
+    """
+    return importlib.import_module(WIDGETS)
+
+
+def settle(ended: Any) -> None:
+    """Let whatever may be showing a client or a run show its end; nothing does before the widgets are imported."""
+    if WIDGETS in sys.modules:
+        widgets().settle(ended)
 
 
 def fields_of(value: Any) -> dict[str, object]:

@@ -1,7 +1,8 @@
-"""What happens to a training client, as records: its core numbers them, its log keeps them."""
+"""The events of a training client: its core numbers them, its log keeps them, and whoever watches is told."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,13 @@ import numpy as np
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.codec import tagged
+from tensafe_nb.protocol.results import ClientStatus, RunStatus
+
+
+def check_status(event: str, status: object, known: type[StrEnum]) -> None:
+    """Refuse, before it is written, what no reader of the log would know."""
+    if status not in list(known):
+        raise ValidationError(f"{event}: {as_given(status)} is none of {', '.join(known)}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +81,9 @@ class StatusChanged(Event):
     status: str
     reason: str | None = None
 
+    def __post_init__(self) -> None:
+        check_status("StatusChanged", self.status, ClientStatus)
+
 
 @tagged("client_created")
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +126,7 @@ class RunState(Event):
         reason: Why it came to that, where it is not as planned.
         done: Where it stands in its plan, in steps of its own; None in logs of version 0.1.
         taken: Optimiser steps it has taken, those that a rollback gave up among them; None in logs of version 0.1.
+        curve: The metric to watch; None in logs of version 0.1.
     """
 
     run_id: str
@@ -124,6 +136,10 @@ class RunState(Event):
     reason: str | None = None
     done: int | None = None
     taken: int | None = None
+    curve: str | None = None
+
+    def __post_init__(self) -> None:
+        check_status("RunState", self.state, RunStatus)
 
 
 @tagged("run_step")
@@ -180,7 +196,15 @@ class Forked(Event):
 @tagged("rollouts")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts(Event):
-    """A step's rollouts were scored; their texts lie in `path`."""
+    """A step's rollouts were scored.
+
+    Attributes:
+        run_id: The run.
+        step: Its step.
+        rollouts: How many there are.
+        path: The file of their texts, in the folder `rollouts` beside the log; version 0.1 wrote where on its machine
+            that was. `RunHistory.rollouts_file` finds either.
+    """
 
     run_id: str
     step: int
@@ -236,3 +260,31 @@ class PrivacySpent(Event):
     projected_step: int | None = None
     refused: bool = False
     void: str | None = None
+
+
+REPORTED = (
+    Metrics,
+    RunState,
+    RunStep,
+    Rollouts,
+    Alarm,
+    MockTookPart,
+)  # what runs and producers of rollouts tell
+
+
+def check_reported(event: object) -> None:
+    """Refuse to take from a client what its core alone can know.
+
+    Raises:
+        ValidationError: Another event than those of `REPORTED`, or Metrics that say of no run to have measured them.
+    """
+    if not isinstance(event, REPORTED):
+        raise ValidationError(
+            f"publish() takes what a run tells ({', '.join(kind.__name__ for kind in REPORTED)}), not "
+            f"{type(event).__name__}: that is the core's to tell."
+        )
+    if isinstance(event, Metrics) and event.run_id is None:
+        raise ValidationError(
+            "publish(Metrics(…)) needs run_id=…, the run that measured them, or a name of your own: without one they "
+            "would pass for the core's measurements."
+        )

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +14,16 @@ from tensafe_nb.checks import checked
 from tensafe_nb.client import TrainingClient
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.display import Facts, Listing, as_given, fields_of, shown
-from tensafe_nb.errors import ClientClosedError, TrainingClientNotFoundError, ValidationError
+from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.lifetimes import before_loading
-from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification, SaveStateResult, TrainingClientInfo
+from tensafe_nb.protocol.results import (
+    AuditLogEntry,
+    AuditVerification,
+    SaveStateResult,
+    StateSource,
+    TrainingClientInfo,
+)
+from tensafe_nb.store.home import Home
 from tensafe_nb.transports.base import Channel, Transport
 
 Clients: TypeAlias = WeakValueDictionary[str, TrainingClient]
@@ -57,7 +64,7 @@ class ServiceClient:
         _let_waiting_threads_sleep()
         from tensafe_nb.transports.embedded import EmbeddedTransport
 
-        self._transport: Transport = EmbeddedTransport(key_source)
+        self._transport: Transport = EmbeddedTransport(Home.of_environment(), key_source)
         self._clients: Clients = WeakValueDictionary()
         self._closed = False
 
@@ -102,7 +109,7 @@ class ServiceClient:
         self._refuse_if_closed()
         config = self._transport.config_of(artifact_id).change(**changes)
         before_loading()
-        return self._adopt(self._transport.restore(config, lambda: artifact_id))
+        return self._adopt(self._transport.create(config, StateSource(artifact_id=artifact_id)))
 
     def _adopt(self, channel: Channel) -> TrainingClient:
         return _adopt(self._transport, self._clients, channel)
@@ -113,7 +120,7 @@ class ServiceClient:
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
         """Return the training clients that are not closed, oldest first."""
-        return Listing((channel.info() for channel in self._transport.channels()), fields_of)
+        return Listing(self._transport.list_training_clients(), fields_of)
 
     @checked
     def get_training_client(self, training_client_id: str) -> TrainingClient:
@@ -123,14 +130,7 @@ class ServiceClient:
             TrainingClientNotFoundError: This service has none of that id.
         """
         client = self._clients.get(training_client_id)
-        if client is None:
-            raise TrainingClientNotFoundError(
-                f"There is no training client {as_given(training_client_id)} in this process. Known: "
-                f"{sorted(self._clients)}. "
-                f"One that nothing refers to any more is freed: keep it in a variable. The history of earlier ones is "
-                f"in list_runs()."
-            )
-        return client
+        return self._adopt(self._transport.attach(training_client_id)) if client is None else client
 
     # artifacts
 
@@ -284,7 +284,7 @@ class ServiceClient:
         await asyncio.to_thread(self.close)
 
     def _facts(self) -> Facts:
-        clients = [channel.info() for channel in self._transport.channels()]
+        clients = self._transport.list_training_clients()
         return {
             "core": "embedded" + (", closed" if self._closed else ""),
             "training clients": len(clients),
@@ -295,7 +295,7 @@ class ServiceClient:
         }
 
     def __repr__(self) -> str:
-        return f"<ServiceClient embedded, {len(self._transport.channels())} training clients>"
+        return f"<ServiceClient embedded, {len(self._transport.list_training_clients())} training clients>"
 
 
 def _adopt(transport: Transport, clients: Clients, channel: Channel) -> TrainingClient:
@@ -306,13 +306,9 @@ def _adopt(transport: Transport, clients: Clients, channel: Channel) -> Training
 
 
 def _fork(
-    transport: Transport,
-    clients: Clients,
-    parent: Channel,
-    config: TrainingConfig,
-    artifact_id: Callable[[], str],
+    transport: Transport, clients: Clients, config: TrainingConfig, source: StateSource
 ) -> TrainingClient:
-    return _adopt(transport, clients, transport.restore(config, artifact_id, parent))
+    return _adopt(transport, clients, transport.create(config, source))
 
 
 def _row_of_artifact(artifact: SaveStateResult) -> Facts:

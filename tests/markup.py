@@ -42,7 +42,7 @@ trainer = rlvr.RLVRTrainer(
 run = trainer.run(steps=2, show=False)
 await run
 run.remark(EVIL)
-tc.publish(Metrics(step=2, values={{EVIL: 1.0, "loss": 2.0}}))
+tc.publish(Metrics(step=2, values={{EVIL: 1.0, "loss": 2.0}}, run_id=run.run_id))
 tc.publish(Alarm(run_id=run.run_id, step=2, name=EVIL, level="red", message=EVIL, remedy=EVIL))
 saved = await tc.save_state(name=EVIL, metadata={{EVIL: EVIL, "nested": [{{EVIL: EVIL}}]}})
 rlvr.register_preset(EVIL, rlvr.PPOConfig(), overwrite=True)

@@ -22,7 +22,7 @@ def add_keys(commands: Any) -> None:
 
 
 def list_keys(chosen: argparse.Namespace) -> int:
-    from tensafe_nb.store import home
+    from tensafe_nb.store.home import Home
 
     infos = opened_vault(chosen).keys.infos()
     for info in infos:
@@ -30,7 +30,7 @@ def list_keys(chosen: argparse.Namespace) -> int:
         role = "seals new artifacts" if info.primary else "retired" if info.retired else "opens"
         print(f"{info.key_id}  {info.source}  made {made}  {role}")
     print(
-        f"The key file is kept in {home.keys()}."
+        f"The key file is kept in {Home.of_environment().keys()}."
         if infos
         else "There are no keys yet: the first save makes one."
     )

@@ -11,7 +11,7 @@ from typing import Any
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import Metrics, RunState, RunStep
 from tensafe_nb.history.log import RunHistory
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 
 QUICKSTART = "01_quickstart.ipynb"
 
@@ -72,7 +72,7 @@ async def execute(client: Any) -> None:
     """Execute a notebook to its end while its progress is printed."""
     from nbclient.exceptions import CellExecutionError
 
-    watcher = asyncio.create_task(show_progress(set(home.runs().glob("*/events.jsonl"))))
+    watcher = asyncio.create_task(show_progress(set(Home.of_environment().event_logs())))
     try:
         await client.async_execute()
     except CellExecutionError as error:
@@ -86,7 +86,7 @@ async def show_progress(old: set[Path]) -> None:
     seen: dict[Path, int] = {}
     values: dict[str, float] = {}
     while True:
-        for log in sorted(set(home.runs().glob("*/events.jsonl")) - old):
+        for log in sorted(set(Home.of_environment().event_logs()) - old):
             for event in RunHistory(log).events(after=seen.get(log, 0)):
                 seen[log] = event.seq
                 report(event, values)

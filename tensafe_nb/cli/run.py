@@ -8,7 +8,7 @@ from typing import Any
 from tensafe_nb.protocol.results import RunResult, RunStatus
 from tensafe_nb.recipes.recipe import load_config
 from tensafe_nb.service import ServiceClient
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 
 
 def add_run(commands: Any) -> None:
@@ -54,5 +54,5 @@ def print_end(result: RunResult) -> None:
     print(f"run {result.run_id} {result.state} after {result.steps} steps")
     for name, value in sorted(result.metrics.items()):
         print(f"  {name:24} {value:.6g}")
-    log = home.event_log(result.run_id.partition("/")[0])
+    log = Home.of_environment().event_log(result.run_id.partition("/")[0])
     print(f"its history: tensafe_nb.load_run({result.run_id!r}).history, kept in {log}")

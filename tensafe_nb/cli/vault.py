@@ -21,6 +21,7 @@ def vault_command(commands: Any, name: str, run: Any, text: str) -> argparse.Arg
 
 def opened_vault(chosen: argparse.Namespace) -> Any:
     """Return the vault of the home folder; neither torch nor a notebook is needed to open it."""
+    from tensafe_nb.store.home import Home
     from tensafe_nb.store.vault import Vault
 
-    return Vault(chosen.keys)
+    return Vault(Home.of_environment(), chosen.keys)

@@ -52,8 +52,9 @@ class EventBus:
         with self._lock:
             self._seq += 1
             event = replace(event, seq=self._seq, time=time.time())
-            if not isinstance(event, Progress) and not self._log.closed and os.getpid() == self._pid:
-                self._write(json.dumps(encode(event), allow_nan=False) + "\n")
+            if not self._log.closed and os.getpid() == self._pid:
+                if not isinstance(event, Progress):
+                    self._write(json.dumps(encode(event), allow_nan=False) + "\n")
                 self.history.add(event)
             for subscriber in tuple(self._subscribers):
                 try:

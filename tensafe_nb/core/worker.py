@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import dropwhile
 from queue import SimpleQueue
@@ -29,6 +29,7 @@ from tensafe_nb.errors import (
     FutureCancelledError,
     FutureFailedError,
     TGTinkerError,
+    ValidationError,
 )
 from tensafe_nb.events import (
     Event,
@@ -39,15 +40,25 @@ from tensafe_nb.events import (
     OperationStarted,
     Progress,
     StatusChanged,
+    check_reported,
 )
-from tensafe_nb.futures import FutureHandle, Promise
+from tensafe_nb.futures import FutureHandle, Promise, handle_of
+from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.stream import Subscriber
 from tensafe_nb.lifetimes import collect
 from tensafe_nb.losses import Loss, resolve_loss
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.charges import LedgerLog
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.protocol.operations import Forward, ForwardBackward, Operation, SaveState
-from tensafe_nb.protocol.results import ClientStatus, FutureStatus, StepEstimate, TrainingClientInfo
+from tensafe_nb.protocol.results import (
+    ClientStatus,
+    FutureStatus,
+    SaveStateResult,
+    StateSource,
+    StepEstimate,
+    TrainingClientInfo,
+)
 from tensafe_nb.store.vault import Vault
 
 R = TypeVar("R")
@@ -57,15 +68,41 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a training client comes from, when it does not start afresh.
+    """A source, found: the state that a training client starts from.
 
     Attributes:
-        artifact_id: Waits for the id of the state to start from, if it is still being written.
-        relative: The client whose loaded base weights to share, if there is one.
+        source: As it was named.
+        relative: The client whose loaded base weights to share, if it is still there.
+        saved: The state that is still being written, where it is.
     """
 
-    artifact_id: Callable[[], str]
+    source: StateSource
     relative: "Worker | None" = None
+    saved: Promise[SaveStateResult] | None = None
+
+    @classmethod
+    def of(cls, source: StateSource, relative: "Worker | None") -> "Origin":
+        """Find what a source names.
+
+        Raises:
+            ValidationError: It names a result that is not here.
+        """
+        if source.future_id is None:
+            return cls(source, relative)
+        saved = relative.promise_of(source.future_id) if relative is not None else None
+        if saved is None:
+            raise ValidationError(
+                f"The source {source.future_id!r} of {source.parent!r} is not here any more: name the artifact that it "
+                f"saved."
+            )
+        return cls(source, relative, saved)
+
+    def artifact_id(self) -> str:
+        """Return the id of the state; waits until it is written."""
+        if self.saved is None:
+            return str(self.source.artifact_id)
+        self.saved.wait()
+        return self.saved.outcome().artifact_id
 
 
 _loaded: "weakref.WeakSet[Any]" = weakref.WeakSet()  # models of this process
@@ -75,7 +112,7 @@ class Worker:
     """Runs the operations of one training client on a thread of its own.
 
     The thread holds the worker, and the worker never the client: so a client that nobody refers to any more can be
-    told from one in use. It then says `abandon()`, as `close()` does for who wants to say when.
+    told from one in use. It then says `detach()`, as `close()` does for who wants to say when.
 
     Args:
         training_client_id: Names the thread.
@@ -104,20 +141,26 @@ class Worker:
         self._pid = os.getpid()
         self.status = ClientStatus.INITIALIZING
         self.reason: str | None = None
-        self.loaded: Promise[Any] = Promise()  # the tokenizer, once there is one
+        self._loaded: Promise[TrainingClientInfo] = Promise()
+        self._tokenizer: Any = None
+        self._model: dict[str, Any] = {}  # what there is to tell of the loaded model
         self._performer: Performer | None = None
         self._reached = (0, 0)  # step and policy version, once the engine is gone
         self._failure: TGTinkerError | None = None
         self._lane = Lane()
         self._running: Job | None = None
-        self._closing = self._abandoned = False
+        self._promises: weakref.WeakValueDictionary[str, Promise[Any]] = weakref.WeakValueDictionary()
+        self._closing = False
+        self._holders = [
+            training_client_id
+        ]  # an entry for each client at the other end: appending, popping are atomic
         self._default_loss = default_loss
         self._vault = vault
         private = config.dp_config is not None and config.dp_config.enabled
         self._auditor = Auditor(vault.audit, training_client_id, private=private)
         self._guarantee = Guarantee(ledger, config, training_client_id)
         self._ledger = ledger
-        self._origin, self.starts_afresh = origin, origin is None
+        self._origin, self._source = origin, None if origin is None else origin.source
         self._computing = threading.Lock()
         self._changing = threading.RLock()
         self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
@@ -126,9 +169,55 @@ class Worker:
         self._thread = threading.Thread(
             target=self._main, name=f"tsnb-worker-{training_client_id}", daemon=True
         )
+        self._loaded.owner = self._thread
         self._thread.start()
 
     # called from any thread
+
+    @property
+    def history(self) -> RunHistory:
+        """The log, and the curves in it."""
+        return self.bus.history
+
+    def subscribe(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:
+        """Call `subscriber(event)` on every event; see `EventBus.subscribe`."""
+        return self.bus.subscribe(subscriber, after)
+
+    def publish(self, event: Event) -> Event:
+        """Number and record what a run tells.
+
+        Raises:
+            ValidationError: An event that is the core's own to tell.
+        """
+        check_reported(event)
+        return self.bus.publish(event)
+
+    def sync(self) -> None:
+        """Put every recorded event on the disk."""
+        self.bus.sync()
+
+    def ready(self) -> FutureHandle[TrainingClientInfo]:
+        """Return a handle that ends once the model is loaded; loading cannot be cancelled."""
+        return handle_of(
+            self._loaded, "ready", self.training_client_id, TrainingClientInfo, cancel=lambda: False
+        )
+
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer; waits until the model is loaded."""
+        self._loaded.wait()
+        self._loaded.outcome()
+        return self._tokenizer
+
+    def attach(self) -> bool:
+        """Count one more client at the other end of the line; False if the end has begun."""
+        with self._changing:
+            if not self._closing:
+                self._holders.append(self.training_client_id)
+            return not self._closing
+
+    def promise_of(self, future_id: str) -> Promise[Any] | None:
+        """Return the promise of an operation, as long as somebody keeps its handle or it is to run."""
+        return self._promises.get(future_id)
 
     def submit(self, operation: Operation[R]) -> FutureHandle[R]:
         """Put an operation at the end of the lane.
@@ -139,6 +228,7 @@ class Worker:
         """
         job = Job(operation, type(operation), loss=self._loss_of(operation))
         job.promise.owner = self._thread
+        self._promises[job.future_id] = job.promise
         handle = self._handle_of(job)
         with (
             self._submitting
@@ -208,32 +298,26 @@ class Worker:
     def info(self) -> TrainingClientInfo:
         with self._changing:
             depth = self._lane.depth + (self._running is not None)
-        performer = self._performer
-        model = None if performer is None else performer.engine.model
+        step, policy_version = self._progress
         return TrainingClientInfo(
             self.training_client_id,
             self.config.model_ref,
             str(self.status),
-            self.step,
+            step,
             depth,
             self.created_at,
-            self.reason,
-            self._guarantee.metrics,
-            None if model is None else model.device.type,
-            None if model is None else model.precision,
+            reason=self.reason,
+            dp_metrics=self._guarantee.metrics,
+            policy_version=policy_version,
+            source=self._source,
+            **self._model,
         )
 
     @property
-    def step(self) -> int:
-        """Optimiser steps taken."""
+    def _progress(self) -> tuple[int, int]:
+        """Optimiser steps taken, and the version of the weights."""
         performer = self._performer
-        return self._reached[0] if performer is None else performer.step
-
-    @property
-    def policy_version(self) -> int:
-        """Version of the weights."""
-        performer = self._performer
-        return self._reached[1] if performer is None else performer.policy_version
+        return self._reached if performer is None else (performer.step, performer.policy_version)
 
     def enter_draw(self, unit: str) -> tuple[int, bytes]:
         """Number a Poisson draw that is about to be made, and give the key of its ticket's hashes; from any thread.
@@ -261,8 +345,8 @@ class Worker:
         Raises:
             ClientClosedError: The client is closed.
         """
-        self.loaded.wait()
-        self.loaded.outcome()
+        self._loaded.wait()
+        self._loaded.outcome()
         with self._computing:
             performer = self._performer
             if performer is None or self._closing:
@@ -270,18 +354,6 @@ class Worker:
                     f"estimate: the training client {self.training_client_id} is closed. Create a new one."
                 )
             return estimate_of.estimate(performer.engine, batch_size, length)
-
-    @property
-    def trained_parameters(self) -> int:
-        """How many numbers are trained."""
-        performer = self._performer
-        return 0 if performer is None else sum(p.numel() for p in performer.engine.parameters)
-
-    @property
-    def context(self) -> int | None:
-        """How many tokens the model reads at most."""
-        performer = self._performer
-        return None if performer is None else performer.engine.model.context
 
     def close(self) -> None:
         """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.
@@ -307,13 +379,18 @@ class Worker:
             self._thread.join()
         self._announce(ClientStatus.TERMINATED)
 
-    def abandon(self) -> None:
-        """Nobody refers to the client any more: end, once nothing is left whose outcome can reach somebody.
+    def hang_up(self) -> None:
+        """Write out the log; nothing is recorded after this."""
+        self.bus.close()
+
+    def detach(self) -> None:
+        """One client less: after the last, end once nothing is left whose outcome can reach somebody.
 
         What is called when an object is freed may be called in the middle of anything: it takes no lock, and does not
         wait.
         """
-        self._abandoned = True
+        with suppress(IndexError):
+            self._holders.pop()
         self._wakes.put(None)
 
     def _cancel(self, job: Job) -> bool:
@@ -340,13 +417,13 @@ class Worker:
             self._die(FutureFailedError(f"The worker of {self.training_client_id} died: {error!r}"))
         finally:
             self._free()
-            if self._abandoned:
+            if not self._holders:
                 self.close()
-                self.bus.close()
+                self.hang_up()
 
     def _free(self) -> None:
         """Let go of the model; what a model refers to in a circle, only the collector finds."""
-        self._reached = self.step, self.policy_version
+        self._reached = self._progress
         performer, self._performer = self._performer, None
         if performer is None:
             return
@@ -356,8 +433,9 @@ class Worker:
             collect()
 
     def _load(self) -> bool:
-        if self._abandoned and not self._wanted():
-            self.loaded.fail(ClientClosedError(f"Nobody refers to {self.training_client_id} any more."))
+        self._loaded.start()
+        if self._is_left():
+            self._loaded.fail(ClientClosedError(f"Nobody refers to {self.training_client_id} any more."))
             return False
         if len(_loaded) > 0:
             collect()  # a cell that was run again has let go of another model: make room before this one
@@ -365,6 +443,13 @@ class Worker:
             engine = Engine(self.config, self._shared_model())
             self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
+            self._tokenizer = engine.model.tokenizer
+            self._model = {
+                "device": engine.model.device.type,
+                "precision": engine.model.precision,
+                "context": engine.model.context,
+                "trained_parameters": sum(parameter.numel() for parameter in engine.parameters),
+            }
             _loaded.add(engine.model.causal)
             self._performer = Performer(
                 engine, self._lane, self._vault, self._guarantee, self.bus, self.training_client_id
@@ -376,9 +461,9 @@ class Worker:
             return False
         self._origin = None
         self._announce(ClientStatus.READY)
-        for event in self._guarantee.standing(self.step):
+        for event in self._guarantee.standing(engine.step):
             self._publish(event)
-        self.loaded.succeed(engine.model.tokenizer)
+        self._loaded.succeed(self.info())
         return True
 
     def _shared_model(self) -> LoadedModel | None:
@@ -388,7 +473,7 @@ class Worker:
             return None
         if (relative.config.dtype, relative.config.device) != (self.config.dtype, self.config.device):
             return None
-        relative.loaded.wait()
+        relative._loaded.wait()
         with relative._computing:  # between two of its operations: within one, adapters may be switched off
             performer = relative._performer
             return (
@@ -399,7 +484,7 @@ class Worker:
         with self._changing:
             self._failure = failure
             doomed = self._lane.pending() + ([self._running] if self._running else [])
-        self.loaded.fail(failure)
+        self._loaded.fail(failure)
         with ExitStack() as all_of_them:  # one that cannot be put on record keeps no other from its end
             for job in reversed(doomed):
                 all_of_them.callback(self._fail, job, failure)
@@ -417,7 +502,7 @@ class Worker:
 
     def _next(self) -> Job | None:
         while True:
-            if self._abandoned and not self._wanted():
+            if self._is_left():
                 return None
             with self._changing:
                 self._running = self._lane.take()
@@ -425,11 +510,18 @@ class Worker:
                     return self._running
             self._wakes.get()
 
-    def _wanted(self) -> bool:
-        """Whether anything that runs or waits is still wanted; what comes before it is, too."""
+    def _is_left(self) -> bool:
+        """Whether nobody can be reached by anything that runs or waits any more: then the end has begun."""
+        if self._holders:
+            return False
         with self._changing:
             jobs = [*([self._running] if self._running is not None else []), *self._lane.pending()]
-        return any(job.is_wanted for job in jobs)
+            if self._holders or any(
+                job.is_wanted for job in jobs
+            ):  # what comes before a wanted one is wanted, too
+                return False
+            self._closing = True
+        return True
 
     def _run(self, job: Job) -> None:
         started = time.perf_counter()
@@ -463,7 +555,7 @@ class Worker:
 
     def _tick(self, job: Job) -> Callable[[int, int], None]:
         def tick(done: int, total: int) -> None:
-            if job.promise.cancel_requested or (self._abandoned and not self._wanted()):
+            if job.promise.cancel_requested or self._is_left():
                 raise FutureCancelledError("cancelled while running")
             job.promise.progress = (done, total)
             if done:

@@ -1,4 +1,4 @@
-"""The event log of a training client: every event on disk, every metric as a curve."""
+"""The event log of a training client: every event on disk, every metric as a curve, and the state they add up to."""
 
 import json
 from array import array
@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from tensafe_nb.checks import checked
-from tensafe_nb.display import Facts, shown
-from tensafe_nb.events import Alarm, Event, Metrics
+from tensafe_nb.display import Facts, as_given, shown
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.events import Alarm, Event, Metrics, Rollouts
+from tensafe_nb.history.state import ClientState
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, tags_of
 
@@ -24,16 +26,25 @@ class RunHistory:
 
     Args:
         path: The log, one event per line.
+
+    Attributes:
+        path: The log.
+        state: How the client stands now.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.state = ClientState()
         self._steps: dict[str, array[int]] = {}
         self._values: dict[str, array[float]] = {}
         self._measured: dict[str, int] = {}
         self._clock, self._began = (array("q"), array("d")), 0.0
         self._timed = array("d")
-        self.last_seq = 0
+
+    @property
+    def last_seq(self) -> int:
+        """Number of the latest recorded event."""
+        return self.state.seq
 
     @classmethod
     def load(cls, path: Path) -> "RunHistory":
@@ -90,7 +101,9 @@ class RunHistory:
         """Iterate over the recorded events with a number above `after`: all, or those of some kinds, which is quick."""
         if not self.path.exists():
             return
-        wanted = [f'"$": "{tag}"' for kind in kinds for tag in tags_of(kind)]
+        wanted = [
+            f'"{tag}"' for kind in kinds for tag in tags_of(kind)
+        ]  # looked for before a line is decoded
         with self.path.open(encoding="utf-8") as lines:
             for line in lines:
                 if not line.endswith("\n"):
@@ -98,26 +111,35 @@ class RunHistory:
                 if wanted and not any(name in line for name in wanted):
                     continue
                 event = decode(json.loads(line))
-                if event.seq > after:
+                if not isinstance(event, Event):
+                    raise ValidationError(f"A line of {self.path} is no event: {as_given(event)}.")
+                if event.seq > after and isinstance(event, tuple(kinds) or Event):
                     yield event
 
+    def rollouts_file(self, event: Rollouts) -> Path:
+        """Return where the texts of a step lie: beside the log, wherever it was moved to, and nowhere else."""
+        number = Path(event.run_id.rpartition("/")[2]).name
+        return self.path.parent / "rollouts" / number / Path(event.path).name
+
     @property
-    def alarms(self) -> "list[Alarm]":
+    def alarms(self) -> list[Alarm]:
         """The alarms so far, oldest first: what went wrong, why, and what helps."""
         return [event for event in self.events(kinds=(Alarm,)) if isinstance(event, Alarm)]
 
     def add(self, event: Event) -> None:
-        self.last_seq = event.seq
-        if isinstance(event, Metrics):
-            self._clock[0].append(event.step)
-            self._began = self._began or event.time
-            self._clock[1].append(event.time - self._began)
-            if TIMED in event.values:
-                self._timed.append(event.time)
-            for name, value in event.values.items():
-                self._steps.setdefault(name, array("q")).append(event.step)
-                self._values.setdefault(name, array("d")).append(value)
-                self._measured[name] = event.seq
+        """Take in the next event, on whatever thread publishes."""
+        self.state.apply(event)
+        if not isinstance(event, Metrics):
+            return
+        self._clock[0].append(event.step)
+        self._began = self._began or event.time
+        self._clock[1].append(event.time - self._began)
+        if TIMED in event.values:
+            self._timed.append(event.time)
+        for name, value in event.values.items():
+            self._steps.setdefault(name, array("q")).append(event.step)
+            self._values.setdefault(name, array("d")).append(value)
+            self._measured[name] = event.seq
 
 
 def _columns(steps: "array[int]", values: "array[float]", start: int) -> tuple[Array, Array]:

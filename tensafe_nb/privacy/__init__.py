@@ -1,1 +1,1 @@
-"""Differential privacy: what a run spends, where that is written down, and what may be said about it."""
+"""Differential privacy: noise and clipping, the accountant, the ledger of charges, and the statement about them."""

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 from tensafe_nb.display import Facts
+from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import tagged
 
@@ -369,10 +370,50 @@ Result: TypeAlias = (
 )
 
 
+@tagged("state_source")
+@dataclass(frozen=True, slots=True)
+class StateSource:
+    """The state that a training client starts from; the core finds it.
+
+    Attributes:
+        artifact_id: An artifact that is stored.
+        future_id: Or a `save_state` of the training client `parent`, which may not have run yet.
+        parent: The training client it is forked from, whose frozen weights it shares where it can; a client that is
+            restored has none.
+    """
+
+    artifact_id: str | None = None
+    future_id: str | None = None
+    parent: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.artifact_id is None) == (self.future_id is None) or (self.future_id and self.parent is None):
+            raise ValidationError(
+                "A source is an artifact_id, or the future_id of a save_state with the parent that was asked for it."
+            )
+
+
 @tagged("training_client_info")
 @dataclass(frozen=True, slots=True)
 class TrainingClientInfo:
-    """A training client as its core sees it at one moment; where and in what it computes once its model is loaded."""
+    """A training client as its core sees it at one moment.
+
+    Attributes:
+        training_client_id: Names it.
+        model_ref: What it trains.
+        status: Which of ClientStatus.
+        step: Optimiser steps taken; of a client with a `source`, known once its model is loaded.
+        queue_depth: Operations that wait or run.
+        created_at: Unix seconds.
+        reason: Why it is in ERROR.
+        dp_metrics: What its last private step spent, and the total.
+        device: Where it computes; None before the model is loaded, as are the next two.
+        precision: In what it computes.
+        context: How many tokens the model reads at most; also None without a limit.
+        policy_version: Version of the weights.
+        trained_parameters: How many numbers are trained; 0 before the model is loaded.
+        source: Where it started; None afresh.
+    """
 
     training_client_id: str
     model_ref: str
@@ -384,6 +425,10 @@ class TrainingClientInfo:
     dp_metrics: DPMetrics | None = None
     device: str | None = None
     precision: str | None = None
+    context: int | None = None
+    policy_version: int = 0
+    trained_parameters: int = 0
+    source: StateSource | None = None
 
 
 @tagged("step_estimate")

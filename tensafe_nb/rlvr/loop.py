@@ -94,7 +94,7 @@ class RLVRLoop:
         self._run = run
         self._rates = Rates(run.client.config.optimizer)
         self._points = len(run.client.history.series("learning_rate")[1])  # known of the curve
-        self._store = self._trainer.store = RolloutStore(run.run_id)
+        self._store = self._trainer.store = RolloutStore(run.run_id, run.client.history.path.parent)
         self._trainer.alarms.forget_announcements()
 
     def submit(self, index: int) -> list[FutureHandle[Any]]:
@@ -235,7 +235,12 @@ class RLVRLoop:
         step = self._trainer.row + 1
         path = self._store.add(step, batch)
         self._client.publish(
-            Rollouts(run_id=self._run.run_id, step=step, rollouts=len(batch), path=str(path))
+            Rollouts(
+                run_id=self._run.run_id,
+                step=step,
+                rollouts=len(batch),
+                path=f"{path.parent.name}/{path.name}",
+            )
         )
 
     def _row(self, step: _Step, update: UpdateResult | None) -> Row:

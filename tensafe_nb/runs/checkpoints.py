@@ -1,4 +1,4 @@
-"""Which checkpoints of a training client there are, and which of a run's own are kept."""
+"""Retention: when a run saves by itself, and which of its own checkpoints it deletes again."""
 
 import re
 from collections import deque
@@ -9,7 +9,6 @@ import numpy as np
 
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import ArtifactDeleted, CheckpointSaved
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import SaveStateResult
@@ -132,12 +131,7 @@ def checkpoint_of(step: int, history: RunHistory) -> str:
     Raises:
         ValidationError: There is none; says of which steps there are.
     """
-    saved: dict[int, str] = {}
-    for event in history.events():
-        if isinstance(event, CheckpointSaved):
-            saved[event.step] = event.artifact_id
-        elif isinstance(event, ArtifactDeleted):
-            saved = {at: found for at, found in saved.items() if found != event.artifact_id}
+    saved = {found.step: found.artifact_id for found in history.state.checkpoints.values()}
     if step not in saved:
         raise ValidationError(f"There is no checkpoint of step {step}; there are those of {sorted(saved)}.")
     return saved[step]

@@ -1,26 +1,29 @@
-"""The record of runs that ran before: read from the logs in the home folder, in whatever process they were written."""
+"""Records of runs: read from the logs in the home folder, in whatever process they were written."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tensafe_nb.checks import checked
-from tensafe_nb.display import Facts, Listing, table, visible
+from tensafe_nb.display import Facts, Listing, table, visible, widgets
 from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
-from tensafe_nb.events import CheckpointSaved, Event, Metrics, RunState, RunStep, StateLoaded
+from tensafe_nb.events import CheckpointSaved, Metrics, RunState, RunStep, StateLoaded
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.state import ClientState, RunSoFar
 from tensafe_nb.locks import is_being_written
-from tensafe_nb.protocol.codec import decode, tags_of
 from tensafe_nb.protocol.results import RunStatus
-from tensafe_nb.registry import load_dotted
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 
 logger = logging.getLogger(__name__)
 
 MADE_OF = (RunState, RunStep, Metrics, CheckpointSaved, StateLoaded)  # the events a record is made of
-TOLD = tuple(f'"{tag}"' for event in MADE_OF for tag in tags_of(event))  # as they appear in a line of the log
+UNREADABLE = (
+    TGTinkerError,
+    ValueError,
+    TypeError,
+    KeyError,
+)  # what reading a file that is no event log raises
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -73,17 +76,50 @@ class RunRecord:
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         if not self.state.ended:
-            return {"text/plain": repr(self), "text/html": table(f"run {self.run_id}", _row(self))}
-        return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+            return {"text/plain": repr(self), "text/html": table(f"run {self.run_id}", row_of(self))}
+        return widgets().mimebundle(self)
+
+
+def records_of(log: Path) -> list[RunRecord]:
+    """Return the records of the runs in a log, oldest first; none where there is no log."""
+    state = ClientState()
+    for event in RunHistory(log).events(kinds=MADE_OF):
+        state.apply(event)
+    alive = bool(state.runs) and is_being_written(log)
+    return [record_of(run, log, alive=alive) for run in state.runs.values()]
+
+
+def record_of(run: RunSoFar, log: Path, *, alive: bool) -> RunRecord:
+    """Return the record of a run; one without an end whose log nobody writes any more was interrupted."""
+    interrupted = not (run.state.ended or alive)
+    return RunRecord(
+        run.run_id,
+        RunStatus.INTERRUPTED if interrupted else run.state,
+        run.step,
+        planned_steps=run.planned_steps,
+        started_at=run.started_at,
+        reason=run.reason,
+        last_checkpoint=run.checkpoint,
+        curve="reward" if run.rewarded else "loss",
+        log=log,
+        steps=run.steps_taken,
+        steps_done=run.steps_done_if_killed if interrupted else run.steps_done,
+    )
 
 
 def list_runs() -> list[RunRecord]:
     """Return every run recorded in the home folder, oldest first: a list, which a notebook shows as a table."""
-    records = [record for log in sorted(home.runs().glob("*/events.jsonl")) for record in _readable(log)]
-    return Listing(sorted(records, key=lambda record: record.started_at), _row)
+    records = []
+    for log in Home.of_environment().event_logs():
+        try:
+            records += records_of(log)
+        except UNREADABLE as error:
+            logger.warning("the log %s cannot be read and is left out: %s", log, error)
+    return Listing(sorted(records, key=lambda record: record.started_at), row_of)
 
 
-def _row(record: RunRecord) -> Facts:
+def row_of(record: RunRecord) -> Facts:
+    """Return the columns of a record, as a table of records shows it."""
     return {
         "run": record.run_id,
         "state": record.state,
@@ -103,11 +139,11 @@ def load_run(run_id: str) -> RunRecord:
     Raises:
         RunNotFoundError: No such run in the home folder.
     """
-    for record in _records(_log_of(run_id)):
+    for record in records_of(Home.of_environment().event_log(run_id.partition("/")[0])):
         if record.run_id == run_id:
             return record
     raise RunNotFoundError(
-        f"There is no run {run_id!r} under {home.runs()}. list_runs() shows all there are."
+        f"There is no run {run_id!r} under {Home.of_environment().runs()}. list_runs() shows all there are."
     )
 
 
@@ -120,105 +156,6 @@ def read_log(log: Path) -> list[RunRecord]:
     if not log.is_file():
         raise ValidationError(f"There is no event log {log}. list_runs() shows the runs of this machine.")
     try:
-        return _records(log)
-    except (TGTinkerError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return records_of(log)
+    except UNREADABLE as error:
         raise ValidationError(f"{log} cannot be read as an event log: {error}.") from error
-
-
-def _readable(log: Path) -> list[RunRecord]:
-    try:
-        return _records(log)
-    except (TGTinkerError, ValueError, TypeError, KeyError) as error:
-        logger.warning("the log %s cannot be read and is left out: %s", log, error)
-        return []
-
-
-def _log_of(run_id: str) -> Path:
-    return home.event_log(run_id.partition("/")[0])
-
-
-@dataclass(slots=True)
-class _Account:
-    """What a log says of one run, line by line."""
-
-    begun: RunState
-    last: RunState
-    done: int = 0  # steps of its plan
-    done_at: int = 0  # the client's step then
-    given_up: int = 0  # optimiser steps before the last time it went back
-    first: int = 0  # the client's step where it began, or where it went back to
-    checkpoint: str | None = None
-    rewarded: bool = False
-
-    def end(self, log: Path, step: int, alive: bool) -> RunRecord:
-        """Return the record, with the client's latest step."""
-        state, last = RunStatus(self.last.state), self.last
-        taken = self.given_up + step - self.first
-        done = self.done
-        if state.ended:
-            step = last.step
-            taken = self.given_up + step - self.first if last.taken is None else last.taken
-        elif not alive:
-            state = RunStatus.INTERRUPTED
-            if not self.rewarded:  # an optimiser step is a step; its end could not be written any more
-                done += step - self.done_at
-        return RunRecord(
-            last.run_id,
-            state,
-            step,
-            planned_steps=self.begun.planned_steps,
-            started_at=self.begun.time,
-            reason=last.reason,
-            last_checkpoint=self.checkpoint,
-            curve="reward" if self.rewarded else "loss",
-            log=log,
-            steps=taken,
-            steps_done=done,
-        )
-
-
-def _records(log: Path) -> list[RunRecord]:
-    if not log.exists():
-        return []
-    runs: dict[str, _Account] = {}
-    step, ends_at = 0, {}  # the client's step, now and at the end of each run
-    with log.open(encoding="utf-8") as lines:
-        for line in lines:
-            if not line.endswith("\n") or not any(name in line for name in TOLD):
-                continue
-            event = decode(json.loads(line))
-            before = step
-            step = _step_after(event, step)
-            match event:
-                case RunState(run_id=run_id):
-                    if run_id not in runs:
-                        runs[run_id] = _Account(event, event, first=event.step, done_at=event.step)
-                    account = runs[run_id]
-                    account.last = event
-                    if event.done is not None:
-                        account.done, account.done_at = event.done, event.step
-                case RunStep(run_id=run_id, done=done) if run_id in runs:
-                    runs[run_id].done, runs[run_id].done_at = done, step
-                case CheckpointSaved(run_id=str(run_id)) if run_id in runs:
-                    runs[run_id].checkpoint = event.artifact_id
-                case Metrics(values=values) if "reward" in values and runs:
-                    runs[event.run_id if event.run_id in runs else next(reversed(runs))].rewarded = True
-                case StateLoaded() if (
-                    runs and not RunStatus((account := list(runs.values())[-1]).last.state).ended
-                ):
-                    account.given_up, account.first = account.given_up + before - account.first, step
-                    account.done_at = step
-            if runs:
-                ends_at[next(reversed(runs))] = step
-    alive = is_being_written(log)
-    return [account.end(log, ends_at[run_id], alive) for run_id, account in runs.items()]
-
-
-def _step_after(event: Event, step: int) -> int:
-    """Return the client's optimiser step after an event; what loops measure is numbered by their own steps."""
-    match event:
-        case StateLoaded(step=found) | RunState(step=found):
-            return found
-        case Metrics(step=found, run_id=None) | CheckpointSaved(step=found):
-            return max(step, found)
-    return step

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import logging
-import sys
 import threading
 import time
 import traceback
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from tensafe_nb import lifetimes
 from tensafe_nb.checks import checked
-from tensafe_nb.display import as_given
+from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import (
     ArtifactNotFoundError,
     ClientClosedError,
@@ -28,7 +27,6 @@ from tensafe_nb.events import RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.results import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
-from tensafe_nb.registry import load_dotted
 from tensafe_nb.runs.checkpoints import Checkpoints, checkpoint_of
 from tensafe_nb.runs.loop import Loop, RunClient
 
@@ -217,14 +215,14 @@ class TrainingRun:
 
     def freeze(self, samples: int = 0) -> None:
         """Put a picture and a table of how things stand into the calling cell; texts only of so many `samples`."""
-        load_dotted("tensafe_nb.widgets:freeze")(self, samples)
+        widgets().freeze(self, samples)
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
-        return load_dotted("tensafe_nb.widgets:mimebundle")(self)
+        return widgets().mimebundle(self)
 
     def _mime_(self) -> tuple[str, str]:
         """Return what marimo shows."""
-        shown: tuple[str, str] = load_dotted("tensafe_nb.widgets:mime")(self)
+        shown: tuple[str, str] = widgets().mime(self)
         return shown
 
     def _left_behind(self) -> "TrainingRun":
@@ -429,6 +427,8 @@ class TrainingRun:
         self._torn = True  # until the data stands where the weights do
         self._seek(result)
         self._torn = False
+        with self._changed:
+            self._publish_state()  # the state it is in is no other, but it stands elsewhere now
         self._wants_pause, self._credit = True, None
         return loaded
 
@@ -458,8 +458,7 @@ class TrainingRun:
             self._serve()
             self._client.sync_events()
         finally:  # whoever waits is told, whatever happens to the log
-            if "tensafe_nb.widgets" in sys.modules:  # the cell that waits ends after its outputs show the end
-                load_dotted("tensafe_nb.widgets:settle")(self)
+            settle(self)  # the cell that waits ends after its outputs show the end
             if failed and error is not None:
                 forget_frames(error)
                 self._promise.fail(error)
@@ -492,6 +491,7 @@ class TrainingRun:
                 reason=reason,
                 done=self.steps_done,
                 taken=self.steps_taken,
+                curve=self.curve,
             )
         )
 

@@ -1,1 +1,1 @@
-"""Where things are kept: the home folder, keys, sealed artifacts, the audit log."""
+"""The store: home folder, keys, sealed artifacts, audit log."""

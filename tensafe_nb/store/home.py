@@ -1,52 +1,75 @@
-"""The one file that knows where things are kept: TENSAFE_HOME, else the platform's user data folder."""
+"""The home folder of one tenant: the one place that knows where things are kept."""
 
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import ValidationError
 
-def home() -> Path:
-    """Return the folder under which the toolkit keeps everything."""
-    chosen = os.environ.get("TENSAFE_HOME")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_data_dir("tensafe_nb"))
-
-
-def runs() -> Path:
-    """Return the folder that holds one folder per training client."""
-    return home() / "runs"
+TENANT = "local"  # who trains in the process itself
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def event_log(training_client_id: str) -> Path:
-    """Return the path of a training client's event log."""
-    return runs() / training_client_id / "events.jsonl"
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The folder under which the toolkit keeps everything, as one tenant sees it. Made once, and handed down.
 
+    Args:
+        root: The folder.
+        tenant: Whose share of it.
 
-def rollouts(training_client_id: str) -> Path:
-    """Return the folder of a training client's rollout texts."""
-    return runs() / training_client_id / "rollouts"
+    Raises:
+        ValidationError: A tenant whose name cannot be that of a folder.
+    """
 
+    root: Path
+    tenant: str = TENANT
 
-def keys() -> Path:
-    """Return the folder of the local key file and of the salts of passphrases."""
-    return home() / "keys"
+    def __post_init__(self) -> None:
+        if not FOLDER_NAME.fullmatch(self.tenant):
+            raise ValidationError(
+                f"The tenant {as_given(self.tenant)} must be named by 1 to 64 letters, digits, dots, hyphens and "
+                f"underscores, and begin with a letter or digit: folders are named after it."
+            )
 
+    @classmethod
+    def of_environment(cls) -> "Home":
+        """Return the home folder of this process: TENSAFE_HOME, else the platform's folder for a user's data."""
+        chosen = os.environ.get("TENSAFE_HOME")
+        return cls(Path(chosen).expanduser() if chosen else Path(platformdirs.user_data_dir("tensafe_nb")))
 
-def artifacts(tenant: str) -> Path:
-    """Return the folder of a tenant's sealed artifacts."""
-    return home() / "artifacts" / tenant
+    def runs(self) -> Path:
+        """Return the folder that holds one folder per training client."""
+        return (self.root if self.tenant == TENANT else self.root / "tenants" / self.tenant) / "runs"
 
+    def event_log(self, training_client_id: str) -> Path:
+        """Return the path of a training client's event log; the rollouts of its runs lie in a folder beside it."""
+        return self.runs() / training_client_id / "events.jsonl"
 
-def audit(tenant: str) -> Path:
-    """Return the folder of a tenant's audit log."""
-    return home() / "audit" / tenant
+    def event_logs(self) -> list[Path]:
+        """Return the event logs that there are."""
+        return sorted(self.runs().glob("*/events.jsonl"))
 
+    def keys(self) -> Path:
+        """Return the folder of the local key file and of the salts of passphrases, which serve all tenants."""
+        return self.root / "keys"
 
-def ledger(tenant: str) -> Path:
-    """Return the folder of the sealed tables that a tenant's privacy ledger keeps beside the audit log."""
-    return home() / "ledger" / tenant
+    def artifacts(self) -> Path:
+        """Return the folder of the sealed artifacts."""
+        return self.root / "artifacts" / self.tenant
 
+    def audit(self) -> Path:
+        """Return the folder of the audit log."""
+        return self.root / "audit" / self.tenant
 
-def models() -> Path:
-    """Return the folder of models that were converted from GGUF files."""
-    return home() / "models"
+    def ledger(self) -> Path:
+        """Return the folder of the sealed tables that the privacy ledger keeps beside the audit log."""
+        return self.root / "ledger" / self.tenant
+
+    def models(self) -> Path:
+        """Return the folder of models that were converted from GGUF files, for all tenants."""
+        return self.root / "models"

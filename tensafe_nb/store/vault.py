@@ -6,28 +6,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification, SaveStateResult
-from tensafe_nb.store import home
 from tensafe_nb.store.artifacts.artifacts import ArtifactStore
 from tensafe_nb.store.audit.log import AuditLog, outcome_of
+from tensafe_nb.store.home import Home
 from tensafe_nb.store.keys.keyring import Keys
 from tensafe_nb.store.sealed.tables import SealedTables
 
-TENANT = "local"
-
 
 class Vault:
-    """The store of one tenant in the home folder.
+    """The store of one tenant in a home folder.
 
     Args:
+        home: Which folder, and whose share of it.
         key_source: "file", "env" or "passphrase"; None takes TENSAFE_KEK where it is set, else the local key file.
-        tenant: Whose.
     """
 
-    def __init__(self, key_source: str | None = None, tenant: str = TENANT) -> None:
+    def __init__(self, home: Home, key_source: str | None = None) -> None:
+        tenant = home.tenant
         self.keys = Keys(home.keys(), key_source, tenant=tenant)
-        self.artifacts = ArtifactStore(home.artifacts(tenant), self.keys, tenant)
-        self.audit = AuditLog(home.audit(tenant), self.keys, tenant)
-        self.tables = SealedTables(home.ledger(tenant), self.keys, tenant)
+        self.artifacts = ArtifactStore(home.artifacts(), self.keys, tenant)
+        self.audit = AuditLog(home.audit(), self.keys, tenant)
+        self.tables = SealedTables(home.ledger(), self.keys, tenant)
 
     def list(self, training_client_id: str | None = None) -> list[SaveStateResult]:
         """Return the artifacts, newest first; of one training client when it is given."""

@@ -1,12 +1,17 @@
-"""What a client needs of its core, whatever lies between them."""
+"""The line between a client and its core: what both its ends keep to, in this process or across a network.
+
+Operations, events and records go along it as plain data, handles come back. No bus, no promise, no object of the core
+crosses, and what waits for a state names it.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.core.bus import EventBus
-from tensafe_nb.futures import FutureHandle, Promise
+from tensafe_nb.events import Event
+from tensafe_nb.futures import FutureHandle
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.protocol.operations import Operation
@@ -14,6 +19,7 @@ from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
     SaveStateResult,
+    StateSource,
     StepEstimate,
     TrainingClientInfo,
 )
@@ -22,35 +28,44 @@ R = TypeVar("R")
 
 
 class Channel(Protocol):
-    """The line to one training client's core."""
-
-    training_client_id: str
-    config: TrainingConfig
-    bus: EventBus
-    loaded: Promise[Any]
-    starts_afresh: bool  # or from a stored state, which says its step
+    """The line to one training client."""
 
     @property
-    def step(self) -> int:
-        """Optimiser steps taken."""
+    def training_client_id(self) -> str:
+        """Names it."""
 
     @property
-    def policy_version(self) -> int:
-        """Version of the weights."""
+    def config(self) -> TrainingConfig:
+        """What it is made of; a model folder with an adapter brings its own configuration once it is loaded."""
 
     @property
-    def trained_parameters(self) -> int:
-        """How many numbers are trained; 0 before the model is loaded."""
-
-    @property
-    def context(self) -> int | None:
-        """How many tokens the model reads at most; None without a limit, or before it is loaded."""
+    def history(self) -> RunHistory:
+        """Its events and curves, read from the log in this home folder; see `subscribe` for what comes."""
 
     def submit(self, operation: Operation[R]) -> FutureHandle[R]:
         """Queue an operation; returns at once."""
 
+    def ready(self) -> FutureHandle[TrainingClientInfo]:
+        """Return a handle that ends when the model is loaded, or could not be."""
+
     def info(self) -> TrainingClientInfo:
-        """Return the core's present state."""
+        """Return how the training client stands: everything that a property of the client tells."""
+
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer, which batches are made with; waits until the model is loaded."""
+
+    def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
+        """Call `subscriber(event)` on every event: recorded ones above number `after` first, then live ones.
+
+        Returns:
+            A function that ends the subscription.
+        """
+
+    def publish(self, event: Event) -> Event:
+        """Have the core number and record what a run or a producer of rollouts tells: see `events.check_reported`."""
+
+    def sync(self) -> None:
+        """Return when everything recorded so far is on the disk."""
 
     def enter_draw(self, unit: str) -> tuple[int, bytes]:
         """Number a Poisson draw that is about to be made, of examples or users; with the key of its ticket's hashes."""
@@ -65,24 +80,35 @@ class Channel(Protocol):
         """Train on canaries, as privately as this client trains, and measure what they leave behind."""
 
     def close(self) -> None:
-        """Cancel what waits, end the core, release what it holds; idempotent."""
+        """Terminate the training client: cancel what waits, end its core; what runs tell of their end still counts.
 
-    def abandon(self) -> None:
-        """End as soon as nobody waits for anything any more; called when the client is freed, so it never waits."""
+        Idempotent.
+        """
+
+    def hang_up(self) -> None:
+        """Write out the log; nothing is recorded after this. Called behind `close()`, once the runs have ended."""
+
+    def detach(self) -> None:
+        """Leave: the client at this end was freed. Never waits, takes no lock.
+
+        The core ends with its last client, as soon as nobody waits for anything any more.
+        """
 
 
 class Transport(Protocol):
     """A service that holds training clients and their artifacts."""
 
-    def create(self, config: TrainingConfig) -> Channel:
-        """Make a training client; returns before its model is loaded."""
+    def create(self, config: TrainingConfig, source: StateSource | None = None) -> Channel:
+        """Make a training client, afresh or from a state; returns before its model is loaded."""
 
-    def restore(
-        self, config: TrainingConfig, artifact_id: Callable[[], str], relative: Channel | None = None
-    ) -> Channel:
-        """Make a training client that starts from a stored state, sharing a relative's base weights."""
+    def attach(self, training_client_id: str) -> Channel:
+        """Return a line to a training client that exists; several clients may share one.
 
-    def channels(self) -> list[Channel]:
+        Raises:
+            TrainingClientNotFoundError: There is none of that id.
+        """
+
+    def list_training_clients(self) -> list[TrainingClientInfo]:
         """Return the training clients that are not closed, oldest first."""
 
     def list_artifacts(self, training_client_id: str | None) -> list[SaveStateResult]:
@@ -95,16 +121,16 @@ class Transport(Protocol):
         """Return the configuration of the client that saved it."""
 
     def pull_artifact(self, artifact_id: str, to: Path | None) -> bytes | Path:
-        """Return the sealed file, or write it to a path."""
+        """Return the sealed file, or write it to a path at this end."""
 
     def push_artifact(self, path: Path) -> SaveStateResult:
-        """Take in a sealed file."""
+        """Take in a sealed file of this end."""
 
     def delete_artifact(self, artifact_id: str) -> None:
         """Delete one for good."""
 
     def export_adapter(self, artifact_id: str, path: Path, merged: bool) -> Path:
-        """Write one as a folder that PEFT and transformers read."""
+        """Write one as a folder, at this end, that PEFT and transformers read."""
 
     def rotate_keys(self) -> int:
         """Make a new key and rewrap every artifact with it."""
@@ -118,4 +144,4 @@ class Transport(Protocol):
         """Verify the audit log."""
 
     def close(self) -> None:
-        """Close all training clients."""
+        """Let go of all training clients, and take no new ones."""

@@ -3,7 +3,7 @@
 import atexit
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tensafe_nb.config import TrainingConfig
@@ -11,13 +11,25 @@ from tensafe_nb.core import checkpoints, export
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.ledger import TenantLedger
 from tensafe_nb.core.worker import Origin, Worker
+from tensafe_nb.display import as_given
 from tensafe_nb.engine.models import adapter_folders
-from tensafe_nb.errors import ClientClosedError, DecryptionError, TGTinkerError
+from tensafe_nb.errors import (
+    ClientClosedError,
+    DecryptionError,
+    TGTinkerError,
+    TrainingClientNotFoundError,
+)
 from tensafe_nb.events import ArtifactDeleted, ClientCreated, Event, Forked, StateLoaded
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.protocol.codec import encode
-from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification, SaveStateResult
-from tensafe_nb.store import home
+from tensafe_nb.protocol.results import (
+    AuditLogEntry,
+    AuditVerification,
+    SaveStateResult,
+    StateSource,
+    TrainingClientInfo,
+)
+from tensafe_nb.store.home import Home
 from tensafe_nb.store.vault import Vault
 from tensafe_nb.transports.base import Channel
 
@@ -25,40 +37,32 @@ _alive: "weakref.WeakSet[Worker]" = weakref.WeakSet()  # of this process; one th
 
 
 class EmbeddedTransport:
-    """Training clients of this process, and the artifacts of this home folder.
+    """Training clients of this process, and the artifacts of a home folder.
 
     It holds no worker: a client holds its own.
 
     Args:
+        home: Where everything is kept.
         key_source: "file", "env" or "passphrase": where the key of the artifacts comes from.
     """
 
-    def __init__(self, key_source: str | None = None) -> None:
+    def __init__(self, home: Home, key_source: str | None = None) -> None:
+        self._home = home
         self._workers: weakref.WeakValueDictionary[str, Worker] = weakref.WeakValueDictionary()
         self._closed = False
-        self._vault = Vault(key_source)
+        self._vault = Vault(home, key_source)
         self._ledger = TenantLedger(self._vault.audit, self._vault.tables)
 
-    def create(self, config: TrainingConfig) -> Channel:
-        return self._start(config, None)
-
-    def restore(
-        self, config: TrainingConfig, artifact_id: Callable[[], str], relative: Channel | None = None
-    ) -> Channel:
-        parent = self._workers.get(relative.training_client_id) if relative is not None else None
-        child = self._start(config, Origin(artifact_id, parent))
-        if parent is not None:
-            _tell_of_fork(parent, child)
-        return child
-
-    def _start(self, config: TrainingConfig, origin: Origin | None) -> Worker:
+    def create(self, config: TrainingConfig, source: StateSource | None = None) -> Channel:
         if self._closed:
             raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
         config = config.replace(lora_config=adapter_folders.announced(config.model_ref, config.lora_config))
+        relative = self._workers.get(source.parent) if source is not None and source.parent else None
+        origin = Origin.of(source, relative) if source is not None else None
         training_client_id = f"tc-{uuid.uuid4().hex[:12]}"
         created = ClientCreated(training_client_id=training_client_id, config=encode(config))
-        bus = EventBus(home.event_log(training_client_id))
+        bus = EventBus(self._home.event_log(training_client_id))
         try:
             self._vault.keys.primary_id()  # one that cannot be had is an error of the call, not of the first operation
         except TGTinkerError:
@@ -68,11 +72,26 @@ class EmbeddedTransport:
         worker = Worker(training_client_id, config, bus, loss, self._vault, self._ledger, origin)
         self._workers[training_client_id] = worker
         _alive.add(worker)
+        if relative is not None:
+            tell_of_fork(relative, worker)
         return worker
 
-    def channels(self) -> list[Channel]:
-        known = sorted(self._workers.values(), key=lambda worker: worker.created_at)
-        return [worker for worker in known if worker.info().status != "TERMINATED"]
+    def attach(self, training_client_id: str) -> Channel:
+        worker = self._workers.get(training_client_id)
+        if worker is None or not worker.attach():
+            known = [info.training_client_id for info in self.list_training_clients()]
+            raise TrainingClientNotFoundError(
+                f"There is no training client {as_given(training_client_id)} in this process. Known: {known}. "
+                f"One that nothing refers to any more is freed: keep it in a variable. The history of earlier ones is "
+                f"in list_runs()."
+            )
+        return worker
+
+    def list_training_clients(self) -> list[TrainingClientInfo]:
+        known = [worker.info() for worker in self._workers.values()]
+        return sorted(
+            (info for info in known if info.status != "TERMINATED"), key=lambda info: info.created_at
+        )
 
     def list_artifacts(self, training_client_id: str | None) -> list[SaveStateResult]:
         return self._vault.list(training_client_id)
@@ -117,23 +136,21 @@ class EmbeddedTransport:
 
     def close(self) -> None:
         self._closed = True
-        _close(self._workers.values())
-
-
-def _close(workers: Iterable[Worker]) -> None:
-    for worker in list(workers):
-        worker.close()
-        worker.bus.close()
+        for worker in list(self._workers.values()):
+            worker.close()
+            worker.hang_up()
 
 
 @atexit.register
-def _close_all() -> None:
+def close_all() -> None:
     """Leave no thread inside torch when a script just ends."""
-    _close(_alive)
+    for worker in list(_alive):
+        worker.close()
+        worker.hang_up()
 
 
-def _tell_of_fork(parent: Worker, child: Worker) -> None:
-    """Publish on both buses that the child has started, once its state is loaded."""
+def tell_of_fork(parent: Worker, child: Worker) -> None:
+    """Publish in both logs that the child has started, once its state is loaded."""
     names = parent.training_client_id, child.training_client_id
     of_parent, of_child = weakref.ref(parent.bus), weakref.ref(child.bus)  # neither keeps the other
     told: list[StateLoaded] = []

@@ -1,4 +1,4 @@
-"""What a run looks like while it runs: a live panel in a notebook, a bar in a terminal, lines in a log.
+"""Views of a run while it runs: a live panel in a notebook, a bar in a terminal, lines in a log.
 
 Importing this is cheap: anywidget, IPython and matplotlib load when something is shown.
 """
@@ -13,11 +13,9 @@ from tensafe_nb.widgets.feed import feed
 from tensafe_nb.widgets.feed.recording import RecordedRun
 
 if TYPE_CHECKING:
-    from tensafe_nb.widgets.live.checkpoint_table import CheckpointTable
     from tensafe_nb.widgets.live.curve import LossCurve, RewardHistory
     from tensafe_nb.widgets.live.dashboard import Dashboard
-    from tensafe_nb.widgets.live.privacy_meter import PrivacyMeter
-    from tensafe_nb.widgets.live.rollout_inspector import RolloutInspector
+    from tensafe_nb.widgets.live.sections import CheckpointTable, PrivacyMeter, RolloutInspector
 
 __all__ = [
     "CheckpointTable",
@@ -34,12 +32,12 @@ __all__ = [
     "show_run",
 ]
 _MODULES = {
-    "CheckpointTable": "live.checkpoint_table",
+    "CheckpointTable": "live.sections",
     "Dashboard": "live.dashboard",
     "LossCurve": "live.curve",
-    "PrivacyMeter": "live.privacy_meter",
+    "PrivacyMeter": "live.sections",
     "RewardHistory": "live.curve",
-    "RolloutInspector": "live.rollout_inspector",
+    "RolloutInspector": "live.sections",
 }
 
 
@@ -57,13 +55,15 @@ def panel(source: feed.Source, sections: Sequence[str] | None = None) -> "Dashbo
 
 def show_run(run: TrainingRun | RecordedRun) -> None:
     """Show the progress of a run that is about to start, in whatever way this place can show it."""
-    match renderer.choose():
-        case renderer.Renderer.TEXT:
-            progress.show(run)
-        case renderer.Renderer.HTML:
-            _static_part(run)
-        case renderer.Renderer.WIDGET:
-            panel(run).show(run)
+    chosen = renderer.choose()
+    if chosen is renderer.Renderer.TEXT:
+        progress.show(run)
+        return
+    feed.feed_of(run).expect(run)
+    if chosen is renderer.Renderer.HTML:
+        _show_outputs(run)
+    else:
+        panel(run).show(run)
 
 
 def mimebundle(source: feed.Source) -> Any:
@@ -73,7 +73,7 @@ def mimebundle(source: feed.Source) -> Any:
     if chosen is renderer.Renderer.TEXT:
         return words
     if chosen is renderer.Renderer.HTML:
-        _static_part(source)
+        _show_outputs(source)
         return words
     if panel(source).is_shown_here:
         return words
@@ -120,11 +120,11 @@ def settle(source: feed.Source, timeout: float = 3.0) -> bool:
     return feed.settle(source, timeout)
 
 
-def _static_part(source: feed.Source) -> None:
-    from tensafe_nb.widgets.still.snapshot import StaticPart
+def _show_outputs(source: feed.Source) -> None:
+    from tensafe_nb.widgets.still.snapshot import StillOutputs
 
     run = _run_of(source)
-    part = StaticPart(feed.feed_of(source), None if run is None else run.run_id, alone=lambda: True)
+    part = StillOutputs(feed.feed_of(source), None if run is None else run.run_id, alone=lambda: True)
     part.place(filled=True)
 
 

@@ -265,7 +265,7 @@ def test_memory_of_the_page_stays_where_it_was_over_ten_thousand_updates(noteboo
         "import asyncio\nfrom tensafe_nb.events import Metrics\n"
         "async def updates(count):\n"
         "    for i in range(count):\n"
-        "        tc.publish(Metrics(step=len(tc.history['loss']) + 1, values={'loss': 1 / (i + 1)}))\n"
+        "        tc.publish(Metrics(step=len(tc.history['loss']) + 1, values={'loss': 1 / (i + 1)}, run_id='mine'))\n"
         "        if i % 20 == 0: await asyncio.sleep(0.02)\n"
         "await updates({count})"
     )

@@ -379,7 +379,9 @@ CALLS: Mapping[str, Call] = {
         lambda w: w.tc.export_checkpoint, {"artifact_id": "fits", "path": "exported as well"}
     ),
     "tc.subscribe": Call(lambda w: w.tc.subscribe, {"subscriber": repr}),
-    "tc.publish": Call(lambda w: w.tc.publish, {"event": tn.events.Metrics(step=1, values={"a": 1.0})}),
+    "tc.publish": Call(
+        lambda w: w.tc.publish, {"event": tn.events.Metrics(step=1, values={"a": 1.0}, run_id="mine")}
+    ),
     "tc.wait_for_step": Call(lambda w: w.tc.wait_for_step, {"timeout": 0.1}),
     "data.read_prompt": Call(lambda w: data.read_prompt, {"content": PROMPT}),
     "data.encode_rows": Call(

@@ -367,10 +367,10 @@ def paused(tc: Any, run: Any) -> None:
 
 
 def keys() -> Any:
-    from tensafe_nb.store import home
+    from tensafe_nb.store.home import Home
     from tensafe_nb.store.keys.keyring import Keys
 
-    return Keys(home.keys(), "file")
+    return Keys(Home.of_environment().keys(), "file")
 
 
 def seal_with_other_keys(tn: Any) -> dict[str, Any]:

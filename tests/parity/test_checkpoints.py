@@ -13,6 +13,7 @@ import torch
 
 import tensafe_nb as tn
 from tensafe_nb.events import CheckpointSaved, StateLoaded
+from tensafe_nb.protocol.results import StateSource
 from tests.close import assert_close
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
@@ -98,11 +99,11 @@ def test_a_restored_client_has_the_configuration_and_goes_on_exactly(service: tn
 
 def test_a_restored_client_whose_state_does_not_open_is_in_error(service: tn.ServiceClient, tc: Any) -> None:
     saved = tc.save_state().result()
-    restored = service._transport.restore(
-        tc.config.replace(lora_config={"rank": 2}), lambda: saved.artifact_id
+    restored = service._transport.create(
+        tc.config.replace(lora_config={"rank": 2}), StateSource(artifact_id=saved.artifact_id)
     )
     with pytest.raises(tn.ValidationError, match=r"lora_config\.rank: 4 there, 2 here"):
-        restored.loaded.wait(), restored.loaded.outcome()
+        restored.ready().result()
     assert restored.info().status == "ERROR"
 
 

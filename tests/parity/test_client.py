@@ -61,7 +61,7 @@ def test_statuses_go_from_initializing_over_ready_and_busy_to_terminated(
 ) -> None:
     tc = service.create_training_client()
     seen = [tc.status]
-    asyncio.run(tc.ready())
+    tc.ready().result()
     seen.append(tc.status)
     handle = tc.forward_backward(batch, loss_fn=gate)
     gate.reached.wait()

@@ -128,7 +128,7 @@ def rolled_back(service: tn.ServiceClient) -> End:
     assert paused.wait()
     given_up = run.steps_done - done
     run.rollback(saved).result()
-    assert (run.steps_done, feed_of(run).facts(run).step) == (done, done)
+    assert (run.steps_done, feed_of(run).standing(run).step) == (done, done)
     run.resume()
     return End(tc, run, "FINISHED", 8, 8 + given_up)
 
@@ -160,14 +160,14 @@ def test_result_records_panel_and_files_agree(service: tn.ServiceClient, provoke
         assert (end.reason or "") in (result.reason or "")
         assert (result.reason is None) is (end.reason is None)
     record = tn.load_run(run.run_id)
-    facts = feed_of(run).facts(run)
+    facts = feed_of(run).standing(run)
     recording = Recording(record, "RECORDED")
     recording.tell_all()
     said = {(run.state, run.steps_done), (record.state, record.steps_done), (facts.state, facts.step)}
     said.add((recording.run.state, recording.run.steps_done))
     assert said == {(end.state, end.done)}
     assert record.steps == run.steps_taken == end.taken
-    assert record.step == tc.step == recording.step
+    assert record.step == tc.step == recording.history.state.step
     assert (end.reason or "") in (record.reason or "") and (end.reason or "") in (facts.reason or "")
     listed = next(found for found in tn.list_runs() if found.run_id == run.run_id)
     assert (listed.state, listed.steps_done, listed.steps) == (record.state, record.steps_done, record.steps)
@@ -181,7 +181,7 @@ def test_a_paused_run_is_the_same_in_all_accounts(service: tn.ServiceClient) -> 
     run = tc.fit(BATCHES, steps=9, show=False)
     run.step(3)
     assert paused.wait()
-    record, facts = tn.load_run(run.run_id), feed_of(run).facts(run)
+    record, facts = tn.load_run(run.run_id), feed_of(run).standing(run)
     assert {run.steps_done, record.steps_done, facts.step, tc.step, record.step} == {run.steps_done}
     assert (run.state, record.state, facts.state) == ("PAUSED", "PAUSED", "PAUSED")
     run.stop()
@@ -209,7 +209,7 @@ def test_a_killed_process_leaves_the_steps_that_were_taken() -> None:
         measured,
         measured,
     )
-    assert (recording.run.state, recording.run.steps_done, recording.step) == (
+    assert (recording.run.state, recording.run.steps_done, recording.history.state.step) == (
         "INTERRUPTED",
         measured,
         measured,

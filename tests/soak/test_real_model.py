@@ -19,7 +19,7 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import gguf
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.losses import resolve_loss
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 
 GGUF = find_smollm2()
 pytestmark = [
@@ -54,8 +54,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _converted_before(converted: Path, _own_home: None) -> None:
-    home.home().mkdir()
-    home.models().symlink_to(converted.parent)
+    Home.of_environment().root.mkdir()
+    Home.of_environment().models().symlink_to(converted.parent)
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_a_coroutine_function_is_sent_to_the_iterator(bus: EventBus) -> None:
 
 def test_subscriptions_end_with_their_owner(bus: EventBus) -> None:
     seen: list[int] = []
-    owner = Subscriptions(bus)
+    owner = Subscriptions(bus.subscribe)
     end = owner.add(lambda event: seen.append(event.seq))
     owner.add(lambda event, owner=owner: None)  # refers to its owner, and does not keep it
     bus.publish(Metrics(step=1, values={"loss": 1.0}))

@@ -1,6 +1,8 @@
 """Recorded runs: shown again as they went, shown whole after a crash, gone on with from their last checkpoint."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.events import RunStep
 from tensafe_nb.history.log import RunHistory
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets import replay as replays
 from tensafe_nb.widgets.feed import feed
@@ -42,10 +44,21 @@ def recorded(tc: tn.TrainingClient, batch: tn.BatchData) -> tn.TrainingRun:
     return run
 
 
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home folder of a process that was killed."""
+    folder = tmp_path_factory.mktemp("killed") / "home"
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED], env=os.environ | {"TENSAFE_HOME": str(folder)}, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    return folder
+
+
 @pytest.fixture
-def killed() -> Any:
-    """The record of a run whose process was killed."""
-    assert subprocess.run([sys.executable, "-c", KILLED], check=False).returncode == -signal.SIGKILL
+def killed(left_behind: Path) -> Any:
+    """The record of a run whose process was killed, in a home folder of the test's own."""
+    shutil.copytree(left_behind, os.environ["TENSAFE_HOME"])
     [record] = tn.list_runs()
     return record
 
@@ -65,7 +78,9 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def files() -> dict[Path, tuple[int, int]]:
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in home.home().rglob("*")}
+    return {
+        path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Home.of_environment().root.rglob("*")
+    }
 
 
 def texts(outputs: list[dict[str, Any]]) -> str:
@@ -125,7 +140,7 @@ def test_what_comes_later_is_not_known_yet(recorded: tn.TrainingRun) -> None:
     assert recording.run.state == "RUNNING"
     assert len(list(recording.history.events())) == recording.history.last_seq
     assert len(recording.history["loss"]) < len(recorded.history["loss"])
-    assert recording.refresh().queue_depth >= 0
+    assert recording.history.state.queue.depth >= 0
 
 
 def test_closing_shows_the_rest_at_once_and_ends_the_thread(recorded: tn.TrainingRun) -> None:
@@ -188,7 +203,7 @@ def test_a_loaded_run_is_shown_whole(recorded: tn.TrainingRun, outputs: list[dic
     record = tn.load_run(recorded.run_id)
     data, _ = record._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
-    facts = feed.feed_of(record).facts()
+    facts = feed.feed_of(record).standing()
     assert (facts.state, facts.step, facts.planned, facts.active) == ("FINISHED", STEPS, STEPS, False)
     assert 0 < facts.elapsed < 60
     assert dashboard.panel_of(record) is dashboard.panel_of(tn.load_run(recorded.run_id))
@@ -202,7 +217,7 @@ def test_a_run_of_a_process_that_died_says_where_and_what_to_go_on_from(
         f"<RunRecord {killed.run_id} INTERRUPTED at step {killed.step}, last checkpoint {checkpoint}>"
     )
     killed._repr_mimebundle_()
-    facts = feed.feed_of(killed).facts()
+    facts = feed.feed_of(killed).standing()
     assert (facts.state, facts.active) == ("INTERRUPTED", False)
     assert checkpoint in facts.reason
     tn.replay(killed, speed=AT_ONCE).result()
@@ -224,7 +239,7 @@ def test_after_a_crash_training_goes_on_as_if_nothing_had_happened(
     assert tc.history["loss"].tolist() == again.history["loss"][8:].tolist()
     whole = Recording(tn.load_run(run.run_id), "RECORDED")
     whole.tell_all()
-    assert (whole.run.steps_done, whole.step) == (20, 20)
+    assert (whole.run.steps_done, whole.history.state.step) == (20, 20)
 
 
 def test_the_curve_before_a_crash_and_the_one_after_it_are_shown_on_the_same_axes(
@@ -324,11 +339,13 @@ def test_the_samples_of_a_log_that_was_moved_are_found_beside_it_and_nowhere_els
     run.result()
     service.close()
     moved = tmp_path / "moved"
-    home.event_log(tc.training_client_id).parent.rename(moved)
+    Home.of_environment().event_log(tc.training_client_id).parent.rename(moved)
     log = moved / "events.jsonl"
-    log.write_text(log.read_text().replace(str(home.home()), "/etc"))
+    log.write_text(log.read_text().replace(str(Home.of_environment().root), "/etc"))
     replay = tn.replay(log, speed=AT_ONCE, show=False)
     assert replay.result().curve == "reward"
-    shown = feed.feed_of(replay.run).landmarks.rollouts
+    seen = feed.feed_of(replay.run)
+    shown = seen.state.rollouts
     assert sorted(shown) == [1, 2]
-    assert all(Path(one.path).is_file() and moved in Path(one.path).parents for one in shown.values())
+    found = [seen.client.history.rollouts_file(one) for one in shown.values()]
+    assert all(path.is_file() and moved in path.parents for path in found)

@@ -1,4 +1,4 @@
-"""A training client that only publishes, a view whose time is turned by hand, a widget whose messages are kept."""
+"""A training client that only publishes, a flusher whose time is turned by hand, a widget whose messages are kept."""
 
 import threading
 import time
@@ -14,6 +14,7 @@ from tensafe_nb.core.bus import EventBus
 from tensafe_nb.events import (
     ArtifactDeleted,
     CheckpointSaved,
+    ClientCreated,
     Event,
     Metrics,
     RunState,
@@ -21,23 +22,23 @@ from tensafe_nb.events import (
     StatusChanged,
 )
 from tensafe_nb.futures import FutureHandle, Promise, handle_of
+from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.results import (
     Encryption,
     LoadStateResult,
     RunStatus,
     SaveStateResult,
-    TrainingClientInfo,
 )
 from tensafe_nb.widgets.feed.feed import Feed
-from tensafe_nb.widgets.feed.flusher import Member, View
+from tensafe_nb.widgets.feed.flusher import Flusher, Member
 from tensafe_nb.widgets.live import dashboard
 from tensafe_nb.widgets.still import snapshot
 
 PLANNED = 10
 
 
-class HandView(View):
-    """A view without a thread: `pass_time` moves its clock, `flush` does what the thread would."""
+class HandFlusher(Flusher):
+    """A flusher without a thread: `pass_time` moves its clock, `flush` does what the thread would."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class FakeRun:
     planned_steps: int | None = PLANNED
     steps_done: int = 0
     started_at: float = field(default_factory=time.time)
-    curve: str = "loss"
+    curve: str | None = None
     state: RunStatus = RunStatus.RUNNING
     told: list[str] = field(default_factory=list)
     threads: list[str] = field(default_factory=list)
@@ -97,17 +98,13 @@ class FakeClient:
         self.bus = EventBus(log)
         self.runs: tuple[Any, ...] = ()
         self.step = 0
-        self.status, self.queue_depth, self.reason = "READY", 0, None
         self.history, self.subscribe = self.bus.history, self.bus.subscribe
         self.watch = self.bus.subscribe
+        self.publish(ClientCreated(training_client_id=self.training_client_id, config=encode(self.config)))
+        self.publish(StatusChanged(status="READY"))
         self.told: list[str] = []
         self.promises: list[Promise[Any]] = []
         self.children: list[FakeClient] = []
-
-    def refresh(self) -> TrainingClientInfo:
-        return TrainingClientInfo(
-            "tc-1", "builtin:tiny", self.status, self.step, self.queue_depth, 0.0, self.reason
-        )
 
     def publish(self, event: Event) -> None:
         self.bus.publish(event)
@@ -120,7 +117,17 @@ class FakeClient:
 
     def turn(self, run: FakeRun, state: RunStatus, reason: str | None = None) -> None:
         run.state = state
-        self.publish(RunState(run_id=run.run_id, state=str(state), step=self.step, reason=reason))
+        self.publish(
+            RunState(
+                run_id=run.run_id,
+                state=str(state),
+                step=self.step,
+                planned_steps=run.planned_steps,
+                reason=reason,
+                done=run.steps_done,
+                curve=run.curve,
+            )
+        )
 
     def measure(self, **values: float) -> None:
         """Publish one step's metrics; `eval_loss` stands for `eval/loss`."""
@@ -176,7 +183,6 @@ class FakeClient:
         return handle_of(self.promises[-1], what.split()[0], "tc-1", result_type)
 
     def close(self) -> None:
-        self.status = "TERMINATED"
         self.publish(StatusChanged(status="TERMINATED"))
         self.bus.close()
 
@@ -201,13 +207,13 @@ def client(tmp_path: Path) -> Iterator[FakeClient]:
 
 
 @pytest.fixture
-def view() -> HandView:
-    return HandView()
+def flusher() -> HandFlusher:
+    return HandFlusher()
 
 
 @pytest.fixture
-def feed(client: FakeClient, view: HandView) -> Feed:
-    return Feed(client, view)
+def feed(client: FakeClient, flusher: HandFlusher) -> Feed:
+    return Feed(client, flusher)
 
 
 @pytest.fixture

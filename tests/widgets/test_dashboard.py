@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensafe_nb.events import OperationStarted
+from tensafe_nb.events import OperationQueued, OperationStarted
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.feed.feed import Feed
 from tensafe_nb.widgets.live.dashboard import Dashboard, panel_of
 
-from .conftest import PLANNED, FakeClient, FakeRun, HandView, Output, Wire
+from .conftest import PLANNED, FakeClient, FakeRun, HandFlusher, Output, Wire
 
 
 def from_here(call: Callable[[], None]) -> None:
@@ -79,20 +79,20 @@ def test_the_reward_is_the_curve_once_there_is_one(client: FakeClient, wire: Wir
     wire.mount()
     client.measure(reward=0.25, eval_reward=0.5)
     assert set(wire.flush_kind("delta")[0]["s"]) == {"reward", "eval/reward", "~time"}
-    wire.widget.feed.view.time += 1
+    wire.widget.feed.flusher.time += 1
     assert wire.flush_kind("status")[0]["curve"] == "reward"
 
 
 @pytest.mark.parametrize("call", [from_here, from_a_foreign_thread, from_a_loop_on_another_thread])
 def test_a_handler_only_notes_and_wakes_whatever_thread_it_is_on(
-    client: FakeClient, wire: Wire, view: HandView, call: Callable[[Callable[[], None]], None]
+    client: FakeClient, wire: Wire, flusher: HandFlusher, call: Callable[[Callable[[], None]], None]
 ) -> None:
     run = client.start()
     wire.mount()
-    view.woken.clear()
+    flusher.woken.clear()
     wire.sent.clear()
     call(lambda: wire.page_says(t="do", do="pause", n=1))
-    assert (run.told, wire.sent, view.woken) == ([], [], [wire.widget])
+    assert (run.told, wire.sent, flusher.woken) == ([], [], [wire.widget])
     assert {"t": "ack", "n": 1, "why": None, "said": None} in wire.flush()
     assert run.told == ["pause"]
     assert run.threads == [threading.current_thread().name]
@@ -131,40 +131,41 @@ def test_a_command_that_breaks_is_answered_too(
 
 
 def test_a_change_of_state_is_told_at_once_and_of_the_rest_twice_a_second_at_most(
-    client: FakeClient, wire: Wire, view: HandView
+    client: FakeClient, wire: Wire, flusher: HandFlusher
 ) -> None:
     run = client.start()
     wire.mount()
     client.advance(run)
     assert wire.flush_kind("status") == []
     assert wire.again == 0.5
-    view.time += 0.5
+    flusher.time += 0.5
     assert wire.flush_kind("status")[0]["step"] == 1
     client.turn(run, RunStatus.PAUSING)
     assert wire.flush_kind("status")[0]["state"] == "PAUSING"
 
 
 def test_a_running_run_gives_a_sign_of_life_every_five_seconds(
-    client: FakeClient, wire: Wire, view: HandView
+    client: FakeClient, wire: Wire, flusher: HandFlusher
 ) -> None:
     client.start()
     wire.mount()
-    view.time += 4.9
+    flusher.time += 4.9
     assert wire.flush() == []
-    view.time += 0.2
+    flusher.time += 0.2
     assert len(wire.flush_kind("status")) == 1
 
 
-def test_a_resting_client_is_silent(client: FakeClient, wire: Wire, view: HandView) -> None:
+def test_a_resting_client_is_silent(client: FakeClient, wire: Wire, flusher: HandFlusher) -> None:
     wire.mount()
-    view.time += 60
+    flusher.time += 60
     assert wire.flush() == []
     assert wire.again is None
 
 
 def test_a_status_is_below_600_bytes_and_what_is_unknown_is_null(client: FakeClient, wire: Wire) -> None:
     client.start(FakeRun(planned_steps=None))
-    client.queue_depth = 3
+    for future_id in ("f", "g", "h"):
+        client.publish(OperationQueued(future_id=future_id, operation="forward_backward"))
     client.publish(OperationStarted(future_id="f", operation="forward_backward"))
     wire.page_says(t="hello", v=1, n=0, mount=True)
     status = wire.flush_kind("status")[0]
@@ -177,11 +178,11 @@ def test_the_time_left_is_told_after_five_steps_from_the_median_step(client: Fak
     run = client.start()
     for _ in range(5):
         client.advance(run, duration=2.0)
-    assert feed.facts().eta is None
+    assert feed.standing().eta is None
     client.advance(run, duration=100.0)
-    assert feed.facts().eta == 2.0 * (PLANNED - 6)
+    assert feed.standing().eta == 2.0 * (PLANNED - 6)
     client.turn(run, RunStatus.PAUSED)
-    assert feed.facts().eta is None
+    assert feed.standing().eta is None
 
 
 def test_a_failure_is_told_with_its_reason(client: FakeClient, wire: Wire) -> None:
@@ -200,7 +201,7 @@ def test_an_error_of_our_own_appears_in_the_panel(
     client: FakeClient, wire: Wire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wire.mount()
-    monkeypatch.setattr(client, "refresh", lambda: 1 / 0)
+    monkeypatch.setattr(wire.widget.feed, "standing", lambda: 1 / 0)
     with caplog.at_level(logging.CRITICAL):
         [error] = wire.flush_kind("error")
     assert "ZeroDivisionError" in error["text"]

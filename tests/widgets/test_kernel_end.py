@@ -39,7 +39,7 @@ def _outputs_on_their_way(client: Any) -> list[dict[str, Any]]:
     found = []
     while True:
         try:
-            message = client.get_iopub_msg(timeout=2)
+            message = client.get_iopub_msg(timeout=0.5)
         except queue.Empty:
             return found
         if message["msg_type"] == "update_display_data":

@@ -22,13 +22,13 @@ from tensafe_nb.widgets import (
     RewardHistory,
     RolloutInspector,
 )
-from tensafe_nb.widgets.feed import rollouts as rollout_view
+from tensafe_nb.widgets.feed import rollouts
 from tensafe_nb.widgets.feed.curves import RATE, TOKENS, Curves, names_of
 from tensafe_nb.widgets.feed.feed import Feed
 from tensafe_nb.widgets.live import dashboard
 from tensafe_nb.widgets.live.base import LiveWidget
 
-from .conftest import FakeClient, FakeRun, HandView, Wire
+from .conftest import FakeClient, FakeRun, HandFlusher, Wire
 
 ALONE = (CheckpointTable, LossCurve, PrivacyMeter, RewardHistory, RolloutInspector)
 SPENT: dict[str, Any] = {
@@ -37,7 +37,12 @@ SPENT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def rollouts_of(path: Path, answers: dict[str, float | None], **fields: Any) -> str:
+def beside(client: FakeClient) -> Path:
+    """Return where the rollouts of the client's first run lie."""
+    return client.history.path.parent / "rollouts" / "1"
+
+
+def rollouts_of(path: Path, answers: dict[str, float | None], **fields: Any) -> Path:
     """Write the rollouts of one prompt and return where they lie."""
     made = [
         Trajectory("2+2=", text, reward=reward, tokens=[ord(c) for c in text], policy_version=7, **fields)
@@ -48,7 +53,8 @@ def rollouts_of(path: Path, answers: dict[str, float | None], **fields: Any) -> 
         if trajectory.reward is not None:
             trajectory.advantage = trajectory.reward - sum(rewards) / len(rewards)
     batch = TrajectoryBatch([RolloutGroup("p", "2+2=", made)], SamplingConfig())
-    return str(batch.save(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return batch.save(path)
 
 
 class Letters:
@@ -85,18 +91,18 @@ def test_a_checkpoint_is_a_mark_and_a_row_whose_seal_is_looked_up(client: FakeCl
     }  # fmt: skip
 
 
-def test_a_panel_that_comes_late_is_told_all_that_happened(client: FakeClient, view: HandView) -> None:
+def test_a_panel_that_comes_late_is_told_all_that_happened(client: FakeClient, flusher: HandFlusher) -> None:
     client.save("art-1")
     client.publish(Alarm(run_id="tc-1/1", step=3, name="nan", level="red", message="m", remedy="r"))
-    feed = Feed(client, view)
-    assert list(feed.landmarks.checkpoints) == ["art-1"]
-    assert [alarm.step for alarm in feed.landmarks.alarms] == [3]
+    feed = Feed(client, flusher)
+    assert list(feed.state.checkpoints) == ["art-1"]
+    assert [alarm.step for alarm in feed.state.alarms] == [3]
 
 
 def test_forks_are_marked_on_both_sides(client: FakeClient, feed: Feed) -> None:
     client.publish(Forked(parent="tc-1", artifact_id="art-1", child="tc-2", step=5))
     client.publish(Forked(parent="tc-0", artifact_id="art-0", child="tc-1", step=0))
-    assert feed.landmarks.marks(client.history, "tc-1") == [(5, "f", "to tc-2"), (0, "f", "from tc-0")]
+    assert feed.annotations.marks() == [(5, "f", "to tc-2"), (0, "f", "from tc-0")]
 
 
 def test_a_change_of_the_reward_is_a_mark_at_the_first_step_it_scored(client: FakeClient, wire: Wire) -> None:
@@ -224,16 +230,16 @@ def test_sections_are_chosen_by_name(client: FakeClient) -> None:
 
 
 def test_the_newest_rollouts_are_pushed_once_in_two_seconds_at_most(
-    client: FakeClient, wire: Wire, view: HandView, tmp_path: Path
+    client: FakeClient, wire: Wire, flusher: HandFlusher
 ) -> None:
     wire.mount()
     for step in (1, 2):
-        path = rollouts_of(tmp_path / f"{step}", {"4": 1.0, "5": 0.0})
-        client.publish(Rollouts(run_id="tc-1/1", step=step, rollouts=2, path=path))
+        path = rollouts_of(beside(client) / f"{step}", {"4": 1.0, "5": 0.0})
+        client.publish(Rollouts(run_id="tc-1/1", step=step, rollouts=2, path=f"1/{path.name}"))
         told = [*wire.flush(), *wire.flush()]
         assert [content["step"] for content in told if content["t"] == "rollouts"] == [1] * (step == 1)
     assert wire.again == 2.0
-    view.time += 2.0
+    flusher.time += 2.0
     told = [*wire.flush(), *wire.flush()]
     assert [content["step"] for content in told if content["t"] == "rollouts"] == [2]
 
@@ -241,9 +247,9 @@ def test_the_newest_rollouts_are_pushed_once_in_two_seconds_at_most(
 def test_an_older_step_is_shown_on_request_and_a_missing_one_with_the_reason(
     client: FakeClient, wire: Wire, tmp_path: Path
 ) -> None:
-    path = rollouts_of(tmp_path / "1", {"4": 1.0, "5": 0.0})
-    client.publish(Rollouts(run_id="tc-1/1", step=1, rollouts=2, path=path))
-    client.publish(Rollouts(run_id="tc-1/1", step=2, rollouts=2, path=str(tmp_path / "gone")))
+    path = rollouts_of(beside(client) / "1", {"4": 1.0, "5": 0.0})
+    client.publish(Rollouts(run_id="tc-1/1", step=1, rollouts=2, path=str(path)))  # as 0.1 wrote it
+    client.publish(Rollouts(run_id="tc-1/1", step=2, rollouts=2, path="1/gone"))
     wire.mount()
     for step in (1, 2, 3):
         wire.page_says(t="show", step=step)
@@ -257,7 +263,7 @@ def test_an_older_step_is_shown_on_request_and_a_missing_one_with_the_reason(
 def test_rollouts_are_told_with_everything_there_is_to_know(tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)>"
     path = rollouts_of(tmp_path / "r", {evil: 1.0, "5": 0.0}, finish_reason="stop")
-    told = rollout_view.message(3, path, lambda ids: [chr(i) for i in ids], rollout_view.PUSHED)
+    told = rollouts.message(3, path, lambda ids: [chr(i) for i in ids], rollouts.PUSHED)
     [first, second] = told["groups"][0]["r"]
     assert first["text"] == evil
     assert (first["reward"], first["adv"], first["end"], first["policy"]) == (1.0, 0.5, "stop", 7)
@@ -278,7 +284,7 @@ def test_rollouts_are_told_with_everything_there_is_to_know(tmp_path: Path) -> N
 def test_why_zero_is_answered(
     tmp_path: Path, answers: dict[str, float | None], fields: dict[str, Any], words: str | None
 ) -> None:
-    told = rollout_view.message(1, rollouts_of(tmp_path / "r", answers, **fields), None, 10_000)
+    told = rollouts.message(1, rollouts_of(tmp_path / "r", answers, **fields), None, 10_000)
     why = told["groups"][0]["r"][0].get("why")
     assert (words in why) if words else why is None
 
@@ -288,25 +294,25 @@ def test_long_texts_are_cut_and_what_does_not_fit_is_counted(tmp_path: Path) -> 
         RolloutGroup(str(i), "p" * 5_000, [Trajectory("p", "x" * 5_000, reward=1.0)]) for i in range(100)
     ]
     path = TrajectoryBatch(groups, SamplingConfig()).save(tmp_path / "r")
-    told = rollout_view.message(1, str(path), None, rollout_view.PUSHED)
-    assert len(json.dumps(told)) <= rollout_view.PUSHED
+    told = rollouts.message(1, str(path), None, rollouts.PUSHED)
+    assert len(json.dumps(told)) <= rollouts.PUSHED
     assert told["left_out"] == 100 - len(told["groups"]) > 0
     assert "3000 more characters" in told["groups"][0]["prompt"]
 
 
 def test_samples_in_the_file_are_escaped_and_show_what_is_invisible(tmp_path: Path) -> None:
     path = rollouts_of(tmp_path / "r", {"<b>\u202e": 1.0, "5": 0.0})
-    html = rollout_view.frozen(3, path, prompts=1)["text/html"]
+    html = rollouts.frozen(3, path, prompts=1)["text/html"]
     assert "&lt;b&gt;⟨U+202E⟩" in html
 
 
 @pytest.fixture
 def pair(
-    client: FakeClient, feed: Feed, tmp_path: Path, view: HandView
+    client: FakeClient, feed: Feed, tmp_path: Path, flusher: HandFlusher
 ) -> Iterator[tuple[Feed, FakeClient, Feed]]:
     other = FakeClient(tmp_path / "other.jsonl")
     other.training_client_id = "tc-9"
-    yield feed, other, Feed(other, view)
+    yield feed, other, Feed(other, flusher)
     other.bus.close()
 
 
@@ -355,12 +361,12 @@ def test_a_run_that_ended_is_loaded_into_by_the_client(client: FakeClient, wire:
 
 
 def test_the_sliders_of_the_meter_are_answered_and_nothing_is_spent(
-    service: tn.ServiceClient, view: HandView
+    service: tn.ServiceClient, flusher: HandFlusher
 ) -> None:
     dp = DPConfig(dataset_size=1000, noise_multiplier=1.2)
     tc = service.create_training_client(model_ref="builtin:sums", batch_size=20, dp_config=dp)
     tc.freeze_reference().result()
-    wire = Wire(PrivacyMeter(Feed(tc, view)))
+    wire = Wire(PrivacyMeter(Feed(tc, flusher)))
     wire.mount()
     [told] = [content for content, _ in wire.sent if content["t"] == "privacy"]
     assert told["plan"] == {"sigma": 1.2, "batch": 20, "size": 1000}

@@ -9,9 +9,9 @@ from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets.feed.feed import Feed
 from tensafe_nb.widgets.still import picture, snapshot
 from tensafe_nb.widgets.still.picture import extremes, smoothed
-from tensafe_nb.widgets.still.snapshot import Snapshot, StaticPart
+from tensafe_nb.widgets.still.snapshot import Snapshot, StillOutputs
 
-from .conftest import FakeClient, FakeRun, HandView, Output
+from .conftest import FakeClient, FakeRun, HandFlusher, Output
 
 
 class Cell:
@@ -20,7 +20,7 @@ class Cell:
     def __init__(self, feed: Feed, run: FakeRun | None, outputs: list[Output]) -> None:
         self.alone = True
         self.outputs = outputs
-        self.part = StaticPart(feed, None if run is None else run.run_id, alone=lambda: self.alone)
+        self.part = StillOutputs(feed, None if run is None else run.run_id, alone=lambda: self.alone)
         self.part.place()
         outputs.clear()
 
@@ -109,30 +109,30 @@ def test_smoothing_is_unbiased_from_the_first_value_on_and_steps_over_what_is_no
 
 
 def test_outputs_are_placed_empty(feed: Feed, run: FakeRun, outputs: list[Output]) -> None:
-    StaticPart(feed, run.run_id, alone=lambda: True).place()
+    StillOutputs(feed, run.run_id, alone=lambda: True).place()
     assert [output.data["text/plain"] for output in outputs] == ["", ""]
     assert not any(output.update for output in outputs)
 
 
 def test_without_a_page_the_table_is_renewed_every_2_s_and_the_picture_every_30(
-    client: FakeClient, view: HandView, cell: Cell
+    client: FakeClient, flusher: HandFlusher, cell: Cell
 ) -> None:
     client.measure(loss=1.0)
     assert cell.flush() == []
-    view.time += 2.0
+    flusher.time += 2.0
     assert cell.flush() == ["table", "picture"]
-    view.time += 2.0
+    flusher.time += 2.0
     assert cell.flush() == ["table"]
-    view.time += 28.0
+    flusher.time += 28.0
     assert cell.flush() == ["table", "picture"]
 
 
 def test_with_a_page_nothing_is_renewed_until_the_end(
-    client: FakeClient, view: HandView, run: FakeRun, cell: Cell
+    client: FakeClient, flusher: HandFlusher, run: FakeRun, cell: Cell
 ) -> None:
     cell.alone = False
     client.measure(loss=1.0)
-    view.time += 100.0
+    flusher.time += 100.0
     assert cell.flush() == []
     client.turn(run, RunStatus.FINISHED)
     assert cell.flush() == ["table", "picture"]
@@ -150,7 +150,7 @@ def test_the_end_is_pictured_however_it_came(
 
 
 def test_pauses_are_pictured_once_in_30_s_at_most(
-    client: FakeClient, view: HandView, run: FakeRun, cell: Cell
+    client: FakeClient, flusher: HandFlusher, run: FakeRun, cell: Cell
 ) -> None:
     cell.alone = False
     renewed = []
@@ -159,7 +159,7 @@ def test_pauses_are_pictured_once_in_30_s_at_most(
         client.turn(run, RunStatus.PAUSED)
         renewed.append(cell.flush())
         client.turn(run, RunStatus.RUNNING)
-        view.time += 5
+        flusher.time += 5
     assert renewed == [["table", "picture"], ["table"]]
 
 

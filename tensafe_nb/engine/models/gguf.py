@@ -15,8 +15,8 @@ from typing import Any
 from tensafe_nb.engine.models import reading
 from tensafe_nb.errors import ModelLoadError, StorageError
 from tensafe_nb.locks import held
-from tensafe_nb.store import home
 from tensafe_nb.store.disk import Files, disk_errors, make_folder, publish_folder
+from tensafe_nb.store.home import Home
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,13 @@ def converted(path: Path) -> Path:
         raise ModelLoadError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).")
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()[:24]
-    folder = home.models() / f"{path.stem}-{content}-v{VERSION}"
+    models = Home.of_environment().models()
+    folder = models / f"{path.stem}-{content}-v{VERSION}"
     if not folder.is_dir():
         files = Files()
         with disk_errors(f"convert {path.name}"):
-            make_folder(files, home.models())
-            with held(home.models() / ".lock", exclusive=True):
+            make_folder(files, models)
+            with held(models / ".lock", exclusive=True):
                 if not folder.is_dir():
                     convert(path, folder, files)
     return folder

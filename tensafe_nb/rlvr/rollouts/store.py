@@ -5,7 +5,6 @@ from pathlib import Path
 
 from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
-from tensafe_nb.store import home
 
 LIMIT = 100_000_000  # bytes of rollouts that a run keeps
 
@@ -15,12 +14,12 @@ class RolloutStore:
 
     Args:
         run_id: Whose rollouts they are.
+        beside: The folder of its training client's log; the files lie in `rollouts/<number of the run>`.
         limit: Bytes. Once there are more, the oldest files go; that of the last step always stays.
     """
 
-    def __init__(self, run_id: str, limit: int = LIMIT) -> None:
-        training_client_id, _, number = run_id.rpartition("/")
-        self.folder = home.rollouts(training_client_id) / number
+    def __init__(self, run_id: str, beside: Path, limit: int = LIMIT) -> None:
+        self.folder = beside / "rollouts" / run_id.rpartition("/")[2]
         self._run_id, self._limit = run_id, limit
         self._kept: deque[tuple[int, Path, int]] = deque()  # step, file, bytes; oldest first
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeAlias
 from tensafe_nb.errors import ArtifactNotFoundError, DecryptionError, KeyUnavailableError, ValidationError
 from tensafe_nb.protocol.results import SaveStateResult
 from tensafe_nb.store.artifacts.folder import ArtifactFolder, hash_of, id_of, is_named, missing
-from tensafe_nb.store.artifacts.header import check_schema, claimed_id, describe, describe_file, result, unfit
+from tensafe_nb.store.artifacts.header import check_schema, claimed_id, describe, describe_file, listed, unfit
 from tensafe_nb.store.disk import Draft, Files, disk_errors
 from tensafe_nb.store.keys.keyring import Keys, refused
 from tensafe_nb.store.sealed.envelope import Opened, content_hash, open_sealed, read_header, seal
@@ -47,12 +47,17 @@ class StoredArtifact:
         This is the second reading, and it authenticates every chunk again: where it raises, the file was altered
         meanwhile, and what was read must be thrown away. One iteration at a time.
         """
-        stream = PayloadStream(_chunks(self._opened, self.info.artifact_id))
+        stream = PayloadStream(self.chunks())
         Manifest.read(stream)
         for name, size in self._manifest.parts:
             part = PartStream(stream, size)
             yield name, size, part
             part.finish()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the payload as it was sealed, manifest included; a chunk is gone when the next is asked for."""
+        with disk_errors(f"read {self.info.artifact_id}"):
+            yield from self._opened.chunks()
 
 
 class ArtifactStore:
@@ -123,7 +128,7 @@ class ArtifactStore:
                 self._folder.enter(fields["artifact_id"])
                 draft.publish(target)
         self._manifests[target.name] = manifest
-        return result(fields, sealed.key_id, sealed.size_bytes, sealed.content_hash, manifest)
+        return listed(fields, sealed.key_id, sealed.size_bytes, sealed.content_hash, manifest)
 
     @contextmanager
     def open(self, artifact_id: str) -> Iterator[StoredArtifact]:
@@ -224,7 +229,11 @@ class ArtifactStore:
             target = self._folder.place(claimed_id(read_header(draft.file)), self._whole(draft.file))
             draft.sync()
             with self._folder.exclusive():
-                _refuse_another(target, self._folder.present(id_of(target)))
+                if any(path != target for path in self._folder.present(id_of(target))):
+                    raise ValidationError(
+                        f"There is an artifact {id_of(target)} with another content here. Both cannot have this id: "
+                        f"delete_artifact removes the one that is here."
+                    )
                 if not self._is_whole(target):  # absent, or damaged and now repaired
                     if not target.exists():
                         self._folder.enter(id_of(target))
@@ -343,22 +352,9 @@ def open_file(path: Path, keys: Keys) -> Iterator[StoredArtifact]:
         yield StoredArtifact(info, opened.header.fields, manifest.metadata, manifest, opened)
 
 
-def _chunks(opened: Opened, artifact_id: str) -> Iterator[memoryview]:
-    with disk_errors(f"read {artifact_id}"):
-        yield from opened.chunks()
-
-
 @contextmanager
 def _deleted_meanwhile(artifact_id: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as err:
         raise ArtifactNotFoundError(f"The artifact {artifact_id!r} was deleted a moment ago.") from err
-
-
-def _refuse_another(target: Path, present: Sequence[Path]) -> None:
-    if any(path != target for path in present):
-        raise ValidationError(
-            f"There is an artifact {id_of(target)} with another content here. Both cannot have this id: "
-            f"delete_artifact removes the one that is here."
-        )

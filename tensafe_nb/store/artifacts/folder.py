@@ -1,4 +1,4 @@
-"""The folder that artifacts lie in: what its files are called, and who may change them when.
+"""The folder of artifacts: names of its files, and the lock that says who may change them when.
 
 A file is called `<artifact id>.<content hash>.tsnb`. Nothing but the key slot at its beginning ever changes, so the
 name says what must be in it, and a listing need not read gigabytes to tell. One lock guards the folder: shared while

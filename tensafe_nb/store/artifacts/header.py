@@ -1,4 +1,4 @@
-"""What an artifact's header must say, and what a listing tells of it."""
+"""Headers of artifacts: the fields that one must have, and the entry that a listing makes of them."""
 
 import os
 from collections.abc import Mapping
@@ -26,25 +26,22 @@ _KINDS: Mapping[str, Any] = {
     "ledger_head": Mapping | None,
 }
 _LONGEST = 4096  # characters of a text: a path, at the most
-_LIMITS: Mapping[str, float] = {
-    "created_at": 253_370_764_800,
-    "step": 2**53,
-    "schema": 2**31,
-}  # the year 9999
-
-
-def _bounded(value: Any, limit: float | None) -> bool:
-    if isinstance(value, str):
-        return len(value) <= _LONGEST
-    return limit is None or 0 <= value <= limit  # false of NaN
+_YEAR_9999 = 253_370_764_800
+_LIMITS: Mapping[str, float] = {"created_at": _YEAR_9999, "step": 2**53, "schema": 2**31}
 
 
 def unfit(fields: Mapping[str, Any]) -> list[str]:
     """Return the header fields that are missing, of a wrong kind or out of bounds: a stranger may have written it."""
+
+    def fits(value: Any, kind: Any, limit: float | None) -> bool:
+        if not isinstance(value, kind):
+            return False
+        if isinstance(value, str):
+            return len(value) <= _LONGEST
+        return limit is None or 0 <= value <= limit  # false of NaN
+
     wrong = [
-        name
-        for name, kind in _KINDS.items()
-        if not (isinstance(fields.get(name, ...), kind) and _bounded(fields[name], _LIMITS.get(name)))
+        name for name, kind in _KINDS.items() if not fits(fields.get(name, ...), kind, _LIMITS.get(name))
     ]
     return wrong or ([] if is_id(fields["artifact_id"]) else ["artifact_id"])
 
@@ -81,10 +78,10 @@ def describe_file(
     """
     claimed_id(header)
     size = os.fstat(file.fileno()).st_size
-    return result(header.fields, header.key_id, size, content_hash, manifest)
+    return listed(header.fields, header.key_id, size, content_hash, manifest)
 
 
-def result(
+def listed(
     fields: Mapping[str, Any], key_id: str, size: int, content_hash: str, manifest: Manifest | None
 ) -> SaveStateResult:
     """Return what a listing tells of a sealed file; without its manifest, no metadata and no name."""

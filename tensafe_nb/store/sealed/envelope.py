@@ -7,6 +7,10 @@ Rogaway, Vizár 2015): nonce = prefix (7) + counter (4) + last flag (1), associa
 the slot. The slot holds the artifact's data key, wrapped, and a MAC over everything up to itself; changing the key
 rewrites the slot and nothing else. `content_hash` covers the file without its slot, so it stays. A file begins at
 byte 0.
+
+The prefix of the nonces is random, and so is the data key, of which each file has one of its own: no nonce comes twice
+under a key, as long as a file has less than 2³² chunks (16 PiB). The counter in the nonce makes a chunk that was moved
+or repeated fail, the flag one that was made the last.
 """
 
 import hashlib
@@ -19,16 +23,15 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.store.disk import Buffer, fill, read_up_to, write_all
 from tensafe_nb.store.keys.keyring import Keys, check_stanzas, refused
 from tensafe_nb.store.keys.sources import derive
-
-Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MAGIC = b"TSNB\x01"
 SUITE = "AES256GCM-STREAM"
@@ -107,7 +110,7 @@ class Header:
         return str(self.stanzas[0]["kek_id"])
 
 
-class _Chunks:
+class ChunkCipher:
     """AES-256-GCM under the nonces of STREAM, in either direction."""
 
     def __init__(self, data_key: bytes, nonce_prefix: bytes, prefix: bytes) -> None:
@@ -122,9 +125,8 @@ class _Chunks:
 
     def open(self, block: Buffer, counter: int, last: bool, into: bytearray) -> memoryview:
         size = len(block) - TAG
-        if size < 0 or (
-            size == 0 and counter
-        ):  # an empty chunk is how nothing is sealed, never how something ends
+        # an empty chunk is how nothing is sealed, never how something ends
+        if size < 0 or (size == 0 and counter):
             raise refused(f"chunk {counter}")
         chunk = memoryview(into)[:size]
         try:
@@ -143,7 +145,7 @@ class Opened:
 
     header: Header
     _file: BinaryIO = field(repr=False)
-    _chunks: _Chunks = field(repr=False)
+    _cipher: ChunkCipher = field(repr=False)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the payload chunk by chunk, from its beginning at every call, each one authenticated.
@@ -158,9 +160,9 @@ class Opened:
 
     def _pairs(self) -> Iterator[tuple[Buffer, memoryview]]:
         buffer = bytearray()
-        for counter, (block, last) in enumerate(_blocks(self._file, self.header.prefix)):
+        for counter, (block, last) in enumerate(sealed_chunks(self._file, self.header.prefix)):
             buffer = buffer or bytearray(len(block))  # the first is the longest
-            yield block, self._chunks.open(block, counter, last, buffer)
+            yield block, self._cipher.open(block, counter, last, buffer)
 
 
 def seal(out: BinaryIO, header: Mapping[str, Any], payload: Iterable[Buffer], keys: Keys) -> Sealed:
@@ -181,17 +183,17 @@ def seal(out: BinaryIO, header: Mapping[str, Any], payload: Iterable[Buffer], ke
     prefix = _prefix(header, nonce_prefix)
     stanza = keys.wrap(data_key)
     seen, size = hashlib.sha256(prefix), len(prefix) + SLOT
-    chunks, buffers = _Chunks(data_key, nonce_prefix, prefix), [bytearray(), bytearray()]
+    chunks, buffers = ChunkCipher(data_key, nonce_prefix, prefix), [bytearray(), bytearray()]
     with ThreadPoolExecutor(1, "tensafe-seal") as writer:
-        written = writer.submit(_write, out, prefix + _slot(prefix, [stanza], data_key))
-        for counter, (chunk, last) in enumerate(_cut(payload)):
+        written = writer.submit(write_all, out, prefix + _slot(prefix, [stanza], data_key))
+        for counter, (chunk, last) in enumerate(chunked(payload)):
             if len(buffers[counter % 2]) < len(chunk) + TAG:
                 buffers[counter % 2] = bytearray(len(chunk) + TAG)
             block = chunks.seal(chunk, counter, last, buffers[counter % 2])
             seen.update(block)
             size += len(block)
             written.result()  # before the next: the other buffer is free again, and an error comes out here
-            written = writer.submit(_write, out, block)
+            written = writer.submit(write_all, out, block)
         written.result()
     return Sealed(f"sha256:{seen.hexdigest()}", size, str(stanza["kek_id"]))
 
@@ -203,10 +205,16 @@ def read_header(file: BinaryIO) -> Header:
         DecryptionError: It is no sealed file, or of a suite, chunk size or version that this version does not know.
     """
     prefix, fields = _read_prefix(file)
-    slot = _read(file, SLOT)
+    slot = read_up_to(file, SLOT)
     if len(slot) != SLOT:
         raise refused("key slot")
-    return Header(fields, _read_stanzas(slot), prefix, slot)
+    (length,) = struct.unpack(">I", slot[:4])
+    data, padding = slot[4 : 4 + length], slot[4 + length : SLOT - MAC]
+    if length > SLOT - MAC - 4 or any(padding):
+        raise refused("key slot")
+    stanzas = parse_canonical(data)
+    check_stanzas(stanzas)
+    return Header(fields, tuple(stanzas), prefix, slot)
 
 
 def open_sealed(file: BinaryIO, keys: Keys) -> Opened:
@@ -218,7 +226,7 @@ def open_sealed(file: BinaryIO, keys: Keys) -> Opened:
     """
     header, data_key = _unlock(file, keys)
     nonce_prefix = bytes.fromhex(header.fields["nonce_prefix"])
-    return Opened(header, file, _Chunks(data_key, nonce_prefix, header.prefix))
+    return Opened(header, file, ChunkCipher(data_key, nonce_prefix, header.prefix))
 
 
 def verify(file: BinaryIO, keys: Keys) -> Sealed:
@@ -240,7 +248,7 @@ def content_hash(file: BinaryIO) -> str:
     """Return "sha256:…" of a sealed file without its key slot. Needs no key, shows nothing about the content."""
     prefix, _ = _read_prefix(file)
     seen = hashlib.sha256(prefix)
-    for block, _last in _blocks(file, prefix):
+    for block, _last in sealed_chunks(file, prefix):
         seen.update(block)
     return f"sha256:{seen.hexdigest()}"
 
@@ -265,7 +273,7 @@ def write_slot(file: BinaryIO, slot: bytes) -> None:
         raise ValidationError(f"A key slot has {SLOT} bytes, not {len(slot)}.")
     prefix, _ = _read_prefix(file)
     file.seek(len(prefix))
-    _write(file, slot)
+    write_all(file, slot)
 
 
 def _prefix(header: Mapping[str, Any], nonce_prefix: bytes) -> bytes:
@@ -286,21 +294,18 @@ def _prefix(header: Mapping[str, Any], nonce_prefix: bytes) -> bytes:
 
 def _read_prefix(file: BinaryIO) -> tuple[bytes, Mapping[str, Any]]:
     file.seek(0)
-    start = _read(file, len(MAGIC) + 4)
+    start = read_up_to(file, len(MAGIC) + 4)
     if len(start) != len(MAGIC) + 4 or not start.startswith(MAGIC):
         raise refused("magic")
     (length,) = struct.unpack(">I", start[len(MAGIC) :])
-    data = _read(file, length) if length <= MAX_HEADER else b""
+    data = read_up_to(file, length) if length <= MAX_HEADER else b""
     if len(data) != length:
         raise refused("header")
-    return start + data, _check_fields(parse_canonical(data))
-
-
-def _check_fields(fields: Any) -> Mapping[str, Any]:
+    fields = parse_canonical(data)
     known = isinstance(fields, dict) and (fields.get("suite"), fields.get("chunk")) == (SUITE, CHUNK)
     if not known or not _NONCE_PREFIX.fullmatch(str(fields.get("nonce_prefix"))):
         raise refused("header")
-    return dict(fields)
+    return start + data, dict(fields)
 
 
 def _slot(prefix: bytes, stanzas: list[Mapping[str, Any]], data_key: bytes) -> bytes:
@@ -309,17 +314,8 @@ def _slot(prefix: bytes, stanzas: list[Mapping[str, Any]], data_key: bytes) -> b
     return slot + _mac(prefix, slot, data_key)
 
 
-def _read_stanzas(slot: bytes) -> tuple[Mapping[str, Any], ...]:
-    (length,) = struct.unpack(">I", slot[:4])
-    data, padding = slot[4 : 4 + length], slot[4 + length : SLOT - MAC]
-    if length > SLOT - MAC - 4 or any(padding):
-        raise refused("key slot")
-    stanzas = parse_canonical(data)
-    check_stanzas(stanzas)
-    return tuple(stanzas)
-
-
 def _mac(prefix: bytes, slot: bytes, data_key: bytes) -> bytes:
+    # under the data key, not the one that wraps it: whoever can open the slot can tell whether the header is its own
     return hmac.digest(derive(data_key, "TSNB1/header"), prefix + slot[: SLOT - MAC], "sha256")
 
 
@@ -331,8 +327,8 @@ def _unlock(file: BinaryIO, keys: Keys) -> tuple[Header, bytes]:
     return header, data_key
 
 
-def _cut(payload: Iterable[Buffer]) -> Iterator[tuple[Buffer, bool]]:
-    """Cut pieces of any size into chunks, and flag the last; what fills a chunk by itself is not copied."""
+def chunked(payload: Iterable[Buffer]) -> Iterator[tuple[Buffer, bool]]:
+    """Yield pieces of any size as chunks, and whether each is the last; what fills a chunk by itself is not copied."""
     staged = bytearray()
     for piece in payload:
         view = memoryview(piece)
@@ -350,40 +346,17 @@ def _cut(payload: Iterable[Buffer]) -> Iterator[tuple[Buffer, bool]]:
     yield staged, True
 
 
-def _blocks(file: BinaryIO, prefix: bytes) -> Iterator[tuple[Buffer, bool]]:
+def sealed_chunks(file: BinaryIO, prefix: bytes) -> Iterator[tuple[Buffer, bool]]:
     """Yield the sealed chunks behind the slot, and whether the file ends with each; each is gone at the next."""
     begin = len(prefix) + SLOT
     left = max(file.seek(0, os.SEEK_END) - begin, 0)
     file.seek(begin)
     size = min(left, CHUNK + TAG)
     buffers = bytearray(size), bytearray(min(left - size, size))
-    block = _fill(file, buffers[0])
+    block = fill(file, buffers[0])
     for turn in itertools.count(1):
-        following = _fill(file, buffers[turn % 2])
+        following = fill(file, buffers[turn % 2])
         yield block, not following
         if not following:
             return
         block = following
-
-
-def _fill(file: BinaryIO, buffer: bytearray) -> memoryview:
-    """Read until the buffer is full, less only at the end: an unbuffered file may give less at a time."""
-    view, filled = memoryview(buffer), 0
-    while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
-        filled += count
-    return view[:filled]
-
-
-def _read(file: BinaryIO, size: int) -> bytes:
-    """Read `size` bytes, fewer only at the end: an unbuffered file may give less at a time."""
-    data = file.read(size)
-    while data and len(data) < size and (more := file.read(size - len(data))):
-        data += more
-    return data
-
-
-def _write(out: BinaryIO, data: Buffer) -> None:
-    """Write everything: an unbuffered file on a full disk takes a part and says so only at the next write."""
-    written = out.write(data)
-    while written < len(data):
-        written += out.write(memoryview(data)[written:])

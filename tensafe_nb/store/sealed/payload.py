@@ -1,4 +1,4 @@
-"""What an artifact seals: u32 length, manifest, then the parts one behind the other. Never a pickle.
+"""The payload of an artifact: u32 length, manifest, then the parts one behind the other. Never a pickle.
 
 The manifest is canonical JSON: {"metadata": …, "name": …, "parts": [[name, size], …]}.
 """
@@ -52,7 +52,10 @@ class Manifest:
                 raise ValidationError(f"A part cannot be called {part!r}: letters, digits, '.', '_' and '-'.")
         if name is not None and not 1 <= len(name) <= LONGEST_NAME:
             raise ValidationError(f"A name has 1 to {LONGEST_NAME} characters, this one {len(name)}.")
-        sizes = tuple((part, _size(content)) for part, content in parts.items())
+        sizes = tuple(
+            (part, content.size if isinstance(content, TensorPart) else len(content))
+            for part, content in parts.items()
+        )
         plain: Mapping[str, Any] = parse_canonical(canonical(dict(metadata or {})))
         return cls(sizes, plain, name)
 
@@ -83,10 +86,6 @@ class Manifest:
         return cls(tuple((name, size) for name, size in fields["parts"]), fields["metadata"], fields["name"])
 
 
-def _size(content: bytes | TensorPart) -> int:
-    return content.size if isinstance(content, TensorPart) else len(content)
-
-
 def _is_manifest(fields: Any) -> bool:
     if not isinstance(fields, dict) or set(fields) != {"metadata", "name", "parts"}:
         return False
@@ -95,12 +94,10 @@ def _is_manifest(fields: Any) -> bool:
         isinstance(fields["metadata"], dict)
         and isinstance(fields["name"], str | None)
         and isinstance(parts, list)
-        and all(isinstance(part, list) and len(part) == 2 and _is_part(*part) for part in parts)
+        and all(isinstance(part, list) and len(part) == 2 for part in parts)
+        and all(isinstance(name, str) and _PART_NAME.fullmatch(name) for name, _ in parts)
+        and all(type(size) is int and size >= 0 for _, size in parts)
     )
-
-
-def _is_part(name: Any, size: Any) -> bool:
-    return isinstance(name, str) and bool(_PART_NAME.fullmatch(name)) and type(size) is int and size >= 0
 
 
 def payload(manifest: Manifest, parts: Mapping[str, bytes | TensorPart]) -> Iterator[bytes | memoryview]:

@@ -1,4 +1,4 @@
-"""Rewrapping every artifact under a new key, so that a crash at any moment loses none.
+"""Rotation of keys: every artifact is rewrapped under a new one, and a crash at any moment loses none.
 
 A key slot is overwritten in place, and half a slot opens with no key. So all new slots go into a journal first. From
 the moment it has its name until the last slot is on the disk, whoever comes next writes them again.
@@ -40,7 +40,7 @@ def rotate(files: Files, folder: Path, paths: Iterable[Path], keys: Keys) -> int
     primary = keys.primary_id()
     slots = {path.name: slot for path in paths if (slot := _new_slot(path, keys, primary)) is not None}
     if slots:
-        _write_journal(files, folder, slots)
+        write_journal(files, folder, slots)
         _apply(files, folder, slots)
         for name, slot in slots.items():
             _check(folder / name, slot, keys)
@@ -55,7 +55,7 @@ def replay(files: Files, folder: Path) -> None:
     if not journal.exists():
         return
     try:
-        _apply(files, folder, _read_journal(journal))
+        _apply(files, folder, read_journal(journal))
     except (DecryptionError, ValueError, TypeError, AttributeError) as error:  # no crash leaves one like this
         logger.warning("%s was altered; it is set aside and not used: %s", journal, error)
         files.replace(journal, journal.with_suffix(".damaged"))
@@ -79,13 +79,19 @@ def _new_slot(path: Path, keys: Keys, primary: str) -> bytes | None:
         return None
 
 
-def _write_journal(files: Files, folder: Path, slots: Mapping[str, bytes]) -> None:
+def write_journal(files: Files, folder: Path, slots: Mapping[str, bytes]) -> None:
+    """Put all new slots on the disk, by the names of their files: from now on they are what counts."""
     with Draft(files, folder) as draft:
         draft.file.write(canonical({name: slot.hex() for name, slot in slots.items()}))
         draft.publish(folder / JOURNAL)
 
 
-def _read_journal(journal: Path) -> dict[str, bytes]:
+def read_journal(journal: Path) -> dict[str, bytes]:
+    """Return what `write_journal` wrote; a name with a path in it leads nowhere else.
+
+    Raises:
+        DecryptionError: It is not that; so do ValueError, TypeError and AttributeError.
+    """
     slots = parse_canonical(journal.read_bytes())
     return {Path(name).name: bytes.fromhex(slot) for name, slot in slots.items()}
 
@@ -96,10 +102,8 @@ def _apply(files: Files, folder: Path, slots: Mapping[str, bytes]) -> None:
             with files.update(folder / name) as file:
                 write_slot(file, slot)
                 files.fsync(file)
-        except (
-            DecryptionError,
-            FileNotFoundError,
-        ) as error:  # altered or removed by hand: no reason to stop here
+        except (DecryptionError, FileNotFoundError) as error:
+            # altered or removed by hand: no reason to stop here
             logger.warning("%s could not be rewrapped: %s", name, error)
 
 

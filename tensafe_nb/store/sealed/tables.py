@@ -1,4 +1,4 @@
-"""Small sealed files that are written again and again: what the privacy ledger keeps beside the audit log.
+"""Sealed tables: small files, written again and again, that the privacy ledger keeps beside the audit log.
 
 Each is one TSNB1 file named by a hash of what it is about. A rotation of keys rewraps them as it does artifacts.
 """

@@ -7,7 +7,7 @@ Left out: types of less than a byte, complex numbers, free-text metadata.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -36,8 +36,8 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """A line of the header."""
+class Entry:
+    """A tensor in the header."""
 
     name: str
     dtype: str
@@ -56,6 +56,23 @@ class _Entry:
             raise ValidationError(
                 f"Tensor {self.name!r} has the shape {self.shape}; lengths are whole numbers from 0."
             )
+
+    def bytes_of(self, source: Source) -> memoryview:
+        """Return the tensor's bytes as one view of its source.
+
+        Raises:
+            ValidationError: They are not as many as its shape takes, or have gaps.
+        """
+        view = memoryview(source() if callable(source) else source)
+        if view.nbytes != self.size:
+            raise ValidationError(
+                f"Tensor {self.name!r}: {self.dtype} of shape {self.shape} takes {self.size} bytes, "
+                f"its buffer has {view.nbytes}."
+            )
+        if not view.c_contiguous:
+            raise ValidationError(f"Tensor {self.name!r} is not contiguous; give a contiguous copy.")
+        # views with a zero in their shape refuse a cast
+        return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 class TensorPart:
@@ -80,14 +97,14 @@ class TensorPart:
         self._sources: dict[str, Source] = {}
         entries = []
         for name, dtype, shape, source in tensors:
-            entry = _Entry(name, dtype, tuple(shape))
+            entry = Entry(name, dtype, tuple(shape))
             entry.check()
             if name in self._sources or name == "__metadata__":
                 raise ValidationError(f"A tensor cannot be called {name!r}: that name is taken.")
             self._sources[name] = source
             entries.append(entry)
         self._entries = sorted(entries, key=lambda entry: (_RANKS[entry.dtype], entry.name))
-        self._header = _header(self._entries)
+        self._header = header_of(self._entries)
 
     @property
     def size(self) -> int:
@@ -98,24 +115,11 @@ class TensorPart:
         """Yield the file from its first byte: the header, then each tensor as one view of its source."""
         yield self._header
         for entry in self._entries:
-            yield _bytes_of(entry, self._sources[entry.name])
+            yield entry.bytes_of(self._sources[entry.name])
 
 
-def _bytes_of(entry: _Entry, source: Source) -> memoryview:
-    view = memoryview(source() if callable(source) else source)
-    if view.nbytes != entry.size:
-        raise ValidationError(
-            f"Tensor {entry.name!r}: {entry.dtype} of shape {entry.shape} takes {entry.size} bytes, "
-            f"its buffer has {view.nbytes}."
-        )
-    if not view.c_contiguous:
-        raise ValidationError(f"Tensor {entry.name!r} is not contiguous; give a contiguous copy.")
-    return (
-        view.cast("B") if view.nbytes else memoryview(b"")
-    )  # views with a zero in their shape refuse a cast
-
-
-def _header(entries: Iterable[_Entry]) -> bytes:
+def header_of(entries: Iterable[Entry]) -> bytes:
+    """Return the beginning of a safetensors file: the length of its JSON, and the JSON."""
     described, at = {}, 0
     for entry in entries:
         described[entry.name] = {
@@ -125,7 +129,7 @@ def _header(entries: Iterable[_Entry]) -> bytes:
         }
         at += entry.size
     text = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so the first tensor, too, starts at a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
@@ -141,28 +145,32 @@ def read_tensors(stream: Readable, size: int) -> Iterator[tuple[str, str, tuple[
     Raises:
         ValidationError: It is not a safetensors file of this size, or the stream ends early.
     """
-    for entry in _read_header(stream, size):
-        yield entry.name, entry.dtype, entry.shape, _read(stream, entry.size)
-
-
-def _read_header(stream: Readable, size: int) -> list[_Entry]:
     if size < 8:
         raise _malformed(f"{size} bytes are too few")
     length = int.from_bytes(_read(stream, 8), "little")
     if length > min(size - 8, _LONGEST_HEADER):
         raise _malformed(f"a header of {length} bytes in a file of {size}")
-    entries, end = _parsed(bytes(_read(stream, length)))
+    entries, end = entries_of(bytes(_read(stream, length)))
     if 8 + length + end != size:
         raise _malformed(f"its header describes {8 + length + end} bytes, it has {size}")
-    return entries
+    for entry in entries:
+        yield entry.name, entry.dtype, entry.shape, _read(stream, entry.size)
 
 
-def _parsed(text: bytes) -> tuple[list[_Entry], int]:
-    """Return the header's entries by place, and where the last one ends."""
+def entries_of(text: bytes) -> tuple[list[Entry], int]:
+    """Return the entries of a header's JSON by place, and where the last one ends; they leave no gap.
+
+    Raises:
+        ValidationError: It is no such JSON.
+    """
     try:
         described = json.loads(text, object_pairs_hook=_without_duplicates)
         described.pop("__metadata__", None)
-        placed = sorted((_placed(*item) for item in described.items()), key=lambda place: place[:2])
+        placed = []
+        for name, fields in described.items():
+            begin, stop = fields["data_offsets"]
+            placed.append((begin, stop, Entry(name, str(fields["dtype"]), tuple(fields["shape"]))))
+        placed.sort(key=lambda place: place[:2])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _malformed(f"its header cannot be read ({error})") from error
     end, entries = 0, []
@@ -173,11 +181,6 @@ def _parsed(text: bytes) -> tuple[list[_Entry], int]:
         end = stop
         entries.append(entry)
     return entries, end
-
-
-def _placed(name: str, fields: Mapping[str, Any]) -> tuple[int, int, _Entry]:
-    begin, stop = fields["data_offsets"]
-    return begin, stop, _Entry(name, str(fields["dtype"]), tuple(fields["shape"]))
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

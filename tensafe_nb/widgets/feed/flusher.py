@@ -31,7 +31,7 @@ class Member(Protocol):
         """Whether it has something to show that it has not shown yet."""
 
 
-class View:
+class Flusher:
     """The thread and its members. It starts with the first wake and ends with the last live member."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class View:
             self._due.setdefault(member, None)
             self._woken, self._urgent = True, self._urgent or urgent
             if self._thread is None:
-                self._thread = threading.Thread(target=self._main, name="tsnb-view", daemon=True)
+                self._thread = threading.Thread(target=self.work, name="tsnb-view", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
@@ -76,17 +76,18 @@ class View:
             if any(member in self._due for member in members):
                 self._woken = self._urgent = True
                 self._changed.notify_all()
-            settled = self._changed.wait_for(lambda: self._at_rest(members, begun), timeout)
+
+            def at_rest() -> bool:
+                waiting = [member for member in members if member in self._due]
+                if not all(member.live for member in waiting) or any(member.busy for member in waiting):
+                    return False
+                return not waiting or self._done > begun  # a round that began afterwards is over
+
+            settled = self._changed.wait_for(at_rest, timeout)
             ending = self._thread if not self._due else None
         if ending is not None and ending is not threading.current_thread():
             ending.join(timeout)
         return settled
-
-    def _at_rest(self, members: Sequence[Member], begun: int) -> bool:
-        waiting = [member for member in members if member in self._due]
-        if not all(member.live for member in waiting) or any(member.busy for member in waiting):
-            return False
-        return not waiting or self._done > begun  # a round that began afterwards is over
 
     def close(self) -> None:
         """End the thread with the interpreter."""
@@ -97,7 +98,8 @@ class View:
         if thread is not None:
             thread.join(1.0)
 
-    def _main(self) -> None:
+    def work(self) -> None:
+        """Flush whoever is due, round after round; the thread's own."""
         while members := self._next():
             for member in members:
                 self._flush(member)
@@ -109,7 +111,7 @@ class View:
         """Wait until a flush is due and return whom to flush; nobody when the thread is to end."""
         with self._changed:
             while not self._closing and self._due:
-                wait = self._seconds_to_wait()
+                wait = self.seconds_to_wait()
                 if wait is not None and wait <= 0:
                     self._urgent = self._woken = False
                     self._begun += 1
@@ -119,7 +121,8 @@ class View:
             self._thread = None
             return []
 
-    def _seconds_to_wait(self) -> float | None:
+    def seconds_to_wait(self) -> float | None:
+        """Return the seconds until a flush is due; None where nothing is."""
         if self._urgent:
             return 0.0
         due = [moment for moment in self._due.values() if moment is not None]
@@ -141,9 +144,7 @@ class View:
                 self._changed.notify_all()
 
 
-VIEW = View()
-
-
-atexit.register(VIEW.close)
+FLUSHER = Flusher()
+atexit.register(FLUSHER.close)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=VIEW.start_anew)
+    os.register_at_fork(after_in_child=FLUSHER.start_anew)

@@ -1,53 +1,64 @@
-"""A run that was, as something to watch: what its log says, told event by event, all at once or at a pace."""
+"""A finished run, replayed from its event log: told event by event, all at once or at a pace."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import (
-    ClientCreated,
-    Event,
-    OperationCancelled,
-    OperationFailed,
-    OperationFinished,
-    OperationQueued,
-    Rollouts,
-    RunState,
-    RunStep,
-    StateLoaded,
-    StatusChanged,
-)
+from tensafe_nb.events import ClientCreated, Event, RunState, StatusChanged
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.state import RunSoFar
 from tensafe_nb.protocol.codec import decode
-from tensafe_nb.protocol.results import ClientStatus, RunStatus, TrainingClientInfo
+from tensafe_nb.protocol.results import ClientStatus, RunStatus
 from tensafe_nb.runs.record import RunRecord
 
 
 @final
 @dataclass(slots=True, eq=False)
 class RecordedRun:
-    """What there is to see of a run that was; it changes as the events of its log are told."""
+    """The run of a recording, as far as the events of its log were told."""
 
     client: "Recording"
-    run_id: str
-    planned_steps: int | None
-    curve: str
-    started_at: float
-    steps_done: int = 0
-    state: RunStatus = RunStatus.RUNNING
+    record: RunRecord
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+    @property
+    def planned_steps(self) -> int | None:
+        return self.record.planned_steps
+
+    @property
+    def curve(self) -> str:
+        return self.record.curve
+
+    @property
+    def started_at(self) -> float:
+        return self.record.started_at
+
+    @property
+    def steps_done(self) -> int:
+        return self._told.steps_done
+
+    @property
+    def state(self) -> RunStatus:
+        return self._told.state
 
     def done(self) -> bool:
         """Whether its end was told."""
         return self.state.ended
 
+    @property
+    def _told(self) -> RunSoFar:
+        return self.client.history.state.runs.get(self.run_id) or RunSoFar(self.run_id)
+
 
 @final
 class Recording:
-    """A training client that was: it knows what it was told of its log, and no button reaches it.
+    """A training client read from its log: it knows what it was told of it, and no button reaches it.
 
     Args:
         record: The run to show; of its client's log, all before it is told too, and nothing after it.
@@ -62,35 +73,21 @@ class Recording:
     def __init__(self, record: RunRecord, mark: str) -> None:
         self.training_client_id = record.run_id.rpartition("/")[0]
         self.marks = (mark,)
-        self.config = _config_of(record)
-        self.history: RunHistory = _Told(record.log)
-        self.run = RecordedRun(self, record.run_id, record.planned_steps, record.curve, record.started_at)
-        self.started = False  # whether the run's own first event was told
-        self.step = self._first_step = self._queued = 0
+        self.config = config_of(record)
+        self.history: RunHistory = ToldHistory(record)
+        self.run = RecordedRun(self, record)
         self._now = record.started_at
-        self._status = str(ClientStatus.READY)
-        self._reason: str | None = None
         self._record = record
         self._subscribers: list[Callable[[Event], None]] = []
 
     @property
-    def runs(self) -> tuple[Any, ...]:
-        return (self.run,)
+    def started(self) -> bool:
+        """Whether the run's own first event was told."""
+        return self.run.run_id in self.history.state.runs
 
     def now(self) -> float:
         """Return the time of the latest event told, in Unix seconds: the only time a recording knows."""
         return self._now
-
-    def refresh(self) -> TrainingClientInfo:
-        return TrainingClientInfo(
-            self.training_client_id,
-            self.config.model_ref,
-            self._status,
-            self.step,
-            self._queued,
-            self._record.started_at,
-            self._reason,
-        )
 
     def subscribe(self, subscriber: Callable[[Event], None], after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` for what was told since event number `after`, then for what is told."""
@@ -107,19 +104,17 @@ class Recording:
         """Iterate over what is to be told, up to the run's end: also one that its process could not write any more."""
         last: Event = Event()
         for last in RunHistory(self._record.log).events():
-            yield _beside(self._record.log, last)
+            yield as_here(last, self._record)
             if isinstance(last, RunState) and last.run_id == self.run.run_id and RunStatus(last.state).ended:
                 break
         else:
-            yield self._interruption(last.time)
+            yield interruption_of(self._record, last.time)
         yield StatusChanged(status=ClientStatus.TERMINATED, time=last.time)
 
     def tell(self, event: Event) -> None:
         """Take in an event, and pass it on; one without a number is not in the log."""
         self._now = max(self._now, event.time)
-        if event.seq:
-            self.history.add(event)
-        self._note(event)
+        self.history.add(event)
         for subscriber in tuple(self._subscribers):
             subscriber(event)
 
@@ -130,63 +125,48 @@ class Recording:
 
     def break_off(self, reason: str) -> None:
         """End without the rest of the log."""
-        self.tell(
-            RunState(
-                run_id=self.run.run_id, state=RunStatus.INTERRUPTED, step=self.run.steps_done, reason=reason
-            )
-        )
+        run, step = self.run, self.history.state.step
+        self.tell(RunState(run_id=run.run_id, state=RunStatus.INTERRUPTED, step=step, reason=reason))
         self.tell(StatusChanged(status=ClientStatus.TERMINATED))
 
-    def _interruption(self, moment: float) -> RunState:
-        record = self._record
-        return RunState(
-            run_id=record.run_id,
-            state=RunStatus.INTERRUPTED,
-            step=record.step,
-            reason=record.way_on,
-            time=moment,
-            done=record.steps_done,
-        )
 
-    def _note(self, event: Event) -> None:
-        run = self.run
-        match event:
-            case OperationQueued():
-                self._queued += 1
-            case OperationFinished() | OperationFailed() | OperationCancelled():
-                self._queued -= 1
-            case StatusChanged(status=status, reason=reason):
-                self._status, self._reason = status, reason
-                self._queued = 0 if status == ClientStatus.TERMINATED else self._queued
-            case RunStep(run_id=run.run_id, done=done):
-                run.steps_done = done
-            case RunState(run_id=run.run_id, state=state, step=step, done=done):
-                if not self.started:
-                    self.started, self._first_step = True, step
-                run.state, self.step = RunStatus(state), step
-                if done is not None:
-                    run.steps_done = done
-            case StateLoaded(step=step) if self.started:
-                run.steps_done, self.step = max(step - self._first_step, 0), step
+class ToldHistory(RunHistory):
+    """A history that reads no further in its log than it was told.
 
+    Args:
+        record: Of the run whose log it is.
+    """
 
-class _Told(RunHistory):
-    """A history that reads no further in the log than it was told."""
+    def __init__(self, record: RunRecord) -> None:
+        super().__init__(record.log)
+        self._record = record
 
     def events(self, after: int = 0, kinds: Sequence[type[Event]] = ()) -> Iterator[Event]:
         told = takewhile(lambda event: event.seq <= self.last_seq, super().events(after, kinds))
-        return (_beside(self.path, event) for event in told)
+        return (as_here(event, self._record) for event in told)
 
 
-def _beside(log: Path, event: Event) -> Event:
-    """Look for texts beside the log, wherever it was moved to; a log names no other file of this machine."""
-    if not isinstance(event, Rollouts):
-        return event
-    number = event.run_id.rpartition("/")[2]
-    return replace(event, path=str(log.parent / "rollouts" / Path(number).name / Path(event.path).name))
+def as_here(event: Event, record: RunRecord) -> Event:
+    """Return an event as it would have been written here and now."""
+    if isinstance(event, RunState) and event.run_id == record.run_id and event.curve is None:  # version 0.1
+        return replace(event, curve=record.curve)
+    return event
 
 
-def _config_of(record: RunRecord) -> TrainingConfig:
+def interruption_of(record: RunRecord, moment: float) -> RunState:
+    """Return the event that the process of an interrupted run could not write any more."""
+    return RunState(
+        run_id=record.run_id,
+        state=RunStatus.INTERRUPTED,
+        step=record.step,
+        reason=record.way_on,
+        time=moment,
+        done=record.steps_done,
+    )
+
+
+def config_of(record: RunRecord) -> TrainingConfig:
+    """Return what was trained: a log begins with it."""
     created = next(RunHistory(record.log).events(), None)
     config = decode(dict(created.config)) if isinstance(created, ClientCreated) else None
     if not isinstance(config, TrainingConfig):

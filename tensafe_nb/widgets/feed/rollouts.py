@@ -7,6 +7,7 @@ import html
 import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ UNSEEN = re.compile(
 Decode = Callable[[Sequence[int]], list[str]]
 
 
-def message(step: int, path: str, decode: Decode | None, limit: int) -> dict[str, Any]:
+def message(step: int, path: Path, decode: Decode | None, limit: int) -> dict[str, Any]:
     """Return the message that shows the rollouts of a step, as many groups of them as fit a limit of bytes.
 
     Args:
@@ -129,7 +130,7 @@ def plain_text(text: str) -> str:
     return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
 
-def frozen(step: int, path: str, prompts: int) -> dict[str, Any]:
+def frozen(step: int, path: Path, prompts: int) -> dict[str, Any]:
     """Return some rollouts of a step as an output that stays in the file: for whoever asked for texts in it."""
     shown = message(step, path, None, ASKED)
     rows = [

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,11 +10,11 @@ import anywidget
 import traitlets
 
 from tensafe_nb.errors import TGTinkerError
-from tensafe_nb.widgets.feed import rollouts as rollout_view
+from tensafe_nb.widgets.feed import rollouts
 from tensafe_nb.widgets.feed.annotations import Part
 from tensafe_nb.widgets.feed.curves import Curves, names_of
 from tensafe_nb.widgets.feed.feed import Source, feed_of
-from tensafe_nb.widgets.live import what_if as plans
+from tensafe_nb.widgets.live import what_if
 from tensafe_nb.widgets.live.commands import QUICK, Commands, Obeyed
 from tensafe_nb.widgets.wire import Outbox
 
@@ -81,7 +81,7 @@ class LiveWidget(anywidget.AnyWidget):
         self._preparing: set[object] = set()
         self._parts_told: dict[Part, int] = {}
         self._rollouts_at = float("-inf")
-        self.on_msg(self._on_message)
+        self.on_msg(self.receive)
         for feed in self.feeds:
             feed.watch(self)
 
@@ -102,7 +102,7 @@ class LiveWidget(anywidget.AnyWidget):
         """Answer the page, then send it what is new; called by `tsnb-view` only."""
         try:
             while self._inbox:
-                self._answer(self._inbox.popleft())
+                self.answer(self._inbox.popleft())
             while self._born:
                 self.adopt(self._born.popleft())
             while self._ready:
@@ -112,10 +112,10 @@ class LiveWidget(anywidget.AnyWidget):
             if self._greeted:  # the badge comes before a long history
                 self._greeted = False
                 self.send_status()
-            later = self._send_parts()
+            later = self.send_parts()
             for content, buffers in self._outbox.messages(self._curves, self.shown):
                 self.send(content | self.stamp(), buffers)
-            return _sooner(later, self.send_status())
+            return min((due for due in (later, self.send_status()) if due is not None), default=None)
         except Exception as error:
             logger.exception("a widget could not be brought up to date")
             self.send({"t": "error", "text": f"The panel stumbled: {type(error).__name__}: {error}"})
@@ -141,7 +141,7 @@ class LiveWidget(anywidget.AnyWidget):
 
     def stamp(self) -> dict[str, Any]:
         """Return what every stretch of a curve carries: when its last point was measured, in Unix milliseconds."""
-        return {"at": round(self.feed.measured_at * 1000)}
+        return {"at": round(self.feed.state.measured_at * 1000)}
 
     def adopt(self, child: Any) -> None:
         """Take in a training client that a button made; what shows no branches ignores it."""
@@ -157,90 +157,57 @@ class LiveWidget(anywidget.AnyWidget):
 
     # parts
 
-    def _send_parts(self) -> float | None:
+    def send_parts(self) -> float | None:
         """Send the parts that have changed; return the seconds until one that has to wait is due."""
         later = None
         for part in self.parts:
-            version = self.feed.landmarks.changes[part]
+            version = self.feed.annotations.version(part)
             if version == self._parts_told.get(part, 0):
                 continue
-            wait = self._rollouts_at + ROLLOUT_SECONDS - self.feed.view.now()
+            wait = self._rollouts_at + ROLLOUT_SECONDS - self.feed.flusher.now()
             if part == "rollouts" and wait > 0:
                 later = wait
                 continue
             self._parts_told[part] = version
-            if part == "rollouts":
-                self._push_newest()
-            else:
-                self.send({"t": part} | self._content(part))
+            self.send_part(part)
         return later
 
-    def _content(self, part: Part) -> dict[str, Any]:
-        landmarks = self.feed.landmarks
+    def send_part(self, part: Part) -> None:
+        """Send a part of the panel, or have it prepared."""
+        annotations, steerable = self.feed.annotations, self.feed.client.steerable
         match part:
             case "marks":
-                return {
-                    "marks": landmarks.marks(self.feed.client.history, self.feed.client.training_client_id)
-                }
+                self.send({"t": part, "marks": annotations.marks()})
             case "alarms":
-                return {"alarms": [_alarm(alarm) for alarm in landmarks.alarms]}
+                self.send({"t": part, "alarms": annotations.alarms()})
+            case "privacy":
+                plan = what_if.first_plan(self.feed.client.config) if steerable else None
+                account = annotations.privacy()
+                self.send({"t": part} | account | ({"plan": plan} if account else {}))
             case "rows":
-                self._look_up_details()
-                return {"rows": landmarks.rows(), "saving": landmarks.saving}
-            case _:
-                return self._privacy()
-
-    def _privacy(self) -> dict[str, Any]:
-        spent = self.feed.landmarks.privacy
-        if spent is None:
-            return {}
-        return {
-            "spent": _json(spent.total_epsilon),
-            "target": None if spent.target_epsilon is None else _json(spent.target_epsilon),
-            "delta": spent.delta,
-            "accountant": spent.accountant,
-            "adjacency": spent.adjacency,
-            "projected": spent.projected_step,
-            "refused": self.feed.landmarks.refused_at,
-            "void": spent.void,
-            "plan": plans.first_plan(self.feed.client.config) if self.feed.client.steerable else None,
-        }
-
-    def _look_up_details(self) -> None:
-        landmarks = self.feed.landmarks
-        unknown = [
-            artifact_id for artifact_id in landmarks.checkpoints if artifact_id not in landmarks.details
-        ]
-        if unknown and self.feed.client.steerable:
-            self._aside(lambda: self._look_up(unknown))
-
-    def _look_up(self, artifact_ids: Sequence[str]) -> None:
-        details = {}
-        for artifact_id in artifact_ids:
-            try:
-                details[artifact_id] = self._commands.facts_of(artifact_id)
-            except TGTinkerError as error:
-                details[artifact_id] = {"enc": f"cannot be read: {error}"}
-        self.feed.learn(details)
-
-    def _push_newest(self) -> None:
-        newest = max(self.feed.landmarks.rollouts.values(), key=lambda rollouts: rollouts.seq, default=None)
-        if newest is not None:
-            self._rollouts_at = self.feed.view.now()
-            self._aside(lambda: self._prepare(newest.step, rollout_view.PUSHED))
+                unknown = annotations.not_looked_up()
+                if unknown and steerable:
+                    self._aside(lambda: self.feed.learn(self._commands.look_up(unknown)))
+                self.send({"t": part, "rows": annotations.rows(), "saving": annotations.saving})
+            case "rollouts":
+                newest = annotations.newest_rollouts()
+                if newest is not None:
+                    self._rollouts_at = self.feed.flusher.now()
+                    self._aside(lambda: self._prepare(newest.step, rollouts.PUSHED))
 
     def _prepare(self, step: int, limit: int) -> None:
-        rollouts = self.feed.landmarks.rollouts.get(step)
-        if rollouts is None:
+        found = self.feed.state.rollouts.get(step)
+        if found is None:
             content = {"t": "rollouts", "step": step, "why": f"No rollouts were recorded for step {step}."}
         else:
             try:
-                content = rollout_view.message(step, rollouts.path, self.feed.decode(), limit)
+                path = self.feed.client.history.rollouts_file(found)
+                content = rollouts.message(step, path, self.feed.decode(), limit)
             except TGTinkerError as error:  # the oldest texts go when a run has too many
                 content = {"t": "rollouts", "step": step, "why": str(error)}
         self._ready.append(content)
 
-    def _aside(self, work: Any) -> None:
+    def _aside(self, work: Callable[[], None]) -> None:
         """Do what takes a while on a thread of its own; what it prepared is sent by the next flush."""
         job = object()
         self._preparing.add(job)
@@ -250,25 +217,27 @@ class LiveWidget(anywidget.AnyWidget):
                 work()
             finally:
                 self._preparing.discard(job)
-                self.feed.view.wake(self, urgent=True)
+                self.feed.flusher.wake(self, urgent=True)
 
-        self.feed.view.aside(run)
+        self.feed.flusher.aside(run)
 
-    # commands
+    # what the page says
 
-    def _on_message(self, _widget: object, content: dict[str, Any], _buffers: object) -> None:
+    def receive(self, _widget: object, content: dict[str, Any], _buffers: object) -> None:
+        """Take a message of the page; it is answered by the next flush."""
         self._inbox.append(content)
-        self.feed.view.wake(self, urgent=True)
+        self.feed.flusher.wake(self, urgent=True)
 
-    def _answer(self, content: dict[str, Any]) -> None:
+    def answer(self, content: dict[str, Any]) -> None:
+        """Answer a message of the page, at once or aside."""
         match content:
             case {"t": "hello"}:
                 self.greet(mounted=bool(content.get("mount")))
             case {"t": "show", "step": int(step)}:
-                self._aside(lambda: self._prepare(step, rollout_view.ASKED))
+                self._aside(lambda: self._prepare(step, rollouts.ASKED))
             case {"t": "plan"} if self.feed.client.steerable:
                 client: Any = self.feed.client
-                self._aside(lambda: self._ready.append(plans.answer(client, content)))
+                self._aside(lambda: self._ready.append(what_if.answer(client, content)))
             case {"t": "do", "do": str(command), "n": int(number)}:
                 if command in QUICK:
                     self._carry_out(number, command, content)
@@ -288,14 +257,15 @@ class LiveWidget(anywidget.AnyWidget):
         if outcome.child is not None:
             self._born.append(outcome.child)
         self._ready.append({"t": "ack", "n": number, "why": why, "said": outcome.said})
-        if outcome.handle is not None:
-            outcome.handle.add_done_callback(lambda handle: self._tell_failure(command, handle))
 
-    def _tell_failure(self, command: str, handle: Any) -> None:
-        error = None if handle.state == "CANCELLED" else handle.exception()
-        if error is not None:
-            self._ready.append({"t": "error", "text": f"{command}: {error}"})
-            self.feed.view.wake(self)
+        def tell_failure(handle: Any) -> None:
+            error = None if handle.state == "CANCELLED" else handle.exception()
+            if error is not None:
+                self._ready.append({"t": "error", "text": f"{command}: {error}"})
+                self.feed.flusher.wake(self)
+
+        if outcome.handle is not None:
+            outcome.handle.add_done_callback(tell_failure)
 
 
 class CurveWidget(LiveWidget):
@@ -318,22 +288,3 @@ class CurveWidget(LiveWidget):
             for prefix, feed in zip(prefixes, self.feeds, strict=True)
             for name in names_of(feed, all_curves=self.all_curves)
         ]
-
-
-def _alarm(alarm: Any) -> dict[str, Any]:
-    return {
-        "name": alarm.name,
-        "level": alarm.level,
-        "text": alarm.message,
-        "remedy": alarm.remedy,
-        "step": alarm.step,
-        "seq": alarm.seq,
-    }
-
-
-def _json(value: float) -> float | str:
-    return value if abs(value) < float("inf") else "∞"
-
-
-def _sooner(first: float | None, second: float | None) -> float | None:
-    return min((seconds for seconds in (first, second) if seconds is not None), default=None)

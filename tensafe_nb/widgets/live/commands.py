@@ -1,22 +1,26 @@
-"""What the buttons do: the calls a user could type, and nothing else. Every one returns at once or is run aside."""
+"""Commands of the panel's buttons: the calls a user could type, and nothing else. None of them waits for training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from tensafe_nb.display import as_given
+from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.protocol.results import RunStatus, SaveStateResult
 from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets.feed.feed import Feed
 
 QUICK = ("pause", "resume", "stop")  # set a flag: answered without a detour
+OF_A_CHECKPOINT = ("rollback", "branch", "export", "delete")
 
 
 class Steered(Protocol):
     """What buttons need of a training client."""
 
+    @property
+    def runs(self) -> Sequence[TrainingRun]: ...
     def save_state(self) -> FutureHandle[Any]: ...
     def load_state(self, artifact_id: str) -> FutureHandle[Any]: ...
     def fork(self, artifact_id: str | None = None) -> Any: ...
@@ -64,29 +68,70 @@ class Commands:
                 else "This is a recording: there is nothing to steer."
             )
         if command in QUICK:
-            return self._turn(command)
-        known: dict[str, Callable[[str], Obeyed]] = {
-            "rollback": self._go_back,
-            "branch": self._branch,
-            "export": self._export,
-            "delete": self._delete,
-        }
-        if command in known:
-            return known[command](self._checkpoint_of(content))
+            return self.turn(command)
+        if command in OF_A_CHECKPOINT:
+            artifact_id = content.get("id")
+            if artifact_id not in self._feed.state.checkpoints:
+                raise ValueError(f"There is no checkpoint {as_given(artifact_id)} of this client any more.")
+            return self.use_checkpoint(command, str(artifact_id))
         if command == "checkpoint":
-            return self._save()
+            return self.save()
         if command == "cancel":
             return Obeyed(f"{self._client.cancel_pending()} waiting operations were cancelled.")
         raise ValueError(f"This panel does not know {as_given(command)}.")
 
-    def facts_of(self, artifact_id: str) -> dict[str, Any]:
-        """Look up what the events do not tell of a checkpoint: how it is sealed, and its metadata."""
-        known = self._client.get_checkpoint(artifact_id)
-        metadata = known.metadata
-        return {
-            "enc": known.encryption.algorithm,
-            "meta": None if metadata is None else {str(name): str(value) for name, value in metadata.items()},
-        }
+    def turn(self, command: str) -> Obeyed:
+        """Pause, resume or stop the latest run."""
+        runs = self._client.runs
+        if not runs:
+            raise ValueError(f"There is no run to {command}.")
+        if runs[-1].state.ended:
+            raise ValueError(f"The run has ended: {RunStatus(runs[-1].state)}.")
+        {"pause": runs[-1].pause, "resume": runs[-1].resume, "stop": runs[-1].stop}[command]()
+        return Obeyed()
+
+    def save(self) -> Obeyed:
+        """Save a checkpoint: by the run under way, so that it can go on from there, or of the client."""
+        run = self._run
+        handle = self._client.save_state() if run is None else run.checkpoint()
+        self._feed.count_saving(+1)
+        handle.add_done_callback(lambda _: self._feed.count_saving(-1))
+        return Obeyed(None, handle)
+
+    def use_checkpoint(self, command: str, artifact_id: str) -> Obeyed:
+        """Go back to a checkpoint, start a branch from it, export it or delete it."""
+        client, run = self._client, self._run
+        match command:
+            case "rollback":
+                return Obeyed(
+                    handle=client.load_state(artifact_id) if run is None else run.rollback(artifact_id)
+                )
+            case "branch":
+                child = client.fork(artifact_id)
+                said = f'Branch: tc2 = service.get_training_client("{child.training_client_id}")'
+                return Obeyed(said, child=child)
+            case "export":
+                path = client.export_checkpoint(artifact_id, Path.cwd() / f"{artifact_id}-adapter")
+                return Obeyed(f"Written in the clear, for plain PEFT: {path}")
+            case _:
+                client.delete_checkpoint(artifact_id)
+                return Obeyed(f"{artifact_id} was deleted.")
+
+    def look_up(self, artifact_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Look up what the events do not tell of checkpoints: how they are sealed, and their metadata."""
+        details: dict[str, dict[str, Any]] = {}
+        for artifact_id in artifact_ids:
+            try:
+                found = self._client.get_checkpoint(artifact_id)
+            except TGTinkerError as error:
+                details[artifact_id] = {"enc": f"cannot be read: {error}"}
+            else:
+                metadata = {str(name): str(value) for name, value in (found.metadata or {}).items()}
+                sealed = found.encryption.algorithm
+                details[artifact_id] = {
+                    "enc": sealed, "meta": None if found.metadata is None else metadata,
+                }  # fmt: skip
+        return details
 
     @property
     def _client(self) -> Steered:
@@ -95,46 +140,5 @@ class Commands:
     @property
     def _run(self) -> TrainingRun | None:
         """The run under way."""
-        run = self._feed.latest
-        return None if run is None or run.state.ended else run
-
-    def _turn(self, command: str) -> Obeyed:
-        run = self._feed.latest
-        if run is None:
-            raise ValueError(f"There is no run to {command}.")
-        if run.state.ended:
-            raise ValueError(f"The run has ended: {RunStatus(run.state)}.")
-        {"pause": run.pause, "resume": run.resume, "stop": run.stop}[command]()
-        return Obeyed()
-
-    def _checkpoint_of(self, content: Mapping[str, Any]) -> str:
-        artifact_id = content.get("id")
-        if artifact_id not in self._feed.landmarks.checkpoints:
-            raise ValueError(f"There is no checkpoint {as_given(artifact_id)} of this client any more.")
-        return str(artifact_id)
-
-    def _save(self) -> Obeyed:
-        handle = self._run.checkpoint() if self._run is not None else self._client.save_state()
-        self._feed.count_saving(+1)
-        handle.add_done_callback(lambda _: self._feed.count_saving(-1))
-        return Obeyed(None, handle)
-
-    def _go_back(self, artifact_id: str) -> Obeyed:
-        run = self._run
-        handle: FutureHandle[Any] = (
-            self._client.load_state(artifact_id) if run is None else run.rollback(artifact_id)
-        )
-        return Obeyed(None, handle)
-
-    def _branch(self, artifact_id: str) -> Obeyed:
-        child = self._client.fork(artifact_id)
-        said = f'Branch: tc2 = service.get_training_client("{child.training_client_id}")'
-        return Obeyed(said, child=child)
-
-    def _export(self, artifact_id: str) -> Obeyed:
-        path = self._client.export_checkpoint(artifact_id, Path.cwd() / f"{artifact_id}-adapter")
-        return Obeyed(f"Written in the clear, for plain PEFT: {path}")
-
-    def _delete(self, artifact_id: str) -> Obeyed:
-        self._client.delete_checkpoint(artifact_id)
-        return Obeyed(f"{artifact_id} was deleted.")
+        runs = self._client.runs
+        return None if not runs or runs[-1].state.ended else runs[-1]

@@ -16,7 +16,7 @@ from tensafe_nb.widgets.live.base import CurveWidget, css, esm
 MOST_CURVES = 6  # colours that can be told apart on light and dark
 
 
-class _AloneCurve(CurveWidget):
+class LoneCurve(CurveWidget):
     """A widget that is one chart: what LossCurve and RewardHistory share."""
 
     _css = css("panel")
@@ -41,7 +41,7 @@ class _AloneCurve(CurveWidget):
 
 
 @final
-class LossCurve(_AloneCurve):
+class LossCurve(LoneCurve):
     """The loss, or the reward where there is one, as a live curve; the held-out one dashed.
 
     Args:
@@ -64,7 +64,7 @@ class LossCurve(_AloneCurve):
 
 
 @final
-class RewardHistory(_AloneCurve):
+class RewardHistory(LoneCurve):
     """The reward with everything that tells how a run with rewards is doing: signal, length, entropy, KL, update size.
 
     Args:

@@ -1,4 +1,4 @@
-"""The panel: one per training client, however many cells show it. Badge, curve, and the buttons of its latest run."""
+"""The panel of a training client, one however many cells show it: badge, curve, and the buttons of its latest run."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
@@ -11,7 +11,7 @@ from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.feed.annotations import Part
 from tensafe_nb.widgets.feed.feed import Source, feed_of
 from tensafe_nb.widgets.live.base import CurveWidget, css, esm, view_bundle
-from tensafe_nb.widgets.still.snapshot import Bundle, StaticPart, publish
+from tensafe_nb.widgets.still.snapshot import Bundle, StillOutputs, publish
 
 STATUS_SECONDS = 0.5  # between two messages about the same state
 HEARTBEAT = 5.0  # s, while anything is under way
@@ -47,7 +47,7 @@ class Dashboard(CurveWidget):
 
     def __init__(self, source: Source, sections: Sequence[str] | None = None, **traits: Any) -> None:
         check_sections(sections or ())
-        self._statics: dict[str | None, StaticPart] = {}
+        self._stills: dict[str | None, StillOutputs] = {}
         self._shown_in: int | None = None  # execution count of the latest cell that shows it
         self._live_ids: list[str] = []
         self._told_at = float("-inf")
@@ -58,7 +58,7 @@ class Dashboard(CurveWidget):
 
     def show(self, run: Any = None) -> None:
         """Show the panel in the calling cell, with the part that stays in the file above it."""
-        self._place_static(run or self.feed.latest)
+        self._place_still(run or self.feed.latest)
         identity = f"{self.model_id}-{len(self._live_ids)}"
         self._live_ids.append(identity)
         publish(self._live_bundle(), {}, identity)
@@ -76,19 +76,19 @@ class Dashboard(CurveWidget):
         self._live_ids.clear()
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[Bundle, Bundle]:
-        self._place_static(self.feed.latest)
+        self._place_still(self.feed.latest)
         return self._live_bundle(), {}
 
-    def _place_static(self, run: Any) -> None:
+    def _place_still(self, run: Any) -> None:
         key = None if run is None else run.run_id
-        if key not in self._statics:
-            self._statics[key] = StaticPart(self.feed, key, alone=lambda: not self.pages)
-        self._statics[key].place()
+        if key not in self._stills:
+            self._stills[key] = StillOutputs(self.feed, key, alone=lambda: not self.pages)
+        self._stills[key].place()
         self._shown_in = renderer.execution_count()
 
     def _live_bundle(self) -> Bundle:
-        facts = self.feed.facts()
-        of = f"run {facts.run_number} of " if facts.run_id else ""
+        standing = self.feed.standing()
+        of = f"run {standing.run_number} of " if standing.run_id else ""
         marks = "".join(f"{mark} · " for mark in self.feed.marks)
         line = f"{marks}Live panel of {of}{self.feed.client.training_client_id}: open in Jupyter"
         return view_bundle(self) | {"text/html": f"<p>{escaped(line)}</p>", "text/plain": line}
@@ -96,7 +96,7 @@ class Dashboard(CurveWidget):
     # telling the page
 
     def send_status(self) -> float | None:
-        now, status = self.feed.view.now(), self.status()
+        now, status = self.feed.flusher.now(), self.status()
         lasting = {name: value for name, value in status.items() if name not in self._volatile}
         turned = lasting.get("state") != self._told.get("state")
         waited = now - self._told_at
@@ -107,34 +107,34 @@ class Dashboard(CurveWidget):
         return STATUS_SECONDS if status["active"] or changed else None
 
     def stamp(self) -> dict[str, Any]:
-        return super().stamp() | {"step": self.feed.facts().step}
+        return super().stamp() | {"step": self.feed.standing().step}
 
     def greet(self, mounted: bool) -> None:
         super().greet(mounted)
         if mounted and self.pages > 1:
-            for static in self._statics.values():
-                static.lose()
+            for still in self._stills.values():
+                still.lose()
         self._told_at = float("-inf")
         self._send_branches()
 
     def status(self) -> dict[str, Any]:
-        facts = self.feed.facts()
-        static = self._statics.get(facts.run_id)
+        standing = self.feed.standing()
+        still = self._stills.get(standing.run_id)
         return super().status() | {
-            "client": facts.client,
-            "state": facts.state,
-            "run": facts.run_number,
-            "step": facts.step,
-            "of": facts.planned,
-            "elapsed": _rounded(facts.elapsed),
-            "eta": _rounded(facts.eta),
-            "queue": facts.queued,
-            "op": facts.operation,
-            "op_s": _rounded(facts.operation_seconds),
-            "reason": facts.reason,
-            "active": facts.active,
-            "ended": facts.run_ended,
-            "hint": static.hint if static is not None else None,
+            "client": standing.client,
+            "state": standing.state,
+            "run": standing.run_number,
+            "step": standing.step,
+            "of": standing.planned,
+            "elapsed": _rounded(standing.elapsed),
+            "eta": _rounded(standing.eta),
+            "queue": standing.queued,
+            "op": standing.operation,
+            "op_s": _rounded(standing.operation_seconds),
+            "reason": standing.reason,
+            "active": standing.active,
+            "ended": standing.run_ended,
+            "hint": still.hint if still is not None else None,
         }
 
     # branches

@@ -29,7 +29,7 @@ def draw(feed: Feed, names: tuple[str, str], title: str) -> bytes | None:
         return None
     figure = Figure(figsize=(9.6, 3.0), dpi=100, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    marks = feed.landmarks.marks(history, feed.client.training_client_id)
+    marks = feed.annotations.marks()
     breaks = [step for step, kind, _ in marks if kind == "v" and "reward" in name]
     for piece in abandoned(steps):
         axes.plot(*extremes(steps[piece], values[piece]), color=BLUE, alpha=0.2, linewidth=1)

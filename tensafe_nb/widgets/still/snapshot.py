@@ -1,4 +1,4 @@
-"""What stays in the file: a picture and a table, for viewers that run nothing (GitHub, a reopened notebook, a PDF).
+"""Outputs that stay in the file: a picture and a table, for viewers that run nothing (GitHub, a reopened file, a PDF).
 
 They are ordinary outputs beside the live panel. Where no page ever says hello they are refreshed, and so they are the
 panel of hosts without widgets. Pictures are PNG: SVG comes out black or broken on GitHub and nbviewer.
@@ -16,10 +16,10 @@ from datetime import datetime
 from typing import Any
 from weakref import WeakSet
 
+from tensafe_nb.history.state import RunSoFar
 from tensafe_nb.protocol.results import RunStatus
-from tensafe_nb.widgets.feed.feed import Facts, Feed
+from tensafe_nb.widgets.feed.feed import Feed, Standing
 from tensafe_nb.widgets.feed.rollouts import frozen
-from tensafe_nb.widgets.still.format import clock, number
 from tensafe_nb.widgets.still.picture import draw
 
 TABLE_SECONDS = 2.0  # between refreshes where no page listens
@@ -35,32 +35,35 @@ class Snapshot:
     """A training client and one of its runs at one moment, in words, as a table and as a picture."""
 
     feed: Feed
-    facts: Facts
+    standing: Standing
     taken_at: datetime
     steering: bool = False
 
     @classmethod
     def take(cls, feed: Feed, run: Any, *, steering: bool = False) -> "Snapshot":
         """Return how things stand; with `steering`, the table ends with the calls to type."""
-        return cls(feed, feed.facts(run), datetime.now().astimezone(), steering)
+        return cls(feed, feed.standing(run), datetime.now().astimezone(), steering)
 
     @property
     def sentence(self) -> str:
         """All of it in one line: the caption, and the words for who cannot see the picture."""
-        facts, last = self.facts, self.feed.client.history.last()
-        of = f" of {facts.planned}" if facts.planned else ""
+        standing, last = self.standing, self.feed.client.history.last()
+        of = f" of {standing.planned}" if standing.planned else ""
         values = "".join(f", {name} {number(last[name])}" for name in self._curves if name in last)
-        name = f"Run {facts.run_number} of {self._client_id}" if facts.run_id else self._client_id
+        name = f"Run {standing.run_number} of {self._client_id}" if standing.run_id else self._client_id
         marks = "".join(f"{mark} · " for mark in self.feed.marks)
         return (
-            f"{marks}{name}: {facts.state} at step {facts.step}{of}{values}, {self._privacy}, "
+            f"{marks}{name}: {standing.state} at step {standing.step}{of}{values}, {self._privacy}, "
             f"{self.taken_at:%Y-%m-%d %H:%M:%S}"
         )
 
     def table(self) -> Bundle:
         """Return the table as an output."""
         caption = f'<caption style="white-space: nowrap">{html.escape(self.sentence)}</caption>'
-        rows = "".join(_row(name, text) for name, text in self._rows())
+        rows = "".join(
+            f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>'
+            for name, text in self.rows()
+        )
         return {
             "text/html": f'<table class="tsnb-frozen">{caption}<tbody>{rows}</tbody></table>',
             "text/plain": self.sentence,
@@ -83,7 +86,7 @@ class Snapshot:
     @property
     def _privacy(self) -> str:
         """The account in a few words; "DP off" is said as plainly as what was spent."""
-        spent = self.feed.landmarks.privacy
+        spent = self.feed.state.privacy
         if spent is None:
             return "no step under DP yet" if self.feed.is_private else "DP off"
         if spent.void is not None:
@@ -95,30 +98,41 @@ class Snapshot:
     def _curves(self) -> tuple[str, str]:
         return self.feed.curve, f"eval/{self.feed.curve}"
 
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        facts, history = self.facts, self.feed.client.history
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield the names and values of the table."""
+        standing, history = self.standing, self.feed.client.history
         yield "training", self.feed.description
-        yield "state", facts.state + (f": {facts.reason}" if facts.reason else "")
-        yield "step", f"{facts.step} of {facts.planned or '—'}"
+        yield "state", standing.state + (f": {standing.reason}" if standing.reason else "")
+        yield "step", f"{standing.step} of {standing.planned or '—'}"
         for name in self._curves:
             values = history.series(name)[1]
             if len(values):
                 yield name, f"{number(values[0])} → {number(values[-1])}"
         yield "privacy", self._privacy
-        saved = list(self.feed.landmarks.checkpoints.values())
+        saved = list(self.feed.state.checkpoints.values())
         if saved:
             yield "checkpoints", ", ".join(f"step {one.step}: {one.artifact_id}" for one in saved[-LISTED:])
-        yield "time", clock(facts.elapsed)
-        yield "run", facts.run_id or "—"
-        if self.steering and self.feed.client.steerable and facts.run_id and not facts.run_ended:
+        yield "time", clock(standing.elapsed)
+        yield "run", standing.run_id or "—"
+        if self.steering and self.feed.client.steerable and standing.run_id and not standing.run_ended:
             yield "to steer it", "run.pause()  run.resume()  run.stop()"
 
 
-def _row(name: str, text: str) -> str:
-    return f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>'
+def number(value: float) -> str:
+    """Return four significant digits."""
+    return f"{value:.4g}"
 
 
-class StaticPart:
+def clock(seconds: float | None) -> str:
+    """Return minutes and seconds, with hours where there are any; a dash for the unknown."""
+    if seconds is None:
+        return "—"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+class StillOutputs:
     """The outputs of one run (or of a client without one) that stay in the file, and when they are renewed.
 
     Args:
@@ -149,9 +163,9 @@ class StaticPart:
         return bool(self._painting or self._painted)
 
     @property
-    def run(self) -> Any:
-        """The run, or what is left of it; a picture keeps no model."""
-        return None if self._run_id is None else self.feed.run(self._run_id)
+    def run(self) -> RunSoFar | None:
+        """The run, as far as it is told."""
+        return self.feed.run(self._run_id)
 
     @property
     def hint(self) -> str | None:
@@ -163,7 +177,7 @@ class StaticPart:
         identity = uuid.uuid4().hex[:12]
         self._ids.append(identity)
         self._out_of_reach = None
-        self._table_at = self.feed.view.now()
+        self._table_at = self.feed.flusher.now()
         table = (
             Snapshot.take(self.feed, self.run, steering=True).table()
             if filled
@@ -171,7 +185,7 @@ class StaticPart:
         )
         publish(_placeholder("tsnb-frozen-picture"), {}, f"{identity}-picture")
         publish(table, {}, f"{identity}-table")
-        self.feed.view.wake(self)
+        self.feed.flusher.wake(self)
 
     def lose(self) -> None:
         """The page was loaded again: it no longer knows which outputs are ours."""
@@ -188,19 +202,17 @@ class StaticPart:
         self._send_pictures()
         if not self._ids or self._final:
             return None
-        alone, now = self._alone(), self.feed.view.now()
+        alone, now = self._alone(), self.feed.flusher.now()
         if self._turned or (alone and now >= self._table_at + TABLE_SECONDS):
-            self._renew(picture=self._picture_due(alone, now))
+            ended = self.run is None or self.run.state.ended
+            due = (self._turned or alone) and now >= self._picture_at + PICTURE_SECONDS
+            self.renew(picture=due or (self._turned and ended))
         return TABLE_SECONDS if alone and not self._final else None
 
     def finish(self) -> None:
         """Leave the last word with the kernel's end; whoever waits for it waits for a picture at most."""
         if self._ids and not self._final and (self.run is not None or not self.feed.over):
-            snapshot = Snapshot.take(self.feed, self.run)
-            for identity in self._ids:
-                publish(snapshot.table(), {}, f"{identity}-table", update=True)
-            self._shown = (snapshot.facts.state, snapshot.facts.step)
-            self._paint(snapshot)
+            self._paint(self._publish_table())
             self._send_pictures()
 
     @property
@@ -215,31 +227,31 @@ class StaticPart:
         resting = self.run.state.ended or self.run.state is RunStatus.PAUSED
         return resting and self._shown != (str(self.run.state), self.run.steps_done)
 
-    def _picture_due(self, alone: bool, now: float) -> bool:
-        if self._turned and (self.run is None or self.run.state.ended):
-            return True
-        return (self._turned or alone) and now >= self._picture_at + PICTURE_SECONDS
-
-    def _renew(self, picture: bool) -> None:
-        snapshot = Snapshot.take(self.feed, self.run, steering=self._alone())
-        for identity in self._ids:
-            publish(snapshot.table(), {}, f"{identity}-table", update=True)
-        self._table_at = self.feed.view.now()
-        self._shown = (snapshot.facts.state, snapshot.facts.step)
+    def renew(self, *, picture: bool) -> None:
+        """Publish the table of this moment, and have a picture drawn."""
+        snapshot = self._publish_table(steering=self._alone())
+        self._table_at = self.feed.flusher.now()
         if picture:
             self._picture_at = self._table_at
             self._painting.add(snapshot)
-            self.feed.view.aside(lambda: self._paint(snapshot))
+            self.feed.flusher.aside(lambda: self._paint(snapshot))
+
+    def _publish_table(self, *, steering: bool = False) -> Snapshot:
+        snapshot = Snapshot.take(self.feed, self.run, steering=steering)
+        for identity in self._ids:
+            publish(snapshot.table(), {}, f"{identity}-table", update=True)
+        self._shown = (snapshot.standing.state, snapshot.standing.step)
+        return snapshot
 
     def _paint(self, snapshot: Snapshot) -> None:
         """Draw, which takes 0.2 s, and 1 s where matplotlib is loaded first: no button shall wait for that."""
         try:
             drawn = snapshot.picture()
             if drawn is not None:
-                self._painted.append((*drawn, snapshot.facts.step))
+                self._painted.append((*drawn, snapshot.standing.step))
         finally:
             self._painting.discard(snapshot)
-            self.feed.view.wake(self)
+            self.feed.flusher.wake(self)
 
     def _send_pictures(self) -> None:
         while self._painted:
@@ -259,9 +271,9 @@ def display(feed: Feed, run: Any, samples: int = 0, *, pictured: bool = True) ->
     if drawn is not None:
         publish(*drawn)
     publish(snapshot.table(), {})
-    newest = max(feed.landmarks.rollouts.values(), key=lambda rollouts: rollouts.seq, default=None)
+    newest = feed.annotations.newest_rollouts()
     if samples and newest is not None:
-        publish(frozen(newest.step, newest.path, samples), {})
+        publish(frozen(newest.step, feed.client.history.rollouts_file(newest), samples), {})
 
 
 def publish(data: Bundle, metadata: Bundle, display_id: str | None = None, *, update: bool = False) -> None:
@@ -279,5 +291,5 @@ def finish_all() -> None:
             part.finish()
 
 
-_placed: WeakSet[StaticPart] = WeakSet()
+_placed: WeakSet[StillOutputs] = WeakSet()
 atexit.register(finish_all)

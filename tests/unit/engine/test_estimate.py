@@ -157,7 +157,7 @@ def test_a_private_step_is_estimated_and_nothing_is_spent(service: tn.ServiceCli
     (draw,) = tc.dp_batches(rows, steps=1)
     tc.forward_backward(draw).result()
     found = tc.estimate(batch_size=4, length=16)
-    assert found.seconds_per_step > 0 and found.trained_parameters == tc._channel.trained_parameters
+    assert found.seconds_per_step > 0 and found.trained_parameters == tc.refresh().trained_parameters
     assert tc.privacy_statement().steps == 0
     assert tc.optim_step().result().step == 1, "the open step is as it was"
 

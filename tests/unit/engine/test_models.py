@@ -18,7 +18,7 @@ import tensafe_nb as tn
 from tensafe_nb.engine.models import gguf
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.load import ASSETS
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 from tests.close import assert_close
 
 TEXT = 'def main():\n    return "two  words", 42\n'
@@ -103,7 +103,7 @@ def logits(model: models.LoadedModel) -> torch.Tensor:
 
 
 def folders() -> list[str]:
-    return sorted(path.name for path in home.models().iterdir() if path.is_dir())
+    return sorted(path.name for path in Home.of_environment().models().iterdir() if path.is_dir())
 
 
 def test_a_gguf_file_becomes_the_model_and_the_tokenizer_that_went_into_it(tiny: Path) -> None:

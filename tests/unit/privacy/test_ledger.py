@@ -29,7 +29,7 @@ from tensafe_nb.privacy import accounting
 from tensafe_nb.privacy.ledger.account import Ledger, without_tables
 from tensafe_nb.privacy.ledger.charges import account_name
 from tensafe_nb.privacy.ledger.participation import Participation
-from tensafe_nb.store import home as home_folder
+from tensafe_nb.store import home as places
 from tensafe_nb.store.audit.files import LogFiles
 from tensafe_nb.store.audit.log import verify_file
 from tensafe_nb.store.sealed.envelope import read_header
@@ -735,11 +735,11 @@ def test_a_rotation_of_keys_keeps_the_table(home: Home) -> None:
 
 
 def test_a_vault_rotates_the_table_with_everything_else() -> None:
-    vault = Vault()
+    vault = Vault(places.Home.of_environment())
     ledger = Ledger(TenantLedger(vault.audit, vault.tables), "dataset:a", delta=DELTA)
     ledger.charge(turn(1, "a"))
     vault.rotate()
-    (table,) = home_folder.ledger("local").glob("*.tsnb")
+    (table,) = places.Home.of_environment().ledger().glob("*.tsnb")
     with table.open("rb") as file:
         assert read_header(file).key_id == vault.keys.primary_id()
     ledger.charge(turn(2, "a"))

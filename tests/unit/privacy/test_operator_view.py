@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb.store import home
+from tensafe_nb.store.home import Home
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10, 20) for b in (3, 5)]
 
 
 def records() -> list[dict[str, Any]]:
-    path = home.audit("local") / "audit.jsonl"
+    path = Home.of_environment().audit() / "audit.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -94,7 +94,7 @@ def test_every_file_of_the_home_is_for_its_owner_alone(service: tn.ServiceClient
         trainer.run(steps=1, checkpoint_every=1, show=False).result()
     finally:
         os.umask(umask)
-    files = [path for path in Path(home.home()).rglob("*") if path.is_file()]
+    files = [path for path in Path(Home.of_environment().root).rglob("*") if path.is_file()]
     assert {path.suffix for path in files} >= {".jsonl", ".tsnb", ".json"}
     open_to_others = [str(p) for p in files if stat.S_IMODE(p.stat().st_mode) & 0o077]
     assert not open_to_others

@@ -26,6 +26,7 @@ from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.privacy.tickets import ticket
 from tensafe_nb.protocol import results
 from tensafe_nb.protocol.batch import TICKET
+from tensafe_nb.store import home as places
 from tensafe_nb.store.vault import Vault
 from tests.close import assert_close
 from tests.unit.engine.private import (
@@ -210,7 +211,7 @@ def test_12_no_gradient_without_noise_is_in_a_checkpoint(create: Create) -> None
     tc.forward_backward(batch).result()
     saved = tc.save_state().result()
     assert saved.dropped_batches == 1
-    with Vault().artifacts.open(saved.artifact_id) as artifact:
+    with Vault(places.Home.of_environment()).artifacts.open(saved.artifact_id) as artifact:
         parts = {name for name, _, _ in artifact.parts()}
     assert not any("accumulation" in name or "grad" in name for name in parts), parts
 

@@ -19,6 +19,7 @@ from tensafe_nb.data import poisson as draws
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.store.artifacts import artifacts as artifacts_of
 from tensafe_nb.store.audit import log as audit_log
+from tensafe_nb.store.home import Home
 from tensafe_nb.store.vault import Vault
 from tensafe_nb.transports import embedded
 
@@ -110,7 +111,7 @@ def released(tc: tn.TrainingClient, service: tn.ServiceClient) -> dict[str, Any]
     tc.save_state(name="the release", metadata={"for": "the hospital"}).result()
     found: dict[str, Any] = {}
     for number, saved in enumerate(reversed(service.list_artifacts())):
-        with Vault().artifacts.open(saved.artifact_id) as artifact:
+        with Vault(Home.of_environment()).artifacts.open(saved.artifact_id) as artifact:
             header = dict(artifact.header)
             found[f"{number}/header"] = header
             found[f"{number}/name"] = artifact.info.name

@@ -185,7 +185,7 @@ def test_the_check_fails_where_slots_are_overwritten_without_a_journal(
 ) -> None:
     scene = Scene(tmp_path, keys)
     monkeypatch.setattr(
-        rotation, "_write_journal", lambda files, folder, slots: (folder / rotation.JOURNAL).touch()
+        rotation, "write_journal", lambda files, folder, slots: (folder / rotation.JOURNAL).touch()
     )
     with pytest.raises(AssertionError, match=r"lost|half there|are left"):
         for disk, promises in scene.cuts(rotates):

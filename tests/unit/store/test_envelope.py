@@ -337,7 +337,7 @@ class TestWhatWasChangedIsRefused:
     ) -> None:
         keys, data = shared
         prefix, slot, _ = split(data)
-        writer = envelope._Chunks(
+        writer = envelope.ChunkCipher(
             keys.unwrap(stanzas_of(data)), bytes.fromhex(fields_of(data)["nonce_prefix"]), prefix
         )
         chunks = enumerate((PAYLOAD[:CHUNK], b""))

@@ -12,7 +12,6 @@ from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.rlvr import RolloutGroup, Trajectory, TrajectoryBatch
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
-from tensafe_nb.store import home
 
 number = st.floats() | st.integers(-(2**70), 2**70)
 plain = st.recursive(
@@ -107,26 +106,26 @@ def test_a_missing_file_and_an_unwritable_folder_say_so(tmp_path):
         small().save(tmp_path / "no" / "folder.jsonl")
 
 
-def test_a_run_has_a_file_per_step_in_a_folder_of_its_own():
-    store = RolloutStore("tc-1/2")
+def test_a_run_has_a_file_per_step_in_a_folder_of_its_own(tmp_path):
+    store = RolloutStore("tc-1/2", tmp_path)
     path = store.add(12, small("first"))
-    assert path == home.rollouts("tc-1") / "2" / "step-000012.jsonl"
+    assert path == tmp_path / "rollouts" / "2" / "step-000012.jsonl"
     assert path.parent.stat().st_mode & 0o077 == 0
     store.add(13, small("second"))
     assert [(step, batch[0].response) for step, batch in store.last(20)] == [(12, "first"), (13, "second")]
     assert [step for step, _ in store.last(1)] == [13]
 
 
-def test_a_step_taken_again_after_a_rollback_overwrites_nothing():
-    store = RolloutStore("tc-1/1")
+def test_a_step_taken_again_after_a_rollback_overwrites_nothing(tmp_path):
+    store = RolloutStore("tc-1/1", tmp_path)
     first, second = store.add(4, small("before")), store.add(4, small("after"))
     assert first != second
     assert TrajectoryBatch.load(first)[0].response == "before"
 
 
-def test_the_oldest_texts_go_first_and_those_of_the_last_step_stay():
-    size = RolloutStore("tc-0/1").add(1, small()).stat().st_size
-    store = RolloutStore("tc-1/1", limit=3 * size)
+def test_the_oldest_texts_go_first_and_those_of_the_last_step_stay(tmp_path):
+    size = RolloutStore("tc-0/1", tmp_path / "other").add(1, small()).stat().st_size
+    store = RolloutStore("tc-1/1", tmp_path, limit=3 * size)
     paths = [store.add(step, small()) for step in range(1, 6)]
     assert [path.exists() for path in paths] == [False, False, True, True, True]
     big = store.add(6, small("x" * 10 * size))
@@ -134,8 +133,8 @@ def test_the_oldest_texts_go_first_and_those_of_the_last_step_stay():
     assert [step for step, _ in store.last(5)] == [6]
 
 
-def test_asking_for_rollouts_that_are_not_there_says_what_to_do():
+def test_asking_for_rollouts_that_are_not_there_says_what_to_do(tmp_path):
     with pytest.raises(ValidationError, match="no rollouts yet"):
-        RolloutStore("tc-1/1").last(3)
+        RolloutStore("tc-1/1", tmp_path).last(3)
     with pytest.raises(ValidationError, match="last=0"):
-        RolloutStore("tc-1/1").last(0)
+        RolloutStore("tc-1/1", tmp_path).last(0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tensafe_nb.widgets.feed.flusher import PERIOD, View
+from tensafe_nb.widgets.feed.flusher import PERIOD, Flusher
 
 PATIENCE = 250.0  # seconds: the hang guard speaks before
 
@@ -36,105 +36,107 @@ class Broken(Lamp):
 
 
 @pytest.fixture
-def view() -> Iterator[View]:
-    view = View()
-    yield view
-    view.close()
+def flusher() -> Iterator[Flusher]:
+    flusher = Flusher()
+    yield flusher
+    flusher.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "tsnb-view"]
 
 
-def test_a_woken_member_is_flushed_on_the_views_thread(view: View) -> None:
+def test_a_woken_member_is_flushed_on_the_views_thread(flusher: Flusher) -> None:
     lamp = Lamp()
-    view.wake(lamp)
+    flusher.wake(lamp)
     assert lamp.flushed.acquire(timeout=PATIENCE)
     assert lamp.threads == {"tsnb-view"}
 
 
-def test_many_wakes_are_one_flush(view: View) -> None:
+def test_many_wakes_are_one_flush(flusher: Flusher) -> None:
     lamp = Lamp()
-    view.wake(lamp)
+    flusher.wake(lamp)
     assert lamp.flushed.acquire(timeout=PATIENCE)
     for _ in range(1_000):
-        view.wake(lamp)
+        flusher.wake(lamp)
     assert lamp.flushed.acquire(timeout=PATIENCE)
     assert lamp.flushes <= 3
 
 
 def test_an_urgent_wake_does_not_wait_for_its_turn() -> None:
-    view = View()
-    view.now = lambda: 50.0  # type: ignore[method-assign]  # time stands still: no period ever ends
-    view._flushed_at = 50.0
+    flusher = Flusher()
+    flusher.now = lambda: 50.0  # type: ignore[method-assign]  # time stands still: no period ever ends
+    flusher._flushed_at = 50.0
     lamp = Lamp()
-    view._due[lamp] = None
-    view._woken = True
-    assert view._seconds_to_wait() == pytest.approx(PERIOD)
-    view._urgent = True
-    assert view._seconds_to_wait() == 0.0
+    flusher._due[lamp] = None
+    flusher._woken = True
+    assert flusher.seconds_to_wait() == pytest.approx(PERIOD)
+    flusher._urgent = True
+    assert flusher.seconds_to_wait() == 0.0
 
 
-def test_a_member_may_ask_to_be_called_again(view: View) -> None:
+def test_a_member_may_ask_to_be_called_again(flusher: Flusher) -> None:
     lamp = Lamp(again=0.0)
-    view.wake(lamp)
+    flusher.wake(lamp)
     for _ in range(3):
         assert lamp.flushed.acquire(timeout=PATIENCE)
 
 
-def test_the_thread_ends_with_the_last_live_member_and_comes_back_when_woken(view: View) -> None:
+def test_the_thread_ends_with_the_last_live_member_and_comes_back_when_woken(flusher: Flusher) -> None:
     lamp = Lamp()
-    view.wake(lamp)
+    flusher.wake(lamp)
     assert lamp.flushed.acquire(timeout=PATIENCE)
     lamp.live = False
-    view.wake(lamp)
-    assert view.settle([lamp], PATIENCE)
-    assert view._thread is None
-    view.wake(lamp, urgent=True)
-    assert view.settle([lamp], PATIENCE)
+    flusher.wake(lamp)
+    assert flusher.settle([lamp], PATIENCE)
+    assert flusher._thread is None
+    flusher.wake(lamp, urgent=True)
+    assert flusher.settle([lamp], PATIENCE)
     assert lamp.flushes >= 3
 
 
-def test_settling_does_not_wait_for_members_that_live_on(view: View) -> None:
+def test_settling_does_not_wait_for_members_that_live_on(flusher: Flusher) -> None:
     ended, living = Lamp(), Lamp()
     ended.live = False
-    view.wake(living)
-    view.wake(ended)
-    assert view.settle([ended], PATIENCE)
+    flusher.wake(living)
+    flusher.wake(ended)
+    assert flusher.settle([ended], PATIENCE)
 
 
-def test_settling_waits_for_the_next_flush_of_who_lives_on_and_for_who_is_busy(view: View) -> None:
+def test_settling_waits_for_the_next_flush_of_who_lives_on_and_for_who_is_busy(flusher: Flusher) -> None:
     living, painting = Lamp(again=0.0), Lamp(again=0.0)
     painting.busy = True
-    view.wake(living)
-    view.wake(painting)
+    flusher.wake(living)
+    flusher.wake(painting)
     flushed = living.flushes
-    assert view.settle([living], PATIENCE)
+    assert flusher.settle([living], PATIENCE)
     assert living.flushes > flushed
-    assert not view.settle([painting], 0.3)
+    assert not flusher.settle([painting], 0.3)
     painting.busy = False
-    assert view.settle([painting], PATIENCE)
+    assert flusher.settle([painting], PATIENCE)
 
 
-def test_a_broken_member_does_not_silence_the_others(view: View, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_member_does_not_silence_the_others(
+    flusher: Flusher, caplog: pytest.LogCaptureFixture
+) -> None:
     broken, lamp = Broken(), Lamp()
     with caplog.at_level(logging.CRITICAL):
-        view.wake(broken)
-        view.wake(lamp)
+        flusher.wake(broken)
+        flusher.wake(lamp)
         assert lamp.flushed.acquire(timeout=PATIENCE)
-        view.wake(lamp)
+        flusher.wake(lamp)
         assert lamp.flushed.acquire(timeout=PATIENCE)
 
 
 def test_a_closed_view_starts_no_thread() -> None:
-    view = View()
-    view.close()
-    view.wake(Lamp())
-    assert view._thread is None
+    flusher = Flusher()
+    flusher.close()
+    flusher.wake(Lamp())
+    assert flusher._thread is None
 
 
 def test_a_forked_child_starts_anew() -> None:
-    view = View()
-    view.close()
-    view.start_anew()
+    flusher = Flusher()
+    flusher.close()
+    flusher.start_anew()
     lamp = Lamp()
-    view.wake(lamp)
+    flusher.wake(lamp)
     assert lamp.flushed.acquire(timeout=PATIENCE)
-    view.close()
+    flusher.close()
