@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tensafe_nb as tn
 from tensafe_nb.engine.models import load as models
-from tests.unit.engine.test_loading import CONFIGS, edited, load, refusal, saved, with_tokenizer
+from tests.unit.engine.models.test_reading import CONFIGS, edited, load, refusal, saved, with_tokenizer
 
 pytestmark = [  # PEFT's own business
     pytest.mark.filterwarnings("ignore::FutureWarning:peft"),

@@ -12,7 +12,7 @@ import tensafe_nb as tn
 from tensafe_nb.core import export
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.sampling import decoding
-from tests.unit.engine.test_loading import CONFIGS, SHAPE, load, saved
+from tests.unit.engine.models.test_reading import CONFIGS, SHAPE, load, saved
 
 BATCH = {"input_ids": [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]}
 KINDS = {
