@@ -195,6 +195,7 @@ class Engine:
         with self.reference.in_place() if reference else contextlib.nullcontext():
             for rows, part in self.forward_pass.micro_batches(batch, None, tick):
                 outputs = self.forward_pass.outputs(part, self.forward_pass.tensors(part, batch))
+                # a large vocabulary is read twice, a chunk at a time: neither pass keeps (N, V)
                 picked = outputs.map_logits(partial(label_logprobs, temperature=temperature))
                 place(logprobs, batch, rows, picked)
                 spread = outputs.map_logits(partial(exact_entropy, temperature=temperature))

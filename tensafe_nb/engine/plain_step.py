@@ -43,6 +43,7 @@ class PlainStep:
                 for rows, part in self._forward.micro_batches(batch, loss, tick):
                     self._learn_from(part, rows, batch, loss, tally)
             self.window.add(tally)
+            # the norm of the mean gradient as it stands: ‖Σ_k w_k ∇ℓ_k‖ / Σ_k w_k
             gradients, divisor = self._optimizer.gradients(), self.window.divisor
             norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
             grad_norm = norm / divisor if divisor else 0.0
@@ -83,7 +84,7 @@ class PlainStep:
     def _learn_from(self, part: BatchData, rows: Array, batch: BatchData, loss: Loss, tally: Tally) -> None:
         """Add a piece's gradient. A method, so that nothing of the piece outlives it: its logits can be large."""
         _, value = self._forward.evaluate(part, batch, loss)
-        total = value.total.item()
+        total = value.total.item()  # a sum, weight times mean: what is added up over pieces
         if not math.isfinite(total):
             raise NonFiniteLossError(where_not_finite(loss.name, total, batch, rows))
         value.total.backward()  # type: ignore[no-untyped-call]
@@ -93,6 +94,7 @@ class PlainStep:
 
     def trial(self, batch: BatchData, loss: Loss) -> tuple[int, Callable[[Callable[[], None]], None]]:
         """Return how many rows are computed at once, and what computes them; see `Step.trial`."""
+        # `autograd.grad` writes to no `.grad`: an open window stays as it is
         trained = [parameter for parameter in self._optimizer.parameters if parameter.requires_grad]
 
         def compute(between: Callable[[], None]) -> None:

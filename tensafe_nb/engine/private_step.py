@@ -128,14 +128,16 @@ class PrivateStep:
         except BaseException:
             self.discard()
             raise
-        loss_value = tally.loss if units else float("nan")
+        loss_value = (
+            tally.loss if units else float("nan")
+        )  # a draw that drew nothing is a step, and has no loss
         labelled = int((batch.labels != IGNORE).sum())
         grad_norm = self.sum.norm / self._expected_units
         return ForwardBackwardResult(loss_value, grad_norm, labelled, tally.metrics, tally.weight)
 
     def admit(self, batch: BatchData, loss: Loss) -> list[Array]:
         """Return the rows of each unit, having checked that they may be here."""
-        numbers, names, unit = self._number(batch)  # (B,)
+        numbers, names, unit = self._number(batch)  # numbers: (B,)
         if self._participants and unit != self._unit:
             raise PrivacyUnitError(
                 f"This step began with rows whose privacy unit is one {self._unit}, and these rows' is one {unit}: one "
@@ -143,7 +145,7 @@ class PrivateStep:
             )
         self._unit = unit
         group = loss.declares.group
-        if (numbers.reshape(-1, group) != numbers[::group, None]).any():
+        if (numbers.reshape(-1, group) != numbers[::group, None]).any():  # (groups, group) beside its first
             raise PrivacyUnitError(
                 f"The loss {as_given(loss.name)} takes rows in groups of {group}; the rows of a group must belong "
                 f"to one privacy unit: give them the same unit_ids."
@@ -177,11 +179,13 @@ class PrivateStep:
         before, norms = self.account.epsilon(), self.sum.norms
         try:
             self._check(apply_dp_noise, before)
+            # paid for before anything is released: who dies in between has paid for a step that was not taken
             numbered = {} if (draw := self._draws.number) is None else {"draw": draw}
             self.account.charge(
                 self._optimizer.step + 1, self._participants, self._unit, noised=apply_dp_noise, **numbered
             )
             sigma = self._dp.noise_multiplier if apply_dp_noise else 0.0
+            # (Σ_u g_u · min(1, C / ‖g_u‖) + N(0, (σC)² I)) / L, for each parameter
             means = self.sum.release(sigma, self._expected_units, self.noise)
             self._draws.spend()
             for parameter, mean in zip(self._optimizer.parameters, means, strict=True):

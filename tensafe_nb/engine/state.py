@@ -132,7 +132,7 @@ def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) ->
             parameter.copy_(state.weights[name])
     engine.discard_gradients()
     for name, gradient in state.gradients.items():
-        parameters[name].grad = gradient.to(parameters[name].device)
+        parameters[name].grad = gradient.to(parameters[name].device)  # sums of the open window
     engine.training_step.window = Window(**facts["window"])
     engine.optimizer.restore_moments((state.optimizer or {}) if keep_moments else {})
     if facts["config"]["seed"] == engine.config.seed:  # the streams belong to the seed

@@ -35,7 +35,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, of the prob
 ONE_AT_A_TIME = "one at a time"
 OURS = "tensafe_nb.losses"  # losses whose rows are known to be their own
 LEAST = 1e-2  # a gradient that is smaller counts as this large where two are compared: rounding has no relative bound
-PART = 4  # of a piece's rows, one in so many is looked at by itself too
+ONE_IN = 4  # rows of a user's loss is looked at by itself too, in every piece
 
 
 class Evaluated(NamedTuple):
@@ -123,6 +123,7 @@ class UnitGradients:
 
     def _pieces(self, units: Sequence[Array], columns: int, *, one_by_one: bool) -> Iterator[list[Array]]:
         """Yield units together, as many as fit; a unit is never torn apart."""
+        # as many rows as a micro-batch holds, and as there is room to keep a gradient of each for
         fitting = min(self._rows_at_a_time, max(1, self._forward.micro_batch_tokens // columns))
         piece: list[Array] = []
         for unit in units:
@@ -161,7 +162,7 @@ class UnitGradients:
                 tensor.retain_grad()
             found.values.sum().backward()  # type: ignore[no-untyped-call]
         if foreign:
-            self._check_part(rows, batch, found, loss)
+            self._check_alone(rows, batch, found, loss)
         self._forget_gradients()
         tally.add(found.value, found.total)
         numbers = np.repeat(np.arange(len(piece)), list(map(len, piece)))  # (rows,) of each row's unit
@@ -272,7 +273,7 @@ class UnitGradients:
                 logger.info("%s cannot tell this model's rows apart: %s", way.name, error)
                 self._forget_gradients()
                 return False
-        for number, unit in enumerate(exact):
+        for number, unit in enumerate(exact):  # ‖g − g*‖ ≤ tolerance · ‖g*‖, over all parameters together
             off = torch.stack([(f[number] - e[0]).norm() for f, e in zip(found, unit, strict=True)]).norm()
             size = torch.stack([e.norm() for e in unit]).norm()
             if not off <= self._tolerance * size:
@@ -282,15 +283,15 @@ class UnitGradients:
 
     # whether a user's loss keeps rows apart
 
-    def _check_part(self, all_rows: Array, batch: BatchData, found: Evaluated, loss: Loss) -> None:
-        """Ask a loss of the user's about a part of the rows by themselves: values and gradients must stay as they are.
+    def _check_alone(self, all_rows: Array, batch: BatchData, found: Evaluated, loss: Loss) -> None:
+        """Ask a loss of the user's about some of the rows by themselves: values and gradients must stay as they are.
 
         The model is not asked again: this costs the loss, on a quarter of the rows, in every step. A loss whose value
         is 0 by construction, x - x.detach(), can couple rows by its gradient alone.
         """
         group = loss.declares.group
         groups = len(all_rows) // group
-        chosen = np.sort(self._dice.choice(groups, max(1, groups // PART), replace=False))
+        chosen = np.sort(self._dice.choice(groups, max(1, groups // ONE_IN), replace=False))
         rows = (chosen[:, None] * group + np.arange(group)).reshape(-1)  # whole groups, within `all_rows`
         few, outputs, values = batch.take(all_rows[rows]), found.outputs, found.values.detach()
         cut = outputs.of_rows(found.part, rows)

@@ -111,7 +111,7 @@ class Loss:
         rows = len(batch["input_ids"])
         value = self._tensor(answer.get("loss"), rows)
         metrics = self._metrics(answer.get("metrics", {}))
-        if value.ndim == 1:
+        if value.ndim == 1:  # (B,): a mean over rows, so that the weight is their number
             if "weight" in answer:
                 raise self._refusal("a weight beside one value per row", "a weight belongs to a scalar mean")
             return LossValue(value.sum(), float(rows), metrics)

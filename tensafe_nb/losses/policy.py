@@ -149,7 +149,7 @@ def policy_clip(
         raise ValidationError(f"policy_clip: ratio={as_given(ratio)} must be 'token' or 'sequence'.")
     rho, advantages = tokens.ratio, tokens.advantages
     loss = -torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    if dual_clip is not None:
+    if dual_clip is not None:  # for A < 0 the minimum above has no bound: ρ can grow without end
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     low = (rho < 1 - clip_low) & (advantages < 0)
     high = (rho > 1 + clip_high) & (advantages > 0)
@@ -225,7 +225,8 @@ def exact_entropy(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
 def sequence_mean(log_ratio: Tensor, batch: Batch) -> Tensor:
     """Give every token the mean log-ratio of its sequence, over the tokens that count."""
-    rows, counted = batch["sequence_index"], (batch["weights"] != 0).to(log_ratio.dtype)
+    # (Π_t ρ_t)^(1/|y|) = exp(mean_t log ρ_t), the sequence's importance ratio of GSPO
+    rows, counted = batch["sequence_index"], (batch["weights"] != 0).to(log_ratio.dtype)  # (N,) each
     size = len(batch["input_ids"])
     sums = log_ratio.new_zeros(size).index_add(0, rows, log_ratio * counted)
     counts = log_ratio.new_zeros(size).index_add(0, rows, counted)
@@ -266,6 +267,7 @@ def _weighted(
         metrics["sampler_difference_max"] = _largest(sums["sampler_difference"][counted])
         metrics["sampler_ratio_max"] = _largest(sums["sampler_ratio"][counted])
         metrics["sampler_ratio_inverse_max"] = _largest(1 / sums["sampler_ratio"][counted])
+    # Σ_i w_i (ℓ_i + KL_i + value_i − c H_i): the weights carry every normalisation, nothing divides afterwards
     shares = weights * (loss - entropy_coef * tokens.entropy)
     total = outputs.sum_rows(shares) if per_row else shares.sum()
     return {"loss": total, "metrics": metrics | {"tokens": counted.sum().item()}}
@@ -325,7 +327,9 @@ def clipped_value_loss(outputs: LossOutputs, batch: Batch, value: Terms) -> tupl
     values, returns = outputs.values, batch["returns"]
     squares = (values - returns).square()
     clipped = torch.zeros_like(squares, dtype=torch.bool)
-    if value.get("clip") is not None and "old_values" in batch:
+    if (
+        value.get("clip") is not None and "old_values" in batch
+    ):  # the worse of both: no gain from going too far
         near = batch["old_values"] + (values - batch["old_values"]).clamp(-value["clip"], value["clip"])
         other = (near - returns).square()
         clipped = other > squares

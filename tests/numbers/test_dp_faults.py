@@ -67,7 +67,7 @@ def batch_clip(monkeypatch: pytest.MonkeyPatch) -> None:
 def token_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide each row by the tokens of the whole batch, and switch off what would refuse it, at first and each time."""
     monkeypatch.setattr(UnitGradients, "_tells_rows_apart", lambda *_: True)
-    monkeypatch.setattr(UnitGradients, "_check_part", lambda *_: None)
+    monkeypatch.setattr(UnitGradients, "_check_alone", lambda *_: None)
     monkeypatch.setattr(UnitGradients, "_agrees", lambda *_: True)
 
     def rows(self: UnitGradients, batch: tn.BatchData, at: Any, loss: Any, **_: Any) -> Any:

@@ -65,8 +65,8 @@ def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str 
     if folder is not None:
         refuse_incomplete(model_ref, folder)
     with _refusals(model_ref, folder):
-        facts = PreTrainedConfig.get_config_dict(source, **where)[0]
-        refuse_kind(model_ref, facts)
+        config = PreTrainedConfig.get_config_dict(source, **where)[0]
+        refuse_kind(model_ref, config)
         with quiet_if(folder is not None), without_report(), without_adapter(source) as whole:
             causal, info = AutoModelForCausalLM.from_pretrained(
                 whole,
@@ -76,7 +76,7 @@ def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str 
                 ignore_mismatched_sizes=True,  # they are refused below, with their names
                 **where,
             )
-    check_report(model_ref, info, ignore, facts)
+    check_report(model_ref, info, ignore, config)
     if folder is not None:
         refuse_integers(model_ref, folder)
         source = str(folder.absolute())
@@ -101,7 +101,7 @@ def tokenizer_of(model_ref: str, source: str, revision: str | None = None) -> An
 
 
 def check_report(
-    model_ref: str, info: Mapping[str, Any], ignore: Sequence[str], facts: Mapping[str, Any]
+    model_ref: str, info: Mapping[str, Any], ignore: Sequence[str], config: Mapping[str, Any]
 ) -> None:
     """Refuse a model whose weights are not exactly those of its file.
 
@@ -109,7 +109,7 @@ def check_report(
         model_ref: What the user asked for.
         info: transformers' loading report: tied heads and what an architecture knows to ignore are not in it.
         ignore: Patterns of weights that may be left over.
-        facts: Of config.json.
+        config: Of config.json.
 
     Raises:
         ModelLoadError: `details` holds all names under "missing", "unexpected" and "mismatched".
@@ -140,7 +140,7 @@ def check_report(
     found += list(info["error_msgs"])
     raise ModelLoadError(
         f"The model {model_ref!r} could not be loaded as it is. {' '.join(found)} "
-        f"{advice_on(missing, unexpected, mismatched, facts)} Nothing is made up in its place.",
+        f"{advice_on(missing, unexpected, mismatched, config)} Nothing is made up in its place.",
         details={"missing": missing, "unexpected": unexpected, "mismatched": mismatched},
     )
 
@@ -163,7 +163,7 @@ def advice_on(
     missing: Sequence[str],
     unexpected: Sequence[str],
     mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
-    facts: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> str:
     """Return what is the matter, as far as the names tell, and what to do about it."""
     prefix = common_prefix(missing, unexpected)
@@ -179,7 +179,7 @@ def advice_on(
             "The file holds an adapter beside the weights: merge it (merge_and_unload) before you save, or save base "
             "and adapter each by itself and give the adapter's folder."
         )
-    layers = facts.get("num_hidden_layers", facts.get("n_layer"))
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
     surplus, lacking = _layers(unexpected), _layers(missing)
     if surplus and layers is not None and min(surplus) >= layers:
         return (
@@ -294,21 +294,21 @@ def _instead(folder: Path, names: set[str]) -> str:
     )
 
 
-def refuse_kind(model_ref: str, facts: Mapping[str, Any]) -> None:
+def refuse_kind(model_ref: str, config: Mapping[str, Any]) -> None:
     """Refuse what is no causal language model with weights of its own, by what config.json says."""
-    quantised = facts.get("quantization_config")
+    quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") or "an unnamed method"
         raise ModelLoadError(
             f"The model {model_ref!r} is stored quantised ({method}): such weights can be neither trained nor adapted "
             f"here. Take the model it was made from, or a GGUF file, which is converted to float32."
         )
-    named = (facts.get("architectures") or [None])[0]
+    named = (config.get("architectures") or [None])[0]
     other = re.search(r"For(?!CausalLM)[A-Z]\w+$", named or "")
-    senses = sorted(key for key in facts if key.endswith("_config") and key.startswith(OTHER_SENSES))
+    senses = sorted(key for key in config if key.endswith("_config") and key.startswith(OTHER_SENSES))
     if senses:
         reason = f"it takes more than text ({', '.join(senses)})"
-    elif facts.get("is_encoder_decoder"):
+    elif config.get("is_encoder_decoder"):
         reason = "it has an encoder and a decoder"
     elif other:
         reason = f"it is saved as {named}, which has no language-model head"

@@ -59,13 +59,14 @@ class Steps:
         x = body.embed_tokens(tokens)
         cos, sin = body.rotary_emb(x, position)
         width = cos.shape[-1]
+        # rotate_half(x) · sin = roll(x) · (−sin, sin): the sign goes to the table, once for all layers
         sin = torch.cat([-sin[..., : width // 2], sin[..., width // 2 :]], -1)
         for layer, keys, values in zip(body.layers, self._keys, self._values, strict=True):
             attention, groups = layer.self_attn, keys.shape[1]
             h = layer.input_layernorm(x)
             heads = torch.cat([attention.q_proj(h), attention.k_proj(h)], -1).view(rows, -1, width)
             heads = torch.addcmul(heads * cos, heads.roll(width // 2, -1), sin)  # rotary positions
-            keys[:, :, here] = heads[:, -groups:]
+            keys[:, :, here] = heads[:, -groups:]  # (R, groups, T, D/heads)
             values[:, :, here] = attention.v_proj(h).view(rows, groups, width)
             found = F.scaled_dot_product_attention(
                 heads[:, :-groups].reshape(rows, groups, -1, width),

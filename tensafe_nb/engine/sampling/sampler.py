@@ -222,4 +222,5 @@ def uniforms_at(rows: Sequence[Completion], position: int) -> Tensor:
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
+    # the upper 53 bits, which a float64 holds exactly
     return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)

@@ -8,6 +8,7 @@ import torch
 
 import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.models.load import ASSETS
 from tensafe_nb.engine.sampling import sampler as sampling
 from tests.close import assert_close
 from tests.conftest import ARCHITECTURES
@@ -188,12 +189,11 @@ CHATML = (
 @pytest.fixture(scope="module")
 def of_a_base_model(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """A model whose tokenizer ends texts with one token, and whose chat template ends turns with another."""
-    from pathlib import Path
 
     import transformers
 
     folder = tmp_path_factory.mktemp("base")
-    assets = Path(sampling.__file__).parent / "assets" / "tiny"
+    assets = ASSETS / "tiny"
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
@@ -222,7 +222,7 @@ def says(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         token = torch.full((len(logits),), next(drawn))
         return token, *[torch.zeros(len(logits))] * 3  # their logprobs, and the entropy
 
-    monkeypatch.setattr(sampling, "_draw", draw)
+    monkeypatch.setattr(sampling, "draw", draw)
 
 
 def test_an_answer_stops_at_the_templates_end_of_turn_and_a_text_goes_on(
