@@ -19,6 +19,8 @@ TGTinkerError
 │   ├── TrainingClientNotFoundError
 │   ├── RunNotFoundError
 │   └── ArtifactNotFoundError
+├── ServerConnectionError (ConnectionError)  the server does not answer; what waits fails, results can be fetched later
+├── AuthenticationError                     the server takes no such token
 └── FutureError
     ├── FutureTimeoutError (TimeoutError)   waiting took too long; the operation goes on
     ├── FutureCancelledError                the operation was cancelled
@@ -214,3 +216,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f" Did you mean {close[0]!r}?"
     return f" Known: {', '.join(options) or 'none'}."
+
+
+class ServerConnectionError(TGTinkerError, ConnectionError):
+    """The server did not answer within the patience there is."""
+
+    code = "server_connection"
+
+
+class AuthenticationError(TGTinkerError):
+    """The server takes no such token."""
+
+    code = "unauthorized"
+
+
+def error_of_code(
+    code: str, message: str, details: Mapping[str, Any] | None = None, request_id: str | None = None
+) -> TGTinkerError:
+    """Return the error that a server sent: of the class whose code it has, or of the family."""
+    classes = [TGTinkerError]
+    for cls in classes:  # grows while it is walked: every class below
+        classes += cls.__subclasses__()
+    cls = next((cls for cls in reversed(classes) if cls.code == code), TGTinkerError)
+    return cls(message, code=code, details=details, request_id=request_id)

@@ -308,6 +308,11 @@ class FutureHandle(Generic[R]):
         return table(self.future_id, facts)
 
 
+def promise_of(handle: FutureHandle[R]) -> Promise[R]:
+    """Return a handle's other half, for a server that passes the outcome on and is not told of it itself."""
+    return handle._promise
+
+
 def completed(value: R, *, operation: str, training_client_id: str) -> FutureHandle[R]:
     """Return a handle of something that needed no waiting."""
     promise: Promise[R] = Promise()

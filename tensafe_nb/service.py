@@ -44,7 +44,9 @@ class ServiceClient:
             TENSAFE_KEK where it is set, else the file.
 
     Raises:
-        ValidationError: A remote core was asked for, which this version does not have yet; or an unknown key source.
+        ValidationError: An unknown key source, or one beside a base_url.
+        ServerConnectionError: Nothing answers at base_url.
+        AuthenticationError: It takes no such api_key.
 
     Example:
         >>> service = ServiceClient()
@@ -55,16 +57,14 @@ class ServiceClient:
     def __init__(
         self, base_url: str | None = None, api_key: str | None = None, *, key_source: str | None = None
     ) -> None:
-        base_url = base_url or os.environ.get("TENSAFE_BASE_URL")
-        if base_url is not None:
-            raise ValidationError(
-                f"A remote core ({base_url}) cannot be reached by this version: it trains in this process only. "
-                f"Call ServiceClient() without base_url, and unset TENSAFE_BASE_URL."
-            )
-        _let_waiting_threads_sleep()
-        from tensafe_nb.transports.embedded import EmbeddedTransport
-
-        self._transport: Transport = EmbeddedTransport(Home.of_environment(), key_source)
+        base_url = base_url or os.environ.get("TENSAFE_BASE_URL") or None
+        home = Home.of_environment()
+        self._transport: Transport = (
+            embedded_transport(home, key_source)
+            if base_url is None
+            else http_transport(base_url, api_key, home, key_source)
+        )
+        self._core = base_url or "embedded"
         self._clients: Clients = WeakValueDictionary()
         self._closed = False
 
@@ -286,7 +286,7 @@ class ServiceClient:
     def _facts(self) -> Facts:
         clients = self._transport.list_training_clients()
         return {
-            "core": "embedded" + (", closed" if self._closed else ""),
+            "core": self._core + (", closed" if self._closed else ""),
             "training clients": len(clients),
             **{
                 info.training_client_id: f"{info.model_ref}, step {info.step}, {info.status}"
@@ -295,7 +295,9 @@ class ServiceClient:
         }
 
     def __repr__(self) -> str:
-        return f"<ServiceClient embedded, {len(self._transport.list_training_clients())} training clients>"
+        return (
+            f"<ServiceClient {self._core}, {len(self._transport.list_training_clients())} training clients>"
+        )
 
 
 def _adopt(transport: Transport, clients: Clients, channel: Channel) -> TrainingClient:
@@ -345,3 +347,28 @@ def _let_waiting_threads_sleep() -> None:
     """
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def embedded_transport(home: Home, key_source: str | None) -> Transport:
+    """Return the line to a core in this process."""
+    _let_waiting_threads_sleep()
+    from tensafe_nb.transports.embedded import EmbeddedTransport
+
+    return EmbeddedTransport(home, key_source)
+
+
+def http_transport(base_url: str, api_key: str | None, home: Home, key_source: str | None) -> Transport:
+    """Return the line to a server.
+
+    Raises:
+        ValidationError: No such address, or a key source, which a server has of its own.
+    """
+    if key_source is not None:
+        raise ValidationError(
+            f"key_source={as_given(key_source)}: the keys of a remote core are the server's; leave it out."
+        )
+    if not base_url.startswith(("http://", "https://")):
+        raise ValidationError(f"base_url={as_given(base_url)} must begin with http:// or https://.")
+    from tensafe_nb.transports.http import HttpTransport
+
+    return HttpTransport(base_url, api_key or os.environ.get("TENSAFE_API_KEY") or None, home)

@@ -9,6 +9,7 @@ from tensafe_nb.cli.audit import add_audit
 from tensafe_nb.cli.keys import add_keys
 from tensafe_nb.cli.notebooks import add_notebooks
 from tensafe_nb.cli.run import add_run
+from tensafe_nb.cli.server import add_server
 from tensafe_nb.errors import TGTinkerError
 
 
@@ -16,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser("tensafe-nb", description="Train language models from a notebook.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_notebooks, add_run, add_artifacts, add_keys, add_audit):
+    for add in (add_notebooks, add_run, add_artifacts, add_keys, add_audit, add_server):
         add(commands)
     chosen, options = parser.parse_known_args(arguments)
     chosen.options = options

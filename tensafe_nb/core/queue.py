@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensafe_nb.errors import FutureFailedError, QueueFullError
+from tensafe_nb.errors import FutureFailedError, QueueFullError, TGTinkerError
 from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.losses import Loss
 from tensafe_nb.protocol.operations import ForwardBackward, Operation, OptimStep
@@ -23,6 +23,7 @@ class Job:
     future_id: str = field(default_factory=lambda: f"fut-{uuid.uuid4().hex[:12]}")
     promise: Promise[Any] = field(default_factory=Promise)
     loss: Loss | None = None
+    refusal: TGTinkerError | None = None  # it was refused at a server's door, and only takes its turn to fail
     knows_of: "Job | None" = None  # the failure of which its submitter had been told
     handle: "weakref.ref[FutureHandle[Any]] | None" = (
         None  # the job never keeps the handle that is given out for it

@@ -219,22 +219,34 @@ class Worker:
         """Return the promise of an operation, as long as somebody keeps its handle or it is to run."""
         return self._promises.get(future_id)
 
-    def submit(self, operation: Operation[R]) -> FutureHandle[R]:
+    def submit(self, operation: Operation[R], future_id: str | None = None) -> FutureHandle[R]:
         """Put an operation at the end of the lane.
+
+        Args:
+            operation: The operation.
+            future_id: Its id, where the submitter has named it already.
 
         Raises:
             ClientClosedError: The client is closed.
             QueueFullError: Too many wait already.
         """
         job = Job(operation, type(operation), loss=self._loss_of(operation))
+        return self._enter(job, future_id)
+
+    def refuse(self, kind: type[Operation[R]], future_id: str, error: TGTinkerError) -> FutureHandle[R]:
+        """Let an operation that a server could not take fail in its turn: it breaks its window, and is on record."""
+        return self._enter(Job(None, kind, refusal=error), future_id)
+
+    def _enter(self, job: Job, future_id: str | None) -> FutureHandle[Any]:
+        job.future_id = future_id or job.future_id
         job.promise.owner = self._thread
         self._promises[job.future_id] = job.promise
         handle = self._handle_of(job)
         with (
             self._submitting
         ):  # keeps the order of events; the lane's own lock is never held while publishing
-            self._refuse_if_closed(operation.verb)
-            self._publish(OperationQueued(future_id=job.future_id, operation=operation.verb))
+            self._refuse_if_closed(job.kind.verb)
+            self._publish(OperationQueued(future_id=job.future_id, operation=job.kind.verb))
             with self._changing:
                 failure, late = self._failure, self._closing
                 if failure is None:
@@ -244,7 +256,7 @@ class Worker:
             try:
                 self._fail(job, failure)
             except Exception:  # the handle has ended, and says why; nobody's call is to fail for the log
-                logger.exception("the audit record of %s could not be written", operation.verb)
+                logger.exception("the audit record of %s could not be written", job.kind.verb)
         elif late:  # closed while this was being submitted
             self._cancel(job)
         return handle
@@ -527,6 +539,8 @@ class Worker:
         started = time.perf_counter()
         try:
             self._auditor.catch_up()
+            if job.refusal is not None:
+                raise job.refusal
             with self._computing:
                 result = cast(Performer, self._performer).perform(job, self._tick(job))
         except FutureCancelledError:

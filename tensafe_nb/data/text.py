@@ -35,6 +35,7 @@ from tensafe_nb.protocol.batch import IGNORE, BatchData
 logger = logging.getLogger(__name__)
 POOL = 50  # batches over which rows of like length are brought together
 AT_ONCE = 1_024  # rows for one call of the tokeniser
+ROWS_FOR_A_BAR = 100  # fewer take no second
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,7 +472,9 @@ def canonical_row(row: Any, *, chats: bool) -> Canonical:
 
 
 def with_progress(rows: Source) -> Iterable[tuple[int | None, Any]]:
-    """Iterate over rows; after a second, a bar shows how far."""
+    """Iterate over rows; after a second, a bar shows how far. Few rows get none: a notebook's is made of widgets."""
+    if rows.size is not None and rows.size < ROWS_FOR_A_BAR:
+        return rows.each
     from tqdm.auto import tqdm
 
     bar: Iterable[tuple[int | None, Any]] = tqdm(

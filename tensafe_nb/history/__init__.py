@@ -1,1 +1,1 @@
-"""What happened, kept and read back: the log, and the state that its events add up to."""
+"""The past of a training client: the log of its events, and the state that they add up to."""

@@ -58,7 +58,7 @@ class OperationQueue:
 
     @property
     def depth(self) -> int:
-        """How many wait or run."""
+        """The number of those that wait or run."""
         return len(self.submitted)
 
     def apply(self, event: OperationEvent) -> None:
@@ -137,7 +137,7 @@ class RunSoFar:
 
     @property
     def steps_done_if_killed(self) -> int:
-        """Where it stood if its process died: without rewards an optimiser step is a step, told or not."""
+        """Steps of its plan if its process died: without rewards each optimiser step was one, told or not."""
         return self.steps_done if self.rewarded else self.steps_done + self.step - self.done_at
 
     def elapsed(self, now: float) -> float | None:
@@ -175,7 +175,7 @@ class RunSoFar:
 
 @dataclass(slots=True)
 class ClientState:
-    """How a training client stands: `apply` takes in its events, one after the other.
+    """The state of a training client: `apply` takes in its events, one after the other.
 
     Attributes:
         training_client_id: Whose state it is, once its log has said so.

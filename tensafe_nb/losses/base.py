@@ -24,6 +24,7 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses.views import LossOutputs
 from tensafe_nb.protocol.batch import TICKET, BatchData
+from tensafe_nb.protocol.losses import LossDeclaration
 from tensafe_nb.registry import Registry, check_keywords, name_of
 
 LossFunction: TypeAlias = Callable[..., "Tensor | Mapping[str, Any]"]
@@ -285,3 +286,22 @@ def resolve_loss(spec: "str | LossFunction | Loss", **kwargs: Any) -> Loss:
 def get_registered_losses() -> list[str]:
     """Return the names of all registered losses."""
     return list(_LOSSES)
+
+
+def declared_losses() -> list[LossDeclaration]:
+    """Return what every registered loss takes, as plain data."""
+    return [_declared(name) for name in _LOSSES]
+
+
+def _declared(name: str) -> LossDeclaration:
+    loss = resolve_loss(name)
+    parameters = list(inspect.signature(loss.function).parameters.values())[2:]  # behind outputs and batch
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return LossDeclaration(
+        name,
+        keywords=tuple(p.name for p in named),
+        required=tuple(p.name for p in named if p.default is p.empty),
+        group=loss.declares.group,
+        extras=loss.declares.extras,
+        optional_extras=loss.declares.optional_extras,
+    )

@@ -15,10 +15,12 @@ import numpy as np
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.batch import Array
+from tensafe_nb.protocol.codec import tagged
 
 STANDARD_ERRORS = 3.5  # a false alarm comes less than 3 times in 10,000 audits
 
 
+@tagged("privacy_audit")
 @dataclass(frozen=True, slots=True, eq=False)
 class PrivacyAudit:
     """What an audit measured.

@@ -48,7 +48,7 @@ def unpack(media_type: str, body: bytes, *kinds: type) -> Any:
     """
     kind = media_type.partition(";")[0].strip().lower()
     if kind == JSON:
-        return decode(_json(body), *kinds)
+        return decode(json_of(body), *kinds)
     if kind != TENSORS:
         raise ValidationError(f"A body is {JSON} or {TENSORS}, not {as_given(media_type)}.")
     header = _header(body)
@@ -63,20 +63,25 @@ def unpack(media_type: str, body: bytes, *kinds: type) -> Any:
     except safetensors.SafetensorError as error:
         raise ValidationError(f"The tensors do not read: {error}.") from error
     arrays = {name: _array_of(name, **tensor) for name, tensor in found}
-    return decode(_json(record.encode()), *kinds, arrays=arrays)
+    return decode(json_of(record.encode()), *kinds, arrays=arrays)
 
 
 def _header(body: bytes) -> dict[str, Any]:
     length = int.from_bytes(body[:8], "little")
     if not 2 <= length <= min(len(body) - 8, MOST_HEADER_BYTES):
         raise ValidationError(f"A header of {length} bytes does not fit a body of {len(body)}.")
-    header = _json(body[8 : 8 + length])
+    header = json_of(body[8 : 8 + length])
     if not isinstance(header, dict):
         raise ValidationError("The header of the tensors is no JSON object.")
     return header
 
 
-def _json(text: bytes) -> Any:
+def json_of(text: bytes) -> Any:
+    """Read JSON as the standard has it.
+
+    Raises:
+        ValidationError: It is none.
+    """
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, check_scored
-from tensafe_nb.rlvr.watch.alarms import Alarms, alarm_of
+from tensafe_nb.rlvr.watch.alarms import Alarms
 from tensafe_nb.rlvr.watch.evaluation import HeldOut
 from tensafe_nb.rlvr.watch.metrics import BY_OPTIM_STEP, Goal, Row, known, rollout_metrics, update_metrics
 from tensafe_nb.rlvr.watch.rules import low_precision, not_finite
@@ -139,7 +139,7 @@ class RLVRLoop:
         for alarm in [*alarms, *trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch, goal)]:
             self._client.publish(alarm)
         if index == 0 and trainer.imprecise:
-            self._client.publish(alarm_of(self._run.run_id, trainer.row, low_precision(known(row))))
+            self._client.publish(low_precision(known(row)).alarm(self._run.run_id, trainer.row))
         if update is None or _failed(step.batch) > TOO_MANY:
             self._run.pause()
 
@@ -151,11 +151,9 @@ class RLVRLoop:
 
     def _rates_of(self, index: int, rates: Sequence[float]) -> list[Alarm]:
         """Look what the schedule makes of the updates to come, as long as they take as many steps as the first."""
-        step, run, number = self._run.client.step, self._run.run_id, self._trainer.row
-        last = step + (self._steps - index - 1) * self._run.steps_taken
-        return [
-            alarm for rate in rates for alarm in self._rates.observe(run, step, rate, last, number=number)
-        ]
+        last = self._run.client.step + (self._steps - index - 1) * self._run.steps_taken
+        found = [finding for rate in rates for finding in self._rates.observe(rate, last)]
+        return [finding.alarm(self._run.run_id, self._trainer.row) for finding in found]
 
     def position(self) -> dict[str, Any]:
         """Return where the trainer stands."""
@@ -186,7 +184,7 @@ class RLVRLoop:
         for step in self._under_way.values():
             if isinstance(error := step.failure(), NonFiniteLossError):
                 found = not_finite(step.batch, error)
-                self._client.publish(alarm_of(self._run.run_id, self._trainer.row + 1, found))
+                self._client.publish(found.alarm(self._run.run_id, self._trainer.row + 1))
 
     def _sampled_and_scored(self) -> _Step:
         clock, sampler, prompts = _Clock(), self._trainer.sampler, self._trainer.prompts.take()

@@ -17,14 +17,14 @@ SMALLER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl"}  # as a word
 
 
 class Known(NamedTuple):
-    """How good a checkpoint is, and the version of the reward that says so, if one does."""
+    """The score of a checkpoint, and the version of the reward that gave it, if one did."""
 
     score: float
     reward: float | None
 
 
 class Checkpoints:
-    """When a run saves by itself, and what it may delete again. Checkpoints a user asked for are never deleted.
+    """The rules by which a run saves by itself, and deletes again. Checkpoints a user asked for are never deleted.
 
     Args:
         every: Steps between checkpoints; None saves none.
@@ -69,7 +69,7 @@ class Checkpoints:
 
     def add(self, handle: FutureHandle[SaveStateResult], history: RunHistory, *, measured: bool) -> None:
         """Take note of a checkpoint under way; `measured` says that the metrics of its step are there already."""
-        self._saving.append((handle, self._newest(history) if measured else None))
+        self._saving.append((handle, self._score_now(history) if measured else None))
 
     def settled(self, wait: bool) -> Iterator[tuple[SaveStateResult, Known | None]]:
         """Yield the checkpoints that have been written since, with their metric; wait for the rest if asked to."""
@@ -79,7 +79,7 @@ class Checkpoints:
 
     def keep(self, saved: SaveStateResult, known: Known | None, history: RunHistory) -> list[str]:
         """Count in a checkpoint; return the ids of those that are no longer needed."""
-        known = Known(self._score(saved.step, history), None) if known is None else known
+        known = Known(self._score_at(saved.step, history), None) if known is None else known
         self._kept.append((saved.artifact_id, known))
         if self._keep_last is None and self._keep_best is None:
             return []
@@ -91,18 +91,18 @@ class Checkpoints:
         self._kept = [kept for kept in self._kept if kept[0] in newest]
         return gone
 
-    def _newest(self, history: RunHistory) -> "Known | None":
+    def _score_now(self, history: RunHistory) -> "Known | None":
         """Return the metric as it was last measured; the worst there is where another reward scored then."""
         steps, values = history.series(self._keep_best or "")
         if not values.size:
             return None
         scored, rewards = history.series("reward_version")
         reward = float(rewards[-1]) if rewards.size else None
-        by_another = scored[rewards != reward]
+        by_another = scored[rewards != reward]  # steps
         stale = by_another.size and steps[-1] <= by_another[-1]
         return Known(-np.inf if stale else self._signed(float(values[-1])), reward)
 
-    def _score(self, step: int, history: RunHistory) -> float:
+    def _score_at(self, step: int, history: RunHistory) -> float:
         """Return what is to be large: the metric as it was last measured by that step."""
         if self._keep_best is None:
             return 0.0

@@ -65,7 +65,7 @@ class RunRecord:
 
     @property
     def way_on(self) -> str:
-        """What can be done after an interruption, in words."""
+        """The way on after an interruption, in words."""
         if self.last_checkpoint is None:
             return "its process ended in the middle; it had saved no checkpoint"
         return f"its process ended in the middle; last checkpoint {self.last_checkpoint}"

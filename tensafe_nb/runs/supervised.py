@@ -204,8 +204,10 @@ class SupervisedLoop:
                 values |= {"grad_norm": result.grad_norm, "param_delta_norm": result.param_delta_norm}
                 values["learning_rate"] = result.learning_rate
                 last = None if self.planned_steps is None else result.step + self.planned_steps - index - 1
-                found = self._rates.observe(self._run.run_id, result.step, result.learning_rate, last)
-                for alarm in [*found, *self._alarms.observe(self._run.run_id, result.step, values)]:
+                run_id = self._run.run_id
+                found = self._rates.observe(result.learning_rate, last)
+                planned = [finding.alarm(run_id, result.step) for finding in found]
+                for alarm in [*planned, *self._alarms.observe(run_id, result.step, values)]:
                     self._client.publish(alarm)
 
     def position(self) -> dict[str, int]:
@@ -228,7 +230,7 @@ class SupervisedLoop:
         failed = (handle.exception() for handle in self._newest if handle.done())
         error = next((error for error in failed if isinstance(error, NonFiniteLossError)), None)
         if error is not None:
-            self._client.publish(not_finite(self._run.run_id, self._client.step + 1, str(error)))
+            self._client.publish(not_finite(str(error)).alarm(self._run.run_id, self._client.step + 1))
 
     def _end_of_data(self, index: int) -> None:
         """Evaluate after the last step, which nobody knew to be the last; refuse to have had none at all."""

@@ -42,8 +42,8 @@ class Channel(Protocol):
     def history(self) -> RunHistory:
         """Its events and curves, read from the log in this home folder; see `subscribe` for what comes."""
 
-    def submit(self, operation: Operation[R]) -> FutureHandle[R]:
-        """Queue an operation; returns at once."""
+    def submit(self, operation: Operation[R], future_id: str | None = None) -> FutureHandle[R]:
+        """Queue an operation, under an id of the submitter's own or one that is made here; returns at once."""
 
     def ready(self) -> FutureHandle[TrainingClientInfo]:
         """Return a handle that ends when the model is loaded, or could not be."""

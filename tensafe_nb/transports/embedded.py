@@ -31,7 +31,6 @@ from tensafe_nb.protocol.results import (
 )
 from tensafe_nb.store.home import Home
 from tensafe_nb.store.vault import Vault
-from tensafe_nb.transports.base import Channel
 
 _alive: "weakref.WeakSet[Worker]" = weakref.WeakSet()  # of this process; one that works is held by its thread
 
@@ -53,7 +52,7 @@ class EmbeddedTransport:
         self._vault = Vault(home, key_source)
         self._ledger = TenantLedger(self._vault.audit, self._vault.tables)
 
-    def create(self, config: TrainingConfig, source: StateSource | None = None) -> Channel:
+    def create(self, config: TrainingConfig, source: StateSource | None = None) -> Worker:
         if self._closed:
             raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
@@ -76,7 +75,7 @@ class EmbeddedTransport:
             tell_of_fork(relative, worker)
         return worker
 
-    def attach(self, training_client_id: str) -> Channel:
+    def attach(self, training_client_id: str) -> Worker:
         worker = self._workers.get(training_client_id)
         if worker is None or not worker.attach():
             known = [info.training_client_id for info in self.list_training_clients()]

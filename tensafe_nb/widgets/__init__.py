@@ -1,4 +1,4 @@
-"""Views of a run while it runs: a live panel in a notebook, a bar in a terminal, lines in a log.
+"""Displays of a run while it runs: a live panel in a notebook, a bar in a terminal, lines in a log.
 
 Importing this is cheap: anywidget, IPython and matplotlib load when something is shown.
 """

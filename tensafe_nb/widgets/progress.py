@@ -21,7 +21,7 @@ WIDTH = 100  # characters of a bar where nobody knows how wide the terminal is
 
 
 class Publisher(Protocol):
-    """What a listener needs of a training client."""
+    """A training client as a listener needs it."""
 
     def subscribe(
         self, subscriber: Callable[[Event], None], after: int | None = None
@@ -49,22 +49,20 @@ class Report(ABC):
         self._unsubscribe = client.subscribe(self.on_event)
 
     def on_event(self, event: Event) -> None:
+        """Show an event, on whatever thread publishes it."""
         try:
-            self._take(event)
+            match event:
+                case Metrics(values=values, run_id=None | self.run_id):
+                    self.values.update({name: values[name] for name in SHOWN if name in values})
+                case RunStep(run_id=self.run_id, done=done):
+                    self.done = done
+                    self.advance()
+                case RunState(run_id=self.run_id, state=state, reason=reason) if RunStatus(state).ended:
+                    self._end(state, None if reason is None else " ".join(reason.split()))
+                case StatusChanged(status=ClientStatus.TERMINATED):
+                    self._end("CLOSED", None)
         except (OSError, ValueError):  # the output was closed: that is no reason for a run to fail
             self._unsubscribe()
-
-    def _take(self, event: Event) -> None:
-        match event:
-            case Metrics(values=values, run_id=None | self.run_id):
-                self.values.update({name: values[name] for name in SHOWN if name in values})
-            case RunStep(run_id=self.run_id, done=done):
-                self.done = done
-                self.advance()
-            case RunState(run_id=self.run_id, state=state, reason=reason) if RunStatus(state).ended:
-                self._end(state, None if reason is None else " ".join(reason.split()))
-            case StatusChanged(status=ClientStatus.TERMINATED):
-                self._end("CLOSED", None)
 
     def _end(self, state: str, reason: str | None) -> None:
         self._unsubscribe()
@@ -88,7 +86,7 @@ class Bar(Report):
         super().__init__(run)
         self._stream = stream
         name = f"{self.marks}run {self.run_id.rpartition('/')[2]}"
-        width: dict[str, Any] = {"dynamic_ncols": True} if _tells_its_width(stream) else {"ncols": WIDTH}
+        width: dict[str, Any] = {"dynamic_ncols": True} if tells_its_width(stream) else {"ncols": WIDTH}
         self._bar = tqdm(total=self.planned, desc=name, unit="step", file=stream, **width)
 
     def advance(self) -> None:
@@ -134,7 +132,7 @@ class Lines(Report):
         self._stream.flush()
 
 
-def _tells_its_width(stream: TextIO) -> bool:
+def tells_its_width(stream: TextIO) -> bool:
     """Whether a terminal knows how wide it is: those of containers say 0, for which tqdm writes nothing at all."""
     with suppress(OSError, ValueError):
         return os.get_terminal_size(stream.fileno()).columns > 0

@@ -1,4 +1,4 @@
-"""Where are we: a notebook kernel, a terminal, or a log file? One answer for everything that shows something."""
+"""The renderer that fits the place: a notebook kernel, a terminal or a log. One answer for everything that is shown."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ VARIABLE = "TENSAFE_NB_RENDERER"
 
 
 class Renderer(StrEnum):
-    """How progress is shown."""
+    """The ways to show progress."""
 
     WIDGET = "widget"  # the live panel, with a static part beneath for viewers that run nothing
     HTML = "html"  # the static part alone, refreshed

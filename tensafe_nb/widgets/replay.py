@@ -1,4 +1,4 @@
-"""A recorded run, shown again in the panel as it went: read from its log, at its own pace or a multiple of it."""
+"""Replay of a recorded run in the panel: as it went, read from its log, at its own pace or a multiple of it."""
 
 import itertools
 import threading
@@ -62,7 +62,7 @@ class Replay:
 
     @property
     def run(self) -> Any:
-        """What a panel or a curve of it shows: `LossCurve(replay.run)`."""
+        """The run as a panel or a curve of it shows it: `LossCurve(replay.run)`."""
         return self._recording.run
 
     def start(self) -> "Replay":
@@ -151,7 +151,7 @@ def replay(run: str | Path | RunRecord, speed: float = 20.0, *, show: bool = Tru
         raise ValidationError(
             f"replay: speed={as_given(speed)} must be a number above 0: 20 is twenty times as fast."
         )
-    record = _record_of(run)
+    record = find_record(run)
     if not record.state.ended:
         raise ValidationError(
             f"The run {record.run_id} is still under way ({record.state}): its own panel is the live one. "
@@ -163,7 +163,8 @@ def replay(run: str | Path | RunRecord, speed: float = 20.0, *, show: bool = Tru
     return replayed.start()
 
 
-def _record_of(run: str | Path | RunRecord) -> RunRecord:
+def find_record(run: str | Path | RunRecord) -> RunRecord:
+    """Return the record of a run by its id, of the last run in a log, or as given."""
     if isinstance(run, RunRecord):
         return run
     if isinstance(run, Path) or run.endswith(".jsonl"):

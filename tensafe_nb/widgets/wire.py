@@ -34,7 +34,7 @@ class Outbox:
 
     @property
     def points(self) -> int:
-        """How many points a page that missed nothing holds."""
+        """The number of points that a page holds which missed nothing."""
         return sum(self._sent.values())
 
     def start_over(self) -> None:
@@ -47,12 +47,12 @@ class Outbox:
         fresh = {name: self._fresh(history, name) for name in names}
         if self._anew or sum(len(steps) for _, steps, _ in fresh.values()) > DELTA_POINTS:
             for content, columns in chain.from_iterable(
-                _chunks(name, *column) for name, column in fresh.items()
+                full_messages(name, *column) for name, column in fresh.items()
             ):
                 yield content | ({"new": True} if self._anew else {}), columns
                 self._anew = False
         else:
-            yield from _delta(fresh)
+            yield from delta_of(fresh)
 
     def _fresh(self, history: Columns, name: str) -> tuple[int, Array, Array]:
         offset = self._sent.get(name, 0)
@@ -62,7 +62,8 @@ class Outbox:
         return offset, steps, values
 
 
-def _delta(fresh: Mapping[str, tuple[int, Array, Array]]) -> Iterator[Message]:
+def delta_of(fresh: Mapping[str, tuple[int, Array, Array]]) -> Iterator[Message]:
+    """Yield one message with the few new points of all series, if there are any."""
     series = {
         name: [offset, steps.tolist(), [json_number(value) for value in values.tolist()]]
         for name, (offset, steps, values) in fresh.items()
@@ -72,10 +73,14 @@ def _delta(fresh: Mapping[str, tuple[int, Array, Array]]) -> Iterator[Message]:
         yield {"t": "delta", "s": series}, []
 
 
-def _chunks(name: str, offset: int, steps: Array, values: Array) -> Iterator[Message]:
+def full_messages(name: str, offset: int, steps: Array, values: Array) -> Iterator[Message]:
+    """Yield the points of one series from number `offset` on, as columns of at most 256 kB."""
     for start in range(0, len(steps), CHUNK_POINTS):
-        part = slice(start, start + CHUNK_POINTS)
-        columns = [steps[part].astype("<u4").tobytes(), values[part].astype("<f4").tobytes()]
+        stretch = slice(start, start + CHUNK_POINTS)
+        columns = [
+            steps[stretch].astype("<u4").tobytes(),
+            values[stretch].astype("<f4").tobytes(),
+        ]  # little endian
         yield {"t": "full", "name": name, "o": offset + start}, columns
 
 

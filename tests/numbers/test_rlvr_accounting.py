@@ -5,6 +5,7 @@ number of minibatches is the gradient of the whole; pass@k is an average over al
 """
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from tensafe_nb import datasets
 from tensafe_nb.config import OptimizerConfig, SamplingConfig, TrainingConfig
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr import PPO, REINFORCE, PolicySampler, PPOConfig, TrajectoryBatch, ValueOptions
-from tensafe_nb.rlvr.algorithms import passes
+from tensafe_nb.rlvr.algorithms import measurement
+from tensafe_nb.rlvr.algorithms.measurement import Pace
 from tensafe_nb.rlvr.algorithms.options import REINFORCEConfig
 from tensafe_nb.rlvr.algorithms.packing import entropy_of, loss_mask, pack, unpack
 from tensafe_nb.rlvr.algorithms.private import group_weights
@@ -282,7 +284,7 @@ MOVES = [(1, 1), (2, 1), (1, 3), (3, 2)]
 
 @pytest.mark.parametrize(("epochs", "minibatches"), MOVES)
 def test_on_all_rows_the_reported_move_is_the_move_after_the_last_step(epochs, minibatches, monkeypatch):
-    monkeypatch.setattr(passes, "SPENT_ON_MEASURING", 10.0)
+    monkeypatch.setattr(measurement, "SHARE", 10.0)
     client = EngineClient(SUMS)
     algo = PPO("grpo", ppo_epochs=epochs, minibatches=minibatches)
     result, kl, furthest = moved(client, sampled(client, prompts=12), algo)
@@ -314,7 +316,7 @@ def test_a_sample_within_the_budget_tells_the_move(epochs):
 
 
 def test_what_the_sampler_knew_and_what_is_read_for_it_give_the_same_move(monkeypatch):
-    monkeypatch.setattr(passes, "SPENT_ON_MEASURING", 10.0)
+    monkeypatch.setattr(measurement, "SHARE", 10.0)
     reported = []
     for forgotten in (False, True):
         client = EngineClient(SUMS)
@@ -326,6 +328,29 @@ def test_what_the_sampler_knew_and_what_is_read_for_it_give_the_same_move(monkey
         assert client.operations.count("logprobs") == 1 + forgotten
     assert reported[0] == pytest.approx(reported[1], rel=1e-3)
     assert reported[0] > 0
+
+
+def test_of_small_updates_one_in_ten_is_measured_and_the_others_claim_nothing():
+    client, algo = EngineClient(SUMS), REINFORCE("rloo")
+    results = [algo.update(sampled(client), client).result() for _ in range(11)]
+    assert [not math.isnan(result.approx_kl) for result in results] == [True, *[False] * 9, True]
+    assert ["policy/log_ratio_max" in result.metrics for result in results] == [True, *[False] * 9, True]
+    assert client.operations.count("logprobs") == 2
+
+
+def test_updates_that_can_bear_it_are_all_measured_and_smaller_ones_together():
+    pace = Pace()
+    assert [pace.is_due(tokens) for tokens in (20_000, 12_000, 5_000, 5_000, 5_000, 5_000)] == [
+        True, True, False, False, True, False,
+    ]  # fmt: skip
+
+
+def test_which_update_is_measured_next_survives_a_checkpoint():
+    client, algo, other = EngineClient(SUMS), REINFORCE("rloo"), REINFORCE("rloo")
+    for _ in range(3):
+        algo.update(sampled(client), client).result()
+    other.load_state_dict(algo.state_dict())
+    assert other.pace == algo.pace != Pace()
 
 
 def test_a_value_head_that_warms_up_has_not_moved_the_policy():

@@ -530,15 +530,6 @@ def test_a_checkpoint_the_user_deleted_first_is_no_reason_to_fail(
     assert run.result().steps == 8
 
 
-@pytest.mark.parametrize(
-    ("name", "small"), [("eval/loss", True), ("policy/approx_kl", True), ("checklist", False)]
-)
-def test_a_metric_counts_as_small_is_better_by_its_words_not_its_letters(name: str, small: bool) -> None:
-    from tensafe_nb.runs.checkpoints import Checkpoints
-
-    assert (Checkpoints(1, keep_best=name)._signed(2.0) < 0) == small
-
-
 def test_retention_keeps_the_newest_and_the_best(service: tn.ServiceClient, tc: tn.TrainingClient) -> None:
     mine = tc.save_state(name="mine").result()
     batches = [training_batch(seed) for seed in range(3)]

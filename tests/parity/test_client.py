@@ -476,9 +476,15 @@ def test_a_forked_child_is_told_to_make_its_own_client(tc: tn.TrainingClient, ba
     assert tc.forward(batch).loss > 0
 
 
-def test_a_remote_core_is_refused_until_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(tn.ValidationError, match=r"remote core .* cannot be reached by this version"):
-        tn.ServiceClient("http://127.0.0.1:8000")
-    monkeypatch.setenv("TENSAFE_BASE_URL", "http://127.0.0.1:8000")
-    with pytest.raises(tn.ValidationError, match="unset TENSAFE_BASE_URL"):
+def test_an_address_where_nothing_answers_or_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        tn.ServerConnectionError, match=r"http://127.0.0.1:9 does not answer .*tensafe-nb serve"
+    ):
+        tn.ServiceClient("http://127.0.0.1:9")
+    with pytest.raises(tn.ValidationError, match="must begin with http"):
+        tn.ServiceClient("127.0.0.1:8000")
+    monkeypatch.setenv("TENSAFE_BASE_URL", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError):
         tn.ServiceClient()
+    with pytest.raises(tn.ValidationError, match="keys of a remote core are the server's"):
+        tn.ServiceClient(key_source="file")

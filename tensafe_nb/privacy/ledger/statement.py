@@ -11,6 +11,7 @@ from tensafe_nb.display import as_markdown
 from tensafe_nb.privacy.ledger.account import Ledger
 from tensafe_nb.privacy.ledger.book import ChargedGroup, LedgerAccount
 from tensafe_nb.privacy.ledger.charges import finite
+from tensafe_nb.protocol.codec import tagged
 
 ADJACENCY = {
     "poisson": "two data sets are neighbours if one has one {unit} more than the other",
@@ -32,6 +33,7 @@ OUTSIDE = (
 )
 
 
+@tagged("privacy_mechanism")
 @dataclass(frozen=True, slots=True)
 class Mechanism:
     """Steps that were charged alike.
@@ -87,6 +89,7 @@ class Mechanism:
         )
 
 
+@tagged("privacy_statement")
 @dataclass(frozen=True, slots=True)
 class PrivacyStatement:
     """What may be said about a privacy account at one moment.

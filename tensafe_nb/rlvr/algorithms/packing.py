@@ -1,4 +1,4 @@
-"""What an update sends and what it gets back: trajectories as a batch, results as one `UpdateResult`."""
+"""Trajectories as a batch of rows, and what a core computed for the rows as values per completion token."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

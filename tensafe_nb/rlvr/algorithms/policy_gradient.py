@@ -22,23 +22,17 @@ from tensafe_nb.rlvr.algorithms.advantages import (
     resolve_advantage,
     whiten,
 )
+from tensafe_nb.rlvr.algorithms.measurement import Pace
 from tensafe_nb.rlvr.algorithms.options import (
     PolicyConfig,
     PPOConfig,
     REINFORCEConfig,
     ValueOptions,
-    smallest_group,
 )
-from tensafe_nb.rlvr.algorithms.packing import (
-    entropy_of,
-    group_numbers,
-    loss_mask,
-    pack,
-    tokenize_mock,
-    unpack,
-)
-from tensafe_nb.rlvr.algorithms.passes import Passes, Readings, left_out
+from tensafe_nb.rlvr.algorithms.packing import entropy_of, group_numbers, loss_mask, tokenize_mock
+from tensafe_nb.rlvr.algorithms.passes import Passes, left_out
 from tensafe_nb.rlvr.algorithms.presets import preset
+from tensafe_nb.rlvr.algorithms.readings import Readings, check_batch
 from tensafe_nb.rlvr.algorithms.result import UpdateResult, mock_notes
 from tensafe_nb.rlvr.policy import PolicyClient
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
@@ -71,13 +65,9 @@ class PolicyGradient(Generic[C]):
     options: ClassVar[type[PolicyConfig]]
 
     def __init__(self, config: C | str | None = None, **fields: Any) -> None:
-        chosen: Any = (
-            preset(config, self.options)
-            if isinstance(config, str)
-            else self.options()
-            if config is None
-            else config
-        )
+        chosen: Any = self.options() if config is None else config
+        if isinstance(config, str):
+            chosen = preset(config, self.options)
         if not isinstance(chosen, self.options):
             raise ValidationError(
                 f"{type(self).__name__} takes a {self.options.__name__}, a preset's name, or fields; not "
@@ -86,11 +76,11 @@ class PolicyGradient(Generic[C]):
         settled: Any = chosen.replace(**fields) if fields else chosen
         self.config: C = settled
         self.ema = EMABaseline(self.config.ema_decay)
+        self.pace = Pace()
         self.updates = 0
         self.head_updates = 0  # since the value head began on the present reward
-        self._reference_of: str | None = (
-            None  # the client whose reference is settled; "" after a resume: the next one
-        )
+        # The client whose reference is settled; "" after a resume: the next one.
+        self._reference_of: str | None = None
 
     def __repr__(self) -> str:
         idle = self.config.idle_options
@@ -113,25 +103,26 @@ class PolicyGradient(Generic[C]):
         """
         if not isinstance(batch, TrajectoryBatch):
             raise ValidationError(f"update: batch is a TrajectoryBatch, not {as_given(batch)}.")
-        method = self.config.method(batch, training_client.capabilities)
-        self._check(batch, method)
+        config, method = self.config, self.config.method(batch, training_client.capabilities)
+        check_batch(config, batch, method)
         is_private = private.CAPABILITY in training_client.capabilities
         if is_private:
-            private.check_options(self.config, method, training_client.capabilities)
+            private.check_options(config, method, training_client.capabilities)
         tokenize_mock(batch, training_client)
-        mask = loss_mask(batch, self.config.mask_truncated)
-        readings = self._read(batch, method, training_client)
-        returns = self._fill_in_advantages(batch, method, mask, readings)
-        rows = np.arange(len(batch)) if is_private else self._rows_that_matter(batch, mask, method)
+        mask = loss_mask(batch, config.mask_truncated)  # (N, C)
+        if config.kl_coef:
+            self._settle_reference(training_client)
+        readings = Readings.of(config, batch, method, training_client)
+        returns = assign_advantages(config, batch, method, mask, readings, self.ema)
+        rows = np.arange(len(batch))
+        if not is_private:  # rows without a gradient only count in the normaliser
+            always = config.entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss")
+            rows = np.flatnonzero(mask.any(1) & (has_advantage(batch) | always | (method == "gae")))
         if not rows.size:
-            return self._skip(batch, training_client)
-        job = Passes(self.config, batch, mask, readings, returns, training_client, self.updates, is_private)
-        warming = (
-            returns is not None
-            and self.config.value is not None
-            and self.head_updates < self.config.value.warmup
-        )
-        handle = job.run(rows, value_only=warming)
+            return skipped_update(batch, training_client, config)
+        job = Passes(config, batch, mask, readings, returns, training_client, self.updates, is_private)
+        head = config.value if returns is not None else None
+        handle = job.run(rows, self.pace, value_only=head is not None and self.head_updates < head.warmup)
         self.updates += 1
         self.head_updates += 1
         return handle
@@ -149,64 +140,16 @@ class PolicyGradient(Generic[C]):
             "updates": self.updates,
             "head_updates": self.head_updates,
             "has_reference": self._reference_of is not None,
+            "unmeasured": [self.pace.tokens, self.pace.updates],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
         self.ema.total, self.ema.updates = float(state["total"]), int(state["ema_updates"])
         self.updates, self._reference_of = int(state["updates"]), "" if state["has_reference"] else None
-        self.head_updates = int(
-            state.get("head_updates", self.updates)
-        )  # older checkpoints have one count for both
-
-    def _check(self, batch: TrajectoryBatch, method: str) -> None:
-        if not np.isfinite(batch.rewards).any():
-            raise ValidationError(
-                "No trajectory of the batch has a reward: "
-                "set `traj.reward = reward_fn(traj.prompt, traj.response)` before the update."
-            )
-        if batch.sampling.temperature == 0:
-            raise ValidationError("Greedy rollouts (temperature=0) teach nothing: sample with temperature=1.")
-        if self.config.tis_cap is not None and any(
-            t.logprobs is None or len(t.logprobs) != len(t.tokens) for t in batch
-        ):
-            raise ValidationError(
-                f"tis_cap={self.config.tis_cap:g} compares the policy with what the sampler said, and there are "
-                f"rollouts without the sampler's log-probabilities (trajectory.logprobs): bring them, or leave out "
-                f"tis_cap."
-            )
-        smallest = smallest_group(batch)
-        if smallest < 2 and (method in ("rloo", "group") or self.config.effective_scale == "group"):
-            raise ValidationError(
-                f"baseline={as_given(method)}, scale={as_given(self.config.effective_scale)} compare the rollouts "
-                f"of a prompt, but a "
-                f"group has {smallest}. Sample with group_size ≥ 2, or use a running mean: baseline='ema' "
-                f"(of PPO: advantage='ema')."
-            )
-
-    def _read(self, batch: TrajectoryBatch, method: str, client: PolicyClient) -> Readings:
-        """Score the batch with the weights as they are, and with the reference, where the options need it."""
-        config, width = self.config, max(int(batch.lengths.max()), 1)
-        if not (config.reads_old or method == "gae" or config.kl_coef):
-            return Readings()
-        rows, temperature = list(batch), batch.sampling.temperature
-        data = pack(rows, {})
-        if config.kl_coef:
-            self._settle_reference(client)
-        own = client.compute_logprobs(data, temperature=temperature)
-        other = (
-            client.compute_logprobs(data, reference=True, temperature=temperature) if config.kl_coef else None
-        )
-        scored = own.result()
-        if method == "gae" and scored.values is None:
-            raise ValidationError(
-                "advantage='gae' needs a value head: create the client with TrainingConfig(value_head=True)."
-            )
-        return Readings(
-            unpack(rows, scored.logprobs, width) if config.reads_old or config.kl_in == "reward" else None,
-            None if scored.values is None else unpack(rows, scored.values, width),
-            None if other is None else unpack(rows, other.result().logprobs, width),
-        )
+        # Older checkpoints have one count for both, and none of what was not measured.
+        self.head_updates = int(state.get("head_updates", self.updates))
+        self.pace = Pace(*map(int, state["unmeasured"])) if "unmeasured" in state else Pace()
 
     def _settle_reference(self, client: PolicyClient) -> None:
         """Freeze the policy as it is before the first update; an adapter that is still at zero has its base."""
@@ -216,59 +159,6 @@ class PolicyGradient(Generic[C]):
         if self._reference_of != "" and not fresh:
             client.freeze_reference()
         self._reference_of = client.training_client_id
-
-    def _fill_in_advantages(
-        self, batch: TrajectoryBatch, method: str, mask: Array, readings: Readings
-    ) -> Array | None:
-        """Set every trajectory's advantage; return the value head's targets (N, C), if it is to learn."""
-        rewards, config, targets = batch.rewards, self.config, None
-        penalty = None
-        if config.kl_coef and config.kl_in == "reward" and readings.old is not None:
-            penalty = config.kl_coef * (readings.old - _needed(readings.reference)) * mask  # k1 per token
-        if method == "gae":
-            per_token = at_the_end(rewards, mask) - (0.0 if penalty is None else penalty)
-            head = config.value or ValueOptions()
-            values, targets = gae(per_token, _needed(readings.values), mask, gamma=head.gamma, lam=head.lam)
-            values = whiten(values, mask) if head.whiten else values
-        elif method in ("none", "ema", "rloo", "group"):
-            rewards = rewards if penalty is None else rewards - penalty.sum(1)
-            groups = group_numbers(batch)
-            baseline: Any = method
-            values = advantages(
-                rewards, groups, baseline=baseline, scale=config.effective_scale, ema=self.ema
-            )
-        else:
-            values = _custom(method, rewards, penalty, batch, mask)
-        self.ema.update(
-            rewards
-        )  # with the penalty inside, if there is one: it is what the next are compared with
-        for trajectory, value in zip(batch, values, strict=True):
-            trajectory.advantage = value[: len(trajectory.tokens)].tolist() if value.ndim else float(value)
-        return targets
-
-    def _rows_that_matter(self, batch: TrajectoryBatch, mask: Array, method: str) -> Array:
-        """Return the rows of which some token has a gradient; the others only count in the normaliser."""
-        always = self.config.entropy_coef > 0 or (self.config.kl_coef > 0 and self.config.kl_in == "loss")
-        return np.flatnonzero(mask.any(1) & (has_advantage(batch) | always | (method == "gae")))
-
-    def _skip(self, batch: TrajectoryBatch, client: PolicyClient) -> FutureHandle[UpdateResult]:
-        cut = bool(has_advantage(batch).any())
-        if cut:
-            warnings.warn(
-                f"Every rollout that could teach something was cut at max_new_tokens="
-                f"{batch.sampling.max_new_tokens}: no step was taken. Raise it, or pass mask_truncated=False.",
-                stacklevel=3,
-            )
-        result = UpdateResult(
-            client.step,
-            client.policy_version,
-            batch.mean_reward,
-            entropy=entropy_of(batch),
-            skipped="all truncated" if cut else "no signal",
-            notes=mock_notes(batch),
-            metrics=left_out(batch, self.config),
-        )
-        return completed(result, operation="update", training_client_id=client.training_client_id)
 
 
 class REINFORCE(PolicyGradient[REINFORCEConfig]):
@@ -303,25 +193,80 @@ class PPO(PolicyGradient[PPOConfig]):
     options = PPOConfig
 
 
-def has_advantage(batch: TrajectoryBatch) -> Array:
-    """Return (N,) whether a rollout has an advantage other than 0."""
-    return np.array([bool(np.any(trajectory.advantage)) for trajectory in batch])
+def assign_advantages(
+    config: PolicyConfig,
+    batch: TrajectoryBatch,
+    method: str,
+    mask: Array,
+    readings: Readings,
+    ema: EMABaseline,
+) -> Array | None:
+    """Set every trajectory's advantage; return the value head's targets (N, C), if it is to learn."""
+    rewards, penalty, targets = batch.rewards, None, None  # (N,)
+    if config.kl_coef and config.kl_in == "reward" and readings.old is not None:
+        penalty = readings.penalty(config.kl_coef, mask)  # (N, C)
+    if method == "gae":
+        assert readings.values is not None, "read before it is used"
+        per_token = at_the_end(rewards, mask) - (0.0 if penalty is None else penalty)
+        head = config.value or ValueOptions()
+        values, targets = gae(per_token, readings.values, mask, gamma=head.gamma, lam=head.lam)
+        values = whiten(values, mask) if head.whiten else values  # (N, C)
+    elif method in ("none", "ema", "rloo", "group"):
+        rewards = rewards if penalty is None else rewards - penalty.sum(1)
+        baseline: Any = method
+        values = advantages(
+            rewards, group_numbers(batch), baseline=baseline, scale=config.effective_scale, ema=ema
+        )
+    else:
+        given = rewards if penalty is None else at_the_end(rewards, mask) - penalty
+        values = registered_advantages(method, given, batch, mask)
+    # With the penalty inside, if there is one: it is what the next batches are compared with.
+    ema.update(rewards)
+    for trajectory, value in zip(batch, values, strict=True):
+        trajectory.advantage = value[: len(trajectory.tokens)].tolist() if value.ndim else float(value)
+    return targets
 
 
-def _custom(name: str, rewards: Array, penalty: Array | None, batch: TrajectoryBatch, mask: Array) -> Array:
-    given = rewards if penalty is None else at_the_end(rewards, mask) - penalty
-    values = np.array(resolve_advantage(name)(given, group_numbers(batch), mask), dtype=np.float64)
+def registered_advantages(name: str, rewards: Array, batch: TrajectoryBatch, mask: Array) -> Array:
+    """Return what a registered function makes of rewards (N,) or (N, C); unscored rollouts get 0.
+
+    Raises:
+        ValidationError: It returned another shape, or what is no number.
+    """
+    values = np.array(resolve_advantage(name)(rewards, group_numbers(batch), mask), dtype=np.float64)
     if values.shape[:1] == (len(batch),):
         values[~np.isfinite(batch.rewards)] = 0.0
     if values.shape not in ((len(batch),), mask.shape) or not np.isfinite(values).all():
         raise ValidationError(
             f"The advantage {as_given(name)} returned shape {values.shape} for {len(batch)} rollouts: return one "
-            f"finite number "
-            f"per rollout, ({len(batch)},), or per token, {mask.shape}."
+            f"finite number per rollout, ({len(batch)},), or per token, {mask.shape}."
         )
     return values
 
 
-def _needed(values: Array | None) -> Array:
-    assert values is not None, "read before it is used"
-    return values
+def has_advantage(batch: TrajectoryBatch) -> Array:
+    """Return (N,) whether a rollout has an advantage other than 0."""
+    return np.array([bool(np.any(trajectory.advantage)) for trajectory in batch])
+
+
+def skipped_update(
+    batch: TrajectoryBatch, client: PolicyClient, config: PolicyConfig
+) -> FutureHandle[UpdateResult]:
+    """Return the result of an update that took no step, since nothing in the batch teaches."""
+    cut = bool(has_advantage(batch).any())
+    if cut:
+        warnings.warn(
+            f"Every rollout that could teach something was cut at max_new_tokens={batch.sampling.max_new_tokens}: no "
+            f"step was taken. Raise it, or pass mask_truncated=False.",
+            stacklevel=3,
+        )
+    result = UpdateResult(
+        client.step,
+        client.policy_version,
+        batch.mean_reward,
+        entropy=entropy_of(batch),
+        skipped="all truncated" if cut else "no signal",
+        notes=mock_notes(batch),
+        metrics=left_out(batch, config),
+    )
+    return completed(result, operation="update", training_client_id=client.training_client_id)

@@ -1,5 +1,6 @@
 """The result of an update: what its forward passes and steps measured, added up and given the history's names."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -63,7 +64,9 @@ class UpdateResult:
             did not say. That of the tokens in the loss is `metrics["entropy_trained"]`.
         kl: KL to the reference, k3 estimate; None when none was measured.
         approx_kl: KL(old ‖ new) after the last step, k3 estimate on a sample of the rollouts in the loss; 0 when no
-            step was taken, or one of the value head alone; NaN where another update's steps were queued before it.
+            step was taken, or one of the value head alone; NaN where it was not measured: of updates of fewer than
+            12,000 tokens one is, until together they have so many, or ten were queued; and none of which the weights
+            it began with are not known, since another update was queued before it.
         clip_ratio: Share of tokens at which a clip acted; 0 where nothing clips.
         grad_norm: Before clipping, mean over the optimiser steps.
         param_delta_norm: Norm of the change of the weights, summed over the optimiser steps.
@@ -120,7 +123,12 @@ def read_results(
         metrics: What was measured before.
     """
     tokens = sum(result.metrics["tokens"] for result in gradients)
-    means = _per_token(gradients, tokens)
+    names = {name for result in gradients for name in result.metrics if name.endswith("_sum")}
+    means = {
+        name.removesuffix("_sum"): sum(result.metrics.get(name, 0.0) for result in gradients)
+        / max(tokens, 1.0)
+        for name in names
+    }
     metrics = {**metrics, **{name: means[key] for key, name in SUMS.items() if key in means}}
     for key, name in MAXIMA.items():
         found = [result.metrics[key] for result in gradients if key in result.metrics]
@@ -129,6 +137,8 @@ def read_results(
         metrics[SMALLEST_RATIO] = 1 / metrics[SMALLEST_RATIO] if metrics[SMALLEST_RATIO] else 0.0
     if move is not None and FURTHEST in metrics:
         metrics[FURTHEST] = max(metrics[FURTHEST], move.furthest)
+        if math.isnan(move.kl) and len(gradients) == 1:  # a first gradient compares the policy with itself
+            del metrics[FURTHEST]
     return UpdateResult(
         steps[-1].step,
         steps[-1].policy_version,
@@ -147,15 +157,6 @@ def read_results(
         notes=notes,
         metrics={**metrics, "policy/epochs_run": float(epochs_run)},
     )
-
-
-def _per_token(gradients: Sequence[ForwardBackwardResult], tokens: float) -> dict[str, float]:
-    names = {name for result in gradients for name in result.metrics if name.endswith("_sum")}
-    return {
-        name.removesuffix("_sum"): sum(result.metrics.get(name, 0.0) for result in gradients)
-        / max(tokens, 1.0)
-        for name in names
-    }
 
 
 def mock_notes(batch: TrajectoryBatch) -> tuple[str, ...]:

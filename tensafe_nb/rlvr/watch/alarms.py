@@ -1,4 +1,4 @@
-"""What speaks up when a run goes wrong: the rules' findings, announced once, as events."""
+"""The alarms of an RL run: the rules of `rules`, over every step, with what they remember."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ from tensafe_nb.events import Alarm
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 from tensafe_nb.rlvr.watch import rules
 from tensafe_nb.rlvr.watch.metrics import Goal, Row
-from tensafe_nb.rlvr.watch.rules import Finding, Level, Memory, Rule
+from tensafe_nb.rlvr.watch.rules import Memory, Rule
+from tensafe_nb.runs.alarm_log import AlarmLog
 
 ABOUT_REWARDS = ("no_signal", "no_learning", "reward_errors", "reward_fell")
 QUIET = 5  # steps without a sign after which a trouble is over
@@ -37,7 +38,7 @@ class Alarms:
             rules.stale,
             rules.reward_errors,
         )
-        self._sounding: dict[str, tuple[Level, int]] = {}  # name → level, steps since the last sign
+        self._log = AlarmLog(QUIET)
 
     def observe(
         self, run_id: str, step: int, row: Row, batch: TrajectoryBatch, goal: Goal | None = None
@@ -46,20 +47,16 @@ class Alarms:
         row = {name: value for name, value in row.items() if not math.isnan(value)}
         self.memory.take(row, batch, goal)
         findings = [found for rule in self._rules if (found := rule(self.memory, row, batch)) is not None]
-        before = {name: level for name, (level, _) in self._sounding.items()}
-        self._listen({found.name: found.level for found in findings})
-        fresh = [found for found in findings if self._begins(found, before.get(found.name))]
-        return [alarm_of(run_id, step, found) for found in fresh]
+        return self._log.announce(run_id, step, findings)
 
     def forget_reward(self) -> None:
         """Begin anew with what is said of rewards: another function scores from now on."""
         self.memory.forget_reward()
-        for name in ABOUT_REWARDS:
-            self._sounding.pop(name, None)
+        self._log.forget(ABOUT_REWARDS)
 
     def forget_announcements(self) -> None:
         """Announce anew what goes on: another run, or another process, begins to listen."""
-        self._sounding.clear()
+        self._log.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as plain data."""
@@ -71,32 +68,3 @@ class Alarms:
         values["tens"] = [list(ten) for ten in values.get("tens", ())]  # none in checkpoints of version 0.1
         self.memory = Memory(**values)
         self.forget_announcements()
-
-    def _listen(self, found: Mapping[str, Level]) -> None:
-        """A level rises at once, and falls after QUIET steps in a row that did not reach it."""
-        for name in {*found, *self._sounding}:
-            level, below = self._sounding.get(name, (None, QUIET))
-            now = found.get(name)
-            below = 0 if now == level or now == "red" else below + 1
-            if now == "red" or (now is not None and below >= QUIET):
-                level, below = now, 0
-            if level is None or below >= QUIET:
-                self._sounding.pop(name, None)
-            else:
-                self._sounding[name] = (level, below)
-
-    def _begins(self, found: Finding, before: Level | None) -> bool:
-        return self._sounding[found.name][0] == found.level != before
-
-
-def alarm_of(run_id: str, step: int, found: Finding) -> Alarm:
-    """Return the event that announces a finding."""
-    return Alarm(
-        run_id=run_id,
-        step=step,
-        name=found.name,
-        level=found.level,
-        message=found.message,
-        remedy=found.remedy,
-        rollouts=found.rollouts,
-    )

@@ -7,14 +7,13 @@ signal were replayed on published logs: rules that count single steps fire in he
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, mean
 from tensafe_nb.rlvr.watch.metrics import Goal, Row, Signal, signal_of
-
-Level: TypeAlias = Literal["amber", "red"]
+from tensafe_nb.runs.alarm_log import Finding
 
 GROUPS = 24  # whose signal is looked at together: single steps are too few to tell
 TEN = 10  # updates whose rewards are compared
@@ -31,17 +30,6 @@ FP32_GAP, BF16_GAP = (
 )  # mean |log p of the sampler − log p of the training path| that precision explains
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a rule has to say about a step."""
-
-    name: str
-    level: Level
-    message: str
-    remedy: str
-    rollouts: tuple[int, ...] = ()
-
-
 @dataclass(slots=True)
 class Memory:
     """What the rules remember of the steps before: plain data, so that a checkpoint holds it."""
@@ -50,7 +38,8 @@ class Memory:
     signals: list[Signal] = field(default_factory=list)  # of the last groups, newest last
     first_entropies: list[float] = field(default_factory=list)
     last_entropies: list[float] = field(default_factory=list)
-    moves: list[float] = field(default_factory=list)  # KL(old ‖ new) of the last updates
+    moves: list[float] = field(default_factory=list)  # KL(old ‖ new) of the last updates that were measured
+    furthest: float = 0.0  # log-ratio of a single token, in the last of them
     last_rewards: list[float] = field(default_factory=list)
     lowest: float | None = None  # reward of any rollout so far
     highest: float | None = None
@@ -68,6 +57,8 @@ class Memory:
         self._take_entropy(row)
         if "policy/approx_kl" in row:
             self.moves = [*self.moves, row["policy/approx_kl"]][-STEPS:]
+        if {"policy/approx_kl", "policy/log_ratio_max"} & set(row):
+            self.furthest = row.get("policy/log_ratio_max", 0.0)
         if math.isfinite(row.get("reward", math.nan)):
             scored = batch.rewards[np.isfinite(batch.rewards)]
             self.last_rewards = [*self.last_rewards, row["reward"]][-STEPS:]
@@ -279,18 +270,22 @@ def sampler_mismatch(gap: float) -> Rule:
 
 
 def policy_kl(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
-    """Updates that move the policy far: KL(old ‖ new) of one, or of five on average; or a single log-ratio."""
-    kl, ratio = row.get("policy/approx_kl", 0.0), row.get("policy/log_ratio_max", 0.0)
+    """Updates that move the policy far: KL(old ‖ new) of one, or of five on average; or a single log-ratio.
+
+    Small updates are not all measured: between two that are, what was found of the former holds.
+    """
+    kl, ratio = memory.moves[-1] if memory.moves else 0.0, memory.furthest
     usual = mean(np.array(memory.moves)) if len(memory.moves) == STEPS else 0.0
     if kl < KL_ONCE and usual <= KL_USUALLY and ratio <= RATIO:
         return None
     far = f", and single tokens by a factor of e^{ratio:.1f}" if ratio > RATIO else ""
-    often = f", the last {STEPS} by {usual:.2g} on average" if usual > KL_USUALLY else ""
+    often = f", the last {STEPS} measured by {usual:.2g} on average" if usual > KL_USUALLY else ""
+    which = "This update" if "policy/approx_kl" in row else "The last update that was measured"
     passes = row.get("policy/epochs_run", 1.0) > 1
     return Finding(
         "kl",
         "red" if ratio > RATIO else "amber",
-        f"This update moved the policy by a KL of {kl:.2g}{often}{far}: "
+        f"{which} moved the policy by a KL of {kl:.2g}{often}{far}: "
         + (
             "the rollouts no longer describe what it trains."
             if passes

@@ -1,1 +1,1 @@
-"""What a panel shows, gathered from events."""
+"""The data behind panels and pictures: one feed for each training client, read from its state."""

@@ -1,11 +1,11 @@
-"""Which curves a panel holds, and those that are made of others: the time and the tokens behind a step, tokens/s."""
+"""Curves of a panel: those that were measured, and those made of others (time and tokens up to a step, tokens/s)."""
 
 from array import array
 from collections.abc import Sequence
 
 import numpy as np
 
-from tensafe_nb.history.log import TIMED
+from tensafe_nb.history.log import TIMED, RunHistory
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.widgets.feed.feed import Feed
 
@@ -27,8 +27,8 @@ def names_of(feed: Feed, *, all_curves: bool) -> list[str]:
         kept = (curve, f"eval/{curve}", "group/reward_std") if curve == "reward" else (curve, f"eval/{curve}")
     else:
         kept = REWARDED if curve == "reward" else (curve, f"eval/{curve}", *SUPERVISED[2:])
-    found = [name for name in kept if name in feed.client.history]
-    timed = TIMED in feed.client.history
+    found = [name for name in kept if name in feed.history]
+    timed = TIMED in feed.history
     return (
         found
         + [TIME] * bool(found)
@@ -49,30 +49,31 @@ class Curves:
         self._tokens = [array("d") for _ in feeds]  # trained on by each step, added up
 
     def series(self, name: str, start: int = 0) -> tuple[Array, Array]:
-        """Return (steps, values) of a curve, from point number `start` on."""
+        """Return (steps, values) of a curve, from point number `start` on; both are (points,)."""
         number, _, own = name.rpartition(":")
         which = int(number or 0)
-        history = self._feeds[which].client.history
+        history = self._feeds[which].history
         if own == TIME:
             return history.clock(start)
         if own == TOKENS:
             steps, _ = history.series(TIMED, start)
-            return steps, self._added_up(which)[start : start + len(steps)]
+            return steps, self.tokens_so_far(which)[start : start + len(steps)]
         if own == RATE:
-            return self._rate(which, start)
+            return rate(history, start)
         return history.series(own, start)
 
-    def _added_up(self, which: int) -> Array:
+    def tokens_so_far(self, which: int) -> Array:
+        """Return how many tokens a client had trained on by each step; adds up only what is new."""
         total = self._tokens[which]
-        for tokens in self._feeds[which].client.history.series(TIMED, len(total))[1].tolist():
+        for tokens in self._feeds[which].history.series(TIMED, len(total))[1].tolist():
             total.append(tokens + (total[-1] if total else 0.0))
         return np.array(total, dtype=np.float64)
 
-    def _rate(self, which: int, start: int) -> tuple[Array, Array]:
-        """Tokens of a step by the seconds since the step before; the first step has none before it."""
-        history = self._feeds[which].client.history
-        steps, tokens = history.series(TIMED, start)
-        moments = history.moments(start)
-        count = max(0, min(len(steps), len(moments)) - 1)
-        seconds = np.maximum(np.diff(moments[: count + 1]), 1e-6)
-        return steps[1 : count + 1], tokens[1 : count + 1] / seconds if count else tokens[:0]
+
+def rate(history: RunHistory, start: int = 0) -> tuple[Array, Array]:
+    """Return (steps, tokens per second): tokens of a step by the seconds since the step before it."""
+    steps, tokens = history.series(TIMED, start)
+    moments = history.moments(start)
+    count = max(0, min(len(steps), len(moments)) - 1)  # the first step has none before it
+    seconds = np.maximum(np.diff(moments[: count + 1]), 1e-6)  # two steps may bear the same time
+    return steps[1 : count + 1], tokens[1 : count + 1] / seconds if count else tokens[:0]

@@ -21,7 +21,7 @@ from tensafe_nb.widgets.feed.recording import RecordedRun, Recording
 
 
 class Watched(Protocol):
-    """What there is to see of a training client: its history, and what never changes."""
+    """A training client as far as it can be watched: its history, and what never changes."""
 
     @property
     def training_client_id(self) -> str: ...
@@ -43,7 +43,7 @@ class Watched(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a training client, and one run of it, stand at one moment; None is unknown and shown as a dash.
+    """A training client, and one run of it, at one moment; None is unknown and shown as a dash.
 
     Attributes:
         client: Status of the client.
@@ -102,7 +102,7 @@ class Standing:
 
 
 class Remains:
-    """What is left to show of a training client that was freed: it can be looked at, and not steered."""
+    """The remains of a training client that was freed: it can be looked at, and not steered."""
 
     steerable = False
 
@@ -128,7 +128,9 @@ class Feed:
         clock: The time by which its events are stamped, in Unix seconds; of a recording, that of its latest event.
 
     Attributes:
-        state: How the client stands.
+        client_id: Of the client.
+        history: Its curves and events.
+        state: How it stands.
         annotations: What is shown along its curves.
         panel: The one that shows all of it.
         children: Training clients that a button of its panel made; they last as long as this one.
@@ -142,14 +144,16 @@ class Feed:
             weakref.ref(client) if client.steerable else lambda: client
         )
         self._remains = Remains(client)
-        self.state = client.history.state
+        self.client_id, self.history, self.state = (
+            client.training_client_id, client.history, client.history.state
+        )  # fmt: skip
         self.annotations = Annotations(self.state)
         self.panel: Any = None
         self.children: list[Any] = []
         self._members: list[Member] = []
         self._expected: RunSoFar | None = None
         self._learning = threading.Lock()
-        client.watch(self._on_event)
+        client.watch(self.hear)
 
     @property
     def client(self) -> Watched:
@@ -199,11 +203,11 @@ class Feed:
         """The metric to watch: the run's own; of a client without a run, the reward if there is one, else the loss."""
         if self.latest is not None and self.latest.curve is not None:
             return self.latest.curve
-        return "reward" if "reward" in self.client.history else "loss"
+        return "reward" if "reward" in self.history else "loss"
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What it is not: a recording is no live run, what a mock made up is no measurement."""
+        """Words for what it is not: a recording is no live run, what a mock made up is no measurement."""
         return (*self.client.marks, *(("MOCK",) if self.state.mocked else ()))
 
     @property
@@ -213,7 +217,7 @@ class Feed:
 
     @property
     def description(self) -> str:
-        """What is trained, in a few words."""
+        """The model and what is trained of it, in a few words."""
         config = self.client.config
         adapter = f"LoRA r{config.lora_config.rank}" if config.lora_config else "all weights"
         return f"{config.model_ref} · {adapter}"
@@ -249,7 +253,8 @@ class Feed:
         for member in self._members:
             self.flusher.wake(member)
 
-    def _on_event(self, event: Event) -> None:
+    def hear(self, event: Event) -> None:
+        """Take note that something happened: the state knows it already. Progress of an operation is not shown."""
         if not isinstance(event, Progress):
             self.wake()
 

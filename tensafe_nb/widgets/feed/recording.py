@@ -104,7 +104,7 @@ class Recording:
         """Iterate over what is to be told, up to the run's end: also one that its process could not write any more."""
         last: Event = Event()
         for last in RunHistory(self._record.log).events():
-            yield as_here(last, self._record)
+            yield completed(last, self._record)
             if isinstance(last, RunState) and last.run_id == self.run.run_id and RunStatus(last.state).ended:
                 break
         else:
@@ -143,12 +143,12 @@ class ToldHistory(RunHistory):
 
     def events(self, after: int = 0, kinds: Sequence[type[Event]] = ()) -> Iterator[Event]:
         told = takewhile(lambda event: event.seq <= self.last_seq, super().events(after, kinds))
-        return (as_here(event, self._record) for event in told)
+        return (completed(event, self._record) for event in told)
 
 
-def as_here(event: Event, record: RunRecord) -> Event:
-    """Return an event as it would have been written here and now."""
-    if isinstance(event, RunState) and event.run_id == record.run_id and event.curve is None:  # version 0.1
+def completed(event: Event, record: RunRecord) -> Event:
+    """Return an event with what version 0.1 did not write: the curve of the run, which its whole log tells."""
+    if isinstance(event, RunState) and event.run_id == record.run_id and event.curve is None:
         return replace(event, curve=record.curve)
     return event
 

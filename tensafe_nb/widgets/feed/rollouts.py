@@ -41,7 +41,7 @@ def message(step: int, path: Path, decode: Decode | None, limit: int) -> dict[st
     groups: list[dict[str, Any]] = []
     room = limit - 200
     for group in batch.groups:
-        shown = _group(group, decode)
+        shown = group_shown(group, decode)
         room -= len(json.dumps(shown)) + 2
         if room < 0:
             break
@@ -54,17 +54,17 @@ def message(step: int, path: Path, decode: Decode | None, limit: int) -> dict[st
     }
 
 
-def _group(group: Any, decode: Decode | None) -> dict[str, Any]:
+def group_shown(group: Any, decode: Decode | None) -> dict[str, Any]:
     return {
         "prompt": clipped(group.prompt),
         "mean": _number(group.mean),
         "std": _number(group.std),
         "signal": bool(group.has_signal),
-        "r": [_rollout(rollout, group, decode) for rollout in group.rollouts],
+        "r": [rollout_shown(rollout, group, decode) for rollout in group.rollouts],
     }
 
 
-def _rollout(rollout: Any, group: Any, decode: Decode | None) -> dict[str, Any]:
+def rollout_shown(rollout: Any, group: Any, decode: Decode | None) -> dict[str, Any]:
     advantages = rollout.advantage
     scalar = float(np.mean(advantages)) if isinstance(advantages, list) and advantages else advantages
     shown: dict[str, Any] = {
@@ -79,12 +79,12 @@ def _rollout(rollout: Any, group: Any, decode: Decode | None) -> dict[str, Any]:
         "parts": {name: _number(value) for name, value in (rollout.reward_parts or {}).items()},
         "error": rollout.reward_error,
         "why": why_zero(rollout, group),
-        "tok": _tokens(rollout, decode),
+        "tok": tokens_shown(rollout, decode),
     }
     return shown | {name: value for name, value in optional.items() if value}
 
 
-def _tokens(rollout: Any, decode: Decode | None) -> list[list[Any]] | None:
+def tokens_shown(rollout: Any, decode: Decode | None) -> list[list[Any]] | None:
     """Return [text, advantage] of each token; advantage None is "as the whole answer"."""
     if decode is None or not rollout.tokens:
         return None

@@ -1,1 +1,1 @@
-"""Live widgets."""
+"""Widgets that follow a training while it runs, and their buttons."""

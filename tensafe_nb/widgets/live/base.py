@@ -68,7 +68,7 @@ class LiveWidget(anywidget.AnyWidget):
             raise TypeError(f"{type(self).__name__} shows a training client or a run: give it one.")
         self.feeds = [feed_of(source) for source in sources]
         self.feed = self.feeds[0]
-        title = f"{self.feed.client.training_client_id} · {self.feed.description}"
+        title = f"{self.feed.client_id} · {self.feed.description}"
         super().__init__(title=title, **traits)
         self._greeted = False
         self._told: dict[str, Any] = {}
@@ -201,7 +201,7 @@ class LiveWidget(anywidget.AnyWidget):
             content = {"t": "rollouts", "step": step, "why": f"No rollouts were recorded for step {step}."}
         else:
             try:
-                path = self.feed.client.history.rollouts_file(found)
+                path = self.feed.history.rollouts_file(found)
                 content = rollouts.message(step, path, self.feed.decode(), limit)
             except TGTinkerError as error:  # the oldest texts go when a run has too many
                 content = {"t": "rollouts", "step": step, "why": str(error)}

@@ -17,7 +17,7 @@ OF_A_CHECKPOINT = ("rollback", "branch", "export", "delete")
 
 
 class Steered(Protocol):
-    """What buttons need of a training client."""
+    """A training client as buttons need it."""
 
     @property
     def runs(self) -> Sequence[TrainingRun]: ...
@@ -32,7 +32,7 @@ class Steered(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Obeyed:
-    """What came of a command.
+    """The outcome of a command.
 
     Attributes:
         said: A line for whoever clicked.

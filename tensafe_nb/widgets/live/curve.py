@@ -1,4 +1,4 @@
-"""One curve alone, loss or reward, to be placed beside other widgets; several runs on the same axes."""
+"""Charts that stand alone, of a loss or a reward, to be placed beside other widgets; several runs on the same axes."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar, final
@@ -29,7 +29,7 @@ class LoneCurve(CurveWidget):
             raise ValidationError(
                 f"{len(sources)} runs on one chart cannot be told apart: give at most {MOST_CURVES}."
             )
-        super().__init__(*sources, **({"labels": [_label(source) for source in sources]} | traits))
+        super().__init__(*sources, **({"labels": [label_of(source) for source in sources]} | traits))
 
     def status(self) -> dict[str, Any]:
         return super().status() | {"curve": self.curve}
@@ -88,7 +88,8 @@ class RewardHistory(LoneCurve):
         return "reward"
 
 
-def _label(source: Source) -> str:
+def label_of(source: Source) -> str:
+    """Return how a source is told from the others on the same axes."""
     if isinstance(source, TrainingRun | RunRecord | RecordedRun):
         marks = "".join(f"{mark} " for mark in source.client.marks) if isinstance(source, RecordedRun) else ""
         return f"{marks}run {source.run_id.rpartition('/')[2]} of {source.run_id.partition('/')[0]}"

@@ -70,7 +70,7 @@ class Dashboard(CurveWidget):
 
     def retire(self) -> None:
         """Turn the live part into one line of text, where the page still knows the outputs."""
-        text = f"The live panel of {self.feed.client.training_client_id} was frozen."
+        text = f"The live panel of {self.feed.client_id} was frozen."
         for identity in self._live_ids:
             publish({"text/plain": text}, {}, identity, update=True)
         self._live_ids.clear()
@@ -90,7 +90,7 @@ class Dashboard(CurveWidget):
         standing = self.feed.standing()
         of = f"run {standing.run_number} of " if standing.run_id else ""
         marks = "".join(f"{mark} · " for mark in self.feed.marks)
-        line = f"{marks}Live panel of {of}{self.feed.client.training_client_id}: open in Jupyter"
+        line = f"{marks}Live panel of {of}{self.feed.client_id}: open in Jupyter"
         return view_bundle(self) | {"text/html": f"<p>{escaped(line)}</p>", "text/plain": line}
 
     # telling the page

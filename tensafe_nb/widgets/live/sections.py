@@ -50,7 +50,7 @@ class PrivacyMeter(Section):
 
 @final
 class RolloutInspector(Section):
-    """What the policy answered at a step, how it was scored, and what it was taught by it.
+    """The answers of the policy at a step, how they were scored, and what it was taught by them.
 
     Args:
         source: A run of `RLVRTrainer`, or its training client.

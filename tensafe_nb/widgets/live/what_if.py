@@ -1,4 +1,4 @@
-"""What if: the answers to the sliders of the privacy meter. Nothing is spent, and the training lane is not asked."""
+"""Answers to the sliders of the privacy meter: what a plan would spend. Nothing is spent, nothing is queued."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from tensafe_nb.privacy.what_if import WhatIf
 
 
 class Planner(Protocol):
-    """What a plan asks of a training client."""
+    """A training client as a plan asks it."""
 
     def what_if(
         self,

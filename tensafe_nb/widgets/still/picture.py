@@ -22,48 +22,50 @@ def draw(feed: Feed, names: tuple[str, str], title: str) -> bytes | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    history = feed.client.history
+    history = feed.history
     name, held_out = names
     steps, values = history.series(name)
     if not len(steps):
         return None
     figure = Figure(figsize=(9.6, 3.0), dpi=100, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    marks = feed.annotations.marks()
+    marks = feed.annotations.marks()  # (step, kind, what)
     breaks = [step for step, kind, _ in marks if kind == "v" and "reward" in name]
-    for piece in abandoned(steps):
+    for piece in abandoned(
+        steps
+    ):  # faint, beneath the rest: what a rollback gave up was trained all the same
         axes.plot(*extremes(steps[piece], values[piece]), color=BLUE, alpha=0.2, linewidth=1)
     steps, values = (column[current(steps)] for column in (steps, values))
-    for number, part in enumerate(_parts(steps, breaks)):
-        axes.plot(*extremes(steps[part], values[part]), color=BLUE, alpha=0.35, linewidth=1)
+    for number, stretch in enumerate(_stretches(steps, breaks)):
+        axes.plot(*extremes(steps[stretch], values[stretch]), color=BLUE, alpha=0.35, linewidth=1)
         label = name if number == 0 else None
-        axes.plot(*extremes(steps[part], smoothed(values[part])), color=BLUE, linewidth=2, label=label)
+        axes.plot(*extremes(steps[stretch], smoothed(values[stretch])), color=BLUE, linewidth=2, label=label)
     if held_out in history:
         measured, points = history.series(held_out)
         measured, points = (column[current(measured)] for column in (measured, points))
-        for number, part in enumerate(_parts(measured, breaks)):
+        for number, stretch in enumerate(_stretches(measured, breaks)):
             axes.plot(
-                measured[part],
-                points[part],
+                measured[stretch],
+                points[stretch],
                 color=ORANGE,
                 linestyle="--",
                 marker="o",
                 markersize=3,
                 label=held_out if number == 0 else None,
             )
-    _draw_marks(axes, marks, breaks)
-    _style(axes, title)
-    return _png(FigureCanvasAgg(figure))
+    draw_marks(axes, marks, breaks)
+    style_axes(axes, title)
+    return png_of(FigureCanvasAgg(figure))
 
 
-def _parts(steps: Array, breaks: list[int]) -> Iterator[Array]:
+def _stretches(steps: Array, breaks: list[int]) -> Iterator[Array]:
     """Yield the stretches between breaks, as indices: what was measured differently is not joined."""
-    for part in np.split(np.arange(len(steps)), np.searchsorted(steps, breaks)):
-        if part.size:
-            yield part
+    for stretch in np.split(np.arange(len(steps)), np.searchsorted(steps, breaks)):
+        if stretch.size:
+            yield stretch
 
 
-def _draw_marks(axes: Any, marks: list[tuple[int, str, str]], breaks: list[int]) -> None:
+def draw_marks(axes: Any, marks: list[tuple[int, str, str]], breaks: list[int]) -> None:
     at_the_bottom = axes.get_xaxis_transform()
     for kind, marker, label in (("c", "D", "checkpoint"), ("f", "^", "branch")):
         steps = [step for step, which, _ in marks if which == kind]
@@ -82,20 +84,20 @@ def _draw_marks(axes: Any, marks: list[tuple[int, str, str]], breaks: list[int])
         axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
 
 
-def _png(canvas: Any) -> bytes:
+def png_of(canvas: Any) -> bytes:
     """Return what is drawn, in 64 colours: half the size, and notebooks keep every byte."""
     from PIL import Image
 
     canvas.draw()
     target = io.BytesIO()
-    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # (300, 960, 3)
     pixels.quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
         target, "PNG", optimize=True
     )
     return target.getvalue()
 
 
-def _style(axes: Any, title: str) -> None:
+def style_axes(axes: Any, title: str) -> None:
     axes.set_title(title, fontsize=9, loc="left", color="#444444")
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=9, length=0)
@@ -107,6 +109,7 @@ def _style(axes: Any, title: str) -> None:
 
 def current(steps: Array) -> Array:
     """Return which points belong to the curve as it stands: after a rollback, not those that were abandoned."""
+    # The least step that comes after each point: a point is current if no later one stands before it.
     later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.iinfo(np.int64).max)
     kept: Array = steps < later
     return kept
@@ -115,7 +118,7 @@ def current(steps: Array) -> Array:
 def abandoned(steps: Array) -> list[Array]:
     """Return the stretches of points that rollbacks have left behind, as indices."""
     left = np.flatnonzero(~current(steps))
-    return [part for part in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if part.size]
+    return [gap for gap in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if gap.size]
 
 
 def smoothed(values: Array, weight: float = 0.8) -> Array:
@@ -124,7 +127,7 @@ def smoothed(values: Array, weight: float = 0.8) -> Array:
     for index, value in enumerate(values):
         if np.isfinite(value):
             mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        if total:
+        if total:  # 1 − weightᵗ after t values: without it the mean would begin at 0
             result[index] = mean / total
     return result
 
@@ -134,8 +137,8 @@ def extremes(steps: Array, values: Array, columns: int = COLUMNS) -> tuple[Array
     if len(steps) <= 2 * columns:
         return steps, values
     kept: list[int] = []
-    for part in np.array_split(np.arange(len(steps)), columns):
-        finite = part[np.isfinite(values[part])]
+    for column in np.array_split(np.arange(len(steps)), columns):  # of pixels
+        finite = column[np.isfinite(values[column])]  # indices
         if len(finite):
             low, high = finite[np.argmin(values[finite])], finite[np.argmax(values[finite])]
             kept += sorted({int(low), int(high)})

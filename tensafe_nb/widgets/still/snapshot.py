@@ -47,7 +47,7 @@ class Snapshot:
     @property
     def sentence(self) -> str:
         """All of it in one line: the caption, and the words for who cannot see the picture."""
-        standing, last = self.standing, self.feed.client.history.last()
+        standing, last = self.standing, self.feed.history.last()
         of = f" of {standing.planned}" if standing.planned else ""
         values = "".join(f", {name} {number(last[name])}" for name in self._curves if name in last)
         name = f"Run {standing.run_number} of {self._client_id}" if standing.run_id else self._client_id
@@ -81,11 +81,11 @@ class Snapshot:
 
     @property
     def _client_id(self) -> str:
-        return self.feed.client.training_client_id
+        return self.feed.client_id
 
     @property
     def _privacy(self) -> str:
-        """The account in a few words; "DP off" is said as plainly as what was spent."""
+        """The privacy account in a few words; "DP off" is said as plainly as what was spent."""
         spent = self.feed.state.privacy
         if spent is None:
             return "no step under DP yet" if self.feed.is_private else "DP off"
@@ -100,7 +100,7 @@ class Snapshot:
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield the names and values of the table."""
-        standing, history = self.standing, self.feed.client.history
+        standing, history = self.standing, self.feed.history
         yield "training", self.feed.description
         yield "state", standing.state + (f": {standing.reason}" if standing.reason else "")
         yield "step", f"{standing.step} of {standing.planned or '—'}"
@@ -169,7 +169,7 @@ class StillOutputs:
 
     @property
     def hint(self) -> str | None:
-        """What to know about outputs that a page which was loaded again cannot renew any more."""
+        """A word about outputs that a page which was loaded again cannot renew any more."""
         return self._out_of_reach
 
     def place(self, *, filled: bool = False) -> None:
@@ -273,7 +273,7 @@ def display(feed: Feed, run: Any, samples: int = 0, *, pictured: bool = True) ->
     publish(snapshot.table(), {})
     newest = feed.annotations.newest_rollouts()
     if samples and newest is not None:
-        publish(frozen(newest.step, feed.client.history.rollouts_file(newest), samples), {})
+        publish(frozen(newest.step, feed.history.rollouts_file(newest), samples), {})
 
 
 def publish(data: Bundle, metadata: Bundle, display_id: str | None = None, *, update: bool = False) -> None:

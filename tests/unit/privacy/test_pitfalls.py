@@ -296,7 +296,7 @@ def test_19_choosing_by_private_metrics_is_named_in_the_statement(home: Home) ->
 def test_20_the_machine_that_trains_is_never_called_protected_from(home: Home) -> None:
     text = PrivacyStatement.of(home.ledger(), tn.DPConfig(dataset_size=1000)).to_markdown()
     assert "The machine or server that trained: it saw the raw batches." in text
-    for page in (Path(tn.__file__).parent / "privacy").glob("*.py"):
+    for page in (Path(tn.__file__).parent / "privacy").rglob("*.py"):
         assert "protects from the server" not in page.read_text(encoding="utf-8")
 
 

@@ -68,7 +68,11 @@ events = st.one_of(
     ),
     st.builds(OperationFailed, future_id=names, operation=names, code=names, message=names),
     st.builds(
-        RunState, run_id=names, state=names, step=st.integers(), planned_steps=st.none() | st.integers()
+        RunState,
+        run_id=names,
+        state=st.sampled_from(types.RunStatus),
+        step=st.integers(),
+        planned_steps=st.none() | st.integers(),
     ),
 )
 

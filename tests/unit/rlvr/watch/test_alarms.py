@@ -430,3 +430,12 @@ def test_the_tens_survive_a_checkpoint_and_another_reward_begins_anew():
     assert [
         a for s in range(16, 60) for a in before.observe("tc-1/1", s, {**HEALTHY, "reward": 0.1}, batch)
     ] == []
+
+
+def test_what_a_measured_update_showed_holds_until_the_next_one_is_measured():
+    far = {"policy/approx_kl": 0.6, "policy/log_ratio_max": 9.0}
+    small = {name: value for name, value in HEALTHY.items() if name != "policy/approx_kl"}
+    alarms, told = Alarms(), []
+    for step, row in enumerate([far, *[{}] * 9] * 3):
+        told += alarms.observe("tc-1/1", step, {**small, **row}, batch_of(MIXED))
+    assert [(alarm.name, alarm.step) for alarm in told] == [("kl", 0)]

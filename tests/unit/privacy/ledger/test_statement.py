@@ -2,9 +2,6 @@
 
 import json
 import math
-from pathlib import Path
-
-import pytest
 
 from tensafe_nb.config import DPConfig
 from tensafe_nb.privacy import accounting
@@ -12,11 +9,6 @@ from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tests.unit.privacy.homes import ACCOUNT, DELTA, Home, step, turn
 
 CONFIG = DPConfig(dataset_size=1_000, expected_batch_size=10)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path)
 
 
 def test_it_says_what_was_charged_and_what_that_means(home: Home) -> None:

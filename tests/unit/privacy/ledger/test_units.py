@@ -15,11 +15,6 @@ from tests.unit.privacy.homes import Home, step, turn
 UNITS = ["example", "user", "prompt group"]
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "here")
-
-
 @pytest.mark.parametrize("mode", [step, turn])
 @pytest.mark.parametrize(("first", "second"), [(a, b) for a in UNITS for b in UNITS if a != b])
 def test_a_second_kind_of_unit_is_refused_and_nothing_is_charged(

@@ -1,0 +1,132 @@
+"""The commands of a server: `serve` runs it, `tokens` says who may use it."""
+
+import argparse
+import json
+import os
+import socket
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.store.home import TENANT, Home
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def add_server(commands: Any) -> None:
+    """Add them to the parser of `tensafe-nb`."""
+    serve = commands.add_parser("serve", help="offer this machine's core to notebooks elsewhere")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--home", type=Path, help="where everything is kept, instead of TENSAFE_HOME")
+    serve.add_argument(
+        "--tokens", type=Path, help="the file of tokens; without one, a token is made for this run"
+    )
+    serve.add_argument(
+        "--print-token", action="store_true", help="make a token for the tenant 'local' and show it"
+    )
+    serve.add_argument(
+        "--models", type=Path, help="the folder whose models are offered, by their names beneath it"
+    )
+    serve.add_argument(
+        "--hub-model", action="append", default=[], help="a hub id that may be loaded; may be repeated"
+    )
+    serve.add_argument(
+        "--host-name", action="append", default=[], help="a name it is called by, besides localhost"
+    )
+    serve.add_argument("--root-path", default="", help="the path under which a proxy offers it")
+    serve.add_argument(
+        "--max-clients", type=int, default=32, help="training clients of a tenant (default: %(default)s)"
+    )
+    serve.add_argument("--json", action="store_true", help='print {"url": …, "token": …} as the first line')
+    serve.set_defaults(run=run_server)
+    tokens = commands.add_parser("tokens", help="who may use a server")
+    actions = tokens.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, words in (
+        ("new", "make a token and show it, once"),
+        ("list", "list them"),
+        ("revoke", "take one back"),
+    ):
+        action = actions.add_parser(name, help=words)
+        action.add_argument("--tokens", type=Path, required=True, help="the file of tokens")
+        action.set_defaults(run=run_tokens)
+        if name == "new":
+            action.add_argument(
+                "--tenant", default=TENANT, help="whose clients it opens (default: %(default)s)"
+            )
+        if name == "revoke":
+            action.add_argument("token_id", help="its id, from `tensafe-nb tokens list`")
+
+
+def run_server(chosen: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C: then what runs is finished, and the logs are written out."""
+    try:
+        import uvicorn
+
+        from tensafe_nb.server.app import Limits, create_app
+    except ImportError as error:
+        raise ValidationError(
+            f"A server needs more packages ({error}): pip install 'tensafe_nb[server]'"
+        ) from error
+    from tensafe_nb.server.tokens import Tokens
+
+    if chosen.host not in LOOPBACK and chosen.tokens is None:
+        raise ValidationError(
+            f"Listening at {chosen.host} lets others reach this server: give --tokens FILE, "
+            f"made with tensafe-nb tokens new."
+        )
+    tokens = Tokens(chosen.tokens)
+    shown = tokens.mint() if chosen.print_token or chosen.tokens is None else None
+    home = Home.of_environment() if chosen.home is None else Home(chosen.home)
+    if chosen.models is not None:
+        if not chosen.models.is_dir():
+            raise ValidationError(f"--models {chosen.models}: there is no such folder.")
+        home = Home(home.root.resolve())
+        os.chdir(chosen.models)  # a model is named by its path from here
+    app = create_app(
+        home,
+        tokens,
+        models=None if chosen.models is None else Path.cwd(),
+        hub_models=chosen.hub_model,
+        hosts=chosen.host_name,
+        limits=Limits(chosen.max_clients),
+        root_path=chosen.root_path,
+    )
+    family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
+    listening = socket.create_server((chosen.host, chosen.port), family=family, reuse_port=False)
+    host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
+    url = f"http://{host}:{listening.getsockname()[1]}{chosen.root_path}"
+    announce(url, shown, as_json=chosen.json)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, server_header=False)
+    uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def announce(url: str, token: str | None, *, as_json: bool) -> None:
+    """Say where the server is, and how a notebook reaches it."""
+    if as_json:
+        print(json.dumps({"url": url, "token": token}), flush=True)
+        return
+    print(f"tensafe_nb serves at {url} (Ctrl-C ends it)")
+    if token is not None:
+        print(f'In a notebook:  service = ServiceClient("{url}", api_key="{token}")')
+        print("This token is shown once." if sys.stdout.isatty() else "", flush=True)
+
+
+def run_tokens(chosen: argparse.Namespace) -> int:
+    """Make, list or revoke tokens."""
+    from tensafe_nb.server.tokens import Tokens
+
+    tokens = Tokens(chosen.tokens)
+    if chosen.action == "new":
+        print(tokens.mint(chosen.tenant))
+    elif chosen.action == "revoke":
+        tokens.revoke(chosen.token_id)
+        print(f"{chosen.token_id} is revoked")
+    else:
+        for token in tokens.all():
+            made = datetime.fromtimestamp(token.created_at).astimezone().isoformat(" ", "seconds")
+            print(f"{token.token_id}  {token.tenant:16}  {made}")
+    return 0

@@ -1,0 +1,136 @@
+"""The log of a training client while it grows: every event is written, added to the curves, and told to subscribers."""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.events import Event, Progress
+from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.stream import Subscriber, check_subscriber, name_of_subscriber
+from tensafe_nb.locks import hold
+from tensafe_nb.protocol.codec import encode
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Records events that have their number, and hands them out.
+
+    Args:
+        path: The log; created with its folder, readable by its owner only. What is in it already is the history.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._refused = False
+        self._pid = os.getpid()
+        cut_torn_line(path)
+        self.history = RunHistory.load(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            opened = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        except OSError as error:
+            raise ValidationError(
+                f"The event log {path} cannot be written ({error.strerror}). "
+                f"Set TENSAFE_HOME to a folder that can be."
+            ) from error
+        self._log: TextIO = os.fdopen(opened, "w", encoding="utf-8")
+        hold(self._log)
+        self._lock = threading.RLock()
+        self._subscribers: list[Subscriber] = []
+
+    def record(self, event: Event) -> None:
+        """Write an event down, and tell the subscribers."""
+        with self._lock:
+            if not self._log.closed and os.getpid() == self._pid:
+                if not isinstance(event, Progress):
+                    self._write(json.dumps(encode(event), allow_nan=False) + "\n")
+                self.history.add(event)
+            for subscriber in tuple(self._subscribers):
+                try:
+                    subscriber(event)
+                except (
+                    Exception
+                ):  # it would fail at every event to come, and be told of in whatever cell runs then
+                    self._drop(subscriber)
+                    logger.exception(
+                        "The subscriber %s failed at %s and is told nothing more; the work goes on. Mend it, and "
+                        "subscribe it again: tc.subscribe(…, after=%d) tells it what it missed.",
+                        name_of_subscriber(subscriber),
+                        type(event).__name__,
+                        event.seq - 1,
+                    )
+
+    def _drop(self, subscriber: Subscriber) -> None:
+        with self._lock, suppress(ValueError):
+            self._subscribers.remove(subscriber)
+
+    def _write(self, line: str) -> None:
+        """Write a line. What a full disk refuses stays in the file's buffer and is tried again with the next one."""
+        try:
+            self._log.write(line)
+            self._log.flush()
+        except OSError as error:
+            if not self._refused:
+                logger.error(
+                    "%s cannot be written (%s); it is tried again", self.history.path, error.strerror
+                )
+            self._refused = True
+        else:
+            self._refused = False
+
+    def subscribe(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:
+        """Call `subscriber(event)` for every event: recorded ones above `after` first, then live ones.
+
+        A subscriber must be quick and must not wait for an operation. Without `after` only live events come. One that
+        raises is reported once, and told no more.
+
+        Returns:
+            A function that ends the subscription.
+
+        Raises:
+            ValidationError: A subscriber that cannot be called, or is a coroutine function.
+        """
+        check_subscriber(subscriber)
+        with self._lock:
+            if after is not None:
+                for event in self.history.events(after):
+                    subscriber(event)
+            self._subscribers.append(subscriber)
+        return partial(self._drop, subscriber)
+
+    def sync(self) -> None:
+        """Put everything recorded so far on the disk."""
+        with self._lock:
+            if not self._log.closed and os.getpid() == self._pid:
+                os.fsync(self._log.fileno())
+
+    def close(self) -> None:
+        """Write out the log; later events are still handed to subscribers but recorded no more."""
+        self.sync()
+        with self._lock:
+            self._log.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_log"):  # it was opened
+            try:  # noqa: SIM105  # at the interpreter's end, imported names are gone
+                self._log.close()
+            except OSError:
+                pass
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed process did not finish: what follows would be joined to it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as log:
+        content = log.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            log.truncate(whole)

@@ -1,0 +1,1 @@
+"""The HTTP face of the embedded core; needs the extra `tensafe_nb[server]`."""
