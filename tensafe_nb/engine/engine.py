@@ -15,7 +15,7 @@ from tensafe_nb.data.labels import turn_ends
 from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
 from tensafe_nb.engine.forward import ForwardPass, place
 from tensafe_nb.engine.models import inputs
-from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.models.load import LoadedModel, load
 from tensafe_nb.engine.optimizers import Optimizer
 from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
@@ -92,8 +92,8 @@ class Engine:
         ValidationError: The adapter does not fit it.
     """
 
-    def __init__(self, config: TrainingConfig, model: models.LoadedModel | None = None) -> None:
-        self.model = models.load(config) if model is None else model
+    def __init__(self, config: TrainingConfig, model: LoadedModel | None = None) -> None:
+        self.model = load(config) if model is None else model
         brought = (
             self.model.lora
         )  # by a folder with an adapter, of which the configuration may say less, or nothing
