@@ -29,7 +29,7 @@ Batch = Mapping[str, Tensor]
 Terms = Mapping[str, Any]
 
 
-class Tokens(NamedTuple):
+class PolicyTokens(NamedTuple):
     """The N labelled tokens as a policy loss sees them, each (N,), at the sampling temperature."""
 
     logprobs: Tensor
@@ -38,7 +38,9 @@ class Tokens(NamedTuple):
     entropy: Tensor
 
     @classmethod
-    def of(cls, outputs: LossOutputs, batch: Batch, temperature: float, entropy_coef: float) -> "Tokens":
+    def of(
+        cls, outputs: LossOutputs, batch: Batch, temperature: float, entropy_coef: float
+    ) -> "PolicyTokens":
         """Read them; the entropy has a gradient only where a bonus asks for it."""
         logprobs = outputs.map_logits(partial(label_logprobs, temperature=temperature))
         with torch.set_grad_enabled(entropy_coef != 0 and torch.is_grad_enabled()):
@@ -76,7 +78,7 @@ def policy_reinforce(
         tis_cap: Bound of the factor π_old / π_sampler.
         per_row: Return (B,) each row's share of the sum.
     """
-    tokens = Tokens.of(outputs, batch, temperature, entropy_coef)
+    tokens = PolicyTokens.of(outputs, batch, temperature, entropy_coef)
     loss = -tokens.advantages * tokens.logprobs
     return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap), per_row)
 
@@ -105,7 +107,7 @@ def policy_is(
         tis_cap: As for `policy_reinforce`.
         per_row: As for `policy_reinforce`.
     """
-    tokens = Tokens.of(outputs, batch, temperature, entropy_coef)
+    tokens = PolicyTokens.of(outputs, batch, temperature, entropy_coef)
     loss = -tokens.ratio * tokens.advantages
     return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap), per_row)
 
@@ -142,7 +144,7 @@ def policy_clip(
         tis_cap: As for `policy_reinforce`.
         per_row: As for `policy_reinforce`.
     """
-    tokens = Tokens.of(outputs, batch, temperature, entropy_coef)
+    tokens = PolicyTokens.of(outputs, batch, temperature, entropy_coef)
     if ratio == "sequence":
         tokens = tokens._replace(log_ratio=sequence_mean(tokens.log_ratio, batch))
     elif ratio != "token":
@@ -187,7 +189,7 @@ def policy_cispo(
         ratio_max: Largest factor.
         per_row: As for `policy_reinforce`.
     """
-    tokens = Tokens.of(outputs, batch, temperature, entropy_coef)
+    tokens = PolicyTokens.of(outputs, batch, temperature, entropy_coef)
     rho = tokens.ratio.detach()
     factor = rho.clamp(ratio_min, ratio_max)
     loss = -factor * tokens.advantages * tokens.logprobs
@@ -235,7 +237,7 @@ def sequence_mean(log_ratio: Tensor, batch: Batch) -> Tensor:
 
 def _weighted(
     outputs: LossOutputs,
-    tokens: Tokens,
+    tokens: PolicyTokens,
     loss: Tensor,
     batch: Batch,
     terms: tuple[float, Terms | None, Terms | None, float | None],
@@ -283,7 +285,7 @@ def k3(difference: Tensor) -> Tensor:
     return torch.expm1(bounded) - bounded
 
 
-def kl_penalty(tokens: Tokens, batch: Batch, kl: Terms | None) -> tuple[Tensor, Tensor]:
+def kl_penalty(tokens: PolicyTokens, batch: Batch, kl: Terms | None) -> tuple[Tensor, Tensor]:
     """Return the penalty per token, and the k3 estimate that is always shown.
 
     k2 = d²/2 has the gradient of the reverse KL on-policy; weighed by sg(ρ) it stays unbiased off-policy. k3 as a
@@ -306,7 +308,7 @@ def kl_penalty(tokens: Tokens, batch: Batch, kl: Terms | None) -> tuple[Tensor, 
 
 
 def against_sampler(
-    loss: Tensor, tokens: Tokens, batch: Batch, tis_cap: float | None
+    loss: Tensor, tokens: PolicyTokens, batch: Batch, tis_cap: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compare the training path with the sampler, token by token; correct for it where asked to."""
     old = batch.get("old_logprobs", tokens.logprobs).detach()
