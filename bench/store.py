@@ -100,7 +100,7 @@ def checkpoint() -> Row:
         tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=16))
         tc.forward_backward(tn.BatchData([[5, 6, 7]]))
         tc.optim_step().result()
-        engine: Any = tc._channel._performer.engine  # type: ignore[attr-defined]
+        engine: Any = tc._channel._executor.engine  # type: ignore[attr-defined]
         weights = {name: parameter.detach() for name, parameter in engine.model.trainable}
 
         def peer() -> None:

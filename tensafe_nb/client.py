@@ -1,17 +1,17 @@
-"""What a notebook holds: a TrainingClient, whose every verb queues an operation and returns a handle."""
+"""A TrainingClient, as a notebook holds it: each verb checks its arguments, queues an operation, returns a handle."""
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import TrainingConfig
-from tensafe_nb.data import Batches, OnBadRows, Rows, batches
+from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig
+from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
-from tensafe_nb.display import settle, widgets
+from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle, Outstanding
@@ -21,14 +21,37 @@ from tensafe_nb.lifetimes import Freed
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.privacy.what_if import WhatIf, what_if_of
-from tensafe_nb.protocol.operations import VERBS, Operation
+from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.codec import plain_metadata
+from tensafe_nb.protocol.operations import (
+    VERBS,
+    ComputeLogprobs,
+    Forward,
+    ForwardBackward,
+    FreezeReference,
+    LoadState,
+    Operation,
+    OptimStep,
+    Sample,
+    SaveState,
+    VoidPrivacy,
+)
 from tensafe_nb.protocol.results import (
     ClientStatus,
     DPMetrics,
+    ForwardBackwardResult,
+    ForwardResult,
+    FreezeReferenceResult,
+    LoadStateResult,
+    LogprobsResult,
+    OptimStepResult,
+    Prompt,
+    SampleResult,
     SaveStateResult,
     StateSource,
     StepEstimate,
     TrainingClientInfo,
+    VoidPrivacyResult,
 )
 from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
@@ -36,15 +59,17 @@ from tensafe_nb.runs.loop import Batch, Loop
 from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop
 from tensafe_nb.transports.base import Channel, Transport
-from tensafe_nb.verbs import Verbs
 
 R = TypeVar("R")
 
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
-Fork = Callable[[TrainingConfig, StateSource], "TrainingClient"]
+LossSpec = str | Callable[..., Any]
+MOST_SEQUENCES = 1 << 20  # of one call of sample()
+MAX_NAME = 200  # characters of a checkpoint's name
+Clients: TypeAlias = "weakref.WeakValueDictionary[str, TrainingClient]"
 
 
-class TrainingClient(Verbs):
+class TrainingClient:
     """One model in training. Every verb queues an operation and returns a FutureHandle at once.
 
     Operations run in the order they were submitted. Made by `ServiceClient.create_training_client`. It lives as long as
@@ -60,12 +85,189 @@ class TrainingClient(Verbs):
     marks: tuple[str, ...] = ()
     steerable = True
 
-    def __init__(self, channel: Channel, fork: Fork, transport: Transport) -> None:
-        self._channel, self._fork, self._transport = channel, fork, transport
+    def __init__(self, channel: Channel, transport: Transport, clients: Clients) -> None:
+        self._channel, self._transport, self._clients = channel, transport, clients
+        clients[channel.training_client_id] = self
         self._runs: list[TrainingRun] = []
         self._outstanding = Outstanding()
         self._subscriptions = Subscriptions(channel.subscribe)
         weakref.finalize(self, channel.detach).atexit = False  # there, the transport closes what is left
+
+    # verbs
+
+    @checked
+    def forward_backward(
+        self, batch: Batch, loss_fn: LossSpec | None = None, loss_kwargs: Mapping[str, Any] | None = None
+    ) -> FutureHandle[ForwardBackwardResult]:
+        """Compute the loss of a batch and add its gradient to what is accumulated.
+
+        Args:
+            batch: A BatchData, or a dict of `input_ids`, `attention_mask`, `labels` (B, T) and what the loss needs.
+            loss_fn: A registered name, "package.module:attribute" or a callable; token cross entropy when None.
+            loss_kwargs: Keywords of the loss.
+
+        Raises:
+            ValidationError: A batch or loss that does not fit.
+        """
+        return self._submit(ForwardBackward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {})))
+
+    @checked
+    def forward(
+        self,
+        batch: Batch,
+        loss_fn: LossSpec | None = None,
+        loss_kwargs: Mapping[str, Any] | None = None,
+        *,
+        return_logprobs: bool = False,
+    ) -> FutureHandle[ForwardResult]:
+        """Compute the loss of a batch in evaluation mode, without gradients.
+
+        Args:
+            batch: As for `forward_backward`.
+            loss_fn: As for `forward_backward`.
+            loss_kwargs: Keywords of the loss.
+            return_logprobs: Also return each label's log-probability, (B, T).
+        """
+        return self._submit(Forward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {}), return_logprobs))
+
+    def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
+        """Apply the accumulated gradients with the optimiser.
+
+        Args:
+            apply_dp_noise: Without differential privacy it has no effect. With it, False is refused while there is a
+                guarantee to lose; see `void_privacy`.
+
+        Raises:
+            ValidationError: Not a truth value. The handle of a private client's step fails with `PrivacyUnitError` for
+                a draw that is not whole, and with `DPBudgetExceededError` instead of spending more than the budget.
+        """
+        if not isinstance(apply_dp_noise, bool):
+            raise ValidationError(
+                f"optim_step(apply_dp_noise=…) is True or False, not {as_given(apply_dp_noise)}."
+            )
+        return self._submit(OptimStep(apply_dp_noise))
+
+    def sample(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingConfig | None = None,
+        **fields: Any,
+    ) -> FutureHandle[SampleResult]:
+        """Draw completions.
+
+        Args:
+            prompts: A text, a list of chat messages or of token ids, or a list of any of these.
+            sampling: How to draw.
+            fields: Fields of SamplingConfig, instead of or on top of `sampling`.
+
+        Raises:
+            ValidationError: No prompt, or a field that does not fit.
+        """
+        if sampling is not None and not isinstance(sampling, SamplingConfig):
+            raise ValidationError(
+                f"sample() takes a SamplingConfig, or its fields as keywords, not {as_given(sampling)}."
+            )
+        config = SamplingConfig(**fields) if sampling is None else sampling.replace(**fields)
+        read = read_prompts(prompts)
+        if len(read) * config.num_samples > MOST_SEQUENCES:
+            raise ValidationError(
+                f"sample(): {len(read):,} prompts with num_samples={config.num_samples:,} are more than "
+                f"{MOST_SEQUENCES:,} sequences: sample in parts."
+            )
+        return self._submit(Sample(read, config))
+
+    @checked
+    def compute_logprobs(
+        self, batch: Batch, reference: bool = False, *, temperature: float = 1.0
+    ) -> FutureHandle[LogprobsResult]:
+        """Score a batch's labels: log-probabilities and exact entropies, (B, T).
+
+        Args:
+            batch: As for `forward_backward`.
+            reference: Score under the reference's weights: those of `freeze_reference`, else the base without adapter.
+            temperature: Divides the logits.
+        """
+        if not temperature >= MIN_TEMPERATURE:
+            raise ValidationError(
+                f"compute_logprobs: temperature={temperature} must be at least {MIN_TEMPERATURE}."
+            )
+        return self._submit(ComputeLogprobs(BatchData.of(batch), temperature, reference))
+
+    def freeze_reference(self) -> FutureHandle[FreezeReferenceResult]:
+        """Keep a copy of the trained weights: what `compute_logprobs(reference=True)` scores with from now on.
+
+        A LoRA client that has not trained yet needs none: its reference is the base. The copy is part of checkpoints.
+        """
+        return self._submit(FreezeReference())
+
+    @checked
+    def save_state(
+        self,
+        include_optimizer: bool = True,
+        metadata: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        *,
+        position: Mapping[str, Any] | None = None,
+    ) -> FutureHandle[SaveStateResult]:
+        """Seal everything that training needs to go on, as an artifact in the home folder.
+
+        It holds exactly the operations submitted before it: weights, optimiser, gradients of an open step, random
+        streams, step, configuration.
+
+        Args:
+            include_optimizer: False leaves out the optimiser's moments (two thirds of the size with adamw).
+            metadata: Your own plain data, sealed with the state.
+            name: A name for `load_state`; the newest artifact of a name counts.
+            position: Where a run stands in its data; `run.checkpoint()` fills it in.
+
+        Raises:
+            ValidationError: Metadata that is not plain data, or a name that is no text.
+        """
+        if name is not None and (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME):
+            raise ValidationError(
+                f"save_state: name={as_given(name)} must be a text of 1 to {MAX_NAME} characters."
+            )
+        metadata = plain_metadata(metadata or {})
+        return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
+
+    def load_state(self, artifact_id: str, *, for_run: str | None = None) -> FutureHandle[LoadStateResult]:
+        """Take the state of an artifact in place of this client's own; all of it, or on any failure nothing.
+
+        Args:
+            artifact_id: Its id, or its name.
+            for_run: Refuse a state that was not saved by a run with a loop of this name.
+
+        Raises:
+            ValidationError: No id. The handle fails with `ArtifactNotFoundError`, `DecryptionError`, or, for an
+                artifact of another model, adapter or optimiser, with a ValidationError that lists the differences.
+        """
+        if not isinstance(artifact_id, str) or not artifact_id:
+            raise ValidationError(f"load_state takes an artifact's id or name, not {as_given(artifact_id)}.")
+        return self._submit(LoadState(artifact_id, for_run))
+
+    def void_privacy(self, reason: str) -> FutureHandle[VoidPrivacyResult]:
+        """Give up this client's privacy guarantee, for good: epsilon is infinite from then on, and the budget ends.
+
+        Args:
+            reason: Why; it is on record, and the privacy statement shows it.
+
+        Raises:
+            ValidationError: No reason.
+        """
+        if not isinstance(reason, str) or not reason.strip():
+            raise ValidationError("void_privacy(reason): say why; the privacy statement shows it.")
+        return self._submit(VoidPrivacy(reason.strip()))
+
+    def _submit(self, operation: Operation[R]) -> FutureHandle[R]:
+        handle = self._channel.submit(operation)
+        self._outstanding.add(handle)
+        return handle
+
+    def cancel_pending(self) -> int:
+        """Cancel what waits in the queue; what runs finishes. Returns how many operations there were."""
+        return self._outstanding.cancel()
+
+    # states
 
     @checked
     def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
@@ -87,9 +289,11 @@ class TrainingClient(Verbs):
         config = self.config.change(**changes)
         parent = self.training_client_id
         if artifact_id is not None:
-            return self._fork(config, StateSource(artifact_id=artifact_id, parent=parent))
-        saved = self.save_state(metadata={"reason": "fork"})
-        return self._fork(config, StateSource(future_id=saved.future_id, parent=parent))
+            source = StateSource(artifact_id=artifact_id, parent=parent)
+        else:
+            saved = self.save_state(metadata={"reason": "fork"})
+            source = StateSource(future_id=saved.future_id, parent=parent)
+        return TrainingClient(self._transport.create(config, source), self._transport, self._clients)
 
     @checked
     def delete_checkpoint(self, artifact_id: str) -> None:
@@ -106,11 +310,7 @@ class TrainingClient(Verbs):
         """Write an artifact in the clear, as a folder for plain PEFT; see `ServiceClient.export_adapter`."""
         return self._transport.export_adapter(artifact_id, Path(path), merged=False)
 
-    def cancel_pending(self) -> int:
-        """Cancel what waits in the queue; what runs finishes. Returns how many operations there were."""
-        return self._outstanding.cancel()
-
-    # data and runs
+    # data
 
     @checked
     def batches(
@@ -270,6 +470,8 @@ class TrainingClient(Verbs):
             parameters=self._channel.info().trained_parameters or None,
         )
 
+    # runs
+
     @checked
     def fit(
         self,
@@ -337,7 +539,8 @@ class TrainingClient(Verbs):
                 f"The run {self._runs[-1].run_id} is still under way, and two would mix their steps. "
                 f"Await it, or stop() it first; another model can train at the same time on a client of its own."
             )
-        run = TrainingRun(self, loop, len(self._runs) + 1, planned_steps, checkpoints, resume_from)
+        earlier = max(len(self._runs), len(self.history.state.runs))  # there, another client's may be, too
+        run = TrainingRun(self, loop, earlier + 1, planned_steps, checkpoints, resume_from)
         self._runs.append(run)
         if show:
             widgets().show_run(run)
@@ -495,10 +698,17 @@ class TrainingClient(Verbs):
     # the end
 
     def close(self) -> None:
-        """Stop the runs, cancel what waits, end the threads, free the memory; idempotent."""
+        """Stop the runs, cancel what waits, end the threads, free the memory, on a server too; idempotent."""
+        self._end(self._channel.close)
+
+    def leave(self) -> None:
+        """Stop the runs of this kernel; a training client of this process ends, one of a server lives on."""
+        self._end(self._channel.leave)
+
+    def _end(self, end: Callable[[], None]) -> None:
         for run in self._runs:
             run.stop()
-        self._channel.close()
+        end()
         for run in self._runs:
             run.join(timeout=JOIN_SECONDS)
         self._channel.hang_up()
@@ -527,8 +737,3 @@ class TrainingClient(Verbs):
         """Return what a notebook's output history keeps of this client when nothing else refers to it."""
         kept = {"history": self.history, "training_client_id": self.training_client_id, "config": self.config}
         return Freed(f"The training client {self.training_client_id}", **kept, _feed=vars(self).get("_feed"))
-
-    def _submit(self, operation: Operation[R]) -> FutureHandle[R]:
-        handle = self._channel.submit(operation)
-        self._outstanding.add(handle)
-        return handle

@@ -84,6 +84,7 @@ def pretraining_texts() -> list[str]:
     files = {path.stem for path in _library().glob("*.py")}
     modules = sorted((packages | files) - _SKIPPED - fine_tuned)
     texts = dict.fromkeys(text for name in modules for text in _help_texts(name))
+    # the base model must not have seen what fine-tuning is to teach it
     contains_completion = _finder([*_completions("train"), *_completions("heldout")])
     return [text for text in texts if not contains_completion(_one_line(text))]
 

@@ -29,6 +29,7 @@ TGTinkerError
 
 import difflib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 
@@ -59,16 +60,11 @@ class TGTinkerError(Exception):
         self.request_id = request_id
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.code, self.details, self.request_id)
+        made_anew = partial(type(self), code=self.code, details=self.details, request_id=self.request_id)
+        return made_anew, (self.message,)
 
     def __str__(self) -> str:
         return self.message
-
-
-def _rebuild(
-    cls: type[TGTinkerError], message: str, code: str, details: dict[str, Any], request_id: str | None
-) -> TGTinkerError:
-    return cls(message, code=code, details=details, request_id=request_id)
 
 
 class ValidationError(TGTinkerError, ValueError):

@@ -1,4 +1,4 @@
-"""A FutureHandle for whoever waits, a Promise for whoever does the work: one future for sync and async."""
+"""A FutureHandle for whoever waits, a Promise for whoever does the work: one future, awaited or blocked on."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ class Promise(Generic[R]):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._finished = threading.Event()
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], object]] = []
         self.state = FutureStatus.PENDING
         self.progress: tuple[int, int] | None = None
         self.cancel_requested = False
@@ -73,14 +73,20 @@ class Promise(Generic[R]):
         """End as CANCELLED if it has not started."""
         return self._end(FutureStatus.CANCELLED, only_from=FutureStatus.PENDING)
 
-    def on_done(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def on_done(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Call back once ended (at once if it has); returns a function that forgets the callback."""
+
+        def forget() -> None:
+            with self._lock, contextlib.suppress(ValueError):
+                self._callbacks.remove(callback)
+
         with self._lock:
-            if not self.done:
+            is_to_come = not self.done
+            if is_to_come:
                 self._callbacks.append(callback)
-                return lambda: self._forget(callback)
-        callback()
-        return lambda: None
+        if not is_to_come:
+            callback()
+        return forget
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block in slices, so that Ctrl-C is seen everywhere; True if it ended in time."""
@@ -114,7 +120,12 @@ class Promise(Generic[R]):
         """Await the end. Cancelling the await cancels nothing else; the heartbeat lets an interrupt through."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
-        forget = self.on_done(lambda: _wake(loop, waiter))
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+                loop.call_soon_threadsafe(waiter.cancel)  # which ends the wait below, and raises nowhere
+
+        forget = self.on_done(wake)
         try:
             while not self.done:
                 await asyncio.wait({waiter}, timeout=HEARTBEAT)
@@ -144,10 +155,6 @@ class Promise(Generic[R]):
                 logger.exception("a done-callback failed; the operation itself is not affected")
         return True
 
-    def _forget(self, callback: Callable[[], None]) -> None:
-        with self._lock, contextlib.suppress(ValueError):
-            self._callbacks.remove(callback)
-
 
 def _twin_of(error: TGTinkerError) -> TGTinkerError:
     """Return an error to raise: raising ties it to the frames of whoever waits, which the promise must not keep."""
@@ -157,13 +164,10 @@ def _twin_of(error: TGTinkerError) -> TGTinkerError:
     return twin.with_traceback(error.__traceback__)
 
 
-def _wake(loop: asyncio.AbstractEventLoop, waiter: "asyncio.Future[None]") -> None:
-    def finish() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
-        loop.call_soon_threadsafe(finish)
+def lent_names(result_type: type) -> list[str]:
+    """Return the fields and properties that a result declares: what its handle lends."""
+    properties = [name for name, value in vars(result_type).items() if isinstance(value, property)]
+    return [field.name for field in fields(result_type)] + properties
 
 
 class FutureHandle(Generic[R]):
@@ -193,7 +197,7 @@ class FutureHandle(Generic[R]):
         self._promise = promise
         self._cancel = cancel
         self._position = position
-        self._lent = frozenset(_public_names(result_type))
+        self._lent = frozenset(lent_names(result_type))
         self.operation = operation
         self.future_id = future_id
         self.training_client_id = training_client_id
@@ -258,7 +262,7 @@ class FutureHandle(Generic[R]):
 
     def add_done_callback(self, callback: "Callable[[FutureHandle[R]], object]") -> None:
         """Call `callback(handle)` when it has ended, on the thread that ended it."""
-        self._promise.on_done(lambda: _discard(callback(self)))
+        self._promise.on_done(lambda: callback(self))
 
     def __await__(self) -> Generator[Any, None, R]:
         yield from self._promise.wait_async().__await__()
@@ -386,16 +390,6 @@ def handle_of(
         cancel=cancel or promise.cancel_pending,
         position=lambda: None,
     )
-
-
-def _discard(_: object) -> None:
-    pass
-
-
-def _public_names(result_type: type) -> list[str]:
-    """Fields and properties a result declares: the names a handle may lend."""
-    properties = [name for name, value in vars(result_type).items() if isinstance(value, property)]
-    return [f.name for f in fields(result_type)] + properties
 
 
 def enable_nested_asyncio() -> None:

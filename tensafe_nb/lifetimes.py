@@ -35,7 +35,7 @@ def collect() -> None:
     """Collect circles, for certain: a collection asked for while another thread is in one does nothing at all."""
     with _collecting:
         for _ in range(20):
-            witness = weakref.ref(Circle())
+            witness = weakref.ref(Circle())  # gone if a collection has taken place
             gc.collect()
             if witness() is None:
                 return
@@ -119,7 +119,7 @@ def places_of(shell: Any) -> Iterator[tuple[Callable[[], Any], Callable[[Any], N
     spaces += [
         vars(holder) for holder in (shell.displayhook, shell.last_execution_result) if holder is not None
     ]
-    twins: dict[int, Callable[[], Any]] = {}
+    twins: dict[int, Callable[[], Any]] = {}  # one for each value, however many places hold it
     for number, space in enumerate(spaces):
         for name, value in list(space.items()):
             filed = number == 0 or name == "result" or OUTPUT.fullmatch(str(name))

@@ -1,17 +1,16 @@
-"""The way in: a ServiceClient makes training clients, and keeps their artifacts and their audit log."""
+"""A ServiceClient, the way in: it makes training clients, and keeps their artifacts and their audit log."""
 
 import asyncio
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, overload
+from typing import Any, Self, overload
 from weakref import WeakValueDictionary
 
 from tensafe_nb.checks import checked
-from tensafe_nb.client import TrainingClient
+from tensafe_nb.client import Clients, TrainingClient
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.display import Facts, Listing, as_given, fields_of, shown
 from tensafe_nb.errors import ClientClosedError, ValidationError
@@ -25,8 +24,6 @@ from tensafe_nb.protocol.results import (
 )
 from tensafe_nb.store.home import Home
 from tensafe_nb.transports.base import Channel, Transport
-
-Clients: TypeAlias = WeakValueDictionary[str, TrainingClient]
 
 
 @shown
@@ -112,7 +109,7 @@ class ServiceClient:
         return self._adopt(self._transport.create(config, StateSource(artifact_id=artifact_id)))
 
     def _adopt(self, channel: Channel) -> TrainingClient:
-        return _adopt(self._transport, self._clients, channel)
+        return TrainingClient(channel, self._transport, self._clients)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -141,7 +138,7 @@ class ServiceClient:
         Args:
             training_client_id: Only those that this client saved.
         """
-        return Listing(self._transport.list_artifacts(training_client_id), _row_of_artifact)
+        return Listing(self._transport.list_artifacts(training_client_id), row_of_artifact)
 
     @checked
     def get_artifact(self, artifact_id: str) -> SaveStateResult:
@@ -252,7 +249,7 @@ class ServiceClient:
                     f"get_audit_logs: {name}={as_given(value)} must be a whole number, 0 or more."
                 )
         return Listing(
-            self._transport.audit_logs(training_client_id, operation, limit, offset), _row_of_record
+            self._transport.audit_logs(training_client_id, operation, limit, offset), row_of_record
         )
 
     @checked
@@ -265,10 +262,10 @@ class ServiceClient:
         return self._transport.verify_audit_log((anchors,) if isinstance(anchors, str) else tuple(anchors))
 
     def close(self) -> None:
-        """Close every training client of this service; idempotent."""
+        """End the training clients of this process, and leave those of a server, which live on; idempotent."""
         self._closed = True
         for client in list(self._clients.values()):
-            client.close()
+            client.leave()
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -300,20 +297,8 @@ class ServiceClient:
         )
 
 
-def _adopt(transport: Transport, clients: Clients, channel: Channel) -> TrainingClient:
-    """Make the client of a channel: a client keeps its transport, not the service it came from."""
-    client = TrainingClient(channel, partial(_fork, transport, clients), transport)
-    clients[client.training_client_id] = client
-    return client
-
-
-def _fork(
-    transport: Transport, clients: Clients, config: TrainingConfig, source: StateSource
-) -> TrainingClient:
-    return _adopt(transport, clients, transport.create(config, source))
-
-
-def _row_of_artifact(artifact: SaveStateResult) -> Facts:
+def row_of_artifact(artifact: SaveStateResult) -> Facts:
+    """Return the columns of an artifact in a table of artifacts."""
     return {
         "artifact_id": artifact.artifact_id,
         "name": artifact.name,
@@ -326,7 +311,8 @@ def _row_of_artifact(artifact: SaveStateResult) -> Facts:
     }
 
 
-def _row_of_record(record: AuditLogEntry) -> Facts:
+def row_of_record(record: AuditLogEntry) -> Facts:
+    """Return the columns of an audit record in a table of them."""
     return {
         "seq": record.seq,
         "started_at": record.started_at,
@@ -339,19 +325,13 @@ def _row_of_record(record: AuditLogEntry) -> Facts:
     }
 
 
-def _let_waiting_threads_sleep() -> None:
-    """Ask OpenMP, before torch is first imported, not to spin while its threads wait for each other.
-
-    On a shared machine a spinning thread takes the core from the one it waits for: with two other busy processes
-    on two cores, 30 small steps took 97 s spinning and 5 s sleeping. A value the user has set stays.
-    """
-    if "torch" not in sys.modules:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def embedded_transport(home: Home, key_source: str | None) -> Transport:
     """Return the line to a core in this process."""
-    _let_waiting_threads_sleep()
+    if "torch" not in sys.modules:
+        # OpenMP, asked before torch starts it, shall not spin while its threads wait for each other: on a shared
+        # machine a spinning thread takes the core from the one it waits for. With two other busy processes on two
+        # cores, 30 small steps took 97 s spinning and 5 s sleeping. A value the user has set stays.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from tensafe_nb.transports.embedded import EmbeddedTransport
 
     return EmbeddedTransport(home, key_source)

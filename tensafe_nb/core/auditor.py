@@ -1,4 +1,4 @@
-"""One record of the audit log for every operation that ended, whichever way."""
+"""The auditor: puts every operation that ended, whichever way, on record in the audit log."""
 
 import dataclasses
 import hashlib
@@ -66,7 +66,9 @@ class Auditor:
         entry: dict[str, Any] = {
             "operation": job.kind.verb,
             "training_client_id": self._training_client_id,
-            "request": () if self._private or job.operation is None else tuple(_buffers(job.operation)),
+            "request": ()
+            if self._private or job.operation is None
+            else tuple(request_buffers(job.operation)),
             "to_the_day": self._private,
             "produced": (outcome.artifact_id,) if isinstance(outcome, SaveStateResult) else (),
             "consumed": (outcome.loaded_artifact_id,) if isinstance(outcome, LoadStateResult) else (),
@@ -91,7 +93,7 @@ class Auditor:
         return within
 
 
-class _Description:
+class Description:
     """Plain data that stands for any value at all, whoever made it: what is deep, huge, cyclic or odd has an end too.
 
     It is what gets hashed, never written. Past DEEPEST levels or MOST_VALUES values, and for what is no data (a
@@ -142,7 +144,7 @@ class _Description:
         return {"$object": type(value).__name__}
 
 
-def _buffers(operation: Operation[Any]) -> Iterator[Any]:
+def request_buffers(operation: Operation[Any]) -> Iterator[Any]:
     """Yield what was asked for, as bytes to hash: small fields as JSON, arrays as they lie in memory."""
     yield operation.verb.encode()
     for field in dataclasses.fields(operation):  # type: ignore[arg-type]  # every operation is a dataclass
@@ -153,4 +155,4 @@ def _buffers(operation: Operation[Any]) -> Iterator[Any]:
                 yield f"{key}{array.dtype.str}{array.shape}".encode()
                 yield np.ascontiguousarray(array).data.cast("B") if array.size else b""
         else:
-            yield json.dumps([name, _Description().of(value)]).encode()
+            yield json.dumps([name, Description().of(value)]).encode()

@@ -1,4 +1,4 @@
-"""The bus of a training client: the core numbers its events."""
+"""The event bus of a training client: the core numbers its events."""
 
 import time
 from dataclasses import replace

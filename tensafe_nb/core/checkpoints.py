@@ -92,7 +92,7 @@ def load(
         ValidationError: It belongs to another model, adapter or optimiser.
     """
     with store.open(store.resolve(artifact_id)) as artifact:
-        facts, tensors = _read(engine, artifact, artifact_id, with_moments=not lenient_optimizer)
+        facts, tensors = read_parts(engine, artifact, artifact_id, with_moments=not lenient_optimizer)
         if for_run is not None and (facts["position"] or {}).get("kind") != for_run:
             raise ValidationError(
                 f"The checkpoint {artifact_id!r} was not saved by a run of this kind, so it does not say where in the "
@@ -110,17 +110,21 @@ def load(
 def config_of(store: ArtifactStore, artifact_id: str) -> TrainingConfig:
     """Return the configuration of the client that saved an artifact."""
     with store.open(store.resolve(artifact_id)) as artifact:
-        return TrainingConfig(**_facts(artifact, artifact_id)["config"])
+        for name, size, stream in artifact.parts():
+            if name == FACTS:
+                return TrainingConfig(**parse_facts(stream.read(size), artifact_id)["config"])
+    raise ValidationError(f"The artifact {artifact_id!r} holds no training state.")
 
 
-def _read(
+def read_parts(
     engine: Engine, artifact: StoredArtifact, artifact_id: str, *, with_moments: bool
 ) -> tuple[dict[str, Any], dict[str, Tensors]]:
+    """Return the facts and the tensors of a state; one that does not fit the engine is refused before its tensors."""
     facts: dict[str, Any] = {}
     tensors: dict[str, Tensors] = {}
     for name, size, stream in artifact.parts():
         if name == FACTS:
-            facts = _parse(stream.read(size), artifact_id)
+            facts = parse_facts(stream.read(size), artifact_id)
             states.check(engine, facts, artifact_id, with_moments=with_moments and facts["has_moments"])
         elif name == LEDGER:
             facts["ledger"] = json.loads(stream.read(size))
@@ -129,14 +133,8 @@ def _read(
     return facts, tensors
 
 
-def _facts(artifact: StoredArtifact, artifact_id: str) -> dict[str, Any]:
-    for name, size, stream in artifact.parts():
-        if name == FACTS:
-            return _parse(stream.read(size), artifact_id)
-    raise ValidationError(f"The artifact {artifact_id!r} holds no training state.")
-
-
-def _parse(text: bytes, artifact_id: str) -> dict[str, Any]:
+def parse_facts(text: bytes, artifact_id: str) -> dict[str, Any]:
+    """Return the facts of a state: plain data, in the format of this version."""
     facts: dict[str, Any] = json.loads(text)
     if facts["schema"] != SCHEMA:
         raise ValidationError(

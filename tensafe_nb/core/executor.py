@@ -1,4 +1,4 @@
-"""What each operation does: to the engine, to the store, to the privacy account, and what it tells of it."""
+"""The executor: carries out each operation, on engine, store and privacy account, and publishes what came of it."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any, cast
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.privacy import Guarantee
-from tensafe_nb.core.queue import Job, Lane
+from tensafe_nb.core.queue import Job, JobQueue
 from tensafe_nb.engine.accumulation import Tick, mean_of
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError
@@ -35,12 +35,12 @@ from tensafe_nb.protocol.results import (
 from tensafe_nb.store.vault import Vault
 
 
-class Performer:
+class Executor:
     """Carries out the operations of one training client, one after the other.
 
     Args:
         engine: The model in training.
-        lane: Knows whether the open window is whole.
+        queue: Knows whether the open window is whole.
         vault: Where states are kept.
         guarantee: The privacy of what is trained.
         bus: Where to publish.
@@ -48,9 +48,15 @@ class Performer:
     """
 
     def __init__(
-        self, engine: Engine, lane: Lane, vault: Vault, guarantee: Guarantee, bus: EventBus, client_id: str
+        self,
+        engine: Engine,
+        queue: JobQueue,
+        vault: Vault,
+        guarantee: Guarantee,
+        bus: EventBus,
+        client_id: str,
     ) -> None:
-        self.engine, self._lane, self._vault = engine, lane, vault
+        self.engine, self._queue, self._vault = engine, queue, vault
         self._guarantee, self._bus, self._client_id = guarantee, bus, client_id
         self._losses: list[tuple[ForwardBackwardResult, bool]] = []
         self.step, self.policy_version = engine.step, engine.policy_version
@@ -60,11 +66,11 @@ class Performer:
         """Whether a forward_backward of the open window has left its gradient."""
         return bool(self._losses)
 
-    def perform(self, job: Job, tick: Tick) -> Result:
+    def execute(self, job: Job, tick: Tick) -> Result:
         """Carry out an operation."""
         engine, operation = self.engine, job.operation
-        if self._lane.stale_gradients:
-            self._lane.stale_gradients = False
+        if self._queue.stale_gradients:
+            self._queue.stale_gradients = False
             self._losses.clear()
             engine.discard_gradients()
         match operation:
@@ -76,7 +82,7 @@ class Performer:
             case Forward(batch, return_logprobs=wanted):
                 return engine.forward(batch, cast(Loss, job.loss), wanted, tick)
             case OptimStep(apply_dp_noise):
-                return self._optim_step(engine, apply_dp_noise)
+                return self.optim_step(apply_dp_noise)
             case Sample(prompts, sampling):
                 return engine.sample(prompts, sampling, tick)
             case ComputeLogprobs(batch, temperature, reference):
@@ -84,7 +90,7 @@ class Performer:
             case FreezeReference():
                 return engine.freeze_reference()
             case SaveState():
-                return self._save_state(engine, operation)
+                return self.save_state(operation)
             case LoadState(artifact_id, for_run):
                 return self.load_state(artifact_id, for_run=for_run)
             case VoidPrivacy(reason):
@@ -93,9 +99,11 @@ class Performer:
                 return voided
         raise AssertionError(operation)
 
-    def _save_state(self, engine: Engine, operation: SaveState) -> SaveStateResult:
+    def save_state(self, operation: SaveState) -> SaveStateResult:
+        """Seal the state, with the open window: what was accumulated, and how it was broken."""
+        engine = self.engine
         resumable = engine.training_step.resumable
-        window, broken = (self._losses, self._lane.broken) if resumable else ([], None)
+        window, broken = (self._losses, self._queue.broken) if resumable else ([], None)
         saved = checkpoints.save(
             engine,
             self._vault.artifacts,
@@ -108,7 +116,7 @@ class Performer:
         dropped = 0 if resumable else engine.window.batches
         saved = replace(saved, dp_metrics=self._guarantee.metrics, dropped_batches=dropped)
         run_id = (operation.position or {}).get("run_id")
-        self._publish(
+        self._bus.publish(
             CheckpointSaved(
                 artifact_id=saved.artifact_id,
                 step=saved.step,
@@ -128,17 +136,19 @@ class Performer:
         loaded, facts = checkpoints.load(
             engine, self._vault.artifacts, artifact_id, take_over=take_over, **options
         )
-        self._lane.end_window()
-        self._lane.inherited = facts["broken"]
+        self._queue.end_window()
+        self._queue.inherited = facts["broken"]
         self._losses = [tuple(pair) for pair in decode(facts["losses"])]
         self.step, self.policy_version = engine.step, engine.policy_version
-        self._publish(StateLoaded(artifact_id=loaded.loaded_artifact_id, step=loaded.step))
+        self._bus.publish(StateLoaded(artifact_id=loaded.loaded_artifact_id, step=loaded.step))
         self._tell(self._guarantee.standing(loaded.step))
         return loaded
 
-    def _optim_step(self, engine: Engine, apply_dp_noise: bool) -> OptimStepResult:
+    def optim_step(self, apply_dp_noise: bool) -> OptimStepResult:
+        """Take the step of a whole window, and pay for it; a broken window ends here without one."""
+        engine = self.engine
         losses, self._losses = self._losses, []
-        error = self._lane.end_window()
+        error = self._queue.end_window()
         if error is not None:
             engine.discard_gradients()
             raise error
@@ -158,13 +168,10 @@ class Performer:
         }
         if result.dp_metrics is not None:
             values["dp/epsilon"] = result.dp_metrics.total_epsilon
-        self._publish(Metrics(step=result.step, values=values))
+        self._bus.publish(Metrics(step=result.step, values=values))
         self._tell(self._guarantee.after_step(result))
         return result
 
-    def _publish(self, event: Event) -> None:
-        self._bus.publish(event)
-
     def _tell(self, events: Iterable[Event]) -> None:
         for event in events:
-            self._publish(event)
+            self._bus.publish(event)

@@ -6,18 +6,19 @@ from pathlib import Path
 
 from tensafe_nb.core import checkpoints
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.export import write_folder
 from tensafe_nb.engine.models.reading import first_line
 from tensafe_nb.errors import StorageError, TGTinkerError, ValidationError
-from tensafe_nb.store.artifacts.artifacts import ArtifactStore
 from tensafe_nb.store.disk import Files, publish_folder
+from tensafe_nb.store.vault import Vault
 
 
-def export(store: ArtifactStore, artifact_id: str, path: Path, *, merged: bool = False) -> Path:
+def export(vault: Vault, artifact_id: str, path: Path, *, merged: bool = False) -> Path:
     """Write a state in the clear, in the formats that others read. The folder is whole, or it is not there.
 
     Args:
-        store: Where the state is kept.
+        vault: Where the state is kept.
         artifact_id: Its id, or its name.
         path: A folder that does not exist yet, or is empty.
         merged: Add the adapter into the base weights and write a whole model. States of all weights always are.
@@ -37,11 +38,10 @@ def export(store: ArtifactStore, artifact_id: str, path: Path, *, merged: bool =
         raise ValidationError(
             f"export_adapter: {path} exists and is not an empty folder, or is the one you are in. Choose another one."
         )
-    config = checkpoints.config_of(store, artifact_id)
-    engine = Engine(
-        config.replace(dtype="float32")
-    )  # added in bfloat16, most of a small adapter would be lost
-    checkpoints.load(engine, store, artifact_id)
+    config = checkpoints.config_of(vault.artifacts, artifact_id)
+    config = config.replace(dtype="float32")  # added in bfloat16, most of a small adapter would be lost
+    engine = Engine(config, models.load(config, vault.home))
+    checkpoints.load(engine, vault.artifacts, artifact_id)
     made = [folder for folder in target.parents if not folder.exists()]
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.exporting")
     try:

@@ -1,4 +1,4 @@
-"""Ledger and audit log are one file: what the privacy ledger writes and reads, as records of the audit log."""
+"""The privacy ledger of a tenant, kept in the audit log: both are one file."""
 
 import threading
 import time
@@ -57,7 +57,11 @@ class TenantLedger:
                 raise LedgerError(self._broken) from error
             except DecryptionError as error:
                 raise LedgerError(f"The privacy ledger cannot be opened. {error.message}") from error
-            self._records += [_ledger_record(record) for record in found if "dp" in record]
+            self._records += [
+                LedgerRecord(record["seq"], record["record_hash"], record["ts"], record["dp"])
+                for record in found
+                if "dp" in record
+            ]
             return self._records
 
     def append(
@@ -111,7 +115,3 @@ class TenantLedger:
     def keep_table(self, account: str, data: bytes) -> str:
         """Seal the participation table of an account, and return its content hash when it is on the disk."""
         return self._tables.write(account, data)
-
-
-def _ledger_record(record: Mapping[str, Any]) -> LedgerRecord:
-    return LedgerRecord(record["seq"], record["record_hash"], record["ts"], record["dp"])

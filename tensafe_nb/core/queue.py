@@ -1,4 +1,7 @@
-"""The order of a training client's operations: first in, first out; a failed window fails its optimiser step."""
+"""The queue of a training client: first in, first out; a window that was broken fails its optimiser step.
+
+A window is what accumulates between two optimiser steps.
+"""
 
 import uuid
 import weakref
@@ -8,15 +11,15 @@ from typing import Any
 
 from tensafe_nb.errors import FutureFailedError, QueueFullError, TGTinkerError
 from tensafe_nb.futures import FutureHandle, Promise
-from tensafe_nb.losses import Loss
-from tensafe_nb.protocol.operations import ForwardBackward, Operation, OptimStep
+from tensafe_nb.losses import Loss, resolve_loss
+from tensafe_nb.protocol.operations import Forward, ForwardBackward, Operation, OptimStep
 
 MAX_PENDING = 1_000
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """An operation in its place in the lane."""
+    """An operation in its place in the queue."""
 
     operation: Operation[Any] | None  # until it has ended
     kind: type[Operation[Any]]
@@ -25,9 +28,21 @@ class Job:
     loss: Loss | None = None
     refusal: TGTinkerError | None = None  # it was refused at a server's door, and only takes its turn to fail
     knows_of: "Job | None" = None  # the failure of which its submitter had been told
-    handle: "weakref.ref[FutureHandle[Any]] | None" = (
-        None  # the job never keeps the handle that is given out for it
-    )
+    handle: "weakref.ref[FutureHandle[Any]] | None" = None  # a job never keeps what is given out for it
+
+    @classmethod
+    def of(cls, operation: Operation[Any], default_loss: Loss) -> "Job":
+        """Return the job of an operation, its loss resolved: a wrong one is an error of the call.
+
+        Raises:
+            ValidationError: There is no such loss, or it does not fit its keywords or the batch.
+        """
+        loss = None
+        if isinstance(operation, ForwardBackward | Forward):
+            loss = default_loss if operation.loss_fn is None else resolve_loss(operation.loss_fn)
+            loss = loss.bind(**operation.loss_kwargs)
+            loss.check(operation.batch)
+        return cls(operation, type(operation), loss=loss)
 
     def let_go(self) -> None:
         """Let go of the operation with its batch, and of the loss: whoever keeps the handle keeps the result only."""
@@ -39,7 +54,7 @@ class Job:
         return self.kind.lasting or (self.handle is not None and self.handle() is not None)
 
 
-class Lane:
+class JobQueue:
     """Jobs in order, and what became of the window they belong to. Knows no thread."""
 
     def __init__(self) -> None:

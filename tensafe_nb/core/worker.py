@@ -1,4 +1,4 @@
-"""One engine, one thread, one lane: operations run in the order they came, and every failure is a future's."""
+"""The worker of a training client: one thread, one engine, one queue; every failure becomes a future's."""
 
 import logging
 import os
@@ -15,9 +15,9 @@ from typing import Any, TypeVar, cast
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.auditor import Auditor
 from tensafe_nb.core.bus import EventBus
-from tensafe_nb.core.executor import Performer
+from tensafe_nb.core.executor import Executor
 from tensafe_nb.core.privacy import Guarantee
-from tensafe_nb.core.queue import Job, Lane
+from tensafe_nb.core.queue import Job, JobQueue
 from tensafe_nb.engine import canaries as canaries_of
 from tensafe_nb.engine import estimate as estimate_of
 from tensafe_nb.engine.engine import Engine
@@ -46,11 +46,11 @@ from tensafe_nb.futures import FutureHandle, Promise, handle_of
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.stream import Subscriber
 from tensafe_nb.lifetimes import collect
-from tensafe_nb.losses import Loss, resolve_loss
+from tensafe_nb.losses import Loss
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.charges import LedgerLog
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
-from tensafe_nb.protocol.operations import Forward, ForwardBackward, Operation, SaveState
+from tensafe_nb.protocol.operations import Operation, SaveState
 from tensafe_nb.protocol.results import (
     ClientStatus,
     FutureStatus,
@@ -105,7 +105,7 @@ class Origin:
         return self.saved.outcome().artifact_id
 
 
-_loaded: "weakref.WeakSet[Any]" = weakref.WeakSet()  # models of this process
+loaded_models: "weakref.WeakSet[Any]" = weakref.WeakSet()  # of this process
 
 
 class Worker:
@@ -144,16 +144,15 @@ class Worker:
         self._loaded: Promise[TrainingClientInfo] = Promise()
         self._tokenizer: Any = None
         self._model: dict[str, Any] = {}  # what there is to tell of the loaded model
-        self._performer: Performer | None = None
+        self._executor: Executor | None = None
         self._reached = (0, 0)  # step and policy version, once the engine is gone
         self._failure: TGTinkerError | None = None
-        self._lane = Lane()
+        self._queue = JobQueue()
         self._running: Job | None = None
         self._promises: weakref.WeakValueDictionary[str, Promise[Any]] = weakref.WeakValueDictionary()
         self._closing = False
-        self._holders = [
-            training_client_id
-        ]  # an entry for each client at the other end: appending, popping are atomic
+        # One entry for each client at the other end of the line; a list, since appending and popping are atomic.
+        self._holders = [training_client_id]
         self._default_loss = default_loss
         self._vault = vault
         private = config.dp_config is not None and config.dp_config.enabled
@@ -220,7 +219,7 @@ class Worker:
         return self._promises.get(future_id)
 
     def submit(self, operation: Operation[R], future_id: str | None = None) -> FutureHandle[R]:
-        """Put an operation at the end of the lane.
+        """Put an operation at the end of the queue.
 
         Args:
             operation: The operation.
@@ -230,8 +229,7 @@ class Worker:
             ClientClosedError: The client is closed.
             QueueFullError: Too many wait already.
         """
-        job = Job(operation, type(operation), loss=self._loss_of(operation))
-        return self._enter(job, future_id)
+        return self._enter(Job.of(operation, self._default_loss), future_id)
 
     def refuse(self, kind: type[Operation[R]], future_id: str, error: TGTinkerError) -> FutureHandle[R]:
         """Let an operation that a server could not take fail in its turn: it breaks its window, and is on record."""
@@ -242,15 +240,13 @@ class Worker:
         job.promise.owner = self._thread
         self._promises[job.future_id] = job.promise
         handle = self._handle_of(job)
-        with (
-            self._submitting
-        ):  # keeps the order of events; the lane's own lock is never held while publishing
+        with self._submitting:  # keeps the order of events; `_changing` is never held while publishing
             self._refuse_if_closed(job.kind.verb)
-            self._publish(OperationQueued(future_id=job.future_id, operation=job.kind.verb))
+            self.bus.publish(OperationQueued(future_id=job.future_id, operation=job.kind.verb))
             with self._changing:
                 failure, late = self._failure, self._closing
                 if failure is None:
-                    self._lane.put(job)
+                    self._queue.put(job)
             self._wakes.put(None)
         if failure is not None:
             try:
@@ -271,7 +267,10 @@ class Worker:
 
         def position() -> int | None:
             worker = line()
-            return None if worker is None else worker._position(job)
+            if worker is None:
+                return None
+            with worker._changing:
+                return worker._queue.position(job)
 
         handle = FutureHandle(
             job.promise,
@@ -285,15 +284,6 @@ class Worker:
         job.handle = weakref.ref(handle)
         return handle
 
-    def _loss_of(self, operation: Operation[Any]) -> Loss | None:
-        """Resolve an operation's loss where it is submitted, so that a wrong name is an error of the call."""
-        if not isinstance(operation, ForwardBackward | Forward):
-            return None
-        loss = self._default_loss if operation.loss_fn is None else resolve_loss(operation.loss_fn)
-        loss = loss.bind(**operation.loss_kwargs)
-        loss.check(operation.batch)
-        return loss
-
     def _refuse_if_closed(self, name: str) -> None:
         if os.getpid() != self._pid:
             raise ClientClosedError(
@@ -305,11 +295,11 @@ class Worker:
                 raise ClientClosedError(
                     f"{name}: the training client {self.training_client_id} is closed. Create a new one."
                 )
-            self._lane.check_room()
+            self._queue.check_room()
 
     def info(self) -> TrainingClientInfo:
         with self._changing:
-            depth = self._lane.depth + (self._running is not None)
+            depth = self._queue.depth + (self._running is not None)
         step, policy_version = self._progress
         return TrainingClientInfo(
             self.training_client_id,
@@ -328,8 +318,8 @@ class Worker:
     @property
     def _progress(self) -> tuple[int, int]:
         """Optimiser steps taken, and the version of the weights."""
-        performer = self._performer
-        return self._reached if performer is None else (performer.step, performer.policy_version)
+        executor = self._executor
+        return self._reached if executor is None else (executor.step, executor.policy_version)
 
     def enter_draw(self, unit: str) -> tuple[int, bytes]:
         """Number a Poisson draw that is about to be made, and give the key of its ticket's hashes; from any thread.
@@ -360,12 +350,12 @@ class Worker:
         self._loaded.wait()
         self._loaded.outcome()
         with self._computing:
-            performer = self._performer
-            if performer is None or self._closing:
+            executor = self._executor
+            if executor is None or self._closing:
                 raise ClientClosedError(
                     f"estimate: the training client {self.training_client_id} is closed. Create a new one."
                 )
-            return estimate_of.estimate(performer.engine, batch_size, length)
+            return estimate_of.estimate(executor.engine, batch_size, length)
 
     def close(self) -> None:
         """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.
@@ -376,7 +366,7 @@ class Worker:
             return  # a forked child has no thread to end, and the log is its parent's
         with self._changing:
             self._closing = True
-            pending = list(dropwhile(lambda job: job.kind is SaveState, self._lane.pending()))
+            pending = list(dropwhile(lambda job: job.kind is SaveState, self._queue.pending()))
             if self._running is not None:
                 self._running.promise.cancel_requested = True
         self._wakes.put(None)
@@ -394,6 +384,10 @@ class Worker:
     def hang_up(self) -> None:
         """Write out the log; nothing is recorded after this."""
         self.bus.close()
+
+    def leave(self) -> None:
+        """End with the process's own end of the line; see `close`."""
+        self.close()
 
     def detach(self) -> None:
         """One client less: after the last, end once nothing is left whose outcome can reach somebody.
@@ -414,16 +408,13 @@ class Worker:
             job.promise.wait()
         return job.promise.state is FutureStatus.CANCELLED
 
-    def _position(self, job: Job) -> int | None:
-        with self._changing:
-            return self._lane.position(job)
-
     # on the worker's thread
 
     def _main(self) -> None:
         try:
             if self._load():
-                self._work()
+                while (job := self._next()) is not None:
+                    self._run(job)
         except BaseException as error:
             logger.exception("the worker of %s died", self.training_client_id)
             self._die(FutureFailedError(f"The worker of {self.training_client_id} died: {error!r}"))
@@ -436,23 +427,25 @@ class Worker:
     def _free(self) -> None:
         """Let go of the model; what a model refers to in a circle, only the collector finds."""
         self._reached = self._progress
-        performer, self._performer = self._performer, None
-        if performer is None:
+        executor, self._executor = self._executor, None
+        if executor is None:
             return
-        model = weakref.ref(performer.engine.model.causal)
-        del performer
+        model = weakref.ref(executor.engine.model.causal)
+        del executor
         if model() is not None:
             collect()
 
     def _load(self) -> bool:
+        """Load the model, and the state it starts from; return whether there is anything to work with."""
         self._loaded.start()
         if self._is_left():
             self._loaded.fail(ClientClosedError(f"Nobody refers to {self.training_client_id} any more."))
             return False
-        if len(_loaded) > 0:
+        if len(loaded_models) > 0:
             collect()  # a cell that was run again has let go of another model: make room before this one
         try:
-            engine = Engine(self.config, self._shared_model())
+            model = self._shared_model() or models.load(self.config, self._vault.home)
+            engine = Engine(self.config, model)
             self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
             self._tokenizer = engine.model.tokenizer
@@ -462,19 +455,19 @@ class Worker:
                 "context": engine.model.context,
                 "trained_parameters": sum(parameter.numel() for parameter in engine.parameters),
             }
-            _loaded.add(engine.model.causal)
-            self._performer = Performer(
-                engine, self._lane, self._vault, self._guarantee, self.bus, self.training_client_id
+            loaded_models.add(engine.model.causal)
+            self._executor = Executor(
+                engine, self._queue, self._vault, self._guarantee, self.bus, self.training_client_id
             )
             if self._origin is not None:
-                self._performer.load_state(self._origin.artifact_id(), lenient_optimizer=True)
+                self._executor.load_state(self._origin.artifact_id(), lenient_optimizer=True)
         except Exception as error:  # noqa: BLE001  # whatever breaks a load becomes the client's state
             self._die(models.refuse(error, self.config.model_ref))
             return False
         self._origin = None
         self._announce(ClientStatus.READY)
         for event in self._guarantee.standing(engine.step):
-            self._publish(event)
+            self.bus.publish(event)
         self._loaded.succeed(self.info())
         return True
 
@@ -487,37 +480,29 @@ class Worker:
             return None
         relative._loaded.wait()
         with relative._computing:  # between two of its operations: within one, adapters may be switched off
-            performer = relative._performer
-            return (
-                models.share(performer.engine.model) if performer is not None else None
-            )  # closed meanwhile: load it again
+            executor = (
+                relative._executor
+            )  # None where it was closed meanwhile: then the model is loaded again
+            return None if executor is None else models.share(executor.engine.model)
 
     def _die(self, failure: TGTinkerError) -> None:
+        """Fail everything that runs, waits, or is still to come."""
         with self._changing:
             self._failure = failure
-            doomed = self._lane.pending() + ([self._running] if self._running else [])
+            doomed = self._queue.pending() + ([self._running] if self._running else [])
         self._loaded.fail(failure)
         with ExitStack() as all_of_them:  # one that cannot be put on record keeps no other from its end
             for job in reversed(doomed):
                 all_of_them.callback(self._fail, job, failure)
         self._announce(ClientStatus.ERROR, str(failure))
 
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
-            self.status = ClientStatus.BUSY
-            self._publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
-            self._run(job)
-            with self._changing:
-                self._running = None
-                if self._lane.depth == 0:
-                    self.status = ClientStatus.READY
-
     def _next(self) -> Job | None:
+        """Wait for the next job; None at the end."""
         while True:
             if self._is_left():
                 return None
             with self._changing:
-                self._running = self._lane.take()
+                self._running = self._queue.take()
                 if self._running is not None or self._closing:
                     return self._running
             self._wakes.get()
@@ -527,45 +512,54 @@ class Worker:
         if self._holders:
             return False
         with self._changing:
-            jobs = [*([self._running] if self._running is not None else []), *self._lane.pending()]
-            if self._holders or any(
-                job.is_wanted for job in jobs
-            ):  # what comes before a wanted one is wanted, too
+            jobs = [*([self._running] if self._running is not None else []), *self._queue.pending()]
+            # A job that nobody waits for is carried out all the same, if a later one is still wanted.
+            if self._holders or any(job.is_wanted for job in jobs):
                 return False
             self._closing = True
         return True
 
     def _run(self, job: Job) -> None:
+        self.status = ClientStatus.BUSY
+        self.bus.publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
+        self._carry_out(job)
+        with self._changing:
+            self._running = None
+            if self._queue.depth == 0:
+                self.status = ClientStatus.READY
+
+    def _carry_out(self, job: Job) -> None:
+        """Execute a job and end its promise: on record first, then in the log, then for whoever waits."""
         started = time.perf_counter()
         try:
             self._auditor.catch_up()
             if job.refusal is not None:
                 raise job.refusal
             with self._computing:
-                result = cast(Performer, self._performer).perform(job, self._tick(job))
+                result = cast(Executor, self._executor).execute(job, self._tick(job))
         except FutureCancelledError:
-            self._lane.mark_broken(job, "was cancelled", first=self._opens_window)
+            self._queue.mark_broken(job, "was cancelled", first=not self._accumulating)
             try:
                 self._note_cancelled(job)
             finally:
                 job.promise.cancel()
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
-            self._lane.mark_broken(job, "failed", first=self._opens_window)
+            self._queue.mark_broken(job, "failed", first=not self._accumulating)
             self._fail(job, presentable(error))
         else:
             duration = time.perf_counter() - started
             try:
                 self._auditor.record(job, result)
                 job.let_go()
-                self._publish(
+                self.bus.publish(
                     OperationFinished(future_id=job.future_id, operation=job.kind.verb, duration=duration)
                 )
             finally:  # whoever waits is told, whatever happens to the log
                 job.promise.succeed(result)
 
     @property
-    def _opens_window(self) -> bool:
-        return self._performer is not None and not self._performer.accumulating
+    def _accumulating(self) -> bool:
+        return self._executor is not None and self._executor.accumulating
 
     def _tick(self, job: Job) -> Callable[[int, int], None]:
         def tick(done: int, total: int) -> None:
@@ -573,21 +567,21 @@ class Worker:
                 raise FutureCancelledError("cancelled while running")
             job.promise.progress = (done, total)
             if done:
-                self._publish(Progress(future_id=job.future_id, done=done, total=total))
+                self.bus.publish(Progress(future_id=job.future_id, done=done, total=total))
 
         return tick
 
     def _note_cancelled(self, job: Job) -> None:
         self._auditor.record(job, FutureCancelledError("cancelled"))
         job.let_go()
-        self._publish(OperationCancelled(future_id=job.future_id, operation=job.kind.verb))
+        self.bus.publish(OperationCancelled(future_id=job.future_id, operation=job.kind.verb))
 
     def _fail(self, job: Job, error: BaseException) -> None:
         try:
             self._auditor.record(job, error)
             job.let_go()
             code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
-            self._publish(
+            self.bus.publish(
                 OperationFailed(
                     future_id=job.future_id, operation=job.kind.verb, code=code, message=str(error)
                 )
@@ -599,7 +593,4 @@ class Worker:
         """Enter a status that lasts; READY and BUSY take turns unannounced, as the operations' events tell."""
         if status is not self.status:
             self.status, self.reason = status, reason or self.reason
-            self._publish(StatusChanged(status=str(status), reason=reason))
-
-    def _publish(self, event: Event) -> None:
-        self.bus.publish(event)
+            self.bus.publish(StatusChanged(status=str(status), reason=reason))

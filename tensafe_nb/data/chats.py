@@ -186,6 +186,7 @@ class Template:
         said = said[said.rfind(ASKED) :].rstrip()
         first, last = said.find(called["name"]), said.rfind(called["name"])
         tokens = self.added.pattern.findall(said, max(last, 0))
+        # it ends the turn only if it stands behind both calls and not between them
         ends = first < last and tokens and said.endswith(tokens[-1]) and tokens[-1] not in said[first:last]
         return tokens[-1] if ends else ""
 
@@ -237,6 +238,7 @@ class Template:
     def form_of(self, chat: Chat, text: str, rendered: Rendered) -> ChatForm | None:
         """Return the form of a rendered chat; None where the template does not only put something between contents."""
         contents = [message["content"] for message in chat.messages]
+        # every content is replaced by one character: what stands between them is the form
         hollow = self.attempt(
             [{**message, "content": chr(MARKS + n)} for n, message in enumerate(chat.messages)], chat.options
         )
@@ -314,6 +316,7 @@ class Template:
         bare, opened = self.attempt(messages, options), self.attempt(messages, options, opened=True)
         if opened is None:
             return ""
+        # most templates put the generation prompt behind the chat; others rewrite what came before
         own = opened[len(bare) :] if bare and opened.startswith(bare) else ""
         return own if own.strip() else self.added.since_last(opened, len(opened))
 
@@ -325,7 +328,7 @@ class Template:
             until = longer.rfind(NEXT)
             at = longer.rfind(answer, 0, max(until, 0))
             going = longer[at + len(answer) : until] if 0 <= at < until else tail
-        shared = _shared_start(tail, going)
+        shared = _shared_start(tail, going)  # what follows the answer whether or not the user goes on
         if shared == tail:
             return self.added.to_end_token(tail) or tail.rstrip()
         return self.added.to_end_token(shared) or self.added.first(tail) or shared.rstrip()
@@ -355,6 +358,7 @@ class ChatTurns:
             ValidationError: The template leaves out what is to be learnt, or makes something else of it.
         """
         chat, text = self._chat, self._text
+        # a template that counts or compares characters minds the marks, and writes another text
         exact = isinstance(marked, str) and MARK.sub("", marked) == text
         self._said = runs.utterances(marked) if isinstance(marked, str) and exact else self.last_by_prompt()
         last = len(chat.messages) - 1
@@ -380,6 +384,7 @@ class ChatTurns:
                 "The model's chat template ends no answer of this chat as it ends the last answer of a chat, so that "
                 "none can be learnt. Let the chat end with the assistant's answer."
             )
+        # the template ends no turn: the tokenizer's end token is put behind the last one
         unended = stop == "" and chat.learnt[-1] == last
         return Rendered(text[: spans[-1][1]] if unended else text, tuple(spans), unended)
 

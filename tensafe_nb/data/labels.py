@@ -225,7 +225,7 @@ class TokenPiece:
                 continue
             last = self.first(end)
             if last is None:
-                last = len(learnt)
+                last = len(learnt)  # the span reaches to the end of the text
             elif self.begins(last) < end:
                 last += 1
             learnt[first:last] = [True] * (last - first)
@@ -296,6 +296,7 @@ class TextTokens:
                 continue
             whole = TokenPiece(encoding, 0, len(text.text))
             tokens, learnt = whole.tokens(), whole.learnt(text.spans)
+            # the answer must follow the tokens that sampling gives: else it is tokenised apart from its prompt
             borders = self.borders(whole, tokens, text)
             if check is not None and tokens[: len(check.ids)] != check.ids:
                 borders.append(len(prompt or ""))
@@ -369,7 +370,7 @@ class TextTokens:
             (encoding,) = self._encode_batch([anchor + text[low:high]])
             piece = TokenPiece(encoding, low, high, len(anchor))
             token = piece.first(low)
-            if token is not None and piece.begins(token) == low:
+            if token is not None and piece.begins(token) == low:  # the anchor has kept its tokens for itself
                 piece.skip = token
                 return piece
         (encoding,) = self._encode_batch([text[low:high]])
@@ -379,6 +380,7 @@ class TextTokens:
         """Put the first token before a text and the end token after it, unless the text has them already."""
         if not text.begins and not text.ends:
             return tokens, learnt
+        # a text that begins or ends with them already, as some data sets do, gets no second one
         first = self._habits[0] if text.begins else []
         first = [] if tokens[: len(first)] == first else first
         end = self._tokenizer.eos_token_id
@@ -399,6 +401,7 @@ class TextTokens:
             whole = self.ids(text.text)
         except ValidationError as error:
             return error
+        # other tokens are fine if they say the same: a word may be split where the answer begins
         if tokens != whole and self._tokenizer.decode(tokens) != self._tokenizer.decode(whole):
             return ValidationError(
                 f"The model's tokenizer ({type(self._tokenizer).__name__}) does not say which characters a token "

@@ -64,7 +64,11 @@ def canonical(row: Any, *, chats: bool = True) -> Canonical:
     given = {
         name: value for name, value in row.items() if not missing(value) and not _lacks_nothing(name, value)
     }
-    for columns, read, further in LAYOUTS:
+    for (
+        columns,
+        read,
+        further,
+    ) in LAYOUTS:  # the first that fits: a preference has a prompt, and is no completion
         if all(name in given for name in columns):
             members, target = read(given, chats), {name: given[name] for name in ("target",) if name in given}
             unread = unread_columns(given, {*columns, *further, "target"})
@@ -210,7 +214,7 @@ def read_compared_chats(row: Mapping[str, Any], chats: bool) -> list[dict[str, A
             f"{EXPECTED} To compare whole texts: [{{'prompt': '', **row}} for row in rows]."
         )
     pair = [messages_of(row[name], f"'{name}'") for name in ("chosen", "rejected")]
-    shared = 0
+    shared = 0  # messages with which both begin
     for one, other in zip(*pair, strict=False):
         if one != other:
             break
@@ -225,7 +229,7 @@ def read_compared_chats(row: Mapping[str, Any], chats: bool) -> list[dict[str, A
     ]
 
 
-def read_views(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
+def read_alike(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
     """Read two texts that say the same, for `contrastive`."""
     return [{"text": checked_text(row[name], f"{as_given(name)}")} for name in ("anchor", "positive")]
 
@@ -262,7 +266,7 @@ def read_alpaca(row: Mapping[str, Any], chats: bool) -> list[dict[str, Any]]:
             )
         prompt = (ALPACA_WITH_INPUT if given else ALPACA).format(instruction=instruction, input=given)
         return [{"prompt": prompt, "completion": answer}]
-    asked = f"{instruction}\n\n{given}" if given else instruction
+    asked = f"{instruction}\n\n{given}" if given else instruction  # a chat template brings its own headings
     chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     return [{"messages": _under_system(chat, row)}]
 
@@ -292,7 +296,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Read, tuple[str, ...]], ...] = (
     # the first whose columns are all there; how it is read; further columns that are read
     (("prompt", "chosen", "rejected"), read_preference, CHAT),
     (("chosen", "rejected"), read_compared_chats, CHAT),
-    (("anchor", "positive"), read_views, ()),
+    (("anchor", "positive"), read_alike, ()),
     (("messages",), read_messages, (*CHAT, "system")),
     (("conversations",), read_share_gpt, (*CHAT, "system")),
     (("conversation",), read_share_gpt, (*CHAT, "system")),

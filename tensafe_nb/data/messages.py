@@ -120,6 +120,7 @@ def canonical_message(message: Mapping[str, Any], what: str, share_gpt: bool) ->
 def plain_value(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
     """Return what templates and JSON know: lists instead of arrays and tuples; what has no end is refused."""
     left = [MOST_PARTS] if left is None else left
+    # all parts count, not only those of one level: a small file can hold a million empty lists
     left[0] -= value.size if isinstance(value, np.ndarray) else 1
     if depth > DEEPEST or left[0] < 0:
         raise ValidationError(

@@ -59,7 +59,7 @@ class PoissonDraws:
         self.examples, self.sample_rate, self.steps, self.unit = list(examples), sample_rate, steps, unit
         self._units, self._count = units, int(units.max()) + 1
         self._pad_token_id, self._client_id, self._enter = pad_token_id, client_id, enter
-        self._sampler = secrets.randbits(62)
+        self._sampler = secrets.randbits(62)  # tells the draws of two samplers of one client apart
 
     def __len__(self) -> int:
         return self.steps
@@ -78,9 +78,10 @@ class PoissonDraws:
         It is numbered. When a later draw of the same account is used before it, it is charged as left out.
         """
         number, key = self._enter(self.unit)
+        # one coin for each unit, (units,), read at each example's unit, (examples,): a unit comes with all its rows
         rows = np.flatnonzero(coins(self._count, self.sample_rate)[self._units])
         units, names = self._units[rows], (self._client_id, self._sampler, number)
-        if not len(rows):
+        if not len(rows):  # a step all the same: to leave it out would tell that nobody was drawn
             return BatchData.nothing(sealed(ticket(*names, units, self.unit), None, key))
         batch = collate([self.examples[row] for row in rows], self._pad_token_id)
         owners = {"unit_ids": units} if self.unit == "user" else {}
@@ -93,6 +94,7 @@ class PoissonDraws:
 
 def coins(count: int, sample_rate: float) -> Array:
     """Return (count,) whether each coin fell; 53 random bits of the operating system for each."""
+    # u = k · 2⁻⁵³ with k uniform below 2⁵³ is uniform in [0, 1), and P(u < q) = q to within 2⁻⁵³
     bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
     fell: Array = bits * 2.0**-53 < sample_rate
     return fell
@@ -179,7 +181,7 @@ def units_of(examples: int, group: int, unit_ids: Sequence[object] | None, decla
     """
     rows = examples // group
     names = range(rows) if unit_ids is None else checked_names(unit_ids, rows)
-    numbers: dict[str, int] = {}
+    numbers: dict[str, int] = {}  # 7 and "7" name one person
     units = [numbers.setdefault(str(name), len(numbers)) for name in names]
     if declared is not None and abs(len(numbers) - declared) > FAR_OFF * declared:
         logger.warning(

@@ -85,14 +85,14 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> BatchData:
     if not examples:
         raise ValidationError("collate: there are no examples to pad.")
     width = max(map(len, examples))
-    ids = np.full((len(examples), width), pad_token_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
+    ids = np.full((len(examples), width), pad_token_id, dtype=np.int64)  # (B, T)
+    mask = np.zeros_like(ids)  # 1 where a token stands, 0 where only padding does
     labels = np.full_like(ids, IGNORE)
     for row, example in enumerate(examples):
         ids[row, : len(example)] = example.input_ids
         mask[row, : len(example)] = 1
         labels[row, : len(example)] = example.labels
-    targets = [example.target for example in examples]
+    targets = [example.target for example in examples]  # (B, K)
     return BatchData(ids, mask, labels, {"targets": targets} if _target_width(examples) else None)
 
 
@@ -150,7 +150,7 @@ class Batches:
         self._with_ids = with_ids
 
     def __len__(self) -> int:
-        return -(-len(self.examples) // (self.batch_size * self.group))
+        return -(-len(self.examples) // (self.batch_size * self.group))  # rounded up
 
     def __iter__(self) -> Iterator[BatchData]:
         order = self._order(random.Random(f"{self._seed}/{self.passes}"))
@@ -190,6 +190,7 @@ class Batches:
         rng.shuffle(numbers)
         if self._bucket:
             lengths = [max(map(len, self._members(number))) for number in range(len(numbers))]
+            # sorted only within pools of 50 batches: like lengths meet, and which rows do changes with every pass
             pools = _chunks(numbers, self.batch_size * POOL)
             numbers = [number for pool in pools for number in sorted(pool, key=lengths.__getitem__)]
         ordered = _chunks(numbers, self.batch_size)
@@ -367,7 +368,9 @@ class RowEncoder:
         for number, (line, row) in enumerate(with_progress(self._rows)):
             encoded.rows = number + 1
             self.accept(number, line, row)
-            if len(self._waiting) >= AT_ONCE:
+            if (
+                len(self._waiting) >= AT_ONCE
+            ):  # counted in rows, so that a source without an end takes no memory
                 self._tokenise()
         self._tokenise()
         if not encoded.rows:
@@ -419,14 +422,16 @@ class RowEncoder:
         """Tokenise the pile in one call."""
         waiting, self._waiting = self._waiting, []
         members = [member for _, _, group in waiting for member in group]
-        tokenised = iter(encode_many(members, self._tokenizer))
+        tokenised = iter(encode_many(members, self._tokenizer))  # in the order of the members
         for number, line, group in waiting:
             found = list(itertools.islice(tokenised, len(group)))
             cut = self.encoded.cut
             try:
                 examples = [self.example_of(*both) for both in zip(group, found, strict=True)]
             except ValidationError as error:
-                self.encoded.cut = cut
+                self.encoded.cut = (
+                    cut  # a pair is left out whole: what was cut of its first half counts no more
+                )
                 self._leave_out(error, number, line)
             else:
                 self.encoded.examples += examples
@@ -445,7 +450,7 @@ class RowEncoder:
                 raise self._limit.refusal(len(tokens))
             tokens, learnt = tokens[:most], learnt[:most]
             self.encoded.cut += 1
-        if not any(learnt[1:]):
+        if not any(learnt[1:]):  # the first token is predicted by nothing
             raise ValidationError(
                 f"Nothing is left to learn of {shortened(member)}: {len(tokens)} tokens"
                 f"{f' at max_length={most}' if len(tokens) == most else ''}, none to be predicted. Leave it out."

@@ -203,13 +203,14 @@ def epsilon_gaussian(mu: float, delta: float) -> float:
         raise ValidationError(f"mu is a ratio of sensitivity to noise, from 0; it is {as_given(mu)}.")
     if mu == 0 or gaussian_log_delta(0.0, mu) <= math.log(delta):
         return 0.0
-    above = mu * mu / 2 + mu * math.sqrt(-2 * math.log(delta))  # Phi(-x) <= e^(-x²/2) / 2
+    # delta <= Phi(-eps/mu + mu/2) and Phi(-x) <= e^(-x²/2) / 2, so that epsilon is not above this
+    above = mu * mu / 2 + mu * math.sqrt(-2 * math.log(delta))
     if math.isinf(above):
         return math.inf
     root = scipy.optimize.brentq(
         lambda epsilon: gaussian_log_delta(epsilon, mu) - math.log(delta), 0.0, above, xtol=1e-12, rtol=1e-14
     )
-    return float(root) * (1 + 1e-12) + 1e-12
+    return float(root) * (1 + 1e-12) + 1e-12  # rounded up: a bound is never below what it bounds
 
 
 def mu_of_epsilon(epsilon: float, delta: float) -> float:
@@ -396,7 +397,7 @@ def projected_steps(target_epsilon: float, delta: float, past_rdp: Array, step_r
     if not step_rdp.any():
         return None
     left = target_epsilon - _conversion(delta) - past_rdp
-    usable = np.isfinite(step_rdp) & (step_rdp > 0) & (left > 0)
+    usable = np.isfinite(step_rdp) & (step_rdp > 0) & (left > 0)  # the orders at which any step fits
     if not usable.any():
         return 0
     steps = int(np.max(np.floor(left[usable] / step_rdp[usable])))
@@ -460,6 +461,7 @@ def solve_noise_multiplier(
     def spends(sigma: float) -> float:
         return epsilon_of_account([(sigma, sample_rate, steps)], 0.0, delta, accountant_type).value
 
+    # epsilon falls as sigma grows: doubling brackets the least sigma, halving finds it
     low, high = 0.0, 1.0
     while spends(high) > target_epsilon:
         low, high = high, high * 2

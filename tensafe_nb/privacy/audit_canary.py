@@ -105,7 +105,9 @@ def audit_of(scores: Array, included: Array, *, steps: int, noise_multiplier: fl
         noise_multiplier: σ.
     """
     inside, outside = scores[included], scores[~included]
+    # N(0, σ²T) and N(T, σ²T) are T / (σ√T) = √T / σ apart; the spread is taken where no signal can be
     mu = float((inside.mean() - outside.mean()) / outside.std(ddof=1))
+    # of two means and, by the delta method, of the standard deviation that divides them
     error = math.sqrt(1 / len(inside) + 1 / len(outside) + mu**2 / (2 * len(outside)))
     return PrivacyAudit(
         mu, error, math.sqrt(steps) / noise_multiplier, len(scores), steps, noise_multiplier, inside, outside

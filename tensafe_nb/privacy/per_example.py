@@ -92,6 +92,7 @@ class LinearGradients:
         before = self._seen.get(id(parameter))
         if before is not None and before.shape != gradients.shape:
             raise PrivacyUnitError("A layer that is used twice saw different rows each time.")
+        # a layer that the forward pass uses twice, such as tied weights: their gradients add up, row by row
         self._seen[id(parameter)] = gradients if before is None else before + gradients
 
 

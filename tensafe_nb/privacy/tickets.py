@@ -165,10 +165,12 @@ class DrawBook:
         check_ticket(columns, with_seal=self.register is not None)
         draw, unit = self._draw_of(columns), unit_of(batch, columns)
         rows, units = columns[: len(batch), ROW].tolist(), columns[: len(batch), UNIT].tolist()
+        # one step is one draw: that is what the accountant composes
         if self._open not in (None, draw):
             raise PrivacyUnitError("Rows of two draws in one step: call optim_step() after each draw.")
         if len(set(rows)) < len(rows) or self._rows & set(rows):
             raise PrivacyUnitError("A row of the draw came twice: each counts once, whole.")
+        # clipping bounds what one call adds of a unit; in two calls, it would add twice that
         if self._units & set(units):
             raise PrivacyUnitError(
                 "The rows of one privacy unit came in two calls, so that it would be clipped twice. "

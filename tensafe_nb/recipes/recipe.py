@@ -233,6 +233,7 @@ class Recipe(Config):
             return
         if self.rlvr is None:
             yield ("mode",), "Mode rlvr needs a section rlvr that names a reward."
+        # "not read" is told by value: whoever writes the default out means nothing by it
         values: Any = self.model_dump()
         defaults: Any = Recipe.model_construct().model_dump()
         for place, at in LAYOUT.items():
@@ -412,8 +413,9 @@ def unknown_functions(recipe: Recipe) -> Iterator[Problem]:
 
 def _unresolved(at: Keys, named: LossConfig | RewardConfig, resolve: Callable[..., Any]) -> Iterator[Problem]:
     if ":" in named.type:
-        return
+        return  # code of the user's: nothing of it is imported before training starts
     calls: list[tuple[Keys, dict[str, Any]]] = [((*at, "type"), {})]
+    # by itself first, then with each keyword alone: so the line of the wrong one is known
     calls += [((*at, "kwargs", key), {key: value}) for key, value in named.kwargs.items()]
     for place, kwargs in calls:
         try:

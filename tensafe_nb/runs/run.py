@@ -310,6 +310,7 @@ class TrainingRun:
             with self._changed:
                 self._inflight.append((self._index, handles))
             self._index += 1
+            # the next step is queued before the oldest is collected, so that the core never waits for Python
             while len(self._inflight) > self._loop.lookahead:
                 self._collect()
             if self._checkpoints.due(self._index, self.planned_steps):
@@ -332,7 +333,7 @@ class TrainingRun:
             self._collect_all()
             self._wait_while_paused()
         with self._changed:
-            if self._credit is not None:
+            if self._credit is not None:  # of `step(n)`: one is spent on the step that follows
                 self._credit -= 1
             return self._wants_stop
 

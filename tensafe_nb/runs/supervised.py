@@ -19,7 +19,7 @@ from tensafe_nb.runs.alarms import Rates, StepAlarms, not_finite
 from tensafe_nb.runs.loop import Batch, Run, RunClient
 
 EVAL_SLICE = 64  # held-out batches in the queue at a time
-LONG_WINDOW = 400  # batches per step from which on the queue holds one step only
+LONG_ACCUMULATION = 400  # batches per step from which on the queue holds one step only
 
 
 class BatchCursor:
@@ -148,9 +148,10 @@ class SupervisedLoop:
         self._client = client
         whole_draws = isinstance(batches, PoissonDraws)  # one item is one step, however many rows it has
         self._accumulation = 1 if whole_draws else client.config.gradient_accumulation_steps
-        self.lookahead = 1 if self._accumulation < LONG_WINDOW else 0
+        self.lookahead = 1 if self._accumulation < LONG_ACCUMULATION else 0
         self._eval_batches = [BatchData.of(batch) for batch in held_out]
         self._eval_every = eval_every
+        # without epochs, batches are repeated until the steps are reached; without either, taken once
         self._passes = epochs if epochs is not None else (None if steps is not None else 1)
         self._evaluated_after: int | None = None
         self._ended_after: int | None = None  # steps, where the batches ended before
@@ -188,6 +189,7 @@ class SupervisedLoop:
                     check_fit(source.examples, getattr(self._client, "context", None))
             self._evaluate()
         training = [self._client.forward_backward(batch) for batch in batches] + [self._client.optim_step()]
+        # the step before may fail while this one is queued: its handles say so at the end
         self._newest = [*self._newest[-len(training) :], *training]
         due = self._eval_every is not None and (index + 1) % self._eval_every == 0
         if due or index + 1 == self.planned_steps:
@@ -272,7 +274,8 @@ class SupervisedLoop:
             part = self._eval_batches[start : start + EVAL_SLICE]
             results += [self._run.wait(handle) for handle in [self._client.forward(batch) for batch in part]]
         if results:
-            weight = sum(result.weight for result in results)  # of the tokens that are learnt
+            # Σ wᵢ·lossᵢ / Σ wᵢ: batches with more learnt tokens count for more, as in one big batch
+            weight = sum(result.weight for result in results)
             values = {"eval/loss": sum(result.loss * result.weight for result in results) / weight}
             self._client.publish(Metrics(step=self._client.step, values=values, run_id=self._run.run_id))
 

@@ -91,7 +91,7 @@ class Draft:
         self._files = files
         self._path: Path | None = folder / DRAFTS.replace("*", secrets.token_hex(16))
         self.file = files.create(self._path)
-        hold(self.file)
+        hold(self.file)  # let go by closing it, or by dying
 
     def __enter__(self) -> "Draft":
         return self

@@ -22,7 +22,7 @@ class Vault:
     """
 
     def __init__(self, home: Home, key_source: str | None = None) -> None:
-        tenant = home.tenant
+        self.home, tenant = home, home.tenant
         self.keys = Keys(home.keys(), key_source, tenant=tenant)
         self.artifacts = ArtifactStore(home.artifacts(), self.keys, tenant)
         self.audit = AuditLog(home.audit(), self.keys, tenant)

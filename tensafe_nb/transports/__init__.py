@@ -1,1 +1,1 @@
-"""How a client reaches its core: in the same process now, over HTTP later."""
+"""Transports: the lines from a client to its core, in the same process or across a network."""

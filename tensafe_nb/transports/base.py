@@ -85,6 +85,9 @@ class Channel(Protocol):
         Idempotent.
         """
 
+    def leave(self) -> None:
+        """End this end of the line on purpose: a core in this process ends with it, a server's lives on."""
+
     def hang_up(self) -> None:
         """Write out the log; nothing is recorded after this. Called behind `close()`, once the runs have ended."""
 

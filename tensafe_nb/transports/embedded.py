@@ -120,7 +120,7 @@ class EmbeddedTransport:
 
     def export_adapter(self, artifact_id: str, path: Path, merged: bool) -> Path:
         with self._vault.exported(artifact_id):
-            return export.export(self._vault.artifacts, artifact_id, path, merged=merged)
+            return export.export(self._vault, artifact_id, path, merged=merged)
 
     def rotate_keys(self) -> int:
         return self._vault.rotate()

@@ -528,6 +528,9 @@ class HttpChannel:
                 self._caught_up.wait_for(lambda: self._info.status == ClientStatus.TERMINATED, DRAINING)
         self._give_up(FutureCancelledError("The training client was closed."), cancel=True)
 
+    def leave(self) -> None:
+        """Leave the training client to the server."""
+
     def hang_up(self) -> None:
         """End the stream and the log; nothing is recorded after this."""
         _ = self.history

@@ -25,7 +25,7 @@ def training_batch(seed: int, rows: int = 3) -> tn.BatchData:
 
 def weights(tc: tn.TrainingClient) -> dict[str, torch.Tensor]:
     """What is trained, read where it lies."""
-    engine = tc._channel._performer.engine  # type: ignore[attr-defined]
+    engine = tc._channel._executor.engine  # type: ignore[attr-defined]
     return {name: parameter.detach().clone() for name, parameter in engine.model.trainable}
 
 
@@ -261,7 +261,7 @@ def test_a_fork_shares_the_frozen_weights_and_nothing_else(
     tc.forward_backward(batch), tc.optim_step()
     branch = tc.fork(optimizer={"learning_rate": 1e-3})
     tc.forward_backward(batch), tc.optim_step().result()
-    first, second = (client._channel._performer.engine.model.causal for client in (tc, settled(branch)))  # type: ignore[attr-defined]
+    first, second = (client._channel._executor.engine.model.causal for client in (tc, settled(branch)))  # type: ignore[attr-defined]
     frozen = {n: p for n, p in first.named_parameters() if not p.requires_grad}
     mine = dict(second.named_parameters())
     assert all(mine[name].data_ptr() == parameter.data_ptr() for name, parameter in frozen.items())
@@ -687,7 +687,7 @@ def test_one_algorithm_settles_the_reference_of_every_client_it_updates(service:
 def test_a_fork_of_another_precision_is_loaded_in_it(service: tn.ServiceClient) -> None:
     fork = service.create_training_client(SUMS).fork(dtype="bfloat16")
     fork.freeze_reference().result()  # it is there now
-    model = fork._channel._performer.engine.model.causal  # type: ignore[attr-defined]
+    model = fork._channel._executor.engine.model.causal  # type: ignore[attr-defined]
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 

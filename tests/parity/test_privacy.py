@@ -42,7 +42,7 @@ def train(tc: tn.TrainingClient, steps: int) -> list[DPMetrics]:
 
 
 def weights(tc: tn.TrainingClient) -> list[torch.Tensor]:
-    engine = tc._channel._performer.engine  # type: ignore[attr-defined]
+    engine = tc._channel._executor.engine  # type: ignore[attr-defined]
     return [p.detach().clone() for p in engine.parameters]
 
 
@@ -291,7 +291,7 @@ def test_a_process_that_dies_after_paying_has_paid(private: Private, monkeypatch
     tc = private()
     train(tc, 1)
     before = weights(tc)
-    engine = tc._channel._performer.engine  # type: ignore[attr-defined]
+    engine = tc._channel._executor.engine  # type: ignore[attr-defined]
 
     def die(*_: Any) -> Any:
         raise MemoryError("as if killed between the ledger and the step")

@@ -98,7 +98,7 @@ def train(tc: tn.TrainingClient, steps: int) -> list[float]:
 
 
 def weights(tc: tn.TrainingClient) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in tc._channel._performer.engine.parameters]  # type: ignore[attr-defined]
+    return [p.detach().clone() for p in tc._channel._executor.engine.parameters]  # type: ignore[attr-defined]
 
 
 def test_the_second_load_takes_no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_an_exported_adapter_gives_the_same_logits_in_plain_peft(
     merged = service.export_adapter(saved, tmp_path / "merged", merged=True)
     ids = torch.tensor([tc.tokenizer("max(a, b)\nReturn the larger")["input_ids"]])
     with torch.no_grad():
-        ours = tc._channel._performer.engine.model.causal(ids).logits
+        ours = tc._channel._executor.engine.model.causal(ids).logits
         base = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
         assert torch.equal(peft.PeftModel.from_pretrained(base, adapter).eval()(ids).logits, ours)
         whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits

@@ -42,7 +42,7 @@ def test_an_end_and_its_tests_may_stand_before_and_after_options(monkeypatch: py
     monkeypatch.setattr(ranges, "versions", lambda python: "")
     monkeypatch.setattr(ranges, "check", lambda *given: asked.append(given) or 0)
     assert ranges.main(["lowest", "--torch", "2.13.0", "--workers", "1", "tests/numbers"]) == 0
-    (end, _, folder, torch), (python, workers, tests) = asked
+    (end, _, folder, torch), (checked, python, workers, tests) = asked
     assert (end, folder, torch) == ("lowest", ranges.ROOT / ".venv-lowest", "2.13.0")
-    assert (python, workers, tests) == (folder / "bin" / "python", 1, ["tests/numbers"])
-    assert ranges.main(["newest"]) == 0 and asked[-1][2] == ranges.PART
+    assert (checked, python, workers, tests) == (end, folder / "bin" / "python", 1, ["tests/numbers"])
+    assert ranges.main(["newest"]) == 0 and asked[-1][3] == ranges.PART

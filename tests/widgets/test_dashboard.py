@@ -120,6 +120,13 @@ def test_a_command_is_refused_with_its_reason(client: FakeClient, wire: Wire) ->
     assert run.told == []
 
 
+def test_a_run_that_another_client_has_started_is_steered_there(client: FakeClient, wire: Wire) -> None:
+    client.start()
+    client.runs = ()
+    wire.page_says(t="do", do="pause", n=1)
+    assert "Another client of tc-1 has started this run" in wire.flush_kind("ack")[0]["why"]
+
+
 def test_a_command_that_breaks_is_answered_too(
     client: FakeClient, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:

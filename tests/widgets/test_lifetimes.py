@@ -17,7 +17,7 @@ def models(at_most=1):
     "Models and workers that are alive, once what is on its way out has gone."
     for _ in range(100):
         names = [t.name for t in threading.enumerate() if t.name.startswith("tsnb-worker")]
-        alive = sum(1 for _ in _workers._loaded)
+        alive = sum(1 for _ in _workers.loaded_models)
         if max(len(names), alive) <= at_most:
             break
         time.sleep(0.05)

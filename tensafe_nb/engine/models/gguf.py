@@ -26,10 +26,14 @@ STAGES = 3  # the weights, the tokenizer, the files
 BAR_WIDTH = 88
 
 
-def converted(path: Path) -> Path:
+def converted(path: Path, home: Home | None = None) -> Path:
     """Return the folder that a GGUF file was converted to; the first call for a content converts it.
 
     It has its name only once all of it is on the disk: what a killed conversion leaves is swept away by the next.
+
+    Args:
+        path: The file.
+        home: Where converted models are kept; None takes the home folder of this process.
 
     Raises:
         ModelLoadError: No such file, a package is missing, or transformers cannot read the file.
@@ -39,7 +43,7 @@ def converted(path: Path) -> Path:
         raise ModelLoadError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).")
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()[:24]
-    models = Home.of_environment().models()
+    models = (home or Home.of_environment()).models()
     folder = models / f"{path.stem}-{content}-v{VERSION}"
     if not folder.is_dir():
         files = Files()

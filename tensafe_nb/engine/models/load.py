@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tensafe_nb.config import LoRAConfig, TrainingConfig
 from tensafe_nb.engine.models import adapter_folders, adapters, gguf, reading
 from tensafe_nb.errors import ModelLoadError, TGTinkerError, nearest
+from tensafe_nb.store.home import Home
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +124,12 @@ def import_transformers() -> None:
     import transformers  # noqa: F401
 
 
-def load(config: TrainingConfig) -> LoadedModel:
+def load(config: TrainingConfig, home: Home | None = None) -> LoadedModel:
     """Load the model of a configuration, with the adapter of its folder, or a fresh one where it asks for one.
+
+    Args:
+        config: What to load, and what to make of it.
+        home: Where a GGUF file is kept once it is converted; None takes the home folder of this process.
 
     Raises:
         ModelLoadError: No such model, or it cannot be loaded; the message says what to do.
@@ -131,8 +137,9 @@ def load(config: TrainingConfig) -> LoadedModel:
     """
     device = device_of(config.device)
     with LOADING:
-        source = readable(config.model_ref)
-        adapter = adapter_folders.adapter_in(source, readable)
+        find = partial(readable, home=home)
+        source = find(config.model_ref)
+        adapter = adapter_folders.adapter_in(source, find)
         base, revision = (source, None) if adapter is None else (adapter.base, adapter.revision)
         named = config.model_ref if adapter is None else base
         causal = reading.read(named, base, config.ignore_weights, revision)
@@ -173,9 +180,9 @@ def load(config: TrainingConfig) -> LoadedModel:
     )
 
 
-def readable(model_ref: str) -> str:
+def readable(model_ref: str, home: Home | None) -> str:
     """Return the folder of a model, or the hub id by which it can be read."""
-    source = locate(model_ref)
+    source = locate(model_ref, home)
     return source if Path(source).is_dir() else at_hand(source)
 
 
@@ -199,7 +206,7 @@ def share(model: LoadedModel) -> LoadedModel:
     return replace(model, peft=peft, causal=causal, value_head=value_head)
 
 
-def locate(model_ref: str) -> str:
+def locate(model_ref: str, home: Home | None) -> str:
     """Return the folder of a model, or the hub id that it must be.
 
     Raises:
@@ -212,7 +219,7 @@ def locate(model_ref: str) -> str:
     path = Path(model_ref).expanduser()
     if path.suffix == ".gguf":
         with reading.quiet_if(True):  # it has one bar of its own
-            return str(gguf.converted(path))
+            return str(gguf.converted(path, home))
     if path.is_dir():
         return str(path)
     if path.is_file():

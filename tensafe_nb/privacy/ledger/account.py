@@ -193,7 +193,9 @@ class Ledger:
             LedgerError: The ledger cannot be read, and takes no charge.
             StorageError: The record could not be written: the step must not be taken.
         """
-        with self._log.held():
+        with (
+            self._log.held()
+        ):  # from the reading to the last record: two processes cannot both spend what is left
             together = self._read()
             self._refuse_other_units(together, {charge.unit})
             due = {draw: charge} if draw is None else self._due(together, charge, draw)
@@ -201,11 +203,14 @@ class Ledger:
             mu_squared = self._mu_squared_after(together, charge)
             after = self._after(together, list(due.values()), mu_squared)
             if target_epsilon is not None and after > target_epsilon and not voids_of(together):
-                if draw is not None:
+                if draw is not None:  # no weight moves: nothing of the draw is released
                     self._log.draws.waive(draw)
                 raise exceeded(charge, before, target_epsilon, after, left_out=len(due) - (draw in due))
             head: Mapping[str, Any] = head_of(together) or {"seq": 0, "record_hash": ""}
-            for number, one in due.items():
+            for (
+                number,
+                one,
+            ) in due.items():
                 record = self._pay(together, one, mu_squared)
                 head = {"seq": record.seq, "record_hash": record.record_hash}
                 if number is not None:
@@ -335,10 +340,10 @@ class Ledger:
                     f"they are of format {as_given(carried['schema'])}, this version reads {SCHEMA}"
                 )
             fresh = missing_of(carried["accounts"], self._book.known)
-            book = LedgerBook()
-            book.read(
-                [LedgerRecord(0, "", 0.0, _import_entry(self.account, dict(carried["accounts"])))]
-            )  # or refused
+            book = (
+                LedgerBook()
+            )  # a book apart refuses foreign records before any of them is written to this log
+            book.read([LedgerRecord(0, "", 0.0, _import_entry(self.account, dict(carried["accounts"])))])
             account = str(carried["account"])
         if units := units_of(map(book.account, carried["accounts"])):
             self._refuse_other_units(self._book.together(self.account), units)
@@ -361,6 +366,7 @@ class Ledger:
             theirs = Participation(steps=sum(taken), offset=infinite(carried["mu_squared"]))
         else:
             theirs = Participation.parse(base64.b64decode(table, validate=True))
+        # a checkpoint that has every step of this ledger has this table's counts, too: adding would count them twice
         here = self._log.table(name)
         merged = theirs
         if here is not None and not self._book.holds(name, carried):
@@ -405,6 +411,7 @@ class Ledger:
 
     def _floor(self, together: Mapping[str, LedgerAccount]) -> float:
         """Return the largest epsilon that was claimed at this delta or a larger one."""
+        # epsilon falls as delta grows: a claim at a smaller delta says nothing about this one
         groups = groups_of(together)
         return max((group.epsilon for group in groups if group.mechanism["delta"] >= self.delta), default=0.0)
 
@@ -418,7 +425,7 @@ class Ledger:
             step = accounting.rdp_of_step(charge.noise_multiplier, charge.sample_rate)
             return accounting.projected_steps(target_epsilon, self.delta, past, step)
         rate = participation_rate(together)
-        if rate is None:
+        if rate is None:  # of the first worst-case step: as if each later one held the same units
             multiplicity = max(charge.participants.values(), default=0)
             rate = accounting.mu_squared_of(multiplicity, charge.noise_multiplier)
         return accounting.projected_participations(target_epsilon, self.delta, mu_squared, rate, past)
@@ -430,6 +437,7 @@ class Ledger:
         if charge.mode == "poisson":
             return now
         own = self._participation().quote(charge.participants, charge.noise_multiplier)
+        # the other accounts' part stays; of this one counts whichever says more, its records or its table
         return now - together[self.account].mu_squared + max(own, together[self.account].mu_squared)
 
     def _take_part(self, charge: Charge) -> dict[str, Any]:

@@ -160,10 +160,12 @@ class LedgerBook:
         mechanism = {name: entry[name] for name in MECHANISM}
         check_mechanism(mechanism, entry["hashes"])
         group = account.groups.setdefault(tuple(mechanism.values()), ChargedGroup(mechanism))
+        # a step that came home with a checkpoint has the hash of the record it was charged by
         fresh = [found for found in entry["hashes"] if found not in self.known]
         self.known.update(fresh)
         group.hashes.extend(fresh)
         group.opened_at = min(group.opened_at, float(entry["opened_at"]))
+        # the largest that was claimed, whatever an accountant says later
         group.epsilon = max(group.epsilon, infinite(entry["epsilon"]))
         group.mu_squared = max(group.mu_squared, infinite(entry["mu_squared"]))
         account.opened_at = min(account.opened_at, group.opened_at)

@@ -1,4 +1,4 @@
-"""How often each privacy unit took part: what worst-case accounting needs, with keyed hashes in place of ids.
+"""Participation tables: how often each privacy unit took part in worst-case steps, keyed hashes in place of ids.
 
     magic | u64 steps | f64 offset | u64 count | key, 32 bytes | count · hash, 16 bytes | count · f64 mu²
 
@@ -50,6 +50,7 @@ class Participation:
 
     def quote(self, participants: Mapping[str, int], sigma: float) -> float:
         """Return the largest mu² after a step that holds each unit so often. Nothing is taken in."""
+        # mu² = Σ_t (m_t / sigma_t)² only grows, so what the step does not touch cannot become the largest
         after = (self._after(unit, multiplicity, sigma)[1] for unit, multiplicity in participants.items())
         return self.offset + max(self._largest, max(after, default=0.0))
 
@@ -63,11 +64,11 @@ class Participation:
 
     def merge(self, other: "Participation") -> None:
         """Take in another table of the same account, adding up: steps that both hold then count twice."""
-        if other.key == self.key:
+        if other.key == self.key:  # the same hash is the same unit
             for name, value in other._units.items():
                 self._units[name] = self._units.get(name, 0.0) + value
             self.offset += other.offset
-        else:
+        else:  # nobody can tell whose units they are: each here may be the one that did most often there
             self.offset += other.mu_squared
         self._largest = max(self._units.values(), default=0.0)
         self.steps += other.steps

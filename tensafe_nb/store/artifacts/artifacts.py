@@ -122,7 +122,7 @@ class ArtifactStore:
             raise ValidationError(f"The header of an artifact needs {', '.join(wrong)}.")
         with disk_errors("save the artifact"), self._folder.draft() as draft:
             sealed = seal(draft.file, fields, payload(manifest, parts), self._keys)
-            draft.sync()
+            draft.sync()  # gigabytes, before the lock is taken
             target = self._folder.place(fields["artifact_id"], sealed.content_hash)
             with self._folder.shared():
                 self._folder.enter(fields["artifact_id"])
@@ -315,6 +315,7 @@ class ArtifactStore:
                 opened = open_sealed(file, self._keys)
             except KeyUnavailableError:
                 return describe(file, path, read_header(file), None)
+            # a name holds the hash of the content, so what was read under it once need not be decrypted again
             manifest = self._manifests.get(path.name) or Manifest.read(PayloadStream(opened.chunks()))
             self._manifests[path.name] = manifest
             return describe(file, path, opened.header, manifest)

@@ -1,4 +1,4 @@
-"""The records of the audit log: how one is bound to the one before it, and how they are read.
+"""The chain of the audit log: records, each bound to the one before it, and ways to read them.
 
     record_hash_i = SHA-256(canonical JSON of record i without `record_hash` and `mac`; `seq`, `prev_hash` included)
     mac_i         = HMAC-SHA256(k_i, record_hash_i)
@@ -51,6 +51,7 @@ class Tip:
 
     def moved(self, record: Mapping[str, Any], line: bytes) -> "Tip":
         """Return the tip behind a record that is known to fit."""
+        # one way only: who learns this key cannot go back to the one before it, nor write what it wrote
         key = None if self.key is None else derive(self.key, "TSNB1/audit/next")
         return Tip(self.seq + 1, self.size + len(line), record["record_hash"], key)
 
@@ -139,7 +140,7 @@ def lines(log: BinaryIO, start: int, end: int) -> Iterator[bytes]:
 
 def lines_newest_first(log: BinaryIO, end: int) -> Iterator[bytes]:
     """Yield the finished lines before a place, last first, reading back no further than is asked for."""
-    rest, finished = b"", False
+    rest, finished = b"", False  # of a line whose beginning is in the block before; whether a newline was met
     while end > 0:
         start = max(0, end - BLOCK)
         log.seek(start)

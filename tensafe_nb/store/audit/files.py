@@ -57,6 +57,7 @@ class LogFiles:
         aside = self.path.with_name(f"{self.path.name}.torn")
         with self._files.unbuffered(aside, append=True) as file:
             self._put(file, unfinished + b"\n", sync=True)
+        # only now that they are on the disk elsewhere
         self.log.truncate(self.size - len(unfinished))
         logger.warning(
             "%s ended in %d bytes of an unfinished record; they are now in %s",
@@ -88,6 +89,7 @@ def opened(path: Path, files: Files) -> Iterator[LogFiles]:
     with disk_errors("write the audit log"):
         if not path.parent.is_dir():
             make_folder(files, path.parent)
+        # the log's own lock guards both: the key file is opened under it, and closed before it is let go
         with (
             files.unbuffered(path, append=True) as log,
             locked(log, exclusive=True),

@@ -186,6 +186,7 @@ class AuditLog:
             old = self._open.stanzas
             if {stanza["kek_id"] for stanza in old} == {self._keys.primary_id()}:
                 return None
+            # the secret stays, and with it every record's key; only what wraps it changes
             secret = unwrap_secret(old, self._keys)
             self._secrets = Secrets.of(secret, wrap_secret(secret, self._keys))
             self._seen = None  # if writing fails, the old wrapping is what counts
@@ -284,6 +285,7 @@ class AuditLog:
     def _ready(self, files: LogFiles) -> chain.Tip:
         """Return where the next record goes, having read, started or repaired what is there."""
         raw, size = files.page(), files.size
+        # every append of another process changes the page: its number, its nonce
         if self._seen and (raw, size) == (self._seen.page, self._seen.tip.size):
             return self._seen.tip
         try:

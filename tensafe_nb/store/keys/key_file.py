@@ -49,7 +49,7 @@ class KeyFile:
 
     def retire(self, key_id: str) -> None:
         """Mark a version as retired: it goes on opening what it wrapped."""
-        self._index(self._read() or [], key_id)
+        self._index(self._read() or [], key_id)  # refused before a folder or a lock is made
         with self._changing() as entries:
             at = self._index(entries, key_id)
             root = entries[at][1]

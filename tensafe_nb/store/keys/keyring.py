@@ -141,6 +141,7 @@ class Keys:
             DecryptionError: A key is here and does not open it, or a stanza is not one of ours.
         """
         check_stanzas(stanzas)
+        # whose key is not here says nothing about the file; whose key is here and does not open it says it was altered
         held = [(stanza, root) for stanza in stanzas if (root := self._root_for(stanza, ask=True))]
         if not held:
             raise self._unavailable([stanza["kek_id"] for stanza in stanzas])
@@ -268,6 +269,7 @@ def check_stanzas(stanzas: Any) -> None:
         DecryptionError: It is not one, or its key derivation costs more than the caps allow.
     """
     try:
+        # a stranger wrote them: without bounds, each might ask for a passphrase and gigabytes of scrypt
         if not 1 <= len(stanzas) <= MAX_STANZAS:
             raise ValueError("1 to 8 stanzas")
         for stanza in stanzas:

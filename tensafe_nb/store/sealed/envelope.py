@@ -183,6 +183,7 @@ def seal(out: BinaryIO, header: Mapping[str, Any], payload: Iterable[Buffer], ke
     prefix = _prefix(header, nonce_prefix)
     stanza = keys.wrap(data_key)
     seen, size = hashlib.sha256(prefix), len(prefix) + SLOT
+    # two buffers in turn: one chunk is encrypted while the one before it is written
     chunks, buffers = ChunkCipher(data_key, nonce_prefix, prefix), [bytearray(), bytearray()]
     with ThreadPoolExecutor(1, "tensafe-seal") as writer:
         written = writer.submit(write_all, out, prefix + _slot(prefix, [stanza], data_key))
@@ -354,6 +355,7 @@ def sealed_chunks(file: BinaryIO, prefix: bytes) -> Iterator[tuple[Buffer, bool]
     size = min(left, CHUNK + TAG)
     buffers = bytearray(size), bytearray(min(left - size, size))
     block = fill(file, buffers[0])
+    # one chunk ahead, for the last is known by nothing following it
     for turn in itertools.count(1):
         following = fill(file, buffers[turn % 2])
         yield block, not following

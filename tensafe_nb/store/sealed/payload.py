@@ -118,6 +118,7 @@ def checked(chunks: "Iterator[Buffer]") -> Manifest:
     """
     stream = PayloadStream(chunks)
     manifest = Manifest.read(stream)
+    # each chunk is authentic by now; but a key's holder might have sealed a manifest that lies
     if stream.skip() != sum(size for _, size in manifest.parts):
         raise refused("manifest")
     return manifest

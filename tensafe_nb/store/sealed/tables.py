@@ -54,7 +54,7 @@ class SealedTables:
             with held(self._folder / ".lock", exclusive=True):
                 self._depth += 1
                 try:
-                    replay(self._files, self._folder)
+                    replay(self._files, self._folder)  # of a rotation that a crash cut off
                     yield
                 finally:
                     self._depth -= 1
@@ -102,7 +102,7 @@ class SealedTables:
         with self.held(), disk_errors("rewrap the tables of the privacy ledger"):
             return rotate(self._files, self._folder, sorted(self._folder.glob("*.tsnb")), self._keys)
 
-    def _path(self, name: str) -> Path:
+    def _path(self, name: str) -> Path:  # a hash: a data set's name may hold what no file name may
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.tsnb"
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.futures import FutureHandle
-from tensafe_nb.protocol.results import RunStatus, SaveStateResult
+from tensafe_nb.protocol.results import SaveStateResult
 from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets.feed.feed import Feed
 
@@ -82,12 +82,16 @@ class Commands:
 
     def turn(self, command: str) -> Obeyed:
         """Pause, resume or stop the latest run."""
-        runs = self._client.runs
-        if not runs:
+        latest, run = self._feed.latest, self._run
+        if latest is None:
             raise ValueError(f"There is no run to {command}.")
-        if runs[-1].state.ended:
-            raise ValueError(f"The run has ended: {RunStatus(runs[-1].state)}.")
-        {"pause": runs[-1].pause, "resume": runs[-1].resume, "stop": runs[-1].stop}[command]()
+        if latest.state.ended:
+            raise ValueError(f"The run has ended: {latest.state}.")
+        if run is None:
+            raise ValueError(
+                f"Another client of {self._feed.client_id} has started this run: {command} it there."
+            )
+        {"pause": run.pause, "resume": run.resume, "stop": run.stop}[command]()
         return Obeyed()
 
     def save(self) -> Obeyed:
@@ -139,6 +143,8 @@ class Commands:
 
     @property
     def _run(self) -> TrainingRun | None:
-        """The run under way."""
-        runs = self._client.runs
-        return None if not runs or runs[-1].state.ended else runs[-1]
+        """The run under way, if this client has started it."""
+        latest = self._feed.latest
+        if latest is None or latest.state.ended:
+            return None
+        return next((run for run in self._client.runs if run.run_id == latest.run_id), None)

@@ -42,7 +42,7 @@ class Dashboard(CurveWidget):
     all_curves = True
 
     sections = traitlets.List(
-        traitlets.Unicode(), help="The parts to show; empty for all that have something."
+        traitlets.Unicode(), help="The sections to show; empty for all that have something."
     ).tag(sync=True)
 
     def __init__(self, source: Source, sections: Sequence[str] | None = None, **traits: Any) -> None:

@@ -74,7 +74,7 @@ def weights(engine: Engine) -> torch.Tensor:
 
 
 def engine_of(tc: tn.TrainingClient) -> Engine:
-    found: Engine = tc._channel._performer.engine  # type: ignore[attr-defined]
+    found: Engine = tc._channel._executor.engine  # type: ignore[attr-defined]
     return found
 
 

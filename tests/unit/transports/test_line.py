@@ -55,6 +55,23 @@ def test_a_client_is_attached_to_by_its_id_and_outlives_the_first_that_held_it(
     assert again.status == tn.ClientStatus.READY
 
 
+def test_the_runs_of_a_client_that_attached_are_counted_on_from_those_before(
+    service: tn.ServiceClient, batch: tn.BatchData
+) -> None:
+    tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+    tc.fit([batch], steps=1, show=False).result()
+    name = tc.training_client_id
+    channel = service._transport.attach(name)
+    del tc
+    gc.collect()
+    again = service.get_training_client(name)
+    run = again.fit([batch], steps=1, show=False)
+    run.result()
+    channel.detach()
+    assert run.run_id == f"{name}/2"
+    assert [record.run_id for record in tn.list_runs()] == [f"{name}/1", f"{name}/2"]
+
+
 def test_an_unknown_id_and_a_closed_client_cannot_be_attached_to(service: tn.ServiceClient) -> None:
     tc = service.create_training_client()
     with pytest.raises(tn.TrainingClientNotFoundError, match=f"Known: .*{tc.training_client_id}"):

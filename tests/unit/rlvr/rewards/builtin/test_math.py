@@ -69,7 +69,7 @@ def test_without_the_extra_the_name_says_what_to_install(monkeypatch):
 def test_a_reasoning_gym_data_set_supplies_prompts_and_scores():
     import reasoning_gym
 
-    dataset = reasoning_gym.create_dataset("spell_backward", size=4, seed=0, min_word_len=3, max_word_len=5)
+    dataset = reasoning_gym.create_dataset("spell_backward", size=4, seed=0, min_word_len=3)
     prompts = gym_prompts(dataset)
     assert [prompt["prompt"] for prompt in prompts] == [entry["question"] for entry in dataset]
     right = [
@@ -80,7 +80,8 @@ def test_a_reasoning_gym_data_set_supplies_prompts_and_scores():
     with Scorer(dataset, timeout=30, processes=1) as scorer:
         report = scorer.score(right + wrong)
     assert report.errors == 0
-    assert [t.reward for t in right + wrong] == [1.0] * 4 + [0.0] * 4
+    assert [t.reward for t in right] == [1.0] * 4
+    assert all(t.reward <= 0.01 for t in wrong)  # reasoning-gym 0.1.5 gives any answer that much
     assert resolve_reward(dataset)("q", "abc", {"answer": "abc", "metadata": {}}) == 1.0
 
 

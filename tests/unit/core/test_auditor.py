@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensafe_nb as tn
-from tensafe_nb.core.auditor import Auditor, _Description
+from tensafe_nb.core.auditor import Auditor, Description
 from tensafe_nb.errors import StorageError
 from tensafe_nb.store.audit.log import AuditLog, outcome_of
 
@@ -121,12 +121,12 @@ VALUES = st.recursive(
 @given(VALUES)
 @settings(deadline=None, max_examples=60)
 def test_every_value_has_a_description_that_json_takes(value: Any) -> None:
-    json.dumps(_Description().of(value), allow_nan=False)
+    json.dumps(Description().of(value), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_every_odd_value_has_a_description_that_json_takes(name: str) -> None:
-    assert json.dumps(_Description().of(ODD[name]), allow_nan=False)
+    assert json.dumps(Description().of(ODD[name]), allow_nan=False)
 
 
 def test_different_values_are_described_differently() -> None:
@@ -144,7 +144,7 @@ def test_different_values_are_described_differently() -> None:
         10**30,
         -(10**30),
     ]
-    told = [repr(_Description().of(value)) for value in values]
+    told = [repr(Description().of(value)) for value in values]
     assert len(set(told)) == len(told)
 
 

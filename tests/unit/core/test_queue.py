@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensafe_nb.core.queue import Job, Lane
+from tensafe_nb.core.queue import Job, JobQueue
 from tensafe_nb.protocol.operations import ForwardBackward, OptimStep
 from tensafe_nb.protocol.results import FutureStatus
 
@@ -11,18 +11,18 @@ KINDS = {"fb": ForwardBackward, "opt": OptimStep}
 
 
 def job(kind: str) -> Job:
-    return Job(None, kind, KINDS[kind])
+    return Job(None, KINDS[kind])
 
 
 @given(st.lists(st.one_of(st.just("put"), st.just("take"), st.integers(0, 9)), max_size=40))
 def test_jobs_are_taken_in_the_order_they_were_put_without_those_cancelled(actions: list[object]) -> None:
-    lane, put, taken, cancelled = Lane(), [], [], set()
+    queue, put, taken, cancelled = JobQueue(), [], [], set()
     for action in [*actions, *["take"] * 40]:
         if action == "put":
             put.append(job("fb"))
-            lane.put(put[-1])
+            queue.put(put[-1])
         elif action == "take":
-            if (next_job := lane.take()) is not None:
+            if (next_job := queue.take()) is not None:
                 taken.append(next_job)
         elif isinstance(action, int) and action < len(put) and put[action].promise.cancel_pending():
             cancelled.add(put[action])
@@ -32,24 +32,24 @@ def test_jobs_are_taken_in_the_order_they_were_put_without_those_cancelled(actio
 
 @given(st.lists(st.tuples(st.sampled_from(["fb", "opt"]), st.booleans()), max_size=20))
 def test_an_optimiser_step_fails_exactly_when_its_own_window_is_broken(jobs: list[tuple[str, bool]]) -> None:
-    lane, broken = Lane(), False
+    queue, broken = JobQueue(), False
     for kind, is_cancelled in jobs:
         each = job(kind)
-        lane.put(each)
+        queue.put(each)
         if is_cancelled:
             each.promise.cancel_pending()
-        taken = lane.take()
+        taken = queue.take()
         if is_cancelled:
             broken = kind == "fb" or (broken and kind != "opt")  # a cancelled step ends its window
             assert taken is None
         elif kind == "opt":
-            assert (lane.end_window() is not None) == broken
+            assert (queue.end_window() is not None) == broken
             broken = False
 
 
 def test_depth_and_position_count_only_what_is_wanted() -> None:
-    lane, jobs = Lane(), [job("fb") for _ in range(3)]
+    queue, jobs = JobQueue(), [job("fb") for _ in range(3)]
     for each in jobs:
-        lane.put(each)
+        queue.put(each)
     jobs[0].promise.cancel_pending()
-    assert (lane.depth, lane.position(jobs[2]), lane.position(jobs[0])) == (2, 1, None)
+    assert (queue.depth, queue.position(jobs[2]), queue.position(jobs[0])) == (2, 1, None)

@@ -1,0 +1,60 @@
+"""Curves that are made of others, and several on the same axes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.events import Metrics
+from tensafe_nb.widgets import (
+    LossCurve,
+)
+from tensafe_nb.widgets.feed.curves import RATE, TOKENS, Curves, names_of
+from tensafe_nb.widgets.feed.feed import Feed
+
+from .conftest import FakeClient, HandFlusher, Wire
+
+
+@pytest.fixture
+def pair(
+    client: FakeClient, feed: Feed, tmp_path: Path, flusher: HandFlusher
+) -> Iterator[tuple[Feed, FakeClient, Feed]]:
+    other = FakeClient(tmp_path / "other.jsonl")
+    other.training_client_id = "tc-9"
+    yield feed, other, Feed(other, flusher)
+    other.bus.close()
+
+
+def test_several_runs_share_the_axes(client: FakeClient, pair: tuple[Feed, FakeClient, Feed]) -> None:
+    feed, other, other_feed = pair
+    client.measure(loss=3.0)
+    other.measure(loss=2.0)
+    other.measure(loss=1.0)
+    widget = LossCurve(feed, other_feed)
+    wire = Wire(widget)
+    wire.page_says(t="hello", v=1, n=0, mount=True)
+    counts = {content["name"]: content for content in wire.flush_kind("full")}
+    assert {"loss", "1:loss"} <= set(counts)
+    assert widget.labels == ["tc-1", "tc-9"]
+    widget.close()
+
+
+def test_seven_runs_are_refused(feed: Feed) -> None:
+    with pytest.raises(ValidationError, match="at most 6"):
+        LossCurve(*[feed] * 7)
+
+
+def test_tokens_add_up_and_their_rate_needs_two_steps(client: FakeClient, feed: Feed) -> None:
+    curves = Curves([feed])
+    for tokens in (10.0, 30.0):
+        client.publish(Metrics(step=client.step + 1, values={"loss": 1.0, "tokens": tokens}))
+        client.step += 1
+    assert curves.series(TOKENS)[1].tolist() == [10.0, 40.0]
+    steps, rates = curves.series(RATE)
+    assert steps.tolist() == [2]
+    assert rates[0] > 0
+    client.publish(Metrics(step=3, values={"loss": 1.0, "tokens": 5.0}))
+    assert curves.series(TOKENS, 2)[1].tolist() == [45.0]
+    assert curves.series(RATE, 1)[0].tolist() == [3]
+    assert names_of(feed, all_curves=True) == ["loss", "~time", "~tokens", "tokens/s"]

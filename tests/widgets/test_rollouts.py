@@ -1,0 +1,111 @@
+"""Rollouts in the panel: which are pushed, which are asked for, and what is told of each answer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensafe_nb.config import SamplingConfig
+from tensafe_nb.events import Rollouts
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
+from tensafe_nb.widgets.feed import rollouts
+
+from .conftest import FakeClient, HandFlusher, Wire
+
+
+def beside(client: FakeClient) -> Path:
+    """Return where the rollouts of the client's first run lie."""
+    return client.history.path.parent / "rollouts" / "1"
+
+
+def rollouts_of(path: Path, answers: dict[str, float | None], **fields: Any) -> Path:
+    """Write the rollouts of one prompt and return where they lie."""
+    made = [
+        Trajectory("2+2=", text, reward=reward, tokens=[ord(c) for c in text], policy_version=7, **fields)
+        for text, reward in answers.items()
+    ]
+    rewards = [t.reward for t in made if t.reward is not None]
+    for trajectory in made:
+        if trajectory.reward is not None:
+            trajectory.advantage = trajectory.reward - sum(rewards) / len(rewards)
+    batch = TrajectoryBatch([RolloutGroup("p", "2+2=", made)], SamplingConfig())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return batch.save(path)
+
+
+def test_the_newest_rollouts_are_pushed_once_in_two_seconds_at_most(
+    client: FakeClient, wire: Wire, flusher: HandFlusher
+) -> None:
+    wire.mount()
+    for step in (1, 2):
+        path = rollouts_of(beside(client) / f"{step}", {"4": 1.0, "5": 0.0})
+        client.publish(Rollouts(run_id="tc-1/1", step=step, rollouts=2, path=f"1/{path.name}"))
+        told = [*wire.flush(), *wire.flush()]
+        assert [content["step"] for content in told if content["t"] == "rollouts"] == [1] * (step == 1)
+    assert wire.again == 2.0
+    flusher.time += 2.0
+    told = [*wire.flush(), *wire.flush()]
+    assert [content["step"] for content in told if content["t"] == "rollouts"] == [2]
+
+
+def test_an_older_step_is_shown_on_request_and_a_missing_one_with_the_reason(
+    client: FakeClient, wire: Wire, tmp_path: Path
+) -> None:
+    path = rollouts_of(beside(client) / "1", {"4": 1.0, "5": 0.0})
+    client.publish(Rollouts(run_id="tc-1/1", step=1, rollouts=2, path=str(path)))  # as 0.1 wrote it
+    client.publish(Rollouts(run_id="tc-1/1", step=2, rollouts=2, path="1/gone"))
+    wire.mount()
+    for step in (1, 2, 3):
+        wire.page_says(t="show", step=step)
+    told = [*wire.flush_kind("rollouts"), *wire.flush_kind("rollouts")]
+    shown = {content["step"]: content for content in told}
+    assert [rollout["text"] for rollout in shown[1]["groups"][0]["r"]] == ["4", "5"]
+    assert "cannot be read" in shown[2]["why"]
+    assert "No rollouts were recorded for step 3" in shown[3]["why"]
+
+
+def test_rollouts_are_told_with_everything_there_is_to_know(tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    path = rollouts_of(tmp_path / "r", {evil: 1.0, "5": 0.0}, finish_reason="stop")
+    told = rollouts.message(3, path, lambda ids: [chr(i) for i in ids], rollouts.PUSHED)
+    [first, second] = told["groups"][0]["r"]
+    assert first["text"] == evil
+    assert (first["reward"], first["adv"], first["end"], first["policy"]) == (1.0, 0.5, "stop", 7)
+    assert second["tok"] == [["5", None]]
+    assert "why" not in first
+    json.dumps(told, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "fields", "words"),
+    [
+        ({"a": 1.0, "b": 1.0}, {}, "scored the same"),
+        ({"a": 0.0, "b": 1.0, "c": 0.5}, {}, None),
+        ({"a": None, "b": 1.0}, {"reward_error": "boom"}, "not scored"),
+        ({"a": 0.0, "b": 1.0}, {"finish_reason": "length"}, "cut at max_new_tokens"),
+    ],
+)
+def test_why_zero_is_answered(
+    tmp_path: Path, answers: dict[str, float | None], fields: dict[str, Any], words: str | None
+) -> None:
+    told = rollouts.message(1, rollouts_of(tmp_path / "r", answers, **fields), None, 10_000)
+    why = told["groups"][0]["r"][0].get("why")
+    assert (words in why) if words else why is None
+
+
+def test_long_texts_are_cut_and_what_does_not_fit_is_counted(tmp_path: Path) -> None:
+    groups = [
+        RolloutGroup(str(i), "p" * 5_000, [Trajectory("p", "x" * 5_000, reward=1.0)]) for i in range(100)
+    ]
+    path = TrajectoryBatch(groups, SamplingConfig()).save(tmp_path / "r")
+    told = rollouts.message(1, str(path), None, rollouts.PUSHED)
+    assert len(json.dumps(told)) <= rollouts.PUSHED
+    assert told["left_out"] == 100 - len(told["groups"]) > 0
+    assert "3000 more characters" in told["groups"][0]["prompt"]
+
+
+def test_samples_in_the_file_are_escaped_and_show_what_is_invisible(tmp_path: Path) -> None:
+    path = rollouts_of(tmp_path / "r", {"<b>\u202e": 1.0, "5": 0.0})
+    html = rollouts.frozen(3, path, prompts=1)["text/html"]
+    assert "&lt;b&gt;⟨U+202E⟩" in html
