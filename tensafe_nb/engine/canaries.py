@@ -19,9 +19,7 @@ from tensafe_nb.privacy.audit_canary import PrivacyAudit, audit_of, check_audit
 from tensafe_nb.privacy.tickets import DrawRegister, ticket
 from tensafe_nb.protocol.batch import Array, BatchData
 
-SIZE = (
-    10.0  # norm of a canary's gradient before it is clipped, in units of C: far above, so that the clip acts
-)
+SIZE = 10.0  # norm of a canary's gradient before the clip, in units of C: far above, so that the clip acts
 CLIENT = "audit"
 
 

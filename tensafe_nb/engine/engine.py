@@ -94,9 +94,8 @@ class Engine:
 
     def __init__(self, config: TrainingConfig, model: LoadedModel | None = None) -> None:
         self.model = load(config) if model is None else model
-        brought = (
-            self.model.lora
-        )  # by a folder with an adapter, of which the configuration may say less, or nothing
+        # a folder brings its adapter, of which the configuration may say less, or nothing
+        brought = self.model.lora
         self.config = config if brought is None else config.replace(lora_config=brought)
         self.parameters = [parameter for _, parameter in self.model.trainable]
         self.forward_pass = ForwardPass(self.model, self.config)

@@ -128,9 +128,8 @@ class PrivateStep:
         except BaseException:
             self.discard()
             raise
-        loss_value = (
-            tally.loss if units else float("nan")
-        )  # a draw that drew nothing is a step, and has no loss
+        # a draw that drew nothing is a step, and has no loss
+        loss_value = tally.loss if units else float("nan")
         labelled = int((batch.labels != IGNORE).sum())
         grad_norm = self.sum.norm / self._expected_units
         return ForwardBackwardResult(loss_value, grad_norm, labelled, tally.metrics, tally.weight)

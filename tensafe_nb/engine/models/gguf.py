@@ -164,12 +164,10 @@ def split_as_trained(tokenizer: Any, pre: str) -> None:
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
 
-    known = getattr(
-        theirs, "GGUF_PRE_TOKENIZER_SPLITS", ()
-    )  # transformers 5.17 splits all texts as for GPT-2
-    if (
-        pre == "smollm"
-    ):  # llama.cpp: \p{N} by itself, then GPT-2's rule; so two spaces before a digit are one token
+    # transformers 5.17 has no such table, and splits all texts as for GPT-2
+    known = getattr(theirs, "GGUF_PRE_TOKENIZER_SPLITS", ())
+    if pre == "smollm":
+        # llama.cpp: \p{N} by itself, then GPT-2's rule; so two spaces before a digit are one token
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),

@@ -14,9 +14,7 @@ from tensafe_nb.engine.sampling import llama
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # of the largest logit
-_caches: WeakKeyDictionary[nn.Module, bool] = (
-    WeakKeyDictionary()
-)  # by model, whether its cache can be relied on
+_caches: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by model, whether its cache is relied on
 LARGE, BLOCK = 16_384, 128  # tokens of a vocabulary that is multiplied in blocks, and of a block
 
 
