@@ -58,6 +58,7 @@ class Executor:
     ) -> None:
         self.engine, self._queue, self._vault = engine, queue, vault
         self._guarantee, self._bus, self._client_id = guarantee, bus, client_id
+        # Results of the open window, and whether their loss was normalised by who sent the batch.
         self._losses: list[tuple[ForwardBackwardResult, bool]] = []
         self.step, self.policy_version = engine.step, engine.policy_version
 
@@ -69,7 +70,7 @@ class Executor:
     def execute(self, job: Job, tick: Tick) -> Result:
         """Carry out an operation."""
         engine, operation = self.engine, job.operation
-        if self._queue.stale_gradients:
+        if self._queue.stale_gradients:  # a step did not complete: its window must not leak into the next
             self._queue.stale_gradients = False
             self._losses.clear()
             engine.discard_gradients()
@@ -102,6 +103,7 @@ class Executor:
     def save_state(self, operation: SaveState) -> SaveStateResult:
         """Seal the state, with the open window: what was accumulated, and how it was broken."""
         engine = self.engine
+        # A private window is never sealed: its sum of clipped gradients has no noise yet. It is dropped, and counted.
         resumable = engine.training_step.resumable
         window, broken = (self._losses, self._queue.broken) if resumable else ([], None)
         saved = checkpoints.save(
@@ -126,7 +128,7 @@ class Executor:
                 run_id=run_id,
             )
         )
-        self._bus.sync()
+        self._bus.sync()  # whoever finds the artifact finds its event
         return saved
 
     def load_state(self, artifact_id: str, **options: Any) -> LoadStateResult:
@@ -136,7 +138,7 @@ class Executor:
         loaded, facts = checkpoints.load(
             engine, self._vault.artifacts, artifact_id, take_over=take_over, **options
         )
-        self._queue.end_window()
+        self._queue.end_window()  # the state brings the window it was saved with
         self._queue.inherited = facts["broken"]
         self._losses = [tuple(pair) for pair in decode(facts["losses"])]
         self.step, self.policy_version = engine.step, engine.policy_version
@@ -147,12 +149,13 @@ class Executor:
     def optim_step(self, apply_dp_noise: bool) -> OptimStepResult:
         """Take the step of a whole window, and pay for it; a broken window ends here without one."""
         engine = self.engine
-        losses, self._losses = self._losses, []
+        losses, self._losses = self._losses, []  # the window ends here, however the step does
         error = self._queue.end_window()
         if error is not None:
             engine.discard_gradients()
             raise error
         self._guarantee.before_step()
+        # A private engine pays before it moves a weight: a crash in between costs budget, never privacy.
         try:
             result = engine.optim_step(apply_dp_noise)
         except DPBudgetExceededError:

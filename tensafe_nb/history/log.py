@@ -35,10 +35,14 @@ class RunHistory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state = ClientState()
+        # Columns by metric, which only grow: step and value of each point, and the event that brought the last.
         self._steps: dict[str, array[int]] = {}
         self._values: dict[str, array[float]] = {}
         self._measured: dict[str, int] = {}
-        self._clock, self._began = (array("q"), array("d")), 0.0
+        self._clock, self._began = (
+            (array("q"), array("d")),
+            0.0,
+        )  # steps and seconds; Unix seconds of the first
         self._timed = array("d")
 
     @property
@@ -106,7 +110,7 @@ class RunHistory:
         ]  # looked for before a line is decoded
         with self.path.open(encoding="utf-8") as lines:
             for line in lines:
-                if not line.endswith("\n"):
+                if not line.endswith("\n"):  # torn: its process died while it wrote
                     return
                 if wanted and not any(name in line for name in wanted):
                     continue

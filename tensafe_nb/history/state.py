@@ -238,7 +238,7 @@ class ClientState:
             return
         self.seq = max(self.seq, event.seq)
         self.counts[type(event)] += 1
-        before, self.step = self.step, self.step_after(event)
+        before, self.step = self.step, self.step_after(event)  # first: where a run stands is told by both
         self.follow_runs(event, before)
         match event:
             case ClientCreated():
@@ -294,4 +294,4 @@ class ClientState:
         if latest is not None and not latest.state.ended:
             if isinstance(event, StateLoaded):
                 latest.went_back(before, self.step)
-            latest.step = self.step
+            latest.step = self.step  # once it has ended, the client goes on without it

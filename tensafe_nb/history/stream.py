@@ -21,7 +21,7 @@ async def stream(subscribe: Subscribe, after: int) -> AsyncIterator[Event]:
     queue: asyncio.Queue[Event] = asyncio.Queue()
 
     def put(event: Event) -> None:
-        if not loop.is_closed():
+        if not loop.is_closed():  # a notebook's loop may end before the training does
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
     unsubscribe = subscribe(put, after)

@@ -85,6 +85,7 @@ class Checkpoints:
             return []
         newest = {artifact_id for artifact_id, _ in self._kept[-(self._keep_last or 1) :]}
         if self._keep_best is not None:
+            # Scores of two rewards cannot be compared: the best is that since the present one.
             comparable = [kept for kept in self._kept if kept[1].reward == known.reward]
             newest.add(max(comparable, key=lambda kept: kept[1].score)[0])
         gone = [artifact_id for artifact_id, _ in self._kept if artifact_id not in newest]
@@ -109,7 +110,7 @@ class Checkpoints:
         steps, values = history.series(self._keep_best)
         finite = np.isfinite(values)
         by_then: Any = values[finite & (steps <= step)]
-        known = by_then if by_then.size else values[finite]
+        known = by_then if by_then.size else values[finite]  # nothing by then: what was measured since
         if not known.size:
             raise ValidationError(
                 f"keep_best={as_given(self._keep_best)}: no such metric has been measured. "

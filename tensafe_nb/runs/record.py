@@ -85,7 +85,7 @@ def records_of(log: Path) -> list[RunRecord]:
     state = ClientState()
     for event in RunHistory(log).events(kinds=MADE_OF):
         state.apply(event)
-    alive = bool(state.runs) and is_being_written(log)
+    alive = bool(state.runs) and is_being_written(log)  # by this process or another: its lock tells
     return [record_of(run, log, alive=alive) for run in state.runs.values()]
 
 

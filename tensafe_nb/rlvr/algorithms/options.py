@@ -1,4 +1,4 @@
-"""The options of the algorithms, what may go together, and presets: well-known algorithms as values of the options."""
+"""The options of REINFORCE and PPO, what may go together, and what follows for an update."""
 
 import warnings
 from abc import abstractmethod

@@ -53,6 +53,7 @@ class Annotations:
     def marks(self) -> list[tuple[int, str, str]]:
         """Return (step, kind, what) of what is marked on the curves: "c" checkpoint, "f" fork, "v" reward version."""
         state = self._state
+        # Lists are copied first: events come on other threads while this one reads.
         saved = [(saved.step, "c", saved.artifact_id) for saved in list(state.checkpoints.values())]
         forks = [
             (

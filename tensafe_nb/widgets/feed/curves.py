@@ -50,7 +50,7 @@ class Curves:
 
     def series(self, name: str, start: int = 0) -> tuple[Array, Array]:
         """Return (steps, values) of a curve, from point number `start` on; both are (points,)."""
-        number, _, own = name.rpartition(":")
+        number, _, own = name.rpartition(":")  # "1:loss" is the loss of the second
         which = int(number or 0)
         history = self._feeds[which].history
         if own == TIME:

@@ -107,13 +107,13 @@ class Recording:
             yield completed(last, self._record)
             if isinstance(last, RunState) and last.run_id == self.run.run_id and RunStatus(last.state).ended:
                 break
-        else:
+        else:  # the log has no end: its process died
             yield interruption_of(self._record, last.time)
         yield StatusChanged(status=ClientStatus.TERMINATED, time=last.time)
 
     def tell(self, event: Event) -> None:
         """Take in an event, and pass it on; one without a number is not in the log."""
-        self._now = max(self._now, event.time)
+        self._now = max(self._now, event.time)  # clocks are set back, recordings are not
         self.history.add(event)
         for subscriber in tuple(self._subscribers):
             subscriber(event)

@@ -26,7 +26,7 @@ def first_plan(config: TrainingConfig) -> dict[str, Any] | None:
     dp = config.dp_config
     if dp is None or not dp.enabled or dp.dataset_size is None:
         return None
-    return {"sigma": dp.noise_multiplier, "batch": config.expected_units, "size": dp.dataset_size}
+    return {"sigma": dp.noise_multiplier, "batch": config.expected_units, "size": dp.dataset_size}  # σ, L, N
 
 
 def answer(client: Planner, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,11 @@ def events(client, kind):
     return [event for event in client.history.events() if isinstance(event, kind)]
 
 
+def stored(client):
+    """The rollouts of each step, as they are on the disk."""
+    return [TrajectoryBatch.load(client.history.rollouts_file(event)) for event in events(client, Rollouts)]
+
+
 def trainer_of(client, reward="exact_match", **options):
     """A trainer that calls functions of a test in the test's own process, unless told otherwise."""
     return RLVRTrainer(client, SUMS, reward, **SMALL | {"reward_timeout": None} | options)
@@ -331,7 +336,7 @@ def test_every_step_leaves_its_rollouts_on_the_disk_with_rewards_and_advantages(
         (run.run_id, 1, 16),
         (run.run_id, 2, 16),
     ]
-    batch = TrajectoryBatch.load(found[-1].path)
+    batch = stored(client)[-1]
     assert batch.mean_reward == client.history["reward"][-1]
     assert [len(group.rollouts) for group in batch.groups] == [4] * 4
     assert any(trajectory.advantage for trajectory in batch)
@@ -341,10 +346,8 @@ def test_every_step_leaves_its_rollouts_on_the_disk_with_rewards_and_advantages(
 def test_the_rollouts_of_a_step_that_could_not_be_scored_are_there_to_look_at(client):
     with pytest.raises(RewardError):
         train(client, lambda prompt, response: {}["answer"]).result()
-    (event,) = events(client, Rollouts)
-    assert {trajectory.reward_error for trajectory in TrajectoryBatch.load(event.path)} == {
-        "KeyError: 'answer'"
-    }
+    (batch,) = stored(client)
+    assert {trajectory.reward_error for trajectory in batch} == {"KeyError: 'answer'"}
 
 
 # rewards that fail, and others in their place
@@ -415,9 +418,7 @@ def test_another_reward_takes_over_and_the_row_says_where(client, paused):
     run.result()
     versions = client.history["reward_version"].tolist()
     assert versions == [1.0] * done + [2.0] + [1.0] * (4 - done)
-    names = [
-        {t.reward_version for t in TrajectoryBatch.load(event.path)} for event in events(client, Rollouts)
-    ]
+    names = [{t.reward_version for t in batch} for batch in stored(client)]
     assert names[done] != names[-1]
     assert client.history["rewards/exact_match/mean"].size == 1
 
@@ -501,7 +502,7 @@ def test_a_reward_that_raises_or_hangs_in_its_process_scores_nothing_and_is_seen
     """B11."""
     reward = resolve_reward(raises_or_hangs, on=SUMS[0]["prompt"], seconds=seconds)
     train(client, reward, steps=1, prompts_per_step=8, group_size=2, reward_timeout=2.5).result()
-    batch = TrajectoryBatch.load(events(client, Rollouts)[0].path)
+    batch = stored(client)[0]
     failed = [trajectory for trajectory in batch if trajectory.reward is None]
     assert [trajectory.prompt for trajectory in failed] == [SUMS[0]["prompt"]] * 2
     assert all(shown in trajectory.reward_error for trajectory in failed)
@@ -525,7 +526,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_any_step_and_names_the_rol
     assert (client.step, client.policy_version) == (0, 0)
     (alarm,) = [event for event in events(client, Alarm) if event.name == "nan"]
     assert (alarm.level, alarm.run_id, alarm.step) == ("red", run.run_id, 1)
-    batch = TrajectoryBatch.load(events(client, Rollouts)[0].path)
+    batch = stored(client)[0]
     assert alarm.rollouts == tuple(np.flatnonzero([bool(t.advantage) for t in batch]))
     assert client.sample("12+34=", max_new_tokens=1).result().texts, "the client lives on"
 

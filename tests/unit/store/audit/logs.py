@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.protocol.results import AuditLogEntry
-from tensafe_nb.store.audit import chain as audit_chain
+from tensafe_nb.store.audit import chain
 from tensafe_nb.store.audit.log import AuditLog
 from tensafe_nb.store.keys.keyring import Keys
 from tensafe_nb.store.sealed.envelope import canonical
@@ -64,10 +64,10 @@ def cut_after(log: AuditLog, count: int) -> None:
 
 def rehashed(changed: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Chain records anew, as anybody can who has no key: numbers, links and hashes fit, MACs are what they were."""
-    head = audit_chain.ZEROS
+    head = chain.ZEROS
     for number, record in enumerate(changed):
         record |= {"seq": number, "prev_hash": head}
-        head = record["record_hash"] = audit_chain.record_hash(record)
+        head = record["record_hash"] = chain.record_hash(record)
     return changed
 
 

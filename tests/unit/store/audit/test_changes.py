@@ -16,8 +16,7 @@ from tensafe_nb.errors import (
     KeyUnavailableError,
 )
 from tensafe_nb.protocol.results import AuditLogEntry
-from tensafe_nb.store.audit import chain as audit_chain
-from tensafe_nb.store.audit import verify as audit_check
+from tensafe_nb.store.audit import chain, verify
 from tensafe_nb.store.audit.key import KeyPage, Secrets
 from tensafe_nb.store.audit.log import AuditLog, verify_file
 from tensafe_nb.store.sealed.envelope import canonical
@@ -61,7 +60,7 @@ def test_an_edit_of_any_field_of_any_record_is_found(log: AuditLog, field: str) 
 def test_an_edit_is_found_too_when_the_records_hash_is_made_to_fit(log: AuditLog, field: str) -> None:
     changed = records(log)
     changed[3][field] = other(changed[3][field])
-    changed[3]["record_hash"] = audit_chain.record_hash(changed[3])
+    changed[3]["record_hash"] = chain.record_hash(changed[3])
     write(log, changed)
     assert (log.verify().ok, log.verify().first_bad_seq) == (False, 3)
     blind = verify_file(log.path, None)
@@ -139,7 +138,7 @@ def test_without_the_key_such_a_chain_is_found_by_an_anchor_or_else_named_as_unc
     key_file(log).unlink()
     write(log, rehashed(CHANGES[change](records(log))))
     blind = verify_file(log.path, None)
-    assert blind.ok and audit_check.NO_KEY in blind.not_checked
+    assert blind.ok and verify.NO_KEY in blind.not_checked
     found = verify_file(log.path, None, [anchor])
     assert (found.ok, found.anchors_matched) == (False, ())
     assert anchor in (found.reason or "")
@@ -151,7 +150,7 @@ def test_a_whole_log_forged_with_a_known_secret_of_something_else_is_found(log: 
     keys = quiet_keys(log.path.parents[2] / "keys")
     leaked = b"k" * 32
     stanzas = (keys.wrap(b"k" * size),)
-    tip, forged = audit_chain.first_tip(leaked), []
+    tip, forged = chain.first_tip(leaked), []
     for record in records(log):
         record |= {"stanzas": list(stanzas)} if tip.seq == 0 else {}
         forged.append(tip.record(record))

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from tensafe_nb.store.audit import chain as audit_chain
-from tensafe_nb.store.audit import verify as audit_check
+from tensafe_nb.store.audit import chain, verify
 from tensafe_nb.store.audit.log import AuditLog, verify_file
 from tensafe_nb.store.sealed.envelope import canonical
 from tests.unit.store.audit.logs import RECORDS, again, cut_after, key_file, put, quiet_keys, records
@@ -56,7 +55,7 @@ def test_a_cut_with_an_older_copy_of_the_key_file_is_found_by_an_anchor_alone(
     anchor = log.entries(limit=1)[0].record_hash
     cut_after(log, RECORDS + later)
     key_file(log).write_bytes(older)
-    assert log.verify().ok and audit_check.NO_ANCHOR in log.verify().not_checked
+    assert log.verify().ok and verify.NO_ANCHOR in log.verify().not_checked
     found = log.verify([anchor])
     assert (found.ok, found.first_bad_seq) == (False, None)
     assert "cut before that record" in (found.reason or "")
@@ -83,9 +82,9 @@ def test_a_cut_before_an_anchored_record_is_found_in_a_bare_copy(log: AuditLog, 
     found = verify_file(log.path, keys, [earlier, anchor])
     assert (found.ok, found.anchors_matched) == (False, (earlier,))
     unanchored = verify_file(log.path, keys)
-    assert unanchored.ok and audit_check.NO_KEY_FILE in unanchored.not_checked
+    assert unanchored.ok and verify.NO_KEY_FILE in unanchored.not_checked
 
 
 def test_an_anchor_that_is_no_record_matches_nothing(log: AuditLog) -> None:
-    for anchor in (audit_chain.ZEROS, "", "None"):
+    for anchor in (chain.ZEROS, "", "None"):
         assert not log.verify([anchor]).ok

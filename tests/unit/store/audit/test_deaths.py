@@ -10,8 +10,7 @@ import pytest
 from tensafe_nb.errors import (
     StorageError,
 )
-from tensafe_nb.store.audit import chain as audit_chain
-from tensafe_nb.store.audit import files as audit_files
+from tensafe_nb.store.audit import chain, files
 from tensafe_nb.store.audit.key import KeyPage, Secrets, unwrap_secret
 from tensafe_nb.store.audit.log import AuditLog
 from tests.unit.store.audit.logs import RECORDS, Died, again, die, key_file, made, put, quiet_keys
@@ -22,7 +21,7 @@ def test_a_death_between_record_and_key_is_made_good_by_the_next_append(
     log: AuditLog, restarted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(Died):
-        patched.setattr(audit_files.LogFiles, "keep", die)
+        patched.setattr(files.LogFiles, "keep", die)
         put(log)
     assert log.verify().ok
     entry = put(again(log) if restarted else log)
@@ -34,7 +33,7 @@ def test_a_death_at_the_very_start_leaves_a_log_that_can_be_started(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(Died):
-        patched.setattr(audit_files.LogFiles, name, die)
+        patched.setattr(files.LogFiles, name, die)
         made(tmp_path)
     assert made(tmp_path).verify().records == RECORDS
 
@@ -72,9 +71,7 @@ def test_a_torn_first_line_is_written_over_too(log: AuditLog, tmp_path: Path) ->
     stanzas = KeyPage.parse(key_file(log).read_bytes()).stanzas
     other_log.path.parent.mkdir()
     other_log.path.write_bytes(log.path.read_bytes()[:50])
-    key_file(other_log).write_bytes(
-        bytes(KeyPage.of(audit_chain.first_tip(secret), Secrets.of(secret, stanzas)))
-    )
+    key_file(other_log).write_bytes(bytes(KeyPage.of(chain.first_tip(secret), Secrets.of(secret, stanzas))))
     assert put(other_log).seq == 1
     assert other_log.verify().ok
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tensafe_nb.store.audit import chain as audit_chain
-from tensafe_nb.store.audit import files as audit_files
+from tensafe_nb.store.audit import chain, files
 from tensafe_nb.store.audit.key import KeyPage, Secrets, unwrap_secret
 from tensafe_nb.store.audit.log import AuditLog, verify_file
 from tests.unit.store.audit.logs import RECORDS, Died, again, die, key_file, put, quiet_keys
@@ -15,7 +14,7 @@ def test_the_keys_of_earlier_records_are_not_on_disk(log: AuditLog) -> None:
     keys = quiet_keys(log.path.parents[2] / "keys")
     page = KeyPage.parse(key_file(log).read_bytes())
     secret = unwrap_secret(page.stanzas, keys)
-    tips = [audit_chain.first_tip(secret)]
+    tips = [chain.first_tip(secret)]
     for line in log.path.read_bytes().splitlines(keepends=True):
         tips.append(tips[-1].after(line))
     stored = b"".join(path.read_bytes() for path in log.path.parent.iterdir())
@@ -58,7 +57,7 @@ def test_a_rewrapping_that_could_not_be_written_leaves_the_old_one(
     (old,) = log.key_ids()
     keys.new()
     with monkeypatch.context() as patched, pytest.raises(Died):
-        patched.setattr(audit_files.LogFiles, "append", die)
+        patched.setattr(files.LogFiles, "append", die)
         log.rewrap()
     put(log)
     assert log.key_ids() == (old,)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tensafe_nb.errors import (
     ValidationError,
 )
-from tensafe_nb.store.audit import chain as audit_chain
+from tensafe_nb.store.audit import chain
 from tensafe_nb.store.audit.log import AuditLog
 from tests.unit.store.audit.logs import CLIENTS, RECORDS, VERBS
 
@@ -49,8 +49,8 @@ def test_pages_are_counted_from_zero(log: AuditLog) -> None:
 @settings(max_examples=200)
 def test_reading_backwards_gives_the_finished_lines_in_reverse(content: bytes, block: int) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(audit_chain, "BLOCK", block)
-        backwards = list(audit_chain.lines_newest_first(io.BytesIO(content), len(content)))
+        patched.setattr(chain, "BLOCK", block)
+        backwards = list(chain.lines_newest_first(io.BytesIO(content), len(content)))
     finished = [line for line in io.BytesIO(content) if line.endswith(b"\n")]
     assert backwards == finished[::-1]
 
@@ -67,6 +67,6 @@ class _Counted(io.BytesIO):
 def test_the_newest_records_are_had_without_reading_the_others() -> None:
     lines = [b"%d %s\n" % (number, b"x" * 700) for number in range(5000)]
     log = _Counted(b"".join(lines))
-    newest = list(itertools.islice(audit_chain.lines_newest_first(log, log.seek(0, 2)), 100))
+    newest = list(itertools.islice(chain.lines_newest_first(log, log.seek(0, 2)), 100))
     assert newest == lines[:-101:-1]
-    assert log.taken <= 100 * 710 + 2 * audit_chain.BLOCK
+    assert log.taken <= 100 * 710 + 2 * chain.BLOCK

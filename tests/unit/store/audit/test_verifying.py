@@ -7,7 +7,7 @@ import pytest
 from tensafe_nb.errors import (
     AuditLogError,
 )
-from tensafe_nb.store.audit import verify as audit_check
+from tensafe_nb.store.audit import verify
 from tensafe_nb.store.audit.log import AuditLog, verify_file
 from tests.unit.store.audit.logs import RECORDS, key_file, quiet_keys, records, rehashed, write
 
@@ -16,13 +16,13 @@ def test_a_good_log_verifies_with_nothing_left_unchecked_but_what_an_anchor_show
     found = log.verify()
     assert (found.ok, found.records, found.first_bad_seq, found.reason) == (True, RECORDS, None, None)
     assert found.head == log.entries(limit=1)[0].record_hash
-    assert found.not_checked == (audit_check.NO_ANCHOR,)
+    assert found.not_checked == (verify.NO_ANCHOR,)
     assert found.head and log.verify([found.head]).not_checked == ()
 
 
 def test_without_the_key_the_chain_is_checked_and_the_rest_listed(log: AuditLog) -> None:
     found = verify_file(log.path, None)
-    assert (found.ok, found.not_checked) == (True, (audit_check.NO_KEY, audit_check.NO_ANCHOR))
+    assert (found.ok, found.not_checked) == (True, (verify.NO_KEY, verify.NO_ANCHOR))
     changed = records(log)
     changed[3]["success"] = False
     write(log, changed)
@@ -35,7 +35,7 @@ def test_keys_that_do_not_open_the_log_never_give_a_good_result(log: AuditLog, t
     found = verify_file(log.path, strangers)
     assert (found.ok, found.records) == (False, RECORDS)
     assert log.key_ids()[0] in (found.reason or "")
-    assert audit_check.NO_KEY in found.not_checked
+    assert verify.NO_KEY in found.not_checked
 
 
 def test_a_log_without_its_wrapped_key_is_not_good(log: AuditLog) -> None:

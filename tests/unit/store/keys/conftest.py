@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tensafe_nb.store.keys import sources as key_sources
+from tensafe_nb.store.keys import sources
 from tensafe_nb.store.keys.keyring import Keys
 
 
@@ -31,4 +31,4 @@ def _environment_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick_scrypt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_sources, "SCRYPT", {"n": 2**4, "r": 1, "p": 1})
+    monkeypatch.setattr(sources, "SCRYPT", {"n": 2**4, "r": 1, "p": 1})

@@ -9,7 +9,7 @@ import pytest
 
 from tensafe_nb.errors import DecryptionError, KeyUnavailableError
 from tensafe_nb.store.disk import Files
-from tensafe_nb.store.keys import sources as key_sources
+from tensafe_nb.store.keys import sources
 from tensafe_nb.store.keys.keyring import REFUSED, Keys
 from tests.unit.store.keys.roots import SECRET, kek, stanza_of_a_stranger
 
@@ -138,13 +138,13 @@ class TestThePassphrase:
 
     def test_it_is_derived_once_per_salt(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         derived: list[bytes] = []
-        real = key_sources.Scrypt
+        real = sources.Scrypt
 
         def counted(salt: bytes, *args: Any, **kwargs: Any) -> Any:
             derived.append(salt)
             return real(salt, *args, **kwargs)
 
-        monkeypatch.setattr(key_sources, "Scrypt", counted)
+        monkeypatch.setattr(sources, "Scrypt", counted)
         keys = Keys(folder, "passphrase", passphrase="correct horse")
         stanzas = [keys.wrap(SECRET) for _ in range(3)]
         assert [keys.unwrap([stanza]) for stanza in stanzas] == [SECRET] * 3
@@ -152,7 +152,7 @@ class TestThePassphrase:
 
     def test_the_cost_is_that_of_the_design(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()  # the real parameters
-        monkeypatch.setattr(key_sources, "stretched", lambda text, kdf: bytes(32))
+        monkeypatch.setattr(sources, "stretched", lambda text, kdf: bytes(32))
         kdf = Keys(folder, "passphrase", passphrase="correct horse").wrap(SECRET)["kdf"]
         assert {"n": 2**17, "r": 8, "p": 1, "name": "scrypt"}.items() <= kdf.items()
         assert len(bytes.fromhex(kdf["salt"])) == 16
@@ -183,15 +183,15 @@ class TestThePassphrase:
     def test_the_record_of_another_process_that_was_first_counts(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        winner, publish = Keys(folder, "passphrase", passphrase="same"), key_sources.publish
+        winner, publish = Keys(folder, "passphrase", passphrase="same"), sources.publish
 
         def beaten(path: Path, data: bytes, files: Files, *, fresh: bool) -> None:
-            monkeypatch.setattr(key_sources, "publish", publish)
+            monkeypatch.setattr(sources, "publish", publish)
             monkeypatch.setattr("fcntl.flock", lambda *_: None)
             winner.primary_id()
             publish(path, data, files, fresh=fresh)
 
-        monkeypatch.setattr(key_sources, "publish", beaten)
+        monkeypatch.setattr(sources, "publish", beaten)
         assert Keys(folder, "passphrase", passphrase="same").primary_id() == winner.primary_id()
 
     def test_it_is_asked_for_twice_when_it_is_new_and_once_after(

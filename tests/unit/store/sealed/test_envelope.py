@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensafe_nb.errors import DecryptionError, KeyUnavailableError, ValidationError
-from tensafe_nb.store.keys import sources as key_sources
+from tensafe_nb.store.keys import sources
 from tensafe_nb.store.keys.keyring import REFUSED, Keys
 from tensafe_nb.store.sealed import envelope
 from tensafe_nb.store.sealed.envelope import MAC, MAGIC, SLOT, TAG, canonical, parse_canonical
@@ -455,7 +455,7 @@ class TestStanzas:
         def never(*_: Any, **__: Any) -> None:
             raise AssertionError("scrypt was called")
 
-        monkeypatch.setattr(key_sources, "Scrypt", never)
+        monkeypatch.setattr(sources, "Scrypt", never)
         kdf = {"name": "scrypt", "salt": "00" * 16, "n": 2**14, "r": 8, "p": 1} | change
         stanza = stanzas_of(shared[1])[0] | {"source": "passphrase", "kdf": kdf}
         changed = with_stanzas(shared[1], canonical([stanza]))
