@@ -36,7 +36,7 @@ from tensafe_nb.protocol.results import (
 )
 
 
-class Step(Protocol):
+class TrainingStep(Protocol):
     """A kind of training step: with differential privacy, or without.
 
     Attributes:
@@ -106,7 +106,7 @@ class Engine:
         self.samples_drawn = 0
         self.base_fingerprint: str | None = None
         private = config.dp_config is not None and config.dp_config.enabled
-        self.training_step: Step = (
+        self.training_step: TrainingStep = (
             AwaitingAccount() if private else PlainStep(self.forward_pass, self.optimizer)
         )
 

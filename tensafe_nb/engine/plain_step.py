@@ -93,7 +93,7 @@ class PlainStep:
     # for the estimate
 
     def trial(self, batch: BatchData, loss: Loss) -> tuple[int, Callable[[Callable[[], None]], None]]:
-        """Return how many rows are computed at once, and what computes them; see `Step.trial`."""
+        """Return how many rows are computed at once, and what computes them; see `TrainingStep.trial`."""
         # `autograd.grad` writes to no `.grad`: an open window stays as it is
         trained = [parameter for parameter in self._optimizer.parameters if parameter.requires_grad]
 
