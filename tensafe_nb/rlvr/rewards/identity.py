@@ -90,7 +90,7 @@ class Identity:
 
 def identity_of(thing: Any) -> Identity:
     """Return the identity of a function, or of anything made of functions and values."""
-    walk = Walk()
+    walk = IdentityWalk()
     walk.visit(thing)
     return walk.identity()
 
@@ -198,7 +198,7 @@ def _release_of(top: str) -> str:
         return f"{top} {getattr(sys.modules.get(top), '__version__', '?')}"
 
 
-class Walk:
+class IdentityWalk:
     """One pass over all that something depends on; everything is written down once."""
 
     def __init__(self) -> None:
