@@ -123,8 +123,8 @@ class Executor:
         """Seal the state, with the open window: what was accumulated, and how it was broken."""
         engine = self.engine
         # A private window is never sealed: its sum of clipped gradients has no noise yet. It is dropped, and counted.
-        window = [] if engine.is_private else self._losses
-        broken = None if engine.is_private else self._queue.broken
+        resumable = engine.training_step.resumable
+        window, broken = (self._losses, self._queue.broken) if resumable else ([], None)
         saved = checkpoints.save(
             engine,
             self._vault.artifacts,
@@ -134,7 +134,7 @@ class Executor:
             facts={"losses": encode(window), "broken": broken},
             ledger=self._guarantee.carried(),
         )
-        dropped = engine.window.batches if engine.is_private else 0
+        dropped = 0 if resumable else engine.window.batches
         saved = replace(saved, dp_metrics=self._guarantee.metrics, dropped_batches=dropped)
         run_id = (operation.position or {}).get("run_id")
         self._bus.publish(

@@ -22,8 +22,8 @@ from tensafe_nb.engine import canaries as canaries_of
 from tensafe_nb.engine import estimate as estimate_of
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import load as models
-from tensafe_nb.engine.models.failures import presentable
 from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.errors import (
     ClientClosedError,
     FutureCancelledError,

@@ -112,7 +112,7 @@ class Passes:
 
     def minibatches(self, rows: Array, epoch: int) -> list[Array]:
         """Split the rows into minibatches of whole prompt groups, in an order of its own in every pass."""
-        count = self.config.parts
+        count = self.config.minibatch_count
         if count == 1:
             return [rows]
         groups = group_numbers(self.batch)

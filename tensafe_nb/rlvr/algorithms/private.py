@@ -54,7 +54,7 @@ def coupling_options(config: PolicyConfig, method: str) -> Iterator[str]:
         yield "scale='batch' divides by what other prompts earned: choose 'group' or 'none'"
     if config.aggregation in ("token_mean", "seq_mean"):
         yield f"aggregation={config.aggregation!r} divides by the tokens of other prompts: choose 'const' or 'sum'"
-    if config.passes > 1 or config.parts > 1:
+    if config.passes > 1 or config.minibatch_count > 1:
         yield "every further step on the same rollouts is a further release: one pass, one minibatch"
     if config.kl_limit is not None:
         yield "target_kl stops on private data: leave it out"

@@ -123,7 +123,9 @@ def combined(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Outcome:
     """Return the outcome of a composite from those of its parts, in their order."""
     named = list(zip(parts, outcomes, strict=True))
     failures = [f"{part.name}: {outcome.error}" for part, outcome in named if outcome.error]
+    # A failed part leaves a hole in the sum, and a hole is no 0; of weight 0 it is only a metric that is missing.
     fatal = any(outcome.error and part.weight for part, outcome in named)
+    # Σ w_i r_i over the parts that gave a score: one that abstains adds nothing.
     terms = [part.weight * o.score for part, o in named if part.weight and o.score is not None]
     return Outcome(
         None if fatal or not terms else sum(terms),

@@ -218,7 +218,7 @@ class Call:
         if "tokens" in self.names and "tokens" not in self.kwargs:
             tokens["tokens"] = sample.tokens
         prompt = self.prompt_of(sample) if self.conversational is not False else sample.prompt
-        positional = (prompt, sample.response, sample.meta)[: self.positional]
+        positional = (prompt, sample.response, sample.meta)[: self.positional]  # fn(prompt, response[, meta])
         columns = {}
         if self.open and self.positional == 2:  # fn(prompt, response, **columns)
             taken = self.names | set(self.kwargs)
@@ -359,7 +359,7 @@ def _verl_row(sample: RewardSample) -> dict[str, Any]:
         "solution_str": sample.response,
         "extra_info": meta.get("extra_info", meta),
     }
-    rules = meta.get("reward_model")
+    rules = meta.get("reward_model")  # where verl's own data sets keep the answer
     columns = {**meta, **(rules if isinstance(rules, Mapping) else {})}
     gold = [columns[name] for name in ("ground_truth", "answer") if not is_missing(columns.get(name))]
     return row | ({"ground_truth": gold[0]} if gold else {})

@@ -288,27 +288,29 @@ def lines_of(batch: TrajectoryBatch) -> Iterator[str]:
     """Yield the lines of a batch's file: how it was sampled, then a group each."""
     yield json.dumps({"format": FORMAT, "sampling": encode(batch.sampling)})
     for group in batch.groups:
-        yield strict_json(_record(group) | {"rollouts": [_record(rollout) for rollout in group.rollouts]})
+        yield strict_json(
+            _known_fields(group) | {"rollouts": [_known_fields(rollout) for rollout in group.rollouts]}
+        )
 
 
-def _record(item: RolloutGroup | Trajectory) -> dict[str, Any]:
+def _known_fields(item: RolloutGroup | Trajectory) -> dict[str, Any]:
     """Return the fields that are not None."""
     names = [name for name in item.__slots__ if name != "rollouts"]
     return {name: value for name in names if (value := getattr(item, name)) is not None}
 
 
-def strict_json(record: dict[str, Any]) -> str:
+def strict_json(group: dict[str, Any]) -> str:
     """Write a group as strict JSON: as it is, or where it holds what JSON does not know, by `encode`.
 
     A column that this does not know either is written as its text.
     """
     with contextlib.suppress(TypeError, ValueError):
-        text = json.dumps(record, allow_nan=False)
+        text = json.dumps(group, allow_nan=False)
         if '"$' not in text:  # could be taken for one of the marks of encode
             return text
-    for item in (record, *record["rollouts"]):
+    for item in (group, *group["rollouts"]):
         item["meta"] = {name: _known_to_json(value) for name, value in item["meta"].items()}
-    return json.dumps(encode(record), allow_nan=False)
+    return json.dumps(encode(group), allow_nan=False)
 
 
 def _known_to_json(value: Any) -> Any:
@@ -329,11 +331,11 @@ def read_batch(path: Path) -> TrajectoryBatch:
                 raise ValueError(f"its format is {as_given(head['format'])}")
             groups = []
             for number, line in enumerate(lines, 2):  # noqa: B007
-                record = json.loads(line, object_hook=revived)
+                written = json.loads(line, object_hook=revived)
                 rollouts = [
-                    Trajectory(**{"prompt": "", "response": ""} | kept) for kept in record.pop("rollouts")
+                    Trajectory(**{"prompt": "", "response": ""} | kept) for kept in written.pop("rollouts")
                 ]
-                groups.append(RolloutGroup(**record, rollouts=rollouts))
+                groups.append(RolloutGroup(**written, rollouts=rollouts))
     except OSError as error:
         raise ValidationError(f"The rollouts {path} cannot be read ({error.strerror}).") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -174,6 +174,7 @@ class Scorer:
         self._version = self.reward.version
         self._closed = False
         limit = threading.TIMEOUT_MAX if timeout is None else timeout
+        # Four ways to call a function; `_placed` chooses one for each. None starts anything before it has work.
         self._here = CallsHere()
         self._coroutines = CoroutinePool(limit)
         self._pool = RewardPool(limit, self.processes)
@@ -242,6 +243,7 @@ class Scorer:
     ) -> list[Outcome]:
         """Return one outcome for each sample, and note those of every function under its path."""
         if node.parts:
+            # one column per part, one row per rollout
             columns = [self._outcomes(part, samples, found) for part in node.parts]
             return [combined(node.reward.parts, row) for row in zip(*columns, strict=True)]
         try:

@@ -66,7 +66,7 @@ class HeldOut:
         values = {"eval/reward": sampled.mean_reward, "eval/greedy": greedy.mean_reward}
         for name, part in report.functions.items():
             values[f"eval/rewards/{name}"] = part.mean
-        goal = Goal(report.true, self._threshold)
+        goal = Goal(report.true, self._threshold)  # when an answer is right
         if goal.true is not None:
             scores = goal.scores(sampled)
             values["eval/rewards/true"] = mean(scores[np.isfinite(scores)])
@@ -113,6 +113,7 @@ def ks_of(given: Sequence[int] | None, samples: int) -> tuple[int, ...]:
         ValidationError: One below 1, or above the samples.
     """
     if given is None:
+        # pass@1 of one sample is the mean reward.
         return () if samples == 1 else tuple(sorted({*(2**i for i in range(samples.bit_length())), samples}))
     if not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= samples for k in given):
         raise ValidationError(

@@ -88,6 +88,7 @@ def rescore_steps(
 
 def _orders(rewards: Array) -> Array:
     """Return, for each pair of rollouts, 1 or −1 as the first has more or less; 0 if equal, NaN if unscored."""
-    first, second = np.triu_indices(rewards.size, 1)
+    first, second = np.triu_indices(rewards.size, 1)  # (G (G − 1) / 2,) each
     difference = rewards[first] - rewards[second]
+    # 0 times NaN stays NaN: a pair that was not scored is not a tie.
     return np.where(np.abs(difference) <= NO_SIGNAL, 0.0 * difference, np.sign(difference))

@@ -1,7 +1,7 @@
 """Rules over the steps of an RL run: for each trouble one that knows its signs, its cause and what helps.
 
 A rule looks at the newest row and rollouts, and at a short memory of those before. The thresholds of entropy and
-signal were replayed on published logs: rules that count single steps fire in healthy runs too, hence windows.
+signal were replayed on published logs: rules that count single steps fire in healthy runs too, so each sees several.
 """
 
 import math

@@ -37,6 +37,7 @@ def overlong(
     Raises:
         ValidationError: Tokens are to be counted and were not given.
     """
+    # r = 0, −excess / cache or −1, as the length is below L − cache, up to L, or above L = max_length
     excess = _length("overlong", response, tokens, unit) - (max_length - cache)
     return -min(max(excess / cache, 0.0), 1.0) or 0.0  # no negative zero
 
@@ -167,6 +168,7 @@ def repetition(
         max_penalty: For nothing but repetition; 0 or less.
     """
     words = response.lower().split()
+    # r = p (1 − distinct / all)
     grams = [tuple(words[start : start + ngram]) for start in range(len(words) - ngram + 1)]
     return (1 - len(set(grams)) / len(grams)) * max_penalty or 0.0 if grams else 0.0
 
