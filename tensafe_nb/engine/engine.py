@@ -209,7 +209,13 @@ class Engine:
         self.reference.freeze(self.policy_version)
         return FreezeReferenceResult(self.policy_version)
 
-    def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, tick: Tick = no_tick) -> SampleResult:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        tick: Tick = no_tick,
+        tell: sampler.Tell | None = None,
+    ) -> SampleResult:
         """Draw completions.
 
         Args:
@@ -217,6 +223,7 @@ class Engine:
             config: How to draw. Without a seed, the client's next one is taken. An answer in a chat also stops at what
                 the chat template ends a turn with, whatever the tokenizer's end token is.
             tick: Called before each token.
+            tell: Called with (number of a sequence, further text of it) as it is drawn.
 
         Raises:
             ValidationError: An empty prompt, a token outside the vocabulary, or more tokens than fit the context.
@@ -231,5 +238,5 @@ class Engine:
             own = f"{self.config.seed}/{self.samples_drawn}".encode()
             seed = int.from_bytes(hashlib.blake2b(own, digest_size=6).digest(), "big")
         turns = turn_ends(self.model.tokenizer, prompts)
-        drawn = sampler.sample(self.model, ids, config, seed, tick, turns)
+        drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell)
         return SampleResult(tuple(drawn), self.policy_version)

@@ -1,6 +1,7 @@
 """docs/architecture.md says what is: its floors, its rooms, and the functions of its walks."""
 
 import ast
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_each_step_of_a_walk_exists_and_calls_the_next(title: str) -> None:
     steps = [line for line in section(title).splitlines() if re.match(r"\d+\. ", line)]
     assert 5 <= len(steps) <= 10
     walk = [(*STEP.search(line).groups(), "⇢" in line) for line in steps]  # type: ignore[union-attr]
-    for (path, name, _), (_, following, by_queue) in zip(walk, walk[1:], strict=False):
+    for (path, name, _), (_, following, by_queue) in itertools.pairwise(walk):
         called = following.rpartition(".")[2]
         if not by_queue:  # from one thread or process to another there is no call
             assert called in named_in(function(path, name)), f"{path} {name} does not call {following}"

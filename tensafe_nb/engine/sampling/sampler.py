@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
 LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
+Tell = Callable[[int, str], None]  # number of a sequence, and further text of it
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes whose character is not whole yet
 
 
 @dataclass(slots=True)
@@ -40,16 +43,35 @@ class Completion:
     entropy: float = 0.0  # sum over its tokens
     finish_reason: str | None = None
     text: str | None = None
+    told: str = ""
+
+    def shown(self, model: LoadedModel) -> str:
+        """Return the text without what begins, ends or fills up a sequence; other special tokens are shown."""
+        if self.text is not None:
+            return self.text
+        tokenizer = model.tokenizer
+        framing = {*model.end_tokens, *self.turn.tokens, tokenizer.bos_token_id, tokenizer.pad_token_id}
+        kept = [token for token in self.tokens if token not in framing]
+        return str(tokenizer.decode(kept, skip_special_tokens=False))
+
+    def news(self, model: LoadedModel, held_back: int) -> str:
+        """Return the text that was not told yet, but for what may still turn out otherwise.
+
+        That is a character whose bytes are not all there, and as many characters as a string that ends it may have.
+        """
+        text = self.shown(model)
+        if self.finish_reason is None:
+            text = text.rstrip(UNFINISHED)
+            text = text[: len(text) - held_back]
+        if not text.startswith(self.told):
+            return ""
+        news, self.told = text[len(self.told) :], max(self.told, text, key=len)
+        return news
 
     def finished(self, model: LoadedModel) -> SampledSequence:
-        tokenizer, text = model.tokenizer, self.text
-        if text is None:  # without what begins, ends or fills up a sequence; other special tokens are shown
-            framing = {*model.end_tokens, *self.turn.tokens, tokenizer.bos_token_id, tokenizer.pad_token_id}
-            shown = [token for token in self.tokens if token not in framing]
-            text = str(tokenizer.decode(shown, skip_special_tokens=False))
         return SampledSequence(
             self.prompt_index,
-            text,
+            self.shown(model),
             self.prompt,
             tuple(self.tokens),
             tuple(self.logprobs),
@@ -99,6 +121,7 @@ def sample(
     seed: int,
     tick: Tick,
     turns: Sequence[TurnEnd] = (),
+    tell: Tell | None = None,
 ) -> list[SampledSequence]:
     """Draw `num_samples` completions per prompt, prompt by prompt.
 
@@ -109,6 +132,7 @@ def sample(
         seed: Of the call; a row's stream depends on it, on the row's prompt and on its number among equal prompts.
         tick: Called with (tokens done, tokens at most) before each token; may raise to stop.
         turns: What ends an answer to each prompt beside the model's end tokens; for none of them if empty.
+        tell: Called with further text of a sequence after each token, if asked for: its pieces are the text.
     """
     rows = list(begun(prompts, sampling.num_samples, seed, turns or [TurnEnd()] * len(prompts)))
     longest = max(map(len, prompts)) + sampling.max_new_tokens
@@ -128,6 +152,7 @@ def sample(
                 rows[start * samples : (start + at_once) * samples],
                 sampling,
                 of_all,
+                None if tell is None else partial(tell_news, model, sampling, rows, tell),
             )
     return [row.finished(model) for row in rows]
 
@@ -138,6 +163,7 @@ def decode(
     rows: list[Completion],
     sampling: SamplingConfig,
     tick: Tick,
+    after_token: Callable[[], None] | None = None,
 ) -> None:
     """Fill in the rows of some prompts, all of them token by token together."""
     active = list(rows)
@@ -153,6 +179,8 @@ def decode(
             row.raw_logprobs.append(raw_logprob)
             row.entropy += nats
             row.finish(model, sampling, last=position + 1 == sampling.max_new_tokens)
+        if after_token is not None:
+            after_token()
         going = [index for index, row in enumerate(active) if row.finish_reason is None]
         if not going:
             break
@@ -161,6 +189,15 @@ def decode(
             state.keep(torch.tensor(going, device=model.device))
             tokens = tokens[torch.tensor(going, device=tokens.device)]
         state.feed(tokens)
+
+
+def tell_news(model: LoadedModel, sampling: SamplingConfig, rows: Sequence[Completion], tell: Tell) -> None:
+    """Tell what there is of each row that was not told yet."""
+    for number, row in enumerate(rows):
+        ends = () if sampling.ignore_end else (*sampling.stop, *row.turn.texts)
+        news = row.news(model, held_back=max(map(len, ends), default=1) - 1)
+        if news:
+            tell(number, news)
 
 
 def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
