@@ -104,7 +104,9 @@ def checkpoint() -> Row:
         weights = {name: parameter.detach() for name, parameter in engine.model.trainable}
 
         def peer() -> None:
-            _torch_save({"weights": weights, "optimizer": engine.optimizer.state_dict()}, folder / "peer.pt")
+            _torch_save(
+                {"weights": weights, "optimizer": engine.optimizer.torch.state_dict()}, folder / "peer.pt"
+            )
 
         taken = paired(lambda: tc.save_state().result(), peer, seconds=3)
     return Row(

@@ -109,7 +109,7 @@ def _peak_of(engine: object, step: object) -> int:
         peak = max(peak, now)
     model = engine.model.causal  # type: ignore[attr-defined]
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _lasting(model)}
-    moments = [t for state in engine.optimizer.state.values() for t in state.values()]  # type: ignore[attr-defined]
+    moments = [t for state in engine.optimizer.torch.state.values() for t in state.values()]  # type: ignore[attr-defined]
     return peak + sum(kept.values()) + sum(t.numel() * t.element_size() for t in moments)
 
 

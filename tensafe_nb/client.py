@@ -151,6 +151,8 @@ class TrainingClient:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingConfig | None = None,
+        *,
+        stream: bool = False,
         **fields: Any,
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
@@ -158,6 +160,7 @@ class TrainingClient:
         Args:
             prompts: A text, a list of chat messages or of token ids, or a list of any of these.
             sampling: How to draw.
+            stream: Tell pieces of the texts as they are drawn: `async for piece in handle.pieces()`.
             fields: Fields of SamplingConfig, instead of or on top of `sampling`.
 
         Raises:
@@ -174,7 +177,7 @@ class TrainingClient:
                 f"sample(): {len(read):,} prompts with num_samples={config.num_samples:,} are more than "
                 f"{MOST_SEQUENCES:,} sequences: sample in parts."
             )
-        return self._submit(Sample(read, config))
+        return self._submit(Sample(read, config, stream))
 
     @checked
     def compute_logprobs(

@@ -22,6 +22,8 @@ from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 
+__all__ = ["HELDOUT_MODULES", "TRAIN_MODULES", "docstring_pairs", "pretraining_texts", "sums"]
+
 Split = Literal["train", "heldout"]
 Kind = Literal["module", "class", "function", "method"]
 Documentable = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -68,7 +70,7 @@ def docstring_pairs(split: Split) -> list[dict[str, str]]:
         ValidationError: the split has another name.
     """
     _check_split(split)
-    return [{"prompt": prompt, "completion": text} for text, prompt in _completions(split).items()]
+    return [{"prompt": prompt, "completion": text} for text, prompt in completions_of(split).items()]
 
 
 def pretraining_texts() -> list[str]:
@@ -80,12 +82,12 @@ def pretraining_texts() -> list[str]:
         `docstring_pairs` is left out.
     """
     fine_tuned = {*TRAIN_MODULES, *HELDOUT_MODULES}
-    packages = {path.parent.name for path in _library().glob("*/__init__.py")}
-    files = {path.stem for path in _library().glob("*.py")}
+    packages = {path.parent.name for path in standard_library().glob("*/__init__.py")}
+    files = {path.stem for path in standard_library().glob("*.py")}
     modules = sorted((packages | files) - _SKIPPED - fine_tuned)
-    texts = dict.fromkeys(text for name in modules for text in _help_texts(name))
+    texts = dict.fromkeys(text for name in modules for text in help_texts_of(name))
     # the base model must not have seen what fine-tuning is to teach it
-    contains_completion = _finder([*_completions("train"), *_completions("heldout")])
+    contains_completion = phrase_finder([*completions_of("train"), *completions_of("heldout")])
     return [text for text in texts if not contains_completion(_one_line(text))]
 
 
@@ -107,7 +109,7 @@ def sums(count: int, *, seed: int, split: Split = "train") -> list[dict[str, str
     _check_split(split)
     if count < 0:
         raise ValidationError(f"count must be 0 or more, got {count}.")
-    pairs, rng = list(_sum_pairs(split)), random.Random(seed)
+    pairs, rng = list(sum_pairs(split)), random.Random(seed)
     drawn: list[tuple[int, int]] = []
     while len(drawn) < count:
         drawn += rng.sample(pairs, min(count - len(drawn), len(pairs)))
@@ -120,7 +122,9 @@ def _check_split(split: str) -> None:
 
 
 @cache
-def _sum_pairs(split: Split) -> tuple[tuple[int, int], ...]:
+def sum_pairs(split: Split) -> tuple[tuple[int, int], ...]:
+    """All pairs of numbers below 100 that belong to a split."""
+
     def is_heldout(a: int, b: int) -> bool:
         digest = hashlib.sha256(f"{a:02d}+{b:02d}".encode()).digest()
         return int.from_bytes(digest[:4], "big") % 100 < _SUMS_HELDOUT_PERCENT
@@ -130,7 +134,7 @@ def _sum_pairs(split: Split) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Documented:
+class Documented:
     """A module, class, function or method that has a docstring, without the syntax tree it came from."""
 
     kind: Kind
@@ -139,10 +143,10 @@ class _Documented:
     doc: str
 
     @classmethod
-    def within(cls, node: Documentable, kind: Kind, path: str) -> Iterator[_Documented]:
+    def within(cls, node: Documentable, kind: Kind, path: str) -> Iterator[Documented]:
         """Depth first. What a function defines inside itself is nobody's interface."""
         if doc := ast.get_docstring(node):
-            yield cls(kind, path, _arguments(node), doc)
+            yield cls(kind, path, arguments_of(node), doc)
         for child in node.body if isinstance(node, ast.Module | ast.ClassDef) else ():
             if isinstance(child, ast.ClassDef):
                 yield from cls.within(child, "class", f"{path}.{child.name}")
@@ -182,7 +186,8 @@ class _Documented:
         return is_public and is_prose and low <= len(completion) <= high and len(self.prompt) <= _PROMPT_CHARS
 
 
-def _arguments(node: Documentable) -> str:
+def arguments_of(node: Documentable) -> str:
+    """Parameters without their annotations, which would take up half of a prompt; the bases of a class."""
     if isinstance(node, ast.Module):
         return ""
     if isinstance(node, ast.ClassDef):
@@ -194,16 +199,17 @@ def _arguments(node: Documentable) -> str:
 
 
 @cache
-def _completions(split: Split) -> dict[str, str]:
+def completions_of(split: Split) -> dict[str, str]:
     """Completion -> prompt. The modules held out are read only for those who ask for them."""
     if split == "train":
-        return _pairs(TRAIN_MODULES, taken=set())
-    return _pairs(HELDOUT_MODULES, taken=set(_completions("train")))
+        return pairs_of(TRAIN_MODULES, taken=set())
+    return pairs_of(HELDOUT_MODULES, taken=set(completions_of("train")))
 
 
-def _pairs(modules: Sequence[str], taken: set[str]) -> dict[str, str]:
+def pairs_of(modules: Sequence[str], taken: set[str]) -> dict[str, str]:
+    """Completion -> prompt, of what is documented in some modules; neither is in `taken`, or comes twice."""
     pairs: dict[str, str] = {}
-    for item in (item for name in modules for item in _documented(name) if item.kind != "module"):
+    for item in (item for name in modules for item in documented_in(name) if item.kind != "module"):
         prompt, text = item.prompt, item.first_sentence
         if item.makes_a_pair and taken.isdisjoint((prompt, text)):
             pairs[text] = prompt
@@ -215,17 +221,18 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _help_texts(module: str) -> Iterator[str]:
+def help_texts_of(module: str) -> Iterator[str]:
     """Yield the docstrings of a module; of `pydoc_data`, the pages of `help("topics")` besides, cut short."""
-    yield from (item.help_text for item in _documented(module))
-    for _, tree in _sources(module) if module == "pydoc_data" else ():
+    yield from (item.help_text for item in documented_in(module))
+    for _, tree in sources_of(module) if module == "pydoc_data" else ():
         for node in tree.body:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):  # of topics.py
                 for page in ast.literal_eval(node.value).values():
-                    yield from _cut(page)
+                    yield from cut_at_paragraphs(page)
 
 
-def _cut(page: str) -> Iterator[str]:
+def cut_at_paragraphs(page: str) -> Iterator[str]:
+    """Yield a long page in parts that a model can learn."""
     text = ""
     for paragraph in page.strip().split("\n\n"):
         if text and len(text) + len(paragraph) > _HELP_TOPIC_CHARS:
@@ -236,26 +243,29 @@ def _cut(page: str) -> Iterator[str]:
 
 
 @cache
-def _documented(module: str) -> tuple[_Documented, ...]:
+def documented_in(module: str) -> tuple[Documented, ...]:
     """In source order, all files of a top-level module; empty where this Python lacks it."""
-    return tuple(item for name, tree in _sources(module) for item in _Documented.within(tree, "module", name))
+    return tuple(
+        item for name, tree in sources_of(module) for item in Documented.within(tree, "module", name)
+    )
 
 
-def _sources(module: str) -> Iterator[tuple[str, ast.Module]]:
+def sources_of(module: str) -> Iterator[tuple[str, ast.Module]]:
     """Dotted name and syntax tree of each file. Trees are heavy: one at a time, never kept."""
-    single = _library() / f"{module}.py"
-    for path in [single] if single.is_file() else sorted((_library() / module).rglob("*.py")):
-        parts = path.relative_to(_library()).with_suffix("").parts
+    single = standard_library() / f"{module}.py"
+    for path in [single] if single.is_file() else sorted((standard_library() / module).rglob("*.py")):
+        parts = path.relative_to(standard_library()).with_suffix("").parts
         if not _SKIPPED & set(parts):
             yield ".".join(parts).removesuffix(".__init__"), ast.parse(path.read_bytes())
 
 
 @cache
-def _library() -> Path:
+def standard_library() -> Path:
+    """The folder of this Python's own modules."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _finder(phrases: Sequence[str]) -> Callable[[str], bool]:
+def phrase_finder(phrases: Sequence[str]) -> Callable[[str], bool]:
     """A test whether a text contains any of many phrases, which looks up each position of the text once."""
     width = _COMPLETION_CHARS[0]
     by_head: dict[str, list[str]] = {}

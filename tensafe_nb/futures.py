@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
@@ -36,6 +36,8 @@ class Promise(Generic[R]):
         self._lock = threading.Lock()
         self._finished = threading.Event()
         self._callbacks: list[Callable[[], object]] = []
+        self._watchers: list[Callable[[], None]] = []
+        self.pieces: list[Any] = []  # of the value, as they come; of what is streamed
         self.state = FutureStatus.PENDING
         self.progress: tuple[int, int] | None = None
         self.cancel_requested = False
@@ -87,6 +89,29 @@ class Promise(Generic[R]):
         if not is_to_come:
             callback()
         return forget
+
+    def add_piece(self, piece: Any) -> None:
+        """Hand out a piece of the value before it is whole."""
+        with self._lock:
+            if self.done:
+                return
+            self.pieces.append(piece)
+            watchers = tuple(self._watchers)
+        for watcher in watchers:
+            watcher()
+
+    def watch(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Call back at every piece and at the end; returns a function that forgets the callback."""
+        with self._lock:
+            self._watchers.append(watcher)
+        forget = self.on_done(watcher)
+
+        def forget_both() -> None:
+            forget()
+            with self._lock, contextlib.suppress(ValueError):
+                self._watchers.remove(watcher)
+
+        return forget_both
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block in slices, so that Ctrl-C is seen everywhere; True if it ended in time."""
@@ -260,6 +285,13 @@ class FutureHandle(Generic[R]):
         """
         return self._cancel()
 
+    def pieces(self) -> "Pieces":
+        """Iterate over a result's pieces as they come, with `for` or `async for`: of `sample(…, stream=True)`.
+
+        They end when the result is there, and add up to it; where the operation failed, they end with its error.
+        """
+        return Pieces(self._promise)
+
     def add_done_callback(self, callback: "Callable[[FutureHandle[R]], object]") -> None:
         """Call `callback(handle)` when it has ended, on the thread that ended it."""
         self._promise.on_done(lambda: callback(self))
@@ -310,6 +342,51 @@ class FutureHandle(Generic[R]):
         if promise.state is FutureStatus.COMPLETED:
             facts |= {name: getattr(promise.value, name) for name in sorted(self._lent)}
         return table(self.future_id, facts)
+
+
+class Pieces:
+    """The pieces of a streamed result, in the order they come; each loop over it begins with the first."""
+
+    def __init__(self, promise: Promise[Any]) -> None:
+        self._promise = promise
+
+    def __iter__(self) -> Iterator[Any]:
+        promise, seen = self._promise, 0
+        changed = threading.Event()
+        forget = promise.watch(changed.set)
+        try:
+            while not promise.wait(0) or seen < len(promise.pieces):
+                if seen < len(promise.pieces):
+                    yield promise.pieces[seen]
+                    seen += 1
+                elif changed.wait(HEARTBEAT):
+                    changed.clear()
+        finally:
+            forget()
+        promise.outcome()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        promise, seen = self._promise, 0
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(changed.set)
+
+        forget = promise.watch(wake)
+        try:
+            while not promise.done or seen < len(promise.pieces):
+                if seen < len(promise.pieces):
+                    yield promise.pieces[seen]
+                    seen += 1
+                else:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(HEARTBEAT):
+                            await changed.wait()
+                    changed.clear()
+        finally:
+            forget()
+        promise.outcome()
 
 
 def promise_of(handle: FutureHandle[R]) -> Promise[R]:

@@ -49,6 +49,7 @@ def save(
         "has_moments": operation.include_optimizer,
         "position": operation.position,
     }
+    # The facts come first, so that a state of another model is refused before a tensor of it is read.
     parts: dict[str, bytes | TensorPart] = {FACTS: json.dumps(state.facts | known | dict(facts)).encode()}
     if ledger is not None:
         parts[LEDGER] = json.dumps(ledger).encode()
@@ -99,8 +100,11 @@ def load(
                 f"data to go on. Nothing was loaded. load_state() it, and start a new run from there."
             )
         found = artifact.info.artifact_id
-    take_over(facts.get("ledger"))
+    take_over(
+        facts.get("ledger")
+    )  # before the weights: an account that cannot be joined leaves everything as it was
     state = EngineState.of_parts(facts, tensors)
+    # Moments mean something only to the optimiser that made them.
     same = facts["config"]["optimizer"]["name"] == engine.config.optimizer.name
     states.restore(engine, state, keep_moments=same)
     restored = state.optimizer is not None and same

@@ -1,9 +1,10 @@
 """The executor: carries out each operation, on engine, store and privacy account, and publishes what came of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from tensafe_nb.config import SamplingConfig
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.privacy import Guarantee
@@ -29,8 +30,12 @@ from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     LoadStateResult,
     OptimStepResult,
+    Prompt,
     Result,
+    SampledPiece,
+    SampleResult,
     SaveStateResult,
+    missing_pieces,
 )
 from tensafe_nb.store.vault import Vault
 
@@ -58,6 +63,7 @@ class Executor:
     ) -> None:
         self.engine, self._queue, self._vault = engine, queue, vault
         self._guarantee, self._bus, self._client_id = guarantee, bus, client_id
+        # Results of the open window, and whether their loss was normalised by who sent the batch.
         self._losses: list[tuple[ForwardBackwardResult, bool]] = []
         self.step, self.policy_version = engine.step, engine.policy_version
 
@@ -69,7 +75,7 @@ class Executor:
     def execute(self, job: Job, tick: Tick) -> Result:
         """Carry out an operation."""
         engine, operation = self.engine, job.operation
-        if self._queue.stale_gradients:
+        if self._queue.stale_gradients:  # a step did not complete: its window must not leak into the next
             self._queue.stale_gradients = False
             self._losses.clear()
             engine.discard_gradients()
@@ -83,8 +89,8 @@ class Executor:
                 return engine.forward(batch, cast(Loss, job.loss), wanted, tick)
             case OptimStep(apply_dp_noise):
                 return self.optim_step(apply_dp_noise)
-            case Sample(prompts, sampling):
-                return engine.sample(prompts, sampling, tick)
+            case Sample(prompts, sampling, stream):
+                return self.sample(job, prompts, sampling, stream, tick)
             case ComputeLogprobs(batch, temperature, reference):
                 return engine.compute_logprobs(batch, temperature, reference, tick)
             case FreezeReference():
@@ -99,11 +105,26 @@ class Executor:
                 return voided
         raise AssertionError(operation)
 
+    def sample(
+        self, job: Job, prompts: Sequence[Prompt], sampling: SamplingConfig, stream: bool, tick: Tick
+    ) -> SampleResult:
+        """Draw completions; where they are streamed, tell their texts as they grow, to whoever holds the handle."""
+        promise = job.promise
+
+        def tell(sequence: int, text: str) -> None:
+            promise.add_piece(SampledPiece(sequence, text))
+
+        result = self.engine.sample(prompts, sampling, tick, tell if stream else None)
+        for piece in missing_pieces(promise.pieces, result) if stream else ():
+            promise.add_piece(piece)
+        return result
+
     def save_state(self, operation: SaveState) -> SaveStateResult:
         """Seal the state, with the open window: what was accumulated, and how it was broken."""
         engine = self.engine
-        window = [] if engine.is_private else self._losses
-        broken = None if engine.is_private else self._queue.broken
+        # A private window is never sealed: its sum of clipped gradients has no noise yet. It is dropped, and counted.
+        resumable = engine.training_step.resumable
+        window, broken = (self._losses, self._queue.broken) if resumable else ([], None)
         saved = checkpoints.save(
             engine,
             self._vault.artifacts,
@@ -113,7 +134,7 @@ class Executor:
             facts={"losses": encode(window), "broken": broken},
             ledger=self._guarantee.carried(),
         )
-        dropped = engine.window.batches if engine.is_private else 0
+        dropped = 0 if resumable else engine.window.batches
         saved = replace(saved, dp_metrics=self._guarantee.metrics, dropped_batches=dropped)
         run_id = (operation.position or {}).get("run_id")
         self._bus.publish(
@@ -126,7 +147,7 @@ class Executor:
                 run_id=run_id,
             )
         )
-        self._bus.sync()
+        self._bus.sync()  # whoever finds the artifact finds its event
         return saved
 
     def load_state(self, artifact_id: str, **options: Any) -> LoadStateResult:
@@ -136,7 +157,7 @@ class Executor:
         loaded, facts = checkpoints.load(
             engine, self._vault.artifacts, artifact_id, take_over=take_over, **options
         )
-        self._queue.end_window()
+        self._queue.end_window()  # the state brings the window it was saved with
         self._queue.inherited = facts["broken"]
         self._losses = [tuple(pair) for pair in decode(facts["losses"])]
         self.step, self.policy_version = engine.step, engine.policy_version
@@ -147,12 +168,13 @@ class Executor:
     def optim_step(self, apply_dp_noise: bool) -> OptimStepResult:
         """Take the step of a whole window, and pay for it; a broken window ends here without one."""
         engine = self.engine
-        losses, self._losses = self._losses, []
+        losses, self._losses = self._losses, []  # the window ends here, however the step does
         error = self._queue.end_window()
         if error is not None:
             engine.discard_gradients()
             raise error
         self._guarantee.before_step()
+        # A private engine pays before it moves a weight: a crash in between costs budget, never privacy.
         try:
             result = engine.optim_step(apply_dp_noise)
         except DPBudgetExceededError:

@@ -44,6 +44,7 @@ class PrivacyAccount:
         self._dp, self._config, self._client_id = config.dp_config, config, client_id
         self.draws: DrawRegister = log.draws
         size = self._dp.dataset_size
+        # delta >= 1/N permits (0, delta): publish each example with probability delta, and one is expected to be out.
         if size is not None and self._dp.target_delta >= 1 / size:
             logger.warning(
                 "DPConfig: target_delta=%g is not below 1 / dataset_size = %g: a mechanism that gives one example away "
@@ -102,6 +103,7 @@ class PrivacyAccount:
         """Return how the account stands after a step, as an event."""
         spent = self.spent()
         gained = spent.total_epsilon - epsilon_before
+        # A step like those before it; under worst-case accounting, that of one unit which takes part each time.
         next_charge = self._charge(step + 1, {"": 1}, "example", noised=True)
         return PrivacySpent(
             step=step,
@@ -124,7 +126,7 @@ class PrivacyAccount:
             max_grad_norm=dp.max_grad_norm,
             expected_batch_size=self._config.expected_units,
             dataset_size=dp.dataset_size,
-            participants=participants if dp.sampling == "worst_case" else {},
+            participants=participants if dp.sampling == "worst_case" else {},  # who was drawn stays secret
             unit=unit,
             noise_source=NOISE,
             sampling=EVIDENCE[dp.sampling],

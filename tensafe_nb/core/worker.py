@@ -18,12 +18,12 @@ from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.executor import Executor
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, JobQueue
-from tensafe_nb.engine import canaries as canaries_of
-from tensafe_nb.engine import estimate as estimate_of
+from tensafe_nb.engine.canaries import audit
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.estimate import estimate
 from tensafe_nb.engine.models import load as models
-from tensafe_nb.engine.models.failures import presentable
 from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.errors import (
     ClientClosedError,
     FutureCancelledError,
@@ -348,7 +348,7 @@ class Worker:
 
     def privacy_audit(self, canaries: int, steps: int) -> PrivacyAudit:
         """Train a model of canaries as privately as this client trains; on the caller's thread."""
-        return canaries_of.audit(self.config, canaries, steps)
+        return audit(self.config, canaries, steps)
 
     def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
         """Return what a training step will take; on the caller's thread, between two operations.
@@ -364,7 +364,7 @@ class Worker:
                 raise ClientClosedError(
                     f"estimate: the training client {self.training_client_id} is closed. Create a new one."
                 )
-            return estimate_of.estimate(executor.engine, batch_size, length)
+            return estimate(executor.engine, batch_size, length)
 
     def close(self) -> None:
         """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.

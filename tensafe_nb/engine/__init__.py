@@ -1,1 +1,1 @@
-"""The core: plain synchronous torch. It computes, and never knows that anyone watches."""
+"""The engine: plain synchronous torch. It computes, and never knows that anyone watches."""

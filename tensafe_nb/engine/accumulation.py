@@ -1,4 +1,4 @@
-"""What lies between two optimiser steps: the open window, and the values its micro-batches add up to."""
+"""Accumulation between two optimiser steps: the open window, and the values that its micro-batches add up to."""
 
 import math
 from collections import defaultdict
@@ -12,6 +12,7 @@ from tensafe_nb.protocol.results import ForwardBackwardResult
 
 Tick = Callable[[int, int], None]
 MAXIMUM = "_max"  # a metric of such a name is the largest of the micro-batches' values, not their mean
+NO_WEIGHT = 1e-12  # a mean over nothing is 0
 
 
 def no_tick(done: int, total: int) -> None:
@@ -33,6 +34,10 @@ class Window:
                 f"sums that are never divided, other losses are means. Call optim_step() in between."
             )
         self.prenormalised = loss.declares.prenormalised
+
+    def add(self, tally: "Tally") -> None:
+        self.weight += tally.weight
+        self.batches += 1
 
     @property
     def divisor(self) -> float:
@@ -60,7 +65,7 @@ class Tally:
 
     @property
     def divisor(self) -> float:
-        return 1.0 if self.prenormalised else max(self.weight, 1e-12)
+        return 1.0 if self.prenormalised else max(self.weight, NO_WEIGHT)
 
     @property
     def loss(self) -> float:

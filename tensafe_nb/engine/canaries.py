@@ -19,9 +19,7 @@ from tensafe_nb.privacy.audit_canary import PrivacyAudit, audit_of, check_audit
 from tensafe_nb.privacy.tickets import DrawRegister, ticket
 from tensafe_nb.protocol.batch import Array, BatchData
 
-SIZE = (
-    10.0  # norm of a canary's gradient before it is clipped, in units of C: far above, so that the clip acts
-)
+SIZE = 10.0  # norm of a canary's gradient before the clip, in units of C: far above, so that the clip acts
 CLIENT = "audit"
 
 
@@ -89,7 +87,7 @@ def audit(config: TrainingConfig, canaries: int, steps: int) -> PrivacyAudit:
     engine = canary_engine(config, canaries)
     included = np.random.default_rng().random(canaries) < 0.5
     for step in range(steps):
-        engine.forward_backward(_batch(np.flatnonzero(included), step), resolve_loss(readout))
+        engine.forward_backward(canary_batch(np.flatnonzero(included), step), resolve_loss(readout))
         engine.optim_step()
     unit = dp.max_grad_norm / config.expected_units
     weights = engine.model.causal.readout.weight.detach()[0].double().numpy()
@@ -120,7 +118,8 @@ def readout(outputs: Any, batch: Any) -> Tensor:
     return rows
 
 
-def _batch(tokens: Array, step: int) -> BatchData:
+def canary_batch(tokens: Array, step: int) -> BatchData:
+    """Return one row of one token for each canary, with the ticket of a whole draw."""
     ids = tokens[:, None]
     return BatchData(
         ids,

@@ -1,4 +1,4 @@
-"""What a training step will take, found out before it is taken: a short probe that leaves the engine as it was.
+"""The estimate of a training step before it is taken: a short probe, which leaves the engine as it was.
 
 The probe computes a loss and its gradient on made-up tokens with `torch.autograd.grad`, which writes to no weight and
 no `.grad`, in evaluation mode, which draws no random number. Memory is counted tensor by tensor, not read from the
@@ -19,12 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from tensafe_nb.display import as_given
 from tensafe_nb.engine import optimizers
-from tensafe_nb.engine.accumulation import no_tick
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import memory
 from tensafe_nb.errors import InsufficientMemoryError, ValidationError
 from tensafe_nb.losses import resolve_loss
-from tensafe_nb.privacy.noise import gaussian
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.results import StepEstimate
 
@@ -37,7 +35,7 @@ LENGTH = 512  # where the caller names none and the model takes as many
 
 
 @dataclass(frozen=True, slots=True)
-class _Probe:
+class Probe:
     """What one pass over some tokens took: seconds, and bytes at the peak of the forward pass and of the whole."""
 
     tokens: int
@@ -58,54 +56,19 @@ def estimate(engine: Engine, batch_size: int | None = None, length: int | None =
         ValidationError: A device whose memory cannot be asked, or sizes that do not fit the model.
         InsufficientMemoryError: A step will not fit the memory that is there; says what would.
     """
-    _check(engine)
-    rows, length = _sizes(engine, batch_size, length)
-    micro_rows = _rows_at_once(engine, rows, length)
-    micro_batches = -(-rows // micro_rows)
-    step = _in_one_piece(engine, micro_rows, length)
-    optimizer_seconds, moment_bytes = _optimizer(engine)
-    gradient_bytes = memory.size_of(engine.parameters)
-    transient = step.peak_bytes
-    if engine.private is not None:  # the sum of clipped gradients stays; then it and its noise are float64
-        transient = max(transient + (micro_batches > 1) * gradient_bytes, 5 * gradient_bytes)
-    elif micro_batches > 1:  # the later ones find the gradients of the first
-        transient = max(transient, gradient_bytes + step.forward_bytes)
-    seconds = step.seconds * rows / micro_rows + optimizer_seconds
-    weight_bytes = memory.size_of([*engine.model.causal.parameters(), *engine.model.causal.buffers()])
-    kept = memory.size_of(p.grad for p in engine.parameters if p.grad is not None) + _moments(
-        engine.optimizer
-    )
-    found = StepEstimate(
-        batch_size=rows,
-        length=length,
-        micro_batches=micro_batches,
-        trained_parameters=sum(p.numel() for p in engine.parameters),
-        seconds_per_step=seconds,
-        tokens_per_second=rows * length / seconds,
-        memory_bytes=int(weight_bytes + moment_bytes + transient),
-        weight_bytes=weight_bytes,
-        gradient_bytes=gradient_bytes,
-        optimizer_bytes=int(moment_bytes),
-        activation_bytes=int(max(0, transient - gradient_bytes)),
-        needed_bytes=int(max(0, moment_bytes + transient - kept)),
-        available_bytes=memory.available(engine.model.device),
-        precision=engine.model.precision,
-        device=str(engine.model.device),
-    )
-    _check_fit(found, micro_rows)
+    if engine.model.device.type not in ("cpu", "cuda"):
+        raise ValidationError(
+            f"estimate(): the memory of device {as_given(engine.model.device.type)} cannot be asked for. It works on "
+            f"cpu and cuda."
+        )
+    rows, length = sizes_of(engine, batch_size, length)
+    found, micro_rows = Estimator(engine).step(rows, length)
+    check_fit(found, micro_rows)
     return found
 
 
-def _check(engine: Engine) -> None:
-    if engine.model.device.type not in ("cpu", "cuda"):
-        raise ValidationError(
-            f"estimate(): the memory of device {as_given(engine.model.device.type)} cannot be asked for. It works "
-            f"on cpu and "
-            f"cuda."
-        )
-
-
-def _sizes(engine: Engine, batch_size: int | None, length: int | None) -> tuple[int, int]:
+def sizes_of(engine: Engine, batch_size: int | None, length: int | None) -> tuple[int, int]:
+    """Return rows and tokens of a step: those asked for, checked, or the configuration's."""
     config, context = engine.config, engine.model.context
     rows = config.batch_size * config.gradient_accumulation_steps if batch_size is None else batch_size
     tokens = min(LENGTH, context or LENGTH) if length is None else length
@@ -119,118 +82,147 @@ def _sizes(engine: Engine, batch_size: int | None, length: int | None) -> tuple[
     return rows, tokens
 
 
-def _rows_at_once(engine: Engine, rows: int, length: int) -> int:
-    """Return how many rows the engine computes at a time; fewer where it keeps a gradient for each."""
-    fitting = min(rows, max(1, engine.config.micro_batch_tokens // length))
-    if engine.private is None:
-        return fitting
-    tokens = min(length, LONGEST_PROBE, max(2, PROBE_TOKENS // 2))
-    return min(fitting, engine.private.trial(_made_up(engine, max(2, fitting), tokens), TOKEN_CE)[0])
+class Estimator:
+    """Tries pieces of a step on an engine, and works out the whole.
+
+    Args:
+        engine: It stays as it was.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._model, self._kind = engine, engine.model, engine.training_step
+
+    def step(self, rows: int, length: int) -> tuple[StepEstimate, int]:
+        """Return what a step of `rows` of `length` tokens takes, and how many of them are computed at once."""
+        engine, model = self._engine, self._model
+        micro_rows = self.rows_at_once(rows, length)
+        micro_batches = -(-rows // micro_rows)
+        piece = self.micro_batch(micro_rows, length)
+        optimizer_seconds, moment_bytes = self.optimizer_step()
+        gradient_bytes = memory.size_of(engine.parameters)
+        # what is there only within the step: gradients and activations
+        transient = self._kind.peak_bytes(
+            piece.forward_bytes, piece.peak_bytes, gradient_bytes, micro_batches
+        )
+        seconds = piece.seconds * rows / micro_rows + optimizer_seconds
+        weight_bytes = memory.size_of([*model.causal.parameters(), *model.causal.buffers()])
+        kept = memory.size_of(engine.optimizer.gradients()) + _moments(engine.optimizer.torch)
+        found = StepEstimate(
+            batch_size=rows,
+            length=length,
+            micro_batches=micro_batches,
+            trained_parameters=sum(p.numel() for p in engine.parameters),
+            seconds_per_step=seconds,
+            tokens_per_second=rows * length / seconds,
+            memory_bytes=int(weight_bytes + moment_bytes + transient),
+            weight_bytes=weight_bytes,
+            gradient_bytes=gradient_bytes,
+            optimizer_bytes=int(moment_bytes),
+            activation_bytes=int(max(0, transient - gradient_bytes)),
+            needed_bytes=int(max(0, moment_bytes + transient - kept)),
+            available_bytes=memory.available(model.device),
+            precision=model.precision,
+            device=str(model.device),
+        )
+        return found, micro_rows
+
+    def rows_at_once(self, rows: int, length: int) -> int:
+        """Return how many rows the engine computes at a time; fewer where it keeps a gradient for each."""
+        fitting = min(rows, max(1, self._engine.config.micro_batch_tokens // length))
+        tokens = min(length, LONGEST_PROBE, max(2, PROBE_TOKENS // 2))
+        at_once, _ = self._kind.trial(self._made_up(max(2, fitting), tokens), TOKEN_CE)
+        return min(fitting, at_once)
+
+    def micro_batch(self, rows: int, length: int) -> Probe:
+        """Return what a micro-batch takes: tried as it is where it is small, else worked out from smaller ones."""
+        tried_length = min(length, LONGEST_PROBE)
+        fitting = max(1, PROBE_TOKENS // tried_length)
+        if rows <= fitting and length == tried_length:
+            return self.probe(rows, length)
+        whole = self.probe(fitting, tried_length)
+        half = (fitting // 2, tried_length) if fitting > 1 else (1, max(1, tried_length // 2))
+        part = self.probe(*half, timed=False)
+        tokens = rows * length
+
+        def at_so_many(smaller: float, larger: float) -> float:
+            """Bytes are a line in the number of tokens: extended from two points."""
+            return smaller + (larger - smaller) / (whole.tokens - part.tokens) * (tokens - part.tokens)
+
+        return Probe(
+            tokens,
+            whole.seconds * tokens / whole.tokens * self.attention(length, tried_length),
+            at_so_many(part.forward_bytes, whole.forward_bytes),
+            at_so_many(part.peak_bytes, whole.peak_bytes),
+        )
+
+    def attention(self, length: int, tried: int) -> float:
+        """Return how much more a token of a row of `length` costs than one of a row of `tried`, by multiplications.
+
+        A token takes one for each weight of a matrix, and with each of the T/2 tokens before it, on average, 2 D in
+        each layer: for its key and for its value.
+        """
+        config = self._model.causal.config
+        per_position = 2 * getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
+        matrices = sum(p.numel() for p in self._model.causal.parameters() if p.ndim == 2)
+        factor: float = (matrices + per_position * length / 2) / (matrices + per_position * tried / 2)
+        return factor
+
+    def probe(self, rows: int, length: int, *, timed: bool = True) -> Probe:
+        """Compute loss and gradient of made-up rows, and return what that took."""
+        _, compute = self._kind.trial(self._made_up(rows, length), TOKEN_CE)
+        forward_bytes, peak_bytes = self.peaks(compute)
+        seconds = self._timed(lambda: compute(lambda: None)) if timed else 0.0
+        return Probe(rows * length, seconds, forward_bytes, peak_bytes)
+
+    def peaks(self, compute: Callable[[Callable[[], None]], None]) -> tuple[float, float]:
+        """Return the most bytes that the forward pass, and the whole, hold beyond what is there before."""
+        forward: list[float] = []
+        model, device = self._model.causal, self._model.device
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            compute(lambda: forward.append(torch.cuda.max_memory_allocated(device) - before))
+            return max(forward), torch.cuda.max_memory_allocated(device) - before
+        with CountedBytes([*self._engine.parameters, *model.parameters(), *model.buffers()]) as counted:
+            compute(lambda: forward.append(counted.peak))
+        return max(forward), counted.peak
+
+    def optimizer_step(self) -> tuple[float, float]:
+        """Return seconds of an optimiser step and bytes of its moments, worked out from tensors of the same shapes."""
+        parameters = self._engine.parameters
+        scratch = list(scratch_like(parameters))
+        optimizer = optimizers.build(self._engine.config.optimizer, scratch)
+        gradients = [torch.zeros_like(parameter) for parameter in scratch]
+        for parameter, gradient in zip(scratch, gradients, strict=True):
+            parameter.grad = gradient
+
+        def step() -> None:
+            self._kind.rehearse(gradients)
+            nn.utils.get_total_norm(gradients)
+            optimizer.step()
+
+        step()
+        seconds = self._timed(step)
+        share = sum(p.numel() for p in parameters) / sum(p.numel() for p in scratch)
+        return seconds * share, _moments(optimizer) * share
+
+    def _made_up(self, rows: int, length: int) -> BatchData:
+        ids, labels = np.random.default_rng(0).integers(0, self._model.vocab_size, (2, rows, length))
+        return BatchData(ids, labels=labels)
+
+    def _timed(self, action: Callable[[], None]) -> float:
+        """Return the median of some runs, in seconds."""
+        taken: list[float] = []
+        while len(taken) < AT_LEAST or sum(taken) < SECONDS:
+            started = time.perf_counter()
+            action()
+            if self._model.device.type == "cuda":
+                torch.cuda.synchronize(self._model.device)
+            taken.append(time.perf_counter() - started)
+        return float(np.median(taken))
 
 
-def _in_one_piece(engine: Engine, rows: int, length: int) -> _Probe:
-    """Return what a micro-batch takes: tried as it is where it is small, else worked out from smaller ones."""
-    tried_length = min(length, LONGEST_PROBE)
-    fitting = max(1, PROBE_TOKENS // tried_length)
-    if rows <= fitting and length == tried_length:
-        return _probe(engine, rows, length)
-    whole = _probe(engine, fitting, tried_length)
-    half = (fitting // 2, tried_length) if fitting > 1 else (1, max(1, tried_length // 2))
-    part = _probe(engine, *half, timed=False)
-    tokens = rows * length
-    return _Probe(
-        tokens,
-        whole.seconds * tokens / whole.tokens * _attention(engine, length, tried_length),
-        _on_the_line(part.tokens, part.forward_bytes, whole.tokens, whole.forward_bytes, tokens),
-        _on_the_line(part.tokens, part.peak_bytes, whole.tokens, whole.peak_bytes, tokens),
-    )
-
-
-def _on_the_line(x: float, y: float, other_x: float, other_y: float, at: float) -> float:
-    return y + (other_y - y) / (other_x - x) * (at - x)
-
-
-def _attention(engine: Engine, length: int, tried: int) -> float:
-    """Return how much more a token of a row of `length` costs than one of a row of `tried`, by multiplications."""
-    config = engine.model.causal.config
-    per_position = 2 * getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
-    matrices = sum(p.numel() for p in engine.model.causal.parameters() if p.ndim == 2)
-    factor: float = (matrices + per_position * length / 2) / (matrices + per_position * tried / 2)
-    return factor
-
-
-def _probe(engine: Engine, rows: int, length: int, *, timed: bool = True) -> _Probe:
-    compute = _pass(engine, rows, length)
-    forward_bytes, peak_bytes = _peaks(engine, compute)
-    seconds = _timed(engine, lambda: compute(_nothing)) if timed else 0.0
-    return _Probe(rows * length, seconds, forward_bytes, peak_bytes)
-
-
-def _nothing() -> None:
-    """Note nothing."""
-
-
-def _pass(engine: Engine, rows: int, length: int) -> Callable[[Callable[[], None]], None]:
-    """Return a function that computes loss and gradient of made-up rows, and calls back between the two."""
-    batch = _made_up(engine, rows, length)
-    if engine.private is not None:
-        _, step = engine.private.trial(batch, TOKEN_CE)
-
-        def compute_privately(between: Callable[[], None]) -> None:
-            step()
-            between()
-
-        return compute_privately
-    trained = [parameter for parameter in engine.parameters if parameter.requires_grad]
-
-    def compute(between: Callable[[], None]) -> None:
-        for _, part in engine.micro_batches(batch, None, no_tick):
-            tensors = engine.tensors(part, batch)
-            value = TOKEN_CE(engine.outputs(part, tensors), tensors)
-            between()
-            gradients = torch.autograd.grad(value.total, trained, allow_unused=True)
-            nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-
-    return compute
-
-
-def _made_up(engine: Engine, rows: int, length: int) -> BatchData:
-    ids, labels = np.random.default_rng(0).integers(0, engine.model.vocab_size, (2, rows, length))
-    return BatchData(ids, labels=labels)
-
-
-def _timed(engine: Engine, action: Callable[[], None]) -> float:
-    """Return the median of some runs, in seconds."""
-    taken: list[float] = []
-    while len(taken) < AT_LEAST or sum(taken) < SECONDS:
-        started = time.perf_counter()
-        action()
-        _finish(engine.model.device)
-        taken.append(time.perf_counter() - started)
-    return float(np.median(taken))
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peaks(engine: Engine, compute: Callable[[Callable[[], None]], None]) -> tuple[float, float]:
-    """Return the most bytes that the forward pass, and the whole, hold beyond what is there before."""
-    forward: list[float] = []
-    device = engine.model.device
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        compute(lambda: forward.append(torch.cuda.max_memory_allocated(device) - before))
-        return max(forward), torch.cuda.max_memory_allocated(device) - before
-    lasting = [*engine.parameters, *engine.model.causal.parameters(), *engine.model.causal.buffers()]
-    with _Counted(lasting) as counted:
-        compute(lambda: forward.append(counted.peak))
-    return max(forward), counted.peak
-
-
-class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CountedBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of every tensor made while it is on, until it is freed; `peak` is the most at one moment."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -260,30 +252,7 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._now -= self._alive.pop(where)
 
 
-def _optimizer(engine: Engine) -> tuple[float, float]:
-    """Return seconds of an optimiser step and bytes of its moments, worked out from tensors of the same shapes."""
-    parameters = engine.parameters
-    scratch = list(_scratch(parameters))
-    optimizer = optimizers.build(engine.config.optimizer, scratch)
-
-    gradients = [torch.zeros_like(parameter) for parameter in scratch]
-    for parameter, gradient in zip(scratch, gradients, strict=True):
-        parameter.grad = gradient
-
-    def step() -> None:
-        if engine.private is not None:
-            gaussian([gradient.double() for gradient in gradients], 1.0)
-        torch._foreach_div_(gradients, 1.0)
-        nn.utils.get_total_norm(gradients)
-        optimizer.step()
-
-    step()
-    seconds = _timed(engine, step)
-    share = sum(p.numel() for p in parameters) / sum(p.numel() for p in scratch)
-    return seconds * share, _moments(optimizer) * share
-
-
-def _scratch(parameters: Sequence[nn.Parameter]) -> Iterator[nn.Parameter]:
+def scratch_like(parameters: Sequence[nn.Parameter]) -> Iterator[nn.Parameter]:
     """Yield parameters like the trained ones, up to SCRATCH numbers, a piece of a larger one."""
     left = SCRATCH
     for parameter in parameters:
@@ -301,7 +270,12 @@ def _moments(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
-def _check_fit(found: StepEstimate, micro_rows: int) -> None:
+def check_fit(found: StepEstimate, micro_rows: int) -> None:
+    """Refuse a step that the memory has no room for, and say what would fit.
+
+    Raises:
+        InsufficientMemoryError: It will not fit.
+    """
     available_bytes = found.available_bytes
     if available_bytes is None or found.needed_bytes <= available_bytes:
         return

@@ -1,4 +1,4 @@
-"""A batch in the pieces that cost least: rows of like length together, so that little padding is computed."""
+"""Micro-batches: a batch in the pieces that cost least, rows of like length together, with little padding."""
 
 import math
 
@@ -21,7 +21,7 @@ def by_length(mask: Array, most_tokens: int, overhead: int) -> list[Array]:
         The row numbers of each piece, ascending; together every row once.
     """
     rows = len(mask)
-    lengths = _lengths(mask)
+    lengths = columns_needed(mask)
     order = np.argsort(lengths, kind="stable")
     longest = lengths[order]
     cost, begins = np.zeros(rows + 1), np.zeros(rows + 1, dtype=int)
@@ -47,7 +47,7 @@ def overhead_in_tokens(parameters: int, *, accelerator: bool) -> int:
     return 4_096 if accelerator else 25 + math.ceil(80e6 / parameters)
 
 
-def _lengths(mask: Array) -> Array:
+def columns_needed(mask: Array) -> Array:
     """Return how many columns each row needs, (B,), beside others of its batch."""
     columns = mask.shape[1]
     first, behind = mask.argmax(1), mask[:, ::-1].argmax(1)

@@ -1,13 +1,85 @@
-"""Optimisers by name, and the learning rate of each step."""
+"""The optimiser of a training client: which one, its learning rate, and the step that it takes."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensafe_nb.config import OptimizerConfig
+from tensafe_nb.errors import NonFiniteLossError
+from tensafe_nb.protocol.results import OptimStepResult
+
+WATCHED = 4_000_000  # weights whose change is measured; of more, every k-th
+
+
+class Optimizer:
+    """Takes steps with the mean gradient that the parameters hold, and counts them.
+
+    Args:
+        config: Which optimiser, its schedule, and where to clip.
+        parameters: What is trained.
+
+    Attributes:
+        torch: The torch optimiser, with its moments.
+        step: How many steps were taken.
+        policy_version: Of the weights as they are; no two have the same.
+    """
+
+    def __init__(self, config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> None:
+        self.config, self.parameters = config, parameters
+        self.torch = build(config, parameters)
+        self.step = self.policy_version = 0
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that there are."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def apply(self) -> OptimStepResult:
+        """Clip the gradient, and take one step with it.
+
+        Raises:
+            NonFiniteLossError: It is NaN or infinite. No weight has moved.
+        """
+        gradients = self.gradients()
+        grad_norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(grad_norm):
+            raise NonFiniteLossError(f"optim_step(): the gradient is {grad_norm}. No weight has moved.")
+        if self.config.max_grad_norm is not None:
+            norm = torch.tensor(grad_norm, device=gradients[0].device)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        rate = learning_rate(self.config, self.step)
+        for group in self.torch.param_groups:
+            group["lr"] = rate
+        with measured_change(self.parameters) as change:
+            self.torch.step()
+        self.step += 1
+        self.policy_version += 1
+        return OptimStepResult(self.step, rate, grad_norm, self.policy_version, change[0])
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        self.torch.zero_grad(set_to_none=True)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return what the optimiser remembers, by "state.<number of the parameter>.<name>"."""
+        state = self.torch.state_dict()["state"]
+        return {
+            f"state.{number}.{name}": value
+            for number, values in state.items()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def restore_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Let the optimiser remember this, and nothing else."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in moments.items():
+            _, number, name = key.split(".", 2)
+            state.setdefault(int(number), {})[name] = value
+        self.torch.load_state_dict({"state": state, "param_groups": self.torch.state_dict()["param_groups"]})
 
 
 def build(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -18,11 +90,12 @@ def build(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.
         "sgd": torch.optim.SGD,
         "adafactor": torch.optim.Adafactor,
     }
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.name in ("adamw", "adam"):
-        options |= {"betas": config.betas, "eps": config.eps, "fused": _can_fuse(parameters)}
+        options |= {"betas": config.betas, "eps": config.eps, "fused": fused}
     if config.name == "sgd":
-        options |= {"momentum": config.momentum, "fused": _can_fuse(parameters)}
+        options |= {"momentum": config.momentum, "fused": fused}
     return makers[config.name](list(parameters), **options)
 
 
@@ -38,5 +111,18 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return config.learning_rate * factor
 
 
-def _can_fuse(parameters: Sequence[nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+@contextlib.contextmanager
+def measured_change(parameters: Sequence[nn.Parameter]) -> Iterator[list[float]]:
+    """Give a list that holds, afterwards, the norm of what the weights changed by.
+
+    Of many weights every k-th is compared, and the norm is scaled by √k: squares add up over weights.
+    """
+    total = sum(p.numel() for p in parameters)
+    stride = -(-total // WATCHED)
+    watched = [p.detach().reshape(-1)[::stride] for p in parameters]
+    before = [p.clone() for p in watched]
+    change: list[float] = []
+    yield change
+    deltas = torch._foreach_sub(watched, before)
+    share = sum(p.numel() for p in watched) / total
+    change.append(float(nn.utils.get_total_norm(deltas)) / math.sqrt(share))

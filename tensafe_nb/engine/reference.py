@@ -47,11 +47,17 @@ class Reference:
             with self._swapped(self.weights):
                 yield
             return
-        self._check_base()
+        self.check_base()
+        # an adapter begins at B = 0: the base by itself is the policy before its first step
         with self._model.peft.disable_adapter():  # type: ignore[union-attr]
             yield
 
-    def _check_base(self) -> None:
+    def check_base(self) -> None:
+        """Refuse to take the base for the reference where training changes it, or there is no adapter to leave out.
+
+        Raises:
+            ValidationError: It is none; says how to make one.
+        """
         how = "Call tc.freeze_reference() where the reference is to be the weights of that moment."
         if self._lora is None or self._model.peft is None:
             raise ValidationError(
@@ -66,6 +72,7 @@ class Reference:
     @contextlib.contextmanager
     def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         parameters = {n: p for n, p in self._model.causal.named_parameters() if n in weights}
+        # pointers are swapped, nothing is copied: the optimiser keeps its parameters, and the copy its tensors
         own = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():

@@ -62,11 +62,12 @@ class EngineState:
 def tensor_part(tensors: Mapping[str, Tensor]) -> TensorPart:
     """Return tensors as a part of an artifact; each is copied to the CPU when its turn comes."""
     return TensorPart(
-        [(name, NAMES[t.dtype], tuple(t.shape), partial(_bytes, t)) for name, t in tensors.items()]
+        [(name, NAMES[t.dtype], tuple(t.shape), partial(bytes_of, t)) for name, t in tensors.items()]
     )
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, on the CPU and contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -89,8 +90,9 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
     Of private training, the open window is left out: its gradients carry no noise yet. So are the random streams: a
     private client draws from none that could be repeated.
     """
-    random = {} if engine.is_private else engine.random
-    window = Window() if engine.is_private else engine.window
+    resumable = engine.training_step.resumable
+    random = engine.forward_pass.random if resumable else {}
+    window = engine.window if resumable else Window()
     facts = {
         "step": engine.step,
         "policy_version": engine.policy_version,
@@ -107,7 +109,7 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
     }
     trained = engine.model.trainable
     gradients = {name: p.grad for name, p in trained if p.grad is not None}
-    moments = dict(_moments(engine)) if include_optimizer else None
+    moments = engine.optimizer.moments() if include_optimizer else None
     weights = {name: p.detach() for name, p in trained}
     return EngineState(facts, weights, moments, gradients, engine.reference.weights)
 
@@ -123,25 +125,26 @@ def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) ->
     Raises:
         ValidationError: Tensors are missing, or have other shapes. Nothing has changed.
     """
-    _check_tensors(engine, state)
+    check_tensors(engine, state)
     facts, parameters = state.facts, dict(engine.model.trainable)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.weights[name])
     engine.discard_gradients()
     for name, gradient in state.gradients.items():
-        parameters[name].grad = gradient.to(parameters[name].device)
-    engine.window = Window(**facts["window"])
-    _restore_moments(engine, state.optimizer if keep_moments else None)
+        parameters[name].grad = gradient.to(parameters[name].device)  # sums of the open window
+    engine.training_step.window = Window(**facts["window"])
+    engine.optimizer.restore_moments((state.optimizer or {}) if keep_moments else {})
     if facts["config"]["seed"] == engine.config.seed:  # the streams belong to the seed
         engine.samples_drawn = facts["samples_drawn"]
-        for name in engine.random.keys() & facts["random"].keys():
-            engine.random[name] = torch.tensor(
-                list(base64.b64decode(facts["random"][name])), dtype=torch.uint8
-            )
+        random = engine.forward_pass.random
+        for name in random.keys() & facts["random"].keys():
+            random[name] = torch.tensor(list(base64.b64decode(facts["random"][name])), dtype=torch.uint8)
     engine.reference.restore(state.reference, facts["reference_version"])
-    engine.step = facts["step"]
-    engine.policy_version = _next_version(engine.policy_version, facts["policy_version"])
+    engine.optimizer.step = facts["step"]
+    # A client that has trained gives the loaded weights a number of their own: a version never names two.
+    here, saved = engine.policy_version, facts["policy_version"]
+    engine.optimizer.policy_version = saved if here == 0 else max(here, saved) + 1
 
 
 def check(engine: Engine, facts: Mapping[str, Any], artifact_id: str, *, with_moments: bool) -> None:
@@ -151,7 +154,7 @@ def check(engine: Engine, facts: Mapping[str, Any], artifact_id: str, *, with_mo
         ValidationError: Lists every difference; `details["differences"]` holds them as well.
     """
     saved = TrainingConfig(**facts["config"])
-    found = list(_differences(saved, engine.config, same_base=facts["base"] == fingerprint(engine)))
+    found = list(differences(saved, engine.config, same_base=facts["base"] == fingerprint(engine)))
     if with_moments and saved.optimizer.name != engine.config.optimizer.name:
         found.append(("optimizer.name", saved.optimizer.name, engine.config.optimizer.name))
     if found:
@@ -171,21 +174,18 @@ def fingerprint(engine: Engine) -> str:
             if ".lora_" not in name and ".modules_to_save." not in name:
                 plain = name.replace(".base_layer", "").replace(".original_module", "")
                 digest.update(f"{plain}{tuple(parameter.shape)}".encode())
-                digest.update(_probes(parameter) if engine.model.peft is not None else b"")
+                if engine.model.peft is not None and not parameter.requires_grad:
+                    values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // PROBES)]
+                    rounded = values.to(torch.bfloat16).float()  # the same whatever dtype it is kept in
+                    digest.update(rounded.cpu().numpy().tobytes())
         engine.base_fingerprint = f"sha256:{digest.hexdigest()}"
     return engine.base_fingerprint
 
 
-def _probes(parameter: Tensor) -> bytes:
-    if parameter.requires_grad:
-        return b""
-    values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // PROBES)]
-    return values.to(torch.bfloat16).float().cpu().numpy().tobytes()  # the same whatever dtype it is kept in
-
-
-def _differences(
+def differences(
     saved: TrainingConfig, here: TrainingConfig, *, same_base: bool
 ) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the fields that keep a state from fitting: name, value when it was saved, value here."""
     there, mine = saved.lora_config, here.lora_config
     if (there is None) != (mine is None):
         yield "lora_config", _adapter_name(there), _adapter_name(mine)
@@ -207,7 +207,8 @@ def _adapter_name(lora: LoRAConfig | None) -> str:
     return "all weights" if lora is None else f"LoRA of rank {lora.rank}"
 
 
-def _check_tensors(engine: Engine, state: EngineState) -> None:
+def check_tensors(engine: Engine, state: EngineState) -> None:
+    """Refuse a state whose tensors are not those of the engine's trained weights, by name and shape."""
     expected = {name: tuple(p.shape) for name, p in engine.model.trainable}
     found = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
     others = [*state.gradients.items(), *(state.reference or {}).items()]
@@ -219,24 +220,3 @@ def _check_tensors(engine: Engine, state: EngineState) -> None:
             f"{len(wrong)} tensors of the checkpoint do not fit the model; the first is {name!r}: "
             f"{found.get(name, 'missing')} there, {expected.get(name, 'none')} here. Nothing was loaded."
         )
-
-
-def _moments(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    for number, values in engine.optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                yield f"state.{number}.{name}", value
-
-
-def _restore_moments(engine: Engine, moments: Mapping[str, Tensor] | None) -> None:
-    groups = engine.optimizer.state_dict()["param_groups"]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in (moments or {}).items():
-        _, number, name = key.split(".", 2)
-        state.setdefault(int(number), {})[name] = value
-    engine.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _next_version(here: int, saved: int) -> int:
-    """A client that has trained gives the loaded weights a number of their own: a version never names two."""
-    return saved if here == 0 else max(here, saved) + 1

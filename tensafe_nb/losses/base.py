@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from tensafe_nb.registry import Registry, check_keywords, name_of
 LossFunction: TypeAlias = Callable[..., "Tensor | Mapping[str, Any]"]
 ALWAYS_ALLOWED = frozenset(
     {"example_ids", "unit_ids", "record_id", TICKET}
-)  # travel with a batch, no loss reads them
+)  # travel along, no loss reads them
 RESERVED = frozenset({"loss", "grad_norm", "learning_rate", "param_delta_norm"})  # curves every step has
 RETURNED = frozenset({"loss", "metrics", "weight"})
 
@@ -41,10 +41,6 @@ class LossValue(NamedTuple):
     total: Tensor
     weight: float
     metrics: dict[str, float]
-
-
-class _Declared(Protocol):
-    declares: "Declaration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +84,7 @@ class Loss:
         Raises:
             ValidationError: Groups that are not whole, entries that are missing or would be dropped silently.
         """
-        self._check_call()
+        self.check_call()
         if len(batch) % self.declares.group:
             raise ValidationError(
                 f"The loss {as_given(self.name)} takes rows in groups of {self.declares.group}, one after the other; "
@@ -116,15 +112,16 @@ class Loss:
         rows = len(batch["input_ids"])
         value = self._tensor(answer.get("loss"), rows)
         metrics = self._metrics(answer.get("metrics", {}))
-        if value.ndim == 1:
+        if value.ndim == 1:  # (B,): a mean over rows, so that the weight is their number
             if "weight" in answer:
                 raise self._refusal("a weight beside one value per row", "a weight belongs to a scalar mean")
             return LossValue(value.sum(), float(rows), metrics)
         if self.declares.prenormalised:
             return LossValue(value, 1.0, metrics)
-        weight = self._weight(
-            answer.get("weight", rows if self.declares.per == "row" else len(batch["labels"]))
-        )
+        counted = rows if self.declares.per == "row" else len(batch["labels"])
+        weight = self._number(answer.get("weight", counted), "the weight")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise self._refusal(f"the weight {weight}", "it must be a finite number ≥ 0")
         return LossValue(value * weight, weight, metrics)
 
     def row_values(
@@ -143,7 +140,8 @@ class Loss:
         bound = ", ".join(f"{name}={value!r}" for name, value in self.kwargs.items())
         return f"<Loss {self.name}({bound})>"
 
-    def _check_call(self) -> None:
+    def check_call(self) -> None:
+        """Refuse keywords that are missing, or more than the function takes."""
         try:
             signature = inspect.signature(self.function)
         except ValueError:  # some functions written in C do not tell theirs
@@ -196,12 +194,6 @@ class Loss:
         return {
             name: self._number(metric, f"the metric {as_given(name)}") for name, metric in metrics.items()
         }
-
-    def _weight(self, weight: object) -> float:
-        number = self._number(weight, "the weight")
-        if not (math.isfinite(number) and number >= 0):
-            raise self._refusal(f"the weight {number}", "it must be a finite number ≥ 0")
-        return number
 
     def _number(self, value: object, what: str) -> float:
         if isinstance(value, Tensor) and value.numel() == 1:

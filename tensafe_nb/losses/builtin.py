@@ -44,7 +44,9 @@ def token_ce(
         tokens = outputs.sum_rows(kept.to(losses.dtype)).clamp(min=1)
         return {"loss": outputs.sum_rows(torch.where(kept, losses, 0)) / tokens}
     count = int(kept.sum())
-    return {"loss": _sum(torch.where(kept, losses, 0)) / max(count, 1), "weight": count}
+    # added up in float64, where the device has it: so the parts of a batch add up to the whole
+    exact = None if losses.device.type == "mps" else torch.float64
+    return {"loss": torch.where(kept, losses, 0).sum(dtype=exact) / max(count, 1), "weight": count}
 
 
 @register_loss("margin_ranking", group=2, per="row", extras=())
@@ -130,7 +132,7 @@ def mse(
         raise ValidationError(
             "mse takes a readout or predictions, not both: predictions are compared as they are."
         )
-    predicted = _read_out(outputs, readout) if predictions is None else predictions(outputs, batch)
+    predicted = read_out(outputs, readout) if predictions is None else predictions(outputs, batch)
     targets = batch["targets"].to(predicted.dtype)
     targets = targets.unsqueeze(1) if targets.ndim == 1 else targets
     if predicted.shape != targets.shape:
@@ -141,17 +143,13 @@ def mse(
     return (predicted - targets).square().mean(1)
 
 
-def _sum(values: Tensor) -> Tensor:
-    """Add up in float64, where the device has it: so the parts of a batch add up to the whole."""
-    return values.sum(dtype=None if values.device.type == "mps" else torch.float64)
-
-
 def _pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Take (2P, …) apart into rows 2i and rows 2i+1, (P, …) each."""
     return rows[0::2], rows[1::2]
 
 
-def _read_out(outputs: LossOutputs, readout: Any) -> Tensor:
+def read_out(outputs: LossOutputs, readout: Any) -> Tensor:
+    """Return (B, K) embeddings @ readout; (B, D) the embeddings themselves without one."""
     embeddings = outputs.embeddings
     if readout is None:
         return embeddings

@@ -23,28 +23,38 @@ from tensafe_nb.losses.views import LossOutputs, label_logprobs
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.85e8: guards against overflow only
 MAX_K3 = 10.0  # of |log π_ref − log π_θ| in k3, whose exponential gave NaN gradients elsewhere (verl #751)
-_NEEDED = ("advantages", "weights")
-_OPTIONAL = ("old_logprobs", "ref_logprobs", "sampler_logprobs", "returns", "old_values")
+NEEDED = ("advantages", "weights")
+OPTIONAL = ("old_logprobs", "ref_logprobs", "sampler_logprobs", "returns", "old_values")
 Batch = Mapping[str, Tensor]
 Terms = Mapping[str, Any]
 
 
-class _Tokens(NamedTuple):
-    """What a loss sees of the N labelled tokens, each (N,), at the sampling temperature."""
+class PolicyTokens(NamedTuple):
+    """The N labelled tokens as a policy loss sees them, each (N,), at the sampling temperature."""
 
     logprobs: Tensor
     log_ratio: Tensor  # exactly 0 without old_logprobs, with the gradient of log π
     advantages: Tensor
     entropy: Tensor
 
+    @classmethod
+    def of(
+        cls, outputs: LossOutputs, batch: Batch, temperature: float, entropy_coef: float
+    ) -> "PolicyTokens":
+        """Read them; the entropy has a gradient only where a bonus asks for it."""
+        logprobs = outputs.map_logits(partial(label_logprobs, temperature=temperature))
+        with torch.set_grad_enabled(entropy_coef != 0 and torch.is_grad_enabled()):
+            entropy = outputs.map_logits(partial(exact_entropy, temperature=temperature))
+        log_ratio = logprobs - batch.get("old_logprobs", logprobs.detach())
+        return cls(logprobs, log_ratio, batch["advantages"], entropy)
+
     @property
     def ratio(self) -> Tensor:
+        """ρ = π_θ / π_old."""
         return self.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-@register_loss(
-    "policy_reinforce", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL, per_row=True
-)
+@register_loss("policy_reinforce", prenormalised=True, extras=NEEDED, optional_extras=OPTIONAL, per_row=True)
 def policy_reinforce(
     outputs: LossOutputs,
     batch: Batch,
@@ -68,12 +78,12 @@ def policy_reinforce(
         tis_cap: Bound of the factor π_old / π_sampler.
         per_row: Return (B,) each row's share of the sum.
     """
-    tokens = _tokens(outputs, batch, temperature, entropy_coef)
+    tokens = PolicyTokens.of(outputs, batch, temperature, entropy_coef)
     loss = -tokens.advantages * tokens.logprobs
     return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap), per_row)
 
 
-@register_loss("policy_is", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL, per_row=True)
+@register_loss("policy_is", prenormalised=True, extras=NEEDED, optional_extras=OPTIONAL, per_row=True)
 def policy_is(
     outputs: LossOutputs,
     batch: Batch,
@@ -97,12 +107,12 @@ def policy_is(
         tis_cap: As for `policy_reinforce`.
         per_row: As for `policy_reinforce`.
     """
-    tokens = _tokens(outputs, batch, temperature, entropy_coef)
+    tokens = PolicyTokens.of(outputs, batch, temperature, entropy_coef)
     loss = -tokens.ratio * tokens.advantages
     return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap), per_row)
 
 
-@register_loss("policy_clip", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL, per_row=True)
+@register_loss("policy_clip", prenormalised=True, extras=NEEDED, optional_extras=OPTIONAL, per_row=True)
 def policy_clip(
     outputs: LossOutputs,
     batch: Batch,
@@ -134,14 +144,14 @@ def policy_clip(
         tis_cap: As for `policy_reinforce`.
         per_row: As for `policy_reinforce`.
     """
-    tokens = _tokens(outputs, batch, temperature, entropy_coef)
+    tokens = PolicyTokens.of(outputs, batch, temperature, entropy_coef)
     if ratio == "sequence":
-        tokens = tokens._replace(log_ratio=_sequence_mean(tokens.log_ratio, batch))
+        tokens = tokens._replace(log_ratio=sequence_mean(tokens.log_ratio, batch))
     elif ratio != "token":
         raise ValidationError(f"policy_clip: ratio={as_given(ratio)} must be 'token' or 'sequence'.")
     rho, advantages = tokens.ratio, tokens.advantages
     loss = -torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    if dual_clip is not None:
+    if dual_clip is not None:  # for A < 0 the minimum above has no bound: ρ can grow without end
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     low = (rho < 1 - clip_low) & (advantages < 0)
     high = (rho > 1 + clip_high) & (advantages > 0)
@@ -149,7 +159,7 @@ def policy_clip(
     return _weighted(outputs, tokens, loss, batch, (entropy_coef, kl, value, tis_cap), per_row, **clips)
 
 
-@register_loss("policy_cispo", prenormalised=True, extras=_NEEDED, optional_extras=_OPTIONAL, per_row=True)
+@register_loss("policy_cispo", prenormalised=True, extras=NEEDED, optional_extras=OPTIONAL, per_row=True)
 def policy_cispo(
     outputs: LossOutputs,
     batch: Batch,
@@ -179,7 +189,7 @@ def policy_cispo(
         ratio_max: Largest factor.
         per_row: As for `policy_reinforce`.
     """
-    tokens = _tokens(outputs, batch, temperature, entropy_coef)
+    tokens = PolicyTokens.of(outputs, batch, temperature, entropy_coef)
     rho = tokens.ratio.detach()
     factor = rho.clamp(ratio_min, ratio_max)
     loss = -factor * tokens.advantages * tokens.logprobs
@@ -193,7 +203,7 @@ def policy_cispo(
     "policy_value",
     prenormalised=True,
     extras=("weights", "returns"),
-    optional_extras=("old_values", *_OPTIONAL),
+    optional_extras=("old_values", *OPTIONAL),
 )
 def policy_value(outputs: LossOutputs, batch: Batch, value: Terms | None = None) -> dict[str, Any]:
     """The value loss by itself, ½ (V − R)²: the policy has no gradient while the value head warms up.
@@ -204,7 +214,7 @@ def policy_value(outputs: LossOutputs, batch: Batch, value: Terms | None = None)
         value: {"coef": c, "clip": v or None}.
     """
     counted = batch["weights"] != 0
-    loss, sums = _value_loss(outputs, batch, value or {"coef": 1.0})
+    loss, sums = clipped_value_loss(outputs, batch, value or {"coef": 1.0})
     metrics = {f"{name}_sum": values.detach()[counted].sum().item() for name, values in sums.items()}
     return {"loss": (batch["weights"] * loss).sum(), "metrics": metrics | {"tokens": counted.sum().item()}}
 
@@ -215,17 +225,10 @@ def exact_entropy(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return -(scores.exp() * scores).sum(-1)
 
 
-def _tokens(outputs: LossOutputs, batch: Batch, temperature: float, entropy_coef: float) -> _Tokens:
-    logprobs = outputs.map_logits(partial(label_logprobs, temperature=temperature))
-    with torch.set_grad_enabled(entropy_coef != 0 and torch.is_grad_enabled()):
-        entropy = outputs.map_logits(partial(exact_entropy, temperature=temperature))
-    log_ratio = logprobs - batch.get("old_logprobs", logprobs.detach())
-    return _Tokens(logprobs, log_ratio, batch["advantages"], entropy)
-
-
-def _sequence_mean(log_ratio: Tensor, batch: Batch) -> Tensor:
+def sequence_mean(log_ratio: Tensor, batch: Batch) -> Tensor:
     """Give every token the mean log-ratio of its sequence, over the tokens that count."""
-    rows, counted = batch["sequence_index"], (batch["weights"] != 0).to(log_ratio.dtype)
+    # (Π_t ρ_t)^(1/|y|) = exp(mean_t log ρ_t), the sequence's importance ratio of GSPO
+    rows, counted = batch["sequence_index"], (batch["weights"] != 0).to(log_ratio.dtype)  # (N,) each
     size = len(batch["input_ids"])
     sums = log_ratio.new_zeros(size).index_add(0, rows, log_ratio * counted)
     counts = log_ratio.new_zeros(size).index_add(0, rows, counted)
@@ -234,7 +237,7 @@ def _sequence_mean(log_ratio: Tensor, batch: Batch) -> Tensor:
 
 def _weighted(
     outputs: LossOutputs,
-    tokens: _Tokens,
+    tokens: PolicyTokens,
     loss: Tensor,
     batch: Batch,
     terms: tuple[float, Terms | None, Terms | None, float | None],
@@ -248,24 +251,25 @@ def _weighted(
     sums = {
         "entropy": tokens.entropy,
         "logprob": tokens.logprobs,
-        "approx_kl": _k3(tokens.log_ratio),
+        "approx_kl": k3(tokens.log_ratio),
         **events,
     }
     if "sampler_logprobs" in batch:
-        loss, more = _against_sampler(loss, tokens, batch, tis_cap)
+        loss, more = against_sampler(loss, tokens, batch, tis_cap)
         sums |= more
     if "ref_logprobs" in batch:
-        penalty, sums["kl"] = _kl_penalty(tokens, batch, kl)
+        penalty, sums["kl"] = kl_penalty(tokens, batch, kl)
         loss = loss + penalty
     if value is not None:
-        value_loss, more = _value_loss(outputs, batch, value)
-        loss, sums = loss + value_loss, sums | more
+        term, more = clipped_value_loss(outputs, batch, value)
+        loss, sums = loss + term, sums | more
     metrics = {f"{name}_sum": values.detach()[counted].sum().item() for name, values in sums.items()}
     metrics["log_ratio_max"] = _largest(tokens.log_ratio.detach().abs()[counted])
     if "sampler_difference" in sums:
         metrics["sampler_difference_max"] = _largest(sums["sampler_difference"][counted])
         metrics["sampler_ratio_max"] = _largest(sums["sampler_ratio"][counted])
         metrics["sampler_ratio_inverse_max"] = _largest(1 / sums["sampler_ratio"][counted])
+    # Σ_i w_i (ℓ_i + KL_i + value_i − c H_i): the weights carry every normalisation, nothing divides afterwards
     shares = weights * (loss - entropy_coef * tokens.entropy)
     total = outputs.sum_rows(shares) if per_row else shares.sum()
     return {"loss": total, "metrics": metrics | {"tokens": counted.sum().item()}}
@@ -275,20 +279,20 @@ def _largest(values: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
 
-def _k3(difference: Tensor) -> Tensor:
+def k3(difference: Tensor) -> Tensor:
     """Return e^d − d − 1 of d = log other − log own: an estimate of KL(own ‖ other) ≥ 0 (Schulman 2020)."""
     bounded = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(bounded) - bounded
 
 
-def _kl_penalty(tokens: _Tokens, batch: Batch, kl: Terms | None) -> tuple[Tensor, Tensor]:
+def kl_penalty(tokens: PolicyTokens, batch: Batch, kl: Terms | None) -> tuple[Tensor, Tensor]:
     """Return the penalty per token, and the k3 estimate that is always shown.
 
     k2 = d²/2 has the gradient of the reverse KL on-policy; weighed by sg(ρ) it stays unbiased off-policy. k3 as a
     loss descends the forward KL (arXiv:2510.01555). k1 as a loss has no gradient in expectation and is refused.
     """
     difference = batch["ref_logprobs"] - tokens.logprobs
-    shown = _k3(difference)
+    shown = k3(difference)
     if not kl or not kl.get("coef"):
         return torch.zeros_like(shown), shown
     estimator = kl.get("estimator", "k2")
@@ -303,8 +307,8 @@ def _kl_penalty(tokens: _Tokens, batch: Batch, kl: Terms | None) -> tuple[Tensor
     )
 
 
-def _against_sampler(
-    loss: Tensor, tokens: _Tokens, batch: Batch, tis_cap: float | None
+def against_sampler(
+    loss: Tensor, tokens: PolicyTokens, batch: Batch, tis_cap: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compare the training path with the sampler, token by token; correct for it where asked to."""
     old = batch.get("old_logprobs", tokens.logprobs).detach()
@@ -315,17 +319,19 @@ def _against_sampler(
     compared = {
         "sampler_difference": difference.abs(),
         "sampler_ratio": ratio,
-        "mismatch_kl": _k3(difference),
+        "mismatch_kl": k3(difference),
     }
     return loss, compared
 
 
-def _value_loss(outputs: LossOutputs, batch: Batch, value: Terms) -> tuple[Tensor, dict[str, Tensor]]:
+def clipped_value_loss(outputs: LossOutputs, batch: Batch, value: Terms) -> tuple[Tensor, dict[str, Tensor]]:
     """Return c · ½ max((V − R)², (clip(V, V_old ± v) − R)²) per token (PPO's clipped value loss)."""
     values, returns = outputs.values, batch["returns"]
     squares = (values - returns).square()
     clipped = torch.zeros_like(squares, dtype=torch.bool)
-    if value.get("clip") is not None and "old_values" in batch:
+    if (
+        value.get("clip") is not None and "old_values" in batch
+    ):  # the worse of both: no gain from going too far
         near = batch["old_values"] + (values - batch["old_values"]).clamp(-value["clip"], value["clip"])
         other = (near - returns).square()
         clipped = other > squares

@@ -1,4 +1,4 @@
-"""What a loss sees of the model: views that are computed when they are read, large vocabularies a chunk at a time."""
+"""Views of what the model says, computed when a loss reads them; large vocabularies are read a chunk at a time."""
 
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.protocol.batch import Array, BatchData
+from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
 
 LogitsFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 CHUNK = 2**24  # logits that are computed at a time: 64 MiB in float32
@@ -50,7 +50,7 @@ class LossOutputs:
         self._head = head
         self._attention_mask = attention_mask
         self._all_labels = labels
-        self._where = (labels != -100).nonzero(as_tuple=True)
+        self._where = (labels != IGNORE).nonzero(as_tuple=True)  # rows (N,), columns (N,)
         self._labels = labels[self._where]
         self._given_logits = full_logits
         self._chunk_rows = chunk_rows
@@ -90,7 +90,7 @@ class LossOutputs:
     def embeddings(self) -> Tensor:
         """(B, D) mean of the last hidden state over each row's tokens."""
         hidden = _precise(self._hidden)
-        mask = self._attention_mask.unsqueeze(-1).to(hidden.dtype)
+        mask = self._attention_mask.unsqueeze(-1).to(hidden.dtype)  # (B, T, 1)
         return (hidden * mask).sum(1) / mask.sum(1)
 
     @cached_property
@@ -152,11 +152,12 @@ class LossOutputs:
         def values_of(hidden: Tensor, labels: Tensor) -> Tensor:
             return _one_each(function(_precise(self._head(hidden)), labels), labels)
 
-        hidden = self._hidden[self._where]
+        hidden = self._hidden[self._where]  # (N, D)
         if not torch.is_grad_enabled():
             return torch.cat([values_of(*chunk) for chunk in _chunks(hidden, self._labels, rows)])
         if self._head_is_frozen:
-            return _GradientInForward.apply(hidden, self._labels, values_of, rows)  # type: ignore[no-any-return, no-untyped-call]
+            return GradientInForward.apply(hidden, self._labels, values_of, rows)  # type: ignore[no-any-return, no-untyped-call]
+        # a trained head: each chunk's logits are computed again in the backward pass
         again = partial(checkpoint, values_of, use_reentrant=False)
         return torch.cat([again(*chunk) for chunk in _chunks(hidden, self._labels, rows)])
 
@@ -179,10 +180,10 @@ def chunk_rows(vocab_size: int, width: int, head_is_frozen: bool) -> int:
 
 def label_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Return (N,) log-probabilities of the labels from logits (N, V) that are divided by the temperature."""
-    return _LabelLogprobs.apply(logits if temperature == 1 else logits / temperature, labels)  # type: ignore[no-any-return, no-untyped-call]
+    return LabelLogprobs.apply(logits if temperature == 1 else logits / temperature, labels)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _LabelLogprobs(torch.autograd.Function):
+class LabelLogprobs(torch.autograd.Function):
     """log softmax at the labels, whose gradient, one-hot − softmax, is written once: two tensors of V, not four."""
 
     @staticmethod
@@ -194,12 +195,13 @@ class _LabelLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        scores, places = ctx.saved_tensors
+        scores, places = ctx.saved_tensors  # (N, V), (N, 1)
         slopes = gradient.unsqueeze(1)
+        # ∂ log p_y / ∂ z_v = 1[v = y] − p_v
         return scores.exp().mul_(-slopes).scatter_add_(1, places, slopes), None
 
 
-class _GradientInForward(torch.autograd.Function):
+class GradientInForward(torch.autograd.Function):
     """Values of each position with their gradient by its hidden state, (N, D), computed while its logits are there.
 
     As exact as keeping the logits, and no slower: value i depends on state i alone, so its gradient only has to be
@@ -211,7 +213,7 @@ class _GradientInForward(torch.autograd.Function):
         values: list[Tensor] = []
         slopes: list[Tensor] = []
         for states, targets in _chunks(hidden, labels, rows):
-            leaf = states.detach().requires_grad_()
+            leaf = states.detach().requires_grad_()  # (n, D)
             with torch.enable_grad():
                 value = values_of(leaf, targets)
             slopes += torch.autograd.grad(value, leaf, torch.ones_like(value))

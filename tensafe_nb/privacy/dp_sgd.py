@@ -113,10 +113,8 @@ class ClippedSum:
 
     def _factors(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return (units,) what each unit's gradient is multiplied by; 0 for one that is not finite."""
-        # ‖g_u‖² over all parameters together: a bound per layer would be another mechanism
-        squares = torch.stack(
-            [gradient.flatten(1).square().sum(1) for gradient in gradients]
-        )  # (layers, units)
+        # (layers, units); ‖g_u‖² runs over all parameters together: a bound per layer would be another mechanism
+        squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients])
         norms = squares.sum(0).sqrt()
         finite = norms.isfinite()
         shown = torch.where(finite, norms, 0)

@@ -19,9 +19,8 @@ def replace_one_log_moment(order: float, sigma: float, q: float) -> float:
     """Return log of the integral of P^alpha Q^(1-alpha), or a bound of it: (alpha - 1) · RDP(alpha)."""
     if sigma < LEAST_SIGMA:
         return float(order * (order - 1) * 2 / sigma / sigma) if sigma > 1e-100 else np.inf
-    reach = (
-        2 * order + 12 * sigma
-    )  # the integrand's peaks lie within [-1, 2 alpha - 1], and are as wide as P's
+    # the integrand's peaks lie within [-1, 2 alpha - 1], and are as wide as P's
+    reach = 2 * order + 12 * sigma
     points = int((reach + 1 + 12 * sigma) / sigma * GRID)
     x, width = np.linspace(-1 - 12 * sigma, reach, points, retstep=True)
     integrand = order * _log_mixture(x, sigma, q) + (1 - order) * _log_mixture(-x, sigma, q)

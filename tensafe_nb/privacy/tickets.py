@@ -63,9 +63,8 @@ def seals_of(columns: Array, batch: BatchData | None, key: bytes) -> Array:
 
     Padding does not count, nor what is added to a batch after it was drawn.
     """
-    seals = np.zeros(
-        len(columns), dtype=np.int64
-    )  # 8 bytes of BLAKE2b each: with a secret key, none can be guessed
+    # 8 bytes of BLAKE2b each: with a secret key, none can be guessed
+    seals = np.zeros(len(columns), dtype=np.int64)
     for row, place in enumerate(columns[:, :SEAL]):
         digest = hashlib.blake2b(place.astype("<i8").tobytes(), digest_size=8, key=key)
         if batch is not None and len(batch):

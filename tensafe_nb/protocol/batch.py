@@ -64,29 +64,35 @@ class BatchData:
         labels_are_shifted: bool = False,
         **more_extras: ArrayLike,
     ) -> None:
-        entries = {**_named(extras), **more_extras}
-        if TICKET in entries and isinstance(input_ids, Sized) and len(input_ids) == 0:
-            self._set_nothing(entries[TICKET])
+        extras = {} if extras is None else extras
+        if not isinstance(extras, Mapping) or not all(isinstance(name, str) for name in extras):
+            raise ValidationError(f"BatchData.extras is a dict of arrays by name, not {as_given(extras)}.")
+        entries = {**extras, **more_extras}
+        if TICKET in entries and isinstance(input_ids, Sized) and len(input_ids) == 0:  # see `nothing`
+            blank = np.zeros((0, 1), np.int64)
+            self._set(blank, blank, blank, {TICKET: _whole_numbers(entries[TICKET], TICKET)}, False)
             return
-        ids = _integers(input_ids, "input_ids")
+        ids = _whole_numbers(input_ids, "input_ids")
         if ids.ndim != 2 or ids.size == 0:
             raise ValidationError(
                 f"BatchData.input_ids has shape {ids.shape}: expected (rows, tokens) with at least one of each."
             )
-        mask = np.ones_like(ids) if attention_mask is None else _integers(attention_mask, "attention_mask")
-        _same_shape(mask, ids, "attention_mask")
+        mask = (
+            np.ones_like(ids) if attention_mask is None else _whole_numbers(attention_mask, "attention_mask")
+        )
+        _check_same_shape(mask, ids, "attention_mask")
         if not np.isin(mask, (0, 1)).all():
             raise ValidationError("BatchData.attention_mask may hold only 0 (padding) and 1 (token).")
         if not isinstance(labels_are_shifted, bool | np.bool_):
             raise ValidationError(
                 f"BatchData.labels_are_shifted is True or False, not {as_given(labels_are_shifted)}."
             )
-        targets = next_token_labels(ids, mask) if labels is None else _integers(labels, "labels")
-        _same_shape(targets, ids, "labels")
-        _check_labels(targets, mask, derived=labels is None)
+        targets = next_token_labels(ids, mask) if labels is None else _whole_numbers(labels, "labels")
+        _check_same_shape(targets, ids, "labels")
+        check_labels(targets, mask, derived=labels is None)
         if not labels_are_shifted:
-            _check_shift(ids, mask, targets)
-        values = {k: _extra(v, k, len(ids)) for k, v in entries.items()}
+            check_shift(ids, mask, targets)
+        values = {name: extra_of(value, name, len(ids)) for name, value in entries.items()}
         self._set(ids, mask, targets, values, bool(labels_are_shifted))
 
     @classmethod
@@ -175,10 +181,6 @@ class BatchData:
         )
         return part
 
-    def _set_nothing(self, ticket: ArrayLike) -> None:
-        blank = np.zeros((0, 1), np.int64)
-        self._set(blank, blank, blank, {TICKET: _integers(ticket, TICKET)}, False)
-
     def _set(
         self,
         input_ids: Array,
@@ -200,16 +202,8 @@ def next_token_labels(input_ids: Array, attention_mask: Array) -> Array:
     return labels
 
 
-def _named(extras: Mapping[str, ArrayLike] | None) -> Mapping[str, ArrayLike]:
-    if extras is None:
-        return {}
-    if not isinstance(extras, Mapping) or not all(isinstance(name, str) for name in extras):
-        raise ValidationError(f"BatchData.extras is a dict of arrays by name, not {as_given(extras)}.")
-    return extras
-
-
-def _integers(value: ArrayLike, name: str) -> Array:
-    array = _array(value, name, equal_rows=True)
+def _whole_numbers(value: ArrayLike, name: str) -> Array:
+    array = array_of(value, name, equal_rows=True)
     if array.size and array.dtype.kind not in "iub":
         raise ValidationError(f"BatchData.{name} holds {array.dtype}, expected whole numbers.")
     if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
@@ -217,13 +211,13 @@ def _integers(value: ArrayLike, name: str) -> Array:
     return array.astype(np.int64)
 
 
-def _check_size(value: object, name: str, equal_rows: bool) -> None:
+def check_size(value: object, name: str, equal_rows: bool) -> None:
     """Refuse what would not end or not fit, before anything of it is read out or allocated."""
     level: Sequence[Any] = (value,)
     for depth in range(DEEPEST + 1):
         arrays = [item.shape for item in level if isinstance(getattr(item, "shape", None), tuple)]
         rows = [item for item in level if isinstance(item, Sequence) and not isinstance(item, str | bytes)]
-        count = sum(math.prod(shape) for shape in arrays) + sum(_length(row, name) for row in rows)
+        count = sum(math.prod(shape) for shape in arrays) + sum(length_of(row, name) for row in rows)
         if count > MOST_VALUES:
             raise ValidationError(f"BatchData.{name} holds {count:,} values, more than {MOST_VALUES:,}.")
         if len(arrays) + len(rows) < len(level) and any(map(_is_odd, level)):
@@ -231,7 +225,7 @@ def _check_size(value: object, name: str, equal_rows: bool) -> None:
                 f"BatchData.{name}: rows are lists, tuples or arrays, not {as_given(next(filter(_is_odd, level)))}."
             )
         if depth == 1 and equal_rows:
-            _check_ragged(level, name)
+            check_equally_long(level, name)
         items = itertools.chain.from_iterable(row for row in rows if not isinstance(row, range))
         level = list(itertools.islice((item for item in items if type(item) not in NUMBERS), MOST_ROWS + 1))
         if len(level) > MOST_ROWS:
@@ -249,14 +243,16 @@ def _is_odd(item: object) -> bool:
     return not known and hasattr(type(item), "__getitem__")
 
 
-def _length(row: Sequence[Any], name: str) -> int:
+def length_of(row: Sequence[Any], name: str) -> int:
+    """Return how long a row says it is; a sequence of the user's own may fail at that."""
     try:
         return len(row)
     except Exception as error:  # more than a machine can count; or a sequence of the user's that fails
         raise ValidationError(f"BatchData.{name}: the length of {as_given(row)} cannot be told.") from error
 
 
-def _check_ragged(rows: Sequence[Any], name: str) -> None:
+def check_equally_long(rows: Sequence[Any], name: str) -> None:
+    """Refuse ragged rows with the number of the first that differs, where numpy would only say "inhomogeneous"."""
     lengths = [
         len(row) if isinstance(row, Sequence) else (*getattr(row, "shape", ()), None)[0] for row in rows
     ]
@@ -268,14 +264,15 @@ def _check_ragged(rows: Sequence[Any], name: str) -> None:
             )
 
 
-def _same_shape(array: Array, ids: Array, name: str) -> None:
+def _check_same_shape(array: Array, ids: Array, name: str) -> None:
     if array.shape != ids.shape:
         raise ValidationError(
             f"BatchData.{name} has shape {array.shape}, input_ids has {ids.shape}: they must match."
         )
 
 
-def _check_labels(labels: Array, mask: Array, *, derived: bool) -> None:
+def check_labels(labels: Array, mask: Array, *, derived: bool) -> None:
+    """Refuse rows without a token, labels on padding, and a batch without a label; all are (B, T)."""
     if not mask.any(axis=1).all():
         row = int(np.flatnonzero(~mask.any(axis=1))[0])
         raise ValidationError(f"BatchData: row {row} is all padding (attention_mask 0). Leave it out.")
@@ -291,7 +288,7 @@ def _check_labels(labels: Array, mask: Array, *, derived: bool) -> None:
         raise ValidationError(f"BatchData has nothing to learn from: {why}. Label at least one position.")
 
 
-def _check_shift(ids: Array, mask: Array, labels: Array) -> None:
+def check_shift(ids: Array, mask: Array, labels: Array) -> None:
     """Refuse labels that are the tokens of their own positions, and not all of the next ones: nobody shifted them."""
     labelled = labels != IGNORE
     if not (labels == ids)[labelled].all():
@@ -308,14 +305,12 @@ def _check_shift(ids: Array, mask: Array, labels: Array) -> None:
     )
 
 
-def _array(value: ArrayLike, name: str, *, equal_rows: bool = False) -> Array:
+def array_of(value: ArrayLike, name: str, *, equal_rows: bool = False) -> Array:
     """Return a copy: the caller may reuse its buffer while the batch waits in the queue."""
-    _check_size(value, name, equal_rows)
+    check_size(value, name, equal_rows)
     try:
         array = np.asarray(value).copy()
-    except (
-        Exception
-    ) as error:  # ragged; a tensor that numpy cannot read; or whatever an object of the user's raises
+    except Exception as error:  # a tensor that numpy cannot read; or whatever an object of the user's raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValidationError(f"BatchData.{name} cannot be read as one array of numbers: {reason}") from error
     if array.dtype.kind == "O":
@@ -325,8 +320,9 @@ def _array(value: ArrayLike, name: str, *, equal_rows: bool = False) -> Array:
     return array
 
 
-def _extra(value: ArrayLike, name: str, rows: int) -> Array:
-    array = _array(value, name)
+def extra_of(value: ArrayLike, name: str, rows: int) -> Array:
+    """Return an extra as an array (B, …): whatever it holds, its first dimension is the batch's rows."""
+    array = array_of(value, name)
     if array.ndim == 0 or len(array) != rows:
         raise ValidationError(
             f"BatchData.{name} has shape {array.shape}: the first dimension must be the {rows} rows of the batch."

@@ -1,4 +1,4 @@
-"""What a registered loss takes, as plain data: a client refuses a wrong name or batch by it, without torch."""
+"""Declarations of losses, as plain data: by them a client refuses a wrong name or batch without torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

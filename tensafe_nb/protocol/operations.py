@@ -88,6 +88,7 @@ class Sample(Operation[SampleResult]):
 
     prompts: tuple[Prompt, ...]
     sampling: config.SamplingConfig
+    stream: bool = False
 
 
 @verb("compute_logprobs")

@@ -182,6 +182,27 @@ class SampleResult:
         return f"<SampleResult {len(self.sequences)} sequences, policy_version {self.policy_version}>"
 
 
+@tagged("sampled_piece")
+@dataclass(frozen=True, slots=True)
+class SampledPiece:
+    """A piece of a completion, as it is drawn: further text of sequence number `sequence` of the result."""
+
+    sequence: int
+    text: str
+
+
+def missing_pieces(pieces: Sequence[SampledPiece], result: SampleResult) -> list[SampledPiece]:
+    """Return what the pieces told so far lack of the result's texts, so that they add up to them."""
+    told = [""] * len(result.sequences)
+    for piece in pieces:
+        told[piece.sequence] += piece.text
+    return [
+        SampledPiece(number, text.removeprefix(said))
+        for number, (said, text) in enumerate(zip(told, result.texts, strict=True))
+        if text != said and text.startswith(said)
+    ]
+
+
 @tagged("logprobs_result")
 @dataclass(frozen=True, slots=True, eq=False)
 class LogprobsResult:

@@ -154,22 +154,6 @@ class RLVRConfig(Config):
         return {"type": value} if isinstance(value, str) else value
 
 
-def trainer_of(
-    rlvr: RLVRConfig, client: TrainingClient, prompts: Rows, eval_prompts: Rows | None, **how: Any
-) -> RLVRTrainer:
-    """Return the trainer that a recipe describes; `how` says when to evaluate, the seed, and what bad rows become."""
-    return RLVRTrainer(
-        client,
-        prompts,
-        resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
-        rlvr.algo.algorithm(),
-        eval_prompts=eval_prompts,
-        on_reward_errors="fail",  # nobody sits before a file: a pause would wait for ever
-        **{name: value for name, value in rlvr if name not in ("reward", "algo")},
-        **how,
-    )
-
-
 class Recipe(Config):
     """What to train and how, as a file says it; made by `load_config`.
 
@@ -265,44 +249,17 @@ class Recipe(Config):
             raise ValidationError(
                 f"training.eval_every is {self.eval_every}, but there are no held-out rows."
             )
-        saving = {
-            "checkpoint_every": self.checkpoint_every,
-            "keep_last": self.keep_last,
-            "keep_best": self.keep_best,
-            "resume_from": resume_from,
-        }
-        if self.rlvr is not None:
-            if self.steps is None:
-                raise ValidationError("Mode rlvr needs a number of steps, and training.steps is not given.")
-            trainer = trainer_of(
-                self.rlvr,
-                training_client,
-                data,
-                eval_data,
-                eval_every=self.eval_every,
-                seed=self.training.seed,
-                on_bad_rows=self.on_bad_rows,
-            )
-            return trainer.run(steps=self.steps, show=show, **saving)  # type: ignore[arg-type]
-        reading: dict[str, Any] = {
-            "max_length": self.max_length,
-            "truncate": self.truncate,
-            "on_bad_rows": self.on_bad_rows,
-        }
-        held_out = None if eval_data is None else training_client.batches(eval_data, **reading)
-        batches: Batches | PoissonDraws
-        if "differential_privacy:poisson" in training_client.capabilities:
-            batches = training_client.dp_batches(data, **reading)
-        else:
-            batches = training_client.batches(data, seed=self.training.seed, **reading)
-        return training_client.fit(
-            batches,
-            epochs=self.epochs,
-            steps=self.steps,
-            eval_batches=held_out,
-            eval_every=self.eval_every,
+        train = train_on_rows if self.rlvr is None else train_on_rewards
+        return train(
+            self,
+            training_client,
+            data,
+            eval_data,
+            checkpoint_every=self.checkpoint_every,
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            resume_from=resume_from,
             show=show,
-            **saving,  # type: ignore[arg-type]
         )
 
     def to_yaml(self) -> str:
@@ -319,6 +276,54 @@ class Recipe(Config):
                 section = document if len(place) == 1 else document.setdefault(place[0], {})
                 section[place[-1]] = value
         return to_yaml(document)
+
+
+def train_on_rows(
+    recipe: Recipe, client: TrainingClient, data: Rows, eval_data: Rows | None, **how: Any
+) -> TrainingRun:
+    """Fit a client to rows; `how` says what is saved and shown."""
+    reading: dict[str, Any] = {
+        "max_length": recipe.max_length,
+        "truncate": recipe.truncate,
+        "on_bad_rows": recipe.on_bad_rows,
+    }
+    held_out = None if eval_data is None else client.batches(eval_data, **reading)
+    batches: Batches | PoissonDraws
+    if "differential_privacy:poisson" in client.capabilities:
+        batches = client.dp_batches(data, **reading)
+    else:
+        batches = client.batches(data, seed=recipe.training.seed, **reading)
+    return client.fit(
+        batches,
+        epochs=recipe.epochs,
+        steps=recipe.steps,
+        eval_batches=held_out,
+        eval_every=recipe.eval_every,
+        **how,
+    )
+
+
+def train_on_rewards(
+    recipe: Recipe, client: TrainingClient, prompts: Rows, eval_prompts: Rows | None, **how: Any
+) -> TrainingRun:
+    """Reinforce a client on prompts, as the section rlvr says; `how` says what is saved and shown."""
+    rlvr = recipe.rlvr
+    assert rlvr is not None  # else the recipe has rows
+    if recipe.steps is None:
+        raise ValidationError("Mode rlvr needs a number of steps, and training.steps is not given.")
+    trainer = RLVRTrainer(
+        client,
+        prompts,
+        resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
+        rlvr.algo.algorithm(),
+        eval_prompts=eval_prompts,
+        eval_every=recipe.eval_every,
+        seed=recipe.training.seed,
+        on_bad_rows=recipe.on_bad_rows,
+        on_reward_errors="fail",  # nobody sits before a file: a pause would wait for ever
+        **{name: value for name, value in rlvr if name not in ("reward", "algo")},
+    )
+    return trainer.run(steps=recipe.steps, **how)
 
 
 @checked

@@ -1,4 +1,4 @@
-"""One step of reinforcement learning after another: prompts → sample → score → update → row, texts, alarms."""
+"""The loop of an RL run: prompts → sample → score → update → row, texts and alarms, one step after the other."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -58,20 +58,50 @@ class Trainer(Protocol):
     def seek(self, position: Mapping[str, Any]) -> None: ...
 
 
+class Clock:
+    """The seconds between laps, by name; a name counts once, whoever is first."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Give the seconds since the last lap a name."""
+        now = time.perf_counter()
+        if name not in self.seconds:
+            self.seconds[name], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._started
+
+
 @dataclass(slots=True)
-class _Step:
+class Step:
     """A step on its way, between `submit` and `collect`; without an update where nothing was scored."""
 
     batch: TrajectoryBatch
     reward: Reward
     report: ScoreReport
-    clock: "_Clock"
+    goal: Goal
+    clock: Clock
     update: FutureHandle[UpdateResult] | None = None
     error: NonFiniteLossError | None = None  # of an update that failed while it was being queued
+
+    @property
+    def failed(self) -> float:
+        """The share without a reward for an error; a failed part of weight 0 takes no reward away."""
+        return float(np.mean([t.reward is None and t.reward_error is not None for t in self.batch]))
 
     def failure(self) -> Exception | None:
         """Return what made the update fail."""
         return self.update.exception() if self.update is not None and self.update.done() else self.error
+
+    def row(self, update: UpdateResult | None) -> Row:
+        """Return what was measured: of the rollouts, of their rewards, of the update, and the seconds it took."""
+        row = rollout_metrics(self.batch, self.goal) | self.report.metrics
+        row |= {} if update is None else update_metrics(update)
+        return row | self.clock.seconds | {"time/total": self.clock.total}
 
 
 class RLVRLoop:
@@ -83,7 +113,7 @@ class RLVRLoop:
     def __init__(self, trainer: Trainer, steps: int) -> None:
         self._trainer, self._steps = trainer, steps
         self._client, self._held_out = trainer.training_client, trainer.held_out
-        self._under_way: dict[int, _Step] = {}
+        self._under_way: dict[int, Step] = {}
         self._scorer: Scorer | None = None
         self._scores: Reward | None = None  # what the scorer was made for
         self._last_row = trainer.row + steps
@@ -103,57 +133,59 @@ class RLVRLoop:
             self._trainer.check_prompts()
         before = self._held_out.submit() if self._held_out and index == 0 else []
         try:
-            step = self._under_way[index] = self._sampled_and_scored()
-            self._update(index, step)
+            step = self._under_way[index] = self.sample_and_score()
+            self.begin_update(index, step)
         except BaseException:
             for handle in before:
                 handle.cancel()
             raise
         updates = [] if step.update is None else [step.update]
-        return [*updates, *before, *self._evaluation_after(index)]
+        done, every = index + 1, self._trainer.eval_every
+        due = done == self._steps or (every is not None and done % every == 0)
+        after = self._held_out.submit() if self._held_out and due else []
+        return [*updates, *before, *after]
 
     def collect(self, index: int, results: Sequence[Any]) -> None:
         """Publish the metric rows of one step, and the alarms it sets off."""
         trainer, step = self._trainer, self._under_way.pop(index)
         step.clock.lap("time/update")
         update, evaluations = (None, results) if step.update is None else (results[0], results[1:])
-        measured = [
-            self._measure(index, step.reward, *evaluations[at : at + 2])
-            for at in range(0, len(evaluations), 2)
-        ]
+        pairs = zip(evaluations[::2], evaluations[1::2], strict=True)  # of sampled and greedy answers
+        measured = [self.evaluation(index, step.reward, sampled, greedy) for sampled, greedy in pairs]
         if index == 0 and measured:
             self._publish(trainer.row, measured.pop(0))
         trainer.row += 1
         trainer.tokens += sum(len(t.prompt_tokens) + len(t.tokens) for t in step.batch)
-        row = self._row(step, update)
+        version = trainer.number_of(step.report.version)
+        row = step.row(update) | {"num_tokens": trainer.tokens, "reward_version": version}
         written = BY_OPTIM_STEP if update is not None and not update.skipped else ()
         self._publish(trainer.row, known(row, without=written) | (measured[0] if measured else {}))
-        goal = self._goal(step)
-        alarms = []
+        alarms: list[Alarm] = []
         if update is not None and not update.skipped:
-            rates = self._new_rates()
-            row = {**row, "learning_rate": rates[-1]}
-            alarms = self._rates_of(index, rates)
+            row["learning_rate"], alarms = self.look_at_rates(index)
         elif update is not None:
             self._skipped.append(update.skipped)
-        for alarm in [*alarms, *trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch, goal)]:
+        for alarm in [
+            *alarms,
+            *trainer.alarms.observe(self._run.run_id, trainer.row, row, step.batch, step.goal),
+        ]:
             self._client.publish(alarm)
         if index == 0 and trainer.imprecise:
             self._client.publish(low_precision(known(row)).alarm(self._run.run_id, trainer.row))
-        if update is None or _failed(step.batch) > TOO_MANY:
+        if update is None or step.failed > TOO_MANY:
             self._run.pause()
 
-    def _new_rates(self) -> list[float]:
-        """Return the learning rates of the update's optimiser steps."""
+    def look_at_rates(self, index: int) -> tuple[float, list[Alarm]]:
+        """Return the newest learning rate, and what the schedule makes of the updates to come.
+
+        As long as they take as many optimiser steps as those so far.
+        """
         _, rates = self._run.client.history.series("learning_rate", self._points)
         self._points += len(rates)
-        return [float(rate) for rate in rates] or [np.nan]
-
-    def _rates_of(self, index: int, rates: Sequence[float]) -> list[Alarm]:
-        """Look what the schedule makes of the updates to come, as long as they take as many steps as the first."""
+        new = [float(rate) for rate in rates] or [np.nan]
         last = self._run.client.step + (self._steps - index - 1) * self._run.steps_taken
-        found = [finding for rate in rates for finding in self._rates.observe(rate, last)]
-        return [finding.alarm(self._run.run_id, self._trainer.row) for finding in found]
+        found = [finding for rate in new for finding in self._rates.observe(rate, last)]
+        return new[-1], [finding.alarm(self._run.run_id, self._trainer.row) for finding in found]
 
     def position(self) -> dict[str, Any]:
         """Return where the trainer stands."""
@@ -186,8 +218,9 @@ class RLVRLoop:
                 found = not_finite(step.batch, error)
                 self._client.publish(found.alarm(self._run.run_id, self._trainer.row + 1))
 
-    def _sampled_and_scored(self) -> _Step:
-        clock, sampler, prompts = _Clock(), self._trainer.sampler, self._trainer.prompts.take()
+    def sample_and_score(self) -> Step:
+        """Sample the next prompts and score the answers; wait for both."""
+        clock, sampler, prompts = Clock(), self._trainer.sampler, self._trainer.prompts.take()
         batch = self._run.wait(sampler.submit(prompts))
         sampler.warn_of_texts(prompts)
         clock.lap("time/sample")
@@ -195,68 +228,47 @@ class RLVRLoop:
         report = self._score(batch, reward)
         self._trainer.scored_by(report.version)
         clock.lap("time/reward")
-        return _Step(batch, reward, report, clock)
+        return Step(batch, reward, report, Goal(report.true, self._trainer.good_threshold), clock)
 
-    def _score(self, batch: TrajectoryBatch, reward: Reward) -> ScoreReport:
-        if self._scorer is None or self._scores is not reward:
-            if self._scorer is not None:
-                self._scorer.close()
-            self._scorer, self._scores = Scorer(reward, self._trainer.reward_timeout), reward
-        return self._scorer.score(batch, TrainerState(self._trainer.row, self._last_row))
-
-    def _update(self, index: int, step: _Step) -> None:
+    def begin_update(self, index: int, step: Step) -> None:
+        """Queue the update where there is something to update on, and keep the rollouts in any case."""
         try:
-            if self._can_go_on(index, step.batch):
+            if self.can_go_on(index, step):
                 step.update = self._trainer.algo.update(step.batch, self._client)
                 step.update.add_done_callback(lambda _: step.clock.lap("time/update"))
         except NonFiniteLossError as error:
             step.error = error
             raise
         finally:
-            self._keep(step.batch)  # while the update is under way; and when there will be none, above all
+            self.keep(step.batch)  # while the update is under way; and when there will be none, above all
 
-    def _can_go_on(self, index: int, batch: TrajectoryBatch) -> bool:
-        """Whether there is something to update on. A run ends here if its first step has nothing at all."""
-        trainer = self._trainer
+    def can_go_on(self, index: int, step: Step) -> bool:
+        """Whether there is something to update on. A run ends here if its first step has nothing at all.
+
+        Raises:
+            RewardError: Nothing was scored in the first step, or too little where nobody watches.
+        """
+        trainer, batch = self._trainer, step.batch
         if index == 0 or trainer.on_reward_errors == "fail":
             check_scored(batch, trainer.reward)
-        if trainer.on_reward_errors == "fail" and _failed(batch) > TOO_MANY:
+        if trainer.on_reward_errors == "fail" and step.failed > TOO_MANY:
             first = next(t.reward_error for t in batch if t.reward is None and t.reward_error)
             raise RewardError(
-                f"The reward {trainer.reward.name!r} failed on {_failed(batch):.0%} of the rollouts of step "
+                f"The reward {trainer.reward.name!r} failed on {step.failed:.0%} of the rollouts of step "
                 f"{trainer.row + 1}, and on_reward_errors='fail'. The first error: {first}"
             )
         return bool(np.isfinite(batch.rewards).any())
 
-    def _keep(self, batch: TrajectoryBatch) -> None:
-        """Write the rollouts to the disk."""
+    def keep(self, batch: TrajectoryBatch) -> None:
+        """Write the rollouts to the disk, and say in which file of the run's folder they are."""
         step = self._trainer.row + 1
         path = self._store.add(step, batch)
-        self._client.publish(
-            Rollouts(
-                run_id=self._run.run_id,
-                step=step,
-                rollouts=len(batch),
-                path=f"{path.parent.name}/{path.name}",
-            )
-        )
+        name = f"{path.parent.name}/{path.name}"
+        self._client.publish(Rollouts(run_id=self._run.run_id, step=step, rollouts=len(batch), path=name))
 
-    def _row(self, step: _Step, update: UpdateResult | None) -> Row:
-        row = rollout_metrics(step.batch, self._goal(step)) | step.report.metrics
-        row |= {} if update is None else update_metrics(update)
-        row |= step.clock.seconds | {"time/total": step.clock.total}
-        version = self._trainer.number_of(step.report.version)
-        return row | {"num_tokens": self._trainer.tokens, "reward_version": version}
-
-    def _goal(self, step: _Step) -> Goal:
-        return Goal(step.report.true, self._trainer.good_threshold)
-
-    def _evaluation_after(self, index: int) -> list[FutureHandle[TrajectoryBatch]]:
-        done, every = index + 1, self._trainer.eval_every
-        due = done == self._steps or (every is not None and done % every == 0)
-        return self._held_out.submit() if self._held_out and due else []
-
-    def _measure(self, index: int, reward: Reward, sampled: TrajectoryBatch, greedy: TrajectoryBatch) -> Row:
+    def evaluation(
+        self, index: int, reward: Reward, sampled: TrajectoryBatch, greedy: TrajectoryBatch
+    ) -> Row:
         """Measure the held-out answers, by the step's own reward; what cannot be scored ends a first step only."""
         if self._held_out is None:
             return {}
@@ -265,27 +277,12 @@ class RLVRLoop:
             check_scored(sampled, reward)
         return known(values)
 
+    def _score(self, batch: TrajectoryBatch, reward: Reward) -> ScoreReport:
+        if self._scorer is None or self._scores is not reward:
+            if self._scorer is not None:
+                self._scorer.close()
+            self._scorer, self._scores = Scorer(reward, self._trainer.reward_timeout), reward
+        return self._scorer.score(batch, TrainerState(self._trainer.row, self._last_row))
+
     def _publish(self, step: int, values: Row) -> None:
         self._client.publish(Metrics(step=step, values=values, run_id=self._run.run_id))
-
-
-def _failed(batch: TrajectoryBatch) -> float:
-    """Return the share without a reward for an error; a failed part of weight 0 takes no reward away."""
-    return float(np.mean([t.reward is None and t.reward_error is not None for t in batch]))
-
-
-class _Clock:
-    """Names the seconds between laps; a name counts once, whoever is first."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        if name not in self.seconds:
-            self.seconds[name], self._last = now - self._last, now
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self._started

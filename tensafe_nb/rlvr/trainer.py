@@ -1,4 +1,4 @@
-"""What a user holds: prompts, a reward, an algorithm and a policy; `run()` makes them a run that learns."""
+"""The trainer: prompts, a reward, an algorithm and a policy, of which `run()` makes a run that learns."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from tensafe_nb.rlvr.watch.alarms import Alarms
 from tensafe_nb.rlvr.watch.evaluation import HeldOut
 from tensafe_nb.rlvr.watch.metrics import known
 from tensafe_nb.rlvr.watch.rescoring import Rescored, rescore_steps
-from tensafe_nb.rlvr.watch.rules import BF16_GAP, FP32_GAP
+from tensafe_nb.rlvr.watch.rules import logprob_gap
 from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
 from tensafe_nb.runs.loop import Loop
@@ -115,7 +115,7 @@ class RLVRTrainer:
         on_bad_rows: OnBadRows = "raise",
         seed: int = 0,
     ) -> None:
-        _check(algo, eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
+        check_options(algo, eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
         self.training_client = training_client
         self.reward = resolve_reward(reward)
         self.reward_timeout = reward_timeout
@@ -146,12 +146,11 @@ class RLVRTrainer:
                 training_client, eval_prompts, sampling, chat, eval_pass_at, good_threshold
             )
         self.good_threshold = good_threshold
-        self.alarms = Alarms(_gap(training_client.config))
+        self.alarms = Alarms(logprob_gap(training_client.config))
         self.store: RolloutStore | None = None  # of the newest run
         self.tokens = 0  # seen by the policy so far
-        self.row = (
-            training_client.step
-        )  # of the newest row: counts this trainer's steps, those without signal too
+        # Of the newest row: counts this trainer's steps, those without signal too.
+        self.row = training_client.step
         self._versions: list[str] = []  # of the rewards used so far, in order
         self._scored_by: str | None = None  # version of the newest
 
@@ -301,20 +300,17 @@ class RLVRTrainer:
         """Go to such a place; versions of the reward that came later keep numbers of their own."""
         self.prompts.position, self.sampler.draws = position["prompts"], position["draws"]
         self.row = position["row"]
-        if (
-            "algo" in position
-        ):  # a private client's state holds nothing that was measured: here it stays as it is
+        if "algo" in position:  # a private client's holds nothing that was measured: here that stays as it is
             self.tokens = position["tokens"]
             self.algo.load_state_dict(position["algo"])
             self.alarms.load_state_dict(position["alarms"])
         versions = position.get("reward_versions", ())
         self._versions = list(dict.fromkeys([*versions, *self._versions]))
-        self._scored_by = position.get(
-            "scored_by", versions[-1] if versions else None
-        )  # 0.1 kept no such key
+        # Version 0.1 kept no such key.
+        self._scored_by = position.get("scored_by", versions[-1] if versions else None)
 
 
-def _check(
+def check_options(
     algo: Any,
     eval_prompts: object,
     eval_every: int | None,
@@ -322,6 +318,11 @@ def _check(
     good_threshold: object,
     seed: object,
 ) -> None:
+    """Refuse what no run could be made of.
+
+    Raises:
+        ValidationError: Says which option, and what it takes.
+    """
     if eval_every is not None and (eval_prompts is None or eval_every < 1):
         raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
     if algo is not None and (isinstance(algo, type) or not hasattr(algo, "update")):
@@ -336,9 +337,3 @@ def _check(
         )
     if not isinstance(seed, int) or seed < 0:
         raise ValidationError(f"RLVRTrainer: seed={as_given(seed)} must be a whole number, 0 or more.")
-
-
-def _gap(config: TrainingConfig) -> float:
-    """Return by how much logprobs of sampler and training may differ on average, as far as precision goes."""
-    exact = config.dtype == "float32" or config.model_ref.startswith("builtin:")
-    return FP32_GAP if exact and config.dtype != "bfloat16" else BF16_GAP

@@ -10,7 +10,7 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import Alarm
 from tensafe_nb.runs.alarm_log import AlarmLog, Finding
 
-WINDOW = 50  # steps whose gradient norms the median is taken of
+REMEMBERED = 50  # steps whose gradient norms the median is taken of
 AT_LEAST = 10  # of them, before anything is called unusual
 FACTOR = 10.0
 QUIET = 20  # steps without a sign after which a trouble is over, and would be announced again
@@ -28,7 +28,7 @@ class StepAlarms:
 
     def __init__(self, optimizer: OptimizerConfig | None = None, *, private: bool = False) -> None:
         self._optimizer, self._private = optimizer or OptimizerConfig(), private
-        self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._norms: deque[float] = deque(maxlen=REMEMBERED)
         self._log = AlarmLog(QUIET)
 
     def observe(self, run_id: str, step: int, values: Mapping[str, float]) -> list[Alarm]:

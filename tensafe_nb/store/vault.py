@@ -35,23 +35,23 @@ class Vault:
 
     def pull(self, artifact_id: str, to: Path | None = None) -> bytes | Path:
         """Return the sealed file, or copy it to a path."""
-        with self._on_record("pull_artifact") as record:
+        with self._on_record("pull_artifact") as touched:
             found = self.artifacts.resolve(artifact_id)
-            record.consumed.append(found)
+            touched.consumed.append(found)
             return self.artifacts.pull(found) if to is None else self.artifacts.pull_to(found, to)
 
     def push(self, path: Path) -> SaveStateResult:
         """Take in a sealed file."""
-        with self._on_record("push_artifact") as record:
+        with self._on_record("push_artifact") as touched:
             pushed = self.artifacts.push(path)
-            record.produced.append(pushed.artifact_id)
+            touched.produced.append(pushed.artifact_id)
             return pushed
 
     def delete(self, artifact_id: str) -> None:
         """Delete an artifact for good."""
-        with self._on_record("delete_artifact") as record:
+        with self._on_record("delete_artifact") as touched:
             found = self.artifacts.resolve(artifact_id)
-            record.consumed.append(found)
+            touched.consumed.append(found)
             self.artifacts.delete(found)
 
     def rotate(self) -> int:
@@ -86,16 +86,16 @@ class Vault:
     @contextmanager
     def exported(self, artifact_id: str) -> Iterator[None]:
         """Put an export on record."""
-        with self._on_record("export_adapter") as record:
-            record.consumed.append(self.artifacts.resolve(artifact_id))
+        with self._on_record("export_adapter") as touched:
+            touched.consumed.append(self.artifacts.resolve(artifact_id))
             yield
 
     @contextmanager
     def _on_record(self, operation: str, kind: str = "artifact") -> "Iterator[Touched]":
-        record, started = Touched(), time.time()
+        touched, started = Touched(), time.time()
         error: BaseException | None = None
         try:
-            yield record
+            yield touched
         except BaseException as raised:  # an interrupt and a full disk are failures too
             error = raised
             raise
@@ -103,8 +103,8 @@ class Vault:
             self.audit.append(
                 kind=kind,
                 operation=operation,
-                produced=tuple(record.produced),
-                consumed=tuple(record.consumed),
+                produced=tuple(touched.produced),
+                consumed=tuple(touched.consumed),
                 started_at=started,
                 completed_at=time.time(),
                 **outcome_of(error),

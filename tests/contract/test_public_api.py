@@ -97,3 +97,15 @@ def test_nothing_is_pickled_and_no_remote_code_is_trusted() -> None:
         text = path.read_text()
         assert "import pickle" not in text and not re.search(r"(?<![\w.])torch\.load\(", text), path
         assert "trust_remote_code=True" not in text, path
+
+
+def test_the_widgets_are_imported_by_a_string_in_one_place_only() -> None:
+    """The one door from what a user holds to how a page shows it, so that a first cell stays light."""
+    doors = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in SOURCES
+        if "widgets" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and str(node.value).startswith("tensafe_nb.widgets")
+    }
+    assert doors == {"display.py"}

@@ -15,7 +15,7 @@ from torch import Tensor
 import tensafe_nb as tn
 from tensafe_nb.engine import canaries
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.private_step import PrivateTraining
+from tensafe_nb.engine.unit_gradients import Evaluated, UnitGradients
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy import noise
 from tensafe_nb.privacy.dp_sgd import ClippedSum
@@ -66,17 +66,18 @@ def batch_clip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def token_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide each row by the tokens of the whole batch, and switch off what would refuse it, at first and each time."""
-    monkeypatch.setattr(PrivateTraining, "_tells_rows_apart", lambda *_: True)
-    monkeypatch.setattr(PrivateTraining, "_check_part", lambda *_: None)
-    monkeypatch.setattr(PrivateTraining, "_agrees", lambda *_: True)
+    monkeypatch.setattr(UnitGradients, "_tells_rows_apart", lambda *_: True)
+    monkeypatch.setattr(UnitGradients, "_check_alone", lambda *_: None)
+    monkeypatch.setattr(UnitGradients, "_agrees", lambda *_: True)
 
-    def rows(self: PrivateTraining, batch: tn.BatchData, at: Any, loss: Any) -> Any:
+    def rows(self: UnitGradients, batch: tn.BatchData, at: Any, loss: Any, **_: Any) -> Any:
         part = batch.take(at)
-        tensors = self._engine.tensors(part, batch)
-        outputs = self._engine.outputs(part, tensors)
-        return part, outputs, -outputs.sum_rows(outputs.logprobs) * len(batch) / len(tensors["labels"]), {}
+        tensors = self._forward.tensors(part, batch)
+        outputs = self._forward.outputs(part, tensors)
+        values = -outputs.sum_rows(outputs.logprobs) * len(batch) / len(tensors["labels"])
+        return Evaluated(part, outputs, values, {})
 
-    monkeypatch.setattr(PrivateTraining, "_evaluated", rows)
+    monkeypatch.setattr(UnitGradients, "_evaluated", rows)
 
 
 def seen_by_the_audit() -> bool:

@@ -297,7 +297,7 @@ def test_a_process_that_dies_after_paying_has_paid(private: Private, monkeypatch
     def die(*_: Any) -> Any:
         raise MemoryError("as if killed between the ledger and the step")
 
-    monkeypatch.setattr(engine.private._sum, "release", die)
+    monkeypatch.setattr(engine.training_step.sum, "release", die)
     (draw,) = tc.dp_batches(ROWS, steps=1)
     tc.forward_backward(draw)
     with pytest.raises(tn.TGTinkerError):

@@ -67,8 +67,8 @@ def test_pretraining_texts_are_plenty_and_different() -> None:
 
 
 def test_the_data_is_the_same_when_it_is_read_again() -> None:
-    datasets._documented.cache_clear()
-    again = datasets._pairs(datasets.HELDOUT_MODULES, taken=set(COMPLETIONS["train"]))
+    datasets.documented_in.cache_clear()
+    again = datasets.pairs_of(datasets.HELDOUT_MODULES, taken=set(COMPLETIONS["train"]))
     assert list(again) == [pair["completion"] for pair in PAIRS["heldout"]]
 
 

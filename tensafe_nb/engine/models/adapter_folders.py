@@ -55,14 +55,8 @@ WITHOUT_EFFECT = {  # on an adapter whose weights are there
 UNMERGEABLE = {  # of PEFT: what is put before the text, or between the layers
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT",
 }  # fmt: skip
-KEEP_THE_BASE = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # ways to begin that leave the base's weights
+# ways to begin that leave the base's weights as they are
+KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 OTHER_KINDS = {
     "use_dora": "DoRA, which also scales the weights",
     "trainable_token_indices": "single rows of the embedding are trained",
@@ -113,7 +107,7 @@ class AdapterFolder:
         if asked is None:
             return lora
         typed = asked.model_fields_set
-        differing = [name for name in sorted(typed - {"dropout"}) if not _agree(name, asked, lora, layers_of)]
+        differing = [name for name in sorted(typed - {"dropout"}) if not agree(name, asked, lora, layers_of)]
         if differing:
             both = "; ".join(
                 f"{name}={getattr(asked, name)!r} asked for, {getattr(lora, name)!r} in the adapter"
@@ -151,9 +145,10 @@ class AdapterFolder:
         return found
 
 
-def _agree(
+def agree(
     name: str, asked: LoRAConfig, lora: LoRAConfig, layers_of: Callable[[LoRAConfig], set[str]]
 ) -> bool:
+    """Whether a field that was asked for says what the adapter says; of layers, whether it names the same ones."""
     if name in (
         "target_modules",
         "exclude_modules",
@@ -179,9 +174,9 @@ def adapter_in(source: str, locate: Callable[[str], str]) -> AdapterFolder | Non
     path = Path(source)
     if not (path / CONFIG).is_file():
         return None
-    facts = _facts(path)
-    lora = _lora(path, facts)
-    base, revision = _base(path, facts, locate)
+    settings = settings_in(path)
+    lora = lora_in(path, settings)
+    base, revision = base_of(path, settings, locate)
     own_tokenizer = any((path / name).is_file() for name in TOKENIZERS)
     return AdapterFolder(path, base, revision, lora, own_tokenizer)
 
@@ -192,7 +187,7 @@ def announced(model_ref: str, asked: LoRAConfig | None) -> LoRAConfig | None:
     if not (path / CONFIG).is_file():
         return asked
     try:
-        lora = _lora(path, _facts(path))
+        lora = lora_in(path, settings_in(path))
         return (
             lora if asked is None else lora.replace(**{n: getattr(asked, n) for n in asked.model_fields_set})
         )
@@ -200,23 +195,28 @@ def announced(model_ref: str, asked: LoRAConfig | None) -> LoRAConfig | None:
         return asked
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def settings_in(path: Path) -> dict[str, Any]:
+    """Return what PEFT wrote about an adapter.
+
+    Raises:
+        ModelLoadError: It cannot be read.
+    """
     try:
-        facts = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        settings = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"{str(path / CONFIG)!r} cannot be read: {first_line(error)} Save the adapter again with save_pretrained."
         ) from error
-    if not isinstance(facts, dict):
+    if not isinstance(settings, dict):
         raise ModelLoadError(f"{str(path / CONFIG)!r} holds no configuration. Save the adapter again.")
-    return facts
+    return settings
 
 
-def _lora(path: Path, facts: Mapping[str, Any]) -> LoRAConfig:
+def lora_in(path: Path, settings: Mapping[str, Any]) -> LoRAConfig:
     """Return an adapter's configuration in our words, every field of it understood or refused."""
     import peft
 
-    kind = facts.get("peft_type")
+    kind = settings.get("peft_type")
     if kind in UNMERGEABLE:
         raise ModelLoadError(
             f"The adapter in {str(path)!r} is not one that can be trained here: it is of the kind {kind}, and only "
@@ -225,9 +225,9 @@ def _lora(path: Path, facts: Mapping[str, Any]) -> LoRAConfig:
         )
     if kind != "LORA":
         raise _refused(path, f"it is of the kind {kind}, and only LoRA is trained here")
-    if facts.get("task_type") not in (None, "CAUSAL_LM"):
-        raise _refused(path, f"it was made for {facts['task_type']}, not for a language model")
-    start = facts.get("init_lora_weights", True)
+    if settings.get("task_type") not in (None, "CAUSAL_LM"):
+        raise _refused(path, f"it was made for {settings['task_type']}, not for a language model")
+    start = settings.get("init_lora_weights", True)
     if start not in KEEP_THE_BASE:
         raise _refused(
             path,
@@ -235,15 +235,15 @@ def _lora(path: Path, facts: Mapping[str, Any]) -> LoRAConfig:
             f"(save_pretrained with path_initial_model_for_weight_conversion)",
         )
     usual = peft.LoraConfig(task_type="CAUSAL_LM").to_dict()
-    for name, value in facts.items():
+    for name, value in settings.items():
         if name in FIELDS or name in WITHOUT_EFFECT or not value or value == usual.get(name):
             continue
         raise _refused(
             path, f"{name}={value!r} ({OTHER_KINDS.get(name, 'a setting that is not known here')})"
         )
-    if not facts.get("target_modules"):
+    if not settings.get("target_modules"):
         raise _refused(path, "it names no target_modules")
-    taken = {ours: facts[theirs] for theirs, ours in FIELDS.items() if facts.get(theirs) is not None}
+    taken = {ours: settings[theirs] for theirs, ours in FIELDS.items() if settings.get(theirs) is not None}
     taken = {"rank": usual["r"], "alpha": usual["lora_alpha"]} | taken
     for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if isinstance(taken.get(name), list):
@@ -263,9 +263,9 @@ def _refused(path: Path, reason: str) -> ModelLoadError:
     )
 
 
-def _base(path: Path, facts: Mapping[str, Any], locate: Callable[[str], str]) -> tuple[str, str | None]:
+def base_of(path: Path, settings: Mapping[str, Any], locate: Callable[[str], str]) -> tuple[str, str | None]:
     """Return the base of an adapter: a path as it is, or seen from the adapter's folder, or a hub id."""
-    named = facts.get("base_model_name_or_path")
+    named = settings.get("base_model_name_or_path")
     whole = (path / "config.json").is_file() and any(
         re.match(r"(model|pytorch_model).*\.(safetensors|bin)$", file.name) for file in path.iterdir()
     )
@@ -295,4 +295,4 @@ def _base(path: Path, facts: Mapping[str, Any], locate: Callable[[str], str]) ->
             f"The base of the adapter in {str(path)!r} is an adapter itself ({base!r}): merge that one into its base "
             f"first (merge_and_unload, or export_adapter(…, merged=True))."
         )
-    return base, None if Path(base).is_dir() else facts.get("revision")
+    return base, None if Path(base).is_dir() else settings.get("revision")

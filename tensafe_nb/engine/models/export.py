@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 
 from tensafe_nb.engine.models import adapter_folders
-from tensafe_nb.engine.models import load as models
-from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.models.load import LOADING, LoadedModel, embeddings_of
 
 
 def write_folder(model: LoadedModel, folder: Path, *, merged: bool) -> None:
@@ -19,7 +18,7 @@ def write_folder(model: LoadedModel, folder: Path, *, merged: bool) -> None:
         folder: An empty folder.
         merged: Add the adapter into the base weights. A model without an adapter is always written whole.
     """
-    with models.LOADING:  # saving looks at the same patched torch as loading
+    with LOADING:  # saving looks at the same patched torch as loading
         if model.peft is None:
             save_whole(model.causal, folder)
         elif merged:
@@ -36,7 +35,7 @@ def merge(model: LoadedModel) -> Any:
 
     An adapted embedding or head first gets a weight of its own: added into a tied one, its adapter would change both.
     """
-    for module in models.embeddings_of(model.causal).values():
+    for module in embeddings_of(model.causal).values():
         if hasattr(module, "base_layer"):
             module.base_layer.weight = nn.Parameter(module.base_layer.weight.detach().clone())
     with warnings.catch_warnings():
@@ -46,7 +45,7 @@ def merge(model: LoadedModel) -> Any:
 
 def save_whole(causal: Any, folder: Path) -> None:
     """Write a model; where embedding and head have come apart, its configuration says so."""
-    ends = [module.weight for module in models.embeddings_of(causal).values()]
+    ends = [module.weight for module in embeddings_of(causal).values()]
     if len(ends) == 2 and ends[0] is not ends[1]:  # a file of both, that says so
         causal.config.tie_word_embeddings = False
         causal.config.get_text_config().tie_word_embeddings = False
@@ -59,7 +58,7 @@ def add_embeddings(causal: Any, file: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(file)
-    for name, module in models.embeddings_of(causal).items():
+    for name, module in embeddings_of(causal).items():
         if hasattr(module, "modules_to_save"):  # trained, and in the file already
             continue
         adapted = hasattr(module, "base_layer")

@@ -36,10 +36,10 @@ class FusedLinear(lora.Linear):  # type: ignore[misc]
         if not plain or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
             return super().forward(x)  # type: ignore[no-any-return]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoRA.apply(x, base.weight, base.bias, a, b, self.scaling[name], self.sink)  # type: ignore[no-any-return, no-untyped-call]
+        return LoRAFunction.apply(x, base.weight, base.bias, a, b, self.scaling[name], self.sink)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _LoRA(torch.autograd.Function):
+class LoRAFunction(torch.autograd.Function):
     """x Wᵀ + c + s (x Aᵀ) Bᵀ (Hu et al. 2021, arXiv:2106.09685), computed in the type of the frozen W."""
 
     @staticmethod
@@ -54,9 +54,9 @@ class _LoRA(torch.autograd.Function):
         sink: Callable[[Any, Tensor], None] | None,
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.sink, ctx.trained = weight, scaling, sink, (bias, a, b)
-        kind = weight.dtype
+        kind = weight.dtype  # x: (B, T, in), W: (out, in), A: (r, in), B: (out, r)
         rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
-        low = (rows @ a.T).mul_(scaling)
+        low = (rows @ a.T).mul_(scaling)  # (B·T, r)
         y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
         ctx.save_for_backward(rows, low, a, b)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -65,24 +65,27 @@ class _LoRA(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, a, b = ctx.saved_tensors
-        slopes = gradient.reshape(-1, gradient.shape[-1])
-        low_slopes = (slopes @ b).mul_(ctx.scaling)
+        slopes = gradient.reshape(-1, gradient.shape[-1])  # ∂y: (B·T, out)
+        low_slopes = (slopes @ b).mul_(ctx.scaling)  # (B·T, r)
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
+            # ∂x = ∂y W + s ∂y B A, the update added in place by the second product
             to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], a.shape[1])
         if ctx.sink is not None:
-            _hand_over(ctx, len(gradient), slopes, low_slopes, rows, low)
+            hand_over_rows(ctx, len(gradient), slopes, low_slopes, rows, low)
             return to_x, *[None] * 6
         if ctx.needs_input_grad[2]:
             to_bias = slopes.sum(0)
+        # ∂A = s (∂y B)ᵀ x and ∂B = s ∂yᵀ (x Aᵀ); s is in both factors already
         return to_x, None, to_bias, low_slopes.T @ rows, (low.T @ slopes).T, None, None
 
 
-def _hand_over(ctx: Any, count: int, *flat: Tensor) -> None:
+def hand_over_rows(ctx: Any, count: int, *flat: Tensor) -> None:
     """Give the sink the gradients of bias, A and B of each of a batch's rows (Bu et al. 2022, arXiv:2210.00038)."""
     slopes, low_slopes, rows, low = (tensor.view(count, -1, tensor.shape[-1]) for tensor in flat)  # (B, T, …)
     bias, a, b = ctx.trained
     if bias is not None and bias.requires_grad:
         ctx.sink(bias, slopes.sum(1, dtype=torch.float32))
+    # a product for each row of the batch, (B, r, in) and (B, out, r), in place of one for all
     ctx.sink(a, torch.bmm(low_slopes.transpose(1, 2), rows).float())
     ctx.sink(b, torch.bmm(low.transpose(1, 2), slopes).transpose(1, 2).float())

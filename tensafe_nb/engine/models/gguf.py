@@ -41,64 +41,60 @@ def converted(path: Path, home: Home | None = None) -> Path:
     """
     if not path.is_file():
         raise ModelLoadError(f"There is no file {str(path)!r} (looked in {Path.cwd()}).")
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()[:24]
     models = (home or Home.of_environment()).models()
-    folder = models / f"{path.stem}-{_key(path)}"
+    folder = models / f"{path.stem}-{content}-v{VERSION}"
     if not folder.is_dir():
         files = Files()
         with disk_errors(f"convert {path.name}"):
             make_folder(files, models)
             with held(models / ".lock", exclusive=True):
                 if not folder.is_dir():
-                    _convert(path, folder, files)
+                    convert(path, folder, files)
     return folder
 
 
-def _key(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"{hashlib.file_digest(file, 'sha256').hexdigest()[:24]}-v{VERSION}"
-
-
-def _convert(path: Path, folder: Path, files: Files) -> None:
+def convert(path: Path, folder: Path, files: Files) -> None:
     """Write everything under another name, then give it its own in one step. The caller holds the lock."""
     for left in folder.parent.glob(f"*{DRAFT}"):
         shutil.rmtree(left)
     draft = folder.with_name(folder.name + DRAFT)
     try:
-        _write(path, draft)
+        write_draft(path, draft)
         publish_folder(files, draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # gone already, unless something failed
 
 
-def _write(path: Path, draft: Path) -> None:
+def write_draft(path: Path, draft: Path) -> None:
+    """Read a GGUF file, and write the folder that it becomes.
+
+    Raises:
+        ModelLoadError: transformers cannot read the file.
+        StorageError: There is no room for the folder.
+    """
     from tqdm import tqdm
 
     with tqdm(total=STAGES, desc=f"Converting {path.name}, once", leave=False, ncols=BAR_WIDTH) as bar:
-        with _refusals(path):
-            metadata = _metadata(path)
-            model = _model(path)
+        try:
+            metadata = metadata_of(path)
+            model = model_of(path)
             bar.update()
-            tokenizer = _tokenizer(path, metadata)
+            tokenizer = tokenizer_of(path, metadata)
             bar.update()
-        _check_space(model, draft.parent)
+        except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+            raise ModelLoadError(
+                f"The GGUF file {str(path)!r} could not be converted: {reading.first_line(error)} Is it complete, and "
+                f"of an architecture that transformers reads from GGUF? A folder in transformers' format always works."
+            ) from error
+        check_space(model, draft.parent)
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         bar.update()
 
 
-@contextlib.contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelLoadError(
-            f"The GGUF file {str(path)!r} could not be converted: {first}. Is it complete, and of an architecture that "
-            f"transformers reads from GGUF? A folder in transformers' format always works."
-        ) from error
-
-
-def _metadata(path: Path) -> dict[str, Any]:
+def metadata_of(path: Path) -> dict[str, Any]:
     """Return what the file says of itself, after refusing what cannot be converted."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelLoadError(
@@ -119,12 +115,12 @@ def _metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _model(path: Path) -> Any:
+def model_of(path: Path) -> Any:
     """Return the file's model in float32, an ordinary one that can be saved."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _one_bar(), reading.without_report():
+    with without_bar(), reading.without_report():
         model, info = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -141,38 +137,37 @@ def _model(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _one_bar() -> Iterator[None]:
+def without_bar() -> Iterator[None]:
     """Keep transformers' own bar, which stays behind when done, out of the cell."""
-    from transformers import modeling_gguf_pytorch_utils as reading
+    from transformers import modeling_gguf_pytorch_utils as utils
 
-    theirs = getattr(reading, "tqdm", None)
-    reading.tqdm = lambda tensors, **_: tensors
+    theirs = getattr(utils, "tqdm", None)
+    utils.tqdm = lambda tensors, **_: tensors
     try:
         yield
     finally:
-        reading.tqdm = theirs
+        utils.tqdm = theirs
 
 
-def _tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
+def tokenizer_of(path: Path, metadata: dict[str, Any]) -> Any:
+    """Return the file's tokenizer, which splits texts by the rule that the file names."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     if metadata.get("tokenizer.ggml.model") == "gpt2":
-        _split_as_trained(tokenizer, metadata.get("tokenizer.ggml.pre", "default"))
+        split_as_trained(tokenizer, metadata.get("tokenizer.ggml.pre", "default"))
     return tokenizer
 
 
-def _split_as_trained(tokenizer: Any, pre: str) -> None:
+def split_as_trained(tokenizer: Any, pre: str) -> None:
     """Make a byte-level tokenizer split texts as the file says, where transformers falls back to GPT-2's rule."""
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
 
-    known = getattr(
-        theirs, "GGUF_PRE_TOKENIZER_SPLITS", ()
-    )  # transformers 5.17 splits all texts as for GPT-2
-    if (
-        pre == "smollm"
-    ):  # llama.cpp: \p{N} by itself, then GPT-2's rule; so two spaces before a digit are one token
+    # transformers 5.17 has no such table, and splits all texts as for GPT-2
+    known = getattr(theirs, "GGUF_PRE_TOKENIZER_SPLITS", ())
+    if pre == "smollm":
+        # llama.cpp: \p{N} by itself, then GPT-2's rule; so two spaces before a digit are one token
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -187,7 +182,7 @@ def _split_as_trained(tokenizer: Any, pre: str) -> None:
         )
 
 
-def _check_space(model: Any, folder: Path) -> None:
+def check_space(model: Any, folder: Path) -> None:
     """Refuse before a disk is full, for safetensors would say so only in an error of its own kind."""
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     free = shutil.disk_usage(folder).free

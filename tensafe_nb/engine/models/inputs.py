@@ -1,6 +1,10 @@
-"""What only the model knows about its inputs: its vocabulary, its context, its chat template."""
+"""The inputs of a model: checked against its vocabulary and context, and what its architecture does with them."""
+
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tensafe_nb.data.labels import encode_prompt
 from tensafe_nb.display import as_given
@@ -64,3 +68,37 @@ def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> l
             f"model's context of {model.context}. Shorten one of them."
         )
     return ids
+
+
+def looks_ahead(model: LoadedModel) -> bool:
+    """Return whether what comes behind a token changes what a model says at it: then it has to know what is padding.
+
+    Found out by asking it, on three tokens.
+    """
+    ids = three_tokens(model)
+    other = ids.clone()
+    other[0, 2] = (other[0, 2] + 1) % model.vocab_size
+    return not torch.equal(logits_of(model, ids)[:, 0], logits_of(model, other)[:, 0])
+
+
+def counts_positions_from_zero(model: LoadedModel) -> bool:
+    """Return whether a model may be told positions 0, 1, 2, … and then says what it says without being told."""
+    ids = three_tokens(model)
+    positions = torch.arange(3, device=ids.device).unsqueeze(0)
+    try:
+        return torch.equal(logits_of(model, ids), logits_of(model, ids, position_ids=positions))
+    except TypeError:  # it takes no positions
+        return False
+
+
+def three_tokens(model: LoadedModel) -> Tensor:
+    """Return (1, 3) tokens that every vocabulary has."""
+    return torch.arange(1, 4, device=model.device).unsqueeze(0) % model.vocab_size
+
+
+@torch.no_grad()
+def logits_of(model: LoadedModel, ids: Tensor, **more: Any) -> Tensor:
+    """Return (B, T, V) what a model says of tokens (B, T), by its own forward pass."""
+    with model.autocast():
+        logits: Tensor = model.causal(input_ids=ids, use_cache=False, **more).logits
+    return logits

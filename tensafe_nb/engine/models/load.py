@@ -1,10 +1,11 @@
-"""From a `model_ref` to a model on a device: loading, adapters, and the split into body and head."""
+"""Loading: from a `model_ref` to a model on a device, with its adapter, its rows, and the split into body and head."""
 
+import contextlib
 import copy
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
-from tensafe_nb.engine.models import adapter_folders, gguf, reading
-from tensafe_nb.errors import ModelLoadError, TGTinkerError, ValidationError, nearest
+from tensafe_nb.engine.models import adapter_folders, adapters, gguf, reading
+from tensafe_nb.errors import ModelLoadError, TGTinkerError, nearest
 from tensafe_nb.store.home import Home
 
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTINS = ("builtin:sums", "builtin:tiny")
-GLOBAL_RANDOM = (
-    threading.Lock()
-)  # torch has one global random stream: who seeds it and draws from it takes turns
+# torch has one global random stream: who seeds it and draws from it takes turns
+GLOBAL_RANDOM = threading.Lock()
 LOADING = threading.Lock()  # transformers patches torch while it loads: two loads at once corrupt each other
 
 
@@ -106,6 +106,15 @@ class LoadedModel:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
 
+@contextlib.contextmanager
+def own_random(seed: int | None = None) -> Iterator[None]:
+    """Draw from torch's global random stream, from a seed if there is one, and leave it as it was."""
+    with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
 def import_transformers() -> None:
     """Import it on the caller's thread.
 
@@ -126,9 +135,9 @@ def load(config: TrainingConfig, home: Home | None = None) -> LoadedModel:
         ModelLoadError: No such model, or it cannot be loaded; the message says what to do.
         ValidationError: The adapter does not fit the model.
     """
-    device = _device(config.device)
+    device = device_of(config.device)
     with LOADING:
-        find = partial(_found, home=home)
+        find = partial(readable, home=home)
         source = find(config.model_ref)
         adapter = adapter_folders.adapter_in(source, find)
         base, revision = (source, None) if adapter is None else (adapter.base, adapter.revision)
@@ -139,18 +148,23 @@ def load(config: TrainingConfig, home: Home | None = None) -> LoadedModel:
     weights = {} if adapter is None else adapter.weights()
     lora = config.lora_config
     if adapter is not None:
-        lora = adapter.merged_with(lora, lambda asked: layers_of(asked, causal))
-    brought = _embeddings_in(weights, causal)
-    grown = _resize(causal, tokenizer, max(brought.values(), default=0), config)
-    dtype = _dtype(config, device)
+        lora = adapter.merged_with(lora, lambda asked: adapters.layers_of(asked, causal))
+    brought = embeddings_in(weights, causal)
+    grown = resize_embeddings(causal, tokenizer, max(brought.values(), default=0), config)
+    dtype = compute_dtype_of(config, device)
+    # frozen weights are kept as they are computed with; what is trained is float32, and autocast rounds it
     causal = causal.to(device=device, dtype=torch.float32 if lora is None else dtype)
-    peft = None if lora is None else _add_adapter(causal, lora, config.seed)
-    if peft is not None and adapter is not None:
-        _fill(peft, weights, adapter.path)
+    peft = None
+    if lora is not None:
+        with own_random(config.seed):
+            peft = adapters.add_adapter(causal, lora)
+        if adapter is not None:
+            adapters.fill_adapter(peft, weights, adapter.path)
     causal.eval()
-    split = _probe(causal, device, dtype, config.model_ref)
+    split = is_split(causal, device, dtype, config.model_ref)
+    saved = () if lora is None else lora.modules_to_save
     if grown and lora is not None:
-        _warn_of_frozen_rows(causal, grown)
+        warn_of_frozen_rows(causal, grown)
     return LoadedModel(
         causal,
         peft,
@@ -158,26 +172,24 @@ def load(config: TrainingConfig, home: Home | None = None) -> LoadedModel:
         device,
         dtype,
         split,
-        _value_head(causal, device) if config.value_head else None,
+        value_head_for(causal, device) if config.value_head else None,
         lora,
         continued=adapter is not None,
-        own_embeddings=bool(grown) or not all(_is_saved(name, lora) for name in brought),
+        own_embeddings=bool(grown)
+        or not all(any(adapters.ends_in(name, each) for each in saved) for name in brought),
     )
 
 
-def _found(model_ref: str, home: Home | None) -> str:
+def readable(model_ref: str, home: Home | None) -> str:
+    """Return the folder of a model, or the hub id by which it can be read."""
     source = locate(model_ref, home)
-    return source if Path(source).is_dir() else _at_hand(source)
+    return source if Path(source).is_dir() else at_hand(source)
 
 
-READ_PAST_LAYERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
-"""Architectures whose fast kernels take `out_proj.weight` itself, past a layer's adapter: PEFT refuses to adapt it."""
-
-
-def _value_head(causal: Any, device: torch.device) -> nn.Linear:
+def value_head_for(causal: Any, device: torch.device) -> nn.Linear:
     """Return a head that says 0 everywhere before it is trained, in fp32."""
     width = causal.get_output_embeddings().weight.shape[1]
-    with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]):
+    with own_random():
         head = nn.Linear(width, 1, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -217,7 +229,7 @@ def locate(model_ref: str, home: Home | None) -> str:
     return model_ref
 
 
-def _at_hand(hub_id: str) -> str:
+def at_hand(hub_id: str) -> str:
     """Return where a model of the hub can be read: the hub id, or the folder of an earlier download.
 
     An adapter is small, and its folder is what is looked into: it is downloaded whole.
@@ -231,7 +243,7 @@ def _at_hand(hub_id: str) -> str:
     )
 
     try:
-        if not _hub_answers():
+        if not hub_answers():
             return str(snapshot_download(hub_id, local_files_only=True))
     except HFValidationError:
         return hub_id  # no name that the hub could have: reading the model will say so
@@ -248,7 +260,7 @@ def _at_hand(hub_id: str) -> str:
         return hub_id
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Ask once and quickly: the hub's own client would retry for a minute before it says that there is no network."""
     import httpx
     from huggingface_hub import constants
@@ -262,7 +274,12 @@ def _hub_answers() -> bool:
     return True
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device of this name; "auto" takes an accelerator where there is one.
+
+    Raises:
+        ModelLoadError: torch sees no such device.
+    """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "mps") else "cpu"
@@ -275,10 +292,10 @@ def _device(name: str) -> torch.device:
 
 def is_cpu(name: str) -> bool:
     """Whether the device of this name ("auto" included) is the processor."""
-    return name == "cpu" or (name == "auto" and _device(name).type == "cpu")
+    return name == "cpu" or (name == "auto" and device_of(name).type == "cpu")
 
 
-def _dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+def compute_dtype_of(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """fp32 for the built-ins; else bf16 compute where the hardware multiplies bf16 matrices."""
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -297,124 +314,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _settings(lora: LoRAConfig, causal: Any) -> Any:
-    """Return a configuration in PEFT's words."""
-    import peft
-
-    def listed(value: tuple[Any, ...] | str) -> list[Any] | str | None:
-        return value if isinstance(value, str) else list(value) or None
-
-    exclude = listed(lora.exclude_modules)
-    if lora.target_modules == "all-linear" and getattr(causal.config, "model_type", "") in READ_PAST_LAYERS:
-        exclude = exclude or ["out_proj"]
-    try:
-        return peft.LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=listed(lora.target_modules),
-            bias=lora.bias,
-            task_type="CAUSAL_LM",
-            modules_to_save=listed(lora.modules_to_save),
-            use_rslora=lora.use_rslora,
-            rank_pattern=dict(lora.rank_pattern),
-            alpha_pattern=dict(lora.alpha_pattern),
-            exclude_modules=exclude,
-            target_parameters=listed(lora.target_parameters),
-            layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
-        )
-    except (ValueError, TypeError) as error:
-        raise ValidationError(f"LoRAConfig: {reading.first_line(error)}") from error
-
-
-def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:
-    """Return the names of the layers that a configuration adapts, by PEFT's own rules, and of the experts."""
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-
-    settings = _maybe_include_all_linear_layers(_settings(lora, causal), causal)
-    layers = {name for name in _layers(causal) if check_target_module_exists(settings, name)}
-    experts = (name for name, p in causal.named_parameters() if p.ndim == 3 and ".experts." in name)
-    every = lora.target_modules == "all-linear"
-    return layers | {
-        name for name in experts if every or any(_ends(name, each) for each in lora.target_parameters)
-    }
-
-
-def _layers(causal: Any) -> dict[str, Any]:
-    """Return what can be adapted: every module with a matrix of its own."""
-    return {
-        name: module
-        for name, module in causal.named_modules()
-        if name and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-    }
-
-
-def _add_adapter(causal: Any, lora: LoRAConfig, seed: int) -> Any:
-    import peft
-
-    from tensafe_nb.engine.models.fused_lora import FusedLinear
-
-    _check_adapter(causal, lora)
-    settings = _settings(lora, causal)
-    settings._register_custom_module({nn.Linear: FusedLinear})
-    with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        try:
-            adapted = peft.get_peft_model(causal, settings)
-        except (ValueError, TypeError) as error:
-            raise ValidationError(
-                f"LoRAConfig does not fit this model: {reading.first_line(error)}"
-            ) from error
-    _train_in_float32(causal)
-    return adapted
-
-
-def _fill(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
-    """Give an adapter the weights of a folder, all of them.
-
-    Raises:
-        ModelLoadError: Some are missing, left over, or of another shape.
-    """
-    import peft
-
-    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    named = adapted.get_base_model().named_parameters(remove_duplicate=False)
-    base = {f"{adapter_folders.PREFIX}{name}": parameter for name, parameter in named}
-    known = own | {name: base[name] for name in weights.keys() & base.keys() if ".lora_" not in name}
-    missing = sorted(own.keys() - weights.keys())
-    left = sorted(weights.keys() - known.keys())
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} there, {tuple(known[name].shape)} here"
-        for name in sorted(weights.keys() & known.keys())
-        if weights[name].shape != known[name].shape
-    ]
-    if missing or left or shapes:
-        parts = {"missing": missing, "without a place": left, "of another shape": shapes}
-        found = "; ".join(f"{what}: {reading.listed(names)}" for what, names in parts.items() if names)
-        raise ModelLoadError(
-            f"The adapter in {str(path)!r} does not fit its base: {found}. Is base_model_name_or_path in "
-            f"{adapter_folders.CONFIG} the model it was trained on?",
-            details={"missing": missing, "unexpected": left, "mismatched": shapes},
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peft.set_peft_model_state_dict(adapted, weights)
-
-
-def _is_saved(name: str, lora: LoRAConfig | None) -> bool:
-    return lora is not None and any(
-        name == module or name.endswith(f".{module}") for module in lora.modules_to_save
-    )
-
-
 def embeddings_of(causal: Any) -> dict[str, Any]:
     """Return the embedding and the head by their names."""
     ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
     return {name: module for name, module in causal.named_modules() if any(module is end for end in ends)}
 
 
-def _embeddings_in(weights: Mapping[str, Tensor], causal: Any) -> dict[str, int]:
+def embeddings_in(weights: Mapping[str, Tensor], causal: Any) -> dict[str, int]:
     """Return the rows of the embedding, and of the head, that an adapter brings, by their names."""
     kept = {
         name: weights.get(
@@ -426,7 +332,7 @@ def _embeddings_in(weights: Mapping[str, Tensor], causal: Any) -> dict[str, int]
     return {name: len(weight) for name, weight in kept.items() if weight is not None}
 
 
-def _resize(causal: Any, tokenizer: Any, brought: int, config: TrainingConfig) -> int:
+def resize_embeddings(causal: Any, tokenizer: Any, brought: int, config: TrainingConfig) -> int:
     """Give a model rows for its tokenizer's tokens, or for what its adapter brings; return how many are new."""
     rows = len(causal.get_input_embeddings().weight)
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -434,15 +340,15 @@ def _resize(causal: Any, tokenizer: Any, brought: int, config: TrainingConfig) -
     if needed > wanted:
         logger.warning("%s: %s", config.model_ref, too_few_rows(needed, wanted))
     if wanted != rows:
-        with GLOBAL_RANDOM, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with own_random(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             causal.resize_token_embeddings(wanted, mean_resizing=False)
-        _begin_as_the_mean(causal, rows)
+        begin_as_the_mean(causal, rows)
     return max(0, wanted - rows)
 
 
 @torch.no_grad()
-def _begin_as_the_mean(causal: Any, rows: int) -> None:
+def begin_as_the_mean(causal: Any, rows: int) -> None:
     """Let new rows begin as the mean of the others, with a hundredth of their spread so that no two are equal.
 
     So a new token is neither likelier nor less likely than the others are on average. numpy's stream is the same on
@@ -463,7 +369,8 @@ def too_few_rows(tokens: int, rows: int) -> str:
     )
 
 
-def _warn_of_frozen_rows(causal: Any, grown: int) -> None:
+def warn_of_frozen_rows(causal: Any, grown: int) -> None:
+    """Say that new rows of the embedding stay as they began, where nothing trains them."""
     ends = embeddings_of(causal)
     if not any(p.requires_grad for module in ends.values() for p in module.parameters()):
         names = [name.rpartition(".")[2] for name in ends]
@@ -475,69 +382,8 @@ def _warn_of_frozen_rows(causal: Any, grown: int) -> None:
         )
 
 
-def _train_in_float32(causal: Any) -> None:
-    """Keep what is trained in fp32, adapters and the biases that are trained along."""
-    for module in causal.modules():
-        own = list(module.parameters(recurse=False))
-        if any(p.requires_grad for p in own):
-            mixes = isinstance(module, nn.LayerNorm)  # takes its weight and its bias in one type only
-            for parameter in own:
-                if parameter.requires_grad or mixes:
-                    parameter.data = parameter.data.float()
-
-
-def _check_adapter(causal: Any, lora: LoRAConfig) -> None:
-    """Refuse names that the model does not have, and ranks that are larger than the layers that they are for."""
-    from peft.utils.other import get_pattern_key
-
-    layers = _layers(causal)
-    names = {name.rpartition(".")[2] for name in layers}
-    if not lora.target_modules:
-        raise ValidationError("LoRAConfig.target_modules is empty: name at least one layer, or 'all-linear'.")
-    for target in () if isinstance(lora.target_modules, str) else lora.target_modules:
-        if not any(_ends(name, target) for name in layers):
-            raise ValidationError(
-                f"The model has no layer named {target!r} to adapt.{nearest(target, names)}"
-            )
-    for saved in lora.modules_to_save:
-        if not any(_ends(name, saved) for name, _ in causal.named_modules()):
-            last = {name.rpartition(".")[2] for name, _ in causal.named_modules()}
-            known = {name for name in last if name.strip("0123456789")}
-            raise ValidationError(
-                f"LoRAConfig.modules_to_save: the model has no module named {saved!r}.{nearest(saved, known)}"
-            )
-    adapted = layers_of(lora, causal)
-    if not adapted:
-        hint = ""
-        if isinstance(lora.target_modules, str):
-            hint = (
-                f" A string is a regular expression for whole names; a layer's name goes into a list: "
-                f"[{lora.target_modules!r}]."
-            )
-        raise ValidationError(
-            f"LoRAConfig(target_modules={lora.target_modules!r}) adapts no layer of this model.{hint}"
-        )
-    room = {
-        name: min(layers[name].weight.shape)
-        - lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), name), lora.rank)
-        for name in sorted(adapted & layers.keys())
-    }
-    if room and min(room.values()) < 0:
-        name = min(room, key=room.__getitem__)
-        smallest = min(layers[name].weight.shape)
-        raise ValidationError(
-            f"LoRAConfig.rank={smallest - room[name]} is larger than the smallest adapted layer ({smallest}), "
-            f"{name!r}: an adapter of that rank would hold more than the layer. Choose rank ≤ {smallest}, or leave the "
-            f"layer out (exclude_modules)."
-        )
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
 @torch.no_grad()
-def _probe(causal: Any, device: torch.device, dtype: torch.dtype, model_ref: str) -> bool:
+def is_split(causal: Any, device: torch.device, dtype: torch.dtype, model_ref: str) -> bool:
     """Look once, on three tokens, what is at hand; return whether its logits are plainly head(body(x)).
 
     Raises:

@@ -1,11 +1,14 @@
-"""How much memory tensors take, and how much there is: read from the system, without a package for it."""
+"""Memory: what tensors take, what the system has left (read from its files, without a package), and its lack, named."""
 
 import contextlib
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tensafe_nb.errors import InsufficientMemoryError
 
 MEMORY_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 MEMINFO = Path("/proc/meminfo")
@@ -16,7 +19,7 @@ def available(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    known = [value for value in (_of_the_machine(), _of_the_container()) if value is not None]
+    known = [value for value in (left_on_machine(), left_in_container()) if value is not None]
     return min(known, default=None)
 
 
@@ -26,7 +29,8 @@ def size_of(tensors: Iterable[Tensor | None]) -> int:
     return sum(sizes.values())
 
 
-def _of_the_machine() -> int | None:
+def left_on_machine() -> int | None:
+    """Return what the kernel says is available; None where there is no Linux kernel to say it."""
     with contextlib.suppress(OSError):
         for line in MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -34,9 +38,28 @@ def _of_the_machine() -> int | None:
     return None
 
 
-def _of_the_container() -> int | None:
+def left_in_container() -> int | None:
     """Return what the limit of this control group leaves; None without a limit."""
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
         limit, used = (int(path.read_text()) for path in MEMORY_FILES)
         return limit - used
     return None
+
+
+def presentable(error: BaseException) -> BaseException:
+    """Return what a future may carry of an error: no tensors of its traceback, a lack of memory named."""
+    traceback.clear_frames(error.__traceback__)
+    message = str(error)
+    lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in message or "out of memory" in message)
+    )
+    if not lacks_memory:
+        return error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    named = InsufficientMemoryError(
+        f"There is not enough memory for this operation ({message.splitlines()[0][:200]}). The client is still usable: "
+        f"lower micro_batch_tokens in TrainingConfig, or shorten or split the batch."
+    )
+    named.__cause__ = error
+    return named

@@ -63,11 +63,11 @@ def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str 
     where = {} if revision is None else {"revision": revision}
     folder = Path(source) if Path(source).is_dir() else None
     if folder is not None:
-        _refuse_incomplete(model_ref, folder)
+        refuse_incomplete(model_ref, folder)
     with _refusals(model_ref, folder):
-        facts = PreTrainedConfig.get_config_dict(source, **where)[0]
-        _refuse_kind(model_ref, facts)
-        with quiet_if(folder is not None), without_report(), _without_adapter(source) as whole:
+        config = PreTrainedConfig.get_config_dict(source, **where)[0]
+        refuse_kind(model_ref, config)
+        with quiet_if(folder is not None), without_report(), without_adapter(source) as whole:
             causal, info = AutoModelForCausalLM.from_pretrained(
                 whole,
                 dtype=torch.float32,
@@ -76,9 +76,9 @@ def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str 
                 ignore_mismatched_sizes=True,  # they are refused below, with their names
                 **where,
             )
-    check_report(model_ref, info, ignore, facts)
+    check_report(model_ref, info, ignore, config)
     if folder is not None:
-        _refuse_integers(model_ref, folder)
+        refuse_integers(model_ref, folder)
         source = str(folder.absolute())
     causal.name_or_path = causal.config._name_or_path = (
         source  # of which an exported adapter says that it is its base
@@ -101,7 +101,7 @@ def tokenizer_of(model_ref: str, source: str, revision: str | None = None) -> An
 
 
 def check_report(
-    model_ref: str, info: Mapping[str, Any], ignore: Sequence[str], facts: Mapping[str, Any]
+    model_ref: str, info: Mapping[str, Any], ignore: Sequence[str], config: Mapping[str, Any]
 ) -> None:
     """Refuse a model whose weights are not exactly those of its file.
 
@@ -109,7 +109,7 @@ def check_report(
         model_ref: What the user asked for.
         info: transformers' loading report: tied heads and what an architecture knows to ignore are not in it.
         ignore: Patterns of weights that may be left over.
-        facts: Of config.json.
+        config: Of config.json.
 
     Raises:
         ModelLoadError: `details` holds all names under "missing", "unexpected" and "mismatched".
@@ -128,7 +128,7 @@ def check_report(
     found = []
     if missing:
         found.append(
-            f"{_count(missing, 'weight')} of the model {_are(missing)} not in it: {listed(missing)}."
+            f"{_count(missing, 'weight')} of the model {'are' if missing[1:] else 'is'} not in it: {listed(missing)}."
         )
     if mismatched:
         shapes = [f"{name} {there} there, {here} by config.json" for name, there, here in mismatched]
@@ -140,7 +140,7 @@ def check_report(
     found += list(info["error_msgs"])
     raise ModelLoadError(
         f"The model {model_ref!r} could not be loaded as it is. {' '.join(found)} "
-        f"{_advice(missing, unexpected, mismatched, facts)} Nothing is made up in its place.",
+        f"{advice_on(missing, unexpected, mismatched, config)} Nothing is made up in its place.",
         details={"missing": missing, "unexpected": unexpected, "mismatched": mismatched},
     )
 
@@ -159,14 +159,14 @@ def refuse_not_finite(model_ref: str, causal: Any) -> None:
     )
 
 
-def _advice(
+def advice_on(
     missing: Sequence[str],
     unexpected: Sequence[str],
     mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
-    facts: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> str:
     """Return what is the matter, as far as the names tell, and what to do about it."""
-    prefix = _prefix(missing, unexpected)
+    prefix = common_prefix(missing, unexpected)
     if prefix is not None:
         source = next((what for start, what in WRAPPERS.items() if prefix.startswith(start)), None)
         return (
@@ -179,7 +179,7 @@ def _advice(
             "The file holds an adapter beside the weights: merge it (merge_and_unload) before you save, or save base "
             "and adapter each by itself and give the adapter's folder."
         )
-    layers = facts.get("num_hidden_layers", facts.get("n_layer"))
+    layers = config.get("num_hidden_layers", config.get("n_layer"))
     surplus, lacking = _layers(unexpected), _layers(missing)
     if surplus and layers is not None and min(surplus) >= layers:
         return (
@@ -204,7 +204,7 @@ def _advice(
     return f"If the model is meant to do without them, say so: TrainingConfig(ignore_weights={patterns})."
 
 
-def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+def common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
     """Return what stands before most of the missing names in the file."""
     for name in sorted(missing, key=len, reverse=True):
         for there in unexpected:
@@ -230,22 +230,21 @@ def _count(names: Sequence[str], noun: str) -> str:
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''}"
 
 
-def _are(names: Sequence[str]) -> str:
-    return "are" if len(names) > 1 else "is"
-
-
 def _has(names: Sequence[str]) -> str:
     return "have" if len(names) > 1 else "has"
 
 
-def _refuse_incomplete(model_ref: str, folder: Path) -> None:
+def refuse_incomplete(model_ref: str, folder: Path) -> None:
     """Say what a folder lacks before transformers says it in its own words."""
     names = {path.name for path in folder.iterdir()}
     if "config.json" not in names:
         raise ModelLoadError(f"The folder {model_ref!r} holds no config.json. {_instead(folder, names)}")
-    pointers = sorted(
-        name for name in names if name.endswith((".safetensors", ".bin")) and _is_pointer(folder / name)
-    )
+    large = sorted(folder / name for name in names if name.endswith((".safetensors", ".bin")))
+    pointers = [
+        file.name
+        for file in large
+        if file.stat().st_size <= LONGEST_POINTER and file.read_bytes().startswith(b"version https://git-lfs")
+    ]
     if pointers:
         raise ModelLoadError(
             f"The folder {model_ref!r} was cloned without its large files: {listed(pointers)} only says where they "
@@ -273,12 +272,6 @@ def _refuse_incomplete(model_ref: str, folder: Path) -> None:
         raise ModelLoadError(f"The folder {model_ref!r} holds no weights. {_instead(folder, names)}")
 
 
-def _is_pointer(file: Path) -> bool:
-    if file.stat().st_size > LONGEST_POINTER:
-        return False
-    return file.read_bytes().startswith(b"version https://git-lfs")
-
-
 def _instead(folder: Path, names: set[str]) -> str:
     """Return what to do with a folder that is no model."""
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
@@ -301,21 +294,21 @@ def _instead(folder: Path, names: set[str]) -> str:
     )
 
 
-def _refuse_kind(model_ref: str, facts: Mapping[str, Any]) -> None:
+def refuse_kind(model_ref: str, config: Mapping[str, Any]) -> None:
     """Refuse what is no causal language model with weights of its own, by what config.json says."""
-    quantised = facts.get("quantization_config")
+    quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") or "an unnamed method"
         raise ModelLoadError(
             f"The model {model_ref!r} is stored quantised ({method}): such weights can be neither trained nor adapted "
             f"here. Take the model it was made from, or a GGUF file, which is converted to float32."
         )
-    named = (facts.get("architectures") or [None])[0]
+    named = (config.get("architectures") or [None])[0]
     other = re.search(r"For(?!CausalLM)[A-Z]\w+$", named or "")
-    senses = sorted(key for key in facts if key.endswith("_config") and key.startswith(OTHER_SENSES))
+    senses = sorted(key for key in config if key.endswith("_config") and key.startswith(OTHER_SENSES))
     if senses:
         reason = f"it takes more than text ({', '.join(senses)})"
-    elif facts.get("is_encoder_decoder"):
+    elif config.get("is_encoder_decoder"):
         reason = "it has an encoder and a decoder"
     elif other:
         reason = f"it is saved as {named}, which has no language-model head"
@@ -329,7 +322,7 @@ def _refuse_kind(model_ref: str, facts: Mapping[str, Any]) -> None:
     )
 
 
-def _refuse_integers(model_ref: str, folder: Path) -> None:
+def refuse_integers(model_ref: str, folder: Path) -> None:
     """Refuse weights that are stored as whole numbers: read as they are, they would be another model."""
     from safetensors import safe_open
 
@@ -353,18 +346,9 @@ def _refusals(model_ref: str, folder: Path | None) -> Iterator[None]:
     """Turn what transformers raises into an error that says what to do."""
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
+    except FOREIGN as error:
         raise ModelLoadError(
-            f"The model {model_ref!r} could not be loaded: {_told(error, model_ref, folder)}"
+            f"The model {model_ref!r} could not be loaded: {explained(error, folder)}"
         ) from error
     except Exception as error:  # torch raises one of a module that is not imported here
         if type(error).__name__ != "UnpicklingError":
@@ -375,7 +359,8 @@ def _refusals(model_ref: str, folder: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _told(error: Exception, model_ref: str, folder: Path | None) -> str:
+def explained(error: Exception, folder: Path | None) -> str:
+    """Return what an error of transformers means for whoever named the model, and what to do."""
     text = str(error)
     if isinstance(error, SafetensorError):
         return f"a file of weights is damaged or cut off: {first_line(error)} Fetch or save the model again."
@@ -420,7 +405,7 @@ def without_report() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_adapter(source: str) -> Iterator[str]:
+def without_adapter(source: str) -> Iterator[str]:
     """Let transformers see a folder without the adapter in it, which it would put on in its own way."""
     folder = Path(source)
     if not (folder / "adapter_config.json").is_file():

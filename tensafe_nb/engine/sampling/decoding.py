@@ -14,9 +14,7 @@ from tensafe_nb.engine.sampling import llama
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # of the largest logit
-_caches: WeakKeyDictionary[nn.Module, bool] = (
-    WeakKeyDictionary()
-)  # by model, whether its cache can be relied on
+_caches: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by model, whether its cache is relied on
 LARGE, BLOCK = 16_384, 128  # tokens of a vocabulary that is multiplied in blocks, and of a block
 
 
@@ -35,7 +33,7 @@ class Rows(Protocol):
 def rows_of(model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int) -> Rows:
     """Return prompts' rows, decoded with a cache where the architecture's can be relied on, else anew at each token."""
     if model.causal not in _caches:
-        _caches[model.causal] = type(model.body).__name__ in llama.SHAPED_LIKE_LLAMA or _cache_works(model)
+        _caches[model.causal] = type(model.body).__name__ in llama.SHAPED_LIKE_LLAMA or cache_works(model)
         if not _caches[model.causal]:
             logger.warning(
                 "%s is sampled without a cache, which its architecture has in another form: every token takes as long "
@@ -45,7 +43,7 @@ def rows_of(model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, 
     return (Decoder if _caches[model.causal] else Recomputed)(model, prompts, samples, new_tokens)
 
 
-def _cache_works(model: LoadedModel) -> bool:
+def cache_works(model: LoadedModel) -> bool:
     """Try once, on rows of different length, whether decoding with a cache says what reading them anew says."""
     tokens = torch.tensor([3, 2, 1, 2], device=model.device)
     found = []

@@ -59,13 +59,14 @@ class Steps:
         x = body.embed_tokens(tokens)
         cos, sin = body.rotary_emb(x, position)
         width = cos.shape[-1]
+        # rotate_half(x) · sin = roll(x) · (−sin, sin): the sign goes to the table, once for all layers
         sin = torch.cat([-sin[..., : width // 2], sin[..., width // 2 :]], -1)
         for layer, keys, values in zip(body.layers, self._keys, self._values, strict=True):
             attention, groups = layer.self_attn, keys.shape[1]
             h = layer.input_layernorm(x)
             heads = torch.cat([attention.q_proj(h), attention.k_proj(h)], -1).view(rows, -1, width)
             heads = torch.addcmul(heads * cos, heads.roll(width // 2, -1), sin)  # rotary positions
-            keys[:, :, here] = heads[:, -groups:]
+            keys[:, :, here] = heads[:, -groups:]  # (R, groups, T, D/heads)
             values[:, :, here] = attention.v_proj(h).view(rows, groups, width)
             found = F.scaled_dot_product_attention(
                 heads[:, :-groups].reshape(rows, groups, -1, width),
@@ -88,11 +89,12 @@ def fits(model: LoadedModel, cache: Any) -> bool:
     if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a sliding window, for one
         return False
     if model.causal not in _same:
-        _same[model.causal] = _says_the_same(model)
+        _same[model.causal] = says_the_same(model)
     return _same[model.causal]
 
 
-def _says_the_same(model: LoadedModel) -> bool:
+def says_the_same(model: LoadedModel) -> bool:
+    """Try a step on two rows, one of them padded, beside transformers' own."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.causal.config)

@@ -29,23 +29,24 @@ def merged(model: LoadedModel, new_tokens: int, rows: int) -> Iterator[None]:
         new_tokens: How many it is going to decode, one after the other.
         rows: Of how many completions, together.
     """
-    layers = _adapted(model) if new_tokens >= PAYS_FROM_TOKENS else {}
+    layers = adapted_layers(model) if new_tokens >= PAYS_FROM_TOKENS else {}
     by_column = rows == 1 and model.device.type == "cpu"
     if layers and by_column:
-        layers |= _head(model)
-    if not _pays(model, layers):
+        head: Any = model.head  # a plain layer, adapted or not
+        layers |= {n: m for n, m in model.causal.named_modules() if m is head and type(m) is nn.Linear}
+    if not pays(model, layers):
         yield
         return
     try:
         for name, layer in layers.items():
-            _put(model.causal, name, _copy_of(layer, by_column=by_column))
+            _put(model.causal, name, merged_copy(layer, by_column=by_column))
         yield
     finally:
         for name, layer in layers.items():
             _put(model.causal, name, layer)
 
 
-def _adapted(model: LoadedModel) -> dict[str, Any]:
+def adapted_layers(model: LoadedModel) -> dict[str, Any]:
     """Return the adapted layers by name; none at all where one is of a kind whose sum is not W + BA."""
     if model.peft is None or model.compute_dtype is not torch.float32:
         return {}
@@ -60,13 +61,8 @@ def _adapted(model: LoadedModel) -> dict[str, Any]:
     return layers if plain and active else {}
 
 
-def _head(model: LoadedModel) -> dict[str, Any]:
-    """Return the head by its name where it is a plain layer, adapted or not."""
-    head: Any = model.head
-    return {name: m for name, m in model.causal.named_modules() if m is head and type(m) is nn.Linear}
-
-
-def _pays(model: LoadedModel, layers: dict[str, Any]) -> bool:
+def pays(model: LoadedModel, layers: dict[str, Any]) -> bool:
+    """Whether copies of some layers win back their time, and fit the memory."""
     weights = [_base_of(layer).weight for layer in layers.values()]
     if sum(weight.numel() for weight in weights) < PAYS_FROM_NUMBERS:
         return False
@@ -74,7 +70,7 @@ def _pays(model: LoadedModel, layers: dict[str, Any]) -> bool:
     return there is not None and memory.size_of(weights) <= SHARE * there
 
 
-def _copy_of(layer: Any, *, by_column: bool) -> nn.Linear:
+def merged_copy(layer: Any, *, by_column: bool) -> nn.Linear:
     """Return W + s BA, or W of a layer without adapter, as a layer of its own, sharing nothing but the bias."""
     base = _base_of(layer)
     copy = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")

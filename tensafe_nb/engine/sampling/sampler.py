@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,12 @@ TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
 LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
+Tell = Callable[[int, str], None]  # number of a sequence, and further text of it
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes whose character is not whole yet
 
 
 @dataclass(slots=True)
-class _Row:
+class Completion:
     """One completion in the making."""
 
     prompt_index: int
@@ -40,11 +43,35 @@ class _Row:
     entropy: float = 0.0  # sum over its tokens
     finish_reason: str | None = None
     text: str | None = None
+    told: str = ""
+
+    def shown(self, model: LoadedModel) -> str:
+        """Return the text without what begins, ends or fills up a sequence; other special tokens are shown."""
+        if self.text is not None:
+            return self.text
+        tokenizer = model.tokenizer
+        framing = {*model.end_tokens, *self.turn.tokens, tokenizer.bos_token_id, tokenizer.pad_token_id}
+        kept = [token for token in self.tokens if token not in framing]
+        return str(tokenizer.decode(kept, skip_special_tokens=False))
+
+    def news(self, model: LoadedModel, held_back: int) -> str:
+        """Return the text that was not told yet, but for what may still turn out otherwise.
+
+        That is a character whose bytes are not all there, and as many characters as a string that ends it may have.
+        """
+        text = self.shown(model)
+        if self.finish_reason is None:
+            text = text.rstrip(UNFINISHED)
+            text = text[: len(text) - held_back]
+        if not text.startswith(self.told):
+            return ""
+        news, self.told = text[len(self.told) :], max(self.told, text, key=len)
+        return news
 
     def finished(self, model: LoadedModel) -> SampledSequence:
         return SampledSequence(
             self.prompt_index,
-            self._shown(model, self.tokens) if self.text is None else self.text,
+            self.shown(model),
             self.prompt,
             tuple(self.tokens),
             tuple(self.logprobs),
@@ -85,14 +112,6 @@ class _Row:
                 self.text = self.text.replace(framing, "")
         return bool(cuts)
 
-    def _shown(self, model: LoadedModel, tokens: Sequence[int]) -> str:
-        """Return tokens as text, without those that begin, end or fill up a sequence; other special ones are shown."""
-        tokenizer = model.tokenizer
-        framing = {*model.end_tokens, *self.turn.tokens, tokenizer.bos_token_id, tokenizer.pad_token_id}
-        return str(
-            tokenizer.decode([token for token in tokens if token not in framing], skip_special_tokens=False)
-        )
-
 
 @torch.no_grad()
 def sample(
@@ -102,6 +121,7 @@ def sample(
     seed: int,
     tick: Tick,
     turns: Sequence[TurnEnd] = (),
+    tell: Tell | None = None,
 ) -> list[SampledSequence]:
     """Draw `num_samples` completions per prompt, prompt by prompt.
 
@@ -112,45 +132,45 @@ def sample(
         seed: Of the call; a row's stream depends on it, on the row's prompt and on its number among equal prompts.
         tick: Called with (tokens done, tokens at most) before each token; may raise to stop.
         turns: What ends an answer to each prompt beside the model's end tokens; for none of them if empty.
+        tell: Called with further text of a sequence after each token, if asked for: its pieces are the text.
     """
-    rows = list(_rows(prompts, sampling.num_samples, seed, turns or [TurnEnd()] * len(prompts)))
+    rows = list(begun(prompts, sampling.num_samples, seed, turns or [TurnEnd()] * len(prompts)))
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     samples = sampling.num_samples
-    at_once = max(1, _tokens_at_once(model) // (longest * samples))
-    parts = range(0, len(prompts), at_once)
-    with merged(model, sampling.max_new_tokens * len(parts), min(len(prompts), at_once) * samples):
-        for turn, start in enumerate(parts):
-            _decode(
+    most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
+    at_once = max(1, most // (longest * samples))  # prompts
+    starts = range(0, len(prompts), at_once)
+    with merged(model, sampling.max_new_tokens * len(starts), min(len(prompts), at_once) * samples):
+        for number, start in enumerate(starts):
+
+            def of_all(done: int, total: int, before: int = number) -> None:
+                tick(before * total + done, len(starts) * total)
+
+            decode(
                 model,
                 prompts[start : start + at_once],
                 rows[start * samples : (start + at_once) * samples],
                 sampling,
-                _of_turn(turn, len(parts), tick),
+                of_all,
+                None if tell is None else partial(tell_news, model, sampling, rows, tell),
             )
     return [row.finished(model) for row in rows]
 
 
-def _tokens_at_once(model: LoadedModel) -> int:
-    return TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
-
-
-def _of_turn(turn: int, turns: int, tick: Tick) -> Tick:
-    return lambda done, most: tick(turn * most + done, turns * most)
-
-
-def _decode(
+def decode(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
-    rows: list[_Row],
+    rows: list[Completion],
     sampling: SamplingConfig,
     tick: Tick,
+    after_token: Callable[[], None] | None = None,
 ) -> None:
     """Fill in the rows of some prompts, all of them token by token together."""
     active = list(rows)
     state = rows_of(model, prompts, sampling.num_samples, sampling.max_new_tokens)
     for position in range(sampling.max_new_tokens):
         tick(position, sampling.max_new_tokens)
-        tokens, logprobs, raw, entropy = _draw(state.logits, sampling, _uniforms(active, position))
+        tokens, logprobs, raw, entropy = draw(state.logits, sampling, uniforms_at(active, position))
         for row, token, logprob, raw_logprob, nats in zip(
             active, tokens.tolist(), logprobs.tolist(), raw.tolist(), entropy.tolist(), strict=True
         ):
@@ -159,6 +179,8 @@ def _decode(
             row.raw_logprobs.append(raw_logprob)
             row.entropy += nats
             row.finish(model, sampling, last=position + 1 == sampling.max_new_tokens)
+        if after_token is not None:
+            after_token()
         going = [index for index, row in enumerate(active) if row.finish_reason is None]
         if not going:
             break
@@ -169,9 +191,16 @@ def _decode(
         state.feed(tokens)
 
 
-def _draw(
-    logits: Tensor, sampling: SamplingConfig, uniforms: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tell_news(model: LoadedModel, sampling: SamplingConfig, rows: Sequence[Completion], tell: Tell) -> None:
+    """Tell what there is of each row that was not told yet."""
+    for number, row in enumerate(rows):
+        ends = () if sampling.ignore_end else (*sampling.stop, *row.turn.texts)
+        news = row.news(model, held_back=max(map(len, ends), default=1) - 1)
+        if news:
+            tell(number, news)
+
+
+def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return tokens (R,), their logprobs under the distribution drawn from, their raw logprobs, and its entropy.
 
     The entropy −Σ p log p over the vocabulary is exact, and costs one more product with the p that are there already.
@@ -181,7 +210,7 @@ def _draw(
         tokens, certain = logits.argmax(-1), torch.zeros_like(raw[:, 0])
         return tokens, certain, _pick(raw, tokens), certain
     plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
-    logprobs = raw if plain else torch.log_softmax(_cut(logits / sampling.temperature, sampling), -1)
+    logprobs = raw if plain else torch.log_softmax(truncated(logits / sampling.temperature, sampling), -1)
     probabilities = logprobs.exp()
     # What was cut has p = 0, and 0 · −∞ is no number.
     entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp(min=LOWEST))
@@ -195,7 +224,7 @@ def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
     return logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
-def _cut(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+def truncated(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     """Set to -inf what top_k and top_p (Holtzman et al. 2019, arXiv:1904.09751) leave out."""
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
@@ -209,22 +238,20 @@ def _cut(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return logits
 
 
-def _rows(
+def begun(
     prompts: Sequence[Sequence[int]], samples: int, seed: int, turns: Sequence[TurnEnd]
-) -> Iterator[_Row]:
+) -> Iterator[Completion]:
+    """Yield the completions to be made, each with the seed of its own random stream."""
     seen: Counter[tuple[int, ...]] = Counter()
     for index, (prompt, turn) in enumerate(zip(map(tuple, prompts), turns, strict=True)):
         for _ in range(samples):
-            yield _Row(index, prompt, _row_seed(seed, prompt, seen[prompt]), turn)
+            own = repr((seed, prompt, seen[prompt])).encode()
+            digest = hashlib.blake2b(own, digest_size=7).digest()
+            yield Completion(index, prompt, int.from_bytes(digest, "big"), turn)
             seen[prompt] += 1
 
 
-def _row_seed(seed: int, prompt: tuple[int, ...], number: int) -> int:
-    digest = hashlib.blake2b(repr((seed, prompt, number)).encode(), digest_size=7)
-    return int.from_bytes(digest.digest(), "big")
-
-
-def _uniforms(rows: Sequence[_Row], position: int) -> Tensor:
+def uniforms_at(rows: Sequence[Completion], position: int) -> Tensor:
     """Return one uniform in [0, 1) per row: SplitMix64 (Steele et al. 2014) of the row's seed at this position."""
     with np.errstate(over="ignore"):
         state = np.array([row.seed for row in rows], dtype=np.uint64)
@@ -232,4 +259,5 @@ def _uniforms(rows: Sequence[_Row], position: int) -> Tensor:
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
+    # the upper 53 bits, which a float64 holds exactly
     return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)

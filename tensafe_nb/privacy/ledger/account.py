@@ -193,9 +193,8 @@ class Ledger:
             LedgerError: The ledger cannot be read, and takes no charge.
             StorageError: The record could not be written: the step must not be taken.
         """
-        with (
-            self._log.held()
-        ):  # from the reading to the last record: two processes cannot both spend what is left
+        # from the reading to the last record: two processes cannot both spend what is left
+        with self._log.held():
             together = self._read()
             self._refuse_other_units(together, {charge.unit})
             due = {draw: charge} if draw is None else self._due(together, charge, draw)
@@ -340,9 +339,8 @@ class Ledger:
                     f"they are of format {as_given(carried['schema'])}, this version reads {SCHEMA}"
                 )
             fresh = missing_of(carried["accounts"], self._book.known)
-            book = (
-                LedgerBook()
-            )  # a book apart refuses foreign records before any of them is written to this log
+            # a book apart refuses foreign records before any of them is written to this log
+            book = LedgerBook()
             book.read([LedgerRecord(0, "", 0.0, _import_entry(self.account, dict(carried["accounts"])))])
             account = str(carried["account"])
         if units := units_of(map(book.account, carried["accounts"])):

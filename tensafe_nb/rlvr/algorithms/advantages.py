@@ -70,7 +70,9 @@ def rloo(rewards: Array, groups: Array) -> Array:
 
     The same as G/(G−1) · `centre`, and exactly unbiased; 0 where there are no others.
     """
-    return _per_group(rewards, groups, _leave_one_out)
+    return _per_group(
+        rewards, groups, lambda scored: _centre(scored) * (scored.size / max(scored.size - 1, 1))
+    )
 
 
 def scale_by_group(advantages: Array, rewards: Array, groups: Array, eps: float = STD_EPS) -> Array:
@@ -169,10 +171,11 @@ def gae(
     Returns:
         Advantages and returns A + V, both (N, T), 0 outside the mask.
     """
-    advantage = np.zeros_like(values)
+    advantage = np.zeros_like(values)  # (N, T)
+    # A_{t+1} and V_{t+1}, each (N,): of the next token that counts, 0 behind the last.
     following, following_value = np.zeros(len(values)), np.zeros(len(values))
     for t in range(values.shape[1] - 1, -1, -1):
-        counts = mask[:, t] > 0
+        counts = mask[:, t] > 0  # (N,)
         delta = rewards[:, t] + gamma * following_value - values[:, t]
         advantage[:, t] = np.where(counts, delta + gamma * lam * following, 0.0)
         following = np.where(counts, advantage[:, t], following)
@@ -193,7 +196,7 @@ def at_the_end(rewards: Array, mask: Array) -> Array:
     """Return (N, T) with each rollout's reward (N,) on its last token of the mask; unscored ones have none."""
     placed = np.zeros(mask.shape)
     rows = np.flatnonzero(mask.any(1) & np.isfinite(rewards))
-    last = mask.shape[1] - 1 - np.argmax(mask[rows, ::-1] > 0, axis=1)
+    last = mask.shape[1] - 1 - np.argmax(mask[rows, ::-1] > 0, axis=1)  # (rows,) the first from the right
     placed[rows, last] = rewards[rows]
     return placed
 
@@ -208,6 +211,7 @@ def reinforce_pp(rewards: Array, groups: Array, mask: Array) -> Array:
         mask: (N, T).
     """
     per_token = rewards if rewards.ndim == 2 else at_the_end(rewards, mask)
+    # With V = 0 and γ = λ = 1 an advantage is the sum of all rewards from its token on.
     returns, _ = gae(per_token, np.zeros(mask.shape), mask)
     scored = mask * (np.isfinite(rewards)[:, None] if rewards.ndim == 1 else 1)
     return whiten(returns, scored)
@@ -226,9 +230,8 @@ def reinforce_pp_baseline(rewards: Array, groups: Array, mask: Array) -> Array:
     """
     if rewards.ndim == 1:
         return reinforce_pp(np.where(np.isfinite(rewards), centre(rewards, groups), np.nan), groups, mask)
-    totals = np.where(
-        mask.any(1), rewards.sum(1), np.nan
-    )  # of what the loss sees: unscored rollouts have no tokens
+    # (N,) of what the loss sees: unscored rollouts have no tokens.
+    totals = np.where(mask.any(1), rewards.sum(1), np.nan)
     return reinforce_pp(rewards + at_the_end(centre(totals, groups) - totals, mask), groups, mask)
 
 
@@ -237,13 +240,16 @@ def token_weights(
 ) -> Array:
     """Return the weight of every token in the loss, (N, T): the whole normaliser of an update.
 
+    The choices are those of DAPO (arXiv:2503.14476, eq. 12: token_mean), GRPO (arXiv:2402.03300, eq. 3: seq_mean) and
+    Dr. GRPO (arXiv:2503.20783: const). What is left out of the loss still counts in `rollouts`.
+
     Args:
         mask: (N, T), 1 for the tokens in the loss.
         aggregation: "token_mean" m/Σm, "seq_mean" m/(|y|·N), "const" m/(N·max_tokens) or "sum" m.
         max_tokens: The longest completion there could have been.
         rollouts: N, the rollouts that count: the scored ones; all rows when None.
     """
-    divisor: Any = 1.0
+    divisor: Any = 1.0  # a number, or (N, 1)
     count = len(mask) if rollouts is None else max(rollouts, 1)
     match aggregation:
         case "token_mean":
@@ -273,10 +279,6 @@ def _centre(rewards: Array) -> Array:
         return np.zeros_like(rewards)
     centred: Array = rewards - rewards.mean()
     return centred
-
-
-def _leave_one_out(rewards: Array) -> Array:
-    return _centre(rewards) * (rewards.size / max(rewards.size - 1, 1))
 
 
 def _divisor(rewards: Array, eps: float) -> float:

@@ -1,4 +1,4 @@
-"""The options of the algorithms, what may go together, and presets: well-known algorithms as values of the options."""
+"""The options of REINFORCE and PPO, what may go together, and what follows for an update."""
 
 import warnings
 from abc import abstractmethod
@@ -44,12 +44,14 @@ class PolicyConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _kl_has_a_gradient(self) -> Self:
+        # k1 = log π − log π_ref: its gradient is ∇log π, whose mean under π is 0.
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "k1 as a loss has no gradient in expectation: use kl_estimator='k2', or kl_in='reward'"
             )
         if self.kl_in == "reward" and self.kl_estimator in ("k2", "k3"):
             raise ValueError(f"kl_in='reward' takes k1; for {self.kl_estimator} use kl_in='loss'")
+        # E[∇k3] = E[(1 − π_ref/π) ∇log π] is the gradient of KL(π_ref ‖ π), and E[∇k2] that of KL(π ‖ π_ref).
         if self.kl_estimator == "k3":
             warnings.warn(
                 "k3 in the loss descends the forward KL(reference ‖ policy), as TRL's GRPO does; 'k2' the reverse one.",
@@ -91,7 +93,7 @@ class PolicyConfig(Config):
         return 1
 
     @property
-    def parts(self) -> int:
+    def minibatch_count(self) -> int:
         """Minibatches per pass."""
         return 1
 
@@ -108,7 +110,7 @@ class PolicyConfig(Config):
     @property
     def reads_old(self) -> bool:
         """Whether the log-probabilities before the update have to be read: one pass knows its own."""
-        return self.passes * self.parts > 1 or bool(self.kl_coef and self.kl_in == "reward")
+        return self.passes * self.minibatch_count > 1 or bool(self.kl_coef and self.kl_in == "reward")
 
     @property
     def idle_options(self) -> tuple[str, ...]:
@@ -267,13 +269,13 @@ class PPOConfig(PolicyConfig):
     @property
     def bounds(self) -> tuple[float, float]:
         """The clip range as two numbers."""
-        if self.clip_range is None:
+        if self.clip_range is None:  # "clip higher" (DAPO, arXiv:2503.14476); CISPO's own (arXiv:2506.13585)
             return (0.2, 0.28) if self.loss == "clip" else (0.0, 5.0)
         return self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range, self.clip_range)
 
     @property
     def loss_terms(self) -> tuple[str, dict[str, Any]]:
-        low, high = self.bounds
+        low, high = self.bounds  # 1 − low ≤ ratio ≤ 1 + high; for cispo low ≤ ratio ≤ high
         if self.loss == "cispo":
             return "policy_cispo", {"ratio_min": low, "ratio_max": high, **self._shared_terms}
         clip = {"clip_low": low, "clip_high": high, "dual_clip": self.dual_clip, "ratio": self.ratio}
@@ -284,7 +286,7 @@ class PPOConfig(PolicyConfig):
         return self.ppo_epochs
 
     @property
-    def parts(self) -> int:
+    def minibatch_count(self) -> int:
         return self.minibatches
 
     @property
@@ -298,7 +300,7 @@ class PPOConfig(PolicyConfig):
     @property
     def idle_options(self) -> tuple[str, ...]:
         """In one pass over fresh data the ratio is 1: nothing clips, and no pass is left to stop before."""
-        if self.passes * self.parts > 1:
+        if self.passes * self.minibatch_count > 1:
             return ()
         can_act_later = ("clip_range", "ratio", "dual_clip", "target_kl")
         fields = type(self).model_fields

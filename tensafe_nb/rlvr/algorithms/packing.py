@@ -43,9 +43,9 @@ def loss_mask(batch: TrajectoryBatch, mask_truncated: bool) -> Array:
     Unscored rollouts are left out, truncated ones when `mask_truncated` says so; a trajectory's own mask leaves out
     what it marks 0.
     """
-    cut = np.array([t.truncated and mask_truncated for t in batch])
-    lengths = np.where(cut | ~np.isfinite(batch.rewards), 0, batch.lengths)
-    positions = np.arange(max(int(batch.lengths.max()), 1))
+    cut = np.array([t.truncated and mask_truncated for t in batch])  # (N,)
+    lengths = np.where(cut | ~np.isfinite(batch.rewards), 0, batch.lengths)  # (N,)
+    positions = np.arange(max(int(batch.lengths.max()), 1))  # (C,)
     mask = (positions < lengths[:, None]).astype(np.float64)
     for row, trajectory in enumerate(batch):
         if trajectory.mask is not None:
@@ -78,10 +78,12 @@ def pack(
     labels = np.full(shape, IGNORE, np.int64)
     laid_out: dict[str, Array] = {name: np.zeros(shape) for name in extras}
     for row, trajectory in enumerate(trajectories):
-        completion = span(trajectory)
+        completion = span(
+            trajectory
+        )  # of length |tokens|; what stands before it is prompt, behind it padding
         ids[row, : completion.stop] = [*trajectory.prompt_tokens, *trajectory.tokens[:-1]]
         mask[row, : completion.stop] = 1
-        labels[row, completion] = trajectory.tokens
+        labels[row, completion] = trajectory.tokens  # shifted: the label at t is the token at t + 1
         for name, values in extras.items():
             laid_out[name][row, completion] = values[row, : len(trajectory.tokens)]
     if numbers is not None:

@@ -51,18 +51,7 @@ class Passes:
         """
         moving = rows[self.mask[rows].any(1)] if not value_only else rows[:0]
         measurement, unmeasured = self.measurement(moving, pace), NOT_MEASURED if moving.size else None
-        weights = self.weights()
-        epochs, stopped = 0, False
-        for epoch in range(self.config.passes):
-            if epoch and self.is_too_far():
-                stopped = True
-                break
-            minibatches = self.minibatches(rows, epoch)
-            # The mean gradient of a pass is that of the whole batch, in however many minibatches it is taken.
-            scale = 1 if self.config.aggregation == "sum" else len(minibatches)
-            for minibatch in minibatches:
-                self.step(self.packed(minibatch, weights[minibatch] * scale, value_only), value_only)
-            epochs += 1
+        epochs, stopped = self.queue(rows, value_only)
         scored = [] if measurement is None else measurement.after(self.client)
         # What is said of the batch is read now: rewards may be edited later.
         mean_reward, entropy, notes = self.batch.mean_reward, entropy_of(self.batch), mock_notes(self.batch)
@@ -89,6 +78,19 @@ class Passes:
         waited: list[FutureHandle[Any]] = [*self.gradients, *self.steps, *scored]
         return combine(waited, read, operation="update", result_type=UpdateResult)
 
+    def queue(self, rows: Array, value_only: bool) -> tuple[int, bool]:
+        """Queue one pass after the other; return how many, and whether the policy had moved too far for a further."""
+        weights = self.weights()
+        for epoch in range(self.config.passes):
+            if epoch and self.is_too_far():
+                return epoch, True
+            minibatches = self.minibatches(rows, epoch)
+            # The mean gradient of a pass is that of the whole batch, in however many minibatches it is taken.
+            scale = 1 if self.config.aggregation == "sum" else len(minibatches)
+            for minibatch in minibatches:
+                self.step(self.packed(minibatch, weights[minibatch] * scale, value_only), value_only)
+        return self.config.passes, False
+
     def measurement(self, rows: Array, pace: Pace) -> Measurement | None:
         """Begin to measure how far the policy moves on these rows, where that is due."""
         passes, trajectories = self.config.passes, list(self.batch)
@@ -110,7 +112,7 @@ class Passes:
 
     def minibatches(self, rows: Array, epoch: int) -> list[Array]:
         """Split the rows into minibatches of whole prompt groups, in an order of its own in every pass."""
-        count = self.config.parts
+        count = self.config.minibatch_count
         if count == 1:
             return [rows]
         groups = group_numbers(self.batch)

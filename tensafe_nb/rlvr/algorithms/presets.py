@@ -9,19 +9,26 @@ from tensafe_nb.rlvr.algorithms.options import PolicyConfig, PPOConfig, REINFORC
 
 _PRESETS: dict[str, PolicyConfig] = {
     "reinforce": REINFORCEConfig(baseline="ema"),
+    # Ahmadian et al. 2024, arXiv:2402.14740
     "rloo": REINFORCEConfig(baseline="rloo"),
+    # Hu 2025, arXiv:2501.03262
     "reinforce_pp": REINFORCEConfig(advantage="reinforce_pp", kl_coef=0.01, aggregation="token_mean"),
     "reinforce_pp_baseline": REINFORCEConfig(
         advantage="reinforce_pp_baseline", kl_coef=1e-3, kl_in="loss", aggregation="token_mean"
     ),
+    # Shao et al. 2024, arXiv:2402.03300
     "grpo": PPOConfig(advantage="group", scale="group", clip_range=0.2, aggregation="seq_mean"),
+    # Liu et al. 2025, arXiv:2503.20783: neither the std nor the length of an answer divides
     "dr_grpo": PPOConfig(advantage="group", clip_range=0.2),
+    # MiniMax 2025, arXiv:2506.13585: the ratio is clipped as a weight, so no token loses its gradient
     "cispo": PPOConfig(
         advantage="group", scale="group", loss="cispo", clip_range=(0.0, 5.0), aggregation="token_mean"
     ),
+    # Zheng et al. 2025, arXiv:2507.18071: one ratio per sequence
     "gspo": PPOConfig(
         advantage="group", scale="group", ratio="sequence", clip_range=(3e-4, 4e-4), aggregation="seq_mean"
     ),
+    # Schulman et al. 2017, arXiv:1707.06347
     "ppo_value": PPOConfig(advantage="gae", clip_range=0.2, ppo_epochs=4, aggregation="token_mean"),
 }
 

@@ -22,10 +22,9 @@ from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 CAPABILITY = "differential_privacy"
 POISSON = "differential_privacy:poisson"
 ALLOWED = ("none", "rloo", "group")
-RELEASED = frozenset(
-    {"prompts", "draws", "row"}
-)  # of a position: what is planned. A reward's version is a hash of
-# whatever the reward refers to, the answers it knows included
+# Of a position, what is planned. A reward's version is a hash of whatever the reward refers to, the answers it knows
+# included.
+RELEASED = frozenset({"prompts", "draws", "row"})
 
 
 def check_options(config: PolicyConfig, method: str, capabilities: frozenset[str]) -> None:
@@ -39,12 +38,13 @@ def check_options(config: PolicyConfig, method: str, capabilities: frozenset[str
             "Reinforcement learning draws prompts in epochs and accounts for each by name: create the client with "
             "DPConfig(sampling='worst_case')."
         )
-    problems = list(_problems(config, method))
+    problems = list(coupling_options(config, method))
     if problems:
         raise ValidationError("With differential privacy, " + "; ".join(problems) + ".")
 
 
-def _problems(config: PolicyConfig, method: str) -> Iterator[str]:
+def coupling_options(config: PolicyConfig, method: str) -> Iterator[str]:
+    """Yield what is wrong with the options, and what to choose instead."""
     if method not in ALLOWED:
         yield (
             f"the advantage {as_given(method)} couples prompts, or cannot be seen not to: choose one of "
@@ -54,7 +54,7 @@ def _problems(config: PolicyConfig, method: str) -> Iterator[str]:
         yield "scale='batch' divides by what other prompts earned: choose 'group' or 'none'"
     if config.aggregation in ("token_mean", "seq_mean"):
         yield f"aggregation={config.aggregation!r} divides by the tokens of other prompts: choose 'const' or 'sum'"
-    if config.passes > 1 or config.parts > 1:
+    if config.passes > 1 or config.minibatch_count > 1:
         yield "every further step on the same rollouts is a further release: one pass, one minibatch"
     if config.kl_limit is not None:
         yield "target_kl stops on private data: leave it out"

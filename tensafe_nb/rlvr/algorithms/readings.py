@@ -1,4 +1,4 @@
-"""What an update reads before its first step: whether the batch can teach, and its log-probabilities and values."""
+"""Readings before an update's first step: whether the batch can teach, and its log-probabilities and values."""
 
 from dataclasses import dataclass
 from typing import Self

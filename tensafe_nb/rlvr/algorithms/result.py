@@ -122,6 +122,7 @@ def read_results(
         notes: On the batch.
         metrics: What was measured before.
     """
+    # Over all passes: a token counts once for each gradient it was in.
     tokens = sum(result.metrics["tokens"] for result in gradients)
     names = {name for result in gradients for name in result.metrics if name.endswith("_sum")}
     means = {

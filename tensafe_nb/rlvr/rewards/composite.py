@@ -1,4 +1,4 @@
-"""What a composite reward is made of, and how its parts add up."""
+"""Composite rewards: the parts they are made of, whichever way those are given, and their weighted sum."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,12 +43,12 @@ def read_parts(
     Raises:
         ValidationError: No parts, two of one name, no weight but 0, or two marked as true.
     """
-    given = _listed(given, weights)
+    given = parts_listed(given, weights)
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise ValidationError(
             'composite needs parts: {"exact_match": 1.0, "format_compliance": 0.2}, or a list of Part(reward, weight).'
         )
-    parts = tuple(_read_part(part, resolve) for part in given)
+    parts = tuple(read_part(part, resolve) for part in given)
     names = [part.name for part in parts]
     if len(set(names)) < len(names):
         raise ValidationError(
@@ -64,12 +64,12 @@ def read_parts(
     return parts
 
 
-def _listed(given: Any, weights: Sequence[float] | None) -> Any:
+def parts_listed(given: Any, weights: Sequence[float] | None) -> Any:
     """Return parts as a list: of a mapping, whose values are weights, or functions under names of their own."""
     if isinstance(given, Mapping):
         if weights is not None:
             raise ValidationError("composite: weights=[…] goes with a list; a dict has them as its values.")
-        return [_entry(key, value) for key, value in given.items()]
+        return [part_of(key, value) for key, value in given.items()]
     if weights is None or not isinstance(given, Sequence) or isinstance(given, str):
         return given
     if not hasattr(weights, "__len__") or isinstance(weights, range | str):
@@ -81,7 +81,8 @@ def _listed(given: Any, weights: Sequence[float] | None) -> Any:
     return [Part(reward, weight) for reward, weight in zip(given, weights, strict=True)]
 
 
-def _entry(key: Any, value: Any) -> Any:
+def part_of(key: Any, value: Any) -> Part:
+    """Return the part that an entry of a mapping stands for: {reward: weight} or {name: reward}."""
     if isinstance(value, Part):
         return replace(value, name=value.name or str(key))
     if isinstance(value, tuple) and len(value) == 2:
@@ -90,7 +91,12 @@ def _entry(key: Any, value: Any) -> Any:
     return Part(value, name=str(key)) if named else Part(key, value)
 
 
-def _read_part(given: Any, resolve: Callable[..., Any]) -> Part:
+def read_part(given: Any, resolve: Callable[..., Any]) -> Part:
+    """Read one part: a reward, a pair with its weight, a dict or a `Part`.
+
+    Raises:
+        ValidationError: A key that no part has, no reward, or a weight that is no number.
+    """
     if isinstance(given, Mapping):
         known = {"reward", "weight", "name", "true", "kwargs"}
         for key in set(given) - known:
@@ -117,7 +123,9 @@ def combined(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Outcome:
     """Return the outcome of a composite from those of its parts, in their order."""
     named = list(zip(parts, outcomes, strict=True))
     failures = [f"{part.name}: {outcome.error}" for part, outcome in named if outcome.error]
+    # A failed part leaves a hole in the sum, and a hole is no 0; of weight 0 it is only a metric that is missing.
     fatal = any(outcome.error and part.weight for part, outcome in named)
+    # Σ w_i r_i over the parts that gave a score: one that abstains adds nothing.
     terms = [part.weight * o.score for part, o in named if part.weight and o.score is not None]
     return Outcome(
         None if fatal or not terms else sum(terms),

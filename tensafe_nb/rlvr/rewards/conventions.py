@@ -1,4 +1,4 @@
-"""How a reward function is called, and how what it returns is read into one `Outcome` for each rollout.
+"""Calls of reward functions by the conventions they follow; what they return becomes an `Outcome` for each rollout.
 
 Ours, and those people bring from TRL, verl, OpenRLHF, verifiers and reasoning-gym. This file runs in the scoring
 processes too and imports nothing heavy.
@@ -46,7 +46,7 @@ class Conversation(list[Any]):
     __hash__ = None
 
     def __str__(self) -> str:
-        return "\n".join(map(_content, self))
+        return "\n".join(map(text_of, self))
 
     def __contains__(self, item: object) -> bool:
         return item in str(self) if isinstance(item, str) else super().__contains__(item)
@@ -75,7 +75,7 @@ class Conversation(list[Any]):
         return getattr(str(self), name)
 
 
-def _content(message: Mapping[str, Any]) -> str:
+def text_of(message: Mapping[str, Any]) -> str:
     """Return the text of a message, whose content may be missing (a tool call) or in parts."""
     content = message.get("content")
     if isinstance(content, str | None):
@@ -180,8 +180,16 @@ class Call:
     def invoke(self, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> Any:
         """Call the function on the rollouts of one call; `log` takes what it logs by the way."""
         if self.style is Style.OURS:
-            return self._ours(unit[0])
-        return self.function(**self._chosen(_OFFERS[self.style](self, unit, log)))
+            return self.call_ours(unit[0])
+        offered = _ARGUMENTS[self.style](self, unit, log)
+        missing = self.required - set(offered) - set(self.kwargs)
+        if missing:
+            raise ValidationError(
+                f"the {self.style} reward function asks for {', '.join(sorted(missing))}, which the prompts do not "
+                f'have. Give prompts as {{"prompt": …, "{min(missing)}": …}}.'
+            )
+        chosen = {name: value for name, value in offered.items() if self.open or name in self.names}
+        return self.function(**{**chosen, **self.kwargs})
 
     def read(
         self, value: Any, unit: Sequence[RewardSample], log: Mapping[str, list[Any]] = _NO_LOG
@@ -193,7 +201,7 @@ class Call:
         """
         if not self.batched:
             return [read_value(value)]
-        rewards, extras = _columns(value)
+        rewards, extras = columns_of(value)
         if len(rewards) != len(unit):
             raise ValidationError(
                 f"it returned {len(rewards)} rewards for {len(unit)} completions: return one for each."
@@ -204,38 +212,32 @@ class Call:
             for row, reward in enumerate(rewards)
         ]
 
-    def _ours(self, sample: RewardSample) -> Any:
+    def call_ours(self, sample: RewardSample) -> Any:
+        """Call a function of our own convention: (prompt, response[, meta]), and the tokens where it names them."""
         tokens = {}
         if "tokens" in self.names and "tokens" not in self.kwargs:
             tokens["tokens"] = sample.tokens
-        prompt = self._prompt(sample) if self.conversational is not False else sample.prompt
-        positional = (prompt, sample.response, sample.meta)[: self.positional]
+        prompt = self.prompt_of(sample) if self.conversational is not False else sample.prompt
+        positional = (prompt, sample.response, sample.meta)[: self.positional]  # fn(prompt, response[, meta])
         columns = {}
         if self.open and self.positional == 2:  # fn(prompt, response, **columns)
             taken = self.names | set(self.kwargs)
             columns = {name: value for name, value in (sample.meta or {}).items() if name not in taken}
         return self.function(*positional, **columns, **tokens, **self.kwargs)
 
-    def _chosen(self, offered: Mapping[str, Any]) -> dict[str, Any]:
-        missing = self.required - set(offered) - set(self.kwargs)
-        if missing:
-            raise ValidationError(
-                f"the {self.style} reward function asks for {', '.join(sorted(missing))}, which the prompts do not "
-                f'have. Give prompts as {{"prompt": …, "{min(missing)}": …}}.'
-            )
-        chosen = {name: value for name, value in offered.items() if self.open or name in self.names}
-        return {**chosen, **self.kwargs}
-
-    def _chat(self, sample: RewardSample) -> bool:
+    def is_chat(self, sample: RewardSample) -> bool:
+        """Whether it gets messages."""
         return sample.messages is not None if self.conversational is None else self.conversational
 
-    def _prompt(self, sample: RewardSample) -> Any:
-        if not self._chat(sample):
+    def prompt_of(self, sample: RewardSample) -> Any:
+        """Return the prompt as the function gets it: a text, or messages."""
+        if not self.is_chat(sample):
             return sample.prompt
         return Conversation(sample.messages or [{"role": "user", "content": sample.prompt}])
 
-    def _completion(self, sample: RewardSample) -> Any:
-        if not self._chat(sample):
+    def completion_of(self, sample: RewardSample) -> Any:
+        """Return the response likewise."""
+        if not self.is_chat(sample):
             return sample.response
         return Conversation([{"role": "assistant", "content": sample.response}])
 
@@ -250,7 +252,7 @@ class Call:
             )
         if self.style not in (Style.TRL, Style.VERIFIERS):
             return ""
-        if any(map(self._chat, unit)):
+        if any(map(self.is_chat, unit)):
             return (
                 " (prompts and completions are lists of chat messages here: read completion[-1]['content'], or take "
                 "resolve_reward(function, conversational=False) to get texts)"
@@ -329,7 +331,7 @@ def _with_parts(outcome: Outcome, further: Mapping[str, Any]) -> Outcome:
     return outcome._replace(parts={**(outcome.parts or {}), **numbers} or None)
 
 
-def _columns(value: Any) -> tuple[list[Any], dict[str, list[Any]]]:
+def columns_of(value: Any) -> tuple[list[Any], dict[str, list[Any]]]:
     """Return the rewards and the further columns of a batch function's result."""
     if not isinstance(value, Mapping):
         return _list(value), {}
@@ -357,19 +359,23 @@ def _verl_row(sample: RewardSample) -> dict[str, Any]:
         "solution_str": sample.response,
         "extra_info": meta.get("extra_info", meta),
     }
-    rules = meta.get("reward_model")
+    rules = meta.get("reward_model")  # where verl's own data sets keep the answer
     columns = {**meta, **(rules if isinstance(rules, Mapping) else {})}
     gold = [columns[name] for name in ("ground_truth", "answer") if not is_missing(columns.get(name))]
     return row | ({"ground_truth": gold[0]} if gold else {})
 
 
-def _verl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def verl_arguments(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return the arguments of a verl function."""
     (sample,) = unit
-    prompt = {"prompt": call._prompt(sample)} if "prompt" in call.names else {}
+    prompt = {"prompt": call.prompt_of(sample)} if "prompt" in call.names else {}
     return _verl_row(sample) | prompt
 
 
-def _verl_batch(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def verl_batch_arguments(
+    call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]
+) -> dict[str, Any]:
+    """Return those of one of verl's batch functions, whose names are plural."""
     rows = [_verl_row(sample) for sample in unit]
     without = sum("ground_truth" not in row for row in rows)
     if without and "ground_truths" in call.required:
@@ -382,19 +388,23 @@ def _verl_batch(call: Call, unit: Sequence[RewardSample], log: dict[str, list[An
     return columns | {"ground_truths": [row.get("ground_truth") for row in rows]}
 
 
-def _verifiers(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def verifiers_arguments(
+    call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]
+) -> dict[str, Any]:
+    """Return those of a verifiers function of a single turn."""
     (sample,) = unit
     offered = {
         **{name: value for name, value in sample.meta.items() if name != "answer" or not is_missing(value)},
-        "prompt": call._prompt(sample),
-        "completion": call._completion(sample),
+        "prompt": call.prompt_of(sample),
+        "completion": call.completion_of(sample),
         "task": sample.meta.get("task", "default"),
         "info": sample.meta.get("info", sample.meta),
     }
     return offered | {"state": dict(offered)}
 
 
-def _trl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def trl_arguments(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return those of a TRL function: all completions and columns, the trainer's state, and two ways to log."""
     logged: dict[str, list[float]] = {}
 
     def log_extra(column: str, values: Sequence[Any]) -> None:
@@ -413,8 +423,8 @@ def _trl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) ->
     columns = dict.fromkeys(name for sample in unit for name in sample.meta)
     return {
         **{name: [sample.meta.get(name) for sample in unit] for name in columns},
-        "prompts": [call._prompt(sample) for sample in unit],
-        "completions": [call._completion(sample) for sample in unit],
+        "prompts": [call.prompt_of(sample) for sample in unit],
+        "completions": [call.completion_of(sample) for sample in unit],
         "completion_ids": [list(sample.tokens) for sample in unit],
         "trainer_state": unit[0].state,
         "log_extra": log_extra,
@@ -422,7 +432,9 @@ def _trl(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) ->
     }
 
 
-def _openrlhf(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def openrlhf_arguments(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return those of an OpenRLHF function."""
+
     def label(meta: Mapping[str, Any]) -> Any:
         return next((meta[name] for name in ("label", "labels", "answer") if name in meta), None)
 
@@ -433,7 +445,8 @@ def _openrlhf(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]
     }
 
 
-def _gym(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+def gym_arguments(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return those of a reasoning-gym data set's `score_answer`."""
     (sample,) = unit
     missing = {"answer", "metadata"} - set(sample.meta)
     if missing:
@@ -445,11 +458,11 @@ def _gym(call: Call, unit: Sequence[RewardSample], log: dict[str, list[Any]]) ->
     return {"answer": sample.response.strip(), "entry": entry}
 
 
-_OFFERS: dict[Style, Callable[[Call, Sequence[RewardSample], dict[str, list[Any]]], dict[str, Any]]] = {
-    Style.TRL: _trl,
-    Style.VERL: _verl,
-    Style.VERL_BATCH: _verl_batch,
-    Style.OPENRLHF: _openrlhf,
-    Style.VERIFIERS: _verifiers,
-    Style.GYM: _gym,
+_ARGUMENTS: dict[Style, Callable[[Call, Sequence[RewardSample], dict[str, list[Any]]], dict[str, Any]]] = {
+    Style.TRL: trl_arguments,
+    Style.VERL: verl_arguments,
+    Style.VERL_BATCH: verl_batch_arguments,
+    Style.OPENRLHF: openrlhf_arguments,
+    Style.VERIFIERS: verifiers_arguments,
+    Style.GYM: gym_arguments,
 }

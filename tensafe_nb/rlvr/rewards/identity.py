@@ -1,4 +1,4 @@
-"""What a reward's scores depend on: its code and all that its code uses, as a digest.
+"""The identity of a reward: its code and all that its code uses, as a digest.
 
 A function is its bytecode, its defaults, what it closes over, and the globals, helpers, classes and modules it names,
 and so on from there, as they are in memory now: the text of a file may have been edited since. The walk ends at the
@@ -30,12 +30,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 Place: TypeAlias = Literal["local", "ours", "library", "stdlib"]
 
 PACKAGE = Path(__file__).parents[2]
-_OURS = {
-    f"tensafe_nb.rlvr.rewards.builtin.{name}"
-    for name in (
-        "answers", "parsed", "shaping", "code", "math", "numerals"
-    )
-}  # fmt: skip
+_BUILTIN_MODULES = ("answers", "parsed", "shaping", "code", "math", "numerals")
+_OURS = {f"tensafe_nb.rlvr.rewards.builtin.{name}" for name in _BUILTIN_MODULES}
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
 _WRITTEN = {
     "Decimal",
@@ -94,7 +90,7 @@ class Identity:
 
 def identity_of(thing: Any) -> Identity:
     """Return the identity of a function, or of anything made of functions and values."""
-    walk = _Walk()
+    walk = IdentityWalk()
     walk.visit(thing)
     return walk.identity()
 
@@ -110,25 +106,27 @@ def place_of(name: str) -> Place:
         return "library"
     if top in sys.stdlib_module_names or top == "builtins":
         return "stdlib"
-    if (
-        top != name and (place := place_of(top)) != "local"
-    ):  # of packages the top is asked, and imports nothing
+    # Of packages the top is asked, and imports nothing.
+    if top != name and (place := place_of(top)) != "local":
         return place
     module = sys.modules.get(name)
     if module is None:
-        spec = _spec_of(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, AttributeError, ValueError):  # its parent is missing, or is no package
+            spec = None
         return _place_of_file(None if spec is None else spec.origin)
     return _place_of_file(getattr(module, "__file__", None))
 
 
 def local_modules() -> list[types.ModuleType]:
     """Return the modules of the user's that are imported, but for the notebook itself."""
-    modules = [sys.modules.get(name) for name in _local_names(tuple(sys.modules))]
+    modules = [sys.modules.get(name) for name in local_names(tuple(sys.modules))]
     return [module for module in modules if isinstance(module, types.ModuleType)]
 
 
 @functools.lru_cache(maxsize=2)
-def _local_names(names: tuple[str, ...]) -> list[str]:
+def local_names(names: tuple[str, ...]) -> list[str]:
     """Return which of the imported modules are the user's; asked for often, and changes seldom."""
     return [
         name
@@ -137,13 +135,6 @@ def _local_names(names: tuple[str, ...]) -> list[str]:
         and getattr(sys.modules.get(name), "__name__", None) == name
         and place_of(name) == "local"
     ]
-
-
-def _spec_of(name: str) -> importlib.machinery.ModuleSpec | None:
-    try:
-        return importlib.util.find_spec(name)
-    except (ImportError, AttributeError, ValueError):  # its parent is missing, or is no package
-        return None
 
 
 @functools.lru_cache(maxsize=8192)
@@ -160,7 +151,7 @@ def _place_of_file(file: str | None) -> Place:
     return "stdlib" if path.is_relative_to(sysconfig.get_path("stdlib")) else "local"
 
 
-class _Import(NamedTuple):
+class Import(NamedTuple):
     name: str
     level: int
     wanted: tuple[str, ...]
@@ -171,27 +162,27 @@ class _Uses(NamedTuple):
 
     names: frozenset[str]  # globals and built-ins
     attributes: frozenset[str]
-    imports: tuple[_Import, ...]
+    imports: tuple[Import, ...]
 
 
 @functools.lru_cache(maxsize=4096)
-def _uses(code: types.CodeType) -> _Uses:
+def _uses_of(code: types.CodeType) -> _Uses:
     names: set[str] = set()
     attributes: set[str] = set()
-    imports: list[_Import] = []
+    imports: list[Import] = []
     before: list[Any] = [None, None]
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
             names.add(step.argval)
         elif step.opname == "IMPORT_NAME":
             level, wanted = before
-            imports.append(_Import(step.argval, int(level or 0), tuple(wanted or ())))
+            imports.append(Import(step.argval, int(level or 0), tuple(wanted or ())))
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM", "LOAD_SUPER_ATTR"):
             attributes.add(step.argval)
         before = [before[1], step.argval]
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            inner = _uses(constant)
+            inner = _uses_of(constant)
             names |= inner.names
             attributes |= inner.attributes
             imports += inner.imports
@@ -199,7 +190,7 @@ def _uses(code: types.CodeType) -> _Uses:
 
 
 @functools.lru_cache(maxsize=512)
-def _release(top: str) -> str:
+def _release_of(top: str) -> str:
     """Return a package with its version."""
     try:
         return f"{top} {importlib.metadata.version(top.replace('_', '-'))}"
@@ -207,7 +198,7 @@ def _release(top: str) -> str:
         return f"{top} {getattr(sys.modules.get(top), '__version__', '?')}"
 
 
-class _Walk:
+class IdentityWalk:
     """One pass over all that something depends on; everything is written down once."""
 
     def __init__(self) -> None:
@@ -232,7 +223,7 @@ class _Walk:
             self._kept.append(thing)
             self._depth += 1
             if self._depth <= _DEEP:
-                self._compound(thing)
+                self.visit_compound(thing)
             else:
                 self._write("deep", type(thing).__name__)
                 self._beyond.add(f"what lies {_DEEP} levels deep")
@@ -244,22 +235,22 @@ class _Walk:
         if code:
             self._code.update(text)
 
-    def _compound(self, thing: Any) -> None:
+    def visit_compound(self, thing: Any) -> None:
         if isinstance(thing, _ATOMS) and not isinstance(
             thing, enum.Enum
         ):  # of a class of the user's, as below
             self._write(type(thing).__name__, repr(thing))
         elif isinstance(thing, Mapping | set | frozenset | list | tuple | deque) and _is_of_user(thing):
-            self._each("object", type(thing), dict(_state(thing)))
+            self._each("object", type(thing), dict(_attributes_of(thing)))
         match thing:
             case types.FunctionType():
-                self._function(thing)
+                self.visit_function(thing)
             case types.MethodType():
                 self._each("method", thing.__func__, thing.__self__)
             case type():
-                self._class(thing)
+                self.visit_class(thing)
             case types.ModuleType():
-                self._module(thing, None)
+                self.visit_module(thing, None)
             case functools.partial():
                 self._each("partial", thing.func, thing.args, thing.keywords)
             case property():
@@ -273,35 +264,35 @@ class _Walk:
             case _ if isinstance(thing, _DESCRIPTORS) or type(thing).__module__ in _SAID_BY_REPR:
                 self._write(type(thing).__name__, re.sub(" at 0x[0-9a-f]+", "", repr(thing)))
             case types.BuiltinFunctionType() | types.MethodWrapperType():
-                self._builtin(thing)
+                self.visit_builtin(thing)
             case enum.Enum():
                 self._write("member", thing.name)
                 self._each("of", type(thing), thing.value)
             case Mapping():
-                self._mapping(thing)
+                self.visit_mapping(thing)
             case set() | frozenset():
-                self._each("set", *sorted(thing, key=_rank))
+                self._each("set", *sorted(thing, key=rank))
             case list() | tuple() | deque():
-                self._sequence(thing)
+                self.visit_sequence(thing)
             case _:
-                self._object(thing)
+                self.visit_object(thing)
 
     def _each(self, kind: str, *things: Any) -> None:
         self._write(kind, len(things))
         for thing in things:
             self.visit(thing)
 
-    def _function(self, function: types.FunctionType) -> None:
+    def visit_function(self, function: types.FunctionType) -> None:
         module = function.__globals__.get("__name__", "?")
         if self._outside(module, f"{module}.{function.__qualname__}"):
             cells = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
             self._users([*vars(function).values(), *cells])
             return
-        self._bytecode(function.__code__)
+        self.write_bytecode(function.__code__)
         self._each("defaults", function.__defaults__, function.__kwdefaults__)
         own = {name: value for name, value in vars(function).items() if not name.startswith("__")}
         self._each("attributes", own)
-        uses = _uses(function.__code__)
+        uses = _uses_of(function.__code__)
         for cell in function.__closure__ or ():
             try:
                 self._value("cell", cell.cell_contents, uses)
@@ -315,7 +306,7 @@ class _Walk:
                 if name in _DYNAMIC:
                     self._beyond.add(f"{name}()")
         for wanted in uses.imports:
-            self._import(wanted, function.__globals__, uses)
+            self.visit_import(wanted, function.__globals__, uses)
 
     def _users(self, held: Iterable[Any]) -> None:
         """Look at the user's functions among what a thing of a package holds: a decorator holds what it was put on."""
@@ -328,24 +319,24 @@ class _Walk:
     def _value(self, name: str, value: Any, uses: _Uses) -> None:
         self._write("name", name)
         if isinstance(value, types.ModuleType):
-            self._module(value, None if "getattr" in uses.names else uses.attributes)
+            self.visit_module(value, None if "getattr" in uses.names else uses.attributes)
         else:
             self.visit(value)
 
-    def _bytecode(self, code: types.CodeType) -> None:
+    def write_bytecode(self, code: types.CodeType) -> None:
         """Write down what code does, not where it stands."""
         self._write("code", code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, code=True)
         self._write(code.co_argcount, code.co_kwonlyargcount, code.co_flags, code=True)
         documentation = code.co_consts[0] if code.co_consts and isinstance(code.co_consts[0], str) else None
         for place, constant in enumerate(code.co_consts):
             if isinstance(constant, types.CodeType):
-                self._bytecode(constant)
+                self.write_bytecode(constant)
             elif isinstance(constant, frozenset):
-                self._write("set", *map(repr, sorted(constant, key=_rank)), code=True)
-            elif place or constant is not documentation or _reads_first_constant(code):
+                self._write("set", *map(repr, sorted(constant, key=rank)), code=True)
+            elif place or constant is not documentation or reads_first_constant(code):
                 self._write(type(constant).__name__, repr(constant), code=True)
 
-    def _import(self, wanted: _Import, namespace: Mapping[str, Any], uses: _Uses) -> None:
+    def visit_import(self, wanted: Import, namespace: Mapping[str, Any], uses: _Uses) -> None:
         """Follow an import inside a function; what it would import when it is called, it imports now.
 
         Every scoring process is then given the module that the notebook has, whatever happens to the file.
@@ -368,13 +359,13 @@ class _Walk:
         used = frozenset({*uses.attributes, *wanted.wanted})
         for part in wanted.wanted:
             if f"{name}.{part}" in sys.modules and place_of(f"{name}.{part}") == "local":
-                self._module(sys.modules[f"{name}.{part}"], uses.attributes)
+                self.visit_module(sys.modules[f"{name}.{part}"], uses.attributes)
         if name in sys.modules:
-            self._module(sys.modules[name], used)
+            self.visit_module(sys.modules[name], used)
         else:
             self._outside(name, name)
 
-    def _module(self, module: types.ModuleType, used: frozenset[str] | None) -> None:
+    def visit_module(self, module: types.ModuleType, used: frozenset[str] | None) -> None:
         """Look at the names that are used of a module; at all of them, where that cannot be known."""
         name = module.__name__
         if self._outside(name, name):
@@ -385,17 +376,17 @@ class _Walk:
         self._modules[name] = None if used is None or known is None else known | set(wanted)
         parent, _, child = name.rpartition(".")
         if parent in sys.modules:
-            self._module(sys.modules[parent], frozenset({child}))
+            self.visit_module(sys.modules[parent], frozenset({child}))
         for part in sorted(set(wanted) - (known or set())):
             self._write("of", name, part)
             value = vars(module)[part]
             if isinstance(value, types.ModuleType):
                 if value.__name__ != name:
-                    self._module(value, used)
+                    self.visit_module(value, used)
             else:
                 self.visit(value)
 
-    def _class(self, cls: type) -> None:
+    def visit_class(self, cls: type) -> None:
         if self._outside(cls.__module__, f"{cls.__module__}.{cls.__qualname__}"):
             return
         self._write("class", cls.__qualname__, code=True)
@@ -406,7 +397,7 @@ class _Walk:
                 self._write("attribute", name, code=True)
                 self.visit(value)
 
-    def _builtin(self, function: Any) -> None:
+    def visit_builtin(self, function: Any) -> None:
         owner = getattr(function, "__self__", None)
         module = getattr(function, "__module__", None) or ""
         self._write("built-in", module, function.__qualname__)
@@ -415,15 +406,15 @@ class _Walk:
         elif module:
             self._outside(module, f"{module}.{function.__qualname__}")
 
-    def _mapping(self, mapping: Mapping[Any, Any]) -> None:
+    def visit_mapping(self, mapping: Mapping[Any, Any]) -> None:
         items = list(mapping.items())  # at once: another thread may change it
         self._write("mapping", type(mapping).__name__, len(items))
         if not self._plain(items):
-            for key, value in sorted(items, key=lambda item: _rank(item[0])):
+            for key, value in sorted(items, key=lambda item: rank(item[0])):
                 self.visit(key)
                 self.visit(value)
 
-    def _sequence(self, items: "list[Any] | tuple[Any, ...] | deque[Any]") -> None:
+    def visit_sequence(self, items: "list[Any] | tuple[Any, ...] | deque[Any]") -> None:
         self._write("sequence", type(items).__name__, len(items))
         items = list(items)
         if not self._plain(items):
@@ -440,24 +431,24 @@ class _Walk:
             return False
         return True
 
-    def _object(self, thing: Any) -> None:
+    def visit_object(self, thing: Any) -> None:
         cls = type(thing)
         if hasattr(cls, "identified"):  # a reward, or a part of one
             self.visit(thing.identified())
         elif cls.__name__ in _WRITTEN:
             self._write(cls.__name__, repr(thing))
         elif isinstance(thing, PurePath):
-            self._path(thing)
-        elif cls.__module__.partition(".")[0] in ("numpy", "torch", "pandas") and self._array(thing):
+            self.visit_path(thing)
+        elif cls.__module__.partition(".")[0] in ("numpy", "torch", "pandas") and self.visit_array(thing):
             return
         elif "__wrapped__" in getattr(thing, "__dict__", ()):  # functools.lru_cache
             self._each("wrapped", thing.__wrapped__)
         elif place_of(cls.__module__) in ("local", "ours"):
-            self._each("object", cls, dict(_state(thing)))
+            self._each("object", cls, dict(_attributes_of(thing)))
         else:
-            self._foreign(thing)
+            self.visit_foreign(thing)
 
-    def _foreign(self, thing: Any) -> None:
+    def visit_foreign(self, thing: Any) -> None:
         """Note an object of a package or of Python by its class; what it holds may change all the time."""
         cls = type(thing)
         name = f"{cls.__module__}.{cls.__qualname__}"
@@ -469,18 +460,20 @@ class _Walk:
             place_of(cls.__module__) == "stdlib"
             and not hasattr(thing, "__next__")
             and not callable(thing)
-            and not dict(_state(thing))
+            and not dict(_attributes_of(thing))
         ):
             return  # a sentinel
         self._beyond.add(f"an object of {name}")
-        self._users(value for _, value in _state(thing))
+        self._users(value for _, value in _attributes_of(thing))
         if not hasattr(cls, "score_answer"):
             return
-        for key, value in sorted(_state(thing), key=operator.itemgetter(0)):  # a data set: its configuration
+        for key, value in sorted(
+            _attributes_of(thing), key=operator.itemgetter(0)
+        ):  # a data set: its configuration
             if isinstance(value, _ATOMS) or is_dataclass(value):
                 self._write(key, re.sub(" at 0x[0-9a-f]+", "", repr(value)))
 
-    def _path(self, path: PurePath) -> None:
+    def visit_path(self, path: PurePath) -> None:
         if path.is_relative_to(PACKAGE):
             file = Path(path)
             self._write(
@@ -489,7 +482,7 @@ class _Walk:
         else:
             self._write("path", path)
 
-    def _array(self, thing: Any) -> bool:
+    def visit_array(self, thing: Any) -> bool:
         """Write down what an array, a tensor or a frame holds."""
         size = getattr(thing, "nbytes", None)
         if callable(getattr(thing, "detach", None)):  # torch's
@@ -509,7 +502,9 @@ class _Walk:
         elif getattr(getattr(thing, "dtype", None), "hasobject", False):
             self.visit(thing.tolist())
         else:
-            self._write(hashlib.sha256(_bytes_of(thing)).hexdigest())
+            if hasattr(thing, "numel"):  # torch's, of whatever dtype
+                thing = thing.contiguous().reshape(-1).view(sys.modules["torch"].uint8).numpy()
+            self._write(hashlib.sha256(thing.tobytes()).hexdigest())
         return True
 
     def _outside(self, module: str, name: str) -> bool:
@@ -520,9 +515,9 @@ class _Walk:
         top = module.partition(".")[0]
         self._write("outside", name)
         if place == "library":
-            self._write(_release(top))
+            self._write(_release_of(top))
             if top != "tensafe_nb":
-                self._beyond.add(_release(top))
+                self._beyond.add(_release_of(top))
         elif top in _OUTSIDE:
             self._beyond.add(top)
         return True
@@ -532,13 +527,7 @@ def _is_of_user(thing: Any) -> bool:
     return place_of(type(thing).__module__) in ("local", "ours")
 
 
-def _bytes_of(array: Any) -> bytes:
-    if hasattr(array, "numel"):  # torch's, of whatever dtype
-        array = array.contiguous().reshape(-1).view(sys.modules["torch"].uint8).numpy()
-    return array.tobytes()  # type: ignore[no-any-return]
-
-
-def _reads_first_constant(code: types.CodeType) -> bool:
+def reads_first_constant(code: types.CodeType) -> bool:
     """Whether a text that may be a function's documentation is also used by its code."""
     return any(
         step.opname.startswith(("LOAD_CONST", "RETURN_CONST", "KW_NAMES")) and step.arg == 0
@@ -546,7 +535,7 @@ def _reads_first_constant(code: types.CodeType) -> bool:
     )
 
 
-def _state(thing: Any) -> Iterator[tuple[str, Any]]:
+def _attributes_of(thing: Any) -> Iterator[tuple[str, Any]]:
     """Yield an object's attributes."""
     yield from list(getattr(thing, "__dict__", {}).items())
     for cls in type(thing).__mro__:
@@ -556,5 +545,5 @@ def _state(thing: Any) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(thing, name)
 
 
-def _rank(key: Any) -> tuple[str, str]:
+def rank(key: Any) -> tuple[str, str]:
     return type(key).__name__, repr(key) if isinstance(key, _ATOMS) else str(getattr(key, "__qualname__", ""))

@@ -1,8 +1,8 @@
-"""Reward functions: how they are named, resolved, composed and called. A reward that failed is None, never 0."""
+"""Reward functions: named, resolved, composed and called. A reward that failed is None, never 0."""
 
 import asyncio
 import inspect
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -96,7 +96,7 @@ class Reward:
         given: Any = meta if self.call.style is Style.OURS else (meta or {})
         messages = None if isinstance(prompt, str) else Conversation(prompt)
         text = prompt if isinstance(prompt, str) else str(messages)
-        outcome = _called(self.call, RewardSample(text, response, given, tokens, messages))
+        outcome = call_here(self.call, RewardSample(text, response, given, tokens, messages))
         if outcome.error is not None:
             raise RewardError(f"The reward {as_given(self.name)} {outcome.error}.")
         return outcome.score
@@ -178,7 +178,14 @@ def resolve_reward(spec: Any, *, conversational: bool | None = None, **kwargs: A
         1.0
     """
     if isinstance(spec, Reward):
-        return _rebound(spec, kwargs) if kwargs else spec
+        if not kwargs:
+            return spec
+        again = resolve_reward(
+            spec.function,
+            conversational=spec.call is not None and spec.call.conversational,
+            **{**spec.kwargs, **kwargs},
+        )
+        return replace(again, name=spec.name)
     if isinstance(spec, list | tuple | Mapping):
         try:
             parts = read_parts(spec, resolve_reward, kwargs.pop("weights", None))
@@ -188,25 +195,24 @@ def resolve_reward(spec: Any, *, conversational: bool | None = None, **kwargs: A
             ) from None
         check_keywords(composite, kwargs, "reward", 3)
         return Reward("composite", composite, {"parts": parts}, parts=parts)
-    function = _function(spec)
+    function = function_named(spec)
     name = spec if isinstance(spec, str) else name_of(function)
     if function is composite:
         parts = read_parts(kwargs.pop("parts", None), resolve_reward)
         check_keywords(composite, kwargs, "reward", 3)
         return Reward(name, composite, {"parts": parts}, parts=parts)
-    call = call_for(function, name, kwargs, conversational, _check_keywords)
+    call = call_for(function, name, kwargs, conversational)
     if inspect.isfunction(function) and function in _CHECKS:
         _CHECKS[function](**kwargs)
     return Reward(name, function, kwargs, call)
 
 
-def _rebound(reward: Reward, kwargs: Mapping[str, Any]) -> Reward:
-    conversational = reward.call is not None and reward.call.conversational
-    again = resolve_reward(reward.function, conversational=conversational, **{**reward.kwargs, **kwargs})
-    return replace(again, name=reward.name)
+def function_named(spec: Any) -> Any:
+    """Return what a name, a path or a callable means.
 
-
-def _function(spec: Any) -> Any:
+    Raises:
+        ValidationError: There is none of this name, or it is no function.
+    """
     if hasattr(spec, "score_answer"):
         return spec
     if hasattr(spec, "funcs") and hasattr(spec, "weights"):
@@ -215,7 +221,11 @@ def _function(spec: Any) -> Any:
             f"weights=rubric.weights)."
         )
     if isinstance(spec, str) and spec in _EXTRAS and spec not in _REWARDS:
-        return _load_extra(*_EXTRAS[spec])
+        path, extra = _EXTRAS[spec]
+        try:
+            return load_dotted(path, "reward")
+        except ValidationError as error:
+            raise ValidationError(f"{error} It is an extra: pip install 'tensafe_nb[{extra}]'.") from error
     if isinstance(spec, str) and ":" not in spec and spec not in _REWARDS:
         raise ValidationError(
             f"There is no reward named {as_given(spec)}.{nearest(spec, get_registered_rewards())}"
@@ -223,40 +233,29 @@ def _function(spec: Any) -> Any:
     return _REWARDS.resolve(spec)
 
 
-def _load_extra(path: str, extra: str) -> RewardFunction:
-    try:
-        return load_dotted(path, "reward")  # type: ignore[no-any-return]
-    except ValidationError as error:
-        raise ValidationError(f"{error} It is an extra: pip install 'tensafe_nb[{extra}]'.") from error
-
-
-def _check_keywords(function: RewardFunction, kwargs: Mapping[str, Any], positional: int) -> None:
-    check_keywords(function, dict(kwargs), "reward", positional)
-
-
-def _called(call: Call, sample: RewardSample) -> Outcome:
+def call_here(call: Call, sample: RewardSample) -> Outcome:
     """Call the function once, here, and let its exceptions through."""
     log: dict[str, list[Any]] = {}
     value = call.invoke([sample], log)
     if inspect.isawaitable(value):
-        value = _result_of(_awaited(value))
+        value = result_of(value)
     return call.read(value, [sample], log)[0]
 
 
-def _result_of(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine on the lasting loop and wait; where that loop waits for us, on one of its own."""
+def result_of(value: Awaitable[Any]) -> Any:
+    """Await a value on the lasting loop and wait; where that loop waits for us, on one of its own."""
+
+    async def awaited() -> Any:
+        return await value
+
     if LOOP.here():
         with ThreadPoolExecutor(1, thread_name_prefix="tsnb-reward") as thread:
-            return thread.submit(asyncio.run, coroutine).result()
-    future, _ = LOOP.submit(coroutine)
+            return thread.submit(asyncio.run, awaited()).result()
+    future, _ = LOOP.submit(awaited())
     try:
         return future.result()
     finally:
         future.cancel()  # an interrupted cell waits for nothing any more
-
-
-async def _awaited(value: Any) -> Any:
-    return await value
 
 
 @_REWARDS.register("composite")

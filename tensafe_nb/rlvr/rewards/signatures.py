@@ -1,11 +1,12 @@
-"""Which convention a reward function follows: its parameters say so, and what fits none is refused with what would."""
+"""The conventions of reward functions, read off their parameters; what fits none is refused with what would."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.registry import check_keywords
 from tensafe_nb.rlvr.rewards.conventions import Call, Style
 
 _COLUMNS = frozenset(
@@ -19,9 +20,7 @@ _KNOWN = {  # what a function of a style may need; which columns there are is kn
 }
 
 
-def call_for(
-    spec: Any, name: str, kwargs: Mapping[str, Any], conversational: bool | None, check: Callable[..., None]
-) -> Call:
+def call_for(spec: Any, name: str, kwargs: Mapping[str, Any], conversational: bool | None) -> Call:
     """Find out how to call a function.
 
     Args:
@@ -29,7 +28,6 @@ def call_for(
         name: What a person calls it, for messages.
         kwargs: Keywords to bind.
         conversational: Whether prompts and completions are to go as chat messages; None: as the prompts are given.
-        check: `check(function, kwargs, positional)` refuses unknown keywords.
 
     Raises:
         ValidationError: A signature that is none of those known, or an unknown keyword.
@@ -40,23 +38,34 @@ def call_for(
                 f"The reward {as_given(name)} is a data set's score_answer and takes no keywords."
             )
         return Call(spec.score_answer, {}, Style.GYM, frozenset({"answer", "entry"}))
-    signature = _signature(spec, name)
-    style = _style_of(signature, kwargs)
-    positional = _positional(signature, name, kwargs) if style is Style.OURS else 0
-    check(spec, kwargs, positional)
+    signature = signature_of(spec, name)
+    style = style_of(signature)
+    positional = positional_count(signature, name, kwargs) if style is Style.OURS else 0
+    check_keywords(spec, dict(kwargs), "reward", positional)
     if conversational and style not in (Style.TRL, Style.VERIFIERS):
         raise ValidationError(
             f"The reward {as_given(name)}: conversational=True is for TRL's and verifiers' functions, this one has "
             f"the signature {signature}."
         )
-    if style is Style.OURS and _wants_text(signature):
+    parameters = list(signature.parameters.values())
+    if style is Style.OURS and parameters[0].annotation in (str, "str"):  # it wants the text of messages
         conversational = False
-    call = _described(spec, signature, style, kwargs, positional, conversational)
-    _refuse_unbound(call, name)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    call = Call(
+        spec,
+        dict(kwargs),
+        style,
+        names=frozenset(p.name for p in named),
+        required=frozenset(p.name for p in named if p.default is p.empty),
+        open=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        positional=positional,
+        conversational=conversational,
+    )
+    refuse_unbound(call, name)
     return call
 
 
-def _signature(spec: Any, name: str) -> inspect.Signature:
+def signature_of(spec: Any, name: str) -> inspect.Signature:
     """Return the signature of what can be called once for a score; refuse what cannot."""
     if inspect.isclass(spec):
         raise ValidationError(f"The reward {as_given(name)} is a class: give an object of it, {name}(…).")
@@ -76,8 +85,7 @@ def _signature(spec: Any, name: str) -> inspect.Signature:
     if "trace" in names and not {"response", "completion", "completions"} & set(names):
         raise ValidationError(
             f"The reward {as_given(name)} is one of verifiers v1: it needs the trace of a verifiers rollout, which "
-            f"there is "
-            f"none of here. Write what it compares as\n"
+            f"there is none of here. Write what it compares as\n"
             f"async def {name}(completion, answer): return float(completion[-1]['content'] == str(answer))"
         )
     if names[:1] in (["self"], ["cls"]):
@@ -88,14 +96,14 @@ def _signature(spec: Any, name: str) -> inspect.Signature:
     if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} and names:
         raise ValidationError(
             f"The reward {as_given(name)} has the signature {signature}, which hides what it takes. If it is "
-            f"decorated, put "
-            f"@functools.wraps(function) on the wrapper inside the decorator; else name its parameters, "
+            f"decorated, put @functools.wraps(function) on the wrapper inside the decorator; else name its parameters, "
             f"fn(prompt, response, meta=None)."
         )
     return signature
 
 
-def _style_of(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> Style:
+def style_of(signature: inspect.Signature) -> Style:
+    """Return whose convention the names of the parameters are of."""
     names = set(signature.parameters)
     if "completions" in names:
         return Style.TRL
@@ -110,41 +118,12 @@ def _style_of(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> Style:
     return Style.OURS
 
 
-def _wants_text(signature: inspect.Signature) -> bool:
-    """Whether the first parameter is declared as a text, prompt: str."""
-    first = next(iter(signature.parameters.values()))
-    return first.annotation in (str, "str")
-
-
-def _described(
-    function: Callable[..., Any],
-    signature: inspect.Signature,
-    style: Style,
-    kwargs: Mapping[str, Any],
-    positional: int,
-    conversational: bool | None,
-) -> Call:
-    parameters = list(signature.parameters.values())
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return Call(
-        function,
-        dict(kwargs),
-        style,
-        frozenset(p.name for p in named),
-        frozenset(p.name for p in named if p.default is p.empty),
-        any(p.kind is p.VAR_KEYWORD for p in parameters),
-        positional,
-        conversational,
-    )
-
-
-def _refuse_unbound(call: Call, name: str) -> None:
+def refuse_unbound(call: Call, name: str) -> None:
     """Refuse a foreign function that needs what nobody can give it."""
     if call.style is Style.TRL and "environments" in call.required - set(call.kwargs):
         raise ValidationError(
             f"The reward {as_given(name)} needs environments, which are TRL's for several turns; here a rollout is "
-            f"one turn. "
-            f"Score its text: def {name}(completions, **columns)."
+            f"one turn. Score its text: def {name}(completions, **columns)."
         )
     needed = call.required - set(call.kwargs)
     missing = (
@@ -157,7 +136,7 @@ def _refuse_unbound(call: Call, name: str) -> None:
         )
 
 
-def _positional(signature: inspect.Signature, name: str, kwargs: Mapping[str, Any]) -> int:
+def positional_count(signature: inspect.Signature, name: str, kwargs: Mapping[str, Any]) -> int:
     """Return how many of (prompt, response, meta) a function of our style takes: 3 or 2."""
     names = list(signature.parameters)
     ambiguous = bool(
@@ -166,8 +145,13 @@ def _positional(signature: inspect.Signature, name: str, kwargs: Mapping[str, An
         or set(names[2:3]) & (_NOT_META - set(kwargs))
     )
     keywords = set(kwargs) | ({"tokens"} & set(names[2:]))
-    most = 2 if _has_its_own_value(list(signature.parameters.values())[2:3]) else 3
-    counts = [count for count in (3, 2) if count <= most and _binds(signature, count, keywords)]
+    third = list(signature.parameters.values())[2:3]
+    # A third parameter with a default of its own is an option, as in fn(prompt, response, limit=20): no meta.
+    option = any(
+        p.default is not p.empty and p.default is not None and not p.name.startswith("meta") for p in third
+    )
+    most = 2 if option else 3
+    counts = [count for count in (3, 2) if count <= most and binds(signature, count, keywords)]
     if counts and not ambiguous:
         return counts[0]
     hint = ""
@@ -178,19 +162,12 @@ def _positional(signature: inspect.Signature, name: str, kwargs: Mapping[str, An
         )
     raise ValidationError(
         f"The reward {as_given(name)} has the signature {signature}: expected fn(prompt, response, meta=None) -> "
-        f"float, "
-        f"or the signature of a TRL, verl, OpenRLHF or verifiers function.{hint}"
+        f"float, or the signature of a TRL, verl, OpenRLHF or verifiers function.{hint}"
     )
 
 
-def _has_its_own_value(third: list[inspect.Parameter]) -> bool:
-    """Whether a third parameter is an option with a default, as in fn(prompt, response, limit=20): no meta."""
-    return any(
-        p.default is not p.empty and p.default is not None and not p.name.startswith("meta") for p in third
-    )
-
-
-def _binds(signature: inspect.Signature, count: int, keywords: set[str]) -> bool:
+def binds(signature: inspect.Signature, count: int, keywords: set[str]) -> bool:
+    """Whether a function can be called with so many positional arguments and these keywords."""
     known = {name for name in keywords if name in signature.parameters}  # unknown ones are refused elsewhere
     try:
         signature.bind(*range(count), **dict.fromkeys(known))

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -57,7 +57,7 @@ class PromptItem:
         if isinstance(spec, Mapping):
             name = "prompt" if "prompt" in spec or "messages" not in spec else "messages"
             if name not in spec:
-                raise _no_prompt(spec)
+                raise no_prompt(spec)
             content = spec[name]
             meta = {column: value for column, value in spec.items() if column != name}
         refuse_media(meta)
@@ -87,7 +87,8 @@ class PromptItem:
         return {"messages": messages, **self.options} if self.options else messages
 
 
-def _no_prompt(spec: Mapping[str, Any]) -> ValidationError:
+def no_prompt(spec: Mapping[str, Any]) -> ValidationError:
+    """Return the error for a dict without a prompt, with the column that is likely to be one."""
     names = sorted(map(str, spec))
     if {"role", "content"} <= set(names):
         return ValidationError("it is one message: a chat is a list of messages, [message].")
@@ -207,13 +208,12 @@ class PromptCursor:
     def take(self) -> list[PromptSpec]:
         """Return the next prompts."""
         start, self.position = self.position, self.position + self._count
-        return [self.specs[index] for index in self._order(start, self.position)]
-
-    def _order(self, start: int, stop: int) -> Iterator[int]:
         size = len(self.specs)
-        for epoch in range(start // size, (stop - 1) // size + 1):
+        indices: list[int] = []
+        for epoch in range(start // size, (self.position - 1) // size + 1):
             order = np.random.default_rng([self._seed, epoch]).permutation(size)
-            yield from order[max(start - epoch * size, 0) : stop - epoch * size].tolist()
+            indices += order[max(start - epoch * size, 0) : self.position - epoch * size].tolist()
+        return [self.specs[index] for index in indices]
 
 
 def gym_prompts(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

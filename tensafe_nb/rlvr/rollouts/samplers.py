@@ -1,4 +1,4 @@
-"""Who samples: the policy behind a training client, or a mock; and how the prompts a user gave are read."""
+"""Samplers of rollouts: the policy behind a training client, and a mock."""
 
 import random
 import warnings
@@ -128,24 +128,26 @@ def submit_rollouts(
     sampled = client.sample([item.sent(chat) for item in items], sampling=sampling)
     return combine(
         [sampled],
-        lambda results: _batch_of(items, results[0], sampling),
+        lambda results: batch_of(items, results[0], sampling),
         operation="sample",
         result_type=TrajectoryBatch,
     )
 
 
-def _batch_of(items: Sequence[PromptItem], result: SampleResult, sampling: SamplingConfig) -> TrajectoryBatch:
+def batch_of(items: Sequence[PromptItem], result: SampleResult, sampling: SamplingConfig) -> TrajectoryBatch:
+    """Return what the core sampled, with each sequence in the group of its prompt."""
     groups = [
         RolloutGroup(item.prompt_id, item.text, [], item.meta, result.policy_version, sampling.seed)
         for item in items
     ]
     for sequence in result.sequences:
         group, item = groups[sequence.prompt_index], items[sequence.prompt_index]
-        group.rollouts.append(_trajectory_of(item, sequence, result.policy_version))
+        group.rollouts.append(trajectory_of(item, sequence, result.policy_version))
     return TrajectoryBatch(groups, sampling)
 
 
-def _trajectory_of(item: PromptItem, sequence: SampledSequence, policy_version: int) -> Trajectory:
+def trajectory_of(item: PromptItem, sequence: SampledSequence, policy_version: int) -> Trajectory:
+    """Return a sampled sequence as a rollout, which is not scored yet."""
     return Trajectory(
         item.text,
         sequence.text,
@@ -201,13 +203,17 @@ class MockRolloutSampler:
 
     def generate_trajectories(self, prompts: Sequence[PromptSpec]) -> TrajectoryBatch:
         """Return canned responses to the prompts, `group_size` each."""
-        return TrajectoryBatch([self._group(item) for item in prompt_items(prompts)], self.sampling)
+        size, seed = self.sampling.num_samples, self.sampling.seed
+        groups = [
+            RolloutGroup(
+                item.prompt_id, item.text, [self.rollout(item) for _ in range(size)], item.meta, MOCK, seed
+            )
+            for item in prompt_items(prompts)
+        ]
+        return TrajectoryBatch(groups, self.sampling)
 
-    def _group(self, item: PromptItem) -> RolloutGroup:
-        rollouts = [self._rollout(item) for _ in range(self.sampling.num_samples)]
-        return RolloutGroup(item.prompt_id, item.text, rollouts, item.meta, MOCK, self.sampling.seed)
-
-    def _rollout(self, item: PromptItem) -> Trajectory:
+    def rollout(self, item: PromptItem) -> Trajectory:
+        """Return the next canned response, as a rollout of this prompt."""
         words = self._random.choice(_CANNED).format(number=self._random.randrange(20)).split()
         limit = self.sampling.max_new_tokens
         return Trajectory(

@@ -1,4 +1,4 @@
-"""The texts of a run, beside its event log: one file per step, and never more of them than fit a limit."""
+"""The rollouts of a run, beside its event log: one file per step, and never more of them than fit a limit."""
 
 from collections import deque
 from pathlib import Path
@@ -36,9 +36,11 @@ class RolloutStore:
                 f"The folder {self.folder} for rollouts could not be made ({error.strerror}). "
                 f"Set TENSAFE_HOME to a folder that can be written."
             ) from error
-        path = batch.save(self._free(step))
+        path = batch.save(self.free_name(step))
         self._kept.append((step, path, path.stat().st_size))
-        self._make_room()
+        while len(self._kept) > 1 and sum(size for *_, size in self._kept) > self._limit:
+            _, oldest, _ = self._kept.popleft()
+            oldest.unlink(missing_ok=True)
         return path
 
     def last(self, steps: int) -> list[tuple[int, TrajectoryBatch]]:
@@ -53,14 +55,9 @@ class RolloutStore:
             raise ValidationError(f"The run {self._run_id} has no rollouts yet: let it take a step.")
         return [(step, TrajectoryBatch.load(path)) for step, path, _ in list(self._kept)[-steps:]]
 
-    def _free(self, step: int) -> Path:
-        """Return a new name: a step that is taken again after a rollback has a second file."""
+    def free_name(self, step: int) -> Path:
+        """Return a new path: a step that is taken again after a rollback has a second file."""
         name, number = f"step-{step:06d}", 1
         while (path := self.folder / (f"{name}.jsonl" if number == 1 else f"{name}-{number}.jsonl")).exists():
             number += 1
         return path
-
-    def _make_room(self) -> None:
-        while len(self._kept) > 1 and sum(size for *_, size in self._kept) > self._limit:
-            _, path, _ = self._kept.popleft()
-            path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What was sampled: trajectories grouped by prompt, their statistics, and how they are written and read back."""
+"""Trajectories, grouped by prompt: their statistics, and the file they are written to and read from."""
 
 import contextlib
 import importlib
@@ -94,28 +94,28 @@ class RolloutGroup:
     @property
     def rewards(self) -> Array:
         """(G,) rewards, NaN where unscored."""
-        return _rewards(self.rollouts)
+        return _rewards_of(self.rollouts)
 
     @property
     def mean(self) -> float:
         """Mean reward."""
-        return mean(_scored(self.rollouts))
+        return mean(_scored_rewards(self.rollouts))
 
     @property
     def std(self) -> float:
         """Bessel's; NaN with fewer than two scored."""
-        return bessel_std(_scored(self.rollouts))
+        return bessel_std(_scored_rewards(self.rollouts))
 
     @property
     def has_signal(self) -> bool:
         """Whether the rewards differ."""
-        scored = _scored(self.rollouts)
+        scored = _scored_rewards(self.rollouts)
         return scored.size > 1 and bool(np.ptp(scored) > NO_SIGNAL)
 
     @property
     def p_hat(self) -> float:
         """Share with a reward of 0.5 or more: how likely the policy solves the prompt. NaN with none scored."""
-        return mean((_scored(self.rollouts) >= GOOD).astype(float))
+        return mean((_scored_rewards(self.rollouts) >= GOOD).astype(float))
 
 
 @shown
@@ -148,7 +148,7 @@ class TrajectoryBatch(Sequence[Trajectory]):
         return sum(len(group.rollouts) for group in self.groups)
 
     def _facts(self) -> Facts:
-        scored = _scored(self)
+        scored = _scored_rewards(self)
         return {
             "rollouts": len(self),
             "prompts": len(self.groups),
@@ -170,16 +170,16 @@ class TrajectoryBatch(Sequence[Trajectory]):
     @property
     def rewards(self) -> Array:
         """(N,) rewards, NaN where unscored."""
-        return _rewards(self)
+        return _rewards_of(self)
 
     @property
     def mean_reward(self) -> float:
-        return mean(_scored(self))
+        return mean(_scored_rewards(self))
 
     @property
     def std_reward(self) -> float:
         """Bessel's, over the whole batch: not the spread within groups."""
-        return bessel_std(_scored(self))
+        return bessel_std(_scored_rewards(self))
 
     @property
     def reward_std_by_group(self) -> Array:
@@ -250,7 +250,7 @@ class TrajectoryBatch(Sequence[Trajectory]):
             StorageError: It could not be written; what was there is intact.
         """
         path = Path(path)
-        write_private(path, "".join(f"{line}\n" for line in _lines(self)))
+        write_private(path, "".join(f"{line}\n" for line in lines_of(self)))
         return path
 
     @classmethod
@@ -260,7 +260,7 @@ class TrajectoryBatch(Sequence[Trajectory]):
         Raises:
             ValidationError: There is no such file, or it is no file of rollouts; says at which line.
         """
-        return _read(Path(path))
+        return read_batch(Path(path))
 
 
 def mean(values: Array) -> float:
@@ -273,40 +273,47 @@ def bessel_std(values: Array) -> float:
     return float(values.std(ddof=1)) if values.size > 1 else float("nan")
 
 
-def _rewards(trajectories: Sequence[Trajectory]) -> Array:
+def _rewards_of(trajectories: Sequence[Trajectory]) -> Array:
+    """Return (N,) rewards, NaN where unscored."""
     return np.array([float("nan") if t.reward is None else t.reward for t in trajectories], dtype=np.float64)
 
 
-def _scored(trajectories: Sequence[Trajectory]) -> Array:
-    rewards = _rewards(trajectories)
+def _scored_rewards(trajectories: Sequence[Trajectory]) -> Array:
+    """Return the rewards of those that were scored."""
+    rewards = _rewards_of(trajectories)
     return rewards[np.isfinite(rewards)]
 
 
-def _lines(batch: TrajectoryBatch) -> Iterator[str]:
+def lines_of(batch: TrajectoryBatch) -> Iterator[str]:
+    """Yield the lines of a batch's file: how it was sampled, then a group each."""
     yield json.dumps({"format": FORMAT, "sampling": encode(batch.sampling)})
     for group in batch.groups:
-        yield _line(_record(group) | {"rollouts": [_record(trajectory) for trajectory in group.rollouts]})
+        yield strict_json(
+            _known_fields(group) | {"rollouts": [_known_fields(rollout) for rollout in group.rollouts]}
+        )
 
 
-def _record(item: RolloutGroup | Trajectory) -> dict[str, Any]:
+def _known_fields(item: RolloutGroup | Trajectory) -> dict[str, Any]:
     """Return the fields that are not None."""
     names = [name for name in item.__slots__ if name != "rollouts"]
     return {name: value for name in names if (value := getattr(item, name)) is not None}
 
 
-def _line(record: dict[str, Any]) -> str:
-    """Write a record as strict JSON: as it is, or where it holds what JSON does not know, by `encode`."""
+def strict_json(group: dict[str, Any]) -> str:
+    """Write a group as strict JSON: as it is, or where it holds what JSON does not know, by `encode`.
+
+    A column that this does not know either is written as its text.
+    """
     with contextlib.suppress(TypeError, ValueError):
-        text = json.dumps(record, allow_nan=False)
+        text = json.dumps(group, allow_nan=False)
         if '"$' not in text:  # could be taken for one of the marks of encode
             return text
-    for item in (record, *record["rollouts"]):
-        item["meta"] = {name: _column(value) for name, value in item["meta"].items()}
-    return json.dumps(encode(record), allow_nan=False)
+    for item in (group, *group["rollouts"]):
+        item["meta"] = {name: _known_to_json(value) for name, value in item["meta"].items()}
+    return json.dumps(encode(group), allow_nan=False)
 
 
-def _column(value: Any) -> Any:
-    """Return a value that JSON can hold: itself, or its text."""
+def _known_to_json(value: Any) -> Any:
     try:
         encode(value)
     except ValidationError:
@@ -314,7 +321,8 @@ def _column(value: Any) -> Any:
     return value
 
 
-def _read(path: Path) -> TrajectoryBatch:
+def read_batch(path: Path) -> TrajectoryBatch:
+    """Read a batch's file; see `TrajectoryBatch.load`."""
     number = 1
     try:
         with path.open(encoding="utf-8") as lines:
@@ -323,7 +331,11 @@ def _read(path: Path) -> TrajectoryBatch:
                 raise ValueError(f"its format is {as_given(head['format'])}")
             groups = []
             for number, line in enumerate(lines, 2):  # noqa: B007
-                groups.append(_group(json.loads(line, object_hook=_revive)))
+                written = json.loads(line, object_hook=revived)
+                rollouts = [
+                    Trajectory(**{"prompt": "", "response": ""} | kept) for kept in written.pop("rollouts")
+                ]
+                groups.append(RolloutGroup(**written, rollouts=rollouts))
     except OSError as error:
         raise ValidationError(f"The rollouts {path} cannot be read ({error.strerror}).") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -333,12 +345,7 @@ def _read(path: Path) -> TrajectoryBatch:
     return TrajectoryBatch(groups, decode(head["sampling"]))
 
 
-def _group(record: dict[str, Any]) -> RolloutGroup:
-    rollouts = [Trajectory(**{"prompt": "", "response": ""} | rollout) for rollout in record.pop("rollouts")]
-    return RolloutGroup(**record, rollouts=rollouts)
-
-
-def _revive(data: dict[str, Any]) -> Any:
+def revived(data: dict[str, Any]) -> Any:
     """Undo `encode` for one JSON object; unlike `decode` it leaves lists lists."""
     match data:
         case {"$float": text}:

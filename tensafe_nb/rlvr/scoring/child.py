@@ -1,4 +1,4 @@
-"""What a scoring process runs: takes functions and rollouts from its standard input, answers with scores.
+"""The program of a scoring process: takes functions and rollouts from its standard input, answers with scores.
 
 A program, not a module: started by its path and told who asks (a process id), it imports the package only once it
 knows where that is. Requests are frames (8 bytes of length, then the bytes): first the import path as JSON, then
@@ -22,23 +22,31 @@ def main() -> None:
     """Serve until standard input ends."""
     end_with(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the notebook is not ours
-    requests, answers = _take_pipes()
-    sys.path[:] = json.loads(_frame(requests))
+    requests, answers = take_pipes()
+    sys.path[:] = json.loads(_read_frame(requests))
     import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
     from tensafe_nb.rlvr.rewards.conventions import outcomes_of
     from tensafe_nb.rlvr.scoring.shipping import arrived
 
     calls: dict[int, Any] = {}
-    inbox = _inbox(requests)
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def read() -> (
+        None
+    ):  # on a thread, so that this process ends with the one that asked, whatever it is doing
+        while True:
+            inbox.put(_read_frame(requests))
+
+    threading.Thread(target=read, daemon=True).start()
     while True:
         kind, key, blob = cloudpickle.loads(inbox.get())
         if kind == "load":
-            _answer(answers, _load(calls, key, blob))
+            _write_answer(answers, load(calls, key, blob))
         else:
             first, units = arrived(blob)
             for index, unit in enumerate(units, first):
-                _answer(answers, [index, [outcome[:3] for outcome in outcomes_of(calls[key], unit)]])
+                _write_answer(answers, [index, [outcome[:3] for outcome in outcomes_of(calls[key], unit)]])
 
 
 def end_with(parent: int) -> None:
@@ -56,7 +64,7 @@ def end_with(parent: int) -> None:
         os._exit(0)
 
 
-def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
     """Keep standard input and output for ourselves: a function that reads or prints must not disturb."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -65,26 +73,15 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return requests, answers
 
 
-def _frame(requests: BinaryIO) -> bytes:
+def _read_frame(requests: BinaryIO) -> bytes:
     header = requests.read(HEADER)
     if len(header) < HEADER:
         os._exit(0)  # whoever asked is gone
     return requests.read(int.from_bytes(header, "big"))
 
 
-def _inbox(requests: BinaryIO) -> "queue.SimpleQueue[bytes]":
-    """Read on a thread, so that this process ends with the one that asked, whatever it is doing."""
-    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-    def read() -> None:
-        while True:
-            inbox.put(_frame(requests))
-
-    threading.Thread(target=read, daemon=True).start()
-    return inbox
-
-
-def _load(calls: dict[int, Any], key: int, blob: bytes) -> list[Any]:
+def load(calls: dict[int, Any], key: int, blob: bytes) -> list[Any]:
+    """Take on a function; return the message that says so, or why not."""
     from tensafe_nb.rlvr.scoring.shipping import arrived
 
     try:
@@ -94,7 +91,7 @@ def _load(calls: dict[int, Any], key: int, blob: bytes) -> list[Any]:
     return ["loaded", None]
 
 
-def _answer(answers: BinaryIO, message: list[Any]) -> None:
+def _write_answer(answers: BinaryIO, message: list[Any]) -> None:
     answers.write(json.dumps(message).encode() + b"\n")
     answers.flush()
 

@@ -1,4 +1,4 @@
-"""Where coroutine functions are awaited: many at a time, on the lasting loop, never on the notebook's.
+"""The pool that awaits coroutine functions: many at a time, on the lasting loop, never on the notebook's.
 
 They stay in this process, so that they can use the clients and sessions they close over.
 """
@@ -48,10 +48,19 @@ class CoroutinePool:
         call = self._calls[key]
         units = call.units(samples)
         outcomes: list[list[Outcome] | None] = [None] * len(units)
+        free = asyncio.Semaphore(AT_ONCE)
+
+        async def one(index: int) -> None:
+            async with free:
+                outcomes[index] = await self.within_limit(call, units[index])
+
+        async def every() -> None:
+            await asyncio.gather(*(one(index) for index in range(len(units))))
+
         with self._lock:
-            self._round, loop = LOOP.submit(self._all(call, units, outcomes))
+            self._round, loop = LOOP.submit(every())
             try:
-                self._wait(self._round, loop)
+                self.wait_for(self._round, loop)
             finally:
                 self._round.cancel()
             if self._closed:
@@ -67,18 +76,8 @@ class CoroutinePool:
         if self._round is not None:
             self._round.cancel()
 
-    async def _all(
-        self, call: Call, units: Sequence[Sequence[RewardSample]], outcomes: list[list[Outcome] | None]
-    ) -> None:
-        free = asyncio.Semaphore(AT_ONCE)
-
-        async def one(index: int) -> None:
-            async with free:
-                outcomes[index] = await self._within_limit(call, units[index])
-
-        await asyncio.gather(*(one(index) for index in range(len(units))))
-
-    async def _within_limit(self, call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
+    async def within_limit(self, call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
+        """Await one call, and cancel it after the time limit."""
         awaited = asyncio.ensure_future(awaited_outcomes(call, unit))
         try:
             done, _ = await asyncio.wait([awaited], timeout=self._timeout)
@@ -91,18 +90,13 @@ class CoroutinePool:
         text = f"took longer than {self._timeout:g} s and was cancelled"
         return [Outcome(error=text, timed_out=True)] * len(unit)
 
-    def _wait(self, round_: "Future[Any]", loop: asyncio.AbstractEventLoop) -> None:
+    def wait_for(self, round_: "Future[Any]", loop: asyncio.AbstractEventLoop) -> None:
         """Wait for a round as long as its loop answers; a blocked loop is left behind."""
-        while not round_.done():
-            if not self._answers(round_, loop):
-                LOOP.leave(loop)
-                return
-
-    def _answers(self, round_: "Future[Any]", loop: asyncio.AbstractEventLoop) -> bool:
         settled = threading.Event()
         round_.add_done_callback(lambda _: settled.set())
-        if settled.wait(self._timeout):
-            return True
-        alive = threading.Event()
-        loop.call_soon_threadsafe(alive.set)
-        return alive.wait(self._timeout)
+        while not settled.wait(self._timeout):
+            alive = threading.Event()
+            loop.call_soon_threadsafe(alive.set)
+            if not alive.wait(self._timeout):
+                LOOP.leave(loop)
+                return

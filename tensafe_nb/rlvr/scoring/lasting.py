@@ -1,4 +1,4 @@
-"""What lasts as long as this process: the loop that awaits coroutine rewards, and the thread that starts processes.
+"""Two things that last as long as this process: the loop of coroutine rewards, and the thread that starts processes.
 
 A semaphore, a session or a client of a judge belongs to the loop it was first used on. So there is one loop for all
 scorers, previews and calls by hand, not one for each. And Linux ties a process to the *thread* that started it
@@ -30,7 +30,7 @@ class LastingLoop:
             ):  # never, left, or forked
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(
-                    target=_serve, args=(self._loop,), name="tensafe_nb rewards loop", daemon=True
+                    target=serve, args=(self._loop,), name="tensafe_nb rewards loop", daemon=True
                 )
                 self._thread.start()
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop), self._loop
@@ -47,7 +47,8 @@ class LastingLoop:
         loop.call_soon_threadsafe(loop.stop)  # when it comes to itself
 
 
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
+def serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped, and end what is left on it."""
     try:
         loop.run_forever()
     finally:

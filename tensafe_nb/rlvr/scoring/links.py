@@ -1,4 +1,4 @@
-"""The ways to whoever calls a user function: a process with one pipe, or a thread where there is no other way.
+"""Links to whoever calls a user function: a process with one pipe, or a thread where there is no other way.
 
 The processes are started by `subprocess`, not `multiprocessing`: that would import the user's main script again in
 each.
@@ -53,7 +53,7 @@ class ProcessLink:
         assert self._process.stdout is not None
         self._requests: IO[bytes] = self._process.stdin
         self._reader = threading.Thread(
-            target=_read, args=(self._process.stdout, inbox, self), name="tsnb-reward-pipe", daemon=True
+            target=self.read, args=(self._process.stdout, inbox), name="tsnb-reward-pipe", daemon=True
         )
         self._reader.start()
         self._write(json.dumps(sys.path).encode())
@@ -63,6 +63,13 @@ class ProcessLink:
 
     def run(self, key: int, first: int, units: Sequence[Unit]) -> None:
         self._write(cloudpickle.dumps(("run", key, shipped((first, units)))))
+
+    def read(self, answers: IO[bytes], inbox: Inbox) -> None:
+        """Pass answers on to the inbox until the process ends, and then its end."""
+        with answers:
+            for line in answers:
+                inbox.put((self, json.loads(line)))
+        inbox.put((self, None))
 
     def kill(self) -> None:
         """End the process and what it started, and its thread."""
@@ -82,13 +89,6 @@ class ProcessLink:
             self._requests.flush()
 
 
-def _read(answers: IO[bytes], inbox: Inbox, link: Link) -> None:
-    with answers:
-        for line in answers:
-            inbox.put((link, json.loads(line)))
-    inbox.put((link, None))
-
-
 class ThreadLink:
     """A thread of this process instead, for functions that cannot be sent elsewhere. It cannot be killed."""
 
@@ -96,7 +96,7 @@ class ThreadLink:
         self._inbox, self._calls = inbox, calls
         self._requests: queue.SimpleQueue[tuple[int, int, Sequence[Unit]] | None] = queue.SimpleQueue()
         self._abandoned = False
-        self._thread = threading.Thread(target=self._serve, name="tsnb-reward-call", daemon=True)
+        self._thread = threading.Thread(target=self.serve, name="tsnb-reward-call", daemon=True)
         self._thread.start()
 
     def load(self, key: int, blob: bytes) -> None:
@@ -115,7 +115,8 @@ class ThreadLink:
         """Wait for a thread that has nothing to do."""
         self._thread.join()
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Make the calls, one after the other, until nobody waits for them any more."""
         while (request := self._requests.get()) is not None:
             key, first, units = request
             for index, unit in enumerate(units, first):

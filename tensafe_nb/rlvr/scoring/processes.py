@@ -1,4 +1,4 @@
-"""Where user functions are called: in processes of ours that can be killed, each call within a time limit.
+"""The pool that calls user functions: processes that can be killed, each call within a time limit.
 
 A hung call cannot be interrupted, only its process ended; `ProcessPoolExecutor` cannot do that.
 """
@@ -30,7 +30,7 @@ class CannotShip(Exception):  # never leaves this package: the scorer goes anoth
 
 
 @dataclass(eq=False, slots=True)
-class _Worker:
+class RewardWorker:
     """A link, and what it is doing."""
 
     link: Link
@@ -43,8 +43,29 @@ class _Worker:
     def busy(self) -> bool:
         return self.loading is not None or bool(self.under_way)
 
+    def deadline(self, timeout: float) -> float:
+        """Return when what it does has taken too long, on the monotonic clock."""
+        return self.since + (LOAD_SECONDS if self.loading is not None else timeout)
 
-class _Job:
+    def give(self, round_: "Round", blob: bytes) -> None:
+        """Let it load the round's function, or, where it has that, call it on the next rollouts that wait."""
+        self.since = time.monotonic()
+        if round_.key not in self.loaded:
+            self.loading = round_.key
+            self.link.load(round_.key, blob)
+            return
+        chunk = round_.waiting.popleft()
+        self.under_way.extend(chunk)
+        try:
+            self.link.run(round_.key, chunk.start, [round_.units[index] for index in chunk])
+        except Exception as error:  # noqa: BLE001  # pickling the prompts' columns may raise anything
+            self.under_way.clear()
+            text = f"the prompt's columns cannot be sent: {error}"
+            for index in chunk:
+                round_.fail(index, failed(error)._replace(error=text))
+
+
+class Round:
     """The calls of one round: which wait, and what came of the others."""
 
     def __init__(self, key: int, units: Sequence[Unit], processes: int) -> None:
@@ -80,7 +101,7 @@ class RewardPool:
         self._calls: list[Call] = []
         self._blobs: list[bytes] = []
         self._inbox: Inbox = queue.SimpleQueue()
-        self._workers: dict[Link, _Worker] = {}
+        self._workers: dict[Link, RewardWorker] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -94,7 +115,10 @@ class RewardPool:
         Raises:
             CannotShip: It cannot be pickled.
         """
-        blob = b"" if self._in_process else _shipped(call, modules)
+        try:
+            blob = b"" if self._in_process else shipped(call, modules)
+        except Exception as error:  # pickling user objects may raise anything
+            raise CannotShip(f"{type(error).__name__}: {error}") from error
         self._calls.append(call)
         self._blobs.append(blob)
         return len(self._calls) - 1
@@ -112,16 +136,16 @@ class RewardPool:
             RewardError: The process died while it loaded the function.
         """
         with self._lock:
-            self._catch_up()
-            job = _Job(key, self._calls[key].units(samples), self._processes)
+            self.catch_up()
+            round_ = Round(key, self._calls[key].units(samples), self._processes)
             try:
-                while job.open:
-                    self._feed(job)
-                    self._listen(job)
+                while round_.open:
+                    self.feed(round_)
+                    self.listen(round_)
             except BaseException:  # interrupted: no late answer may reach the next round
                 self._end_all()
                 raise
-            return [outcome for unit in job.outcomes for outcome in unit or ()]
+            return [outcome for unit in round_.outcomes for outcome in unit or ()]
 
     def close(self) -> None:
         """End all processes, also in the middle of a round. Again: nothing."""
@@ -138,7 +162,7 @@ class RewardPool:
                 worker.link.join()
         self._workers.clear()
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Hear what happened between rounds: a process was ready, or ended, and took no call with it."""
         while not self._inbox.empty():
             link, message = self._inbox.get()
@@ -148,16 +172,27 @@ class RewardPool:
                 del self._workers[link]
                 link.kill()
 
-    def _feed(self, job: _Job) -> None:
+    def feed(self, round_: Round) -> None:
+        """Give work to whoever is idle, and start as many more workers as there is work for.
+
+        Raises:
+            ClientClosedError: The pool was closed meanwhile.
+            RewardError: No process could be started.
+        """
         if self._closed:
             raise ClientClosedError("The scorer was closed while it scored. Make a new Scorer to go on.")
         idle = [worker for worker in self._workers.values() if not worker.busy]
-        more = min(len(job.waiting) - len(idle), self._processes - len(self._workers))
-        for worker in [*idle, *(self._start() for _ in range(more))]:
-            if job.waiting:
-                self._assign(worker, job)
+        more = min(len(round_.waiting) - len(idle), self._processes - len(self._workers))
+        for worker in [*idle, *(self.start() for _ in range(more))]:
+            if round_.waiting:
+                worker.give(round_, self._blobs[round_.key])
 
-    def _start(self) -> _Worker:
+    def start(self) -> RewardWorker:
+        """Start a worker.
+
+        Raises:
+            RewardError: The operating system refuses.
+        """
         link: Link
         try:
             link = ThreadLink(self._inbox, self._calls) if self._in_process else ProcessLink(self._inbox)
@@ -165,98 +200,63 @@ class RewardPool:
             raise RewardError(
                 f"No process could be started for the reward function ({sys.executable}: {error})."
             ) from error
-        worker = self._workers[link] = _Worker(link)
+        worker = self._workers[link] = RewardWorker(link)
         return worker
 
-    def _assign(self, worker: _Worker, job: _Job) -> None:
-        worker.since = time.monotonic()
-        if job.key not in worker.loaded:
-            worker.loading = job.key
-            worker.link.load(job.key, self._blobs[job.key])
-            return
-        chunk = job.waiting.popleft()
-        worker.under_way.extend(chunk)
-        try:
-            worker.link.run(job.key, chunk.start, [job.units[index] for index in chunk])
-        except Exception as error:  # noqa: BLE001  # pickling the prompts' columns may raise anything
-            worker.under_way.clear()
-            for index in chunk:
-                job.fail(index, failed(error)._replace(error=f"the prompt's columns cannot be sent: {error}"))
-
-    def _listen(self, job: _Job) -> None:
+    def listen(self, round_: Round) -> None:
         """Take in one answer, or find out who has run out of time."""
         busy = [worker for worker in self._workers.values() if worker.busy]
         if not busy:
             return
-        patience = min(map(self._deadline, busy)) - time.monotonic()
+        patience = min(worker.deadline(self._timeout) for worker in busy) - time.monotonic()
         try:
             link, message = self._inbox.get(timeout=max(patience, 0.0))
         except queue.Empty:
             for worker in busy:
-                if self._deadline(worker) <= time.monotonic():
-                    self._overdue(worker, job)
+                if worker.deadline(self._timeout) <= time.monotonic():
+                    late = Outcome(
+                        error=f"took longer than {self._timeout:g} s and was ended", timed_out=True
+                    )
+                    what = f"The reward function was not loaded after {LOAD_SECONDS:g} s."
+                    self._lose(worker, round_, late, what)
             return
         if link in self._workers:
-            self._take(self._workers[link], message, job)
+            self.take(self._workers[link], message, round_)
 
-    def _deadline(self, worker: _Worker) -> float:
-        return worker.since + (LOAD_SECONDS if worker.loading is not None else self._timeout)
-
-    def _take(self, worker: _Worker, message: Message, job: _Job) -> None:
+    def take(self, worker: RewardWorker, message: Message, round_: Round) -> None:
+        """Take in what a worker says: that it has loaded a function, what a call gave, or nothing, for it is dead."""
         if message is None:
-            self._died(worker, job)
+            if not self._closed:
+                dead = Outcome(error="the process that scores ended during this call")
+                what = "The process that scores ended while it loaded the reward function; see its output."
+                self._lose(worker, round_, dead, what)
         elif message[0] == "loaded":
             self._loaded(worker, message)
         else:
             worker.under_way.popleft()
-            worker.since, job.lost = time.monotonic(), 0
-            job.settle(message[0], [Outcome(*outcome) for outcome in message[1]])
+            worker.since, round_.lost = time.monotonic(), 0
+            round_.settle(message[0], [Outcome(*outcome) for outcome in message[1]])
 
-    def _loaded(self, worker: _Worker, message: list[Any]) -> None:
+    def _loaded(self, worker: RewardWorker, message: list[Any]) -> None:
         assert worker.loading is not None
         if message[1] is not None:
             raise CannotShip(message[1])
         worker.loaded.add(worker.loading)
         worker.loading = None
 
-    def _died(self, worker: _Worker, job: _Job) -> None:
-        if self._closed:
-            return
-        if worker.loading is not None:
-            self._drop(worker, job)
-            raise RewardError(
-                "The process that scores ended while it loaded the reward function; see its output."
-            )
-        self._lose(worker, job, Outcome(error="the process that scores ended during this call"))
-
-    def _overdue(self, worker: _Worker, job: _Job) -> None:
-        if worker.loading is not None:
-            self._drop(worker, job)
-            raise RewardError(f"The reward function was not loaded after {LOAD_SECONDS:g} s.")
-        text = f"took longer than {self._timeout:g} s and was ended"
-        self._lose(worker, job, Outcome(error=text, timed_out=True))
-
-    def _lose(self, worker: _Worker, job: _Job, outcome: Outcome) -> None:
-        if worker.under_way:
-            job.fail(worker.under_way.popleft(), outcome)
-            job.lost += 1
-        self._drop(worker, job)
-        if job.lost >= GIVE_UP:
-            text = f"not called: {job.lost} calls in a row were lost, the last of them: {outcome.error}"
-            for index in [index for chunk in job.waiting for index in chunk]:
-                job.fail(index, Outcome(error=text))
-            job.waiting.clear()
-
-    def _drop(self, worker: _Worker, job: _Job) -> None:
-        """End a worker; the calls it had not come to go back to the head of the queue."""
+    def _lose(self, worker: RewardWorker, round_: Round, outcome: Outcome, while_loading: str) -> None:
+        """End a worker that hangs or is dead; its call has this outcome, and after eight in a row all others."""
+        if worker.loading is None and worker.under_way:
+            round_.fail(worker.under_way.popleft(), outcome)
+            round_.lost += 1
         del self._workers[worker.link]
         worker.link.kill()
-        if worker.under_way:
-            job.waiting.appendleft(range(worker.under_way[0], worker.under_way[-1] + 1))
-
-
-def _shipped(call: Call, modules: Modules) -> bytes:
-    try:
-        return shipped(call, modules)
-    except Exception as error:  # pickling user objects may raise anything
-        raise CannotShip(f"{type(error).__name__}: {error}") from error
+        if worker.loading is not None:
+            raise RewardError(while_loading)
+        if worker.under_way:  # what it had not come to goes back to the head of the queue
+            round_.waiting.appendleft(range(worker.under_way[0], worker.under_way[-1] + 1))
+        if round_.lost >= GIVE_UP:
+            text = f"not called: {round_.lost} calls in a row were lost, the last of them: {outcome.error}"
+            for index in [index for chunk in round_.waiting for index in chunk]:
+                round_.fail(index, Outcome(error=text))
+            round_.waiting.clear()

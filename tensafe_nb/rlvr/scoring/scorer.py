@@ -1,4 +1,4 @@
-"""How rollouts get their rewards: built-ins here, user functions in processes that can be killed.
+"""The scorer gives rollouts their rewards: built-ins are called here, user functions in processes that can be killed.
 
 A failure is kept as text and counted, never scored 0, and never ends a run.
 """
@@ -20,7 +20,7 @@ from tensafe_nb.rlvr.rewards.composite import combined, named_parts
 from tensafe_nb.rlvr.rewards.conventions import Call, Outcome, RewardSample, TrainerState, outcomes_of
 from tensafe_nb.rlvr.rewards.identity import Identity
 from tensafe_nb.rlvr.rewards.reward import Reward, resolve_reward
-from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, bessel_std, mean
+from tensafe_nb.rlvr.rollouts.trajectories import Trajectory, TrajectoryBatch, bessel_std, mean
 from tensafe_nb.rlvr.scoring.coroutines import CoroutinePool
 from tensafe_nb.rlvr.scoring.processes import NOTHING, CannotShip, Modules, RewardPool
 
@@ -86,8 +86,8 @@ class ScoreReport:
         return values
 
 
-class _Lane(Protocol):
-    """Who makes the calls of some functions."""
+class Caller(Protocol):
+    """Makes the calls of some functions: here, in processes, on a thread, or on an event loop."""
 
     def add(self, call: Call, modules: Modules = NOTHING) -> int: ...
     def forget(self, key: int) -> None: ...
@@ -95,7 +95,7 @@ class _Lane(Protocol):
     def close(self) -> None: ...
 
 
-class _Here:
+class CallsHere:
     """Calls functions in this thread, without a limit."""
 
     def __init__(self) -> None:
@@ -117,17 +117,17 @@ class _Here:
 
 
 @dataclass(slots=True)
-class _Node:
-    """A reward in the tree of a composite: its path in metrics, and who calls it, unless it is its parts."""
+class Node:
+    """A reward in the tree of a composite: its path in metrics, and who calls it, where it has no parts."""
 
     reward: Reward
     path: str
-    lane: _Lane
+    caller: Caller
     key: int
-    parts: "list[_Node]"
-    identity: Identity  # of what the lane calls
+    parts: "list[Node]"
+    identity: Identity  # of what the caller calls
 
-    def leaves(self) -> "Iterator[_Node]":
+    def leaves(self) -> "Iterator[Node]":
         """Yield the nodes that are functions."""
         if not self.parts:
             yield self
@@ -166,11 +166,16 @@ class Scorer:
             raise ValidationError(f"Scorer: processes={as_given(processes)} must be at least 1.")
         self.reward = resolve_reward(reward)
         self.timeout = timeout
-        self.processes = processes or min(_cores(), MAX_PROCESSES)
+        ours = hasattr(
+            os, "sched_getaffinity"
+        )  # the cores that this process may use, where the system says so
+        cores = len(os.sched_getaffinity(0)) if ours else os.cpu_count() or 1
+        self.processes = processes or min(cores, MAX_PROCESSES)
         self._version = self.reward.version
         self._closed = False
         limit = threading.TIMEOUT_MAX if timeout is None else timeout
-        self._here = _Here()
+        # Four ways to call a function; `_placed` chooses one for each. None starts anything before it has work.
+        self._here = CallsHere()
         self._coroutines = CoroutinePool(limit)
         self._pool = RewardPool(limit, self.processes)
         self._threads = RewardPool(limit, 1, in_process=True)
@@ -203,7 +208,7 @@ class Scorer:
         """
         if self._closed:
             raise ClientClosedError("The scorer is closed. Make a new Scorer to go on.")
-        self._renew()
+        self.renew()
         samples = [
             RewardSample(t.prompt, t.response, t.meta, t.tokens, t.messages, state) for t in trajectories
         ]
@@ -213,34 +218,44 @@ class Scorer:
             parts = outcome.parts if self.reward.parts else named_parts(self.reward.name, outcome)
             trajectory.reward, trajectory.reward_error = outcome.score, outcome.error
             trajectory.reward_parts, trajectory.reward_version = parts or None, self._version
-        self._note_own_changes()
-        return _report(self.reward, outcomes, found, self._version)
+        self.note_own_changes()
+        functions: dict[str, FunctionReport] = {}
+        for path, column in found.items():
+            functions |= function_reports(path, column)
+        return ScoreReport(
+            scored=sum(outcome.score is not None for outcome in outcomes),
+            abstained=sum(outcome.score is None and outcome.error is None for outcome in outcomes),
+            errors=sum(outcome.error is not None for outcome in outcomes),
+            timeouts=sum(outcome.timed_out for outcome in outcomes),
+            functions=functions,
+            version=self._version,
+            true=self.reward.true,
+        )
 
     def close(self) -> None:
         """End all processes and threads. Again: nothing. A round under way ends with an error."""
         self._closed = True
-        for lane in (self._pool, self._threads, self._coroutines):
-            lane.close()
+        for caller in (self._pool, self._threads, self._coroutines):
+            caller.close()
 
     def _outcomes(
-        self, node: _Node, samples: Sequence[RewardSample], found: dict[str, list[Outcome]]
+        self, node: Node, samples: Sequence[RewardSample], found: dict[str, list[Outcome]]
     ) -> list[Outcome]:
         """Return one outcome for each sample, and note those of every function under its path."""
         if node.parts:
+            # one column per part, one row per rollout
             columns = [self._outcomes(part, samples, found) for part in node.parts]
             return [combined(node.reward.parts, row) for row in zip(*columns, strict=True)]
-        found[node.path] = outcomes = self._evaluated(node, samples)
-        return outcomes
-
-    def _evaluated(self, node: _Node, samples: Sequence[RewardSample]) -> list[Outcome]:
         try:
-            return node.lane.evaluate(node.key, samples)
+            outcomes = node.caller.evaluate(node.key, samples)
         except CannotShip as reason:
             assert node.reward.call is not None
-            node.lane, node.key = self._threads, self._stay_here(node.reward, node.reward.call, reason)
-            return node.lane.evaluate(node.key, samples)
+            node.caller, node.key = self._threads, self._stay_here(node.reward, node.reward.call, reason)
+            outcomes = node.caller.evaluate(node.key, samples)
+        found[node.path] = outcomes
+        return outcomes
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """Take on anew what has changed since it was taken on: what runs is what the notebook holds.
 
         A function can change in mid-run: its module is reloaded, a helper's cell is run again, a variable it reads is
@@ -252,31 +267,31 @@ class Scorer:
                 continue
             identity = node.reward.identity
             if identity.digest != node.identity.digest and node.reward.call is not None:
-                node.lane.forget(node.key)
+                node.caller.forget(node.key)
                 node.identity = identity
-                node.lane, node.key = self._placed(node.reward, node.reward.call, identity)
+                node.caller, node.key = self._placed(node.reward, node.reward.call, identity)
                 changed = True
         if changed:
             self._version = self.reward.version
 
-    def _note_own_changes(self) -> None:
+    def note_own_changes(self) -> None:
         """Note values that a function called in this process has changed itself, such as a cache: no new version."""
         for node in self._root.leaves():
-            if node.lane is not self._pool and not node.reward.inline:
+            if node.caller is not self._pool and not node.reward.inline:
                 identity = node.reward.identity
                 if identity.code == node.identity.code:
                     node.identity = identity
 
-    def _node(self, reward: Reward, path: str) -> _Node:
+    def _node(self, reward: Reward, path: str) -> Node:
         above = "" if reward is self.reward else f"{path}/"
         parts = [self._node(part.reward, f"{above}{part.name}") for part in reward.parts]
         if reward.call is None:
-            return _Node(reward, path, self._here, -1, parts, reward.identity)
+            return Node(reward, path, self._here, -1, parts, reward.identity)
         identity = reward.identity
-        lane, key = self._placed(reward, reward.call, identity)
-        return _Node(reward, path, lane, key, parts, identity)
+        caller, key = self._placed(reward, reward.call, identity)
+        return Node(reward, path, caller, key, parts, identity)
 
-    def _placed(self, reward: Reward, call: Call, identity: Identity) -> tuple[_Lane, int]:
+    def _placed(self, reward: Reward, call: Call, identity: Identity) -> tuple[Caller, int]:
         """Choose who calls a function."""
         if call.asynchronous:
             return self._coroutines, self._coroutines.add(call)
@@ -290,38 +305,15 @@ class Scorer:
     def _stay_here(self, reward: Reward, call: Call, reason: CannotShip) -> int:
         warnings.warn(
             f"The reward {as_given(reward.name)} cannot be sent to another process ({reason}), so it runs in a "
-            f"thread of "
-            f"this one: a call that hangs is given up after {self.timeout:g} s but cannot be ended. Make what cannot "
-            f"be pickled inside the function, at its first call, rather than before it.",
+            f"thread of this one: a call that hangs is given up after {self.timeout:g} s but cannot be ended. Make "
+            f"what cannot be pickled inside the function, at its first call, rather than before it.",
             stacklevel=2,
         )
         return self._threads.add(call)
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _report(
-    reward: Reward, outcomes: Sequence[Outcome], found: Mapping[str, Sequence[Outcome]], version: str
-) -> ScoreReport:
-    functions: dict[str, FunctionReport] = {}
-    for path, column in found.items():
-        functions |= _function_reports(path, column)
-    return ScoreReport(
-        scored=sum(outcome.score is not None for outcome in outcomes),
-        abstained=sum(outcome.score is None and outcome.error is None for outcome in outcomes),
-        errors=sum(outcome.error is not None for outcome in outcomes),
-        timeouts=sum(outcome.timed_out for outcome in outcomes),
-        functions=functions,
-        version=version,
-        true=reward.true,
-    )
-
-
-def _function_reports(path: str, outcomes: Sequence[Outcome]) -> dict[str, FunctionReport]:
+def function_reports(path: str, outcomes: Sequence[Outcome]) -> dict[str, FunctionReport]:
+    """Return the report of a function, and one of each part it returned beside its score."""
     scores = np.array([outcome.score for outcome in outcomes if outcome.score is not None])
     errors = sum(outcome.error is not None for outcome in outcomes)
     timeouts = sum(outcome.timed_out for outcome in outcomes)
@@ -355,8 +347,7 @@ def check_scored(trajectories: Sequence[Trajectory], reward: Reward) -> None:
     raise RewardError(
         f"The reward {as_given(reward.name)} scored none of {len(trajectories)} rollouts. Its first error, on prompt "
         f"{as_given(first.prompt)} and response {as_given(first.response)}: {first.reward_error}. Fix the function "
-        f"and run "
-        f"again; failed rewards are never counted as 0.",
+        f"and run again; failed rewards are never counted as 0.",
         details={"errors": len(errors), "prompt": first.prompt, "response": first.response},
     )
 
@@ -378,8 +369,10 @@ def rescore(batch: TrajectoryBatch, reward: Any, *, timeout: float | None = 5.0)
 
 def unscored(batch: TrajectoryBatch) -> TrajectoryBatch:
     """Return a copy whose rollouts have neither rewards nor advantages."""
-    return replace(batch, groups=[_unscored_group(group) for group in batch.groups])
-
-
-def _unscored_group(group: RolloutGroup) -> RolloutGroup:
-    return replace(group, rollouts=[replace(rollout, **_NOTHING) for rollout in group.rollouts])
+    return replace(
+        batch,
+        groups=[
+            replace(group, rollouts=[replace(rollout, **_NOTHING) for rollout in group.rollouts])
+            for group in batch.groups
+        ],
+    )

@@ -1,4 +1,4 @@
-"""How functions get to scoring processes: as they are in this process, not as their files are now.
+"""Functions on their way to scoring processes: as they are in this process, not as their files are now.
 
 Functions and classes of the user's own modules are pickled by value, like those of a notebook. Modules that they use,
 also by an import inside a function, go with them, with the names that are used. Packages are imported there.
@@ -33,8 +33,8 @@ def shipped(thing: Any, modules: "Mapping[str, frozenset[str] | None] | None" = 
     reached = modules or {}
     known = [sys.modules[name] for name in reached if name in sys.modules]
     buffer = io.BytesIO()
-    with _by_value(local_modules()):
-        _Pickler(buffer, reached).dump((thing, known))
+    with pickled_by_value(local_modules()):
+        ModulePickler(buffer, reached).dump((thing, known))
     return buffer.getvalue()
 
 
@@ -45,7 +45,8 @@ def arrived(blob: bytes) -> Any:
 
 
 @contextmanager
-def _by_value(modules: Iterable[types.ModuleType]) -> Iterator[None]:
+def pickled_by_value(modules: Iterable[types.ModuleType]) -> Iterator[None]:
+    """Let functions and classes of these modules be pickled with their code, not by name."""
     with _BY_VALUE:
         already = cloudpickle.list_registry_pickle_by_value()
         added = [module for module in modules if module.__name__ not in already]
@@ -58,7 +59,9 @@ def _by_value(modules: Iterable[types.ModuleType]) -> Iterator[None]:
                 cloudpickle.unregister_pickle_by_value(module)
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
+class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
+    """Pickles modules of the user's too: their name, and of their variables those that are used."""
+
     def __init__(self, file: io.BytesIO, modules: "Mapping[str, frozenset[str] | None]") -> None:
         super().__init__(file)
         self._modules = modules
@@ -75,19 +78,19 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
                 for name, value in list(vars(obj).items())
                 if name in _OF_PACKAGE or (not name.startswith("__") and (used is None or name in used))
             }
-            return _module, (obj.__name__,), state, None, None, _fill
+            return shipped_module, (obj.__name__,), state, None, None, _fill
         return super().reducer_override(obj)
 
 
-def _module(name: str) -> types.ModuleType:
+def shipped_module(name: str) -> types.ModuleType:
     """Return the module of this name that was shipped before, or a new one."""
     module = sys.modules.get(name)
-    if not isinstance(module, _Shipped):
-        module = sys.modules[name] = _Shipped(name)
+    if not isinstance(module, ShippedModule):
+        module = sys.modules[name] = ShippedModule(name)
     return module
 
 
-class _Shipped(types.ModuleType):
+class ShippedModule(types.ModuleType):
     """A module of the notebook's, with what the reward uses of it."""
 
     def __getattr__(self, name: str) -> Any:

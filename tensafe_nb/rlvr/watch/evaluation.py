@@ -1,4 +1,4 @@
-"""How good the policy is on prompts it does not train on."""
+"""Evaluation on held-out prompts: mean reward, sampled and greedy, and pass@k."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -44,7 +44,7 @@ class HeldOut:
     ) -> None:
         self.specs = prompt_specs(prompts, what="eval_prompts")
         self._client, self._sampling, self._chat = client, sampling, chat
-        self._pass_at, self._threshold = _ks(pass_at, sampling.num_samples), threshold
+        self._pass_at, self._threshold = ks_of(pass_at, sampling.num_samples), threshold
 
     def submit(self) -> list[FutureHandle[TrajectoryBatch]]:
         """Queue the sampled and the greedy answers."""
@@ -66,12 +66,12 @@ class HeldOut:
         values = {"eval/reward": sampled.mean_reward, "eval/greedy": greedy.mean_reward}
         for name, part in report.functions.items():
             values[f"eval/rewards/{name}"] = part.mean
-        goal = Goal(report.true, self._threshold)
+        goal = Goal(report.true, self._threshold)  # when an answer is right
         if goal.true is not None:
             scores = goal.scores(sampled)
             values["eval/rewards/true"] = mean(scores[np.isfinite(scores)])
         for k in self._pass_at:
-            values[f"eval/pass@{k}"] = _mean_pass_at(k, sampled.groups, goal)
+            values[f"eval/pass@{k}"] = mean_pass_at(k, sampled.groups, goal)
         return values
 
 
@@ -95,7 +95,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def _mean_pass_at(k: int, groups: Iterable[RolloutGroup], goal: Goal) -> float:
+def mean_pass_at(k: int, groups: Iterable[RolloutGroup], goal: Goal) -> float:
     """Return the mean of pass@k over the prompts of which k answers or more were scored; NaN without any."""
     scored = [scores[np.isfinite(scores)] for scores in (goal.scores(group.rollouts) for group in groups)]
     return mean(
@@ -106,13 +106,18 @@ def _mean_pass_at(k: int, groups: Iterable[RolloutGroup], goal: Goal) -> float:
     )
 
 
-def _ks(given: Sequence[int] | None, samples: int) -> tuple[int, ...]:
+def ks_of(given: Sequence[int] | None, samples: int) -> tuple[int, ...]:
+    """Return the k to estimate pass@k for: those asked for, else the powers of 2 up to the samples, and these.
+
+    Raises:
+        ValidationError: One below 1, or above the samples.
+    """
     if given is None:
+        # pass@1 of one sample is the mean reward.
         return () if samples == 1 else tuple(sorted({*(2**i for i in range(samples.bit_length())), samples}))
     if not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= samples for k in given):
         raise ValidationError(
             f"eval_pass_at={as_given(given)}: each k is a whole number from 1 to eval_samples={samples}; raise "
-            f"eval_samples to "
-            f"estimate a larger one."
+            f"eval_samples to estimate a larger one."
         )
     return tuple(given)

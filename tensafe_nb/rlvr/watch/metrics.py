@@ -6,7 +6,7 @@ A name stands for one quantity everywhere. What a step did not measure is NaN he
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from tensafe_nb.rlvr.algorithms.result import UpdateResult
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD, RolloutGroup, Trajectory, TrajectoryBatch, mean
 
 Signal: TypeAlias = Literal["mixed", "all_good", "all_bad"]
+KINDS: tuple[Signal, ...] = get_args(Signal)
 Row: TypeAlias = dict[str, float]
 
 BY_OPTIM_STEP = ("loss", "grad_norm", "param_delta_norm")  # curves that the core itself writes at every step
@@ -60,10 +61,11 @@ def rollout_metrics(batch: TrajectoryBatch, goal: Goal | None = None) -> Row:
     """Return what a scored batch says about rewards, signal, lengths and entropy."""
     logprobs = np.array([logprob for t in batch for logprob in t.logprobs or ()])
     entropy = {"entropy": _or_nan(entropy_of(batch)), "entropy_sampled": -mean(logprobs)}
-    return _reward_metrics(batch, goal) | _length_metrics(batch) | entropy
+    return reward_metrics(batch, goal) | length_metrics(batch) | entropy
 
 
-def _reward_metrics(batch: TrajectoryBatch, goal: Goal | None) -> Row:
+def reward_metrics(batch: TrajectoryBatch, goal: Goal | None) -> Row:
+    """Return how high rewards are, and how they differ: over the batch, and within the groups."""
     spread = batch.reward_std_by_group
     signals = [signal for group in batch.groups if (signal := signal_of(group, goal)) is not None]
     return {
@@ -71,17 +73,12 @@ def _reward_metrics(batch: TrajectoryBatch, goal: Goal | None) -> Row:
         "reward_std": batch.std_reward,
         "group/reward_std": mean(spread[np.isfinite(spread)]),
         "frac_reward_zero_std": batch.frac_zero_signal,
-        "by_group/frac_mixed": _share(signals, "mixed"),
-        "by_group/frac_all_good": _share(signals, "all_good"),
-        "by_group/frac_all_bad": _share(signals, "all_bad"),
+        **{f"by_group/frac_{kind}": mean(np.array([s == kind for s in signals], float)) for kind in KINDS},
     }
 
 
-def _share(signals: Sequence[Signal], which: Signal) -> float:
-    return signals.count(which) / len(signals) if signals else math.nan
-
-
-def _length_metrics(batch: TrajectoryBatch) -> Row:
+def length_metrics(batch: TrajectoryBatch) -> Row:
+    """Return how long completions are, in tokens, and how many were cut."""
     lengths = batch.lengths
     ended = lengths[[not trajectory.truncated for trajectory in batch]]
     return {

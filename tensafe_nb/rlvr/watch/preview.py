@@ -111,7 +111,7 @@ def preview_reward(reward: Any, batch: TrajectoryBatch, *, timeout: float | None
         name = scorer.reward.name
     distinct = {(t.prompt, t.response): t for t in rollouts if t.reward is not None}
     ranked = sorted(distinct.values(), key=_reward, reverse=True)
-    counts, edges = _histogram(rollouts.rewards)
+    counts, edges = histogram(rollouts.rewards)
     signal = [group.has_signal for group in rollouts.groups]
     return RewardPreview(
         name=name,
@@ -120,7 +120,7 @@ def preview_reward(reward: Any, batch: TrajectoryBatch, *, timeout: float | None
         edges=edges,
         best=ranked[:EXAMPLES],
         worst=ranked[: -EXAMPLES - 1 : -1],
-        suspects=_suspects(ranked, report.true),
+        suspects=suspects_of(ranked, report.true),
         errors=dict(Counter(t.reward_error for t in rollouts if t.reward_error is not None).most_common()),
         groups_with_signal=float(np.mean(signal)) if signal else 0.0,
         rollouts=rollouts,
@@ -132,7 +132,7 @@ def _reward(trajectory: Trajectory) -> float:
     return trajectory.reward
 
 
-def _histogram(rewards: "np.ndarray[Any, np.dtype[np.float64]]") -> tuple[tuple[int, ...], tuple[float, ...]]:
+def histogram(rewards: "np.ndarray[Any, np.dtype[np.float64]]") -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Return counts and edges: one bin for each value while there are few, ten bins beyond."""
     scored = rewards[np.isfinite(rewards)]
     values = np.unique(scored)
@@ -143,7 +143,7 @@ def _histogram(rewards: "np.ndarray[Any, np.dtype[np.float64]]") -> tuple[tuple[
     return tuple(counts.tolist()), tuple(edges.tolist())
 
 
-def _suspects(ranked: Sequence[Trajectory], true: str | None) -> list[Trajectory]:
+def suspects_of(ranked: Sequence[Trajectory], true: str | None) -> list[Trajectory]:
     """Return rollouts that are paid above the mean and miss the true aim."""
     if true is None or not ranked:
         return []

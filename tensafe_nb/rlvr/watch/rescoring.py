@@ -1,4 +1,4 @@
-"""What another reward would have said of rollouts there are already: nothing is sampled, nothing is trained."""
+"""Stored rollouts under another reward: nothing is sampled, nothing is trained."""
 
 import math
 from collections.abc import Sequence
@@ -56,17 +56,14 @@ class Rescored:
         return np.stack([centre(batch.rewards, groups) for batch in (self.before, self.after)], axis=1)
 
     def __repr__(self) -> str:
-        old, new = self.before, self.after
+        old, new, flips = self.before, self.after, "no pair that both of them rank"
+        if not math.isnan(self.rank_flips):
+            flips = f"{self.rank_flips:.0%} of pairs change places"
         return (
             f"<Rescored {len(new)} rollouts of {len(self.steps)} steps: mean reward {old.mean_reward:.3f} → "
             f"{new.mean_reward:.3f}, groups with signal {1 - old.frac_zero_signal:.0%} → "
-            f"{1 - new.frac_zero_signal:.0%} ({self.gained_signal:.0%} gain it), {self._flips()}, {self.errors} errors>"
+            f"{1 - new.frac_zero_signal:.0%} ({self.gained_signal:.0%} gain it), {flips}, {self.errors} errors>"
         )
-
-    def _flips(self) -> str:
-        if math.isnan(self.rank_flips):
-            return "no pair that both of them rank"
-        return f"{self.rank_flips:.0%} of pairs change places"
 
     def _groups(self) -> list[tuple[RolloutGroup, RolloutGroup]]:
         return list(zip(self.before.groups, self.after.groups, strict=True))
@@ -91,6 +88,7 @@ def rescore_steps(
 
 def _orders(rewards: Array) -> Array:
     """Return, for each pair of rollouts, 1 or −1 as the first has more or less; 0 if equal, NaN if unscored."""
-    first, second = np.triu_indices(rewards.size, 1)
+    first, second = np.triu_indices(rewards.size, 1)  # (G (G − 1) / 2,) each
     difference = rewards[first] - rewards[second]
+    # 0 times NaN stays NaN: a pair that was not scored is not a tie.
     return np.where(np.abs(difference) <= NO_SIGNAL, 0.0 * difference, np.sign(difference))

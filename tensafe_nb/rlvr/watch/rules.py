@@ -1,7 +1,7 @@
-"""What tends to go wrong with a run: for each trouble a rule that knows its signs, its cause and what helps.
+"""Rules over the steps of an RL run: for each trouble one that knows its signs, its cause and what helps.
 
 A rule looks at the newest row and rollouts, and at a short memory of those before. The thresholds of entropy and
-signal were replayed on published logs: rules that count single steps fire in healthy runs too, hence windows.
+signal were replayed on published logs: rules that count single steps fire in healthy runs too, so each sees several.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from tensafe_nb.config import TrainingConfig
 from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, mean
 from tensafe_nb.rlvr.watch.metrics import Goal, Row, Signal, signal_of
 from tensafe_nb.runs.alarm_log import Finding
@@ -22,12 +23,9 @@ KL_ONCE, KL_USUALLY, RATIO = (
     0.5,
     0.2,
     8.0,
-)  # one-pass runs that learn well stay below .24, .16 and 5.2 (tests/soak)
+)  # one-pass runs that learn well stay below .24, .16, 5.2 (tests/soak)
 SHOWN = 32  # rollouts that an alarm names at most
-FP32_GAP, BF16_GAP = (
-    1e-3,
-    2e-2,
-)  # mean |log p of the sampler − log p of the training path| that precision explains
+FP32_GAP, BF16_GAP = 1e-3, 2e-2  # mean |log p of the sampler − log p of the training path| by precision alone
 
 
 @dataclass(slots=True)
@@ -54,15 +52,17 @@ class Memory:
         self.clipped = [*self.clipped, batch.clipped_ratio][-2:]
         signals = [signal for group in batch.groups if (signal := _taught(group, goal)) is not None]
         self.signals = [*self.signals, *signals][-max(GROUPS, len(signals)) :]
-        self._take_entropy(row)
+        entropy = row.get("entropy", math.nan)
+        if math.isfinite(entropy):
+            self.first_entropies = [*self.first_entropies, entropy][:STEPS]
+            self.last_entropies = [*self.last_entropies, entropy][-STEPS:]
         if "policy/approx_kl" in row:
             self.moves = [*self.moves, row["policy/approx_kl"]][-STEPS:]
         if {"policy/approx_kl", "policy/log_ratio_max"} & set(row):
             self.furthest = row.get("policy/log_ratio_max", 0.0)
         if math.isfinite(row.get("reward", math.nan)):
             scored = batch.rewards[np.isfinite(batch.rewards)]
-            self.last_rewards = [*self.last_rewards, row["reward"]][-STEPS:]
-            self._take_ten(row["reward"])
+            self.take_reward(row["reward"])
             self.lowest = min(float(scored.min()), math.inf if self.lowest is None else self.lowest)
             self.highest = max(float(scored.max()), -math.inf if self.highest is None else self.highest)
 
@@ -71,27 +71,16 @@ class Memory:
         self.signals, self.last_rewards, self.tenth, self.tens, self.fell = [], [], [], [], False
         self.lowest = self.highest = None
 
-    def _take_ten(self, reward: float) -> None:
+    def take_reward(self, reward: float) -> None:
+        """Take in an update's mean reward; of every ten of them, four sums are kept."""
+        self.last_rewards = [*self.last_rewards, reward][-STEPS:]
+        self.tenth = [*([] if len(self.tenth) == TEN else self.tenth), reward]
         if len(self.tenth) == TEN:
-            self.tenth = []
-        self.tenth = [*self.tenth, reward]
-        if len(self.tenth) == TEN:
-            values = np.array(self.tenth)
+            values = np.array(self.tenth)  # (10,)
             apart = values - values.mean()
-            self.tens.append(
-                [
-                    float(values.mean()),
-                    float(values.var(ddof=1)),
-                    float((apart[1:] * apart[:-1]).sum()),
-                    float((apart**2).sum()),
-                ]
-            )
-
-    def _take_entropy(self, row: Row) -> None:
-        entropy = row.get("entropy", math.nan)
-        if math.isfinite(entropy):
-            self.first_entropies = [*self.first_entropies, entropy][:STEPS]
-            self.last_entropies = [*self.last_entropies, entropy][-STEPS:]
+            products, squares = (apart[1:] * apart[:-1]).sum(), (apart**2).sum()
+            ten = [values.mean(), values.var(ddof=1), products, squares]
+            self.tens.append([float(value) for value in ten])
 
     @property
     def at_the_ceiling(self) -> bool:
@@ -132,7 +121,9 @@ def no_signal(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | Non
     if len(signals) < GROUPS or without <= 0.8 * len(signals):
         return None
     good, bad = signals.count("all_good"), signals.count("all_bad")
-    solved, hopeless, quiet = good == without, bad == without, _quiet(batch)
+    solved, hopeless = good == without, bad == without
+    silent = [group for group in batch.groups if _taught(group) in ("all_good", "all_bad")]
+    quiet = {id(trajectory) for group in silent for trajectory in group.rollouts}
     remedy = (
         "The prompts are solved: take harder ones, or stop."
         if solved
@@ -217,7 +208,7 @@ def reward_fell(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | N
     if len(memory.tens) < 2:
         return None
     first, last = memory.tens[0][0], memory.tens[-1][0]
-    memory.fell = first - last > (0.1 * abs(first) if memory.fell else _certain_fall(memory.tens))
+    memory.fell = first - last > (0.1 * abs(first) if memory.fell else certain_fall(memory.tens))
     if not memory.fell:
         return None
     return Finding(
@@ -229,13 +220,20 @@ def reward_fell(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | N
     )
 
 
-def _certain_fall(tens: Sequence[Sequence[float]]) -> float:
-    """Return by how much the last ten must lie below the first to be said to have fallen."""
+def certain_fall(tens: Sequence[Sequence[float]]) -> float:
+    """Return by how much the last ten must lie below the first to be said to have fallen.
+
+    The standard error of a mean of n values that follow an AR(1) with coefficient ρ is σ √((1 + ρ) / (n (1 − ρ))), and
+    ρ estimated within n of them is biased towards 0 (Marriott and Pope 1954).
+
+    Args:
+        tens: (tens, 4), as `Memory.tens`.
+    """
     means, variances, products, squares = np.array(tens, dtype=float).T
     plain = math.sqrt((variances[0] + variances[-1]) / TEN)
     kept = np.argsort(squares)[: max(2, len(squares) - 1)]  # without the ten in which it fell
     total = float(squares[kept].sum())
-    # of an autoregression, ten values estimate ρ(1 − 1/n) − (1 + 3ρ)/n instead of ρ
+    # ten values estimate ρ (1 − 1/n) − (1 + 3ρ)/n instead of ρ
     measured = float(products[kept].sum()) / total if total else 0.0
     rho = min(max((measured + 1 / TEN) / (1 - 4 / TEN), 0.0), 0.9)
     variance = max(float(variances[kept].mean()), float(variances[0] + variances[-1]) / 2)
@@ -247,15 +245,20 @@ def _certain_fall(tens: Sequence[Sequence[float]]) -> float:
     return max(0.2 * abs(float(means[0])), 3 * plain, looks * error)
 
 
+def logprob_gap(config: TrainingConfig) -> float:
+    """Return by how much logprobs of sampler and training may differ on average, as far as precision goes."""
+    exact = config.dtype == "float32" or config.model_ref.startswith("builtin:")
+    return FP32_GAP if exact and config.dtype != "bfloat16" else BF16_GAP
+
+
 def sampler_mismatch(gap: float) -> Rule:
     """Return the rule that the sampler and the training path agree on the logprobs, up to `gap` on average."""
 
     def rule(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | None:
         kl = row.get("sampling/mismatch_kl", 0.0)
         difference = row.get("sampling/sampling_logp_difference/mean", 0.0)
-        if (kl <= 0.01 and difference <= gap) or row.get(
-            "staleness/max", 0.0
-        ) > 0:  # which has a cause of its own
+        stale = row.get("staleness/max", 0.0) > 0  # which has a cause of its own
+        if stale or (kl <= 0.01 and difference <= gap):
             return None
         return Finding(
             "sampler_mismatch",
@@ -377,13 +380,6 @@ def _taught(group: RolloutGroup, goal: Goal | None = None) -> Signal | None:
     """Return the signal of a group; answers that all score the same teach as well where others' are their baseline."""
     signal = signal_of(group, goal)
     return "mixed" if signal is not None and any(map(_has_advantage, group.rollouts)) else signal
-
-
-def _quiet(batch: TrajectoryBatch) -> set[int]:
-    """Return the ids of the rollouts in groups without signal."""
-    return {
-        id(t) for group in batch.groups if _taught(group) in ("all_good", "all_bad") for t in group.rollouts
-    }
 
 
 def _has_advantage(trajectory: Trajectory) -> bool:

@@ -146,9 +146,8 @@ class Keys:
         if not held:
             raise self._unavailable([stanza["kek_id"] for stanza in stanzas])
         for stanza, root in held:
-            with contextlib.suppress(
-                InvalidUnwrap
-            ):  # AES-KW checks itself: a wrong key or a flipped bit says so
+            # AES-KW checks itself: a wrong key or a flipped bit says so
+            with contextlib.suppress(InvalidUnwrap):
                 return aes_key_unwrap(self._wrapping_key(root), bytes.fromhex(stanza["wrapped"]))
         raise refused("key")
 

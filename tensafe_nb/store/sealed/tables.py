@@ -26,13 +26,14 @@ class SealedTables:
         folder: Holds them.
         keys: Wrap their data keys.
         tenant: Whose they are.
+        files: How the disk is touched.
     """
 
-    def __init__(self, folder: Path, keys: Keys, tenant: str = "local") -> None:
+    def __init__(self, folder: Path, keys: Keys, tenant: str = "local", files: Files | None = None) -> None:
         self._folder = folder
         self._keys = keys
         self._tenant = tenant
-        self._files = Files()
+        self._files = files or Files()
         self._lock = threading.RLock()
         self._depth = 0
         self._read: dict[str, tuple[Seen, bytes, str]] = {}

@@ -59,7 +59,7 @@ def private_engine(
     engine = Engine(config)
     engine.train_privately(account or CountingAccount(), CLIENT)
     if noise is not None:
-        engine.private._noise = noise  # type: ignore[union-attr]
+        engine.training_step.noise = noise  # type: ignore[union-attr]
     if config.lora_config is not None:  # B starts at zero, and then A has no gradient
         with torch.no_grad():
             torch.manual_seed(1)
@@ -83,7 +83,7 @@ def clipped_sum(engine: Engine, *batches: tn.BatchData, loss: Loss = TOKEN_CE) -
     """Return what a step would release before noise, as one vector, and drop it."""
     for batch in batches:
         engine.forward_backward(batch, loss)
-    sums = engine.private._sum._totals()  # type: ignore[union-attr]
+    sums = engine.training_step.sum._totals()  # type: ignore[union-attr]
     vector = torch.cat([total.flatten() for total in sums]).clone()
     engine.discard_gradients()
     return vector
@@ -94,8 +94,8 @@ def one_at_a_time(engine: Engine, batch: tn.BatchData, limit: float, loss: Loss 
     total = torch.zeros(sum(p.numel() for p in engine.parameters))
     for row in range(len(batch)):
         part = batch.take(np.array([row]))
-        tensors = engine.tensors(part, part)
-        value, _ = loss.row_values(engine.outputs(part, tensors), tensors)
+        tensors = engine.forward_pass.tensors(part, part)
+        value, _ = loss.row_values(engine.forward_pass.outputs(part, tensors), tensors)
         found = torch.autograd.grad(value.sum(), engine.parameters, allow_unused=True)
         pieces = [
             torch.zeros_like(p) if g is None else g for g, p in zip(found, engine.parameters, strict=True)

@@ -51,9 +51,9 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 @pytest.mark.parametrize("tokens", [1, 24, 36])
 def test_micro_batches_equal_one_big_batch_ragged_or_not(engine: Engine, tokens: int) -> None:
     whole = gradients(engine, ragged())
-    engine.config = engine.config.replace(micro_batch_tokens=tokens)
+    engine.forward_pass.micro_batch_tokens = tokens
     parts = gradients(engine, ragged())
-    engine.config = engine.config.replace(micro_batch_tokens=16_384)
+    engine.forward_pass.micro_batch_tokens = 16_384
     assert_close(parts[0], whole[0])
     assert_close(parts[1], whole[1])
 
@@ -279,9 +279,9 @@ def test_extras_per_sequence_stay_so_in_every_micro_batch(engine: Engine) -> Non
 
     mask = [[1] * 10, [1, 1, 1, 1] + [0] * 6]
     batch = tn.BatchData(np.full((2, 10), 5), mask, features=np.ones((2, 4)))
-    engine.config = engine.config.replace(micro_batch_tokens=10)
+    engine.forward_pass.micro_batch_tokens = 10
     engine.forward(batch, resolve_loss(watching))
-    engine.config = engine.config.replace(micro_batch_tokens=16_384)
+    engine.forward_pass.micro_batch_tokens = 16_384
     assert seen == [(1, 4), (1, 4)]
 
 

@@ -201,7 +201,7 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(engine: Engi
     if name == "margin_ranking":
         size = float(np.abs(engine.compute_logprobs(pairs()).logprobs.sum(1)).max())
     for tokens in (16_384, 45, 1):
-        engine.config = engine.config.replace(micro_batch_tokens=tokens)
+        engine.forward_pass.micro_batch_tokens = tokens
         result = engine.forward_backward(pairs(targets=name == "mse"), loss)
         found.append(
             (result, torch.cat([p.grad.flatten() / engine.window.divisor for p in engine.parameters]))
@@ -214,7 +214,7 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(engine: Engi
         for metric, value in whole.metrics.items():
             assert_close(result.metrics[metric], value, at_least=size)
         assert_close(gradient, expected)
-    engine.config = engine.config.replace(micro_batch_tokens=16_384)
+    engine.forward_pass.micro_batch_tokens = 16_384
 
 
 @pytest.mark.parametrize("name", ["margin_ranking", "contrastive", "mse"])

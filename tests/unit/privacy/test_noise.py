@@ -77,19 +77,18 @@ def test_gradients_and_moments_are_made_of_the_value_that_was_rounded_once(
     config = tn.TrainingConfig(model_ref="builtin:sums", lora_config=lora, optimizer=optimizer, dp_config=dp)
     engine, source = Engine(config), KnownNoise()
     engine.train_privately(CountingAccount(), "tc-1")
-    assert engine.private is not None
-    engine.private._noise = source
+    engine.training_step.noise = source
     engine.forward_backward(examples((5, 8), vocabulary=14), TOKEN_CE)
-    sums = [total.double() for total in engine.private._sum._totals()]
+    sums = [total.double() for total in engine.training_step.sum._totals()]
     drawn = source(sums, 1.3 * 0.5)
     exact = [((total + one) / 7).float() for total, one in zip(sums, drawn, strict=True)]
     engine.optim_step()
     for parameter, mean in zip(engine.parameters, exact, strict=True):
-        moments = engine.optimizer.state[parameter]
+        moments = engine.optimizer.torch.state[parameter]
         if optimizer["name"] == "sgd":
             assert torch.equal(moments["momentum_buffer"], mean)
         else:
-            beta, _ = engine.optimizer.param_groups[0]["betas"]
+            beta, _ = engine.optimizer.torch.param_groups[0]["betas"]
             assert torch.equal(moments["exp_avg"], torch.zeros_like(mean).lerp_(mean, 1 - beta))
 
 

@@ -106,7 +106,7 @@ def test_2_a_loss_whose_rows_share_a_divisor_is_refused() -> None:
 def test_3_rows_of_gradients_that_are_not_rows_of_the_batch_are_told_and_not_used(random_model: Any) -> None:
     engine = private_engine(model_ref=random_model("opt"), dp={"max_grad_norm": C}, dtype="float32")
     clipped_sum(engine, examples((5, 8)))
-    assert engine.private is not None and engine.private.ways == ("one at a time",)
+    assert engine.training_step.gradients.ways == ("one at a time",)
 
 
 def test_4_the_divisor_is_the_declared_l_however_many_calls_made_the_step() -> None:
@@ -253,22 +253,20 @@ def test_17_the_optimisers_moments_see_noised_gradients_only() -> None:
     dp = tn.DPConfig(sampling="worst_case", noise_multiplier=1.0, expected_batch_size=10, max_grad_norm=C)
     engine = Engine(tn.TrainingConfig(lora_config=tn.LoRAConfig(rank=2), dp_config=dp))
     engine.train_privately(CountingAccount(), CLIENT)
-    assert engine.private is not None
-    engine.private._noise = lambda like, sd: [torch.full_like(t, 100 * sd) for t in like]
+    engine.training_step.noise = lambda like, sd: [torch.full_like(t, 100 * sd) for t in like]
     exact = [total / 10 for total in _sums(engine)]
     engine.forward_backward(examples((5, 4)), TOKEN_CE)
-    assert not engine.optimizer.state, "nothing has reached it before the noise"
+    assert not engine.optimizer.torch.state, "nothing has reached it before the noise"
     engine.optim_step()
-    beta = engine.optimizer.param_groups[0]["betas"][0]
+    beta = engine.optimizer.torch.param_groups[0]["betas"][0]
     for parameter, mean in zip(engine.parameters, exact, strict=True):
-        moment = engine.optimizer.state[parameter]["exp_avg"] / (1 - beta)
+        moment = engine.optimizer.torch.state[parameter]["exp_avg"] / (1 - beta)
         assert torch.allclose(moment, mean + 100 * C / 10, rtol=1e-4)
 
 
 def _sums(engine: Engine) -> list[torch.Tensor]:
     engine.forward_backward(examples((5, 4)), TOKEN_CE)
-    assert engine.private is not None
-    found = [total.clone() for total in engine.private._sum._totals()]
+    found = [total.clone() for total in engine.training_step.sum._totals()]
     engine.discard_gradients()
     return found
 

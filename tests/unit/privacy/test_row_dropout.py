@@ -112,27 +112,27 @@ def test_leaving_one_row_out_moves_the_sum_by_at_most_c_with_dropout_on(
     for module in engine.model.causal.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.3
-    engine.has_dropout = engine.model.has_dropout
-    assert engine.has_dropout and engine.private is not None
-    engine.private._secrets = secrets_by_id
+    engine.forward_pass.has_dropout = engine.model.has_dropout
+    assert engine.forward_pass.has_dropout
+    engine.training_step.gradients.secrets = secrets_by_id
     batch = examples((5, 12, 3, 8, 7, 4))
     together = clipped_sum(engine, batch)
-    assert "one at a time" not in engine.private.ways
+    assert "one at a time" not in engine.training_step.gradients.ways
     for row in range(6):
         rest = batch.take(np.delete(np.arange(6), row))
         moved = float((together - clipped_sum(engine, rest)).norm())
         assert moved <= C * (1 + 1e-4), row
-    engine.private._secrets = lambda batch: secrets_by_id(batch) + 1
+    engine.training_step.gradients.secrets = lambda batch: secrets_by_id(batch) + 1
     assert not torch.allclose(together, clipped_sum(engine, batch), rtol=0.05), "dropout is on"
 
 
 def test_no_seed_repeats_the_masks_and_none_is_kept() -> None:
     def summed() -> Tensor:
         engine = private_engine(lora=tn.LoRAConfig(rank=2, dropout=0.5), dp={"max_grad_norm": 1e6}, seed=3)
-        before = engine.random["cpu"].clone()
+        before = engine.forward_pass.random["cpu"].clone()
         found = clipped_sum(engine, examples((6, 9)))
-        assert torch.equal(engine.random["cpu"], before), "the public stream is not touched"
-        assert engine.private is not None and engine.private._secret_of_row is None
+        assert torch.equal(engine.forward_pass.random["cpu"], before), "the public stream is not touched"
+        assert engine.training_step.gradients._secret_of_row is None
         return found
 
     first, second = summed(), summed()
@@ -143,11 +143,10 @@ def test_one_at_a_time_has_dropout_of_its_own_too(random_model: Any) -> None:
     engine = private_engine(
         model_ref=random_model("opt"), dp={"max_grad_norm": C}, dtype="float32", lora=False
     )
-    assert engine.private is not None
-    engine.private._secrets = secrets_by_id
+    engine.training_step.gradients.secrets = secrets_by_id
     batch = examples((5, 12, 3, 8))
     together = clipped_sum(engine, batch)
-    assert engine.private.ways == ("one at a time",)
+    assert engine.training_step.gradients.ways == ("one at a time",)
     for row in range(4):
         rest = batch.take(np.delete(np.arange(4), row))
         assert float((together - clipped_sum(engine, rest)).norm()) <= C * (1 + 1e-4)

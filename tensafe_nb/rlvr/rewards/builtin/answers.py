@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.rlvr.rewards.builtin.numerals import Number, final_number, gold_number, numbers_in, same
+from tensafe_nb.rlvr.rewards.builtin.numerals import final_number, gold_number, numbers_in, same
 
 Meta = Mapping[str, Any] | None
 
@@ -50,8 +50,7 @@ def column_of(meta: Meta, column: str, reward: str) -> Any:
     if is_missing(value):
         raise ValidationError(
             f"{reward}: the column {as_given(column)} of this prompt is missing ({as_given(value)}): fill it in, or "
-            f"leave the "
-            f"prompt out."
+            f"leave the prompt out."
         )
     return value
 
@@ -88,8 +87,7 @@ def answers_of(meta: Meta, column: str, reward: str) -> list[Any]:
         if isinstance(answer, Mapping | bytes | list | tuple):
             raise ValidationError(
                 f"{reward}: the column {as_given(column)} of this prompt holds {str(answer)[:80]!r}, expected a "
-                f"text or a "
-                f"number, or a list of those."
+                f"text or a number, or a list of those."
             )
     return answers
 
@@ -233,17 +231,15 @@ def numeric_match(
     """
     what = f"numeric_match: the column {as_given(column)} of this prompt"
     golds = [gold_number(gold, what, decimal) for gold in answers_of(meta, column, "numeric_match")]
-    given = final_number(response, decimal) if which == "last" else _first(numbers_in(response, decimal))
+    first = next(iter(numbers_in(response, decimal)), None)
+    given = final_number(response, decimal) if which == "last" else first
     return float(given is not None and any(same(given, gold, rel_tol, abs_tol) for gold in golds))
 
 
-def _first(numbers: Sequence[Number]) -> Number | None:
-    return numbers[0] if numbers else None
-
-
-def _check_numeric(
+def check_numeric_match(
     *, which: str = "last", rel_tol: float = 1e-6, abs_tol: float = 1e-9, decimal: str = ".", **_: Any
 ) -> None:
+    """Refuse keywords that cannot work; so do the other functions `check_…`, when a reward is resolved."""
     if which not in ("last", "first"):
         raise ValidationError(f"numeric_match: which={as_given(which)}, expected 'last' or 'first'.")
     if decimal not in (".", ","):
@@ -278,7 +274,7 @@ def regex(
     return float(match(pattern, response, flags) is not None)
 
 
-def _check_regex(*, pattern: str, **_: Any) -> None:
+def check_regex(*, pattern: str, **_: Any) -> None:
     try:
         re.compile(pattern, re.DOTALL)
     except (re.error, TypeError) as error:
@@ -325,18 +321,19 @@ def lcs_ratio(
     Raises:
         ValidationError: The prompt has no such column.
     """
-    words = unit == "words"
+    words = unit == "words"  # else characters
     given: Sequence[str] = response.split() if words else response.strip()
     answers = [answer.split() if words else answer for answer in texts_of(meta, column, "lcs_ratio")]
     return max(2 * common_subsequence(answer, given) / (len(answer) + len(given)) for answer in answers)
 
 
-def _check_unit(*, unit: str = "words", **_: Any) -> None:
+def check_lcs_ratio(*, unit: str = "words", **_: Any) -> None:
     if unit not in ("words", "characters"):
         raise ValidationError(f"lcs_ratio: unit={as_given(unit)}, expected 'words' or 'characters'.")
 
 
 def _positions(sequence: Sequence[Hashable]) -> dict[Hashable, int]:
+    """Return for each item a number whose bits say where it stands."""
     masks: dict[Hashable, int] = {}
     for index, item in enumerate(sequence):
         masks[item] = masks.get(item, 0) | 1 << index
@@ -351,6 +348,7 @@ def edit_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     up, down, distance = full, 0, len(a)  # where the column rises and falls
     for item in b:
         equal = masks.get(item, 0)
+        # D0, HP and HN, then VP and VN of Hyyrö (2003): where the table falls and rises from here on.
         diagonal = ((((equal & up) + up) ^ up) | equal | down) & full
         rises, falls = down | (full & ~(diagonal | up)), diagonal & up
         distance += bool(rises & last) - bool(falls & last)
@@ -373,8 +371,8 @@ BUILTINS = {
     "keyword_contains": Builtin(keyword_contains),
     "exact_match": Builtin(exact_match),
     "contains": Builtin(contains),
-    "numeric_match": Builtin(numeric_match, _check_numeric),
-    "regex": Builtin(regex, _check_regex, inline=False),
+    "numeric_match": Builtin(numeric_match, check_numeric_match),
+    "regex": Builtin(regex, check_regex, inline=False),
     "levenshtein": Builtin(levenshtein),
-    "lcs_ratio": Builtin(lcs_ratio, _check_unit),
+    "lcs_ratio": Builtin(lcs_ratio, check_lcs_ratio),
 }

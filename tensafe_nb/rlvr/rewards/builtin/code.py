@@ -1,4 +1,4 @@
-"""The reward "python_code": does the code in a response pass its tests?
+"""The reward "python_code": the code in a response, run against its tests.
 
 The code runs in a process of its own: isolated mode, an empty folder, no inherited environment, limits on time,
 memory, file size and processes, and no network where Linux lets an ordinary user take it away. THIS IS NOT A
@@ -69,20 +69,23 @@ def python_code(
         "seconds": timeout,
         "memory": memory_mb << 20,
     }
-    passed = _run(job, timeout)
+    passed = passed_tests(job, timeout)
     return passed / len(cases) if partial else float(passed == len(cases))
 
 
-def _check(*, timeout: float = 3.0, memory_mb: int = 512, **_: Any) -> None:
+def check_python_code(*, timeout: float = 3.0, memory_mb: int = 512, **_: Any) -> None:
     if timeout <= 0 or memory_mb < 64:
         raise ValidationError(
             f"python_code: timeout={timeout}, memory_mb={memory_mb}: expected timeout > 0 and memory_mb ≥ 64."
         )
 
 
-def _run(job: dict[str, Any], timeout: float) -> int:
+def passed_tests(job: dict[str, Any], timeout: float) -> int:
     """Return how many tests passed; files instead of pipes, so that nothing can keep us waiting."""
     token = secrets.token_hex(16)
+    # Of the environment, what Python needs to start, and nothing that could be a key of yours.
+    kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+    kept |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with (
         tempfile.TemporaryDirectory(prefix="tsnb-code-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as stdin,
@@ -96,7 +99,7 @@ def _run(job: dict[str, Any], timeout: float) -> int:
             stdout=verdict,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env=_environment(folder),
+            env=kept | {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder},
             start_new_session=True,
         )
         try:
@@ -104,7 +107,7 @@ def _run(job: dict[str, Any], timeout: float) -> int:
         except subprocess.TimeoutExpired:
             return 0
         finally:
-            _end(process)
+            end_group(process)
         if process.returncode == _CANNOT_RUN:
             raise RewardError(
                 "python_code: the process for the response could not be limited, so it was not run."
@@ -114,15 +117,8 @@ def _run(job: dict[str, Any], timeout: float) -> int:
     return int(said[1]) if len(said) == 2 and said[0] == token else 0
 
 
-def _environment(folder: str) -> dict[str, str]:
-    """Return an environment without your keys."""
-    kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
-    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return kept | one_thread | {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder}
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End it and what it started."""
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """End a process, what it started, and wait for it."""
     if sys.platform == "win32":
         process.kill()
     else:
@@ -133,4 +129,4 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-BUILTINS = {"python_code": Builtin(python_code, _check, inline=False)}
+BUILTINS = {"python_code": Builtin(python_code, check_python_code, inline=False)}

@@ -1,4 +1,4 @@
-"""What `python_code` starts: limits itself, runs a response's code and its tests, says how many passed.
+"""The program that `python_code` starts: limits itself, runs a response's code and its tests, says how many passed.
 
 A program, not a module: it runs alone, with `python -I`, and imports nothing of this package.
 """

@@ -1,4 +1,4 @@
-"""The reward "math": is the response's answer mathematically the right one? Needs tensafe_nb[math].
+"""The reward "math": the response's answer, compared with the right one as mathematics. Needs tensafe_nb[math].
 
 math-verify's own time limits use `signal.alarm`, which works in a main thread only (Math-Verify #50, #55), so
 they are off: a run's scoring processes have a clock of their own.
@@ -37,10 +37,11 @@ def math(prompt: str, response: str, meta: Meta = None, *, column: str = "answer
         ValidationError: The prompt has no such column, or there is no mathematics in it.
     """
     given = lone_number(response)
-    return float(any(_is_right(gold, given, response, column) for gold in answers_of(meta, column, "math")))
+    return float(any(is_right(gold, given, response, column) for gold in answers_of(meta, column, "math")))
 
 
-def _is_right(right: object, given: Number | None, response: str, column: str) -> bool:
+def is_right(right: object, given: Number | None, response: str, column: str) -> bool:
+    """Whether a response is right: as one number against another where both are, else by math-verify."""
     what = f"math: the column {as_given(column)} of this prompt"
     number = lone_number(right, whole=True) if isinstance(right, str) else gold_number(right, what)
     if number is not None and given is not None:

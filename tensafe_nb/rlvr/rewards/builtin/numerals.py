@@ -50,7 +50,11 @@ _REWRITTEN: tuple[
     ("\\", re.compile(r"(\\[dtc]?frac)\s?\{\s?-\s?(?=[\d.])"), r"-\1{"),
     ("\\", re.compile(r"\\[dtc]?frac\s?\{\s?([\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}"), r" \1/\2 "),
     ("\\", re.compile(r"\\[dtc]?frac\s?(\d)\s?(\d)(?!\d)"), r" \1/\2 "),
-    (_VULGAR, re.compile(f"[{_VULGAR}]"), lambda found: _vulgar(found[0])),
+    (
+        _VULGAR,
+        re.compile(f"[{_VULGAR}]"),
+        lambda found: plain_fraction(found[0]),
+    ),
     (
         "/",
         re.compile(r"([-+=(])[ ]{1,3}(?=\d{1,9}/)"),
@@ -69,6 +73,11 @@ _BOX = re.compile(r"\\f?boxed\s*")
 _MARKED = re.compile(r"####([^\n]*)")
 
 
+def plain_fraction(sign: str) -> str:
+    """Return ½ as 1/2."""
+    return f" {unicodedata.normalize('NFKD', sign).replace('⁄', '/')} "
+
+
 class Number(NamedTuple):
     """A number in a text, and where it stands in what was read."""
 
@@ -78,8 +87,8 @@ class Number(NamedTuple):
     end: int = 0
 
 
-class _Read(NamedTuple):
-    """A text as it was rewritten for reading, and its numbers."""
+class _ReadText(NamedTuple):
+    """A text as it was _rewritten for reading, and its numbers."""
 
     text: str
     numbers: list[Number]
@@ -87,7 +96,7 @@ class _Read(NamedTuple):
 
 def numbers_in(text: str, decimal: str = ".") -> list[Number]:
     """Return the numbers of a text, in their order."""
-    return _read(text, decimal).numbers
+    return read_text(text, decimal).numbers
 
 
 def final_number(text: str, decimal: str = ".") -> Number | None:
@@ -103,7 +112,7 @@ def lone_number(text: str, decimal: str = ".", *, whole: bool = False) -> Number
     """Return the final answer of a text if it is one number, not a part of an expression; `whole`: all of the text."""
     answer, marked = final_answer(text, decimal)
     marked = marked or whole
-    read = _read(_EMPHASIS.sub(r" \2 ", answer.replace("**", " ")), decimal)
+    read = read_text(_EMPHASIS.sub(r" \2 ", answer.replace("**", " ")), decimal)
     if not read.numbers:
         return None
     last = read.numbers[-1]
@@ -117,12 +126,16 @@ def lone_number(text: str, decimal: str = ".", *, whole: bool = False) -> Number
 def final_answer(text: str, decimal: str = ".") -> tuple[str, bool]:
     r"""Return the part of a text that gives its answer, and whether \boxed, <answer> or #### marks it."""
     marked = False
-    for find in (_boxed, _tagged):
+    for find in (boxed, tagged):
         if (found := find(text)) is not None:
             text, marked = found, True
     for line in reversed(_MARKED.findall(text)):
-        numbers = _read(line, decimal)
-        if len(numbers.numbers) == 1 and not re.search(r"\w", _without(numbers)):
+        numbers = read_text(line, decimal)
+        if len(numbers.numbers) != 1:
+            continue
+        (number,) = numbers.numbers
+        around = numbers.text[: number.start] + numbers.text[number.end :]
+        if not re.search(r"\w", around):
             return line, True
     return text, marked
 
@@ -139,7 +152,7 @@ def gold_number(value: Any, what: str, decimal: str = ".") -> Number:
         ValidationError: It is no number, or could be two.
     """
     if isinstance(value, str):
-        return _gold_text(value, what, decimal)
+        return gold_text(value, what, decimal)
     value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
     if not isinstance(value, bool) and isinstance(value, Real | Decimal) and math.isfinite(value):
         exact = isinstance(value, Rational | Decimal)
@@ -148,9 +161,10 @@ def gold_number(value: Any, what: str, decimal: str = ".") -> Number:
 
 
 @functools.lru_cache(maxsize=1024)  # each group of rollouts has one
-def _gold_text(text: str, what: str, decimal: str) -> Number:
+def gold_text(text: str, what: str, decimal: str) -> Number:
+    """Read the right answer from a text; see `gold_number`."""
     answer, _ = final_answer(text, decimal)
-    read = _read(answer, decimal)
+    read = read_text(answer, decimal)
     if not read.numbers:
         raise ValidationError(f"{what} holds no number: {text[:80]!r}.")
     if _EXPRESSION.search(read.text):
@@ -185,15 +199,15 @@ def same(a: Number, b: Number, rel_tol: float, abs_tol: float) -> bool:
     return any(abs(x - y) <= max(relative * max(abs(x), abs(y)), absolute) for x, y in pairs)
 
 
-def _boxed(text: str) -> str | None:
+def boxed(text: str) -> str | None:
     r"""Return what the last \boxed{…} with anything in it holds."""
     for box in reversed(list(_BOX.finditer(text))):
-        if inside := _inside(text, box.end()).strip():
+        if inside := in_braces(text, box.end()).strip():
             return inside
     return None
 
 
-def _inside(text: str, start: int) -> str:
+def in_braces(text: str, start: int) -> str:
     """Return what stands in the braces at a place; of braces that are cut off, the rest; of none, the line."""
     if not text.startswith("{", start):
         return text[start:].split("\n", 1)[0]
@@ -205,48 +219,44 @@ def _inside(text: str, start: int) -> str:
     return text[start + 1 :]
 
 
-def _tagged(text: str) -> str | None:
+def tagged(text: str) -> str | None:
     """Return what the last <answer>…</answer> with anything in it holds."""
     return next((inside for inside in reversed(_TAGGED.findall(text)) if inside.strip()), None)
 
 
-def _without(read: _Read) -> str:
-    (number,) = read.numbers
-    return read.text[: number.start] + read.text[number.end :]
-
-
 def _rewritten(text: str) -> str:
+    """Return a text with TeX and typographic signs as plain ones; only patterns whose sign occurs are tried."""
     for signs, pattern, by in _REWRITTEN:
         if any(sign in text for sign in signs):
             text = pattern.sub(by, text)
     return text
 
 
-def _vulgar(sign: str) -> str:
-    parts = unicodedata.normalize("NFKD", sign).split("⁄")
-    return f" {parts[0]}/{parts[1]} "
-
-
 _SWAPPED = str.maketrans(",.", ".,")
 
 
-def _read(text: str, decimal: str) -> _Read:
+def read_text(text: str, decimal: str) -> _ReadText:
+    """Find the numbers of a text, from left to right."""
     text = _rewritten(text)
     if decimal == ",":
         text = text.translate(_SWAPPED)
     numbers: list[Number] = []
     at = 0
     while (found := _NUMBER.search(text, at)) is not None:
-        value, at = _value(text, found)
+        value, at = value_at(text, found)
         if value is not None:
             percent = found["percent"] is not None and at == found.end()
             numbers.append(Number(-value if found["sign"] == "-" else value, percent, found.start(), at))
-    return _Read(text, numbers)
+    return _ReadText(text, numbers)
 
 
-def _value(text: str, found: re.Match[str]) -> tuple[Fraction | None, int]:
+def value_at(text: str, found: re.Match[str]) -> tuple[Fraction | None, int]:
     """Return the value of a match, None where it has none, and where reading goes on."""
-    if found.end() - found.start() > MAX_DIGITS or any(map(_too_large, found.group("number", "below"))):
+    if found.end() - found.start() > MAX_DIGITS or any(
+        abs(int(exponent)) > _MAX_EXPONENT
+        for plain in found.group("number", "below")
+        for exponent in re.split("[eE]", plain or "")[1:]
+    ):
         return None, found.end()
     value, alone = _plain(found["number"]), found.end("number")
     if found["ten"] is not None:
@@ -269,11 +279,6 @@ def _value(text: str, found: re.Match[str]) -> tuple[Fraction | None, int]:
             return value, alone
         return value + Fraction(top, bottom), found.end()
     return value, found.end()
-
-
-def _too_large(plain: str | None) -> bool:
-    exponent = re.search(r"[eE](.*)", plain or "")
-    return exponent is not None and abs(int(exponent[1])) > _MAX_EXPONENT
 
 
 def _plain(text: str) -> Fraction:

@@ -38,20 +38,21 @@ def json_schema(
     """
     import jsonschema  # type: ignore[import-untyped, unused-ignore]
 
-    wanted = _schema_of(meta, column) if schema is None else schema
+    wanted = schema_of(meta, column) if schema is None else schema
     block = fenced(response, "json")
     try:
-        value = json.loads(response if block is None else block, parse_constant=_no_json)
+        value = json.loads(response if block is None else block, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return 0.0
     return 1.0 if jsonschema.validators.validator_for(wanted)(wanted).is_valid(value) else partial
 
 
-def _no_json(constant: str) -> None:
+def refuse_constant(constant: str) -> None:
+    """Refuse NaN and Infinity, which Python's reader would take."""
     raise ValueError(f"{constant} is Python's, not JSON's")
 
 
-def _schema_of(meta: Meta, column: str) -> Any:
+def schema_of(meta: Meta, column: str) -> Any:
     """Return a prompt's own schema: a mapping, or the JSON text of one."""
     given = column_of(meta, column, "json_schema")
     try:
@@ -60,11 +61,11 @@ def _schema_of(meta: Meta, column: str) -> Any:
         raise ValidationError(
             f"json_schema: the column {as_given(column)} of this prompt is no JSON ({error})."
         ) from error
-    _check_json_schema(schema=schema)
+    check_json_schema(schema=schema)
     return schema
 
 
-def _check_json_schema(*, schema: Mapping[str, Any] | None = None, **_: Any) -> None:
+def check_json_schema(*, schema: Mapping[str, Any] | None = None, **_: Any) -> None:
     if schema is None:
         return
     import jsonschema
@@ -115,7 +116,7 @@ def countdown(
         raise ValidationError(f"{what.format(numbers)} holds {as_given(given)}, expected a list of numbers.")
     allowed = Counter(gold_number(number, what.format(numbers)).value for number in given)
     aim = gold_number(column_of(meta, target, "countdown"), what.format(target)).value
-    read = _expression(response)
+    read = expression_in(response)
     if read is None:
         return 0.0
     value, used = read
@@ -124,7 +125,7 @@ def countdown(
     return 1.0 if value == aim else partial
 
 
-def _expression(response: str) -> tuple[Fraction | None, Counter[Fraction]] | None:
+def expression_in(response: str) -> tuple[Fraction | None, Counter[Fraction]] | None:
     """Return the value (None of a division by zero) and the numbers of the response's expression."""
     lines = final_answer(response)[0].strip().splitlines()
     text = lines[-1].split("=")[0] if lines else ""
@@ -136,30 +137,36 @@ def _expression(response: str) -> tuple[Fraction | None, Counter[Fraction]] | No
     used: Counter[Fraction] = Counter()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     try:
-        return _value(ast.parse(text, mode="eval").body, used), used
+        return value_of(ast.parse(text, mode="eval").body, used), used
     except ZeroDivisionError:
         return None, used
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
-def _value(node: ast.expr, used: Counter[Fraction]) -> Fraction:
+def value_of(node: ast.expr, used: Counter[Fraction]) -> Fraction:
+    """Compute an expression exactly, and count the numbers it uses.
+
+    Raises:
+        ValueError: There is something else in it.
+        ZeroDivisionError: It divides by 0.
+    """
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             used[Fraction(repr(number))] += 1
             return Fraction(repr(number))
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _value(left, used) + _value(right, used)
+            return value_of(left, used) + value_of(right, used)
         case ast.BinOp(left=left, op=ast.Sub(), right=right):
-            return _value(left, used) - _value(right, used)
+            return value_of(left, used) - value_of(right, used)
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            return _value(left, used) * _value(right, used)
+            return value_of(left, used) * value_of(right, used)
         case ast.BinOp(left=left, op=ast.Div(), right=right):
-            return _value(left, used) / _value(right, used)
+            return value_of(left, used) / value_of(right, used)
     raise ValueError("neither a number nor one of + - * /")
 
 
 BUILTINS = {
-    "json_schema": Builtin(json_schema, _check_json_schema, inline=False),
+    "json_schema": Builtin(json_schema, check_json_schema, inline=False),
     "countdown": Builtin(countdown),
 }

@@ -37,11 +37,12 @@ def overlong(
     Raises:
         ValidationError: Tokens are to be counted and were not given.
     """
+    # r = 0, −excess / cache or −1, as the length is below L − cache, up to L, or above L = max_length
     excess = _length("overlong", response, tokens, unit) - (max_length - cache)
     return -min(max(excess / cache, 0.0), 1.0) or 0.0  # no negative zero
 
 
-def _check_overlong(*, max_length: int, cache: int, unit: str = "tokens", **_: Any) -> None:
+def check_overlong(*, max_length: int, cache: int, unit: str = "tokens", **_: Any) -> None:
     _check_unit("overlong", unit)
     if not 0 < cache < max_length:
         raise ValidationError(
@@ -79,7 +80,7 @@ def length_penalty(
     return max(-slope * excess, floor) or 0.0
 
 
-def _check_length_penalty(
+def check_length_penalty(
     *, free: int = 0, slope: float = 0.001, floor: float = -1.0, unit: str = "tokens", **_: Any
 ) -> None:
     _check_unit("length_penalty", unit)
@@ -125,12 +126,12 @@ def format_compliance(
     """
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
     once = [response.count(mark) == 1 for mark in marks]
-    if all(once) and _in_order(response, marks):
+    if all(once) and in_order(response, marks):
         return 1.0
     return 0.5 * sum(once) / len(once) if partial else 0.0
 
 
-def _in_order(response: str, marks: Sequence[str]) -> bool:
+def in_order(response: str, marks: Sequence[str]) -> bool:
     """Whether the marks follow each other, with text inside the pairs only."""
     inside, rest = False, response
     for mark in marks:
@@ -141,7 +142,7 @@ def _in_order(response: str, marks: Sequence[str]) -> bool:
     return not rest.strip()
 
 
-def _check_format(*, tags: Sequence[str] = ("think",), **_: Any) -> None:
+def check_format_compliance(*, tags: Sequence[str] = ("think",), **_: Any) -> None:
     if (
         isinstance(tags, str)
         or not tags
@@ -167,11 +168,12 @@ def repetition(
         max_penalty: For nothing but repetition; 0 or less.
     """
     words = response.lower().split()
+    # r = p (1 − distinct / all)
     grams = [tuple(words[start : start + ngram]) for start in range(len(words) - ngram + 1)]
     return (1 - len(set(grams)) / len(grams)) * max_penalty or 0.0 if grams else 0.0
 
 
-def _check_repetition(*, ngram: int = 3, max_penalty: float = -1.0) -> None:
+def check_repetition(*, ngram: int = 3, max_penalty: float = -1.0) -> None:
     if ngram < 1 or max_penalty > 0:
         raise ValidationError(
             f"repetition: ngram={ngram}, max_penalty={max_penalty}: expected ngram ≥ 1 and max_penalty ≤ 0."
@@ -179,8 +181,8 @@ def _check_repetition(*, ngram: int = 3, max_penalty: float = -1.0) -> None:
 
 
 BUILTINS = {
-    "overlong": Builtin(overlong, _check_overlong),
-    "length_penalty": Builtin(length_penalty, _check_length_penalty),
-    "format_compliance": Builtin(format_compliance, _check_format),
-    "repetition": Builtin(repetition, _check_repetition),
+    "overlong": Builtin(overlong, check_overlong),
+    "length_penalty": Builtin(length_penalty, check_length_penalty),
+    "format_compliance": Builtin(format_compliance, check_format_compliance),
+    "repetition": Builtin(repetition, check_repetition),
 }

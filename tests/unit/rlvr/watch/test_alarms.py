@@ -350,7 +350,7 @@ def how_many_raise_it(rewards):
     for run in rewards:
         memory = Memory()
         for number, reward in enumerate(run.tolist(), 1):
-            memory._take_ten(reward)
+            memory.take_reward(reward)
             if number % TEN == 0 and reward_fell(memory, {}, None) is not None:
                 count += 1
                 break

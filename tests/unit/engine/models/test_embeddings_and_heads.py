@@ -1,4 +1,4 @@
-"""What an adapter may do to embeddings and heads, rows for new tokens, and exports that are whole or not there."""
+"""Embeddings and heads under an adapter, and rows for new tokens: trained, checkpointed, exported, read again."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,8 @@ import torch
 import transformers
 
 import tensafe_nb as tn
-from tensafe_nb.core import export
 from tensafe_nb.engine.models import load as models
-from tensafe_nb.engine.sampling import decoding
-from tests.unit.engine.test_loading import CONFIGS, SHAPE, load, saved
+from tests.unit.engine.models.test_reading import CONFIGS, SHAPE, load, saved
 
 BATCH = {"input_ids": [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]}
 KINDS = {
@@ -227,86 +225,3 @@ def test_a_module_cannot_be_adapted_and_trained_whole() -> None:
         tn.LoRAConfig(target_modules=("lm_head",), modules_to_save=("lm_head",))
     with pytest.raises(tn.ValidationError, match="a string is a regular expression, and this is none"):
         tn.LoRAConfig(target_modules="*proj")
-
-
-@pytest.mark.parametrize("shape", ["mamba", "mamba2"])
-def test_state_space_models_are_sampled_as_they_are_scored(
-    shape: str, service: tn.ServiceClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = saved(tmp_path / "m", CONFIGS[shape]())
-    tc = service.create_training_client(
-        model_ref=str(folder), dtype="float32", lora_config=tn.LoRAConfig(rank=2)
-    )
-    assert tc.forward_backward(BATCH).result().loss > 0
-    tc.optim_step()
-    prompts = [[5, 6, 7, 8], [9], [10, 11]]
-    drawn = tc.sample(prompts, max_new_tokens=4, num_samples=2, seed=3).result().sequences
-    assert "sampled without a cache" in caplog.text
-    for row in drawn:
-        ids = [*row.prompt_tokens, *row.tokens]
-        scored = tc.compute_logprobs({"input_ids": [ids]}).result().logprobs[0]
-        ours = torch.tensor(row.raw_logprobs)
-        expected = torch.tensor(scored[len(row.prompt_tokens) - 1 : len(ids) - 1])
-        assert torch.allclose(ours, expected, atol=1e-4)
-    alone = tc.sample([prompts[1]], max_new_tokens=4, num_samples=2, seed=3).result().sequences
-    assert [row.tokens for row in alone] == [row.tokens for row in drawn if row.prompt_tokens == (9,)]
-
-
-@pytest.mark.parametrize("shape", [name for name in CONFIGS if not name.startswith("mamba")])
-def test_other_shapes_keep_their_cache(shape: str, tmp_path: Path) -> None:
-    model = load(saved(tmp_path / "m", CONFIGS[shape]()))
-    assert decoding._cache_works(model)
-
-
-def test_an_export_that_fails_leaves_nothing_and_says_why(
-    service: tn.ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
-    state = tc.save_state().result().artifact_id
-    write = export.write_folder
-
-    def fail(error: Exception) -> Any:
-        def written(*args: Any, **options: Any) -> None:
-            write(*args, **options)
-            raise error
-
-        return written
-
-    for error in (
-        OSError(28, "No space left on device"),
-        UnboundLocalError("active_adapters"),
-        RuntimeError("odd"),
-    ):
-        monkeypatch.setattr(export, "write_folder", fail(error))
-        with pytest.raises(tn.StorageError, match=r"cannot be written \(.*Nothing is left of it"):
-            service.export_adapter(state, tmp_path / "new" / "deeper" / "out", merged=True)
-        assert not (tmp_path / "new").exists()
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(tn.StorageError):
-            service.export_adapter(state, tmp_path / "empty")
-        assert list((tmp_path / "empty").iterdir()) == []
-    assert [p.name for p in tmp_path.iterdir() if "exporting" in p.name] == []
-    monkeypatch.setattr(export, "write_folder", write)
-    assert service.export_adapter(state, tmp_path / "new" / "deeper" / "out").is_dir()
-    assert (service.export_adapter(state, tmp_path / "empty") / "adapter_config.json").is_file()
-
-
-def test_an_export_has_its_name_only_once_it_is_whole(
-    service: tn.ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
-    state = tc.save_state().result().artifact_id
-    seen: list[bool] = []
-    write = export.write_folder
-    monkeypatch.setattr(
-        export,
-        "write_folder",
-        lambda *args, **options: (write(*args, **options), seen.append((tmp_path / "out").exists())),
-    )
-    service.export_adapter(state, tmp_path / "out", merged=True)
-    assert seen == [False]
-    with pytest.raises(tn.ValidationError, match="not an empty folder"):
-        service.export_adapter(state, tmp_path / "out")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export, "write_folder", write)
-    assert service.export_adapter(state, "relative").resolve() == tmp_path / "relative"

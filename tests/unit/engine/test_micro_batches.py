@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensafe_nb as tn
-from tensafe_nb.engine import micro_batches as pieces
+from tensafe_nb.engine import micro_batches
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.losses import resolve_loss
 from tests.close import assert_close
@@ -30,7 +30,7 @@ def cost(divided: list[np.ndarray], lengths: list[int], overhead: int) -> int:
 def test_every_row_is_in_one_piece_and_no_piece_holds_too_much(
     lengths: list[int], most: int, overhead: int, left: bool
 ) -> None:
-    divided = pieces.by_length(padded(lengths, left=left), most, overhead)
+    divided = micro_batches.by_length(padded(lengths, left=left), most, overhead)
     assert sorted(np.concatenate(divided)) == list(range(len(lengths)))
     for rows in divided:
         assert list(rows) == sorted(rows)
@@ -39,7 +39,7 @@ def test_every_row_is_in_one_piece_and_no_piece_holds_too_much(
 
 @given(LENGTHS, st.integers(1, 100), st.integers(0, 50))
 def test_no_other_division_of_the_rows_costs_less(lengths: list[int], most: int, overhead: int) -> None:
-    found = cost(pieces.by_length(padded(lengths), most, overhead), lengths, overhead)
+    found = cost(micro_batches.by_length(padded(lengths), most, overhead), lengths, overhead)
     for labels in itertools.product(range(len(lengths)), repeat=len(lengths)):
         if len(lengths) > 5:
             return  # too many ways
@@ -50,18 +50,18 @@ def test_no_other_division_of_the_rows_costs_less(lengths: list[int], most: int,
 
 def test_rows_of_like_length_come_together_and_one_piece_is_kept_where_pieces_cost_more() -> None:
     mask = padded([4, 40, 5, 39])
-    assert [list(rows) for rows in pieces.by_length(mask, 1_000, overhead=10)] == [[0, 2], [1, 3]]
-    assert [list(rows) for rows in pieces.by_length(mask, 1_000, overhead=100)] == [[0, 1, 2, 3]]
+    assert [list(rows) for rows in micro_batches.by_length(mask, 1_000, overhead=10)] == [[0, 2], [1, 3]]
+    assert [list(rows) for rows in micro_batches.by_length(mask, 1_000, overhead=100)] == [[0, 1, 2, 3]]
 
 
 def test_a_batch_padded_on_both_sides_is_divided_by_its_width() -> None:
     mask = np.array([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0]])
-    assert [len(rows) for rows in pieces.by_length(mask, 8, overhead=0)] in ([1, 2], [2, 1], [1, 1, 1])
+    assert [len(rows) for rows in micro_batches.by_length(mask, 8, overhead=0)] in ([1, 2], [2, 1], [1, 1, 1])
 
 
 def test_the_further_piece_costs_a_large_model_few_tokens_and_an_accelerator_many() -> None:
-    small, large = (pieces.overhead_in_tokens(n, accelerator=False) for n in (1_700_000, 135_000_000))
-    assert 25 < large < small < 100 < pieces.overhead_in_tokens(1_700_000, accelerator=True)
+    small, large = (micro_batches.overhead_in_tokens(n, accelerator=False) for n in (1_700_000, 135_000_000))
+    assert 25 < large < small < 100 < micro_batches.overhead_in_tokens(1_700_000, accelerator=True)
 
 
 # through the engine
@@ -78,14 +78,17 @@ def ragged() -> tn.BatchData:
 
 
 def shapes(engine: Engine, loss: str, batch: tn.BatchData) -> list[tuple[int, ...]]:
-    return [part.shape for _, part in engine.micro_batches(batch, resolve_loss(loss), lambda *_: None)]
+    return [
+        part.shape
+        for _, part in engine.forward_pass.micro_batches(batch, resolve_loss(loss), lambda *_: None)
+    ]
 
 
 def test_a_ragged_batch_computes_little_padding_and_gives_the_same_loss_and_gradient(engine: Engine) -> None:
     batch, loss, found = ragged(), resolve_loss("token_ce"), []
     assert shapes(engine, "token_ce", batch) == [(4, 9), (2, 60)]
-    for overhead in (10**6, engine._overhead):
-        engine._overhead = overhead
+    for overhead in (10**6, engine.forward_pass.overhead):
+        engine.forward_pass.overhead = overhead
         result = engine.forward_backward(batch, loss)
         found.append((result, torch.cat([p.grad.flatten() for p in engine.parameters if p.grad is not None])))
         engine.discard_gradients()

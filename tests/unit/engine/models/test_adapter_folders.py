@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tensafe_nb as tn
 from tensafe_nb.engine.models import load as models
-from tests.unit.engine.test_loading import CONFIGS, edited, load, refusal, saved, with_tokenizer
+from tests.unit.engine.models.test_reading import CONFIGS, edited, load, refusal, saved, with_tokenizer
 
 pytestmark = [  # PEFT's own business
     pytest.mark.filterwarnings("ignore::FutureWarning:peft"),
@@ -339,6 +339,6 @@ def test_the_adapter_of_a_hub_id_that_was_downloaded_is_loaded_without_network(
     base = saved(tmp_path / "base", CONFIGS["llama"]())
     plain = adapter(tmp_path / "adapter", base)
     monkeypatch.setattr(
-        models, "_at_hand", lambda hub_id: str(tmp_path / "adapter") if hub_id == "org/lora" else hub_id
+        models, "at_hand", lambda hub_id: str(tmp_path / "adapter") if hub_id == "org/lora" else hub_id
     )
     assert torch.allclose(logits(load("org/lora")), logits(plain), rtol=1e-5)

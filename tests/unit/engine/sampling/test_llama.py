@@ -119,7 +119,7 @@ def test_a_body_without_the_parts_that_are_asked_for_is_left_to_transformers(
 
 def test_a_model_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    monkeypatch.setattr(llama, "_says_the_same", lambda model: bool(tried.append(model)))
+    monkeypatch.setattr(llama, "says_the_same", lambda model: bool(tried.append(model)))
     model = loaded(FITTING["llama"])
     decoded(model, samples=1), decoded(model, samples=1)
     assert len(tried) == 1

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tensafe_nb as tn
-from tensafe_nb.engine import private_step as private
+from tensafe_nb.engine import unit_gradients
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError, PrivacyUnitError, ValidationError
 from tensafe_nb.losses import resolve_loss
@@ -98,8 +98,7 @@ def test_gradients_are_told_apart_in_one_pass_where_that_is_exact(random_model: 
     def way(shape: str, lora: Any) -> tuple[str, ...]:
         engine = engine_of(random_model, shape, lora=lora)
         clipped_sum(engine, examples(LENGTHS))
-        assert engine.private is not None
-        return engine.private.ways
+        return engine.training_step.gradients.ways
 
     adapters = tn.LoRAConfig(rank=4, target_modules=("q_proj", "v_proj"))
     assert {way(shape, None) for shape in ("llama", "qwen2", "gemma2", "phi", "gpt2")} == {("book-keeping",)}
@@ -113,7 +112,7 @@ def test_dropout_is_no_reason_to_go_one_at_a_time(lora: Any, random_model: Any) 
     options = {"lora": tn.LoRAConfig(rank=4, dropout=0.3)} if lora is None else {"lora": False}
     engine = engine_of(random_model, "llama", **options)
     clipped_sum(engine, examples(LENGTHS))
-    assert engine.private is not None and "one at a time" not in engine.private.ways
+    assert "one at a time" not in engine.training_step.gradients.ways
 
 
 def test_all_rows_of_a_unit_are_added_up_before_they_are_clipped() -> None:
@@ -129,7 +128,7 @@ def test_a_unit_larger_than_a_micro_batch_is_still_clipped_whole(monkeypatch: py
     batch = examples((6, 7, 8, 5), unit_ids=np.array([1, 2, 1, 1]))
     expected = clipped_sum(whole, batch)
     size = sum(p.numel() for p in whole.parameters)
-    monkeypatch.setattr(private, "MAX_GRADIENTS", 2 * size)
+    monkeypatch.setattr(unit_gradients, "MAX_GRADIENTS", 2 * size)
     assert_close(clipped_sum(private_engine(dp={"max_grad_norm": C}), batch), expected)
 
 
@@ -140,7 +139,7 @@ def test_a_scalar_loss_is_taken_one_example_at_a_time() -> None:
     engine, batch = private_engine(dp={"max_grad_norm": C}), examples(LENGTHS)
     found = clipped_sum(engine, batch, loss=resolve_loss(mean_loss))
     assert_close(found, clipped_sum(engine, batch))
-    assert engine.private is not None and engine.private.ways == ("book-keeping", "one at a time")
+    assert engine.training_step.gradients.ways == ("book-keeping", "one at a time")
 
 
 def test_a_loss_whose_rows_are_coupled_is_refused() -> None:
@@ -175,7 +174,7 @@ def test_pairs_belong_to_one_unit() -> None:
     with pytest.raises(PrivacyUnitError, match="must belong to one privacy unit"):
         engine.forward_backward(examples((4, 4)), ranking)
     engine.forward_backward(examples((4, 4, 5, 5), unit_ids=np.array([0, 0, 1, 1])), ranking)
-    assert engine.private is not None and engine.private._sum.norms.units == 2
+    assert engine.training_step.sum.norms.units == 2
 
 
 def test_a_row_that_is_not_finite_counts_as_zero_and_the_step_is_not_skipped() -> None:
@@ -215,8 +214,7 @@ def poisson() -> Engine:
 
 
 def account_of(engine: Engine) -> CountingAccount:
-    assert engine.private is not None
-    account: Any = engine.private._account
+    account: Any = engine.training_step.account
     return account  # type: ignore[no-any-return]
 
 
@@ -386,7 +384,7 @@ def test_layers_that_remember_rows_are_refused() -> None:
 
 def test_a_weight_that_the_optimiser_does_not_know_is_refused() -> None:
     engine = Engine(tn.TrainingConfig(dp_config=tn.DPConfig(sampling="worst_case")))
-    engine.optimizer.param_groups[0]["params"].pop()
+    engine.optimizer.torch.param_groups[0]["params"].pop()
     with pytest.raises(PrivacyUnitError, match="the optimiser does not know it"):
         engine.train_privately(CountingAccount(), CLIENT)
 

@@ -8,7 +8,8 @@ import torch
 
 import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.sampling import sampler as sampling
+from tensafe_nb.engine.models.load import ASSETS
+from tensafe_nb.engine.sampling import sampler
 from tests.close import assert_close
 from tests.conftest import ARCHITECTURES
 
@@ -68,7 +69,7 @@ def test_sampler_and_training_logprobs_agree(engine: Engine) -> None:
 def test_no_hidden_top_k_narrows_what_is_drawn() -> None:
     logits = torch.zeros(5000, 1000)
     uniforms = torch.from_numpy(np.random.default_rng(0).random(5000))
-    tokens, logprobs, _, entropy = sampling._draw(logits, tn.SamplingConfig(), uniforms)
+    tokens, logprobs, _, entropy = sampler.draw(logits, tn.SamplingConfig(), uniforms)
     assert len(tokens.unique()) > 900
     assert torch.allclose(entropy, torch.tensor(np.log(1000), dtype=torch.float32))
     assert torch.allclose(logprobs, torch.tensor(-np.log(1000), dtype=torch.float32))
@@ -83,7 +84,7 @@ def test_frequencies_follow_the_distribution_cut_by_top_k_and_top_p() -> None:
         (tn.SamplingConfig(top_p=0.5), [1, 0, 0, 0]),
         (tn.SamplingConfig(temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365),
     ]:
-        tokens, logprobs, raw, entropy = sampling._draw(logits, config, uniforms)
+        tokens, logprobs, raw, entropy = sampler.draw(logits, config, uniforms)
         kept = np.array([p for p in expected if p > 0])
         assert np.allclose(entropy.numpy(), -(kept * np.log(kept)).sum(), atol=1e-5)
         shares = torch.bincount(tokens, minlength=4) / len(tokens)
@@ -93,8 +94,8 @@ def test_frequencies_follow_the_distribution_cut_by_top_k_and_top_p() -> None:
 
 
 def test_uniforms_look_uniform_and_independent_of_their_neighbours() -> None:
-    rows = [sampling._Row(0, (1,), seed) for seed in range(2000)]
-    columns = np.stack([sampling._uniforms(rows, position).numpy() for position in range(20)])
+    rows = [sampler.Completion(0, (1,), seed) for seed in range(2000)]
+    columns = np.stack([sampler.uniforms_at(rows, position).numpy() for position in range(20)])
     assert abs(columns.mean() - 0.5) < 0.01
     assert abs(columns.var() - 1 / 12) < 0.005
     assert abs(np.corrcoef(columns[:-1].ravel(), columns[1:].ravel())[0, 1]) < 0.02
@@ -173,7 +174,7 @@ def test_a_text_the_tokenizer_cannot_read_is_named() -> None:
 
 def test_prompts_that_take_turns_get_the_same_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     together = draw(engine, num_samples=2)
-    monkeypatch.setattr(sampling, "TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(sampler, "TOKENS_AT_ONCE", 1)
     assert [s.tokens for s in draw(engine, num_samples=2)] == [s.tokens for s in together]
 
 
@@ -188,12 +189,11 @@ CHATML = (
 @pytest.fixture(scope="module")
 def of_a_base_model(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """A model whose tokenizer ends texts with one token, and whose chat template ends turns with another."""
-    from pathlib import Path
 
     import transformers
 
     folder = tmp_path_factory.mktemp("base")
-    assets = Path(sampling.__file__).parent / "assets" / "tiny"
+    assets = ASSETS / "tiny"
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
@@ -222,7 +222,7 @@ def says(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         token = torch.full((len(logits),), next(drawn))
         return token, *[torch.zeros(len(logits))] * 3  # their logprobs, and the entropy
 
-    monkeypatch.setattr(sampling, "_draw", draw)
+    monkeypatch.setattr(sampler, "draw", draw)
 
 
 def test_an_answer_stops_at_the_templates_end_of_turn_and_a_text_goes_on(

@@ -15,7 +15,7 @@ import tensafe_nb as tn
 from tensafe_nb.engine.models import gguf
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.load import ASSETS
-from tests.unit.engine.test_models import write_gguf
+from tests.unit.engine.models.test_gguf import write_gguf
 
 Weights = dict[str, torch.Tensor]
 SHAPE = {
@@ -331,17 +331,17 @@ def test_a_client_of_a_folder_that_is_not_whole_is_in_error_with_the_names(
 def test_a_gguf_file_that_lacks_a_weight_is_refused_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.unit.engine import test_models
+    from tests.unit.engine.models import test_gguf
 
-    tensors = test_models._tensors
+    tensors = test_gguf._tensors
     monkeypatch.setattr(
-        test_models, "_tensors", lambda heads: (t for t in tensors(heads) if t[0] != "blk.1.ffn_up.weight")
+        test_gguf, "_tensors", lambda heads: (t for t in tensors(heads) if t[0] != "blk.1.ffn_up.weight")
     )
     path = write_gguf(tmp_path / "lacking.gguf")
     with pytest.raises(tn.ModelLoadError, match=r"model.layers.1.mlp.up_proj.weight") as caught:
         gguf.converted(path)
     assert caught.value.details["missing"] == ["model.layers.1.mlp.up_proj.weight"]
-    assert test_models.folders() == []
+    assert test_gguf.folders() == []
 
 
 def test_an_old_checkpoint_with_buffers_that_transformers_knows_to_ignore_is_loaded(tmp_path: Path) -> None:

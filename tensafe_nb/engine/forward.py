@@ -1,0 +1,186 @@
+"""The forward pass of the model in training: both kinds of step, scoring and the step estimate compute with it."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.engine import micro_batches
+from tensafe_nb.engine.accumulation import Tick
+from tensafe_nb.engine.models import inputs
+from tensafe_nb.engine.models.load import GLOBAL_RANDOM, LoadedModel
+from tensafe_nb.losses import Loss, LossOutputs
+from tensafe_nb.losses.base import Declaration, LossValue
+from tensafe_nb.losses.views import chunk_rows
+from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
+
+SCORING = Declaration(per_row=True)  # each row by itself: what a pass without a loss computes
+
+
+class ForwardPass:
+    """From a batch to what a loss sees: micro-batches, tensors on the device, hidden states, logits where labelled.
+
+    Args:
+        model: The model.
+        config: Of the training client.
+
+    Attributes:
+        micro_batch_tokens: What is computed at once, padding included.
+        has_dropout: Whether training draws random numbers.
+        random: The states of the dropout streams, by kind of device.
+        looks_ahead: Whether what comes behind a token changes what the model says at it.
+        overhead: What a further micro-batch costs, in tokens.
+    """
+
+    def __init__(self, model: LoadedModel, config: TrainingConfig) -> None:
+        self.model, self.micro_batch_tokens = model, config.micro_batch_tokens
+        self._model_ref = config.model_ref
+        self.has_dropout = model.has_dropout
+        self.random = {"cpu": torch.Generator().manual_seed(config.seed).get_state()}
+        if model.device.type == "cuda":
+            self.random["cuda"] = torch.Generator(model.device).manual_seed(config.seed).get_state()
+        self.looks_ahead = inputs.looks_ahead(model)
+        self.overhead = micro_batches.overhead_in_tokens(
+            sum(p.numel() for p in model.causal.parameters()), accelerator=model.device.type != "cpu"
+        )
+        head = model.causal.get_output_embeddings()
+        self._head_is_frozen = not any(p.requires_grad for p in head.parameters())
+
+    def check(self, batch: BatchData) -> None:
+        """Refuse tokens outside the vocabulary and rows longer than the context."""
+        inputs.check_batch(batch, self.model, self._model_ref)
+
+    def micro_batches(
+        self, batch: BatchData, loss: Loss | None, tick: Tick
+    ) -> Iterator[tuple[Array, BatchData]]:
+        """Yield (row numbers, rows) in pieces of at most `micro_batch_tokens`, padding cut off.
+
+        Where the loss sees each row by itself, rows of like length come together; others stay in their order.
+        """
+        declares = SCORING if loss is None else loss.declares
+        count, columns = batch.shape
+        most = self.micro_batch_tokens
+        if declares.per_row:
+            pieces = micro_batches.by_length(batch.attention_mask, most, self.overhead)
+        else:
+            size = declares.rows_at_a_time(count, fitting=most // columns)
+            pieces = np.split(np.arange(count), range(size, count, size))
+        done = 0
+        for rows in pieces:
+            tick(done, count)
+            done += len(rows)
+            part = batch.take(rows)
+            if declares.per == "row" or (part.labels != IGNORE).any():
+                yield rows, part
+
+    def tensors(self, part: BatchData, batch: BatchData) -> dict[str, Tensor]:
+        """Return what a loss may read: labels and per-token extras flattened to the N labelled positions."""
+        device = self.model.device
+        labelled = part.labels != IGNORE  # (B, T)
+        # padding may be a token of no model: its embedding is never attended to, and must only exist
+        foreign = (part.attention_mask == 0) & (part.input_ids >= self.model.vocab_size)
+        tensors = {
+            "input_ids": torch.from_numpy(np.where(foreign, 0, part.input_ids)).to(device),
+            "attention_mask": torch.from_numpy(part.attention_mask).to(device),
+            "labels": torch.from_numpy(part.labels[labelled]).to(device),  # (N,)
+            "sequence_index": torch.from_numpy(labelled.nonzero()[0]).to(device),  # (N,)
+        }
+        for name, value in part.extras.items():
+            if value.dtype.kind in "iufb":
+                flat = value[labelled] if batch.per_token(name) else value
+                flat = flat.astype(np.float32) if flat.dtype.kind == "f" else flat
+                tensors[name] = torch.from_numpy(np.ascontiguousarray(flat)).to(device)
+        return tensors
+
+    def outputs(
+        self,
+        part: BatchData,
+        tensors: Mapping[str, Tensor],
+        *,
+        whole_rows: bool = False,
+        position_ids: Tensor | None = None,
+    ) -> LossOutputs:
+        """Let the model read some rows; what a loss reads of its answer is computed when it is read.
+
+        Args:
+            part: The rows.
+            tensors: Theirs.
+            whole_rows: Let every layer see (B, T, …), the head too: not the N labelled positions of all rows.
+            position_ids: (B, T) to tell the model, unless padding in front of the rows decides them.
+        """
+        mask, given = tensors["attention_mask"], part.attention_mask  # (B, T) each
+        asked = {"input_ids": tensors["input_ids"], "use_cache": False}
+        padded_in_front = (given[:, 1:] > given[:, :-1]).any()  # a causal model sees only this padding
+        if padded_in_front or self.looks_ahead:
+            asked["attention_mask"] = mask
+        if padded_in_front:
+            asked["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        elif position_ids is not None:
+            asked["position_ids"] = position_ids
+        with self.model.autocast():
+            if self.model.split and not whole_rows:
+                hidden, logits = self.model.body(**asked).last_hidden_state, None  # (B, T, D)
+            else:
+                answer = self.model.causal(**asked, output_hidden_states=True)
+                hidden, logits = answer.hidden_states[-1], answer.logits  # (B, T, D), (B, T, V)
+        return LossOutputs(
+            hidden,
+            self._head,
+            torch.from_numpy(part.labels).to(self.model.device),
+            mask,
+            logits,
+            chunk_rows=chunk_rows(self.model.vocab_size, hidden.shape[-1], self._head_is_frozen),
+            head_is_frozen=self._head_is_frozen,
+            value_head=None if self.model.value_head is None else self._values,
+        )
+
+    def evaluate(self, part: BatchData, batch: BatchData, loss: Loss) -> tuple[LossOutputs, LossValue]:
+        """Return what the model says of some rows of a batch, and what the loss says of that."""
+        tensors = self.tensors(part, batch)
+        outputs = self.outputs(part, tensors)
+        return outputs, loss(outputs, tensors)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        with self.model.autocast():
+            return self.model.head(hidden)
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        values: Tensor = self.model.value_head(hidden)  # type: ignore[misc]  # (…, 1)
+        return values.squeeze(-1)
+
+    @contextlib.contextmanager
+    def training_mode(self, secret: int | None = None) -> Iterator[None]:
+        """Dropout on, drawn from a stream of its own; nothing to do for a model without dropout.
+
+        Args:
+            secret: Seeds a stream of which nothing is kept, in place of the one in `random`.
+        """
+        if not self.has_dropout:
+            yield
+            return
+        device = self.model.device
+        with GLOBAL_RANDOM, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if secret is None:
+                torch.random.set_rng_state(self.random["cpu"])
+                if "cuda" in self.random:
+                    torch.cuda.set_rng_state(self.random["cuda"], device)
+            else:
+                torch.manual_seed(secret)
+            self.model.causal.train()
+            try:
+                yield
+            finally:
+                self.model.causal.eval()
+                if secret is None:
+                    self.random["cpu"] = torch.random.get_rng_state()
+                    if "cuda" in self.random:
+                        self.random["cuda"] = torch.cuda.get_rng_state(device)
+
+
+def place(target: Array, batch: BatchData, rows: Array, values: Tensor) -> None:
+    """Write values (N,) of the labelled positions of some rows into a (B, T) array."""
+    row, column = (batch.labels[rows] != IGNORE).nonzero()
+    target[rows[row], column] = values.float().cpu().numpy()

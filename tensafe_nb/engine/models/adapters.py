@@ -1,0 +1,188 @@
+"""Adapters on a model: which layers a configuration means, LoRA put on them by PEFT, and a folder's weights in it."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tensafe_nb.config import LoRAConfig
+from tensafe_nb.engine.models import adapter_folders, reading
+from tensafe_nb.errors import ModelLoadError, ValidationError, nearest
+
+READ_PAST_LAYERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Architectures whose fast kernels take `out_proj.weight` itself, past a layer's adapter: PEFT refuses to adapt it."""
+
+
+def add_adapter(causal: Any, lora: LoRAConfig) -> Any:
+    """Put a fresh adapter on a model, whose `nn.Linear` layers get ours; return PEFT's wrapper. A is random, B is 0.
+
+    Raises:
+        ValidationError: It does not fit the model.
+    """
+    import peft
+
+    from tensafe_nb.engine.models.fused_lora import FusedLinear
+
+    check_adapter(causal, lora)
+    settings = peft_config_of(lora, causal)
+    settings._register_custom_module({nn.Linear: FusedLinear})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            adapted = peft.get_peft_model(causal, settings)
+        except (ValueError, TypeError) as error:
+            raise ValidationError(
+                f"LoRAConfig does not fit this model: {reading.first_line(error)}"
+            ) from error
+    train_in_float32(causal)
+    return adapted
+
+
+def check_adapter(causal: Any, lora: LoRAConfig) -> None:
+    """Refuse names that the model does not have, and ranks that are larger than the layers that they are for."""
+    layers = adaptable_layers(causal)
+    names = {name.rpartition(".")[2] for name in layers}
+    if not lora.target_modules:
+        raise ValidationError("LoRAConfig.target_modules is empty: name at least one layer, or 'all-linear'.")
+    for target in () if isinstance(lora.target_modules, str) else lora.target_modules:
+        if not any(ends_in(name, target) for name in layers):
+            raise ValidationError(
+                f"The model has no layer named {target!r} to adapt.{nearest(target, names)}"
+            )
+    for saved in lora.modules_to_save:
+        if not any(ends_in(name, saved) for name, _ in causal.named_modules()):
+            last = {name.rpartition(".")[2] for name, _ in causal.named_modules()}
+            known = {name for name in last if name.strip("0123456789")}
+            raise ValidationError(
+                f"LoRAConfig.modules_to_save: the model has no module named {saved!r}.{nearest(saved, known)}"
+            )
+    adapted = layers_of(lora, causal)
+    if not adapted:
+        hint = ""
+        if isinstance(lora.target_modules, str):
+            hint = (
+                f" A string is a regular expression for whole names; a layer's name goes into a list: "
+                f"[{lora.target_modules!r}]."
+            )
+        raise ValidationError(
+            f"LoRAConfig(target_modules={lora.target_modules!r}) adapts no layer of this model.{hint}"
+        )
+    check_ranks({name: layers[name] for name in sorted(adapted & layers.keys())}, lora)
+
+
+def check_ranks(layers: Mapping[str, Any], lora: LoRAConfig) -> None:
+    """Refuse a rank r > min(out, in) of W + BA: its adapter would hold more numbers than the layer."""
+    from peft.utils.other import get_pattern_key
+
+    sizes = {name: min(layer.weight.shape) for name, layer in layers.items()}
+    keys = {name: get_pattern_key(lora.rank_pattern.keys(), name) for name in layers}
+    room = {name: size - lora.rank_pattern.get(keys[name], lora.rank) for name, size in sizes.items()}
+    if room and min(room.values()) < 0:
+        name = min(room, key=room.__getitem__)
+        raise ValidationError(
+            f"LoRAConfig.rank={sizes[name] - room[name]} is larger than the smallest adapted layer ({sizes[name]}), "
+            f"{name!r}: an adapter of that rank would hold more than the layer. Choose rank ≤ {sizes[name]}, or leave "
+            f"the layer out (exclude_modules)."
+        )
+
+
+def fill_adapter(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
+    """Give an adapter the weights of a folder, all of them.
+
+    Raises:
+        ModelLoadError: Some are missing, left over, or of another shape.
+    """
+    import peft
+
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    named = adapted.get_base_model().named_parameters(remove_duplicate=False)
+    base = {f"{adapter_folders.PREFIX}{name}": parameter for name, parameter in named}
+    known = own | {name: base[name] for name in weights.keys() & base.keys() if ".lora_" not in name}
+    missing = sorted(own.keys() - weights.keys())
+    left = sorted(weights.keys() - known.keys())
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} there, {tuple(known[name].shape)} here"
+        for name in sorted(weights.keys() & known.keys())
+        if weights[name].shape != known[name].shape
+    ]
+    if missing or left or shapes:
+        parts = {"missing": missing, "without a place": left, "of another shape": shapes}
+        found = "; ".join(f"{what}: {reading.listed(names)}" for what, names in parts.items() if names)
+        raise ModelLoadError(
+            f"The adapter in {str(path)!r} does not fit its base: {found}. Is base_model_name_or_path in "
+            f"{adapter_folders.CONFIG} the model it was trained on?",
+            details={"missing": missing, "unexpected": left, "mismatched": shapes},
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.set_peft_model_state_dict(adapted, weights)
+
+
+def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:
+    """Return the names of the layers that a configuration adapts, by PEFT's own rules, and of the experts."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+
+    settings = _maybe_include_all_linear_layers(peft_config_of(lora, causal), causal)
+    layers = {name for name in adaptable_layers(causal) if check_target_module_exists(settings, name)}
+    experts = (name for name, p in causal.named_parameters() if p.ndim == 3 and ".experts." in name)
+    every = lora.target_modules == "all-linear"
+    return layers | {
+        name for name in experts if every or any(ends_in(name, each) for each in lora.target_parameters)
+    }
+
+
+def adaptable_layers(causal: Any) -> dict[str, Any]:
+    """Return what can be adapted: every module with a matrix of its own."""
+    return {
+        name: module
+        for name, module in causal.named_modules()
+        if name and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    }
+
+
+def peft_config_of(lora: LoRAConfig, causal: Any) -> Any:
+    """Return a configuration in PEFT's words."""
+    import peft
+
+    def listed(value: tuple[Any, ...] | str) -> list[Any] | str | None:
+        return value if isinstance(value, str) else list(value) or None
+
+    exclude = listed(lora.exclude_modules)
+    if lora.target_modules == "all-linear" and getattr(causal.config, "model_type", "") in READ_PAST_LAYERS:
+        exclude = exclude or ["out_proj"]
+    try:
+        return peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=listed(lora.target_modules),
+            bias=lora.bias,
+            task_type="CAUSAL_LM",
+            modules_to_save=listed(lora.modules_to_save),
+            use_rslora=lora.use_rslora,
+            rank_pattern=dict(lora.rank_pattern),
+            alpha_pattern=dict(lora.alpha_pattern),
+            exclude_modules=exclude,
+            target_parameters=listed(lora.target_parameters),
+            layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
+        )
+    except (ValueError, TypeError) as error:
+        raise ValidationError(f"LoRAConfig: {reading.first_line(error)}") from error
+
+
+def train_in_float32(causal: Any) -> None:
+    """Keep what is trained in fp32, adapters and the biases that are trained along."""
+    for module in causal.modules():
+        own = list(module.parameters(recurse=False))
+        if any(p.requires_grad for p in own):
+            mixes = isinstance(module, nn.LayerNorm)  # takes its weight and its bias in one type only
+            for parameter in own:
+                if parameter.requires_grad or mixes:
+                    parameter.data = parameter.data.float()
+
+
+def ends_in(name: str, target: str) -> bool:
+    """Whether a module is meant by a name, or by the end of one."""
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,127 @@
+"""A training step without differential privacy: weighted sums of gradients, divided once, in `optim_step`.
+
+The window holds Σ_k w_k ∇ℓ_k with Σ_k w_k beside it, so that k micro-batches equal one big batch, ragged or not.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
+from tensafe_nb.engine.forward import ForwardPass
+from tensafe_nb.engine.optimizers import Optimizer
+from tensafe_nb.errors import NonFiniteLossError, ValidationError
+from tensafe_nb.losses import Loss
+from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
+from tensafe_nb.protocol.results import ForwardBackwardResult, OptimStepResult
+
+
+class PlainStep:
+    """Steps on the mean gradient of what lies between two of them.
+
+    Args:
+        forward: The model's forward pass.
+        optimizer: Takes the step.
+    """
+
+    resumable = True
+
+    def __init__(self, forward: ForwardPass, optimizer: Optimizer) -> None:
+        self._forward, self._optimizer = forward, optimizer
+        self.window = Window()
+
+    def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick) -> ForwardBackwardResult:
+        """Add the gradient of a batch's loss to the window; on any failure, what it holds is dropped."""
+        self._forward.check(batch)
+        loss.check(batch)
+        tally = Tally(loss.declares.prenormalised)
+        try:
+            self.window.join(loss)
+            with self._forward.training_mode():
+                for rows, part in self._forward.micro_batches(batch, loss, tick):
+                    self._learn_from(part, rows, batch, loss, tally)
+            self.window.add(tally)
+            # the norm of the mean gradient as it stands: ‖Σ_k w_k ∇ℓ_k‖ / Σ_k w_k
+            gradients, divisor = self._optimizer.gradients(), self.window.divisor
+            norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+            grad_norm = norm / divisor if divisor else 0.0
+            if not math.isfinite(grad_norm):
+                raise NonFiniteLossError(
+                    f"The gradient of the loss {loss.name!r} is {grad_norm}, though the loss is finite. No weight has "
+                    f"moved. Lower the learning rate, or look for a log or square root of 0 in the loss."
+                )
+        except BaseException:
+            self.discard()
+            raise
+        labelled = int((batch.labels != IGNORE).sum())
+        return ForwardBackwardResult(tally.loss, grad_norm, labelled, tally.metrics, tally.weight)
+
+    def optim_step(self, apply_dp_noise: bool) -> OptimStepResult:
+        """Divide the window's gradients by its weight, and take one optimiser step."""
+        if not self.window.batches:
+            raise ValidationError(
+                "optim_step() found no gradients: call forward_backward() before each optim_step()."
+            )
+        try:
+            gradients = self._optimizer.gradients()
+            if not gradients or self.window.divisor == 0:
+                raise ValidationError(
+                    "optim_step() found no mean gradient: the losses of this step have weight 0, or do not depend on "
+                    "the trained weights. No weight has moved; leave such batches out."
+                )
+            torch._foreach_div_(gradients, self.window.divisor)
+            return self._optimizer.apply()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Drop what has been accumulated; the next window starts clean."""
+        self._optimizer.clear()
+        self.window = Window()
+
+    def _learn_from(self, part: BatchData, rows: Array, batch: BatchData, loss: Loss, tally: Tally) -> None:
+        """Add a piece's gradient. A method, so that nothing of the piece outlives it: its logits can be large."""
+        _, value = self._forward.evaluate(part, batch, loss)
+        total = value.total.item()  # a sum, weight times mean: what is added up over pieces
+        if not math.isfinite(total):
+            raise NonFiniteLossError(where_not_finite(loss.name, total, batch, rows))
+        value.total.backward()  # type: ignore[no-untyped-call]
+        tally.add(value, total)
+
+    # for the estimate
+
+    def trial(self, batch: BatchData, loss: Loss) -> tuple[int, Callable[[Callable[[], None]], None]]:
+        """Return how many rows are computed at once, and what computes them; see `TrainingStep.trial`."""
+        # `autograd.grad` writes to no `.grad`: an open window stays as it is
+        trained = [parameter for parameter in self._optimizer.parameters if parameter.requires_grad]
+
+        def compute(between: Callable[[], None]) -> None:
+            for _, part in self._forward.micro_batches(batch, None, no_tick):
+                value = self._forward.evaluate(part, batch, loss)[1]
+                between()
+                gradients = torch.autograd.grad(value.total, trained, allow_unused=True)
+                nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+
+        return len(batch), compute
+
+    def peak_bytes(self, forward: float, whole: float, gradients: int, pieces: int) -> float:
+        """Return the most bytes that a step holds: its later pieces find the gradients of the first."""
+        return max(whole, gradients + forward) if pieces > 1 else whole
+
+    def rehearse(self, gradients: list[Tensor]) -> None:
+        """Do to tensors like the gradients what a step does to those."""
+        torch._foreach_div_(gradients, 1.0)
+
+
+def where_not_finite(loss: str, total: float, batch: BatchData, rows: Array) -> str:
+    """Say in which rows of a batch a loss is NaN or infinite."""
+    first, last = int(rows[0]), int(rows[-1])
+    where = f"{first} to {last}" if last - first == len(rows) - 1 else ", ".join(map(str, rows))
+    ids = batch.extras.get("example_ids")
+    named = f" (examples {', '.join(map(str, ids[rows][:8]))})" if ids is not None else ""
+    return (
+        f"The loss {loss!r} is {total} in rows {where} of the batch{named}. No weight has moved. "
+        f"Look at these rows, lower the learning rate, or set max_grad_norm."
+    )
