@@ -22,19 +22,19 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 @pytest.fixture
 def enter(serving: Serving) -> Iterator[Callable[..., httpx.Client]]:
     """Return a function that makes a client with a token for a tenant, a new one if none is named."""
-    made: list[tuple[str, httpx.Client]] = []
+    made: list[httpx.Client] = []
 
     def make(tenant: str | None = None, token: str | None = None) -> httpx.Client:
         tenant = tenant or f"t{uuid.uuid4().hex[:8]}"
         headers = {"authorization": f"Bearer {token or serving.tokens.mint(tenant)}"}
         client = httpx.Client(base_url=f"{serving.url}/api/v1", headers=headers, timeout=30)
-        made.append((tenant, client))
+        made.append(client)
         return client
 
     yield make
-    for tenant, client in made:
+    for client in made:
         client.close()
-        serving.end(tenant)
+    serving.end()
 
 
 @pytest.fixture
