@@ -464,7 +464,7 @@ class HttpChannel:
     def _leave_if_done(self) -> None:
         """End the stream and the log, once nobody is left who holds the client or waits for an operation."""
         if self._left and not self.closed:
-            busy = self._waiting or self._outbox or self._telling or self.unsent
+            busy = self._waiting or self._outbox or self._telling or self.unsent or not self._loaded.done
             (_leaving.add if busy else _leaving.discard)(self)
             if not busy:
                 self.closed = True
@@ -474,6 +474,7 @@ class HttpChannel:
     def _note_status(self, info: TrainingClientInfo) -> None:
         if info.status in (ClientStatus.READY, ClientStatus.BUSY):
             self._loaded.succeed(info)
+            self._leave_if_done()
         elif info.status == ClientStatus.ERROR and not self._loaded.done:
             self._do(self._fail_loading())
 
@@ -483,6 +484,7 @@ class HttpChannel:
             await self.requests.send("GET", f"{self.path}/ready")
         except TGTinkerError as error:
             self._loaded.fail(error)
+            self._leave_if_done()
 
     def _end(self, outcome: Mapping[str, Any]) -> None:
         future_id = outcome["future_id"]

@@ -364,6 +364,11 @@ def test_clients_are_listed_and_found_by_id(service: tn.ServiceClient) -> None:
         service.get_training_client("tc-x")
 
 
+def test_a_client_of_which_only_the_handle_is_kept_is_loaded_all_the_same(service: tn.ServiceClient) -> None:
+    handle = service.create_training_client(lora_config=tn.LoRAConfig(rank=2)).forward(tn.BatchData([[5, 6]]))
+    assert handle.result(60).loss > 0
+
+
 def test_contexts_close_sync_and_async(batch: tn.BatchData) -> None:
     async def main() -> Any:
         async with tn.ServiceClient() as service, service.create_training_client() as tc:
