@@ -268,7 +268,7 @@ class TrainingClient:
 
     def cancel_pending(self) -> int:
         """Cancel what waits in the queue; what runs finishes. Returns how many operations there were."""
-        return self._outstanding.cancel()
+        return self._channel.cancel(self._outstanding.waiting())
 
     # states
 
@@ -615,7 +615,7 @@ class TrainingClient:
 
     def refresh(self) -> TrainingClientInfo:
         """Read the core's state now."""
-        return self._channel.info()
+        return self._channel.refresh()
 
     def ready(self) -> FutureHandle[TrainingClientInfo]:
         """Return a handle that ends when the model is loaded: await it, or ask for its `result()`.

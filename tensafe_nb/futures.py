@@ -507,8 +507,8 @@ class Outstanding:
             while self._handles and self._handles[0].done():
                 self._handles.popleft()
 
-    def cancel(self) -> int:
-        """Cancel those that wait, newest first; return how many there were."""
+    def waiting(self) -> list[FutureHandle[Any]]:
+        """Return those that wait, newest first."""
         with self._lock:
             waiting = [handle for handle in self._handles if handle.state is FutureStatus.PENDING]
-        return sum(handle.cancel() for handle in reversed(waiting))
+        return waiting[::-1]

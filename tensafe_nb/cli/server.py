@@ -65,7 +65,9 @@ def run_server(chosen: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from tensafe_nb.server.app import Limits, create_app
+        from tensafe_nb.server.app import create_app
+        from tensafe_nb.server.process import Server
+        from tensafe_nb.server.service import Limits
     except ImportError as error:
         raise ValidationError(
             f"A server needs more packages ({error}): pip install 'tensafe_nb[server]'"
@@ -100,7 +102,7 @@ def run_server(chosen: argparse.Namespace) -> int:
     url = f"http://{host}:{listening.getsockname()[1]}{chosen.root_path}"
     announce(url, shown, as_json=chosen.json)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, server_header=False)
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(config).run(sockets=[listening])
     return 0
 
 

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -235,13 +235,17 @@ class Worker:
         """Let an operation that a server could not take fail in its turn: it breaks its window, and is on record."""
         return self._enter(Job(None, kind, refusal=error), future_id)
 
+    def cancel(self, handles: Sequence[FutureHandle[Any]]) -> int:
+        """Cancel several operations, in the order given; return how many were cancelled."""
+        return sum(handle.cancel() for handle in handles)
+
     def _enter(self, job: Job, future_id: str | None) -> FutureHandle[Any]:
         job.future_id = future_id or job.future_id
         job.promise.owner = self._thread
         self._promises[job.future_id] = job.promise
         handle = self._handle_of(job)
         with self._submitting:  # keeps the order of events; `_changing` is never held while publishing
-            self._refuse_if_closed(job.kind.verb)
+            self._refuse_if_closed(job)
             self.bus.publish(OperationQueued(future_id=job.future_id, operation=job.kind.verb))
             with self._changing:
                 failure, late = self._failure, self._closing
@@ -284,7 +288,8 @@ class Worker:
         job.handle = weakref.ref(handle)
         return handle
 
-    def _refuse_if_closed(self, name: str) -> None:
+    def _refuse_if_closed(self, job: Job) -> None:
+        name = job.kind.verb
         if os.getpid() != self._pid:
             raise ClientClosedError(
                 f"{name}: the training client {self.training_client_id} belongs to the process this one was forked "
@@ -314,6 +319,10 @@ class Worker:
             source=self._source,
             **self._model,
         )
+
+    def refresh(self) -> TrainingClientInfo:
+        """Return how it stands; see `info`."""
+        return self.info()
 
     @property
     def _progress(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ dimensions than any record has, nesting without end: each is refused before anyt
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
@@ -27,6 +28,8 @@ C = TypeVar("C", bound=type)
 DEEPEST = 64  # objects and lists in each other: records have five or six, a user's metadata may have more
 DIMENSIONS = 4  # of an array: a batch has two, an extra seldom three
 DTYPES = frozenset({"|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8"})
+TEXTS = re.compile(r"<U[0-9]{1,5}")  # the type of an array of texts, such as the ids of people
+MOST_TEXT_BYTES = 64 << 20  # of such an array, which takes the longest text's room for each
 OF_0_1 = {  # where the tags are now, version 0.1 wrote these class names
     "Alarm": "alarm",
     "ArtifactDeleted": "artifact_deleted",
@@ -85,7 +88,7 @@ def encode(value: Any, arrays: dict[str, NDArray[Any]] | None = None) -> Any:
             return value
         case float():
             return value if math.isfinite(value) else {"$float": str(value)}
-        case np.ndarray() if arrays is not None:
+        case np.ndarray() if arrays is not None and value.dtype.kind != "U":
             name = str(len(arrays))
             arrays[name] = value
             return {"$tensor": name}
@@ -157,6 +160,8 @@ def _record(given: Any, values: dict[str, Any]) -> Any:
     if tag not in _classes:
         raise ValidationError(f"Unknown tag {as_given(given)}: written by a newer version?")
     cls = _classes[tag]
+    for name in _plain_fields(tag) & values.keys():
+        values[name] = _with_lists(values[name])
     if issubclass(cls, Config):  # reads answers as a user types them, and refuses the rest
         return cls(**values)
     try:
@@ -167,6 +172,22 @@ def _record(given: Any, values: dict[str, Any]) -> Any:
         )
         raise ValidationError(f"The record {tag!r} does not read: {faults}.") from error
     return cls(**{name: getattr(checked, name) for name in checked.model_fields_set})
+
+
+@cache
+def _plain_fields(tag: str) -> frozenset[str]:
+    """Return the fields that hold a user's own plain data: its lists come back as lists."""
+    cls = _classes[tag]
+    if issubclass(cls, Config):
+        return frozenset()
+    free = (Mapping[str, Any], Mapping[str, Any] | None)
+    return frozenset(name for name, kind in get_type_hints(cls).items() if kind in free)
+
+
+def _with_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 @cache
@@ -211,6 +232,8 @@ def _tensor(name: Any, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
 
 def _array(data: Mapping[str, Any]) -> NDArray[Any]:
     dtype = data.get("dtype")
+    if isinstance(dtype, str) and TEXTS.fullmatch(dtype):
+        return _texts(data["$array"], dtype)
     if dtype not in DTYPES:
         raise ValidationError(f"An array has one of the types {sorted(DTYPES)}, not {as_given(dtype)}.")
     try:
@@ -218,6 +241,15 @@ def _array(data: Mapping[str, Any]) -> NDArray[Any]:
     except (ValueError, OverflowError, TypeError) as error:
         raise ValidationError(f"An array of {dtype} does not read: {error}.") from error
     return array
+
+
+def _texts(data: Any, dtype: str) -> NDArray[Any]:
+    longest = int(dtype[2:])
+    if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
+        raise ValidationError(f"An array of {dtype} is a list of texts, not {as_given(data)}.")
+    if any(len(text) > longest for text in data) or 4 * longest * len(data) > MOST_TEXT_BYTES:
+        raise ValidationError(f"{len(data)} texts do not fit an array of {dtype}.")
+    return np.array(data, dtype=dtype)
 
 
 def _numbers(data: Any, dimensions: int) -> Any:

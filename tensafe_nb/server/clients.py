@@ -1,15 +1,16 @@
 """The training clients of a server: each kernel's operations in the order it gave them, and what became of each."""
 
 import asyncio
-import logging
+import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Any
 
 from tensafe_nb.core.worker import Worker
-from tensafe_nb.errors import FutureFailedError, TGTinkerError, ValidationError
+from tensafe_nb.errors import FutureFailedError, NotFoundError, TGTinkerError, ValidationError
 from tensafe_nb.events import (
     Event,
     OperationCancelled,
@@ -21,17 +22,17 @@ from tensafe_nb.events import (
 from tensafe_nb.futures import FutureHandle, promise_of
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import encode
-from tensafe_nb.protocol.operations import Operation
-from tensafe_nb.protocol.results import ClientStatus, FutureStatus
-
-logger = logging.getLogger(__name__)
+from tensafe_nb.protocol.operations import ForwardBackward, Operation, SaveState
+from tensafe_nb.protocol.results import FutureStatus
 
 KEPT_HANDLES = 2_000  # of operations that have ended: their results can still be fetched
 KEPT_ANSWERS = 4_096  # of one submitter: a repeated submission gets the first answer
 LONGEST_GAP = 30.0  # s; how long a submission waits for those before it
+LONGEST_WAY = 10.0  # s; how long a request about an operation waits for that operation to arrive
 MOST_BEHIND = (
     50_000  # events a stream's reader may be behind: then it ends, and begins again where the reader stands
 )
+LONGEST_DRAIN = 60.0  # s that what runs may take when the server stops
 HEARTBEAT = 10.0  # s between signs of life
 INLINE = 1 << 16  # bytes of JSON: a larger result is fetched by its future's id
 ENDS = (OperationFinished, OperationFailed, OperationCancelled)
@@ -39,10 +40,17 @@ ENDS = (OperationFinished, OperationFailed, OperationCancelled)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a submission is answered with."""
+    """What a submission is answered with.
+
+    Attributes:
+        status: Of the answer.
+        content: Its JSON.
+        in_turn: It was refused, and fails when its turn comes: the stream tells of it.
+    """
 
     status: int
     content: dict[str, Any]
+    in_turn: bool = False
 
 
 @dataclass(slots=True)
@@ -50,82 +58,169 @@ class Submitter:
     """One kernel: its operations run in the order of its numbers 1, 2, 3, however they arrive."""
 
     next: int = 1
+    held: int = 0  # submissions that wait for one before them
     answers: "OrderedDict[int, Answer]" = field(default_factory=OrderedDict)
     turn: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    async def in_turn(self, number: int, submit: Callable[[], Any]) -> Answer:
-        """Submit when all before it have been; a repeat gets the first answer.
+    async def in_turn(
+        self, number: int, submit: Callable[[], Awaitable[Answer]], lost: Callable[[int], Awaitable[None]]
+    ) -> Answer:
+        """Submit when all before it have been; a repeat gets the first answer, a refused one has had its turn, too.
+
+        Args:
+            number: Its place.
+            submit: Does it.
+            lost: Is told of a number that did not come in time: the others go on without it.
 
         Raises:
-            ValidationError: One before it did not come in time, or the answer is not kept any more.
+            ValidationError: Its answer is not kept any more.
         """
         async with self.turn:
+            self.held += 1
             try:
                 async with asyncio.timeout(LONGEST_GAP):
                     await self.turn.wait_for(lambda: number <= self.next)
             except TimeoutError:
-                raise ValidationError(
-                    f"Submission {number} waited {LONGEST_GAP:g} s for number {self.next}, which did not come. Send "
-                    f"that first."
-                ) from None
+                if number > self.next:
+                    await lost(self.next)
+                    self.next = number
+            finally:
+                self.held -= 1
             if number < self.next:
                 if number not in self.answers:
-                    raise ValidationError(f"Submission {number} was answered long ago; ask for its future.")
+                    raise ValidationError(f"Submission {number} has had its turn; ask for its future.")
                 return self.answers[number]
-            answer: Answer = await submit()
-            self.answers[number] = answer
+            try:
+                answer = self.answers[number] = await submit()
+            finally:
+                self.next += 1
+                self.turn.notify_all()
             if len(self.answers) > KEPT_ANSWERS:
                 self.answers.popitem(last=False)
-            self.next += 1  # a refused one has had its turn, too
-            self.turn.notify_all()
             return answer
 
 
 class ServedClient:
-    """A training client as the server holds it.
+    """A training client of this server, as its routes see it: lives on the server's loop.
 
     Args:
-        channel: The line to its core.
+        channel: Its core.
     """
 
     def __init__(self, channel: Worker) -> None:
-        self.channel = channel
-        self.submitters: dict[str, Submitter] = {}
+        self.channel, self.hung_up = channel, False
+        self.operations, self.seconds = 0, 0.0  # that have run, and how long
+        self._submitters: dict[str, Submitter] = {}
         self._handles: OrderedDict[str, FutureHandle[Any]] = OrderedDict()
+        self._arrivals: dict[str, asyncio.Event] = {}
+        self._readers: set[asyncio.Queue[Event | None]] = set()
+        channel.subscribe(self._count)
 
-    def submit(
-        self, operation: Operation[Any], future_id: str | None = None, knows_of: str | None = None
+    def _count(self, event: Event) -> None:
+        if isinstance(event, OperationFinished):
+            self.operations, self.seconds = self.operations + 1, self.seconds + event.duration
+
+    @property
+    def held(self) -> int:
+        """How many submissions wait for one that has not come."""
+        return sum(submitter.held for submitter in self._submitters.values())
+
+    @property
+    def lags(self) -> list[int]:
+        """How many events each reader of its stream is behind."""
+        return [reader.qsize() for reader in self._readers]
+
+    # operations
+
+    async def in_turn(self, submitter: str, number: int, submit: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Run a submitter's submissions in the order of their numbers; see `Submitter.in_turn`."""
+
+        async def lost(missing: int) -> None:
+            error = FutureFailedError(f"Submission {missing} of {submitter} never came.")
+            await self.refuse(ForwardBackward, f"fut-lost-{missing}", error)
+
+        return await self._submitters.setdefault(submitter, Submitter()).in_turn(number, submit, lost)
+
+    async def submit(
+        self,
+        operation: Operation[Any],
+        future_id: str | None = None,
+        knows_of: Iterable[str] = (),
+        *,
+        cancelled: bool = False,
     ) -> FutureHandle[Any]:
         """Queue an operation.
 
         Args:
             operation: The operation.
             future_id: As its submitter named it; None names it here.
-            knows_of: The failed operation of which its submitter had been told.
+            knows_of: Failed operations of which its submitter has been told since it last submitted one.
+            cancelled: It was cancelled on its way, and only leaves its mark.
         """
-        failed = self._handles.get(knows_of or "")
-        if failed is not None:
-            promise_of(failed).told = True
-        return self._keep(self.channel.submit(operation, future_id))
+        for name in knows_of:
+            if name in self._handles:
+                promise_of(self._handles[name]).told = True
+        future_id = future_id or f"fut-{uuid.uuid4().hex[:12]}"
+        with self._coming(future_id):
+            handle = self._keep(await asyncio.to_thread(self.channel.submit, operation, future_id))
+        if cancelled:
+            await asyncio.to_thread(handle.cancel)
+        return handle
 
-    def refuse(self, kind: type[Operation[Any]], future_id: str, error: TGTinkerError) -> None:
-        """Let what could not be taken fail in its turn, so that its step is not taken without it."""
-        with suppress(TGTinkerError):  # a closed client, a full queue: nothing of it will be taken
-            self._keep(self.channel.refuse(kind, future_id, error))
+    async def refuse(self, kind: type[Operation[Any]], future_id: str, error: TGTinkerError) -> bool:
+        """Let what could not be taken fail in its turn, and its step with it. False if the client is closed."""
+        with suppress(TGTinkerError), self._coming(future_id):  # a closed client takes nothing more
+            self._keep(await asyncio.to_thread(self.channel.refuse, kind, future_id, error))
+            return True
+        return False
+
+    @contextmanager
+    def _coming(self, future_id: str) -> Iterator[None]:
+        """Let whoever hears of an operation early, such as the stream, wait for its handle."""
+        coming = self._arrivals.setdefault(future_id, asyncio.Event())
+        try:
+            yield
+        finally:
+            self._arrivals.pop(future_id, None)
+            coming.set()
 
     def _keep(self, handle: FutureHandle[Any]) -> FutureHandle[Any]:
         self._handles[handle.future_id] = handle
-        ended = [name for name, kept in self._handles.items() if kept.done()]
-        for name in ended[: len(self._handles) - KEPT_HANDLES]:
-            del self._handles[name]
+        while len(self._handles) > KEPT_HANDLES and next(iter(self._handles.values())).done():
+            self._handles.popitem(last=False)
         return handle
 
     def handle(self, future_id: str) -> FutureHandle[Any] | None:
         """Return the handle of an operation, as long as it is kept."""
         return self._handles.get(future_id)
 
-    async def stream(self, after: int) -> AsyncIterator[dict[str, Any]]:
-        """Iterate over events above a number and what becomes of operations, in one order, until the client is closed.
+    async def arrived(self, future_id: str) -> FutureHandle[Any]:
+        """Return the handle of an operation that may still be on its way here.
+
+        Raises:
+            NotFoundError: It did not come.
+        """
+        if future_id not in self._handles:
+            coming = self._arrivals.setdefault(future_id, asyncio.Event())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LONGEST_WAY):
+                    await coming.wait()
+        if future_id not in self._handles:
+            self._arrivals.pop(future_id, None)
+            raise NotFoundError(
+                f"There is no operation {future_id!r} here, or its result is not kept any more."
+            )
+        return self._handles[future_id]
+
+    async def cancel(self, future_ids: Iterable[str]) -> int:
+        """Cancel operations, in the order given; return how many were."""
+        found = [self._handles[name] for name in future_ids if name in self._handles]
+        return await asyncio.to_thread(lambda: sum(handle.cancel() for handle in found))
+
+    # its stream
+
+    async def stream(self, after: int) -> AsyncGenerator[dict[str, Any]]:
+        """Iterate over events above a number and what becomes of operations, in one order, until it hangs up.
 
         An event that ends an operation brings the outcome along, so that no result precedes the events before it.
         """
@@ -133,28 +228,31 @@ class ServedClient:
         waiting: asyncio.Queue[Event | None] = asyncio.Queue()
 
         def put(event: Event) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(waiting.put_nowait, event)
 
         unsubscribe = await asyncio.to_thread(self.channel.subscribe, put, after)
+        self._readers.add(waiting)
         try:
-            while waiting.qsize() < MOST_BEHIND:
+            while waiting.qsize() < MOST_BEHIND and not (self.hung_up and waiting.empty()):
                 try:
                     async with asyncio.timeout(HEARTBEAT):
                         event = await waiting.get()
                 except TimeoutError:
                     yield {}
                     continue
-                assert event is not None
-                yield await self._told(event)
-                if isinstance(event, StatusChanged) and event.status == ClientStatus.TERMINATED:
-                    return
+                if event is not None:
+                    yield await self._told(event)
         finally:
+            self._readers.discard(waiting)
             unsubscribe()
 
     async def _told(self, event: Event) -> dict[str, Any]:
         item: dict[str, Any] = {"event": encode(event)}
         if isinstance(event, ENDS):
+            if event.future_id in self._arrivals:  # it ran before the thread that queued it came back
+                with suppress(NotFoundError):
+                    await self.arrived(event.future_id)
             handle = self._handles.get(event.future_id)
             if handle is not None:
                 await ended(handle)
@@ -163,21 +261,51 @@ class ServedClient:
             item["info"] = encode(self.channel.info())
         return item
 
+    # its end
+
+    async def drain(self) -> None:
+        """Finish what runs, and the checkpoint that comes next; cancel what waits behind it."""
+        undone = [handle for handle in self._handles.values() if not handle.done()]
+        waiting = dropwhile(
+            lambda handle: handle.state is FutureStatus.RUNNING or handle.operation == SaveState.verb, undone
+        )
+        for handle in reversed(list(waiting)):
+            await asyncio.to_thread(handle.cancel)
+        for handle in undone:
+            await ended(handle, LONGEST_DRAIN)
+        await asyncio.to_thread(self.channel.close)
+
+    def hang_up(self) -> None:
+        """Write out the log and end the streams; what runs tell after this is not recorded."""
+        self.channel.hang_up()
+        self.hung_up = True
+        for reader in self._readers:
+            reader.put_nowait(None)
+
 
 async def ended(handle: FutureHandle[Any], seconds: float | None = None) -> bool:
     """Wait until an operation has ended; False where it has not in time."""
+    if handle.done():
+        return True
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
-    handle.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
+
+    def tell() -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(done.set)
+
+    forget = promise_of(handle).on_done(tell)
     try:
         async with asyncio.timeout(seconds):
             await done.wait()
     except TimeoutError:
         return False
+    finally:
+        forget()
     return True
 
 
-def outcome_of(handle: FutureHandle[Any], *, whole: bool = False) -> dict[str, Any]:
+def outcome_of(handle: FutureHandle[Any]) -> dict[str, Any]:
     """Return what became of an operation that has ended: its result, a note that it is to be fetched, or its error.
 
     Looking does not count as telling: a window that failed is forgiven to a user who was told, not to the server.
@@ -186,7 +314,7 @@ def outcome_of(handle: FutureHandle[Any], *, whole: bool = False) -> dict[str, A
     outcome: dict[str, Any] = {"future_id": handle.future_id, "state": str(promise.state)}
     if promise.state is FutureStatus.COMPLETED:
         media_type, body = wire.pack(promise.value)
-        if whole or (media_type == wire.JSON and len(body) <= INLINE):
+        if media_type == wire.JSON and len(body) <= INLINE:
             return outcome | {"result": encode(promise.value)}
         return outcome | {"fetch": len(body)}
     if promise.state is FutureStatus.FAILED:

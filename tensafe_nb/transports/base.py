@@ -45,11 +45,17 @@ class Channel(Protocol):
     def submit(self, operation: Operation[R], future_id: str | None = None) -> FutureHandle[R]:
         """Queue an operation, under an id of the submitter's own or one that is made here; returns at once."""
 
+    def cancel(self, handles: Sequence[FutureHandle[Any]]) -> int:
+        """Cancel several, in the order given; return how many were cancelled before they completed."""
+
     def ready(self) -> FutureHandle[TrainingClientInfo]:
         """Return a handle that ends when the model is loaded, or could not be."""
 
     def info(self) -> TrainingClientInfo:
         """Return how the training client stands: everything that a property of the client tells."""
+
+    def refresh(self) -> TrainingClientInfo:
+        """Return the same, asked for anew where it is known from what was told."""
 
     def tokenizer(self) -> Any:
         """Return the model's tokenizer, which batches are made with; waits until the model is loaded."""

@@ -15,6 +15,7 @@ import tensafe_nb as tn
 from tensafe_nb.events import CheckpointSaved, StateLoaded
 from tensafe_nb.protocol.results import StateSource
 from tests.close import assert_close
+from tests.parity.serving import engine_of
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
 
@@ -25,8 +26,7 @@ def training_batch(seed: int, rows: int = 3) -> tn.BatchData:
 
 def weights(tc: tn.TrainingClient) -> dict[str, torch.Tensor]:
     """What is trained, read where it lies."""
-    engine = tc._channel._executor.engine  # type: ignore[attr-defined]
-    return {name: parameter.detach().clone() for name, parameter in engine.model.trainable}
+    return {name: parameter.detach().clone() for name, parameter in engine_of(tc).model.trainable}
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -157,7 +157,10 @@ def test_differences_are_listed_and_nothing_is_loaded(
 
 
 def test_other_base_weights_under_the_same_name_are_noticed(
-    service: tn.ServiceClient, random_model: Callable[..., str], tmp_path: Path
+    service: tn.ServiceClient,
+    random_model: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import shutil
 
@@ -165,7 +168,8 @@ def test_other_base_weights_under_the_same_name_are_noticed(
 
     folder = tmp_path / "model"
     shutil.copytree(random_model("llama"), folder)
-    config = tn.TrainingConfig(model_ref=str(folder), lora_config=tn.LoRAConfig(rank=2))
+    monkeypatch.chdir(tmp_path)
+    config = tn.TrainingConfig(model_ref="model", lora_config=tn.LoRAConfig(rank=2))
     saved = service.create_training_client(config).save_state().result()
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] *= 1.5
@@ -188,12 +192,12 @@ def test_an_unknown_artifact_is_named_and_bad_input_is_refused_in_the_call(tc: t
 
 
 def test_an_altered_artifact_is_refused_and_the_client_goes_on_unchanged(
-    service: tn.ServiceClient, tc: tn.TrainingClient, batch: tn.BatchData, tmp_path: Path
+    service: tn.ServiceClient, tc: tn.TrainingClient, batch: tn.BatchData, core_home: Any
 ) -> None:
     saved = tc.save_state().result()
     tc.forward_backward(batch), tc.optim_step().result()
     before = weights(tc)
-    (stored,) = (tmp_path / "home" / "artifacts").rglob(f"*{saved.artifact_id}*")
+    (stored,) = core_home.artifacts().rglob(f"*{saved.artifact_id}*")
     data = bytearray(stored.read_bytes())
     data[-1000] ^= 1
     stored.write_bytes(bytes(data))
@@ -261,7 +265,7 @@ def test_a_fork_shares_the_frozen_weights_and_nothing_else(
     tc.forward_backward(batch), tc.optim_step()
     branch = tc.fork(optimizer={"learning_rate": 1e-3})
     tc.forward_backward(batch), tc.optim_step().result()
-    first, second = (client._channel._executor.engine.model.causal for client in (tc, settled(branch)))  # type: ignore[attr-defined]
+    first, second = (engine_of(client).model.causal for client in (tc, settled(branch)))
     frozen = {n: p for n, p in first.named_parameters() if not p.requires_grad}
     mine = dict(second.named_parameters())
     assert all(mine[name].data_ptr() == parameter.data_ptr() for name, parameter in frozen.items())
@@ -339,11 +343,11 @@ def test_what_happened_is_in_the_audit_log(
 
 
 def test_the_audit_log_holds_nothing_of_the_data(
-    service: tn.ServiceClient, tc: tn.TrainingClient, tmp_path: Path
+    service: tn.ServiceClient, tc: tn.TrainingClient, tmp_path: Path, core_home: Any
 ) -> None:
     tc.sample("my secret prompt", max_new_tokens=2)
     tc.save_state(metadata={"patient": "Jane"}, name="secret name").result()
-    text = "".join(p.read_text() for p in (tmp_path / "home" / "audit").rglob("*") if p.is_file())
+    text = "".join(p.read_text() for p in core_home.audit().rglob("*") if p.is_file())
     assert not [word for word in ("secret", "Jane", "patient", str(tmp_path)) if word in text]
     assert json.loads(text.splitlines()[0])
 
@@ -387,6 +391,7 @@ def test_forks_made_while_the_parent_scores_its_reference_are_whole(service: tn.
         fork.close()
 
 
+@pytest.mark.transports("embedded")  # the loss is the user's own code
 def test_what_cannot_be_written_as_plain_data_is_still_audited(
     service: tn.ServiceClient, tc: tn.TrainingClient, batch: tn.BatchData
 ) -> None:
@@ -687,7 +692,7 @@ def test_one_algorithm_settles_the_reference_of_every_client_it_updates(service:
 def test_a_fork_of_another_precision_is_loaded_in_it(service: tn.ServiceClient) -> None:
     fork = service.create_training_client(SUMS).fork(dtype="bfloat16")
     fork.freeze_reference().result()  # it is there now
-    model = fork._channel._executor.engine.model.causal  # type: ignore[attr-defined]
+    model = engine_of(fork).model.causal
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
@@ -704,10 +709,12 @@ def test_a_rollback_that_fails_counts_no_steps(tc: tn.TrainingClient) -> None:
 
 
 def test_a_full_disk_stops_neither_the_worker_nor_the_history(
-    tc: tn.TrainingClient, batch: tn.BatchData, caplog: pytest.LogCaptureFixture
+    tc: tn.TrainingClient, batch: tn.BatchData, caplog: pytest.LogCaptureFixture, transport: str
 ) -> None:
     tc.forward_backward(batch).result()
-    log = tc._channel.bus._log  # type: ignore[attr-defined]
+    channel: Any = tc._channel
+    recorder = channel.bus if transport == "embedded" else channel._recorder
+    log = recorder._log
 
     class Full:
         closed = False
@@ -718,10 +725,10 @@ def test_a_full_disk_stops_neither_the_worker_nor_the_history(
         def flush(self) -> None:
             raise OSError(28, "No space left on device")
 
-    tc._channel.bus._log = Full()  # type: ignore[attr-defined, assignment]
+    recorder._log = Full()
     assert tc.optim_step().step == 1
     assert caplog.text.count("No space left on device") == 1, "said once, not with every event"
-    tc._channel.bus._log = log  # type: ignore[attr-defined]
+    recorder._log = log
     tc.forward_backward(batch), tc.optim_step().result()
     assert [e.seq for e in tc.history.events()] == list(range(1, tc.history.last_seq + 1)), (
         "nothing is missing"

@@ -10,6 +10,7 @@ import torch
 import tensafe_nb as tn
 from tensafe_nb.events import PrivacySpent
 from tensafe_nb.protocol.results import DPMetrics
+from tests.parity.serving import engine_of
 
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10, 30) for b in (3, 5)]
 DP = {"dataset_size": len(ROWS), "noise_multiplier": 1.0, "target_epsilon": None}
@@ -42,8 +43,7 @@ def train(tc: tn.TrainingClient, steps: int) -> list[DPMetrics]:
 
 
 def weights(tc: tn.TrainingClient) -> list[torch.Tensor]:
-    engine = tc._channel._executor.engine  # type: ignore[attr-defined]
-    return [p.detach().clone() for p in engine.parameters]
+    return [p.detach().clone() for p in engine_of(tc).parameters]
 
 
 def spent(tc: tn.TrainingClient) -> float:
@@ -173,6 +173,7 @@ def test_weights_without_an_account_are_refused_by_a_private_client(
         fork.optim_step().result()
 
 
+@pytest.mark.transports("embedded")  # a server's keys stay where they are
 def test_a_checkpoint_restores_elsewhere_with_its_account(
     service: tn.ServiceClient, private: Private, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +292,7 @@ def test_a_process_that_dies_after_paying_has_paid(private: Private, monkeypatch
     tc = private()
     train(tc, 1)
     before = weights(tc)
-    engine = tc._channel._executor.engine  # type: ignore[attr-defined]
+    engine = engine_of(tc)
 
     def die(*_: Any) -> Any:
         raise MemoryError("as if killed between the ledger and the step")

@@ -262,10 +262,14 @@ def test_a_second_run_waits_for_the_first_to_end(tc: tn.TrainingClient, batch: t
     assert "loss" in metrics and "eval/loss" not in metrics, "a run reports its own figures only"
 
 
-def test_more_held_out_batches_than_the_queue_holds_are_fine(
-    tc: tn.TrainingClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def room_for_80(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensafe_nb.core.queue.MAX_PENDING", 80)  # 1,000 would take nine seconds
+
+
+def test_more_held_out_batches_than_the_queue_holds_are_fine(
+    room_for_80: None, tc: tn.TrainingClient
+) -> None:
     tiny = tn.BatchData([[5, 6]])
     assert tc.fit([tiny], eval_batches=[tiny] * 100, show=False).result().steps == 1
 

@@ -5,17 +5,20 @@ from tensafe_nb.events import Alarm, Forked, MockTookPart
 from tensafe_nb.losses import register_loss
 from tensafe_nb.protocol.results import FutureStatus
 from tensafe_nb.rlvr import REINFORCE, MockRolloutSampler
+from tests.parity.serving import Gate, eventually
 
 
 def test_what_waits_is_cancelled_and_the_client_stays_usable(
-    tc: tn.TrainingClient, batch: tn.BatchData
+    tc: tn.TrainingClient, batch: tn.BatchData, gate: Gate
 ) -> None:
+    running = tc.forward_backward(batch, loss_fn=gate.name)
+    gate.reached.wait()
+    eventually(lambda: running.state is FutureStatus.RUNNING)
     handles = [tc.forward_backward(batch) for _ in range(30)]
-    cancelled = tc.cancel_pending()
-    states = [handle.state for handle in handles]
-    assert cancelled >= 25
-    assert states.count(FutureStatus.CANCELLED) == cancelled
+    assert tc.cancel_pending() == 30
+    assert {handle.state for handle in handles} == {FutureStatus.CANCELLED}
     assert tc.cancel_pending() == 0
+    gate.opened.set()
     assert tc.forward(batch).result().loss > 0
 
 

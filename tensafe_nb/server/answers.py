@@ -1,0 +1,108 @@
+"""What a server answers with: records, and errors of one form, whoever raised them."""
+
+import importlib.metadata
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.protocol import wire
+from tensafe_nb.server.clients import error_of
+from tensafe_nb.server.guard import MOST_BODY_BYTES, BodyTooLargeError
+
+PREFIX = "/api/v1"
+VERSION = importlib.metadata.version("tensafe_nb")
+STATUS = {  # of an error's code; 500 for the rest
+    "validation_error": 422, "privacy_unit": 422, "model_load_error": 422, "decryption_error": 422,
+    "client_closed": 409, "dp_budget_exceeded": 409, "future_cancelled": 409, "future_failed": 409,
+    "queue_full": 429, "too_many": 429, "not_found": 404, "training_client_not_found": 404, "run_not_found": 404,
+    "artifact_not_found": 404, "forbidden": 403, "key_unavailable": 503, "draining": 503, "storage_error": 507,
+    "too_large": 413,
+}  # fmt: skip
+
+
+class Json(JSONResponse):
+    """JSON in ASCII: an error's text may hold half a character, which UTF-8 cannot."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+class Failure(BaseModel):
+    """What went wrong: a stable code, words that say what to do next, plain data, and the request it belongs to."""
+
+    code: str
+    message: str
+    details: dict[str, Any]
+    request_id: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The form of every error."""
+
+    error: Failure
+
+
+MEANINGS = {
+    401: "No valid token.",
+    403: "Not for this token, or not from this page.",
+    404: "There is nothing of that id, for this tenant.",
+    409: "The client is closed, or the operation failed or was cancelled.",
+    413: "The body is too large.",
+    421: "The server is not called by that name.",
+    422: "Something that was sent does not fit; the message says what.",
+    429: "Too many requests, operations or clients.",
+    500: "The server failed; its log says why.",
+    503: "The server is about to stop, or a key is not there.",
+    507: "The disk, or the tenant's share of it, is full.",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": words} for status, words in MEANINGS.items()
+}
+
+
+def packed(value: Any, status: int = 200) -> Response:
+    """Answer with a record."""
+    media_type, body = wire.pack(value)
+    return Response(body, status, media_type=media_type)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Give every error one form, the framework's own too."""
+
+    def answer(request: Request, status: int, error: dict[str, Any]) -> Json:
+        error["request_id"] = error.get("request_id") or request.state.request_id
+        return Json({"error": error}, status)
+
+    def said(request: Request, status: int, code: str, message: str) -> Json:
+        return answer(request, status, {"code": code, "message": message, "details": {}})
+
+    @app.exception_handler(TGTinkerError)
+    async def ours(request: Request, error: TGTinkerError) -> Json:
+        return answer(request, STATUS.get(error.code, 500), error_of(error))
+
+    @app.exception_handler(HTTPException)
+    async def of_framework(request: Request, error: HTTPException) -> Json:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "error")
+        return said(request, error.status_code, code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def unreadable(request: Request, error: RequestValidationError) -> Json:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return said(request, 422, "validation_error", f"{where}: {first['msg']}")
+
+    @app.exception_handler(BodyTooLargeError)
+    async def too_large(request: Request, _: BodyTooLargeError) -> Json:
+        return said(request, 413, "too_large", f"A body has at most {MOST_BODY_BYTES} bytes.")
+
+    @app.exception_handler(Exception)
+    async def foreign(request: Request, _: Exception) -> Json:
+        message = "The server failed at this request; its log says why, under this request's id."
+        return said(request, 500, "server_error", message)

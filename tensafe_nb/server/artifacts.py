@@ -1,0 +1,119 @@
+"""The routes of a server's artifacts, sealed as they are, and of its audit log."""
+
+import asyncio
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, Response
+from starlette.background import BackgroundTask
+
+from tensafe_nb.errors import StorageError
+from tensafe_nb.protocol.codec import encode
+from tensafe_nb.server.answers import ERRORS, PREFIX, packed
+from tensafe_nb.server.service import Service, Tenant
+from tensafe_nb.transports.embedded import EmbeddedTransport
+
+
+def artifact_routes(service: Service) -> APIRouter:
+    """Offer artifacts and the audit log."""
+    routes = APIRouter(prefix=PREFIX, responses=ERRORS)
+    artifacts = "/artifacts"
+
+    def tenant_of(request: Request) -> Tenant:
+        return service.tenant(request.state.tenant)
+
+    def transport_of(request: Request) -> EmbeddedTransport:
+        return tenant_of(request).transport
+
+    @routes.get(artifacts)
+    async def list_artifacts(request: Request, training_client_id: str | None = None) -> list[Any]:
+        """List the stored artifacts, newest first."""
+        found = await asyncio.to_thread(transport_of(request).list_artifacts, training_client_id)
+        return [encode(artifact) for artifact in found]
+
+    @routes.put(artifacts, status_code=201)
+    async def push(request: Request) -> Response:
+        """Take in a sealed file."""
+        room, came = tenant_of(request).room(), 0
+        with tempfile.NamedTemporaryFile(suffix=".tsnb") as file:
+            async for chunk in request.stream():
+                came += len(chunk)
+                if room is not None and came > room:
+                    raise StorageError(
+                        f"This takes more than the {room:,} bytes that this tenant may still store."
+                    )
+                await asyncio.to_thread(file.write, chunk)
+            file.flush()
+            return packed(await asyncio.to_thread(transport_of(request).push_artifact, Path(file.name)), 201)
+
+    @routes.get(artifacts + "/{artifact_id}")
+    async def get_artifact(request: Request, artifact_id: str) -> Response:
+        """Return what is known of one, by id or name."""
+        return packed(await asyncio.to_thread(transport_of(request).get_artifact, artifact_id))
+
+    @routes.delete(artifacts + "/{artifact_id}", status_code=204)
+    async def delete_artifact(request: Request, artifact_id: str) -> None:
+        """Delete one for good."""
+        await asyncio.to_thread(transport_of(request).delete_artifact, artifact_id)
+
+    @routes.get(artifacts + "/{artifact_id}/config")
+    async def config_of(request: Request, artifact_id: str) -> Response:
+        """Return the configuration of the client that saved it."""
+        return packed(await asyncio.to_thread(transport_of(request).config_of, artifact_id))
+
+    @routes.get(artifacts + "/{artifact_id}/content")
+    async def content(request: Request, artifact_id: str) -> FileResponse:
+        """Return the sealed file, in ranges if asked for."""
+        with tempfile.NamedTemporaryFile(suffix=".tsnb", delete=False) as file:
+            copy = Path(file.name)
+        await asyncio.to_thread(transport_of(request).pull_artifact, artifact_id, copy)
+        return FileResponse(
+            copy, media_type="application/octet-stream", background=BackgroundTask(copy.unlink)
+        )
+
+    @routes.get(artifacts + "/{artifact_id}/export")
+    async def export(request: Request, artifact_id: str, merged: bool = False) -> FileResponse:
+        """Return one in the clear, as a tar archive of a folder that PEFT and transformers read."""
+        made = await asyncio.to_thread(exported, transport_of(request), artifact_id, merged)
+        return FileResponse(made, media_type="application/x-tar", background=BackgroundTask(made.unlink))
+
+    @routes.post("/keys/rotate")
+    async def rotate(request: Request) -> dict[str, int]:
+        """Make a new key, and rewrap this tenant's artifacts with it."""
+        return {"rewrapped": await asyncio.to_thread(transport_of(request).rotate_keys)}
+
+    @routes.get("/audit_logs")
+    async def audit_logs(
+        request: Request,
+        training_client_id: str | None = None,
+        operation: str | None = None,
+        limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
+        offset: Annotated[int, Query(ge=0)] = 0,
+    ) -> list[Any]:
+        """Return records of the audit log, newest first."""
+        logs = transport_of(request).audit_logs
+        return [
+            encode(entry)
+            for entry in await asyncio.to_thread(logs, training_client_id, operation, limit, offset)
+        ]
+
+    @routes.get("/audit_logs/verify")
+    async def verify(request: Request, anchor: Annotated[list[str] | None, Query()] = None) -> Response:
+        """Check the audit log from its first record to its last."""
+        return packed(await asyncio.to_thread(transport_of(request).verify_audit_log, tuple(anchor or ())))
+
+    return routes
+
+
+def exported(transport: EmbeddedTransport, artifact_id: str, merged: bool) -> Path:
+    """Export an artifact into an archive that whoever sends it removes."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = transport.export_adapter(artifact_id, Path(folder) / "exported", merged)
+        with tempfile.NamedTemporaryFile(suffix=".tar", delete=False) as archive:
+            with tarfile.open(fileobj=archive, mode="w") as tar:
+                for path in sorted(written.iterdir()):
+                    tar.add(path, path.name)
+            return Path(archive.name)

@@ -1,0 +1,439 @@
+"""The routes of a server's training clients: making them, their operations, their stream, and what else is asked."""
+
+import asyncio
+import contextlib
+import json
+import tarfile
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Header, Query, Request
+from fastapi import Path as InPath
+from fastapi.responses import Response, StreamingResponse
+
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.errors import FutureCancelledError, TGTinkerError, ValidationError
+from tensafe_nb.events import Event
+from tensafe_nb.protocol import wire
+from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.codec import decode, encode
+from tensafe_nb.protocol.operations import VERBS, Operation
+from tensafe_nb.protocol.results import StateSource
+from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, packed
+from tensafe_nb.server.clients import Answer, ServedClient, ended, error_of, outcome_of
+from tensafe_nb.server.guard import MOST_BODY_BYTES, BodyTooLargeError
+from tensafe_nb.server.service import Service, Tenant
+
+LONGEST_WAIT = 60.0  # s a request may wait for a result
+MOST_ITEMS = 1_000  # of one answer to a poll
+TOGETHER = 0.01  # s within which what follows comes along in the same answer
+CLIENTS = "/training_clients"
+ONE = CLIENTS + "/{training_client_id}"
+RECORD = {  # the body of an operation: its record, with the arrays beside it or in it
+    "requestBody": {
+        "required": True,
+        "content": {
+            wire.TENSORS: {"schema": {"type": "string", "format": "binary"}},
+            wire.JSON: {
+                "schema": {
+                    "type": "object",
+                    "required": ["$"],
+                    "properties": {"$": {"type": "string", "enum": sorted(VERBS)}},
+                }
+            },
+        },
+    }
+}
+
+Id = Annotated[str, InPath(max_length=64)]
+SubmitterHeader = Annotated[str | None, Header(max_length=64)]
+NumberHeader = Annotated[int | None, Header(ge=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a submission stands among those of its kernel, and what it says beside its operation.
+
+    Attributes:
+        verb: Of the operation, should its body not be readable.
+        submitter: The kernel; None for a caller that keeps no order, such as curl.
+        number: 1, 2, 3, …
+        future_id: The operation's id, made by the kernel.
+        knows_of: Failed operations of which it has been told since its last submission.
+        cancelled: It was cancelled on its way.
+    """
+
+    verb: str
+    submitter: str | None = None
+    number: int | None = None
+    future_id: str | None = None
+    knows_of: tuple[str, ...] = ()
+    cancelled: bool = False
+
+
+async def body_of(request: Request) -> bytes | TGTinkerError:
+    """Read a body whole, before its turn comes; one that is too large is refused in its turn."""
+    try:
+        return await request.body()
+    except BodyTooLargeError:
+        return TGTinkerError(f"A body has at most {MOST_BODY_BYTES} bytes.", code="too_large")
+
+
+async def queue(
+    service: Service, tenant: Tenant, client: ServedClient, read: Callable[[], Operation[Any]], place: Place
+) -> Answer:
+    """Queue an operation, or let it fail in its turn."""
+    try:
+        operation = read()
+        service.check_operation(tenant, operation)
+        handle = await client.submit(operation, place.future_id, place.knows_of, cancelled=place.cancelled)
+    except TGTinkerError as error:
+        error.request_id = error.request_id or place.future_id
+        if (
+            place.number is not None
+            and place.future_id is not None
+            and place.verb in VERBS
+            and await client.refuse(VERBS[place.verb], place.future_id, error)
+        ):
+            return Answer(STATUS.get(error.code, 500), {"error": error_of(error)}, in_turn=True)
+        return Answer(STATUS.get(error.code, 500), {"error": error_of(error)})
+    return Answer(
+        202,
+        {
+            "future_id": handle.future_id,
+            "status": str(handle.state),
+            "operation": handle.operation,
+            "created_at": time.time(),
+            "queue_position": handle.queue_position,
+        },
+    )
+
+
+def operation_of_fields(verb: str, body: bytes) -> Operation[Any]:
+    """Read an operation from its fields, a batch as lists of lists: as anybody writes them.
+
+    Raises:
+        ValidationError: What does not fit.
+    """
+    given = wire.json_of(body or b"{}")
+    if not isinstance(given, dict):
+        raise ValidationError(f"{verb} takes a JSON object of its fields.")
+    if isinstance(given.get("batch"), dict):
+        given["batch"] = encode(BatchData.of(given["batch"]))
+    operation: Operation[Any] = decode({"$": verb} | given, Operation)
+    return operation
+
+
+def client_routes(service: Service) -> APIRouter:
+    """Offer training clients."""
+    routes = APIRouter(prefix=PREFIX, responses=ERRORS)
+    add_clients(routes, service)
+    add_operations(routes, service)
+    add_stream(routes, service)
+    add_futures(routes, service)
+    add_questions(routes, service)
+    return routes
+
+
+def add_clients(routes: APIRouter, service: Service) -> None:
+    """Add making, listing and ending."""
+
+    def described(client: ServedClient) -> dict[str, Any]:
+        return {"info": encode(client.channel.info()), "config": encode(client.channel.config)}
+
+    @routes.post(CLIENTS, status_code=201)
+    async def create(request: Request, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
+        """Make a training client: `{"config": …, "source": …}`; returns before its model is loaded."""
+        given = body.get("config", {})
+        if not isinstance(given, dict):
+            raise ValidationError("The config is a JSON object of the fields of TrainingConfig.")
+        config = decode({"$": "training_config"} | given, TrainingConfig)
+        source = None if body.get("source") is None else decode(body["source"], StateSource)
+        return described(await service.create(tenant_of(service, request), config, source))
+
+    @routes.get(CLIENTS)
+    async def list_clients(request: Request) -> list[Any]:
+        """List the training clients that are not closed, oldest first."""
+        found = [client.channel.info() for client in tenant_of(service, request).live]
+        return [encode(info) for info in sorted(found, key=lambda info: info.created_at)]
+
+    @routes.get(ONE)
+    async def one(request: Request, training_client_id: Id) -> dict[str, Any]:
+        """Return one."""
+        return described(client_of(service, request, training_client_id))
+
+    @routes.delete(ONE)
+    async def terminate(request: Request, training_client_id: Id) -> dict[str, Any]:
+        """Terminate one: cancel what waits, free its model."""
+        client = client_of(service, request, training_client_id)
+        await tenant_of(service, request).close(client)
+        return described(client)
+
+    @routes.get(ONE + "/ready")
+    async def ready(request: Request, training_client_id: Id) -> Response:
+        """Wait until the model is loaded; the error it could not be loaded for is the answer's."""
+        handle = client_of(service, request, training_client_id).channel.ready()
+        await ended(handle)
+        return packed(handle.result())
+
+
+def tenant_of(service: Service, request: Request) -> Tenant:
+    """Return whose token a request bears."""
+    return service.tenant(request.state.tenant)
+
+
+def client_of(service: Service, request: Request, training_client_id: str) -> ServedClient:
+    """Return a training client of whoever asks."""
+    return tenant_of(service, request).client(training_client_id)
+
+
+def add_operations(routes: APIRouter, service: Service) -> None:
+    """Add queueing."""
+
+    @routes.post(ONE + "/operations", status_code=202, openapi_extra=RECORD)
+    async def operations(
+        request: Request,
+        training_client_id: Id,
+        x_submitter: SubmitterHeader = None,
+        x_number: NumberHeader = None,
+        x_future_id: Annotated[str | None, Header(max_length=64, pattern=r"^fut-[A-Za-z0-9-]+$")] = None,
+        x_verb: Annotated[str, Header(max_length=64)] = "",
+        x_knows_of: Annotated[str, Header(max_length=2048)] = "",
+        x_cancelled: Annotated[bool, Header()] = False,
+    ) -> Response:
+        """Queue an operation, given as a tagged record: JSON, or safetensors with the JSON in the metadata."""
+        client, tenant = client_of(service, request, training_client_id), tenant_of(service, request)
+        knows_of = tuple(filter(None, x_knows_of.split(",")))
+        place = Place(x_verb, x_submitter, x_number, x_future_id, knows_of, x_cancelled)
+        body, media_type = await body_of(request), request.headers.get("content-type", wire.JSON)
+
+        def read() -> Operation[Any]:
+            if isinstance(body, TGTinkerError):
+                raise body
+            operation: Operation[Any] = wire.unpack(media_type, body, Operation)
+            return operation
+
+        if x_submitter is None or x_number is None:
+            answer = await queue(service, tenant, client, read, place)
+        else:
+            answer = await client.in_turn(
+                x_submitter, x_number, lambda: queue(service, tenant, client, read, place)
+            )
+        told = {"x-in-turn": "1"} if answer.in_turn else {}
+        return Json(answer.content, answer.status, told)
+
+    def add_twin(verb: str) -> None:
+        names = [field.name for field in fields(VERBS[verb])]  # type: ignore[arg-type]
+        schema = {"type": "object", "properties": {name: {} for name in names}, "additionalProperties": False}
+        given = {"requestBody": {"required": bool(names), "content": {wire.JSON: {"schema": schema}}}}
+
+        async def twin(request: Request, training_client_id: Id) -> Response:
+            body = await request.body()
+            answer = await queue(
+                service,
+                tenant_of(service, request),
+                client_of(service, request, training_client_id),
+                lambda: operation_of_fields(verb, body),
+                Place(verb),
+            )
+            return Json(answer.content, answer.status)
+
+        twin.__doc__ = f"{VERBS[verb].__doc__}\n\nQueues it, given by its fields as plain JSON."
+        routes.post(f"{ONE}/{verb}", status_code=202, name=verb, openapi_extra=given)(twin)
+
+    for verb in VERBS:
+        add_twin(verb)
+
+    @routes.post(ONE + "/cancel")
+    async def cancel(
+        request: Request, training_client_id: Id, future_ids: Annotated[list[str], Body(embed=True)]
+    ) -> dict[str, int]:
+        """Cancel operations, in the order given; says how many were cancelled before they completed."""
+        return {"cancelled": await client_of(service, request, training_client_id).cancel(future_ids)}
+
+
+def add_stream(routes: APIRouter, service: Service) -> None:
+    """Add what comes of operations, and what runs tell."""
+
+    @routes.get(ONE + "/stream")
+    async def stream(
+        request: Request,
+        training_client_id: Id,
+        last_event_id: Annotated[int, Header(ge=0)] = 0,
+        after: Annotated[int | None, Query(ge=0)] = None,
+    ) -> StreamingResponse:
+        """Stream events, numbered, and what becomes of operations, as server-sent events."""
+        client = client_of(service, request, training_client_id)
+
+        async def messages() -> AsyncIterator[str]:
+            yield "retry: 500\n\n"
+            async for item in client.stream(last_event_id if after is None else after):
+                yield f"id: {item['event']['seq']}\ndata: {json.dumps(item)}\n\n" if item else ": here\n\n"
+
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(messages(), media_type="text/event-stream", headers=headers)
+
+    @routes.get(ONE + "/poll")
+    async def poll(
+        request: Request,
+        training_client_id: Id,
+        after: Annotated[int, Query(ge=0)] = 0,
+        wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT)] = 20.0,
+    ) -> list[Any]:
+        """Return the next items of the stream at once, or the first that comes: for proxies that hold streams back."""
+        client, items = client_of(service, request, training_client_id), []
+        async with contextlib.aclosing(client.stream(after)) as stream:
+            with contextlib.suppress(TimeoutError, StopAsyncIteration):
+                async with asyncio.timeout(wait):
+                    items.append(await anext(stream))
+                while len(items) < MOST_ITEMS:
+                    async with asyncio.timeout(TOGETHER):
+                        items.append(await anext(stream))
+        return [item for item in items if item]
+
+    @routes.post(ONE + "/events")
+    async def events(
+        request: Request,
+        training_client_id: Id,
+        body: Annotated[list[dict[str, Any]], Body()],
+        x_submitter: SubmitterHeader = None,
+        x_number: NumberHeader = None,
+    ) -> Response:
+        """Take in what runs tell; the answer says which number the last of it was given."""
+        client = client_of(service, request, training_client_id)
+
+        def all_of_them() -> int:
+            told = [decode(event, Event) for event in body]
+            return max((client.channel.publish(event).seq for event in told), default=0)
+
+        async def publish() -> Answer:
+            try:
+                return Answer(200, {"seq": await asyncio.to_thread(all_of_them)})
+            except TGTinkerError as error:
+                return Answer(STATUS.get(error.code, 500), {"error": error_of(error)})
+
+        if x_submitter is None or x_number is None:
+            answer = await publish()
+        else:
+            answer = await client.in_turn(f"events of {x_submitter}", x_number, publish)
+        return Json(answer.content, answer.status)
+
+
+def add_futures(routes: APIRouter, service: Service) -> None:
+    """Add asking for an operation by its id alone."""
+
+    @routes.get("/futures/{future_id}")
+    async def future(request: Request, future_id: Id) -> dict[str, Any]:
+        """Say how far an operation is."""
+        handle = tenant_of(service, request).handle(future_id)
+        return {
+            "future_id": future_id,
+            "status": str(handle.state),
+            "operation": handle.operation,
+            "queue_position": handle.queue_position,
+            "progress": handle.progress,
+        }
+
+    @routes.get("/futures/{future_id}/result")
+    async def result(
+        request: Request, future_id: Id, wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT)] = 20.0
+    ) -> Response:
+        """Return an operation's result; 202 where it is not there after `wait` seconds."""
+        handle = tenant_of(service, request).handle(future_id)
+        if not await ended(handle, wait):
+            return Json({"future_id": future_id, "status": str(handle.state)}, 202)
+        outcome = outcome_of(handle)
+        if "error" in outcome:
+            return Json({"error": outcome["error"]}, STATUS.get(outcome["error"]["code"], 500))
+        if outcome["state"] == "CANCELLED":
+            raise FutureCancelledError("The operation was cancelled.", request_id=future_id)
+        return packed(handle.result())
+
+    @routes.post("/futures/{future_id}/cancel")
+    async def cancel(request: Request, future_id: Id) -> dict[str, bool]:
+        """Cancel an operation; says whether it was cancelled before it completed."""
+        handle = tenant_of(service, request).handle(future_id)
+        return {"cancelled": await asyncio.to_thread(handle.cancel)}
+
+
+def add_questions(routes: APIRouter, service: Service) -> None:
+    """Add what is asked beside the queue."""
+
+    @routes.post(ONE + "/draws")
+    async def enter_draw(
+        request: Request, training_client_id: Id, unit: Annotated[str, Body(embed=True)]
+    ) -> dict[str, Any]:
+        """Number a Poisson draw that is about to be made: from now on it is owed."""
+        channel = client_of(service, request, training_client_id).channel
+        number, key = await asyncio.to_thread(channel.enter_draw, unit)
+        return {"number": number, "key": key.hex()}
+
+    @routes.post(ONE + "/estimate")
+    async def estimate(
+        request: Request,
+        training_client_id: Id,
+        batch_size: Annotated[int | None, Body(embed=True)] = None,
+        length: Annotated[int | None, Body(embed=True)] = None,
+    ) -> Response:
+        """Return what a step will take."""
+        channel = client_of(service, request, training_client_id).channel
+        return packed(await asyncio.to_thread(channel.estimate, batch_size, length))
+
+    @routes.get(ONE + "/privacy_statement")
+    async def privacy_statement(request: Request, training_client_id: Id) -> Response:
+        """Return what may be said about the privacy of what is trained."""
+        channel = client_of(service, request, training_client_id).channel
+        return packed(await asyncio.to_thread(channel.privacy_statement))
+
+    @routes.post(ONE + "/privacy_audit")
+    async def privacy_audit(
+        request: Request,
+        training_client_id: Id,
+        canaries: Annotated[int, Body(embed=True)],
+        steps: Annotated[int, Body(embed=True)],
+    ) -> Response:
+        """Train on canaries, and measure what they leave behind."""
+        channel = client_of(service, request, training_client_id).channel
+        return packed(await asyncio.to_thread(channel.privacy_audit, canaries, steps))
+
+    @routes.get(ONE + "/tokenizer")
+    async def tokenizer(request: Request, training_client_id: Id) -> Response:
+        """Return the files of the model's tokenizer, as a tar archive; waits until the model is loaded."""
+        channel = client_of(service, request, training_client_id).channel
+        await ended(channel.ready())
+        archive = await asyncio.to_thread(tokenizer_files, channel.tokenizer())
+        return Response(archive, media_type="application/x-tar")
+
+    @routes.get("/capabilities")
+    async def capabilities() -> dict[str, Any]:
+        """Say what this server can do, and how much at a time."""
+        return {"version": VERSION, "verbs": sorted(VERBS), "limits": service.limits()}
+
+    @routes.get("/losses")
+    async def losses() -> list[Any]:
+        """Say what every registered loss takes, so that a client can refuse a wrong name without torch."""
+        from tensafe_nb.losses.base import declared_losses
+
+        return [encode(declared) for declared in await asyncio.to_thread(declared_losses)]
+
+
+def tokenizer_files(tokenizer: Any) -> bytes:
+    """Write a tokenizer as its own library does, and pack the files: the same bytes for the same tokenizer."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as archive:
+        tokenizer.save_pretrained(folder)
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for path in sorted(Path(folder).iterdir()):
+                tar.add(path, path.name, filter=anonymous)
+        archive.seek(0)
+        return archive.read()
+
+
+def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Leave out of an archive whose its files are, and when they were written."""
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    return member

@@ -1,0 +1,224 @@
+"""Tenants of a server: each with its training clients and its artifacts, and what it may have of them."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.core import queue
+from tensafe_nb.errors import (
+    NotFoundError,
+    QueueFullError,
+    StorageError,
+    TGTinkerError,
+    TrainingClientNotFoundError,
+    ValidationError,
+)
+from tensafe_nb.futures import FutureHandle
+from tensafe_nb.protocol.operations import Operation, SaveState
+from tensafe_nb.protocol.results import ClientStatus, StateSource
+from tensafe_nb.server.clients import ServedClient
+from tensafe_nb.server.guard import MOST_BODY_BYTES
+from tensafe_nb.store.home import Home
+from tensafe_nb.transports.embedded import EmbeddedTransport
+
+MOST_TOKENS = 1 << 16  # B × T of a batch
+MOST_RANK = 256
+LAST_WORDS = 30.0  # s for which a closed client still takes what its runs tell of their end
+
+
+class Limits:
+    """What one tenant may have at a time.
+
+    Args:
+        clients: Training clients.
+        stored_bytes: Of its artifacts; None has no limit.
+    """
+
+    def __init__(self, clients: int = 32, stored_bytes: int | None = None) -> None:
+        self.clients, self.stored_bytes = clients, stored_bytes
+
+
+class Tenant:
+    """One tenant: its training clients and its artifacts.
+
+    Args:
+        home: Its share of the server's home folder.
+        limits: What it may have.
+    """
+
+    def __init__(self, home: Home, limits: Limits) -> None:
+        self.home, self.limits = home, limits
+        self.transport = EmbeddedTransport(home, "file")
+        self.clients: dict[str, ServedClient] = {}
+
+    def client(self, training_client_id: str) -> ServedClient:
+        """Return one of its clients.
+
+        Raises:
+            TrainingClientNotFoundError: It has none of that id, whatever others have.
+        """
+        if training_client_id not in self.clients:
+            raise TrainingClientNotFoundError(
+                f"There is no training client {training_client_id!r} on this server. Known: {sorted(self.clients)}."
+            )
+        return self.clients[training_client_id]
+
+    @property
+    def live(self) -> list[ServedClient]:
+        """Those of its clients that are not closed."""
+        return [
+            client for client in self.clients.values() if client.channel.status is not ClientStatus.TERMINATED
+        ]
+
+    def handle(self, future_id: str) -> FutureHandle[Any]:
+        """Return the handle of an operation of one of its clients.
+
+        Raises:
+            NotFoundError: It has none of that id.
+        """
+        for client in self.clients.values():
+            handle = client.handle(future_id)
+            if handle is not None:
+                return handle
+        raise NotFoundError(f"There is no operation {future_id!r} here, or its result is not kept any more.")
+
+    def room(self) -> int | None:
+        """Return how many bytes it may still store; None where there is no limit.
+
+        Raises:
+            StorageError: None at all.
+        """
+        if self.limits.stored_bytes is None:
+            return None
+        folder = self.home.artifacts()
+        stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if stored >= self.limits.stored_bytes:
+            raise StorageError(
+                f"This tenant's artifacts take {stored:,} bytes of the {self.limits.stored_bytes:,} it may. Delete "
+                f"some: service.delete_artifact(…)."
+            )
+        return self.limits.stored_bytes - stored
+
+    async def close(self, client: ServedClient) -> None:
+        """Terminate a client; for a while it takes what its runs tell, then it is forgotten."""
+        await asyncio.to_thread(client.channel.close)
+        asyncio.get_running_loop().call_later(LAST_WORDS, self.forget, client)
+
+    def forget(self, client: ServedClient) -> None:
+        """Let go of a client that has been closed."""
+        if not client.hung_up:
+            client.hang_up()
+        self.clients.pop(client.channel.training_client_id, None)
+
+
+class Service:
+    """All tenants of a server.
+
+    Args:
+        home: The server's home folder.
+        models: The folder under which a `model_ref` names a model; None has the built-in ones only.
+        hub_models: Hub ids that may be loaded.
+        limits: Of each tenant.
+    """
+
+    def __init__(self, home: Home, models: Path | None, hub_models: Sequence[str], limits: Limits) -> None:
+        self._home, self._models, self._hub_models = home, models, frozenset(hub_models)
+        self._limits = limits
+        self._tenants: dict[str, Tenant] = {}
+        self.draining = False
+
+    def tenant(self, name: str) -> Tenant:
+        """Return a tenant, known or new."""
+        if name not in self._tenants:
+            self._tenants[name] = Tenant(Home(self._home.root, name), self._limits)
+        return self._tenants[name]
+
+    def live_clients(self) -> list[ServedClient]:
+        """Return every client of every tenant that is not closed."""
+        return [client for tenant in self._tenants.values() for client in tenant.live]
+
+    def limits(self) -> dict[str, int]:
+        """Return how much of what one request may ask for."""
+        return {
+            "tokens_of_a_batch": MOST_TOKENS,
+            "rank": MOST_RANK,
+            "body_bytes": MOST_BODY_BYTES,
+            "waiting_operations": queue.MAX_PENDING,
+        }
+
+    async def create(
+        self, tenant: Tenant, config: TrainingConfig, source: StateSource | None
+    ) -> ServedClient:
+        """Make a training client.
+
+        Raises:
+            ValidationError: A model that is not offered here, a rank above the limit.
+            QueueFullError: It has as many as it may.
+        """
+        self._refuse_if_draining()
+        if len(tenant.live) >= tenant.limits.clients:
+            raise QueueFullError(
+                f"This tenant has {len(tenant.live)} training clients, as many as it may. Close one: tc.close().",
+                code="too_many",
+            )
+        if config.lora_config is not None and config.lora_config.rank > MOST_RANK:
+            raise ValidationError(f"LoRAConfig.rank is at most {MOST_RANK} on this server.")
+        refuse_code(config.loss.type)
+        self._check_model(config.model_ref)
+        if source is not None and source.future_id is not None:  # it may still be on its way here
+            with suppress(NotFoundError):
+                await tenant.client(source.parent or "").arrived(source.future_id)
+        channel = await asyncio.to_thread(tenant.transport.create, config, source)
+        client = tenant.clients[channel.training_client_id] = ServedClient(channel)
+        return client
+
+    def _check_model(self, ref: str) -> None:
+        if ref.startswith("builtin:") or ref in self._hub_models:
+            return
+        if self._models is not None:
+            root, found = self._models.resolve(), (self._models / ref).resolve()
+            inside = not Path(ref).is_absolute() and found.is_relative_to(root) and found != root
+            if inside and found.exists():
+                return
+        raise ValidationError(  # the same where it is not there, and where it is not offered
+            f"The model {ref!r} is not offered by this server. Ask whoever runs it (serve --models, --hub-model), or "
+            f"take a built-in one."
+        )
+
+    def check_operation(self, tenant: Tenant, operation: Operation[Any]) -> None:
+        """Refuse what one request may not ask for."""
+        self._refuse_if_draining()
+        batch = getattr(operation, "batch", None)
+        if batch is not None and batch.input_ids.size > MOST_TOKENS:
+            rows, tokens = batch.shape
+            raise ValidationError(
+                f"The batch has {rows} × {tokens} tokens; this server takes {MOST_TOKENS} in one. Send several with "
+                f"forward_backward: their gradients add up."
+            )
+        refuse_code(getattr(operation, "loss_fn", None))
+        if isinstance(operation, SaveState):
+            tenant.room()
+
+    def _refuse_if_draining(self) -> None:
+        if self.draining:
+            raise TGTinkerError("This server is about to stop and takes nothing new.", code="draining")
+
+    async def drain(self) -> None:
+        """Finish what runs, cancel what waits, end all streams, write out the logs; idempotent."""
+        self.draining = True
+        await asyncio.gather(*(client.drain() for client in self.live_clients()))
+        for tenant in self._tenants.values():
+            for client in list(tenant.clients.values()):
+                tenant.forget(client)
+            await asyncio.to_thread(tenant.transport.close)
+
+
+def refuse_code(loss: object) -> None:
+    """Refuse a loss that is a path to somebody's code."""
+    if isinstance(loss, str) and ":" in loss:
+        raise ValidationError(
+            "Losses from a dotted path run in the user's own process only.", code="forbidden"
+        )

@@ -1,0 +1,650 @@
+"""The line to one training client of a server: what goes out, in order, and the one stream that comes back."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import threading
+import time
+import uuid
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import httpx
+
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.errors import (
+    ClientClosedError,
+    FutureCancelledError,
+    QueueFullError,
+    ServerConnectionError,
+    TGTinkerError,
+    ValidationError,
+    error_of_code,
+)
+from tensafe_nb.events import (
+    Event,
+    OperationCancelled,
+    OperationFailed,
+    OperationFinished,
+    OperationQueued,
+    OperationStarted,
+    Progress,
+    StateLoaded,
+    StatusChanged,
+    check_reported,
+)
+from tensafe_nb.futures import FutureHandle, Promise, handle_of, promise_of
+from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.recorder import Recorder
+from tensafe_nb.history.stream import Subscriber
+from tensafe_nb.privacy.audit_canary import PrivacyAudit
+from tensafe_nb.privacy.ledger.statement import PrivacyStatement
+from tensafe_nb.protocol import wire
+from tensafe_nb.protocol.codec import decode, encode
+from tensafe_nb.protocol.losses import check_loss
+from tensafe_nb.protocol.operations import ForwardBackward, Operation
+from tensafe_nb.protocol.results import (
+    ClientStatus,
+    FutureStatus,
+    StepEstimate,
+    TrainingClientInfo,
+)
+from tensafe_nb.store.home import Home
+from tensafe_nb.transports.http_requests import PATIENCE, Requests, error_in, lines_of
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+SENDERS = 4  # submissions on their way at a time; the server puts them in order
+DRAINING = 5.0  # s that the history waits for what runs have told
+FIRST_SIGN = 5.0  # s after which a stream that says nothing is taken to be held back by a proxy
+SILENCE = 30.0  # s without a sign of life, which comes every 10, until a stream is taken to be dead
+KNOWN_FAILURES = 256  # of which it is remembered whether somebody was told, and what they were
+MOST_EVENTS = 256  # that are told at a time
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """An operation on its way."""
+
+    number: int
+    future_id: str
+    verb: str
+    media_type: str
+    body: bytes
+    promise: Promise[Any]
+    knows_of: str
+
+
+class HttpChannel:
+    """The line to one training client of a server.
+
+    Its state is what the stream tells. The server's events are written to a log in this home folder, which is the
+    training client's history here: panels, list_runs(), load_run() and replay() read it, also without the server.
+
+    Args:
+        requests: Sends them, on the thread on which all of this runs.
+        info: How the training client stands.
+        config: What it is made of.
+        home: Where the log is kept.
+    """
+
+    def __init__(
+        self, requests: Requests, info: TrainingClientInfo, config: TrainingConfig, home: Home
+    ) -> None:
+        self.training_client_id, self.config = info.training_client_id, config
+        self.closed = self._left = False
+        self.requests, self._io, self._info, self._home = requests, requests.io, info, home
+        self.path = f"/training_clients/{info.training_client_id}"
+        self._recorder = Recorder(home.event_log(info.training_client_id))
+        self.submitter = uuid.uuid4().hex
+        self._changing = threading.RLock()
+        self._waiting: dict[str, Promise[Any]] = {}  # of each future, in order
+        self._running: str | None = None
+        self._queued: set[str] = set()  # whoever queued them
+        self._failures: OrderedDict[str, Promise[Any]] = OrderedDict()
+        self._untold: set[str] = set()  # those of which the server does not know yet that somebody was told
+        self._loaded: Promise[TrainingClientInfo] = Promise()
+        self._loaded.owner = self._io.thread
+        self._tokenizer: Any = None
+        self._numbers = self._told_number = 0
+        self.unsent: set[str] = set()  # what the server has neither taken nor refused yet
+        self.reached = 0  # number of the latest event
+        self._owed = 0  # number that the latest event published here was given
+        self._changed = threading.Condition()
+        self._holders = [self.training_client_id]
+        self._outgoing: asyncio.Queue[Submission] = asyncio.Queue()
+        self._outbox: deque[Event] = deque()
+        self._telling = False
+        self._tasks: list[asyncio.Future[Any]] = []
+        self._io.soon(self._begin)
+
+    def attach(self) -> bool:
+        """Count one more client at this end; False if this line has ended."""
+        if self.closed or self._left or self._info.status == ClientStatus.TERMINATED:
+            return False
+        self._holders.append(self.training_client_id)
+        return True
+
+    # on the thread of whoever asks
+
+    @property
+    def history(self) -> RunHistory:
+        """The log in this home folder; waits, not for long, until what was told here is in it."""
+        self._until(lambda: not self._outbox and not self._telling and self.reached >= self._owed)
+        return self._recorder.history
+
+    def _until(self, so: Callable[[], bool], seconds: float = DRAINING) -> None:
+        """Wait, not for long, until something is so, or this line has ended."""
+        if threading.current_thread() is not self._io.thread and not self.requests.is_over:
+            with self._changed:
+                self._changed.wait_for(lambda: self.closed or so(), seconds)
+
+    def submit(self, operation: Operation[R], future_id: str | None = None) -> FutureHandle[R]:
+        """Queue an operation; see `Worker.submit`.
+
+        Raises:
+            ValidationError: A Python function as loss, a loss that the server does not know, more than it takes.
+            ClientClosedError: The client is closed.
+            QueueFullError: Too many wait already.
+        """
+        self._check(operation)
+        media_type, body = wire.pack(operation)
+        if len(body) > self.requests.limit("body_bytes", len(body)):
+            raise ValidationError(
+                f"{operation.verb}: this takes {len(body):,} bytes, and the server reads "
+                f"{self.requests.limit('body_bytes', 0):,} at a time. Send it in parts."
+            )
+        future_id = future_id or f"fut-{uuid.uuid4().hex[:12]}"
+        promise: Promise[R] = Promise()
+        promise.owner = self._io.thread
+        with self._changing:
+            self._refuse_if_closed(operation.verb)
+            self._numbers += 1
+            told = self._newly_told()
+            submission = Submission(self._numbers, future_id, operation.verb, media_type, body, promise, told)
+            self._waiting[future_id] = promise
+            self.unsent.add(future_id)
+            self._io.soon(self._outgoing.put_nowait, submission)
+
+        def cancel() -> bool:
+            self._cancel({future_id: promise})
+            return promise.state is FutureStatus.CANCELLED
+
+        return FutureHandle(
+            promise,
+            operation=operation.verb,
+            future_id=future_id,
+            training_client_id=self.training_client_id,
+            result_type=operation.result,
+            cancel=cancel,
+            position=lambda: self._position(future_id),
+        )
+
+    def _check(self, operation: Operation[Any]) -> None:
+        """Refuse what the server would: so that it is an error of the call."""
+        if isinstance(operation, ForwardBackward) or hasattr(operation, "loss_fn"):
+            name = operation.loss_fn or self.config.loss.type
+            if isinstance(name, str) and ":" not in name and name not in self.requests.losses:
+                self.requests.ask_for_losses()  # one that was registered since
+            check_loss(operation, self.config.loss, self.requests.losses)
+        batch, most = getattr(operation, "batch", None), self.requests.limit("tokens_of_a_batch", 1 << 62)
+        if batch is not None and batch.input_ids.size > most:
+            rows, tokens = batch.shape
+            raise ValidationError(
+                f"The batch has {rows} × {tokens} tokens; this server takes {most} in one. Send several with "
+                f"forward_backward: their gradients add up."
+            )
+
+    def _refuse_if_closed(self, verb: str) -> None:
+        self.requests.refuse_if_gone()
+        if self.closed or self._info.status == ClientStatus.TERMINATED:
+            raise ClientClosedError(
+                f"{verb}: the training client {self.training_client_id} is closed. Create a new one."
+            )
+        most = self.requests.limit("waiting_operations", 1_000)
+        if len(self._waiting) - (self._running in self._waiting) >= most:
+            raise QueueFullError(
+                f"{most} operations of this training client are waiting already. Wait for some results "
+                f"before you submit more."
+            )
+
+    def _newly_told(self) -> str:
+        """Name the failures whose outcome has been given to somebody: who goes on then knows of them."""
+        told = [name for name in self._untold if self._failures[name].told][:32]
+        self._untold.difference_update(told)
+        return ",".join(told)
+
+    def cancel(self, handles: Sequence[FutureHandle[Any]]) -> int:
+        """Cancel several in one request; see `Channel.cancel`."""
+        self._cancel({handle.future_id: promise_of(handle) for handle in handles})
+        return sum(handle.state is FutureStatus.CANCELLED for handle in handles)
+
+    def _cancel(self, promises: Mapping[str, Promise[Any]]) -> None:
+        wanted = [name for name, promise in promises.items() if not promise.done]
+        for name in wanted:
+            promises[name].cancel_requested = True  # what has not been sent yet takes the word along
+        self._ask_to_cancel([name for name in wanted if name not in self.unsent])
+        self._until(lambda: self.unsent.isdisjoint(wanted), PATIENCE)
+        self._ask_to_cancel(
+            [name for name in wanted if not promises[name].done]
+        )  # what was on its way meanwhile
+        for name in wanted:
+            promises[name].wait()
+
+    def _ask_to_cancel(self, future_ids: Sequence[str]) -> None:
+        if future_ids:
+            with suppress(TGTinkerError):
+                self.requests.call("POST", f"{self.path}/cancel", json={"future_ids": future_ids})
+
+    def _position(self, future_id: str) -> int | None:
+        with self._changing:
+            waiting = [name for name in self._waiting if name != self._running]
+        return waiting.index(future_id) if future_id in waiting else None
+
+    def ready(self) -> FutureHandle[TrainingClientInfo]:
+        return handle_of(
+            self._loaded, "ready", self.training_client_id, TrainingClientInfo, cancel=lambda: False
+        )
+
+    def info(self) -> TrainingClientInfo:
+        """Return how it stands, as the stream has told it so far."""
+        return self._info
+
+    def refresh(self) -> TrainingClientInfo:
+        """Ask the server; offline, what is known stays."""
+        if not self.closed:
+            with suppress(ServerConnectionError):
+                self._info = decode(self.requests.get(self.path)["info"], TrainingClientInfo)
+        return self._info
+
+    def tokenizer(self) -> Any:
+        self._loaded.wait()
+        self._loaded.outcome()
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_folder())
+        return self._tokenizer
+
+    def _tokenizer_folder(self) -> Path:
+        """Return the folder of the tokenizer's files, fetched unless some model's were the same."""
+        from tensafe_nb.transports.http import extract
+
+        archive = self.requests.call("GET", f"{self.path}/tokenizer").content
+        folder = self._home.root / "tokenizers" / hashlib.sha256(archive).hexdigest()[:32]
+        if not folder.exists():
+            with TemporaryDirectory() as fetched:
+                tar = Path(fetched) / "tokenizer.tar"
+                tar.write_bytes(archive)
+                extract(tar, folder)
+        return folder
+
+    def subscribe(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:
+        return self._recorder.subscribe(subscriber, after)
+
+    def publish(self, event: Event) -> Event:
+        """Tell the server; the event comes back numbered on the stream, as all do."""
+        check_reported(event)
+        self._outbox.append(event)
+        self._io.soon(self._tell_soon)
+        return event
+
+    def sync(self) -> None:
+        _ = self.history
+        self._recorder.sync()
+
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        drawn = self.requests.call("POST", f"{self.path}/draws", json={"unit": unit}).json()
+        return int(drawn["number"]), bytes.fromhex(drawn["key"])
+
+    def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
+        asked = {"batch_size": batch_size, "length": length}
+        return self.requests.record("POST", f"{self.path}/estimate", StepEstimate, json=asked, timeout=600.0)
+
+    def privacy_statement(self) -> PrivacyStatement:
+        return self.requests.record("GET", f"{self.path}/privacy_statement", PrivacyStatement)
+
+    def privacy_audit(self, canaries: int, steps: int) -> PrivacyAudit:
+        asked = {"canaries": canaries, "steps": steps}
+        return self.requests.record(
+            "POST", f"{self.path}/privacy_audit", PrivacyAudit, json=asked, timeout=600.0
+        )
+
+    def close(self) -> None:
+        """Terminate the training client on the server, behind what was submitted here."""
+        if self.requests.is_forked:
+            return  # the line, and the log, are the parent's
+        if self._info.status != ClientStatus.TERMINATED and not self.closed and not self.requests.closed:
+            self._until(lambda: not self.unsent)
+            with suppress(TGTinkerError):
+                self.requests.call("DELETE", self.path, patience=5.0)
+            self._until(lambda: self._info.status == ClientStatus.TERMINATED)
+        self._give_up(FutureCancelledError("The training client was closed."), cancel=True)
+
+    def leave(self) -> None:
+        """Leave the training client to its server."""
+
+    def hang_up(self) -> None:
+        """End the stream and the log; nothing is recorded after this."""
+        if self.requests.is_forked:
+            return
+        if not self.closed:
+            _ = self.history
+        with self._changing:
+            self.closed = True
+        self._give_up(ClientClosedError("This ServiceClient was closed while the operation was under way."))
+        self._io.soon(self._end_tasks)
+        self._recorder.close()
+        self._notify()
+
+    def detach(self) -> None:
+        """Leave the training client to the server; never waits."""
+        with suppress(IndexError):
+            self._holders.pop()
+        if not self._holders:
+            self._left = True
+            self._io.soon(self._leave_if_done)
+
+    def _give_up(self, error: TGTinkerError, *, cancel: bool = False) -> None:
+        """End whatever still waits."""
+        with self._changing:
+            waiting, self._waiting = self._waiting, {}
+        for promise in waiting.values():
+            if cancel:
+                promise.cancel()
+            else:
+                promise.fail(error)
+        if not self._loaded.done:
+            self._loaded.fail(error)
+
+    # on the transport's thread
+
+    def _begin(self) -> None:
+        """Start the tasks; each holds the channel weakly between two waits, so that it can be let go."""
+        self.reached = self._recorder.history.last_seq
+        held = weakref.ref(self)
+        tasks = [listen(held, self.requests)]
+        tasks += [send(held, self.requests, self._outgoing) for _ in range(SENDERS)]
+        self._tasks = [asyncio.ensure_future(task) for task in tasks]
+        if self._info.status != ClientStatus.INITIALIZING:
+            self._note_status(self._info)
+
+    def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def _do(self, work: Any) -> None:
+        self._tasks = [task for task in self._tasks if not task.done()]
+        self._tasks.append(asyncio.ensure_future(work))
+
+    def _tell_soon(self) -> None:
+        if not self._telling and self._outbox and not self.closed:
+            self._telling = True
+            self._do(self._tell())
+
+    async def _tell(self) -> None:
+        """Send what is in the outbox, in order."""
+        try:
+            while self._outbox:
+                events = [self._outbox[index] for index in range(min(len(self._outbox), MOST_EVENTS))]
+                self._told_number += 1
+                headers = {"x-submitter": self.submitter, "x-number": str(self._told_number)}
+                told = [encode(event) for event in events]
+                try:
+                    answer = await self.requests.send(
+                        "POST", f"{self.path}/events", json=told, headers=headers
+                    )
+                    self._owed = max(self._owed, int(answer.json()["seq"]))
+                except TGTinkerError as error:
+                    logger.error("what a run told could not be recorded by the server: %s", error)
+                for _ in events:
+                    self._outbox.popleft()
+        finally:
+            self._telling = False
+            self._notify()
+            self._leave_if_done()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def sent(self, future_id: str, error: TGTinkerError | None) -> None:
+        """Note that the server has taken a submission, or refused it."""
+        if error is not None:
+            self.fail(future_id, error)
+        self.unsent.discard(future_id)
+        self._notify()
+
+    def take(self, item: Mapping[str, Any]) -> None:
+        """Take an item of the stream: record its event, tell the subscribers, end the operation that it ends."""
+        event = decode(item["event"], Event)
+        if event.seq <= self.reached:
+            return
+        if "info" in item:
+            self._info = decode(item["info"], TrainingClientInfo)
+        match event:
+            case OperationQueued(future_id=future_id):
+                self._queued.add(future_id)
+            case OperationFinished() | OperationFailed() | OperationCancelled():
+                self._queued.discard(event.future_id)
+                self._note_work(busy=bool(self._queued))
+            case OperationStarted(future_id=future_id):
+                self._running = future_id
+                self._note_work(busy=True)
+                if future_id in self._waiting:
+                    self._waiting[future_id].start()
+            case Progress(future_id=future_id, done=done, total=total) if future_id in self._waiting:
+                self._waiting[future_id].progress = (done, total)
+            case StatusChanged() | StateLoaded():
+                self._note_status(self._info)
+        self._recorder.record(event)
+        self.reached = event.seq
+        self._notify()
+        if "outcome" in item:
+            self._end(item["outcome"])
+        elif "info" in item and getattr(event, "future_id", None) in self._waiting:
+            self.fail(event.future_id, ServerConnectionError("The server does not keep the result any more."))
+
+    def _note_work(self, *, busy: bool) -> None:
+        """Follow what the operations' events tell: the server's own word on it may be a moment old."""
+        status = self._info.status
+        if status in (ClientStatus.READY, ClientStatus.BUSY):
+            status = ClientStatus.BUSY if busy else ClientStatus.READY
+        self._info = replace(self._info, status=str(status), queue_depth=len(self._queued))
+
+    def _leave_if_done(self) -> None:
+        """End the stream and the log, once nobody is left who holds the client or waits for an operation."""
+        if self._left and not self.closed:
+            busy = self._waiting or self._outbox or self._telling or self.unsent
+            (_leaving.add if busy else _leaving.discard)(self)
+            if not busy:
+                self.closed = True
+                self._end_tasks()
+                self._recorder.close()
+
+    def _note_status(self, info: TrainingClientInfo) -> None:
+        if info.status in (ClientStatus.READY, ClientStatus.BUSY):
+            self._loaded.succeed(info)
+        elif info.status == ClientStatus.ERROR and not self._loaded.done:
+            self._do(self._fail_loading())
+
+    async def _fail_loading(self) -> None:
+        """Fetch the error that the loading ended with: a status has its text only."""
+        try:
+            await self.requests.send("GET", f"{self.path}/ready")
+        except TGTinkerError as error:
+            self._loaded.fail(error)
+
+    def _end(self, outcome: Mapping[str, Any]) -> None:
+        future_id = outcome["future_id"]
+        promise = self._waiting.get(future_id)
+        if promise is None:
+            return
+        if "fetch" in outcome:
+            self._do(self._fetch(future_id, promise))
+        elif "error" in outcome:
+            self.fail(future_id, error_of_code(**outcome["error"]))
+        elif "result" in outcome:
+            self._done(future_id)
+            promise.succeed(decode(outcome["result"]))
+        else:
+            self._done(future_id)
+            promise.cancel()
+
+    async def _fetch(self, future_id: str, promise: Promise[Any]) -> None:
+        try:
+            answer = await self.requests.send("GET", f"/futures/{future_id}/result")
+            value = wire.unpack(answer.headers["content-type"], answer.content)
+        except TGTinkerError as error:
+            self.fail(future_id, error)
+        else:
+            self._done(future_id)
+            promise.succeed(value)
+
+    def fail(self, future_id: str, error: TGTinkerError) -> None:
+        """End an operation with an error; the failure that it names as its cause is known here."""
+        with self._changing:
+            promise = self._waiting.pop(future_id, None)
+            cause = self._failures.get(str(error.details.get("cause")))
+            if promise is not None:
+                self._failures[future_id] = promise
+                self._untold.add(future_id)
+            while len(self._failures) > KNOWN_FAILURES:
+                self._untold.discard(self._failures.popitem(last=False)[0])
+        if promise is not None:
+            error.__cause__ = None if cause is None else cause.error
+            promise.fail(error)
+            self._leave_if_done()
+
+    def _done(self, future_id: str) -> None:
+        with self._changing:
+            self._waiting.pop(future_id, None)
+        self._leave_if_done()
+
+
+_leaving: set[HttpChannel] = set()  # nobody holds the client any more, and what it had to send is under way
+
+
+async def send(
+    held: "weakref.ref[HttpChannel]", requests: Requests, outgoing: "asyncio.Queue[Submission]"
+) -> None:
+    """Submit what is queued, one after the other; several of these run at once."""
+    while True:
+        submission = await outgoing.get()
+        channel = held()
+        if channel is None:
+            return
+        path, submitter = f"{channel.path}/operations", channel.submitter
+        del channel
+        headers = {
+            "content-type": submission.media_type,
+            "x-submitter": submitter,
+            "x-number": str(submission.number),
+            "x-future-id": submission.future_id,
+            "x-verb": submission.verb,
+        }
+        if submission.knows_of:
+            headers["x-knows-of"] = submission.knows_of
+        if submission.promise.cancel_requested:
+            headers["x-cancelled"] = "1"
+        error = await refusal_of(requests, path, submission.body, headers)
+        channel = held()
+        if channel is not None:
+            channel.sent(submission.future_id, error)
+        del channel
+
+
+async def refusal_of(
+    requests: Requests, path: str, body: bytes, headers: Mapping[str, str]
+) -> TGTinkerError | None:
+    """Submit, and return the error it was refused with; None where it fails in its turn, as the stream will say."""
+    try:
+        await requests.send("POST", path, content=body, headers=dict(headers))
+    except TGTinkerError as error:
+        return error
+    return None
+
+
+async def listen(held: "weakref.ref[HttpChannel]", requests: Requests) -> None:
+    """Read the stream, and begin again where it broke off, until the training client is closed or let go."""
+    lost: float | None = None
+    while (channel := held()) is not None and not channel.closed:
+        reached, path = channel.reached, channel.path
+        del channel
+        began = time.monotonic()
+        try:
+            read = poll if requests.streams_held_back else follow
+            if await read(held, requests, path, reached):
+                return
+            lost = None
+        except (httpx.TransportError, TimeoutError) as error:
+            channel = held()
+            lost = None if channel is not None and channel.reached > reached else lost or began
+            if lost is not None and time.monotonic() - lost > PATIENCE and channel is not None:
+                channel._give_up(requests.unreachable(error))
+            del channel
+        except TGTinkerError as error:
+            channel = held()
+            if channel is not None:
+                channel._give_up(error)
+            return
+        await asyncio.sleep(0.2)
+
+
+async def follow(held: "weakref.ref[HttpChannel]", requests: Requests, path: str, after: int) -> bool:
+    """Read one answer of the stream to its end; True if there is nothing more to come."""
+    headers = {"last-event-id": str(after), "accept": "text/event-stream"}
+    begun = False
+    try:
+        async with (
+            asyncio.timeout(FIRST_SIGN) as first_sign,
+            requests.stream(f"{path}/stream", headers) as answer,
+        ):
+            if not answer.is_success:
+                await answer.aread()
+                raise error_in(answer)
+            async for line in lines_of(answer, SILENCE):
+                if not begun:
+                    begun = True
+                    first_sign.reschedule(None)
+                if line.startswith(b"data:"):
+                    ended = deliver(held, json.loads(line[5:]))
+                    if ended:
+                        return True
+    except TimeoutError:
+        if not begun:
+            logger.info("%s sends no stream, as if a proxy kept it: it is asked for in pieces", requests.url)
+            requests.streams_held_back = True
+        raise
+    return is_over(held)
+
+
+async def poll(held: "weakref.ref[HttpChannel]", requests: Requests, path: str, after: int) -> bool:
+    """Ask for the next items of the stream; True if there is nothing more to come."""
+    answer = await requests.send("GET", f"{path}/poll", params={"after": after, "wait": 10.0}, patience=0.0)
+    items = answer.json()
+    return any(deliver(held, item) for item in items) or (not items and is_over(held))
+
+
+def deliver(held: "weakref.ref[HttpChannel]", item: Mapping[str, Any]) -> bool:
+    """Hand an item to the channel; True if there is none any more."""
+    channel = held()
+    if channel is None or channel.closed:
+        return True
+    channel.take(item)
+    return False
+
+
+def is_over(held: "weakref.ref[HttpChannel]") -> bool:
+    """Whether the training client has ended."""
+    channel = held()
+    return channel is None or channel.closed or channel.info().status == ClientStatus.TERMINATED

@@ -1,0 +1,272 @@
+"""A server as one process sees it: its address, what it offers, and a thread of its own on which all requests run."""
+
+import asyncio
+import os
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import httpx
+
+from tensafe_nb.errors import (
+    AuthenticationError,
+    ClientClosedError,
+    ServerConnectionError,
+    TGTinkerError,
+    ValidationError,
+    error_of_code,
+)
+from tensafe_nb.futures import HEARTBEAT
+from tensafe_nb.protocol import wire
+from tensafe_nb.protocol.codec import decode
+from tensafe_nb.protocol.losses import LossDeclaration
+
+R = TypeVar("R")
+
+PREFIX = "/api/v1"
+PATIENCE = 60.0  # s without an answer until what waits fails; a restart takes 5 to 21
+CONNECTIONS = 8
+PASSING = {
+    429,
+    502,
+    503,
+    504,
+}  # what a proxy says while its server restarts, and a server that is asked too often
+
+
+class LoopThread:
+    """An event loop on a thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+        finally:
+            tasks = asyncio.all_tasks(self.loop)
+            for task in tasks:
+                task.cancel()
+            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.close()
+
+    def call(self, work: Coroutine[Any, Any, R]) -> R:
+        """Run a coroutine there and wait for it, in slices, so that an interrupt is seen.
+
+        Raises:
+            ValidationError: Called on that very thread.
+            ClientClosedError: The thread has ended.
+        """
+        if threading.current_thread() is self.thread:
+            work.close()
+            raise ValidationError(
+                "This runs on the thread that talks to the server (a callback or a subscriber): asking the server here "
+                "would wait for ever. Ask elsewhere."
+            )
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        except RuntimeError:
+            work.close()
+            raise ClientClosedError("This ServiceClient is closed. Create a new one.") from None
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    return future.result(HEARTBEAT)
+                if future.done():
+                    return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def soon(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function there, soon; nothing happens once the loop is closed."""
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(function, *arguments)
+
+    def close(self) -> None:
+        """End the thread; idempotent."""
+        self.soon(self.loop.stop)
+        if threading.current_thread() is not self.thread:
+            self.thread.join()
+
+
+class Requests:
+    """Sends requests to one server, and reads its answers.
+
+    Args:
+        base_url: Of the server, such as "http://127.0.0.1:8000".
+        api_key: The bearer token; it is sent to this server only.
+
+    Raises:
+        ServerConnectionError: Nothing answers there.
+        AuthenticationError: It takes no such token.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None) -> None:
+        self.url, self.closed, self._pid = base_url.rstrip("/"), False, os.getpid()
+        self.streams_held_back = False  # by a proxy on the way: then the stream is asked for in pieces
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(30.0, connect=5.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=CONNECTIONS),
+        )
+        self.io = LoopThread(f"tsnb-http-{uuid.uuid4().hex[:6]}")
+        try:
+            self.capabilities: dict[str, Any] = self.get("/capabilities", patience=0.0)
+            self.losses: dict[str, LossDeclaration] = {}
+            self.ask_for_losses()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask_for_losses(self) -> None:
+        """Read which losses are registered there, and what each takes."""
+        declared = (decode(entry, LossDeclaration) for entry in self.get("/losses"))
+        self.losses = {loss.name: loss for loss in declared}
+
+    def limit(self, name: str, otherwise: int) -> int:
+        """Return how much of something one request may hold, as the server says."""
+        return int(self.capabilities.get("limits", {}).get(name, otherwise))
+
+    # on the thread
+
+    async def send(
+        self, method: str, path: str, *, patience: float = PATIENCE, **options: Any
+    ) -> httpx.Response:
+        """Send a request until it is answered, and return the answer; `content` may be a function that makes it anew.
+
+        Raises:
+            ServerConnectionError: No answer within the patience.
+            TGTinkerError: What the server said.
+        """
+        began, pause, made = time.monotonic(), 0.1, options.pop("content", None)
+        while True:
+            content = made() if callable(made) else made
+            left = patience - (time.monotonic() - began)
+            try:
+                answer = await self._http.request(method, PREFIX + path, content=content, **options)
+            except httpx.TransportError as error:
+                if left < pause:
+                    raise self.unreachable(error) from error
+            else:
+                if answer.is_success or "x-in-turn" in answer.headers:  # refused, and on the way to fail
+                    return answer
+                found = error_in(answer)
+                if answer.status_code not in PASSING or found.code in LASTING or left < pause:
+                    raise found
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+    def stream(self, path: str, headers: Mapping[str, str]) -> Any:
+        """Return the context of an answer that is read as it comes."""
+        return self._http.stream("GET", PREFIX + path, headers=dict(headers))
+
+    def unreachable(self, error: Exception) -> ServerConnectionError:
+        """Say that the server does not answer."""
+        why = str(error) or type(error).__name__
+        return ServerConnectionError(
+            f"The server {self.url} does not answer ({why}). Is it running (tensafe-nb serve), is the "
+            f"address right?"
+        )
+
+    # elsewhere
+
+    def call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """Send a request from any thread but the transport's own, and wait for the answer."""
+        self.refuse_if_gone()
+        return self.io.call(self.send(method, path, **options))
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that all of it belongs to."""
+        return os.getpid() != self._pid
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can come of it."""
+        return self.closed or self.is_forked
+
+    def refuse_if_gone(self) -> None:
+        """Refuse to go on where no thread does.
+
+        Raises:
+            ClientClosedError: This was closed, or belongs to the process that this one was forked from.
+        """
+        if self.is_forked:
+            raise ClientClosedError(
+                "This ServiceClient belongs to the process this one was forked from. Create one here."
+            )
+        if self.closed:
+            raise ClientClosedError("This ServiceClient is closed. Create a new one.")
+
+    def get(self, path: str, **options: Any) -> Any:
+        """Return the JSON of an address."""
+        return self.call("GET", path, **options).json()
+
+    def record(self, method: str, path: str, kind: type[R], **options: Any) -> R:
+        """Return the record that a request is answered with."""
+        answer = self.call(method, path, **options)
+        found: R = wire.unpack(answer.headers["content-type"], answer.content, kind)
+        return found
+
+    def close(self) -> None:
+        """End the thread; idempotent."""
+        if not self.is_over:
+            self.closed = True
+            with suppress(TGTinkerError):
+                self.io.call(self._http.aclose())
+            self.io.close()
+
+
+LASTING = {"queue_full", "too_many", "draining", "key_unavailable"}  # waiting a second does not help
+
+
+async def lines_of(answer: httpx.Response, silence: float) -> AsyncIterator[bytes]:
+    """Yield the lines of an answer as they come.
+
+    Raises:
+        TimeoutError: Nothing came for so many seconds.
+    """
+    rest, chunks = b"", answer.aiter_bytes()
+    while True:
+        try:
+            async with asyncio.timeout(silence):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+
+
+def error_in(answer: httpx.Response) -> TGTinkerError:
+    """Return the error that an answer holds."""
+    try:
+        found = answer.json()["error"]
+        error = error_of_code(
+            found["code"], found["message"], found.get("details") or {}, found.get("request_id")
+        )
+    except (ValueError, KeyError, TypeError):
+        if answer.status_code in (401, 403):
+            return AuthenticationError(f"{answer.url} refused the request ({answer.status_code}).")
+        return ServerConnectionError(
+            f"{answer.url} answered {answer.status_code} {answer.reason_phrase}, which no tensafe-nb server "
+            f"says. Is the address right?"
+        )
+    return error
+
+
+def quoted(name: str) -> str:
+    """Return a name as one part of a path."""
+    from urllib.parse import quote
+
+    return quote(name, safe="")
