@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,18 +12,15 @@ import tensafe_nb as tn
 from bench import workload
 from bench.harness import LARGER, Row, Taken, Target, p99, paired
 from tensafe_nb.core import worker
+from tensafe_nb.engine.engine import Engine
 from tensafe_nb.events import Event, OperationFinished
 from tensafe_nb.protocol.results import ForwardResult
 
 STEPS = 100
 
 
-class EngineThatDoesNothing:
-    """Stands in for the engine: what is left of an operation is its way through the queue."""
-
-    def __init__(self, config: tn.TrainingConfig, model: object = None) -> None:
-        self.model = SimpleNamespace(tokenizer=None)
-        self.step = self.policy_version = 0
+class EngineThatDoesNothing(Engine):
+    """What is left of a `forward` is its way through the queue."""
 
     def forward(self, *_: Any) -> ForwardResult:
         return ForwardResult(0.0, 1)
@@ -70,7 +66,7 @@ def _latencies() -> Taken:
 def _client_that_does_nothing() -> Iterator[tn.TrainingClient]:
     with patch.object(worker, "Engine", EngineThatDoesNothing), tn.ServiceClient() as service:
         tc = service.create_training_client()
-        assert tc.tokenizer is None  # waits until the worker has its engine
+        tc.ready().result()
         yield tc
 
 

@@ -1,6 +1,7 @@
 """The training clients of a server: each kernel's operations in the order it gave them, and what became of each."""
 
 import asyncio
+import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ from tensafe_nb.events import (
 from tensafe_nb.futures import FutureHandle, promise_of
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import encode
-from tensafe_nb.protocol.operations import ForwardBackward, Operation, SaveState
+from tensafe_nb.protocol.operations import ForwardBackward, Operation, Sample, SaveState
 from tensafe_nb.protocol.results import FutureStatus
 
 KEPT_HANDLES = 2_000  # of operations that have ended: their results can still be fetched
@@ -113,7 +114,7 @@ class ServedClient:
         self._submitters: dict[str, Submitter] = {}
         self._handles: OrderedDict[str, FutureHandle[Any]] = OrderedDict()
         self._arrivals: dict[str, asyncio.Event] = {}
-        self._readers: set[asyncio.Queue[Event | None]] = set()
+        self._readers: set[asyncio.Queue[Event | dict[str, Any] | None]] = set()
         channel.subscribe(self._count)
 
     def _count(self, event: Event) -> None:
@@ -163,6 +164,8 @@ class ServedClient:
         future_id = future_id or f"fut-{uuid.uuid4().hex[:12]}"
         with self._coming(future_id):
             handle = self._keep(await asyncio.to_thread(self.channel.submit, operation, future_id))
+        if isinstance(operation, Sample) and operation.stream:
+            self._pass_pieces_on(handle)
         if cancelled:
             await asyncio.to_thread(handle.cancel)
         return handle
@@ -173,6 +176,23 @@ class ServedClient:
             self._keep(await asyncio.to_thread(self.channel.refuse, kind, future_id, error))
             return True
         return False
+
+    def _pass_pieces_on(self, handle: FutureHandle[Any]) -> None:
+        """Put the pieces of a sample on the streams there are, between the events: neither stored nor numbered."""
+        loop, promise = asyncio.get_running_loop(), promise_of(handle)
+        passing, passed = threading.Lock(), 0
+
+        def pass_on() -> None:
+            nonlocal passed
+            with passing, suppress(RuntimeError):  # the loop has ended
+                for piece in promise.pieces[passed:]:
+                    item = {"piece": encode(piece), "future_id": handle.future_id}
+                    for reader in tuple(self._readers):
+                        loop.call_soon_threadsafe(reader.put_nowait, item)
+                    passed += 1
+
+        promise.watch(pass_on)
+        pass_on()  # what was drawn before this
 
     @contextmanager
     def _coming(self, future_id: str) -> Iterator[None]:
@@ -225,7 +245,7 @@ class ServedClient:
         An event that ends an operation brings the outcome along, so that no result precedes the events before it.
         """
         loop = asyncio.get_running_loop()
-        waiting: asyncio.Queue[Event | None] = asyncio.Queue()
+        waiting: asyncio.Queue[Event | dict[str, Any] | None] = asyncio.Queue()
 
         def put(event: Event) -> None:
             with suppress(RuntimeError):  # the loop has ended
@@ -241,8 +261,10 @@ class ServedClient:
                 except TimeoutError:
                     yield {}
                     continue
-                if event is not None:
+                if isinstance(event, Event):
                     yield await self._told(event)
+                elif event is not None:
+                    yield event
         finally:
             self._readers.discard(waiting)
             unsubscribe()

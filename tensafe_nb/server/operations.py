@@ -279,7 +279,7 @@ def add_stream(routes: APIRouter, service: Service) -> None:
         async def messages() -> AsyncIterator[str]:
             yield "retry: 500\n\n"
             async for item in client.stream(last_event_id if after is None else after):
-                yield f"id: {item['event']['seq']}\ndata: {json.dumps(item)}\n\n" if item else ": here\n\n"
+                yield message(item)
 
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(messages(), media_type="text/event-stream", headers=headers)
@@ -446,3 +446,11 @@ def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     return member
+
+
+def message(item: dict[str, Any]) -> str:
+    """Write an item of a stream as a server-sent event; of what is not numbered, a reader's place stays as it was."""
+    if not item:
+        return ": here\n\n"
+    place = f"id: {item['event']['seq']}\n" if "event" in item else ""
+    return f"{place}data: {json.dumps(item)}\n\n"

@@ -49,12 +49,14 @@ from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.losses import check_loss
-from tensafe_nb.protocol.operations import ForwardBackward, Operation
+from tensafe_nb.protocol.operations import ForwardBackward, Operation, Sample
 from tensafe_nb.protocol.results import (
     ClientStatus,
     FutureStatus,
+    SampledPiece,
     StepEstimate,
     TrainingClientInfo,
+    missing_pieces,
 )
 from tensafe_nb.store.home import Home
 from tensafe_nb.transports.http_requests import PATIENCE, Requests, error_in, lines_of
@@ -108,6 +110,7 @@ class HttpChannel:
         self.submitter = uuid.uuid4().hex
         self._changing = threading.RLock()
         self._waiting: dict[str, Promise[Any]] = {}  # of each future, in order
+        self._streamed: set[str] = set()  # samples whose pieces are to come
         self._running: str | None = None
         self._queued: set[str] = set()  # whoever queued them
         self._failures: OrderedDict[str, Promise[Any]] = OrderedDict()
@@ -172,6 +175,8 @@ class HttpChannel:
             told = self._newly_told()
             submission = Submission(self._numbers, future_id, operation.verb, media_type, body, promise, told)
             self._waiting[future_id] = promise
+            if isinstance(operation, Sample) and operation.stream:
+                self._streamed.add(future_id)
             self.unsent.add(future_id)
             self._io.soon(self._outgoing.put_nowait, submission)
 
@@ -426,6 +431,10 @@ class HttpChannel:
 
     def take(self, item: Mapping[str, Any]) -> None:
         """Take an item of the stream: record its event, tell the subscribers, end the operation that it ends."""
+        if "piece" in item:
+            if item["future_id"] in self._waiting:
+                self._waiting[item["future_id"]].add_piece(decode(item["piece"], SampledPiece))
+            return
         event = decode(item["event"], Event)
         if event.seq <= self.reached:
             return
@@ -496,8 +505,7 @@ class HttpChannel:
         elif "error" in outcome:
             self.fail(future_id, error_of_code(**outcome["error"]))
         elif "result" in outcome:
-            self._done(future_id)
-            promise.succeed(decode(outcome["result"]))
+            self._succeed(future_id, promise, decode(outcome["result"]))
         else:
             self._done(future_id)
             promise.cancel()
@@ -509,13 +517,21 @@ class HttpChannel:
         except TGTinkerError as error:
             self.fail(future_id, error)
         else:
-            self._done(future_id)
-            promise.succeed(value)
+            self._succeed(future_id, promise, value)
+
+    def _succeed(self, future_id: str, promise: Promise[Any], value: Any) -> None:
+        if future_id in self._streamed:  # what a stream that broke off did not bring
+            self._streamed.discard(future_id)
+            for piece in missing_pieces(promise.pieces, value):
+                promise.add_piece(piece)
+        self._done(future_id)
+        promise.succeed(value)
 
     def fail(self, future_id: str, error: TGTinkerError) -> None:
         """End an operation with an error; the failure that it names as its cause is known here."""
         with self._changing:
             promise = self._waiting.pop(future_id, None)
+            self._streamed.discard(future_id)
             cause = self._failures.get(str(error.details.get("cause")))
             if promise is not None:
                 self._failures[future_id] = promise
