@@ -48,7 +48,7 @@ from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import decode, encode
-from tensafe_nb.protocol.losses import check_loss
+from tensafe_nb.protocol.losses import by_name, check_loss
 from tensafe_nb.protocol.operations import ForwardBackward, Operation, Sample
 from tensafe_nb.protocol.results import (
     ClientStatus,
@@ -159,6 +159,7 @@ class HttpChannel:
             ClientClosedError: The client is closed.
             QueueFullError: Too many wait already.
         """
+        operation = by_name(operation)
         self._check(operation)
         media_type, body = wire.pack(operation)
         if len(body) > self.requests.limit("body_bytes", len(body)):
@@ -336,7 +337,8 @@ class HttpChannel:
         self._give_up(FutureCancelledError("The training client was closed."), cancel=True)
 
     def leave(self) -> None:
-        """Leave the training client to its server."""
+        """Leave the training client to its server, with what was submitted here."""
+        self._until(lambda: not self.unsent)
 
     def hang_up(self) -> None:
         """End the stream and the log; nothing is recorded after this."""
