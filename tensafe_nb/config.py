@@ -1,4 +1,4 @@
-"""Configurations of training: frozen, checked where a user types them, every name the field's own."""
+"""Configurations of training: frozen, checked where a user types them, named in the field's standard terms."""
 
 import fnmatch
 import itertools

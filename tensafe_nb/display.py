@@ -1,4 +1,4 @@
-"""Looks of everything one holds at the end of a cell: one line of text, and one small table, of one template.
+"""Display: shows what a cell ends with, as one line of text and as one small table, from one template.
 
 Nothing here waits, computes on a model or reads a file: what is shown is what the object already knows. The tables
 carry no colours of their own, so they are readable in any theme, and every text in them is escaped.

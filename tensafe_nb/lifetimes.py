@@ -1,4 +1,4 @@
-"""Lifetimes of training clients: what only a circle, or a notebook's output history, refers to is let go.
+"""Lifetimes of training clients: frees those that only a reference cycle or a notebook's output history still holds.
 
 Whoever ends a cell with `tc` wants to see it, not to own its model for as long as the kernel lives: `Out` and `_` keep
 results, no models. So, when a variable has let go of something of ours, and before another model is loaded, the history

@@ -1,4 +1,4 @@
-"""The privacy ledger of a tenant, kept in the audit log: both are one file."""
+"""Keeps the privacy ledger of a tenant in its audit log: the records of both are in one file."""
 
 import threading
 import time

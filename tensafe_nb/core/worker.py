@@ -1,4 +1,4 @@
-"""The worker of a training client: one thread, one engine, one queue; every failure becomes a future's."""
+"""The worker of a training client: one thread, one engine, one queue; a failure ends a handle, never the thread."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""A row's tokens, and which of them are learnt: the completion of a prompt, the assistant's turns of a chat.
+"""Labels: the tokens of a row, and which of them the model learns: a completion, or the assistant's turns of a chat.
 
 What is learnt is told by characters. All texts are tokenised in one call, and a token is learnt where it overlaps what
 is learnt of the text. Where an answer begins, the tokens before it are those that sampling gives the model as its

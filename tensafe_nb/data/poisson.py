@@ -1,4 +1,4 @@
-"""Poisson draws: each privacy unit comes into each step by itself, with one probability, by a coin nobody can foresee.
+"""Poisson draws: each privacy unit joins each step independently, with one probability, by secret randomness.
 
 This is what makes a step cheap: an attacker does not know whether an example was in it. A shuffled epoch looks alike
 and is not (Annamalai et al. 2024, arXiv:2411.10614): its epsilon can be several times as large.

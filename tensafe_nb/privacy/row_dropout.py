@@ -1,4 +1,4 @@
-"""Row dropout, that of private training: each row's masks come from a secret of its own, not from one stream.
+"""Row dropout, for private training: each row draws its masks from a secret of its own, not from one shared stream.
 
 Masks that are drawn from one stream, row after row, change when a row before them is left out: one example then moves
 the gradients of all others, and clipping bounds nothing. Here the mask at a place (row, c1, c2, …) of the k-th dropout

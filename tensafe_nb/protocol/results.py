@@ -1,4 +1,4 @@
-"""The plain data that flows through the toolkit: statuses, operations, results."""
+"""Results and statuses: the plain data that a core answers with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

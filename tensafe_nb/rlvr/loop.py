@@ -1,4 +1,4 @@
-"""The loop of an RL run: prompts → sample → score → update → row, texts and alarms, one step after the other."""
+"""The loop of an RL run, step by step: take prompts, sample, score, update, then publish metrics, texts and alarms."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -1,1 +1,1 @@
-"""The HTTP face of the embedded core; needs the extra `tensafe_nb[server]`."""
+"""The server: offers the embedded core over HTTP; needs the extra `tensafe_nb[server]`."""

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: the host it names, the size of its body, whose token it bears."""
+"""The guard of a server: checks the host a request names, the size of its body, and whose token it bears."""
 
 import json
 import secrets

@@ -1,4 +1,4 @@
-"""Keys, artifacts and audit log of one tenant: what a service asks of its store, every change of it on record."""
+"""The vault of one tenant: its keys, artifacts and audit log behind one door, which puts every change on record."""
 
 import time
 from collections.abc import Iterator, Sequence

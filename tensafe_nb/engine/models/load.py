@@ -1,4 +1,4 @@
-"""Loading: from a `model_ref` to a model on a device, with its adapter, its rows, and the split into body and head."""
+"""Loading: from a `model_ref` to a model on a device, with its adapter, its embedding rows, and body and head apart."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Memory: what tensors take, what the system has left (read from its files, without a package), and its lack, named."""
+"""Memory: counts what tensors take, reads what the system has left, and says so when an operation does not fit."""
 
 import contextlib
 import traceback

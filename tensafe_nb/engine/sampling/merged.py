@@ -1,4 +1,4 @@
-"""A model with its adapter added into copies of the weights, while it samples: a third of the calls to multiply.
+"""Merges a model's adapter into copies of its weights while it samples: a third as many matrix products.
 
 For a single row, wide copies lie column by column: a CPU multiplies one row by them in two thirds of the time. The
 adapted layers are put aside and come back as they were: nothing is ever added to, or rounded in, a trained tensor.

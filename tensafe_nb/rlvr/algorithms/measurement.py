@@ -1,4 +1,4 @@
-"""The move of the policy over an update, KL(old ‖ new): on a sample of its rollouts, as often as updates bear it."""
+"""Measures how far an update moved the policy, KL(old ‖ new), on a sample of rollouts; short updates not every time."""
 
 import math
 from collections.abc import Sequence

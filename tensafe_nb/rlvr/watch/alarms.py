@@ -1,4 +1,4 @@
-"""The alarms of an RL run: the rules of `rules`, over every step, with what they remember."""
+"""The alarms of an RL run: applies the rules of `rules.py` to every step, and keeps what they need to remember."""
 
 import math
 from collections.abc import Mapping

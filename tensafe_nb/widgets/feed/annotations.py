@@ -1,4 +1,4 @@
-"""Annotations of the curves, read from the state: checkpoints, forks, changed rewards, alarms, privacy, rollouts."""
+"""The parts of a panel beside its curves, gathered from the state: checkpoints, alarms, privacy, rollouts."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The panel of a training client, one however many cells show it: badge, curve, and the buttons of its latest run."""
+"""The panel of a training client: badge, curves, and the buttons of its latest run; all cells show the same one."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
