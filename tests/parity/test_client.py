@@ -227,6 +227,7 @@ def test_one_operation_too_many_is_refused_and_nothing_is_lost(
 ) -> None:
     running = tc.forward_backward(batch, loss_fn=gate.name)
     gate.reached.wait()
+    eventually(lambda: running.state == "RUNNING")
     waiting = [tc.forward_backward(batch) for _ in range(50)]
     with pytest.raises(tn.QueueFullError, match="50 operations of this training client are waiting"):
         tc.optim_step()
