@@ -61,7 +61,7 @@ class ServiceClient:
             if base_url is None
             else http_transport(base_url, api_key, home, key_source)
         )
-        self._core = base_url or "embedded"
+        self._core = (base_url or "embedded").partition("?")[0]  # behind it may stand a proxy's token
         self._clients: Clients = WeakValueDictionary()
         self._closed = False
 

@@ -101,7 +101,8 @@ class Requests:
     """Sends requests to one server, and reads its answers.
 
     Args:
-        base_url: Of the server, such as "http://127.0.0.1:8000".
+        base_url: Of the server, such as "http://127.0.0.1:8000"; a query, such as a proxy's "?token=…", goes with every
+            request and is shown nowhere.
         api_key: The bearer token; it is sent to this server only.
 
     Raises:
@@ -110,11 +111,14 @@ class Requests:
     """
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
-        self.url, self.closed, self._pid = base_url.rstrip("/"), False, os.getpid()
+        address = httpx.URL(base_url)
+        self.url = str(address.copy_with(query=None)).rstrip("/")
+        self.closed, self._pid = False, os.getpid()
         self.streams_held_back = False  # by a proxy on the way: then the stream is asked for in pieces
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(
             base_url=self.url,
+            params=address.params,
             headers=headers,
             timeout=httpx.Timeout(30.0, connect=5.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=CONNECTIONS),
@@ -256,11 +260,12 @@ def error_in(answer: httpx.Response) -> TGTinkerError:
             found["code"], found["message"], found.get("details") or {}, found.get("request_id")
         )
     except (ValueError, KeyError, TypeError):
+        asked = answer.url.copy_with(query=None)  # a proxy's token may be behind it
         if answer.status_code in (401, 403):
-            return AuthenticationError(f"{answer.url} refused the request ({answer.status_code}).")
+            return AuthenticationError(f"{asked} refused the request ({answer.status_code}).")
         return ServerConnectionError(
-            f"{answer.url} answered {answer.status_code} {answer.reason_phrase}, which no tensafe-nb server "
-            f"says. Is the address right?"
+            f"{asked} answered {answer.status_code} {answer.reason_phrase}, which no tensafe-nb server says. Is the "
+            f"address right?"
         )
     return error
 
