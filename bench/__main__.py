@@ -45,6 +45,14 @@ ROWS = {
     "panel-static": "panel:static_part",
     "panel-picture": "panel:picture_size",
     "panel-memory": "panel:memory",
+    "remote-p50": "remote:usual_latency",
+    "remote-p95": "remote:worst_latency",
+    "remote-large": "remote:large_batch",
+    "remote-cpu": "remote:cpu",
+    "remote-events": "remote:event_delay",
+    "remote-pipeline-short": "remote:pipelined_small_steps",
+    "remote-pipeline": "remote:pipelined_steps",
+    "remote-download": "remote:download",
 }
 REAL = {
     "real-training": "real:all_labelled",
