@@ -108,8 +108,13 @@ class Recorder:
     def sync(self) -> None:
         """Put everything recorded so far on the disk."""
         with self._lock:
-            if not self._log.closed and os.getpid() == self._pid:
-                os.fsync(self._log.fileno())
+            if self._log.closed or os.getpid() != self._pid:
+                return
+            log = os.dup(self._log.fileno())
+        try:
+            os.fsync(log)  # a slow disk holds up nobody who records meanwhile
+        finally:
+            os.close(log)
 
     def close(self) -> None:
         """Write out the log; later events are still handed to subscribers but recorded no more."""
