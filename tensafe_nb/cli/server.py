@@ -62,6 +62,7 @@ def add_server(commands: Any) -> None:
 
 def run_server(chosen: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C: then what runs is finished, and the logs are written out."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see `service.embedded_transport`
     try:
         import uvicorn
 

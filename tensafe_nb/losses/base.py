@@ -68,6 +68,7 @@ class Loss:
     function: LossFunction
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     declares: Declaration = field(default_factory=Declaration)
+    spec: str | None = None  # the name or path it was resolved from, which can leave this process
 
     def bind(self, **kwargs: Any) -> "Loss":
         """Return the loss with further keywords; they override those bound before.
@@ -280,7 +281,8 @@ def resolve_loss(spec: "str | LossFunction | Loss", **kwargs: Any) -> Loss:
     function = _LOSSES.resolve(spec)
     name = spec if isinstance(spec, str) else name_of(function)
     declaration = getattr(function, "declares", Declaration())
-    return Loss(name, function, declares=declaration).bind(**kwargs)
+    given = spec if isinstance(spec, str) else None
+    return Loss(name, function, declares=declaration, spec=given).bind(**kwargs)
 
 
 def get_registered_losses() -> list[str]:

@@ -1,8 +1,8 @@
 """Declarations of losses, as plain data: by them a client refuses a wrong name or batch without torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from tensafe_nb.config import LossConfig
 from tensafe_nb.display import as_given
@@ -11,6 +11,7 @@ from tensafe_nb.protocol.batch import TICKET, BatchData
 from tensafe_nb.protocol.codec import tagged
 from tensafe_nb.protocol.operations import Forward, ForwardBackward, Operation
 
+R = TypeVar("R")
 ALWAYS_ALLOWED = frozenset(
     {"example_ids", "unit_ids", "record_id", TICKET}
 )  # travel with a batch, no loss reads them
@@ -82,6 +83,16 @@ class LossDeclaration:
             raise ValidationError(
                 f"The loss {as_given(self.name)} needs the batch entry {as_given(name)}; the batch has {sorted(names)}."
             )
+
+
+def by_name(operation: Operation[R]) -> Operation[R]:
+    """Return an operation whose loss, if it was resolved from a name, is that name with its keywords: to be sent."""
+    loss: Any = getattr(operation, "loss_fn", None)
+    spec = getattr(loss, "spec", None)
+    if not isinstance(operation, ForwardBackward | Forward) or not isinstance(spec, str):
+        return operation
+    named: Any = replace(operation, loss_fn=spec, loss_kwargs={**loss.kwargs, **operation.loss_kwargs})
+    return named  # type: ignore[no-any-return]
 
 
 def check_loss(operation: Operation[Any], default: LossConfig, losses: Mapping[str, LossDeclaration]) -> None:

@@ -113,6 +113,14 @@ async def queue(
     )
 
 
+def answered(request: Request, answer: Answer) -> Json:
+    """Answer a submission; an error names its operation, or else the request."""
+    content = answer.content
+    if "error" in content and content["error"]["request_id"] is None:
+        content = {"error": content["error"] | {"request_id": request.state.request_id}}
+    return Json(content, answer.status, {"x-in-turn": "1"} if answer.in_turn else {})
+
+
 def operation_of_fields(verb: str, body: bytes) -> Operation[Any]:
     """Read an operation from its fields, a batch as lists of lists: as anybody writes them.
 
@@ -223,8 +231,7 @@ def add_operations(routes: APIRouter, service: Service) -> None:
             answer = await client.in_turn(
                 x_submitter, x_number, lambda: queue(service, tenant, client, read, place)
             )
-        told = {"x-in-turn": "1"} if answer.in_turn else {}
-        return Json(answer.content, answer.status, told)
+        return answered(request, answer)
 
     def add_twin(verb: str) -> None:
         names = [field.name for field in fields(VERBS[verb])]  # type: ignore[arg-type]
@@ -240,7 +247,7 @@ def add_operations(routes: APIRouter, service: Service) -> None:
                 lambda: operation_of_fields(verb, body),
                 Place(verb),
             )
-            return Json(answer.content, answer.status)
+            return answered(request, answer)
 
         twin.__doc__ = f"{VERBS[verb].__doc__}\n\nQueues it, given by its fields as plain JSON."
         routes.post(f"{ONE}/{verb}", status_code=202, name=verb, openapi_extra=given)(twin)
@@ -320,7 +327,7 @@ def add_stream(routes: APIRouter, service: Service) -> None:
             answer = await publish()
         else:
             answer = await client.in_turn(f"events of {x_submitter}", x_number, publish)
-        return Json(answer.content, answer.status)
+        return answered(request, answer)
 
 
 def add_futures(routes: APIRouter, service: Service) -> None:
@@ -348,7 +355,9 @@ def add_futures(routes: APIRouter, service: Service) -> None:
             return Json({"future_id": future_id, "status": str(handle.state)}, 202)
         outcome = outcome_of(handle)
         if "error" in outcome:
-            return Json({"error": outcome["error"]}, STATUS.get(outcome["error"]["code"], 500))
+            return answered(
+                request, Answer(STATUS.get(outcome["error"]["code"], 500), {"error": outcome["error"]})
+            )
         if outcome["state"] == "CANCELLED":
             raise FutureCancelledError("The operation was cancelled.", request_id=future_id)
         return packed(handle.result())

@@ -179,10 +179,12 @@ class Service:
         if ref.startswith("builtin:") or ref in self._hub_models:
             return
         if self._models is not None:
-            root, found = self._models.resolve(), (self._models / ref).resolve()
-            inside = not Path(ref).is_absolute() and found.is_relative_to(root) and found != root
-            if inside and found.exists():
-                return
+            root = self._models.resolve()
+            with suppress(ValueError, OSError):  # no path at all
+                found = (root / ref).resolve()
+                inside = not Path(ref).is_absolute() and found.is_relative_to(root) and found != root
+                if inside and found.exists():
+                    return
         raise ValidationError(  # the same where it is not there, and where it is not offered
             f"The model {ref!r} is not offered by this server. Ask whoever runs it (serve --models, --hub-model), or "
             f"take a built-in one."

@@ -48,7 +48,7 @@ from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import decode, encode
-from tensafe_nb.protocol.losses import check_loss
+from tensafe_nb.protocol.losses import by_name, check_loss
 from tensafe_nb.protocol.operations import ForwardBackward, Operation, Sample
 from tensafe_nb.protocol.results import (
     ClientStatus,
@@ -159,6 +159,7 @@ class HttpChannel:
             ClientClosedError: The client is closed.
             QueueFullError: Too many wait already.
         """
+        operation = by_name(operation)
         self._check(operation)
         media_type, body = wire.pack(operation)
         if len(body) > self.requests.limit("body_bytes", len(body)):
@@ -336,7 +337,8 @@ class HttpChannel:
         self._give_up(FutureCancelledError("The training client was closed."), cancel=True)
 
     def leave(self) -> None:
-        """Leave the training client to its server."""
+        """Leave the training client to its server, with what was submitted here."""
+        self._until(lambda: not self.unsent)
 
     def hang_up(self) -> None:
         """End the stream and the log; nothing is recorded after this."""
@@ -473,7 +475,7 @@ class HttpChannel:
     def _leave_if_done(self) -> None:
         """End the stream and the log, once nobody is left who holds the client or waits for an operation."""
         if self._left and not self.closed:
-            busy = self._waiting or self._outbox or self._telling or self.unsent
+            busy = self._waiting or self._outbox or self._telling or self.unsent or not self._loaded.done
             (_leaving.add if busy else _leaving.discard)(self)
             if not busy:
                 self.closed = True
@@ -483,6 +485,7 @@ class HttpChannel:
     def _note_status(self, info: TrainingClientInfo) -> None:
         if info.status in (ClientStatus.READY, ClientStatus.BUSY):
             self._loaded.succeed(info)
+            self._leave_if_done()
         elif info.status == ClientStatus.ERROR and not self._loaded.done:
             self._do(self._fail_loading())
 
@@ -492,6 +495,7 @@ class HttpChannel:
             await self.requests.send("GET", f"{self.path}/ready")
         except TGTinkerError as error:
             self._loaded.fail(error)
+            self._leave_if_done()
 
     def _end(self, outcome: Mapping[str, Any]) -> None:
         future_id = outcome["future_id"]

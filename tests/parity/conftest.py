@@ -51,7 +51,7 @@ def service(
     monkeypatch.setenv("TENSAFE_API_KEY", serving.tokens.mint(tenant))
     with tn.ServiceClient() as service:
         yield service
-    serving.end(tenant)
+    serving.end()
 
 
 @pytest.fixture

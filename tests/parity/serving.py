@@ -24,10 +24,11 @@ class Serving:
     home: Path
     tokens: Any
     service: Any
+    stop: Callable[[], None]
 
-    def end(self, tenant: str) -> None:
+    def end(self) -> None:
         """Close the training clients that a test has left behind."""
-        for client in self.service.tenant(tenant).live:
+        for client in self.service.live_clients():
             client.channel.close()
 
 
@@ -53,14 +54,18 @@ def serving_thread(home: Path, **options: Any) -> Iterator[Serving]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server")
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        serving = Serving(url, home, tokens, app.state.service)
+
+        def stop() -> None:
+            server.should_exit = True
+            thread.join()
+
+        serving = Serving(url, home, tokens, app.state.service, stop)
         _running.append(serving)
         try:
             yield serving
         finally:
             _running.remove(serving)
-            server.should_exit = True
-            thread.join()
+            stop()
 
 
 def core_of(tc: tn.TrainingClient) -> Worker:

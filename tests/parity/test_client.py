@@ -227,6 +227,7 @@ def test_one_operation_too_many_is_refused_and_nothing_is_lost(
 ) -> None:
     running = tc.forward_backward(batch, loss_fn=gate.name)
     gate.reached.wait()
+    eventually(lambda: running.state == "RUNNING")
     waiting = [tc.forward_backward(batch) for _ in range(50)]
     with pytest.raises(tn.QueueFullError, match="50 operations of this training client are waiting"):
         tc.optim_step()
@@ -362,6 +363,11 @@ def test_clients_are_listed_and_found_by_id(service: tn.ServiceClient) -> None:
     assert service.get_training_client(tc.training_client_id) is tc
     with pytest.raises(tn.TrainingClientNotFoundError, match="no training client 'tc-x'"):
         service.get_training_client("tc-x")
+
+
+def test_a_client_of_which_only_the_handle_is_kept_is_loaded_all_the_same(service: tn.ServiceClient) -> None:
+    handle = service.create_training_client(lora_config=tn.LoRAConfig(rank=2)).forward(tn.BatchData([[5, 6]]))
+    assert handle.result(60).loss > 0
 
 
 def test_contexts_close_sync_and_async(batch: tn.BatchData) -> None:
