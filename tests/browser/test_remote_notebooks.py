@@ -37,11 +37,11 @@ def test_a_notebook_runs_against_a_server_and_shows_its_panel(
         for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
         if cell["cell_type"] == "code"
     ]
-    environment = f"import os, sys\nos.environ |= {where!r}"
-    with notebook([environment, *cells, "print('torch' in sys.modules)"]) as lab:
-        for index in range(len(cells) + 2):
+    environment = f"import os\nos.environ |= {where!r}"
+    with notebook([environment, *cells]) as lab:
+        for index in range(len(cells) + 1):
             lab.finish_cell(index)
             lab.page.wait_for_timeout(200)
+        lab.panel.scroll_into_view_if_needed()
         lab.screenshot(f"remote-{name}")
         assert lab.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
-        assert lab.output(len(cells) + 1).inner_text().strip() == "False", "the kernel needs no torch"
