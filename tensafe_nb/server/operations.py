@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ from tensafe_nb.server.service import Service, Tenant
 
 LONGEST_WAIT = 60.0  # s a request may wait for a result
 MOST_ITEMS = 1_000  # of one answer to a poll
+OPERATOR = "whoever operates the server, which computes on the batches in the clear and takes draws to be what the client says"
 TOGETHER = 0.01  # s within which what follows comes along in the same answer
 CLIENTS = "/training_clients"
 ONE = CLIENTS + "/{training_client_id}"
@@ -396,7 +397,8 @@ def add_questions(routes: APIRouter, service: Service) -> None:
     async def privacy_statement(request: Request, training_client_id: Id) -> Response:
         """Return what may be said about the privacy of what is trained."""
         channel = client_of(service, request, training_client_id).channel
-        return packed(await asyncio.to_thread(channel.privacy_statement))
+        statement = await asyncio.to_thread(channel.privacy_statement)
+        return packed(replace(statement, outside=(*statement.outside, OPERATOR)))
 
     @routes.post(ONE + "/privacy_audit")
     async def privacy_audit(

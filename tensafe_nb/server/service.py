@@ -17,7 +17,7 @@ from tensafe_nb.errors import (
     ValidationError,
 )
 from tensafe_nb.futures import FutureHandle
-from tensafe_nb.protocol.operations import Operation, SaveState
+from tensafe_nb.protocol.operations import Operation, Sample, SaveState
 from tensafe_nb.protocol.results import ClientStatus, StateSource
 from tensafe_nb.server.clients import ServedClient
 from tensafe_nb.server.guard import MOST_BODY_BYTES
@@ -26,6 +26,7 @@ from tensafe_nb.transports.embedded import EmbeddedTransport
 
 MOST_TOKENS = 1 << 16  # B × T of a batch
 MOST_RANK = 256
+MOST_SAMPLED = 1 << 21  # tokens that one sample() may draw, in all sequences together
 LAST_WORDS = 30.0  # s for which a closed client still takes what its runs tell of their end
 
 
@@ -200,6 +201,14 @@ class Service:
                 f"The batch has {rows} × {tokens} tokens; this server takes {MOST_TOKENS} in one. Send several with "
                 f"forward_backward: their gradients add up."
             )
+        if isinstance(operation, Sample):
+            drawn = (
+                len(operation.prompts) * operation.sampling.num_samples * operation.sampling.max_new_tokens
+            )
+            if drawn > MOST_SAMPLED:
+                raise ValidationError(
+                    f"This may draw {drawn:,} tokens; this server draws {MOST_SAMPLED:,} in one. Sample in parts."
+                )
         refuse_code(getattr(operation, "loss_fn", None))
         if isinstance(operation, SaveState):
             tenant.room()

@@ -22,10 +22,17 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what uses a service on both transports; what is marked `embedded` looks into the core, or brings code."""
+    """Run what uses a service on both transports, unless it is marked.
+
+    `transports("embedded")` is for what looks into the core in this process or brings code of its own;
+    `transports("embedded", soak="http")` keeps what is long and much like others out of the fast suite.
+    """
     if "service" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("transports")
-        metafunc.parametrize("transport", marker.args if marker else ("embedded", "http"))
+        chosen = list(marker.args) if marker else ["embedded", "http"]
+        late = marker.kwargs.get("soak") if marker else None
+        soak = [pytest.param(late, marks=pytest.mark.soak)] if late else []
+        metafunc.parametrize("transport", chosen + soak)
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ def second_half(tc: tn.TrainingClient) -> list[Any]:
     return [handle.result() for handle in handles]
 
 
+@pytest.mark.transports("embedded", soak="http")
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_save_load_continue_equals_never_having_stopped_bit_for_bit(
@@ -228,6 +229,7 @@ def test_a_state_goes_to_another_home_as_a_file_and_back(
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers
+@pytest.mark.transports("embedded", soak="http")
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
 def test_an_exported_adapter_gives_plain_peft_and_transformers_the_same_logits(
     service: tn.ServiceClient, batch: tn.BatchData, tmp_path: Path, merged: bool
@@ -376,6 +378,7 @@ def test_a_window_that_was_broken_when_it_was_saved_is_broken_when_it_is_loaded(
         assert client.optim_step().step == 1
 
 
+@pytest.mark.transports("embedded", soak="http")
 def test_forks_made_while_the_parent_scores_its_reference_are_whole(service: tn.ServiceClient) -> None:
     parent = service.create_training_client(model_ref="builtin:sums", lora_config=tn.LoRAConfig(rank=2))
     saved, rows = parent.save_state().result(), tn.BatchData([[3, 4, 5, 6] * 6] * 100)
@@ -424,6 +427,7 @@ class Endless:
             seed += 1
 
 
+@pytest.mark.transports("embedded", soak="http")
 def test_an_interrupted_run_resumed_in_a_new_client_equals_one_that_was_not(
     service: tn.ServiceClient, tmp_path: Path
 ) -> None:

@@ -267,6 +267,7 @@ def room_for_80(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensafe_nb.core.queue.MAX_PENDING", 80)  # 1,000 would take nine seconds
 
 
+@pytest.mark.transports("embedded", soak="http")
 def test_more_held_out_batches_than_the_queue_holds_are_fine(
     room_for_80: None, tc: tn.TrainingClient
 ) -> None:

@@ -102,6 +102,9 @@ def test_sizes_are_bounded(http: httpx.Client, path: str) -> None:
         422,
         "validation_error",
     )
+    sampling = {"$": "sampling_config", "max_new_tokens": 2048, "num_samples": 1025}
+    drawn = http.post(f"{path}/sample", json={"prompts": ["x"], "sampling": sampling})
+    assert error_of(drawn) == (422, "validation_error") and "Sample in parts" in drawn.text
     refused = http.post("/training_clients", json={"config": {"lora_config": {"rank": 257}}})
     assert error_of(refused) == (422, "validation_error") and "at most 256" in refused.text
 

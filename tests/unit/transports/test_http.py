@@ -42,11 +42,12 @@ class Proxy:
     Args:
         url: Of the server.
         holds_streams: It keeps every stream to itself until it has ended.
+        cuts_after: The first answer that has more bytes is cut off there.
     """
 
-    def __init__(self, url: str, *, holds_streams: bool = False) -> None:
+    def __init__(self, url: str, *, holds_streams: bool = False, cuts_after: int | None = None) -> None:
         self._target = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
-        self._holds, self._lines = holds_streams, []
+        self._holds, self._cuts_after, self._lines = holds_streams, cuts_after, []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self.asked: list[bytes] = []
@@ -71,10 +72,14 @@ class Proxy:
         self._end(far, near)
 
     def _down(self, far: socket.socket, near: socket.socket) -> None:
-        held = False
+        held, passed = False, 0
         with suppress(OSError):
             while data := far.recv(1 << 16):
                 held = held or (self._holds and b"text/event-stream" in data)
+                passed += len(data)
+                if self._cuts_after is not None and passed > self._cuts_after:
+                    self._cuts_after = None
+                    break
                 if not held:
                     near.sendall(data)
         self._end(far, near)
@@ -127,6 +132,25 @@ def test_a_line_that_is_cut_again_and_again_loses_nothing_and_nothing_runs_twice
         recorded = [event.seq for event in tc.history.events()]
         assert recorded == sorted(set(recorded)) and len(tc.history["loss"]) == 30
         tc.close()
+    proxy.close()
+
+
+def test_a_download_that_is_cut_off_goes_on_where_it_ended(serving: Serving, tmp_path: Path) -> None:
+    with tn.ServiceClient(serving.url, serving.tokens.mint("files")) as direct:
+        saved = direct.create_training_client(optimizer={"name": "sgd"}).save_state().result()
+        whole = direct.pull_artifact(saved.artifact_id)
+    proxy = Proxy(serving.url, cuts_after=len(whole) // 2)
+    with tn.ServiceClient(proxy.url, serving.tokens.mint("files")) as service:
+        path = service.pull_artifact(saved.artifact_id, to=tmp_path / "state")
+        assert path.read_bytes() == whole
+        assert sum(b"/content" in line for line in proxy.asked) == 2
+        assert [found.name for found in tmp_path.glob("*state*")] == ["state"]
+        with pytest.raises(tn.errors.ArtifactNotFoundError):
+            service.pull_artifact("none", to=tmp_path / "none")
+        assert not list(tmp_path.glob("*none*"))
+        assert service.export_adapter(saved.artifact_id, tmp_path / "plain", merged=True).is_dir()
+        service.delete_artifact(saved.artifact_id)
+        assert service.push_artifact(path) == saved
     proxy.close()
 
 
