@@ -30,7 +30,10 @@ from tensafe_nb.server.service import Service, Tenant
 
 LONGEST_WAIT = 60.0  # s a request may wait for a result
 MOST_ITEMS = 1_000  # of one answer to a poll
-OPERATOR = "whoever operates the server, which computes on the batches in the clear and takes draws to be what the client says"
+OPERATOR = (
+    "whoever operates the server: it computes on the batches in the clear, "
+    "and takes draws to be what the client says"
+)
 TOGETHER = 0.01  # s within which what follows comes along in the same answer
 CLIENTS = "/training_clients"
 ONE = CLIENTS + "/{training_client_id}"
