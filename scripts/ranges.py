@@ -49,7 +49,10 @@ def declared() -> list[str]:
     """Return the requirements of the package and of what its users can add."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *(line for extra in ("math", "gym", "server") for line in extras[extra])]
+    return [
+        *project["dependencies"],
+        *(line for extra in ("math", "gym", "server") for line in extras[extra]),
+    ]
 
 
 def at(end: str, requirement: str) -> str:
