@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -19,9 +20,14 @@ from tensafe_nb.protocol.codec import encode
 
 logger = logging.getLogger(__name__)
 
+MOST_UNWRITTEN = 10_000  # events that are remembered in case whoever writes them has ended
+
 
 class Recorder:
     """Records events that have their number, and hands them out.
+
+    One writes a log at a time: another recorder of the same log, as a second kernel has for a server's training client,
+    reads what the first one writes, and goes on writing when that one has ended.
 
     Args:
         path: The log; created with its folder, readable by its owner only. What is in it already is the history.
@@ -30,8 +36,6 @@ class Recorder:
     def __init__(self, path: Path) -> None:
         self._refused = False
         self._pid = os.getpid()
-        cut_torn_line(path)
-        self.history = RunHistory.load(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             opened = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
@@ -41,7 +45,11 @@ class Recorder:
                 f"Set TENSAFE_HOME to a folder that can be."
             ) from error
         self._log: TextIO = os.fdopen(opened, "w", encoding="utf-8")
-        hold(self._log)
+        self._writes = hold(self._log)
+        self._unwritten: deque[Event] = deque(maxlen=MOST_UNWRITTEN)  # by this one, as another writes
+        if self._writes:
+            cut_torn_line(path)
+        self.history = RunHistory.load(path)
         self._lock = threading.RLock()
         self._subscribers: list[Subscriber] = []
 
@@ -50,7 +58,7 @@ class Recorder:
         with self._lock:
             if not self._log.closed and os.getpid() == self._pid:
                 if not isinstance(event, Progress):
-                    self._write(json.dumps(encode(event), allow_nan=False) + "\n")
+                    self._put(event)
                 self.history.add(event)
             for subscriber in tuple(self._subscribers):
                 try:
@@ -70,6 +78,21 @@ class Recorder:
     def _drop(self, subscriber: Subscriber) -> None:
         with self._lock, suppress(ValueError):
             self._subscribers.remove(subscriber)
+
+    def _put(self, event: Event) -> None:
+        if not self._writes:
+            self._unwritten.append(event)
+            self._writes = hold(self._log)
+            if not self._writes:
+                return
+            cut_torn_line(self.history.path)  # whoever wrote it has ended, in the middle of a line perhaps
+            written = RunHistory.load(self.history.path).last_seq
+            for missing in self._unwritten:
+                if missing.seq > written:
+                    self._write(json.dumps(encode(missing), allow_nan=False) + "\n")
+            self._unwritten.clear()
+            return
+        self._write(json.dumps(encode(event), allow_nan=False) + "\n")
 
     def _write(self, line: str) -> None:
         """Write a line. What a full disk refuses stays in the file's buffer and is tried again with the next one."""

@@ -351,6 +351,7 @@ class HttpChannel:
         self._give_up(ClientClosedError("This ServiceClient was closed while the operation was under way."))
         self._io.soon(self._end_tasks)
         self._recorder.close()
+        _leaving.discard(self)
         self._notify()
 
     def detach(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.transports import http_channel
 from tests.parity.serving import Serving, eventually, serving_thread
 
@@ -242,6 +243,23 @@ def test_another_kernel_attaches_with_the_history_and_both_go_on(serving: Servin
         tc.close()
         with pytest.raises(tn.TrainingClientNotFoundError):
             first.get_training_client("tc-none")
+
+
+def test_two_kernels_of_one_home_write_one_log_one_at_a_time(serving: Serving) -> None:
+    token = serving.tokens.mint("home")
+    with tn.ServiceClient(serving.url, token) as second:
+        with tn.ServiceClient(serving.url, token) as first:
+            tc = first.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+            same = second.get_training_client(tc.training_client_id)
+            for client in (tc, same, tc):
+                client.forward_backward(BATCH), client.optim_step().result()
+            eventually(lambda: len(same.history["loss"]) == 3)
+        same.forward_backward(BATCH), same.optim_step().result()  # the first kernel has left
+        same.sync_events()
+        recorded = [event.seq for event in same.history.events()]
+        assert recorded == list(range(1, len(recorded) + 1))
+        assert len(RunHistory.load(same.history.path)["loss"]) == 4
+        same.close()
 
 
 def test_asking_the_server_in_a_callback_raises_instead_of_hanging(service: tn.ServiceClient) -> None:
