@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import sys
 import threading
 import time
 import uuid
@@ -201,6 +202,12 @@ class HttpChannel:
             name = operation.loss_fn or self.config.loss.type
             if isinstance(name, str) and ":" not in name and name not in self.requests.losses:
                 self.requests.ask_for_losses()  # one that was registered since
+                if name not in self.requests.losses and is_registered_here(name):
+                    raise ValidationError(
+                        f"The loss {name!r} is registered in this process only, and a server does not run code that "
+                        f"it is sent. Ask whoever runs the server to register it there, or train embedded: "
+                        f"ServiceClient()."
+                    )
             check_loss(operation, self.config.loss, self.requests.losses)
         batch, most = getattr(operation, "batch", None), self.requests.limit("tokens_of_a_batch", 1 << 62)
         if batch is not None and batch.input_ids.size > most:
@@ -654,6 +661,12 @@ async def poll(held: "weakref.ref[HttpChannel]", requests: Requests, path: str, 
     answer = await requests.send("GET", f"{path}/poll", params={"after": after, "wait": 10.0}, patience=0.0)
     items = answer.json()
     return any(deliver(held, item) for item in items) or (not items and is_over(held))
+
+
+def is_registered_here(name: str) -> bool:
+    """Whether this process has a loss of that name; one that has no torch has none."""
+    losses = sys.modules.get("tensafe_nb.losses")
+    return losses is not None and name in losses.get_registered_losses()
 
 
 def deliver(held: "weakref.ref[HttpChannel]", item: Mapping[str, Any]) -> bool:

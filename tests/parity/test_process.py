@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
+from tests.parity.serving import registered
 
 ROOT = Path(__file__).parents[2]
 SERVE = [sys.executable, "-m", "tensafe_nb.cli", "serve", "--port", "0", "--json", "--print-token"]
@@ -79,6 +80,17 @@ def test_a_process_elsewhere_computes_the_same_bit_for_bit(
 ) -> None:
     here, there = (work(service) for service in services)
     assert here == there
+
+
+def test_a_loss_that_is_registered_here_only_is_refused_with_the_reason(
+    services: list[tn.ServiceClient],
+) -> None:
+    name = registered("only_here", lambda outputs, batch: outputs.logprobs.mean())
+    tc = services[1].create_training_client(lora_config=tn.LoRAConfig(rank=2))
+    with pytest.raises(
+        tn.ValidationError, match="'only_here' is registered in this process only, and a server"
+    ):
+        tc.forward_backward(tn.BatchData([[5, 6]]), loss_fn=name)
 
 
 def test_a_client_needs_no_torch(where: dict[str, str]) -> None:
