@@ -1,6 +1,7 @@
 """What a server takes of who may enter: bodies of a bounded size, strictly read, models that are offered, no code."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def test_a_model_beneath_the_root_and_one_of_the_list_are_offered(
     http: httpx.Client, random_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "family").mkdir()
-    Path(random_model("llama")).rename(tmp_path / "family" / "llama")
+    shutil.copytree(random_model("llama"), tmp_path / "family" / "llama")  # all tests share the folder
     monkeypatch.chdir(tmp_path)
     path = new_client(http, model_ref="family/llama")
     assert http.get(f"{path}/ready").json()["status"] == "READY"
