@@ -457,9 +457,7 @@ class Worker:
         if len(loaded_models) > 0:
             collect()  # a cell that was run again has let go of another model: make room before this one
         try:
-            model = self._shared_model() or models.load(
-                self.config, self._vault.home, served=self._served
-            )
+            model = self._shared_model() or models.load(self.config, self._vault.home, served=self._served)
             engine = Engine(self.config, model)
             self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
