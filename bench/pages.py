@@ -30,7 +30,7 @@ SECTIONS = {
     "real": "A real model",
     "chats": "Reading chats",
 }
-COLUMNS = ("row", "measured, and against what", "ours", "peer", "ratio", "target", "run")
+COLUMNS = ("measured, and against what", "ours", "peer", "ratio", "target", "run")
 HEADLINES = (
     (
         "rl-update",
@@ -116,14 +116,13 @@ def _line(cells: Any) -> str:
 
 def _cells(name: str, kept: Measured, numbers: Mapping[str, str]) -> tuple[str, ...]:
     if name in kept["skipped"]:
-        return (name, f"not measured: {kept['skipped'][name]}", *["–"] * (len(COLUMNS) - 2))
+        return (f"**{name}**<br>not measured: {kept['skipped'][name]}", *["–"] * (len(COLUMNS) - 1))
     row = kept["rows"][name]
     circumstances = ", ".join(filter(None, (row["precision"], row["sizes"])))
     against = f"against {row['peer']}" if row["peer"] else ""
     cpu = "" if row["cpu_ratio"] is None else f" [{row['cpu_ratio']:.3g}]"
     return (
-        name,
-        "<br>".join(filter(None, (row["what"], against, circumstances))),
+        "<br>".join(filter(None, (f"**{name}**", row["what"], against, circumstances))),
         amount(row["ours"], row["unit"]),
         "–" if row["theirs"] is None else amount(row["theirs"], row["unit"]),
         "–" if row["ratio"] is None else f"{row['ratio']:.3g}{cpu}, {row['compares']}",

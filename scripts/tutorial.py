@@ -1,7 +1,7 @@
 """The notebooks as pages of the site, with what they print and show.
 
-`python -m scripts.tutorial [names]` runs those that changed, or whose package did, into build/tutorial; `make docs` does
-it first. As a hook of mkdocs (mkdocs.yml) it makes a page of each: of a notebook that was not run, one without outputs.
+`python -m scripts.tutorial [names]` runs those that changed, or whose package did, into build/tutorial; `make docs`
+does it first. As a hook of mkdocs it makes a page of each; where a notebook was not run, a page without outputs.
 """
 
 import hashlib

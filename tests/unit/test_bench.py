@@ -132,10 +132,10 @@ def test_a_table_has_one_line_for_each_row_below_its_subject_and_names_the_machi
     lines = pages.tables(pages.merged(NOTHING, MACHINE, rows, NAMES), NAMES).splitlines()
     assert lines[0] == "## Training"
     assert lines[4] == (
-        "| training | a step<br>against by hand<br>fp32, 8×64 | 100 ms | 50.0 ms | 0.5, peer ÷ ours "
+        "| **training**<br>a step<br>against by hand<br>fp32, 8×64 | 100 ms | 50.0 ms | 0.5, peer ÷ ours "
         "| ratio ≥ 0.97: missed | 1 |"
     )
-    assert "| queue-p99 | latency | 6.00 ms | – | – | none | 1 |" in lines
+    assert "| **queue-p99**<br>latency | 6.00 ms | – | – | none | 1 |" in lines
     assert {line.count("|") for line in lines if line.startswith("|")} == {len(pages.COLUMNS) + 1}
     assert lines[-1].startswith("1. Commit unknown, 2 CPU cores (a CPU") and "2026-01-31" in lines[-1]
 
@@ -143,7 +143,7 @@ def test_a_table_has_one_line_for_each_row_below_its_subject_and_names_the_machi
 def test_a_row_that_was_not_measured_says_why_in_table_and_json() -> None:
     rows = {"real-training": Skipped("no model")}
     kept = pages.merged(NOTHING, MACHINE, rows, NAMES)
-    assert "| real-training | not measured: no model | – | – | – | – | – |" in pages.tables(kept, NAMES)
+    assert "| **real-training**<br>not measured: no model | – | – | – | – | – |" in pages.tables(kept, NAMES)
     assert json.loads(report.as_json(MACHINE, rows))["skipped"] == {"real-training": "no model"}
 
 
@@ -281,7 +281,7 @@ def test_a_row_is_kept_and_shown_as_soon_as_it_is_measured(
     with pytest.raises(RuntimeError, match="a peer died"):
         command.main(["--write", "queue"])
     assert list(pages.load()["rows"]) == ["queue-p50"]
-    assert "| queue-p50 | a step<br>" in (tmp_path / "TABLES").read_text()
+    assert "| **queue-p50**<br>a step<br>" in (tmp_path / "TABLES").read_text()
 
 
 def test_every_row_is_a_function_that_exists() -> None:
