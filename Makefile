@@ -66,7 +66,7 @@ chromium:
 test-browser: $(READY) chromium  ## the panel in real JupyterLab in real Chromium: three scenarios; the rest is in soak
 	$(BIN)/python -m pytest tests/browser -m "browser and not soak"
 
-pictures: $(READY) chromium  ## run the scenarios whose screenshots are the pictures of README and guide
+pictures: $(READY) chromium  ## run the scenarios whose screenshots are the pictures of README and docs
 	$(BIN)/python -m pytest tests/browser -m pictures -s
 	$(BIN)/python -m scripts.pictures
 

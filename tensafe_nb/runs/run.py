@@ -76,6 +76,8 @@ class TrainingRun(Measured):
         self._state = RunStatus.RUNNING
         self._wants_pause = self._wants_stop = False
         self._credit: int | None = None  # steps left to take before pausing again
+        self._orders = 0  # calls of resume() and step()
+        self._ordered: int | None = None  # what the last of them asked for
         self._index = 0  # of the next step
         self._checkpoints = checkpoints or Checkpoints()
         self._resume_from = resume_from
@@ -135,6 +137,7 @@ class TrainingRun(Measured):
             self._go_on(steps)
 
     def _go_on(self, credit: int | None) -> None:
+        self._orders, self._ordered = self._orders + 1, credit
         self._wants_pause, self._credit = False, credit
         if self._state is RunStatus.PAUSING:
             self._set_state(RunStatus.RUNNING)
@@ -162,9 +165,11 @@ class TrainingRun(Measured):
     def rollback(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
         """Go back to a checkpoint: weights, optimiser, random streams and place in the data.
 
-        The run is paused there; `resume()` goes on. The curves keep the part that was abandoned.
+        The run is PAUSED there when the handle ends; `resume()` and `step()` go on, also when they were called while it
+        was on its way back. The curves keep the part that was abandoned.
         """
-        return self._between_steps(lambda: self._go_back(artifact_id), "load_state", LoadStateResult)
+        orders = self._orders
+        return self._between_steps(lambda: self._go_back(artifact_id, orders), "load_state", LoadStateResult)
 
     @checked
     def fork(self, artifact_id: str | None = None, step: int | None = None, **changes: Any) -> Any:
@@ -422,7 +427,8 @@ class TrainingRun(Measured):
         }
         return self._client.save_state(metadata=metadata, position=position)
 
-    def _go_back(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
+    def _go_back(self, artifact_id: str, orders: int) -> FutureHandle[LoadStateResult]:
+        """Load a state and wait there; after more than so many orders, its user has said meanwhile how to go on."""
         if self._state.ended:
             return self._client.load_state(artifact_id, for_run=None)
         self._collect_all()
@@ -433,9 +439,14 @@ class TrainingRun(Measured):
         self._torn = True  # until the data stands where the weights do
         self._seek(result)
         self._torn = False
-        with self._changed:
-            self._publish_state()  # the state it is in is no other, but it stands elsewhere now
-        self._wants_pause, self._credit = True, None
+        with self._changed:  # before the handle ends: whoever awaited it finds the run paused
+            if self._orders > orders:
+                self._credit = self._ordered
+            else:
+                self._wants_pause, self._credit = True, None
+                if self._state in (RunStatus.RUNNING, RunStatus.PAUSING):
+                    self._state = RunStatus.PAUSED
+            self._publish_state()
         return loaded
 
     def _seek(self, loaded: LoadStateResult) -> None:
