@@ -13,7 +13,7 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import TGTinkerError, ValidationError, nearest
 from tensafe_nb.events import Alarm, ClientCreated, Event, Metrics, Rollouts
-from tensafe_nb.history.measured import TOLD, Measured, Reading, Rows
+from tensafe_nb.history.measured import TOLD, Measured, Measurements, Reading
 from tensafe_nb.history.state import ClientState
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, tags_of
@@ -168,10 +168,10 @@ class RunHistory(Measured):
             rows, self.state.training_client_id or self.path.parent.name, self.is_private
         )
 
-    def rows(self, being_read: tuple[Path, ...] = ()) -> Rows:
+    def rows(self, being_read: tuple[Path, ...] = ()) -> Measurements:
         """Return all that was measured, and how it hangs together with what other logs of the home folder tell."""
 
-        def elsewhere(artifact_id: str) -> Rows | None:
+        def elsewhere(artifact_id: str) -> Measurements | None:
             for other in sorted(self.path.parent.parent.glob("*/events.jsonl")):
                 if other in (self.path, *being_read) or artifact_id.encode() not in other.read_bytes():
                     continue
@@ -181,7 +181,7 @@ class RunHistory(Measured):
                         return rows
             return None
 
-        return Rows.read(self.events(kinds=TOLD), elsewhere)
+        return Measurements.read(self.events(kinds=TOLD), elsewhere)
 
     def rollouts_file(self, event: Rollouts) -> Path:
         """Return where the texts of a step lie: beside the log, wherever it was moved to, and nowhere else."""

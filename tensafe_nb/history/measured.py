@@ -46,7 +46,7 @@ class MeasuredRow:
 
 
 @dataclass(slots=True)
-class Rows:
+class Measurements:
     """Takes the events of a log, one after the other, and puts what was measured together, row by row.
 
     What the core measures at an optimiser step and what the run measures at the same step are one row. Rows are joined
@@ -61,7 +61,7 @@ class Rows:
         resumed: By run: the checkpoint it began with.
     """
 
-    elsewhere: "Callable[[str], Rows | None]"  # finds what another log tells of a checkpoint
+    elsewhere: "Callable[[str], Measurements | None]"  # finds what another log tells of a checkpoint
     rows: list[MeasuredRow] = field(default_factory=list)
     tip: MeasuredRow | None = None
     tips: dict[str, MeasuredRow | None] = field(default_factory=dict)
@@ -73,7 +73,9 @@ class Rows:
     own: dict[str, MeasuredRow] = field(default_factory=dict)  # the latest of each run
 
     @classmethod
-    def read(cls, events: Iterable[Event], elsewhere: "Callable[[str], Rows | None]") -> "Rows":
+    def read(
+        cls, events: Iterable[Event], elsewhere: "Callable[[str], Measurements | None]"
+    ) -> "Measurements":
         """Return what the events of a log add up to."""
         rows = cls(elsewhere)
         for event in events:
@@ -172,12 +174,12 @@ class Reading:
     private: bool
 
     @classmethod
-    def of_client(cls, rows: Rows, label: str, private: bool) -> "Reading":
+    def of_client(cls, rows: Measurements, label: str, private: bool) -> "Reading":
         """Return all that a training client measured by itself."""
         return cls._of(rows, rows.tip, rows.rows, label, private)
 
     @classmethod
-    def of_run(cls, rows: Rows, run: str, private: bool) -> "Reading":
+    def of_run(cls, rows: Measurements, run: str, private: bool) -> "Reading":
         """Return what a run measured; one that resumed another begins with that one's rows, up to the checkpoint."""
         tip, chain = rows.tips.get(run), rows.chain_of(run)
         earlier = [row for row in rows.way(tip) if row.run in chain[1:]]
@@ -186,7 +188,12 @@ class Reading:
 
     @classmethod
     def _of(
-        cls, rows: Rows, tip: MeasuredRow | None, chosen: Sequence[MeasuredRow], label: str, private: bool
+        cls,
+        rows: Measurements,
+        tip: MeasuredRow | None,
+        chosen: Sequence[MeasuredRow],
+        label: str,
+        private: bool,
     ) -> "Reading":
         way = {id(row) for row in rows.way(tip)}
         # the first evaluation is told after the first step: within a run, rows stand by their steps
