@@ -48,8 +48,8 @@ def _encoding(count: int, turns: int) -> Row:
 
 
 def _chats(count: int, turns: int) -> list[dict[str, Any]]:
-    """Return chats of words from our own guide: questions of 25 words, answers of 70."""
-    words = " ".join(path.read_text() for path in sorted(Path(ROOT / "docs" / "guide").glob("*.md"))).split()
+    """Return chats of words from our own pages: questions of 25 words, answers of 70."""
+    words = " ".join(path.read_text() for path in sorted(Path(ROOT / "docs").rglob("*.md"))).split()
     places = itertools.cycle(range(0, len(words) - 70, 13))
 
     def said(role: str, length: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What privacy costs in held-out loss: the docstring task at epsilon 2, 8 and without noise, beside no training.
 
-`python -m scripts.dp_utility` trains, prints the table of docs/guide/privacy.md, draws docs/images/dp-utility.png and
-writes build/dp-utility.json. `--tune` tries the grid that the settings below were chosen from; each of its runs is a
-look at the private data that no epsilon printed here covers. Draws and noise are never the same twice: runs differ.
+`python -m scripts.dp_utility` trains, prints the table of docs/explanation/privacy.md, draws
+docs/images/dp-utility.png and writes build/dp-utility.json. `--tune` tries the grid that the settings below were chosen
+from; each of its runs is a look at the private data that no epsilon printed here covers. Draws and noise are never the
+same twice: runs differ.
 """
 
 import argparse

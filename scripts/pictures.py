@@ -1,4 +1,4 @@
-"""Copy the browser suite's screenshots that README and guide show: `make pictures` takes them first."""
+"""Copy the browser suite's screenshots that README and docs show: `make pictures` takes them first."""
 
 from pathlib import Path
 

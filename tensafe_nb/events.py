@@ -264,6 +264,34 @@ class PrivacySpent(Event):
     void: str | None = None
 
 
+class LineState(StrEnum):
+    """The states of a line to a server."""
+
+    OPEN = "OPEN"
+    RECONNECTING = "RECONNECTING"  # it broke off, and this end tries again
+    LOST = "LOST"  # nothing is known any more of what it led to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineChanged(Event):
+    """This end has lost its line to a training client of a server, or has it again.
+
+    It is told at this end alone: it is not recorded, does not cross the line, and bears the number of the latest event
+    that is known here.
+
+    Attributes:
+        state: Which of LineState it entered.
+        reason: Why, for people; None where it is open.
+    """
+
+    state: str
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        check_status("LineChanged", self.state, LineState)
+
+
+UNRECORDED = (Progress, LineChanged)
 REPORTED = (
     Metrics,
     RunState,

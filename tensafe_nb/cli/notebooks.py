@@ -5,6 +5,7 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,66 @@ def add_notebooks(commands: Any) -> None:
     )
     demo.set_defaults(run=run_demo)
     lab = commands.add_parser("lab", help="open JupyterLab on the notebooks; further options go to it")
+    lab.add_argument(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help="where the notebooks are copied, unless they are there (default: notebooks/ of a clone, else "
+        "tensafe-nb-notebooks/)",
+    )
     lab.set_defaults(run=open_lab)
 
 
 def open_lab(chosen: argparse.Namespace) -> int:
     """Become JupyterLab, opened on the notebooks."""
+    folder = chosen.to or default_folder()
+    brought, kept = bring_notebooks(folder)
+    print(f"notebooks: {folder.resolve()}{_what_was_done(brought, kept)}", flush=True)
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # as in a container
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--notebook-dir",
-        str(_notebooks()),
-        *root,
-        *chosen.options,
-    ]
+    command = [sys.executable, "-m", "jupyterlab", "--notebook-dir", str(folder), *root, *chosen.options]
     os.execv(sys.executable, command)
+
+
+def default_folder() -> Path:
+    """Return the folder of the clone where this is one, else one whose name says whose notebooks they are."""
+    here = Path("notebooks")
+    return here if (here / QUICKSTART).is_file() else Path("tensafe-nb-notebooks")
+
+
+def bring_notebooks(folder: Path) -> tuple[list[str], list[str]]:
+    """Copy the notebooks to where their reader may change them; one that is there already is left as it is.
+
+    Returns:
+        Names of those that were brought, and of those that differ from ours.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    brought, kept = [], []
+    for ours in sorted(source_of_notebooks().glob("*.ipynb")):
+        theirs = folder / ours.name
+        try:
+            with theirs.open("xb") as copy:  # never over one that is there
+                copy.write(ours.read_bytes())
+            brought.append(ours.name)
+        except FileExistsError:
+            if theirs.read_bytes() != ours.read_bytes():
+                kept.append(ours.name)
+    return brought, kept
+
+
+def _what_was_done(brought: Sequence[str], kept: Sequence[str]) -> str:
+    words = [f"copied there: {len(brought)}"] * bool(brought)
+    if kept:
+        words.append(f"changed since, and left so: {', '.join(kept)}; delete or rename one to get it afresh")
+    return f" ({'; '.join(words)})" if words else ""
+
+
+def source_of_notebooks() -> Path:
+    """Return the folder from which the notebooks come: inside the installed package, or in the clone."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "notebooks", package.parent / "notebooks"):
+        if (folder / QUICKSTART).is_file():
+            return folder
+    raise ValidationError(f"This installation of {package} holds no notebooks: install tensafe_nb anew.")
 
 
 def run_demo(chosen: argparse.Namespace) -> int:
@@ -48,7 +93,7 @@ def run_demo(chosen: argparse.Namespace) -> int:
     from nbclient import NotebookClient
     from nbconvert import HTMLExporter
 
-    notebook = nbformat.reads((_notebooks() / QUICKSTART).read_text(encoding="utf-8"), as_version=4)
+    notebook = nbformat.reads((source_of_notebooks() / QUICKSTART).read_text(encoding="utf-8"), as_version=4)
     client = NotebookClient(
         notebook,
         timeout=600,
@@ -106,12 +151,3 @@ def report(event: Any, values: dict[str, float]) -> None:
 def _figures(values: dict[str, float]) -> str:
     shown = [(name, values[name]) for name in ("loss", "eval/loss", "reward") if name in values]
     return "  ".join(f"{name} {value:.3f}" for name, value in shown)
-
-
-def _notebooks() -> Path:
-    for folder in (Path.cwd() / "notebooks", Path(__file__).resolve().parents[2] / "notebooks"):
-        if (folder / QUICKSTART).is_file():
-            return folder
-    raise ValidationError(
-        f"there is no folder notebooks/ with {QUICKSTART} here: run this in a clone of the project."
-    )

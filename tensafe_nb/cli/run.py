@@ -14,7 +14,7 @@ from tensafe_nb.store.home import Home
 def add_run(commands: Any) -> None:
     """Add `run` to the parser of `tensafe-nb`."""
     run = commands.add_parser("run", help="train as a YAML file says")
-    run.add_argument("file", type=Path, help="the YAML file, see docs/guide/configuration.md")
+    run.add_argument("file", type=Path, help="the YAML file, see docs/how-to/configuration.md")
     run.add_argument(
         "--data", type=Path, required=True, help="rows: a .jsonl, .json, .csv, .tsv or .parquet file"
     )

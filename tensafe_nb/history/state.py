@@ -10,12 +10,15 @@ from statistics import median
 from typing import TypeAlias
 
 from tensafe_nb.events import (
+    UNRECORDED,
     Alarm,
     ArtifactDeleted,
     CheckpointSaved,
     ClientCreated,
     Event,
     Forked,
+    LineChanged,
+    LineState,
     Metrics,
     MockTookPart,
     OperationCancelled,
@@ -196,6 +199,8 @@ class ClientState:
         held_out: By step: the latest answers to the held-out prompts.
         rewards: (step, number) of each reward function, where it first scored.
         mocked: Whether a mock took part: then nothing here is a measurement.
+        line: That the line to the server broke off, and when; None while it is open, or there is none. Not recorded, so
+            a log that is read back does not know it.
     """
 
     training_client_id: str | None = None
@@ -216,6 +221,7 @@ class ClientState:
     held_out: dict[int, Rollouts] = field(default_factory=dict)
     rewards: list[tuple[int, float]] = field(default_factory=list)
     mocked: bool = False
+    line: LineChanged | None = field(default=None, compare=False)
 
     @property
     def status(self) -> ClientStatus:
@@ -233,10 +239,12 @@ class ClientState:
         return next(reversed(self.runs.values()), None)
 
     def apply(self, event: Event) -> None:
-        """Take in the next event. Progress, which is not recorded, changes nothing but `queue.progress`."""
+        """Take in the next event. What is not recorded changes nothing but `queue.progress` and `line`."""
         if isinstance(event, OperationEvent):
             self.queue.apply(event)
-        if isinstance(event, Progress):
+        if isinstance(event, LineChanged):
+            self.line = None if event.state == LineState.OPEN else event
+        if isinstance(event, UNRECORDED):
             return
         self.seq = max(self.seq, event.seq)
         self.counts[type(event)] += 1

@@ -26,6 +26,7 @@ from tensafe_nb.errors import (
 from tensafe_nb.events import RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.measured import Measured, Reading
 from tensafe_nb.protocol.results import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 from tensafe_nb.runs.checkpoints import Checkpoints, checkpoint_of
 from tensafe_nb.runs.loop import Loop, RunClient
@@ -45,7 +46,7 @@ class RunThread(threading.Thread):
             lifetimes.collect()
 
 
-class TrainingRun:
+class TrainingRun(Measured):
     """A loop on a thread of its own. The cell that starts it returns at once.
 
     Await it, or call `result()`, when the end is needed; interrupting that wait does not stop the run.
@@ -75,6 +76,8 @@ class TrainingRun:
         self._state = RunStatus.RUNNING
         self._wants_pause = self._wants_stop = False
         self._credit: int | None = None  # steps left to take before pausing again
+        self._orders = 0  # calls of resume() and step()
+        self._ordered: int | None = None  # what the last of them asked for
         self._index = 0  # of the next step
         self._checkpoints = checkpoints or Checkpoints()
         self._resume_from = resume_from
@@ -105,6 +108,10 @@ class TrainingRun:
         """The client's history: curves and events, of this run and those before it."""
         return self._client.history
 
+    def reading(self) -> Reading:
+        """Return what it measured, row by row; one that resumed another begins with that one's rows."""
+        return self.history.reading(self.run_id)
+
     def pause(self) -> None:
         """Submit no further step; what is in flight finishes."""
         with self._changed:
@@ -130,6 +137,7 @@ class TrainingRun:
             self._go_on(steps)
 
     def _go_on(self, credit: int | None) -> None:
+        self._orders, self._ordered = self._orders + 1, credit
         self._wants_pause, self._credit = False, credit
         if self._state is RunStatus.PAUSING:
             self._set_state(RunStatus.RUNNING)
@@ -157,9 +165,11 @@ class TrainingRun:
     def rollback(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
         """Go back to a checkpoint: weights, optimiser, random streams and place in the data.
 
-        The run is paused there; `resume()` goes on. The curves keep the part that was abandoned.
+        The run is PAUSED there when the handle ends; `resume()` and `step()` go on, also when they were called while it
+        was on its way back. The curves keep the part that was abandoned.
         """
-        return self._between_steps(lambda: self._go_back(artifact_id), "load_state", LoadStateResult)
+        orders = self._orders
+        return self._between_steps(lambda: self._go_back(artifact_id, orders), "load_state", LoadStateResult)
 
     @checked
     def fork(self, artifact_id: str | None = None, step: int | None = None, **changes: Any) -> Any:
@@ -417,7 +427,8 @@ class TrainingRun:
         }
         return self._client.save_state(metadata=metadata, position=position)
 
-    def _go_back(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
+    def _go_back(self, artifact_id: str, orders: int) -> FutureHandle[LoadStateResult]:
+        """Load a state and wait there; after more than so many orders, its user has said meanwhile how to go on."""
         if self._state.ended:
             return self._client.load_state(artifact_id, for_run=None)
         self._collect_all()
@@ -428,9 +439,14 @@ class TrainingRun:
         self._torn = True  # until the data stands where the weights do
         self._seek(result)
         self._torn = False
-        with self._changed:
-            self._publish_state()  # the state it is in is no other, but it stands elsewhere now
-        self._wants_pause, self._credit = True, None
+        with self._changed:  # before the handle ends: whoever awaited it finds the run paused
+            if self._orders > orders:
+                self._credit = self._ordered
+            else:
+                self._wants_pause, self._credit = True, None
+                if self._state in (RunStatus.RUNNING, RunStatus.PAUSING):
+                    self._state = RunStatus.PAUSED
+            self._publish_state()
         return loaded
 
     def _seek(self, loaded: LoadStateResult) -> None:

@@ -12,7 +12,7 @@ LEFT_OUT = {
     "tenseal": "no notebook on Binder needs it",
     "jupyterlab": "the image has it",
 }
-NOT_TESTED_HERE = {"nbgitpuller"}  # for the links of docs/guide/hubs.md: an extension of the server
+NOT_TESTED_HERE = {"nbgitpuller"}  # for the links of docs/how-to/hubs.md: an extension of the server
 
 
 def names(requirements: list[str]) -> set[str]:

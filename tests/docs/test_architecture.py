@@ -1,4 +1,4 @@
-"""docs/architecture.md says what is: its floors, its rooms, and the functions of its walks."""
+"""docs/explanation/architecture.md says what is: its floors, its rooms, and the functions of its walks."""
 
 import ast
 import itertools
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tensafe_nb"
-PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/explanation/architecture.md").read_text(encoding="utf-8")
 STEP = re.compile(r"`([\w/]+\.py)` · `([\w.]+)`")
 
 

@@ -17,8 +17,8 @@ import tensafe_nb as tn
 from tensafe_nb.cli import main as cli
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = [DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md"))]
 FENCE = re.compile(r'^```(\w*)(?: title="([\w.]+)")?\n(.*?)^```', flags=re.DOTALL | re.MULTILINE)
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
 
 
 async def run_page(page: Path, blocks: list[tuple[str, str, str]], names: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ def write_or_run(title: str, text: str) -> None:
     assert cli.main(arguments) == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_code_of_a_page_runs_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,9 +62,8 @@ def test_the_code_of_a_page_runs_in_order(
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    reference = set(
-        re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    )
+    pages = (page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    reference = {name for page in pages for name in re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)}
     for name in tn.__all__:
         value = getattr(tn, name)
         home = getattr(value, "__module__", "")

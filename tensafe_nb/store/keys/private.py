@@ -50,7 +50,7 @@ def read_versioned(path: Path) -> Any:
 
 @contextmanager
 def changing(path: Path, files: Files) -> Iterator[None]:
-    """Keep other processes from changing a private file; on Windows only `fresh` files are so guarded.
+    """Keep other processes from changing a private file.
 
     Raises:
         StorageError: The folder cannot be made, or not be written to.

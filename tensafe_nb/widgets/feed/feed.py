@@ -59,6 +59,9 @@ class Standing:
         operation_seconds: For how long.
         reason: Why run or client failed.
         active: Whether more is to come by itself: worth a heartbeat.
+        line: "OPEN", "RECONNECTING" or "LOST": whether what is said here is still so is known only while it is open.
+        line_reason: Why it is not.
+        line_seconds: For how long it has not been.
     """
 
     client: str
@@ -73,11 +76,14 @@ class Standing:
     operation_seconds: float | None
     reason: str | None
     active: bool
+    line: str
+    line_reason: str | None
+    line_seconds: float | None
 
     @classmethod
     def read(cls, state: ClientState, run: RunSoFar | None, now: float) -> "Standing":
         """Read it from a state, for one of its runs, at a moment in Unix seconds."""
-        running = state.queue.running
+        running, line = state.queue.running, state.line
         return cls(
             client=str(state.status),
             state=str(state.status if run is None else run.state),
@@ -91,6 +97,9 @@ class Standing:
             operation_seconds=None if running is None else now - running.time,
             reason=state.reason if run is None else run.reason or state.reason,
             active=not state.closed and (state.queue.depth > 0 or (run is not None and not run.state.ended)),
+            line="OPEN" if line is None else str(line.state),
+            line_reason=None if line is None else line.reason,
+            line_seconds=None if line is None else now - line.time,
         )
 
     @property

@@ -116,16 +116,3 @@ def test_an_interrupt_stops_the_run_and_keeps_its_history(run: Run, monkeypatch:
     status, out, _ = run("training: {steps: 100000}")
     assert status == 130
     assert re.search(r"run \S+ STOPPED after \d+ steps", out)
-
-
-def test_further_options_of_lab_go_to_jupyterlab_and_of_other_commands_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr("os.execv", lambda program, command: started.append(command) or 0)
-    with pytest.raises(TypeError):  # a real execv does not return
-        cli.main(["lab", "--no-browser", "--ServerApp.port=8765"])
-    assert started[0][-2:] == ["--no-browser", "--ServerApp.port=8765"]
-    with pytest.raises(SystemExit):
-        cli.main(["demo", "--fast"])
-    assert "unknown: --fast" in capsys.readouterr().err
