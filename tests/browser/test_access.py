@@ -90,7 +90,8 @@ def test_the_same_held_out_prompts_are_compared_across_steps(stage: Stage) -> No
     expect(samples.locator(".tsnb-prompt q")).to_have_count(4)
     cards = samples.locator(".tsnb-card")
     expect(cards.first.locator(".tsnb-prompt")).to_contain_text("17+25=")
-    expect(cards.nth(1).locator(".tsnb-prompt")).to_contain_text("reward 0 → 1 (+1.00)")  # from step 20 to 40
+    expect(cards.first.locator(".tsnb-prompt")).to_contain_text("reward 0 → 1 (+1.00)")  # from step 20 to 40
+    expect(cards.nth(2).locator(".tsnb-prompt")).to_contain_text("reward 0 → 0")
     expect(samples.get_by_label("step", exact=True)).to_have_value("20")
     samples.get_by_label("compared with step").select_option("60")
     expect(cards.nth(2).locator(".tsnb-prompt")).to_contain_text("reward 0 → 1 (+1.00)")

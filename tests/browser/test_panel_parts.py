@@ -122,15 +122,13 @@ def test_a_click_on_a_point_shows_that_steps_samples_and_texts_stay_text(noteboo
         lab.wait_until("data.state === 'FINISHED' && data.points === 40")
         expect(lab.panel.locator(".tsnb-samples")).to_contain_text("no <b>number</b>")
         samples = lab.panel.locator(".tsnb-samples")
-        lab.panel.locator(".tsnb-samples summary").first.click()
         lab.chart.click(position={"x": 200, "y": 100})
-        where = lab.panel.locator(".tsnb-at-step").first
-        expect(where).not_to_contain_text("latest")  # the legend follows the mouse in the next frame
-        chosen = int(where.inner_text().split()[1])
+        title = samples.locator(".tsnb-title")
+        expect(title).to_be_focused()
+        expect(title).to_be_in_viewport()
+        chosen = int(title.inner_text().split()[-1])
+        assert 5 < chosen < 15, "a fifth of the chart from its left edge"
         expect(samples).to_have_attribute("data-step", str(chosen))
-        expect(samples.locator(".tsnb-title")).to_contain_text(f"step {chosen}")
-        expect(samples.locator(".tsnb-title")).to_be_focused()
-        expect(samples).to_be_in_viewport()
         assert lab.panel.locator(".tsnb-samples img, .tsnb-samples q b").count() == 0
         answer = samples.locator(".tsnb-answer").first
         answer.focus()
