@@ -94,11 +94,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Let links to notebooks, which are right in the repository, lead to their pages."""
-    return re.sub(
-        r"\]\((?:\.\./)*notebooks/(\w+)\.ipynb\)",
-        rf"]({'' if in_tutorial(page) else '../tutorial/'}\1.md)",
-        markdown,
-    )
+    up = "../" * page.file.src_uri.count("/")
+    return re.sub(r"\]\((?:\.\./)*notebooks/(\w+)\.ipynb\)", rf"]({up}tutorial/\1.md)", markdown)
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:

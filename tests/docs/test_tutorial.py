@@ -65,7 +65,7 @@ def test_links_between_notebooks_and_to_pages_lead_to_pages(notebook: Path) -> N
     links = tutorial.on_page_markdown(
         "[1](../../notebooks/01_first.ipynb)", SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
     )
-    assert links == "[1](../tutorial/01_first.md)"
+    assert links == "[1](tutorial/01_first.md)"
 
 
 def test_a_notebook_that_was_not_run_says_so(notebook: Path) -> None:
