@@ -297,12 +297,18 @@ class Chart {
     this.drawLegend();
   }
 
+  // Where its lines begin and end on the axis. A small chart reaches as far as the large one that it is below.
+  reach() {
+    return this.spec.lines.map((line) => [line, this.store.get(line.name).current]).filter(([, series]) => series.n).flatMap(([line, series]) => {
+      const xs = this.xsOf(series, line);
+      return [xs[0], xs[series.n - 1], ...series.abandoned.map((piece) => this.xsOf(piece, line)[piece.n - 1])];
+    });
+  }
+
   // The window in units of the axis, and which points lie in it (one more on either side, so that lines go on).
   scale(width, height) {
     const drawn = this.curves.filter(({ series }) => series.n);
-    const all = this.listed.filter(({ series }) => series.n).flatMap(({ series, xs, line }) => [
-      [xs[0], xs[series.n - 1]], ...series.abandoned.map((piece) => [this.xsOf(piece, line)[piece.n - 1]]),
-    ]).flat();
+    const all = [...this.reach(), ...(this.over?.reach() ?? [])];
     let [left, right] = all.length ? [Math.min(...all), Math.max(...all)] : [0, 1];
     this.whole = [left, right];
     if (this.lens.from !== null) [left, right] = [this.lens.from, this.lens.to];

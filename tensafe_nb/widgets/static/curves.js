@@ -134,7 +134,7 @@ class Curves {
     this.kind = kind;
     for (const chart of this.charts) chart.destroy();
     this.charts = specs(this.name, this.model.get("labels") ?? [], this.whole).map((spec) => new Chart(this.store, this.model, this.lens, spec));
-    for (const chart of this.charts) Object.assign(chart, { onSpeak: this.onSpeak, onChoose: this.onChoose });
+    for (const chart of this.charts) Object.assign(chart, { over: this.charts[0], onSpeak: this.onSpeak, onChoose: this.onChoose });
     this.grid.replaceChildren(...this.charts.map((chart) => chart.el));
   }
 
