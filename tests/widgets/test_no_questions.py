@@ -82,7 +82,7 @@ def drawn(source: Any, clock: Callable[[], float], flusher: HandFlusher) -> list
     feed = Feed(source, flusher, clock)
     panel = Dashboard(feed)
     wire = Wire(panel)
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     messages = [*wire.flush(), *wire.flush()]
     panel.close()
     snapshot = Snapshot.take(feed, None)
