@@ -11,7 +11,8 @@ from tensafe_nb.events import StateLoaded
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets.feed.feed import Feed
 from tensafe_nb.widgets.still import picture, snapshot, words
-from tensafe_nb.widgets.still.picture import extremes, smoothed
+from tensafe_nb.history.figures import smoothed
+from tensafe_nb.widgets.still.picture import extremes
 from tensafe_nb.widgets.still.snapshot import Snapshot, StillOutputs
 
 from .conftest import FakeClient, FakeRun, HandFlusher, Output
@@ -138,6 +139,7 @@ def test_without_a_page_the_table_is_renewed_every_2_s_and_the_picture_every_30(
     assert cell.flush() == ["table", "picture"]
     flusher.time += 2.0
     assert cell.flush() == ["table"]
+    client.measure(loss=0.9)
     flusher.time += 28.0
     assert cell.flush() == ["table", "picture"]
 

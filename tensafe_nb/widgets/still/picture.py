@@ -1,11 +1,11 @@
 """The picture that stays in the file: drawn by matplotlib, on white, in few colours, never with a spike left out."""
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from tensafe_nb.history.figures import smoothed, stretches
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.widgets.still.words import Subject, current, current_of, led_of
@@ -56,7 +56,7 @@ def draw_curve(
     for piece in abandoned(steps, kept):
         axes.plot(*extremes(steps[piece], values[piece]), color=colour, alpha=0.2, linewidth=1)
     steps, values = steps[kept], values[kept]
-    for number, stretch in enumerate(_stretches(steps, breaks)):
+    for number, stretch in enumerate(stretches(steps, breaks)):
         axes.plot(*extremes(steps[stretch], values[stretch]), color=colour, alpha=0.35, linewidth=1)
         axes.plot(
             *extremes(steps[stretch], smoothed(values[stretch])),
@@ -67,7 +67,7 @@ def draw_curve(
 def draw_held_out(axes: Any, history: RunHistory, name: str, breaks: list[int]) -> None:
     """Draw what was measured on held-out data, dashed."""
     steps, values = current_of(history, name)
-    for number, stretch in enumerate(_stretches(steps, breaks)):
+    for number, stretch in enumerate(stretches(steps, breaks)):
         axes.plot(
             steps[stretch],
             values[stretch],
@@ -77,13 +77,6 @@ def draw_held_out(axes: Any, history: RunHistory, name: str, breaks: list[int]) 
             markersize=3,
             label=name if number == 0 else None,
         )
-
-
-def _stretches(steps: Array, breaks: list[int]) -> Iterator[Array]:
-    """Yield the stretches between breaks, as indices: what was measured differently is not joined."""
-    for stretch in np.split(np.arange(len(steps)), np.searchsorted(steps, breaks)):
-        if stretch.size:
-            yield stretch
 
 
 def draw_marks(axes: Any, marks: list[tuple[int, str, str]], breaks: list[int]) -> None:
@@ -139,17 +132,6 @@ def abandoned(steps: Array, kept: Array) -> list[Array]:
         for gap in np.split(left, np.flatnonzero((np.diff(left) > 1) | (np.diff(steps[left]) <= 0)) + 1)
         if gap.size
     ]
-
-
-def smoothed(values: Array, weight: float = 0.8) -> Array:
-    """Return the bias-corrected exponential mean (Kingma and Ba 2015, section 3); non-finite values do not enter it."""
-    result, mean, total = np.full(len(values), np.nan), 0.0, 0.0
-    for index, value in enumerate(values):
-        if np.isfinite(value):
-            mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        if total:  # 1 − weightᵗ after t values: without it the mean would begin at 0
-            result[index] = mean / total
-    return result
 
 
 def extremes(steps: Array, values: Array, columns: int = COLUMNS) -> tuple[Array, Array]:

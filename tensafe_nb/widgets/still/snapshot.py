@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 from weakref import WeakSet
 
-from tensafe_nb.events import ArtifactDeleted, CheckpointSaved
+from tensafe_nb.events import ArtifactDeleted, CheckpointSaved, Metrics
 from tensafe_nb.history.state import RunSoFar
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets.feed.feed import Feed, Standing
@@ -174,28 +174,29 @@ class StillOutputs:
         self._send_pictures()
         if not self._ids:
             return None
-        alone, now, held, turned = self._alone(), self.feed.flusher.now(), self._now, self._turned
+        alone, now, held = self._alone(), self.feed.flusher.now(), self._now
         pace = TABLE_SECONDS if alone else LONGEST_SECONDS
-        picture_due = self._picture_due(turned, alone=alone)
+        picture_due = self._picture_due(alone=alone)
+        behind = self._shown != held or (alone and not self._ended)
         if self._pictured != held and not self._painting and now >= picture_due:
             self._table_at = self._picture_at = now
             self._pictured = held
             snapshot = self._publish_table(steering=alone)
             self._painting.add(snapshot)
             self.feed.flusher.aside(lambda: self._paint(snapshot))
-        elif self._shown != held and (turned or now >= self._table_at + pace):
+        elif behind and ((self._at_rest and self._shown != held) or now >= self._table_at + pace):
             self._table_at = now
             self._publish_table(steering=alone)
         if self._over or (self._shown == self._pictured == held and not alone):
             return None
         return max(min(self._table_at + pace, picture_due) - now, TABLE_SECONDS)
 
-    def _picture_due(self, turned: bool, *, alone: bool) -> float:
+    def _picture_due(self, *, alone: bool) -> float:
         """Return from when on a picture of what is new is drawn."""
         if self._ended:
             return float("-inf")
-        if turned or alone:
-            first = self._table_at + TABLE_SECONDS if alone else float("-inf")
+        if self._at_rest or alone:
+            first = float("-inf") if self._at_rest else self._table_at + TABLE_SECONDS
             return first if self._pictured is None else self._picture_at + PICTURE_SECONDS
         return self._picture_at + LONGEST_SECONDS
 
@@ -225,19 +226,17 @@ class StillOutputs:
                 standing.client_step,
                 standing.loaded,
                 standing.line,
-                feed.state.counts[CheckpointSaved] - feed.state.counts[ArtifactDeleted],
+                feed.state.counts[CheckpointSaved],
+                feed.state.counts[ArtifactDeleted],
+                feed.state.counts[Metrics],
             )
             for feed, standing in zip(self.subject.feeds, standings, strict=True)
         )
 
     @property
-    def _turned(self) -> bool:
-        """Whether things have come to a rest that is not shown yet."""
-        if self._shown == self._now:
-            return False
-        if self.run is None:
-            return self.feed.over
-        return self.run.state.ended or self.run.state is RunStatus.PAUSED
+    def _at_rest(self) -> bool:
+        """Whether nothing is to come by itself."""
+        return self._ended or (self.run is not None and self.run.state is RunStatus.PAUSED)
 
     def _publish_table(self, *, steering: bool = False) -> Snapshot:
         self._shown = self._now
