@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from tensafe_nb.events import StateLoaded
+from tensafe_nb.history.figures import smoothed
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets.feed.feed import Feed
 from tensafe_nb.widgets.still import picture, snapshot, words
-from tensafe_nb.history.figures import smoothed
 from tensafe_nb.widgets.still.picture import extremes
 from tensafe_nb.widgets.still.snapshot import Snapshot, StillOutputs
 
