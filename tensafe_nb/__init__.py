@@ -56,16 +56,17 @@ _HOMES = {
             "FutureTimeoutError",
             "FutureCancelledError",
             "FutureFailedError",
+            "full_tracebacks",
         ),
         "errors",
     ),
 }
-_MODULES = ("data", "datasets", "losses", "rlvr", "events", "errors")
+_MODULES = ("data", "datasets", "losses", "rlvr", "widgets", "events", "errors")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
-    from tensafe_nb import data, datasets, errors, events, losses, rlvr
+    from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
     from tensafe_nb.client import TrainingClient
     from tensafe_nb.config import (
         DPConfig,
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
         TGTinkerError,
         TrainingClientNotFoundError,
         ValidationError,
+        full_tracebacks,
     )
     from tensafe_nb.futures import FutureHandle, enable_nested_asyncio
     from tensafe_nb.protocol.batch import BatchData

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig
+from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig, joins
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
@@ -147,37 +147,49 @@ class TrainingClient:
             )
         return self._submit(OptimStep(apply_dp_noise))
 
+    @joins(SamplingConfig, "sampling")
     def sample(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingConfig | None = None,
         *,
         stream: bool = False,
-        **fields: Any,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        num_samples: int = 1,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        ignore_end: bool = False,
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
 
         Args:
             prompts: A text, a list of chat messages or of token ids, or a list of any of these.
-            sampling: How to draw.
+            sampling: How to draw: a SamplingConfig, whose fields the keywords are. Those that you give come on top of
+                it.
             stream: Tell pieces of the texts as they are drawn: `async for piece in handle.pieces()`.
-            fields: Fields of SamplingConfig, instead of or on top of `sampling`.
+            max_new_tokens: Longest completion, in tokens.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_p: Keep the smallest set of tokens whose probability reaches this.
+            top_k: Keep the k most likely tokens; 0 keeps all.
+            num_samples: Completions per prompt.
+            stop: Strings that end a completion; they are cut from its text.
+            seed: Fixes every row's random stream; None takes the client's next one.
+            ignore_end: Go on past end tokens, so that every completion has `max_new_tokens`.
 
         Raises:
             ValidationError: No prompt, or a field that does not fit.
         """
-        if sampling is not None and not isinstance(sampling, SamplingConfig):
-            raise ValidationError(
-                f"sample() takes a SamplingConfig, or its fields as keywords, not {as_given(sampling)}."
-            )
-        config = SamplingConfig(**fields) if sampling is None else sampling.replace(**fields)
+        assert sampling is not None  # the keywords are in it
         read = read_prompts(prompts)
-        if len(read) * config.num_samples > MOST_SEQUENCES:
+        if len(read) * sampling.num_samples > MOST_SEQUENCES:
             raise ValidationError(
-                f"sample(): {len(read):,} prompts with num_samples={config.num_samples:,} are more than "
+                f"sample(): {len(read):,} prompts with num_samples={sampling.num_samples:,} are more than "
                 f"{MOST_SEQUENCES:,} sequences: sample in parts."
             )
-        return self._submit(Sample(read, config, stream))
+        return self._submit(Sample(read, sampling, stream))
 
     @checked
     def compute_logprobs(

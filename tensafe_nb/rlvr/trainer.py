@@ -12,7 +12,7 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.protocol.results import TrainingClientInfo
-from tensafe_nb.rlvr.algorithms.policy_gradient import REINFORCE, Algorithm, RemembersRewards
+from tensafe_nb.rlvr.algorithms.policy_gradient import AlgorithmSpec, RemembersRewards, algorithm_of
 from tensafe_nb.rlvr.algorithms.private import CAPABILITY, released
 from tensafe_nb.rlvr.loop import RLVRLoop
 from tensafe_nb.rlvr.policy import PolicyClient
@@ -63,7 +63,8 @@ class RLVRTrainer:
             a frame, a data set: whatever rows are read from. The column `tools` goes into the chat template as well.
         reward: `fn(prompt, response, meta=None) -> float`, its registered name, or several: a list, or a dict with
             weights; see `resolve_reward`.
-        algo: How to update; REINFORCE with its defaults when None.
+        algo: How to update: an algorithm, its options, or its name: "reinforce", "ppo", or a preset such as "grpo", see
+            `get_presets`. REINFORCE with its defaults when None.
         prompts_per_step: Prompts drawn for each step, without repetition within an epoch.
         group_size: Rollouts per prompt.
         max_new_tokens: Longest completion, in tokens.
@@ -96,7 +97,7 @@ class RLVRTrainer:
         training_client: RunningClient,
         prompts: Rows,
         reward: RewardSpec,
-        algo: Algorithm | None = None,
+        algo: AlgorithmSpec | None = None,
         *,
         prompts_per_step: int = 16,
         group_size: int = 8,
@@ -115,12 +116,12 @@ class RLVRTrainer:
         on_bad_rows: OnBadRows = "raise",
         seed: int = 0,
     ) -> None:
-        check_options(algo, eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
+        check_options(eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
         self.training_client = training_client
         self.reward = resolve_reward(reward)
         self.reward_timeout = reward_timeout
         self.on_reward_errors = on_reward_errors
-        self.algo = algo or REINFORCE()
+        self.algo = algorithm_of(algo)
         self.sampler = PolicySampler(
             training_client,
             group_size,
@@ -311,7 +312,6 @@ class RLVRTrainer:
 
 
 def check_options(
-    algo: Any,
     eval_prompts: object,
     eval_every: int | None,
     on_reward_errors: str,
@@ -325,8 +325,6 @@ def check_options(
     """
     if eval_every is not None and (eval_prompts is None or eval_every < 1):
         raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
-    if algo is not None and (isinstance(algo, type) or not hasattr(algo, "update")):
-        raise ValidationError(f"RLVRTrainer: algo is an algorithm such as REINFORCE(), not {as_given(algo)}.")
     if on_reward_errors not in ("pause", "fail"):
         raise ValidationError(
             f"RLVRTrainer: on_reward_errors={as_given(on_reward_errors)} must be 'pause' or 'fail'."

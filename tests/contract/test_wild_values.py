@@ -213,6 +213,7 @@ CALLS: Mapping[str, Call] = {
     "LossConfig": Call(lambda w: tn.LossConfig),
     "DPConfig": Call(lambda w: tn.DPConfig, {"dataset_size": 50}),
     "Recipe": Call(lambda w: tn.Recipe),
+    "full_tracebacks": Call(lambda w: tn.full_tracebacks, {"show": False}),
     "load_config": Call(lambda w: tn.load_config, {"path": Of(lambda w: w.recipe)}),
     "BatchData": Call(lambda w: tn.BatchData, BATCH),
     "BatchData(extras)": Call(
