@@ -26,7 +26,9 @@ _HOMES = {
     "FutureHandle": "futures",
     "enable_nested_asyncio": "futures",
     "TrainingRun": "runs.run",
-    "list_runs": "runs.record",
+    "list_runs": "runs.listing",
+    "plot_runs": "runs.listing",
+    "diff_runs": "runs.diff",
     "load_run": "runs.record",
     "replay": "widgets.replay",
     **dict.fromkeys(
@@ -108,7 +110,9 @@ if TYPE_CHECKING:
     from tensafe_nb.protocol.batch import BatchData
     from tensafe_nb.protocol.results import ClientStatus, FutureStatus, RunStatus
     from tensafe_nb.recipes.recipe import Recipe, load_config
-    from tensafe_nb.runs.record import list_runs, load_run
+    from tensafe_nb.runs.diff import diff_runs
+    from tensafe_nb.runs.listing import list_runs, plot_runs
+    from tensafe_nb.runs.record import load_run
     from tensafe_nb.runs.run import TrainingRun
     from tensafe_nb.service import ServiceClient
     from tensafe_nb.widgets.replay import replay

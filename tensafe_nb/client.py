@@ -3,6 +3,7 @@
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
@@ -13,7 +14,7 @@ from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError
-from tensafe_nb.events import Event
+from tensafe_nb.events import Event, RunDescribed
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.sinks.forwarding import Forwarding, check_samples, reporter
@@ -57,9 +58,10 @@ from tensafe_nb.protocol.results import (
 )
 from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
+from tensafe_nb.runs.description import described
 from tensafe_nb.runs.loop import Batch, Loop
 from tensafe_nb.runs.run import TrainingRun
-from tensafe_nb.runs.supervised import SupervisedLoop
+from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
 
 R = TypeVar("R")
@@ -503,6 +505,9 @@ class TrainingClient:
         keep_last: int | None = None,
         keep_best: str | None = None,
         resume_from: str | None = None,
+        name: str | None = None,
+        tags: str | Sequence[str] = (),
+        notes: str = "",
         show: bool = True,
     ) -> TrainingRun:
         """Train on batches. Returns at once with a run that can be awaited, paused and stopped.
@@ -518,6 +523,9 @@ class TrainingClient:
             keep_best: Keep the one with the best value of this metric as well, for instance "eval/loss".
             resume_from: A checkpoint of a run like this one: go on where it stood in the data. `steps` and `epochs`
                 count from that run's beginning.
+            name: What the run is called, in `list_runs`, in the panel and in the legend of compared curves.
+            tags: Words to find it by.
+            notes: What there is to say of it; `run.describe(…)` changes any of the three.
             show: Show the progress: a bar, or plain lines where the output is no terminal.
 
         Raises:
@@ -536,6 +544,23 @@ class TrainingClient:
             show=show,
             checkpoints=Checkpoints(checkpoint_every, keep_last, keep_best),
             resume_from=resume_from,
+            name=name,
+            tags=tags,
+            notes=notes,
+            started_with={
+                "run": {
+                    "kind": "fit",
+                    "epochs": epochs,
+                    "steps": steps,
+                    "batches": summary_of(batches),
+                    "eval_batches": summary_of(eval_batches),
+                    "eval_every": eval_every,
+                    "checkpoint_every": checkpoint_every,
+                    "keep_last": keep_last,
+                    "keep_best": keep_best,
+                    "resume_from": resume_from,
+                }
+            },
         )
 
     def start_run(
@@ -546,8 +571,25 @@ class TrainingClient:
         show: bool = True,
         checkpoints: Checkpoints | None = None,
         resume_from: str | None = None,
+        name: str | None = None,
+        tags: str | Sequence[str] = (),
+        notes: str = "",
+        started_with: Mapping[str, Any] | None = None,
     ) -> TrainingRun:
-        """Run a loop of your own on a thread of its own; `fit` and `RLVRTrainer` are made of this."""
+        """Run a loop of your own on a thread of its own; `fit` and `RLVRTrainer` are made of this.
+
+        Args:
+            loop: What it repeats.
+            planned_steps: How many steps of its own it is to take.
+            show: Show the progress.
+            checkpoints: When to save, and what to keep.
+            resume_from: A checkpoint of a run like this one.
+            name: As for `fit`, like `tags` and `notes`.
+            tags: Words to find it by.
+            notes: What there is to say of it.
+            started_with: Plain data that `run.config` shows beside the client's configuration.
+        """
+        description = described(RunDescribed(run_id=""), name, tags, notes)
         if self.status is ClientStatus.TERMINATED:
             raise ClientClosedError(
                 f"The training client {self.training_client_id} is closed. Create a new one."
@@ -558,7 +600,16 @@ class TrainingClient:
                 f"Await it, or stop() it first; another model can train at the same time on a client of its own."
             )
         earlier = max(len(self._runs), len(self.history.state.runs))  # there, another client's may be, too
-        run = TrainingRun(self, loop, earlier + 1, planned_steps, checkpoints, resume_from)
+        run = TrainingRun(
+            self,
+            loop,
+            earlier + 1,
+            planned_steps,
+            checkpoints,
+            resume_from,
+            replace(description, time=0.0),
+            plain_metadata(started_with or {}),
+        )
         self._runs.append(run)
         if show:
             widgets().show_run(run)

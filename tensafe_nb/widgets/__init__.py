@@ -125,7 +125,7 @@ def _show_outputs(source: feed.Source) -> None:
 
     run = _run_of(source)
     part = StillOutputs(feed.feed_of(source), None if run is None else run.run_id, alone=lambda: True)
-    part.place(filled=True)
+    part.place()
 
 
 def _run_of(source: feed.Source) -> Any:
