@@ -135,7 +135,8 @@ class RunRecord(Measured):
         """
         check_samples(samples)
         name, made = sink_of(sink, where, options)
-        return replay_into(made, name, RunHistory(self.log), only=self.run_id, samples=samples)
+        called = RunDescribed(run_id=self.run_id, name=self.name, tags=self.tags, notes=self.notes)
+        return replay_into(made, name, RunHistory(self.log), called, samples)
 
     @property
     def way_on(self) -> str:

@@ -87,15 +87,21 @@ def test_a_finished_run_is_replayed_into_a_sink_with_the_same_values(
 ) -> None:
     live, later = Kept(), Kept()
     tc.log_to(live)
-    run = tc.fit([batch], steps=3, show=False)
+    run = tc.fit([batch], steps=3, show=False, name="first try", tags=["a"], notes="Of no use.")
     run.result()
     tc.close()
     assert tn.load_run(run.run_id).log_to(later) == sum(map(len, live.points.values()))
     assert later.points == live.points == {(run.run_id, name): points for name, points in told(tc).items()}
     assert live.ended == later.ended == [(run.run_id, "FINISHED")]
     assert (live.closed, later.closed) == (1, 1)
-    assert tn.load_run(run.run_id).log_to("tensorboard", tmp_path) > 0
-    assert read_back(tmp_path / run.run_id) == as_float32(told(tc))
+    for kept in (live, later):
+        (begun,) = kept.runs
+        assert (begun.name, begun.tags, begun.notes) == ("first try", ("a",), "Of no use.")
+        assert begun.config["run.steps"] == 3
+    for _ in range(2):
+        assert tn.load_run(run.run_id).log_to("tensorboard", tmp_path) > 0
+    first, second = sorted(tmp_path.glob("first try*"))
+    assert read_back(first) == read_back(second) == as_float32(told(tc))
 
 
 def test_what_was_measured_before_comes_first_and_operations_by_hand_are_a_run_too(
@@ -111,8 +117,8 @@ def test_what_was_measured_before_comes_first_and_operations_by_hand_are_a_run_t
     assert logged.flush()
     assert [step for step, _ in kept.points[tc.training_client_id, "loss"]] == [1, 2, 3]
     (run,) = kept.runs
-    assert run.config["optimizer.learning_rate"] == 1e-2
-    assert run.config["lora_config.rank"] == 4
+    assert run.config["training.optimizer.learning_rate"] == 1e-2
+    assert run.config["training.lora_config.rank"] == 4
     assert tc.log_to(kept) is logged, "a cell that is run again doubles nothing"
     logged.close()
     assert (kept.closed, kept.ended) == (1, [(tc.training_client_id, "FINISHED")])

@@ -4,13 +4,23 @@ import atexit
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
 from tensafe_nb.display import Facts, as_markdown, shown
 from tensafe_nb.errors import StorageError, TGTinkerError, ValidationError
-from tensafe_nb.events import Alarm, ClientCreated, Event, Metrics, Rollouts, RunState, StatusChanged
+from tensafe_nb.events import (
+    Alarm,
+    ClientCreated,
+    Event,
+    Metrics,
+    Rollouts,
+    RunConfigured,
+    RunDescribed,
+    RunState,
+    StatusChanged,
+)
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.sinks.sink import Sink, SinkRun, flat
 from tensafe_nb.protocol.results import ClientStatus, RunStatus
@@ -18,7 +28,16 @@ from tensafe_nb.registry import load_dotted
 
 logger = logging.getLogger(__name__)
 
-TOLD = (ClientCreated, Metrics, RunState, Alarm, Rollouts, StatusChanged)  # the events that a sink hears of
+TOLD = (  # the events that a sink hears of
+    ClientCreated,
+    Metrics,
+    RunState,
+    RunConfigured,
+    RunDescribed,
+    Alarm,
+    Rollouts,
+    StatusChanged,
+)
 MOST_WAITING = 100_000  # events, for a sink that is slower than the training
 CLOSE_SECONDS = 30.0  # how long close() waits for a sink to take what is left
 LONGEST_SAMPLE = 2_000  # characters of a prompt or an answer
@@ -33,14 +52,22 @@ class Teller:
         history: Whose events they are.
         only: Of this run alone; None of all.
         samples: So many prompts of each step, with their answers.
-        whole: All events are there already: a run ends after the last of them, not at its end.
+        described: How the only run is called, where all events are there already: then it ends after the last of them,
+            not at its end.
     """
 
     def __init__(
-        self, sink: Sink, history: RunHistory, only: str | None, samples: int, *, whole: bool = False
+        self,
+        sink: Sink,
+        history: RunHistory,
+        only: str | None,
+        samples: int,
+        described: RunDescribed | None = None,
     ) -> None:
         self._sink, self._history, self._only, self._samples = sink, history, only, samples
-        self._whole = whole
+        self._whole = described is not None
+        self._described = {} if described is None else {described.run_id: described}
+        self._configured: dict[str, Mapping[str, Any]] = {}
         self._states: dict[str, str] = {}  # of runs that have ended
         self._config: dict[str, Any] = {}
         self._client = ""
@@ -57,11 +84,16 @@ class Teller:
         match event:
             case ClientCreated():
                 self._client = event.training_client_id
-                self._config = dict(flat(self._history.config.model_dump(mode="json")))
+                self._config = {"training": self._history.config.model_dump(mode="json")}
+            case RunConfigured():
+                self._configured[event.run_id] = event.config
+            case RunDescribed():
+                self._described.setdefault(event.run_id, event)
             case RunState(run_id=run_id, state=state):
-                self.under_way = None if RunStatus(state).ended else run_id
-                run = self._run_of(run_id)
-                if run is not None and self.under_way is None:
+                ended = RunStatus(state).ended
+                self.under_way = None if ended else run_id
+                run = self._run_of(run_id) if ended else None  # a run that begins has not been described yet
+                if run is not None:
                     self._states[run_id] = state
                     if not self._whole:
                         self._sink.end(self._runs.pop(run_id), state)
@@ -96,8 +128,15 @@ class Teller:
         if self._only not in (None, found):
             return None
         if found not in self._runs:
+            told = self._described.get(found) or RunDescribed(run_id=found)
             later = " (later)" if found in self._states else ""  # the sink's own has been ended
-            run = SinkRun(run_id=found, name=found + later, config=self._config)
+            run = SinkRun(
+                run_id=found,
+                name=(told.name or found) + later,
+                config=dict(flat({**self._config, **self._configured.get(found, {})})),
+                tags=told.tags,
+                notes=told.notes,
+            )
             self._sink.begin(run)
             self._runs[found] = run
         return self._runs[found]
@@ -273,13 +312,13 @@ def reporter(publish: Callable[[Event], object]) -> Report:
     return report
 
 
-def replay_into(sink: Sink, name: str, history: RunHistory, *, only: str, samples: int) -> int:
+def replay_into(sink: Sink, name: str, history: RunHistory, run: RunDescribed, samples: int) -> int:
     """Tell a sink of all that a log says of a run, and close it; returns how many values there were.
 
     Raises:
         StorageError: The sink failed.
     """
-    teller = Teller(sink, history, only, samples, whole=True)
+    teller = Teller(sink, history, run.run_id, samples, run)
     try:
         for event in history.events(kinds=TOLD):
             teller.take(event)

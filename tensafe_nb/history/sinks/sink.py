@@ -20,7 +20,7 @@ class SinkRun:
     Attributes:
         run_id: `<training_client_id>/<n>`, the same in every sink.
         name: What it is called; its id where it has no name.
-        config: The configuration, flat: "optimizer.learning_rate" and so on.
+        config: The configuration, flat: "training.optimizer.learning_rate", "run.steps" and so on.
         tags: Words to find it by.
         notes: What its user says of it.
     """
