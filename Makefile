@@ -101,7 +101,8 @@ bench-real: $(READY)  ## the same with SmolLM2 (`make models`); writes build/ben
 
 llama-cpp: $(LLAMA_READY)  ## build llama.cpp, a peer of bench-real; some ten minutes, with a C++ compiler
 
-docs: $(READY)  ## the pages and the API reference; leaves build/site/index.html
+docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has to be run; leaves build/site/index.html
+	$(BIN)/python -m scripts.tutorial
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:

@@ -7,9 +7,10 @@ from typing import Any
 
 from tensafe_nb.checks import checked
 from tensafe_nb.display import Facts, Listing, table, visible, widgets
-from tensafe_nb.errors import RunNotFoundError, TGTinkerError, ValidationError
+from tensafe_nb.errors import RunNotFoundError, ValidationError
 from tensafe_nb.events import CheckpointSaved, Metrics, RunState, RunStep, StateLoaded
-from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.log import UNREADABLE, RunHistory
+from tensafe_nb.history.measured import Measured, Reading
 from tensafe_nb.history.state import ClientState, RunSoFar
 from tensafe_nb.locks import is_being_written
 from tensafe_nb.protocol.results import RunStatus
@@ -18,16 +19,10 @@ from tensafe_nb.store.home import Home
 logger = logging.getLogger(__name__)
 
 MADE_OF = (RunState, RunStep, Metrics, CheckpointSaved, StateLoaded)  # the events a record is made of
-UNREADABLE = (
-    TGTinkerError,
-    ValueError,
-    TypeError,
-    KeyError,
-)  # what reading a file that is no event log raises
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
-class RunRecord:
+class RunRecord(Measured):
     """A run as its log tells it, in this process or after it died.
 
     Attributes:
@@ -62,6 +57,10 @@ class RunRecord:
     def history(self) -> RunHistory:
         """Its training client's history, read from the log."""
         return RunHistory.load(self.log)
+
+    def reading(self) -> Reading:
+        """Return what it measured, row by row; one that resumed another begins with that one's rows."""
+        return self.history.reading(self.run_id)
 
     @property
     def way_on(self) -> str:

@@ -26,6 +26,7 @@ from tensafe_nb.errors import (
 from tensafe_nb.events import RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.measured import Measured, Reading
 from tensafe_nb.protocol.results import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 from tensafe_nb.runs.checkpoints import Checkpoints, checkpoint_of
 from tensafe_nb.runs.loop import Loop, RunClient
@@ -45,7 +46,7 @@ class RunThread(threading.Thread):
             lifetimes.collect()
 
 
-class TrainingRun:
+class TrainingRun(Measured):
     """A loop on a thread of its own. The cell that starts it returns at once.
 
     Await it, or call `result()`, when the end is needed; interrupting that wait does not stop the run.
@@ -106,6 +107,10 @@ class TrainingRun:
     def history(self) -> RunHistory:
         """The client's history: curves and events, of this run and those before it."""
         return self._client.history
+
+    def reading(self) -> Reading:
+        """Return what it measured, row by row; one that resumed another begins with that one's rows."""
+        return self.history.reading(self.run_id)
 
     def pause(self) -> None:
         """Submit no further step; what is in flight finishes."""

@@ -23,6 +23,15 @@ def test_the_readme_has_an_example() -> None:
     assert BLOCKS
 
 
+def test_the_readme_shows_the_product_and_the_command_before_anything_else() -> None:
+    lines = README.splitlines()
+    first = "\n".join(lines[:30])
+    assert "docs/images/panel-light.png" in first
+    assert {"make demo", "make test"} <= set(re.findall(r"^make \w+", first, flags=re.MULTILINE))
+    assert sum(line.startswith("|") for line in lines) <= 15, "tables belong into docs/benchmarks.md"
+    assert "OWNER" not in README and "badge" not in "".join(re.findall(r"!\[[^]]*\]\([^)]*\)", README))
+
+
 def without_code(page: str) -> str:
     return re.sub(r"^```.*?^```|`[^`\n]*`", "", page, flags=re.DOTALL | re.MULTILINE)
 

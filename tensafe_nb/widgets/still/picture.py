@@ -1,11 +1,11 @@
 """The picture that stays in the file: drawn by matplotlib, on white, in few colours, never with a spike left out."""
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from tensafe_nb.history.figures import smoothed, stretches
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.widgets.feed.feed import Feed
 
@@ -36,14 +36,14 @@ def draw(feed: Feed, names: tuple[str, str], title: str) -> bytes | None:
     ):  # faint, beneath the rest: what a rollback gave up was trained all the same
         axes.plot(*extremes(steps[piece], values[piece]), color=BLUE, alpha=0.2, linewidth=1)
     steps, values = (column[current(steps)] for column in (steps, values))
-    for number, stretch in enumerate(_stretches(steps, breaks)):
+    for number, stretch in enumerate(stretches(steps, breaks)):
         axes.plot(*extremes(steps[stretch], values[stretch]), color=BLUE, alpha=0.35, linewidth=1)
         label = name if number == 0 else None
         axes.plot(*extremes(steps[stretch], smoothed(values[stretch])), color=BLUE, linewidth=2, label=label)
     if held_out in history:
         measured, points = history.series(held_out)
         measured, points = (column[current(measured)] for column in (measured, points))
-        for number, stretch in enumerate(_stretches(measured, breaks)):
+        for number, stretch in enumerate(stretches(measured, breaks)):
             axes.plot(
                 measured[stretch],
                 points[stretch],
@@ -56,13 +56,6 @@ def draw(feed: Feed, names: tuple[str, str], title: str) -> bytes | None:
     draw_marks(axes, marks, breaks)
     style_axes(axes, title)
     return png_of(FigureCanvasAgg(figure))
-
-
-def _stretches(steps: Array, breaks: list[int]) -> Iterator[Array]:
-    """Yield the stretches between breaks, as indices: what was measured differently is not joined."""
-    for stretch in np.split(np.arange(len(steps)), np.searchsorted(steps, breaks)):
-        if stretch.size:
-            yield stretch
 
 
 def draw_marks(axes: Any, marks: list[tuple[int, str, str]], breaks: list[int]) -> None:
@@ -119,17 +112,6 @@ def abandoned(steps: Array) -> list[Array]:
     """Return the stretches of points that rollbacks have left behind, as indices."""
     left = np.flatnonzero(~current(steps))
     return [gap for gap in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if gap.size]
-
-
-def smoothed(values: Array, weight: float = 0.8) -> Array:
-    """Return the bias-corrected exponential mean (Kingma and Ba 2015, section 3); non-finite values do not enter it."""
-    result, mean, total = np.full(len(values), np.nan), 0.0, 0.0
-    for index, value in enumerate(values):
-        if np.isfinite(value):
-            mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        if total:  # 1 − weightᵗ after t values: without it the mean would begin at 0
-            result[index] = mean / total
-    return result
 
 
 def extremes(steps: Array, values: Array, columns: int = COLUMNS) -> tuple[Array, Array]:
