@@ -29,6 +29,7 @@ _HOMES = {
     "list_runs": "runs.record",
     "load_run": "runs.record",
     "replay": "widgets.replay",
+    "save_page": "widgets.page",
     **dict.fromkeys(
         (
             "TGTinkerError",
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from tensafe_nb.runs.record import list_runs, load_run
     from tensafe_nb.runs.run import TrainingRun
     from tensafe_nb.service import ServiceClient
+    from tensafe_nb.widgets.page import save_page
     from tensafe_nb.widgets.replay import replay
 
 

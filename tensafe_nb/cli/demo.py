@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from tensafe_nb.service import ServiceClient
 if TYPE_CHECKING:
     from tensafe_nb.widgets.page import Chapter
 
-PROMPTS = ("shutil.copyfile(src, dst)\n", "statistics.median(data)\n", "shlex.quote(s)\n")
+PROMPTS = ["shutil.copyfile(src, dst)\n", "statistics.median(data)\n", "shlex.quote(s)\n"]
 IMPORTS = "from tensafe_nb import LoRAConfig, OptimizerConfig, ServiceClient, TrainingRun, datasets\n"
 SAMPLES = 3  # prompts of each step, with their answers
 ON_THE_PAGE = (
@@ -55,9 +55,11 @@ def run_demo(chosen: argparse.Namespace) -> int:
 
 def demonstrate_fine_tuning(service: ServiceClient) -> "Chapter":
     """Fine-tune, and tell of it."""
+    from tensafe_nb.widgets.page import Chapter
+
     what = "Fine-tuning: a model learns to describe functions"
     _announce(1, what)
-    run, before, after = fine_tune(service)
+    run, before, after = fine_tune(service, PROMPTS)
     start, end = run.history["eval/loss"][[0, -1]]
     outcome = (
         f"Loss on functions it has not seen: {start:.2f} → {end:.2f} ({100 * (end / start - 1):+.0f} %), "
@@ -67,15 +69,12 @@ def demonstrate_fine_tuning(service: ServiceClient) -> "Chapter":
     words = [
         "builtin:tiny has 1.6 million parameters. It reads signatures from this Python's standard library and learns "
         "the first sentence of their docstrings. Whole modules are held out.",
-        *(
-            f"{prompt.strip()} said “{was.strip()}” before, “{now.strip()}” after."
-            for prompt, was, now in zip(PROMPTS, before, after, strict=True)
-        ),
     ]
-    return _chapter(run, what, words, outcome, fine_tune)
+    answers = list(zip(PROMPTS, before, after, strict=True))
+    return Chapter(run, what, words, outcome, answers, _code_of(fine_tune))
 
 
-def fine_tune(service: ServiceClient) -> tuple[TrainingRun, Sequence[str], Sequence[str]]:
+def fine_tune(service: ServiceClient, prompts: list[str]) -> tuple[TrainingRun, list[str], list[str]]:
     """Train a LoRA adapter; return the run, and what the model says before and after."""
     tc = service.create_training_client(
         model_ref="builtin:tiny",
@@ -85,24 +84,24 @@ def fine_tune(service: ServiceClient) -> tuple[TrainingRun, Sequence[str], Seque
     batches = tc.batches(datasets.docstring_pairs("train"), seed=0)
     heldout = list(tc.batches(datasets.docstring_pairs("heldout"), seed=0))[:12]
 
-    def say() -> Sequence[str]:
-        return tc.sample(PROMPTS, max_new_tokens=24, temperature=0.3, seed=1).texts
-
-    before = say()
+    before = tc.sample(prompts, max_new_tokens=24, temperature=0.3, seed=1).result()
     run = tc.fit(batches, steps=120, eval_batches=heldout, eval_every=20)
     run.result()
-    return run, before, say()
+    after = tc.sample(prompts, max_new_tokens=24, temperature=0.3, seed=1).result()
+    return run, list(before.texts), list(after.texts)
 
 
 def demonstrate_reinforcement(service: ServiceClient) -> "Chapter":
     """Reinforce, and tell of it."""
+    from tensafe_nb.widgets.page import Chapter
+
     what = "Reinforcement learning: a model learns to add, from nothing but whether it was right"
     _announce(2, what)
     run = reinforce(service)
     sampled, greedy = (run.history[name][[0, -1]] for name in ("eval/reward", "eval/greedy"))
     outcome = (
-        f"Right answers to sums it has not seen: {sampled[0]:.0%} → {sampled[1]:.0%} when drawn, "
-        f"{greedy[0]:.0%} → {greedy[1]:.0%} at its best guess, after {run.steps_done} steps."
+        f"Right answers to sums it has not seen: {100 * sampled[0]:.0f} → {100 * sampled[1]:.0f} % when drawn, "
+        f"{100 * greedy[0]:.0f} → {100 * greedy[1]:.0f} % at its best guess, after {run.steps_done} steps."
     )
     print(f"  {outcome}")
     words = [
@@ -110,7 +109,7 @@ def demonstrate_reinforcement(service: ServiceClient) -> "Chapter":
         "step asks 32 sums eight times, and raises the probability of what was better than the other tries. A tenth "
         "of all sums is held out. Blue answers were made likelier, orange ones less likely.",
     ]
-    return _chapter(run, what, words, outcome, reinforce)
+    return Chapter(run, what, words, outcome, code=_code_of(reinforce))
 
 
 def reinforce(service: ServiceClient) -> TrainingRun:
@@ -139,9 +138,5 @@ def _announce(number: int, what: str) -> None:
     print(f"\n{number} · {what}", flush=True)
 
 
-def _chapter(
-    run: TrainingRun, title: str, words: Sequence[str], outcome: str, code: Callable[..., Any]
-) -> "Chapter":
-    from tensafe_nb.widgets.page import Chapter
-
-    return Chapter(run, title, words, outcome, f"{IMPORTS}\n\n{inspect.getsource(code)}")
+def _code_of(function: Callable[..., Any]) -> str:
+    return f"{IMPORTS}\n\n{inspect.getsource(function)}"

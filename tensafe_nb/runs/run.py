@@ -8,6 +8,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tensafe_nb import lifetimes
@@ -226,6 +227,14 @@ class TrainingRun(Measured):
     def freeze(self, samples: int = 0) -> None:
         """Put a picture and a table of how things stand into the calling cell; texts only of so many `samples`."""
         widgets().freeze(self, samples)
+
+    def save_page(self, to: str | Path, samples: int = 0) -> Path:
+        """Save the run, once it has ended, as one HTML file in which its panel plays as a replay.
+
+        `tn.save_page` says what is in it, and takes several runs.
+        """
+        page: Path = widgets().save_page(self, to, samples)
+        return page
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return widgets().mimebundle(self)

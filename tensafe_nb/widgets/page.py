@@ -11,7 +11,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import tensafe_nb
 from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import StorageError, ValidationError
@@ -38,7 +37,8 @@ class Chapter:
         run: The run; it has ended.
         title: Above it.
         words: Paragraphs between title and panel.
-        outcome: What came of it, in one line.
+        outcome: What came of it, in one line above the panel.
+        answers: (prompt, answer before, answer after), in a table beneath it.
         code: How it was made, to be opened.
     """
 
@@ -46,6 +46,7 @@ class Chapter:
     title: str
     words: Sequence[str] = ()
     outcome: str = ""
+    answers: Sequence[tuple[str, str, str]] = ()
     code: str = ""
 
 
@@ -131,11 +132,20 @@ class _Part:
             yield f"<p><strong>{OPERATOR}</strong></p>"
         if chapter.outcome:
             yield f'<p class="tsnb-outcome">{_text(chapter.outcome)}</p>'
-        if chapter.code:
-            yield f"<details><summary>The code</summary><pre>{_text(chapter.code)}</pre></details>"
         tape = json.dumps(self.content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
         yield f'<div class="tsnb-tape"><script type="application/json">{tape}</script></div>'
-        yield f"<details><summary>The run in figures</summary>{self.table}</details></section>"
+        if chapter.answers:
+            yield _table(("prompt", "answer before", "answer after"), chapter.answers)
+        yield f"<details><summary>The run in figures</summary>{self.table}</details>"
+        if chapter.code:
+            yield f"<details><summary>The code</summary><pre>{_text(chapter.code)}</pre></details>"
+        yield "</section>"
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    body = "".join(f"<tr>{''.join(f'<td>{_text(cell.strip())}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table class="tsnb-answers"><tbody><tr>{head}</tr>{body}</tbody></table>'
 
 
 def _record_of(run: TrainingRun | RunRecord) -> tuple[RunRecord, Decode | None]:
@@ -156,7 +166,7 @@ def _page(title: str, words: Sequence[str], parts: Sequence[_Part]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     body = "\n".join(line for part in parts for line in part.html())
-    saved = f"Saved by tensafe_nb {tensafe_nb.__version__} on {datetime.now().astimezone():%Y-%m-%d %H:%M}."
+    saved = f"Saved by tensafe_nb on {datetime.now().astimezone():%Y-%m-%d %H:%M}."
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -56,6 +56,9 @@ class Tape:
     def __init__(self, record: RunRecord, samples: int = 0, decode: Decode | None = None) -> None:
         self._samples, self._decode = samples, decode
         self._recording = Recording(record, MARK)
+        config = self._recording.config
+        if Path(config.model_ref).is_absolute():  # pages are handed out: where it lies is nobody's business
+            self._recording.config = config.replace(model_ref=Path(config.model_ref).name)
         self.feed = Feed(self._recording, _ByHand(self._recording.now), clock=self._recording.now)
         self.feed.expect(self._recording.run)
 
@@ -77,7 +80,7 @@ class Tape:
                 f"The log {self._recording.history.path} cannot be read to its end: {error}."
             ) from error
         return {
-            "title": f"{self.feed.client_id} · {without_folders(self.feed)}",
+            "title": f"{self.feed.client_id} · {self.feed.description}",
             "speed": speed_of(frames[-1][0]),
             "frames": frames,
             "rollouts": self._rollouts() if self._samples else None,
@@ -127,17 +130,9 @@ class Tape:
         return content | {"groups": groups[: self._samples], "left_out": left_out}
 
 
-def without_folders(feed: Feed) -> str:
-    """Return what is trained in a few words: of a model's folder only the name, since pages are handed out."""
-    model = feed.client.config.model_ref
-    return (
-        feed.description.replace(model, Path(model).name) if Path(model).is_absolute() else feed.description
-    )
-
-
 def speed_of(seconds: float) -> int:
     """Return how many times as fast as it went a run is shown at first: 1, 2, 5, 10 and so on."""
-    speeds = (factor * 10**power for power in count() for factor in (1, 2, 5))
+    speeds = (factor * int(10**power) for power in count() for factor in (1, 2, 5))
     return next(speed for speed in speeds if seconds / speed <= WATCHED)
 
 

@@ -170,7 +170,10 @@ function playAll() {
     else seen.observe(el);
   }
   const all = (action) => [...players.values()].forEach(action);
-  addEventListener("beforeprint", () => all((player) => player.seek(player.whole)));
+  addEventListener("beforeprint", () => all((player) => {
+    player.seek(player.whole);
+    for (const chart of player.panel.curves.charts) chart.draw(); // also those that are not on the screen
+  }));
   // A canvas inherits no colours; charts look again when the body changes.
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ({ matches }) => (document.body.dataset.dark = matches));
 }
