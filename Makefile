@@ -15,6 +15,7 @@ LLAMA_READY := $(LLAMA)/.ready-$(LLAMA_VERSION)
 
 FAST := not soak and not browser
 TESTS ?=
+ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
@@ -40,7 +41,7 @@ $(LLAMA_READY):
 	$(LLAMA)/bin/python -m pip install -qq llama-cpp-python==$(LLAMA_VERSION)
 	touch $@
 
-demo: $(READY)  ## train the built-in model on real text; leaves build/demo.html
+demo: $(READY)  ## train the built-in models, one by examples and one by rewards; leaves build/demo.html
 	$(BIN)/tensafe-nb demo
 
 lab: $(READY)  ## JupyterLab on the notebooks
@@ -93,11 +94,11 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(TRL_READY)  ## ratios against named peers, measured in one run; writes build/bench.json
-	$(BIN)/python -m bench
+bench: $(TRL_READY)  ## ratios against named peers, measured in one run; ARGS="--write" renews docs/benchmarks.md and README
+	$(BIN)/python -m bench $(ARGS)
 
-bench-real: $(READY)  ## the same with SmolLM2 (`make models`); writes build/bench-real.json
-	$(BIN)/python -m bench --real
+bench-real: $(READY)  ## the same with SmolLM2 (`make models`)
+	$(BIN)/python -m bench --real $(ARGS)
 
 llama-cpp: $(LLAMA_READY)  ## build llama.cpp, a peer of bench-real; some ten minutes, with a C++ compiler
 

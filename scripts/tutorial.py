@@ -94,11 +94,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Let links to notebooks, which are right in the repository, lead to their pages."""
-    return re.sub(
-        r"\]\((?:\.\./)*notebooks/(\w+)\.ipynb\)",
-        rf"]({'' if in_tutorial(page) else '../tutorial/'}\1.md)",
-        markdown,
-    )
+    up = "../" * page.file.src_uri.count("/")
+    return re.sub(r"\]\((?:\.\./)*notebooks/(\w+)\.ipynb\)", rf"]({up}tutorial/\1.md)", markdown)
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:
@@ -147,8 +144,19 @@ def parts(path: Path, of: list[dict[str, Any]], *, ran: bool) -> Iterator[str]:
 
 def shown(cell: dict[str, Any]) -> str:
     """Return a code cell's outputs as HTML; "" where nothing is to be seen."""
-    inner = "\n".join(filter(None, map(as_html, cell["outputs"])))
+    inner = "\n".join(filter(None, map(as_html, joined(cell["outputs"]))))
     return f'<div class="nb-out">\n{inner}\n</div>' if inner else ""
+
+
+def joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the outputs with what was printed in one go in one piece, however it came."""
+    found: list[dict[str, Any]] = []
+    for output in outputs:
+        if found and output["output_type"] == "stream" and output.get("name") == found[-1].get("name"):
+            found[-1] = found[-1] | {"text": [*found[-1]["text"], *output["text"]]}
+        else:
+            found.append(output)
+    return found
 
 
 def as_html(output: dict[str, Any]) -> str:

@@ -122,6 +122,7 @@ class Worker:
         vault: Where states are kept, and what happened is written down.
         ledger: Where the tenant's privacy accounts are.
         origin: Where it starts; afresh when None.
+        served: Its tokenizer is given to nobody in this process.
     """
 
     def __init__(
@@ -133,7 +134,10 @@ class Worker:
         vault: Vault,
         ledger: LedgerLog,
         origin: Origin | None = None,
+        *,
+        served: bool = False,
     ) -> None:
+        self._served = served
         self.training_client_id = training_client_id
         self.config = config
         self.bus = bus
@@ -453,7 +457,7 @@ class Worker:
         if len(loaded_models) > 0:
             collect()  # a cell that was run again has let go of another model: make room before this one
         try:
-            model = self._shared_model() or models.load(self.config, self._vault.home)
+            model = self._shared_model() or models.load(self.config, self._vault.home, served=self._served)
             engine = Engine(self.config, model)
             self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)

@@ -246,6 +246,11 @@ class Reading:
             columns[title] = [row.values.get(name) for row in rows]
         return Table(columns, self.private)
 
+    def latest(self) -> dict[str, float]:
+        """Return the latest value of every metric."""
+        found = {name: value for row in self.rows for name, value in row.values.items()}
+        return {name: found[name] for name in self.names if name in found}
+
     def points(self, name: str, x: Axis) -> tuple[Array, Array]:
         """Return where a metric was measured, on an axis, and its values; both are (points,)."""
         places = self.places(x)
@@ -333,6 +338,10 @@ class Measured(ABC):
             StorageError: It could not be written.
         """
         return self.table(names, abandoned=abandoned).to_parquet(path)
+
+    def final_metrics(self) -> dict[str, float]:
+        """Return the latest value of every metric that was measured."""
+        return self.reading().latest()
 
     @checked
     def plot(

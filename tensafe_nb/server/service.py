@@ -52,7 +52,7 @@ class Tenant:
 
     def __init__(self, home: Home, limits: Limits) -> None:
         self.home, self.limits = home, limits
-        self.transport = EmbeddedTransport(home, "file")
+        self.transport = EmbeddedTransport(home, "file", served=True)
         self.clients: dict[str, ServedClient] = {}
 
     def client(self, training_client_id: str) -> ServedClient:

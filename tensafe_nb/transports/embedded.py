@@ -43,10 +43,11 @@ class EmbeddedTransport:
     Args:
         home: Where everything is kept.
         key_source: "file", "env" or "passphrase": where the key of the artifacts comes from.
+        served: Its users are in other processes: none of them can change what its clients share.
     """
 
-    def __init__(self, home: Home, key_source: str | None = None) -> None:
-        self._home = home
+    def __init__(self, home: Home, key_source: str | None = None, *, served: bool = False) -> None:
+        self._home, self._served = home, served
         self._workers: weakref.WeakValueDictionary[str, Worker] = weakref.WeakValueDictionary()
         self._closed = False
         self._vault = Vault(home, key_source)
@@ -68,7 +69,9 @@ class EmbeddedTransport:
             bus.close()
             raise
         bus.publish(created)
-        worker = Worker(training_client_id, config, bus, loss, self._vault, self._ledger, origin)
+        worker = Worker(
+            training_client_id, config, bus, loss, self._vault, self._ledger, origin, served=self._served
+        )
         self._workers[training_client_id] = worker
         _alive.add(worker)
         if relative is not None:

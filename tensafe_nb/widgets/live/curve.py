@@ -12,6 +12,7 @@ from tensafe_nb.widgets.feed.annotations import Part
 from tensafe_nb.widgets.feed.feed import Source
 from tensafe_nb.widgets.feed.recording import RecordedRun
 from tensafe_nb.widgets.live.base import CurveWidget, css, esm
+from tensafe_nb.widgets.still.words import Subject
 
 MOST_CURVES = 6  # colours that can be told apart on light and dark
 
@@ -30,6 +31,10 @@ class LoneCurve(CurveWidget):
                 f"{len(sources)} runs on one chart cannot be told apart: give at most {MOST_CURVES}."
             )
         super().__init__(*sources, **({"labels": [label_of(source) for source in sources]} | traits))
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(tuple(self.feeds), "curves", tuple(self.labels), self.curve)
 
     def status(self) -> dict[str, Any]:
         return super().status() | {"curve": self.curve}
@@ -56,7 +61,7 @@ class LossCurve(LoneCurve):
         >>> HBox([LossCurve(run), LossCurve(other_run, log_scale=True)])
     """
 
-    _esm = esm("wire", "page", "chart", "curves", "curve")
+    _esm = esm("wire", "place", "page", "chart", "curves", "curve")
 
     @property
     def curve(self) -> str:
@@ -77,7 +82,7 @@ class RewardHistory(LoneCurve):
         >>> VBox([history, inspector])
     """
 
-    _esm = esm("wire", "page", "chart", "curves", "rewards")
+    _esm = esm("wire", "place", "page", "chart", "curves", "rewards")
     all_curves = True
 
     def __init__(self, source: Source, **traits: Any) -> None:
