@@ -191,7 +191,7 @@ class RunHistory(Measured):
                         return rows
             return None
 
-        return Measurements.read(self.events(kinds=TOLD), elsewhere)
+        return Measurements.read(self.events(kinds=TOLD), self.rollouts_file, elsewhere)
 
     def rollouts_file(self, event: Rollouts) -> Path:
         """Return where the texts of a step lie: beside the log, wherever it was moved to, and nowhere else."""

@@ -71,3 +71,11 @@ def test_a_run_with_rewards_keeps_what_it_was_made_of(service: tn.ServiceClient)
     assert run.config["algo"]["kind"] == "REINFORCE" and run.config["algo"]["baseline"] == "rloo"
     assert (run.config["trainer"]["seed"], run.config["sampling"]["max_new_tokens"]) == (5, 3)
     assert run.to_pandas("reward")["step"].tolist() == [1]
+    rollouts = run.rollouts()
+    assert list(rollouts) == [1] and len(rollouts[1]) == 4
+    for found in (rollouts, record.rollouts(last=3)):
+        table = found.table().columns
+        assert table["step"] == [1] * 4 and table["run"] == [run.run_id] * 4
+        assert table["reward"] == [trajectory.reward for trajectory in rollouts[1]]
+        assert table["response"] == [trajectory.response for trajectory in rollouts[1]]
+        assert None not in table["advantage"] and set(table["finish_reason"]) == {"fixed"}

@@ -49,6 +49,7 @@ class Standing:
         client: Status of the client.
         state: State of the run; the client's status where there is no run.
         run_id: The run.
+        name: What it is called.
         step: Steps the run has done; the client's step where there is no run.
         planned: Steps the run is to do.
         elapsed: Seconds since the run started, or that it took.
@@ -68,6 +69,7 @@ class Standing:
     client: str
     state: str
     run_id: str | None
+    name: str | None
     step: int
     planned: int | None
     elapsed: float | None
@@ -91,6 +93,7 @@ class Standing:
             client=str(state.status),
             state=str(state.status if run is None else run.state),
             run_id=None if run is None else run.run_id,
+            name=None if run is None or run.described is None else run.described.name,
             step=state.step if run is None else run.steps_done,
             planned=None if run is None else run.planned_steps,
             elapsed=None if run is None else run.elapsed(now),

@@ -221,7 +221,7 @@ class Panel {
     this.marks.textContent = [...(status.marks ?? []), this.doubt].filter(Boolean).join(" · ");
     this.root.dataset.now = status.now?.step ?? "";
     this.facts.textContent = state ? details(status, since).join(" · ") : "";
-    const run = status.run ? ` · run ${status.run}` : "";
+    const run = status.run ? ` · run ${status.run}${status.name ? ` “${plainText(status.name)}”` : ""}` : "";
     const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
     const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";
     this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}`;
