@@ -19,6 +19,7 @@ from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets.feed.feed import feed_of
 from tensafe_nb.widgets.feed.rollouts import Decode, plain_text
 from tensafe_nb.widgets.live.base import css, esm
+from tensafe_nb.widgets.live.dashboard import Dashboard
 from tensafe_nb.widgets.replay import find_record
 from tensafe_nb.widgets.still.snapshot import Snapshot
 from tensafe_nb.widgets.tape import Tape
@@ -162,7 +163,7 @@ def _record_of(run: TrainingRun | RunRecord) -> tuple[RunRecord, Decode | None]:
 
 
 def _page(title: str, words: Sequence[str], parts: Sequence[_Part]) -> str:
-    script = esm("wire", "page", "chart", "curves", "table", "samples", "meter", "panel", "player")
+    script = Dashboard._esm + esm("player")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     body = "\n".join(line for part in parts for line in part.html())
