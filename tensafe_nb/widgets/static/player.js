@@ -35,6 +35,7 @@ class TapeStore extends Store {
     Object.assign(this, { status: {}, parts: {}, newest: undefined });
     this.rollouts.clear();
     this.takeBreaks([]);
+    this.takeSpans({});
   }
 }
 

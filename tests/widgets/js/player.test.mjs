@@ -32,10 +32,10 @@ test("a step that came after the last status counts", () => {
 });
 
 test("a tape that is wound back is forgotten", () => {
-  const store = told([delta(0, [1], [4], 1), { t: "alarms", alarms: [1] }, { t: "rollouts", step: 1, groups: [] }]);
+  const store = told([delta(0, [1], [4], 1), { t: "alarms", alarms: [1] }, { t: "spans", spans: { loss: [[0, 1]] } }, { t: "rollouts", step: 1, groups: [] }]);
   store.forget();
   assert.equal(store.points, 0);
-  assert.deepEqual([store.parts, store.status, store.newest, store.rollouts.size], [{}, {}, undefined, 0]);
+  assert.deepEqual([store.parts, store.status, store.spans, store.newest, store.rollouts.size], [{}, {}, {}, undefined, 0]);
 });
 
 test("whoever listens to a trait hears of it, and of no other", () => {
