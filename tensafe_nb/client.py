@@ -17,6 +17,8 @@ from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationE
 from tensafe_nb.events import Event, RunDescribed
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.sinks.forwarding import Forwarding, check_samples, reporter
+from tensafe_nb.history.sinks.sink import sink_of
 from tensafe_nb.history.stream import Subscriptions, stream
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
@@ -93,6 +95,7 @@ class TrainingClient:
         self._runs: list[TrainingRun] = []
         self._outstanding = Outstanding()
         self._subscriptions = Subscriptions(channel.subscribe)
+        self._forwardings: dict[object, Forwarding] = {}
         weakref.finalize(self, channel.detach).atexit = False  # there, the transport closes what is left
 
     # verbs
@@ -734,6 +737,50 @@ class TrainingClient:
         return self._channel.subscribe(subscriber)
 
     @checked
+    def log_to(
+        self,
+        sink: Any,
+        where: str | Path | None = None,
+        *,
+        samples: int = 0,
+        only: str | None = None,
+        **options: Any,
+    ) -> Forwarding:
+        """Hand everything that is measured to a sink as well, under the same names: what was measured so far first.
+
+        Each run is a run there, with its configuration; alarms are texts. A sink has a thread of its own: it never
+        holds up the training, and one that fails ends with an alarm. Called again for the same place, as a cell that is
+        run again does, it returns the forwarding that is there. It ends with this client, or with `close()`.
+
+        Args:
+            sink: "tensorboard", "trackio", "mlflow" or "wandb"; a function of (values, step); or an object with the
+                methods of `history.sinks.sink.Sink`.
+            where: The folder of TensorBoard ("runs"); the project of trackio or wandb, the experiment of MLflow
+                ("tensafe_nb").
+            samples: Also so many prompts of each step of reinforcement learning, with their answers; no text leaves
+                unasked.
+            only: The id of a run: of this one alone.
+            options: What else trackio.init, wandb.init or MLflow (`tracking_uri`, `tags`) take.
+
+        Raises:
+            ValidationError: No such sink, or its package is not installed: says the line that does it.
+
+        Example:
+            >>> tc.log_to("tensorboard", "runs")
+        """
+        check_samples(samples)
+        key = (sink if isinstance(sink, str) else id(sink), str(where), only, samples, repr(options))
+        if key in self._forwardings and not self._forwardings[key].done:
+            return self._forwardings[key]
+        name, made = sink_of(sink, where, options)
+        forwarding = Forwarding(
+            name, made, self.history, reporter(self._channel.publish), only=only, samples=samples
+        )
+        self._forwardings[key] = forwarding.start(self._channel.subscribe)
+        weakref.finalize(self, forwarding.stop).atexit = False
+        return forwarding
+
+    @checked
     def publish(self, event: Event) -> Event:
         """Record an event of your own in the history: `Metrics` with a `run_id`, `Alarm`, or what else a run tells.
 
@@ -778,6 +825,8 @@ class TrainingClient:
         for run in self._runs:
             run.join(timeout=JOIN_SECONDS)
         self._channel.hang_up()
+        for forwarding in self._forwardings.values():
+            forwarding.close()
         settle(self)
 
     def __enter__(self) -> Self:

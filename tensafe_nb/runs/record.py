@@ -20,6 +20,8 @@ from tensafe_nb.events import (
 )
 from tensafe_nb.history.log import UNREADABLE, RunHistory
 from tensafe_nb.history.measured import Measured, Reading
+from tensafe_nb.history.sinks.forwarding import check_samples, replay_into
+from tensafe_nb.history.sinks.sink import sink_of
 from tensafe_nb.history.state import ClientState, RunSoFar
 from tensafe_nb.locks import is_being_written
 from tensafe_nb.protocol.results import RunStatus
@@ -116,6 +118,25 @@ class RunRecord(Measured):
     def reading(self) -> Reading:
         """Return what it measured, row by row; one that resumed another begins with that one's rows."""
         return self.history.reading(self.run_id)
+
+    @checked
+    def log_to(self, sink: Any, where: str | Path | None = None, *, samples: int = 0, **options: Any) -> int:
+        """Hand everything that this run measured to a sink, now; returns how many values there were.
+
+        Args:
+            sink: "tensorboard", "trackio", "mlflow", "wandb", a function or an object; see `TrainingClient.log_to`.
+            where: The folder, the project or the experiment.
+            samples: Also so many prompts of each step, with their answers.
+            options: What else the sink takes.
+
+        Raises:
+            ValidationError: No such sink, or its package is not installed.
+            StorageError: The sink failed.
+        """
+        check_samples(samples)
+        name, made = sink_of(sink, where, options)
+        called = RunDescribed(run_id=self.run_id, name=self.name, tags=self.tags, notes=self.notes)
+        return replay_into(made, name, RunHistory(self.log), called, samples)
 
     @property
     def way_on(self) -> str:

@@ -30,6 +30,7 @@ from tensafe_nb.events import RunConfigured, RunDescribed, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.measured import Measured, Reading
+from tensafe_nb.history.sinks.forwarding import Forwarding
 from tensafe_nb.protocol.results import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 from tensafe_nb.runs.checkpoints import Checkpoints, checkpoint_of
 from tensafe_nb.runs.description import described, keep, versions
@@ -283,6 +284,23 @@ class TrainingRun(Measured):
         named = f" {visible(self.name)!r}" if self.name else ""
         planned = self.planned_steps or "?"
         return f"<TrainingRun {self.run_id}{named} {self._state}, step {self.steps_done} of {planned}>"
+
+    @checked
+    def log_to(
+        self, sink: Any, where: str | Path | None = None, *, samples: int = 0, **options: Any
+    ) -> Forwarding:
+        """Hand everything that this run measures to a sink as well, from its beginning to its end.
+
+        Args:
+            sink: "tensorboard", "trackio", "mlflow", "wandb", a function or an object; see `TrainingClient.log_to`.
+            where: The folder, the project or the experiment.
+            samples: Also so many prompts of each step, with their answers.
+            options: What else the sink takes.
+
+        Raises:
+            ValidationError: No such sink, or its package is not installed.
+        """
+        return self._client.log_to(sink, where, samples=samples, only=self.run_id, **options)
 
     def freeze(self, samples: int = 0) -> None:
         """Put a picture and a table of how things stand into the calling cell; texts only of so many `samples`."""
