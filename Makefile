@@ -13,7 +13,7 @@ LLAMA := .venv-llama
 LLAMA_VERSION := 0.3.36
 LLAMA_READY := $(LLAMA)/.ready-$(LLAMA_VERSION)
 
-FAST := not soak and not browser
+FAST := not soak and not browser and not faults
 TESTS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
