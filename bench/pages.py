@@ -126,7 +126,7 @@ def _cells(name: str, kept: Measured, numbers: Mapping[str, str]) -> tuple[str, 
         amount(row["ours"], row["unit"]),
         "–" if row["theirs"] is None else amount(row["theirs"], row["unit"]),
         "–" if row["ratio"] is None else f"{row['ratio']:.3g}{cpu}, {row['compares']}",
-        row["target"],
+        row["target"].replace("missed", "**missed**"),
         numbers[row["run"]],
     )
 

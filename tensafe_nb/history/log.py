@@ -13,6 +13,7 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import TGTinkerError, ValidationError, nearest
 from tensafe_nb.events import Alarm, ClientCreated, Event, Metrics, Rollouts
+from tensafe_nb.history.branches import CLOCK, Branches, Span
 from tensafe_nb.history.measured import TOLD, Measured, Measurements, Reading
 from tensafe_nb.history.state import ClientState
 from tensafe_nb.protocol.batch import Array
@@ -53,6 +54,7 @@ class RunHistory(Measured):
             0.0,
         )  # steps and seconds; Unix seconds of the first
         self._timed = array("d")
+        self._branches = Branches(lambda: {**self._steps, CLOCK: self._clock[0]}, self.state)
 
     @property
     def last_seq(self) -> int:
@@ -68,12 +70,12 @@ class RunHistory(Measured):
         return history
 
     def __getitem__(self, name: str) -> Array:
-        """Values of a metric, in order of time, those that a rollback gave up among them.
+        """Values of a metric, in order of time, those that a rollback gave up among them; none before the first.
 
         Raises:
-            ValidationError: It was never measured; says the nearest. `series` is empty then.
+            ValidationError: Others were measured, and this one never; says the nearest. `series` is empty then.
         """
-        if name not in self:
+        if name not in self and self._values:
             raise ValidationError(f"Nothing has measured {as_given(name)}.{nearest(str(name), self.names)}")
         return self.series(name)[1]
 
@@ -115,6 +117,14 @@ class RunHistory(Measured):
     def last(self, after: int = 0) -> dict[str, float]:
         """Return the latest value of every metric measured since event number `after`."""
         return {name: self._values[name][-1] for name in self.names if self._measured[name] > after}
+
+    def spans(self, name: str) -> list[Span]:
+        """Return which points of a metric led to the client as it stands, as (from, to) in numbers of points.
+
+        All of them, `[(0, None)]`, until a state is loaded; after that, those that led to that state and those measured
+        since. What lies outside was trained and given up.
+        """
+        return self._branches.spans(name)
 
     def events(self, after: int = 0, kinds: Sequence[type[Event]] = ()) -> Iterator[Event]:
         """Iterate over the recorded events with a number above `after`: all, or those of some kinds, which is quick."""
@@ -181,7 +191,7 @@ class RunHistory(Measured):
                         return rows
             return None
 
-        return Measurements.read(self.events(kinds=TOLD), elsewhere)
+        return Measurements.read(self.events(kinds=TOLD), self.rollouts_file, elsewhere)
 
     def rollouts_file(self, event: Rollouts) -> Path:
         """Return where the texts of a step lie: beside the log, wherever it was moved to, and nowhere else."""
@@ -196,6 +206,7 @@ class RunHistory(Measured):
     def add(self, event: Event) -> None:
         """Take in the next event, on whatever thread publishes."""
         self.state.apply(event)
+        self._branches.apply(event)
         if not isinstance(event, Metrics):
             return
         self._clock[0].append(event.step)

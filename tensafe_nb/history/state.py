@@ -29,6 +29,7 @@ from tensafe_nb.events import (
     PrivacySpent,
     Progress,
     Rollouts,
+    RunDescribed,
     RunState,
     RunStep,
     StateLoaded,
@@ -95,6 +96,7 @@ class RunSoFar:
         step: The client's optimiser step; that of its end, once it has ended.
         checkpoint: The artifact it saved last.
         rewarded: Whether rewards were measured in it.
+        described: What it is called and what is said of it.
         durations: Seconds of its latest steps.
     """
 
@@ -109,6 +111,7 @@ class RunSoFar:
     step: int = 0
     checkpoint: str | None = None
     rewarded: bool = False
+    described: RunDescribed | None = None
     durations: "deque[float]" = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     done_at: int = 0  # the client's step when `steps_done` was told
     begun_at: int = 0  # the client's step at the run's first event
@@ -292,6 +295,8 @@ class ClientState:
                 if event.run_id not in self.runs:
                     self.runs[event.run_id] = RunSoFar.begun(event)
                 self.runs[event.run_id].turned(event)
+            case RunDescribed(run_id=run_id) if run_id in self.runs:
+                self.runs[run_id].described = event
             case RunStep(run_id=run_id) if run_id in self.runs:
                 self.runs[run_id].stepped(event, self.step)
             case CheckpointSaved(run_id=str(run_id)) if run_id in self.runs:

@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers
 from tensafe_nb.server.artifacts import artifact_routes
-from tensafe_nb.server.guard import Guard, Identity
+from tensafe_nb.server.guard import Guard, WhoIs
 from tensafe_nb.server.limits import Limits, Quotas
 from tensafe_nb.server.operations import client_routes
 from tensafe_nb.server.service import Service
@@ -33,7 +33,7 @@ def create_app(
     limits: Limits | None = None,
     losses: Sequence[str] = (),
     root_path: str = "",
-    identity: Identity | None = None,
+    identity: WhoIs | None = None,
 ) -> FastAPI:
     """Return the server as an ASGI application.
 

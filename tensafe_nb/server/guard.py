@@ -35,7 +35,7 @@ BODY_RATE = 16 << 10  # bytes a second: who is slower is hung up on
 SCHEMES = ("bearer", "token")  # the second is how Jupyter's own clients say it
 
 
-class Identity(Protocol):
+class WhoIs(Protocol):
     """Says who it is that a token belongs to."""
 
     async def whose(self, secret: str) -> str | None:
@@ -63,7 +63,7 @@ class Guard:
             here (DNS rebinding) is turned away. "*" takes any, behind a proxy that checks.
     """
 
-    def __init__(self, app: App, identity: Identity, quotas: Quotas, hosts: Sequence[str] = ()) -> None:
+    def __init__(self, app: App, identity: WhoIs, quotas: Quotas, hosts: Sequence[str] = ()) -> None:
         self._app, self._identity, self._quotas = app, identity, quotas
         self._hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
 

@@ -16,7 +16,7 @@ HEAD_SECONDS = 15.0  # in which the headers of a request have to come
 M_ARENA_MAX = -8  # of glibc's mallopt(3)
 
 
-class Protocol(HttpToolsProtocol):
+class PatientProtocol(HttpToolsProtocol):
     """uvicorn's, which by itself waits for ever for the rest of a request's headers, and keeps however many come."""
 
     _in_head, _came = True, 0
@@ -88,7 +88,7 @@ def server_of(app: Any, *, seconds_to_stop: int = 30) -> Server:
     return Server(
         uvicorn.Config(
             app,
-            http=Protocol,
+            http=PatientProtocol,
             ws="none",
             log_level="warning",
             timeout_graceful_shutdown=seconds_to_stop,

@@ -125,7 +125,7 @@ def _show_outputs(source: feed.Source) -> None:
 
     run = _run_of(source)
     part = StillOutputs(feed.feed_of(source), None if run is None else run.run_id, alone=lambda: True)
-    part.place(filled=True)
+    part.place()
 
 
 def _run_of(source: feed.Source) -> Any:
@@ -136,3 +136,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"tensafe_nb.widgets.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -67,6 +67,13 @@ def test_pages_that_code_and_texts_name_are_there() -> None:
             assert (ROOT / named).exists(), f"{path.relative_to(ROOT)} names {named}"
 
 
+def test_every_notebook_is_in_the_tutorial() -> None:
+    linked = re.findall(
+        r"\(\.\./\.\./notebooks/(\w+)\.ipynb\)", (ROOT / "docs/tutorial/index.md").read_text()
+    )
+    assert linked == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
 def test_the_commands_of_the_readme_are_in_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for verb in re.findall(r"make ([a-z-]+)", README):

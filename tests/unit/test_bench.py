@@ -133,7 +133,7 @@ def test_a_table_has_one_line_for_each_row_below_its_subject_and_names_the_machi
     assert lines[0] == "## Training"
     assert lines[4] == (
         "| **training**<br>a step<br>against by hand<br>fp32, 8×64 | 100 ms | 50.0 ms | 0.5, peer ÷ ours "
-        "| ratio ≥ 0.97: missed | 1 |"
+        "| ratio ≥ 0.97: **missed** | 1 |"
     )
     assert "| **queue-p99**<br>latency | 6.00 ms | – | – | none | 1 |" in lines
     assert {line.count("|") for line in lines if line.startswith("|")} == {len(pages.COLUMNS) + 1}

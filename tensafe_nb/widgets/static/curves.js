@@ -2,6 +2,7 @@
 import { settle } from "./wire.js";
 import { make, makeButton, makeSelect, numberText } from "./page.js";
 import { Chart, Lens } from "./chart.js";
+import { downloadButton } from "./download.js";
 
 const MOST_ROWS = 100;
 const DASHES = [[], [7, 3], [2, 2], [9, 3, 2, 3], [4, 4], [12, 4]];
@@ -79,7 +80,7 @@ class Curves {
     });
     this.operator = make("span", "tsnb-operator", "operator view, not covered by ε");
     this.operator.title = "Curves are computed from the training data itself; the privacy guarantee is about the weights.";
-    this.tools.append(labelled("smoothing ", this.slider, this.weight), labelled("", this.log, " log"), this.axis, this.reset, this.toggle, this.operator);
+    this.tools.append(labelled("smoothing ", this.slider, this.weight), labelled("", this.log, " log"), this.axis, this.reset, this.toggle, downloadButton(this.store, model, (text) => this.onSpeak?.(text)), this.operator);
   }
 
   get name() {

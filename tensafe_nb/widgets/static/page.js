@@ -1,5 +1,6 @@
 // What all parts of a page share: elements made of text, numbers in words, the frame of a widget that stands alone.
 import { connect } from "./wire.js";
+import { LAST_WORD, Place, asking } from "./place.js";
 
 const WAITING_MS = 1000;
 const WAITING = "waiting for the running cell; ■ frees it";
@@ -104,17 +105,24 @@ function alone(build) {
         root.dataset.lmSuppressShortcuts = "true";
         root.append(note.el, part.el);
         el.append(root);
+        const place = new Place(root, el);
+        const say = () => {
+          const doubt = store.cut ? LAST_WORD : store.status.curve ? place.outdated(store.status.hint) : store.tries > 1 ? asking(store, store.now()) : "";
+          root.dataset.doubt = store.cut ? "NO KERNEL" : "";
+          note.update("", doubt);
+        };
         const update = () => {
           root.dataset.points = store.points;
           root.dataset.acked = store.acked;
-          note.update();
+          say();
           part.update();
         };
         store.listeners.add(update);
-        const timer = setInterval(() => note.update(), 500);
+        const timer = setInterval(say, 500);
         update();
         return () => {
           clearInterval(timer);
+          place.destroy();
           store.listeners.delete(update);
           part.destroy?.();
         };

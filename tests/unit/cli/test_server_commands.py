@@ -21,7 +21,10 @@ def test_a_limit_is_set_shown_and_taken_back(tmp_path: Path, capsys: pytest.Capt
 
     token = say("new", "--tenant", "ada")
     assert say("limit", "ada") == "ada: as the server says for every tenant"
-    assert say("limit", "ada", "--max-clients", "4", "--max-stored", "20GB") == "ada: clients 4, stored_bytes 20,000,000,000"
+    assert (
+        say("limit", "ada", "--max-clients", "4", "--max-stored", "20GB")
+        == "ada: clients 4, stored_bytes 20,000,000,000"
+    )
     assert Tokens(file).limits() == {"ada": {"clients": 4, "stored_bytes": 20 * 10**9}}
     assert say("limit", "ada", "--max-stored", "usual") == "ada: clients 4" == say("limit", "ada")
     assert Tokens(file).tenant_of(token) == "ada"
@@ -34,7 +37,9 @@ def test_numbers_are_written_as_people_write_them() -> None:
             number(wrong)
 
 
-def test_what_the_command_line_takes_for_usual_is_what_a_server_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_command_line_takes_for_usual_is_what_a_server_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert {name: default for name, (_, default) in LIMITS.items()} == {
         name: getattr(Limits(), name) for name in LIMITS
     }

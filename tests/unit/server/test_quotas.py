@@ -1,9 +1,11 @@
 """Quotas of a tenant: what is too much is refused before it is anywhere, and a client waits and goes on."""
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -71,14 +73,16 @@ def test_a_client_that_asked_too_often_waits_as_long_as_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "MINUTE", 1.0)
-    with serving_thread(tmp_path / "server", limits=Limits(requests=8)) as serving:
-        token = serving.tokens.mint("ada")
-        with tn.ServiceClient(serving.url, token) as service:
-            tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
-            for step in range(1, 5):
-                tc.forward_backward(BATCH)
-                assert tc.optim_step().result(60).step == step
-        assert serving.service.quotas.rejected["too_many_requests"] >= 1
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    with contextlib.ExitStack() as stack:
+        serving = stack.enter_context(serving_thread(tmp_path / "server", limits=Limits(requests=8)))
+        service = stack.enter_context(tn.ServiceClient(serving.url, serving.tokens.mint("ada")))
+        tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+        handles = [tc.forward(BATCH) for _ in range(8)]
+        eventually(lambda: serving.service.quotas.rejected.get("too_many_requests", 0) > 0)
+        assert not handles[-1].done()
+        monkeypatch.setattr(limits, "MINUTE", -1.0)  # the minute is over
+        assert len({handle.result(60).loss for handle in handles}) == 1
 
 
 def test_limits_of_a_tenant_stand_in_the_file_of_tokens_and_count_at_once(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { rowsOf, specs } from "../../../tensafe_nb/widgets/static/curves.js";
+import { csvOf, fileName } from "../../../tensafe_nb/widgets/static/download.js";
 import { account } from "../../../tensafe_nb/widgets/static/meter.js";
 import { plainText, signed } from "../../../tensafe_nb/widgets/static/page.js";
 import { arranged } from "../../../tensafe_nb/widgets/static/samples.js";
+import { Store } from "../../../tensafe_nb/widgets/static/wire.js";
 import { metadataText, sizeText } from "../../../tensafe_nb/widgets/static/table.js";
 
 const SPENT = { spent: 1.84, target: 8, delta: 1e-5, accountant: "rdp", adjacency: "add/remove one", projected: 13623, refused: null, void: null };
@@ -70,4 +72,18 @@ test("runs that are compared differ in colour, dash and label", () => {
   assert.equal(new Set(lines.map((line) => String(line.dash))).size, 3);
   assert.equal(specs("reward", [], true).length, 7);
   assert.equal(specs("loss", [], true).length, 3);
+});
+
+test("a file holds every curve as it stands, a row for each step", () => {
+  const store = new Store(() => {}, 0.8);
+  store.receive({ t: "delta", s: { loss: [0, [1, 2, 3, 2], [5, 4, "nan", 3.5]], "eval/loss": [0, [0, 2], [6, 0.1234567]], "~time": [0, [1, 2, 3, 2], [0, 1, 2, 3]], empty: [0, [], []] } });
+  assert.equal(csvOf(store, []), "step,loss,eval/loss,seconds\n0,,6,\n1,5,,0\n2,3.5,0.1234567,3\n");
+});
+
+test("a file of several runs says which is which, and its name what it is", () => {
+  const store = new Store(() => {}, 0.8);
+  store.receive({ t: "delta", s: { loss: [0, [1], ["inf"]], "1:loss": [0, [1], ["-inf"]], "by, group": [0, [1], ["nan"]] } });
+  assert.equal(csvOf(store, ["lr 1", 'a "b"']), 'step,lr 1: loss,"a ""b"": loss","lr 1: by, group"\n1,inf,-inf,nan\n');
+  assert.equal(fileName("tc-1 · tiny", { n: 3 }, 3), "tc-1.csv");
+  assert.equal(fileName("tc-1 · tiny", { n: 3, run_id: "tc-1/2", dp: true }, 2), "tc-1-2.part.operator.csv");
 });
