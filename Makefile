@@ -62,7 +62,7 @@ $(LLAMA_READY):
 	$(LLAMA)/bin/python -m pip install -qq llama-cpp-python==$(LLAMA_VERSION)
 	touch $@
 
-demo: $(READY)  ## train the built-in model on real text; leaves build/demo.html
+demo: $(READY)  ## train the built-in models, one by examples and one by rewards; leaves build/demo.html
 	$(BIN)/tensafe-nb demo
 
 lab: $(READY)  ## JupyterLab on the notebooks

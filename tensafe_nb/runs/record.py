@@ -145,6 +145,11 @@ class RunRecord(Measured):
             return "its process ended in the middle; it had saved no checkpoint"
         return f"its process ended in the middle; last checkpoint {self.last_checkpoint}"
 
+    def save_page(self, to: str | Path, samples: int = 0) -> Path:
+        """Save it as one HTML file in which its panel plays as a replay; `tn.save_page` says what is in it."""
+        page: Path = widgets().save_page(self, to, samples)
+        return page
+
     def __repr__(self) -> str:
         checkpoint = f", last checkpoint {self.last_checkpoint}" if self.last_checkpoint else ""
         named = f" {visible(self.name)!r}" if self.name else ""
