@@ -19,7 +19,7 @@ MARIMO := .venv-marimo
 MARIMO_VERSION := 0.25.2
 MARIMO_READY := $(MARIMO)/.ready-$(MARIMO_VERSION)
 
-FAST := not soak and not browser
+FAST := not soak and not browser and not faults
 TESTS ?=
 ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
