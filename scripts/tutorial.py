@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS, RAN = ROOT / "notebooks", ROOT / "build" / "tutorial"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 SHOWN = ("text/html", "image/svg+xml", "image/png", "text/plain")  # the first that an output has
 
 
@@ -38,17 +39,37 @@ def main(names: Sequence[str]) -> None:
 
 
 def run(path: Path) -> None:
-    """Execute a notebook where it lies, and keep the outcome with what it was made of."""
+    """Execute a notebook where it lies; keep the outcome with what it was made of, and a replay of each panel in it."""
     import nbformat
     from nbclient import NotebookClient
+
+    import tensafe_nb as tn
 
     notebook = nbformat.read(path, as_version=4)
     quiet = ["--log-level=ERROR"]
     NotebookClient(notebook, timeout=600, kernel_name="python3", extra_arguments=quiet).execute(
         cwd=str(path.parent)
     )
+    for old in RAN.glob(f"{path.stem}-*.html"):
+        old.unlink()
+    for run_id in filter(
+        None, (panel_of(output) for cell in notebook.cells for output in cell.get("outputs", ()))
+    ):
+        tn.save_page(replay_of(path.stem, run_id), run_id, samples=3)
     notebook.metadata["made_of"] = made_of(path)
     nbformat.write(notebook, RAN / path.name)
+
+
+def panel_of(output: Any) -> str | None:
+    """Return the id of the run whose panel an output is."""
+    if WIDGET not in output.get("data", {}):
+        return None
+    said = re.match(r"Live panel of run (\d+) of (\S+):", "".join(output["data"].get("text/plain", "")))
+    return f"{said[2]}/{said[1]}" if said else None
+
+
+def replay_of(stem: str, run_id: str) -> Path:
+    return RAN / f"{stem}-{run_id.replace('/', '-')}.html"
 
 
 def notebooks() -> list[Path]:
@@ -89,6 +110,8 @@ def on_files(files: Any, config: Any) -> Any:
 
     for path in notebooks():
         files.append(File.generated(config, f"tutorial/{path.stem}.md", content=page_of(path)))
+        for replay in RAN.glob(f"{path.stem}-*.html"):
+            files.append(File.generated(config, f"tutorial/{replay.name}", abs_src_path=str(replay)))
     return files
 
 
@@ -104,7 +127,9 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
     if not in_tutorial(page) or not path.exists():
         return content
     outputs = {
-        f"{number}": shown(cell) for number, cell in enumerate(cells(path)) if cell["cell_type"] == "code"
+        f"{number}": shown(cell, path.stem)
+        for number, cell in enumerate(cells(path))
+        if cell["cell_type"] == "code"
     }
     return re.sub(r'<div class="nb-out" data-cell="(\d+)"></div>', lambda place: outputs[place[1]], content)
 
@@ -136,16 +161,27 @@ def parts(path: Path, of: list[dict[str, Any]], *, ran: bool) -> Iterator[str]:
             yield re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source).replace("](../docs/", "](../")
         else:
             yield f"```python\n{source}\n```"
-            if shown(cell):
+            if shown(cell, path.stem):
                 yield f'<div class="nb-out" data-cell="{number}"></div>'
         if number == 0:
             yield f"*This is `notebooks/{path.name}`; `make lab` opens it.{without}*"
 
 
-def shown(cell: dict[str, Any]) -> str:
-    """Return a code cell's outputs as HTML; "" where nothing is to be seen."""
-    inner = "\n".join(filter(None, map(as_html, joined(cell["outputs"]))))
+def shown(cell: dict[str, Any], stem: str) -> str:
+    """Return a code cell's outputs as HTML, a panel as what plays it again; "" where nothing is to be seen."""
+    inner = "\n".join(
+        filter(None, (played(output, stem) or as_html(output) for output in joined(cell["outputs"])))
+    )
     return f'<div class="nb-out">\n{inner}\n</div>' if inner else ""
+
+
+def played(output: dict[str, Any], stem: str) -> str:
+    """Return a panel as a replay to be opened; "" for what is no panel, or has none."""
+    replay = replay_of(stem, panel_of(output) or "")
+    if not replay.is_file():
+        return ""
+    frame = f'<iframe src="{replay.name}" title="The panel, as it went" loading="lazy"></iframe>'
+    return f"<details><summary>The panel: play it as it went</summary>{frame}</details>"
 
 
 def joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

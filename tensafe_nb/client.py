@@ -1,8 +1,10 @@
 """A TrainingClient, as a notebook holds it: each verb checks its arguments, queues an operation, returns a handle."""
 
 import asyncio
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
@@ -13,9 +15,11 @@ from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError
-from tensafe_nb.events import Event
+from tensafe_nb.events import Event, RunDescribed, RunState
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.sinks.forwarding import Forwarding, check_samples, reporter
+from tensafe_nb.history.sinks.sink import sink_of
 from tensafe_nb.history.stream import Subscriptions, stream
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
@@ -46,6 +50,7 @@ from tensafe_nb.protocol.results import (
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    RunStatus,
     SampleResult,
     SaveStateResult,
     StateSource,
@@ -55,13 +60,17 @@ from tensafe_nb.protocol.results import (
 )
 from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
+from tensafe_nb.runs.description import described
 from tensafe_nb.runs.loop import Batch, Loop
 from tensafe_nb.runs.run import TrainingRun
-from tensafe_nb.runs.supervised import SupervisedLoop
+from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
 
 R = TypeVar("R")
 
+SILENT_SECONDS = (
+    60.0  # after which the run of another client, with nothing in the queue, is taken to have ended
+)
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
 LossSpec = str | Callable[..., Any]
 MOST_SEQUENCES = 1 << 20  # of one call of sample()
@@ -91,6 +100,7 @@ class TrainingClient:
         self._runs: list[TrainingRun] = []
         self._outstanding = Outstanding()
         self._subscriptions = Subscriptions(channel.subscribe)
+        self._forwardings: dict[object, Forwarding] = {}
         weakref.finalize(self, channel.detach).atexit = False  # there, the transport closes what is left
 
     # verbs
@@ -500,6 +510,9 @@ class TrainingClient:
         keep_last: int | None = None,
         keep_best: str | None = None,
         resume_from: str | None = None,
+        name: str | None = None,
+        tags: str | Sequence[str] = (),
+        notes: str = "",
         show: bool = True,
     ) -> TrainingRun:
         """Train on batches. Returns at once with a run that can be awaited, paused and stopped.
@@ -515,6 +528,9 @@ class TrainingClient:
             keep_best: Keep the one with the best value of this metric as well, for instance "eval/loss".
             resume_from: A checkpoint of a run like this one: go on where it stood in the data. `steps` and `epochs`
                 count from that run's beginning.
+            name: What the run is called, in `list_runs`, in the panel and in the legend of compared curves.
+            tags: Words to find it by.
+            notes: What there is to say of it; `run.describe(…)` changes any of the three.
             show: Show the progress: a bar, or plain lines where the output is no terminal.
 
         Raises:
@@ -533,6 +549,23 @@ class TrainingClient:
             show=show,
             checkpoints=Checkpoints(checkpoint_every, keep_last, keep_best),
             resume_from=resume_from,
+            name=name,
+            tags=tags,
+            notes=notes,
+            started_with={
+                "run": {
+                    "kind": "fit",
+                    "epochs": epochs,
+                    "steps": steps,
+                    "batches": summary_of(batches),
+                    "eval_batches": summary_of(eval_batches),
+                    "eval_every": eval_every,
+                    "checkpoint_every": checkpoint_every,
+                    "keep_last": keep_last,
+                    "keep_best": keep_best,
+                    "resume_from": resume_from,
+                }
+            },
         )
 
     def start_run(
@@ -543,8 +576,25 @@ class TrainingClient:
         show: bool = True,
         checkpoints: Checkpoints | None = None,
         resume_from: str | None = None,
+        name: str | None = None,
+        tags: str | Sequence[str] = (),
+        notes: str = "",
+        started_with: Mapping[str, Any] | None = None,
     ) -> TrainingRun:
-        """Run a loop of your own on a thread of its own; `fit` and `RLVRTrainer` are made of this."""
+        """Run a loop of your own on a thread of its own; `fit` and `RLVRTrainer` are made of this.
+
+        Args:
+            loop: What it repeats.
+            planned_steps: How many steps of its own it is to take.
+            show: Show the progress.
+            checkpoints: When to save, and what to keep.
+            resume_from: A checkpoint of a run like this one.
+            name: As for `fit`, like `tags` and `notes`.
+            tags: Words to find it by.
+            notes: What there is to say of it.
+            started_with: Plain data that `run.config` shows beside the client's configuration.
+        """
+        description = described(RunDescribed(run_id=""), name, tags, notes)
         if self.status is ClientStatus.TERMINATED:
             raise ClientClosedError(
                 f"The training client {self.training_client_id} is closed. Create a new one."
@@ -554,12 +604,54 @@ class TrainingClient:
                 f"The run {self._runs[-1].run_id} is still under way, and two would mix their steps. "
                 f"Await it, or stop() it first; another model can train at the same time on a client of its own."
             )
+        self._make_way()
         earlier = max(len(self._runs), len(self.history.state.runs))  # there, another client's may be, too
-        run = TrainingRun(self, loop, earlier + 1, planned_steps, checkpoints, resume_from)
+        run = TrainingRun(
+            self,
+            loop,
+            earlier + 1,
+            planned_steps,
+            checkpoints,
+            resume_from,
+            replace(description, time=0.0),
+            plain_metadata(started_with or {}),
+        )
         self._runs.append(run)
         if show:
             widgets().show_run(run)
         return run.start()
+
+    def _make_way(self) -> None:
+        """Refuse to train beside a run that another client drives; of one that has fallen silent, tell that it ended.
+
+        Raises:
+            ValidationError: It is under way.
+        """
+        state = self.history.state
+        latest = state.latest_run
+        if latest is None or latest.state.ended or any(run.run_id == latest.run_id for run in self._runs):
+            return
+        silent = time.time() - max(latest.started_at, state.measured_at)
+        if state.queue.depth or silent < SILENT_SECONDS:
+            raise ValidationError(
+                f"The run {latest.run_id} of another client of {self.training_client_id} is under way "
+                f"({latest.state}, step {latest.steps_done}), and two would mix their steps. Stop it there, or train a "
+                f"client of your own: tc.fork(). If its kernel has ended, that shows after {SILENT_SECONDS:.0f} s of "
+                f"silence: try again then."
+            )
+        why = f"another client started a run when nothing had been heard of this one for {silent:.0f} s"
+        self.publish(
+            RunState(
+                run_id=latest.run_id,
+                state=RunStatus.INTERRUPTED,
+                step=self.step,
+                planned_steps=latest.planned_steps,
+                reason=why,
+                done=latest.steps_done_if_killed,
+                taken=latest.steps_taken,
+                curve=latest.curve,
+            )
+        )
 
     @property
     def runs(self) -> tuple[TrainingRun, ...]:
@@ -683,6 +775,50 @@ class TrainingClient:
         return self._channel.subscribe(subscriber)
 
     @checked
+    def log_to(
+        self,
+        sink: Any,
+        where: str | Path | None = None,
+        *,
+        samples: int = 0,
+        only: str | None = None,
+        **options: Any,
+    ) -> Forwarding:
+        """Hand everything that is measured to a sink as well, under the same names: what was measured so far first.
+
+        Each run is a run there, with its configuration; alarms are texts. A sink has a thread of its own: it never
+        holds up the training, and one that fails ends with an alarm. Called again for the same place, as a cell that is
+        run again does, it returns the forwarding that is there. It ends with this client, or with `close()`.
+
+        Args:
+            sink: "tensorboard", "trackio", "mlflow" or "wandb"; a function of (values, step); or an object with the
+                methods of `history.sinks.sink.Sink`.
+            where: The folder of TensorBoard ("runs"); the project of trackio or wandb, the experiment of MLflow
+                ("tensafe_nb").
+            samples: Also so many prompts of each step of reinforcement learning, with their answers; no text leaves
+                unasked.
+            only: The id of a run: of this one alone.
+            options: What else trackio.init, wandb.init or MLflow (`tracking_uri`, `tags`) take.
+
+        Raises:
+            ValidationError: No such sink, or its package is not installed: says the line that does it.
+
+        Example:
+            >>> tc.log_to("tensorboard", "runs")
+        """
+        check_samples(samples)
+        key = (sink if isinstance(sink, str) else id(sink), str(where), only, samples, repr(options))
+        if key in self._forwardings and not self._forwardings[key].done:
+            return self._forwardings[key]
+        name, made = sink_of(sink, where, options)
+        forwarding = Forwarding(
+            name, made, self.history, reporter(self._channel.publish), only=only, samples=samples
+        )
+        self._forwardings[key] = forwarding.start(self._channel.subscribe)
+        weakref.finalize(self, forwarding.stop).atexit = False
+        return forwarding
+
+    @checked
     def publish(self, event: Event) -> Event:
         """Record an event of your own in the history: `Metrics` with a `run_id`, `Alarm`, or what else a run tells.
 
@@ -727,6 +863,8 @@ class TrainingClient:
         for run in self._runs:
             run.join(timeout=JOIN_SECONDS)
         self._channel.hang_up()
+        for forwarding in self._forwardings.values():
+            forwarding.close()
         settle(self)
 
     def __enter__(self) -> Self:

@@ -75,6 +75,8 @@ def draw(
         if len(readings) == 1:
             mark_checkpoints(place, readings[0], x)
         place.set_xlabel(AXES[x])
+        if x == "step" and axes is None:
+            place.xaxis.get_major_locator().set_params(integer=True)
         place.set_ylabel(panel[0] if len(panel) == 1 or _are_twins(panel) else ", ".join(panel))
         if log:
             place.set_yscale("log")
@@ -115,10 +117,11 @@ def _measured_by_some(name: str, readings: Iterable[Reading]) -> bool:
 def places_for(count: int, axes: Any) -> tuple[Any, list[Any]]:
     """Return the figure and the axes of so many panels: new ones, two side by side, or those that were given."""
     if axes is not None:
-        places = list(np.ravel(np.asarray(axes, dtype=object)))
-        if len(places) != count or not all(hasattr(place, "plot") for place in places):
+        places = list(axes.flat) if isinstance(axes, np.ndarray) and axes.size == count else axes
+        given = list(places) if isinstance(places, list | tuple) else [places]
+        if len(given) != count or not all(hasattr(place, "plot") for place in given):
             raise ValidationError(f"plot: axes={as_given(axes)} must be {count} of matplotlib's Axes.")
-        return places[0].figure, places
+        return given[0].figure, given
     columns = min(count, 2)
     rows = math.ceil(count / columns)
     size: dict[str, Any] = {"figsize": (WIDTH * columns, HEIGHT * rows), "layout": "constrained"}

@@ -70,12 +70,12 @@ class RunHistory(Measured):
         return history
 
     def __getitem__(self, name: str) -> Array:
-        """Values of a metric, in order of time, those that a rollback gave up among them.
+        """Values of a metric, in order of time, those that a rollback gave up among them; none before the first.
 
         Raises:
-            ValidationError: It was never measured; says the nearest. `series` is empty then.
+            ValidationError: Others were measured, and this one never; says the nearest. `series` is empty then.
         """
-        if name not in self:
+        if name not in self and self._values:
             raise ValidationError(f"Nothing has measured {as_given(name)}.{nearest(str(name), self.names)}")
         return self.series(name)[1]
 
@@ -191,7 +191,7 @@ class RunHistory(Measured):
                         return rows
             return None
 
-        return Measurements.read(self.events(kinds=TOLD), elsewhere)
+        return Measurements.read(self.events(kinds=TOLD), self.rollouts_file, elsewhere)
 
     def rollouts_file(self, event: Rollouts) -> Path:
         """Return where the texts of a step lie: beside the log, wherever it was moved to, and nowhere else."""

@@ -13,14 +13,15 @@ import numpy as np
 from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.events import CheckpointSaved, Event, Metrics, RunState, StateLoaded
+from tensafe_nb.events import CheckpointSaved, Event, Metrics, Rollouts, RunState, StateLoaded
 from tensafe_nb.history.table import Table
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.results import RunStatus
+from tensafe_nb.registry import load_dotted
 
 Axis: TypeAlias = Literal["step", "tokens", "time"]
 Names: TypeAlias = str | Sequence[str | Sequence[str]]
-TOLD = (Metrics, RunState, CheckpointSaved, StateLoaded)  # the events that rows are made of
+TOLD = (Metrics, Rollouts, RunState, CheckpointSaved, StateLoaded)  # the events that rows are made of
 FIXED = ("run", "step", "time", "seconds", "abandoned")  # columns that are no metrics
 
 
@@ -34,6 +35,7 @@ class MeasuredRow:
         time: Unix seconds, of what was measured first.
         values: By metric.
         before: The row before it, on the way of the weights.
+        rollouts: What was sampled for this step; such a row has no values.
         own: Whether the run itself has added to it, so that the next step of the core is another row.
     """
 
@@ -42,6 +44,7 @@ class MeasuredRow:
     time: float
     values: dict[str, float]
     before: "MeasuredRow | None"
+    rollouts: Path | None = None
     own: bool = False
 
 
@@ -61,6 +64,7 @@ class Measurements:
         resumed: By run: the checkpoint it began with.
     """
 
+    rollouts_file: Callable[[Rollouts], Path]
     elsewhere: "Callable[[str], Measurements | None]"  # finds what another log tells of a checkpoint
     rows: list[MeasuredRow] = field(default_factory=list)
     tip: MeasuredRow | None = None
@@ -74,10 +78,13 @@ class Measurements:
 
     @classmethod
     def read(
-        cls, events: Iterable[Event], elsewhere: "Callable[[str], Measurements | None]"
+        cls,
+        events: Iterable[Event],
+        rollouts_file: Callable[[Rollouts], Path],
+        elsewhere: "Callable[[str], Measurements | None]",
     ) -> "Measurements":
         """Return what the events of a log add up to."""
-        rows = cls(elsewhere)
+        rows = cls(rollouts_file, elsewhere)
         for event in events:
             rows.take(event)
         return rows
@@ -87,6 +94,10 @@ class Measurements:
         match event:
             case Metrics():
                 self.measure(event)
+            case Rollouts():
+                path = self.rollouts_file(event)
+                self.tip = MeasuredRow(event.run_id, event.step, event.time, {}, self.tip, path)
+                self.rows.append(self.tip)
             case RunState():
                 ended = RunStatus(event.state).ended
                 self.tips[event.run_id] = self.tip
@@ -132,8 +143,7 @@ class Measurements:
             self.tip = found.saved[event.artifact_id][0]
             self.resumed, self.savers = found.resumed | self.resumed, found.savers | self.savers
             return
-        while self.tip is not None and self.tip.step > event.step:
-            self.tip = self.tip.before
+        self.tip = None  # of another client: nothing here led to it
 
     def chain_of(self, run: str) -> list[str]:
         """Return the runs that a run goes on with what they began, itself first: each resumed the next."""
@@ -151,6 +161,16 @@ class Measurements:
             found.append(tip)
             tip = tip.before
         return found[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRollouts:
+    """Where the rollouts of a step lie, and whether a rollback gave it up."""
+
+    run: str | None
+    step: int
+    path: Path
+    abandoned: bool
 
 
 @dataclass(slots=True)
@@ -246,6 +266,11 @@ class Reading:
             columns[title] = [row.values.get(name) for row in rows]
         return Table(columns, self.private)
 
+    def latest(self) -> dict[str, float]:
+        """Return the latest value of every metric."""
+        found = {name: value for row in self.rows for name, value in row.values.items()}
+        return {name: found[name] for name in self.names if name in found}
+
     def points(self, name: str, x: Axis) -> tuple[Array, Array]:
         """Return where a metric was measured, on an axis, and its values; both are (points,)."""
         places = self.places(x)
@@ -333,6 +358,37 @@ class Measured(ABC):
             StorageError: It could not be written.
         """
         return self.table(names, abandoned=abandoned).to_parquet(path)
+
+    @checked
+    def rollouts(self, *, last: int | None = None, abandoned: bool = False) -> Any:
+        """Return the rollouts that are kept, by step: each a `TrajectoryBatch`, all of them a table.
+
+        Args:
+            last: Of so many steps, the newest; None takes all.
+            abandoned: In the table, those of steps that rollbacks gave up as well, marked.
+
+        Raises:
+            ValidationError: Not a number of steps.
+
+        Example:
+            >>> run.rollouts(last=10).to_csv("rollouts.csv")
+        """
+        if last is not None and last < 1:
+            raise ValidationError(f"rollouts: last={last} must be a number of steps, at least 1.")
+        reading = self.reading()
+        both = [(row, False) for row in reading.rows] + [(row, True) for row in reading.given_up if abandoned]
+        kept = [
+            KeptRollouts(row.run, row.step, row.rollouts, left)
+            for row, left in both
+            if row.rollouts is not None
+        ]
+        newest = sorted({found.step for found in kept})[-(last or 0) :]
+        made = load_dotted("tensafe_nb.rlvr.rollouts.recorded:RunRollouts")
+        return made([found for found in kept if found.step in newest], reading.private)
+
+    def final_metrics(self) -> dict[str, float]:
+        """Return the latest value of every metric that was measured."""
+        return self.reading().latest()
 
     @checked
     def plot(

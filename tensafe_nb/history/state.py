@@ -29,6 +29,7 @@ from tensafe_nb.events import (
     PrivacySpent,
     Progress,
     Rollouts,
+    RunDescribed,
     RunState,
     RunStep,
     StateLoaded,
@@ -95,6 +96,7 @@ class RunSoFar:
         step: The client's optimiser step; that of its end, once it has ended.
         checkpoint: The artifact it saved last.
         rewarded: Whether rewards were measured in it.
+        described: What it is called and what is said of it.
         durations: Seconds of its latest steps.
     """
 
@@ -109,6 +111,7 @@ class RunSoFar:
     step: int = 0
     checkpoint: str | None = None
     rewarded: bool = False
+    described: RunDescribed | None = None
     durations: "deque[float]" = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     done_at: int = 0  # the client's step when `steps_done` was told
     begun_at: int = 0  # the client's step at the run's first event
@@ -196,6 +199,7 @@ class ClientState:
         alarms: The latest.
         privacy: The privacy account; None before it was told of.
         rollouts: By step: the latest of each.
+        held_out: By step: the latest answers to the held-out prompts.
         rewards: (step, number) of each reward function, where it first scored.
         mocked: Whether a mock took part: then nothing here is a measurement.
         line: That the line to the server broke off, and when; None while it is open, or there is none. Not recorded, so
@@ -217,6 +221,7 @@ class ClientState:
     alarms: "deque[Alarm]" = field(default_factory=lambda: deque(maxlen=LATEST_ALARMS))
     privacy: PrivacySpent | None = None
     rollouts: dict[int, Rollouts] = field(default_factory=dict)
+    held_out: dict[int, Rollouts] = field(default_factory=dict)
     rewards: list[tuple[int, float]] = field(default_factory=list)
     mocked: bool = False
     line: LineChanged | None = field(default=None, compare=False)
@@ -272,7 +277,7 @@ class ClientState:
             case PrivacySpent():
                 self.privacy = event  # what was spent stays spent: no rollback is an event of this kind
             case Rollouts():
-                self.rollouts[event.step] = event
+                (self.held_out if event.held_out else self.rollouts)[event.step] = event
             case MockTookPart():
                 self.mocked = True
 
@@ -292,6 +297,8 @@ class ClientState:
                 if event.run_id not in self.runs:
                     self.runs[event.run_id] = RunSoFar.begun(event)
                 self.runs[event.run_id].turned(event)
+            case RunDescribed(run_id=run_id) if run_id in self.runs:
+                self.runs[run_id].described = event
             case RunStep(run_id=run_id) if run_id in self.runs:
                 self.runs[run_id].stepped(event, self.step)
             case CheckpointSaved(run_id=str(run_id)) if run_id in self.runs:

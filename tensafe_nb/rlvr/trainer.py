@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import TrainingConfig
+from tensafe_nb.config import Config, TrainingConfig
 from tensafe_nb.data import OnBadRows, Rows
 from tensafe_nb.data.rows import check_on_bad_rows
 from tensafe_nb.display import as_given
@@ -49,6 +49,10 @@ class RunningClient(PolicyClient, Protocol):
         show: bool,
         checkpoints: Checkpoints | None,
         resume_from: str | None,
+        name: str | None,
+        tags: str | Sequence[str],
+        notes: str,
+        started_with: Mapping[str, Any] | None,
     ) -> TrainingRun: ...
 
 
@@ -139,6 +143,7 @@ class RLVRTrainer:
                 eval_prompts = prompt_specs(eval_prompts, "skip", fits, "eval_prompts")
         check_on_bad_rows(on_bad_rows)
         self.prompts = PromptCursor(prompts, prompts_per_step, seed)
+        self.prompts_per_step, self.seed = prompts_per_step, seed
         self.eval_every = eval_every
         self.held_out = None
         if eval_prompts is not None:
@@ -167,6 +172,9 @@ class RLVRTrainer:
         keep_last: int | None = None,
         keep_best: str | None = None,
         resume_from: str | None = None,
+        name: str | None = None,
+        tags: str | Sequence[str] = (),
+        notes: str = "",
         show: bool = True,
     ) -> TrainingRun:
         """Start training and return at once.
@@ -177,6 +185,9 @@ class RLVRTrainer:
             keep_last: Of the checkpoints this run saved by itself, keep the newest so many; None keeps all.
             keep_best: Keep the one with the best value of this metric as well, for instance "eval/reward".
             resume_from: A checkpoint of a run like this one: go on where it stood; `steps` counts from its beginning.
+            name: What the run is called, in `list_runs`, in the panel and in the legend of compared curves.
+            tags: Words to find it by.
+            notes: What there is to say of it; `run.describe(…)` changes any of the three.
             show: Show the live panel in a notebook.
 
         Raises:
@@ -192,7 +203,42 @@ class RLVRTrainer:
             show=show,
             checkpoints=Checkpoints(checkpoint_every, keep_last, keep_best),
             resume_from=resume_from,
+            name=name,
+            tags=tags,
+            notes=notes,
+            started_with={
+                "run": {
+                    "kind": "rlvr",
+                    "steps": steps,
+                    "checkpoint_every": checkpoint_every,
+                    "keep_last": keep_last,
+                    "keep_best": keep_best,
+                    "resume_from": resume_from,
+                },
+                **self._made_of(),
+            },
         )
+
+    def _made_of(self) -> dict[str, Any]:
+        """Return, as plain data, what decides how this trainer trains."""
+        config = getattr(self.algo, "config", None)
+        options = config.model_dump(mode="json") if isinstance(config, Config) else {}
+        held_out = None if self.held_out is None else len(self.held_out.specs)
+        return {
+            "trainer": {
+                "prompts": len(self.prompts.specs),
+                "prompts_per_step": self.prompts_per_step,
+                "chat": self.sampler.chat,
+                "eval_prompts": held_out,
+                "eval_every": self.eval_every,
+                "good_threshold": self.good_threshold,
+                "reward_timeout": self.reward_timeout,
+                "seed": self.seed,
+            },
+            "sampling": self.sampler.sampling.model_dump(mode="json"),
+            "algo": {"kind": type(self.algo).__name__, **options},
+            "reward": {"name": self.reward.name, "version": self.reward.version},
+        }
 
     def set_reward(self, reward: RewardSpec, **kwargs: Any) -> None:
         """Score with another function from the next step on; the metric `reward_version` marks where.

@@ -8,11 +8,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tensafe_nb import lifetimes
 from tensafe_nb.checks import checked
-from tensafe_nb.display import as_given, settle, widgets
+from tensafe_nb.display import as_given, settle, visible, widgets
 from tensafe_nb.errors import (
     ArtifactNotFoundError,
     ClientClosedError,
@@ -20,15 +22,18 @@ from tensafe_nb.errors import (
     FutureCancelledError,
     FutureFailedError,
     FutureTimeoutError,
+    ServerConnectionError,
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.events import RunState, RunStep
+from tensafe_nb.events import RunConfigured, RunDescribed, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.measured import Measured, Reading
+from tensafe_nb.history.sinks.forwarding import Forwarding
 from tensafe_nb.protocol.results import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 from tensafe_nb.runs.checkpoints import Checkpoints, checkpoint_of
+from tensafe_nb.runs.description import described, keep, versions
 from tensafe_nb.runs.loop import Loop, RunClient
 
 logger = logging.getLogger(__name__)
@@ -65,8 +70,12 @@ class TrainingRun(Measured):
         planned_steps: int | None = None,
         checkpoints: Checkpoints | None = None,
         resume_from: str | None = None,
+        description: RunDescribed | None = None,
+        started_with: Mapping[str, Any] | None = None,
     ) -> None:
         self.run_id = f"{client.training_client_id}/{number}"
+        self._description = replace(description or RunDescribed(run_id=""), run_id=self.run_id)
+        self._started_with = dict(started_with or {}) | {"versions": versions()}
         self.planned_steps = planned_steps
         self.steps_done = 0
         self._client = client
@@ -107,6 +116,57 @@ class TrainingRun(Measured):
     def history(self) -> RunHistory:
         """The client's history: curves and events, of this run and those before it."""
         return self._client.history
+
+    @property
+    def name(self) -> str | None:
+        """What it is called; None has no name."""
+        return self._described.name
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Words to find it by: `list_runs(tags=…)`."""
+        return self._described.tags
+
+    @property
+    def notes(self) -> str:
+        """What its user says of it."""
+        return self._described.notes
+
+    @property
+    def _described(self) -> RunDescribed:
+        told = self.history.state.runs.get(self.run_id)
+        return self._description if told is None or told.described is None else told.described
+
+    def describe(
+        self, name: str | None = None, *, tags: str | Sequence[str] | None = None, notes: str | None = None
+    ) -> "TrainingRun":
+        """Change what it is called and what is said of it, while it runs or after its end; returns the run.
+
+        Args:
+            name: One line; "" takes the name away. None leaves what there was, here and below.
+            tags: In place of those it has.
+            notes: In place of those it has.
+
+        Raises:
+            ValidationError: Something that is no text, or too long.
+        """
+        description = described(self._described, name, tags, notes)
+        with contextlib.suppress(ClientClosedError, ServerConnectionError):  # its log may have ended before
+            self._client.publish(description)
+        keep(self.history.path, description)
+        self._description = description
+        told = self.history.state.runs.get(self.run_id)
+        if told is not None:  # its log may be closed
+            told.described = description
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that it was started with: `training`, `run` (the arguments), `versions`; `algo` and `reward`.
+
+        The seed is `config["training"]["seed"]`. `tn.diff_runs` compares those of two runs.
+        """
+        return {"training": self._client.config.model_dump(mode="json"), **copy.deepcopy(self._started_with)}
 
     def reading(self) -> Reading:
         """Return what it measured, row by row; one that resumed another begins with that one's rows."""
@@ -221,11 +281,38 @@ class TrainingRun(Measured):
         return self._promise.outcome()
 
     def __repr__(self) -> str:
-        return f"<TrainingRun {self.run_id} {self._state}, step {self.steps_done} of {self.planned_steps or '?'}>"
+        named = f" {visible(self.name)!r}" if self.name else ""
+        planned = self.planned_steps or "?"
+        return f"<TrainingRun {self.run_id}{named} {self._state}, step {self.steps_done} of {planned}>"
+
+    @checked
+    def log_to(
+        self, sink: Any, where: str | Path | None = None, *, samples: int = 0, **options: Any
+    ) -> Forwarding:
+        """Hand everything that this run measures to a sink as well, from its beginning to its end.
+
+        Args:
+            sink: "tensorboard", "trackio", "mlflow", "wandb", a function or an object; see `TrainingClient.log_to`.
+            where: The folder, the project or the experiment.
+            samples: Also so many prompts of each step, with their answers.
+            options: What else the sink takes.
+
+        Raises:
+            ValidationError: No such sink, or its package is not installed.
+        """
+        return self._client.log_to(sink, where, samples=samples, only=self.run_id, **options)
 
     def freeze(self, samples: int = 0) -> None:
         """Put a picture and a table of how things stand into the calling cell; texts only of so many `samples`."""
         widgets().freeze(self, samples)
+
+    def save_page(self, to: str | Path, samples: int = 0) -> Path:
+        """Save the run, once it has ended, as one HTML file in which its panel plays as a replay.
+
+        `tn.save_page` says what is in it, and takes several runs.
+        """
+        page: Path = widgets().save_page(self, to, samples)
+        return page
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return widgets().mimebundle(self)
@@ -247,6 +334,9 @@ class TrainingRun(Measured):
     def start(self) -> "TrainingRun":
         """Start the thread; called once, by the training client."""
         self._publish_state()
+        self._client.publish(RunConfigured(run_id=self.run_id, config=self._started_with))
+        if self._description != RunDescribed(run_id=self.run_id):
+            self._client.publish(self._description)
         self._thread.start()
         return self
 

@@ -280,6 +280,21 @@ class SupervisedLoop:
             self._client.publish(Metrics(step=self._client.step, values=values, run_id=self._run.run_id))
 
 
+def summary_of(batches: Iterable[Batch] | None) -> dict[str, Any] | None:
+    """Return what tells batches from others, in a few numbers: how many there are, of how many rows, in which order."""
+    if batches is None:
+        return None
+    found: dict[str, Any] = {"kind": type(batches).__name__}
+    if isinstance(batches, Sized):
+        found["batches"] = len(batches)
+    if isinstance(batches, Batches | PoissonDraws):
+        found["rows"] = len(batches.examples)
+        found["tokens"] = sum(map(len, batches.examples))
+    if isinstance(batches, Batches):
+        found["seed"] = batches.seed
+    return found
+
+
 def check_numbers(**given: int | None) -> None:
     """Refuse a count that is not a whole number above 0."""
     for name, value in given.items():

@@ -323,10 +323,25 @@ CALLS: Mapping[str, Call] = {
     ),
     # runs
     "load_run": Call(lambda w: tn.load_run, {"run_id": Of(lambda w: w.run.run_id)}),
+    "list_runs": Call(lambda w: tn.list_runs, {"name": None, "tags": (), "model": None}),
+    "plot_runs": Call(
+        lambda w: tn.plot_runs, {"runs": Of(lambda w: [w.run.run_id]), "names": "loss", "by": "name"}
+    ),
+    "diff_runs": Call(
+        lambda w: lambda one: tn.diff_runs(one, w.tc.fit([BATCH], steps=1, show=False)),
+        {"one": Of(lambda w: w.run.run_id)},
+    ),
+    "run.table": Call(lambda w: w.run.table, {"names": "loss", "abandoned": False}),
+    "run.to_csv": Call(lambda w: w.run.to_csv, {"path": "run.csv", "names": "loss"}),
+    "run.plot": Call(lambda w: w.run.plot, {"names": "loss", "x": "step", "smoothing": 0.5}),
+    "run.describe": Call(lambda w: w.run.describe, {"name": "a name", "tags": "a", "notes": "a note"}),
     "replay": Call(
         lambda w: tn.replay,
         {"run": Of(lambda w: w.run.run_id), "speed": 1e6, "show": False},
         frozenset({"show"}),
+    ),
+    "save_page": Call(
+        lambda w: tn.save_page, {"to": "page.html", "run": Of(lambda w: w.run.run_id)}, frozenset({"more"})
     ),
     # the service
     "ServiceClient": Call(lambda w: closing(tn.ServiceClient)),

@@ -82,6 +82,16 @@ def test_a_picture_is_shown_rather_than_its_name_and_a_widgets_picture_rather_th
     assert tutorial.as_html(widget) == "<p>RUNNING</p>"
 
 
+def test_a_panel_is_a_replay_where_one_was_saved(notebook: Path) -> None:
+    said = "Live panel of run 2 of tc-1: open in Jupyter"
+    panel = shows(
+        **{"application_vnd.jupyter.widget-view+json": "{}"}, text_html=f"<p>{said}</p>", text_plain=said
+    )
+    assert tutorial.shown(code(panel), "01_first") == f'<div class="nb-out">\n<p>{said}</p>\n</div>'
+    (tutorial.RAN / "01_first-tc-1-2.html").touch()
+    assert '<iframe src="01_first-tc-1-2.html"' in tutorial.shown(code(panel), "01_first")
+
+
 def test_what_a_notebook_was_made_of_changes_with_it(notebook: Path) -> None:
     before = tutorial.made_of(notebook)
     assert not tutorial.up_to_date(notebook), "nothing says what it was made of"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensafe_nb.events import OperationQueued, OperationStarted
+from tensafe_nb.events import OperationQueued, OperationStarted, RunDescribed
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.feed.feed import Feed
@@ -51,6 +51,15 @@ def test_hello_is_answered_by_the_badge_and_then_the_whole_history(client: FakeC
     }
     assert columns["~time"][0] == 0
     assert columns | {"~time": []} == {"loss": [3.0, 2.0], "eval/loss": [2.5], "~time": []}
+
+
+def test_a_run_that_is_given_a_name_bears_it_at_once(client: FakeClient, wire: Wire) -> None:
+    run = client.start()
+    wire.mount()
+    client.publish(RunDescribed(run_id=run.run_id, name="first try"))
+    wire.widget.feed.flusher.time += 1
+    status = wire.flush_kind("status")[-1]
+    assert status["name"] == "first try"
 
 
 def test_what_follows_is_told_as_deltas_with_the_moment_and_the_step(client: FakeClient, wire: Wire) -> None:

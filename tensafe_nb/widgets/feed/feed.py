@@ -18,6 +18,7 @@ from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets.feed.annotations import Annotations
 from tensafe_nb.widgets.feed.flusher import FLUSHER, Flusher, Member
 from tensafe_nb.widgets.feed.recording import RecordedRun, Recording
+from tensafe_nb.widgets.feed.rollouts import pieces
 
 
 class Watched(Protocol):
@@ -49,6 +50,7 @@ class Standing:
         client: Status of the client.
         state: State of the run; the client's status where there is no run.
         run_id: The run.
+        name: What it is called.
         step: Steps the run has done; the client's step where there is no run.
         planned: Steps the run is to do.
         elapsed: Seconds since the run started, or that it took.
@@ -68,6 +70,7 @@ class Standing:
     client: str
     state: str
     run_id: str | None
+    name: str | None
     step: int
     planned: int | None
     elapsed: float | None
@@ -91,6 +94,7 @@ class Standing:
             client=str(state.status),
             state=str(state.status if run is None else run.state),
             run_id=None if run is None else run.run_id,
+            name=None if run is None or run.described is None else run.described.name,
             step=state.step if run is None else run.steps_done,
             planned=None if run is None else run.planned_steps,
             elapsed=None if run is None else run.elapsed(now),
@@ -260,7 +264,7 @@ class Feed:
     def decode(self) -> Callable[[Sequence[int]], list[str]] | None:
         """Return what turns token ids into texts; None where there is no tokenizer."""
         tokenizer = getattr(self.client, "tokenizer", None) if self.client.steerable else None
-        return None if tokenizer is None else lambda ids: [tokenizer.decode([token]) for token in ids]
+        return None if tokenizer is None else lambda ids: pieces(tokenizer.decode, ids)
 
     # what panels learn besides events
 

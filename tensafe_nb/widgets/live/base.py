@@ -266,17 +266,19 @@ class LiveWidget(anywidget.AnyWidget):
                     self._rollouts_at = self.feed.flusher.now()
                     self._aside(lambda: self._prepare(newest.step, rollouts.PUSHED))
 
-    def _prepare(self, step: int, limit: int) -> None:
-        found = self.feed.state.rollouts.get(step)
+    def _prepare(self, step: int, limit: int, *, held_out: bool = False) -> None:
+        state = self.feed.state
+        found = (state.held_out if held_out else state.rollouts).get(step)
+        content: dict[str, Any] = {"t": "rollouts", "step": step, "held": held_out}
         if found is None:
-            content = {"t": "rollouts", "step": step, "why": f"No rollouts were recorded for step {step}."}
+            content["why"] = f"No rollouts were recorded for step {step}."
         else:
             try:
                 path = self.feed.history.rollouts_file(found)
-                content = rollouts.message(step, path, self.feed.decode(), limit)
+                content |= rollouts.message(step, path, self.feed.decode(), limit, held_out=held_out)
             except TGTinkerError as error:  # the oldest texts go when a run has too many
-                content = {"t": "rollouts", "step": step, "why": str(error)}
-        self._ready.append(content)
+                content["why"] = str(error)
+        self._ready.append(content | {"evaluated": self.feed.annotations.evaluated()})
 
     def _aside(self, work: Callable[[], None]) -> None:
         """Do what takes a while on a thread of its own; what it prepared is sent by the next flush."""
@@ -305,7 +307,8 @@ class LiveWidget(anywidget.AnyWidget):
             case {"t": "hello"}:
                 self.greet(content.get("mount"))
             case {"t": "show", "step": int(step)}:
-                self._aside(lambda: self._prepare(step, rollouts.ASKED))
+                held_out = bool(content.get("held"))
+                self._aside(lambda: self._prepare(step, rollouts.ASKED, held_out=held_out))
             case {"t": "plan"} if self.feed.client.steerable:
                 client: Any = self.feed.client
                 self._aside(lambda: self._ready.append(what_if.answer(client, content)))

@@ -1,6 +1,7 @@
 """Charts that stand alone, of a loss or a reward, to be placed beside other widgets; several runs on the same axes."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import traitlets
@@ -30,7 +31,7 @@ class LoneCurve(CurveWidget):
             raise ValidationError(
                 f"{len(sources)} runs on one chart cannot be told apart: give at most {MOST_CURVES}."
             )
-        super().__init__(*sources, **({"labels": [label_of(source) for source in sources]} | traits))
+        super().__init__(*sources, **({"labels": labels_of(sources)} | traits))
 
     @property
     def subject(self) -> Subject:
@@ -61,7 +62,7 @@ class LossCurve(LoneCurve):
         >>> HBox([LossCurve(run), LossCurve(other_run, log_scale=True)])
     """
 
-    _esm = esm("wire", "place", "page", "chart", "curves", "curve")
+    _esm = esm("wire", "place", "page", "chart", "download", "curves", "curve")
 
     @property
     def curve(self) -> str:
@@ -82,7 +83,7 @@ class RewardHistory(LoneCurve):
         >>> VBox([history, inspector])
     """
 
-    _esm = esm("wire", "place", "page", "chart", "curves", "rewards")
+    _esm = esm("wire", "place", "page", "chart", "download", "curves", "rewards")
     all_curves = True
 
     def __init__(self, source: Source, **traits: Any) -> None:
@@ -93,8 +94,24 @@ class RewardHistory(LoneCurve):
         return "reward"
 
 
+def labels_of(sources: Sequence[Source]) -> list[str]:
+    """Return how sources are told from each other on the same axes: by their names where these do that."""
+    names = [name_of(source) for source in sources]
+    return [
+        label_of(source) if name is None or names.count(name) > 1 else name
+        for name, source in zip(names, sources, strict=True)
+    ]
+
+
+def name_of(source: Source) -> str | None:
+    """Return what a run is called, with its marks."""
+    if isinstance(source, RecordedRun):
+        return source.record.name and " ".join([*source.client.marks, source.record.name])
+    return source.name if isinstance(source, TrainingRun | RunRecord) else None
+
+
 def label_of(source: Source) -> str:
-    """Return how a source is told from the others on the same axes."""
+    """Return a label that is its source's alone."""
     if isinstance(source, TrainingRun | RunRecord | RecordedRun):
         marks = "".join(f"{mark} " for mark in source.client.marks) if isinstance(source, RecordedRun) else ""
         return f"{marks}run {source.run_id.rpartition('/')[2]} of {source.run_id.partition('/')[0]}"

@@ -33,7 +33,7 @@ class Dashboard(CurveWidget):
         >>> HBox([tc.dashboard(), LossCurve(other_run)])
     """
 
-    _esm = esm("wire", "place", "page", "chart", "curves", "table", "samples", "meter", "panel")
+    _esm = esm("wire", "place", "page", "chart", "download", "curves", "table", "samples", "meter", "panel")
     _css = css("panel")
     _volatile: ClassVar = ("elapsed", "eta", "op_s")  # what the page counts on by itself
     parts: ClassVar[tuple[Part, ...]] = ("marks", "alarms", "privacy", "rows", "rollouts")
@@ -97,6 +97,7 @@ class Dashboard(CurveWidget):
             "client": standing.client,
             "state": standing.state,
             "run": standing.run_number,
+            "name": standing.name,
             "step": standing.step,
             "of": standing.planned,
             "elapsed": _rounded(standing.elapsed),

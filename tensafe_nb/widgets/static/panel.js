@@ -8,7 +8,7 @@ import { Samples } from "./samples.js";
 import { Meter } from "./meter.js";
 
 const STALE_MS = 12000;
-const SPEAK_MS = 10000;
+const SPEAK_MS = 60000;
 const BADGE = {
   RUNNING: "●", PAUSING: "●", STOPPING: "●", PAUSED: "‖", STOPPED: "■", FINISHED: "✓", FAILED: "✕", INTERRUPTED: "✕",
   ERROR: "✕", TERMINATED: "■", INITIALIZING: "○", READY: "○", BUSY: "●",
@@ -123,8 +123,10 @@ class Panel {
     Object.assign(this, { store, model, title: model.get("title"), spokenAt: -Infinity, spoken: "", branches: new Map() });
     this.curves = new Curves(store, model, true);
     this.curves.onSpeak = (text) => (this.voice.textContent = text);
+    this.curves.onChoose = () => this.samples.reveal();
     this.meter = new Meter(store);
     this.samples = new Samples(store, model);
+    this.samples.onLeave = () => this.curves.charts[0].plot.focus();
     this.checkpoints = new Checkpoints(store);
     this.build(el);
     this.update = () => this.refresh();
@@ -155,6 +157,7 @@ class Panel {
     this.bar.append(make("div"));
     this.note = new Note(this.store);
     this.health = make("div", "tsnb-health");
+    this.health.setAttribute("role", "status");
     this.below = make("div", "tsnb-branches");
     this.fresh = make("span", "tsnb-fresh");
     this.subject = make("span", "tsnb-subject");
@@ -202,7 +205,7 @@ class Panel {
     const chosen = this.model.get("sections");
     const shown = (names, there) => (chosen.length ? names.some((name) => chosen.includes(name)) : there);
     for (const [part, names, there] of [
-      [this.curves, ["loss", "reward"], true], [this.meter, ["privacy"], true], [this.samples, ["samples"], this.samples.known],
+      [this.curves, ["loss", "reward"], true], [this.meter, ["privacy"], this.store.status.dp || this.store.parts.privacy?.accountant], [this.samples, ["samples"], this.samples.known],
       [this.checkpoints, ["checkpoints"], this.store.parts.rows],
     ]) {
       part.el.hidden = !shown(names, there);
@@ -221,10 +224,11 @@ class Panel {
     this.marks.textContent = [...(status.marks ?? []), this.doubt].filter(Boolean).join(" · ");
     this.root.dataset.now = status.now?.step ?? "";
     this.facts.textContent = state ? details(status, since).join(" · ") : "";
-    const run = status.run ? ` · run ${status.run}` : "";
+    const run = status.run ? ` · run ${status.run}${status.name ? ` “${plainText(status.name)}”` : ""}` : "";
     const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
     const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";
-    this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}`;
+    const open = status.dp === false && this.meter.el.hidden ? " · DP off" : "";
+    this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}${open}`;
     this.bar.hidden = !status.of;
     this.bar.setAttribute("aria-valuemax", status.of || 0);
     this.bar.setAttribute("aria-valuenow", status.step || 0);
@@ -270,6 +274,7 @@ class Panel {
       const jump = makeButton(`Go to step ${alarm.step}`, () => {
         settle(this.model, "selected_step", alarm.step);
         this.curves.lens.set({ step: alarm.step });
+        this.curves.onChoose();
       });
       const more = alarms.length > 1 ? make("details") : "";
       if (more) more.append(make("summary", "", `${alarms.length} alarms`), ...alarms.map((a) => make("div", "", plainText(`${a.level} at step ${a.step}: ${a.text} ${a.remedy}`))));
@@ -301,7 +306,7 @@ class Panel {
     }
   }
 
-  // Says a change of state at once, progress every ten seconds at most; the curve is described when it rests.
+  // Says a change of state at once, progress every minute at most; the curve is described when it rests.
   speak() {
     const { status, now } = { status: this.store.status, now: this.store.now() };
     if (!status.state || (status.state === this.spoken && now - this.spokenAt < SPEAK_MS)) return;

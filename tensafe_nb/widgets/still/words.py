@@ -91,6 +91,8 @@ def rows_of_training(feed: Feed, standing: Standing, curve: str) -> Rows:
         yield "checkpoints", ", ".join(f"step {one.step}: {one.artifact_id}" for one in saved[-LISTED:])
     yield "time", clock(standing.elapsed)
     yield "run", standing.run_id or "—"
+    if standing.name:
+        yield "name", standing.name
 
 
 def rows_of_checkpoints(feed: Feed) -> Rows:

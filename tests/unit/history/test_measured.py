@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tensafe_nb.config import DPConfig, TrainingConfig
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.errors import StorageError, ValidationError
-from tensafe_nb.events import CheckpointSaved, ClientCreated, Event, Metrics, RunState, StateLoaded
+from tensafe_nb.events import CheckpointSaved, ClientCreated, Event, Metrics, Rollouts, RunState, StateLoaded
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.table import Table
 from tensafe_nb.protocol.codec import encode
@@ -259,3 +259,60 @@ def test_what_private_training_measured_is_marked_and_its_owners_alone(tmp_path:
     assert "not covered by epsilon" in history.to_pandas().attrs["operator_view"]
     assert "loss" in pandas.read_parquet(tmp_path / "loss.operator.parquet")
     assert "not covered by epsilon" in history.plot().get_supxlabel()
+
+
+def test_rollouts_are_read_by_step_and_those_given_up_are_marked(tmp_path: Path) -> None:
+    trajectories = pytest.importorskip("tensafe_nb.rlvr.rollouts.trajectories")
+    from tensafe_nb.config import SamplingConfig
+
+    def kept(step: int, name: str, reward: float) -> Rollouts:
+        group = trajectories.RolloutGroup("p", "2+2=", [trajectories.Trajectory("2+2=", "4", reward=reward)])
+        folder = tmp_path / "tc-1" / "rollouts" / "1"
+        folder.mkdir(parents=True, exist_ok=True)
+        trajectories.TrajectoryBatch([group], SamplingConfig()).save(folder / name)
+        return Rollouts(run_id="tc-1/1", step=step, rollouts=1, path=f"1/{name}")
+
+    history = log_of(
+        tmp_path, begun(1), kept(1, "a", 0.1), core(1, 3.0), own(1, reward=0.1), saved("art-1", 1),
+        kept(2, "b", 0.2), core(2, 3.0), own(2, reward=0.2), StateLoaded(artifact_id="art-1", step=1),
+        kept(2, "c", 0.3), core(2, 2.0), own(2, reward=0.3), kept(3, "d", 0.4),
+    )  # fmt: skip
+    (tmp_path / "tc-1" / "rollouts" / "1" / "d").unlink()  # the oldest go when a run has too many
+    rollouts = history.rollouts()
+    assert list(rollouts) == [1, 2] and rollouts[2][0].reward == 0.3 and 3 not in rollouts
+    assert column(rollouts.table(), "reward") == [0.1, 0.3]
+    everything = history.rollouts(abandoned=True).table()
+    assert sorted(zip(column(everything, "reward"), column(everything, "abandoned"), strict=True)) == [
+        (0.1, False), (0.2, True), (0.3, False),
+    ]  # fmt: skip
+    assert list(history.rollouts(last=2)) == [2] and column(history.table(), "reward") == [0.1, 0.3]
+    with pytest.raises(ValidationError, match=r"no rollouts of step 7\. Kept: 1 to 2"):
+        rollouts[7]
+    with pytest.raises(ValidationError, match="last=0"):
+        history.rollouts(last=0)
+
+
+@given(
+    moves=st.lists(st.sampled_from(["step", "save", "load", "elsewhere"]), max_size=20), choice=st.randoms()
+)
+def test_a_table_leaves_out_what_the_panel_greys(
+    tmp_path_factory: pytest.TempPathFactory, moves: list[str], choice: Any
+) -> None:
+    """`RunHistory.spans`, which panels read, and the rows of a table are two accounts of one thing."""
+    step, states, events = 0, {"elsewhere": 0}, [begun(1)]
+    for number, move in enumerate(moves):
+        if move == "step":
+            step += 1
+            events.append(core(step, float(number)))
+        elif move == "save":
+            states[f"art-{number}"] = step
+            events.append(saved(f"art-{number}", step))
+        else:
+            name = move if move == "elsewhere" else choice.choice(sorted(states))
+            step = states[name]
+            events.append(StateLoaded(artifact_id=name, step=step))
+    history = log_of(tmp_path_factory.mktemp("logs"), *events)
+    values = history.series("loss")[1]
+    current = [value for start, end in history.spans("loss") for value in values[start:end].tolist()]
+    shown = column(history.table("loss"), "loss") if "loss" in history else []
+    assert sorted(shown) == sorted(current)
