@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import Any
 from weakref import WeakSet
 
+from tensafe_nb.display import LEFT
 from tensafe_nb.events import ArtifactDeleted, CheckpointSaved, Metrics
 from tensafe_nb.history.state import RunSoFar
 from tensafe_nb.protocol.results import RunStatus
@@ -75,7 +76,7 @@ class Snapshot:
         """Return the table as an output."""
         caption = f'<caption style="white-space: nowrap">{html.escape(self.sentence)}</caption>'
         rows = "".join(
-            f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>'
+            f'<tr><th scope="row" {LEFT}>{html.escape(name)}</th><td {LEFT}>{html.escape(text)}</td></tr>'
             for name, text in rows_of(self.subject, self.standings, steering=self.steering)
         )
         return {
@@ -88,9 +89,7 @@ class Snapshot:
         with suppress(ImportError), _drawing:
             png = draw(self.subject, self.sentence)
             if png is not None:
-                return {"image/png": png, "text/plain": self.sentence}, {
-                    "image/png": {"alt": self.sentence, "needs_background": "light"}
-                }
+                return {"image/png": png, "text/plain": self.sentence}, {"image/png": {"alt": self.sentence}}
         return None
 
 
