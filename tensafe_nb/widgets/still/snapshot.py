@@ -139,7 +139,8 @@ class StillOutputs:
     @property
     def hint(self) -> dict[str, Any] | None:
         """What a page must know to say what its file holds, which the kernel cannot renew since it was loaded anew."""
-        return {"words": self._words} if self._out_of_reach else None
+        final = self._ended and self._pictured == self._now and not self.busy
+        return {"last": self._words if final else None} if self._out_of_reach else None
 
     def place(self) -> None:
         """Put the outputs into the calling cell; empty where a page will show more, and filled when it is time."""
