@@ -262,6 +262,7 @@ def test_with_differential_privacy_the_meter_says_what_was_spent_and_when_nothin
         lab.finish_cell(2)
         expect(meter).to_contain_text("ε ∞: no guarantee")
         expect(meter).to_contain_text("switched off for a test")
+        expect(lab.panel).not_to_contain_text(NO_PROBLEM)
         see(lab, "dp-void")
 
 
@@ -293,6 +294,7 @@ def test_a_kernel_that_stands_still_is_stale_and_one_that_is_gone_is_said_to_be(
         lab.wait_until("data.doubt === 'NO KERNEL'")
         expect(lab.panel).not_to_contain_text(NO_PROBLEM)
         expect(lab.panel.locator(".tsnb-fresh")).to_contain_text("tn.load_run(")
+        assert lab.panel.locator("[data-do]:visible").count() == 0
         see(lab, "no-kernel")
         expect_noise(lab)
 
@@ -306,6 +308,7 @@ def test_a_page_that_is_not_answered_asks_again_and_says_so(notebook: Open) -> N
         expect(lab.panel.locator(".tsnb-fresh")).to_contain_text(
             "waiting for the kernel: asked 3 times, again in"
         )
+        expect(lab.panel).not_to_contain_text("DP off")  # nobody has said so yet
         see(lab, "waiting-for-the-kernel")
         lab.wait_until("data.state === 'READY' && data.tries === 0")
 

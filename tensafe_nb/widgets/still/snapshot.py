@@ -74,7 +74,8 @@ class Snapshot:
 
     def table(self) -> Bundle:
         """Return the table as an output."""
-        caption = f'<caption style="white-space: nowrap">{html.escape(self.sentence)}</caption>'
+        words = html.escape(self.sentence).replace("; ", ";<br>")  # a line for each training client
+        caption = f'<caption style="white-space: nowrap">{words}</caption>'
         rows = "".join(
             f'<tr><th scope="row" {LEFT}>{html.escape(name)}</th><td {LEFT}>{html.escape(text)}</td></tr>'
             for name, text in rows_of(self.subject, self.standings, steering=self.steering)
