@@ -13,12 +13,19 @@ LLAMA := .venv-llama
 LLAMA_VERSION := 0.3.36
 LLAMA_READY := $(LLAMA)/.ready-$(LLAMA_VERSION)
 
-FAST := not soak and not browser
+SINKS := .venv-sinks
+SINKS_READY := $(SINKS)/.ready-1
+MARIMO := .venv-marimo
+MARIMO_VERSION := 0.25.2
+MARIMO_READY := $(MARIMO)/.ready-$(MARIMO_VERSION)
+
+FAST := not soak and not browser and not faults
 TESTS ?=
+ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test test-browser chromium pictures soak gpu ranges trl-parity lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures soak gpu ranges trl-parity sinks lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -35,12 +42,27 @@ $(TRL_READY): $(READY)
 	$(TRL)/bin/python -m pip install -qq --constraint constraints.txt trl==$(TRL_VERSION)
 	touch $@
 
+# Their own versions of some packages win over those that they borrow.
+$(SINKS_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(SINKS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(SINKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(SINKS)/bin/python -m pip install -qq trackio==0.43.0 mlflow==3.17.2 wandb==0.31.0
+	touch $@
+
+$(MARIMO_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(MARIMO)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(MARIMO)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(MARIMO)/bin/python -m pip install -qq marimo==$(MARIMO_VERSION)
+	touch $@
+
 $(LLAMA_READY):
 	$(PYTHON) -m venv --clear $(LLAMA)
 	$(LLAMA)/bin/python -m pip install -qq llama-cpp-python==$(LLAMA_VERSION)
 	touch $@
 
-demo: $(READY)  ## train the built-in model on real text; leaves build/demo.html
+demo: $(READY)  ## train the built-in models, one by examples and one by rewards; leaves build/demo.html
 	$(BIN)/tensafe-nb demo
 
 lab: $(READY)  ## JupyterLab on the notebooks
@@ -60,6 +82,9 @@ test: lint  ## everything fast: on all cores, then by itself what measures time,
 	$(BIN)/python -m pytest -m "$(FAST) and not alone" --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 	$(BIN)/python -m pytest -m "$(FAST) and alone" $(TESTS) || [ $$? -eq 5 ]  # 5: there is none of these in TESTS
 
+faults: $(READY)  ## servers that are killed, networks that fail: the short part of it
+	$(BIN)/python -m pytest tests -m "faults and not soak"
+
 chromium:
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core)
 
@@ -75,6 +100,9 @@ soak: $(READY) chromium  ## long and many-seed tests, and every scenario in the 
 
 trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the same numbers; a TRL of its own, in .venv-trl
 	$(TRL)/bin/python -m scripts.trl_parity
+
+sinks: $(SINKS_READY)  ## trackio, MLflow and wandb (offline) read back what they were told, in .venv-sinks
+	$(SINKS)/bin/python -m pytest -m soak tests/soak/test_sinks.py
 
 gpu: $(READY)  ## on a CUDA GPU: the same numbers as on the CPU, speed and memory of a model of 1B, in at most 6 minutes
 	$(BIN)/python -m scripts.gpu
@@ -93,16 +121,17 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(TRL_READY)  ## ratios against named peers, measured in one run; writes build/bench.json
-	$(BIN)/python -m bench
+bench: $(TRL_READY)  ## ratios against named peers, measured in one run; ARGS="--write" renews docs/benchmarks.md and README
+	$(BIN)/python -m bench $(ARGS)
 
-bench-real: $(READY)  ## the same with SmolLM2 (`make models`); writes build/bench-real.json
-	$(BIN)/python -m bench --real
+bench-real: $(READY)  ## the same with SmolLM2 (`make models`)
+	$(BIN)/python -m bench --real $(ARGS)
 
 llama-cpp: $(LLAMA_READY)  ## build llama.cpp, a peer of bench-real; some ten minutes, with a C++ compiler
 
-docs: $(READY)  ## the pages and the API reference; leaves build/site/index.html
+docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has to be run; leaves build/site/index.html
+	$(BIN)/python -m scripts.tutorial
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL) $(LLAMA) .venv-newest .venv-lowest
+	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(MARIMO) .venv-newest .venv-lowest

@@ -1,4 +1,4 @@
-"""`python -m bench [names] [--threads N] [--readme]`: measure, print, write build/bench.json.
+"""`python -m bench [names] [--threads N] [--write]`: measure, print, write build/bench.json, and pages if asked to.
 
 Imports no torch before its threads are settled: how many, and that waiting ones sleep.
 """
@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from bench import report
+from bench import pages, report
 from bench.harness import ROOT, Row, Skipped
 
-README, JSON = ROOT / "README.md", ROOT / "build" / "bench.json"
+BUILD = ROOT / "build"
 ROWS = {
     "import": "startup:package",
     "import-clients": "startup:clients",
@@ -75,25 +75,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     try:
         names = select(chosen.rows or (list(REAL) if chosen.real else []))
-        if chosen.readme:
-            check_readme(names, real=chosen.real)
+        if chosen.write:
+            pages.check_marks()  # before minutes are spent
     except (ValueError, OSError) as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory(prefix="tensafe-bench-") as home:
         settle(chosen.threads, home)
         about = report.facts(chosen.threads)
         print(report.machine_line(about))
-        rows = {name: measured(name) for name in names}
-    command = report.REAL if chosen.real else report.BENCH
-    written = JSON.with_name(f"{command}.json")
+        rows: dict[str, Row | Skipped] = {}
+        for name in names:
+            rows[name] = measured(name)
+            if chosen.write:  # row by row: what is measured is kept, whatever happens to the next
+                pages.write(pages.merged(pages.load(), about, rows, ALL), ALL)
+    written = BUILD / ("bench-real.json" if chosen.real else "bench.json")
     written.parent.mkdir(exist_ok=True)
     written.write_text(report.as_json(about, rows), encoding="utf-8")
     print(f"\nwritten: {written.relative_to(ROOT)}")
-    if chosen.readme:
-        page = README.read_text(encoding="utf-8")
-        table = report.table(about, rows, command)
-        README.write_text(report.between_markers(page, table, command=command), encoding="utf-8")
-        print(f"updated: {README.relative_to(ROOT)}")
+    if chosen.write:
+        print(f"written: {', '.join(pages.write(pages.load(), ALL))}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("rows", nargs="*", help=f"names, or how they begin; all when none: {', '.join(ROWS)}")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("--real", action="store_true", help=f"the rows of a real model: {', '.join(REAL)}")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="keep these rows in bench/measured.json, and put them into docs/benchmarks.md and README.md",
+    )
     return parser
 
 
@@ -114,14 +118,6 @@ def select(wanted: Sequence[str]) -> list[str]:
             raise ValueError(f"there is no row {name!r}; there are {', '.join(ALL)}")
         chosen |= found
     return [row for row in ALL if row in chosen] if wanted else list(ROWS)
-
-
-def check_readme(names: Sequence[str], *, real: bool) -> None:
-    """Refuse, before minutes are spent, what could not be written in the end."""
-    if list(names) != list(REAL if real else ROWS):
-        raise ValueError("--readme writes the whole table, of one run: give no names with it")
-    command = report.REAL if real else report.BENCH
-    report.check_markers(README.read_text(encoding="utf-8"), README.name, command)
 
 
 def settle(threads: int, home: str) -> None:

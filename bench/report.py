@@ -1,4 +1,4 @@
-"""What becomes of the rows: lines in the terminal, `build/bench.json`, the table in the README."""
+"""What becomes of the rows: lines in the terminal, and records as JSON; `pages.py` makes tables of these."""
 
 import datetime
 import json
@@ -12,8 +12,6 @@ from typing import Any
 
 from bench.harness import Row, Skipped
 
-BENCH, REAL = "bench", "bench-real"  # a table's command, which names its place in the page too
-COLUMNS = ("row", "measured", "against", "precision, sizes", "ours", "peer", "ratio", "target")
 Facts = Mapping[str, Any]
 
 
@@ -112,13 +110,14 @@ def _spread(row: Row) -> str:
 
 
 def as_json(about: Facts, rows: Mapping[str, Row | Skipped]) -> str:
-    measured = {name: _plain(row) for name, row in rows.items() if isinstance(row, Row)}
+    measured = {name: plain(row) for name, row in rows.items() if isinstance(row, Row)}
     skipped = {name: str(why) for name, why in rows.items() if isinstance(why, Skipped)}
     found = {"machine": about, "rows": measured, "skipped": skipped}
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def plain(row: Row) -> dict[str, Any]:
+    """Return all of a row but its single measurements."""
     return {
         **{name: getattr(row, name) for name in ("what", "peer", "precision", "sizes", "unit", "compares")},
         "figure": row.figure.__name__,
@@ -127,59 +126,3 @@ def _plain(row: Row) -> dict[str, Any]:
         "target": target(row),
         "met": row.met,
     }
-
-
-def table(about: Facts, rows: Mapping[str, Row | Skipped], command: str = BENCH) -> str:
-    """Return the rows as a Markdown table, with the command and the machine under it."""
-    cells = [COLUMNS, ("---",) * len(COLUMNS), *(_cells(name, row) for name, row in rows.items())]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in cells)
-    return (
-        f"{body}\n\n`make {command}`: ours and the peer in turns in one run, medians, and the median of the paired "
-        f"ratios (in CPU time in brackets). {machine_line(about)}."
-    )
-
-
-def _cells(name: str, row: Row | Skipped) -> tuple[str, ...]:
-    if isinstance(row, Skipped):
-        return (name, f"not measured: {row}", *["–"] * (len(COLUMNS) - 2))
-    theirs = "–" if row.theirs is None else amount(row.theirs, row.unit)
-    cpu = "" if row.cpu_ratio is None else f" [{row.cpu_ratio:.3g}]"
-    ratio = "–" if row.ratio is None else f"{row.ratio:.3g}{cpu}, {row.compares}"
-    return (
-        name,
-        row.what,
-        row.peer or "–",
-        _circumstances(row) or "–",
-        amount(row.ours, row.unit),
-        theirs,
-        ratio,
-        target(row),
-    )
-
-
-def markers(command: str = BENCH) -> tuple[str, str]:
-    """Return the lines between which the table of a command stands."""
-    return f"<!-- {command} -->", f"<!-- /{command} -->"
-
-
-def check_markers(text: str, where: str, command: str = BENCH) -> None:
-    """Refuse a page that has no place for the table.
-
-    Raises:
-        ValueError: Not exactly one pair of markers, in order.
-    """
-    begin, end = markers(command)
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(
-            f"{where} has no place for the table: write the lines {begin} and {end}, once each and in this order, "
-            f"where it belongs."
-        )
-
-
-def between_markers(text: str, content: str, where: str = "README.md", command: str = BENCH) -> str:
-    """Return the text with `content` in place of what stands between the two markers."""
-    check_markers(text, where, command)
-    begin, end = markers(command)
-    before, _, rest = text.partition(begin)
-    after = rest.partition(end)[2]
-    return f"{before}{begin}\n{content}\n{end}{after}"

@@ -26,9 +26,12 @@ _HOMES = {
     "FutureHandle": "futures",
     "enable_nested_asyncio": "futures",
     "TrainingRun": "runs.run",
-    "list_runs": "runs.record",
+    "list_runs": "runs.listing",
+    "plot_runs": "runs.listing",
+    "diff_runs": "runs.diff",
     "load_run": "runs.record",
     "replay": "widgets.replay",
+    "save_page": "widgets.page",
     **dict.fromkeys(
         (
             "TGTinkerError",
@@ -56,16 +59,17 @@ _HOMES = {
             "FutureTimeoutError",
             "FutureCancelledError",
             "FutureFailedError",
+            "full_tracebacks",
         ),
         "errors",
     ),
 }
-_MODULES = ("data", "datasets", "losses", "rlvr", "events", "errors")
+_MODULES = ("data", "datasets", "losses", "rlvr", "widgets", "events", "errors")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
-    from tensafe_nb import data, datasets, errors, events, losses, rlvr
+    from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
     from tensafe_nb.client import TrainingClient
     from tensafe_nb.config import (
         DPConfig,
@@ -101,14 +105,18 @@ if TYPE_CHECKING:
         TGTinkerError,
         TrainingClientNotFoundError,
         ValidationError,
+        full_tracebacks,
     )
     from tensafe_nb.futures import FutureHandle, enable_nested_asyncio
     from tensafe_nb.protocol.batch import BatchData
     from tensafe_nb.protocol.results import ClientStatus, FutureStatus, RunStatus
     from tensafe_nb.recipes.recipe import Recipe, load_config
-    from tensafe_nb.runs.record import list_runs, load_run
+    from tensafe_nb.runs.diff import diff_runs
+    from tensafe_nb.runs.listing import list_runs, plot_runs
+    from tensafe_nb.runs.record import load_run
     from tensafe_nb.runs.run import TrainingRun
     from tensafe_nb.service import ServiceClient
+    from tensafe_nb.widgets.page import save_page
     from tensafe_nb.widgets.replay import replay
 
 

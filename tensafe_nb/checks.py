@@ -94,7 +94,8 @@ def check_of(annotation: Any) -> Check | None:
     if annotation in _SIMPLE:
         return _SIMPLE[annotation]
     if is_ours(annotation):
-        return lambda value: None if isinstance(value, annotation) else f"a {annotation.__name__}"
+        expected = f"a {annotation.__name__}{getattr(annotation, 'MADE_BY', '')}"
+        return lambda value: None if isinstance(value, annotation) else expected
     return None
 
 

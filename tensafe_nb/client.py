@@ -3,19 +3,22 @@
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig
+from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig, joins
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError
-from tensafe_nb.events import Event
+from tensafe_nb.events import Event, RunDescribed
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.sinks.forwarding import Forwarding, check_samples, reporter
+from tensafe_nb.history.sinks.sink import sink_of
 from tensafe_nb.history.stream import Subscriptions, stream
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
@@ -55,9 +58,10 @@ from tensafe_nb.protocol.results import (
 )
 from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
+from tensafe_nb.runs.description import described
 from tensafe_nb.runs.loop import Batch, Loop
 from tensafe_nb.runs.run import TrainingRun
-from tensafe_nb.runs.supervised import SupervisedLoop
+from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
 
 R = TypeVar("R")
@@ -91,6 +95,7 @@ class TrainingClient:
         self._runs: list[TrainingRun] = []
         self._outstanding = Outstanding()
         self._subscriptions = Subscriptions(channel.subscribe)
+        self._forwardings: dict[object, Forwarding] = {}
         weakref.finalize(self, channel.detach).atexit = False  # there, the transport closes what is left
 
     # verbs
@@ -147,37 +152,49 @@ class TrainingClient:
             )
         return self._submit(OptimStep(apply_dp_noise))
 
+    @joins(SamplingConfig, "sampling")
     def sample(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingConfig | None = None,
         *,
         stream: bool = False,
-        **fields: Any,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        num_samples: int = 1,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        ignore_end: bool = False,
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
 
         Args:
             prompts: A text, a list of chat messages or of token ids, or a list of any of these.
-            sampling: How to draw.
+            sampling: How to draw: a SamplingConfig, whose fields the keywords are. Those that you give come on top of
+                it.
             stream: Tell pieces of the texts as they are drawn: `async for piece in handle.pieces()`.
-            fields: Fields of SamplingConfig, instead of or on top of `sampling`.
+            max_new_tokens: Longest completion, in tokens.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_p: Keep the smallest set of tokens whose probability reaches this.
+            top_k: Keep the k most likely tokens; 0 keeps all.
+            num_samples: Completions per prompt.
+            stop: Strings that end a completion; they are cut from its text.
+            seed: Fixes every row's random stream; None takes the client's next one.
+            ignore_end: Go on past end tokens, so that every completion has `max_new_tokens`.
 
         Raises:
             ValidationError: No prompt, or a field that does not fit.
         """
-        if sampling is not None and not isinstance(sampling, SamplingConfig):
-            raise ValidationError(
-                f"sample() takes a SamplingConfig, or its fields as keywords, not {as_given(sampling)}."
-            )
-        config = SamplingConfig(**fields) if sampling is None else sampling.replace(**fields)
+        assert sampling is not None  # the keywords are in it
         read = read_prompts(prompts)
-        if len(read) * config.num_samples > MOST_SEQUENCES:
+        if len(read) * sampling.num_samples > MOST_SEQUENCES:
             raise ValidationError(
-                f"sample(): {len(read):,} prompts with num_samples={config.num_samples:,} are more than "
+                f"sample(): {len(read):,} prompts with num_samples={sampling.num_samples:,} are more than "
                 f"{MOST_SEQUENCES:,} sequences: sample in parts."
             )
-        return self._submit(Sample(read, config, stream))
+        return self._submit(Sample(read, sampling, stream))
 
     @checked
     def compute_logprobs(
@@ -488,6 +505,9 @@ class TrainingClient:
         keep_last: int | None = None,
         keep_best: str | None = None,
         resume_from: str | None = None,
+        name: str | None = None,
+        tags: str | Sequence[str] = (),
+        notes: str = "",
         show: bool = True,
     ) -> TrainingRun:
         """Train on batches. Returns at once with a run that can be awaited, paused and stopped.
@@ -503,6 +523,9 @@ class TrainingClient:
             keep_best: Keep the one with the best value of this metric as well, for instance "eval/loss".
             resume_from: A checkpoint of a run like this one: go on where it stood in the data. `steps` and `epochs`
                 count from that run's beginning.
+            name: What the run is called, in `list_runs`, in the panel and in the legend of compared curves.
+            tags: Words to find it by.
+            notes: What there is to say of it; `run.describe(…)` changes any of the three.
             show: Show the progress: a bar, or plain lines where the output is no terminal.
 
         Raises:
@@ -521,6 +544,23 @@ class TrainingClient:
             show=show,
             checkpoints=Checkpoints(checkpoint_every, keep_last, keep_best),
             resume_from=resume_from,
+            name=name,
+            tags=tags,
+            notes=notes,
+            started_with={
+                "run": {
+                    "kind": "fit",
+                    "epochs": epochs,
+                    "steps": steps,
+                    "batches": summary_of(batches),
+                    "eval_batches": summary_of(eval_batches),
+                    "eval_every": eval_every,
+                    "checkpoint_every": checkpoint_every,
+                    "keep_last": keep_last,
+                    "keep_best": keep_best,
+                    "resume_from": resume_from,
+                }
+            },
         )
 
     def start_run(
@@ -531,8 +571,25 @@ class TrainingClient:
         show: bool = True,
         checkpoints: Checkpoints | None = None,
         resume_from: str | None = None,
+        name: str | None = None,
+        tags: str | Sequence[str] = (),
+        notes: str = "",
+        started_with: Mapping[str, Any] | None = None,
     ) -> TrainingRun:
-        """Run a loop of your own on a thread of its own; `fit` and `RLVRTrainer` are made of this."""
+        """Run a loop of your own on a thread of its own; `fit` and `RLVRTrainer` are made of this.
+
+        Args:
+            loop: What it repeats.
+            planned_steps: How many steps of its own it is to take.
+            show: Show the progress.
+            checkpoints: When to save, and what to keep.
+            resume_from: A checkpoint of a run like this one.
+            name: As for `fit`, like `tags` and `notes`.
+            tags: Words to find it by.
+            notes: What there is to say of it.
+            started_with: Plain data that `run.config` shows beside the client's configuration.
+        """
+        description = described(RunDescribed(run_id=""), name, tags, notes)
         if self.status is ClientStatus.TERMINATED:
             raise ClientClosedError(
                 f"The training client {self.training_client_id} is closed. Create a new one."
@@ -543,7 +600,16 @@ class TrainingClient:
                 f"Await it, or stop() it first; another model can train at the same time on a client of its own."
             )
         earlier = max(len(self._runs), len(self.history.state.runs))  # there, another client's may be, too
-        run = TrainingRun(self, loop, earlier + 1, planned_steps, checkpoints, resume_from)
+        run = TrainingRun(
+            self,
+            loop,
+            earlier + 1,
+            planned_steps,
+            checkpoints,
+            resume_from,
+            replace(description, time=0.0),
+            plain_metadata(started_with or {}),
+        )
         self._runs.append(run)
         if show:
             widgets().show_run(run)
@@ -671,6 +737,50 @@ class TrainingClient:
         return self._channel.subscribe(subscriber)
 
     @checked
+    def log_to(
+        self,
+        sink: Any,
+        where: str | Path | None = None,
+        *,
+        samples: int = 0,
+        only: str | None = None,
+        **options: Any,
+    ) -> Forwarding:
+        """Hand everything that is measured to a sink as well, under the same names: what was measured so far first.
+
+        Each run is a run there, with its configuration; alarms are texts. A sink has a thread of its own: it never
+        holds up the training, and one that fails ends with an alarm. Called again for the same place, as a cell that is
+        run again does, it returns the forwarding that is there. It ends with this client, or with `close()`.
+
+        Args:
+            sink: "tensorboard", "trackio", "mlflow" or "wandb"; a function of (values, step); or an object with the
+                methods of `history.sinks.sink.Sink`.
+            where: The folder of TensorBoard ("runs"); the project of trackio or wandb, the experiment of MLflow
+                ("tensafe_nb").
+            samples: Also so many prompts of each step of reinforcement learning, with their answers; no text leaves
+                unasked.
+            only: The id of a run: of this one alone.
+            options: What else trackio.init, wandb.init or MLflow (`tracking_uri`, `tags`) take.
+
+        Raises:
+            ValidationError: No such sink, or its package is not installed: says the line that does it.
+
+        Example:
+            >>> tc.log_to("tensorboard", "runs")
+        """
+        check_samples(samples)
+        key = (sink if isinstance(sink, str) else id(sink), str(where), only, samples, repr(options))
+        if key in self._forwardings and not self._forwardings[key].done:
+            return self._forwardings[key]
+        name, made = sink_of(sink, where, options)
+        forwarding = Forwarding(
+            name, made, self.history, reporter(self._channel.publish), only=only, samples=samples
+        )
+        self._forwardings[key] = forwarding.start(self._channel.subscribe)
+        weakref.finalize(self, forwarding.stop).atexit = False
+        return forwarding
+
+    @checked
     def publish(self, event: Event) -> Event:
         """Record an event of your own in the history: `Metrics` with a `run_id`, `Alarm`, or what else a run tells.
 
@@ -715,6 +825,8 @@ class TrainingClient:
         for run in self._runs:
             run.join(timeout=JOIN_SECONDS)
         self._channel.hang_up()
+        for forwarding in self._forwardings.values():
+            forwarding.close()
         settle(self)
 
     def __enter__(self) -> Self:

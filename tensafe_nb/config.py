@@ -1,16 +1,20 @@
 """Configurations of training: frozen, checked where a user types them, named in the field's standard terms."""
 
 import fnmatch
+import functools
+import inspect
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Annotated, Any, Literal, ParamSpec, Self, TypeVar
 
 import pydantic
 
 from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError, nearest
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]  # more of anything is a slip
 NonNegativeFloat = pydantic.NonNegativeFloat
@@ -81,6 +85,40 @@ class Config(pydantic.BaseModel):
             if isinstance(value, dict) and isinstance(getattr(self, name, None), Config)
         }
         return self.replace(**(changes | inner))
+
+
+def joins(kind: type[Config], name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a method that spells the fields of a configuration as keywords, for completion and for help.
+
+    The method gets one configuration, checked, as its parameter `name`: that which its caller gave, with those fields
+    on top that the caller gave as well. The defaults it spells are the configuration's own.
+
+    Raises:
+        ValidationError: Something else than such a configuration, or a field that does not fit.
+    """
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        parameters = list(inspect.signature(method).parameters)
+        others = {parameter for parameter in parameters if parameter not in kind.model_fields}
+        place = parameters.index(name)
+
+        @functools.wraps(method)
+        def call(*args: Any, **keywords: Any) -> R:
+            fields = {key: keywords.pop(key) for key in list(keywords) if key not in others}
+            given = args[place] if len(args) > place else keywords.pop(name, None)
+            if given is not None and not isinstance(given, kind):
+                raise ValidationError(
+                    f"{method.__name__}() takes a {kind.__name__}, or its fields as keywords, such as "
+                    f"{next(iter(kind.model_fields))}=…, not {as_given(given)}."
+                )
+            joined = kind(**fields) if given is None else given.replace(**fields)
+            if len(args) > place:
+                return method(*args[:place], joined, *args[place + 1 :], **keywords)  # type: ignore[arg-type]
+            return method(*args, **keywords | {name: joined})
+
+        return call
+
+    return decorate
 
 
 def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:

@@ -27,10 +27,35 @@ TGTinkerError
     └── FutureFailedError                   the operation failed; `__cause__` says why
 """
 
+import copy
 import difflib
-from collections.abc import Iterable, Mapping
+import functools
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
+from types import CodeType, TracebackType
 from typing import Any
+
+_everything = False  # whether IPython shows every frame
+
+
+def full_tracebacks(show: bool = True) -> None:
+    """Show every frame of this package's errors in IPython and Jupyter, or, with False, your own again.
+
+    By default an error of ours shows the lines of your own code that led to it, and what it says; where it was caused
+    inside a function that you gave us, a loss for instance, also the lines of that function. Errors of others, and
+    programs outside IPython, show what Python shows, whatever is set here.
+
+    Example:
+        >>> tn.full_tracebacks()  # everything
+        >>> tn.full_tracebacks(False)  # your own frames, as in the beginning
+    """
+    global _everything
+    if not isinstance(show, bool):
+        raise ValidationError(f"full_tracebacks(show) is True or False, not a {type(show).__name__}.")
+    _everything = show
 
 
 class TGTinkerError(Exception):
@@ -65,6 +90,87 @@ class TGTinkerError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+    @property
+    def _render_traceback_(self) -> Callable[[], list[str]]:
+        """What IPython calls, where there is such a thing, in place of its own traceback."""
+        if _everything:
+            raise AttributeError("full_tracebacks() is on: IPython shows all there is")
+        return partial(short_traceback, self)
+
+
+def short_traceback(error: TGTinkerError) -> list[str]:
+    """Return the traceback of an error as IPython shows it, of which only the frames of the user's own code are left.
+
+    What caused it is named in a line where the message does not say it, with the user's own frames in it if there are.
+    """
+    shown = sys.modules["IPython"].get_ipython().InteractiveTB
+    alone = copy.copy(error)
+    alone.__dict__.update(vars(error))  # its notes, too
+    alone.__cause__ = None  # no chain: it is told below
+    own, hidden = users_frames(error.__traceback__)
+    lines: list[str] = shown.structured_traceback(type(error), alone, own, tb_offset=0)
+    if shown.mode == "Minimal":
+        return lines
+    message = len(shown.get_exception_only(type(error), alone))
+    told = [f"    [{hidden} more of tensafe_nb: tn.full_tracebacks() shows all]\n"] if hidden else []
+    for cause, how in causes_of(error):
+        words = f"{type(cause).__name__}: {cause}"
+        frames, _ = users_frames(cause.__traceback__)
+        if frames is not None:
+            entries = shown.structured_traceback(type(cause), Exception(), frames, tb_offset=0)
+            head = next(i for i, entry in enumerate(entries) if "Traceback (most recent call last)" in entry)
+            told += [f"{how} {words}, raised in\n", *map(readable, entries[head + 1 : -1])]
+        elif words not in str(error):
+            told.append(f"{how} {words}\n")
+    return [*lines[:-message], *told, *lines[-message:]]
+
+
+def readable(entry: str) -> str:
+    """Return a frame of a traceback; the arguments of one that an earlier thread has left are not known any more."""
+    return entry.replace("***failed resolving arguments***", "…")
+
+
+def causes_of(error: BaseException) -> Iterator[tuple[BaseException, str]]:
+    """Yield what an error was raised from, and that from which that was raised, and how each is to be introduced."""
+    seen = {id(error)}
+    while True:
+        how = "Caused by" if error.__cause__ is not None else "While handling"
+        found = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if found is None or id(found) in seen:
+            return
+        seen.add(id(found))
+        yield found, how
+        error = found
+
+
+def users_frames(trace: TracebackType | None) -> tuple[TracebackType | None, int]:
+    """Return a traceback of those frames that are the user's own code, and how many others follow the first of them."""
+    entries = []
+    while trace is not None:
+        entries.append(trace)
+        trace = trace.tb_next
+    own = [number for number, entry in enumerate(entries) if is_users(entry.tb_frame.f_code)]
+    found = None
+    for number in reversed(own):
+        entry = entries[number]
+        found = TracebackType(found, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    return found, len(entries) - own[0] - len(own) if own else len(entries)
+
+
+def is_users(code: CodeType) -> bool:
+    """Whether code stands in a cell or file of the user's: neither in this package, nor in one that was installed."""
+    name = code.co_filename
+    if name.startswith("<"):
+        return name.startswith(("<ipython-input", "<stdin>"))
+    return not name.startswith(_installed()) and not {"site-packages", "dist-packages"} & {*Path(name).parts}
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    places = sysconfig.get_paths()
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    return (str(Path(__file__).parent), *(places[kind] for kind in kinds))
 
 
 class ValidationError(TGTinkerError, ValueError):
@@ -208,9 +314,12 @@ LONGEST_NAME = 200  # characters that are compared
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest known name, or the list of all, for an error message."""
     options = sorted(known)
-    close = difflib.get_close_matches(name[:LONGEST_NAME], options, n=1)  # its time grows with the square
+    folded = {option.casefold(): option for option in options}
+    close = difflib.get_close_matches(
+        name[:LONGEST_NAME].casefold(), folded, n=1
+    )  # its time grows with the square
     if close:
-        return f" Did you mean {close[0]!r}?"
+        return f" Did you mean {folded[close[0]]!r}?"
     return f" Known: {', '.join(options) or 'none'}."
 
 

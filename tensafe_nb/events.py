@@ -142,6 +142,38 @@ class RunState(Event):
         check_status("RunState", self.state, RunStatus)
 
 
+@tagged("run_described")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDescribed(Event):
+    """What a run is called and what its user says of it, in place of what was said before.
+
+    Attributes:
+        run_id: The run.
+        name: One line; None has none.
+        tags: Words to find it by.
+        notes: A text.
+    """
+
+    run_id: str
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    notes: str = ""
+
+
+@tagged("run_configured")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfigured(Event):
+    """What a run was started with, beside the configuration of its training client.
+
+    Attributes:
+        run_id: The run.
+        config: The arguments of the call (`run`), reward and algorithm where there are any, `versions` of packages.
+    """
+
+    run_id: str
+    config: Mapping[str, Any]
+
+
 @tagged("run_step")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStep(Event):
@@ -196,7 +228,7 @@ class Forked(Event):
 @tagged("rollouts")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts(Event):
-    """A step's rollouts were scored.
+    """A step's rollouts were scored, or the answers to the held-out prompts.
 
     Attributes:
         run_id: The run.
@@ -204,12 +236,14 @@ class Rollouts(Event):
         rollouts: How many there are.
         path: The file of their texts, in the folder `rollouts` beside the log; version 0.1 wrote where on its machine
             that was. `RunHistory.rollouts_file` finds either.
+        held_out: Whether they answer the held-out prompts: of each the greedy answer first, then the sampled ones.
     """
 
     run_id: str
     step: int
     rollouts: int
     path: str
+    held_out: bool = False
 
 
 @tagged("mock_took_part")
@@ -262,10 +296,40 @@ class PrivacySpent(Event):
     void: str | None = None
 
 
+class LineState(StrEnum):
+    """The states of a line to a server."""
+
+    OPEN = "OPEN"
+    RECONNECTING = "RECONNECTING"  # it broke off, and this end tries again
+    LOST = "LOST"  # nothing is known any more of what it led to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineChanged(Event):
+    """This end has lost its line to a training client of a server, or has it again.
+
+    It is told at this end alone: it is not recorded, does not cross the line, and bears the number of the latest event
+    that is known here.
+
+    Attributes:
+        state: Which of LineState it entered.
+        reason: Why, for people; None where it is open.
+    """
+
+    state: str
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        check_status("LineChanged", self.state, LineState)
+
+
+UNRECORDED = (Progress, LineChanged)
 REPORTED = (
     Metrics,
     RunState,
     RunStep,
+    RunDescribed,
+    RunConfigured,
     Rollouts,
     Alarm,
     MockTookPart,

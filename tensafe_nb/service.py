@@ -3,15 +3,15 @@
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 from weakref import WeakValueDictionary
 
 from tensafe_nb.checks import checked
 from tensafe_nb.client import Clients, TrainingClient
-from tensafe_nb.config import TrainingConfig
+from tensafe_nb.config import DPConfig, LoRAConfig, LossConfig, OptimizerConfig, TrainingConfig, joins
 from tensafe_nb.display import Facts, Listing, as_given, fields_of, shown
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.lifetimes import before_loading
@@ -24,6 +24,8 @@ from tensafe_nb.protocol.results import (
 )
 from tensafe_nb.store.home import Home
 from tensafe_nb.transports.base import Channel, Transport
+
+_DEFAULTS = TrainingConfig()
 
 
 @shown
@@ -65,25 +67,54 @@ class ServiceClient:
         self._clients: Clients = WeakValueDictionary()
         self._closed = False
 
-    def create_training_client(self, config: TrainingConfig | None = None, **fields: Any) -> TrainingClient:
+    @joins(TrainingConfig, "config")
+    def create_training_client(
+        self,
+        config: TrainingConfig | None = None,
+        *,
+        model_ref: str = "builtin:tiny",
+        lora_config: LoRAConfig | Mapping[str, Any] | None = None,
+        optimizer: OptimizerConfig | Mapping[str, Any] = _DEFAULTS.optimizer,
+        loss: LossConfig | Mapping[str, Any] = _DEFAULTS.loss,
+        batch_size: int = 8,
+        gradient_accumulation_steps: int = 1,
+        micro_batch_tokens: int = 16_384,
+        seed: int = 0,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+        value_head: bool = False,
+        dp_config: DPConfig | Mapping[str, Any] | None = None,
+        ignore_weights: str | Sequence[str] = (),
+        resize_embeddings: bool = False,
+    ) -> TrainingClient:
         """Make a training client. Returns at once; its model loads in the background.
 
         Before you load a transformers model of your own, wait for it (`await tc.ready()`): transformers patches torch
         while it loads, and two loads at once corrupt each other.
 
         Args:
-            config: What to train; None for the defaults.
-            fields: Fields of TrainingConfig, instead of or on top of `config`.
+            config: What to train: a TrainingConfig, whose fields the keywords are. Those that you give come on top of
+                it.
+            model_ref: A built-in ("builtin:tiny", "builtin:sums"), a local folder, a .gguf file, or a hub id.
+            lora_config: Adapters to train: LoRAConfig(…), or a dict of its fields; None trains all weights.
+            optimizer: OptimizerConfig(…), or a dict of its fields: {"learning_rate": 1e-3}.
+            loss: The loss, where an operation names no other.
+            batch_size: Rows per batch, read by `tc.batches`.
+            gradient_accumulation_steps: Batches per optimiser step, read by `fit`.
+            micro_batch_tokens: The engine splits batches into micro-batches of at most this many tokens.
+            seed: Fixes initialisation, dropout and sampling.
+            dtype: "float32", "bfloat16" (bf16 compute, fp32 trained weights), or "auto".
+            device: "cpu", "cuda", "mps", or "auto".
+            value_head: Add a scalar head, for PPO with advantage="gae".
+            dp_config: Train with differential privacy: DPConfig(…); None trains without.
+            ignore_weights: Weights that the model's file may hold though the model has no place for them.
+            resize_embeddings: Give the model rows for tokens that its tokenizer has and it lacks.
 
         Raises:
             ValidationError: A field that does not fit.
         """
-        if config is not None and not isinstance(config, TrainingConfig):
-            raise ValidationError(
-                f"create_training_client takes a TrainingConfig, or its fields as keywords, not {as_given(config)}."
-            )
+        assert config is not None  # the keywords are in it
         self._refuse_if_closed()
-        config = TrainingConfig(**fields) if config is None else config.replace(**fields)
         before_loading()
         return self._adopt(self._transport.create(config))
 

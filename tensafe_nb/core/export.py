@@ -40,7 +40,7 @@ def export(vault: Vault, artifact_id: str, path: Path, *, merged: bool = False) 
         )
     config = checkpoints.config_of(vault.artifacts, artifact_id)
     config = config.replace(dtype="float32")  # added in bfloat16, most of a small adapter would be lost
-    engine = Engine(config, models.load(config, vault.home))
+    engine = Engine(config, models.load(config, vault.home, alone=merged))
     checkpoints.load(engine, vault.artifacts, artifact_id)
     made = [folder for folder in target.parents if not folder.exists()]
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.exporting")

@@ -145,6 +145,7 @@ class Worker:
         origin: Where it starts; afresh when None.
         keeper: Keeps it for a process to come; None lets it end with this one.
         resumed: What an earlier process has left of it: its model is loaded when there is something to do.
+        served: Its tokenizer is given to nobody in this process.
     """
 
     def __init__(
@@ -158,7 +159,10 @@ class Worker:
         origin: Origin | None = None,
         keeper: Keeper | None = None,
         resumed: Resumed | None = None,
+        *,
+        served: bool = False,
     ) -> None:
+        self._served = served
         self.training_client_id = training_client_id
         self.config = config
         self.bus = bus
@@ -295,6 +299,11 @@ class Worker:
     def promise_of(self, future_id: str) -> Promise[Any] | None:
         """Return the promise of an operation, as long as somebody keeps its handle or it is to run."""
         return self._promises.get(future_id)
+
+    @property
+    def waiting(self) -> int:
+        """How many operations wait."""
+        return self._queue.depth
 
     def submit(
         self,
@@ -577,7 +586,7 @@ class Worker:
         if len(loaded_models) > 0:
             collect()  # a cell that was run again has let go of another model: make room before this one
         try:
-            model = self._shared_model() or models.load(self.config, self._vault.home)
+            model = self._shared_model() or models.load(self.config, self._vault.home, served=self._served)
             engine = Engine(self.config, model)
             self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)

@@ -146,14 +146,14 @@ class Batches:
         self._pad_token_id = pad_token_id
         self._shuffle = shuffle
         self._bucket = bucket
-        self._seed = seed
+        self.seed = seed
         self._with_ids = with_ids
 
     def __len__(self) -> int:
         return -(-len(self.examples) // (self.batch_size * self.group))  # rounded up
 
     def __iter__(self) -> Iterator[BatchData]:
-        order = self._order(random.Random(f"{self._seed}/{self.passes}"))
+        order = self._order(random.Random(f"{self.seed}/{self.passes}"))
         self.passes += 1
         for numbers in order:
             batch = collate([one for number in numbers for one in self._members(number)], self._pad_token_id)

@@ -3,23 +3,33 @@
 import json
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from tensafe_nb.checks import checked
+from tensafe_nb.config import TrainingConfig
 from tensafe_nb.display import Facts, as_given, shown
-from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import Alarm, Event, Metrics, Rollouts
+from tensafe_nb.errors import TGTinkerError, ValidationError, nearest
+from tensafe_nb.events import Alarm, ClientCreated, Event, Metrics, Rollouts
+from tensafe_nb.history.branches import CLOCK, Branches, Span
+from tensafe_nb.history.measured import TOLD, Measured, Measurements, Reading
 from tensafe_nb.history.state import ClientState
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, tags_of
 
+UNREADABLE = (
+    TGTinkerError,
+    ValueError,
+    TypeError,
+    KeyError,
+)  # what reading a file that is no event log raises
 TIMED = "tokens"  # the curve whose points keep their moments as well, so that a rate can be told
 
 
 @shown
-class RunHistory:
+class RunHistory(Measured):
     """The history of a training client: every metric as a curve, every event on disk.
 
     Curves are held as columns; events are read from the log when asked for, so memory does not grow with them.
@@ -44,6 +54,7 @@ class RunHistory:
             0.0,
         )  # steps and seconds; Unix seconds of the first
         self._timed = array("d")
+        self._branches = Branches(lambda: {**self._steps, CLOCK: self._clock[0]}, self.state)
 
     @property
     def last_seq(self) -> int:
@@ -59,7 +70,13 @@ class RunHistory:
         return history
 
     def __getitem__(self, name: str) -> Array:
-        """Values of a metric, in order of time."""
+        """Values of a metric, in order of time, those that a rollback gave up among them; none before the first.
+
+        Raises:
+            ValidationError: Others were measured, and this one never; says the nearest. `series` is empty then.
+        """
+        if name not in self and self._values:
+            raise ValidationError(f"Nothing has measured {as_given(name)}.{nearest(str(name), self.names)}")
         return self.series(name)[1]
 
     def __contains__(self, name: object) -> bool:
@@ -101,6 +118,14 @@ class RunHistory:
         """Return the latest value of every metric measured since event number `after`."""
         return {name: self._values[name][-1] for name in self.names if self._measured[name] > after}
 
+    def spans(self, name: str) -> list[Span]:
+        """Return which points of a metric led to the client as it stands, as (from, to) in numbers of points.
+
+        All of them, `[(0, None)]`, until a state is loaded; after that, those that led to that state and those measured
+        since. What lies outside was trained and given up.
+        """
+        return self._branches.spans(name)
+
     def events(self, after: int = 0, kinds: Sequence[type[Event]] = ()) -> Iterator[Event]:
         """Iterate over the recorded events with a number above `after`: all, or those of some kinds, which is quick."""
         if not self.path.exists():
@@ -120,6 +145,54 @@ class RunHistory:
                 if event.seq > after and isinstance(event, tuple(kinds) or Event):
                     yield event
 
+    @property
+    def config(self) -> TrainingConfig:
+        """What is trained: a log begins with it.
+
+        Raises:
+            ValidationError: The log does not: it is not the whole one of a training client.
+        """
+        created = next(self.events(), None)
+        config = decode(dict(created.config)) if isinstance(created, ClientCreated) else None
+        if not isinstance(config, TrainingConfig):
+            raise ValidationError(
+                f"{self.path} does not begin with what was trained: it is not the whole log of a training client."
+            )
+        return config
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it tells of a private training's data."""
+        try:
+            dp = self.config.dp_config
+        except ValidationError:
+            return False
+        return dp is not None and dp.enabled
+
+    def reading(self, run: str | None = None) -> Reading:
+        """Return what the training client measured, or one of its runs, row by row, from the log."""
+        rows = self.rows()
+        if run is not None:
+            return Reading.of_run(rows, run, self.is_private)
+        return Reading.of_client(
+            rows, self.state.training_client_id or self.path.parent.name, self.is_private
+        )
+
+    def rows(self, being_read: tuple[Path, ...] = ()) -> Measurements:
+        """Return all that was measured, and how it hangs together with what other logs of the home folder tell."""
+
+        def elsewhere(artifact_id: str) -> Measurements | None:
+            for other in sorted(self.path.parent.parent.glob("*/events.jsonl")):
+                if other in (self.path, *being_read) or artifact_id.encode() not in other.read_bytes():
+                    continue
+                with suppress(*UNREADABLE):
+                    rows = RunHistory(other).rows((self.path, *being_read))
+                    if artifact_id in rows.saved:
+                        return rows
+            return None
+
+        return Measurements.read(self.events(kinds=TOLD), self.rollouts_file, elsewhere)
+
     def rollouts_file(self, event: Rollouts) -> Path:
         """Return where the texts of a step lie: beside the log, wherever it was moved to, and nowhere else."""
         number = Path(event.run_id.rpartition("/")[2]).name
@@ -133,6 +206,7 @@ class RunHistory:
     def add(self, event: Event) -> None:
         """Take in the next event, on whatever thread publishes."""
         self.state.apply(event)
+        self._branches.apply(event)
         if not isinstance(event, Metrics):
             return
         self._clock[0].append(event.step)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import Event, Progress
+from tensafe_nb.events import UNRECORDED, Event
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.stream import Subscriber, check_subscriber, name_of_subscriber
 from tensafe_nb.locks import hold
@@ -57,7 +57,7 @@ class Recorder:
         """Write an event down, and tell the subscribers."""
         with self._lock:
             if not self._log.closed and os.getpid() == self._pid:
-                if not isinstance(event, Progress):
+                if not isinstance(event, UNRECORDED):
                     self._put(event)
                 self.history.add(event)
             for subscriber in tuple(self._subscribers):

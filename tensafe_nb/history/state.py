@@ -10,12 +10,15 @@ from statistics import median
 from typing import TypeAlias
 
 from tensafe_nb.events import (
+    UNRECORDED,
     Alarm,
     ArtifactDeleted,
     CheckpointSaved,
     ClientCreated,
     Event,
     Forked,
+    LineChanged,
+    LineState,
     Metrics,
     MockTookPart,
     OperationCancelled,
@@ -26,6 +29,7 @@ from tensafe_nb.events import (
     PrivacySpent,
     Progress,
     Rollouts,
+    RunDescribed,
     RunState,
     RunStep,
     StateLoaded,
@@ -92,6 +96,7 @@ class RunSoFar:
         step: The client's optimiser step; that of its end, once it has ended.
         checkpoint: The artifact it saved last.
         rewarded: Whether rewards were measured in it.
+        described: What it is called and what is said of it.
         durations: Seconds of its latest steps.
     """
 
@@ -106,6 +111,7 @@ class RunSoFar:
     step: int = 0
     checkpoint: str | None = None
     rewarded: bool = False
+    described: RunDescribed | None = None
     durations: "deque[float]" = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     done_at: int = 0  # the client's step when `steps_done` was told
     begun_at: int = 0  # the client's step at the run's first event
@@ -193,8 +199,11 @@ class ClientState:
         alarms: The latest.
         privacy: The privacy account; None before it was told of.
         rollouts: By step: the latest of each.
+        held_out: By step: the latest answers to the held-out prompts.
         rewards: (step, number) of each reward function, where it first scored.
         mocked: Whether a mock took part: then nothing here is a measurement.
+        line: That the line to the server broke off, and when; None while it is open, or there is none. Not recorded, so
+            a log that is read back does not know it.
     """
 
     training_client_id: str | None = None
@@ -212,8 +221,10 @@ class ClientState:
     alarms: "deque[Alarm]" = field(default_factory=lambda: deque(maxlen=LATEST_ALARMS))
     privacy: PrivacySpent | None = None
     rollouts: dict[int, Rollouts] = field(default_factory=dict)
+    held_out: dict[int, Rollouts] = field(default_factory=dict)
     rewards: list[tuple[int, float]] = field(default_factory=list)
     mocked: bool = False
+    line: LineChanged | None = field(default=None, compare=False)
 
     @property
     def status(self) -> ClientStatus:
@@ -231,10 +242,12 @@ class ClientState:
         return next(reversed(self.runs.values()), None)
 
     def apply(self, event: Event) -> None:
-        """Take in the next event. Progress, which is not recorded, changes nothing but `queue.progress`."""
+        """Take in the next event. What is not recorded changes nothing but `queue.progress` and `line`."""
         if isinstance(event, OperationEvent):
             self.queue.apply(event)
-        if isinstance(event, Progress):
+        if isinstance(event, LineChanged):
+            self.line = None if event.state == LineState.OPEN else event
+        if isinstance(event, UNRECORDED):
             return
         self.seq = max(self.seq, event.seq)
         self.counts[type(event)] += 1
@@ -264,7 +277,7 @@ class ClientState:
             case PrivacySpent():
                 self.privacy = event  # what was spent stays spent: no rollback is an event of this kind
             case Rollouts():
-                self.rollouts[event.step] = event
+                (self.held_out if event.held_out else self.rollouts)[event.step] = event
             case MockTookPart():
                 self.mocked = True
 
@@ -284,6 +297,8 @@ class ClientState:
                 if event.run_id not in self.runs:
                     self.runs[event.run_id] = RunSoFar.begun(event)
                 self.runs[event.run_id].turned(event)
+            case RunDescribed(run_id=run_id) if run_id in self.runs:
+                self.runs[run_id].described = event
             case RunStep(run_id=run_id) if run_id in self.runs:
                 self.runs[run_id].stepped(event, self.step)
             case CheckpointSaved(run_id=str(run_id)) if run_id in self.runs:

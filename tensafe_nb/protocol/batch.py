@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,6 +48,8 @@ class BatchData:
         >>> batch.shape
         (1, 4)
     """
+
+    MADE_BY: ClassVar = " (tc.batches(rows) makes them of rows)"  # for whoever gave something else
 
     input_ids: Array
     attention_mask: Array = None  # type: ignore[assignment]  # filled below
@@ -108,7 +110,7 @@ class BatchData:
         if not isinstance(batch, Mapping):
             raise ValidationError(
                 f"A batch is a BatchData or a dict with 'input_ids', not a {type(batch).__name__}. Rows become batches "
-                f"by tc.batches(rows)."
+                f"by tc.batches(rows): for batch in tc.batches(rows): …"
             )
         if "input_ids" not in batch:
             raise ValidationError(

@@ -18,15 +18,9 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.recipes.yaml_file import Keys, Problem, YamlFile, to_yaml
 from tensafe_nb.registry import load_dotted
-from tensafe_nb.rlvr import (
-    PPO,
-    REINFORCE,
-    PPOConfig,
-    REINFORCEConfig,
-    RLVRTrainer,
-    get_presets,
-    resolve_reward,
-)
+from tensafe_nb.rlvr import RLVRTrainer, resolve_reward
+from tensafe_nb.rlvr.algorithms.policy_gradient import Algorithm, algorithm_of
+from tensafe_nb.rlvr.algorithms.presets import options_of
 from tensafe_nb.runs.run import TrainingRun
 
 # Where a file says what: keys in the file → fields of a Recipe.
@@ -95,28 +89,19 @@ class AlgoConfig(Config):
     @pydantic.field_validator("type")
     @classmethod
     def _type_is_known(cls, name: str) -> str:
-        known = {"ppo", *get_presets()}
-        if name not in known:
-            raise ValidationError(f"There is no algorithm {as_given(name)}.{nearest(name, known)}")
+        options_of(name)  # raises
         return name
 
     @pydantic.field_validator("kwargs")
     @classmethod
     def _kwargs_fit(cls, kwargs: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
         if "type" in info.data:
-            _options(info.data["type"]).replace(**kwargs)
+            options_of(info.data["type"]).replace(**kwargs)
         return kwargs
 
-    def algorithm(self) -> REINFORCE | PPO:
+    def algorithm(self) -> Algorithm:
         """Return the algorithm."""
-        options = _options(self.type).replace(**self.kwargs)
-        return PPO(options) if isinstance(options, PPOConfig) else REINFORCE(options)
-
-
-def _options(name: str) -> Any:
-    """Return an algorithm's options before they are changed; "reinforce" by itself chooses its baseline."""
-    plain = {"reinforce": REINFORCEConfig(), "ppo": PPOConfig()}
-    return plain[name] if name in plain else get_presets()[name]
+        return algorithm_of(options_of(self.type).replace(**self.kwargs))
 
 
 class RLVRConfig(Config):

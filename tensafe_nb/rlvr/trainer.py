@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import TrainingConfig
+from tensafe_nb.config import Config, TrainingConfig
 from tensafe_nb.data import OnBadRows, Rows
 from tensafe_nb.data.rows import check_on_bad_rows
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.protocol.results import TrainingClientInfo
-from tensafe_nb.rlvr.algorithms.policy_gradient import REINFORCE, Algorithm, RemembersRewards
+from tensafe_nb.rlvr.algorithms.policy_gradient import AlgorithmSpec, RemembersRewards, algorithm_of
 from tensafe_nb.rlvr.algorithms.private import CAPABILITY, released
 from tensafe_nb.rlvr.loop import RLVRLoop
 from tensafe_nb.rlvr.policy import PolicyClient
@@ -49,6 +49,10 @@ class RunningClient(PolicyClient, Protocol):
         show: bool,
         checkpoints: Checkpoints | None,
         resume_from: str | None,
+        name: str | None,
+        tags: str | Sequence[str],
+        notes: str,
+        started_with: Mapping[str, Any] | None,
     ) -> TrainingRun: ...
 
 
@@ -63,7 +67,8 @@ class RLVRTrainer:
             a frame, a data set: whatever rows are read from. The column `tools` goes into the chat template as well.
         reward: `fn(prompt, response, meta=None) -> float`, its registered name, or several: a list, or a dict with
             weights; see `resolve_reward`.
-        algo: How to update; REINFORCE with its defaults when None.
+        algo: How to update: an algorithm, its options, or its name: "reinforce", "ppo", or a preset such as "grpo", see
+            `get_presets`. REINFORCE with its defaults when None.
         prompts_per_step: Prompts drawn for each step, without repetition within an epoch.
         group_size: Rollouts per prompt.
         max_new_tokens: Longest completion, in tokens.
@@ -96,7 +101,7 @@ class RLVRTrainer:
         training_client: RunningClient,
         prompts: Rows,
         reward: RewardSpec,
-        algo: Algorithm | None = None,
+        algo: AlgorithmSpec | None = None,
         *,
         prompts_per_step: int = 16,
         group_size: int = 8,
@@ -115,12 +120,12 @@ class RLVRTrainer:
         on_bad_rows: OnBadRows = "raise",
         seed: int = 0,
     ) -> None:
-        check_options(algo, eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
+        check_options(eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
         self.training_client = training_client
         self.reward = resolve_reward(reward)
         self.reward_timeout = reward_timeout
         self.on_reward_errors = on_reward_errors
-        self.algo = algo or REINFORCE()
+        self.algo = algorithm_of(algo)
         self.sampler = PolicySampler(
             training_client,
             group_size,
@@ -138,6 +143,7 @@ class RLVRTrainer:
                 eval_prompts = prompt_specs(eval_prompts, "skip", fits, "eval_prompts")
         check_on_bad_rows(on_bad_rows)
         self.prompts = PromptCursor(prompts, prompts_per_step, seed)
+        self.prompts_per_step, self.seed = prompts_per_step, seed
         self.eval_every = eval_every
         self.held_out = None
         if eval_prompts is not None:
@@ -166,6 +172,9 @@ class RLVRTrainer:
         keep_last: int | None = None,
         keep_best: str | None = None,
         resume_from: str | None = None,
+        name: str | None = None,
+        tags: str | Sequence[str] = (),
+        notes: str = "",
         show: bool = True,
     ) -> TrainingRun:
         """Start training and return at once.
@@ -176,6 +185,9 @@ class RLVRTrainer:
             keep_last: Of the checkpoints this run saved by itself, keep the newest so many; None keeps all.
             keep_best: Keep the one with the best value of this metric as well, for instance "eval/reward".
             resume_from: A checkpoint of a run like this one: go on where it stood; `steps` counts from its beginning.
+            name: What the run is called, in `list_runs`, in the panel and in the legend of compared curves.
+            tags: Words to find it by.
+            notes: What there is to say of it; `run.describe(…)` changes any of the three.
             show: Show the live panel in a notebook.
 
         Raises:
@@ -191,7 +203,42 @@ class RLVRTrainer:
             show=show,
             checkpoints=Checkpoints(checkpoint_every, keep_last, keep_best),
             resume_from=resume_from,
+            name=name,
+            tags=tags,
+            notes=notes,
+            started_with={
+                "run": {
+                    "kind": "rlvr",
+                    "steps": steps,
+                    "checkpoint_every": checkpoint_every,
+                    "keep_last": keep_last,
+                    "keep_best": keep_best,
+                    "resume_from": resume_from,
+                },
+                **self._made_of(),
+            },
         )
+
+    def _made_of(self) -> dict[str, Any]:
+        """Return, as plain data, what decides how this trainer trains."""
+        config = getattr(self.algo, "config", None)
+        options = config.model_dump(mode="json") if isinstance(config, Config) else {}
+        held_out = None if self.held_out is None else len(self.held_out.specs)
+        return {
+            "trainer": {
+                "prompts": len(self.prompts.specs),
+                "prompts_per_step": self.prompts_per_step,
+                "chat": self.sampler.chat,
+                "eval_prompts": held_out,
+                "eval_every": self.eval_every,
+                "good_threshold": self.good_threshold,
+                "reward_timeout": self.reward_timeout,
+                "seed": self.seed,
+            },
+            "sampling": self.sampler.sampling.model_dump(mode="json"),
+            "algo": {"kind": type(self.algo).__name__, **options},
+            "reward": {"name": self.reward.name, "version": self.reward.version},
+        }
 
     def set_reward(self, reward: RewardSpec, **kwargs: Any) -> None:
         """Score with another function from the next step on; the metric `reward_version` marks where.
@@ -311,7 +358,6 @@ class RLVRTrainer:
 
 
 def check_options(
-    algo: Any,
     eval_prompts: object,
     eval_every: int | None,
     on_reward_errors: str,
@@ -325,8 +371,6 @@ def check_options(
     """
     if eval_every is not None and (eval_prompts is None or eval_every < 1):
         raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
-    if algo is not None and (isinstance(algo, type) or not hasattr(algo, "update")):
-        raise ValidationError(f"RLVRTrainer: algo is an algorithm such as REINFORCE(), not {as_given(algo)}.")
     if on_reward_errors not in ("pause", "fail"):
         raise ValidationError(
             f"RLVRTrainer: on_reward_errors={as_given(on_reward_errors)} must be 'pause' or 'fail'."

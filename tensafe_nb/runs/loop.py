@@ -1,12 +1,14 @@
 """Protocols of a run: the loop that it drives, and what both need of a training client."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.sinks.forwarding import Forwarding
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.results import LoadStateResult, SaveStateResult
 
@@ -26,6 +28,9 @@ class RunClient(Protocol):
     @property
     def history(self) -> RunHistory: ...
     def publish(self, event: Event) -> Event: ...
+    def log_to(
+        self, sink: Any, where: str | Path | None, *, samples: int, only: str | None, **options: Any
+    ) -> Forwarding: ...
     def sync_events(self) -> None: ...
     def wait_for_step(self, timeout: float) -> bool:
         """Wait so many seconds until `step` is known, which a restored client reads from its state."""

@@ -8,11 +8,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tensafe_nb import lifetimes
 from tensafe_nb.checks import checked
-from tensafe_nb.display import as_given, settle, widgets
+from tensafe_nb.display import as_given, settle, visible, widgets
 from tensafe_nb.errors import (
     ArtifactNotFoundError,
     ClientClosedError,
@@ -20,14 +22,18 @@ from tensafe_nb.errors import (
     FutureCancelledError,
     FutureFailedError,
     FutureTimeoutError,
+    ServerConnectionError,
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.events import RunState, RunStep
+from tensafe_nb.events import RunConfigured, RunDescribed, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.history.measured import Measured, Reading
+from tensafe_nb.history.sinks.forwarding import Forwarding
 from tensafe_nb.protocol.results import FutureStatus, LoadStateResult, RunResult, RunStatus, SaveStateResult
 from tensafe_nb.runs.checkpoints import Checkpoints, checkpoint_of
+from tensafe_nb.runs.description import described, keep, versions
 from tensafe_nb.runs.loop import Loop, RunClient
 
 logger = logging.getLogger(__name__)
@@ -45,7 +51,7 @@ class RunThread(threading.Thread):
             lifetimes.collect()
 
 
-class TrainingRun:
+class TrainingRun(Measured):
     """A loop on a thread of its own. The cell that starts it returns at once.
 
     Await it, or call `result()`, when the end is needed; interrupting that wait does not stop the run.
@@ -64,8 +70,12 @@ class TrainingRun:
         planned_steps: int | None = None,
         checkpoints: Checkpoints | None = None,
         resume_from: str | None = None,
+        description: RunDescribed | None = None,
+        started_with: Mapping[str, Any] | None = None,
     ) -> None:
         self.run_id = f"{client.training_client_id}/{number}"
+        self._description = replace(description or RunDescribed(run_id=""), run_id=self.run_id)
+        self._started_with = dict(started_with or {}) | {"versions": versions()}
         self.planned_steps = planned_steps
         self.steps_done = 0
         self._client = client
@@ -75,6 +85,8 @@ class TrainingRun:
         self._state = RunStatus.RUNNING
         self._wants_pause = self._wants_stop = False
         self._credit: int | None = None  # steps left to take before pausing again
+        self._orders = 0  # calls of resume() and step()
+        self._ordered: int | None = None  # what the last of them asked for
         self._index = 0  # of the next step
         self._checkpoints = checkpoints or Checkpoints()
         self._resume_from = resume_from
@@ -105,6 +117,61 @@ class TrainingRun:
         """The client's history: curves and events, of this run and those before it."""
         return self._client.history
 
+    @property
+    def name(self) -> str | None:
+        """What it is called; None has no name."""
+        return self._described.name
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Words to find it by: `list_runs(tags=…)`."""
+        return self._described.tags
+
+    @property
+    def notes(self) -> str:
+        """What its user says of it."""
+        return self._described.notes
+
+    @property
+    def _described(self) -> RunDescribed:
+        told = self.history.state.runs.get(self.run_id)
+        return self._description if told is None or told.described is None else told.described
+
+    def describe(
+        self, name: str | None = None, *, tags: str | Sequence[str] | None = None, notes: str | None = None
+    ) -> "TrainingRun":
+        """Change what it is called and what is said of it, while it runs or after its end; returns the run.
+
+        Args:
+            name: One line; "" takes the name away. None leaves what there was, here and below.
+            tags: In place of those it has.
+            notes: In place of those it has.
+
+        Raises:
+            ValidationError: Something that is no text, or too long.
+        """
+        description = described(self._described, name, tags, notes)
+        with contextlib.suppress(ClientClosedError, ServerConnectionError):  # its log may have ended before
+            self._client.publish(description)
+        keep(self.history.path, description)
+        self._description = description
+        told = self.history.state.runs.get(self.run_id)
+        if told is not None:  # its log may be closed
+            told.described = description
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that it was started with: `training`, `run` (the arguments), `versions`; `algo` and `reward`.
+
+        The seed is `config["training"]["seed"]`. `tn.diff_runs` compares those of two runs.
+        """
+        return {"training": self._client.config.model_dump(mode="json"), **copy.deepcopy(self._started_with)}
+
+    def reading(self) -> Reading:
+        """Return what it measured, row by row; one that resumed another begins with that one's rows."""
+        return self.history.reading(self.run_id)
+
     def pause(self) -> None:
         """Submit no further step; what is in flight finishes."""
         with self._changed:
@@ -130,6 +197,7 @@ class TrainingRun:
             self._go_on(steps)
 
     def _go_on(self, credit: int | None) -> None:
+        self._orders, self._ordered = self._orders + 1, credit
         self._wants_pause, self._credit = False, credit
         if self._state is RunStatus.PAUSING:
             self._set_state(RunStatus.RUNNING)
@@ -157,9 +225,11 @@ class TrainingRun:
     def rollback(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
         """Go back to a checkpoint: weights, optimiser, random streams and place in the data.
 
-        The run is paused there; `resume()` goes on. The curves keep the part that was abandoned.
+        The run is PAUSED there when the handle ends; `resume()` and `step()` go on, also when they were called while it
+        was on its way back. The curves keep the part that was abandoned.
         """
-        return self._between_steps(lambda: self._go_back(artifact_id), "load_state", LoadStateResult)
+        orders = self._orders
+        return self._between_steps(lambda: self._go_back(artifact_id, orders), "load_state", LoadStateResult)
 
     @checked
     def fork(self, artifact_id: str | None = None, step: int | None = None, **changes: Any) -> Any:
@@ -211,11 +281,38 @@ class TrainingRun:
         return self._promise.outcome()
 
     def __repr__(self) -> str:
-        return f"<TrainingRun {self.run_id} {self._state}, step {self.steps_done} of {self.planned_steps or '?'}>"
+        named = f" {visible(self.name)!r}" if self.name else ""
+        planned = self.planned_steps or "?"
+        return f"<TrainingRun {self.run_id}{named} {self._state}, step {self.steps_done} of {planned}>"
+
+    @checked
+    def log_to(
+        self, sink: Any, where: str | Path | None = None, *, samples: int = 0, **options: Any
+    ) -> Forwarding:
+        """Hand everything that this run measures to a sink as well, from its beginning to its end.
+
+        Args:
+            sink: "tensorboard", "trackio", "mlflow", "wandb", a function or an object; see `TrainingClient.log_to`.
+            where: The folder, the project or the experiment.
+            samples: Also so many prompts of each step, with their answers.
+            options: What else the sink takes.
+
+        Raises:
+            ValidationError: No such sink, or its package is not installed.
+        """
+        return self._client.log_to(sink, where, samples=samples, only=self.run_id, **options)
 
     def freeze(self, samples: int = 0) -> None:
         """Put a picture and a table of how things stand into the calling cell; texts only of so many `samples`."""
         widgets().freeze(self, samples)
+
+    def save_page(self, to: str | Path, samples: int = 0) -> Path:
+        """Save the run, once it has ended, as one HTML file in which its panel plays as a replay.
+
+        `tn.save_page` says what is in it, and takes several runs.
+        """
+        page: Path = widgets().save_page(self, to, samples)
+        return page
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return widgets().mimebundle(self)
@@ -237,6 +334,9 @@ class TrainingRun:
     def start(self) -> "TrainingRun":
         """Start the thread; called once, by the training client."""
         self._publish_state()
+        self._client.publish(RunConfigured(run_id=self.run_id, config=self._started_with))
+        if self._description != RunDescribed(run_id=self.run_id):
+            self._client.publish(self._description)
         self._thread.start()
         return self
 
@@ -417,7 +517,8 @@ class TrainingRun:
         }
         return self._client.save_state(metadata=metadata, position=position)
 
-    def _go_back(self, artifact_id: str) -> FutureHandle[LoadStateResult]:
+    def _go_back(self, artifact_id: str, orders: int) -> FutureHandle[LoadStateResult]:
+        """Load a state and wait there; after more than so many orders, its user has said meanwhile how to go on."""
         if self._state.ended:
             return self._client.load_state(artifact_id, for_run=None)
         self._collect_all()
@@ -428,9 +529,14 @@ class TrainingRun:
         self._torn = True  # until the data stands where the weights do
         self._seek(result)
         self._torn = False
-        with self._changed:
-            self._publish_state()  # the state it is in is no other, but it stands elsewhere now
-        self._wants_pause, self._credit = True, None
+        with self._changed:  # before the handle ends: whoever awaited it finds the run paused
+            if self._orders > orders:
+                self._credit = self._ordered
+            else:
+                self._wants_pause, self._credit = True, None
+                if self._state in (RunStatus.RUNNING, RunStatus.PAUSING):
+                    self._state = RunStatus.PAUSED
+            self._publish_state()
         return loaded
 
     def _seek(self, loaded: LoadStateResult) -> None:

@@ -280,6 +280,21 @@ class SupervisedLoop:
             self._client.publish(Metrics(step=self._client.step, values=values, run_id=self._run.run_id))
 
 
+def summary_of(batches: Iterable[Batch] | None) -> dict[str, Any] | None:
+    """Return what tells batches from others, in a few numbers: how many there are, of how many rows, in which order."""
+    if batches is None:
+        return None
+    found: dict[str, Any] = {"kind": type(batches).__name__}
+    if isinstance(batches, Sized):
+        found["batches"] = len(batches)
+    if isinstance(batches, Batches | PoissonDraws):
+        found["rows"] = len(batches.examples)
+        found["tokens"] = sum(map(len, batches.examples))
+    if isinstance(batches, Batches):
+        found["seed"] = batches.seed
+    return found
+
+
 def check_numbers(**given: int | None) -> None:
     """Refuse a count that is not a whole number above 0."""
     for name, value in given.items():
@@ -288,23 +303,35 @@ def check_numbers(**given: int | None) -> None:
 
 
 def check_batches(**given: object) -> None:
-    """Refuse rows, and one batch, where a list of batches is meant."""
+    """Refuse rows, and one batch, where a list of batches is meant.
+
+    Raises:
+        ValidationError: With the line that does it.
+    """
     for name, batches in given.items():
-        if isinstance(batches, BatchData | Mapping):
+        made = "tc.fit({})" if name == "batches" else f"tc.fit(…, {name}={{}})"
+        takes = f"fit: {name} takes batches"
+        from_rows = f"Make batches of them: {made.format('tc.batches(rows)')}."
+        if isinstance(batches, BatchData) or (isinstance(batches, Mapping) and "input_ids" in batches):
             raise ValidationError(
-                f"fit: {name} is a list of batches (or another iterable): [batch], not {as_given(batches)}."
+                f"{takes}, and this is one batch. Give a list of it: {made.format('[batch]')}."
             )
-        refuse_table(
-            batches, f"fit: {name} takes batches, and this is a table of rows: {name}=tc.batches(rows)."
-        )
+        if isinstance(batches, Mapping):
+            raise ValidationError(
+                f"{takes}, and this is one row or one table, {as_given(batches)}. Give a list of rows. {from_rows}"
+            )
+        refuse_table(batches, f"{takes}, and this is a table of rows. {from_rows}")
         if isinstance(batches, str | os.PathLike):
-            raise ValidationError(
-                f"fit: {name} is a list of batches: {name}=tc.batches({as_given(str(batches))}) reads the file."
-            )
+            from_file = made.format(f"tc.batches({as_given(str(batches))})")
+            raise ValidationError(f"{takes}, and this is a path. If it is a file of rows: {from_file}.")
         if not isinstance(batches, Iterable) or isinstance(batches, range):
-            raise ValidationError(
-                f"fit: {name} is a list of batches (or another iterable), not {as_given(batches)}."
-            )
+            raise ValidationError(f"{takes}: a list of them, or another iterable, not {as_given(batches)}.")
         first = next(iter(batches), None) if isinstance(batches, Sequence) else None
-        if isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first):
-            raise ValidationError(f"fit: {name} takes batches, and these are rows: {name}=tc.batches(rows).")
+        is_row = isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first)
+        if is_row or (isinstance(first, list) and first and isinstance(first[0], Mapping)):
+            raise ValidationError(f"{takes}, and these are rows. {from_rows}")
+        if isinstance(first, list | tuple):
+            raise ValidationError(
+                f"{takes}, and these are lists. Of token ids: {made.format('[tn.BatchData([[…], …])]')}. "
+                f"Of anything else, make rows (texts or dicts), then: {made.format('tc.batches(rows)')}."
+            )

@@ -159,7 +159,6 @@ class ServedClient:
         self.channel, self.journal, self.hung_up = channel, journal, False
         self.used_at = time.monotonic()
         self.recalled = not journal.results  # what ended in an earlier process has handles here
-        self.operations, self.seconds = 0, 0.0  # that have run, and how long
         self._submitters: dict[str, Submitter] = {}
         self._handles: OrderedDict[str, FutureHandle[Any]] = OrderedDict()
         self._arrivals: dict[str, asyncio.Event] = {}
@@ -167,7 +166,6 @@ class ServedClient:
         for name, known in journal.submitters.items():
             answers = OrderedDict((number, answer_of(answer)) for number, answer in known.answers)
             self._submitters[name] = Submitter(known.next, answers=answers)
-        channel.subscribe(self._count)
 
     def recall(self) -> None:
         """Make handles of the operations that ended in an earlier process."""
@@ -179,10 +177,6 @@ class ServedClient:
                     self._handles[name] = self.channel.remember(ended_job(record))
             self._handles |= since
             self.journal.results.clear()
-
-    def _count(self, event: Event) -> None:
-        if isinstance(event, OperationFinished):
-            self.operations, self.seconds = self.operations + 1, self.seconds + event.duration
 
     @property
     def held(self) -> int:
@@ -206,6 +200,11 @@ class ServedClient:
 
         self.used_at = time.monotonic()
         return await self._submitters.setdefault(submitter, Submitter()).in_turn(number, submit, lost)
+
+    def may_refuse(self, submitter: str, number: int) -> bool:
+        """Whether a submission can be told to come again later: not if others are held until it has come."""
+        known = self._submitters.get(submitter)
+        return known is None or number > known.next or (number == known.next and not known.held)
 
     async def submit(
         self,

@@ -87,7 +87,7 @@ class Record:
 
 
 @dataclass(slots=True)
-class Known:
+class SubmitterSoFar:
     """A submitter, as the journal has it: its next number, and what its last ones were answered with."""
 
     next: int = 1
@@ -160,7 +160,7 @@ class Journal:
         self.begun: Mapping[str, Any] = begun or {}
         self.base: str | None = None
         self.info: Mapping[str, Any] | None = None
-        self.submitters: OrderedDict[str, Known] = OrderedDict()
+        self.submitters: OrderedDict[str, SubmitterSoFar] = OrderedDict()
         self.told: OrderedDict[str, int] = OrderedDict()
         self.waiting: OrderedDict[str, Waiting] = OrderedDict()
         self._tellings = 0
@@ -215,7 +215,7 @@ class Journal:
                 self.begun, self.base, self.info = record["client"], record["base"], record["info"]
                 self.told = OrderedDict.fromkeys(record["told"], 0)
                 for name, (following, answers) in record["submitters"].items():
-                    known = self.submitters[name] = Known(following)
+                    known = self.submitters[name] = SubmitterSoFar(following)
                     known.answers.extend((place, answer) for place, answer in answers)
             case "submitted" | "refused":
                 self._took_turn(record, number)
@@ -246,7 +246,7 @@ class Journal:
 
     def _answered(self, record: Record, answer: dict[str, Any]) -> None:
         if record["submitter"] is not None:
-            self.submitters.setdefault(record["submitter"], Known()).took(record["number"], answer)
+            self.submitters.setdefault(record["submitter"], SubmitterSoFar()).took(record["number"], answer)
             self.submitters.move_to_end(record["submitter"])
             while len(self.submitters) > KEPT_SUBMITTERS:
                 self.submitters.popitem(last=False)

@@ -163,15 +163,15 @@ def publish_folder(files: Files, draft: Path, target: Path) -> None:
     files.fsync_folder(target.parent)
 
 
-def write_private(path: Path, text: str) -> None:
-    """Write a text for its owner only, whole or not at all; not fsynced, for it is written at every step of a run.
+def write_private(path: Path, content: str | bytes) -> None:
+    """Write a text or bytes for its owner only, whole or not at all; not fsynced: a run does it at every step.
 
     Raises:
         StorageError: It could not be written; what was there is intact.
     """
     try:
         with Draft(Files(), path.parent) as draft:
-            draft.file.write(text.encode())
+            draft.file.write(content.encode() if isinstance(content, str) else content)
             draft.publish(path, lasting=False)
     except OSError as error:
         raise StorageError(

@@ -44,10 +44,11 @@ class EmbeddedTransport:
     Args:
         home: Where everything is kept.
         key_source: "file", "env" or "passphrase": where the key of the artifacts comes from.
+        served: Its users are in other processes: none of them can change what its clients share.
     """
 
-    def __init__(self, home: Home, key_source: str | None = None) -> None:
-        self._home = home
+    def __init__(self, home: Home, key_source: str | None = None, *, served: bool = False) -> None:
+        self._home, self._served = home, served
         self._workers: weakref.WeakValueDictionary[str, Worker] = weakref.WeakValueDictionary()
         self._closed = False
         self.vault = self._vault = Vault(home, key_source)
@@ -86,7 +87,17 @@ class EmbeddedTransport:
         except BaseException:
             bus.close()
             raise
-        worker = Worker(training_client_id, config, bus, loss, self._vault, self._ledger, origin, keeper)
+        worker = Worker(
+            training_client_id,
+            config,
+            bus,
+            loss,
+            self._vault,
+            self._ledger,
+            origin,
+            keeper,
+            served=self._served,
+        )
         self._know(worker)
         if relative is not None:
             tell_of_fork(relative, worker)
@@ -119,7 +130,9 @@ class EmbeddedTransport:
             origin = Origin(source) if resumed.base is not None else Origin.of(source, relative)
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
         name = resumed.info.training_client_id
-        worker = Worker(name, config, bus, loss, self._vault, self._ledger, origin, keeper, resumed)
+        worker = Worker(
+            name, config, bus, loss, self._vault, self._ledger, origin, keeper, resumed, served=self._served
+        )
         self._know(worker)
         if relative is not None:
             tell_of_fork(relative, worker)

@@ -31,6 +31,8 @@ from tensafe_nb.errors import (
 )
 from tensafe_nb.events import (
     Event,
+    LineChanged,
+    LineState,
     OperationCancelled,
     OperationFailed,
     OperationFinished,
@@ -122,6 +124,7 @@ class HttpChannel:
         self._numbers = self._told_number = 0
         self.unsent: set[str] = set()  # what the server has neither taken nor refused yet
         self.reached = 0  # number of the latest event
+        self._line = LineState.OPEN
         self._owed = 0  # number that the latest event published here was given
         self._changed = threading.Condition()
         self._holders = [self.training_client_id]
@@ -473,6 +476,12 @@ class HttpChannel:
         elif "info" in item and getattr(event, "future_id", None) in self._waiting:
             self.fail(event.future_id, ServerConnectionError("The server does not keep the result any more."))
 
+    def note_line(self, state: LineState, reason: str | None = None) -> None:
+        """Tell whoever watches that the line broke off, or is there again: only this end knows."""
+        if state is not self._line and not self.closed:
+            self._line = state
+            self._recorder.record(LineChanged(state=state, reason=reason, seq=self.reached, time=time.time()))
+
     def _note_work(self, *, busy: bool) -> None:
         """Follow what the operations' events tell: the server's own word on it may be a moment old."""
         status = self._info.status
@@ -617,12 +626,17 @@ async def listen(held: "weakref.ref[HttpChannel]", requests: Requests) -> None:
         except (httpx.TransportError, TimeoutError) as error:
             channel = held()
             lost = None if channel is not None and channel.reached > reached else lost or began
-            if lost is not None and time.monotonic() - lost > PATIENCE and channel is not None:
-                channel._give_up(requests.unreachable(error))
+            gone = lost is not None and time.monotonic() - lost > PATIENCE
+            if channel is not None:
+                unreachable = requests.unreachable(error)
+                channel.note_line(LineState.LOST if gone else LineState.RECONNECTING, str(unreachable))
+                if gone:
+                    channel._give_up(unreachable)
             del channel
         except TGTinkerError as error:
             channel = held()
             if channel is not None:
+                channel.note_line(LineState.LOST, str(error))
                 channel._give_up(error)
             return
         await asyncio.sleep(0.2)
@@ -644,6 +658,7 @@ async def follow(held: "weakref.ref[HttpChannel]", requests: Requests, path: str
                 if not begun:
                     begun = True
                     first_sign.reschedule(None)
+                    is_there(held)
                 if line.startswith(b"data:"):
                     ended = deliver(held, json.loads(line[5:]))
                     if ended:
@@ -660,6 +675,7 @@ async def poll(held: "weakref.ref[HttpChannel]", requests: Requests, path: str, 
     """Ask for the next items of the stream; True if there is nothing more to come."""
     answer = await requests.send("GET", f"{path}/poll", params={"after": after, "wait": 10.0}, patience=0.0)
     items = answer.json()
+    is_there(held)
     return any(deliver(held, item) for item in items) or (not items and is_over(held))
 
 
@@ -676,6 +692,13 @@ def deliver(held: "weakref.ref[HttpChannel]", item: Mapping[str, Any]) -> bool:
         return True
     channel.take(item)
     return False
+
+
+def is_there(held: "weakref.ref[HttpChannel]") -> None:
+    """Note that the line is open."""
+    channel = held()
+    if channel is not None:
+        channel.note_line(LineState.OPEN)
 
 
 def is_over(held: "weakref.ref[HttpChannel]") -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "mime",
     "mimebundle",
     "panel",
+    "save_page",
     "settle",
     "show_run",
 ]
@@ -115,6 +116,13 @@ def freeze(source: feed.Source, samples: int = 0) -> None:
     snapshot.display(feed.feed_of(source), _run_of(source), samples, pictured=pictured)
 
 
+def save_page(run: Any, to: Any, samples: int = 0) -> Any:
+    """Save a run as one file for a browser: for `save_page` of runs and their records."""
+    from tensafe_nb.widgets import page
+
+    return page.save_page(to, run, samples=samples)
+
+
 def settle(source: feed.Source, timeout: float = 3.0) -> bool:
     """Wait until whatever shows a closed training client has shown its end; at once where nothing does."""
     return feed.settle(source, timeout)
@@ -125,7 +133,7 @@ def _show_outputs(source: feed.Source) -> None:
 
     run = _run_of(source)
     part = StillOutputs(feed.feed_of(source), None if run is None else run.run_id, alone=lambda: True)
-    part.place(filled=True)
+    part.place()
 
 
 def _run_of(source: feed.Source) -> Any:
@@ -136,3 +144,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"tensafe_nb.widgets.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

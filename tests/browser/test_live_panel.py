@@ -212,7 +212,7 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(notebook: Open) -> Non
         assert names == ["Stop", "Checkpoint", "smoothing", "log", "horizontal axis", "Table view"]
         lab.page.keyboard.press("Home")
         lab.page.keyboard.press("ArrowRight")
-        lab.panel.locator(".tsnb-legend .tsnb-where", has_text="step 2").first.wait_for()
+        lab.panel.locator(".tsnb-at-step", has_text="step 2").first.wait_for()
         assert (chart.get_attribute("aria-label") or "").startswith("loss ")
         pause.focus()
         lab.page.keyboard.press("Enter")

@@ -213,6 +213,7 @@ CALLS: Mapping[str, Call] = {
     "LossConfig": Call(lambda w: tn.LossConfig),
     "DPConfig": Call(lambda w: tn.DPConfig, {"dataset_size": 50}),
     "Recipe": Call(lambda w: tn.Recipe),
+    "full_tracebacks": Call(lambda w: tn.full_tracebacks, {"show": False}),
     "load_config": Call(lambda w: tn.load_config, {"path": Of(lambda w: w.recipe)}),
     "BatchData": Call(lambda w: tn.BatchData, BATCH),
     "BatchData(extras)": Call(
@@ -322,10 +323,25 @@ CALLS: Mapping[str, Call] = {
     ),
     # runs
     "load_run": Call(lambda w: tn.load_run, {"run_id": Of(lambda w: w.run.run_id)}),
+    "list_runs": Call(lambda w: tn.list_runs, {"name": None, "tags": (), "model": None}),
+    "plot_runs": Call(
+        lambda w: tn.plot_runs, {"runs": Of(lambda w: [w.run.run_id]), "names": "loss", "by": "name"}
+    ),
+    "diff_runs": Call(
+        lambda w: lambda one: tn.diff_runs(one, w.tc.fit([BATCH], steps=1, show=False)),
+        {"one": Of(lambda w: w.run.run_id)},
+    ),
+    "run.table": Call(lambda w: w.run.table, {"names": "loss", "abandoned": False}),
+    "run.to_csv": Call(lambda w: w.run.to_csv, {"path": "run.csv", "names": "loss"}),
+    "run.plot": Call(lambda w: w.run.plot, {"names": "loss", "x": "step", "smoothing": 0.5}),
+    "run.describe": Call(lambda w: w.run.describe, {"name": "a name", "tags": "a", "notes": "a note"}),
     "replay": Call(
         lambda w: tn.replay,
         {"run": Of(lambda w: w.run.run_id), "speed": 1e6, "show": False},
         frozenset({"show"}),
+    ),
+    "save_page": Call(
+        lambda w: tn.save_page, {"to": "page.html", "run": Of(lambda w: w.run.run_id)}, frozenset({"more"})
     ),
     # the service
     "ServiceClient": Call(lambda w: closing(tn.ServiceClient)),

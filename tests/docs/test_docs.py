@@ -23,6 +23,15 @@ def test_the_readme_has_an_example() -> None:
     assert BLOCKS
 
 
+def test_the_readme_shows_the_product_and_the_command_before_anything_else() -> None:
+    lines = README.splitlines()
+    first = "\n".join(lines[:30])
+    assert "docs/images/panel-light.png" in first
+    assert {"make demo", "make test"} <= set(re.findall(r"^make \w+", first, flags=re.MULTILINE))
+    assert sum(line.startswith("|") for line in lines) <= 15, "tables belong into docs/benchmarks.md"
+    assert "OWNER" not in README and "badge" not in "".join(re.findall(r"!\[[^]]*\]\([^)]*\)", README))
+
+
 def without_code(page: str) -> str:
     return re.sub(r"^```.*?^```|`[^`\n]*`", "", page, flags=re.DOTALL | re.MULTILINE)
 
@@ -56,6 +65,13 @@ def test_pages_that_code_and_texts_name_are_there() -> None:
     for path in [*texts, *(ROOT / "notebooks").glob("*.ipynb")]:
         for named in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
             assert (ROOT / named).exists(), f"{path.relative_to(ROOT)} names {named}"
+
+
+def test_every_notebook_is_in_the_tutorial() -> None:
+    linked = re.findall(
+        r"\(\.\./\.\./notebooks/(\w+)\.ipynb\)", (ROOT / "docs/tutorial/index.md").read_text()
+    )
+    assert linked == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_the_commands_of_the_readme_are_in_the_makefile() -> None:

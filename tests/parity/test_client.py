@@ -35,6 +35,24 @@ def test_awaiting_and_blocking_give_the_same_result(tc: tn.TrainingClient, batch
     asyncio.run(main())
 
 
+def test_ready_is_a_handle_like_any_other(service: tn.ServiceClient, batch: tn.BatchData) -> None:
+    tc, ended = service.create_training_client(), []
+    handle = tc.ready()
+    handle.add_done_callback(ended.append)
+
+    async def main() -> None:
+        info, loss, again = await asyncio.gather(handle, tc.forward(batch), asyncio.wait_for(tc.ready(), 60))
+        assert info == again and loss.loss > 0
+
+    asyncio.run(main())
+    assert handle.result(timeout=0).training_client_id == tc.training_client_id
+    assert handle.status in ("READY", "BUSY")
+    assert (handle.done(), handle.state, handle.exception(), ended) == (True, "COMPLETED", None, [handle])
+    assert (handle.operation, handle.training_client_id) == ("ready", tc.training_client_id)
+    assert "ready" in repr(handle) and "COMPLETED" in handle._repr_html_()
+    assert handle.cancel() is False
+
+
 def test_dicts_and_batches_are_the_same(tc: tn.TrainingClient, batch: tn.BatchData) -> None:
     as_dict = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
     assert tc.forward(batch).loss == tc.forward(as_dict).loss
@@ -391,7 +409,7 @@ tc.forward({"input_ids": [[5, 6]]}).result()
     assert (ended.returncode, more) == (
         0,
         [],
-    ) and "Back this up" in told  # the key of a new home, and nothing else
+    ) and "Keep a copy" in told  # the key of a new home, and nothing else
 
 
 def test_one_chat_message_and_what_is_no_prompt_are_refused(tc: tn.TrainingClient) -> None:

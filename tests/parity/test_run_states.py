@@ -187,6 +187,45 @@ def test_a_paused_run_is_the_same_in_all_accounts(service: tn.ServiceClient) -> 
     run.stop()
 
 
+def at_three(service: tn.ServiceClient) -> tuple[tn.TrainingClient, Any, threading.Event]:
+    """Return a client, its run, paused after three steps, and what is set whenever it is paused."""
+    tc = client(service)
+    paused = event(tc, lambda e: isinstance(e, RunState) and e.state == "PAUSED")
+    run = tc.fit(BATCHES, steps=9, show=False)
+    run.step(3)
+    assert paused.wait()
+    return tc, run, paused
+
+
+def test_a_rollback_that_is_awaited_has_paused_its_run(service: tn.ServiceClient) -> None:
+    tc, run, _ = at_three(service)
+    saved, done = run.checkpoint().artifact_id, run.steps_done
+    found: list[Any] = []
+    run.step(4)
+    back = run.rollback(saved)
+    back.add_done_callback(
+        lambda _: found.append((run.state, run.steps_done))
+    )  # at once, on the run's thread
+    back.result()
+    assert found == [("PAUSED", done)] and feed_of(run).standing(run).state == "PAUSED"
+    assert [e.state for e in tc.history.events() if isinstance(e, RunState)][-1] == "PAUSED"
+    run.stop()
+    assert run.result().state == "STOPPED"
+
+
+def test_who_resumes_a_run_that_is_on_its_way_back_is_obeyed(service: tn.ServiceClient) -> None:
+    _, run, paused = at_three(service)
+    saved, done = run.checkpoint().artifact_id, run.steps_done
+    paused.clear()
+    back = run.rollback(saved)
+    run.step(2)
+    back.result()
+    assert paused.wait() and run.steps_done == done + 2
+    run.rollback(saved)
+    run.resume()
+    assert run.result().steps_done == 9
+
+
 KILLED = """
 import os, signal, sys, tensafe_nb as tn
 from tensafe_nb.events import Metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import bench.__main__ as command
-from bench import report
+from bench import pages, report
 from bench.harness import (
     FASTER,
     LARGER,
@@ -23,7 +23,13 @@ from bench.harness import (
     stopwatch,
 )
 
-BEGIN, END = report.markers()
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+NAMES = {
+    "training": "training:all_labelled",
+    "queue-p99": "queue:worst_latency",
+    "real-training": "real:all_labelled",
+}
+NOTHING: dict[str, dict] = {"runs": {}, "rows": {}, "skipped": {}}
 
 MACHINE = {
     "cpu_count": 2,
@@ -118,33 +124,69 @@ def test_a_row_is_shown_with_peer_circumstances_spread_and_verdict() -> None:
         assert part in text
 
 
-def test_the_table_has_one_line_for_each_row_and_names_the_command_and_the_machine() -> None:
+def test_a_table_has_one_line_for_each_row_below_its_subject_and_names_the_machine() -> None:
     rows = {
         "training": row(Taken([0.1], [0.05]), target=Target("≥", 0.97)),
         "queue-p99": Row(what="latency", peer="", taken=Taken([0.006, 0.006]), figure=p99),
     }
-    table = report.table(MACHINE, rows)
-    lines = table.splitlines()
-    assert lines[2] == (
-        "| training | a step | by hand | fp32, 8×64 | 100 ms | 50.0 ms | 0.5, peer ÷ ours | ratio ≥ 0.97: missed |"
+    lines = pages.tables(pages.merged(NOTHING, MACHINE, rows, NAMES), NAMES).splitlines()
+    assert lines[0] == "## Training"
+    assert lines[4] == (
+        "| **training**<br>a step<br>against by hand<br>fp32, 8×64 | 100 ms | 50.0 ms | 0.5, peer ÷ ours "
+        "| ratio ≥ 0.97: **missed** | 1 |"
     )
-    assert lines[3] == "| queue-p99 | latency | – | – | 6.00 ms | – | – | none |"
-    assert {line.count("|") for line in lines[:4]} == {len(report.COLUMNS) + 1}
-    assert "`make bench`" in table and "2 CPU cores (a CPU" in table and "2026-01-31" in table
+    assert "| **queue-p99**<br>latency | 6.00 ms | – | – | none | 1 |" in lines
+    assert {line.count("|") for line in lines if line.startswith("|")} == {len(pages.COLUMNS) + 1}
+    assert lines[-1].startswith("1. Commit unknown, 2 CPU cores (a CPU") and "2026-01-31" in lines[-1]
 
 
 def test_a_row_that_was_not_measured_says_why_in_table_and_json() -> None:
     rows = {"real-training": Skipped("no model")}
-    assert "| real-training | not measured: no model | – | – | – | – | – | – |" in report.table(MACHINE, rows)
+    kept = pages.merged(NOTHING, MACHINE, rows, NAMES)
+    assert "| **real-training**<br>not measured: no model | – | – | – | – | – |" in pages.tables(kept, NAMES)
     assert json.loads(report.as_json(MACHINE, rows))["skipped"] == {"real-training": "no model"}
 
 
-def test_the_table_of_the_real_model_has_its_own_place_and_names_its_own_command() -> None:
-    begin, end = report.markers(report.REAL)
-    page = f"{BEGIN}\nold\n{END}\n{begin}\nold\n{end}\n"
-    found = report.between_markers(page, report.table(MACHINE, {}, report.REAL), command=report.REAL)
-    assert found.startswith(f"{BEGIN}\nold\n{END}\n{begin}\n| row |")
-    assert "`make bench-real`" in found
+def test_rows_measured_again_leave_the_others_and_their_runs_as_they_were() -> None:
+    first = {name: row(Taken([0.1], [0.05])) for name in NAMES}
+    old = pages.merged(NOTHING, MACHINE, first, NAMES)
+    later = MACHINE | {"date": "2026-02-01T12:00:00+00:00"}
+    new = {"training": row(Taken([0.2], [0.05])), "real-training": Skipped("no model")}
+    kept = pages.merged(old, later, new, NAMES)
+    assert list(kept["runs"]) == [MACHINE["date"], later["date"]]
+    assert kept["rows"]["training"] | {"ours": 0.2, "run": later["date"]} == kept["rows"]["training"]
+    assert kept["rows"]["queue-p99"] == old["rows"]["queue-p99"]
+    assert kept["rows"]["real-training"] == old["rows"]["real-training"], (
+        "a figure gives way to a figure only"
+    )
+    assert kept["skipped"] == {}
+    gone = pages.merged(kept, later, first, {"training": NAMES["training"]})
+    assert list(gone["rows"]) == ["training"] and list(gone["runs"]) == [later["date"]]
+
+
+def test_the_headlines_tell_speeds_as_speeds_and_times_as_times() -> None:
+    rows = {
+        "rl-update": row(Taken([1.0], [2.0]), compares=LARGER),
+        "real-pairs": row(Taken([1.0], [3.0]), compares=FASTER),
+        "dp-step-llama": row(Taken([1.5], [1.0]), compares=LARGER),
+    }
+    said = pages.headlines(pages.merged(NOTHING, MACHINE, rows, command.ALL)).splitlines()
+    assert [line.split("**")[1] for line in said] == ["2 ×", "3 ×", "1.5 ×"]
+
+
+def test_the_pages_say_what_was_measured() -> None:
+    kept = pages.load()
+    for page, mark, made in (
+        (pages.TABLES, "bench", pages.tables(kept, command.ALL)),
+        (pages.README, "headlines", pages.headlines(kept)),
+    ):
+        text = page.read_text(encoding="utf-8")
+        assert pages.between_marks(text, made, page.name, mark) == text, (
+            "run `python -m bench --write` with a row"
+        )
+    assert not [name for name in command.ALL if name not in kept["rows"] | kept["skipped"]], (
+        "a row not in the pages"
+    )
 
 
 def test_a_program_beside_answers_line_by_line_and_says_why_it_died() -> None:
@@ -169,19 +211,19 @@ def test_the_json_holds_what_the_table_holds() -> None:
     assert found["rows"]["training"] | {"ours": 0.1, "ratio": 0.5, "met": False} == found["rows"]["training"]
 
 
-def test_the_table_replaces_what_stands_between_the_markers_and_nothing_else() -> None:
+def test_what_stands_between_the_marks_is_replaced_and_nothing_else() -> None:
     page = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    once = report.between_markers(page, "new")
+    once = pages.between_marks(page, "new", "page.md", "bench")
     assert once == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
-    assert report.between_markers(once, "new") == once
+    assert pages.between_marks(once, "new", "page.md", "bench") == once
 
 
 @pytest.mark.parametrize("page", ["", BEGIN, END, END + BEGIN, (BEGIN + END) * 2])
-def test_a_page_without_its_one_pair_of_markers_is_refused(page: str) -> None:
+def test_a_page_without_its_one_pair_of_marks_is_refused(page: str) -> None:
     with pytest.raises(
-        ValueError, match=r"README\.md has no place for the table: write the lines <!-- bench -->"
+        ValueError, match=r"page\.md has no place for what was measured: write the lines <!-- bench -->"
     ):
-        report.between_markers(page, "new")
+        pages.between_marks(page, "new", "page.md", "bench")
 
 
 def test_rows_are_chosen_by_name_or_by_how_names_begin() -> None:
@@ -205,17 +247,41 @@ def test_the_rows_of_the_real_model_are_run_only_when_asked_for() -> None:
     assert command.select(["real-token"]) == ["real-token-ce", "real-token-ce-memory"]
 
 
-def test_the_readme_is_refused_before_anything_is_measured(
+def test_pages_without_marks_are_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("no markers")
-    monkeypatch.setattr(command, "README", readme)
-    for arguments, why in ((["--readme"], "no place for the table"), (["--readme", "queue"], "no names")):
-        with pytest.raises(SystemExit):
-            command.main(arguments)
-        assert why in capsys.readouterr().err
-    assert readme.read_text() == "no markers"
+    readme.write_text("no marks")
+    monkeypatch.setattr(pages, "README", readme)
+    with pytest.raises(SystemExit):
+        command.main(["--write", "queue"])
+    assert "README.md has no place for what was measured" in capsys.readouterr().err
+    assert readme.read_text() == "no marks"
+
+
+def test_a_row_is_kept_and_shown_as_soon_as_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (
+        ("MEASURED", json.dumps(NOTHING)),
+        ("TABLES", f"{BEGIN}\n{END}\n"),
+        ("README", "<!-- headlines -->\n<!-- /headlines -->\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(pages, name, tmp_path / name)
+
+    def measure(name: str) -> Row:
+        if name == "queue-p99":
+            raise RuntimeError("a peer died")
+        return row(Taken([1.0], [2.0]))
+
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "measured", measure)
+    monkeypatch.setattr(command, "settle", lambda threads, home: None)
+    with pytest.raises(RuntimeError, match="a peer died"):
+        command.main(["--write", "queue"])
+    assert list(pages.load()["rows"]) == ["queue-p50"]
+    assert "| **queue-p50**<br>a step<br>" in (tmp_path / "TABLES").read_text()
 
 
 def test_every_row_is_a_function_that_exists() -> None:

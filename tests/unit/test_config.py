@@ -1,3 +1,6 @@
+import inspect
+import re
+
 import pytest
 
 import tensafe_nb as tn
@@ -36,3 +39,44 @@ def test_configurations_are_frozen_and_replaced() -> None:
 
 def test_one_stop_string_is_a_list_of_one() -> None:
     assert tn.SamplingConfig(stop="\n").stop == ("\n",)
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        (tn.ServiceClient.create_training_client, tn.TrainingConfig),
+        (tn.TrainingClient.sample, tn.SamplingConfig),
+    ],
+)
+def test_a_method_that_takes_a_configuration_spells_its_fields_defaults_and_words(method, config) -> None:
+    parameters = inspect.signature(method).parameters
+    spelled = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "stream"
+    }
+    fields = {
+        name: field.get_default(call_default_factory=True) for name, field in config.model_fields.items()
+    }
+    assert spelled == fields
+    told = set(re.findall(r"^    (\w+): ", inspect.getdoc(method) or "", flags=re.MULTILINE))
+    assert set(fields) <= told
+    assert all(parameters[name].annotation is not parameters[name].empty for name in fields)
+
+
+def test_a_keyword_comes_on_top_of_a_configuration_though_it_be_the_default(
+    service: tn.ServiceClient,
+) -> None:
+    config = tn.TrainingConfig(batch_size=3, seed=5)
+    assert service.create_training_client(config, batch_size=8).config == config.replace(batch_size=8)
+    assert service.create_training_client(config=config).config == config
+
+
+@pytest.mark.parametrize("given", ["builtin:tiny", {"batch_size": 3}, tn.TrainingConfig])
+def test_what_is_no_configuration_is_refused_with_the_way_to_give_its_fields(
+    service: tn.ServiceClient, given: object
+) -> None:
+    with pytest.raises(tn.ValidationError, match=r"takes a TrainingConfig, .*such as model_ref=…, not "):
+        service.create_training_client(given)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="positional"):
+        service.create_training_client(tn.TrainingConfig(), 3)  # type: ignore[misc]

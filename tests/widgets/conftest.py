@@ -235,13 +235,19 @@ class Wire:
     def __init__(self, widget: Any) -> None:
         self.widget = widget
         self.sent: list[tuple[dict[str, Any], list[bytes]]] = []
+        self.loads = 0
         widget.send = lambda content, buffers=None: self.sent.append((content, buffers or []))
 
     def page_says(self, **content: Any) -> None:
         self.widget._handle_custom_msg(content, [])
 
+    def load(self) -> None:
+        """Load a page that shows it: each has a name of its own."""
+        self.loads += 1
+        self.page_says(t="hello", v=1, n=0, mount=f"page {self.loads}")
+
     def mount(self) -> None:
-        self.page_says(t="hello", v=1, n=0, mount=True)
+        self.load()
         self.flush()
 
     def flush(self) -> list[dict[str, Any]]:

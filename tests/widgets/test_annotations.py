@@ -79,7 +79,7 @@ def test_a_private_training_is_marked_as_an_operators_view(
 ) -> None:
     dp = DPConfig.model_construct()
     monkeypatch.setattr(client, "config", client.config.model_copy(update={"dp_config": dp}))
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     assert wire.flush_kind("status")[0]["dp"] is True
 
 
@@ -88,7 +88,7 @@ def test_marks_are_told_and_a_mock_is_remembered(
 ) -> None:
     monkeypatch.setattr(client, "marks", ("REPLAY",))
     client.publish(MockTookPart())
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     assert wire.flush_kind("status")[0]["marks"] == ("REPLAY", "MOCK")
 
 

@@ -19,7 +19,7 @@ def test_a_recording_has_nothing_to_steer(
     client: FakeClient, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "steerable", False)
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     assert wire.flush_kind("status")[0]["steer"] is False
     wire.page_says(t="do", do="checkpoint", n=1)
     wire.flush()
@@ -73,7 +73,7 @@ def test_a_branch_has_a_panel_of_its_own_beneath(client: FakeClient, wire: Wire)
     branch = next(content["branches"][0] for content in told if content["t"] == "branches")
     assert branch == {"client": "tc-2", "model": dashboard.panel_of(client.children[0]).model_id}
     assert 'service.get_training_client("tc-2")' in next(c["said"] for c in told if c["t"] == "ack")
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     assert wire.flush_kind("branches")[0]["branches"] == [branch]
     client.children[0].close()
     assert dashboard.panel_of(client.children[0]).feed.settle(10)

@@ -33,7 +33,7 @@ def test_several_runs_share_the_axes(client: FakeClient, pair: tuple[Feed, FakeC
     other.measure(loss=1.0)
     widget = LossCurve(feed, other_feed)
     wire = Wire(widget)
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     counts = {content["name"]: content for content in wire.flush_kind("full")}
     assert {"loss", "1:loss"} <= set(counts)
     assert widget.labels == ["tc-1", "tc-9"]

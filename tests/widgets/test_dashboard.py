@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensafe_nb.events import OperationQueued, OperationStarted
+from tensafe_nb.events import OperationQueued, OperationStarted, RunDescribed
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.feed.feed import Feed
@@ -44,13 +44,22 @@ def test_nothing_is_sent_before_a_page_says_hello(client: FakeClient, wire: Wire
 def test_hello_is_answered_by_the_badge_and_then_the_whole_history(client: FakeClient, wire: Wire) -> None:
     client.measure(loss=3.0, eval_loss=2.5)
     client.measure(loss=2.0)
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     assert [content["t"] for content in wire.flush()] == ["status", "full", "full", "full"]
     columns = {
         content["name"]: np.frombuffer(buffers[1], "<f4").tolist() for content, buffers in wire.sent[1:]
     }
     assert columns["~time"][0] == 0
     assert columns | {"~time": []} == {"loss": [3.0, 2.0], "eval/loss": [2.5], "~time": []}
+
+
+def test_a_run_that_is_given_a_name_bears_it_at_once(client: FakeClient, wire: Wire) -> None:
+    run = client.start()
+    wire.mount()
+    client.publish(RunDescribed(run_id=run.run_id, name="first try"))
+    wire.widget.feed.flusher.time += 1
+    status = wire.flush_kind("status")[-1]
+    assert status["name"] == "first try"
 
 
 def test_what_follows_is_told_as_deltas_with_the_moment_and_the_step(client: FakeClient, wire: Wire) -> None:
@@ -67,7 +76,7 @@ def test_what_follows_is_told_as_deltas_with_the_moment_and_the_step(client: Fak
 def test_a_page_that_found_a_gap_is_told_everything_anew(client: FakeClient, wire: Wire) -> None:
     client.measure(loss=3.0)
     wire.mount()
-    wire.page_says(t="hello", v=1, n=0, mount=False)
+    wire.page_says(t="hello", v=1, n=0)
     [full, time] = wire.flush_kind("full")
     assert (full["o"], full["new"]) == (0, True)
     assert (time["name"], "new" in time) == ("~time", False)
@@ -174,7 +183,7 @@ def test_a_status_is_below_600_bytes_and_what_is_unknown_is_null(client: FakeCli
     for future_id in ("f", "g", "h"):
         client.publish(OperationQueued(future_id=future_id, operation="forward_backward"))
     client.publish(OperationStarted(future_id="f", operation="forward_backward"))
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     status = wire.flush_kind("status")[0]
     assert len(json.dumps(status)) < 600
     assert (status["of"], status["eta"], status["reason"]) == (None, None, None)
@@ -279,12 +288,35 @@ def test_a_page_loaded_again_learns_that_the_picture_in_the_file_is_old(
     run = client.start()
     wire.widget.show(run)
     wire.mount()
-    wire.page_says(t="hello", v=1, n=0, mount=True)
-    assert "run.freeze()" in wire.flush_kind("status")[0]["hint"]
+    assert wire.widget.status()["hint"] is None
+    wire.load()
+    assert wire.flush_kind("status")[0]["hint"] == {"words": None}
     wire.widget.show(run)
-    wire.page_says(t="hello", v=1, n=0, mount=False)
+    wire.page_says(t="hello", v=1, n=0)
     hints: list[Any] = [status["hint"] for status in wire.flush_kind("status")]
     assert hints == [None]
+
+
+def test_a_page_that_asks_again_is_no_other_page(
+    client: FakeClient, wire: Wire, outputs: list[Output]
+) -> None:
+    wire.widget.show(client.start())
+    wire.mount()
+    wire.page_says(t="hello", v=1, n=0, mount="page 1")
+    assert wire.flush_kind("status")[0]["hint"] is None
+    assert wire.widget.pages == 1
+
+
+def test_an_output_that_was_placed_since_the_last_page_was_loaded_is_within_reach(
+    client: FakeClient, wire: Wire, outputs: list[Output]
+) -> None:
+    wire.widget.show(client.start())
+    wire.mount()  # and now the page is loaded again, before the file was ever saved
+    wire.widget.show()
+    wire.load()
+    assert wire.flush_kind("status")[0]["hint"] is None
+    wire.load()
+    assert wire.flush_kind("status")[0]["hint"] is not None
 
 
 def test_the_panel_says_its_last_when_the_client_is_closed(client: FakeClient, wire: Wire) -> None:
@@ -298,7 +330,7 @@ def test_the_panel_says_its_last_when_the_client_is_closed(client: FakeClient, w
 def test_a_page_that_comes_after_the_end_is_told_everything(client: FakeClient, wire: Wire) -> None:
     client.measure(loss=1.0)
     client.close()
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     assert wire.widget.live
     assert [content["t"] for content in wire.flush()][:2] == ["status", "full"]
     assert not wire.widget.live

@@ -254,6 +254,10 @@ def test_the_curve_before_a_crash_and_the_one_after_it_are_shown_on_the_same_axe
     assert curve.labels == [f"run 2 of {client}", f"run 2 of {client}", f"REPLAY run 2 of {client}"]
     assert [list(one.client.history["loss"]) for one in curve.feeds] == [list(recorded.history["loss"])] * 3
     curve.close()
+    named = tn.load_run(recorded.run_id).describe("first try")
+    curve = LossCurve(named, tn.replay(named, speed=AT_ONCE, show=False).run)
+    assert curve.labels == ["first try", "REPLAY first try"]
+    curve.close()
 
 
 def test_a_log_from_elsewhere_can_be_replayed(recorded: tn.TrainingRun, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_each_part_stands_alone_and_answers_its_page(client: FakeClient, feed: F
     client.save("art-1", step=1)
     widget = kind(feed)
     wire = Wire(widget)
-    wire.page_says(t="hello", v=1, n=0, mount=True)
+    wire.load()
     told = wire.flush()
     assert told[0]["t"] == "status"
     assert isinstance(widget, LiveWidget)

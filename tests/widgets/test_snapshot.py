@@ -1,14 +1,18 @@
 """What stays in the file."""
 
+import io
 import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from tensafe_nb.events import StateLoaded
+from tensafe_nb.history.figures import smoothed
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets.feed.feed import Feed
-from tensafe_nb.widgets.still import picture, snapshot
-from tensafe_nb.widgets.still.picture import extremes, smoothed
+from tensafe_nb.widgets.still import picture, snapshot, words
+from tensafe_nb.widgets.still.picture import extremes
 from tensafe_nb.widgets.still.snapshot import Snapshot, StillOutputs
 
 from .conftest import FakeClient, FakeRun, HandFlusher, Output
@@ -108,10 +112,22 @@ def test_smoothing_is_unbiased_from_the_first_value_on_and_steps_over_what_is_no
     assert smoothed(np.array([0.0, 1.0]), weight=0.5)[1] == pytest.approx(2 / 3)
 
 
-def test_outputs_are_placed_empty(feed: Feed, run: FakeRun, outputs: list[Output]) -> None:
-    StillOutputs(feed, run.run_id, alone=lambda: True).place()
+def test_outputs_are_placed_empty_where_a_page_will_show_more(
+    feed: Feed, run: FakeRun, outputs: list[Output]
+) -> None:
+    StillOutputs(feed, run.run_id, alone=lambda: False).place()
     assert [output.data["text/plain"] for output in outputs] == ["", ""]
     assert not any(output.update for output in outputs)
+
+
+def test_outputs_are_placed_whole_where_nothing_else_may_ever_be_seen(
+    client: FakeClient, feed: Feed, run: FakeRun, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "draw", lambda *_: b"png")
+    client.advance(run, loss=1.0)
+    StillOutputs(feed, run.run_id, alone=lambda: True).place()
+    assert [next(iter(output.data)) for output in outputs] == ["image/png", "text/html"]
+    assert "at step 1 of 10, loss 1, " in outputs[0].data["text/plain"] == outputs[1].data["text/plain"]
 
 
 def test_without_a_page_the_table_is_renewed_every_2_s_and_the_picture_every_30(
@@ -123,21 +139,57 @@ def test_without_a_page_the_table_is_renewed_every_2_s_and_the_picture_every_30(
     assert cell.flush() == ["table", "picture"]
     flusher.time += 2.0
     assert cell.flush() == ["table"]
+    client.measure(loss=0.9)
     flusher.time += 28.0
     assert cell.flush() == ["table", "picture"]
 
 
-def test_with_a_page_nothing_is_renewed_until_the_end(
+def test_with_a_page_a_file_is_never_more_than_a_minute_older_than_the_training(
     client: FakeClient, flusher: HandFlusher, run: FakeRun, cell: Cell
 ) -> None:
     cell.alone = False
-    client.measure(loss=1.0)
-    flusher.time += 100.0
-    assert cell.flush() == []
+    renewed = []
+    for seconds in (1, 4, 30, 30):  # after the output was placed 1, 5, 35 and 65 s ago
+        client.advance(run)
+        flusher.time += seconds
+        renewed.append(cell.flush())
+    assert renewed == [[], ["table", "picture"], [], ["table", "picture"]]
+    assert "at step 4 of 10" in cell.outputs[1].data["text/plain"]
     client.turn(run, RunStatus.FINISHED)
     assert cell.flush() == ["table", "picture"]
     assert "FINISHED" in cell.outputs[0].data["text/html"]
+    client.close()
     assert not cell.part.live
+
+
+def test_a_picture_follows_the_table_of_a_pause_as_soon_as_another_may_be_drawn(
+    client: FakeClient, flusher: HandFlusher, run: FakeRun, cell: Cell
+) -> None:
+    cell.alone = False
+    for _ in range(2):
+        client.advance(run)
+        client.turn(run, RunStatus.PAUSED)
+        cell.flush()
+    flusher.time += 29
+    assert cell.flush() == []
+    flusher.time += 1
+    assert cell.flush() == ["table", "picture"]
+
+
+def test_a_state_that_is_loaded_after_the_end_is_in_table_and_picture(
+    client: FakeClient, flusher: HandFlusher, run: FakeRun, cell: Cell
+) -> None:
+    cell.alone = False
+    client.advance(run, loss=3.0)
+    client.save("art-a", step=1)
+    client.advance(run, loss=2.0)
+    client.turn(run, RunStatus.FINISHED)
+    cell.flush()
+    client.publish(StateLoaded(artifact_id="art-a", step=1))
+    assert cell.flush() == ["table", "picture"]
+    table = cell.outputs[0].data["text/html"]
+    assert "FINISHED at step 2 of 10, the client now at step 1, loss 3, " in table
+    assert "<td>step 1: art-a was loaded after the end</td>" in table
 
 
 @pytest.mark.parametrize("end", [RunStatus.FAILED, RunStatus.STOPPED])
@@ -166,15 +218,25 @@ def test_pauses_are_pictured_once_in_30_s_at_most(
 def test_after_a_reload_it_is_known_of_which_step_the_picture_in_the_file_is(
     client: FakeClient, run: FakeRun, cell: Cell
 ) -> None:
-    cell.part.lose()
-    assert "no picture" in (cell.part.hint or "")
+    cell.part.meet()
+    assert cell.part.hint is None
+    cell.part.meet()
+    assert cell.part.hint == {"words": None}
     client.advance(run)
     client.turn(run, RunStatus.PAUSED)
     cell.flush()
-    cell.part.lose()
-    assert "a picture of step 1;" in (cell.part.hint or "")
+    assert cell.part.hint is not None and "PAUSED at step 1 of 10" in str(cell.part.hint["words"])
     cell.part.place()
     assert cell.part.hint is None
+
+
+def test_a_picture_bears_the_words_of_its_caption(client: FakeClient, feed: Feed) -> None:
+    client.measure(loss=3.0)
+    taken = Snapshot.take(feed, None)
+    drawn = taken.picture()
+    assert drawn is not None
+    image = Image.open(io.BytesIO(drawn[0]["image/png"]))
+    assert image.info["Description"] == taken.sentence
 
 
 def test_a_client_without_a_run_is_pictured_when_it_is_closed(
@@ -201,6 +263,28 @@ def test_freezing_puts_picture_and_table_into_the_calling_cell(
 
 def test_after_a_rollback_the_curve_is_the_branch_that_is_trained() -> None:
     steps = np.array([1, 2, 3, 4, 3, 4, 5, 2, 3])
-    assert picture.current(steps).tolist() == [True, *[False] * 6, True, True]
-    assert [part.tolist() for part in picture.abandoned(steps)] == [[1, 2, 3, 4, 5, 6]]
-    assert picture.current(np.arange(5)).all() and picture.abandoned(np.arange(5)) == []
+    kept = words.current(steps)
+    assert kept.tolist() == [True, *[False] * 6, True, True]
+    assert [part.tolist() for part in picture.abandoned(steps, kept)] == [[1, 2, 3], [4, 5, 6]]
+    straight = np.arange(5)
+    assert words.current(straight).all() and picture.abandoned(straight, words.current(straight)) == []
+
+
+def test_what_a_loaded_state_gave_up_is_no_part_of_the_curve_though_nothing_was_trained_since(
+    client: FakeClient, feed: Feed
+) -> None:
+    for loss in (3.0, 2.0, 1.0):
+        client.measure(loss=loss)
+        client.save(f"art-{client.step}", step=client.step)
+    client.publish(StateLoaded(artifact_id="art-2", step=2))
+    assert [column.tolist() for column in words.current_of(feed.history, "loss")] == [[1, 2], [3.0, 2.0]]
+    assert "at step 2, loss 2, " in Snapshot.take(feed, None).sentence
+
+
+def test_several_clients_are_told_side_by_side(client: FakeClient, feed: Feed) -> None:
+    client.measure(loss=3.0)
+    subject = words.Subject((feed, feed), "curves", ("mine", "yours"), "loss")
+    taken = Snapshot.take(subject, None)
+    assert taken.sentence.count("tc-1: READY at step 1, loss 3") == 2
+    assert '<th scope="row">yours</th><td>loss 3 → 3</td>' in taken.table()["text/html"]
+    assert taken.picture() is not None

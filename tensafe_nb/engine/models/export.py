@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from tensafe_nb.engine.models import adapter_folders
-from tensafe_nb.engine.models.load import LOADING, LoadedModel, embeddings_of
+from tensafe_nb.engine.models import adapter_folders, reading
+from tensafe_nb.engine.models.load import LoadedModel, embeddings_of
 
 
 def write_folder(model: LoadedModel, folder: Path, *, merged: bool) -> None:
@@ -18,7 +18,7 @@ def write_folder(model: LoadedModel, folder: Path, *, merged: bool) -> None:
         folder: An empty folder.
         merged: Add the adapter into the base weights. A model without an adapter is always written whole.
     """
-    with LOADING:  # saving looks at the same patched torch as loading
+    with reading.ALONE:
         if model.peft is None:
             save_whole(model.causal, folder)
         elif merged:

@@ -79,9 +79,10 @@ def write_draft(path: Path, draft: Path) -> None:
     with tqdm(total=STAGES, desc=f"Converting {path.name}, once", leave=False, ncols=BAR_WIDTH) as bar:
         try:
             metadata = metadata_of(path)
-            model = model_of(path)
-            bar.update()
-            tokenizer = tokenizer_of(path, metadata)
+            with reading.ALONE:
+                model = model_of(path)
+                bar.update()
+                tokenizer = tokenizer_of(path, metadata)
             bar.update()
         except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
             raise ModelLoadError(
@@ -89,8 +90,9 @@ def write_draft(path: Path, draft: Path) -> None:
                 f"of an architecture that transformers reads from GGUF? A folder in transformers' format always works."
             ) from error
         check_space(model, draft.parent)
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
+        with reading.ALONE:
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
         bar.update()
 
 

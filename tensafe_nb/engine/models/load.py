@@ -1,13 +1,12 @@
 """Loading: from a `model_ref` to a model on a device, with its adapter, its embedding rows, and body and head apart."""
 
 import contextlib
-import copy
 import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
 from tensafe_nb.engine.models import adapter_folders, adapters, gguf, reading
+from tensafe_nb.engine.models.bases import BASES, TOKENIZERS, Base, identity_of, plain_name, twin_of
 from tensafe_nb.errors import ModelLoadError, TGTinkerError, nearest
 from tensafe_nb.store.home import Home
 
@@ -26,7 +26,6 @@ ASSETS = Path(__file__).parents[1] / "assets"
 BUILTINS = ("builtin:sums", "builtin:tiny")
 # torch has one global random stream: who seeds it and draws from it takes turns
 GLOBAL_RANDOM = threading.Lock()
-LOADING = threading.Lock()  # transformers patches torch while it loads: two loads at once corrupt each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,7 @@ class LoadedModel:
         lora: The adapter's configuration, which a folder may have brought; None when all weights are trained.
         continued: Whether the adapter was trained before, so that base and policy differ from the beginning.
         own_embeddings: Whether the frozen embeddings are not those of the base: resized, or brought by the adapter.
+        base: What its frozen tensors are shared with; None when they are its own.
     """
 
     causal: Any
@@ -56,6 +56,7 @@ class LoadedModel:
     lora: LoRAConfig | None = None
     continued: bool = False
     own_embeddings: bool = False
+    base: Base | None = None
 
     @property
     def body(self) -> Callable[..., Any]:
@@ -124,40 +125,73 @@ def import_transformers() -> None:
     import transformers  # noqa: F401
 
 
-def load(config: TrainingConfig, home: Home | None = None) -> LoadedModel:
+def load(
+    config: TrainingConfig, home: Home | None = None, *, alone: bool = False, served: bool = False
+) -> LoadedModel:
     """Load the model of a configuration, with the adapter of its folder, or a fresh one where it asks for one.
+
+    With an adapter, its frozen tensors are those of every other that was loaded from the same files, in the same type
+    and on the same device.
 
     Args:
         config: What to load, and what to make of it.
         home: Where a GGUF file is kept once it is converted; None takes the home folder of this process.
+        alone: Share nothing: it is going to be changed.
+        served: Nobody but the core reads its tokenizer, which it may then share too.
 
     Raises:
         ModelLoadError: No such model, or it cannot be loaded; the message says what to do.
         ValidationError: The adapter does not fit the model.
     """
     device = device_of(config.device)
-    with LOADING:
-        find = partial(readable, home=home)
-        source = find(config.model_ref)
-        adapter = adapter_folders.adapter_in(source, find)
-        base, revision = (source, None) if adapter is None else (adapter.base, adapter.revision)
-        named = config.model_ref if adapter is None else base
-        causal = reading.read(named, base, config.ignore_weights, revision)
-        own = adapter is not None and adapter.own_tokenizer
-        tokenizer = reading.tokenizer_of(*((config.model_ref, source) if own else (named, base, revision)))
+    find = partial(readable, home=home)
+    source = find(config.model_ref)
+    adapter = adapter_folders.adapter_in(source, find)
+    origin, revision = (source, None) if adapter is None else (adapter.base, adapter.revision)
+    named = config.model_ref if adapter is None else origin
+    identity = identity_of(origin, revision)
+    own = adapter is not None and adapter.own_tokenizer
+
+    @cache
+    def tokenizer() -> Any:
+        whose = identity_of(source, None) if own else identity
+        return TOKENIZERS.get(whose, read_tokenizer) if served and whose is not None else read_tokenizer()
+
+    def read_tokenizer() -> Any:
+        with reading.ALONE:
+            return reading.tokenizer_of(*((config.model_ref, source) if own else (named, origin, revision)))
+
     weights = {} if adapter is None else adapter.weights()
+    adapts = adapter is not None or config.lora_config is not None
+    dtype = compute_dtype_of(config, device)
+    kept = dtype if adapts else torch.float32  # what is trained is float32, and autocast rounds it
+
+    def read() -> tuple[Any, int]:
+        with reading.ALONE:
+            causal = reading.read(named, origin, config.ignore_weights, revision)
+        brought = embeddings_in(weights, causal)
+        grown = resize_embeddings(causal, tokenizer(), max(brought.values(), default=0), config)
+        return causal.to(device=device, dtype=kept), grown
+
+    base: Base | None = None
+    if adapts and not alone and identity is not None:
+        rows = sorted((name, len(weight)) for name, weight in weights.items() if ".lora_" not in name)
+        wanted = (tokens_of(tokenizer()) if config.resize_embeddings else None, *rows)
+        base = BASES.get((identity, config.ignore_weights, kept, device, wanted), lambda: Base(*read()))
+        causal, grown = base.twin(), base.grown
+    else:
+        causal, grown = read()
+    warn_of_lacking_rows(causal, tokenizer(), config.model_ref)
+    brought = embeddings_in(weights, causal)
     lora = config.lora_config
     if adapter is not None:
         lora = adapter.merged_with(lora, lambda asked: adapters.layers_of(asked, causal))
-    brought = embeddings_in(weights, causal)
-    grown = resize_embeddings(causal, tokenizer, max(brought.values(), default=0), config)
-    dtype = compute_dtype_of(config, device)
-    # frozen weights are kept as they are computed with; what is trained is float32, and autocast rounds it
-    causal = causal.to(device=device, dtype=torch.float32 if lora is None else dtype)
     peft = None
     if lora is not None:
         with own_random(config.seed):
             peft = adapters.add_adapter(causal, lora)
+        if base is not None:
+            base.part(causal, {plain_name(name) for name in weights})
         if adapter is not None:
             adapters.fill_adapter(peft, weights, adapter.path)
     causal.eval()
@@ -168,7 +202,7 @@ def load(config: TrainingConfig, home: Home | None = None) -> LoadedModel:
     return LoadedModel(
         causal,
         peft,
-        tokenizer,
+        tokenizer(),
         device,
         dtype,
         split,
@@ -177,6 +211,7 @@ def load(config: TrainingConfig, home: Home | None = None) -> LoadedModel:
         continued=adapter is not None,
         own_embeddings=bool(grown)
         or not all(any(adapters.ends_in(name, each) for each in saved) for name in brought),
+        base=base,
     )
 
 
@@ -198,11 +233,11 @@ def value_head_for(causal: Any, device: torch.device) -> nn.Linear:
 
 def share(model: LoadedModel) -> LoadedModel:
     """Return a model of its own whose frozen tensors are the given one's; adapters are copies."""
-    frozen = [p for p in model.causal.parameters() if not p.requires_grad] + list(model.causal.buffers())
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in frozen}
-    peft, causal, value_head = copy.deepcopy((model.peft, model.causal, model.value_head), memo)
+    peft, causal, value_head = twin_of((model.peft, model.causal, model.value_head))
     causal.zero_grad(set_to_none=True)
     causal.eval()
+    if model.base is not None:
+        model.base.count(causal)
     return replace(model, peft=peft, causal=causal, value_head=value_head)
 
 
@@ -335,10 +370,7 @@ def embeddings_in(weights: Mapping[str, Tensor], causal: Any) -> dict[str, int]:
 def resize_embeddings(causal: Any, tokenizer: Any, brought: int, config: TrainingConfig) -> int:
     """Give a model rows for its tokenizer's tokens, or for what its adapter brings; return how many are new."""
     rows = len(causal.get_input_embeddings().weight)
-    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
-    wanted = brought or (max(rows, needed) if config.resize_embeddings else rows)
-    if needed > wanted:
-        logger.warning("%s: %s", config.model_ref, too_few_rows(needed, wanted))
+    wanted = brought or (max(rows, tokens_of(tokenizer)) if config.resize_embeddings else rows)
     if wanted != rows:
         with own_random(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -359,6 +391,18 @@ def begin_as_the_mean(causal: Any, rows: int) -> None:
             old = weight[:rows].double()
             noise = np.random.default_rng(0).standard_normal(weight[rows:].shape)
             weight[rows:] = (old.mean(0) + 0.01 * old.std(0) * torch.from_numpy(noise)).to(weight.dtype)
+
+
+def tokens_of(tokenizer: Any) -> int:
+    """Return how many rows a tokenizer's tokens need."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def warn_of_lacking_rows(causal: Any, tokenizer: Any, model_ref: str) -> None:
+    """Say that some tokens have no row."""
+    rows, needed = len(causal.get_input_embeddings().weight), tokens_of(tokenizer)
+    if needed > rows:
+        logger.warning("%s: %s", model_ref, too_few_rows(needed, rows))
 
 
 def too_few_rows(tokens: int, rows: int) -> str:

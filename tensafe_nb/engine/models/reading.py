@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from tensafe_nb.config import covers
 from tensafe_nb.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
+
+ALONE = (
+    threading.Lock()
+)  # transformers patches torch while it reads or writes a model: two at once corrupt each other
 
 WRAPPERS = {  # what puts its name before every weight, and whose weights to save instead
     "module.": "DistributedDataParallel: save model.module",

@@ -5,7 +5,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from tensafe_nb.rlvr.algorithms.options import (
 )
 from tensafe_nb.rlvr.algorithms.packing import entropy_of, group_numbers, loss_mask, tokenize_mock
 from tensafe_nb.rlvr.algorithms.passes import Passes, left_out
-from tensafe_nb.rlvr.algorithms.presets import preset
+from tensafe_nb.rlvr.algorithms.presets import options_of, preset
 from tensafe_nb.rlvr.algorithms.readings import Readings, check_batch
 from tensafe_nb.rlvr.algorithms.result import UpdateResult, mock_notes
 from tensafe_nb.rlvr.policy import PolicyClient
@@ -46,6 +46,9 @@ class Algorithm(Protocol):
     def update(self, batch: TrajectoryBatch, training_client: PolicyClient) -> FutureHandle[UpdateResult]: ...
     def state_dict(self) -> Mapping[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+AlgorithmSpec: TypeAlias = Algorithm | PolicyConfig | str
 
 
 @runtime_checkable
@@ -191,6 +194,28 @@ class PPO(PolicyGradient[PPOConfig]):
     """
 
     options = PPOConfig
+
+
+def algorithm_of(spec: AlgorithmSpec | None) -> Algorithm:
+    """Return the algorithm that a name, options or the algorithm itself stand for; REINFORCE for None.
+
+    Raises:
+        ValidationError: An unknown name, or something else.
+    """
+    options = options_of(spec) if isinstance(spec, str) else spec
+    match options:
+        case None:
+            return REINFORCE()
+        case PPOConfig():
+            return PPO(options)
+        case REINFORCEConfig():
+            return REINFORCE(options)
+    if isinstance(options, type | PolicyConfig) or not hasattr(options, "update"):
+        raise ValidationError(
+            f"RLVRTrainer: algo is an algorithm such as REINFORCE(), PPO(…), or a name such as 'grpo', not "
+            f"{as_given(spec)}."
+        )
+    return options
 
 
 def assign_advantages(

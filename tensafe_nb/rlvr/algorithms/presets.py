@@ -47,6 +47,20 @@ def register_preset(name: str, config: PolicyConfig, *, overwrite: bool = False)
     _PRESETS[name] = config
 
 
+def options_of(name: str) -> PolicyConfig:
+    """Return the options that an algorithm's name stands for: "reinforce", "ppo" or a preset.
+
+    "reinforce" by itself chooses its baseline.
+
+    Raises:
+        ValidationError: There is none of this name.
+    """
+    known = _PRESETS | {"reinforce": REINFORCEConfig(), "ppo": PPOConfig()}
+    if name not in known:
+        raise ValidationError(f"There is no algorithm {as_given(name)}.{nearest(name, known)}")
+    return known[name]
+
+
 def get_presets() -> Mapping[str, PolicyConfig]:
     """Return the presets by name."""
     return dict(_PRESETS)

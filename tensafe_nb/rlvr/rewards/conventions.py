@@ -6,6 +6,7 @@ processes too and imports nothing heavy.
 
 import copy
 import inspect
+import linecache
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from tensafe_nb.display import as_given
-from tensafe_nb.errors import ValidationError
+from tensafe_nb.errors import ValidationError, users_frames
 from tensafe_nb.rlvr.rewards.builtin.answers import is_missing
 
 MAX_ERROR_TEXT = 500
@@ -292,7 +293,20 @@ def failed(error: BaseException, hint: str = "") -> Outcome:
         text = f"{type(error).__name__}: {error}"[:MAX_ERROR_TEXT]
     except Exception:  # noqa: BLE001  # its __str__ is user code too
         text = f"{type(error).__name__}, whose text cannot be made"
+    text += line_of(error)
     return Outcome(error=text + hint if isinstance(error, TypeError | AttributeError) else text)
+
+
+def line_of(error: BaseException) -> str:
+    """Say where in the user's own code a call raised, counted from the first line of that function, if it was there."""
+    trace, _ = users_frames(error.__traceback__)
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    line = linecache.getline(code.co_filename, trace.tb_lineno).strip()  # of a cell, in its own process only
+    return f" (line {trace.tb_lineno - code.co_firstlineno + 1} of {code.co_name}{line and f': {line}'})"
 
 
 def read_value(value: Any) -> Outcome:

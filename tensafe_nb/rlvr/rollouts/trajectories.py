@@ -1,7 +1,6 @@
 """Trajectories, grouped by prompt: their statistics, and the file they are written to and read from."""
 
 import contextlib
-import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -13,6 +12,7 @@ import numpy as np
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.history.table import Table, Tabular, extra
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.results import (
@@ -120,7 +120,7 @@ class RolloutGroup:
 
 @shown
 @dataclass(slots=True, eq=False, repr=False)
-class TrajectoryBatch(Sequence[Trajectory]):
+class TrajectoryBatch(Sequence[Trajectory], Tabular):
     """All rollouts of a step: a list of trajectories that also knows its groups.
 
     Statistics are computed when read, since rewards are assigned after sampling; unscored rollouts are left
@@ -230,13 +230,35 @@ class TrajectoryBatch(Sequence[Trajectory]):
         Raises:
             ValidationError: pandas is not installed.
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ValidationError(
-                "to_frame() needs pandas, which is not installed: pip install pandas, or use to_rows()."
-            ) from error
-        return pandas.DataFrame(self.to_rows())
+        return extra("pandas", "to_frame").DataFrame(self.to_rows())
+
+    def flat_rows(self) -> list[dict[str, Any]]:
+        """Return one dict per rollout of what can be read in a table: no tokens, a column for each part of a reward."""
+        parts = dict.fromkeys(name for trajectory in self for name in trajectory.reward_parts or {})
+        return [
+            {
+                "group": number,
+                "prompt": trajectory.prompt,
+                "response": trajectory.response,
+                "reward": trajectory.reward,
+                **{f"rewards/{name}": (trajectory.reward_parts or {}).get(name) for name in parts},
+                "advantage": mean_advantage(trajectory),
+                "finish_reason": trajectory.finish_reason,
+                "length": len(trajectory.tokens),
+                "entropy": trajectory.entropy,
+                "policy_version": trajectory.policy_version,
+                "reward_error": trajectory.reward_error,
+                "reward_version": trajectory.reward_version,
+                "prompt_id": trajectory.prompt_id,
+                "meta": trajectory.meta,
+            }
+            for number, group in enumerate(self.groups)
+            for trajectory in group.rollouts
+        ]
+
+    def table(self) -> Table:
+        """Return `flat_rows()` as a table."""
+        return Table.of_rows(self.flat_rows())
 
     def save(self, path: str | Path) -> Path:
         """Write the batch as JSON lines, readable by its owner only: how it was sampled, then a line per group.
@@ -261,6 +283,19 @@ class TrajectoryBatch(Sequence[Trajectory]):
             ValidationError: There is no such file, or it is no file of rollouts; says at which line.
         """
         return read_batch(Path(path))
+
+
+def mean_advantage(trajectory: Trajectory) -> float | None:
+    """Return the advantage of a rollout; where each token has its own, their mean over those that the loss looks at."""
+    advantage = trajectory.advantage
+    if not isinstance(advantage, list):
+        return advantage
+    seen = [
+        value
+        for value, taken in zip(advantage, trajectory.mask or [1] * len(advantage), strict=True)
+        if taken
+    ]
+    return mean(np.array(seen)) if seen else None
 
 
 def mean(values: Array) -> float:

@@ -5,6 +5,7 @@ also by an import inside a function, go with them, with the names that are used.
 """
 
 import io
+import linecache
 import sys
 import threading
 import types
@@ -34,13 +35,15 @@ def shipped(thing: Any, modules: "Mapping[str, frozenset[str] | None] | None" = 
     known = [sys.modules[name] for name in reached if name in sys.modules]
     buffer = io.BytesIO()
     with pickled_by_value(local_modules()):
-        ModulePickler(buffer, reached).dump((thing, known))
+        pickler = ModulePickler(buffer, reached)
+        pickler.dump((thing, known, pickler.cells))  # in this order: what is pickled first fills in the last
     return buffer.getvalue()
 
 
 def arrived(blob: bytes) -> Any:
     """Return what was shipped, in the process it was sent to; its modules can be imported there from now on."""
-    thing, _ = cloudpickle.loads(blob)
+    thing, _, cells = cloudpickle.loads(blob)
+    linecache.cache.update(cells)  # so that an error can show its line
     return thing
 
 
@@ -65,8 +68,13 @@ class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
     def __init__(self, file: io.BytesIO, modules: "Mapping[str, frozenset[str] | None]") -> None:
         super().__init__(file)
         self._modules = modules
+        self.cells: dict[str, Any] = {}  # source of the notebook's cells whose functions go
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, types.FunctionType):
+            source = linecache.cache.get(obj.__code__.co_filename, ())
+            if len(source) == 4 and source[1] is None:  # no file's: it has no time of its last change
+                self.cells[obj.__code__.co_filename] = source
         if (
             isinstance(obj, types.ModuleType)
             and obj.__name__ != "__main__"

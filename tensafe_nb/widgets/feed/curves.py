@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tensafe_nb.history.branches import CLOCK, Span
 from tensafe_nb.history.log import TIMED, RunHistory
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.widgets.feed.feed import Feed
 
 TIME, TOKENS, RATE = "~time", "~tokens", "tokens/s"
+SPARSE = ("policy/approx_kl",)  # measured now and then: there, "not a number" says that it was not
 SUPERVISED = ("loss", "eval/loss", "grad_norm")
 REWARDED = (
     "reward", "group/reward_std", "eval/reward", "rewards/true",
@@ -50,8 +52,7 @@ class Curves:
 
     def series(self, name: str, start: int = 0) -> tuple[Array, Array]:
         """Return (steps, values) of a curve, from point number `start` on; both are (points,)."""
-        number, _, own = name.rpartition(":")  # "1:loss" is the loss of the second
-        which = int(number or 0)
+        which, own = place_of(name)
         history = self._feeds[which].history
         if own == TIME:
             return history.clock(start)
@@ -60,7 +61,28 @@ class Curves:
             return steps, self.tokens_so_far(which)[start : start + len(steps)]
         if own == RATE:
             return rate(history, start)
+        if own in SPARSE:
+            steps, values = history.series(own)
+            measured = ~np.isnan(values)
+            return steps[measured][start:], values[measured][start:]
         return history.series(own, start)
+
+    def spans(self, names: Sequence[str]) -> dict[str, list[Span]]:
+        """Return which points of these curves led to the weights as they are; those of which all did are left out."""
+        found = {name: self._spans(*place_of(name)) for name in names}
+        return {name: spans for name, spans in found.items() if spans != [(0, None)]}
+
+    def _spans(self, which: int, own: str) -> list[Span]:
+        history = self._feeds[which].history
+        spans = history.spans({TIME: CLOCK, TOKENS: TIMED, RATE: TIMED}.get(own, own))
+        if own == RATE:  # the first step has no rate
+            return [(max(start - 1, 0), None if end is None else max(end - 1, 0)) for start, end in spans]
+        if own in SPARSE:
+            measured = np.concatenate([[0], np.cumsum(~np.isnan(history.series(own)[1]))])
+            return [
+                (int(measured[start]), None if end is None else int(measured[end])) for start, end in spans
+            ]
+        return spans
 
     def tokens_so_far(self, which: int) -> Array:
         """Return how many tokens a client had trained on by each step; adds up only what is new."""
@@ -68,6 +90,12 @@ class Curves:
         for tokens in self._feeds[which].history.series(TIMED, len(total))[1].tolist():
             total.append(tokens + (total[-1] if total else 0.0))
         return np.array(total, dtype=np.float64)
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """Return whose curve a name means, and its own name: "1:loss" is the loss of the second."""
+    number, _, own = name.rpartition(":")
+    return int(number or 0), own
 
 
 def rate(history: RunHistory, start: int = 0) -> tuple[Array, Array]:

@@ -18,6 +18,7 @@ from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets.feed.annotations import Annotations
 from tensafe_nb.widgets.feed.flusher import FLUSHER, Flusher, Member
 from tensafe_nb.widgets.feed.recording import RecordedRun, Recording
+from tensafe_nb.widgets.feed.rollouts import pieces
 
 
 class Watched(Protocol):
@@ -49,6 +50,7 @@ class Standing:
         client: Status of the client.
         state: State of the run; the client's status where there is no run.
         run_id: The run.
+        name: What it is called.
         step: Steps the run has done; the client's step where there is no run.
         planned: Steps the run is to do.
         elapsed: Seconds since the run started, or that it took.
@@ -58,11 +60,17 @@ class Standing:
         operation_seconds: For how long.
         reason: Why run or client failed.
         active: Whether more is to come by itself: worth a heartbeat.
+        client_step: The client's own step where a run that has ended left it, and it has moved since; None where not.
+        loaded: The artifact whose state it took after that run's end.
+        line: "OPEN", "RECONNECTING" or "LOST": whether what is said here is still so is known only while it is open.
+        line_reason: Why it is not.
+        line_seconds: For how long it has not been.
     """
 
     client: str
     state: str
     run_id: str | None
+    name: str | None
     step: int
     planned: int | None
     elapsed: float | None
@@ -72,15 +80,21 @@ class Standing:
     operation_seconds: float | None
     reason: str | None
     active: bool
+    client_step: int | None
+    loaded: str | None
+    line: str
+    line_reason: str | None
+    line_seconds: float | None
 
     @classmethod
     def read(cls, state: ClientState, run: RunSoFar | None, now: float) -> "Standing":
         """Read it from a state, for one of its runs, at a moment in Unix seconds."""
-        running = state.queue.running
+        running, line = state.queue.running, state.line
         return cls(
             client=str(state.status),
             state=str(state.status if run is None else run.state),
             run_id=None if run is None else run.run_id,
+            name=None if run is None or run.described is None else run.described.name,
             step=state.step if run is None else run.steps_done,
             planned=None if run is None else run.planned_steps,
             elapsed=None if run is None else run.elapsed(now),
@@ -90,6 +104,11 @@ class Standing:
             operation_seconds=None if running is None else now - running.time,
             reason=state.reason if run is None else run.reason or state.reason,
             active=not state.closed and (state.queue.depth > 0 or (run is not None and not run.state.ended)),
+            client_step=state.step if left_behind(state, run) else None,
+            loaded=loaded_since(state, run),
+            line="OPEN" if line is None else str(line.state),
+            line_reason=None if line is None else line.reason,
+            line_seconds=None if line is None else now - line.time,
         )
 
     @property
@@ -99,6 +118,21 @@ class Standing:
     @property
     def run_ended(self) -> bool:
         return self.run_id is not None and RunStatus(self.state).ended
+
+
+def left_behind(state: ClientState, run: RunSoFar | None) -> bool:
+    """Whether a client has gone on, or back, after the end of its latest run."""
+    if run is None or not run.state.ended or run is not state.latest_run:
+        return False
+    return state.step != run.step
+
+
+def loaded_since(state: ClientState, run: RunSoFar | None) -> str | None:
+    """Return the artifact whose state a client took after the end of its latest run."""
+    loaded = state.loaded
+    if run is None or run.ended_at is None or loaded is None or not left_behind(state, run):
+        return None
+    return loaded.artifact_id if loaded.time >= run.ended_at else None
 
 
 class Remains:
@@ -230,7 +264,7 @@ class Feed:
     def decode(self) -> Callable[[Sequence[int]], list[str]] | None:
         """Return what turns token ids into texts; None where there is no tokenizer."""
         tokenizer = getattr(self.client, "tokenizer", None) if self.client.steerable else None
-        return None if tokenizer is None else lambda ids: [tokenizer.decode([token]) for token in ids]
+        return None if tokenizer is None else lambda ids: pieces(tokenizer.decode, ids)
 
     # what panels learn besides events
 

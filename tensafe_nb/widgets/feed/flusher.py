@@ -45,6 +45,7 @@ class Flusher:
         self._urgent = self._woken = self._closing = False
         self._flushed_at = 0.0
         self._begun = self._done = 0  # rounds of flushes
+        self.met = False  # whether a page ever said hello to any of those that are shown: widgets load here
 
     def wake(self, member: Member, *, urgent: bool = False) -> None:
         """Have a member flushed soon, or at once if urgent; from any thread, never waits."""

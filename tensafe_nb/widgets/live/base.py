@@ -9,13 +9,17 @@ from typing import Any, ClassVar
 import anywidget
 import traitlets
 
+from tensafe_nb.display import escaped
 from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.feed import rollouts
 from tensafe_nb.widgets.feed.annotations import Part
 from tensafe_nb.widgets.feed.curves import Curves, names_of
 from tensafe_nb.widgets.feed.feed import Source, feed_of
 from tensafe_nb.widgets.live import what_if
 from tensafe_nb.widgets.live.commands import QUICK, Commands, Obeyed
+from tensafe_nb.widgets.still.snapshot import Bundle, StillOutputs
+from tensafe_nb.widgets.still.words import Subject, Topic
 from tensafe_nb.widgets.wire import Outbox
 
 logger = logging.getLogger(__name__)
@@ -57,6 +61,10 @@ class LiveWidget(anywidget.AnyWidget):
     """
 
     parts: ClassVar[tuple[Part, ...]] = ()  # what it is told besides curves and status
+    topic: ClassVar[Topic] = "training"  # what of it stays in the file
+    is_met: ClassVar[bool] = (
+        False  # whether a page ever said hello to any of them: then there are widgets here
+    )
 
     selected_step = traitlets.Int(None, allow_none=True, help="The step whose rollouts are looked at.").tag(
         sync=True
@@ -72,6 +80,10 @@ class LiveWidget(anywidget.AnyWidget):
         super().__init__(title=title, **traits)
         self._greeted = False
         self._told: dict[str, Any] = {}
+        self._told_spans: dict[str, Any] = {}
+        self._page: object = None  # the name of the latest
+        self._stills: dict[str | None, StillOutputs] = {}  # by run: what stays in the file
+        self._shown_in: int | None = None  # execution count of the latest cell that shows it
         self.pages = 0  # mounted so far; 0: no page ever said hello
         self._commands = Commands(self.feed)
         self._curves, self._outbox = Curves(self.feeds), Outbox()
@@ -84,6 +96,47 @@ class LiveWidget(anywidget.AnyWidget):
         self.on_msg(self.receive)
         for feed in self.feeds:
             feed.watch(self)
+
+    # showing
+
+    @property
+    def subject(self) -> Subject:
+        """What picture and table are about."""
+        return Subject(tuple(self.feeds), self.topic)
+
+    @property
+    def is_shown_here(self) -> bool:
+        """Whether the cell that is running now shows this widget already."""
+        return self._shown_in == renderer.execution_count()
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[Bundle, Bundle]:
+        self.place_still(self.feed.latest)
+        return self.live_bundle(), {}
+
+    def place_still(self, run: Any) -> None:
+        """Put the part that stays in the file into the calling cell."""
+        key = None if run is None else run.run_id
+        if key not in self._stills:
+            self._stills[key] = StillOutputs(self.subject, key, alone=self._is_alone)
+        self._stills[key].place()
+        self._shown_in = renderer.execution_count()
+
+    def _is_alone(self) -> bool:
+        """Whether no page shows this, so that what stays in the file is all there is to see."""
+        return not self.feed.flusher.met
+
+    def live_bundle(self) -> Bundle:
+        """Return the output that mounts a view, with a line for whoever cannot."""
+        standing = self.feed.standing()
+        of = f"run {standing.run_number} of " if standing.run_id else ""
+        marks = "".join(f"{mark} · " for mark in self.feed.marks)
+        line = f"{marks}Live {self.word} of {of}{self.feed.client_id}: open in Jupyter"
+        return view_bundle(self) | {"text/html": f"<p>{escaped(line)}</p>", "text/plain": line}
+
+    @property
+    def word(self) -> str:
+        """What it is called where it cannot be shown."""
+        return type(self).__name__
 
     @property
     def shown(self) -> Sequence[str]:
@@ -115,11 +168,19 @@ class LiveWidget(anywidget.AnyWidget):
             later = self.send_parts()
             for content, buffers in self._outbox.messages(self._curves, self.shown):
                 self.send(content | self.stamp(), buffers)
+            self.send_spans()
             return min((due for due in (later, self.send_status()) if due is not None), default=None)
         except Exception as error:
             logger.exception("a widget could not be brought up to date")
             self.send({"t": "error", "text": f"The panel stumbled: {type(error).__name__}: {error}"})
             return None
+
+    def send_spans(self) -> None:
+        """Tell the page which points led to the weights as they are, whenever that has changed."""
+        spans = self._curves.spans(self.shown)
+        if spans != self._told_spans:
+            self._told_spans = spans
+            self.send({"t": "spans", "spans": spans})
 
     def send_status(self) -> float | None:
         """Tell the page what else changed; return the seconds after which to be called again."""
@@ -131,7 +192,10 @@ class LiveWidget(anywidget.AnyWidget):
 
     def status(self) -> dict[str, Any]:
         """Return what a page must know besides curves and parts."""
+        latest = self.feed.latest
+        still = self._stills.get(None if latest is None else latest.run_id)
         return {
+            "hint": still.hint if still is not None else None,
             "curve": self.feed.curve,
             "n": self._outbox.points,
             "dp": self.feed.is_private,
@@ -146,12 +210,19 @@ class LiveWidget(anywidget.AnyWidget):
     def adopt(self, child: Any) -> None:
         """Take in a training client that a button made; what shows no branches ignores it."""
 
-    def greet(self, mounted: bool) -> None:
-        """A page is new (`mounted`) or missed something: what it was told before does not count."""
-        self.pages += mounted
+    def greet(self, page: object) -> None:
+        """A page says hello under its name, or, without one, that it missed something: all it was told is told anew."""
+        mounted = bool(page) and page != self._page
+        if mounted:
+            self._page = page
+            self.pages += 1
+            for still in self._stills.values():
+                still.meet()
+        self.feed.flusher.met = True
         self._greeted = True
         self._outbox.start_over()
         self._told = {}
+        self._told_spans = {}
         self._parts_told.clear()
         self._rollouts_at = float("-inf")
 
@@ -195,17 +266,19 @@ class LiveWidget(anywidget.AnyWidget):
                     self._rollouts_at = self.feed.flusher.now()
                     self._aside(lambda: self._prepare(newest.step, rollouts.PUSHED))
 
-    def _prepare(self, step: int, limit: int) -> None:
-        found = self.feed.state.rollouts.get(step)
+    def _prepare(self, step: int, limit: int, *, held_out: bool = False) -> None:
+        state = self.feed.state
+        found = (state.held_out if held_out else state.rollouts).get(step)
+        content: dict[str, Any] = {"t": "rollouts", "step": step, "held": held_out}
         if found is None:
-            content = {"t": "rollouts", "step": step, "why": f"No rollouts were recorded for step {step}."}
+            content["why"] = f"No rollouts were recorded for step {step}."
         else:
             try:
                 path = self.feed.history.rollouts_file(found)
-                content = rollouts.message(step, path, self.feed.decode(), limit)
+                content |= rollouts.message(step, path, self.feed.decode(), limit, held_out=held_out)
             except TGTinkerError as error:  # the oldest texts go when a run has too many
-                content = {"t": "rollouts", "step": step, "why": str(error)}
-        self._ready.append(content)
+                content["why"] = str(error)
+        self._ready.append(content | {"evaluated": self.feed.annotations.evaluated()})
 
     def _aside(self, work: Callable[[], None]) -> None:
         """Do what takes a while on a thread of its own; what it prepared is sent by the next flush."""
@@ -232,9 +305,10 @@ class LiveWidget(anywidget.AnyWidget):
         """Answer a message of the page, at once or aside."""
         match content:
             case {"t": "hello"}:
-                self.greet(mounted=bool(content.get("mount")))
+                self.greet(content.get("mount"))
             case {"t": "show", "step": int(step)}:
-                self._aside(lambda: self._prepare(step, rollouts.ASKED))
+                held_out = bool(content.get("held"))
+                self._aside(lambda: self._prepare(step, rollouts.ASKED, held_out=held_out))
             case {"t": "plan"} if self.feed.client.steerable:
                 client: Any = self.feed.client
                 self._aside(lambda: self._ready.append(what_if.answer(client, content)))

@@ -1,6 +1,7 @@
 """Charts that stand alone, of a loss or a reward, to be placed beside other widgets; several runs on the same axes."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import traitlets
@@ -12,6 +13,7 @@ from tensafe_nb.widgets.feed.annotations import Part
 from tensafe_nb.widgets.feed.feed import Source
 from tensafe_nb.widgets.feed.recording import RecordedRun
 from tensafe_nb.widgets.live.base import CurveWidget, css, esm
+from tensafe_nb.widgets.still.words import Subject
 
 MOST_CURVES = 6  # colours that can be told apart on light and dark
 
@@ -29,7 +31,11 @@ class LoneCurve(CurveWidget):
             raise ValidationError(
                 f"{len(sources)} runs on one chart cannot be told apart: give at most {MOST_CURVES}."
             )
-        super().__init__(*sources, **({"labels": [label_of(source) for source in sources]} | traits))
+        super().__init__(*sources, **({"labels": labels_of(sources)} | traits))
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(tuple(self.feeds), "curves", tuple(self.labels), self.curve)
 
     def status(self) -> dict[str, Any]:
         return super().status() | {"curve": self.curve}
@@ -56,7 +62,7 @@ class LossCurve(LoneCurve):
         >>> HBox([LossCurve(run), LossCurve(other_run, log_scale=True)])
     """
 
-    _esm = esm("wire", "page", "chart", "curves", "curve")
+    _esm = esm("wire", "place", "page", "chart", "download", "curves", "curve")
 
     @property
     def curve(self) -> str:
@@ -77,7 +83,7 @@ class RewardHistory(LoneCurve):
         >>> VBox([history, inspector])
     """
 
-    _esm = esm("wire", "page", "chart", "curves", "rewards")
+    _esm = esm("wire", "place", "page", "chart", "download", "curves", "rewards")
     all_curves = True
 
     def __init__(self, source: Source, **traits: Any) -> None:
@@ -88,8 +94,24 @@ class RewardHistory(LoneCurve):
         return "reward"
 
 
+def labels_of(sources: Sequence[Source]) -> list[str]:
+    """Return how sources are told from each other on the same axes: by their names where these do that."""
+    names = [name_of(source) for source in sources]
+    return [
+        label_of(source) if name is None or names.count(name) > 1 else name
+        for name, source in zip(names, sources, strict=True)
+    ]
+
+
+def name_of(source: Source) -> str | None:
+    """Return what a run is called, with its marks."""
+    if isinstance(source, RecordedRun):
+        return source.record.name and " ".join([*source.client.marks, source.record.name])
+    return source.name if isinstance(source, TrainingRun | RunRecord) else None
+
+
 def label_of(source: Source) -> str:
-    """Return how a source is told from the others on the same axes."""
+    """Return a label that is its source's alone."""
     if isinstance(source, TrainingRun | RunRecord | RecordedRun):
         marks = "".join(f"{mark} " for mark in source.client.marks) if isinstance(source, RecordedRun) else ""
         return f"{marks}run {source.run_id.rpartition('/')[2]} of {source.run_id.partition('/')[0]}"

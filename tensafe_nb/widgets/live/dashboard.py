@@ -5,13 +5,11 @@ from typing import Any, ClassVar, final
 
 import traitlets
 
-from tensafe_nb.display import escaped
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.widgets import renderer
 from tensafe_nb.widgets.feed.annotations import Part
 from tensafe_nb.widgets.feed.feed import Source, feed_of
-from tensafe_nb.widgets.live.base import CurveWidget, css, esm, view_bundle
-from tensafe_nb.widgets.still.snapshot import Bundle, StillOutputs, publish
+from tensafe_nb.widgets.live.base import CurveWidget, css, esm
+from tensafe_nb.widgets.still.snapshot import publish
 
 STATUS_SECONDS = 0.5  # between two messages about the same state
 HEARTBEAT = 5.0  # s, while anything is under way
@@ -35,7 +33,7 @@ class Dashboard(CurveWidget):
         >>> HBox([tc.dashboard(), LossCurve(other_run)])
     """
 
-    _esm = esm("wire", "page", "chart", "curves", "table", "samples", "meter", "panel")
+    _esm = esm("wire", "place", "page", "chart", "download", "curves", "table", "samples", "meter", "panel")
     _css = css("panel")
     _volatile: ClassVar = ("elapsed", "eta", "op_s")  # what the page counts on by itself
     parts: ClassVar[tuple[Part, ...]] = ("marks", "alarms", "privacy", "rows", "rollouts")
@@ -47,8 +45,6 @@ class Dashboard(CurveWidget):
 
     def __init__(self, source: Source, sections: Sequence[str] | None = None, **traits: Any) -> None:
         check_sections(sections or ())
-        self._stills: dict[str | None, StillOutputs] = {}
-        self._shown_in: int | None = None  # execution count of the latest cell that shows it
         self._live_ids: list[str] = []
         self._told_at = float("-inf")
         self._branches: list[dict[str, str]] = []
@@ -58,15 +54,10 @@ class Dashboard(CurveWidget):
 
     def show(self, run: Any = None) -> None:
         """Show the panel in the calling cell, with the part that stays in the file above it."""
-        self._place_still(run or self.feed.latest)
+        self.place_still(run or self.feed.latest)
         identity = f"{self.model_id}-{len(self._live_ids)}"
         self._live_ids.append(identity)
-        publish(self._live_bundle(), {}, identity)
-
-    @property
-    def is_shown_here(self) -> bool:
-        """Whether the cell that is running now shows this panel already."""
-        return self._shown_in == renderer.execution_count()
+        publish(self.live_bundle(), {}, identity)
 
     def retire(self) -> None:
         """Turn the live part into one line of text, where the page still knows the outputs."""
@@ -75,23 +66,9 @@ class Dashboard(CurveWidget):
             publish({"text/plain": text}, {}, identity, update=True)
         self._live_ids.clear()
 
-    def _repr_mimebundle_(self, **_: Any) -> tuple[Bundle, Bundle]:
-        self._place_still(self.feed.latest)
-        return self._live_bundle(), {}
-
-    def _place_still(self, run: Any) -> None:
-        key = None if run is None else run.run_id
-        if key not in self._stills:
-            self._stills[key] = StillOutputs(self.feed, key, alone=lambda: not self.pages)
-        self._stills[key].place()
-        self._shown_in = renderer.execution_count()
-
-    def _live_bundle(self) -> Bundle:
-        standing = self.feed.standing()
-        of = f"run {standing.run_number} of " if standing.run_id else ""
-        marks = "".join(f"{mark} · " for mark in self.feed.marks)
-        line = f"{marks}Live panel of {of}{self.feed.client_id}: open in Jupyter"
-        return view_bundle(self) | {"text/html": f"<p>{escaped(line)}</p>", "text/plain": line}
+    @property
+    def word(self) -> str:
+        return "panel"
 
     # telling the page
 
@@ -109,21 +86,18 @@ class Dashboard(CurveWidget):
     def stamp(self) -> dict[str, Any]:
         return super().stamp() | {"step": self.feed.standing().step}
 
-    def greet(self, mounted: bool) -> None:
-        super().greet(mounted)
-        if mounted and self.pages > 1:
-            for still in self._stills.values():
-                still.lose()
+    def greet(self, page: object) -> None:
+        super().greet(page)
         self._told_at = float("-inf")
         self._send_branches()
 
     def status(self) -> dict[str, Any]:
         standing = self.feed.standing()
-        still = self._stills.get(standing.run_id)
         return super().status() | {
             "client": standing.client,
             "state": standing.state,
             "run": standing.run_number,
+            "name": standing.name,
             "step": standing.step,
             "of": standing.planned,
             "elapsed": _rounded(standing.elapsed),
@@ -134,7 +108,12 @@ class Dashboard(CurveWidget):
             "reason": standing.reason,
             "active": standing.active,
             "ended": standing.run_ended,
-            "hint": still.hint if still is not None else None,
+            "run_id": standing.run_id,
+            "now": None
+            if standing.client_step is None
+            else {"step": standing.client_step, "loaded": standing.loaded},
+            "line": standing.line,
+            "line_reason": standing.line_reason,
         }
 
     # branches

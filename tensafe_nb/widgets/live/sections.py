@@ -5,6 +5,7 @@ from typing import Any, ClassVar, final
 from tensafe_nb.widgets.feed.annotations import Part
 from tensafe_nb.widgets.feed.feed import Source
 from tensafe_nb.widgets.live.base import LiveWidget, css, esm
+from tensafe_nb.widgets.still.words import Topic
 
 
 class Section(LiveWidget):
@@ -27,8 +28,9 @@ class CheckpointTable(Section):
         >>> CheckpointTable(tc)
     """
 
-    _esm = esm("wire", "page", "table", "checkpoints")
+    _esm = esm("wire", "place", "page", "table", "checkpoints")
     parts: ClassVar[tuple[Part, ...]] = ("rows",)
+    topic: ClassVar[Topic] = "checkpoints"
 
 
 @final
@@ -44,8 +46,9 @@ class PrivacyMeter(Section):
         >>> PrivacyMeter(tc)
     """
 
-    _esm = esm("wire", "page", "meter", "privacy")
+    _esm = esm("wire", "place", "page", "meter", "privacy")
     parts: ClassVar[tuple[Part, ...]] = ("privacy",)
+    topic: ClassVar[Topic] = "privacy"
 
 
 @final
@@ -60,5 +63,6 @@ class RolloutInspector(Section):
         >>> RolloutInspector(run, selected_step=12)
     """
 
-    _esm = esm("wire", "page", "samples", "inspector")
+    _esm = esm("wire", "place", "page", "samples", "inspector")
     parts: ClassVar[tuple[Part, ...]] = ("rollouts",)
+    topic: ClassVar[Topic] = "samples"

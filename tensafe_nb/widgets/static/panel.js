@@ -1,13 +1,14 @@
 // The panel: badge, buttons, alarms, charts, privacy, samples, checkpoints, and a line that says how fresh all this is.
 import { connect, settle } from "./wire.js";
 import { Note, make, makeButton, plainText } from "./page.js";
+import { LAST_WORD, Place, asking } from "./place.js";
 import { Curves } from "./curves.js";
 import { Checkpoints } from "./table.js";
 import { Samples } from "./samples.js";
 import { Meter } from "./meter.js";
 
 const STALE_MS = 12000;
-const SPEAK_MS = 10000;
+const SPEAK_MS = 60000;
 const BADGE = {
   RUNNING: "●", PAUSING: "●", STOPPING: "●", PAUSED: "‖", STOPPED: "■", FINISHED: "✓", FAILED: "✕", INTERRUPTED: "✕",
   ERROR: "✕", TERMINATED: "■", INITIALIZING: "○", READY: "○", BUSY: "●",
@@ -33,12 +34,33 @@ function details(status, since) {
   const running = status.active && !status.ended;
   const parts = [
     status.of ? `step ${status.step}/${status.of}` : `step ${status.step ?? "—"}`,
+    status.now ? `client at step ${status.now.step}` : "",
     clockText(status.elapsed == null ? null : status.elapsed + (running ? since : 0)),
     leftText(status.eta == null ? null : Math.max(0, status.eta - since)),
     status.op && status.op_s + since >= 1 ? `${status.op} ${(status.op_s + since).toFixed(1)} s` : "",
     status.queue ? `${status.queue} in the queue` : "",
   ];
   return parts.filter(Boolean);
+}
+
+// How sure one can be of what is shown: "" where it is of this moment, else a word for what is not known.
+function doubt(status, silence, cut = false) {
+  if (status.state && cut) return "NO KERNEL";
+  if (status.active && silence > STALE_MS) return "STALE";
+  return status.line && status.line !== "OPEN" ? status.line : "";
+}
+
+// How it goes, in a line with its level. That no problem was found is said of what was looked at to this moment only.
+function verdict(status, alarms, doubted) {
+  const { state, client, run } = status;
+  const at = status.step == null ? "" : ` at step ${status.step}`;
+  if (client === "ERROR") return { level: "red", text: "✕ The training client has failed." };
+  if (state === "FAILED") return { level: "red", text: `✕ The run has failed${at}.` };
+  if (state === "INTERRUPTED") return { level: "red", text: `✕ The run was interrupted${at}.` };
+  if (doubted) return { level: "amber", text: "? How it goes now is not known here." };
+  if (alarms.length || !run || !status.step) return { level: "", text: "" };
+  if (state === "STOPPED" && status.reason) return { level: "", text: "" };
+  return { level: "", text: "✓ no problem found" };
 }
 
 // Which buttons a state offers.
@@ -53,10 +75,10 @@ function worst(alarms) {
   return alarms.reduce((found, alarm) => (!found || alarm.level === found.level || alarm.level === "red" ? alarm : found), null);
 }
 
-function freshness(status, silence) {
-  if (!status.state) return "waiting for the kernel";
+function freshness(status, silence, cut = false) {
+  if (cut) return `${LAST_WORD}${status.run_id ? `; tn.load_run("${status.run_id}") shows what is on the disk` : ""}`;
   if (!status.active) return "up to date";
-  if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s`;
+  if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s; asking the kernel again`;
   return `${status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
 }
 
@@ -101,15 +123,16 @@ class Panel {
     Object.assign(this, { store, model, title: model.get("title"), spokenAt: -Infinity, spoken: "", branches: new Map() });
     this.curves = new Curves(store, model, true);
     this.curves.onSpeak = (text) => (this.voice.textContent = text);
+    this.curves.onChoose = () => this.samples.reveal();
     this.meter = new Meter(store);
     this.samples = new Samples(store, model);
+    this.samples.onLeave = () => this.curves.charts[0].plot.focus();
     this.checkpoints = new Checkpoints(store);
     this.build(el);
     this.update = () => this.refresh();
     store.listeners.add(this.update);
     this.timer = setInterval(this.update, 500);
-    this.placed = new ResizeObserver(() => this.takePlace());
-    this.placed.observe(el);
+    this.place = new Place(this.root, el);
     this.refresh();
   }
 
@@ -134,6 +157,7 @@ class Panel {
     this.bar.append(make("div"));
     this.note = new Note(this.store);
     this.health = make("div", "tsnb-health");
+    this.health.setAttribute("role", "status");
     this.below = make("div", "tsnb-branches");
     this.fresh = make("span", "tsnb-fresh");
     this.subject = make("span", "tsnb-subject");
@@ -149,38 +173,27 @@ class Panel {
 
   destroy() {
     clearInterval(this.timer);
-    this.placed.disconnect();
     this.store.listeners.delete(this.update);
     this.curves.destroy();
     for (const view of this.branches.values()) view?.remove?.();
-    this.leavePlace();
-  }
-
-  // While this view is there, the picture and the table of the same cell stay out of sight.
-  takePlace() {
-    const area = this.root.closest(".jp-OutputArea");
-    if (!area || area === this.area) return;
-    this.leavePlace();
-    this.area = area;
-    area.classList.add("tsnb-live");
-  }
-
-  leavePlace() {
-    const others = this.area ? [...this.area.querySelectorAll(".tsnb-panel")].filter((root) => root !== this.root) : [];
-    if (this.area && !others.length) this.area.classList.remove("tsnb-live");
+    this.place.destroy();
   }
 
   refresh() {
     const { store } = this;
     const silence = store.now() - store.heardAt;
+    this.doubt = doubt(store.status, silence, store.cut);
+    if (this.doubt === "STALE" && store.answered) store.greet();
     this.showState(silence / 1000);
     this.showSections();
     this.showButtons();
     this.showNote();
     this.showHealth();
     this.showBranches();
-    this.fresh.textContent = freshness(store.status, silence);
-    this.root.dataset.stale = String(Boolean(store.status.active) && silence > STALE_MS);
+    this.fresh.textContent = store.status.state ? freshness(store.status, silence, store.cut) : asking(store, store.now());
+    this.root.dataset.stale = String(this.doubt === "STALE");
+    this.root.dataset.doubt = this.doubt;
+    this.root.dataset.tries = store.tries;
     this.root.dataset.curve = this.curves.name;
     this.root.dataset.points = store.get(this.curves.name).n;
     this.root.dataset.acked = store.acked;
@@ -192,7 +205,7 @@ class Panel {
     const chosen = this.model.get("sections");
     const shown = (names, there) => (chosen.length ? names.some((name) => chosen.includes(name)) : there);
     for (const [part, names, there] of [
-      [this.curves, ["loss", "reward"], true], [this.meter, ["privacy"], true], [this.samples, ["samples"], this.samples.known],
+      [this.curves, ["loss", "reward"], true], [this.meter, ["privacy"], this.store.status.dp || this.store.parts.privacy?.accountant], [this.samples, ["samples"], this.samples.known],
       [this.checkpoints, ["checkpoints"], this.store.parts.rows],
     ]) {
       part.el.hidden = !shown(names, there);
@@ -206,14 +219,16 @@ class Panel {
     this.root.dataset.state = state;
     this.root.dataset.client = status.client || "";
     this.root.dataset.step = status.step ?? "";
-    this.sign.textContent = BADGE[state] || "○";
-    this.word.textContent = state || "…";
-    this.marks.textContent = (status.marks ?? []).join(" · ");
+    this.sign.textContent = this.doubt ? "?" : BADGE[state] || "○";
+    this.word.textContent = state ? `${this.doubt ? "last heard: " : ""}${state}` : "…";
+    this.marks.textContent = [...(status.marks ?? []), this.doubt].filter(Boolean).join(" · ");
+    this.root.dataset.now = status.now?.step ?? "";
     this.facts.textContent = state ? details(status, since).join(" · ") : "";
-    const run = status.run ? ` · run ${status.run}` : "";
+    const run = status.run ? ` · run ${status.run}${status.name ? ` “${plainText(status.name)}”` : ""}` : "";
     const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
     const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";
-    this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}`;
+    const open = status.dp === false && this.meter.el.hidden ? " · DP off" : "";
+    this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}${open}`;
     this.bar.hidden = !status.of;
     this.bar.setAttribute("aria-valuemax", status.of || 0);
     this.bar.setAttribute("aria-valuenow", status.step || 0);
@@ -238,28 +253,34 @@ class Panel {
   showNote() {
     const { status } = this.store;
     const failed = [status.state, status.client].some((state) => ["FAILED", "ERROR", "INTERRUPTED"].includes(state));
-    this.note.update(failed ? status.reason : "", (status.state === "STOPPED" && status.reason) || status.hint);
+    const failures = [failed ? status.reason || "No reason was told." : "", status.line_reason ?? ""];
+    const back = status.now?.loaded ? `${status.now.loaded} was loaded after the run had ended: the client stands at step ${status.now.step} again.` : "";
+    const hints = [status.state === "STOPPED" && !failed ? status.reason : "", back, this.place.outdated(status.hint)];
+    this.note.update(failures.filter(Boolean).join("\n"), hints.filter(Boolean).join("\n"));
     this.root.dataset.waiting = String(this.note.waiting);
   }
 
   showHealth() {
-    const alarms = this.store.parts.alarms?.alarms ?? [];
-    const key = String(alarms.at(-1)?.seq ?? this.store.status.run);
-    if (key === this.alarmed) return;
-    this.alarmed = key;
+    const { store } = this;
+    const alarms = store.parts.alarms?.alarms ?? [];
+    const said = verdict(store.status, alarms, this.doubt);
+    const key = JSON.stringify([alarms.at(-1)?.seq, said]);
+    if (key === this.judged) return;
+    this.judged = key;
     const alarm = worst(alarms);
-    this.health.dataset.level = alarm?.level ?? "";
-    if (!alarm) {
-      this.health.replaceChildren(...(this.store.status.run ? [make("span", "tsnb-where", "✓ no problem found")] : []));
-      return;
+    this.health.dataset.level = said.level || alarm?.level || "";
+    const line = said.text ? [make(said.level ? "b" : "span", said.level ? "" : "tsnb-where", `${said.text} `)] : [];
+    if (alarm) {
+      const jump = makeButton(`Go to step ${alarm.step}`, () => {
+        settle(this.model, "selected_step", alarm.step);
+        this.curves.lens.set({ step: alarm.step });
+        this.curves.onChoose();
+      });
+      const more = alarms.length > 1 ? make("details") : "";
+      if (more) more.append(make("summary", "", `${alarms.length} alarms`), ...alarms.map((a) => make("div", "", plainText(`${a.level} at step ${a.step}: ${a.text} ${a.remedy}`))));
+      line.push(make("b", "", `${alarm.level === "red" ? "✕" : "!"} step ${alarm.step}: `), make("span", "", plainText(`${alarm.text} `)), make("span", "tsnb-where", plainText(alarm.remedy)), jump, more);
     }
-    const jump = makeButton(`Go to step ${alarm.step}`, () => {
-      settle(this.model, "selected_step", alarm.step);
-      this.curves.lens.set({ step: alarm.step });
-    });
-    const more = alarms.length > 1 ? make("details") : "";
-    if (more) more.append(make("summary", "", `${alarms.length} alarms`), ...alarms.map((a) => make("div", "", plainText(`${a.level} at step ${a.step}: ${a.text} ${a.remedy}`))));
-    this.health.replaceChildren(make("b", "", `${alarm.level === "red" ? "✕" : "!"} step ${alarm.step}: `), make("span", "", plainText(`${alarm.text} `)), make("span", "tsnb-where", plainText(alarm.remedy)), jump, more);
+    this.health.replaceChildren(...line);
   }
 
   // A branch has a panel of its own, beneath this one.
@@ -285,7 +306,7 @@ class Panel {
     }
   }
 
-  // Says a change of state at once, progress every ten seconds at most; the curve is described when it rests.
+  // Says a change of state at once, progress every minute at most; the curve is described when it rests.
   speak() {
     const { status, now } = { status: this.store.status, now: this.store.now() };
     if (!status.state || (status.state === this.spoken && now - this.spokenAt < SPEAK_MS)) return;
@@ -310,4 +331,4 @@ export default () => {
     },
   };
 };
-export { Panel, clockText, details, freshness, leftText, offers, worst };
+export { Panel, clockText, details, doubt, freshness, leftText, offers, verdict, worst };

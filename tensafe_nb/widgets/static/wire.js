@@ -3,6 +3,8 @@
 
 const PROTOCOL = 1;
 const RETRY_MS = 2000;
+const FIRST_MS = 1000; // until a kernel that has not answered is asked again; then twice as long each time
+const LONGEST_MS = 30000;
 
 // JSON has no NaN: non-finite numbers travel by name.
 function parseNumber(value) {
@@ -14,6 +16,7 @@ class Series {
   constructor(smoothing, breaks = []) {
     this.smoothing = smoothing;
     this.breaks = breaks; // steps at which something else began to be measured: nothing is averaged across
+    this.spans = null; // [from, to) of the points that led to the weights as they are; null: all of them
     this.abandoned = [];
     this.clear();
   }
@@ -25,6 +28,7 @@ class Series {
     this.smooth = new Float64Array(256);
     this.mean = this.weight = 0;
     this.wentBack = false;
+    this.left = 0; // as many values as are zero from the first on, as far as somebody has counted
     this.branch = null;
   }
 
@@ -41,16 +45,17 @@ class Series {
 
   // The curve as it stands: after a rollback without what was abandoned, which lies in `abandoned`, piece by piece.
   get current() {
-    if (!this.wentBack) return this;
+    if (!this.wentBack && !this.spans) return this;
     this.branch ??= this.parted();
     return this.branch;
   }
 
   parted() {
     const [kept, pieces] = [[], []];
+    const led = (i) => this.spans?.some(([from, to]) => i >= from && i < (to ?? Infinity)) ?? true;
     let reached = Infinity;
     for (let i = this.n - 1, gap = true; i >= 0; i--) {
-      const live = this.steps[i] < reached;
+      const live = led(i) && this.steps[i] < reached;
       if (live) {
         reached = this.steps[i];
         kept.push(i);
@@ -96,6 +101,12 @@ class Series {
     }
   }
 
+  setSpans(spans) {
+    if (JSON.stringify(spans) === JSON.stringify(this.spans)) return;
+    this.spans = spans;
+    this.branch = null;
+  }
+
   resmooth(smoothing, breaks = this.breaks) {
     this.smoothing = smoothing;
     this.breaks = breaks;
@@ -107,21 +118,22 @@ class Series {
 
 // What a page knows. `send` posts to the kernel; whoever is in `listeners` is called after every message.
 class Store {
-  constructor(send, smoothing, now = () => performance.now()) {
-    this.send = send;
-    this.smoothing = smoothing;
-    this.now = now;
+  constructor(send, smoothing, now = () => performance.now(), later = (work, wait) => setTimeout(work, wait)) {
+    Object.assign(this, { send, smoothing, now, later, spans: {}, asked: -Infinity, tries: 0, again: null, answered: false, cut: false });
+    this.page = Math.random().toString(36).slice(2, 10);
     this.series = new Map();
     this.status = {};
     this.error = this.refusal = this.said = null;
     this.parts = {}; // what the kernel tells besides curves and status, by its name
     this.rollouts = new Map(); // step → its rollouts
+    this.heldOut = new Map(); // step → the answers to the held-out prompts
+    this.held = []; // the steps at which there are such
     this.breaks = [];
     this.pending = new Map(); // number of a command → when it was given
     this.given = this.acked = 0;
     this.latency = null;
     this.heardAt = now();
-    this.asked = -Infinity;
+    this.heard = Date.now();
     this.listeners = new Set();
   }
 
@@ -133,26 +145,52 @@ class Store {
 
   get(name) {
     const breaks = name.includes("reward") ? this.breaks : [];
-    if (!this.series.has(name)) this.series.set(name, new Series(this.smoothing, breaks));
+    if (!this.series.has(name)) {
+      this.series.set(name, new Series(this.smoothing, breaks));
+      this.series.get(name).setSpans(this.spans[name] ?? null);
+    }
     return this.series.get(name);
   }
 
-  hello(mount = false) {
-    if (!mount && this.now() - this.asked < RETRY_MS) return;
+  // Says that something was missed; not twice within two seconds.
+  hello() {
+    if (this.now() - this.asked < RETRY_MS) return;
     this.asked = this.now();
-    this.send({ t: "hello", v: PROTOCOL, n: this.points, mount });
+    this.send({ t: "hello", v: PROTOCOL, n: this.points });
+  }
+
+  // Says hello, as this page, until the kernel answers: after 1, 2, 4 … 30 s. Begins anew when it has fallen silent.
+  greet() {
+    this.answered = false;
+    this.asked = this.now();
+    const wait = Math.min(FIRST_MS * 2 ** this.tries, LONGEST_MS);
+    this.tries++;
+    this.again = this.now() + wait;
+    try {
+      this.send({ t: "hello", v: PROTOCOL, n: this.points, mount: this.page });
+    } catch {
+      this.cut = true; // the line is closed: its kernel was restarted, or is gone
+    }
+    this.later(() => this.answered || this.greet(), wait);
+    this.tell();
   }
 
   command(what, id) {
     this.given++;
     this.pending.set(this.given, this.now());
     this.error = this.refusal = this.said = null;
-    this.send({ t: "do", do: what, n: this.given, id });
+    try {
+      this.send({ t: "do", do: what, n: this.given, id });
+    } catch {
+      this.pending.delete(this.given);
+      this.cut = true;
+      this.refusal = `${what}: this page has no line to the kernel any more. Run the cell again.`;
+    }
     this.tell();
   }
 
-  show(step) {
-    if (!this.rollouts.has(step)) this.send({ t: "show", step });
+  show(step, held = false) {
+    if (!(held ? this.heldOut : this.rollouts).has(step)) this.send({ t: "show", step, ...(held ? { held } : {}) });
   }
 
   setSmoothing(weight) {
@@ -163,6 +201,10 @@ class Store {
 
   receive(message, buffers = []) {
     this.heardAt = this.now();
+    this.heard = Date.now();
+    this.answered = true;
+    this.cut = false;
+    this.tries = 0;
     if (message.t === "delta") this.takeDelta(message);
     else if (message.t === "full") this.takeColumns(message, buffers);
     else if (message.t === "status") this.takeStatus(message);
@@ -171,14 +213,17 @@ class Store {
     else if (message.t === "rollouts") this.takeRollouts(message);
     else this.parts[message.t] = message;
     if (message.t === "marks") this.takeBreaks(message.marks);
+    if (message.t === "spans") this.takeSpans(message.spans);
     this.tell();
   }
 
   takeRollouts(message) {
-    this.rollouts.delete(message.step);
-    this.rollouts.set(message.step, message);
-    this.newest = Math.max(this.newest ?? 0, message.step);
-    if (this.rollouts.size > 8) this.rollouts.delete(this.rollouts.keys().next().value);
+    const kept = message.held ? this.heldOut : this.rollouts;
+    kept.delete(message.step);
+    kept.set(message.step, message);
+    if (kept.size > 8) kept.delete(kept.keys().next().value);
+    this.held = message.evaluated ?? this.held;
+    if (!message.held && message.groups) this.newest = Math.max(this.newest ?? 0, message.step);
   }
 
   takeBreaks(marks) {
@@ -186,6 +231,11 @@ class Store {
     if (String(breaks) === String(this.breaks)) return;
     this.breaks = breaks;
     for (const [name, series] of this.series) if (name.includes("reward")) series.resmooth(this.smoothing, breaks);
+  }
+
+  takeSpans(spans) {
+    this.spans = spans;
+    for (const [name, series] of this.series) series.setSpans(spans[name] ?? null);
   }
 
   takeDelta(message) {
@@ -236,7 +286,11 @@ function connect(model) {
   model.on("msg:custom", (message, buffers) => store.receive(message, buffers));
   model.on("change:smoothing", () => store.setSmoothing(model.get("smoothing")));
   model.on("change", () => store.tell());
-  store.hello(true);
+  model.on("comm_live_update", () => {
+    store.cut = true; // until something is heard
+    store.tell();
+  });
+  store.greet();
   return store;
 }
 

@@ -1,20 +1,26 @@
 """The picture that stays in the file: drawn by matplotlib, on white, in few colours, never with a spike left out."""
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from tensafe_nb.history.figures import smoothed, stretches
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.batch import Array
-from tensafe_nb.widgets.feed.feed import Feed
+from tensafe_nb.widgets.still.words import Subject, current, current_of, led_of
 
 COLUMNS = 900  # of the picture; a longer curve is drawn as the extremes per column, so no spike is lost
 BLUE, ORANGE, GREY = "#2a7de1", "#c9661a", "#777777"
+COLOURS = (BLUE, ORANGE, "#1f8f5f", "#a04fc0", "#8a6d00", "#c23b5a")  # of training clients side by side
+DASHES = ("-", "--", ":", "-.", "--", ":")
 
 
-def draw(feed: Feed, names: tuple[str, str], title: str) -> bytes | None:
+def draw(subject: Subject, title: str) -> bytes | None:
     """Return a PNG of a curve, its held-out twin and the marks along them; None where there is nothing to draw.
+
+    Several training clients stand on the same axes, each in its colour. The words of the title are in the file as well,
+    as the PNG's Description.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -22,47 +28,55 @@ def draw(feed: Feed, names: tuple[str, str], title: str) -> bytes | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    history = feed.history
-    name, held_out = names
-    steps, values = history.series(name)
-    if not len(steps):
+    curve = subject.curve
+    if not any(curve in feed.history for feed in subject.feeds):
         return None
     figure = Figure(figsize=(9.6, 3.0), dpi=100, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    marks = feed.annotations.marks()  # (step, kind, what)
-    breaks = [step for step, kind, _ in marks if kind == "v" and "reward" in name]
-    for piece in abandoned(
-        steps
-    ):  # faint, beneath the rest: what a rollback gave up was trained all the same
-        axes.plot(*extremes(steps[piece], values[piece]), color=BLUE, alpha=0.2, linewidth=1)
-    steps, values = (column[current(steps)] for column in (steps, values))
-    for number, stretch in enumerate(_stretches(steps, breaks)):
-        axes.plot(*extremes(steps[stretch], values[stretch]), color=BLUE, alpha=0.35, linewidth=1)
-        label = name if number == 0 else None
-        axes.plot(*extremes(steps[stretch], smoothed(values[stretch])), color=BLUE, linewidth=2, label=label)
-    if held_out in history:
-        measured, points = history.series(held_out)
-        measured, points = (column[current(measured)] for column in (measured, points))
-        for number, stretch in enumerate(_stretches(measured, breaks)):
-            axes.plot(
-                measured[stretch],
-                points[stretch],
-                color=ORANGE,
-                linestyle="--",
-                marker="o",
-                markersize=3,
-                label=held_out if number == 0 else None,
-            )
+    first = subject.feeds[0]
+    marks = first.annotations.marks()  # (step, kind, what)
+    breaks = [step for step, kind, _ in marks if kind == "v" and "reward" in curve]
+    if len(subject.feeds) == 1:
+        draw_curve(axes, first.history, curve, BLUE, curve, breaks)
+        draw_held_out(axes, first.history, f"eval/{curve}", breaks)
+    else:
+        for number, feed in enumerate(subject.feeds):
+            draw_curve(axes, feed.history, curve, COLOURS[number], subject.labels[number], [], DASHES[number])
     draw_marks(axes, marks, breaks)
     style_axes(axes, title)
-    return png_of(FigureCanvasAgg(figure))
+    return png_of(FigureCanvasAgg(figure), title)
 
 
-def _stretches(steps: Array, breaks: list[int]) -> Iterator[Array]:
-    """Yield the stretches between breaks, as indices: what was measured differently is not joined."""
-    for stretch in np.split(np.arange(len(steps)), np.searchsorted(steps, breaks)):
-        if stretch.size:
-            yield stretch
+def draw_curve(
+    axes: Any, history: RunHistory, name: str, colour: str, label: str, breaks: list[int], dash: str = "-"
+) -> None:
+    """Draw a curve raw and smoothed; faint, beneath the rest, what a rollback gave up: it was trained all the same."""
+    steps, values = history.series(name)
+    kept = current(steps, led_of(history, name, len(steps)))
+    for piece in abandoned(steps, kept):
+        axes.plot(*extremes(steps[piece], values[piece]), color=colour, alpha=0.2, linewidth=1)
+    steps, values = steps[kept], values[kept]
+    for number, stretch in enumerate(stretches(steps, breaks)):
+        axes.plot(*extremes(steps[stretch], values[stretch]), color=colour, alpha=0.35, linewidth=1)
+        axes.plot(
+            *extremes(steps[stretch], smoothed(values[stretch])),
+            color=colour, linestyle=dash, linewidth=2, label=label if number == 0 else None,
+        )  # fmt: skip
+
+
+def draw_held_out(axes: Any, history: RunHistory, name: str, breaks: list[int]) -> None:
+    """Draw what was measured on held-out data, dashed."""
+    steps, values = current_of(history, name)
+    for number, stretch in enumerate(stretches(steps, breaks)):
+        axes.plot(
+            steps[stretch],
+            values[stretch],
+            color=ORANGE,
+            linestyle="--",
+            marker="o",
+            markersize=3,
+            label=name if number == 0 else None,
+        )
 
 
 def draw_marks(axes: Any, marks: list[tuple[int, str, str]], breaks: list[int]) -> None:
@@ -84,15 +98,18 @@ def draw_marks(axes: Any, marks: list[tuple[int, str, str]], breaks: list[int]) 
         axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
 
 
-def png_of(canvas: Any) -> bytes:
-    """Return what is drawn, in 64 colours: half the size, and notebooks keep every byte."""
+def png_of(canvas: Any, words: str) -> bytes:
+    """Return what is drawn, with its words, in 64 colours: half the size, and notebooks keep every byte."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     canvas.draw()
+    info = PngInfo()
+    info.add_itxt("Description", words)
     target = io.BytesIO()
     pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # (300, 960, 3)
     pixels.quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
-        target, "PNG", optimize=True
+        target, "PNG", optimize=True, pnginfo=info
     )
     return target.getvalue()
 
@@ -107,29 +124,14 @@ def style_axes(axes: Any, title: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def current(steps: Array) -> Array:
-    """Return which points belong to the curve as it stands: after a rollback, not those that were abandoned."""
-    # The least step that comes after each point: a point is current if no later one stands before it.
-    later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.iinfo(np.int64).max)
-    kept: Array = steps < later
-    return kept
-
-
-def abandoned(steps: Array) -> list[Array]:
-    """Return the stretches of points that rollbacks have left behind, as indices."""
-    left = np.flatnonzero(~current(steps))
-    return [gap for gap in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if gap.size]
-
-
-def smoothed(values: Array, weight: float = 0.8) -> Array:
-    """Return the bias-corrected exponential mean (Kingma and Ba 2015, section 3); non-finite values do not enter it."""
-    result, mean, total = np.full(len(values), np.nan), 0.0, 0.0
-    for index, value in enumerate(values):
-        if np.isfinite(value):
-            mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        if total:  # 1 − weightᵗ after t values: without it the mean would begin at 0
-            result[index] = mean / total
-    return result
+def abandoned(steps: Array, kept: Array) -> list[Array]:
+    """Return the stretches of points that rollbacks have left behind, as indices; each goes forwards only."""
+    left = np.flatnonzero(~kept)
+    return [
+        gap
+        for gap in np.split(left, np.flatnonzero((np.diff(left) > 1) | (np.diff(steps[left]) <= 0)) + 1)
+        if gap.size
+    ]
 
 
 def extremes(steps: Array, values: Array, columns: int = COLUMNS) -> tuple[Array, Array]:

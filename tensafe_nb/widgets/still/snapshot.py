@@ -9,60 +9,74 @@ import html
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from weakref import WeakSet
 
+from tensafe_nb.events import ArtifactDeleted, CheckpointSaved, Metrics
 from tensafe_nb.history.state import RunSoFar
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets.feed.feed import Feed, Standing
 from tensafe_nb.widgets.feed.rollouts import frozen
 from tensafe_nb.widgets.still.picture import draw
+from tensafe_nb.widgets.still.words import Subject, rows_of, sentence_of
 
 TABLE_SECONDS = 2.0  # between refreshes where no page listens
 PICTURE_SECONDS = 30.0  # between two pictures, except at the end
-LISTED = 5  # checkpoints in the table, the newest
+FIRST_SECONDS = 5.0  # after which an output whose page listens has its first picture
+LONGEST_SECONDS = 60.0  # that what a file holds may be older than the training, while its page listens
 
 Bundle = dict[str, Any]
 _drawing = threading.Lock()  # matplotlib's fonts are shared by all figures
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """A training client and one of its runs at one moment, in words, as a table and as a picture."""
+    """Training clients and a run of the first at one moment, in words, as a table and as a picture.
 
-    feed: Feed
-    standing: Standing
+    Attributes:
+        subject: What of them is told.
+        standings: How each of them stands.
+        taken_at: When.
+        steering: Whether the table ends with the calls to type.
+    """
+
+    subject: Subject
+    standings: tuple[Standing, ...]
     taken_at: datetime
     steering: bool = False
 
     @classmethod
-    def take(cls, feed: Feed, run: Any, *, steering: bool = False) -> "Snapshot":
+    def take(cls, source: Feed | Subject, run: Any, *, steering: bool = False) -> "Snapshot":
         """Return how things stand; with `steering`, the table ends with the calls to type."""
-        return cls(feed, feed.standing(run), datetime.now().astimezone(), steering)
+        subject = source if isinstance(source, Subject) else Subject((source,))
+        first, *others = subject.feeds
+        standings = (first.standing(run), *(feed.standing() for feed in others))
+        return cls(subject, standings, datetime.now().astimezone(), steering)
+
+    @property
+    def standing(self) -> Standing:
+        """How the first stands."""
+        return self.standings[0]
 
     @property
     def sentence(self) -> str:
         """All of it in one line: the caption, and the words for who cannot see the picture."""
-        standing, last = self.standing, self.feed.history.last()
-        of = f" of {standing.planned}" if standing.planned else ""
-        values = "".join(f", {name} {number(last[name])}" for name in self._curves if name in last)
-        name = f"Run {standing.run_number} of {self._client_id}" if standing.run_id else self._client_id
-        marks = "".join(f"{mark} · " for mark in self.feed.marks)
-        return (
-            f"{marks}{name}: {standing.state} at step {standing.step}{of}{values}, {self._privacy}, "
-            f"{self.taken_at:%Y-%m-%d %H:%M:%S}"
-        )
+        of_each = [
+            sentence_of(feed, standing, self.subject.curve)
+            for feed, standing in zip(self.subject.feeds, self.standings, strict=True)
+        ]
+        return f"{'; '.join(of_each)}, {self.taken_at:%Y-%m-%d %H:%M:%S}"
 
     def table(self) -> Bundle:
         """Return the table as an output."""
         caption = f'<caption style="white-space: nowrap">{html.escape(self.sentence)}</caption>'
         rows = "".join(
             f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>'
-            for name, text in self.rows()
+            for name, text in rows_of(self.subject, self.standings, steering=self.steering)
         )
         return {
             "text/html": f'<table class="tsnb-frozen">{caption}<tbody>{rows}</tbody></table>',
@@ -72,91 +86,47 @@ class Snapshot:
     def picture(self) -> tuple[Bundle, Bundle] | None:
         """Return the picture as an output with its metadata; None where there is nothing to draw, or no matplotlib."""
         with suppress(ImportError), _drawing:
-            png = draw(self.feed, self._curves, self.sentence)
+            png = draw(self.subject, self.sentence)
             if png is not None:
                 return {"image/png": png, "text/plain": self.sentence}, {
                     "image/png": {"alt": self.sentence, "needs_background": "light"}
                 }
         return None
 
-    @property
-    def _client_id(self) -> str:
-        return self.feed.client_id
-
-    @property
-    def _privacy(self) -> str:
-        """The privacy account in a few words; "DP off" is said as plainly as what was spent."""
-        spent = self.feed.state.privacy
-        if spent is None:
-            return "no step under DP yet" if self.feed.is_private else "DP off"
-        if spent.void is not None:
-            return "ε ∞ (no guarantee)"
-        budget = "" if spent.target_epsilon is None else f" of {number(spent.target_epsilon)}"
-        return f"ε {number(spent.total_epsilon)}{budget} at δ = {spent.delta:g}"
-
-    @property
-    def _curves(self) -> tuple[str, str]:
-        return self.feed.curve, f"eval/{self.feed.curve}"
-
-    def rows(self) -> Iterator[tuple[str, str]]:
-        """Yield the names and values of the table."""
-        standing, history = self.standing, self.feed.history
-        yield "training", self.feed.description
-        yield "state", standing.state + (f": {standing.reason}" if standing.reason else "")
-        yield "step", f"{standing.step} of {standing.planned or '—'}"
-        for name in self._curves:
-            values = history.series(name)[1]
-            if len(values):
-                yield name, f"{number(values[0])} → {number(values[-1])}"
-        yield "privacy", self._privacy
-        saved = list(self.feed.state.checkpoints.values())
-        if saved:
-            yield "checkpoints", ", ".join(f"step {one.step}: {one.artifact_id}" for one in saved[-LISTED:])
-        yield "time", clock(standing.elapsed)
-        yield "run", standing.run_id or "—"
-        if self.steering and self.feed.client.steerable and standing.run_id and not standing.run_ended:
-            yield "to steer it", "run.pause()  run.resume()  run.stop()"
-
-
-def number(value: float) -> str:
-    """Return four significant digits."""
-    return f"{value:.4g}"
-
-
-def clock(seconds: float | None) -> str:
-    """Return minutes and seconds, with hours where there are any; a dash for the unknown."""
-    if seconds is None:
-        return "—"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
-
 
 class StillOutputs:
     """The outputs of one run (or of a client without one) that stay in the file, and when they are renewed.
 
+    Where no page listens they are all there is to see, and follow within seconds. Where one does they are hidden, and
+    follow what comes to a rest at once and everything else within a minute: a file may be saved, and its kernel may
+    die, at any moment.
+
     Args:
-        feed: The training client.
+        source: The training client, or what is told of it.
         run_id: The run; None for a client without one.
         alone: Whether no page shows the panel, so that this is all there is to see.
     """
 
-    def __init__(self, feed: Feed, run_id: str | None, alone: Callable[[], bool]) -> None:
-        self.feed, self._run_id = feed, run_id
+    def __init__(self, source: Feed | Subject, run_id: str | None, alone: Callable[[], bool]) -> None:
+        self.subject = source if isinstance(source, Subject) else Subject((source,))
+        self.feed, self._run_id = self.subject.feeds[0], run_id
         self._alone = alone
         self._ids: list[str] = []
-        self._shown: tuple[str, int] | None = None  # state and step of the table
-        self._pictured: int | None = None  # step of the picture
+        self._unmet: list[str] = []  # those that no page has shown yet
+        self._shown: object = None  # what the table tells
+        self._pictured: object = None  # what the picture tells
         self._painting: set[Snapshot] = set()
-        self._painted: deque[tuple[Bundle, Bundle, int]] = deque()
+        self._painted: deque[tuple[Bundle, Bundle]] = deque()
         self._table_at = self._picture_at = float("-inf")
-        self._out_of_reach: str | None = None
+        self._words: str | None = None  # of the latest picture
+        self._out_of_reach = False
         _placed.add(self)
-        feed.watch(self)
+        for feed in self.subject.feeds:
+            feed.watch(self)
 
     @property
     def live(self) -> bool:
-        return self.busy or not (self._final or self.feed.over)
+        return self.busy or self._shown != self._now or not all(feed.over for feed in self.subject.feeds)
 
     @property
     def busy(self) -> bool:
@@ -168,79 +138,111 @@ class StillOutputs:
         return self.feed.run(self._run_id)
 
     @property
-    def hint(self) -> str | None:
-        """A word about outputs that a page which was loaded again cannot renew any more."""
-        return self._out_of_reach
+    def hint(self) -> dict[str, Any] | None:
+        """What a page must know to say what its file holds, which the kernel cannot renew since it was loaded anew."""
+        return {"words": self._words} if self._out_of_reach else None
 
-    def place(self, *, filled: bool = False) -> None:
-        """Put the outputs into the calling cell; empty ones are filled when they are needed."""
+    def place(self) -> None:
+        """Put the outputs into the calling cell; empty where a page will show more, and filled when it is time."""
         identity = uuid.uuid4().hex[:12]
         self._ids.append(identity)
-        self._out_of_reach = None
-        self._table_at = self.feed.flusher.now()
-        table = (
-            Snapshot.take(self.feed, self.run, steering=True).table()
-            if filled
-            else _placeholder("tsnb-frozen")
-        )
-        publish(_placeholder("tsnb-frozen-picture"), {}, f"{identity}-picture")
-        publish(table, {}, f"{identity}-table")
+        self._unmet.append(identity)
+        self._out_of_reach = False
+        now = self.feed.flusher.now()
+        self._shown = self._pictured = None
+        self._table_at, self._picture_at = now, now + FIRST_SECONDS - LONGEST_SECONDS
+        drawn = None
+        snapshot = Snapshot.take(self.subject, self.run, steering=True)
+        if self._alone() and any(feed.curve in feed.history for feed in self.subject.feeds):
+            drawn = snapshot.picture()
+            self._pictured, self._picture_at = self._now, now
+        if drawn is None:
+            publish(_placeholder("tsnb-frozen-picture"), {}, f"{identity}-picture")
+        else:
+            self._words = drawn[0]["text/plain"]
+            publish(*drawn, f"{identity}-picture")
+        publish(snapshot.table() if self._alone() else _placeholder("tsnb-frozen"), {}, f"{identity}-table")
         self.feed.flusher.wake(self)
 
-    def lose(self) -> None:
-        """The page was loaded again: it no longer knows which outputs are ours."""
-        if self._ids and not self._final:
-            held = (
-                "no picture of this run yet"
-                if self._pictured is None
-                else f"a picture of step {self._pictured}"
-            )
-            self._out_of_reach = f"This file holds {held}; run.freeze() in a new cell takes a fresh one."
+    def meet(self) -> None:
+        """A page was loaded: it knows the outputs that were placed since, and no longer those that another showed."""
+        self._out_of_reach = bool(self._ids) and not self._unmet
+        self._unmet.clear()
 
     def flush(self) -> float | None:
         """Renew what is due; called by `tsnb-view` only."""
         self._send_pictures()
-        if not self._ids or self._final:
+        if not self._ids:
             return None
-        alone, now = self._alone(), self.feed.flusher.now()
-        if self._turned or (alone and now >= self._table_at + TABLE_SECONDS):
-            ended = self.run is None or self.run.state.ended
-            due = (self._turned or alone) and now >= self._picture_at + PICTURE_SECONDS
-            self.renew(picture=due or (self._turned and ended))
-        return TABLE_SECONDS if alone and not self._final else None
+        alone, now, held = self._alone(), self.feed.flusher.now(), self._now
+        pace = TABLE_SECONDS if alone else LONGEST_SECONDS
+        picture_due = self._picture_due(alone=alone)
+        behind = self._shown != held or (alone and not self._ended)
+        if self._pictured != held and not self._painting and now >= picture_due:
+            self._table_at = self._picture_at = now
+            self._pictured = held
+            snapshot = self._publish_table(steering=alone)
+            self._painting.add(snapshot)
+            self.feed.flusher.aside(lambda: self._paint(snapshot))
+        elif behind and ((self._at_rest and self._shown != held) or now >= self._table_at + pace):
+            self._table_at = now
+            self._publish_table(steering=alone)
+        if self._over or (self._shown == self._pictured == held and not alone):
+            return None
+        return max(min(self._table_at + pace, picture_due) - now, TABLE_SECONDS)
+
+    def _picture_due(self, *, alone: bool) -> float:
+        """Return from when on a picture of what is new is drawn."""
+        if self._ended:
+            return float("-inf")
+        if self._at_rest or alone:
+            first = float("-inf") if self._at_rest else self._table_at + TABLE_SECONDS
+            return first if self._pictured is None else self._picture_at + PICTURE_SECONDS
+        return self._picture_at + LONGEST_SECONDS
 
     def finish(self) -> None:
         """Leave the last word with the kernel's end; whoever waits for it waits for a picture at most."""
-        if self._ids and not self._final and (self.run is not None or not self.feed.over):
+        if self._ids and self._pictured != self._now:
+            self._pictured = self._now
             self._paint(self._publish_table())
             self._send_pictures()
 
     @property
-    def _final(self) -> bool:
-        return self.run is not None and self._shown is not None and RunStatus(self._shown[0]).ended
+    def _over(self) -> bool:
+        return all(feed.over for feed in self.subject.feeds)
 
     @property
-    def _turned(self) -> bool:
-        """Whether things have come to a rest that is not shown yet."""
-        if self.run is None:
-            return self.feed.over and self._shown is None
-        resting = self.run.state.ended or self.run.state is RunStatus.PAUSED
-        return resting and self._shown != (str(self.run.state), self.run.steps_done)
+    def _ended(self) -> bool:
+        return self._over if self.run is None else self.run.state.ended
 
-    def renew(self, *, picture: bool) -> None:
-        """Publish the table of this moment, and have a picture drawn."""
-        snapshot = self._publish_table(steering=self._alone())
-        self._table_at = self.feed.flusher.now()
-        if picture:
-            self._picture_at = self._table_at
-            self._painting.add(snapshot)
-            self.feed.flusher.aside(lambda: self._paint(snapshot))
+    @property
+    def _now(self) -> object:
+        """What there is to tell now, as far as it makes table and picture another."""
+        standings = [self.feed.standing(self.run), *(feed.standing() for feed in self.subject.feeds[1:])]
+        return tuple(
+            (
+                standing.state if standing.run_id else feed.state.closed,
+                standing.step,
+                standing.client_step,
+                standing.loaded,
+                standing.line,
+                feed.state.counts[CheckpointSaved],
+                feed.state.counts[ArtifactDeleted],
+                feed.state.counts[Metrics],
+            )
+            for feed, standing in zip(self.subject.feeds, standings, strict=True)
+        )
+
+    @property
+    def _at_rest(self) -> bool:
+        """Whether nothing is to come by itself."""
+        return self._ended or (self.run is not None and self.run.state is RunStatus.PAUSED)
 
     def _publish_table(self, *, steering: bool = False) -> Snapshot:
-        snapshot = Snapshot.take(self.feed, self.run, steering=steering)
+        self._shown = self._now
+        snapshot = Snapshot.take(self.subject, self.run, steering=steering)
         for identity in self._ids:
             publish(snapshot.table(), {}, f"{identity}-table", update=True)
-        self._shown = (snapshot.standing.state, snapshot.standing.step)
         return snapshot
 
     def _paint(self, snapshot: Snapshot) -> None:
@@ -248,14 +250,15 @@ class StillOutputs:
         try:
             drawn = snapshot.picture()
             if drawn is not None:
-                self._painted.append((*drawn, snapshot.standing.step))
+                self._painted.append(drawn)
         finally:
             self._painting.discard(snapshot)
             self.feed.flusher.wake(self)
 
     def _send_pictures(self) -> None:
         while self._painted:
-            data, metadata, self._pictured = self._painted.popleft()
+            data, metadata = self._painted.popleft()
+            self._words = data["text/plain"]
             for identity in self._ids:
                 publish(data, metadata, f"{identity}-picture", update=True)
 

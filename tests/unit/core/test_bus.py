@@ -10,7 +10,7 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import Event, Metrics, OperationStarted, Progress
+from tensafe_nb.events import Event, LineChanged, Metrics, OperationStarted, Progress
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.stream import Subscriptions
 from tensafe_nb.locks import is_being_written
@@ -42,6 +42,16 @@ def test_progress_is_shown_and_not_persisted(bus: EventBus) -> None:
     bus.publish(OperationStarted(future_id="f", operation="sample"))
     assert [type(event).__name__ for event in seen] == ["Progress", "OperationStarted"]
     assert [type(event).__name__ for event in bus.history.events()] == ["OperationStarted"]
+    bus.close()
+
+
+def test_a_line_that_broke_off_is_told_and_not_persisted(bus: EventBus) -> None:
+    seen: list[Event] = []
+    bus.subscribe(seen.append)
+    bus.record(LineChanged(state="RECONNECTING", reason="nobody answers"))
+    assert seen == [bus.history.state.line] and list(bus.history.events()) == []
+    with pytest.raises(ValidationError, match="none of OPEN, RECONNECTING, LOST"):
+        LineChanged(state="GONE")
     bus.close()
 
 

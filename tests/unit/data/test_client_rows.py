@@ -59,6 +59,27 @@ def test_rows_given_to_fit_say_how_they_become_batches(tc: tn.TrainingClient) ->
         tc.forward_backward(GOOD[0])
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (GOOD, r"tc\.fit\(tc\.batches\(rows\)\)"),
+        (["a text"], r"tc\.fit\(tc\.batches\(rows\)\)"),
+        ([[{"role": "user", "content": "a"}]], r"tc\.fit\(tc\.batches\(rows\)\)"),
+        (GOOD[0], r"Give a list of rows\. .* tc\.fit\(tc\.batches\(rows\)\)"),
+        ("train.jsonl", r"tc\.fit\(tc\.batches\('train\.jsonl'\)\)"),
+        (tn.BatchData([[5, 6]]), r"tc\.fit\(\[batch\]\)"),
+        ([[5, 6, 7]], r"tc\.fit\(\[tn\.BatchData"),
+    ],
+)
+def test_fit_says_the_line_that_trains_on_what_it_was_given(
+    tc: tn.TrainingClient, given: Any, line: str
+) -> None:
+    with pytest.raises(tn.ValidationError, match=line):
+        tc.fit(given, show=False)
+    with pytest.raises(tn.ValidationError, match=line.replace(r"fit\(", r"fit\(…, eval_batches=")):
+        tc.fit(tc.batches(GOOD), eval_batches=given, show=False)
+
+
 def test_a_frame_a_csv_and_a_share_gpt_file_train_at_the_first_try(
     tc: tn.TrainingClient, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from tensafe_nb.events import (
     ClientCreated,
     Event,
     Forked,
+    LineChanged,
+    LineState,
     Metrics,
     MockTookPart,
     OperationCancelled,
@@ -177,6 +179,17 @@ def test_progress_is_known_while_its_operation_runs_and_counts_as_no_event() -> 
     assert (state.queue.progress, state.seq, state.status) == ((3, 8), 2, ClientStatus.INITIALIZING)
     state.apply(OperationFinished(future_id="a", operation="sample", duration=1.0, seq=5))
     assert (state.queue.progress, state.queue.running, state.queue.depth) == (None, None, 0)
+
+
+def test_a_line_that_broke_off_is_known_until_it_is_there_again_and_counts_as_no_event() -> None:
+    broke = LineChanged(state="RECONNECTING", reason="nobody answers", seq=7)
+    state = reduced(StatusChanged(status="READY", seq=1), broke)
+    assert (state.line, state.seq, state.status) == (broke, 1, ClientStatus.READY)
+    assert state == reduced(StatusChanged(status="READY", seq=1)), (
+        "a log that is read back knows nothing of it"
+    )
+    state.apply(LineChanged(state=LineState.OPEN))
+    assert state.line is None
 
 
 def test_a_client_is_busy_while_anything_waits_or_runs_and_has_nothing_left_when_it_is_closed() -> None:

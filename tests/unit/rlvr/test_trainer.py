@@ -12,12 +12,15 @@ from tensafe_nb.errors import RewardError, ValidationError
 from tensafe_nb.events import Alarm
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.rlvr import (
+    PPO,
     REINFORCE,
     MockRolloutSampler,
     Part,
     PolicySampler,
+    PPOConfig,
     REINFORCEConfig,
     RLVRTrainer,
+    get_presets,
     resolve_reward,
 )
 from tensafe_nb.service import ServiceClient
@@ -324,7 +327,40 @@ def test_what_is_submitted_after_an_update_sees_the_updated_weights(client):
     assert update.policy_version == 1
 
 
-@pytest.mark.parametrize("algo", ["reinforce", REINFORCE])
+@pytest.mark.parametrize(
+    ("algo", "kind", "config"),
+    [
+        ("reinforce", REINFORCE, REINFORCEConfig()),
+        ("rloo", REINFORCE, get_presets()["rloo"]),
+        ("ppo", PPO, PPOConfig()),
+        ("grpo", PPO, get_presets()["grpo"]),
+        (PPOConfig(ppo_epochs=3), PPO, PPOConfig(ppo_epochs=3)),
+        (None, REINFORCE, REINFORCEConfig()),
+    ],
+)
+def test_an_algorithm_can_be_given_by_its_name_or_its_options(client, algo, kind, config):
+    trainer = RLVRTrainer(client, SUMS, "exact_match", algo, **SMALL)
+    assert (type(trainer.algo), trainer.algo.config) == (kind, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("grp", "grpo"), ("GRPO", "grpo"), ("reinforce++", "reinforce")]
+)
+def test_an_unknown_algorithm_is_refused_with_the_nearest_name(client, name, nearest):
+    with pytest.raises(ValidationError, match=f"no algorithm .*Did you mean '{nearest}'"):
+        RLVRTrainer(client, SUMS, "exact_match", name, **SMALL)
+
+
+def test_several_rewards_can_be_given_as_a_list(client):
+    def short(prompt, response, meta=None):
+        return float(len(response) < 3)
+
+    run = RLVRTrainer(client, SUMS, ["exact_match", short], "grpo", **SMALL).run(steps=1, show=False)
+    metrics = run.result().metrics
+    assert {"rewards/exact_match/mean", "rewards/short/mean"} <= set(metrics)
+
+
+@pytest.mark.parametrize("algo", [3, REINFORCE])
 def test_what_is_no_algorithm_is_refused_at_once(client, algo):
     with pytest.raises(ValidationError, match="algo is an algorithm such as REINFORCE"):
         RLVRTrainer(client, SUMS, "exact_match", algo, **SMALL)

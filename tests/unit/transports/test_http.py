@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.events import Event, LineChanged
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.transports import http_channel
 from tests.parity.serving import Serving, eventually, serving_thread
@@ -101,6 +102,18 @@ class Proxy:
         self.cut()
 
 
+def lines_of(tc: tn.TrainingClient) -> list[str]:
+    """Return what is told of the line from now on."""
+    told: list[str] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, LineChanged):
+            told.append(event.state)
+
+    tc.subscribe(hear)
+    return told
+
+
 def test_behind_a_proxy_that_holds_streams_back_items_are_asked_for(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +135,10 @@ def test_a_line_that_is_cut_again_and_again_loses_nothing_and_nothing_runs_twice
         tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
         tc.ready().result()
         seen: list[int] = []
-        tc.subscribe(lambda event: seen.append(event.seq), after=0)
+        told = lines_of(tc)
+        tc.subscribe(
+            lambda event: None if isinstance(event, LineChanged) else seen.append(event.seq), after=0
+        )
         handles = []
         for number in range(30):
             handles += [tc.forward_backward(BATCH), tc.optim_step()]
@@ -132,6 +148,7 @@ def test_a_line_that_is_cut_again_and_again_loses_nothing_and_nothing_runs_twice
         assert seen == sorted(set(seen))
         recorded = [event.seq for event in tc.history.events()]
         assert recorded == sorted(set(recorded)) and len(tc.history["loss"]) == 30
+        assert (told[0], told[-1]) == ("RECONNECTING", "OPEN") and tc.history.state.line is None
         tc.close()
     proxy.close()
 
@@ -164,10 +181,14 @@ def test_when_nothing_answers_any_more_what_waits_fails_in_the_end(
         tc.ready().result()
         monkeypatch.setattr(http_channel, "PATIENCE", 0.5)
         monkeypatch.setattr(http_channel.Requests.send, "__kwdefaults__", {"patience": 0.5})
+        told = lines_of(tc)
         proxy.close()
         handle = tc.forward_backward(BATCH)
         with pytest.raises(tn.errors.ServerConnectionError, match="does not answer"):
             handle.result(20)
+        eventually(lambda: told == ["RECONNECTING", "LOST"])
+        line = tc.history.state.line
+        assert line is not None and "does not answer" in (line.reason or "")
 
 
 def test_no_thread_is_left_after_a_service_is_closed(serving: Serving) -> None:

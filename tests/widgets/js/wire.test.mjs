@@ -35,7 +35,7 @@ test("a gap is answered by hello, once in two seconds, and the rest is kept", ()
   clock.now = 5000;
   page.receive({ t: "delta", s: { loss: [7, [8], [1]] } });
   page.receive({ t: "delta", s: { loss: [8, [9], [1]] } });
-  assert.deepEqual(sent, [{ t: "hello", v: 1, n: 0, mount: false }]);
+  assert.deepEqual(sent, [{ t: "hello", v: 1, n: 0 }]);
   assert.equal(page.get("loss").n, 0);
   clock.now += 2000;
   page.receive({ t: "delta", s: { loss: [9, [10], [1]] } });
@@ -100,9 +100,57 @@ test("a store is tied to its model and says hello", () => {
   const sent = [];
   const model = { get: () => 0.7, on: (name, handler) => (handlers[name] = handler), send: (content) => sent.push(content) };
   const page = connect(model);
-  assert.deepEqual(sent, [{ t: "hello", v: 1, n: 0, mount: true }]);
+  assert.deepEqual(sent, [{ t: "hello", v: 1, n: 0, mount: page.page }]);
   handlers["msg:custom"]({ t: "status", state: "READY" }, []);
   assert.equal(page.status.state, "READY");
+});
+
+test("a kernel that does not answer is asked again, after twice as long each time, half a minute at most", () => {
+  const [sent, waits, clock] = [[], [], { now: 0 }];
+  let next;
+  const later = (work, wait) => {
+    waits.push(wait);
+    next = () => {
+      clock.now += wait;
+      work();
+    };
+  };
+  const page = new Store((content) => sent.push(content), 0.5, () => clock.now, later);
+  page.greet();
+  for (let i = 0; i < 6; i++) next();
+  assert.deepEqual(waits, [1000, 2000, 4000, 8000, 16000, 30000, 30000]);
+  assert.equal(new Set(sent.map((hello) => hello.mount)).size, 1); // it is one page all the while
+  page.receive({ t: "status", state: "READY" });
+  next();
+  assert.equal(sent.length, 7);
+  page.greet(); // it has fallen silent
+  assert.equal(waits.at(-1), 1000);
+});
+
+test("a page whose line is closed knows it, until something is heard", () => {
+  const page = new Store(() => { throw new Error("closed"); }, 0.5, () => 0, () => {});
+  page.greet();
+  assert.equal(page.cut, true);
+  page.command("pause");
+  assert.match(page.refusal, /no line to the kernel/);
+  assert.equal(page.pending.size, 0);
+  page.receive({ t: "status", state: "READY" });
+  assert.equal(page.cut, false);
+});
+
+test("what a loaded state gave up is parted from the curve before anything new is measured", () => {
+  const { store: page } = store();
+  page.receive({ t: "delta", s: { loss: [0, [1, 2, 3, 4], [9, 8, 7, 6]] } });
+  page.receive({ t: "spans", spans: { loss: [[0, 2], [4, null]] } });
+  assert.deepEqual([...page.get("loss").current.steps.subarray(0, 2)], [1, 2]);
+  assert.equal(page.get("loss").current.n, 2);
+  assert.deepEqual(pieces(page.get("loss")), [[[3, 7], [4, 6]]]);
+  page.receive({ t: "spans", spans: { loss: [[0, null]] } });
+  assert.equal(page.get("loss").current.n, 4);
+  page.receive({ t: "spans", spans: { "eval/loss": [[1, null]] } }); // before its points
+  page.receive({ t: "delta", s: { "eval/loss": [0, [1, 2], [5, 4]] } });
+  assert.equal(page.get("eval/loss").current.n, 1);
+  assert.equal(page.get("loss").current.n, 4);
 });
 
 const pieces = (series) => series.current.abandoned.map(({ steps, values, n }) => Array.from({ length: n }, (_, i) => [steps[i], values[i]]));

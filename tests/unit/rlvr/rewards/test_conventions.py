@@ -135,11 +135,14 @@ def test_a_function_that_takes_one_for_the_other_is_told_how_they_came():
     def as_text(completion, answer):
         return float(re.fullmatch(answer, completion) is not None)
 
+    def fails(prompt, response):
+        return 1 / 0
+
     assert "conversational=True" in error(as_chat)
     assert rewards(as_chat, conversational=True) == [1.0]
     assert "conversational=False" in error(as_text, chat(answer="Rome"))
     assert "prompt: str" in error(lambda prompt, response: float(re.search("x", prompt) is None), chat())
-    assert "messages" not in error(lambda prompt, response: 1 / 0, chat())
+    assert "messages" not in error(fails, chat())
 
 
 def test_called_by_hand_a_reward_takes_messages_too():

@@ -277,7 +277,10 @@ def test_a_part_of_weight_0_is_a_metric_whose_failure_is_seen_but_does_not_unsco
     ]
     (trajectory,) = scored(resolve_reward("composite", parts=parts), ["YES"], answer="yes")
     assert trajectory.reward == 1.0
-    assert trajectory.reward_error == "judge: ZeroDivisionError: division by zero"
+    assert trajectory.reward_error == (
+        'judge: ZeroDivisionError: division by zero (line 1 of <lambda>: {"reward": lambda p, r: 1 / 0, "weight": 0, '
+        '"name": "judge", "true": True},)'
+    )
     assert resolve_reward("composite", parts=parts).true == "judge"
 
 
@@ -316,7 +319,10 @@ def test_an_exception_leaves_a_rollout_unscored_with_the_error_as_text():
 
     good, bad = scored(fails_on_b, ["a", "b"])
     assert (good.reward, good.reward_error) == (1.0, None)
-    assert (bad.reward, bad.reward_error) == (None, "ZeroDivisionError: division by zero")
+    assert (bad.reward, bad.reward_error) == (
+        None,
+        'ZeroDivisionError: division by zero (line 2 of fails_on_b: return 1.0 if response == "a" else 1 / 0)',
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), math.inf, "1.0", [1.0], 1j])

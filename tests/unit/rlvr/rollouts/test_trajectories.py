@@ -107,5 +107,17 @@ def test_a_frame_is_made_with_pandas_and_without_it_says_what_to_install(monkeyp
     monkeypatch.setitem(sys.modules, "pandas", Pandas)
     assert batch.to_frame() == ("frame", batch.to_rows())
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ValidationError, match="pip install pandas"):
+    with pytest.raises(ValidationError, match=r"pip install .tensafe_nb\[frames"):
         batch.to_frame()
+
+
+def test_a_table_has_a_row_for_each_rollout_and_a_column_for_each_part_of_its_reward(tmp_path):
+    batch = batch_of([1, 0], [None])
+    first, second, _ = batch
+    first.reward_parts, first.advantage, first.mask = {"right": 1.0}, [0.5, 1.5], [1, 1]
+    second.reward_parts, second.advantage, second.mask = {"short": 0.0}, [2.0, 4.0], [0, 1]
+    table = batch.table().columns
+    assert table["group"] == [0, 0, 1] and table["reward"] == [1, 0, None]
+    assert table["rewards/right"] == [1.0, None, None] and table["rewards/short"] == [None, 0.0, None]
+    assert table["advantage"] == [1.0, 4.0, None]
+    assert batch.to_csv(tmp_path / "rollouts.csv").read_text().splitlines()[3].split(",")[3] == ""

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import linecache
 import math
 import os
 import re
@@ -48,6 +49,19 @@ def test_results_come_in_order_from_a_function_defined_in_a_cell():
     assert (report.scored, report.errors, report.timeouts, report.abstained) == (50, 0, 0, 0)
 
 
+def test_an_error_of_a_reward_shows_its_line_in_the_cell_where_it_was_written(monkeypatch):
+    name, cell = "<ipython-input-3-cell>", "def score(prompt, response):\n    return 1 / 0\n"
+    monkeypatch.setitem(linecache.cache, name, (len(cell), None, cell.splitlines(keepends=True), name))
+    space = {"__name__": "__main__"}
+    exec(compile(cell, name, "exec"), space)
+    trajectories = rollouts("a")
+    with Scorer(space["score"], processes=1) as scorer:
+        scorer.score(trajectories)
+    assert trajectories[0].reward_error == (
+        "ZeroDivisionError: division by zero (line 2 of score: return 1 / 0)"
+    )
+
+
 def test_whatever_goes_wrong_the_others_are_scored_and_no_score_is_invented():
     awkward = make_awkward()
     trajectories = rollouts("ok", "raise", "hang", "none", "exit", "nan", "die", "text", "fine")
@@ -56,10 +70,10 @@ def test_whatever_goes_wrong_the_others_are_scored_and_no_score_is_invented():
     found = {t.response: (t.reward, t.reward_error) for t in trajectories}
     assert found == {
         "ok": (2.0, None),
-        "raise": (None, "KeyError: 'missing'"),
+        "raise": (None, "KeyError: 'missing' (line 4 of awkward: return {}[\"missing\"])"),
         "hang": (None, f"took longer than {SOON} s and was ended"),
         "none": (None, None),
-        "exit": (None, "SystemExit: 3"),
+        "exit": (None, "SystemExit: 3 (line 6 of awkward: raise SystemExit(3))"),
         "nan": (None, "returned 'nan', expected a finite number or None"),
         "die": (None, "the process that scores ended during this call"),
         "text": (None, "returned '1.0', expected a finite number or None"),
@@ -392,7 +406,10 @@ def test_coroutines_are_awaited_together_and_one_that_takes_too_long_is_cancelle
         scorer.score(rollouts("again"))
     assert [t.reward for t in trajectories] == [2.0, None, None]
     assert trajectories[1].reward_error == f"took longer than {SOON} s and was cancelled"
-    assert trajectories[2].reward_error == "ValueError: no verdict"
+    assert (
+        trajectories[2].reward_error
+        == 'ValueError: no verdict (line 9 of judge: raise ValueError("no verdict"))'
+    )
     assert (report.errors, report.timeouts) == (2, 1)
 
 
@@ -448,7 +465,10 @@ def test_a_composite_reports_each_part_and_fills_in_the_trajectory():
         report = scorer.score(trajectories)
     assert [t.reward for t in trajectories] == [1.0, 0.0]
     assert trajectories[0].reward_parts == {"exact_match": 1.0, "judge": 1.0}
-    assert trajectories[1].reward_error == "judge: KeyError: 'missing'"
+    assert (
+        trajectories[1].reward_error
+        == "judge: KeyError: 'missing' (line 4 of awkward: return {}[\"missing\"])"
+    )
     assert trajectories[0].reward_version == reward.version == report.version
     assert report.metrics["rewards/exact_match/mean"] == 0.5
     assert report.metrics["rewards/judge/errors"] == 1

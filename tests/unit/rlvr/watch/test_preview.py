@@ -15,7 +15,7 @@ def test_a_preview_shows_the_spread_the_best_the_worst_and_the_errors():
     assert preview.edges == (1.0, 2.0, 3.0, 4.0)
     assert [t.response for t in preview.best] == ["cccc", "<b>", "bb"], "equal texts once"
     assert [t.response for t in preview.worst] == ["a", "bb", "<b>"]
-    assert preview.errors == {"KeyError: 'missing'": 1}
+    assert preview.errors == {"KeyError: 'missing' (line 4 of awkward: return {}[\"missing\"])": 1}
     assert preview.groups_with_signal == 1.0
     assert preview.rollouts.mean_reward == 2.8
     assert all(t.reward is None for t in batch)
