@@ -25,7 +25,7 @@ ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test faults test-browser chromium pictures soak gpu ranges trl-parity sinks lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -94,6 +94,9 @@ test-browser: $(READY) chromium  ## the panel in real JupyterLab in real Chromiu
 pictures: $(READY) chromium  ## run the scenarios whose screenshots are the pictures of README and docs
 	$(BIN)/python -m pytest tests/browser -m pictures -s
 	$(BIN)/python -m scripts.pictures
+
+screens: $(READY) chromium  ## every state of the panel, in light and dark, as pictures in build/screens, to be looked at
+	$(BIN)/python -m pytest tests/browser/test_states.py tests/browser/test_remote_states.py -m browser -s
 
 soak: $(READY) chromium  ## long and many-seed tests, and every scenario in the browser; outside CI
 	$(BIN)/python -m pytest -m soak -s

@@ -117,7 +117,7 @@ class RunRecord(Measured):
 
     def reading(self) -> Reading:
         """Return what it measured, row by row; one that resumed another begins with that one's rows."""
-        return self.history.reading(self.run_id)
+        return RunHistory(self.log).reading(self.run_id)
 
     @checked
     def log_to(self, sink: Any, where: str | Path | None = None, *, samples: int = 0, **options: Any) -> int:

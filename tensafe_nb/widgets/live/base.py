@@ -259,7 +259,9 @@ class LiveWidget(anywidget.AnyWidget):
                 unknown = annotations.not_looked_up()
                 if unknown and steerable:
                     self._aside(lambda: self.feed.learn(self._commands.look_up(unknown)))
-                self.send({"t": part, "rows": annotations.rows(), "saving": annotations.saving})
+                nobody = {} if steerable else {"enc": "—"}  # who could be asked how they are sealed
+                rows = [nobody | row for row in annotations.rows()]
+                self.send({"t": part, "rows": rows, "saving": annotations.saving})
             case "rollouts":
                 newest = annotations.newest_rollouts()
                 if newest is not None:

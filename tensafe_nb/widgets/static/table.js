@@ -63,7 +63,7 @@ class Checkpoints {
     hash.className = "tsnb-hash";
     const name = row.name ? `“${row.name}”` : "";
     const cells = [
-      savedAt(row.at), sizeText(row.size), hash, plainText(row.enc ?? "…"),
+      savedAt(row.at), sizeText(row.size), hash, plainText(row.enc ?? (this.store.status.steer ? "…" : "—")),
       plainText([name, metadataText(row.meta)].filter((part) => part && (part !== "—" || !name)).join(" ")),
     ];
     if (this.store.status.steer) cells.push(this.actions(row));

@@ -79,6 +79,8 @@ test("that no problem was found is said of a run that was looked at and is whole
   assert.equal(verdict({ state: "READY", client: "READY", step: 3 }, [], "").text, "");
   assert.equal(verdict({ ...RUNNING, state: "STOPPED", reason: "the budget" }, [], "").text, "");
   assert.equal(verdict(RUNNING, [{ level: "amber" }], "").text, "");
+  assert.match(verdict(RUNNING, [], "", { void: "noise was switched off" }).text, /no privacy guarantee/);
+  assert.match(verdict(RUNNING, [], "", { void: null }).text, none);
 });
 
 test("a client that went back after the end of its run is said to stand there", () => {
