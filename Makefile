@@ -19,13 +19,17 @@ MARIMO := .venv-marimo
 MARIMO_VERSION := 0.25.2
 MARIMO_READY := $(MARIMO)/.ready-$(MARIMO_VERSION)
 
+HUB := .venv-hub
+HUB_VERSION := 6.1.1
+HUB_READY := $(HUB)/.ready-$(HUB_VERSION)
+
 FAST := not soak and not browser and not faults
 TESTS ?=
 ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks hub lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -55,6 +59,15 @@ $(MARIMO_READY): $(READY)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(MARIMO)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
 	$(MARIMO)/bin/python -m pip install -qq marimo==$(MARIMO_VERSION)
+	touch $@
+
+$(HUB_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(HUB)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(HUB)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(HUB)/bin/python -m pip install -qq jupyterhub==$(HUB_VERSION)
+	command -v npm >/dev/null || (apt-get update -qq && apt-get install -y -qq nodejs npm)
+	npm install --silent --no-fund --no-audit --prefix $(HUB)/node configurable-http-proxy@5
 	touch $@
 
 $(LLAMA_READY):
@@ -107,6 +120,9 @@ trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the 
 sinks: $(SINKS_READY)  ## trackio, MLflow and wandb (offline) read back what they were told, in .venv-sinks
 	$(SINKS)/bin/python -m pytest -m soak tests/soak/test_sinks.py
 
+hub: $(HUB_READY)  ## a server as a service of a real JupyterHub, with two users; JupyterHub and its proxy in .venv-hub
+	$(HUB)/bin/python -m pytest -m soak tests/soak/test_hub.py -s
+
 gpu: $(READY)  ## on a CUDA GPU: the same numbers as on the CPU, speed and memory of a model of 1B, in at most 6 minutes
 	$(BIN)/python -m scripts.gpu
 
@@ -137,4 +153,4 @@ docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(MARIMO) .venv-newest .venv-lowest
+	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(MARIMO) $(HUB) .venv-newest .venv-lowest

@@ -78,6 +78,7 @@ function worst(alarms) {
 
 function freshness(status, silence, cut = false) {
   if (cut) return `${LAST_WORD}${status.run_id ? `; tn.load_run("${status.run_id}") shows what is on the disk` : ""}`;
+  if (status.line && status.line !== "OPEN") return "nothing comes from the server: what is shown is its last word";
   if (!status.active) return "up to date";
   if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s; asking the kernel again`;
   return `${status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
