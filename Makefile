@@ -25,7 +25,7 @@ ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test test-browser chromium pictures soak gpu ranges trl-parity sinks lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test test-browser chromium pictures soak gpu ranges trl-parity sinks marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -100,6 +100,8 @@ trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the 
 
 sinks: $(SINKS_READY)  ## trackio, MLflow and wandb (offline) read back what they were told, in .venv-sinks
 	$(SINKS)/bin/python -m pytest -m soak tests/soak/test_sinks.py
+
+marimo: $(MARIMO_READY)  ## a marimo that borrows the packages of .venv, in .venv-marimo
 
 gpu: $(READY)  ## on a CUDA GPU: the same numbers as on the CPU, speed and memory of a model of 1B, in at most 6 minutes
 	$(BIN)/python -m scripts.gpu
