@@ -55,7 +55,7 @@ def run(path: Path) -> None:
     for run_id in filter(
         None, (panel_of(output) for cell in notebook.cells for output in cell.get("outputs", ()))
     ):
-        tn.save_page(replay_of(path.stem, run_id), run_id, samples=3)
+        tn.save_page(replay_of(path.stem, run_id), run_id, title=title(path), samples=3)
     notebook.metadata["made_of"] = made_of(path)
     nbformat.write(notebook, RAN / path.name)
 

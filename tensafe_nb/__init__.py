@@ -31,6 +31,7 @@ _HOMES = {
     "diff_runs": "runs.diff",
     "load_run": "runs.record",
     "replay": "widgets.replay",
+    "save_page": "widgets.page",
     **dict.fromkeys(
         (
             "TGTinkerError",
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     from tensafe_nb.runs.record import load_run
     from tensafe_nb.runs.run import TrainingRun
     from tensafe_nb.service import ServiceClient
+    from tensafe_nb.widgets.page import save_page
     from tensafe_nb.widgets.replay import replay
 
 

@@ -78,33 +78,57 @@ class Listing(list[T]):
         return listing(f"{len(self)} in all" + (f", the first {len(rows)} shown" if left else ""), rows)
 
 
+RIGHT = 'style="text-align: right"'
+LEFT = 'style="text-align: left"'  # JupyterLab aligns what has no style of its own to the right
+
+
 def table(caption: str, facts: Facts) -> str:
     """Return a table of names and values."""
     rows = "".join(
-        f'<tr><th scope="row">{escaped(name)}</th><td>{escaped(_moment(name, value))}</td></tr>'
+        f'<tr><th scope="row" {LEFT}>{escaped(name)}</th><td {LEFT}>{escaped(_readable(name, value))}</td></tr>'
         for name, value in facts.items()
     )
     return f'<table class="tsnb-facts"><caption>{escaped(caption)}</caption><tbody>{rows}</tbody></table>'
 
 
 def listing(caption: str, rows: Sequence[Facts]) -> str:
-    """Return a table with a head, one row for each; all rows have the names of the first."""
-    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in (rows[0] if rows else ()))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escaped(_moment(name, value))}</td>" for name, value in row.items()) + "</tr>"
+    """Return a table with a head, one row for each; all rows have the names of the first.
+
+    Numbers stand on the right of their columns, everything else on the left.
+    """
+    sides = {name: RIGHT if all(is_number(row[name]) for row in rows) else LEFT for name in (rows or [{}])[0]}
+    head = "".join(f'<th scope="col" {side}>{escaped(name)}</th>' for name, side in sides.items())
+    cells = (
+        "".join(f"<td {sides[name]}>{escaped(_readable(name, value))}</td>" for name, value in row.items())
         for row in rows
     )
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     return (
         f'<table class="tsnb-facts"><caption>{escaped(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
 
 
-def _moment(name: str, value: object) -> object:
-    """Return Unix seconds as people read them: they are in whatever is named `…_at`."""
+def is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _readable(name: str, value: object) -> object:
+    """Return what people read of Unix seconds, in whatever is named `…_at`, and of bytes, in whatever is `…_bytes`."""
     if name.endswith("_at") and isinstance(value, float):
         return f"{datetime.fromtimestamp(value).astimezone():%Y-%m-%d %H:%M:%S}"
+    if name.endswith("_bytes") and isinstance(value, int):
+        return size_text(value)
     return value
+
+
+def size_text(count: int) -> str:
+    """Return bytes in units, as the panel shows them: 999 B, 1.20 kB, 12.5 MB."""
+    if count < 1000:
+        return f"{count} B"
+    size = float(f"{count:.3g}")  # 999,600 is 1.00 MB
+    power = min(4, (len(f"{size:.0f}") - 1) // 3)
+    return f"{f'{size / 1000**power:#.3g}'.rstrip('.')} {' kMGT'[power]}B"
 
 
 def escaped(value: object) -> str:

@@ -228,7 +228,7 @@ class Forked(Event):
 @tagged("rollouts")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts(Event):
-    """A step's rollouts were scored.
+    """A step's rollouts were scored, or the answers to the held-out prompts.
 
     Attributes:
         run_id: The run.
@@ -236,12 +236,14 @@ class Rollouts(Event):
         rollouts: How many there are.
         path: The file of their texts, in the folder `rollouts` beside the log; version 0.1 wrote where on its machine
             that was. `RunHistory.rollouts_file` finds either.
+        held_out: Whether they answer the held-out prompts: of each the greedy answer first, then the sampled ones.
     """
 
     run_id: str
     step: int
     rollouts: int
     path: str
+    held_out: bool = False
 
 
 @tagged("mock_took_part")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_nb.cli.vault import opened_vault, vault_command
-from tensafe_nb.display import visible
+from tensafe_nb.display import size_text, visible
 from tensafe_nb.errors import DecryptionError, ValidationError
 from tensafe_nb.protocol.results import SaveStateResult
 from tensafe_nb.service import ServiceClient
@@ -51,14 +51,12 @@ def list_artifacts(chosen: argparse.Namespace) -> int:
     stored: list[SaveStateResult] = vault.list()
     for found in stored:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.created_at))
-        kib = found.size_bytes / 2**10
-        size = f"{kib / 2**10:.1f} MiB" if kib >= 2**10 else f"{kib:.0f} KiB"
         words = "(its key is not here: name and metadata stay sealed)"
         if found.metadata is not None:
             metadata = json.dumps(found.metadata, ensure_ascii=False) if found.metadata else ""
             words = f"{found.name or ''} {metadata}".strip()
         print(
-            f"{found.artifact_id}  {when}  step {found.step:6d}  {size:>9}  "
+            f"{found.artifact_id}  {when}  step {found.step:6d}  {size_text(found.size_bytes):>9}  "
             f"{visible(f'{found.model_ref}  key {found.encryption.key_id}  {words}')}"
         )
     for path, reason in vault.artifacts.damaged():

@@ -7,6 +7,7 @@ from typing import Any
 
 from tensafe_nb.protocol.results import RunResult, RunStatus
 from tensafe_nb.recipes.recipe import load_config
+from tensafe_nb.runs.description import MAX_NAME
 from tensafe_nb.service import ServiceClient
 from tensafe_nb.store.home import Home
 
@@ -28,6 +29,10 @@ def add_run(commands: Any) -> None:
     run.add_argument(
         "--resume", metavar="ARTIFACT", help="go on from a checkpoint of an earlier run of this file"
     )
+    run.add_argument(
+        "--name", help="what the run is called in list_runs(); the file's own name, when left out"
+    )
+    run.add_argument("--tag", action="append", default=[], help="a word to find it by; may be given again")
     run.set_defaults(run=train)
 
 
@@ -40,7 +45,10 @@ def train(chosen: argparse.Namespace) -> int:
     if chosen.on_bad_rows is not None:
         recipe = recipe.replace(on_bad_rows=chosen.on_bad_rows)
     with ServiceClient() as service, service.create_training_client(recipe.training) as tc:
-        run = recipe.start(tc, chosen.data, chosen.eval, resume_from=chosen.resume)
+        name = chosen.file.stem[:MAX_NAME] if chosen.name is None else chosen.name
+        run = recipe.start(
+            tc, chosen.data, chosen.eval, resume_from=chosen.resume, name=name, tags=chosen.tag
+        )
         try:
             result = run.result()
         except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import socket
 import sys
 from datetime import datetime
@@ -36,10 +37,20 @@ def add_server(commands: Any) -> None:
     serve.add_argument(
         "--host-name", action="append", default=[], help="a name it is called by, besides localhost"
     )
+    serve.add_argument(
+        "--hub",
+        action="store_true",
+        help="run as a service of a JupyterHub, whose users it takes; address and path are the hub's to say",
+    )
     serve.add_argument("--root-path", default="", help="the path under which a proxy offers it")
     serve.add_argument(
-        "--max-clients", type=int, default=32, help="training clients of a tenant (default: %(default)s)"
+        "--loss",
+        action="append",
+        default=[],
+        metavar="PKG.MOD:ATTR",
+        help="a loss of this machine's own that tenants may name by its path; may be repeated",
     )
+    add_limits(serve, usual=True)
     serve.add_argument("--json", action="store_true", help='print {"url": …, "token": …} as the first line')
     serve.set_defaults(run=run_server)
     tokens = commands.add_parser("tokens", help="who may use a server")
@@ -48,10 +59,14 @@ def add_server(commands: Any) -> None:
         ("new", "make a token and show it, once"),
         ("list", "list them"),
         ("revoke", "take one back"),
+        ("limit", "set what one tenant may have; without a limit, show what is set"),
     ):
         action = actions.add_parser(name, help=words)
         action.add_argument("--tokens", type=Path, required=True, help="the file of tokens")
         action.set_defaults(run=run_tokens)
+        if name == "limit":
+            action.add_argument("tenant", help="whose")
+            add_limits(action, usual=False)
         if name == "new":
             action.add_argument(
                 "--tenant", default=TENANT, help="whose clients it opens (default: %(default)s)"
@@ -60,28 +75,76 @@ def add_server(commands: Any) -> None:
             action.add_argument("token_id", help="its id, from `tensafe-nb tokens list`")
 
 
+LIMITS = {  # by their names in `server.limits.Limits`
+    "clients": ("training clients at a time", 32),
+    "queued": ("operations that wait, of all its clients together", 4_000),
+    "requests": ("requests a minute", 60_000),
+    "stored_bytes": ("bytes of its artifacts, such as 20GB", None),
+}
+UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "T": 1_000_000_000_000}
+
+
+def add_limits(parser: argparse.ArgumentParser, *, usual: bool) -> None:
+    """Add an option for each limit of a tenant."""
+    for name, (words, default) in LIMITS.items():
+        parser.add_argument(
+            f"--max-{'stored' if name == 'stored_bytes' else name}",
+            dest=name,
+            type=number if usual else number_or_none,
+            default=default if usual else argparse.SUPPRESS,
+            metavar="N",
+            help=f"{words}; of each tenant that has no limit of its own (default: {default or 'no limit'})"
+            if usual
+            else f"{words}; 'usual' takes the limit back",
+        )
+
+
+def number(text: str) -> int:
+    """Read a whole number, with K, M, G or T behind it if it is large."""
+    found = re.fullmatch(r"(\d{1,15})\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number such as 500, 20GB")
+    return int(found[1]) * UNITS[found[2].upper()]
+
+
+def number_or_none(text: str) -> int | None:
+    """Read a whole number, or the word that takes a limit back."""
+    return None if text == "usual" else number(text)
+
+
 def run_server(chosen: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C: then what runs is finished, and the logs are written out."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see `service.embedded_transport`
     try:
-        import uvicorn
-
         from tensafe_nb.server.app import create_app
-        from tensafe_nb.server.process import Server
-        from tensafe_nb.server.service import Limits
+        from tensafe_nb.server.limits import Limits
+        from tensafe_nb.server.process import server_of, spare_the_system
     except ImportError as error:
         raise ValidationError(
             f"A server needs more packages ({error}): pip install 'tensafe_nb[server]'"
         ) from error
     from tensafe_nb.server.tokens import Tokens
 
-    if chosen.host not in LOOPBACK and chosen.tokens is None:
+    spare_the_system()
+    if chosen.loss:
+        from tensafe_nb.losses import resolve_loss
+
+        for name in chosen.loss:  # one that is not there is an error now, not a student's later
+            resolve_loss(name)
+    tokens, users = Tokens(chosen.tokens), None
+    if chosen.hub:
+        from tensafe_nb.server.hub import HubUsers, address_from_hub, hub_auth
+
+        users = HubUsers(tokens, hub_auth())
+        chosen.host, chosen.port, chosen.root_path = address_from_hub()
+        chosen.host_name = chosen.host_name or ["*"]  # the hub's, which stands before this and has many
+    elif chosen.host not in LOOPBACK and chosen.tokens is None:
         raise ValidationError(
             f"Listening at {chosen.host} lets others reach this server: give --tokens FILE, "
             f"made with tensafe-nb tokens new."
         )
-    tokens = Tokens(chosen.tokens)
-    shown = tokens.mint() if chosen.print_token or chosen.tokens is None else None
+    own = chosen.tokens is None and not chosen.hub
+    shown = tokens.mint() if chosen.print_token or own else None
     home = Home.of_environment() if chosen.home is None else Home(chosen.home)
     if chosen.models is not None:
         if not chosen.models.is_dir():
@@ -94,16 +157,17 @@ def run_server(chosen: argparse.Namespace) -> int:
         models=None if chosen.models is None else Path.cwd(),
         hub_models=chosen.hub_model,
         hosts=chosen.host_name,
-        limits=Limits(chosen.max_clients),
+        limits=Limits(**{name: getattr(chosen, name) for name in LIMITS}),
+        losses=chosen.loss,
         root_path=chosen.root_path,
+        identity=users,
     )
     family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
     listening = socket.create_server((chosen.host, chosen.port), family=family, reuse_port=False)
     host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
     url = f"http://{host}:{listening.getsockname()[1]}{chosen.root_path}"
     announce(url, shown, as_json=chosen.json)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, server_header=False)
-    Server(config).run(sockets=[listening])
+    server_of(app).run(sockets=[listening])
     return 0
 
 
@@ -125,6 +189,11 @@ def run_tokens(chosen: argparse.Namespace) -> int:
     tokens = Tokens(chosen.tokens)
     if chosen.action == "new":
         print(tokens.mint(chosen.tenant))
+    elif chosen.action == "limit":
+        given = {name: getattr(chosen, name) for name in LIMITS if hasattr(chosen, name)}
+        own = tokens.limit(chosen.tenant, **given) if given else tokens.limits().get(chosen.tenant, {})
+        shown = ", ".join(f"{name} {value:,}" for name, value in own.items())
+        print(f"{chosen.tenant}: {shown or 'as the server says for every tenant'}")
     elif chosen.action == "revoke":
         tokens.revoke(chosen.token_id)
         print(f"{chosen.token_id} is revoked")

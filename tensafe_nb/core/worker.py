@@ -222,6 +222,11 @@ class Worker:
         """Return the promise of an operation, as long as somebody keeps its handle or it is to run."""
         return self._promises.get(future_id)
 
+    @property
+    def waiting(self) -> int:
+        """How many operations wait."""
+        return self._queue.depth
+
     def submit(self, operation: Operation[R], future_id: str | None = None) -> FutureHandle[R]:
         """Put an operation at the end of the queue.
 

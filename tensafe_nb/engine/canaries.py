@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tensafe_nb.config import OptimizerConfig, TrainingConfig
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy.audit_canary import PrivacyAudit, audit_of, check_audit
 from tensafe_nb.privacy.tickets import DrawRegister, ticket
@@ -82,7 +83,8 @@ def audit(config: TrainingConfig, canaries: int, steps: int) -> PrivacyAudit:
         ValidationError: The configuration has no differential privacy, or no noise.
     """
     dp = config.dp_config
-    assert dp is not None
+    if dp is None or not dp.enabled:
+        raise ValidationError("privacy_audit: this training client trains without differential privacy.")
     check_audit(canaries, steps, dp.noise_multiplier)
     engine = canary_engine(config, canaries)
     included = np.random.default_rng().random(canaries) < 0.5

@@ -199,6 +199,7 @@ class ClientState:
         alarms: The latest.
         privacy: The privacy account; None before it was told of.
         rollouts: By step: the latest of each.
+        held_out: By step: the latest answers to the held-out prompts.
         rewards: (step, number) of each reward function, where it first scored.
         mocked: Whether a mock took part: then nothing here is a measurement.
         line: That the line to the server broke off, and when; None while it is open, or there is none. Not recorded, so
@@ -220,6 +221,7 @@ class ClientState:
     alarms: "deque[Alarm]" = field(default_factory=lambda: deque(maxlen=LATEST_ALARMS))
     privacy: PrivacySpent | None = None
     rollouts: dict[int, Rollouts] = field(default_factory=dict)
+    held_out: dict[int, Rollouts] = field(default_factory=dict)
     rewards: list[tuple[int, float]] = field(default_factory=list)
     mocked: bool = False
     line: LineChanged | None = field(default=None, compare=False)
@@ -275,7 +277,7 @@ class ClientState:
             case PrivacySpent():
                 self.privacy = event  # what was spent stays spent: no rollback is an event of this kind
             case Rollouts():
-                self.rollouts[event.step] = event
+                (self.held_out if event.held_out else self.rollouts)[event.step] = event
             case MockTookPart():
                 self.mocked = True
 

@@ -11,7 +11,7 @@ It returns a scalar mean or one value per row (B,), alone or as {"loss": …, "m
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -290,9 +290,9 @@ def get_registered_losses() -> list[str]:
     return list(_LOSSES)
 
 
-def declared_losses() -> list[LossDeclaration]:
-    """Return what every registered loss takes, as plain data."""
-    return [_declared(name) for name in _LOSSES]
+def declared_losses(dotted: Iterable[str] = ()) -> list[LossDeclaration]:
+    """Return what every registered loss takes, and those of some dotted paths, as plain data."""
+    return [_declared(name) for name in (*_LOSSES, *dotted)]
 
 
 def _declared(name: str) -> LossDeclaration:

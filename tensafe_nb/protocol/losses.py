@@ -106,7 +106,7 @@ def check_loss(operation: Operation[Any], default: LossConfig, losses: Mapping[s
     asked, bound = operation.loss_fn, {}
     if asked is None:
         asked, bound = default.type, default.kwargs
-    if not isinstance(asked, str) or ":" in asked:
+    if not isinstance(asked, str) or (":" in asked and asked not in losses):
         raise ValidationError(
             f"The loss {as_given(asked)} is a function of this process, and a server does not run code that it is "
             f"sent. Take a registered name ({', '.join(sorted(losses))}), or train embedded: ServiceClient()."

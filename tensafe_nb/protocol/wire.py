@@ -20,6 +20,7 @@ JSON: Final = "application/json"
 TENSORS: Final = "application/vnd.safetensors"
 RECORD = "record"  # the name of the JSON in the header's metadata
 MOST_HEADER_BYTES = 16 << 20  # JSON of prompts may be long, that of a header of tensors is not
+MOST_AXES = 8  # of an array; numpy takes 64 and fails at more
 TYPES = {  # safetensors' names, and numpy's
     "BOOL": "|b1", "I8": "|i1", "U8": "|u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4",
     "I64": "<i8", "U64": "<u8", "F16": "<f2", "F32": "<f4", "F64": "<f8",
@@ -103,5 +104,9 @@ def _array_of(name: str, dtype: str, shape: list[int], data: bytes) -> Array:
     if dtype not in TYPES:
         raise ValidationError(
             f"The tensor {as_given(name)} has the type {as_given(dtype)}; known: {sorted(TYPES)}."
+        )
+    if len(shape) > MOST_AXES:
+        raise ValidationError(
+            f"The tensor {as_given(name)} has {len(shape)} axes; at most {MOST_AXES} are read."
         )
     return np.frombuffer(data, dtype=TYPES[dtype]).reshape(shape).copy()  # the view could not be written to

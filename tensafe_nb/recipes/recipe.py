@@ -1,7 +1,7 @@
 """Recipes: a training run as a YAML file describes it; `load_config` names the line of whatever is wrong."""
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -216,6 +216,9 @@ class Recipe(Config):
         eval_data: Rows | None = None,
         *,
         resume_from: str | None = None,
+        name: str | None = None,
+        tags: str | Sequence[str] = (),
+        notes: str = "",
         show: bool = True,
     ) -> TrainingRun:
         """Train a client made of `training`. Returns at once with the run.
@@ -225,6 +228,9 @@ class Recipe(Config):
             data: Rows, as for `data.batches`: examples in mode sft, prompts with their columns in mode rlvr.
             eval_data: Held-out rows of the same kind.
             resume_from: A checkpoint of a run of this recipe on these rows: go on where it stood.
+            name: What the run is called; see `TrainingClient.fit`, as for `tags` and `notes`.
+            tags: Words to find it by.
+            notes: What there is to say of it.
             show: Show the progress.
 
         Raises:
@@ -244,6 +250,9 @@ class Recipe(Config):
             keep_last=self.keep_last,
             keep_best=self.keep_best,
             resume_from=resume_from,
+            name=name,
+            tags=tags,
+            notes=notes,
             show=show,
         )
 

@@ -21,7 +21,7 @@ from tensafe_nb.rlvr.rollouts.store import RolloutStore
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, check_scored
 from tensafe_nb.rlvr.watch.alarms import Alarms
-from tensafe_nb.rlvr.watch.evaluation import HeldOut
+from tensafe_nb.rlvr.watch.evaluation import HeldOut, joined
 from tensafe_nb.rlvr.watch.metrics import BY_OPTIM_STEP, Goal, Row, known, rollout_metrics, update_metrics
 from tensafe_nb.rlvr.watch.rules import low_precision, not_finite
 from tensafe_nb.runs.alarms import Rates
@@ -151,7 +151,10 @@ class RLVRLoop:
         step.clock.lap("time/update")
         update, evaluations = (None, results) if step.update is None else (results[0], results[1:])
         pairs = zip(evaluations[::2], evaluations[1::2], strict=True)  # of sampled and greedy answers
-        measured = [self.evaluation(index, step.reward, sampled, greedy) for sampled, greedy in pairs]
+        measured = [
+            self.evaluation(index, trainer.row + (index > 0 or number > 0), step.reward, *pair)
+            for number, pair in enumerate(pairs)
+        ]
         if index == 0 and measured:
             self._publish(trainer.row, measured.pop(0))
         trainer.row += 1
@@ -240,7 +243,8 @@ class RLVRLoop:
             step.error = error
             raise
         finally:
-            self.keep(step.batch)  # while the update is under way; and when there will be none, above all
+            # While the update is under way; and when there will be none, above all.
+            self.keep(self._trainer.row + 1, step.batch)
 
     def can_go_on(self, index: int, step: Step) -> bool:
         """Whether there is something to update on. A run ends here if its first step has nothing at all.
@@ -259,20 +263,30 @@ class RLVRLoop:
             )
         return bool(np.isfinite(batch.rewards).any())
 
-    def keep(self, batch: TrajectoryBatch) -> None:
+    def keep(self, step: int, batch: TrajectoryBatch, *, held_out: bool = False) -> None:
         """Write the rollouts to the disk, and say in which file of the run's folder they are."""
-        step = self._trainer.row + 1
-        path = self._store.add(step, batch)
-        name = f"{path.parent.name}/{path.name}"
-        self._client.publish(Rollouts(run_id=self._run.run_id, step=step, rollouts=len(batch), path=name))
+        path = self._store.add(step, batch, held_out=held_out)
+        self._client.publish(
+            Rollouts(
+                run_id=self._run.run_id,
+                step=step,
+                rollouts=len(batch),
+                path=f"{path.parent.name}/{path.name}",
+                held_out=held_out,
+            )
+        )
 
     def evaluation(
-        self, index: int, reward: Reward, sampled: TrajectoryBatch, greedy: TrajectoryBatch
+        self, index: int, row: int, reward: Reward, sampled: TrajectoryBatch, greedy: TrajectoryBatch
     ) -> Row:
-        """Measure the held-out answers, by the step's own reward; what cannot be scored ends a first step only."""
+        """Measure the held-out answers of a row, by the step's own reward, and keep them.
+
+        What cannot be scored ends a first step only.
+        """
         if self._held_out is None:
             return {}
         values = self._held_out.measure(sampled, greedy, lambda batch: self._score(batch, reward))
+        self.keep(row, joined(greedy, sampled), held_out=True)
         if index == 0:
             check_scored(sampled, reward)
         return known(values)

@@ -117,7 +117,7 @@ class RunRecord(Measured):
 
     def reading(self) -> Reading:
         """Return what it measured, row by row; one that resumed another begins with that one's rows."""
-        return self.history.reading(self.run_id)
+        return RunHistory(self.log).reading(self.run_id)
 
     @checked
     def log_to(self, sink: Any, where: str | Path | None = None, *, samples: int = 0, **options: Any) -> int:
@@ -144,6 +144,11 @@ class RunRecord(Measured):
         if self.last_checkpoint is None:
             return "its process ended in the middle; it had saved no checkpoint"
         return f"its process ended in the middle; last checkpoint {self.last_checkpoint}"
+
+    def save_page(self, to: str | Path, samples: int = 0) -> Path:
+        """Save it as one HTML file in which its panel plays as a replay; `tn.save_page` says what is in it."""
+        page: Path = widgets().save_page(self, to, samples)
+        return page
 
     def __repr__(self) -> str:
         checkpoint = f", last checkpoint {self.last_checkpoint}" if self.last_checkpoint else ""

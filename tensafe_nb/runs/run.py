@@ -306,6 +306,14 @@ class TrainingRun(Measured):
         """Put a picture and a table of how things stand into the calling cell; texts only of so many `samples`."""
         widgets().freeze(self, samples)
 
+    def save_page(self, to: str | Path, samples: int = 0) -> Path:
+        """Save the run, once it has ended, as one HTML file in which its panel plays as a replay.
+
+        `tn.save_page` says what is in it, and takes several runs.
+        """
+        page: Path = widgets().save_page(self, to, samples)
+        return page
+
     def _repr_mimebundle_(self, **_: Any) -> Any:
         return widgets().mimebundle(self)
 
@@ -524,6 +532,8 @@ class TrainingRun(Measured):
         with self._changed:  # before the handle ends: whoever awaited it finds the run paused
             if self._orders > orders:
                 self._credit = self._ordered
+                if self._state is RunStatus.PAUSED and not self._wants_pause:
+                    self._state = RunStatus.RUNNING
             else:
                 self._wants_pause, self._credit = True, None
                 if self._state in (RunStatus.RUNNING, RunStatus.PAUSING):

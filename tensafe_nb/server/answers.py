@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,18 +11,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.protocol import wire
 from tensafe_nb.server.clients import error_of
-from tensafe_nb.server.guard import MOST_BODY_BYTES, BodyTooLargeError
 
 PREFIX = "/api/v1"
 VERSION = importlib.metadata.version("tensafe_nb")
 STATUS = {  # of an error's code; 500 for the rest
     "validation_error": 422, "privacy_unit": 422, "model_load_error": 422, "decryption_error": 422,
     "client_closed": 409, "dp_budget_exceeded": 409, "future_cancelled": 409, "future_failed": 409,
-    "queue_full": 429, "too_many": 429, "not_found": 404, "training_client_not_found": 404, "run_not_found": 404,
+    "queue_full": 429, "too_many": 429, "too_many_waiting": 429,
+    "not_found": 404, "training_client_not_found": 404, "run_not_found": 404,
     "artifact_not_found": 404, "forbidden": 403, "key_unavailable": 503, "draining": 503, "storage_error": 507,
     "too_large": 413,
 }  # fmt: skip
@@ -50,21 +53,33 @@ class ErrorAnswer(BaseModel):
 
 
 MEANINGS = {
+    400: "This is no request that can be read.",
     401: "No valid token.",
     403: "Not for this token, or not from this page.",
     404: "There is nothing of that id, for this tenant.",
+    408: "The body came too slowly.",
     409: "The client is closed, or the operation failed or was cancelled.",
     413: "The body is too large.",
+    415: "The body is packed; bodies are sent as they are.",
     421: "The server is not called by that name.",
     422: "Something that was sent does not fit; the message says what.",
     429: "Too many requests, operations or clients.",
+    431: "Too many headers.",
     500: "The server failed; its log says why.",
     503: "The server is about to stop, or a key is not there.",
     507: "The disk, or the tenant's share of it, is full.",
 }
+CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": words} for status, words in MEANINGS.items()
 }
+
+
+def of_type(*media_types: str, status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """Describe an answer that is a file, or one of several types."""
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    content = {name: {} if name == wire.JSON else binary for name in media_types}
+    return {status: {"description": MEANINGS.get(status, "As asked."), "content": content}}
 
 
 def packed(value: Any, status: int = 200) -> Response:
@@ -73,12 +88,18 @@ def packed(value: Any, status: int = 200) -> Response:
     return Response(body, status, media_type=media_type)
 
 
+def again_after(error: Mapping[str, Any]) -> dict[str, str]:
+    """Return the header that says when to ask again, where an error says so."""
+    seconds = error["details"].get("retry_after")
+    return {} if seconds is None else {"retry-after": f"{math.ceil(seconds)}"}
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Give every error one form, the framework's own too."""
 
     def answer(request: Request, status: int, error: dict[str, Any]) -> Json:
         error["request_id"] = error.get("request_id") or request.state.request_id
-        return Json({"error": error}, status)
+        return Json({"error": error}, status, again_after(error))
 
     def said(request: Request, status: int, code: str, message: str) -> Json:
         return answer(request, status, {"code": code, "message": message, "details": {}})
@@ -89,8 +110,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_framework(request: Request, error: HTTPException) -> Json:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "error")
-        return said(request, error.status_code, code, str(error.detail))
+        return said(request, error.status_code, CODES.get(error.status_code, "error"), str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError) -> Json:
@@ -98,9 +118,9 @@ def add_error_handlers(app: FastAPI) -> None:
         where = ".".join(str(part) for part in first["loc"])
         return said(request, 422, "validation_error", f"{where}: {first['msg']}")
 
-    @app.exception_handler(BodyTooLargeError)
-    async def too_large(request: Request, _: BodyTooLargeError) -> Json:
-        return said(request, 413, "too_large", f"A body has at most {MOST_BODY_BYTES} bytes.")
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, _: ClientDisconnect) -> Json:
+        return said(request, 400, "bad_request", "The other side left before its request was whole.")
 
     @app.exception_handler(Exception)
     async def foreign(request: Request, _: Exception) -> Json:

@@ -11,11 +11,12 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 
-from tensafe_nb.server.answers import PREFIX, VERSION, Json, add_error_handlers
+from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers
 from tensafe_nb.server.artifacts import artifact_routes
-from tensafe_nb.server.guard import Guard
+from tensafe_nb.server.guard import Guard, WhoIs
+from tensafe_nb.server.limits import Limits, Quotas
 from tensafe_nb.server.operations import client_routes
-from tensafe_nb.server.service import Limits, Service
+from tensafe_nb.server.service import Service
 from tensafe_nb.server.tokens import Tokens
 from tensafe_nb.store.home import Home
 
@@ -30,7 +31,9 @@ def create_app(
     hub_models: Sequence[str] = (),
     hosts: Sequence[str] = (),
     limits: Limits | None = None,
+    losses: Sequence[str] = (),
     root_path: str = "",
+    identity: WhoIs | None = None,
 ) -> FastAPI:
     """Return the server as an ASGI application.
 
@@ -40,10 +43,13 @@ def create_app(
         models: The folder whose models are offered, by their names beneath it; the process works in that folder.
         hub_models: Ids of hub models that may be loaded.
         hosts: Names by which it is called, besides loopback ones.
-        limits: Of each tenant.
+        limits: Of a tenant for whom the tokens say nothing else.
+        losses: Dotted paths of losses that may be used all the same: "pkg.mod:attr".
         root_path: The path under which a proxy offers it.
+        identity: Who says whose a token is; without one, the tokens do.
     """
-    service = Service(home, models, hub_models, limits or Limits())
+    quotas = Quotas(limits or Limits(), tokens.limits)
+    service = Service(home, models, hub_models, quotas, losses)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,11 +62,11 @@ def create_app(
         title="tensafe_nb",
         version=VERSION,
         lifespan=lifespan,
-        root_path=root_path,
         default_response_class=Json,
+        redirect_slashes=False,
     )
     app.state.service = service
-    app.add_middleware(Guard, tokens=tokens, hosts=hosts)
+    app.add_middleware(Guard, identity=identity or tokens, quotas=quotas, hosts=hosts, root_path=root_path)
     add_error_handlers(app)
     for routes in (probes(service), client_routes(service), artifact_routes(service)):
         app.include_router(routes)
@@ -87,42 +93,9 @@ def probes(service: Service) -> APIRouter:
         """Say what it is."""
         return {"name": "tensafe_nb", "version": VERSION, "api": PREFIX}
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
     async def metrics() -> PlainTextResponse:
         """Return figures of the whole server, for Prometheus."""
-        return PlainTextResponse(figures(service))
+        return PlainTextResponse(service.figures.text(service.live_clients(), service.quotas.rejected))
 
     return routes
-
-
-def figures(service: Service) -> str:
-    """Return what Prometheus reads."""
-    clients = service.live_clients()
-    lags = [lag for client in clients for lag in client.lags]
-    found = {
-        "training_clients gauge": ("Training clients that are not closed.", len(clients)),
-        "queue_depth gauge": (
-            "Operations that wait or run.",
-            sum(client.channel.info().queue_depth for client in clients),
-        ),
-        "operations_total counter": (
-            "Operations that have been carried out, of clients that are not closed.",
-            sum(client.operations for client in clients),
-        ),
-        "operation_seconds_total counter": (
-            "How long they took.",
-            round(sum(client.seconds for client in clients), 6),
-        ),
-        "held_submissions gauge": (
-            "Submissions that wait for one before them.",
-            sum(client.held for client in clients),
-        ),
-        "streams gauge": ("Streams that are read.", len(lags)),
-        "stream_lag_events gauge": ("Events that the slowest reader is behind.", max(lags, default=0)),
-    }
-    lines = []
-    for key, (words, value) in found.items():
-        name, kind = key.split()
-        lines += [f"# HELP tensafe_nb_{name} {words}", f"# TYPE tensafe_nb_{name} {kind}"]
-        lines.append(f"tensafe_nb_{name} {value}")
-    return "\n".join(lines) + "\n"

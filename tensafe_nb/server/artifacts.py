@@ -3,8 +3,9 @@
 import asyncio
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
@@ -12,9 +13,11 @@ from starlette.background import BackgroundTask
 
 from tensafe_nb.errors import StorageError
 from tensafe_nb.protocol.codec import encode
-from tensafe_nb.server.answers import ERRORS, PREFIX, packed
+from tensafe_nb.server.answers import ERRORS, PREFIX, of_type, packed
 from tensafe_nb.server.service import Service, Tenant
 from tensafe_nb.transports.embedded import EmbeddedTransport
+
+R = TypeVar("R")
 
 
 def artifact_routes(service: Service) -> APIRouter:
@@ -28,10 +31,13 @@ def artifact_routes(service: Service) -> APIRouter:
     def transport_of(request: Request) -> EmbeddedTransport:
         return tenant_of(request).transport
 
+    async def aside(request: Request, work: Callable[..., R], *arguments: Any) -> R:
+        return await tenant_of(request).aside(work, *arguments)
+
     @routes.get(artifacts)
     async def list_artifacts(request: Request, training_client_id: str | None = None) -> list[Any]:
         """List the stored artifacts, newest first."""
-        found = await asyncio.to_thread(transport_of(request).list_artifacts, training_client_id)
+        found = await aside(request, transport_of(request).list_artifacts, training_client_id)
         return [encode(artifact) for artifact in found]
 
     @routes.put(artifacts, status_code=201)
@@ -47,43 +53,53 @@ def artifact_routes(service: Service) -> APIRouter:
                     )
                 await asyncio.to_thread(file.write, chunk)
             file.flush()
-            return packed(await asyncio.to_thread(transport_of(request).push_artifact, Path(file.name)), 201)
+            return packed(await aside(request, transport_of(request).push_artifact, Path(file.name)), 201)
 
     @routes.get(artifacts + "/{artifact_id}")
     async def get_artifact(request: Request, artifact_id: str) -> Response:
         """Return what is known of one, by id or name."""
-        return packed(await asyncio.to_thread(transport_of(request).get_artifact, artifact_id))
+        return packed(await aside(request, transport_of(request).get_artifact, artifact_id))
 
     @routes.delete(artifacts + "/{artifact_id}", status_code=204)
     async def delete_artifact(request: Request, artifact_id: str) -> None:
         """Delete one for good."""
-        await asyncio.to_thread(transport_of(request).delete_artifact, artifact_id)
+        await aside(request, transport_of(request).delete_artifact, artifact_id)
 
     @routes.get(artifacts + "/{artifact_id}/config")
     async def config_of(request: Request, artifact_id: str) -> Response:
         """Return the configuration of the client that saved it."""
-        return packed(await asyncio.to_thread(transport_of(request).config_of, artifact_id))
+        return packed(await aside(request, transport_of(request).config_of, artifact_id))
 
-    @routes.get(artifacts + "/{artifact_id}/content")
+    binary = "application/octet-stream"
+
+    @routes.get(
+        artifacts + "/{artifact_id}/content",
+        response_class=Response,
+        responses={**of_type(binary), **of_type(binary, status=206)},
+    )
     async def content(request: Request, artifact_id: str) -> FileResponse:
         """Return the sealed file, in ranges if asked for."""
         with tempfile.NamedTemporaryFile(suffix=".tsnb", delete=False) as file:
             copy = Path(file.name)
-        await asyncio.to_thread(transport_of(request).pull_artifact, artifact_id, copy)
+        await aside(request, transport_of(request).pull_artifact, artifact_id, copy)
         return FileResponse(
             copy, media_type="application/octet-stream", background=BackgroundTask(copy.unlink)
         )
 
-    @routes.get(artifacts + "/{artifact_id}/export")
+    @routes.get(
+        artifacts + "/{artifact_id}/export",
+        response_class=Response,
+        responses=of_type("application/x-tar"),
+    )
     async def export(request: Request, artifact_id: str, merged: bool = False) -> FileResponse:
         """Return one in the clear, as a tar archive of a folder that PEFT and transformers read."""
-        made = await asyncio.to_thread(exported, transport_of(request), artifact_id, merged)
+        made = await aside(request, exported, transport_of(request), artifact_id, merged)
         return FileResponse(made, media_type="application/x-tar", background=BackgroundTask(made.unlink))
 
     @routes.post("/keys/rotate")
     async def rotate(request: Request) -> dict[str, int]:
         """Make a new key, and rewrap this tenant's artifacts with it."""
-        return {"rewrapped": await asyncio.to_thread(transport_of(request).rotate_keys)}
+        return {"rewrapped": await aside(request, transport_of(request).rotate_keys)}
 
     @routes.get("/audit_logs")
     async def audit_logs(
@@ -97,13 +113,13 @@ def artifact_routes(service: Service) -> APIRouter:
         logs = transport_of(request).audit_logs
         return [
             encode(entry)
-            for entry in await asyncio.to_thread(logs, training_client_id, operation, limit, offset)
+            for entry in await aside(request, logs, training_client_id, operation, limit, offset)
         ]
 
     @routes.get("/audit_logs/verify")
-    async def verify(request: Request, anchor: Annotated[list[str] | None, Query()] = None) -> Response:
+    async def verify(request: Request, anchor: Annotated[list[str], Query(default_factory=list)]) -> Response:
         """Check the audit log from its first record to its last."""
-        return packed(await asyncio.to_thread(transport_of(request).verify_audit_log, tuple(anchor or ())))
+        return packed(await aside(request, transport_of(request).verify_audit_log, tuple(anchor)))
 
     return routes
 

@@ -111,16 +111,10 @@ class ServedClient:
 
     def __init__(self, channel: Worker) -> None:
         self.channel, self.hung_up = channel, False
-        self.operations, self.seconds = 0, 0.0  # that have run, and how long
         self._submitters: dict[str, Submitter] = {}
         self._handles: OrderedDict[str, FutureHandle[Any]] = OrderedDict()
         self._arrivals: dict[str, asyncio.Event] = {}
         self._readers: set[asyncio.Queue[Event | dict[str, Any] | None]] = set()
-        channel.subscribe(self._count)
-
-    def _count(self, event: Event) -> None:
-        if isinstance(event, OperationFinished):
-            self.operations, self.seconds = self.operations + 1, self.seconds + event.duration
 
     @property
     def held(self) -> int:
@@ -142,6 +136,11 @@ class ServedClient:
             await self.refuse(ForwardBackward, f"fut-lost-{missing}", error)
 
         return await self._submitters.setdefault(submitter, Submitter()).in_turn(number, submit, lost)
+
+    def may_refuse(self, submitter: str, number: int) -> bool:
+        """Whether a submission can be told to come again later: not if others are held until it has come."""
+        known = self._submitters.get(submitter)
+        return known is None or number > known.next or (number == known.next and not known.held)
 
     async def submit(
         self,

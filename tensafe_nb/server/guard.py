@@ -1,13 +1,17 @@
-"""The guard of a server: checks the host a request names, the size of its body, and whose token it bears."""
+"""The guard of a server: checks the host a request names, the form and the pace of it, and whose token it bears."""
 
+import asyncio
 import json
 import secrets
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
-from tensafe_nb.server.tokens import Tokens
+from starlette.exceptions import HTTPException
+
+from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.server.limits import Quotas
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -21,6 +25,36 @@ UNBOUNDED = (
     "/api/v1/artifacts",
 )  # its body goes to the disk as it comes, within what the tenant may store
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "testserver")
+MOST_HEADERS, MOST_HEAD_BYTES = 100, 1 << 16
+ONCE = ("host", "authorization", "origin", "content-length", "content-type", "transfer-encoding")
+BODY_SECONDS = (
+    30.0  # in which a body has to come, and as much again for each BODY_RATE × BODY_SECONDS bytes of it
+)
+BODY_RATE = 16 << 10  # bytes a second: who is slower is hung up on
+
+
+SCHEMES = ("bearer", "token")  # the second is how Jupyter's own clients say it
+
+
+class WhoIs(Protocol):
+    """Says who it is that a token belongs to."""
+
+    async def whose(self, secret: str) -> str | None:
+        """Return the tenant; None where it is nobody's.
+
+        Raises:
+            TGTinkerError: Whoever could say it does not answer.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request goes no further."""
+
+    status: int
+    code: str
+    message: str
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Guard:
@@ -28,67 +62,102 @@ class Guard:
 
     Args:
         app: What it guards.
-        tokens: Who may enter; the tenant goes into the request's state.
+        identity: Who may enter; the tenant goes into the request's state.
+        quotas: How often.
         hosts: Names by which the server may be called, besides loopback ones: a page that has its own name point
             here (DNS rebinding) is turned away. "*" takes any, behind a proxy that checks.
-        requests_per_minute: Of one tenant.
+        root_path: The path under which a proxy offers it, whether the proxy takes it away or not.
     """
 
     def __init__(
-        self, app: App, tokens: Tokens, hosts: Sequence[str] = (), requests_per_minute: int = 60_000
+        self, app: App, identity: WhoIs, quotas: Quotas, hosts: Sequence[str] = (), root_path: str = ""
     ) -> None:
-        self._app, self._tokens, self._hosts = app, tokens, {*LOOPBACK, *hosts}
-        self._most = requests_per_minute
-        self._recent: dict[str, deque[float]] = {}
+        self._app, self._identity, self._quotas, self._root_path = (
+            app,
+            identity,
+            quotas,
+            root_path.rstrip("/"),
+        )
+        self._hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = f"req-{secrets.token_hex(6)}"
         scope.setdefault("state", {})["request_id"] = request_id
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
-        }
-        refusal = self._refusal(scope, headers)
+        if self._root_path:
+            scope["root_path"] = self._root_path
+        refusal = self._of_form(scope) or await self._of_right(scope)
         if refusal is not None:
-            status, code, message, more = refusal
-            await refuse(send, status, code, message, request_id, more)
+            self._quotas.note(refusal.code)
+            await refuse(send, refusal, request_id)
             return
-        await self._app(scope, receive if is_unbounded(scope) else bounded(receive, request_id), send)
+        most = None if is_unbounded(scope) else MOST_BODY_BYTES
+        await self._app(scope, paced(receive, most), send)
 
-    def _refusal(
-        self, scope: Message, headers: dict[str, str]
-    ) -> tuple[int, str, str, dict[str, str]] | None:
-        host = headers.get("host", "").rsplit(":", 1)[0].strip("[]")
-        if "*" not in self._hosts and host not in self._hosts:
-            return 421, "wrong_host", "This server is not called by that name; see `serve --host-name`.", {}
+    def _of_form(self, scope: Message) -> Refusal | None:
+        """Say what is wrong with a request, whoever sends it."""
+        names = [name.decode("latin-1").lower() for name, _ in scope["headers"]]
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        size += len(scope.get("raw_path", b"")) + len(scope["query_string"])
+        if len(names) > MOST_HEADERS or size > MOST_HEAD_BYTES:
+            most = f"{MOST_HEADERS} headers, and {MOST_HEAD_BYTES:,} bytes before its body"
+            return Refusal(431, "too_large", f"A request has at most {most}.")
+        twice = [name for name in ONCE if names.count(name) > 1]
+        if twice:  # two readers of such a request may take it for two different ones
+            return Refusal(400, "bad_request", f"The header {twice[0]} is there more than once.")
+        headers = headers_of(scope)
+        if "*" not in self._hosts and name_of(headers.get("host", "")) not in self._hosts:
+            return Refusal(
+                421, "wrong_host", "This server is not called by that name; see `serve --host-name`."
+            )
         origin = headers.get("origin")
         if origin is not None and origin.split("//")[-1] != headers.get("host"):
-            return 403, "foreign_origin", "Pages of other sites may not call this server.", {}
+            return Refusal(403, "foreign_origin", "Pages of other sites may not call this server.")
         declared = headers.get("content-length", "0")
         if not declared.isdecimal() or (int(declared) > MOST_BODY_BYTES and not is_unbounded(scope)):
-            return 413, "too_large", f"A body has at most {MOST_BODY_BYTES} bytes.", {}
+            return Refusal(413, "too_large", f"A body has at most {MOST_BODY_BYTES} bytes.")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            return Refusal(
+                415, "unsupported_encoding", "Bodies are sent as they are: this server unpacks nothing."
+            )
+        return None
+
+    async def _of_right(self, scope: Message) -> Refusal | None:
+        """Say whether whoever sends a request may."""
         if path_of(scope) in OPEN:
             return None
-        scheme, _, secret = headers.get("authorization", "").partition(" ")
-        tenant = self._tokens.tenant_of(secret.strip()) if scheme.lower() == "bearer" else None
+        scheme, _, secret = headers_of(scope).get("authorization", "").partition(" ")
+        try:
+            tenant = await self._identity.whose(secret.strip()) if scheme.lower() in SCHEMES else None
+        except TGTinkerError as error:  # who could say it does not answer
+            return Refusal(503, error.code, error.message, {"retry-after": "2"})
         if tenant is None:
             message = "A valid token is needed: ServiceClient(base_url, api_key=…). `tensafe-nb tokens new` makes one."
-            return 401, "unauthorized", message, {"www-authenticate": "Bearer"}
+            return Refusal(401, "unauthorized", message, {"www-authenticate": "Bearer"})
         scope["state"]["tenant"] = tenant
-        return self._too_many(tenant)
-
-    def _too_many(self, tenant: str) -> tuple[int, str, str, dict[str, str]] | None:
-        now, recent = time.monotonic(), self._recent.setdefault(tenant, deque())
-        while recent and recent[0] < now - 60:
-            recent.popleft()
-        if len(recent) >= self._most:
-            wait = max(1, round(60 - (now - recent[0])))
-            message = f"More than {self._most} requests within a minute; wait {wait} s."
-            return 429, "too_many_requests", message, {"retry-after": str(wait)}
-        recent.append(now)
+        wait = self._quotas.seconds_to_wait(tenant)
+        if wait:
+            most = self._quotas.of(tenant).requests
+            message = f"More than {most:,} requests within a minute; wait {wait} s."
+            return Refusal(429, "too_many_requests", message, {"retry-after": str(wait)})
         return None
+
+
+def headers_of(scope: Message) -> dict[str, str]:
+    """Return the headers of a request by their names in lower case."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def name_of(host: str) -> str:
+    """Return the name in a Host header: what stands before the port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()
 
 
 def path_of(scope: Message) -> str:
@@ -101,32 +170,50 @@ def is_unbounded(scope: Message) -> bool:
     return (scope["method"], path_of(scope)) == UNBOUNDED
 
 
-class BodyTooLargeError(Exception):
+class BodyTooLargeError(HTTPException):
     """A body without a declared length grew beyond what is taken."""
 
+    def __init__(self) -> None:
+        super().__init__(413, f"A body has at most {MOST_BODY_BYTES} bytes.")
 
-def bounded(receive: Receive, request_id: str) -> Receive:
-    """Count a body as it comes, whatever length it was declared to have."""
-    seen = 0
+
+class BodyTooSlowError(HTTPException):
+    """A body comes so slowly that whoever sends it only wants to hold the line."""
+
+    def __init__(self) -> None:
+        super().__init__(408, f"The body came too slowly: at least {BODY_RATE} bytes a second are expected.")
+
+
+def paced(receive: Receive, most: int | None) -> Receive:
+    """Count a body as it comes, whatever length it was declared to have, and look at the clock meanwhile."""
+    seen, more, began = 0, True, time.monotonic()
 
     async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
+        nonlocal seen, more
+        if not more:  # what is waited for now is that the other side leaves
+            return await receive()
+        left = began + BODY_SECONDS + seen / BODY_RATE - time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, left)):
+                message = await receive()
+        except TimeoutError:
+            raise BodyTooSlowError from None
         seen += len(message.get("body", b""))
-        if seen > MOST_BODY_BYTES:
-            raise BodyTooLargeError(request_id)
+        more = bool(message.get("more_body", False))
+        if most is not None and seen > most:
+            raise BodyTooLargeError
         return message
 
     return counted
 
 
-async def refuse(
-    send: Send, status: int, code: str, message: str, request_id: str, headers: dict[str, str]
-) -> None:
+async def refuse(send: Send, refusal: Refusal, request_id: str) -> None:
     """Answer with an error, in the form that all errors have."""
-    error = {"code": code, "message": message, "details": {}, "request_id": request_id}
+    error = {"code": refusal.code, "message": refusal.message, "details": {}, "request_id": request_id}
     body = json.dumps({"error": error}).encode()
     sent = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    sent += [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": sent})
+    sent += [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
+    if refusal.status in (413, 431):
+        sent.append((b"connection", b"close"))  # what comes behind it is not read
+    await send({"type": "http.response.start", "status": refusal.status, "headers": sent})
     await send({"type": "http.response.body", "body": body})

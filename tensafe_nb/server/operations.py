@@ -23,7 +23,7 @@ from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.operations import VERBS, Operation
 from tensafe_nb.protocol.results import StateSource
-from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, packed
+from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, of_type, packed
 from tensafe_nb.server.clients import Answer, ServedClient, ended, error_of, outcome_of
 from tensafe_nb.server.guard import MOST_BODY_BYTES, BodyTooLargeError
 from tensafe_nb.server.service import Service, Tenant
@@ -229,6 +229,8 @@ def add_operations(routes: APIRouter, service: Service) -> None:
             operation: Operation[Any] = wire.unpack(media_type, body, Operation)
             return operation
 
+        if x_submitter is None or x_number is None or client.may_refuse(x_submitter, x_number):
+            tenant.check_queue()
         if x_submitter is None or x_number is None:
             answer = await queue(service, tenant, client, read, place)
         else:
@@ -243,11 +245,13 @@ def add_operations(routes: APIRouter, service: Service) -> None:
         given = {"requestBody": {"required": bool(names), "content": {wire.JSON: {"schema": schema}}}}
 
         async def twin(request: Request, training_client_id: Id) -> Response:
+            client, tenant = client_of(service, request, training_client_id), tenant_of(service, request)
             body = await request.body()
+            tenant.check_queue()
             answer = await queue(
                 service,
-                tenant_of(service, request),
-                client_of(service, request, training_client_id),
+                tenant,
+                client,
                 lambda: operation_of_fields(verb, body),
                 Place(verb),
             )
@@ -270,7 +274,7 @@ def add_operations(routes: APIRouter, service: Service) -> None:
 def add_stream(routes: APIRouter, service: Service) -> None:
     """Add what comes of operations, and what runs tell."""
 
-    @routes.get(ONE + "/stream")
+    @routes.get(ONE + "/stream", response_class=Response, responses=of_type("text/event-stream"))
     async def stream(
         request: Request,
         training_client_id: Id,
@@ -349,7 +353,11 @@ def add_futures(routes: APIRouter, service: Service) -> None:
             "progress": handle.progress,
         }
 
-    @routes.get("/futures/{future_id}/result")
+    @routes.get(
+        "/futures/{future_id}/result",
+        response_class=Response,
+        responses={**of_type(wire.JSON, wire.TENSORS), **of_type(wire.JSON, status=202)},
+    )
     async def result(
         request: Request, future_id: Id, wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT)] = 20.0
     ) -> Response:
@@ -394,13 +402,14 @@ def add_questions(routes: APIRouter, service: Service) -> None:
     ) -> Response:
         """Return what a step will take."""
         channel = client_of(service, request, training_client_id).channel
-        return packed(await asyncio.to_thread(channel.estimate, batch_size, length))
+        await ended(channel.ready())
+        return packed(await tenant_of(service, request).aside(channel.estimate, batch_size, length))
 
     @routes.get(ONE + "/privacy_statement")
     async def privacy_statement(request: Request, training_client_id: Id) -> Response:
         """Return what may be said about the privacy of what is trained."""
         channel = client_of(service, request, training_client_id).channel
-        statement = await asyncio.to_thread(channel.privacy_statement)
+        statement = await tenant_of(service, request).aside(channel.privacy_statement)
         return packed(replace(statement, outside=(*statement.outside, OPERATOR)))
 
     @routes.post(ONE + "/privacy_audit")
@@ -412,14 +421,14 @@ def add_questions(routes: APIRouter, service: Service) -> None:
     ) -> Response:
         """Train on canaries, and measure what they leave behind."""
         channel = client_of(service, request, training_client_id).channel
-        return packed(await asyncio.to_thread(channel.privacy_audit, canaries, steps))
+        return packed(await tenant_of(service, request).aside(channel.privacy_audit, canaries, steps))
 
-    @routes.get(ONE + "/tokenizer")
+    @routes.get(ONE + "/tokenizer", response_class=Response, responses=of_type("application/x-tar"))
     async def tokenizer(request: Request, training_client_id: Id) -> Response:
         """Return the files of the model's tokenizer, as a tar archive; waits until the model is loaded."""
         channel = client_of(service, request, training_client_id).channel
         await ended(channel.ready())
-        archive = await asyncio.to_thread(tokenizer_files, channel.tokenizer())
+        archive = await tenant_of(service, request).aside(tokenizer_files, channel.tokenizer())
         return Response(archive, media_type="application/x-tar")
 
     @routes.get("/capabilities")
@@ -432,7 +441,10 @@ def add_questions(routes: APIRouter, service: Service) -> None:
         """Say what every registered loss takes, so that a client can refuse a wrong name without torch."""
         from tensafe_nb.losses.base import declared_losses
 
-        return [encode(declared) for declared in await asyncio.to_thread(declared_losses)]
+        return [
+            encode(declared)
+            for declared in await asyncio.to_thread(declared_losses, sorted(service.dotted_losses))
+        ]
 
 
 def tokenizer_files(tokenizer: Any) -> bytes:

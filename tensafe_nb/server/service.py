@@ -1,17 +1,15 @@
 """Tenants of a server: each with its training clients and its artifacts, and what it may have of them."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core import queue
 from tensafe_nb.errors import (
     NotFoundError,
-    QueueFullError,
-    StorageError,
     TGTinkerError,
     TrainingClientNotFoundError,
     ValidationError,
@@ -20,9 +18,19 @@ from tensafe_nb.futures import FutureHandle
 from tensafe_nb.protocol.operations import Operation, Sample, SaveState
 from tensafe_nb.protocol.results import ClientStatus, StateSource
 from tensafe_nb.server.clients import ServedClient
+from tensafe_nb.server.figures import Figures
 from tensafe_nb.server.guard import MOST_BODY_BYTES
+from tensafe_nb.server.limits import (
+    Limits,
+    Quotas,
+    too_many_clients,
+    too_many_waiting,
+    too_much_stored,
+)
 from tensafe_nb.store.home import Home
 from tensafe_nb.transports.embedded import EmbeddedTransport
+
+R = TypeVar("R")
 
 MOST_TOKENS = 1 << 16  # B × T of a batch
 MOST_RANK = 256
@@ -30,28 +38,16 @@ MOST_SAMPLED = 1 << 21  # tokens that one sample() may draw, in all sequences to
 LAST_WORDS = 30.0  # s for which a closed client still takes what its runs tell of their end
 
 
-class Limits:
-    """What one tenant may have at a time.
-
-    Args:
-        clients: Training clients.
-        stored_bytes: Of its artifacts; None has no limit.
-    """
-
-    def __init__(self, clients: int = 32, stored_bytes: int | None = None) -> None:
-        self.clients, self.stored_bytes = clients, stored_bytes
-
-
 class Tenant:
     """One tenant: its training clients and its artifacts.
 
     Args:
         home: Its share of the server's home folder.
-        limits: What it may have.
+        quotas: What each tenant may have.
     """
 
-    def __init__(self, home: Home, limits: Limits) -> None:
-        self.home, self.limits = home, limits
+    def __init__(self, home: Home, quotas: Quotas) -> None:
+        self.home, self._quotas = home, quotas
         self.transport = EmbeddedTransport(home, "file", served=True)
         self.clients: dict[str, ServedClient] = {}
 
@@ -66,6 +62,11 @@ class Tenant:
                 f"There is no training client {training_client_id!r} on this server. Known: {sorted(self.clients)}."
             )
         return self.clients[training_client_id]
+
+    @property
+    def limits(self) -> Limits:
+        """What it may have."""
+        return self._quotas.of(self.home.tenant)
 
     @property
     def live(self) -> list[ServedClient]:
@@ -97,11 +98,24 @@ class Tenant:
         folder = self.home.artifacts()
         stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if stored >= self.limits.stored_bytes:
-            raise StorageError(
-                f"This tenant's artifacts take {stored:,} bytes of the {self.limits.stored_bytes:,} it may. Delete "
-                f"some: service.delete_artifact(…)."
-            )
+            raise too_much_stored(stored, self.limits.stored_bytes)
         return self.limits.stored_bytes - stored
+
+    def check_queue(self) -> None:
+        """Refuse a submission, before it is anywhere, where no more of this tenant may wait.
+
+        Raises:
+            QueueFullError: Says after how many seconds to ask again.
+        """
+        most = self.limits.queued
+        if sum(client.channel.waiting for client in self.live) >= most:
+            error = too_many_waiting(most)
+            self._quotas.note(error.code)
+            raise error
+
+    async def aside(self, work: Callable[..., R], *arguments: Any) -> R:
+        """Do on a thread what may take long; see `Quotas.aside`."""
+        return await self._quotas.aside(self.home.tenant, work, *arguments)
 
     async def close(self, client: ServedClient) -> None:
         """Terminate a client; for a while it takes what its runs tell, then it is forgotten."""
@@ -122,19 +136,27 @@ class Service:
         home: The server's home folder.
         models: The folder under which a `model_ref` names a model; None has the built-in ones only.
         hub_models: Hub ids that may be loaded.
-        limits: Of each tenant.
+        quotas: Of each tenant.
+        losses: Dotted paths of losses that may be used.
     """
 
-    def __init__(self, home: Home, models: Path | None, hub_models: Sequence[str], limits: Limits) -> None:
+    def __init__(
+        self,
+        home: Home,
+        models: Path | None,
+        hub_models: Sequence[str],
+        quotas: Quotas,
+        losses: Sequence[str] = (),
+    ) -> None:
         self._home, self._models, self._hub_models = home, models, frozenset(hub_models)
-        self._limits = limits
+        self.quotas, self.dotted_losses = quotas, frozenset(losses)
         self._tenants: dict[str, Tenant] = {}
-        self.draining = False
+        self.figures, self.draining = Figures(), False
 
     def tenant(self, name: str) -> Tenant:
         """Return a tenant, known or new."""
         if name not in self._tenants:
-            self._tenants[name] = Tenant(Home(self._home.root, name), self._limits)
+            self._tenants[name] = Tenant(Home(self._home.root, name), self.quotas)
         return self._tenants[name]
 
     def live_clients(self) -> list[ServedClient]:
@@ -161,19 +183,18 @@ class Service:
         """
         self._refuse_if_draining()
         if len(tenant.live) >= tenant.limits.clients:
-            raise QueueFullError(
-                f"This tenant has {len(tenant.live)} training clients, as many as it may. Close one: tc.close().",
-                code="too_many",
-            )
+            self.quotas.note("too_many")
+            raise too_many_clients(len(tenant.live))
         if config.lora_config is not None and config.lora_config.rank > MOST_RANK:
             raise ValidationError(f"LoRAConfig.rank is at most {MOST_RANK} on this server.")
-        refuse_code(config.loss.type)
+        self._refuse_code(config.loss.type)
         self._check_model(config.model_ref)
         if source is not None and source.future_id is not None:  # it may still be on its way here
             with suppress(NotFoundError):
                 await tenant.client(source.parent or "").arrived(source.future_id)
         channel = await asyncio.to_thread(tenant.transport.create, config, source)
         client = tenant.clients[channel.training_client_id] = ServedClient(channel)
+        channel.subscribe(self.figures.count)
         return client
 
     def _check_model(self, ref: str) -> None:
@@ -209,9 +230,18 @@ class Service:
                 raise ValidationError(
                     f"This may draw {drawn:,} tokens; this server draws {MOST_SAMPLED:,} in one. Sample in parts."
                 )
-        refuse_code(getattr(operation, "loss_fn", None))
+        self._refuse_code(getattr(operation, "loss_fn", None))
         if isinstance(operation, SaveState):
             tenant.room()
+
+    def _refuse_code(self, loss: object) -> None:
+        """Refuse a loss that is a path to somebody's code, unless whoever runs the server names that very path."""
+        if isinstance(loss, str) and ":" in loss and loss not in self.dotted_losses:
+            raise ValidationError(
+                "Losses from a dotted path run in the user's own process only. Whoever runs the server may allow one "
+                "by its name: serve --loss pkg.mod:attr",
+                code="forbidden",
+            )
 
     def _refuse_if_draining(self) -> None:
         if self.draining:
@@ -225,11 +255,3 @@ class Service:
             for client in list(tenant.clients.values()):
                 tenant.forget(client)
             await asyncio.to_thread(tenant.transport.close)
-
-
-def refuse_code(loss: object) -> None:
-    """Refuse a loss that is a path to somebody's code."""
-    if isinstance(loss, str) and ":" in loss:
-        raise ValidationError(
-            "Losses from a dotted path run in the user's own process only.", code="forbidden"
-        )

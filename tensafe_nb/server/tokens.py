@@ -5,11 +5,14 @@ import hmac
 import json
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import StorageError, ValidationError
+from tensafe_nb.server.limits import Limits
 from tensafe_nb.store.disk import write_private
 from tensafe_nb.store.home import TENANT, Home
 
@@ -47,6 +50,7 @@ class Tokens:
         self._path = path
         self._read_at: tuple[int, int] | None = None
         self._tokens: list[Token] = []
+        self._limits: dict[str, dict[str, Any]] = {}
         self.all()
 
     def all(self) -> list[Token]:
@@ -57,15 +61,37 @@ class Tokens:
         stamp = (found.st_mtime_ns, found.st_size)
         if stamp != self._read_at:
             try:
-                entries = json.loads(self._path.read_text(encoding="utf-8"))["tokens"]
-                self._tokens = [Token(**entry) for entry in entries]
-            except (ValueError, TypeError, KeyError, OSError) as error:
+                read = json.loads(self._path.read_text(encoding="utf-8"))
+                self._tokens = [Token(**entry) for entry in read["tokens"]]
+                self._limits = dict(read.get("limits", {}))
+                [Limits().with_those_of(given) for given in self._limits.values()]
+            except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
                 raise StorageError(
                     f"{self._path} is no file of tokens ({error}). Make one: "
                     f"tensafe-nb tokens new --tokens {self._path}"
                 ) from error
             self._read_at = stamp
         return self._tokens
+
+    def limits(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return what is set for single tenants."""
+        self.all()
+        return self._limits
+
+    def limit(self, tenant: str, **limits: int | None) -> dict[str, int]:
+        """Set what a tenant may have; None takes a limit back, and the server's own counts again. Return all of its.
+
+        Raises:
+            ValidationError: No such limit, or a tenant whose name cannot be one.
+            StorageError: The file cannot be written.
+        """
+        Home(Path(), tenant)
+        kept = {**self.limits().get(tenant, {}), **limits}
+        own = {name: value for name, value in kept.items() if value is not None}
+        Limits().with_those_of(own)
+        others = {name: given for name, given in self.limits().items() if name != tenant}
+        self._keep(self.all(), others | ({tenant: own} if own else {}))
+        return own
 
     def mint(self, tenant: str = TENANT) -> str:
         """Make a token for a tenant and return it; it is not kept, and cannot be shown again.
@@ -101,10 +127,19 @@ class Tokens:
                 found = token.tenant
         return found
 
-    def _keep(self, tokens: list[Token]) -> None:
+    async def whose(self, secret: str) -> str | None:
+        """Return whose token this is; see `tenant_of`."""
+        return self.tenant_of(secret)
+
+    def _keep(self, tokens: list[Token], limits: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._tokens = tokens
+        self._limits = {
+            name: dict(given) for name, given in (self._limits if limits is None else limits).items()
+        }
         if self._path is not None:
-            entries = {"version": 1, "tokens": [asdict(token) for token in tokens]}
+            entries: dict[str, Any] = {"version": 1, "tokens": [asdict(token) for token in tokens]}
+            if self._limits:
+                entries["limits"] = self._limits
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_private(self._path, json.dumps(entries, indent=1))
             self._read_at = None

@@ -165,6 +165,13 @@ class Requests:
                 if answer.is_success or "x-in-turn" in answer.headers:  # refused, and on the way to fail
                     return answer
                 found = error_in(answer)
+                wait = waiting_asked_for(answer)
+                if wait is not None and patience > 0 and found.code not in LASTING:
+                    began = (
+                        time.monotonic()
+                    )  # it answers, and says when to ask again: nothing is lost by waiting
+                    await asyncio.sleep(wait)
+                    continue
                 if answer.status_code not in PASSING or found.code in LASTING or left < pause:
                     raise found
             await asyncio.sleep(pause)
@@ -232,6 +239,12 @@ class Requests:
 
 
 LASTING = {"queue_full", "too_many", "draining", "key_unavailable"}  # waiting a second does not help
+
+
+def waiting_asked_for(answer: httpx.Response) -> float | None:
+    """Return how many seconds a server that has too much to do asks to wait, if it does."""
+    asked = answer.headers.get("retry-after", "") if answer.status_code == 429 else ""
+    return min(float(asked), PATIENCE) if asked.isdecimal() else None
 
 
 async def lines_of(answer: httpx.Response, silence: float) -> AsyncIterator[bytes]:

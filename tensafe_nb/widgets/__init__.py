@@ -29,6 +29,7 @@ __all__ = [
     "mime",
     "mimebundle",
     "panel",
+    "save_page",
     "settle",
     "show_run",
 ]
@@ -121,6 +122,13 @@ def freeze(source: feed.Source, samples: int = 0) -> None:
         panel(source).retire()
     pictured = renderer.in_kernel() or chosen is not renderer.Renderer.TEXT
     snapshot.display(feed.feed_of(source), _run_of(source), samples, pictured=pictured)
+
+
+def save_page(run: Any, to: Any, samples: int = 0) -> Any:
+    """Save a run as one file for a browser: for `save_page` of runs and their records."""
+    from tensafe_nb.widgets import page
+
+    return page.save_page(to, run, samples=samples)
 
 
 def settle(source: feed.Source, timeout: float = 3.0) -> bool:

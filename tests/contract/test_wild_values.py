@@ -340,6 +340,9 @@ CALLS: Mapping[str, Call] = {
         {"run": Of(lambda w: w.run.run_id), "speed": 1e6, "show": False},
         frozenset({"show"}),
     ),
+    "save_page": Call(
+        lambda w: tn.save_page, {"to": "page.html", "run": Of(lambda w: w.run.run_id)}, frozenset({"more"})
+    ),
     # the service
     "ServiceClient": Call(lambda w: closing(tn.ServiceClient)),
     "create_training_client": Call(lambda w: closing(w.service.create_training_client), {"config": None}),

@@ -38,10 +38,8 @@ _running: list[Serving] = []
 @contextlib.contextmanager
 def serving_thread(home: Path, **options: Any) -> Iterator[Serving]:
     """Run a server."""
-    import uvicorn
-
     from tensafe_nb.server.app import create_app
-    from tensafe_nb.server.process import Server
+    from tensafe_nb.server.process import server_of
     from tensafe_nb.server.tokens import Tokens
     from tensafe_nb.store.home import Home
 
@@ -49,8 +47,7 @@ def serving_thread(home: Path, **options: Any) -> Iterator[Serving]:
     # models are offered by their names in the folder that the process is in: a test's own
     app = create_app(Home(home), tokens, **{"models": Path(), "hub_models": [HUB_MODEL], **options})
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, ws="none")
-        server = Server(config)
+        server = server_of(app, seconds_to_stop=5)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server")
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

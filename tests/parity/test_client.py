@@ -409,7 +409,7 @@ tc.forward({"input_ids": [[5, 6]]}).result()
     assert (ended.returncode, more) == (
         0,
         [],
-    ) and "Back this up" in told  # the key of a new home, and nothing else
+    ) and "Keep a copy" in told  # the key of a new home, and nothing else
 
 
 def test_one_chat_message_and_what_is_no_prompt_are_refused(tc: tn.TrainingClient) -> None:

@@ -102,9 +102,9 @@ def check_table(fragment: str) -> None:
     assert tags.open == []
     assert set(tags.tags) <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
     assert ("scope", "row") in tags.attributes or ("scope", "col") in tags.attributes
-    assert {name for name, _ in tags.attributes} <= {"class", "scope"}, (
-        "no colours and no scripts of their own"
-    )
+    assert {name for name, _ in tags.attributes} <= {"class", "scope", "style"}, "no scripts of their own"
+    styles = {value for name, value in tags.attributes if name == "style"}
+    assert styles <= {"text-align: left", "text-align: right"}, "no colours of their own"
     assert not re.search(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]", fragment)
 
 
@@ -131,13 +131,16 @@ def test_what_is_shown_is_what_is_there() -> None:
     assert repr(result) == (
         "ForwardBackwardResult(loss=2.34568, grad_norm=0.5, tokens_processed=6, metrics={'gamma': 2.5}, weight=6)"
     )
-    assert '<th scope="row">loss</th><td>2.34568</td>' in result._repr_html_()
-    assert '<th scope="row">metrics</th><td>gamma 2.5</td>' in result._repr_html_()
+    assert f'<th scope="row" {reprs.LEFT}>loss</th><td {reprs.LEFT}>2.34568</td>' in result._repr_html_()
+    assert f'<th scope="row" {reprs.LEFT}>metrics</th><td {reprs.LEFT}>gamma 2.5</td>' in result._repr_html_()
     scores = types.LogprobsResult(np.zeros((2, 4)), np.zeros((2, 4)), None)
     assert repr(scores) == (
         "LogprobsResult(logprobs=<(2, 4) float64>, entropy=<(2, 4) float64>, policy_version=None, values=None)"
     )
-    assert '<th scope="row">advantages</th><td>(1, 4) float64</td>' in BATCH._repr_html_()
+    assert (
+        f'<th scope="row" {reprs.LEFT}>advantages</th><td {reprs.LEFT}>(1, 4) float64</td>'
+        in BATCH._repr_html_()
+    )
 
 
 def test_invisible_characters_are_shown_as_codes() -> None:
@@ -179,7 +182,10 @@ def test_a_history_offers_its_metrics_to_the_tab_key(tmp_path: Any) -> None:
     bus.close()
     history = RunHistory.load(tmp_path / "events.jsonl")
     assert "loss" in history._ipython_key_completions_()
-    assert '<th scope="row">loss</th><td>2 values, 3 → 2</td>' in history._repr_html_()
+    assert (
+        f'<th scope="row" {reprs.LEFT}>loss</th><td {reprs.LEFT}>2 values, 3 → 2</td>'
+        in history._repr_html_()
+    )
     check_table(history._repr_html_())
 
 
@@ -271,3 +277,13 @@ def test_text_as_markdown_renders_as_just_that_text() -> None:
         assert set(page.seen) <= {"p", "table", "thead", "tbody", "tr", "th", "td"}
         assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in page.text
         assert "[a](javascript:alert(4)) ![b](x) $x$ \\u202e &lt;b&gt; # heading" in page.text
+
+
+def test_bytes_are_told_in_units_and_numbers_stand_on_the_right() -> None:
+    told = [reprs.size_text(count) for count in (0, 999, 1200, 999_499, 999_600, 12_500_000, 3 * 10**9)]
+    assert told == ["0 B", "999 B", "1.20 kB", "999 kB", "1.00 MB", "12.5 MB", "3.00 GB"]
+    listed = reprs.listing(
+        "two", [{"name": "a", "size_bytes": 1200, "loss": None}, {"name": "b", "size_bytes": 5, "loss": 2.0}]
+    )
+    assert f'<th scope="col" {reprs.LEFT}>name</th><th scope="col" {reprs.RIGHT}>size_bytes</th>' in listed
+    assert f"<td {reprs.RIGHT}>1.20 kB</td><td {reprs.RIGHT}>—</td>" in listed

@@ -1,6 +1,7 @@
 """Rollouts in the panel: which are pushed, which are asked for, and what is told of each answer."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,55 @@ def test_the_newest_rollouts_are_pushed_once_in_two_seconds_at_most(
     flusher.time += 2.0
     told = [*wire.flush(), *wire.flush()]
     assert [content["step"] for content in told if content["t"] == "rollouts"] == [2]
+
+
+def test_groups_with_signal_come_first_and_each_has_its_prompts_name(tmp_path: Path) -> None:
+    groups = [
+        RolloutGroup(name, name, [Trajectory(name, "x", reward=reward) for reward in rewards])
+        for name, rewards in {
+            "dull": (0.0, 0.0),
+            "a": (0.0, 1.0),
+            "flat": (1.0, 1.0),
+            "b": (1.0, 0.0),
+        }.items()
+    ]
+    path = TrajectoryBatch(groups, SamplingConfig()).save(tmp_path / "r")
+    told = rollouts.message(1, path, None, rollouts.ASKED)
+    assert [group["id"] for group in told["groups"]] == ["a", "b", "dull", "flat"]
+    asked = rollouts.message(1, path, None, rollouts.ASKED, held_out=True)
+    assert [group["id"] for group in asked["groups"]] == ["dull", "a", "flat", "b"]
+
+
+def test_answers_to_held_out_prompts_are_asked_for_by_step_and_say_which_one_was_greedy(
+    client: FakeClient, wire: Wire
+) -> None:
+    for step, rewards in {0: (0.0, 0.0, 1.0), 20: (1.0, 1.0, 1.0)}.items():
+        answers = [Trajectory("2+2=", f"{reward}", reward=reward) for reward in rewards]
+        path = beside(client) / f"held-out-{step}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TrajectoryBatch([RolloutGroup("p", "2+2=", answers)], SamplingConfig()).save(path)
+        client.publish(Rollouts(run_id="tc-1/1", step=step, rollouts=3, path=f"1/{path.name}", held_out=True))
+    path = rollouts_of(beside(client) / "20", {"4": 1.0, "5": 0.0})
+    client.publish(Rollouts(run_id="tc-1/1", step=20, rollouts=2, path="1/20"))
+    wire.mount()
+    [pushed] = [content for content in wire.flush() if content["t"] == "rollouts"]
+    assert (pushed["held"], pushed["evaluated"]) == (False, [0, 20])
+    wire.page_says(t="show", step=0, held=True)
+    [told] = [content for content in [*wire.flush(), *wire.flush()] if content["t"] == "rollouts"]
+    assert (told["step"], told["held"]) == (0, True)
+    [group] = told["groups"]
+    assert group["mean"] == 0.5, "of the sampled answers: the greedy one is another measure"
+    assert [rollout.get("greedy", False) for rollout in group["r"]] == [True, False, False]
+    assert "why" not in group["r"][0]
+
+
+def test_a_character_of_several_tokens_is_shown_whole_at_the_last_of_them() -> None:
+    def decode(ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    assert rollouts.pieces(decode, list("aé🐈b".encode())) == ["a", "", "é", "", "", "", "🐈", "b"]
+    assert rollouts.pieces(decode, [0xC3]) == ["\N{REPLACEMENT CHARACTER}"]
+    assert rollouts.pieces(decode, []) == []
 
 
 def test_an_older_step_is_shown_on_request_and_a_missing_one_with_the_reason(

@@ -1,5 +1,6 @@
 """The page's code: small, joined without a build, and correct where it is pure."""
 
+import gzip
 import re
 import shutil
 import subprocess
@@ -14,11 +15,11 @@ HERE = Path(__file__).parent
 NODE = shutil.which("node")
 SCRIPTS = sorted(STATIC.glob("*.js"))
 BUDGETS = {  # bytes of code that travel with a widget, comments and indentation left behind
-    "Dashboard": 74_000,
-    "LossCurve": 44_000,
-    "RewardHistory": 44_000,
+    "Dashboard": 86_000,
+    "LossCurve": 51_000,
+    "RewardHistory": 51_000,
     "CheckpointTable": 25_000,
-    "RolloutInspector": 25_000,
+    "RolloutInspector": 29_000,
     "PrivacyMeter": 25_000,
 }
 ENTRIES = {"curve.js", "rewards.js", "checkpoints.js", "inspector.js", "privacy.js"}
@@ -36,7 +37,11 @@ def test_code_keeps_within_its_budget(name: str) -> None:
 
 
 def test_styles_keep_within_their_budget() -> None:
-    assert len(css("panel").encode()) <= 11_200
+    assert len(css("panel").encode()) <= 15_500
+
+
+def test_the_panel_takes_less_than_forty_kilobytes_of_a_line_that_compresses() -> None:
+    assert len(gzip.compress((code("Dashboard") + css("panel")).encode())) <= 40_000
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -6,6 +6,7 @@ from pathlib import Path
 from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 
+HELD_OUT = "held-out"  # how the files of answers to held-out prompts begin
 LIMIT = 100_000_000  # bytes of rollouts that a run keeps
 
 
@@ -23,8 +24,8 @@ class RolloutStore:
         self._run_id, self._limit = run_id, limit
         self._kept: deque[tuple[int, Path, int]] = deque()  # step, file, bytes; oldest first
 
-    def add(self, step: int, batch: TrajectoryBatch) -> Path:
-        """Write the rollouts of a step.
+    def add(self, step: int, batch: TrajectoryBatch, *, held_out: bool = False) -> Path:
+        """Write the rollouts of a step, or its answers to the held-out prompts.
 
         Raises:
             StorageError: They could not be written.
@@ -36,7 +37,7 @@ class RolloutStore:
                 f"The folder {self.folder} for rollouts could not be made ({error.strerror}). "
                 f"Set TENSAFE_HOME to a folder that can be written."
             ) from error
-        path = batch.save(self.free_name(step))
+        path = batch.save(self.free_name(f"{HELD_OUT if held_out else 'step'}-{step:06d}"))
         self._kept.append((step, path, path.stat().st_size))
         while len(self._kept) > 1 and sum(size for *_, size in self._kept) > self._limit:
             _, oldest, _ = self._kept.popleft()
@@ -51,13 +52,14 @@ class RolloutStore:
         """
         if not isinstance(steps, int) or steps < 1:
             raise ValidationError(f"last={steps!r} must be a whole number of steps, at least 1.")
-        if not self._kept:
+        kept = [(step, path) for step, path, _ in self._kept if not path.name.startswith(HELD_OUT)]
+        if not kept:
             raise ValidationError(f"The run {self._run_id} has no rollouts yet: let it take a step.")
-        return [(step, TrajectoryBatch.load(path)) for step, path, _ in list(self._kept)[-steps:]]
+        return [(step, TrajectoryBatch.load(path)) for step, path in kept[-steps:]]
 
-    def free_name(self, step: int) -> Path:
+    def free_name(self, name: str) -> Path:
         """Return a new path: a step that is taken again after a rollback has a second file."""
-        name, number = f"step-{step:06d}", 1
+        number = 1
         while (path := self.folder / (f"{name}.jsonl" if number == 1 else f"{name}-{number}.jsonl")).exists():
             number += 1
         return path

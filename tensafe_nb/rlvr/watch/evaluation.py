@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,15 @@ class HeldOut:
         for k in self._pass_at:
             values[f"eval/pass@{k}"] = mean_pass_at(k, sampled.groups, goal)
         return values
+
+
+def joined(greedy: TrajectoryBatch, sampled: TrajectoryBatch) -> TrajectoryBatch:
+    """Return both as one batch: of each prompt the greedy answer first, then those that were sampled."""
+    groups = [
+        replace(group, rollouts=[*first.rollouts, *group.rollouts])
+        for first, group in zip(greedy.groups, sampled.groups, strict=True)
+    ]
+    return TrajectoryBatch(groups, sampled.sampling)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -90,8 +90,8 @@ class KeyFile:
             return self.primary() if only_first else self.add()
         self._seen = True
         self._announce(
-            f"Made the key {root.key_id} in {self.path}. Back this up: without it your checkpoints "
-            f"cannot be opened."
+            f"A new key seals your checkpoints: {root.key_id} in {self.path}. "
+            f"Keep a copy: without it they cannot be opened."
         )
         return root
 

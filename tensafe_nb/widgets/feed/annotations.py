@@ -118,6 +118,10 @@ class Annotations:
             "void": spent.void,
         }
 
+    def evaluated(self) -> list[int]:
+        """Return the steps at which held-out prompts were answered, the latest of them."""
+        return sorted(self._state.held_out)[-MOST:]
+
     def newest_rollouts(self) -> Rollouts | None:
         """Return where the rollouts are that were scored last."""
         return max(list(self._state.rollouts.values()), key=lambda rollouts: rollouts.seq, default=None)

@@ -18,6 +18,7 @@ from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets.feed.annotations import Annotations
 from tensafe_nb.widgets.feed.flusher import FLUSHER, Flusher, Member
 from tensafe_nb.widgets.feed.recording import RecordedRun, Recording
+from tensafe_nb.widgets.feed.rollouts import pieces
 
 
 class Watched(Protocol):
@@ -263,7 +264,7 @@ class Feed:
     def decode(self) -> Callable[[Sequence[int]], list[str]] | None:
         """Return what turns token ids into texts; None where there is no tokenizer."""
         tokenizer = getattr(self.client, "tokenizer", None) if self.client.steerable else None
-        return None if tokenizer is None else lambda ids: [tokenizer.decode([token]) for token in ids]
+        return None if tokenizer is None else lambda ids: pieces(tokenizer.decode, ids)
 
     # what panels learn besides events
 

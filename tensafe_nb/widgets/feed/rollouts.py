@@ -7,6 +7,7 @@ import html
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ UNSEEN = re.compile(
 Decode = Callable[[Sequence[int]], list[str]]
 
 
-def message(step: int, path: Path, decode: Decode | None, limit: int) -> dict[str, Any]:
+def message(
+    step: int, path: Path, decode: Decode | None, limit: int, *, held_out: bool = False
+) -> dict[str, Any]:
     """Return the message that shows the rollouts of a step, as many groups of them as fit a limit of bytes.
 
     Args:
@@ -33,6 +36,7 @@ def message(step: int, path: Path, decode: Decode | None, limit: int) -> dict[st
         path: Where they lie.
         decode: Turns token ids into their texts; None where there is no tokenizer: then answers stay whole.
         limit: Of the message as JSON.
+        held_out: Whether they answer the held-out prompts, which keep their order: they are compared across steps.
 
     Raises:
         ValidationError: The file is gone, or does not fit.
@@ -40,8 +44,10 @@ def message(step: int, path: Path, decode: Decode | None, limit: int) -> dict[st
     batch: Any = load_dotted("tensafe_nb.rlvr.rollouts.trajectories:TrajectoryBatch").load(path)
     groups: list[dict[str, Any]] = []
     room = limit - 200
-    for group in batch.groups:
-        shown = group_shown(group, decode)
+    for group in sorted(
+        batch.groups, key=lambda group: not (held_out or group.has_signal)
+    ):  # what teaches first
+        shown = answers_shown(group, decode) if held_out else group_shown(group, decode)
         room -= len(json.dumps(shown)) + 2
         if room < 0:
             break
@@ -56,12 +62,23 @@ def message(step: int, path: Path, decode: Decode | None, limit: int) -> dict[st
 
 def group_shown(group: Any, decode: Decode | None) -> dict[str, Any]:
     return {
+        "id": group.prompt_id,
         "prompt": clipped(group.prompt),
         "mean": _number(group.mean),
         "std": _number(group.std),
         "signal": bool(group.has_signal),
         "r": [rollout_shown(rollout, group, decode) for rollout in group.rollouts],
     }
+
+
+def answers_shown(group: Any, decode: Decode | None) -> dict[str, Any]:
+    """Return the answers to a held-out prompt: the first is the greedy one, and none was to teach anything."""
+    sampled = replace(group, rollouts=group.rollouts[1:])
+    shown = group_shown(group, decode) | {"mean": _number(sampled.mean), "std": _number(sampled.std)}
+    for rollout in shown["r"]:
+        rollout.pop("why", None)
+    shown["r"][0]["greedy"] = True
+    return shown
 
 
 def rollout_shown(rollout: Any, group: Any, decode: Decode | None) -> dict[str, Any]:
@@ -82,6 +99,19 @@ def rollout_shown(rollout: Any, group: Any, decode: Decode | None) -> dict[str, 
         "tok": tokens_shown(rollout, decode),
     }
     return shown | {name: value for name, value in optional.items() if value}
+
+
+def pieces(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[str]:
+    """Return the text of each token; a character that takes several tokens is the last one's."""
+    texts: list[str] = []
+    begun: list[int] = []  # tokens of a character that is not whole yet
+    for number, token in enumerate(ids, 1):
+        begun.append(token)
+        text = decode(begun)
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(begun) == 4 or number == len(ids)
+        texts.append(text if whole else "")
+        begun = [] if whole else begun
+    return texts
 
 
 def tokens_shown(rollout: Any, decode: Decode | None) -> list[list[Any]] | None:

@@ -260,24 +260,28 @@ class LiveWidget(anywidget.AnyWidget):
                 unknown = annotations.not_looked_up()
                 if unknown and steerable:
                     self._aside(lambda: self.feed.learn(self._commands.look_up(unknown)))
-                self.send({"t": part, "rows": annotations.rows(), "saving": annotations.saving})
+                nobody = {} if steerable else {"enc": "—"}  # who could be asked how they are sealed
+                rows = [nobody | row for row in annotations.rows()]
+                self.send({"t": part, "rows": rows, "saving": annotations.saving})
             case "rollouts":
                 newest = annotations.newest_rollouts()
                 if newest is not None:
                     self._rollouts_at = self.feed.flusher.now()
                     self._aside(lambda: self._prepare(newest.step, rollouts.PUSHED))
 
-    def _prepare(self, step: int, limit: int) -> None:
-        found = self.feed.state.rollouts.get(step)
+    def _prepare(self, step: int, limit: int, *, held_out: bool = False) -> None:
+        state = self.feed.state
+        found = (state.held_out if held_out else state.rollouts).get(step)
+        content: dict[str, Any] = {"t": "rollouts", "step": step, "held": held_out}
         if found is None:
-            content = {"t": "rollouts", "step": step, "why": f"No rollouts were recorded for step {step}."}
+            content["why"] = f"No rollouts were recorded for step {step}."
         else:
             try:
                 path = self.feed.history.rollouts_file(found)
-                content = rollouts.message(step, path, self.feed.decode(), limit)
+                content |= rollouts.message(step, path, self.feed.decode(), limit, held_out=held_out)
             except TGTinkerError as error:  # the oldest texts go when a run has too many
-                content = {"t": "rollouts", "step": step, "why": str(error)}
-        self._ready.append(content)
+                content["why"] = str(error)
+        self._ready.append(content | {"evaluated": self.feed.annotations.evaluated()})
 
     def _aside(self, work: Callable[[], None]) -> None:
         """Do what takes a while on a thread of its own; what it prepared is sent by the next flush."""
@@ -306,7 +310,8 @@ class LiveWidget(anywidget.AnyWidget):
             case {"t": "hello"}:
                 self.greet(content.get("mount"))
             case {"t": "show", "step": int(step)}:
-                self._aside(lambda: self._prepare(step, rollouts.ASKED))
+                held_out = bool(content.get("held"))
+                self._aside(lambda: self._prepare(step, rollouts.ASKED, held_out=held_out))
             case {"t": "plan"} if self.feed.client.steerable:
                 client: Any = self.feed.client
                 self._aside(lambda: self._ready.append(what_if.answer(client, content)))

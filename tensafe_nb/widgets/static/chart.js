@@ -1,10 +1,11 @@
 // A chart: canvas for the curves, SVG for axes, marks and cursor, HTML for the legend. Raw faint, smoothed bold.
 import { settle } from "./wire.js";
-import { make, makeSvg, numberText } from "./page.js";
+import { fill, make, makeButton, makeSvg, numberText, scaled } from "./page.js";
 
 const MARGIN = { left: 52, right: 14, top: 14, bottom: 24 };
 const SIGNS = { c: "◆", f: "⎇", v: "▾" };
 const MEANING = { c: "checkpoint", f: "branch", v: "reward version" };
+const FLAT = 0.02; // a range is at least this share of its greatest value high: noise is not blown up to a mountain range
 
 // Round positions for about `count` ticks between two numbers.
 function niceTicks(low, high, count) {
@@ -28,8 +29,8 @@ function logTicks(low, high, count) {
 
 // As many decimals as the distance between ticks needs.
 function tickText(value, step) {
-  if (value !== 0 && (Math.abs(value) >= 1e6 || step < 1e-4)) return value.toExponential(1);
-  if (Math.abs(value) >= 1e4) return `${+(value / 1e3).toFixed(3)}k`;
+  if (value !== 0 && step < 1e-4) return value.toExponential(1);
+  if (Math.abs(value) >= 1e4) return scaled(value, (size) => String(+size.toFixed(3)));
   return (Math.abs(value) < step / 1e6 ? 0 : value).toFixed(Math.max(0, -Math.floor(Math.log10(step) + 1e-9)));
 }
 
@@ -68,6 +69,28 @@ function extent(stretches, floor = -Infinity) {
     }
   }
   return low > high ? null : [low, high];
+}
+
+// The range that is drawn, of least and greatest value: where they hardly differ, so much that they look alike.
+function rangeOf(found, log = false, share = FLAT) {
+  const [low, high] = found ?? (log ? [1, 10] : [0, 1]);
+  if (log) return high / low > 1 + share ? [low, high] : [low / 2, high * 2];
+  const least = Math.max(Math.abs(low), Math.abs(high)) * share;
+  if (!least) return [0, 1];
+  const more = Math.max(0, least - (high - low)) / 2;
+  return [low - more, high + more];
+}
+
+// Mean ± spread, point by point; both are ordered by step.
+function bandOf(series, spread) {
+  const [low, high] = [new Float64Array(series.n), new Float64Array(series.n)];
+  for (let i = 0, k = 0; i < series.n; i++) {
+    while (k < spread.n - 1 && spread.steps[k] < series.steps[i]) k++;
+    const own = spread.steps[k] === series.steps[i] ? spread.values[k] : NaN;
+    low[i] = series.values[i] - own;
+    high[i] = series.values[i] + own;
+  }
+  return { low, high };
 }
 
 // Points of a line, at most the least and the greatest value per half pixel: no spike is ever lost. Values that are not
@@ -149,11 +172,11 @@ class Lens {
   }
 }
 
-// One chart. `spec`: title, lines of { name, label, colour, dash, dots, smooth }, band (name of a spread), marks.
+// One chart. `spec`: title, lines of { name, label, colour, dash, dots, smooth }, band (name of a spread), marks, range.
 // It draws once per frame at most, and only while it is on the screen.
 class Chart {
   constructor(store, model, lens, spec) {
-    Object.assign(this, { store, model, lens, spec, visible: true, frame: 0, drag: null });
+    Object.assign(this, { store, model, lens, spec, visible: true, frame: 0, drag: null, hidden: new Set(), entries: new Map() });
     this.build();
     this.listen();
   }
@@ -161,9 +184,18 @@ class Chart {
   build() {
     this.el = make("div", `tsnb-chart${this.spec.small ? " tsnb-small" : ""}`);
     this.legend = make("div", "tsnb-legend");
+    this.heading = make("b", "tsnb-title", this.spec.title ?? "");
+    this.bandEntry = make("span", "tsnb-entry");
+    this.bandEntry.append(make("i", "tsnb-swatch"), make("span", "", "± spread within a group"));
+    this.signs = make("span", "tsnb-where tsnb-signs");
+    this.broken = make("span", "tsnb-bad-note");
+    this.below = make("span", "tsnb-where");
+    this.where = make("span", "tsnb-where tsnb-at-step");
     this.plot = make("div", "tsnb-plot");
     this.plot.tabIndex = 0;
-    this.plot.setAttribute("role", "img");
+    this.plot.setAttribute("role", "application"); // its keys are its own: a screen reader passes them on
+    this.plot.setAttribute("aria-roledescription", "chart");
+    this.describe();
     this.canvas = make("canvas");
     this.axes = makeSvg("svg", { "aria-hidden": "true" });
     this.empty = make("div", "tsnb-empty", this.spec.small ? "no values yet" : "The curve begins with the first step.");
@@ -184,6 +216,8 @@ class Chart {
     this.seen.observe(this.plot);
     this.themed = new MutationObserver(() => requestAnimationFrame(redraw)); // a canvas inherits no colours
     this.themed.observe(document.body, { attributes: true });
+    this.media = ["(forced-colors: active)", "(prefers-color-scheme: dark)"].map((query) => matchMedia(query));
+    for (const query of this.media) query.addEventListener("change", (this.recolour = redraw));
     const on = (name, handler, options) => this.plot.addEventListener(name, handler, options);
     on("pointerdown", (event) => this.press(event));
     on("pointermove", (event) => this.move(event));
@@ -200,10 +234,16 @@ class Chart {
     cancelAnimationFrame(this.frame);
     this.leave();
     for (const observer of [this.sized, this.seen, this.themed]) observer.disconnect();
+    for (const query of this.media) query.removeEventListener("change", this.recolour);
   }
 
   get main() {
     return this.store.get(this.spec.lines[0].name).current;
+  }
+
+  // Whether a click on a point leads anywhere.
+  get opens() {
+    return this.store.newest !== undefined;
   }
 
   get log() {
@@ -237,29 +277,38 @@ class Chart {
   describe() {
     const said = this.spec.lines.map(({ name, label }) => [label || this.spec.title || name, this.store.get(name).current]);
     const words = said.filter(([, series], i) => !i || series.n).map(([name, series]) => summary(name, series));
-    this.plot.setAttribute("aria-label", `${words.join(". ")}. Arrow keys read the points, Enter opens the samples.`);
+    this.plot.setAttribute("aria-label", `${words.join(". ")}. Arrow keys read the points${this.opens ? ", Enter opens their samples" : ""}.`);
   }
 
   draw() {
     const { clientWidth: width, clientHeight: height } = this.plot;
     if (!width || !height) return;
-    this.curves = this.spec.lines.map((line) => {
+    this.listed = this.spec.lines.map((line) => {
       const series = this.store.get(line.name).current;
       return { line, series, xs: this.xsOf(series, line) };
     });
-    this.empty.hidden = this.curves.some(({ series }) => series.n);
+    this.curves = this.listed.filter(({ line }) => !this.hidden.has(line.name));
+    const spread = this.spec.band && this.store.get(this.spec.band).current;
+    if (spread?.n && this.curves[0]?.line === this.spec.lines[0]) this.curves[0].band = bandOf(this.curves[0].series, spread);
+    this.empty.hidden = this.listed.some(({ series }) => series.n);
     this.scale(width, height);
     this.drawAxes(width, height);
     this.drawSeries(width, height);
     this.drawLegend();
   }
 
+  // Where its lines begin and end on the axis. A small chart reaches as far as the large one that it is below.
+  reach() {
+    return this.spec.lines.map((line) => [line, this.store.get(line.name).current]).filter(([, series]) => series.n).flatMap(([line, series]) => {
+      const xs = this.xsOf(series, line);
+      return [xs[0], xs[series.n - 1], ...series.abandoned.map((piece) => this.xsOf(piece, line)[piece.n - 1])];
+    });
+  }
+
   // The window in units of the axis, and which points lie in it (one more on either side, so that lines go on).
   scale(width, height) {
     const drawn = this.curves.filter(({ series }) => series.n);
-    const all = drawn.flatMap(({ series, xs, line }) => [
-      [xs[0], xs[series.n - 1]], ...series.abandoned.map((piece) => [this.xsOf(piece, line)[piece.n - 1]]),
-    ]).flat();
+    const all = [...this.reach(), ...(this.over?.reach() ?? [])];
     let [left, right] = all.length ? [Math.min(...all), Math.max(...all)] : [0, 1];
     this.whole = [left, right];
     if (this.lens.from !== null) [left, right] = [this.lens.from, this.lens.to];
@@ -269,11 +318,10 @@ class Chart {
       curve.from = Math.max(0, lowerBound(curve.xs, curve.series.n, left) - 1);
       curve.to = Math.min(curve.series.n, lowerBound(curve.xs, curve.series.n, right) + 2);
     }
-    const stretches = drawn.flatMap(({ series, from, to }) => [
-      [series.values, from, to], ...(this.lens.from === null ? series.abandoned.map((p) => [p.values, 0, p.n]) : []),
+    const stretches = drawn.flatMap(({ series, from, to, band }) => [
+      [series.values, from, to], ...(band ? [[band.low, from, to], [band.high, from, to]] : []), ...(this.lens.from === null ? series.abandoned.map((p) => [p.values, 0, p.n]) : []),
     ]);
-    let [low, high] = extent(stretches, floor) ?? (this.log ? [1, 10] : [0, 1]);
-    if (low === high) [low, high] = this.log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
+    const [low, high] = this.spec.range ?? rangeOf(extent(stretches, floor), this.log, this.lens.from === null ? FLAT : FLAT / 100);
     const [x0, x1, y0, y1] = [MARGIN.left, width - MARGIN.right, height - MARGIN.bottom, MARGIN.top];
     const a = (x1 - x0) / (right - left);
     const of = this.log ? Math.log10 : (value) => value;
@@ -295,12 +343,12 @@ class Chart {
       const upright = niceTicks(this.low, this.high, height / 46);
       for (const tick of this.log ? logTicks(this.low, this.high, height / 30) : upright.ticks) {
         line(MARGIN.left, width - MARGIN.right, this.toY(tick), this.toY(tick), "tsnb-grid");
-        text(MARGIN.left - 8, this.toY(tick) + 4, "end", this.log ? numberText(tick, 3) : tickText(tick, upright.step));
+        text(MARGIN.left - 8, this.toY(tick) + 4, "end", this.log ? String(+tick.toPrecision(3)) : tickText(tick, upright.step));
       }
       const axis = this.model.get("x_axis");
       const flat = niceTicks(this.left, this.right, width / 110);
       for (const tick of flat.ticks) {
-        const words = axis === "time" ? secondsText(tick) : tickText(tick, flat.step);
+        const words = axis === "time" ? secondsText(tick) : tickText(tick, Math.max(1, flat.step));
         if (axis === "time" || Number.isInteger(tick)) text(this.toX(tick), bottom + 17, "middle", words);
       }
     }
@@ -360,18 +408,23 @@ class Chart {
     pen.rect(MARGIN.left - 4, MARGIN.top - 4, width - MARGIN.left - MARGIN.right + 8, height - MARGIN.top - MARGIN.bottom + 5);
     pen.clip();
     pen.lineJoin = "round";
-    const style = getComputedStyle(this.el);
+    const ink = (colour = 0) => {
+      this.canvas.style.color = `var(--tsnb-c${colour})`; // resolved: a canvas keeps the system's colours as they once were
+      return getComputedStyle(this.canvas).color;
+    };
     const smoothing = this.store.smoothing > 0;
+    const shy = this.curves.filter(({ line }) => line.smooth).length > 1 ? 0.3 : 0.5; // of raw values beneath smoothed ones
     for (const curve of this.curves) {
       const { line, series, xs } = curve;
       if (!series.n) continue;
-      const colour = style.getPropertyValue(`--tsnb-c${line.colour ?? 0}`).trim();
+      const colour = ink(line.colour);
       for (const piece of series.abandoned) {
         this.stroke(pen, { series: piece, xs: this.xsOf(piece, line), from: 0, to: piece.n }, piece.values, { colour, alpha: 0.3, width: 1 });
       }
-      if (line === this.spec.lines[0] && this.spec.band) this.drawBand(pen, curve, colour);
-      const faint = smoothing && line.smooth;
-      this.stroke(pen, curve, series.values, { ...line, colour, alpha: faint ? 0.5 : 1, width: faint ? 1 : 1.75 });
+      if (curve.band) this.drawBand(pen, curve, colour);
+      const faint = smoothing && line.smooth && series.n > 1;
+      const raw = faint ? { colour, alpha: shy, width: 1 } : { ...line, colour, alpha: 1, width: 1.75 };
+      this.stroke(pen, curve, series.values, raw);
       if (faint) this.stroke(pen, curve, series.smooth, { ...line, colour, alpha: 1, width: 2.25 });
     }
     pen.restore();
@@ -397,53 +450,71 @@ class Chart {
   }
 
   // Mean ± spread as an area behind the line.
-  drawBand(pen, { series, xs, from, to }, colour) {
-    const spread = this.store.get(this.spec.band).current;
-    const edge = (sign) => {
-      const path = [];
-      for (let i = from; i < to; i++) {
-        const k = nearest(spread.steps, spread.n, series.steps[i]);
-        const value = series.values[i] + sign * spread.values[k];
-        if (spread.steps[k] === series.steps[i] && value > this.floor) path.push([this.toX(xs[i]), this.toY(value)]);
-      }
-      return path;
-    };
+  drawBand(pen, { xs, from, to, band }, colour) {
+    const edge = (values) => columnPath(xs, values, from, to, this.across, this.toY, this.floor);
+    const [above, beneath] = [edge(band.high), edge(band.low)];
     Object.assign(pen, { fillStyle: colour, globalAlpha: 0.12 });
     pen.beginPath();
-    for (const [x, y] of spread.n ? [...edge(1), ...edge(-1).reverse()] : []) pen.lineTo(x, y);
+    for (let i = 0; i < above.length; i += 2) pen.lineTo(above[i], above[i + 1]);
+    for (let i = beneath.length - 2; i >= 0; i -= 2) pen.lineTo(beneath[i], beneath[i + 1]);
     pen.fill();
   }
 
+  // What is drawn, in its order and its look; of several lines a click hides one. What is off has no entry.
   drawLegend() {
-    const parts = [make("b", "tsnb-title", this.spec.title ?? "")];
+    const there = this.listed.filter(({ series }) => series.n);
     const { step } = this.lens;
-    let hidden = 0;
-    let bad = 0;
-    for (const { line, series } of this.curves) {
-      if (!series.n) continue;
-      const i = step === null ? series.n - 1 : nearest(series.steps, series.n, step);
-      parts.push(this.entry(line, series, i, step !== null && series.steps[i] !== step));
+    let [below, bad] = [0, 0];
+    for (const { line, series } of there) {
+      if (this.hidden.has(line.name)) continue;
       bad += series.bad;
-      for (let k = 0; this.log && k < series.n; k++) hidden += series.values[k] <= 0;
+      for (let k = 0; this.log && k < series.n; k++) below += series.values[k] <= 0;
     }
-    if (bad) parts.push(make("span", "tsnb-bad-note", `▲ ${bad} not finite`));
-    if (hidden) parts.push(make("span", "tsnb-where", `${hidden} values ≤ 0 not drawn`));
+    const kinds = [...new Set(this.marks.map(([, kind]) => kind))];
+    fill(this.signs, kinds.map((kind) => `${SIGNS[kind]} ${MEANING[kind]}`).join("  "));
+    fill(this.broken, bad ? `▲ ${bad} not finite` : "");
+    fill(this.below, below ? `${below} values ≤ 0 not drawn` : "");
     if (!this.spec.small && this.main.n) {
       const at = step ?? this.main.steps[this.main.n - 1];
       const marks = this.marks.filter(([where]) => where === step).map(([, kind, what]) => ` · ${SIGNS[kind]} ${MEANING[kind]} ${what.slice(0, 12)}`);
-      parts.push(make("span", "tsnb-where", `${step === null ? "latest: " : ""}step ${at}${marks.join("")}`));
+      fill(this.where, `${step === null ? "latest: " : ""}step ${at}${marks.join("")}`);
     }
-    this.legend.replaceChildren(...parts);
+    const entries = there.map((curve) => this.entry(curve, step, there.length > 1));
+    if (this.curves.some(({ band }) => band)) entries.splice(1, 0, this.bandEntry);
+    const parts = [this.heading, ...entries, this.signs, this.broken, this.below, this.where].filter((part) => part.childNodes.length);
+    if (parts.length !== this.legend.children.length || parts.some((part, i) => part !== this.legend.children[i])) this.legend.replaceChildren(...parts);
   }
 
-  entry(line, series, i, elsewhere) {
-    const part = make("span", "tsnb-entry");
-    const sample = make("i", line.dash ? "tsnb-dash" : "");
-    sample.style.borderTopColor = `var(--tsnb-c${line.colour ?? 0})`;
-    const smooth = this.store.smoothing > 0 && line.smooth ? ` (${numberText(series.smooth[i], this.spec.small ? 3 : 4)} smoothed)` : "";
-    const where = elsewhere || (line.dots && !this.spec.small) ? ` at ${series.steps[i]}` : "";
-    part.append(sample, make("span", "", line.label ?? line.name), make("b", "", numberText(series.values[i], this.spec.small ? 3 : 4)), make("span", "", smooth + where));
-    return part;
+  entry({ line, series }, step, several) {
+    const key = `${line.name}/${several}`;
+    if (!this.entries.has(key)) this.entries.set(key, this.newEntry(line, several));
+    const { el, value, more } = this.entries.get(key);
+    const i = step === null ? series.n - 1 : nearest(series.steps, series.n, step);
+    const digits = this.spec.small ? 3 : 4;
+    const smooth = this.store.smoothing > 0 && line.smooth && !this.spec.small ? ` (${numberText(series.smooth[i], digits)} smoothed)` : "";
+    const elsewhere = step !== null && series.steps[i] !== step;
+    fill(value, numberText(series.values[i], digits));
+    fill(more, smooth + (elsewhere || (line.dots && !this.spec.small) ? ` at ${series.steps[i]}` : ""));
+    if (several) el.setAttribute("aria-pressed", String(!this.hidden.has(line.name)));
+    return el;
+  }
+
+  newEntry(line, several) {
+    const name = line.label ?? line.name;
+    const el = several ? makeButton("", () => this.toggle(line.name), `${name}: a click hides the line or shows it`) : make("span");
+    el.className = "tsnb-entry";
+    const sample = makeSvg("svg", { width: 24, height: 8, "aria-hidden": "true" });
+    sample.style.color = `var(--tsnb-c${line.colour ?? 0})`;
+    sample.append(makeSvg("line", { x1: 0, x2: 24, y1: 4, y2: 4, stroke: "currentColor", "stroke-width": 2.5, "stroke-dasharray": (line.dash ?? []).join(" ") }));
+    if (line.dots) sample.append(makeSvg("circle", { cx: 12, cy: 4, r: 3, fill: "currentColor" }));
+    const [value, more] = [make("b"), make("span", "tsnb-more-of-entry")];
+    el.append(sample, make("span", "tsnb-name", name), value, more);
+    return { el, value, more };
+  }
+
+  toggle(name) {
+    if (!this.hidden.delete(name)) this.hidden.add(name);
+    this.schedule();
   }
 
   at(event) {
@@ -479,9 +550,11 @@ class Chart {
     this.schedule();
   }
 
-  // Opens the samples of the step under the cursor.
+  // Chooses the step under the cursor, whose samples are opened where there are any.
   choose() {
-    if (this.lens.step !== null) settle(this.model, "selected_step", this.lens.step);
+    if (this.lens.step === null) return;
+    settle(this.model, "selected_step", this.lens.step);
+    this.onChoose?.();
   }
 
   window(one, other) {
@@ -537,4 +610,4 @@ class Chart {
   }
 }
 
-export { Chart, Lens, columnPath, extent, logTicks, lowerBound, nearest, niceTicks, positions, summary, tickText };
+export { Chart, Lens, bandOf, columnPath, extent, logTicks, lowerBound, nearest, niceTicks, positions, rangeOf, summary, tickText };

@@ -1,6 +1,6 @@
 // The charts of a training client with their tools: smoothing, logarithm, axis, zoom, and the numbers as a table.
 import { settle } from "./wire.js";
-import { make, makeButton, makeSelect, numberText } from "./page.js";
+import { fill, make, makeButton, makeSelect, numberText, scrollable } from "./page.js";
 import { Chart, Lens } from "./chart.js";
 import { downloadButton } from "./download.js";
 
@@ -19,20 +19,29 @@ function specs(curve, labels, whole) {
   const main = {
     lines: [{ name: curve, smooth: true }, { name: `eval/${curve}`, colour: 1, ...held }], log: true, marks: true, breaks: curve === "reward",
   };
-  const small = (title, ...lines) => ({ title, small: true, marks: false, lines });
-  if (curve !== "reward") return whole ? [main, small("gradient norm", { name: "grad_norm", label: "", smooth: true }), small("tokens/s", { name: "tokens/s", label: "", colour: 2, smooth: true })] : [main];
+  const small = (title, ...lines) => ({ title, small: true, marks: false, lines: lines.map((line) => ({ smooth: true, ...line })) });
+  const share = (chart) => ({ ...chart, range: [-0.02, 1.02] });
+  const idle = (chart) => ({ ...chart, idle: true }); // out of sight as long as it is zero: nothing of the kind goes on
+  if (curve !== "reward") return whole ? [main, small("gradient norm", { name: "grad_norm", label: "" }), small("tokens/s", { name: "tokens/s", label: "", colour: 2 })] : [main];
   main.band = "group/reward_std";
   main.lines.push({ name: "rewards/true", label: "true reward", colour: 2, dash: [2, 2] });
   if (!whole) return [main];
   return [
     main,
-    small("groups: all right, mixed, all wrong", { name: "by_group/frac_all_good", label: "right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "wrong", colour: 1, dash: [2, 2] }),
-    small("length", { name: "completions/mean_length", label: "tokens" }),
-    small("cut off", { name: "completions/clipped_ratio", label: "", colour: 1 }),
+    share(small("groups of answers", { name: "by_group/frac_all_good", label: "all right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "all wrong", colour: 1, dash: [2, 2] })),
+    small("length of answers", { name: "completions/mean_length", label: "tokens" }),
+    idle(share(small("answers cut off", { name: "completions/clipped_ratio", label: "share", colour: 1 }))),
     small("entropy", { name: "entropy", label: "", colour: 3 }),
-    small("policy KL", { name: "policy/approx_kl", label: "", colour: 4 }),
+    idle(small("policy KL", { name: "policy/approx_kl", label: "", colour: 4, dots: true })),
     { ...small("size of gradient and update", { name: "grad_norm", label: "gradient" }, { name: "param_delta_norm", label: "weights", colour: 1, dash: [6, 3] }), log: "always" },
   ];
+}
+
+// Whether a series has something to show; one that may be idle does not before it leaves zero.
+function hasNews(series, idle = false) {
+  if (!idle || !series.n) return series.n > 0;
+  while (series.left < series.n && series.values[series.left] === 0) series.left++;
+  return series.left < series.n;
 }
 
 // Which points a table of at most `most` rows shows, of those in the window.
@@ -50,6 +59,7 @@ class Curves {
     this.tools = make("div", "tsnb-tools");
     this.grid = make("div", "tsnb-grid-of-charts");
     this.table = make("div", "tsnb-scroll");
+    scrollable(this.table, "the curves as a table");
     this.el.append(this.tools, this.grid, this.table);
     this.buildTools();
     this.lens.listeners.add(() => this.showWindow());
@@ -96,31 +106,36 @@ class Curves {
     const kind = `${this.name} ${model.get("labels") ?? ""}`;
     if (kind !== this.kind) this.rebuild(kind);
     this.slider.value = store.smoothing;
-    this.weight.textContent = store.smoothing.toFixed(2);
+    fill(this.weight, store.smoothing.toFixed(2));
     this.log.checked = model.get("log_scale");
     this.axis.value = model.get("x_axis");
     this.operator.hidden = !store.status.dp;
     this.showWindow();
     this.grid.hidden = this.tabled;
     this.table.hidden = !this.tabled;
-    this.toggle.textContent = this.tabled ? "Chart view" : "Table view";
+    fill(this.toggle, this.tabled ? "Chart view" : "Table view");
+    for (const option of this.axis.options) option.hidden = option.value !== "step" && !store.get(`~${option.value}`).n;
     if (this.tabled) this.showTable();
+    let small = 0;
     for (const chart of this.charts) {
-      chart.el.classList.toggle("tsnb-bare", !chart.spec.lines.some((line) => store.get(line.name).n));
+      const shown = chart.spec.lines.some((line) => hasNews(store.get(line.name), chart.spec.idle));
+      chart.el.classList.toggle("tsnb-bare", !shown);
+      small += shown && chart.spec.small ? 1 : 0;
       chart.schedule();
     }
+    this.grid.style.setProperty("--tsnb-columns", small > 2 && small !== 4 ? 3 : 2);
   }
 
   showWindow() {
-    this.reset.disabled = this.lens.from === null;
+    if (this.lens.from === null && document.activeElement === this.reset) this.charts[0].plot.focus();
+    this.reset.hidden = this.lens.from === null || this.tabled;
   }
 
   rebuild(kind) {
     this.kind = kind;
     for (const chart of this.charts) chart.destroy();
     this.charts = specs(this.name, this.model.get("labels") ?? [], this.whole).map((spec) => new Chart(this.store, this.model, this.lens, spec));
-    for (const chart of this.charts) chart.onSpeak = this.onSpeak;
-    this.grid.style.setProperty("--tsnb-columns", this.charts.length % 3 === 1 ? 3 : 2);
+    for (const chart of this.charts) Object.assign(chart, { over: this.charts[0], onSpeak: this.onSpeak, onChoose: this.onChoose });
     this.grid.replaceChildren(...this.charts.map((chart) => chart.el));
   }
 
@@ -133,8 +148,8 @@ class Curves {
     const row = (tag, cells) => {
       const tr = make("tr");
       for (const [i, text] of cells.entries()) {
-        const cell = make(i && tag === "td" ? "td" : "th", "", text);
-        cell.scope = tag === "th" ? "col" : "row";
+        const cell = make(i && tag === "td" ? "td" : "th", "tsnb-number", text);
+        if (cell.tagName === "TH") cell.scope = tag === "th" ? "col" : "row";
         tr.append(cell);
       }
       table.append(tr);
@@ -154,4 +169,4 @@ class Curves {
   }
 }
 
-export { Curves, rowsOf, specs };
+export { Curves, hasNews, rowsOf, specs };

@@ -1,5 +1,5 @@
 // The privacy account: what was spent of what, or that there is none.
-import { make } from "./page.js";
+import { fill, make } from "./page.js";
 
 function small(value) {
   return value === "∞" ? value : value >= 1e-3 ? value.toFixed(2) : value.toExponential(1).replace(".0e", "e");
@@ -94,6 +94,8 @@ class Meter {
     this.bar = make("div", "tsnb-gauge");
     this.bar.setAttribute("role", "meter");
     this.bar.setAttribute("aria-label", "share of the privacy budget that is spent");
+    this.bar.setAttribute("aria-valuemin", 0);
+    this.bar.setAttribute("aria-valuemax", 1);
     this.bar.append(make("div"));
     this.end = make("span", "tsnb-where");
     this.plan = new Plan(store);
@@ -101,14 +103,13 @@ class Meter {
   }
 
   update() {
+    this.el.hidden = this.store.status.dp === undefined; // not told yet
     const { text, share, bad = false, end = "" } = account(this.store.parts.privacy, this.store.status.dp);
     this.plan.update(this.store.parts.privacy?.plan, this.store.parts.plan);
-    this.text.textContent = text;
-    this.end.textContent = end;
+    fill(this.text, text);
+    fill(this.end, end);
     this.bar.hidden = share === null;
     this.bar.setAttribute("aria-valuenow", share ?? 0);
-    this.bar.setAttribute("aria-valuemin", 0);
-    this.bar.setAttribute("aria-valuemax", 1);
     this.bar.firstChild.style.width = `${100 * (share ?? 0)}%`;
     this.el.classList.toggle("tsnb-spent", bad);
     this.el.dataset.epsilon = this.store.parts.privacy?.spent ?? "";

@@ -8,7 +8,7 @@ import { Samples } from "./samples.js";
 import { Meter } from "./meter.js";
 
 const STALE_MS = 12000;
-const SPEAK_MS = 10000;
+const SPEAK_MS = 60000;
 const BADGE = {
   RUNNING: "●", PAUSING: "●", STOPPING: "●", PAUSED: "‖", STOPPED: "■", FINISHED: "✓", FAILED: "✕", INTERRUPTED: "✕",
   ERROR: "✕", TERMINATED: "■", INITIALIZING: "○", READY: "○", BUSY: "●",
@@ -51,13 +51,14 @@ function doubt(status, silence, cut = false) {
 }
 
 // How it goes, in a line with its level. That no problem was found is said of what was looked at to this moment only.
-function verdict(status, alarms, doubted) {
+function verdict(status, alarms, doubted, account = null) {
   const { state, client, run } = status;
   const at = status.step == null ? "" : ` at step ${status.step}`;
   if (client === "ERROR") return { level: "red", text: "✕ The training client has failed." };
   if (state === "FAILED") return { level: "red", text: `✕ The run has failed${at}.` };
   if (state === "INTERRUPTED") return { level: "red", text: `✕ The run was interrupted${at}.` };
   if (doubted) return { level: "amber", text: "? How it goes now is not known here." };
+  if (account?.void) return { level: "amber", text: "! This training has no privacy guarantee any more." };
   if (alarms.length || !run || !status.step) return { level: "", text: "" };
   if (state === "STOPPED" && status.reason) return { level: "", text: "" };
   return { level: "", text: "✓ no problem found" };
@@ -77,6 +78,7 @@ function worst(alarms) {
 
 function freshness(status, silence, cut = false) {
   if (cut) return `${LAST_WORD}${status.run_id ? `; tn.load_run("${status.run_id}") shows what is on the disk` : ""}`;
+  if (status.line && status.line !== "OPEN") return "nothing comes from the server: what is shown is its last word";
   if (!status.active) return "up to date";
   if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s; asking the kernel again`;
   return `${status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
@@ -123,8 +125,10 @@ class Panel {
     Object.assign(this, { store, model, title: model.get("title"), spokenAt: -Infinity, spoken: "", branches: new Map() });
     this.curves = new Curves(store, model, true);
     this.curves.onSpeak = (text) => (this.voice.textContent = text);
+    this.curves.onChoose = () => this.samples.reveal();
     this.meter = new Meter(store);
     this.samples = new Samples(store, model);
+    this.samples.onLeave = () => this.curves.charts[0].plot.focus();
     this.checkpoints = new Checkpoints(store);
     this.build(el);
     this.update = () => this.refresh();
@@ -155,6 +159,7 @@ class Panel {
     this.bar.append(make("div"));
     this.note = new Note(this.store);
     this.health = make("div", "tsnb-health");
+    this.health.setAttribute("role", "status");
     this.below = make("div", "tsnb-branches");
     this.fresh = make("span", "tsnb-fresh");
     this.subject = make("span", "tsnb-subject");
@@ -181,7 +186,7 @@ class Panel {
     const silence = store.now() - store.heardAt;
     this.doubt = doubt(store.status, silence, store.cut);
     if (this.doubt === "STALE" && store.answered) store.greet();
-    this.showState(silence / 1000);
+    this.showState(this.doubt ? 0 : silence / 1000); // what is not heard of does not go on
     this.showSections();
     this.showButtons();
     this.showNote();
@@ -202,7 +207,7 @@ class Panel {
     const chosen = this.model.get("sections");
     const shown = (names, there) => (chosen.length ? names.some((name) => chosen.includes(name)) : there);
     for (const [part, names, there] of [
-      [this.curves, ["loss", "reward"], true], [this.meter, ["privacy"], true], [this.samples, ["samples"], this.samples.known],
+      [this.curves, ["loss", "reward"], true], [this.meter, ["privacy"], this.store.status.dp || this.store.parts.privacy?.accountant], [this.samples, ["samples"], this.samples.known],
       [this.checkpoints, ["checkpoints"], this.store.parts.rows],
     ]) {
       part.el.hidden = !shown(names, there);
@@ -224,7 +229,8 @@ class Panel {
     const run = status.run ? ` · run ${status.run}${status.name ? ` “${plainText(status.name)}”` : ""}` : "";
     const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
     const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";
-    this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}`;
+    const open = status.dp === false && this.meter.el.hidden ? " · DP off" : "";
+    this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}${open}`;
     this.bar.hidden = !status.of;
     this.bar.setAttribute("aria-valuemax", status.of || 0);
     this.bar.setAttribute("aria-valuenow", status.step || 0);
@@ -232,7 +238,7 @@ class Panel {
   }
 
   showButtons() {
-    const offered = offers(this.store.status);
+    const offered = this.doubt === "NO KERNEL" ? [] : offers(this.store.status);
     const hadFocus = this.buttons.contains(document.activeElement) && document.activeElement;
     for (const [i, button] of this.fixed.entries()) {
       const what = offered[i];
@@ -259,7 +265,7 @@ class Panel {
   showHealth() {
     const { store } = this;
     const alarms = store.parts.alarms?.alarms ?? [];
-    const said = verdict(store.status, alarms, this.doubt);
+    const said = verdict(store.status, alarms, this.doubt, store.parts.privacy);
     const key = JSON.stringify([alarms.at(-1)?.seq, said]);
     if (key === this.judged) return;
     this.judged = key;
@@ -270,6 +276,7 @@ class Panel {
       const jump = makeButton(`Go to step ${alarm.step}`, () => {
         settle(this.model, "selected_step", alarm.step);
         this.curves.lens.set({ step: alarm.step });
+        this.curves.onChoose();
       });
       const more = alarms.length > 1 ? make("details") : "";
       if (more) more.append(make("summary", "", `${alarms.length} alarms`), ...alarms.map((a) => make("div", "", plainText(`${a.level} at step ${a.step}: ${a.text} ${a.remedy}`))));
@@ -301,7 +308,7 @@ class Panel {
     }
   }
 
-  // Says a change of state at once, progress every ten seconds at most; the curve is described when it rests.
+  // Says a change of state at once, progress every minute at most; the curve is described when it rests.
   speak() {
     const { status, now } = { status: this.store.status, now: this.store.now() };
     if (!status.state || (status.state === this.spoken && now - this.spokenAt < SPEAK_MS)) return;

@@ -1,30 +1,56 @@
-// The rollouts of a step, prompt by prompt, their tokens shaded by what they were taught.
+// The rollouts of a step, prompt by prompt, their tokens shaded by what they were taught; and what the policy answers
+// to the same held-out prompts at two steps.
 import { settle } from "./wire.js";
-import { make, makeButton, makeSelect, numberText, plainText, signed } from "./page.js";
+import { fill, make, makeButton, makeSelect, numberText, plainPieces, plainText, signed, watchWidth } from "./page.js";
 
 const ORDERS = { sampled: null, reward: (r) => r.reward ?? -Infinity, advantage: (r) => r.adv ?? -Infinity, length: (r) => r.n };
 const KEEPS = {
   all: () => true, "with signal": (g) => g.signal, "without signal": (g) => !g.signal, "reward errors": (g) => g.r.some((r) => r.error),
 };
 
-// The groups that a filter and a search keep, their rollouts in order.
+// The groups that a filter and a search keep, those with signal first, their rollouts in order.
 function arranged(groups, order, keep, search) {
   const of = ORDERS[order];
   const wanted = search.toLowerCase();
   const has = (text) => text.toLowerCase().includes(wanted);
   return groups.filter((g) => KEEPS[keep](g) && (!wanted || has(g.prompt) || g.r.some((r) => has(r.text))))
+    .sort((one, other) => Number(Boolean(other.signal)) - Number(Boolean(one.signal)))
     .map((g) => ({ ...g, r: of ? [...g.r].sort((one, other) => of(other) - of(one)) : g.r }));
+}
+
+// The prompts that were answered at both of two steps, in one order: [group before, group after].
+function paired(before, after, search = "") {
+  const there = new Map(before.map((group) => [group.id, group]));
+  const wanted = search.toLowerCase();
+  return after.filter(({ id, prompt }) => there.has(id) && prompt.toLowerCase().includes(wanted)).map((group) => [there.get(group.id), group]);
+}
+
+// Which two of the steps at which held-out prompts were answered are compared: the first, and that of a chosen step.
+function pairOf(steps, chosen = Infinity) {
+  const reached = steps.filter((step) => step <= chosen);
+  const after = reached.length > 1 ? reached.at(-1) : steps[1];
+  return [steps[0], after];
+}
+
+// A number without needless zeros.
+function briefly(value) {
+  return value != null && Number.isFinite(value) && Math.abs(value) < 1e4 ? String(+value.toPrecision(3)) : numberText(value, 3);
 }
 
 class Samples {
   constructor(store, model) {
-    Object.assign(this, { store, model, order: "sampled", keep: "all", search: "", beside: false, asked: null });
+    Object.assign(this, { store, model, order: "sampled", keep: "all", search: "", beside: false, asked: null, pair: null });
     this.el = make("div", "tsnb-samples");
+    watchWidth(this.el, 640);
     this.head = make("div", "tsnb-tools");
     this.lists = make("div", "tsnb-lists");
+    this.lists.setAttribute("role", "group");
+    this.lists.setAttribute("aria-label", "answers: arrow keys go from answer to answer and from token to token");
     this.token = make("div", "tsnb-token");
     this.token.setAttribute("aria-live", "polite");
     this.title = make("b", "tsnb-title");
+    this.title.tabIndex = -1;
+    this.count = make("span", "tsnb-where");
     const redo = () => {
       this.key = null;
       this.update();
@@ -40,118 +66,224 @@ class Samples {
     this.follow = makeButton("Newest", () => settle(model, "selected_step", null), "follow the newest step again");
     this.compare = makeButton("Compare", () => {
       this.beside = !this.beside;
+      this.pair = null;
       redo();
-    }, "beside those of the step before");
+    }, "the answers to the held-out prompts, at two steps");
     const pick = (label, options, name) => makeSelect(label, options.map((o) => [o, `${label} ${o}`]), this[name], (value) => {
       this[name] = value;
       redo();
     });
-    this.head.append(this.title, pick("as", Object.keys(ORDERS), "order"), pick("show", Object.keys(KEEPS), "keep"), search, this.compare, this.follow);
+    this.sorts = [pick("as", Object.keys(ORDERS), "order"), pick("show", Object.keys(KEEPS), "keep")];
+    this.picks = [0, 1].map((i) => makeSelect(i ? "compared with step" : "step", [], "", (value) => {
+      this.pair[i] = Number(value);
+      redo();
+    }));
+    this.head.append(this.title, this.count, ...this.picks, ...this.sorts, search, this.compare, this.follow);
     this.el.append(this.head, this.lists, this.token);
+    this.lists.addEventListener("keydown", (event) => this.steer(event));
+    this.el.addEventListener("keydown", (event) => event.key === "Escape" && this.onLeave?.());
   }
 
   get step() {
     return this.model.get("selected_step") ?? this.store.newest;
   }
 
+  // Whether there is, or was, something to show: a run without rewards has no samples.
   get known() {
-    return this.store.newest !== undefined || this.model.get("selected_step") !== null;
+    return this.store.newest !== undefined;
   }
 
   update() {
     const { store, step } = this;
     if (step === undefined) {
-      this.title.textContent = "samples: they come with the first step";
+      fill(this.title, "samples: they come with the first step");
       return;
     }
-    const steps = this.beside ? [step, step - 1] : [step];
-    for (const wanted of steps) this.ask(wanted);
-    const following = this.model.get("selected_step") === null;
-    const key = JSON.stringify([steps, steps.map((s) => store.rollouts.has(s))]);
-    if (key === this.key || (following && this.key && this.lists.contains(document.activeElement))) return;
-    this.key = key;
-    this.follow.hidden = following;
-    this.compare.setAttribute("aria-pressed", String(this.beside));
-    this.title.textContent = `samples of step ${step}`;
-    this.el.dataset.step = store.rollouts.has(step) ? step : "";
-    this.token.textContent = "";
-    this.lists.replaceChildren(...steps.map((s) => this.list(s)));
-  }
-
-  ask(step) {
-    if (step < 1 || this.store.rollouts.has(step) || this.asked === step) return;
-    this.asked = step;
-    this.store.show(step);
-  }
-
-  list(step) {
-    const column = make("div");
-    const found = this.store.rollouts.get(step);
-    if (this.beside) column.append(make("b", "", `step ${step}`));
-    if (!found?.groups) {
-      column.append(make("p", "tsnb-where", found?.why ?? (step < 1 ? "There is no step before." : "asking the kernel …")));
-      return column;
+    const held = store.held;
+    const chosen = this.model.get("selected_step");
+    this.compare.hidden = held.length < 2;
+    this.beside &&= held.length > 1;
+    if (!this.beside) this.ask(step);
+    else {
+      if (!this.pair || this.paired !== chosen) this.pair = pairOf(held, chosen ?? Infinity);
+      this.paired = chosen;
+      for (const at of this.pair) this.ask(at, true);
     }
-    column.append(...arranged(found.groups, this.order, this.keep, this.search).map((group) => this.group(group)));
-    if (found.left_out) column.append(make("p", "tsnb-where", `${found.left_out} further prompts: rlvr.TrajectoryBatch.load() reads them all`));
-    return column;
+    const shown = this.beside ? this.pair.map((at) => store.heldOut.get(at)) : [store.rollouts.get(step)];
+    const key = JSON.stringify([this.beside, this.beside ? [this.pair, held] : step, shown.map(Boolean)]);
+    if (key === this.key || (chosen === null && this.key && this.lists.contains(document.activeElement))) return;
+    this.key = key;
+    this.follow.hidden = chosen === null;
+    this.compare.setAttribute("aria-pressed", String(this.beside));
+    for (const sort of this.sorts) sort.hidden = this.beside;
+    this.showPicks(held);
+    fill(this.title, this.beside ? "held-out prompts" : `samples of step ${step}`);
+    this.el.dataset.step = shown.every(Boolean) ? step : "";
+    fill(this.token, "");
+    this.count.setAttribute("aria-live", chosen === null ? "off" : "polite"); // who follows is not told of every step
+    this.lists.replaceChildren(...(this.beside ? this.comparison(...shown) : this.list(shown[0])));
+    for (const [i, answer] of this.answers.entries()) answer.tabIndex = i ? -1 : 0;
+  }
+
+  get answers() {
+    return [...this.lists.querySelectorAll(".tsnb-answer")];
+  }
+
+  showPicks(held) {
+    for (const [i, pick] of this.picks.entries()) {
+      pick.hidden = !this.beside;
+      if (!this.beside) continue;
+      pick.replaceChildren(...held.map((at) => {
+        const option = make("option", "", `${i ? "with" : "step"} ${at}`);
+        option.value = at;
+        return option;
+      }));
+      pick.value = this.pair[i];
+    }
+  }
+
+  // After a click on a point: what was chosen is scrolled to, in focus, and said.
+  reveal() {
+    if (this.el.hidden) return;
+    this.update();
+    const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    this.el.scrollIntoView({ block: "nearest", behavior: calm ? "auto" : "smooth" });
+    this.title.focus({ preventScroll: true });
+  }
+
+  ask(step, held = false) {
+    const name = `${step} ${held}`;
+    if (step < 1 && !held) return;
+    if ((held ? this.store.heldOut : this.store.rollouts).has(step) || this.asked === name) return;
+    this.asked = name;
+    this.store.show(step, held);
+  }
+
+  list(found) {
+    if (!found?.groups) {
+      fill(this.count, "");
+      return [make("p", "tsnb-where", found?.why ?? "asking the kernel …")];
+    }
+    const { groups } = found;
+    const signal = groups.filter((group) => group.signal).length;
+    const versions = new Set(groups.flatMap((group) => group.r.map((rollout) => rollout.policy)));
+    this.version = versions.size === 1 ? [...versions][0] : undefined;
+    fill(this.count, `${groups.length + (found.left_out || 0)} prompts, ${signal} with signal${this.version === undefined ? "" : `, policy ${this.version}`}`);
+    const kept = arranged(groups, this.order, this.keep, this.search);
+    const cards = kept.map((group) => this.group(group));
+    if (!kept.length) cards.push(make("p", "tsnb-where", "nothing here is as asked for"));
+    if (found.left_out) cards.push(make("p", "tsnb-where", `${found.left_out} further prompts: rlvr.TrajectoryBatch.load() reads them all`));
+    return cards;
+  }
+
+  // The same held-out prompts at two steps, side by side.
+  comparison(before, after) {
+    const missing = [before, after].find((found) => !found?.groups);
+    fill(this.count, "");
+    if (missing || !before || !after) return [make("p", "tsnb-where", missing?.why ?? "asking the kernel …")];
+    const pairs = paired(before.groups, after.groups, this.search);
+    const better = pairs.filter(([one, other]) => other.mean > one.mean).length;
+    const worse = pairs.filter(([one, other]) => other.mean < one.mean).length;
+    fill(this.count, `${pairs.length} prompts: ${better} better, ${worse} worse`);
+    return pairs.length ? pairs.map((pair) => this.versus(pair)) : [make("p", "tsnb-where", "no prompt was answered at both steps")];
+  }
+
+  versus(pair) {
+    const card = make("div", "tsnb-card");
+    const change = pair[1].mean - pair[0].mean;
+    const reward = `reward ${briefly(pair[0].mean)} → ${briefly(pair[1].mean)}${change ? ` (${signed(change)})` : ""}`;
+    const columns = make("div", "tsnb-versus");
+    for (const [i, group] of pair.entries()) {
+      const column = make("div");
+      column.append(make("span", "tsnb-where", `step ${this.pair[i]}`), ...group.r.map((rollout) => this.rollout(rollout, 1, group)));
+      columns.append(column);
+    }
+    card.append(this.prompt(pair[1], reward), columns);
+    return card;
+  }
+
+  prompt({ prompt }, words) {
+    const head = make("div", "tsnb-prompt");
+    const text = make("q", "", plainText(prompt));
+    text.dir = "auto";
+    head.append(text, make("span", "tsnb-where", words));
+    return head;
   }
 
   group(group) {
     const card = make("div", "tsnb-card");
-    const head = make("div", "tsnb-prompt");
-    const spread = group.signal ? `spread ${numberText(group.std)}` : "no signal: nothing to prefer";
-    head.append(make("q", "", plainText(group.prompt)), make("span", "tsnb-where", `reward ${numberText(group.mean)}, ${spread}`));
+    const spread = group.signal ? `spread ${briefly(group.std)}` : "no signal: nothing to prefer";
     const most = Math.max(...group.r.flatMap((r) => [r.adv, ...(r.tok ?? []).map(([, a]) => a)]).map((a) => Math.abs(a ?? 0)), 1e-9);
-    card.append(head, ...group.r.map((rollout) => this.rollout(rollout, most)));
+    card.append(this.prompt(group, `reward ${briefly(group.mean)}, ${spread}`), ...group.r.map((rollout) => this.rollout(rollout, most, group)));
     return card;
   }
 
-  rollout(rollout, most) {
+  // An answer and its figures; what says nothing is left out: an advantage that nobody computed, the same reason twice.
+  rollout(rollout, most, group) {
     const line = make("div", "tsnb-rollout");
-    const facts = make("span", "tsnb-facts-of-rollout");
-    const parts = Object.entries(rollout.parts ?? {}).map(([name, value]) => `${name} ${numberText(value)}`);
-    facts.append(make("b", "", `A ${signed(rollout.adv)}`), make("span", "", `reward ${numberText(rollout.reward)}`), make("span", "tsnb-where", plainText([...parts, rollout.end, `v${rollout.policy ?? "?"}`, `${rollout.n} tokens`].join(" · "))));
-    line.append(this.answer(rollout, most), facts);
-    if (rollout.error) line.append(make("div", "tsnb-bad-note", plainText(`reward failed: ${rollout.error}`)));
-    if (rollout.why) {
-      const why = make("details");
+    const parts = Object.entries(rollout.parts ?? {}).map(([name, value]) => `${name} ${briefly(value)}`);
+    const version = rollout.policy === this.version || this.beside ? "" : `policy ${rollout.policy ?? "?"}`;
+    const details = [rollout.greedy ? "greedy" : "", ...parts, rollout.end, version, `${rollout.n} token${rollout.n === 1 ? "" : "s"}`];
+    line.append(this.answer(rollout, most));
+    if (!this.beside) {
+      const advantage = make("b", "tsnb-number", rollout.adv == null ? "" : `A ${signed(rollout.adv)}`);
+      advantage.title = "advantage: how much better than its group";
+      line.append(advantage);
+    }
+    line.append(make("span", "tsnb-number", rollout.error ? "" : `reward ${briefly(rollout.reward)}`), make("span", "tsnb-where tsnb-details", plainText(details.filter(Boolean).join(" · "))));
+    if (rollout.error) line.append(make("div", "tsnb-bad-note tsnb-wide", plainText(`reward failed: ${rollout.error}`)));
+    else if (rollout.why && group.signal) {
+      const why = make("details", "tsnb-wide");
       why.append(make("summary", "", "why zero?"), make("span", "", plainText(rollout.why)));
       line.append(why);
     }
     return line;
   }
 
-  // Blue underlined: more of this; orange dotted: less. Arrow keys read the tokens of an answer in focus.
+  // Blue underlined: more of this; orange dotted: less.
   answer(rollout, most) {
     const text = make("span", "tsnb-answer");
-    text.tabIndex = 0;
+    text.dir = "auto";
     text.setAttribute("role", "group");
-    text.setAttribute("aria-label", `answer, advantage ${signed(rollout.adv)}`);
-    const tokens = (rollout.tok ?? [[rollout.text, null]]).map(([word, own]) => {
+    text.setAttribute("aria-label", rollout.adv == null ? `answer, reward ${briefly(rollout.reward)}` : `answer, advantage ${signed(rollout.adv)}`);
+    const pieces = rollout.tok ?? (rollout.text ? [[rollout.text, null]] : []);
+    for (const [i, word] of plainPieces(pieces.map(([word]) => word)).entries()) {
+      const own = pieces[i][1];
       const advantage = own ?? rollout.adv ?? 0;
-      const span = make("span", advantage > 0 ? "tsnb-more" : advantage < 0 ? "tsnb-less" : "", plainText(word).replaceAll("\n", "↵\n"));
+      const span = make("span", advantage > 0 ? "tsnb-more" : advantage < 0 ? "tsnb-less" : "", word.replaceAll("\n", "↵\n"));
       span.style.setProperty("--tsnb-share", `${Math.round((60 * Math.abs(advantage)) / most)}%`);
-      span.title = signed(advantage);
-      return span;
-    });
-    text.append(...tokens);
-    let at = -1;
-    const read = (i) => {
-      tokens[at]?.classList.remove("tsnb-at");
-      at = Math.max(0, Math.min(tokens.length - 1, i));
-      tokens[at].classList.add("tsnb-at");
-      this.token.textContent = `token ${at + 1} of ${tokens.length} “${tokens[at].textContent}” advantage ${tokens[at].title}`;
-    };
-    text.addEventListener("focus", () => read(0));
-    text.addEventListener("blur", () => tokens[at]?.classList.remove("tsnb-at"));
-    text.addEventListener("keydown", (event) => {
-      if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
-      event.preventDefault();
-      read(at + (event.key === "ArrowRight" ? 1 : -1));
-    });
+      if (rollout.adv != null || own != null) span.title = signed(advantage);
+      text.append(span);
+    }
+    if (!pieces.length) text.append(make("span", "tsnb-where", "(empty)"));
+    text.addEventListener("focus", () => this.read(text, 0));
+    text.addEventListener("blur", () => text.querySelector(".tsnb-at")?.classList.remove("tsnb-at"));
     return text;
+  }
+
+  // Left and right read the tokens of the answer in focus, up and down go to another answer.
+  steer(event) {
+    const answer = event.target.closest(".tsnb-answer");
+    const along = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const across = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    if (!answer || !(along || across)) return;
+    event.preventDefault();
+    if (along) return this.read(answer, [...answer.children].indexOf(answer.querySelector(".tsnb-at")) + along);
+    const { answers } = this;
+    const next = answers[answers.indexOf(answer) + across];
+    if (!next) return;
+    answer.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  }
+
+  read(answer, i) {
+    const tokens = [...answer.children];
+    const at = Math.max(0, Math.min(tokens.length - 1, i));
+    for (const [k, token] of tokens.entries()) token.classList.toggle("tsnb-at", k === at);
+    const { title, textContent } = tokens[at];
+    this.token.textContent = `token ${at + 1} of ${tokens.length} “${textContent}”${title ? ` advantage ${title}` : ""}`;
   }
 }
 
-export { Samples, arranged };
+export { Samples, arranged, pairOf, paired };

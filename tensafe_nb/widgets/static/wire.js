@@ -28,6 +28,7 @@ class Series {
     this.smooth = new Float64Array(256);
     this.mean = this.weight = 0;
     this.wentBack = false;
+    this.left = 0; // as many values as are zero from the first on, as far as was counted
     this.branch = null;
   }
 
@@ -125,6 +126,8 @@ class Store {
     this.error = this.refusal = this.said = null;
     this.parts = {}; // what the kernel tells besides curves and status, by its name
     this.rollouts = new Map(); // step → its rollouts
+    this.heldOut = new Map(); // step → the answers to the held-out prompts
+    this.held = []; // the steps at which there are such
     this.breaks = [];
     this.pending = new Map(); // number of a command → when it was given
     this.given = this.acked = 0;
@@ -186,8 +189,8 @@ class Store {
     this.tell();
   }
 
-  show(step) {
-    if (!this.rollouts.has(step)) this.send({ t: "show", step });
+  show(step, held = false) {
+    if (!(held ? this.heldOut : this.rollouts).has(step)) this.send({ t: "show", step, ...(held ? { held } : {}) });
   }
 
   setSmoothing(weight) {
@@ -215,10 +218,12 @@ class Store {
   }
 
   takeRollouts(message) {
-    this.rollouts.delete(message.step);
-    this.rollouts.set(message.step, message);
-    this.newest = Math.max(this.newest ?? 0, message.step);
-    if (this.rollouts.size > 8) this.rollouts.delete(this.rollouts.keys().next().value);
+    const kept = message.held ? this.heldOut : this.rollouts;
+    kept.delete(message.step);
+    kept.set(message.step, message);
+    if (kept.size > 8) kept.delete(kept.keys().next().value);
+    this.held = message.evaluated ?? this.held;
+    if (!message.held && message.groups) this.newest = Math.max(this.newest ?? 0, message.step);
   }
 
   takeBreaks(marks) {

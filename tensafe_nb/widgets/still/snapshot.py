@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import Any
 from weakref import WeakSet
 
+from tensafe_nb.display import LEFT
 from tensafe_nb.events import ArtifactDeleted, CheckpointSaved, Metrics
 from tensafe_nb.history.state import RunSoFar
 from tensafe_nb.protocol.results import RunStatus
@@ -73,9 +74,10 @@ class Snapshot:
 
     def table(self) -> Bundle:
         """Return the table as an output."""
-        caption = f'<caption style="white-space: nowrap">{html.escape(self.sentence)}</caption>'
+        words = html.escape(self.sentence).replace("; ", ";<br>")  # a line for each training client
+        caption = f'<caption style="white-space: nowrap">{words}</caption>'
         rows = "".join(
-            f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(text)}</td></tr>'
+            f'<tr><th scope="row" {LEFT}>{html.escape(name)}</th><td {LEFT}>{html.escape(text)}</td></tr>'
             for name, text in rows_of(self.subject, self.standings, steering=self.steering)
         )
         return {
@@ -88,9 +90,7 @@ class Snapshot:
         with suppress(ImportError), _drawing:
             png = draw(self.subject, self.sentence)
             if png is not None:
-                return {"image/png": png, "text/plain": self.sentence}, {
-                    "image/png": {"alt": self.sentence, "needs_background": "light"}
-                }
+                return {"image/png": png, "text/plain": self.sentence}, {"image/png": {"alt": self.sentence}}
         return None
 
 
@@ -140,7 +140,8 @@ class StillOutputs:
     @property
     def hint(self) -> dict[str, Any] | None:
         """What a page must know to say what its file holds, which the kernel cannot renew since it was loaded anew."""
-        return {"words": self._words} if self._out_of_reach else None
+        final = self._ended and self._pictured == self._now and not self.busy
+        return {"last": self._words if final else None} if self._out_of_reach else None
 
     def place(self) -> None:
         """Put the outputs into the calling cell; empty where a page will show more, and filled when it is time."""

@@ -82,10 +82,8 @@ def test_options_that_go_to_jupyterlab_are_refused_by_other_commands(
     assert "unknown: --fast" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built in a copy of the sources: building leaves things behind."""
-    sources, target = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
+def build_wheel(sources: Path, target: Path) -> Path:
+    """Build the wheel in a copy of the sources, since building leaves things behind; return where it is."""
     for name in NEEDED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -96,7 +94,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-def test_the_wheel_holds_the_notebooks_and_every_file_of_the_package(wheel: Path) -> None:
+def test_the_wheel_holds_the_notebooks_and_every_file_of_the_package(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    wheel = build_wheel(tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel"))
     with ZipFile(wheel) as content:
         held = {name for name in content.namelist() if name.startswith("tensafe_nb/")}
         notebooks = {Path(name).name: content.read(name) for name in held if name.endswith(".ipynb")}

@@ -46,15 +46,19 @@ def test_it_trains_shows_its_progress_and_says_where_the_history_is(run: Run) ->
     run_id = re.search(r"run (tc-\w+/1) FINISHED after 4 steps", out)[1]
     assert status == 0, err
     assert err.splitlines()[-1].startswith(f"{run_id} step 4/4 loss=")
-    history = tn.load_run(run_id).history
+    (record,) = tn.list_runs(name="recipe")  # called after its file
+    history = record.history
     assert f"  eval/loss                {history['eval/loss'][-1]:.6g}\n" in out
     assert f"tensafe_nb.load_run('{run_id}').history, kept in {tn.load_run(run_id).history.path}" in out
 
 
 def test_it_reinforces(run: Run) -> None:
     sums = tn.datasets.sums(4, seed=0)
-    status, out, err = run(RLVR, "--eval", "heldout.jsonl", rows=sums)
+    status, out, err = run(
+        RLVR, "--eval", "heldout.jsonl", "--name", "sums", "--tag", "a", "--tag", "b", rows=sums
+    )
     assert status == 0, err
+    assert [record.name for record in tn.list_runs(tags=["b", "a"])] == ["sums"]
     assert re.search(r"FINISHED after [012] steps\n(  .*\n)*  eval/reward +\d", out)
     assert "step 2/2 reward=" in err
 

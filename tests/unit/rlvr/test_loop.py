@@ -10,6 +10,7 @@ from tensafe_nb.events import Alarm, ArtifactDeleted, CheckpointSaved, Rollouts
 from tensafe_nb.rlvr import (
     PPO,
     REINFORCE,
+    TrajectoryBatch,
     resolve_reward,
 )
 from tests.unit.rlvr.trainers import (
@@ -40,6 +41,21 @@ def test_every_step_leaves_its_rollouts_on_the_disk_with_rewards_and_advantages(
     assert [len(group.rollouts) for group in batch.groups] == [4] * 4
     assert any(trajectory.advantage for trajectory in batch)
     assert {trajectory.policy_version for trajectory in batch} == {1}
+
+
+def test_the_answers_to_held_out_prompts_are_kept_so_that_they_can_be_compared_across_steps(client):
+    run = train(client, checksum, steps=4, eval_prompts=SUMS[:2], eval_every=2, eval_samples=2)
+    run.result()
+    found = [event for event in events(client, Rollouts) if event.held_out]
+    assert [(event.step, event.rollouts) for event in found] == [(0, 6), (2, 6), (4, 6)]
+    assert sorted(client.history.state.held_out) == [0, 2, 4]
+    assert sorted(client.history.state.rollouts) == [1, 2, 3, 4]
+    batches = [TrajectoryBatch.load(client.history.rollouts_file(event)) for event in found]
+    assert len({tuple(group.prompt_id for group in batch.groups) for batch in batches}) == 1
+    for event, batch in zip(found, batches, strict=True):
+        sampled = [answer.reward for group in batch.groups for answer in group.rollouts[1:]]
+        steps, values = client.history.series("eval/reward")
+        assert np.mean(sampled) == pytest.approx(values[list(steps).index(event.step)])
 
 
 def test_the_rollouts_of_a_step_that_could_not_be_scored_are_there_to_look_at(client):

@@ -8,7 +8,9 @@ import httpx
 import pytest
 
 from tensafe_nb.protocol import wire
-from tests.parity.serving import Serving, serving_thread
+from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.operations import ForwardBackward
+from tests.parity.serving import Gate, Serving, serving_thread
 
 BATCH = {"input_ids": [[5, 6, 7, 8], [9, 10, 11, 12]]}
 
@@ -79,3 +81,10 @@ def submit(
 
 def outcome(http: httpx.Client, future_id: str) -> httpx.Response:
     return http.get(f"/futures/{future_id}/result", params={"wait": 20})
+
+
+def submit_gate(http: httpx.Client, path: str, gate: Gate) -> None:
+    """Let a training client run an operation that ends when the gate is opened."""
+    batch = BatchData.of(BATCH)
+    assert submit(http, path, ForwardBackward(batch, gate.name), 1, "gate").status_code == 202
+    assert gate.reached.wait(20)

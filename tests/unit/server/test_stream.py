@@ -12,7 +12,7 @@ import pytest
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.operations import ForwardBackward, OptimStep, SaveState
 from tests.parity.serving import Gate, Serving, serving_thread
-from tests.unit.server.conftest import BATCH, error_of, new_client, outcome, submit
+from tests.unit.server.conftest import BATCH, error_of, new_client, outcome, submit, submit_gate
 
 
 def read(http: httpx.Client, path: str, after: int = 0, **headers: str) -> Iterator[dict[str, Any]]:
@@ -154,16 +154,34 @@ def test_a_server_that_is_to_stop_ends_what_runs_refuses_what_is_new_and_ends_it
     assert json.loads(log.read_text().splitlines()[-1])["status"] == "TERMINATED"
 
 
-def submit_gate(http: httpx.Client, path: str, gate: Gate) -> None:
-    batch = BatchData.of(BATCH)
-    assert submit(http, path, ForwardBackward(batch, gate.name), 1, "gate").status_code == 202
-    assert gate.reached.wait(20)
+def test_figures_count_what_happened_and_never_fall(serving: Serving, http: httpx.Client, path: str) -> None:
+    def read_figures() -> dict[str, float]:
+        text = http.get(f"{serving.url}/metrics").text
+        lines = (line.split() for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in lines}
 
-
-def test_figures_count_what_happened(serving: Serving, http: httpx.Client, path: str) -> None:
+    before = read_figures()
     outcome(http, http.post(f"{path}/forward", json={"batch": BATCH}).json()["future_id"])
-    text = http.get(f"{serving.url}/metrics").text
-    figures = dict(line.split() for line in text.splitlines() if not line.startswith("#"))
-    assert float(figures["tensafe_nb_operations_total"]) >= 1
-    assert float(figures["tensafe_nb_operation_seconds_total"]) > 0
-    assert figures["tensafe_nb_held_submissions"] == "0"
+    outcome(http, http.post(f"{path}/optim_step", json={}).json()["future_id"])
+    after = read_figures()
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown['tensafe_nb_operations_total{outcome="finished"}'] == 1
+    assert grown['tensafe_nb_operations_total{outcome="failed"}'] == 1
+    assert grown['tensafe_nb_operation_seconds_count{verb="forward"}'] == 1
+    assert grown['tensafe_nb_operation_seconds_sum{verb="forward"}'] > 0
+    buckets = [
+        value
+        for name, value in after.items()
+        if name.startswith('tensafe_nb_operation_seconds_bucket{verb="forward"')
+    ]
+    assert (
+        buckets == sorted(buckets)
+        and buckets[-1] == after['tensafe_nb_operation_seconds_count{verb="forward"}']
+    )
+    assert after["tensafe_nb_held_submissions"] == 0
+    assert after["tensafe_nb_base_models"] >= 1 and after["tensafe_nb_base_references"] >= 1
+    http.delete(path)
+    closed = read_figures()
+    assert all(
+        closed[name] >= value for name, value in after.items() if "_total" in name or "_seconds" in name
+    )

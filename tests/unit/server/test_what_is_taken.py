@@ -15,7 +15,7 @@ from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.operations import Forward, ForwardBackward, OptimStep
 from tensafe_nb.server import guard
-from tests.parity.serving import Serving, serving_thread
+from tests.parity.serving import serving_thread
 from tests.unit.server.conftest import BATCH, error_of, new_client, outcome, submit
 
 Enter = Callable[..., httpx.Client]
@@ -113,7 +113,7 @@ def test_sizes_are_bounded(http: httpx.Client, path: str) -> None:
 def test_a_tenant_has_so_many_clients_so_many_bytes_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensafe_nb.server.service import Limits
+    from tensafe_nb.server.limits import Limits
 
     with serving_thread(tmp_path / "server", limits=Limits(clients=2, stored_bytes=1)) as serving:
         headers = {"authorization": f"Bearer {serving.tokens.mint('small')}"}
@@ -129,17 +129,13 @@ def test_a_tenant_has_so_many_clients_so_many_bytes_and_says_so(
             assert error_of(http.put("/artifacts", content=b"x" * 10)) == (507, "storage_error")
 
 
-def test_requests_a_minute_are_bounded_and_the_answer_says_when_to_come_again(
-    http: httpx.Client, serving: Serving
-) -> None:
-    from tensafe_nb.server.guard import Guard
-    from tensafe_nb.server.tokens import Tokens
+def test_requests_a_minute_are_bounded_for_each_tenant_by_itself() -> None:
+    from tensafe_nb.server.limits import Limits, Quotas
 
-    gate = Guard(None, Tokens(), requests_per_minute=2)  # type: ignore[arg-type]
-    assert [gate._too_many("a") for _ in range(2)] == [None, None]
-    status, code, _, headers = gate._too_many("a") or (0, "", "", {})
-    assert (status, code) == (429, "too_many_requests") and 1 <= int(headers["retry-after"]) <= 60
-    assert gate._too_many("b") is None
+    quotas = Quotas(Limits(requests=2), lambda: {"c": {"requests": 0}})
+    assert [quotas.seconds_to_wait("a") for _ in range(2)] == [0, 0]
+    assert 1 <= quotas.seconds_to_wait("a") <= 60
+    assert quotas.seconds_to_wait("b") == 0 and quotas.seconds_to_wait("c") == 60
 
 
 @pytest.mark.parametrize(

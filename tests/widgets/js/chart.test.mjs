@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { columnPath, extent, logTicks, lowerBound, nearest, niceTicks, positions, summary, tickText } from "../../../tensafe_nb/widgets/static/chart.js";
+import { bandOf, columnPath, extent, logTicks, lowerBound, nearest, niceTicks, positions, rangeOf, summary, tickText } from "../../../tensafe_nb/widgets/static/chart.js";
 import { numberText } from "../../../tensafe_nb/widgets/static/page.js";
 import { Series } from "../../../tensafe_nb/widgets/static/wire.js";
 
@@ -19,6 +19,30 @@ test("numbers have four digits, and the rest is said in words", () => {
   assert.equal(numberText(0), "0.000");
   assert.equal(numberText(NaN), "not a number");
   assert.equal(numberText(-Infinity), "−∞");
+});
+
+test("what is constant lies in the middle, and its rounding is not blown up", () => {
+  assert.deepEqual(rangeOf([1, 3]), [1, 3]);
+  const [low, high] = rangeOf([2.3, 2.3 + 1e-9]);
+  assert.ok(low < 2.28 && high > 2.32);
+  assert.deepEqual(rangeOf([0, 0]), [0, 1]);
+  assert.deepEqual(rangeOf(null), [0, 1]);
+  assert.deepEqual(rangeOf([5, 5], true), [2.5, 10]);
+  assert.deepEqual(rangeOf([1, 1000], true), [1, 1000]);
+  assert.deepEqual(rangeOf([-4, -4]), [-4.04, -3.96]);
+});
+
+test("a band is the mean and its spread at the same step, and has gaps where there is none", () => {
+  const [mean, spread] = [new Series(0), new Series(0)];
+  mean.append([1, 2, 4], [5, 6, 7]);
+  spread.append([2, 3, 4], [1, 9, 2]);
+  const { low, high } = bandOf(mean, spread);
+  assert.deepEqual([...low], [NaN, 5, 5]);
+  assert.deepEqual([...high], [NaN, 7, 9]);
+});
+
+test("ticks of large numbers are short", () => {
+  assert.deepEqual([20_000, 2e7, 1_500_000].map((t) => tickText(t, 1e4)), ["20k", "20M", "1.5M"]);
 });
 
 test("an extent skips what is not finite, and what a logarithm cannot show", () => {

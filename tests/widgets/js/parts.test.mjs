@@ -1,12 +1,12 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { rowsOf, specs } from "../../../tensafe_nb/widgets/static/curves.js";
+import { hasNews, rowsOf, specs } from "../../../tensafe_nb/widgets/static/curves.js";
 import { csvOf, fileName } from "../../../tensafe_nb/widgets/static/download.js";
 import { account } from "../../../tensafe_nb/widgets/static/meter.js";
-import { plainText, signed } from "../../../tensafe_nb/widgets/static/page.js";
-import { arranged } from "../../../tensafe_nb/widgets/static/samples.js";
+import { numberText, plainPieces, plainText, signed, sizeText } from "../../../tensafe_nb/widgets/static/page.js";
+import { arranged, pairOf, paired } from "../../../tensafe_nb/widgets/static/samples.js";
+import { metadataText, savedAt } from "../../../tensafe_nb/widgets/static/table.js";
 import { Store } from "../../../tensafe_nb/widgets/static/wire.js";
-import { metadataText, sizeText } from "../../../tensafe_nb/widgets/static/table.js";
 
 const SPENT = { spent: 1.84, target: 8, delta: 1e-5, accountant: "rdp", adjacency: "add/remove one", projected: 13623, refused: null, void: null };
 
@@ -14,6 +14,49 @@ test("what cannot be seen, or turns text around, is shown as a code", () => {
   assert.equal(plainText("a\u202eb\u0000c\u200dd\nе"), "a⟨U+202E⟩b⟨U+0000⟩c⟨U+200D⟩d\nе");
   assert.equal(plainText("<img src=x>"), "<img src=x>");
   assert.equal(plainText("x\u{e0041}"), "x⟨U+E0041⟩");
+});
+
+test("a joiner is kept where it joins: in an emoji, and between letters that are written with it", () => {
+  for (const text of ["👩‍👩‍👧", "❤️‍🔥", "می\u200cخواهم"]) assert.equal(plainText(text), text);
+  assert.equal(plainText("a\u200c👩\u200d"), "a⟨U+200C⟩👩⟨U+200D⟩");
+  assert.deepEqual(plainPieces(["می", "\u200c", "خواهم", "\u200d"]), ["می", "\u200c", "خواهم", "⟨U+200D⟩"]);
+});
+
+test("large numbers have the letter of their thousands", () => {
+  assert.deepEqual([99_999, 123_456, 2e7, -3.25e9, 1e16].map((value) => numberText(value)), ["99999", "123.5k", "20.00M", "-3.250G", "1.00e+16"]);
+});
+
+test("groups with signal come first, otherwise as they came", () => {
+  const groups = ["a", "b", "c", "d"].map((prompt, i) => ({ prompt, signal: i % 2 === 1, r: [] }));
+  assert.deepEqual(arranged(groups, "sampled", "all", "").map((g) => g.prompt), ["b", "d", "a", "c"]);
+});
+
+test("the same held-out prompts are compared, whatever order they came in", () => {
+  const group = (id, mean) => ({ id, prompt: `${id}?`, mean, r: [] });
+  const pairs = paired([group("a", 0), group("b", 0.5)], [group("b", 1), group("c", 0), group("a", 0)]);
+  assert.deepEqual(pairs.map(([one, other]) => [one.id, one.mean, other.mean]), [["b", 0.5, 1], ["a", 0, 0]]);
+  assert.deepEqual(paired([group("a", 0)], [group("a", 1)], "B"), []);
+});
+
+test("the first evaluation is compared with that of the chosen step, or the newest", () => {
+  assert.deepEqual(pairOf([0, 20, 40]), [0, 40]);
+  assert.deepEqual(pairOf([0, 20, 40], 33), [0, 20]);
+  assert.deepEqual(pairOf([0, 20, 40], 3), [0, 20]);
+});
+
+test("what is idle is out of sight until it leaves zero", () => {
+  const series = { n: 3, left: 0, values: [0, 0, 0, 0.1] };
+  assert.equal(hasNews(series), true);
+  assert.equal(hasNews(series, true), false);
+  series.n = 4;
+  assert.equal(hasNews(series, true), true);
+  assert.equal(hasNews({ n: 0, left: 0, values: [] }), false);
+});
+
+test("a day is told where it is not today's", () => {
+  const noon = new Date(2026, 4, 3, 12, 5, 9);
+  assert.equal(savedAt(noon / 1000, noon), "12:05:09");
+  assert.equal(savedAt(noon / 1000, new Date(2026, 4, 4)), "2026-05-03 12:05:09");
 });
 
 test("an advantage has a sign", () => {
@@ -52,7 +95,7 @@ test("samples are sorted and filtered", () => {
 });
 
 test("sizes and metadata are told in a few words", () => {
-  assert.deepEqual([1200, 2_500_000, 3e9].map(sizeText), ["1.2 kB", "2.5 MB", "3.00 GB"]);
+  assert.deepEqual([0, 999, 1200, 999_499, 999_600, 2_500_000, 3e9].map(sizeText), ["0 B", "999 B", "1.20 kB", "999 kB", "1.00 MB", "2.50 MB", "3.00 GB"]);
   assert.equal(metadataText({ note: "best", epoch: 3 }), "note: best, epoch: 3");
   assert.equal(metadataText(null), "—");
 });

@@ -27,7 +27,7 @@ class TestTheKeyFile:
         assert Keys(folder, announce=said.append).primary_id() == key_id
         (message,) = said
         assert str(folder / "local-keys.json") in message and key_id in message
-        assert "Back this up: without it your checkpoints cannot be opened" in message
+        assert "Keep a copy: without it they cannot be opened" in message
 
     @posix
     def test_only_its_owner_can_read_it(self, keys: Keys, folder: Path) -> None:
