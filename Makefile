@@ -19,13 +19,17 @@ MARIMO := .venv-marimo
 MARIMO_VERSION := 0.25.2
 MARIMO_READY := $(MARIMO)/.ready-$(MARIMO_VERSION)
 
+HUB := .venv-hub
+HUB_VERSION := 6.1.1
+HUB_READY := $(HUB)/.ready-$(HUB_VERSION)
+
 FAST := not soak and not browser and not faults
 TESTS ?=
 ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test test-browser chromium pictures soak gpu ranges trl-parity sinks lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks hub marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -57,6 +61,15 @@ $(MARIMO_READY): $(READY)
 	$(MARIMO)/bin/python -m pip install -qq marimo==$(MARIMO_VERSION)
 	touch $@
 
+$(HUB_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(HUB)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(HUB)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(HUB)/bin/python -m pip install -qq jupyterhub==$(HUB_VERSION)
+	command -v npm >/dev/null || (apt-get update -qq && apt-get install -y -qq nodejs npm)
+	npm install --silent --no-fund --no-audit --prefix $(HUB)/node configurable-http-proxy@5
+	touch $@
+
 $(LLAMA_READY):
 	$(PYTHON) -m venv --clear $(LLAMA)
 	$(LLAMA)/bin/python -m pip install -qq llama-cpp-python==$(LLAMA_VERSION)
@@ -82,6 +95,9 @@ test: lint  ## everything fast: on all cores, then by itself what measures time,
 	$(BIN)/python -m pytest -m "$(FAST) and not alone" --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 	$(BIN)/python -m pytest -m "$(FAST) and alone" $(TESTS) || [ $$? -eq 5 ]  # 5: there is none of these in TESTS
 
+faults: $(READY)  ## servers that are killed, networks that fail: the short part of it
+	$(BIN)/python -m pytest tests -m "faults and not soak"
+
 chromium:
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core)
 
@@ -92,6 +108,9 @@ pictures: $(READY) chromium  ## run the scenarios whose screenshots are the pict
 	$(BIN)/python -m pytest tests/browser -m pictures -s
 	$(BIN)/python -m scripts.pictures
 
+screens: $(READY) chromium  ## every state of the panel, in light and dark, as pictures in build/screens, to be looked at
+	$(BIN)/python -m pytest tests/browser/test_states.py tests/browser/test_remote_states.py -m browser -s
+
 soak: $(READY) chromium  ## long and many-seed tests, and every scenario in the browser; outside CI
 	$(BIN)/python -m pytest -m soak -s
 
@@ -100,6 +119,11 @@ trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the 
 
 sinks: $(SINKS_READY)  ## trackio, MLflow and wandb (offline) read back what they were told, in .venv-sinks
 	$(SINKS)/bin/python -m pytest -m soak tests/soak/test_sinks.py
+
+marimo: $(MARIMO_READY)  ## a marimo that borrows the packages of .venv, in .venv-marimo
+
+hub: $(HUB_READY)  ## a server as a service of a real JupyterHub, with two users; JupyterHub and its proxy in .venv-hub
+	$(HUB)/bin/python -m pytest -m soak tests/soak/test_hub.py -s
 
 gpu: $(READY)  ## on a CUDA GPU: the same numbers as on the CPU, speed and memory of a model of 1B, in at most 6 minutes
 	$(BIN)/python -m scripts.gpu
@@ -131,4 +155,4 @@ docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(MARIMO) .venv-newest .venv-lowest
+	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(MARIMO) $(HUB) .venv-newest .venv-lowest

@@ -1,6 +1,7 @@
 """A TrainingClient, as a notebook holds it: each verb checks its arguments, queues an operation, returns a handle."""
 
 import asyncio
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError
-from tensafe_nb.events import Event, RunDescribed
+from tensafe_nb.events import Event, RunDescribed, RunState
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.sinks.forwarding import Forwarding, check_samples, reporter
@@ -49,6 +50,7 @@ from tensafe_nb.protocol.results import (
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    RunStatus,
     SampleResult,
     SaveStateResult,
     StateSource,
@@ -66,6 +68,9 @@ from tensafe_nb.transports.base import Channel, Transport
 
 R = TypeVar("R")
 
+SILENT_SECONDS = (
+    60.0  # after which the run of another client, with nothing in the queue, is taken to have ended
+)
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
 LossSpec = str | Callable[..., Any]
 MOST_SEQUENCES = 1 << 20  # of one call of sample()
@@ -599,6 +604,7 @@ class TrainingClient:
                 f"The run {self._runs[-1].run_id} is still under way, and two would mix their steps. "
                 f"Await it, or stop() it first; another model can train at the same time on a client of its own."
             )
+        self._make_way()
         earlier = max(len(self._runs), len(self.history.state.runs))  # there, another client's may be, too
         run = TrainingRun(
             self,
@@ -614,6 +620,38 @@ class TrainingClient:
         if show:
             widgets().show_run(run)
         return run.start()
+
+    def _make_way(self) -> None:
+        """Refuse to train beside a run that another client drives; of one that has fallen silent, tell that it ended.
+
+        Raises:
+            ValidationError: It is under way.
+        """
+        state = self.history.state
+        latest = state.latest_run
+        if latest is None or latest.state.ended or any(run.run_id == latest.run_id for run in self._runs):
+            return
+        silent = time.time() - max(latest.started_at, state.measured_at)
+        if state.queue.depth or silent < SILENT_SECONDS:
+            raise ValidationError(
+                f"The run {latest.run_id} of another client of {self.training_client_id} is under way "
+                f"({latest.state}, step {latest.steps_done}), and two would mix their steps. Stop it there, or train a "
+                f"client of your own: tc.fork(). If its kernel has ended, that shows after {SILENT_SECONDS:.0f} s of "
+                f"silence: try again then."
+            )
+        why = f"another client started a run when nothing had been heard of this one for {silent:.0f} s"
+        self.publish(
+            RunState(
+                run_id=latest.run_id,
+                state=RunStatus.INTERRUPTED,
+                step=self.step,
+                planned_steps=latest.planned_steps,
+                reason=why,
+                done=latest.steps_done_if_killed,
+                taken=latest.steps_taken,
+                curve=latest.curve,
+            )
+        )
 
     @property
     def runs(self) -> tuple[TrainingRun, ...]:

@@ -37,6 +37,11 @@ def add_server(commands: Any) -> None:
     serve.add_argument(
         "--host-name", action="append", default=[], help="a name it is called by, besides localhost"
     )
+    serve.add_argument(
+        "--hub",
+        action="store_true",
+        help="run as a service of a JupyterHub, whose users it takes; address and path are the hub's to say",
+    )
     serve.add_argument("--root-path", default="", help="the path under which a proxy offers it")
     serve.add_argument(
         "--loss",
@@ -124,16 +129,22 @@ def run_server(chosen: argparse.Namespace) -> int:
     if chosen.loss:
         from tensafe_nb.losses import resolve_loss
 
-        [
-            resolve_loss(name) for name in chosen.loss
-        ]  # one that is not there is an error now, not of a student
-    if chosen.host not in LOOPBACK and chosen.tokens is None:
+        for name in chosen.loss:  # one that is not there is an error now, not a student's later
+            resolve_loss(name)
+    tokens, users = Tokens(chosen.tokens), None
+    if chosen.hub:
+        from tensafe_nb.server.hub import HubUsers, address_from_hub, hub_auth
+
+        users = HubUsers(tokens, hub_auth())
+        chosen.host, chosen.port, chosen.root_path = address_from_hub()
+        chosen.host_name = chosen.host_name or ["*"]  # the hub's, which stands before this and has many
+    elif chosen.host not in LOOPBACK and chosen.tokens is None:
         raise ValidationError(
             f"Listening at {chosen.host} lets others reach this server: give --tokens FILE, "
             f"made with tensafe-nb tokens new."
         )
-    tokens = Tokens(chosen.tokens)
-    shown = tokens.mint() if chosen.print_token or chosen.tokens is None else None
+    own = chosen.tokens is None and not chosen.hub
+    shown = tokens.mint() if chosen.print_token or own else None
     home = Home.of_environment() if chosen.home is None else Home(chosen.home)
     if chosen.models is not None:
         if not chosen.models.is_dir():
@@ -149,6 +160,7 @@ def run_server(chosen: argparse.Namespace) -> int:
         limits=Limits(**{name: getattr(chosen, name) for name in LIMITS}),
         losses=chosen.loss,
         root_path=chosen.root_path,
+        identity=users,
     )
     family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
     listening = socket.create_server((chosen.host, chosen.port), family=family, reuse_port=False)

@@ -532,6 +532,8 @@ class TrainingRun(Measured):
         with self._changed:  # before the handle ends: whoever awaited it finds the run paused
             if self._orders > orders:
                 self._credit = self._ordered
+                if self._state is RunStatus.PAUSED and not self._wants_pause:
+                    self._state = RunStatus.RUNNING
             else:
                 self._wants_pause, self._credit = True, None
                 if self._state in (RunStatus.RUNNING, RunStatus.PAUSING):

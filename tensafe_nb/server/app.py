@@ -46,7 +46,7 @@ def create_app(
         limits: Of a tenant for whom the tokens say nothing else.
         losses: Dotted paths of losses that may be used all the same: "pkg.mod:attr".
         root_path: The path under which a proxy offers it.
-        identity: Who may enter besides; without one, the tokens say it alone.
+        identity: Who says whose a token is; without one, the tokens do.
     """
     quotas = Quotas(limits or Limits(), tokens.limits)
     service = Service(home, models, hub_models, quotas, losses)
@@ -55,19 +55,21 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with ThreadPoolExecutor(THREADS, thread_name_prefix="server") as threads:
             asyncio.get_running_loop().set_default_executor(threads)
+            await asyncio.to_thread(service.resume)
+            house = asyncio.create_task(service.keep_house())
             yield
+            house.cancel()
             await service.drain()
 
     app = FastAPI(
         title="tensafe_nb",
         version=VERSION,
         lifespan=lifespan,
-        root_path=root_path,
         default_response_class=Json,
         redirect_slashes=False,
     )
     app.state.service = service
-    app.add_middleware(Guard, identity=identity or tokens, quotas=quotas, hosts=hosts)
+    app.add_middleware(Guard, identity=identity or tokens, quotas=quotas, hosts=hosts, root_path=root_path)
     add_error_handlers(app)
     for routes in (probes(service), client_routes(service), artifact_routes(service)):
         app.include_router(routes)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 from starlette.exceptions import HTTPException
 
+from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.server.limits import Quotas
 
 Message: TypeAlias = MutableMapping[str, Any]
@@ -39,7 +40,11 @@ class WhoIs(Protocol):
     """Says who it is that a token belongs to."""
 
     async def whose(self, secret: str) -> str | None:
-        """Return the tenant; None where it is nobody's."""
+        """Return the tenant; None where it is nobody's.
+
+        Raises:
+            TGTinkerError: Whoever could say it does not answer.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +66,18 @@ class Guard:
         quotas: How often.
         hosts: Names by which the server may be called, besides loopback ones: a page that has its own name point
             here (DNS rebinding) is turned away. "*" takes any, behind a proxy that checks.
+        root_path: The path under which a proxy offers it, whether the proxy takes it away or not.
     """
 
-    def __init__(self, app: App, identity: WhoIs, quotas: Quotas, hosts: Sequence[str] = ()) -> None:
-        self._app, self._identity, self._quotas = app, identity, quotas
+    def __init__(
+        self, app: App, identity: WhoIs, quotas: Quotas, hosts: Sequence[str] = (), root_path: str = ""
+    ) -> None:
+        self._app, self._identity, self._quotas, self._root_path = (
+            app,
+            identity,
+            quotas,
+            root_path.rstrip("/"),
+        )
         self._hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -76,6 +89,8 @@ class Guard:
             return
         request_id = f"req-{secrets.token_hex(6)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        if self._root_path:
+            scope["root_path"] = self._root_path
         refusal = self._of_form(scope) or await self._of_right(scope)
         if refusal is not None:
             self._quotas.note(refusal.code)
@@ -117,7 +132,10 @@ class Guard:
         if path_of(scope) in OPEN:
             return None
         scheme, _, secret = headers_of(scope).get("authorization", "").partition(" ")
-        tenant = await self._identity.whose(secret.strip()) if scheme.lower() in SCHEMES else None
+        try:
+            tenant = await self._identity.whose(secret.strip()) if scheme.lower() in SCHEMES else None
+        except TGTinkerError as error:  # who could say it does not answer
+            return Refusal(503, error.code, error.message, {"retry-after": "2"})
         if tenant is None:
             message = "A valid token is needed: ServiceClient(base_url, api_key=…). `tensafe-nb tokens new` makes one."
             return Refusal(401, "unauthorized", message, {"www-authenticate": "Bearer"})

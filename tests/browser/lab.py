@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+SCREENS = SCREENSHOTS.with_name("screens")
 WIDTH, HEIGHT, TALL = 1180, 860, 2400
 PATIENCE = 60_000  # ms
 
@@ -150,9 +151,13 @@ class Lab:
             )
         ]
 
-    def screenshot(self, name: str, *, of: Locator | None = None) -> Path:
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        path = SCREENSHOTS / f"{name}.png"
+    def screen(self, name: str, *, of: Locator) -> Path:
+        """Take a picture of a state, which `make screens` leaves to be looked at."""
+        return self.screenshot(name, of=of, into=SCREENS)
+
+    def screenshot(self, name: str, *, of: Locator | None = None, into: Path = SCREENSHOTS) -> Path:
+        into.mkdir(parents=True, exist_ok=True)
+        path = into / f"{name}.png"
         if of is None:
             self.page.screenshot(path=path)
             return path

@@ -290,7 +290,7 @@ def test_a_page_loaded_again_learns_that_the_picture_in_the_file_is_old(
     wire.mount()
     assert wire.widget.status()["hint"] is None
     wire.load()
-    assert wire.flush_kind("status")[0]["hint"] == {"words": None}
+    assert wire.flush_kind("status")[0]["hint"] == {"last": None}
     wire.widget.show(run)
     wire.page_says(t="hello", v=1, n=0)
     hints: list[Any] = [status["hint"] for status in wire.flush_kind("status")]

@@ -145,9 +145,9 @@ def test_several_runs_stand_one_beneath_the_other(client: FakeClient, run: FakeR
 
 
 class PrivateClient(FakeClient):
-    """One that trains with differential privacy, a model in a folder of somebody's."""
+    """One that trains with differential privacy, a model in a folder of hers."""
 
-    config = TrainingConfig(model_ref="/home/somebody/models/mine", dp_config=DPConfig(sampling="worst_case"))
+    config = TrainingConfig(model_ref="/home/mallory/models/mine", dp_config=DPConfig(sampling="worst_case"))
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_the_page_of_a_private_training_is_its_operators_and_says_so(
 def test_of_a_models_folder_only_the_name_is_told(private: RunRecord, tmp_path: Path) -> None:
     text = private.save_page(tmp_path / "run.html").read_text(encoding="utf-8")
     assert "mine" in text
-    assert "somebody" not in text
+    assert "mallory" not in text
 
 
 def test_what_is_no_ended_run_and_no_number_of_samples_is_refused(

@@ -225,11 +225,14 @@ def test_after_a_reload_it_is_known_of_which_step_the_picture_in_the_file_is(
     cell.part.meet()
     assert cell.part.hint is None
     cell.part.meet()
-    assert cell.part.hint == {"words": None}
+    assert cell.part.hint == {"last": None}
     client.advance(run)
     client.turn(run, RunStatus.PAUSED)
     cell.flush()
-    assert cell.part.hint is not None and "PAUSED at step 1 of 10" in str(cell.part.hint["words"])
+    assert cell.part.hint == {"last": None}
+    client.turn(run, RunStatus.FINISHED)
+    cell.flush()
+    assert cell.part.hint is not None and "FINISHED at step 1 of 10" in str(cell.part.hint["last"])
     cell.part.place()
     assert cell.part.hint is None
 

@@ -110,7 +110,8 @@ class LiveWidget(anywidget.AnyWidget):
         return self._shown_in == renderer.execution_count()
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[Bundle, Bundle]:
-        self.place_still(self.feed.latest)
+        if not renderer.in_marimo():  # which asks for this as well, and has no outputs besides
+            self.place_still(self.feed.latest)
         return self.live_bundle(), {}
 
     def place_still(self, run: Any) -> None:
@@ -259,7 +260,9 @@ class LiveWidget(anywidget.AnyWidget):
                 unknown = annotations.not_looked_up()
                 if unknown and steerable:
                     self._aside(lambda: self.feed.learn(self._commands.look_up(unknown)))
-                self.send({"t": part, "rows": annotations.rows(), "saving": annotations.saving})
+                nobody = {} if steerable else {"enc": "—"}  # who could be asked how they are sealed
+                rows = [nobody | row for row in annotations.rows()]
+                self.send({"t": part, "rows": rows, "saving": annotations.saving})
             case "rollouts":
                 newest = annotations.newest_rollouts()
                 if newest is not None:

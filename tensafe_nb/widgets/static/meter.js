@@ -103,6 +103,7 @@ class Meter {
   }
 
   update() {
+    this.el.hidden = this.store.status.dp === undefined; // not told yet
     const { text, share, bad = false, end = "" } = account(this.store.parts.privacy, this.store.status.dp);
     this.plan.update(this.store.parts.privacy?.plan, this.store.parts.plan);
     fill(this.text, text);

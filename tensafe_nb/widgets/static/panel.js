@@ -51,13 +51,14 @@ function doubt(status, silence, cut = false) {
 }
 
 // How it goes, in a line with its level. That no problem was found is said of what was looked at to this moment only.
-function verdict(status, alarms, doubted) {
+function verdict(status, alarms, doubted, account = null) {
   const { state, client, run } = status;
   const at = status.step == null ? "" : ` at step ${status.step}`;
   if (client === "ERROR") return { level: "red", text: "✕ The training client has failed." };
   if (state === "FAILED") return { level: "red", text: `✕ The run has failed${at}.` };
   if (state === "INTERRUPTED") return { level: "red", text: `✕ The run was interrupted${at}.` };
   if (doubted) return { level: "amber", text: "? How it goes now is not known here." };
+  if (account?.void) return { level: "amber", text: "! This training has no privacy guarantee any more." };
   if (alarms.length || !run || !status.step) return { level: "", text: "" };
   if (state === "STOPPED" && status.reason) return { level: "", text: "" };
   return { level: "", text: "✓ no problem found" };
@@ -77,6 +78,7 @@ function worst(alarms) {
 
 function freshness(status, silence, cut = false) {
   if (cut) return `${LAST_WORD}${status.run_id ? `; tn.load_run("${status.run_id}") shows what is on the disk` : ""}`;
+  if (status.line && status.line !== "OPEN") return "nothing comes from the server: what is shown is its last word";
   if (!status.active) return "up to date";
   if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s; asking the kernel again`;
   return `${status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
@@ -184,7 +186,7 @@ class Panel {
     const silence = store.now() - store.heardAt;
     this.doubt = doubt(store.status, silence, store.cut);
     if (this.doubt === "STALE" && store.answered) store.greet();
-    this.showState(silence / 1000);
+    this.showState(this.doubt ? 0 : silence / 1000); // what is not heard of does not go on
     this.showSections();
     this.showButtons();
     this.showNote();
@@ -236,7 +238,7 @@ class Panel {
   }
 
   showButtons() {
-    const offered = offers(this.store.status);
+    const offered = this.doubt === "NO KERNEL" ? [] : offers(this.store.status);
     const hadFocus = this.buttons.contains(document.activeElement) && document.activeElement;
     for (const [i, button] of this.fixed.entries()) {
       const what = offered[i];
@@ -263,7 +265,7 @@ class Panel {
   showHealth() {
     const { store } = this;
     const alarms = store.parts.alarms?.alarms ?? [];
-    const said = verdict(store.status, alarms, this.doubt);
+    const said = verdict(store.status, alarms, this.doubt, store.parts.privacy);
     const key = JSON.stringify([alarms.at(-1)?.seq, said]);
     if (key === this.judged) return;
     this.judged = key;

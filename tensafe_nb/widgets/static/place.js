@@ -55,11 +55,11 @@ class Place {
     return images.map(wordsOf).find(Boolean) ?? null;
   }
 
-  // What to say of a file that the kernel cannot renew any more. `hint.words` are those of its latest picture.
+  // What to say of a file that the kernel cannot renew any more. `hint.last` are the words of a picture of the end.
   outdated(hint) {
     if (!hint) return "";
     const { words } = this;
-    if (words && words === hint.words) return "";
+    if (words && words === hint.last) return "";
     const held = words ? `The picture in this file is of an earlier moment (${words})` : "This file holds no picture of this training yet";
     return `${held}: the page was loaded again. run.freeze() in a new cell takes a fresh one.`;
   }

@@ -89,8 +89,9 @@ class Player {
     Object.assign(this.slider, { type: "range", min: 0, max: this.whole, step: "any", value: 0 });
     this.slider.setAttribute("aria-label", "moment of the run");
     this.slider.addEventListener("input", () => {
+      const moment = Number(this.slider.value); // what is shown next is the moment before
       this.play(false);
-      this.seek(Number(this.slider.value));
+      this.seek(moment);
     });
     this.clock = make("output");
     const speeds = PACES.map((pace) => [String(pace * this.tape.speed), `× ${pace * this.tape.speed}`]);

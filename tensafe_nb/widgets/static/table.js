@@ -1,5 +1,5 @@
 // The checkpoints as a table, with what can be done with each.
-import { make, makeButton, makeSure, plainText, scrollable, sizeText } from "./page.js";
+import { make, makeButton, makeSure, plainText, scrollable, sizeText, watchWidth } from "./page.js";
 
 const NUMBERS = ["step", "size"];
 
@@ -20,6 +20,7 @@ class Checkpoints {
     this.store = store;
     this.el = make("div", "tsnb-checkpoints tsnb-scroll");
     scrollable(this.el, "checkpoints");
+    watchWidth(this.el, 740);
   }
 
   get rows() {
@@ -63,7 +64,7 @@ class Checkpoints {
     hash.className = "tsnb-hash";
     const name = row.name ? `“${row.name}”` : "";
     const cells = [
-      savedAt(row.at), sizeText(row.size), hash, plainText(row.enc ?? "…"),
+      savedAt(row.at), sizeText(row.size), hash, plainText(row.enc ?? (this.store.status.steer ? "…" : "—")),
       plainText([name, metadataText(row.meta)].filter((part) => part && (part !== "—" || !name)).join(" ")),
     ];
     if (this.store.status.steer) cells.push(this.actions(row));

@@ -28,7 +28,7 @@ class Series {
     this.smooth = new Float64Array(256);
     this.mean = this.weight = 0;
     this.wentBack = false;
-    this.left = 0; // as many values as are zero from the first on, as far as somebody has counted
+    this.left = 0; // as many values as are zero from the first on, as far as was counted
     this.branch = null;
   }
 

@@ -74,7 +74,8 @@ class Snapshot:
 
     def table(self) -> Bundle:
         """Return the table as an output."""
-        caption = f'<caption style="white-space: nowrap">{html.escape(self.sentence)}</caption>'
+        words = html.escape(self.sentence).replace("; ", ";<br>")  # a line for each training client
+        caption = f'<caption style="white-space: nowrap">{words}</caption>'
         rows = "".join(
             f'<tr><th scope="row" {LEFT}>{html.escape(name)}</th><td {LEFT}>{html.escape(text)}</td></tr>'
             for name, text in rows_of(self.subject, self.standings, steering=self.steering)
@@ -139,7 +140,8 @@ class StillOutputs:
     @property
     def hint(self) -> dict[str, Any] | None:
         """What a page must know to say what its file holds, which the kernel cannot renew since it was loaded anew."""
-        return {"words": self._words} if self._out_of_reach else None
+        final = self._ended and self._pictured == self._now and not self.busy
+        return {"last": self._words if final else None} if self._out_of_reach else None
 
     def place(self) -> None:
         """Put the outputs into the calling cell; empty where a page will show more, and filled when it is time."""

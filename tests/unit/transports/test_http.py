@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb import client
 from tensafe_nb.events import Event, LineChanged
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.transports import http_channel
@@ -264,6 +265,32 @@ def test_another_kernel_attaches_with_the_history_and_both_go_on(serving: Servin
         tc.close()
         with pytest.raises(tn.TrainingClientNotFoundError):
             first.get_training_client("tc-none")
+
+
+def test_a_run_of_another_kernel_is_not_mixed_with_and_one_that_fell_silent_is_said_to_have_ended(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = serving.tokens.mint("two")
+    with tn.ServiceClient(serving.url, token) as first:
+        tc = first.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+        run = tc.fit([BATCH], steps=1_000, show=False)
+        run.pause()
+        eventually(lambda: run.state == "PAUSED" and tc.status == "READY")
+        monkeypatch.setenv("TENSAFE_HOME", str(tmp_path / "another"))
+        with tn.ServiceClient(serving.url, token) as second:
+            twin = second.get_training_client(tc.training_client_id)
+            eventually(lambda: twin.history.state.latest_run is not None)
+            eventually(lambda: twin.history.state.queue.depth == 0)
+            with pytest.raises(tn.ValidationError, match=r"of another client .* is under way \(PAUSED, step"):
+                twin.fit([BATCH], steps=2, show=False)
+            assert twin.fork().fit([BATCH], steps=1, show=False).result().steps == 1
+            monkeypatch.setattr(client, "SILENT_SECONDS", 0.0)
+            mine = twin.fit([BATCH], steps=2, show=False)
+            assert mine.result().state == "FINISHED"
+            told = twin.history.state.runs
+            assert [str(told[one].state) for one in (run.run_id, mine.run_id)] == ["INTERRUPTED", "FINISHED"]
+            assert "another client started a run" in (told[run.run_id].reason or "")
+        run.stop()
 
 
 def test_two_kernels_of_one_home_write_one_log_one_at_a_time(serving: Serving) -> None:

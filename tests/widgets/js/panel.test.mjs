@@ -45,6 +45,7 @@ test("silence is called stale after twelve seconds, and only while something is 
   assert.equal(freshness(RUNNING, 200), "live · last update 0.2 s ago");
   assert.equal(freshness(RUNNING, 12_400), "STALE: no news for 12 s; asking the kernel again");
   assert.equal(freshness({ ...RUNNING, active: false }, 60_000), "up to date");
+  assert.match(freshness({ ...RUNNING, line: "LOST" }, 100), /nothing comes from the server/);
   assert.match(freshness({ ...RUNNING, run_id: "tc-1/1" }, 0, true), /lost its kernel.*tn\.load_run\("tc-1\/1"\)/);
 });
 
@@ -79,6 +80,8 @@ test("that no problem was found is said of a run that was looked at and is whole
   assert.equal(verdict({ state: "READY", client: "READY", step: 3 }, [], "").text, "");
   assert.equal(verdict({ ...RUNNING, state: "STOPPED", reason: "the budget" }, [], "").text, "");
   assert.equal(verdict(RUNNING, [{ level: "amber" }], "").text, "");
+  assert.match(verdict(RUNNING, [], "", { void: "noise was switched off" }).text, /no privacy guarantee/);
+  assert.match(verdict(RUNNING, [], "", { void: null }).text, none);
 });
 
 test("a client that went back after the end of its run is said to stand there", () => {
