@@ -29,7 +29,7 @@ ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test test-browser chromium pictures screens soak gpu ranges trl-parity sinks hub marimo lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks hub marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -94,6 +94,9 @@ models: $(SMOLLM2)  ## fetch SmolLM2-135M-Instruct, 98 MB, for the tests and exa
 test: lint  ## everything fast: on all cores, then by itself what measures time, memory or interrupts
 	$(BIN)/python -m pytest -m "$(FAST) and not alone" --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 	$(BIN)/python -m pytest -m "$(FAST) and alone" $(TESTS) || [ $$? -eq 5 ]  # 5: there is none of these in TESTS
+
+faults: $(READY)  ## servers that are killed, networks that fail: the short part of it
+	$(BIN)/python -m pytest tests -m "faults and not soak"
 
 chromium:
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core)
