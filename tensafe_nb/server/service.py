@@ -109,7 +109,9 @@ class Tenant:
             raise too_much_stored(stored, self.limits.stored_bytes)
         return self.limits.stored_bytes - stored
 
-    def create(self, config: TrainingConfig, source: StateSource | None) -> ServedClient:
+    def create(
+        self, config: TrainingConfig, source: StateSource | None, once: str | None = None
+    ) -> ServedClient:
         """Make a training client; see `Service.create`."""
         made: list[Journal] = []
 
@@ -119,6 +121,7 @@ class Tenant:
                 "config": encode(config),
                 "source": encode(source),
                 "created_at": time.time(),
+                "once": once,
             }
             folder, keys = self.home.journal(training_client_id), self.transport.vault.keys
             made.append(Journal(folder, keys, self.home.tenant, begun))
@@ -211,15 +214,18 @@ class Service:
         }
 
     async def create(
-        self, tenant: Tenant, config: TrainingConfig, source: StateSource | None
+        self, tenant: Tenant, config: TrainingConfig, source: StateSource | None, once: str | None = None
     ) -> ServedClient:
-        """Make a training client.
+        """Make a training client, or return the one that was made, by a process before this one, for the same asking.
 
         Raises:
             ValidationError: A model that is not offered here, a rank above the limit.
             QueueFullError: It has as many as it may.
         """
         self.refuse_if_draining()
+        for made in tenant.live if once else ():
+            if made.journal.begun.get("once") == once:
+                return made
         if len(tenant.live) >= tenant.limits.clients:
             self.quotas.note("too_many")
             raise too_many_clients(len(tenant.live))
@@ -230,7 +236,7 @@ class Service:
         if source is not None and source.future_id is not None:  # it may still be on its way here
             with suppress(NotFoundError):
                 await tenant.client(source.parent or "").arrived(source.future_id)
-        client = await asyncio.to_thread(tenant.create, config, source)
+        client = await asyncio.to_thread(tenant.create, config, source, once)
         tenant.clients[client.channel.training_client_id] = client
         client.channel.subscribe(self.figures.count)
         return client
