@@ -348,7 +348,8 @@ class Worker:
         handle = self.handle_of(job)
         with self._submitting:  # keeps the order of events; `_changing` is never held while publishing
             self._refuse_if_closed(job)
-            before(job)
+            if self._failure is None:
+                before(job)
             self._promises[job.future_id] = job.promise
             self.bus.publish(OperationQueued(future_id=job.future_id, operation=job.kind.verb))
             with self._changing:
@@ -421,6 +422,7 @@ class Worker:
             dp_metrics=self._guarantee.metrics,
             policy_version=policy_version,
             source=self._source,
+            away=self.is_away,
             **self._model,
         )
 
@@ -502,7 +504,8 @@ class Worker:
     @property
     def is_away(self) -> bool:
         """Whether the model is not in memory, and not on its way there."""
-        return self._executor is None and self._loaded.done and not self._closing
+        ended = self._closing or self._failure is not None
+        return self._executor is None and self._loaded.done and not ended
 
     def stop(self) -> None:
         """End the thread behind the operation that runs; what waits, and the training client, are left to their keeper.
