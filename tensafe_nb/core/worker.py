@@ -118,11 +118,11 @@ OF_MODEL = ("device", "precision", "context", "trained_parameters")  # what ther
 
 
 def lost_to_privacy(job: Job) -> FutureFailedError:
-    """Return what becomes of a private client's operation that ran as its process ended."""
+    """Return what becomes of a private client's operation that ran or waited as its process ended."""
     return FutureFailedError(
-        f"{job.kind.verb} was lost: the server ended while it ran, and private training is never repeated, which would "
-        f"spend privacy twice. The weights are those of the last step that ended; what was paid for this one, if "
-        f"anything, stays paid (tc.dp_metrics). Go on with the next forward_backward."
+        f"{job.kind.verb} was lost: the server ended before it was done, and private training is never repeated, which "
+        f"would spend privacy twice. The weights are those of the last step that ended, and a draw that was made is "
+        f"paid for, once. Go on with the next draw."
     )
 
 
@@ -223,7 +223,14 @@ class Worker:
             self._promises[job.future_id] = job.promise
             self._queue.put(job)
             self._moved |= job.past is not None
+            if self._private and job.past is None and job.kind in (ForwardBackward, OptimStep):
+                job.refusal = lost_to_privacy(job)
         self._repeating = self._moved
+        made, unit = left.draws
+        if made:  # the ledger says which of them are paid for; the others are, with the next
+            charged = self._vault.audit.entries(self.training_client_id, "dp_charge", made, 0)
+            for _ in range(made - len(charged)):
+                self._guarantee.enter_draw(unit)
         if self.status is ClientStatus.READY:
             self._loaded.succeed(self.info())
 
@@ -695,8 +702,6 @@ class Worker:
         self.status, self._moved, self._repeating = ClientStatus.BUSY, True, False
         if self._interrupted is not None and self._interrupted.interrupted == job.future_id:
             self._told.before = self._interrupted.told.copy()
-            if self._private and job.kind in (ForwardBackward, OptimStep):
-                job.refusal = lost_to_privacy(job)
         self._told.publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
         self._carry_out(job)
         self._told.before.clear()

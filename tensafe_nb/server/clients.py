@@ -236,7 +236,9 @@ class ServedClient:
 
         def write(job: Job) -> None:
             self.journal.submitted(place.for_journal, operation.verb, media_type, body, job)
-            if job.kind is ForwardBackward:  # what failed may have to be brought back first, and be known all the same
+            if (
+                job.kind is ForwardBackward
+            ):  # what failed may have to be brought back first, and be known all the same
                 job.knows_of = self.journal.known_to(future_id)
 
         # on the loop itself: it takes 0.2 ms and waits for no disk, and a thread would take longer to be woken
@@ -297,6 +299,12 @@ class ServedClient:
 
         promise.watch(pass_on)
         pass_on()  # what was drawn before this
+
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made; see `Worker.enter_draw`."""
+        numbered = self.channel.enter_draw(unit)
+        self.journal.drawn(unit)  # before anybody can draw with it
+        return numbered
 
     def keep(self, handle: FutureHandle[Any]) -> FutureHandle[Any]:
         """Keep the handle of an operation for whoever asks for its result."""

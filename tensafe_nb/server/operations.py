@@ -369,8 +369,8 @@ def add_questions(routes: APIRouter, service: Service) -> None:
         request: Request, training_client_id: Id, unit: Annotated[str, Body(embed=True)]
     ) -> dict[str, Any]:
         """Number a Poisson draw that is about to be made: from now on it is owed."""
-        channel = client_of(service, request, training_client_id).channel
-        number, key = await asyncio.to_thread(channel.enter_draw, unit)
+        client = client_of(service, request, training_client_id)
+        number, key = await asyncio.to_thread(client.enter_draw, unit)
         return {"number": number, "key": key.hex()}
 
     @routes.post(ONE + "/estimate")

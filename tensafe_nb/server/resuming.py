@@ -104,7 +104,9 @@ def resume(journal: Journal, home: Home, transport: EmbeddedTransport) -> Served
             raise FutureFailedError(begun["failure"])
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
         jobs = [job_of(name, journal, loss) for name in journal.waiting]
-        resumed = Resumed(info_of(journal, bus, config, jobs), jobs, journal.base, *interrupted(bus))
+        resumed = Resumed(
+            info_of(journal, bus, config, jobs), jobs, journal.base, *interrupted(bus), journal.draws
+        )
         worker = transport.resume(bus, config, source, journal, resumed)
     except TGTinkerError as error:  # it is there, and says why it cannot go on
         logger.error("%s cannot be brought back: %s", begun["training_client_id"], error)
