@@ -225,7 +225,7 @@ class Panel {
     this.word.textContent = state ? `${this.doubt ? "last heard: " : ""}${state}` : "…";
     this.marks.textContent = [...(status.marks ?? []), this.doubt].filter(Boolean).join(" · ");
     this.root.dataset.now = status.now?.step ?? "";
-    this.facts.textContent = state ? details(status, since).join(" · ") : "";
+    this.facts.textContent = state ? details(this.doubt ? { ...status, eta: null, op: null, queue: 0 } : status, since).join(" · ") : "";
     const run = status.run ? ` · run ${status.run}${status.name ? ` “${plainText(status.name)}”` : ""}` : "";
     const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
     const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";
