@@ -449,7 +449,7 @@ class HttpChannel:
                 self._waiting[item["future_id"]].add_piece(decode(item["piece"], SampledPiece))
             return
         event = decode(item["event"], Event)
-        if event.seq <= self.reached:
+        if event.seq < self.reached or (event.seq == self.reached and not isinstance(event, Progress)):
             return
         if "info" in item:
             self._info = decode(item["info"], TrainingClientInfo)
