@@ -65,7 +65,6 @@ from tensafe_nb.protocol.results import (
 )
 from tensafe_nb.store.home import Home
 from tensafe_nb.transports.http_requests import (
-    PATIENCE,
     Requests,
     check_answer,
     is_servers,
@@ -261,7 +260,7 @@ class HttpChannel:
         for name in wanted:
             promises[name].cancel_requested = True  # what has not been sent yet takes the word along
         self._ask_to_cancel([name for name in wanted if name not in self.unsent])
-        self._until(lambda: self.unsent.isdisjoint(wanted), PATIENCE)
+        self._until(lambda: self.unsent.isdisjoint(wanted), self.requests.patience)
         self._ask_to_cancel(
             [name for name in wanted if not promises[name].done]
         )  # what was on its way meanwhile
@@ -484,7 +483,7 @@ class HttpChannel:
                 self._waiting[item["future_id"]].add_piece(decode(item["piece"], SampledPiece))
             return
         event = decode(item["event"], Event)
-        if event.seq <= self.reached:
+        if event.seq < self.reached or (event.seq == self.reached and not isinstance(event, Progress)):
             return
         if "info" in item:
             self._info = decode(item["info"], TrainingClientInfo)
@@ -795,7 +794,7 @@ def broke_off(held: "weakref.ref[HttpChannel]", error: ServerConnectionError) ->
     """Note that the line broke off; once nothing was heard for the whole patience, what waits fails."""
     channel = held()
     if channel is not None:
-        is_lost = time.monotonic() - channel.heard_at > PATIENCE
+        is_lost = time.monotonic() - channel.heard_at > channel.requests.patience
         channel.note_line(LineState.LOST if is_lost else LineState.RECONNECTING, str(error))
         if is_lost:
             channel.give_up(error)

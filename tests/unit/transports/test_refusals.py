@@ -47,11 +47,13 @@ def tc(service: tn.ServiceClient) -> tn.TrainingClient:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_channel, "PATIENCE", 0.5)
+def impatient(service: tn.ServiceClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    be_patient(service, 0.5)
     monkeypatch.setattr(http_channel, "LONGEST_PAUSE", 0.1)
-    defaults = http_channel.Requests.send.__kwdefaults__ | {"patience": 0.5}
-    monkeypatch.setattr(http_channel.Requests.send, "__kwdefaults__", defaults)
+
+
+def be_patient(service: tn.ServiceClient, seconds: float) -> None:
+    service._transport._requests.patience = seconds  # type: ignore[attr-defined]
 
 
 def answer(status: str, content: str = "<p>nginx", *fields: str) -> bytes:
@@ -163,14 +165,17 @@ def test_after_a_line_that_was_lost_for_too_long_the_client_goes_on_and_what_was
 
 
 def test_a_line_that_was_quiet_for_long_has_the_whole_patience_when_it_breaks(
-    network: BadNetwork, tc: tn.TrainingClient, monkeypatch: pytest.MonkeyPatch
+    network: BadNetwork,
+    service: tn.ServiceClient,
+    tc: tn.TrainingClient,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(clients, "HEARTBEAT", 0.1)
     network.cut()
     assert steps(tc) == 1
     channel: http_channel.HttpChannel = tc._channel  # type: ignore[assignment]
     heard = channel.heard_at
-    monkeypatch.setattr(http_channel, "PATIENCE", 1.0)
+    be_patient(service, 1.0)
     eventually(lambda: channel.heard_at > heard + 1.2)  # nothing happens, but the server is there
     told: list[str] = []
     tc.subscribe(lambda event: told.append(event.state) if isinstance(event, LineChanged) else None)
