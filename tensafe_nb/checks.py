@@ -18,7 +18,7 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args,
 import numpy as np
 
 from tensafe_nb.display import as_given
-from tensafe_nb.errors import ValidationError
+from tensafe_nb.errors import ValidationError, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +36,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     classes of this package; others are left to the function.
 
     Raises:
-        ValidationError: With the function, the parameter, what it takes and what it was given.
+        ValidationError: With the function, the parameter, what it takes and what it was given; or a keyword that there
+            is not, with the nearest. What else is wrong with a call is Python's to explain.
     """
     signature = inspect.signature(function)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -46,13 +47,20 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         if parameter.kind in named
     }
     checks = {name: check for name, check in found.items() if check is not None}
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
     called = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             bound = signature.bind(*args, **kwargs).arguments
-        except TypeError:  # a wrong signature is Python's to explain
+        except TypeError:
+            unknown = next((name for name in kwargs if not takes_any and name not in found), None)
+            if unknown is not None:
+                known = [name for name in found if name != "self"]
+                raise ValidationError(
+                    f"{called} takes no {as_given(unknown)}.{nearest(unknown, known)}"
+                ) from None
             return function(*args, **kwargs)
         for name, check in checks.items():
             if name in bound and (expected := check(bound[name])) is not None:

@@ -118,8 +118,17 @@ def test_what_fits_passes_as_it_is_and_a_wrong_signature_stays_pythons() -> None
     assert list(inspect.signature(plan).parameters)[:2] == ["steps", "rate"]
     with pytest.raises(TypeError, match="missing 1 required"):
         plan()  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="unexpected keyword"):
+    with pytest.raises(TypeError, match="takes from 1 to 7 positional"):
+        plan(1, 2, None, "a", "here", None, True, 8)  # type: ignore[call-arg]
+
+
+def test_a_keyword_that_there_is_not_is_told_with_the_nearest(tc: tn.TrainingClient) -> None:
+    with pytest.raises(tn.ValidationError, match=r"^plan takes no 'stepz'\. Did you mean 'steps'\?$"):
         plan(1, stepz=2)  # type: ignore[call-arg]
+    with pytest.raises(
+        tn.ValidationError, match=r"^TrainingClient\.fit takes no 'step'\. Did you mean 'steps'\?$"
+    ):
+        tc.fit([], step=10)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
