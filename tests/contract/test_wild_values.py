@@ -571,8 +571,8 @@ def test_what_fits_is_answered(world: World) -> None:
         assert wrong is None, f"{name}: {wrong}"
 
 
-def test_a_wrong_signature_stays_pythons_type_error_but_a_keyword_is_told_the_nearest(world: World) -> None:
-    with pytest.raises(tn.ValidationError, match="Did you mean 'batch'?"):
+def test_a_wrong_signature_stays_pythons_type_error(world: World) -> None:
+    with pytest.raises(TypeError):
         world.tc.forward_backward(batches=BATCH)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         world.tc.optim_step(1, 2)  # type: ignore[call-arg]
