@@ -82,11 +82,12 @@ def save_page(
     Example:
         >>> tn.save_page("run.html", run, samples=4)
     """
-    if samples < 0:
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
         raise ValidationError(f"save_page: samples={as_given(samples)} must be a whole number, 0 or more.")
     found = [one if isinstance(one, TrainingRun) else find_record(one) for one in (run, *more)]
     chapters = [Chapter(one, f"Run {one.run_id}") for one in found]
-    return write_page(Path(to).expanduser(), chapters, title or " · ".join(chapter.title for chapter in chapters), samples)
+    heading = title or " · ".join(chapter.title for chapter in chapters)
+    return write_page(Path(to).expanduser(), chapters, heading, samples)
 
 
 def write_page(
