@@ -224,8 +224,8 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """How many operations wait."""
-        return self._queue.depth
+        """How many operations wait, or were cancelled and wait to be passed over; takes no lock."""
+        return len(self._queue)
 
     def submit(self, operation: Operation[R], future_id: str | None = None) -> FutureHandle[R]:
         """Put an operation at the end of the queue.
