@@ -6,7 +6,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Annotated, Any, Literal, ParamSpec, Self, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, Self, TypeVar, get_args
 
 import pydantic
 
@@ -131,7 +131,14 @@ def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[
         return [((*problem["loc"], *at), text) for at, text in found]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        text = f"{config.__name__} has no field {where!r}.{nearest(where, config.model_fields)}"
+        inside = [
+            name
+            for name, field in config.model_fields.items()
+            for kind in (field.annotation, *get_args(field.annotation))
+            if isinstance(kind, type) and issubclass(kind, Config) and where in kind.model_fields
+        ]
+        belongs = f" It is a field of {inside[0]}: {inside[0]}={{{where!r}: …}}." if inside else ""
+        text = f"{config.__name__} has no field {where!r}.{belongs or nearest(where, config.model_fields)}"
     else:
         reason = problem["msg"].removeprefix("Value error, ")
         field = f".{where}" if where else ""

@@ -1,6 +1,7 @@
 """The event bus of a training client: the core numbers its events."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,3 +27,16 @@ class EventBus(Recorder):
             event = replace(event, seq=self._seq, time=time.time())
             self.record(event)
         return event
+
+    def publish_all(self, events: Sequence[Event], before: Callable[[int], object]) -> int:
+        """Publish several, with numbers one behind the other, and return the last.
+
+        Args:
+            events: What to publish.
+            before: Called with the number that the first will have, before anything of them is on record.
+        """
+        with self._lock:
+            before(self._seq + 1)
+            for event in events:
+                self.publish(event)
+            return self._seq

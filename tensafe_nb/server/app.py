@@ -55,7 +55,10 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with ThreadPoolExecutor(THREADS, thread_name_prefix="server") as threads:
             asyncio.get_running_loop().set_default_executor(threads)
+            await asyncio.to_thread(service.resume)
+            house = asyncio.create_task(service.keep_house())
             yield
+            house.cancel()
             await service.drain()
 
     app = FastAPI(

@@ -129,6 +129,14 @@ def test_the_legend_says_what_is_drawn_and_hides_a_line(stage: Stage) -> None:
     )
 
 
+DARKEST = """canvas => {
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    let least = 255;
+    for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 200) least = Math.min(least, data[i + 1]);
+    return least;
+}"""
+
+
 def painted(panel: Locator) -> str:
     return str(panel.locator("canvas").first.evaluate("canvas => canvas.toDataURL()"))
 
@@ -145,6 +153,8 @@ def test_with_forced_colours_every_part_is_drawn_in_the_colours_of_the_system(st
             )
             assert colour in ("CanvasText", "LinkText")
         assert violations(stage) == []
+        dark = stage.panel.locator("canvas").first.evaluate(DARKEST)
+        assert dark < 60 if scheme == "light" else dark > 60, "curves are drawn in the colours of this scheme"
         screenshot(stage, f"forced-{scheme}")
     moving = stage.panel.locator(".tsnb-sign").evaluate("sign => getComputedStyle(sign).animationName")
     assert moving == "none"

@@ -220,6 +220,8 @@ def test_two_runs_are_compared_and_a_click_is_linked_to_another_widget(notebook:
         expect(panels).to_have_count(4)
         expect(panels.first.locator(".tsnb-entry")).to_have_count(2)
         expect(panels.nth(2)).to_contain_text("DP off")
+        for beside in (panels.nth(2), panels.nth(3)):  # each has the width of its words
+            assert (beside.bounding_box() or {"width": 0})["width"] > 150
         lab.chart.click(position={"x": 300, "y": 90})
         expect(panels.nth(1).locator(".tsnb-chosen")).to_have_count(1)
         lab.screenshot("compared-light", of=lab.output(2))

@@ -17,10 +17,9 @@ def test_the_curves_are_saved_as_they_stand_and_the_run_is_shown_by_its_name(
 ) -> None:
     cells = [
         SETUP,
-        FIT.format(steps=40, every=10).replace("run = tc.fit(", "run = tc.fit(name='first try', "),
+        FIT.format(steps=40, every=10)[:-1] + ", name='first try')",
         "(await run).steps; print(run.to_csv('kernel.csv'))",
         "run.plot(['loss', 'grad_norm'])",
-        "import tensafe_nb.widgets as w\nw.LossCurve(run, tc.fork())",
         "tn.list_runs(name='first*')",
     ]
     with notebook(cells) as lab:
@@ -48,7 +47,5 @@ def test_the_curves_are_saved_as_they_stand_and_the_run_is_shown_by_its_name(
         assert lab.output(3).locator("img").count() == 1, "a figure is shown once"
         lab.screenshot("figure-dark", of=lab.output(3))
         lab.finish_cell(4)
-        expect(lab.output(4).locator(".tsnb-entry").first).to_contain_text("first try")
-        lab.finish_cell(5)
-        expect(lab.output(5).locator("table")).to_contain_text("first try")
-        lab.screenshot("runs-dark", of=lab.output(5))
+        expect(lab.output(4).locator("table")).to_contain_text("first try")
+        lab.screenshot("runs-dark", of=lab.output(4))

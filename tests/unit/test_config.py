@@ -17,6 +17,10 @@ import tensafe_nb as tn
             lambda: tn.OptimizerConfig(lerning_rate=1),
             r"no field 'lerning_rate'\. Did you mean 'learning_rate'\?",
         ),
+        (
+            lambda: tn.TrainingConfig(learning_rate=1e-3),
+            r"no field 'learning_rate'\. It is a field of optimizer: optimizer=\{'learning_rate': …\}",
+        ),
         (lambda: tn.OptimizerConfig(schedule="cosine"), r"schedule='cosine' needs total_steps"),
         (lambda: tn.LoRAConfig(rank=0), r"LoRAConfig\.rank: .*greater than 0 \(got 0\)"),
         (lambda: tn.TrainingConfig(dtype="float8"), r"TrainingConfig\.dtype.*'float8'"),

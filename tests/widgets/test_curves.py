@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import Metrics
+from tensafe_nb.events import Metrics, StateLoaded
 from tensafe_nb.widgets import (
     LossCurve,
 )
@@ -58,3 +58,32 @@ def test_tokens_add_up_and_their_rate_needs_two_steps(client: FakeClient, feed: 
     assert curves.series(TOKENS, 2)[1].tolist() == [45.0]
     assert curves.series(RATE, 1)[0].tolist() == [3]
     assert names_of(feed, all_curves=True) == ["loss", "~time", "~tokens", "tokens/s"]
+
+
+def test_what_is_measured_now_and_then_is_a_curve_of_what_was_measured(
+    client: FakeClient, feed: Feed
+) -> None:
+    name, nan = "policy/approx_kl", float("nan")
+    for step, value in enumerate((nan, 0.1, nan, nan, 0.2, nan), 1):
+        client.publish(Metrics(step=step, values={name: value, "loss": 1.0}))
+        client.save(f"art-{step}", step=step)
+    curves = Curves([feed])
+    assert [column.tolist() for column in curves.series(name)] == [[2, 5], [0.1, 0.2]]
+    assert curves.series(name, 1)[0].tolist() == [5]
+    assert curves.spans([name, "loss"]) == {}
+    client.publish(StateLoaded(artifact_id="art-4", step=4))
+    assert curves.spans([name, "loss"]) == {name: [(0, 1), (2, None)], "loss": [(0, 4), (6, None)]}
+
+
+def test_a_page_is_told_once_which_points_a_loaded_state_has_given_up(client: FakeClient, wire: Wire) -> None:
+    client.measure(loss=3.0)
+    client.save("art-a", step=1)
+    client.measure(loss=2.0)
+    wire.mount()
+    assert wire.flush_kind("spans") == []
+    client.publish(StateLoaded(artifact_id="art-a", step=1))
+    [told] = wire.flush_kind("spans")
+    assert told["spans"]["loss"] == [(0, 1), (2, None)] == told["spans"]["~time"]
+    assert wire.flush_kind("spans") == []
+    wire.load()
+    assert len(wire.flush_kind("spans")) == 1  # another page is told anew

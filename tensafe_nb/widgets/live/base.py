@@ -110,7 +110,8 @@ class LiveWidget(anywidget.AnyWidget):
         return self._shown_in == renderer.execution_count()
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[Bundle, Bundle]:
-        self.place_still(self.feed.latest)
+        if not renderer.in_marimo():  # which asks for this as well, and has no outputs besides
+            self.place_still(self.feed.latest)
         return self.live_bundle(), {}
 
     def place_still(self, run: Any) -> None:

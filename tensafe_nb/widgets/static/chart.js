@@ -408,13 +408,16 @@ class Chart {
     pen.rect(MARGIN.left - 4, MARGIN.top - 4, width - MARGIN.left - MARGIN.right + 8, height - MARGIN.top - MARGIN.bottom + 5);
     pen.clip();
     pen.lineJoin = "round";
-    const style = getComputedStyle(this.el);
+    const ink = (colour = 0) => {
+      this.canvas.style.color = `var(--tsnb-c${colour})`; // resolved: a canvas keeps the system's colours as they once were
+      return getComputedStyle(this.canvas).color;
+    };
     const smoothing = this.store.smoothing > 0;
     const shy = this.curves.filter(({ line }) => line.smooth).length > 1 ? 0.3 : 0.5; // of raw values beneath smoothed ones
     for (const curve of this.curves) {
       const { line, series, xs } = curve;
       if (!series.n) continue;
-      const colour = style.getPropertyValue(`--tsnb-c${line.colour ?? 0}`).trim();
+      const colour = ink(line.colour);
       for (const piece of series.abandoned) {
         this.stroke(pen, { series: piece, xs: this.xsOf(piece, line), from: 0, to: piece.n }, piece.values, { colour, alpha: 0.3, width: 1 });
       }

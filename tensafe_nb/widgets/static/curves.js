@@ -32,7 +32,7 @@ function specs(curve, labels, whole) {
     small("length of answers", { name: "completions/mean_length", label: "tokens" }),
     idle(share(small("answers cut off", { name: "completions/clipped_ratio", label: "share", colour: 1 }))),
     small("entropy", { name: "entropy", label: "", colour: 3 }),
-    idle(small("policy KL", { name: "policy/approx_kl", label: "", colour: 4 })),
+    idle(small("policy KL", { name: "policy/approx_kl", label: "", colour: 4, dots: true })),
     { ...small("size of gradient and update", { name: "grad_norm", label: "gradient" }, { name: "param_delta_norm", label: "weights", colour: 1, dash: [6, 3] }), log: "always" },
   ];
 }

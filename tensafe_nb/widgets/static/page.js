@@ -70,6 +70,11 @@ function scrollable(area, name) {
   area.setAttribute("aria-label", name);
 }
 
+// Marks an area as narrow where it is. (A container query would leave it without a width of its own beside others.)
+function watchWidth(area, narrow) {
+  new ResizeObserver(([{ contentRect }]) => area.classList.toggle("tsnb-narrow", contentRect.width < narrow)).observe(area);
+}
+
 function makeSelect(label, options, value, action) {
   const select = make("select");
   select.setAttribute("aria-label", label);
@@ -173,4 +178,4 @@ function alone(build) {
   };
 }
 
-export { Note, alone, fill, make, makeButton, makeSelect, makeSure, makeSvg, numberText, plainPieces, plainText, scaled, scrollable, signed, sizeText };
+export { Note, alone, fill, make, makeButton, makeSelect, makeSure, makeSvg, numberText, plainPieces, plainText, scaled, scrollable, signed, sizeText, watchWidth };

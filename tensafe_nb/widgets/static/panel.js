@@ -78,6 +78,7 @@ function worst(alarms) {
 
 function freshness(status, silence, cut = false) {
   if (cut) return `${LAST_WORD}${status.run_id ? `; tn.load_run("${status.run_id}") shows what is on the disk` : ""}`;
+  if (status.line && status.line !== "OPEN") return "nothing comes from the server: what is shown is its last word";
   if (!status.active) return "up to date";
   if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s; asking the kernel again`;
   return `${status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
@@ -224,7 +225,7 @@ class Panel {
     this.word.textContent = state ? `${this.doubt ? "last heard: " : ""}${state}` : "…";
     this.marks.textContent = [...(status.marks ?? []), this.doubt].filter(Boolean).join(" · ");
     this.root.dataset.now = status.now?.step ?? "";
-    this.facts.textContent = state ? details(status, since).join(" · ") : "";
+    this.facts.textContent = state ? details(this.doubt ? { ...status, eta: null, op: null, queue: 0 } : status, since).join(" · ") : "";
     const run = status.run ? ` · run ${status.run}${status.name ? ` “${plainText(status.name)}”` : ""}` : "";
     const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
     const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";

@@ -1,7 +1,7 @@
 // The rollouts of a step, prompt by prompt, their tokens shaded by what they were taught; and what the policy answers
 // to the same held-out prompts at two steps.
 import { settle } from "./wire.js";
-import { fill, make, makeButton, makeSelect, numberText, plainPieces, plainText, signed } from "./page.js";
+import { fill, make, makeButton, makeSelect, numberText, plainPieces, plainText, signed, watchWidth } from "./page.js";
 
 const ORDERS = { sampled: null, reward: (r) => r.reward ?? -Infinity, advantage: (r) => r.adv ?? -Infinity, length: (r) => r.n };
 const KEEPS = {
@@ -41,6 +41,7 @@ class Samples {
   constructor(store, model) {
     Object.assign(this, { store, model, order: "sampled", keep: "all", search: "", beside: false, asked: null, pair: null });
     this.el = make("div", "tsnb-samples");
+    watchWidth(this.el, 640);
     this.head = make("div", "tsnb-tools");
     this.lists = make("div", "tsnb-lists");
     this.lists.setAttribute("role", "group");

@@ -1,5 +1,5 @@
 // The checkpoints as a table, with what can be done with each.
-import { make, makeButton, makeSure, plainText, scrollable, sizeText } from "./page.js";
+import { make, makeButton, makeSure, plainText, scrollable, sizeText, watchWidth } from "./page.js";
 
 const NUMBERS = ["step", "size"];
 
@@ -20,6 +20,7 @@ class Checkpoints {
     this.store = store;
     this.el = make("div", "tsnb-checkpoints tsnb-scroll");
     scrollable(this.el, "checkpoints");
+    watchWidth(this.el, 740);
   }
 
   get rows() {

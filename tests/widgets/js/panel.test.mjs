@@ -45,6 +45,7 @@ test("silence is called stale after twelve seconds, and only while something is 
   assert.equal(freshness(RUNNING, 200), "live · last update 0.2 s ago");
   assert.equal(freshness(RUNNING, 12_400), "STALE: no news for 12 s; asking the kernel again");
   assert.equal(freshness({ ...RUNNING, active: false }, 60_000), "up to date");
+  assert.match(freshness({ ...RUNNING, line: "LOST" }, 100), /nothing comes from the server/);
   assert.match(freshness({ ...RUNNING, run_id: "tc-1/1" }, 0, true), /lost its kernel.*tn\.load_run\("tc-1\/1"\)/);
 });
 
