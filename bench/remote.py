@@ -27,7 +27,7 @@ SERVE = (
 )
 IDLE = "import tensafe_nb.core.worker as worker, bench.queue as queue; worker.Engine = queue.EngineThatDoesNothing; "
 ONE, LARGE = (1, 1), (8, 512)
-MANY, EACH = 50, 4  # clients, and what each does in one measurement
+MANY, EACH = 50, 2  # clients, and what each does in one measurement
 
 
 @contextmanager
