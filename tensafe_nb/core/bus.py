@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tensafe_nb.events import Event
+from tensafe_nb.events import UNRECORDED, Event
 from tensafe_nb.history.recorder import Recorder
 
 
@@ -21,9 +21,13 @@ class EventBus(Recorder):
         self._seq = self.history.last_seq
 
     def publish(self, event: Event) -> Event:
-        """Give an event its number and time, record it, and tell the subscribers."""
+        """Give an event its number and time, record it, and tell the subscribers.
+
+        What is not recorded bears the number of the event before it: a number that was told, and is not in the log,
+        would be given out again for something else after the process was killed.
+        """
         with self._lock:
-            self._seq += 1
+            self._seq += not isinstance(event, UNRECORDED)
             event = replace(event, seq=self._seq, time=time.time())
             self.record(event)
         return event

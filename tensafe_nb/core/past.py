@@ -41,6 +41,7 @@ class Resumed:
         base: The automatic checkpoint that they follow; None where they are all there were.
         interrupted: The operation that ran as the process ended.
         told: What the log holds of that operation, beside that it was queued.
+        draws: How many Poisson draws were made for it, and what a unit of the last one is.
         failure: Why it cannot be brought back.
     """
 
@@ -49,6 +50,7 @@ class Resumed:
     base: str | None = None
     interrupted: str | None = None
     told: "Counter[type[Event]]" = field(default_factory=Counter)
+    draws: tuple[int, str] = (0, "")
     failure: TGTinkerError | None = None
 
 

@@ -118,11 +118,11 @@ OF_MODEL = ("device", "precision", "context", "trained_parameters")  # what ther
 
 
 def lost_to_privacy(job: Job) -> FutureFailedError:
-    """Return what becomes of a private client's operation that ran as its process ended."""
+    """Return what becomes of a private client's operation that ran or waited as its process ended."""
     return FutureFailedError(
-        f"{job.kind.verb} was lost: the server ended while it ran, and private training is never repeated, which would "
-        f"spend privacy twice. The weights are those of the last step that ended; what was paid for this one, if "
-        f"anything, stays paid (tc.dp_metrics). Go on with the next forward_backward."
+        f"{job.kind.verb} was lost: the server ended before it was done, and private training is never repeated, which "
+        f"would spend privacy twice. The weights are those of the last step that ended, and a draw that was made is "
+        f"paid for, once. Go on with the next draw."
     )
 
 
@@ -223,7 +223,14 @@ class Worker:
             self._promises[job.future_id] = job.promise
             self._queue.put(job)
             self._moved |= job.past is not None
+            if self._private and job.past is None and job.kind in (ForwardBackward, OptimStep):
+                job.refusal = lost_to_privacy(job)
         self._repeating = self._moved
+        made, unit = left.draws
+        if made:  # the ledger says which of them are paid for; the others are, with the next
+            charged = self._vault.audit.entries(self.training_client_id, "dp_charge", made, 0)
+            for _ in range(made - len(charged)):
+                self._guarantee.enter_draw(unit)
         if self.status is ClientStatus.READY:
             self._loaded.succeed(self.info())
 
@@ -348,7 +355,8 @@ class Worker:
         handle = self.handle_of(job)
         with self._submitting:  # keeps the order of events; `_changing` is never held while publishing
             self._refuse_if_closed(job)
-            before(job)
+            if self._failure is None:
+                before(job)
             self._promises[job.future_id] = job.promise
             self.bus.publish(OperationQueued(future_id=job.future_id, operation=job.kind.verb))
             with self._changing:
@@ -421,6 +429,7 @@ class Worker:
             dp_metrics=self._guarantee.metrics,
             policy_version=policy_version,
             source=self._source,
+            away=self.is_away,
             **self._model,
         )
 
@@ -502,7 +511,8 @@ class Worker:
     @property
     def is_away(self) -> bool:
         """Whether the model is not in memory, and not on its way there."""
-        return self._executor is None and self._loaded.done and not self._closing
+        ended = self._closing or self._failure is not None
+        return self._executor is None and self._loaded.done and not ended
 
     def stop(self) -> None:
         """End the thread behind the operation that runs; what waits, and the training client, are left to their keeper.
@@ -692,8 +702,6 @@ class Worker:
         self.status, self._moved, self._repeating = ClientStatus.BUSY, True, False
         if self._interrupted is not None and self._interrupted.interrupted == job.future_id:
             self._told.before = self._interrupted.told.copy()
-            if self._private and job.kind in (ForwardBackward, OptimStep):
-                job.refusal = lost_to_privacy(job)
         self._told.publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
         self._carry_out(job)
         self._told.before.clear()

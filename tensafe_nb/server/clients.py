@@ -48,6 +48,7 @@ MOST_BEHIND = (
     50_000  # events a stream's reader may be behind: then it ends, and begins again where the reader stands
 )
 LONGEST_DRAIN = 60.0  # s that what runs may take when the server stops
+RETRY = 0.5  # s between tries to write what a full disk has refused
 HEARTBEAT = 10.0  # s between signs of life
 INLINE = 1 << 16  # bytes of JSON: a larger result is fetched by its future's id
 ENDS = (OperationFinished, OperationFailed, OperationCancelled)
@@ -235,6 +236,10 @@ class ServedClient:
 
         def write(job: Job) -> None:
             self.journal.submitted(place.for_journal, operation.verb, media_type, body, job)
+            if (
+                job.kind is ForwardBackward
+            ):  # what failed may have to be brought back first, and be known all the same
+                job.knows_of = self.journal.known_to(future_id)
 
         # on the loop itself: it takes 0.2 ms and waits for no disk, and a thread would take longer to be woken
         handle = self.keep(self.channel.submit(operation, future_id, write))
@@ -294,6 +299,12 @@ class ServedClient:
 
         promise.watch(pass_on)
         pass_on()  # what was drawn before this
+
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made; see `Worker.enter_draw`."""
+        numbered = self.channel.enter_draw(unit)
+        self.journal.drawn(unit)  # before anybody can draw with it
+        return numbered
 
     def keep(self, handle: FutureHandle[Any]) -> FutureHandle[Any]:
         """Keep the handle of an operation for whoever asks for its result."""
@@ -358,6 +369,9 @@ class ServedClient:
                     yield {}
                     continue
                 if isinstance(event, Event):
+                    while not self.channel.bus.is_written():  # the disk is full: the number is not final yet
+                        yield {}
+                        await asyncio.sleep(RETRY)
                     yield await self._told(event)
                 elif event is not None:
                     yield event
@@ -377,6 +391,14 @@ class ServedClient:
         return item
 
     # its end
+
+    def put_away_if_idle(self, seconds: float | None) -> None:
+        """Let go of the model where nobody has used it for so long; the next operation brings it back."""
+        info = self.channel.info()
+        if info.queue_depth or info.status == ClientStatus.INITIALIZING:
+            self.used_at = time.monotonic()
+        elif seconds is not None and not info.away and time.monotonic() - self.used_at > seconds:
+            self.channel.put_away()
 
     async def drain(self) -> None:
         """Finish what runs, and the checkpoint that comes next; what waits behind it goes on when the server is back.

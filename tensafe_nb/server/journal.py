@@ -137,6 +137,7 @@ class Journal:
         info: How the training client stood there; None before the first.
         submitters: Who has submitted what.
         told: Failed operations that some kernel said it knows of, and how many there were then.
+        draws: How many Poisson draws were made for it, and what a unit of the last one is.
         waiting: What came in since `base`, by future id.
         results: How operations ended before this process, by future id, the newest last.
         owed: What a run told last: the number set aside for the first of its events, and their records.
@@ -163,7 +164,7 @@ class Journal:
         self.submitters: OrderedDict[str, SubmitterSoFar] = OrderedDict()
         self.told: OrderedDict[str, int] = OrderedDict()
         self.waiting: OrderedDict[str, Waiting] = OrderedDict()
-        self._tellings = 0
+        self._tellings, self.draws = 0, (0, "")
         self.results: OrderedDict[str, Record] = OrderedDict()
         self.owed: tuple[int, list[Any]] = (0, [])
         self._publishing: bytes | None = None  # what is on its way into the event log
@@ -214,6 +215,7 @@ class Journal:
             case "begun":
                 self.begun, self.base, self.info = record["client"], record["base"], record["info"]
                 self.told = OrderedDict.fromkeys(record["told"], 0)
+                self.draws = tuple(record["draws"])
                 for name, (following, answers) in record["submitters"].items():
                     known = self.submitters[name] = SubmitterSoFar(following)
                     known.answers.extend((place, answer) for place, answer in answers)
@@ -222,6 +224,8 @@ class Journal:
             case "published":
                 self.owed = record["first"], json.loads(record.body)
                 self._answered(record, {"seq": record["first"] + len(self.owed[1]) - 1})
+            case "drawn":
+                self.draws = self.draws[0] + 1, record["unit"]
             case "kept":
                 self._cover(record["base"], record["through"], record["info"])
 
@@ -324,6 +328,12 @@ class Journal:
             self._answered(Record(fields, b""), {"seq": first + len(events) - 1})
             self._publishing, self._dirty = content, True
 
+    def drawn(self, unit: str) -> None:
+        """Write down that a Poisson draw is about to be made: whatever comes of it, it is to be paid for."""
+        with self._lock:
+            self._operations.append(pack({"$": "drawn", "unit": unit}))
+            self.draws, self._dirty = (self.draws[0] + 1, unit), True
+
     def published(self) -> None:
         """Take note that it is in the event log."""
         self._publishing = None
@@ -424,7 +434,7 @@ class Journal:
         first = next(iter(self.waiting.values()), None)
         told = [name for name, telling in self.told.items() if first is None or telling <= first.before]
         begun = {"$": "begun", "client": dict(self.begun), "base": self.base, "info": self.info,
-                 "told": told, "submitters": submitters}  # fmt: skip
+                 "told": told, "draws": self.draws, "submitters": submitters}  # fmt: skip
         self._operations.append(pack(begun))
         if old is not None:
             moved = {name: self._operations.append(old[w.number]) for name, w in self.waiting.items()}

@@ -35,6 +35,7 @@ OPERATOR = (
     "and takes draws to be what the client says"
 )
 TOGETHER = 0.01  # s within which what follows comes along in the same answer
+MOST_KEY = 64  # characters
 CLIENTS = "/training_clients"
 ONE = CLIENTS + "/{training_client_id}"
 RECORD = {  # the body of an operation: its record, with the arrays beside it or in it
@@ -130,13 +131,19 @@ def add_clients(routes: APIRouter, service: Service) -> None:
 
     @routes.post(CLIENTS, status_code=201)
     async def create(request: Request, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
-        """Make a training client: `{"config": …, "source": …}`; returns before its model is loaded."""
+        """Make a training client: `{"config": …, "source": …, "key": …}`; returns before its model is loaded.
+
+        A key of the caller's own makes it safe to ask again: it names one training client.
+        """
         given = body.get("config", {})
         if not isinstance(given, dict):
             raise ValidationError("The config is a JSON object of the fields of TrainingConfig.")
         config = decode({"$": "training_config"} | given, TrainingConfig)
         source = None if body.get("source") is None else decode(body["source"], StateSource)
-        return described(await service.create(tenant_of(service, request), config, source))
+        key = body.get("key")
+        if not isinstance(key, str | None) or len(key or "") > MOST_KEY:
+            raise ValidationError(f"The key is a text of at most {MOST_KEY} characters.")
+        return described(await service.create(tenant_of(service, request), config, source, key))
 
     @routes.get(CLIENTS)
     async def list_clients(request: Request) -> list[Any]:
@@ -362,8 +369,8 @@ def add_questions(routes: APIRouter, service: Service) -> None:
         request: Request, training_client_id: Id, unit: Annotated[str, Body(embed=True)]
     ) -> dict[str, Any]:
         """Number a Poisson draw that is about to be made: from now on it is owed."""
-        channel = client_of(service, request, training_client_id).channel
-        number, key = await asyncio.to_thread(channel.enter_draw, unit)
+        client = client_of(service, request, training_client_id)
+        number, key = await asyncio.to_thread(client.enter_draw, unit)
         return {"number": number, "key": key.hex()}
 
     @routes.post(ONE + "/estimate")

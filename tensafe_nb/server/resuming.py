@@ -1,7 +1,7 @@
 """Bringing training clients back: what a server finds in a home folder when it begins, put together again."""
 
 import logging
-import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,9 +11,17 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.past import Resumed
 from tensafe_nb.core.queue import Job
-from tensafe_nb.errors import TGTinkerError, error_of_code
+from tensafe_nb.errors import (
+    DecryptionError,
+    FutureFailedError,
+    KeyUnavailableError,
+    StorageError,
+    TGTinkerError,
+    error_of_code,
+)
 from tensafe_nb.events import (
     CheckpointSaved,
+    ClientCreated,
     Event,
     Metrics,
     OperationCancelled,
@@ -24,6 +32,7 @@ from tensafe_nb.events import (
     PrivacySpent,
     StateLoaded,
 )
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.losses import Loss, resolve_loss
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import decode
@@ -51,13 +60,29 @@ OF_AN_OPERATION = (
 
 
 def journals_of(home: Home, transport: EmbeddedTransport) -> Iterator[Journal]:
-    """Open the journals of a tenant's training clients that are not closed; what is left of others is removed."""
+    """Open the journals of a tenant's training clients; one that does not open is set aside, and another says so."""
     for folder in home.journals():
-        name = folder.parent.name
+        keys = transport.vault.keys
         try:
-            journal = Journal(folder, transport.vault.keys, home.tenant)
-        except TGTinkerError as error:
-            logger.error("the training client %s cannot be brought back: %s", name, error)
+            journal = Journal(folder, keys, home.tenant)
+        except DecryptionError as error:
+            created = next(RunHistory(folder.parent / "events.jsonl").events(kinds=(ClientCreated,)), None)
+            if not isinstance(created, ClientCreated):
+                continue
+            aside = folder.with_name(f"journal-damaged-{round(time.time())}")
+            folder.rename(aside)
+            begun = {
+                "training_client_id": created.training_client_id,
+                "config": created.config,
+                "source": None,
+                "created_at": created.time,
+                "key": None,
+                "failure": f"Its journal was altered or is damaged, so it cannot go on ({error}). The journal is kept "
+                f"as {aside.name} in its folder on the server; its saved checkpoints are intact: service.restore(…).",
+            }
+            journal = Journal(folder, keys, home.tenant, begun)
+        except (StorageError, KeyUnavailableError) as error:
+            logger.error("the training client %s cannot be brought back: %s", folder.parent.name, error)
             continue
         yield journal
 
@@ -68,34 +93,41 @@ def resume(journal: Journal, home: Home, transport: EmbeddedTransport) -> Served
     bus = EventBus(home.event_log(begun["training_client_id"]))
     if bus.history.state.closed:
         bus.close()
-        journal.close()
-        shutil.rmtree(journal.folder, ignore_errors=True)
+        journal.remove()
         return None
     tell_what_is_owed(bus, journal)
     config = decode(begun["config"], TrainingConfig)
     source = None if begun["source"] is None else decode(begun["source"], StateSource)
-    loss = resolve_loss(config.loss.type, **config.loss.kwargs)
-    jobs = [job_of(name, journal, loss) for name in journal.waiting]
-    running = bus.history.state.queue.running
-    told: Counter[type[Event]] = Counter()
-    if running is not None:
-        told.update(
-            type(event) for event in bus.history.events(running.seq - 1, OF_AN_OPERATION) if is_core(event)
+    jobs: list[Job] = []
+    try:
+        if begun["failure"] is not None:
+            raise FutureFailedError(begun["failure"])
+        loss = resolve_loss(config.loss.type, **config.loss.kwargs)
+        jobs = [job_of(name, journal, loss) for name in journal.waiting]
+        resumed = Resumed(
+            info_of(journal, bus, config, jobs), jobs, journal.base, *interrupted(bus), journal.draws
         )
-    resumed = Resumed(
-        info_of(journal, bus, config, jobs),
-        jobs,
-        journal.base,
-        None if running is None else running.future_id,
-        told,
-    )
-    worker = transport.resume(bus, config, source, journal, resumed)
+        worker = transport.resume(bus, config, source, journal, resumed)
+    except TGTinkerError as error:  # it is there, and says why it cannot go on
+        logger.error("%s cannot be brought back: %s", begun["training_client_id"], error)
+        jobs, resumed = [], Resumed(info_of(journal, bus, config, []), failure=error)
+        worker = transport.resume(bus, config.replace(loss={"type": "token_ce"}), None, None, resumed)
     client = ServedClient(worker, journal)
     for job in jobs:
         handle = client.keep(worker.remember(job))
         if job.past is None and journal.waiting[job.future_id].record["cancelled"]:
             handle.cancel()
     return client
+
+
+def interrupted(bus: EventBus) -> tuple[str | None, Counter[type[Event]]]:
+    """Return the operation that ran as the process ended, and what the log holds of it."""
+    running, told = bus.history.state.queue.running, Counter[type[Event]]()
+    if running is None:
+        return None, told
+    events = bus.history.events(running.seq - 1, OF_AN_OPERATION)
+    told.update(type(event) for event in events if is_core(event))
+    return running.future_id, told
 
 
 def is_core(event: Event) -> bool:
@@ -113,8 +145,10 @@ def tell_what_is_owed(bus: EventBus, journal: Journal) -> None:
         ended = journal.results.get(name)
         if ended is not None:
             bus.publish(end_of(ended))
-        elif name not in journal.waiting:  # a power cut has taken what was not on the disk yet
-            message = "The server lost this operation in a power cut. Submit it again."
+        elif (
+            name not in journal.waiting
+        ):  # a power cut has taken what was not on the disk yet, or all is damaged
+            message = "The server has lost this operation: its journal does not have it. Submit it again."
             bus.publish(
                 OperationFailed(future_id=name, operation=verb, code="future_failed", message=message)
             )

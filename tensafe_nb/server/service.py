@@ -59,6 +59,7 @@ class Tenant:
         self.transport = EmbeddedTransport(home, "file", served=True)
         self.clients: dict[str, ServedClient] = {}
         self.making = 0  # clients that are on their way
+        self.made: dict[str, asyncio.Future[ServedClient]] = {}  # by the key of whoever asked
 
     def client(self, training_client_id: str) -> ServedClient:
         """Return one of its clients.
@@ -110,7 +111,7 @@ class Tenant:
             raise too_much_stored(stored, self.limits.stored_bytes)
         return self.limits.stored_bytes - stored
 
-    def create(self, config: TrainingConfig, source: StateSource | None) -> ServedClient:
+    def create(self, config: TrainingConfig, source: StateSource | None, key: str | None) -> ServedClient:
         """Make a training client; see `Service.create`."""
         made: list[Journal] = []
 
@@ -120,6 +121,8 @@ class Tenant:
                 "config": encode(config),
                 "source": encode(source),
                 "created_at": time.time(),
+                "key": key,
+                "failure": None,
             }
             folder, keys = self.home.journal(training_client_id), self.transport.vault.keys
             made.append(Journal(folder, keys, self.home.tenant, begun))
@@ -131,14 +134,9 @@ class Tenant:
         """Bring back the training clients that an earlier process has left, those first that others may come from."""
         journals = journals_of(self.home, self.transport)
         for journal in sorted(journals, key=lambda journal: float(journal.begun["created_at"])):
-            name = journal.begun["training_client_id"]
-            try:
-                client = resume(journal, self.home, self.transport)
-            except TGTinkerError as error:
-                logger.error("the training client %s cannot be brought back: %s", name, error)
-                continue
+            client = resume(journal, self.home, self.transport)
             if client is not None:
-                self.clients[name] = client
+                self.clients[client.channel.training_client_id] = client
 
     def check_queue(self) -> None:
         """Refuse a submission, before it is anywhere, where no more of this tenant may wait.
@@ -177,6 +175,7 @@ class Service:
         hub_models: Hub ids that may be loaded.
         quotas: Of each tenant.
         losses: Dotted paths of losses that may be used.
+        idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
     """
 
     def __init__(
@@ -186,9 +185,11 @@ class Service:
         hub_models: Sequence[str],
         quotas: Quotas,
         losses: Sequence[str] = (),
+        idle_after: float | None = None,
     ) -> None:
         self._home, self._models, self._hub_models = home, models, frozenset(hub_models)
         self.quotas, self.dotted_losses = quotas, frozenset(losses)
+        self.idle_after = idle_after
         self._tenants: dict[str, Tenant] = {}
         self.figures, self.draining = Figures(), False
 
@@ -212,14 +213,28 @@ class Service:
         }
 
     async def create(
-        self, tenant: Tenant, config: TrainingConfig, source: StateSource | None
+        self, tenant: Tenant, config: TrainingConfig, source: StateSource | None, key: str | None
     ) -> ServedClient:
-        """Make a training client.
+        """Make a training client, or return the one that was made for this key.
 
         Raises:
             ValidationError: A model that is not offered here, a rank above the limit.
             QueueFullError: It has as many as it may.
         """
+        for client in tenant.live:
+            if key is not None and client.journal.begun["key"] == key:
+                return client
+        if key is not None and key in tenant.made:
+            return await asyncio.shield(tenant.made[key])
+        made = asyncio.ensure_future(self._make(tenant, config, source, key))
+        if key is not None:
+            tenant.made[key] = made
+            made.add_done_callback(lambda _: tenant.made.pop(key))
+        return await asyncio.shield(made)
+
+    async def _make(
+        self, tenant: Tenant, config: TrainingConfig, source: StateSource | None, key: str | None
+    ) -> ServedClient:
         self.refuse_if_draining()
         there = len(tenant.live) + tenant.making
         if there >= tenant.limits.clients:
@@ -229,12 +244,12 @@ class Service:
             raise ValidationError(f"LoRAConfig.rank is at most {MOST_RANK} on this server.")
         self._refuse_code(config.loss.type)
         self._check_model(config.model_ref)
-        if source is not None and source.future_id is not None:  # it may still be on its way here
-            with suppress(NotFoundError):
-                await tenant.client(source.parent or "").arrived(source.future_id)
         tenant.making += 1  # of others that are asked for at the same time, one more is there already
         try:
-            client = await asyncio.to_thread(tenant.create, config, source)
+            if source is not None and source.future_id is not None:  # it may still be on its way here
+                with suppress(NotFoundError):
+                    await tenant.client(source.parent or "").arrived(source.future_id)
+            client = await asyncio.to_thread(tenant.create, config, source, key)
         finally:
             tenant.making -= 1
         tenant.clients[client.channel.training_client_id] = client
@@ -305,10 +320,11 @@ class Service:
             raise TGTinkerError("This server is about to stop and takes nothing new.", code="draining")
 
     async def keep_house(self) -> None:
-        """Put the journals on the disk, about once a second, until the server stops."""
+        """Put the journals on the disk, and away what nobody uses, about once a second, until the server stops."""
         while not self.draining:
             await asyncio.sleep(SYNC_SECONDS)
             for client in self.live_clients():
+                client.put_away_if_idle(self.idle_after)
                 try:
                     await asyncio.to_thread(client.journal.sync)
                 except TGTinkerError as error:

@@ -22,7 +22,7 @@ from typing import Any
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from tensafe_nb.errors import StorageError
+from tensafe_nb.errors import DecryptionError, StorageError
 from tensafe_nb.locks import hold
 from tensafe_nb.store.disk import Files, disk_errors
 from tensafe_nb.store.keys.keyring import Keys, refused
@@ -108,10 +108,16 @@ class SealedLog:
         at = begin + length
         self._know(content[:at], keys.unwrap([self.header["key"]]))
         view = memoryview(content)
-        while (end := self._end_of(view, at)) is not None:
-            self.found.append(self._opened(view[at + HEAD : end], len(self._places)))
-            self._places.append(at)
-            at = end
+        # A power cut leaves zeros of what was not on the disk yet: then the end of the last whole record is the end.
+        unwritten = not any(view[-TAG:])
+        try:
+            while (end := self._end_of(view, at)) is not None:
+                self.found.append(self._opened(view[at + HEAD : end], len(self._places)))
+                self._places.append(at)
+                at = end
+        except DecryptionError:
+            if not unwritten:
+                raise
         if at < len(content):  # cut off: whoever wrote it was killed
             os.ftruncate(self._file.fileno(), at)
         self._file.seek(at)
@@ -120,13 +126,13 @@ class SealedLog:
     def _end_of(self, content: memoryview, at: int) -> int | None:
         """Return where the record that begins at a place ends; None where it is cut off, or there is none."""
         head = bytes(content[at : at + HEAD])
-        if len(head) < HEAD or not any(content[at:]):  # a power cut leaves zeros of what was not written yet
+        if len(head) < HEAD:
             return None
         number = len(self._places)
         if not hmac.compare_digest(self._vouched(head[:4], number), head[4:]):
             raise refused(f"record {number}")
         end = at + HEAD + int.from_bytes(head[:4], "big") + TAG
-        return end if end <= len(content) and any(content[end - TAG :]) else None
+        return end if end <= len(content) else None
 
     def _vouched(self, length: bytes, number: int) -> bytes:
         return hmac.digest(self._vouching, struct.pack(">Q", number) + length, "sha256")[:VOUCHER]

@@ -174,14 +174,12 @@ def test_a_download_that_is_cut_off_goes_on_where_it_ended(serving: Serving, tmp
 
 
 def test_when_nothing_answers_any_more_what_waits_fails_in_the_end(
-    serving: Serving, monkeypatch: pytest.MonkeyPatch
+    serving: Serving,
 ) -> None:
     proxy = Proxy(serving.url)
-    with tn.ServiceClient(proxy.url, serving.tokens.mint("gone")) as service:
+    with tn.ServiceClient(proxy.url, serving.tokens.mint("gone"), patience=0.5) as service:
         tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
         tc.ready().result()
-        monkeypatch.setattr(http_channel, "PATIENCE", 0.5)
-        monkeypatch.setattr(http_channel.Requests.send, "__kwdefaults__", {"patience": 0.5})
         told = lines_of(tc)
         proxy.close()
         handle = tc.forward_backward(BATCH)
