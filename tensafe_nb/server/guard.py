@@ -4,6 +4,7 @@ import asyncio
 import json
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -30,6 +31,7 @@ ONCE = ("host", "authorization", "origin", "content-length", "content-type", "tr
 BODY_SECONDS = (
     30.0  # in which a body has to come, and as much again for each BODY_RATE × BODY_SECONDS bytes of it
 )
+MOST_KEPT, MOST_KEPT_BYTES = 4_096, 1 << 16  # answers to requests that may be repeated, and how large
 BODY_RATE = 16 << 10  # bytes a second: who is slower is hung up on
 
 
@@ -79,6 +81,7 @@ class Guard:
             root_path.rstrip("/"),
         )
         self._hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
+        self._once = Once(app)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -89,6 +92,7 @@ class Guard:
             return
         request_id = f"req-{secrets.token_hex(6)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        send = signed(send, request_id)
         if self._root_path:
             scope["root_path"] = self._root_path
         headers = headers_of(scope)
@@ -98,7 +102,13 @@ class Guard:
             await refuse(send, refusal, request_id)
             return
         most = None if is_unbounded(scope) else MOST_BODY_BYTES
-        await self._app(scope, paced(receive, most), send)
+        once = headers_of(scope).get("x-once", "")
+        if once and scope["method"] != "GET":
+            await self._once.answer(
+                (scope["state"].get("tenant", ""), once), scope, paced(receive, most), send
+            )
+        else:
+            await self._app(scope, paced(receive, most), send)
 
     def _of_form(self, scope: Message, headers: dict[str, str]) -> Refusal | None:
         """Say what is wrong with a request, whoever sends it."""
@@ -149,6 +159,61 @@ class Guard:
             message = f"More than {most:,} requests within a minute; wait {wait} s."
             return Refusal(429, "too_many_requests", message, {"retry-after": str(wait)})
         return None
+
+
+class Once:
+    """Carries out requests that bear a name once each: a repeat, of which its client cannot know, gets the same answer.
+
+    What failed is not kept, but tried again.
+
+    Args:
+        app: Carries them out.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._answers: OrderedDict[tuple[str, str], asyncio.Future[list[Message]]] = OrderedDict()
+
+    async def answer(self, name: tuple[str, str], scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request: carry it out, or wait for whoever does."""
+        while name in self._answers:
+            known = self._answers[name]
+            await asyncio.wait([known])
+            if not known.cancelled():  # else that try failed, and this one does it
+                for message in known.result():
+                    await send(dict(message))
+                return
+        coming = self._answers[name] = asyncio.get_running_loop().create_future()
+        said: list[Message] = []
+        size = 0
+
+        async def keep(message: Message) -> None:
+            nonlocal size
+            size += len(message.get("body", b""))
+            said.append(dict(message))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, keep)
+        finally:
+            if said and said[0].get("status", 500) < 400 and size <= MOST_KEPT_BYTES:
+                coming.set_result(said)
+            else:
+                coming.cancel()
+                del self._answers[name]
+            while len(self._answers) > MOST_KEPT and next(iter(self._answers.values())).done():
+                self._answers.popitem(last=False)
+
+
+def signed(send: Send, request_id: str) -> Send:
+    """Let answers say that this server gave them, and no proxy on the way."""
+
+    async def sign(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"x-tensafe-request", request_id.encode())]
+        await send(message)
+
+    return sign
 
 
 def headers_of(scope: Message) -> dict[str, str]:
