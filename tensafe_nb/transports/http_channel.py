@@ -109,7 +109,7 @@ class HttpChannel:
         self.closed = self._left = False
         self.requests, self._io, self._info, self._home = requests, requests.io, info, home
         self.path = f"/training_clients/{info.training_client_id}"
-        self._recorder = Recorder(home.event_log(info.training_client_id))
+        self._recorder = Recorder(home.event_log(info.training_client_id), mirrors=True)
         self.submitter = uuid.uuid4().hex
         self._changing = threading.RLock()
         self._waiting: dict[str, Promise[Any]] = {}  # of each future, in order
@@ -124,6 +124,7 @@ class HttpChannel:
         self._numbers = self._told_number = 0
         self.unsent: set[str] = set()  # what the server has neither taken nor refused yet
         self.reached = 0  # number of the latest event
+        self.heard_at = time.monotonic()  # when the stream last gave a sign of life
         self._line = LineState.OPEN
         self._owed = 0  # number that the latest event published here was given
         self._changed = threading.Condition()
@@ -613,32 +614,32 @@ async def refusal_of(
 
 async def listen(held: "weakref.ref[HttpChannel]", requests: Requests) -> None:
     """Read the stream, and begin again where it broke off, until the training client is closed or let go."""
-    lost: float | None = None
     while (channel := held()) is not None and not channel.closed:
         reached, path = channel.reached, channel.path
         del channel
-        began = time.monotonic()
         try:
             read = poll if requests.streams_held_back else follow
             if await read(held, requests, path, reached):
                 return
-            lost = None
-        except (httpx.TransportError, TimeoutError) as error:
-            channel = held()
-            lost = None if channel is not None and channel.reached > reached else lost or began
-            gone = lost is not None and time.monotonic() - lost > requests.patience
+        except (httpx.TransportError, TimeoutError, ServerConnectionError) as error:
+            channel = held()  # a server that is restarted, or a proxy that says so meanwhile
             if channel is not None:
-                unreachable = requests.unreachable(error)
+                gone = time.monotonic() - channel.heard_at > requests.patience
+                unreachable = (
+                    error if isinstance(error, ServerConnectionError) else requests.unreachable(error)
+                )
                 channel.note_line(LineState.LOST if gone else LineState.RECONNECTING, str(unreachable))
                 if gone:
                     channel._give_up(unreachable)
             del channel
         except TGTinkerError as error:
             channel = held()
-            if channel is not None:
-                channel.note_line(LineState.LOST, str(error))
-                channel._give_up(error)
-            return
+            if error.code != "too_many_requests":
+                if channel is not None:
+                    channel.note_line(LineState.LOST, str(error))
+                    channel._give_up(error)
+                return
+            del channel
         await asyncio.sleep(0.2)
 
 
@@ -655,10 +656,10 @@ async def follow(held: "weakref.ref[HttpChannel]", requests: Requests, path: str
                 await answer.aread()
                 raise error_in(answer)
             async for line in lines_of(answer, SILENCE):
+                is_there(held)
                 if not begun:
                     begun = True
                     first_sign.reschedule(None)
-                    is_there(held)
                 if line.startswith(b"data:"):
                     ended = deliver(held, json.loads(line[5:]))
                     if ended:
@@ -698,6 +699,7 @@ def is_there(held: "weakref.ref[HttpChannel]") -> None:
     """Note that the line is open."""
     channel = held()
     if channel is not None:
+        channel.heard_at = time.monotonic()
         channel.note_line(LineState.OPEN)
 
 
