@@ -53,6 +53,8 @@ ROWS = {
     "remote-pipeline-short": "remote:pipelined_small_steps",
     "remote-pipeline": "remote:pipelined_steps",
     "remote-download": "remote:download",
+    "remote-journal": "remote:journal",
+    "remote-restart": "remote:restart",
 }
 REAL = {
     "real-training": "real:all_labelled",

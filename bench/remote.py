@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import httpx
+
 import tensafe_nb as tn
 from bench import workload
 from bench.harness import LARGER, ROOT, Row, Taken, Target, paired
@@ -23,6 +26,10 @@ SERVE = (
     "from tensafe_nb.cli.main import main; main(['serve', '--port', '0', '--json', '--print-token', *{more}])"
 )
 IDLE = "import tensafe_nb.core.worker as worker, bench.queue as queue; worker.Engine = queue.EngineThatDoesNothing; "
+NO_JOURNAL = (
+    "import tensafe_nb.store.sealed.log as log; log.SealedLog.append = lambda self, content: 0; "
+    "import tensafe_nb.server.journal as journal; journal.Journal.is_due = lambda self, whole: False; "
+)
 ONE, LARGE = (1, 1), (8, 512)
 
 
@@ -146,20 +153,103 @@ def pipelined_steps() -> Row:
     return _pipelined(8, 64, 1.10)
 
 
+def all_queued_first(tc: tn.TrainingClient, batch: tn.BatchData) -> Callable[[], None]:
+    """Return what takes steps, all of them queued at once."""
+
+    def run() -> None:
+        handles = [handle for _ in range(STEPS) for handle in (tc.forward_backward(batch), tc.optim_step())]
+        [handle.result() for handle in handles]
+
+    return run
+
+
+def journal() -> Row:
+    """Issue 20: at most 5 % of a step."""
+    batch = workload.full(8, 64)
+    with served() as (remote, _), served(prelude=NO_JOURNAL) as (other, _):
+        ours, peer = (all_queued_first(workload.tiny_client(service), batch) for service in (remote, other))
+        taken = paired(ours, peer, seconds=20, at_least=8, warmup=1)
+        for service in (remote, other):
+            for info in service.list_training_clients():
+                service.get_training_client(info.training_client_id).close()
+    return Row(
+        what=f"{STEPS} pipelined steps against a server that keeps its journal and makes automatic checkpoints",
+        peer="the same against one that does neither",
+        precision="fp32",
+        sizes=f"{workload.MODEL}, 8×64",
+        taken=Taken(taken.ours, taken.peer),
+        compares=LARGER,
+        target=Target("≤", 1.05),
+    )
+
+
+def restart() -> Row:
+    """Issue 20: at most 30 s."""
+    seconds, batch = [], workload.full(8, 64)
+    with (
+        tempfile.TemporaryDirectory(prefix="tensafe-killed-") as folder,
+        socket.create_server(("127.0.0.1", 0)) as free,
+    ):
+        port = free.getsockname()[1]
+        free.close()
+        line = [
+            sys.executable,
+            "-m",
+            "tensafe_nb.cli",
+            "serve",
+            "--json",
+            "--home",
+            folder,
+            "--port",
+            str(port),
+        ]
+        line += ["--tokens", f"{folder}/tokens"]
+        server = subprocess.Popen([*line, "--print-token"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        try:
+            assert server.stdout is not None
+            where = json.loads(server.stdout.readline())
+            with tn.ServiceClient(where["url"], where["token"]) as service:
+                clients = [workload.tiny_client(service) for _ in range(4)]
+                for _ in range(3):
+                    handles = [
+                        h
+                        for tc in clients
+                        for _ in range(25)
+                        for h in (tc.forward_backward(batch), tc.optim_step())
+                    ]
+                    handles[len(handles) // 2].result()
+                    server.kill(), server.wait()
+                    began = time.perf_counter()
+                    server = subprocess.Popen(line, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
+                    while not _is_ready(where["url"]):
+                        time.sleep(0.02)
+                    seconds.append(time.perf_counter() - began)
+                    [handle.result() for handle in handles]
+        finally:
+            server.kill(), server.wait()
+    return Row(
+        what="from the start of a server that was killed (`kill -9`) until it is ready",
+        peer="",
+        sizes="4 training clients in the midst of 50 operations each",
+        taken=Taken(seconds),
+        figure=max,
+        target=Target("≤", 30.0, "ours"),
+    )
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=5).is_success
+    except httpx.TransportError:
+        return False
+
+
 def _pipelined(rows: int, tokens: int, limit: float) -> Row:
     batch = workload.full(rows, tokens)
-
-    def all_queued_first(tc: tn.TrainingClient) -> Callable[[], None]:
-        def run() -> None:
-            handles = [
-                handle for _ in range(STEPS) for handle in (tc.forward_backward(batch), tc.optim_step())
-            ]
-            [handle.result() for handle in handles]
-
-        return run
-
     with tn.ServiceClient() as embedded, served() as (remote, _):
-        ours, peer = (all_queued_first(workload.tiny_client(service)) for service in (remote, embedded))
+        ours, peer = (
+            all_queued_first(workload.tiny_client(service), batch) for service in (remote, embedded)
+        )
         taken = paired(ours, peer, seconds=10, at_least=4, warmup=1)
         for info in remote.list_training_clients():
             remote.get_training_client(info.training_client_id).close()
