@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from tensafe_nb.checks import checked
 from tensafe_nb.client import Clients, TrainingClient
-from tensafe_nb.config import DPConfig, LoRAConfig, LossConfig, OptimizerConfig, TrainingConfig, joins
+from tensafe_nb.config import DPConfig, LoRAConfig, LossConfig, OptimizerConfig, TrainingConfig, joins, spells
 from tensafe_nb.display import Facts, Listing, as_given, fields_of, shown
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.lifetimes import before_loading
@@ -127,6 +127,7 @@ class ServiceClient:
         before_loading()
         return self._adopt(self._transport.create(config))
 
+    @spells(TrainingConfig)
     @checked
     def restore(self, artifact_id: str, **changes: Any) -> TrainingClient:
         """Make a training client of a checkpoint: its configuration, its weights, its optimiser, its random streams.

@@ -105,7 +105,10 @@ def mime(source: feed.Source) -> tuple[str, str]:
 
     # one for each cell: its line ends when the cell is run again
     live = sys.modules["marimo"].as_html(Dashboard(source)).text
-    return "text/html", f"{live}<details><summary>{html.escape(snapshot.sentence)}</summary>{still}</details>"
+    return (
+        "text/html",
+        f"{live}<details><summary>As it stood when this cell was run</summary>{still}</details>",
+    )
 
 
 def freeze(source: feed.Source, samples: int = 0) -> None:

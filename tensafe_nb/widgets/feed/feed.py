@@ -206,6 +206,12 @@ class Feed:
         self._members.append(member)
         self.flusher.wake(member)
 
+    def forget(self, member: Member) -> None:
+        """Flush a member no more, and keep it no longer."""
+        self._members = [other for other in self._members if other is not member]
+        if self.panel is member:
+            self.panel = None
+
     def settle(self, timeout: float) -> bool:
         """Wait until everything that shows this client has shown its end; False if it has not in time."""
         return self.flusher.settle(self._members, timeout)

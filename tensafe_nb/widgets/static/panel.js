@@ -1,7 +1,7 @@
 // The panel: badge, buttons, alarms, charts, privacy, samples, checkpoints, and a line that says how fresh all this is.
 import { connect, settle } from "./wire.js";
 import { Note, make, makeButton, plainText } from "./page.js";
-import { LAST_WORD, Place, asking } from "./place.js";
+import { LAST_WORD, Place, asking, unfold } from "./place.js";
 import { Curves } from "./curves.js";
 import { Checkpoints } from "./table.js";
 import { Samples } from "./samples.js";
@@ -328,6 +328,7 @@ export default () => {
       store = connect(model);
     },
     render({ model, el }) {
+      if (globalThis.__MARIMO_STATIC__) return unfold(el);
       const panel = new Panel(store, model, el);
       return () => panel.destroy();
     },
