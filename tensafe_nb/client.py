@@ -62,15 +62,12 @@ from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
 from tensafe_nb.runs.description import described
 from tensafe_nb.runs.loop import Batch, Loop
-from tensafe_nb.runs.run import TrainingRun
+from tensafe_nb.runs.run import SILENT_SECONDS, TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
 
 R = TypeVar("R")
 
-SILENT_SECONDS = (
-    60.0  # after which the run of another client, with nothing in the queue, is taken to have ended
-)
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
 LossSpec = str | Callable[..., Any]
 MOST_SEQUENCES = 1 << 20  # of one call of sample()
@@ -618,6 +615,7 @@ class TrainingClient:
             replace(description, time=0.0),
             plain_metadata(started_with or {}),
         )
+        run.claim()
         self._runs.append(run)
         if show:
             widgets().show_run(run)
