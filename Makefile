@@ -29,7 +29,7 @@ ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test test-browser chromium pictures screens soak gpu ranges trl-parity sinks hub lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks hub marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -95,6 +95,9 @@ test: lint  ## everything fast: on all cores, then by itself what measures time,
 	$(BIN)/python -m pytest -m "$(FAST) and not alone" --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 	$(BIN)/python -m pytest -m "$(FAST) and alone" $(TESTS) || [ $$? -eq 5 ]  # 5: there is none of these in TESTS
 
+faults: $(READY)  ## servers that are killed, networks that fail: the short part of it
+	$(BIN)/python -m pytest tests -m "faults and not soak"
+
 chromium:
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core)
 
@@ -116,6 +119,8 @@ trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the 
 
 sinks: $(SINKS_READY)  ## trackio, MLflow and wandb (offline) read back what they were told, in .venv-sinks
 	$(SINKS)/bin/python -m pytest -m soak tests/soak/test_sinks.py
+
+marimo: $(MARIMO_READY)  ## a marimo that borrows the packages of .venv, in .venv-marimo
 
 hub: $(HUB_READY)  ## a server as a service of a real JupyterHub, with two users; JupyterHub and its proxy in .venv-hub
 	$(HUB)/bin/python -m pytest -m soak tests/soak/test_hub.py -s

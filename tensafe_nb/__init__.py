@@ -4,6 +4,7 @@ Names load when first used, so that `import tensafe_nb` is quick and loads no to
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -127,7 +128,19 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"tensafe_nb.{_HOMES[name]}"), name)
     if name in _MODULES:
         return import_module(f"tensafe_nb.{name}")
-    raise AttributeError(f"module 'tensafe_nb' has no attribute {name!r}")
+    raise AttributeError(f"module 'tensafe_nb' has no attribute {name!r}{_instead(name)}")
+
+
+def _instead(name: str) -> str:
+    """Return where a public name is, or which is the nearest."""
+    if name.startswith("_") or find_spec(f"tensafe_nb.{name}"):  # what Python asks before it imports a module
+        return ""
+    from tensafe_nb.errors import nearest
+
+    for module in _MODULES:
+        if name in getattr(import_module(f"tensafe_nb.{module}"), "__all__", ()):
+            return f": it is tensafe_nb.{module}.{name}."
+    return f".{nearest(name, __all__)}"
 
 
 def __dir__() -> list[str]:

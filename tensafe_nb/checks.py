@@ -18,7 +18,7 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args,
 import numpy as np
 
 from tensafe_nb.display import as_given
-from tensafe_nb.errors import ValidationError
+from tensafe_nb.errors import ValidationError, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,6 +37,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     Raises:
         ValidationError: With the function, the parameter, what it takes and what it was given.
+        TypeError: A wrong signature, as Python says it; of an unknown keyword, with the nearest.
     """
     signature = inspect.signature(function)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -46,20 +47,43 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         if parameter.kind in named
     }
     checks = {name: check for name, check in found.items() if check is not None}
-    called = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound: Mapping[str, Any] = {}
         try:
             bound = signature.bind(*args, **kwargs).arguments
-        except TypeError:  # a wrong signature is Python's to explain
-            return function(*args, **kwargs)
+        except TypeError:
+            refuse_unknown(function, signature, args, kwargs)
         for name, check in checks.items():
             if name in bound and (expected := check(bound[name])) is not None:
-                raise ValidationError(f"{called}: {name}={as_given(bound[name])} must be {expected}.")
-        return function(*args, **kwargs)
+                given = as_given(bound[name])
+                raise ValidationError(f"{called(function, args)}: {name}={given} must be {expected}.")
+        return function(*args, **kwargs)  # whatever else is wrong with a signature is Python's to explain
 
     return call
+
+
+def called(function: Callable[..., Any], args: Sequence[Any]) -> str:
+    """Return what a function is to its caller: a method is one of the class that it was called on."""
+    owner, _, name = function.__qualname__.rpartition(".")
+    if name == "__init__":
+        return owner
+    bases = type(args[0]).__mro__ if args else ()
+    inherited = any(base.__qualname__ == owner for base in bases)
+    return f"{type(args[0]).__qualname__}.{name}" if inherited else function.__qualname__
+
+
+def refuse_unknown(
+    function: Callable[..., Any], signature: inspect.Signature, args: Sequence[Any], given: Mapping[str, Any]
+) -> None:
+    """Refuse a keyword that a function does not have, as Python does, and name the nearest."""
+    known = [name for name in signature.parameters if name not in ("self", "cls")]
+    for name in given:
+        if name not in known:
+            raise TypeError(
+                f"{called(function, args)}() got an unexpected keyword argument {name!r}.{nearest(name, known)}"
+            ) from None
 
 
 def resolved_annotation(function: Callable[..., Any], annotation: Any) -> Any:

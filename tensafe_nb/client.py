@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig, joins
+from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig, joins, spells
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
@@ -62,19 +62,17 @@ from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
 from tensafe_nb.runs.description import described
 from tensafe_nb.runs.loop import Batch, Loop
-from tensafe_nb.runs.run import TrainingRun
+from tensafe_nb.runs.run import SILENT_SECONDS, TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
 
 R = TypeVar("R")
 
-SILENT_SECONDS = (
-    60.0  # after which the run of another client, with nothing in the queue, is taken to have ended
-)
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
 LossSpec = str | Callable[..., Any]
 MOST_SEQUENCES = 1 << 20  # of one call of sample()
 MAX_NAME = 200  # characters of a checkpoint's name
+UNFORKED = ("model_ref", "lora_config", "resize_embeddings")  # that a state would not fit
 Clients: TypeAlias = "weakref.WeakValueDictionary[str, TrainingClient]"
 
 
@@ -294,6 +292,7 @@ class TrainingClient:
 
     # states
 
+    @spells(TrainingConfig, but=UNFORKED)
     @checked
     def fork(self, artifact_id: str | None = None, **changes: Any) -> "TrainingClient":
         """Return a new training client that starts from a state of this one, sharing its frozen weights.
@@ -306,7 +305,7 @@ class TrainingClient:
         Raises:
             ValidationError: A field that does not fit, or that the state would not fit.
         """
-        for field in ("model_ref", "lora_config", "resize_embeddings"):
+        for field in UNFORKED:
             if field in changes:
                 raise ValidationError(
                     f"fork: {field} cannot change: the state would not fit. Create a new client for it."
@@ -616,6 +615,7 @@ class TrainingClient:
             replace(description, time=0.0),
             plain_metadata(started_with or {}),
         )
+        run.claim()
         self._runs.append(run)
         if show:
             widgets().show_run(run)

@@ -5,8 +5,8 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Annotated, Any, Literal, ParamSpec, Self, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Annotated, Any, Literal, ParamSpec, Self, TypeVar, get_args
 
 import pydantic
 
@@ -121,6 +121,37 @@ def joins(kind: type[Config], name: str) -> Callable[[Callable[P, R]], Callable[
     return decorate
 
 
+class AsItIs:
+    """The default of a field that is not to be changed."""
+
+    def __repr__(self) -> str:
+        return "as it is"
+
+
+def spells(kind: type[Config], but: Sequence[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a method whose `**changes` are fields of a configuration: completion and help see each of them.
+
+    Args:
+        kind: The configuration.
+        but: Fields that cannot be changed.
+    """
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(method)
+        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        spelled = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=AsItIs(), annotation=field.annotation
+            )
+            for name, field in kind.model_fields.items()
+            if name not in but
+        ]
+        method.__signature__ = signature.replace(parameters=[*own, *spelled])  # type: ignore[attr-defined]
+        return method
+
+    return decorate
+
+
 def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
     """Return where and what, one by one, of a problem that pydantic found.
 
@@ -131,12 +162,36 @@ def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[
         return [((*problem["loc"], *at), text) for at, text in found]
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        text = f"{config.__name__} has no field {where!r}.{nearest(where, config.model_fields)}"
+        inside = [
+            name
+            for name, field in config.model_fields.items()
+            for kind in (field.annotation, *get_args(field.annotation))
+            if isinstance(kind, type) and issubclass(kind, Config) and where in kind.model_fields
+        ]
+        belongs = f" It is a field of {inside[0]}: {inside[0]}={{{where!r}: …}}." if inside else ""
+        text = f"{config.__name__} has no field {where!r}.{belongs or nearest(where, config.model_fields)}"
+    elif problem["type"] == "model_type":
+        text = f"{config.__name__}.{where} {instead_of(config, where, problem['input'])}"
     else:
         reason = problem["msg"].removeprefix("Value error, ")
         field = f".{where}" if where else ""
         text = f"{config.__name__}{field}: {reason} (got {as_given(problem['input'])})."
     return [(problem["loc"], text)]
+
+
+def instead_of(config: type[Config], name: str, given: Any) -> str:
+    """Return what to write where a configuration was expected and a bare value given: its first field may take that."""
+    field = config.model_fields[name]
+    kinds = (field.annotation, *get_args(field.annotation))
+    inner = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config))
+    first = next(iter(inner.model_fields))
+    try:
+        inner(**{first: given})
+    except ValidationError:
+        example = ""
+    else:
+        example = f" Write {name}={inner.__name__}({first}={as_given(given)})."
+    return f"is a {inner.__name__}, or a dict of its fields, not {as_given(given)}.{example}"
 
 
 class LoRAConfig(Config):

@@ -22,6 +22,7 @@ Facts = Mapping[str, object]
 WIDGETS = "tensafe_nb.widgets"
 LONGEST = 200  # characters of a value
 MOST_ROWS = 50  # of a listing
+LONGEST_GIVEN = 400  # characters of a value in a message
 FEW = 8  # items that are shown one by one
 DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -164,7 +165,8 @@ def as_given(value: object) -> str:
 
     What is long, deep or cyclic is cut; what cannot be told is named by its type.
     """
-    return _GIVEN.repr(value)
+    text = _GIVEN.repr(value)
+    return text if len(text) <= LONGEST_GIVEN else f"{text[:LONGEST_GIVEN]}..."
 
 
 class GivenRepr(reprlib.Repr):

@@ -114,6 +114,7 @@ def short_traceback(error: TGTinkerError) -> list[str]:
     if shown.mode == "Minimal":
         return lines
     message = len(shown.get_exception_only(type(error), alone))
+    said = [str(error)]
     told = [f"    [{hidden} more of tensafe_nb: tn.full_tracebacks() shows all]\n"] if hidden else []
     for cause, how in causes_of(error):
         words = f"{type(cause).__name__}: {cause}"
@@ -122,8 +123,9 @@ def short_traceback(error: TGTinkerError) -> list[str]:
             entries = shown.structured_traceback(type(cause), Exception(), frames, tb_offset=0)
             head = next(i for i, entry in enumerate(entries) if "Traceback (most recent call last)" in entry)
             told += [f"{how} {words}, raised in\n", *map(readable, entries[head + 1 : -1])]
-        elif words not in str(error):
+        elif not any(str(cause) and str(cause) in earlier for earlier in said):
             told.append(f"{how} {words}\n")
+        said.append(str(cause))
     return [*lines[:-message], *told, *lines[-message:]]
 
 

@@ -127,6 +127,7 @@ class RunState(Event):
         done: Where it stands in its plan, in steps of its own; None in logs of version 0.1.
         taken: Optimiser steps it has taken, those that a rollback gave up among them; None in logs of version 0.1.
         curve: The metric to watch; None in logs of version 0.1.
+        driver: Names, at random, what drives the run: of two kernels that start one at once, the log lists one first.
     """
 
     run_id: str
@@ -137,6 +138,7 @@ class RunState(Event):
     done: int | None = None
     taken: int | None = None
     curve: str | None = None
+    driver: str | None = None
 
     def __post_init__(self) -> None:
         check_status("RunState", self.state, RunStatus)

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from tensafe_nb.checks import checked
 from tensafe_nb.client import Clients, TrainingClient
-from tensafe_nb.config import DPConfig, LoRAConfig, LossConfig, OptimizerConfig, TrainingConfig, joins
+from tensafe_nb.config import DPConfig, LoRAConfig, LossConfig, OptimizerConfig, TrainingConfig, joins, spells
 from tensafe_nb.display import Facts, Listing, as_given, fields_of, shown
 from tensafe_nb.errors import ClientClosedError, ValidationError
 from tensafe_nb.lifetimes import before_loading
@@ -41,9 +41,11 @@ class ServiceClient:
         key_source: Where the key of the artifacts comes from: "file" (made on first use in the home folder), "env"
             (TENSAFE_KEK, 32 bytes in base64) or "passphrase" (TENSAFE_PASSPHRASE, else asked for). None takes
             TENSAFE_KEK where it is set, else the file.
+        patience: Seconds for which a remote core may not answer, while it is restarted for instance, until what waits
+            for it fails with ServerConnectionError.
 
     Raises:
-        ValidationError: An unknown key source, or one beside a base_url.
+        ValidationError: An unknown key source, or one beside a base_url; a patience below 0.
         ServerConnectionError: Nothing answers at base_url.
         AuthenticationError: It takes no such api_key.
 
@@ -54,14 +56,21 @@ class ServiceClient:
 
     @checked
     def __init__(
-        self, base_url: str | None = None, api_key: str | None = None, *, key_source: str | None = None
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        key_source: str | None = None,
+        patience: float = 60.0,
     ) -> None:
+        if not patience >= 0:
+            raise ValidationError(f"patience={as_given(patience)}: give a number of seconds, 0 or more.")
         base_url = base_url or os.environ.get("TENSAFE_BASE_URL") or None
         home = Home.of_environment()
         self._transport: Transport = (
             embedded_transport(home, key_source)
             if base_url is None
-            else http_transport(base_url, api_key, home, key_source)
+            else http_transport(base_url, api_key, home, key_source, patience)
         )
         self._core = (base_url or "embedded").partition("?")[0]  # behind it may stand a proxy's token
         self._clients: Clients = WeakValueDictionary()
@@ -118,6 +127,7 @@ class ServiceClient:
         before_loading()
         return self._adopt(self._transport.create(config))
 
+    @spells(TrainingConfig)
     @checked
     def restore(self, artifact_id: str, **changes: Any) -> TrainingClient:
         """Make a training client of a checkpoint: its configuration, its weights, its optimiser, its random streams.
@@ -368,7 +378,9 @@ def embedded_transport(home: Home, key_source: str | None) -> Transport:
     return EmbeddedTransport(home, key_source)
 
 
-def http_transport(base_url: str, api_key: str | None, home: Home, key_source: str | None) -> Transport:
+def http_transport(
+    base_url: str, api_key: str | None, home: Home, key_source: str | None, patience: float
+) -> Transport:
     """Return the line to a server.
 
     Raises:
@@ -382,4 +394,4 @@ def http_transport(base_url: str, api_key: str | None, home: Home, key_source: s
         raise ValidationError(f"base_url={as_given(base_url)} must begin with http:// or https://.")
     from tensafe_nb.transports.http import HttpTransport
 
-    return HttpTransport(base_url, api_key or os.environ.get("TENSAFE_API_KEY") or None, home)
+    return HttpTransport(base_url, api_key or os.environ.get("TENSAFE_API_KEY") or None, home, patience)

@@ -51,6 +51,14 @@ def add_server(commands: Any) -> None:
         help="a loss of this machine's own that tenants may name by its path; may be repeated",
     )
     add_limits(serve, usual=True)
+    serve.add_argument(
+        "--idle-after",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="put the model of a training client away that nobody has used for so long; the next operation brings it "
+        "back (default: %(default)s; 0 never)",
+    )
     serve.add_argument("--json", action="store_true", help='print {"url": …, "token": …} as the first line')
     serve.set_defaults(run=run_server)
     tokens = commands.add_parser("tokens", help="who may use a server")
@@ -161,6 +169,7 @@ def run_server(chosen: argparse.Namespace) -> int:
         losses=chosen.loss,
         root_path=chosen.root_path,
         identity=users,
+        idle_after=60 * chosen.idle_after if chosen.idle_after > 0 else None,
     )
     family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
     listening = socket.create_server((chosen.host, chosen.port), family=family, reuse_port=False)

@@ -27,6 +27,7 @@ def save(
     ledger_head: Mapping[str, Any] | None,
     facts: Mapping[str, Any],
     ledger: Mapping[str, Any] | None = None,
+    artifact_id: str | None = None,
 ) -> SaveStateResult:
     """Seal an engine's state.
 
@@ -38,6 +39,7 @@ def save(
         ledger_head: Of the audit log, for the header: the artifact is an anchor of the log.
         facts: What else is to come back, as plain data.
         ledger: The privacy account of the weights.
+        artifact_id: Its id; a new one by default.
 
     Raises:
         StorageError: It could not be written; earlier artifacts are intact.
@@ -62,7 +64,9 @@ def save(
         "ledger_head": ledger_head,
         "schema": SCHEMA,
     }
-    return store.save(parts, header=header, metadata=operation.metadata, name=operation.name)
+    return store.save(
+        parts, header=header, metadata=operation.metadata, name=operation.name, artifact_id=artifact_id
+    )
 
 
 def load(

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.core import checkpoints
-from tensafe_nb.core.bus import EventBus
+from tensafe_nb.core.past import Past, Told
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, JobQueue
-from tensafe_nb.engine.accumulation import Tick, mean_of
+from tensafe_nb.engine import state as states
+from tensafe_nb.engine.accumulation import Tick, mean_of, no_tick
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError
 from tensafe_nb.events import CheckpointSaved, Event, Metrics, StateLoaded
@@ -28,6 +29,7 @@ from tensafe_nb.protocol.operations import (
 )
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
+    FutureStatus,
     LoadStateResult,
     OptimStepResult,
     Prompt,
@@ -37,6 +39,7 @@ from tensafe_nb.protocol.results import (
     SaveStateResult,
     missing_pieces,
 )
+from tensafe_nb.store.artifacts.artifacts import ArtifactStore
 from tensafe_nb.store.vault import Vault
 
 
@@ -58,7 +61,7 @@ class Executor:
         queue: JobQueue,
         vault: Vault,
         guarantee: Guarantee,
-        bus: EventBus,
+        bus: Told,
         client_id: str,
     ) -> None:
         self.engine, self._queue, self._vault = engine, queue, vault
@@ -75,10 +78,7 @@ class Executor:
     def execute(self, job: Job, tick: Tick) -> Result:
         """Carry out an operation."""
         engine, operation = self.engine, job.operation
-        if self._queue.stale_gradients:  # a step did not complete: its window must not leak into the next
-            self._queue.stale_gradients = False
-            self._losses.clear()
-            engine.discard_gradients()
+        self._drop_stale()
         match operation:
             case ForwardBackward(batch):
                 loss = cast(Loss, job.loss)
@@ -96,7 +96,7 @@ class Executor:
             case FreezeReference():
                 return engine.freeze_reference()
             case SaveState():
-                return self.save_state(operation)
+                return self.save_state(operation, job.artifact_id)
             case LoadState(artifact_id, for_run):
                 return self.load_state(artifact_id, for_run=for_run)
             case VoidPrivacy(reason):
@@ -104,6 +104,64 @@ class Executor:
                 self._tell(self._guarantee.standing(self.step))
                 return voided
         raise AssertionError(operation)
+
+    def _drop_stale(self) -> None:
+        """Drop what a step that did not complete has left: its window must not leak into the next."""
+        if self._queue.stale_gradients:
+            self._queue.stale_gradients = False
+            self._losses.clear()
+            self.engine.discard_gradients()
+
+    def repeat(self, job: Job, past: Past) -> None:
+        """Bring the model to where an operation that has ended before left it.
+
+        What completed is computed again, if it moved something; what failed or was cancelled leaves its mark on its
+        window, and the random streams where they were. Of private training nothing is computed again, for that would
+        be paid twice: a gradient that was accumulated is lost, and its step fails.
+        """
+        engine, executed = self.engine, past.state is FutureStatus.COMPLETED or past.streams is not None
+        if executed:
+            self._drop_stale()
+        if past.state is FutureStatus.COMPLETED:
+            if isinstance(job.operation, Sample):
+                engine.samples_drawn += job.operation.sampling.seed is None
+            elif not engine.training_step.resumable:
+                self._queue.mark_broken(job, "was lost as the server ended")
+            elif job.kind in (ForwardBackward, OptimStep, FreezeReference, LoadState):
+                self.execute(job, no_tick)
+            return
+        if past.streams is not None:
+            states.restore_streams(engine, past.streams)
+            if job.kind is ForwardBackward:
+                engine.discard_gradients()
+            elif job.kind is OptimStep:
+                self._losses = []
+        how = "failed" if past.state is FutureStatus.FAILED else "was cancelled"
+        self._queue.mark_broken(job, how, first=past.started and not self.accumulating)
+
+    def keep(self, store: ArtifactStore) -> str:
+        """Seal the state between two operations, for a process to come, and return its id."""
+        self._drop_stale()
+        losses, broken = self._losses, self._queue.inherited
+        if losses and not self.engine.training_step.resumable:
+            losses, broken = [], broken or "what had been accumulated was lost as the server ended"
+        saved = checkpoints.save(
+            self.engine,
+            store,
+            SaveState(),
+            training_client_id=self._client_id,
+            ledger_head=self._vault.audit.head(),
+            facts={"losses": encode(losses), "broken": broken},
+            ledger=self._guarantee.carried(),
+        )
+        return saved.artifact_id
+
+    def take_back(self, store: ArtifactStore, artifact_id: str) -> None:
+        """Go on from a state that `keep` has sealed. It is this client's own: no account is joined, nothing is told."""
+        _, facts = checkpoints.load(self.engine, store, artifact_id, take_over=self._guarantee.take_back)
+        self._queue.inherited = facts["broken"]
+        self._losses = [tuple(pair) for pair in decode(facts["losses"])]
+        self.step, self.policy_version = self.engine.step, self.engine.policy_version
 
     def sample(
         self, job: Job, prompts: Sequence[Prompt], sampling: SamplingConfig, stream: bool, tick: Tick
@@ -119,21 +177,28 @@ class Executor:
             promise.add_piece(piece)
         return result
 
-    def save_state(self, operation: SaveState) -> SaveStateResult:
-        """Seal the state, with the open window: what was accumulated, and how it was broken."""
-        engine = self.engine
+    def save_state(self, operation: SaveState, artifact_id: str | None) -> SaveStateResult:
+        """Seal the state, with the open window: what was accumulated, and how it was broken.
+
+        A process that was killed may have done so already: then the artifact is there, under the id it was to have.
+        """
+        engine, store = self.engine, self._vault.artifacts
         # A private window is never sealed: its sum of clipped gradients has no noise yet. It is dropped, and counted.
         resumable = engine.training_step.resumable
         window, broken = (self._losses, self._queue.broken) if resumable else ([], None)
-        saved = checkpoints.save(
-            engine,
-            self._vault.artifacts,
-            operation,
-            training_client_id=self._client_id,
-            ledger_head=self._vault.audit.head(),
-            facts={"losses": encode(window), "broken": broken},
-            ledger=self._guarantee.carried(),
-        )
+        if artifact_id is not None and store.holds(artifact_id):
+            saved = store.get(artifact_id)
+        else:
+            saved = checkpoints.save(
+                engine,
+                store,
+                operation,
+                training_client_id=self._client_id,
+                ledger_head=self._vault.audit.head(),
+                facts={"losses": encode(window), "broken": broken},
+                ledger=self._guarantee.carried(),
+                artifact_id=artifact_id,
+            )
         dropped = 0 if resumable else engine.window.batches
         saved = replace(saved, dp_metrics=self._guarantee.metrics, dropped_batches=dropped)
         run_id = (operation.position or {}).get("run_id")

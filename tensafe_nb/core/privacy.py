@@ -179,6 +179,11 @@ class Guarantee:
         else:
             self.account.adopt(carried)
 
+    def take_back(self, carried: Mapping[str, Any] | None) -> None:
+        """Go on with the account of this client's own weights: of private ones the ledger itself has all of it."""
+        if self.account is None:
+            self.take_over(carried)
+
     def before_step(self) -> None:
         """End the guarantee of an inherited account: a step without noise is about to be taken on its weights."""
         if self.account is None and self._inherited is not None:

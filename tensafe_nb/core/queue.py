@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensafe_nb.core.past import Past
 from tensafe_nb.errors import FutureFailedError, QueueFullError, TGTinkerError
 from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.losses import Loss, resolve_loss
@@ -27,8 +28,10 @@ class Job:
     promise: Promise[Any] = field(default_factory=Promise)
     loss: Loss | None = None
     refusal: TGTinkerError | None = None  # it was refused at a server's door, and only takes its turn to fail
-    knows_of: "Job | None" = None  # the failure of which its submitter had been told
+    knows_of: frozenset[str] = frozenset()  # failures of which its submitter had been told
     handle: "weakref.ref[FutureHandle[Any]] | None" = None  # a job never keeps what is given out for it
+    artifact_id: str | None = None  # of what it saves, where that is settled before
+    past: Past | None = None  # it ended in an earlier process, and leaves its mark on this one
 
     @classmethod
     def of(cls, operation: Operation[Any], default_loss: Loss) -> "Job":
@@ -61,12 +64,13 @@ class JobQueue:
         self._jobs: deque[Job] = deque()
         self._broken: tuple[Job, str] | None = None
         self._forgivable = False  # what broke the window was the first in it: nothing had been accumulated
+        self.last: str | None = None  # the operation that had its turn last
         self.inherited: str | None = None  # how the window of a loaded state was broken
         self.stale_gradients = False  # a window ended without its step: what it accumulated must go
 
     def put(self, job: Job) -> None:
         if job.kind is ForwardBackward and self._broken and self._broken[0].promise.told:
-            job.knows_of = self._broken[0]
+            job.knows_of |= {self._broken[0].future_id}
         self._jobs.append(job)
 
     def check_room(self) -> None:
@@ -80,6 +84,11 @@ class JobQueue:
         """Return the next job that is still wanted; cancelled ones leave their mark on the window."""
         while self._jobs:
             job = self._jobs.popleft()
+            self.last = job.future_id
+            if job.past is not None and job.past.started:
+                self._forgive(job)
+            if job.past is not None:
+                return job
             if job.promise.start():
                 self._forgive(job)
                 return job
@@ -92,7 +101,7 @@ class JobQueue:
         What was queued behind a failure, unaware of it, depends on it. Who has been told, and goes on, does not, as
         long as no gradient is dropped by it: a cell that failed is mended and run again.
         """
-        if self._forgivable and self._broken is not None and job.knows_of is self._broken[0]:
+        if self._forgivable and self._broken is not None and self._broken[0].future_id in job.knows_of:
             self._broken = None
 
     @property
@@ -118,6 +127,11 @@ class JobQueue:
             self._broken, self._forgivable = (job, how), first
         elif job.kind is OptimStep:
             self._broken, self.inherited, self.stale_gradients = None, None, True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the open window is missing, but for what a loaded state lacked already."""
+        return self._broken is None
 
     @property
     def broken(self) -> str | None:

@@ -16,8 +16,10 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.auditor import Auditor
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.executor import Executor
+from tensafe_nb.core.past import Keeper, Resumed, Told
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, JobQueue
+from tensafe_nb.engine import state as states
 from tensafe_nb.engine.canaries import audit
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.estimate import estimate
@@ -50,7 +52,14 @@ from tensafe_nb.losses import Loss
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.charges import LedgerLog
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
-from tensafe_nb.protocol.operations import Operation, SaveState
+from tensafe_nb.protocol.operations import (
+    ForwardBackward,
+    FreezeReference,
+    LoadState,
+    Operation,
+    OptimStep,
+    SaveState,
+)
 from tensafe_nb.protocol.results import (
     ClientStatus,
     FutureStatus,
@@ -105,6 +114,18 @@ class Origin:
         return self.saved.outcome().artifact_id
 
 
+OF_MODEL = ("device", "precision", "context", "trained_parameters")  # what there is to tell of a loaded model
+
+
+def lost_to_privacy(job: Job) -> FutureFailedError:
+    """Return what becomes of a private client's operation that ran or waited as its process ended."""
+    return FutureFailedError(
+        f"{job.kind.verb} was lost: the server ended before it was done, and private training is never repeated, which "
+        f"would spend privacy twice. The weights are those of the last step that ended, and a draw that was made is "
+        f"paid for, once. Go on with the next draw."
+    )
+
+
 loaded_models: "weakref.WeakSet[Any]" = weakref.WeakSet()  # of this process
 
 
@@ -122,6 +143,8 @@ class Worker:
         vault: Where states are kept, and what happened is written down.
         ledger: Where the tenant's privacy accounts are.
         origin: Where it starts; afresh when None.
+        keeper: Keeps it for a process to come; None lets it end with this one.
+        resumed: What an earlier process has left of it: its model is loaded when there is something to do.
         served: Its tokenizer is given to nobody in this process.
     """
 
@@ -134,6 +157,8 @@ class Worker:
         vault: Vault,
         ledger: LedgerLog,
         origin: Origin | None = None,
+        keeper: Keeper | None = None,
+        resumed: Resumed | None = None,
         *,
         served: bool = False,
     ) -> None:
@@ -159,8 +184,8 @@ class Worker:
         self._holders = [training_client_id]
         self._default_loss = default_loss
         self._vault = vault
-        private = config.dp_config is not None and config.dp_config.enabled
-        self._auditor = Auditor(vault.audit, training_client_id, private=private)
+        self._private = config.dp_config is not None and config.dp_config.enabled
+        self._auditor = Auditor(vault.audit, training_client_id, private=self._private)
         self._guarantee = Guarantee(ledger, config, training_client_id)
         self._ledger = ledger
         self._origin, self._source = origin, None if origin is None else origin.source
@@ -168,12 +193,46 @@ class Worker:
         self._changing = threading.RLock()
         self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
         self._submitting = threading.RLock()
+        self._told = Told(bus)  # what operations tell
+        self._keeper = keeper
+        self._base: str | None = None  # the automatic checkpoint that it can be brought back from
+        self._interrupted: Resumed | None = None
+        self._moved = False  # since that checkpoint
+        self._to_go = self._wanted = self._stopped = self._repeating = False
+        self._back: Promise[None] = Promise()  # ends when the model is in memory
+        if resumed is not None:
+            self._resume(resumed)
         models.import_transformers()  # on the caller's thread
         self._thread = threading.Thread(
             target=self._main, name=f"tsnb-worker-{training_client_id}", daemon=True
         )
-        self._loaded.owner = self._thread
+        self._loaded.owner = self._back.owner = self._thread
         self._thread.start()
+
+    def _resume(self, left: Resumed) -> None:
+        """Take over what an earlier process has left: on the caller's thread, before this one's begins."""
+        info = left.info
+        self.created_at, self._reached = info.created_at, (info.step, info.policy_version)
+        self.status, self.reason = ClientStatus(info.status), info.reason
+        self._model = {name: getattr(info, name) for name in OF_MODEL}
+        self._guarantee.metrics = info.dp_metrics
+        self._base, self._failure = left.base, left.failure
+        self._interrupted = left
+        for job in left.jobs:
+            job.promise.owner = None
+            self._promises[job.future_id] = job.promise
+            self._queue.put(job)
+            self._moved |= job.past is not None
+            if self._private and job.past is None and job.kind in (ForwardBackward, OptimStep):
+                job.refusal = lost_to_privacy(job)
+        self._repeating = self._moved
+        made, unit = left.draws
+        if made:  # the ledger says which of them are paid for; the others are, with the next
+            charged = self._vault.audit.entries(self.training_client_id, "dp_charge", made, 0)
+            for _ in range(made - len(charged)):
+                self._guarantee.enter_draw(unit)
+        if self.status is ClientStatus.READY:
+            self._loaded.succeed(self.info())
 
     # called from any thread
 
@@ -185,6 +244,16 @@ class Worker:
     def subscribe(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` on every event; see `EventBus.subscribe`."""
         return self.bus.subscribe(subscriber, after)
+
+    def publish_all(self, events: Sequence[Event], before: Callable[[int], object]) -> int:
+        """Number and record what a run tells; see `EventBus.publish_all`.
+
+        Raises:
+            ValidationError: An event that is the core's own to tell.
+        """
+        for event in events:
+            check_reported(event)
+        return self.bus.publish_all(events, before)
 
     def publish(self, event: Event) -> Event:
         """Number and record what a run tells.
@@ -207,9 +276,20 @@ class Worker:
 
     def tokenizer(self) -> Any:
         """Return the model's tokenizer; waits until the model is loaded."""
+        if self._tokenizer is None:
+            self._bring_back()
+        return self._tokenizer
+
+    def _bring_back(self) -> None:
+        """Wait until the model is in memory."""
         self._loaded.wait()
         self._loaded.outcome()
-        return self._tokenizer
+        with self._changing:
+            back = self._back
+            self._wanted = not back.done
+        self._wakes.put(None)
+        back.wait()
+        back.outcome()
 
     def attach(self) -> bool:
         """Count one more client at the other end of the line; False if the end has begun."""
@@ -217,6 +297,11 @@ class Worker:
             if not self._closing:
                 self._holders.append(self.training_client_id)
             return not self._closing
+
+    def remember(self, job: Job) -> FutureHandle[Any]:
+        """Return a handle of an operation that an earlier process was given."""
+        self._promises[job.future_id] = job.promise
+        return self.handle_of(job)
 
     def promise_of(self, future_id: str) -> Promise[Any] | None:
         """Return the promise of an operation, as long as somebody keeps its handle or it is to run."""
@@ -227,34 +312,52 @@ class Worker:
         """How many operations wait."""
         return self._queue.depth
 
-    def submit(self, operation: Operation[R], future_id: str | None = None) -> FutureHandle[R]:
+    def submit(
+        self,
+        operation: Operation[R],
+        future_id: str | None = None,
+        before: Callable[[Job], object] = lambda job: None,
+    ) -> FutureHandle[R]:
         """Put an operation at the end of the queue.
 
         Args:
             operation: The operation.
             future_id: Its id, where the submitter has named it already.
+            before: Called when it can be taken, before anything of it is told.
 
         Raises:
             ClientClosedError: The client is closed.
             QueueFullError: Too many wait already.
         """
-        return self._enter(Job.of(operation, self._default_loss), future_id)
+        return self._enter(self.job_of(operation), future_id, before)
 
-    def refuse(self, kind: type[Operation[R]], future_id: str, error: TGTinkerError) -> FutureHandle[R]:
+    def job_of(self, operation: Operation[Any]) -> Job:
+        """Return the job of an operation; see `Job.of`."""
+        return Job.of(operation, self._default_loss)
+
+    def refuse(
+        self,
+        kind: type[Operation[R]],
+        future_id: str,
+        error: TGTinkerError,
+        before: Callable[[Job], object] = lambda job: None,
+    ) -> FutureHandle[R]:
         """Let an operation that a server could not take fail in its turn: it breaks its window, and is on record."""
-        return self._enter(Job(None, kind, refusal=error), future_id)
+        return self._enter(Job(None, kind, refusal=error), future_id, before)
 
     def cancel(self, handles: Sequence[FutureHandle[Any]]) -> int:
         """Cancel several operations, in the order given; return how many were cancelled."""
         return sum(handle.cancel() for handle in handles)
 
-    def _enter(self, job: Job, future_id: str | None) -> FutureHandle[Any]:
+    def _enter(self, job: Job, future_id: str | None, before: Callable[[Job], object]) -> FutureHandle[Any]:
         job.future_id = future_id or job.future_id
         job.promise.owner = self._thread
-        self._promises[job.future_id] = job.promise
-        handle = self._handle_of(job)
+        handle = self.handle_of(job)
         with self._submitting:  # keeps the order of events; `_changing` is never held while publishing
             self._refuse_if_closed(job)
+            if self._failure is None:
+                before(job)
+            self._promises[job.future_id] = job.promise
             self.bus.publish(OperationQueued(future_id=job.future_id, operation=job.kind.verb))
             with self._changing:
                 failure, late = self._failure, self._closing
@@ -270,7 +373,7 @@ class Worker:
             self._cancel(job)
         return handle
 
-    def _handle_of(self, job: Job) -> FutureHandle[Any]:
+    def handle_of(self, job: Job) -> FutureHandle[Any]:
         """Return what is given out for a job: it keeps the result, and neither this worker nor its model."""
         line = weakref.ref(self)  # while the job is pending or runs, the thread keeps the worker
 
@@ -326,6 +429,7 @@ class Worker:
             dp_metrics=self._guarantee.metrics,
             policy_version=policy_version,
             source=self._source,
+            away=self.is_away,
             **self._model,
         )
 
@@ -337,7 +441,8 @@ class Worker:
     def _progress(self) -> tuple[int, int]:
         """Optimiser steps taken, and the version of the weights."""
         executor = self._executor
-        return self._reached if executor is None else (executor.step, executor.policy_version)
+        away = executor is None or self._repeating
+        return self._reached if away else (executor.step, executor.policy_version)  # type: ignore[union-attr]
 
     def enter_draw(self, unit: str) -> tuple[int, bytes]:
         """Number a Poisson draw that is about to be made, and give the key of its ticket's hashes; from any thread.
@@ -365,8 +470,7 @@ class Worker:
         Raises:
             ClientClosedError: The client is closed.
         """
-        self._loaded.wait()
-        self._loaded.outcome()
+        self._bring_back()
         with self._computing:
             executor = self._executor
             if executor is None or self._closing:
@@ -380,7 +484,7 @@ class Worker:
 
         A `save_state` that comes next is carried out: the checkpoint of a script that then fails is not lost.
         """
-        if os.getpid() != self._pid:
+        if os.getpid() != self._pid or self._stopped:
             return  # a forked child has no thread to end, and the log is its parent's
         with self._changing:
             self._closing = True
@@ -398,6 +502,27 @@ class Worker:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._announce(ClientStatus.TERMINATED)
+
+    def put_away(self) -> None:
+        """Let go of the model once nothing is to be done, behind a checkpoint: the next operation brings it back."""
+        self._to_go = self._keeper is not None
+        self._wakes.put(None)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the model is not in memory, and not on its way there."""
+        ended = self._closing or self._failure is not None
+        return self._executor is None and self._loaded.done and not ended
+
+    def stop(self) -> None:
+        """End the thread behind the operation that runs; what waits, and the training client, are left to their keeper.
+
+        A `save_state` that comes next is carried out, as it is when the client is closed.
+        """
+        with self._changing:
+            self._stopped = True
+        self._wakes.put(None)
+        self._thread.join()
 
     def hang_up(self) -> None:
         """Write out the log; nothing is recorded after this."""
@@ -430,14 +555,23 @@ class Worker:
 
     def _main(self) -> None:
         try:
-            if self._load():
+            if self._failure is not None:
+                self._die(self._failure)
+            elif self._loaded.done or self._load():  # one that was ready is brought back when it is needed
                 while (job := self._next()) is not None:
-                    self._run(job)
+                    if self._executor is None and not self._load():
+                        break
+                    if job.past is None:
+                        self._run(job)
+                    else:
+                        self._repeat(job)
         except BaseException as error:
             logger.exception("the worker of %s died", self.training_client_id)
             self._die(FutureFailedError(f"The worker of {self.training_client_id} died: {error!r}"))
         finally:
+            self._leave_state()
             self._free()
+            self._back.fail(ClientClosedError(f"The training client {self.training_client_id} is closed."))
             if not self._holders:
                 self.close()
                 self.hang_up()
@@ -474,19 +608,30 @@ class Worker:
                 "trained_parameters": sum(parameter.numel() for parameter in engine.parameters),
             }
             loaded_models.add(engine.model.causal)
-            self._executor = Executor(
-                engine, self._queue, self._vault, self._guarantee, self.bus, self.training_client_id
+            executor = Executor(
+                engine, self._queue, self._vault, self._guarantee, self._told, self.training_client_id
             )
-            if self._origin is not None:
-                self._executor.load_state(self._origin.artifact_id(), lenient_optimizer=True)
+            if self._base is not None and self._keeper is not None:
+                executor.take_back(self._keeper.states, self._base)
+            elif self._origin is not None:
+                self._told.silent = self.bus.history.state.loaded is not None
+                executor.load_state(self._origin.artifact_id(), lenient_optimizer=True)
+                self._told.silent = False
+                self._moved = True
+            self._executor = executor
         except Exception as error:  # noqa: BLE001  # whatever breaks a load becomes the client's state
             self._die(models.refuse(error, self.config.model_ref))
             return False
-        self._origin = None
-        self._announce(ClientStatus.READY)
+        if self.status is not ClientStatus.BUSY:
+            self._announce(ClientStatus.READY)
+        known = self.bus.history.state.privacy
         for event in self._guarantee.standing(engine.step):
-            self.bus.publish(event)
+            if known is None or known.total_epsilon != event.total_epsilon:
+                self.bus.publish(event)
         self._loaded.succeed(self.info())
+        self._back.succeed(None)
+        if self._origin is not None and self._base is None and self._keeper is not None:
+            self._keep()  # from here on it needs its source no more
         return True
 
     def _shared_model(self) -> LoadedModel | None:
@@ -509,6 +654,7 @@ class Worker:
             self._failure = failure
             doomed = self._queue.pending() + ([self._running] if self._running else [])
         self._loaded.fail(failure)
+        self._back.fail(failure)
         with ExitStack() as all_of_them:  # one that cannot be put on record keeps no other from its end
             for job in reversed(doomed):
                 all_of_them.callback(self._fail, job, failure)
@@ -520,10 +666,25 @@ class Worker:
             if self._is_left():
                 return None
             with self._changing:
-                self._running = self._queue.take()
+                if self._stopped and not self._saves_next():
+                    return None
+                away = self._executor is None
+                if not (away or self._closing) or self._queue.depth:  # what has ended brings no model back
+                    self._running = self._queue.take()
                 if self._running is not None or self._closing:
                     return self._running
+            if away and self._wanted:
+                if not self._load():
+                    return None
+                continue
+            if self._to_go and not away:
+                self._go()
+                continue
             self._wakes.get()
+
+    def _saves_next(self) -> bool:
+        pending = self._queue.pending()
+        return bool(pending) and pending[0].kind is SaveState and self._executor is not None
 
     def _is_left(self) -> bool:
         """Whether nobody can be reached by anything that runs or waits any more: then the end has begun."""
@@ -538,36 +699,101 @@ class Worker:
         return True
 
     def _run(self, job: Job) -> None:
-        self.status = ClientStatus.BUSY
-        self.bus.publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
+        self.status, self._moved, self._repeating = ClientStatus.BUSY, True, False
+        if self._interrupted is not None and self._interrupted.interrupted == job.future_id:
+            self._told.before = self._interrupted.told.copy()
+        self._told.publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
         self._carry_out(job)
+        self._told.before.clear()
         with self._changing:
             self._running = None
             if self._queue.depth == 0:
                 self.status = ClientStatus.READY
+        if self._keeper is not None and self._is_whole and self._keeper.is_due(whole=not self._accumulating):
+            self._keep()
+
+    def _repeat(self, job: Job) -> None:
+        """Bring about what an operation of an earlier process has left; nothing of it is told again."""
+        assert self._executor is not None and job.past is not None
+        self._told.silent = True
+        try:
+            with self._computing:
+                self._executor.repeat(job, job.past)
+        except Exception as error:
+            raise FutureFailedError(
+                f"{self.training_client_id} could not be brought back to where it was: {job.kind.verb} "
+                f"{job.future_id}, which had completed, now fails: {presentable(error)}"
+            ) from error
+        finally:
+            self._told.silent = False
+            job.let_go()
+            with self._changing:
+                self._running = None
+
+    # its state, kept for a process to come
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether a checkpoint can hold the state: no window is broken, and none of private training is open."""
+        if self._executor is None or (self._private and self._accumulating):
+            return False
+        return self._queue.is_whole
+
+    def _keep(self) -> None:
+        """Make an automatic checkpoint; where that cannot be done, the journal goes on from the one before."""
+        assert self._executor is not None and self._keeper is not None
+        try:
+            base = self._executor.keep(self._keeper.states)
+            self._keeper.kept(base, self._queue.last, self.info())
+        except (TGTinkerError, OSError) as error:
+            logger.error("no automatic checkpoint of %s: %s", self.training_client_id, error)
+        else:
+            self._base, self._moved = base, False
+
+    def _leave_state(self) -> None:
+        """Make a checkpoint at the end, so that nothing has to be repeated in the next process."""
+        if self._stopped and self._moved and self._is_whole and self._keeper is not None:
+            self._keep()
+
+    def _go(self) -> None:
+        """Let go of the model, if all of its state can be kept."""
+        self._to_go = False
+        if not self._is_whole:
+            return
+        if self._moved or self._base is None:
+            self._keep()
+        if self._base is None or self._moved:
+            return
+        with self._changing:
+            self._back, self._wanted = Promise(), False
+            self._back.owner = self._thread
+        with self._computing:
+            self._free()
 
     def _carry_out(self, job: Job) -> None:
         """Execute a job and end its promise: on record first, then in the log, then for whoever waits."""
-        started = time.perf_counter()
+        started, executing = time.perf_counter(), False
         try:
             self._auditor.catch_up()
             if job.refusal is not None:
                 raise job.refusal
             with self._computing:
+                executing = True
                 result = cast(Executor, self._executor).execute(job, self._tick(job))
         except FutureCancelledError:
             self._queue.mark_broken(job, "was cancelled", first=not self._accumulating)
             try:
-                self._note_cancelled(job)
+                self._note_cancelled(job, executed=executing)
             finally:
                 job.promise.cancel()
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
             self._queue.mark_broken(job, "failed", first=not self._accumulating)
-            self._fail(job, presentable(error))
+            self._fail(job, presentable(error), executed=executing)
         else:
             duration = time.perf_counter() - started
             try:
                 self._auditor.record(job, result)
+                self._keep_end(job, result, duration)
                 job.let_go()
                 self.bus.publish(
                     OperationFinished(future_id=job.future_id, operation=job.kind.verb, duration=duration)
@@ -589,14 +815,32 @@ class Worker:
 
         return tick
 
-    def _note_cancelled(self, job: Job) -> None:
+    def _keep_end(self, job: Job, outcome: object, duration: float = 0.0, *, executed: bool = False) -> None:
+        """Keep how an operation ended, before anybody is told; of what must not be repeated, the state behind it."""
+        keeper, executor, base = self._keeper, self._executor, None
+        if keeper is None:
+            return
+        streams = states.streams(executor.engine) if executed and executor is not None else None
+        once = (LoadState, OptimStep, FreezeReference) if self._private else (LoadState,)
+        try:
+            if isinstance(outcome, job.kind.result) and job.kind in once and executor is not None:
+                base = executor.keep(keeper.states)
+        except (TGTinkerError, OSError) as error:
+            logger.error("no automatic checkpoint of %s: %s", self.training_client_id, error)
+        keeper.ended(job, outcome, duration=duration, streams=streams, base=base, info=self.info())
+        if base is not None:
+            self._base, self._moved = base, False
+
+    def _note_cancelled(self, job: Job, *, executed: bool = False) -> None:
         self._auditor.record(job, FutureCancelledError("cancelled"))
+        self._keep_end(job, None, executed=executed)
         job.let_go()
         self.bus.publish(OperationCancelled(future_id=job.future_id, operation=job.kind.verb))
 
-    def _fail(self, job: Job, error: BaseException) -> None:
+    def _fail(self, job: Job, error: BaseException, *, executed: bool = False) -> None:
         try:
             self._auditor.record(job, error)
+            self._keep_end(job, error, executed=executed)
             job.let_go()
             code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
             self.bus.publish(

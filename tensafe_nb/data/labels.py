@@ -138,6 +138,24 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return [int(token) for token in prompt]  # type: ignore[arg-type]
 
 
+def check_context(what: str, length: int, new_tokens: int, context: int | None) -> None:
+    """Refuse a prompt of so many tokens that what is to be drawn does not fit behind it; None is no limit.
+
+    Raises:
+        ValidationError: With what would fit.
+    """
+    if context is None or length + new_tokens <= context:
+        return
+    room = context - length
+    advice = (
+        f"Set max_new_tokens to {room} or less, or shorten the prompt." if room > 0 else "Shorten the prompt."
+    )
+    raise ValidationError(
+        f"{what} has {length} tokens; with max_new_tokens={new_tokens} that is more than the model's context of "
+        f"{context}. {advice}"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
     """What ends an answer, beside the tokenizer's own end token: some tokens, and texts that are no token."""

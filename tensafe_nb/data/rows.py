@@ -244,7 +244,9 @@ def refuse_no_rows(source: Any, what: str) -> None:
             raise ValidationError(
                 f"{what}: a {name} is not iterable. Give [data[i] for i in range(len(data))]."
             )
-        raise ValidationError(f"{what}: a {name} is no list of rows. A single row goes in a list: [row].")
+        raise ValidationError(
+            f"{what}: what is of type {name} is no list of rows. A single row goes in a list: [row]."
+        )
     if is_chat(source) and all(isinstance(message.get("role"), str) for message in source):
         chat = "{'messages': messages}" if what == "rows" else "messages"
         raise ValidationError(f"{what}: this is one chat. Give a list of chats: [{chat}].")

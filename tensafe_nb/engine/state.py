@@ -90,28 +90,41 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
     Of private training, the open window is left out: its gradients carry no noise yet. So are the random streams: a
     private client draws from none that could be repeated.
     """
-    resumable = engine.training_step.resumable
-    random = engine.forward_pass.random if resumable else {}
-    window = engine.window if resumable else Window()
+    window = engine.window if engine.training_step.resumable else Window()
     facts = {
         "step": engine.step,
         "policy_version": engine.policy_version,
         "config": engine.config.model_dump(mode="json"),
         "base": fingerprint(engine),
-        "samples_drawn": engine.samples_drawn,
         "reference_version": engine.reference.version,
-        "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in random.items()},
         "window": {
             "weight": window.weight,
             "batches": window.batches,
             "prenormalised": window.prenormalised,
         },
-    }
+    } | streams(engine)
     trained = engine.model.trainable
     gradients = {name: p.grad for name, p in trained if p.grad is not None}
     moments = engine.optimizer.moments() if include_optimizer else None
     weights = {name: p.detach() for name, p in trained}
     return EngineState(facts, weights, moments, gradients, engine.reference.weights)
+
+
+def streams(engine: Engine) -> dict[str, Any]:
+    """Return where an engine's random streams stand, as plain data."""
+    random = engine.forward_pass.random if engine.training_step.resumable else {}
+    return {
+        "samples_drawn": engine.samples_drawn,
+        "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in random.items()},
+    }
+
+
+def restore_streams(engine: Engine, facts: Mapping[str, Any]) -> None:
+    """Let an engine's random streams go on from where `streams` found them."""
+    engine.samples_drawn = facts["samples_drawn"]
+    random = engine.forward_pass.random
+    for name in random.keys() & facts["random"].keys():
+        random[name] = torch.tensor(list(base64.b64decode(facts["random"][name])), dtype=torch.uint8)
 
 
 def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) -> None:
@@ -136,10 +149,7 @@ def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) ->
     engine.training_step.window = Window(**facts["window"])
     engine.optimizer.restore_moments((state.optimizer or {}) if keep_moments else {})
     if facts["config"]["seed"] == engine.config.seed:  # the streams belong to the seed
-        engine.samples_drawn = facts["samples_drawn"]
-        random = engine.forward_pass.random
-        for name in random.keys() & facts["random"].keys():
-            random[name] = torch.tensor(list(base64.b64decode(facts["random"][name])), dtype=torch.uint8)
+        restore_streams(engine, facts)
     engine.reference.restore(state.reference, facts["reference_version"])
     engine.optimizer.step = facts["step"]
     # A client that has trained gives the loaded weights a number of their own: a version never names two.

@@ -19,6 +19,7 @@ Lines: TypeAlias = Mapping[
 ]  # by label: one run, or several of which mean and band are drawn
 AXES: Mapping[Axis, str] = {"step": "step", "tokens": "tokens trained on", "time": "seconds"}
 SMOOTHING = 0.8  # that of the panel
+MARKED_ROWS = 6  # of checkpoints, one above the other
 WIDTH, HEIGHT = 6.4, 3.2  # inches of one panel
 STYLES = ("-", "--", ":", "-.")
 
@@ -66,14 +67,13 @@ def draw(
                 "linestyle": STYLES[number % len(STYLES)],
                 "label": named,
             }
-            measured = [reading for reading in lines[label] if name in reading.names]
+            measured = [reading for reading in lines[label] if reading.has(name)]
             if len(measured) > 1:
                 draw_band(place, measured, name, x, smoothing or 0.0, band, style)
             elif measured:
                 weight = SMOOTHING if smoothing is None else smoothing
                 draw_curve(place, measured[0], name, x, 0.0 if name.startswith("eval/") else weight, style)
-        if len(readings) == 1:
-            mark_checkpoints(place, readings[0], x)
+        mark_checkpoints(place, lines, x)
         place.set_xlabel(AXES[x])
         if x == "step" and axes is None:
             place.xaxis.get_major_locator().set_params(integer=True)
@@ -111,7 +111,7 @@ def _are_twins(panel: Sequence[str]) -> bool:
 
 
 def _measured_by_some(name: str, readings: Iterable[Reading]) -> bool:
-    return any(name in reading.names for reading in readings)
+    return any(reading.has(name) for reading in readings)
 
 
 def places_for(count: int, axes: Any) -> tuple[Any, list[Any]]:
@@ -203,13 +203,19 @@ def aligned(curves: Sequence[tuple[Array, Array]], *, exact: bool) -> tuple[Arra
     return grid, values
 
 
-def mark_checkpoints(place: Any, reading: Reading, x: Axis) -> None:
-    """Mark at the foot of a panel where checkpoints were saved."""
-    places = reading.places(x)
-    at = sorted({places[id(row)] for row in reading.checkpoints})
-    if at:
-        foot = {"transform": place.get_xaxis_transform(), "linestyle": "none", "color": "0.5"}
-        place.plot(at, [0.03] * len(at), marker="D", markersize=4, label="checkpoint", **foot)
+def mark_checkpoints(place: Any, lines: Lines, x: Axis) -> None:
+    """Mark at the foot of a panel where single runs saved checkpoints, each in the colour of its line, one row each."""
+    label: str | None = "checkpoint"
+    alone = [(number, group[0]) for number, group in enumerate(lines.values()) if len(group) == 1]
+    for row, (number, reading) in enumerate(alone):
+        places = reading.places(x)
+        at = sorted({places[id(saved)] for saved in reading.checkpoints})
+        if at:
+            color = f"C{number}" if len(lines) > 1 else "0.5"
+            foot = {"transform": place.get_xaxis_transform(), "linestyle": "none", "color": color}
+            height = 0.03 + 0.04 * (row % MARKED_ROWS)
+            place.plot(at, [height] * len(at), marker="D", markersize=4, label=label, **foot)
+            label = None  # once in the legend
 
 
 def stretches(at: Array, breaks: Sequence[float]) -> Iterable[Array]:

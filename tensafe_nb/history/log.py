@@ -1,5 +1,6 @@
 """The event log of a training client: every event on disk, every metric as a curve, and the state they add up to."""
 
+import difflib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from tensafe_nb.checks import checked
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.display import Facts, as_given, shown
-from tensafe_nb.errors import TGTinkerError, ValidationError, nearest
+from tensafe_nb.errors import LONGEST_NAME, TGTinkerError, ValidationError, nearest
 from tensafe_nb.events import Alarm, ClientCreated, Event, Metrics, Rollouts
 from tensafe_nb.history.branches import CLOCK, Branches, Span
 from tensafe_nb.history.measured import TOLD, Measured, Measurements, Reading
@@ -25,6 +26,7 @@ UNREADABLE = (
     TypeError,
     KeyError,
 )  # what reading a file that is no event log raises
+USUAL = ("loss", "reward", "learning_rate", "grad_norm", "param_delta_norm", "tokens", "epsilon")
 TIMED = "tokens"  # the curve whose points keep their moments as well, so that a rate can be told
 
 
@@ -73,8 +75,16 @@ class RunHistory(Measured):
         """Values of a metric, in order of time, those that a rollback gave up among them; none before the first.
 
         Raises:
-            ValidationError: Others were measured, and this one never; says the nearest. `series` is empty then.
+            ValidationError: Others were measured, and this one never; says the nearest. Before anything is measured,
+                a name that looks like a slip for one of the core's own. `series` is empty then.
         """
+        if not self._values and name not in USUAL and str(name).replace("_", "").isalpha():
+            close = difflib.get_close_matches(str(name)[:LONGEST_NAME].casefold(), USUAL, n=1, cutoff=0.85)
+            if close:
+                raise ValidationError(
+                    f"Nothing is measured yet, and {as_given(name)} looks like a slip for {close[0]!r}. A metric of "
+                    f"your own that is called so: history.series({as_given(name)})."
+                )
         if name not in self and self._values:
             raise ValidationError(f"Nothing has measured {as_given(name)}.{nearest(str(name), self.names)}")
         return self.series(name)[1]

@@ -232,17 +232,20 @@ class Reading:
         first = [name for name in (self.curve, f"eval/{self.curve}") if name in found]
         return [*first, *sorted(found - set(first))]
 
+    def has(self, name: str) -> bool:
+        """Whether a metric was measured."""
+        return any(name in row.values for rows in (self.rows, self.given_up) for row in rows)
+
     def check(self, names: Iterable[str]) -> None:
         """Refuse what was never measured.
 
         Raises:
             ValidationError: With the nearest name.
         """
-        known = self.names
         for name in names:
-            if name not in known:
+            if not self.has(name):
                 raise ValidationError(
-                    f"{self.label} has not measured {as_given(name)}.{nearest(str(name), known)}"
+                    f"{self.label} has not measured {as_given(name)}.{nearest(str(name), self.names)}"
                 )
 
     def table(self, names: str | Sequence[str] | None = None, abandoned: bool = False) -> Table:

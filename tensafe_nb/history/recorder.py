@@ -108,6 +108,13 @@ class Recorder:
         else:
             self._refused = False
 
+    def is_written(self) -> bool:
+        """Whether the system has all that was recorded; what a full disk has refused is tried again."""
+        with self._lock:
+            if self._refused and not self._log.closed:
+                self._write("")
+            return not self._refused or self._log.closed
+
     def subscribe(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:
         """Call `subscriber(event)` for every event: recorded ones above `after` first, then live ones.
 

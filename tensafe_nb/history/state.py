@@ -159,7 +159,9 @@ class RunSoFar:
         return median(latest) * (self.planned_steps - self.steps_done) if latest else None
 
     def turned(self, event: RunState) -> None:
-        """It entered a state."""
+        """It entered a state. From an end nothing leads back, whoever says so."""
+        if self.state.ended:
+            return
         self.state, self.reason, self.step = RunStatus(event.state), event.reason, event.step
         self.told_taken = event.taken
         self.ended_at = event.time if self.state.ended else None
@@ -284,6 +286,8 @@ class ClientState:
     def step_after(self, event: Event) -> int:
         """Return the client's optimiser step after an event; what loops measure is numbered by their own steps."""
         match event:
+            case RunState(run_id=run_id) if run_id in self.runs and self.runs[run_id].state.ended:
+                return self.step  # of somebody who has not heard of the end
             case StateLoaded(step=found) | RunState(step=found):
                 return found
             case Metrics(step=found, run_id=None) | CheckpointSaved(step=found):

@@ -111,7 +111,7 @@ class Table(Tabular):
 
     @checked
     def to_csv(self, path: str | Path) -> Path:
-        """Write a CSV file with a head, and return its path; numbers read back as they are.
+        """Write a CSV file with a head, and return its path; numbers read back as they are. Missing folders are made.
 
         Raises:
             ValidationError: Under differential privacy, a name that does not say "operator".
@@ -141,17 +141,18 @@ class Table(Tabular):
         return self._written(Path(path).expanduser(), content.getvalue())
 
     def _written(self, path: Path, content: str | bytes) -> Path:
-        if not self.operator_view:
-            with disk_errors(f"write {path}"):
-                path.write_bytes(content.encode() if isinstance(content, str) else content)
-            return path
-        if "operator" not in path.name:
+        if self.operator_view and "operator" not in path.name:
             named = path.with_name(f"{path.stem}.operator{path.suffix}").name
             raise ValidationError(
                 f"This training is private, and what it measured is the operator's view: it was computed from the "
                 f"training data, and epsilon does not cover it. Say so in the file's name, for instance {named!r}; "
                 f"only you will be able to read the file."
             )
+        with disk_errors(f"write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.operator_view:
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+                return path
         write_private(path, content)
         return path
 

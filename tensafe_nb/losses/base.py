@@ -24,7 +24,7 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses.views import LossOutputs
 from tensafe_nb.protocol.batch import TICKET, BatchData
-from tensafe_nb.protocol.losses import LossDeclaration
+from tensafe_nb.protocol.losses import LossDeclaration, no_such_loss
 from tensafe_nb.registry import Registry, check_keywords, name_of
 
 LossFunction: TypeAlias = Callable[..., "Tensor | Mapping[str, Any]"]
@@ -278,6 +278,8 @@ def resolve_loss(spec: "str | LossFunction | Loss", **kwargs: Any) -> Loss:
     """
     if isinstance(spec, Loss):
         return spec.bind(**kwargs)
+    if isinstance(spec, str) and ":" not in spec and spec not in _LOSSES:
+        raise no_such_loss(spec, _LOSSES)
     function = _LOSSES.resolve(spec)
     name = spec if isinstance(spec, str) else name_of(function)
     declaration = getattr(function, "declares", Declaration())

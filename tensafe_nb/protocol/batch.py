@@ -207,7 +207,8 @@ def next_token_labels(input_ids: Array, attention_mask: Array) -> Array:
 def _whole_numbers(value: ArrayLike, name: str) -> Array:
     array = array_of(value, name, equal_rows=True)
     if array.size and array.dtype.kind not in "iub":
-        raise ValidationError(f"BatchData.{name} holds {array.dtype}, expected whole numbers.")
+        held = {"U": "texts", "S": "bytes"}.get(array.dtype.kind, array.dtype)
+        raise ValidationError(f"BatchData.{name} holds {held}, expected whole numbers.")
     if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValidationError(f"BatchData.{name} holds {array.max()}, which no token id or label can be.")
     return array.astype(np.int64)

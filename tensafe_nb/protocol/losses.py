@@ -1,6 +1,6 @@
 """Declarations of losses, as plain data: by them a client refuses a wrong name or batch without torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -15,6 +15,43 @@ R = TypeVar("R")
 ALWAYS_ALLOWED = frozenset(
     {"example_ids", "unit_ids", "record_id", TICKET}
 )  # travel with a batch, no loss reads them
+
+FOREIGN = {  # what losses are called elsewhere
+    "cross_entropy": "token_ce",
+    "crossentropy": "token_ce",
+    "cross_entropy_loss": "token_ce",
+    "ce": "token_ce",
+    "nll": "token_ce",
+    "nll_loss": "token_ce",
+    "sft": "token_ce",
+    "causal_lm": "token_ce",
+    "mse_loss": "mse",
+    "l2": "mse",
+    "infonce": "contrastive",
+    "info_nce": "contrastive",
+    "margin": "margin_ranking",
+    "margin_ranking_loss": "margin_ranking",
+    "reinforce": "policy_reinforce",
+    "importance_sampling": "policy_is",
+    "ppo": "policy_clip",
+    "cispo": "policy_cispo",
+}
+_OF_YOUR_OWN = "It is not built in: write it as a function, and give it to @tn.register_loss"
+ELSEWHERE = {  # what is called a loss elsewhere, and is none here
+    "dpo": f"{_OF_YOUR_OWN}('dpo', group=2), so that a pair of rows stays together.",
+    "orpo": f"{_OF_YOUR_OWN}('orpo', group=2), so that a pair of rows stays together.",
+    "kto": f"{_OF_YOUR_OWN}('kto').",
+    "kl": "KL is a term of the losses of policies: loss_kwargs={'kl': {'coef': 0.01, 'estimator': 'k3'}}.",
+    "grpo": "It is an algorithm, not a loss: RLVRTrainer(…, algo='grpo').",
+}
+
+
+def no_such_loss(name: str, known: Iterable[str]) -> ValidationError:
+    """Return the error about the name of a loss, with what that means here, or else the nearest name."""
+    folded, known = name.casefold().replace("-", "_"), list(known)
+    meant = f" Here it is {FOREIGN[folded]!r}." if FOREIGN.get(folded) in known else ""
+    advice = meant or (f" {ELSEWHERE[folded]}" if folded in ELSEWHERE else nearest(name, known))
+    return ValidationError(f"There is no loss named {as_given(name)}.{advice}")
 
 
 @tagged("loss_declaration")
@@ -112,6 +149,6 @@ def check_loss(operation: Operation[Any], default: LossConfig, losses: Mapping[s
             f"sent. Take a registered name ({', '.join(sorted(losses))}), or train embedded: ServiceClient()."
         )
     if asked not in losses:
-        raise ValidationError(f"There is no loss named {as_given(asked)}.{nearest(asked, losses)}")
+        raise no_such_loss(asked, losses)
     losses[asked].check_keywords({**bound, **operation.loss_kwargs})
     losses[asked].check_batch(operation.batch)

@@ -434,6 +434,7 @@ class TrainingClientInfo:
         policy_version: Version of the weights.
         trained_parameters: How many numbers are trained; 0 before the model is loaded.
         source: Where it started; None afresh.
+        away: Whether a server has put its model away, for nobody used it; the next operation brings it back.
     """
 
     training_client_id: str
@@ -450,6 +451,7 @@ class TrainingClientInfo:
     policy_version: int = 0
     trained_parameters: int = 0
     source: StateSource | None = None
+    away: bool = False
 
 
 @tagged("step_estimate")

@@ -1,6 +1,6 @@
 """Protocols of a run: the loop that it drives, and what both need of a training client."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +31,7 @@ class RunClient(Protocol):
     def log_to(
         self, sink: Any, where: str | Path | None, *, samples: int, only: str | None, **options: Any
     ) -> Forwarding: ...
+    def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]: ...
     def sync_events(self) -> None: ...
     def wait_for_step(self, timeout: float) -> bool:
         """Wait so many seconds until `step` is known, which a restored client reads from its state."""

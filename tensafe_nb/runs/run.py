@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import secrets
 import threading
 import time
 import traceback
@@ -26,7 +27,7 @@ from tensafe_nb.errors import (
     TGTinkerError,
     ValidationError,
 )
-from tensafe_nb.events import RunConfigured, RunDescribed, RunState, RunStep
+from tensafe_nb.events import Event, RunConfigured, RunDescribed, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.measured import Measured, Reading
@@ -39,6 +40,12 @@ from tensafe_nb.runs.loop import Loop, RunClient
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
+
+SILENT_SECONDS = 60.0  # after which another client takes a run, with nothing in the queue, to have ended
+
+
+class TakenOverError(Exception):
+    """Another client has said that the run ended, and trains in its place."""
 
 
 class RunThread(threading.Thread):
@@ -99,12 +106,17 @@ class TrainingRun(Measured):
         self._steps_taken = 0  # before the last time it went back
         self._first_step, self._first_event = client.step, client.history.last_seq
         self._last_step_at = time.perf_counter()
+        self._driver = secrets.token_hex(6)
+        self._is_mine: bool | None = None  # whether the log lists this run, or another client's of this id
+        self._taken_over: str | None = None  # why another client has told its end
+        self._told_at = time.time()  # when it last asked whether it is still its turn, or took a step
+        self._unsubscribe = client.subscribe(self._hear)
         self._thread = RunThread(target=self._main, name=f"tsnb-run-{number}", daemon=True)
         loop.attach(self)
 
     @property
     def state(self) -> RunStatus:
-        """RUNNING, PAUSING, PAUSED, STOPPING, STOPPED, FINISHED or FAILED."""
+        """RUNNING, PAUSING, PAUSED, STOPPING, STOPPED, FINISHED or FAILED; INTERRUPTED if another client took over."""
         return self._state
 
     @property
@@ -180,7 +192,11 @@ class TrainingRun(Measured):
                 self._set_state(RunStatus.PAUSING)
 
     def resume(self) -> None:
-        """Go on after a pause."""
+        """Go on after a pause.
+
+        Raises:
+            ValidationError: Another client has taken over meanwhile: two would mix their steps.
+        """
         with self._changed:
             self._go_on(None)
 
@@ -189,7 +205,7 @@ class TrainingRun(Measured):
         """Take some steps, then pause.
 
         Raises:
-            ValidationError: Fewer than one step.
+            ValidationError: Fewer than one step; or another client has taken over meanwhile.
         """
         if not isinstance(steps, int) or steps < 1:
             raise ValidationError(f"run.step({as_given(steps)}): take a whole number of steps, at least one.")
@@ -197,6 +213,12 @@ class TrainingRun(Measured):
             self._go_on(steps)
 
     def _go_on(self, credit: int | None) -> None:
+        if self._taken_over is not None:
+            raise ValidationError(
+                f"The run {self.run_id} was interrupted at step {self.steps_done}: {self._taken_over}. It takes no "
+                f"step any more, so that two do not mix theirs. Start another: tc.fit(…, resume_from=…) goes on from "
+                f"one of its checkpoints, tc.fork() from the weights as they are."
+            )
         self._orders, self._ordered = self._orders + 1, credit
         self._wants_pause, self._credit = False, credit
         if self._state is RunStatus.PAUSING:
@@ -328,12 +350,27 @@ class TrainingRun(Measured):
             return self  # its thread keeps it anyway
         twin = copy.copy(self)
         behind: Any = getattr(self._client, "_left_behind", lambda: self._client)()
-        twin._client, twin._loop = behind, behind
+        twin._client, twin._loop, twin._unsubscribe = behind, behind, lambda: None
         return twin
+
+    def claim(self) -> None:
+        """Tell the log that this run goes on, and look what it told before; the core numbers what two tell at once.
+
+        Raises:
+            ValidationError: Another client has started a run in the same moment.
+        """
+        self._publish_state()
+        self._client.sync_events()
+        self._told_at = time.time()
+        if self._is_mine is False:
+            self._unsubscribe()
+            raise ValidationError(
+                f"Another client of {self._client.training_client_id} has just started a run, and two would mix their "
+                f"steps. Await that one, or stop it there; tc.fork() gives you a client of your own."
+            )
 
     def start(self) -> "TrainingRun":
         """Start the thread; called once, by the training client."""
-        self._publish_state()
         self._client.publish(RunConfigured(run_id=self.run_id, config=self._started_with))
         if self._description != RunDescribed(run_id=self.run_id):
             self._client.publish(self._description)
@@ -367,6 +404,8 @@ class TrainingRun(Measured):
                 self._loop.close()
         except DPBudgetExceededError as error:
             self._end_with_the_budget(error)
+        except TakenOverError:
+            self._end(RunStatus.INTERRUPTED, None, reason=self._taken_over)
         except BaseException as error:  # noqa: BLE001  # whatever the user's data or rewards raise ends this run, visibly
             by_stop = isinstance(error, FutureCancelledError | FutureFailedError | ClientClosedError)
             self._end(RunStatus.STOPPED if self._wants_stop and by_stop else RunStatus.FAILED, error)
@@ -432,7 +471,13 @@ class TrainingRun(Measured):
         if self._wants_pause or self._credit == 0:
             self._collect_all()
             self._wait_while_paused()
+        silent = time.time() - self._told_at  # its machine slept, or a step took long
+        if self._taken_over is None and silent > SILENT_SECONDS / 2:
+            self.claim()
+        self._told_at = time.time()
         with self._changed:
+            if self._taken_over is not None:
+                raise TakenOverError
             if self._credit is not None:  # of `step(n)`: one is spent on the step that follows
                 self._credit -= 1
             return self._wants_stop
@@ -448,13 +493,24 @@ class TrainingRun(Measured):
         while not self._goes_on():
             self._serve()
             with self._changed:
-                self._changed.wait_for(lambda: self._goes_on() or bool(self._requests))
+                self._changed.wait_for(lambda: self._goes_on() or bool(self._requests), HEARTBEAT)
         with self._changed:
-            if self._state is RunStatus.PAUSED:
-                self._set_state(RunStatus.RUNNING)
+            going_on = self._state is RunStatus.PAUSED and self._taken_over is None
+            if going_on:
+                self._state = RunStatus.RUNNING
+        if going_on:
+            self.claim()
 
     def _goes_on(self) -> bool:
-        return self._wants_stop or not self._wants_pause
+        return self._wants_stop or not self._wants_pause or self._taken_over is not None
+
+    def _hear(self, event: Event) -> None:
+        """Take note of what the log tells of this run; waits for nobody, who may wait for the log."""
+        if isinstance(event, RunState) and event.run_id == self.run_id:
+            if self._is_mine is None:
+                self._is_mine = event.driver == self._driver
+            if self._is_mine and event.state == RunStatus.INTERRUPTED:  # which no run tells of itself
+                self._taken_over = event.reason or "another client told its end"
 
     def _collect(self) -> None:
         index, handles = self._inflight[0]
@@ -567,6 +623,7 @@ class TrainingRun(Measured):
             self._serve()
             self._client.sync_events()
         finally:  # whoever waits is told, whatever happens to the log
+            self._unsubscribe()
             settle(self)  # the cell that waits ends after its outputs show the end
             if failed and error is not None:
                 forget_frames(error)
@@ -591,6 +648,8 @@ class TrainingRun(Measured):
             self._publish_state(reason)
 
     def _publish_state(self, reason: str | None = None) -> None:
+        if self._is_mine is False or self._taken_over is not None:
+            return  # the run that the log lists is another's, or has ended there
         self._client.publish(
             RunState(
                 run_id=self.run_id,
@@ -601,6 +660,7 @@ class TrainingRun(Measured):
                 done=self.steps_done,
                 taken=self.steps_taken,
                 curve=self.curve,
+                driver=self._driver,
             )
         )
 

@@ -13,9 +13,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.errors import FutureFailedError, TGTinkerError
 from tensafe_nb.protocol import wire
-from tensafe_nb.server.clients import error_of
 
 PREFIX = "/api/v1"
 VERSION = importlib.metadata.version("tensafe_nb")
@@ -126,3 +125,23 @@ def add_error_handlers(app: FastAPI) -> None:
     async def foreign(request: Request, _: Exception) -> Json:
         message = "The server failed at this request; its log says why, under this request's id."
         return said(request, 500, "server_error", message)
+
+
+def error_of(error: BaseException | None) -> dict[str, Any]:
+    """Return an error as it is sent: never a traceback; of a foreign exception its name and its text."""
+    if not isinstance(error, TGTinkerError):
+        error = FutureFailedError(f"The operation failed: {type(error).__name__}: {error}")
+    details = {name: value for name, value in error.details.items() if is_plain(value)}
+    return {"code": error.code, "message": error.message, "details": details, "request_id": error.request_id}
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is JSON as it is."""
+    match value:
+        case None | bool() | str() | int() | float():
+            return True
+        case list() | tuple():
+            return all(is_plain(item) for item in value)
+        case dict():
+            return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    return False

@@ -34,6 +34,7 @@ def create_app(
     losses: Sequence[str] = (),
     root_path: str = "",
     identity: WhoIs | None = None,
+    idle_after: float | None = None,
 ) -> FastAPI:
     """Return the server as an ASGI application.
 
@@ -47,15 +48,19 @@ def create_app(
         losses: Dotted paths of losses that may be used all the same: "pkg.mod:attr".
         root_path: The path under which a proxy offers it.
         identity: Who says whose a token is; without one, the tokens do.
+        idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
     """
     quotas = Quotas(limits or Limits(), tokens.limits)
-    service = Service(home, models, hub_models, quotas, losses)
+    service = Service(home, models, hub_models, quotas, losses, idle_after)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with ThreadPoolExecutor(THREADS, thread_name_prefix="server") as threads:
             asyncio.get_running_loop().set_default_executor(threads)
+            await asyncio.to_thread(service.resume)
+            house = asyncio.create_task(service.keep_house())
             yield
+            house.cancel()
             await service.drain()
 
     app = FastAPI(

@@ -2,17 +2,26 @@
 
 import asyncio
 import json
+import logging
 import threading
+import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import dropwhile
 from typing import Any
 
+from tensafe_nb.core.queue import Job
 from tensafe_nb.core.worker import Worker
-from tensafe_nb.errors import FutureFailedError, NotFoundError, TGTinkerError, ValidationError
+from tensafe_nb.errors import (
+    FutureFailedError,
+    NotFoundError,
+    StorageError,
+    TGTinkerError,
+    ValidationError,
+    error_of_code,
+)
 from tensafe_nb.events import (
     Event,
     OperationCancelled,
@@ -24,8 +33,12 @@ from tensafe_nb.events import (
 from tensafe_nb.futures import FutureHandle, promise_of
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import encode
-from tensafe_nb.protocol.operations import ForwardBackward, Operation, Sample, SaveState
-from tensafe_nb.protocol.results import FutureStatus
+from tensafe_nb.protocol.operations import VERBS, ForwardBackward, Operation, Sample
+from tensafe_nb.protocol.results import ClientStatus, FutureStatus
+from tensafe_nb.server.answers import STATUS, error_of
+from tensafe_nb.server.journal import Journal, Record
+
+logger = logging.getLogger(__name__)
 
 KEPT_HANDLES = 2_000  # of operations that have ended: their results can still be fetched
 KEPT_ANSWERS = 4_096  # of one submitter: a repeated submission gets the first answer
@@ -35,6 +48,7 @@ MOST_BEHIND = (
     50_000  # events a stream's reader may be behind: then it ends, and begins again where the reader stands
 )
 LONGEST_DRAIN = 60.0  # s that what runs may take when the server stops
+RETRY = 0.5  # s between tries to write what a full disk has refused
 HEARTBEAT = 10.0  # s between signs of life
 INLINE = 1 << 16  # bytes of JSON: a larger result is fetched by its future's id
 ENDS = (OperationFinished, OperationFailed, OperationCancelled)
@@ -53,6 +67,38 @@ class Answer:
     status: int
     content: dict[str, Any]
     in_turn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a submission stands among those of its kernel, and what it says beside its operation.
+
+    Attributes:
+        verb: Of the operation, should its body not be readable.
+        submitter: The kernel; None for a caller that keeps no order, such as curl.
+        number: 1, 2, 3, …
+        future_id: The operation's id, made by the kernel.
+        knows_of: Failed operations of which it has been told since its last submission.
+        cancelled: It was cancelled on its way.
+    """
+
+    verb: str
+    submitter: str | None = None
+    number: int | None = None
+    future_id: str | None = None
+    knows_of: tuple[str, ...] = ()
+    cancelled: bool = False
+
+    @property
+    def for_journal(self) -> dict[str, Any]:
+        """What of it has to outlive the process."""
+        turn = (self.submitter, self.number) if self.number is not None else (None, None)
+        return {
+            "submitter": turn[0],
+            "number": turn[1],
+            "knows_of": list(self.knows_of),
+            "cancelled": self.cancelled,
+        }
 
 
 @dataclass(slots=True)
@@ -107,14 +153,31 @@ class ServedClient:
 
     Args:
         channel: Its core.
+        journal: What it is brought back from, should this process be killed.
     """
 
-    def __init__(self, channel: Worker) -> None:
-        self.channel, self.hung_up = channel, False
+    def __init__(self, channel: Worker, journal: Journal) -> None:
+        self.channel, self.journal, self.hung_up = channel, journal, False
+        self.used_at = time.monotonic()
+        self.recalled = not journal.results  # what ended in an earlier process has handles here
         self._submitters: dict[str, Submitter] = {}
         self._handles: OrderedDict[str, FutureHandle[Any]] = OrderedDict()
         self._arrivals: dict[str, asyncio.Event] = {}
         self._readers: set[asyncio.Queue[Event | dict[str, Any] | None]] = set()
+        for name, known in journal.submitters.items():
+            answers = OrderedDict((number, answer_of(answer)) for number, answer in known.answers)
+            self._submitters[name] = Submitter(known.next, answers=answers)
+
+    def recall(self) -> None:
+        """Make handles of the operations that ended in an earlier process."""
+        if not self.recalled:
+            self.recalled, since = True, self._handles
+            self._handles = OrderedDict()
+            for name, record in self.journal.results.items():
+                if name not in since:
+                    self._handles[name] = self.channel.remember(ended_job(record))
+            self._handles |= since
+            self.journal.results.clear()
 
     @property
     def held(self) -> int:
@@ -133,8 +196,10 @@ class ServedClient:
 
         async def lost(missing: int) -> None:
             error = FutureFailedError(f"Submission {missing} of {submitter} never came.")
-            await self.refuse(ForwardBackward, f"fut-lost-{missing}", error)
+            place = Place(ForwardBackward.verb, submitter, number - 1, f"fut-lost-{uuid.uuid4().hex[:12]}")
+            self.refuse(place, error)
 
+        self.used_at = time.monotonic()
         return await self._submitters.setdefault(submitter, Submitter()).in_turn(number, submit, lost)
 
     def may_refuse(self, submitter: str, number: int) -> bool:
@@ -145,37 +210,78 @@ class ServedClient:
     async def submit(
         self,
         operation: Operation[Any],
-        future_id: str | None = None,
-        knows_of: Iterable[str] = (),
-        *,
-        cancelled: bool = False,
+        place: Place,
+        form: tuple[str, bytes] | None = None,
     ) -> FutureHandle[Any]:
         """Queue an operation.
 
         Args:
             operation: The operation.
-            future_id: As its submitter named it; None names it here.
-            knows_of: Failed operations of which its submitter has been told since it last submitted one.
-            cancelled: It was cancelled on its way, and only leaves its mark.
+            place: Whose it is, and where it stands among its submitter's; without a future id it is named here.
+            form: Its media type and its body, as they came.
+
+        Raises:
+            ValidationError: Another operation has its future id.
+            StorageError: It cannot be written down.
         """
-        for name in knows_of:
-            if name in self._handles:
-                promise_of(self._handles[name]).told = True
-        future_id = future_id or f"fut-{uuid.uuid4().hex[:12]}"
-        # on the loop itself: it takes 0.1 ms and waits for no disk, and a thread would take longer to be woken
-        handle = self._keep(self.channel.submit(operation, future_id))
+        self.used_at = time.monotonic()
+        future_id = place.future_id or f"fut-{uuid.uuid4().hex[:12]}"
+        if self._is_known(future_id):
+            raise ValidationError(f"There was an operation {future_id!r} before: each has an id of its own.")
+        for name in place.knows_of:
+            handle = self.handle(name)
+            if handle is not None:
+                promise_of(handle).told = True
+        media_type, body = wire.pack(operation) if form is None else form
+
+        def write(job: Job) -> None:
+            self.journal.submitted(place.for_journal, operation.verb, media_type, body, job)
+            if (
+                job.kind is ForwardBackward
+            ):  # what failed may have to be brought back first, and be known all the same
+                job.knows_of = self.journal.known_to(future_id)
+
+        # on the loop itself: it takes 0.2 ms and waits for no disk, and a thread would take longer to be woken
+        handle = self.keep(self.channel.submit(operation, future_id, write))
         if isinstance(operation, Sample) and operation.stream:
             self._pass_pieces_on(handle)
-        if cancelled:
+        if place.cancelled:
             await asyncio.to_thread(handle.cancel)
         return handle
 
-    async def refuse(self, kind: type[Operation[Any]], future_id: str, error: TGTinkerError) -> bool:
-        """Let what could not be taken fail in its turn, and its step with it. False if the client is closed."""
+    def refuse(self, place: Place, error: TGTinkerError) -> bool:
+        """Let what could not be taken fail in its turn, and its step with it. False if that cannot be."""
+        future_id = place.future_id
+        if future_id is None or place.verb not in VERBS or self._is_known(future_id):
+            return False
+
+        def write(job: Job) -> None:
+            try:
+                self.journal.refused(place.for_journal, place.verb, job.future_id, error)
+            except StorageError as full:  # after a restart its number counts as lost, and fails as well
+                logger.error("a refusal cannot be written down: %s", full)
+
         with suppress(TGTinkerError):  # a closed client takes nothing more
-            self._keep(self.channel.refuse(kind, future_id, error))
+            self.keep(self.channel.refuse(VERBS[place.verb], future_id, error, write))
             return True
         return False
+
+    def _is_known(self, future_id: str) -> bool:
+        return self.handle(future_id) is not None or future_id in self.journal.waiting
+
+    def publish(self, events: Sequence[Event], submitter: str | None, number: int | None) -> int:
+        """Number and record what a run tells, and return the last number.
+
+        Raises:
+            ValidationError: An event that is the core's own to tell.
+        """
+        told = [encode(event) for event in events]
+        try:
+            return self.channel.publish_all(
+                events, lambda first: self.journal.publishing(submitter, number, first, told)
+            )
+        finally:
+            self.journal.published()
 
     def _pass_pieces_on(self, handle: FutureHandle[Any]) -> None:
         """Put the pieces of a sample on the streams there are, between the events: neither stored nor numbered."""
@@ -194,7 +300,14 @@ class ServedClient:
         promise.watch(pass_on)
         pass_on()  # what was drawn before this
 
-    def _keep(self, handle: FutureHandle[Any]) -> FutureHandle[Any]:
+    def enter_draw(self, unit: str) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made; see `Worker.enter_draw`."""
+        numbered = self.channel.enter_draw(unit)
+        self.journal.drawn(unit)  # before anybody can draw with it
+        return numbered
+
+    def keep(self, handle: FutureHandle[Any]) -> FutureHandle[Any]:
+        """Keep the handle of an operation for whoever asks for its result."""
         self._handles[handle.future_id] = handle
         if handle.future_id in self._arrivals:
             self._arrivals.pop(handle.future_id).set()
@@ -204,6 +317,7 @@ class ServedClient:
 
     def handle(self, future_id: str) -> FutureHandle[Any] | None:
         """Return the handle of an operation, as long as it is kept."""
+        self.recall()
         return self._handles.get(future_id)
 
     async def arrived(self, future_id: str) -> FutureHandle[Any]:
@@ -212,7 +326,7 @@ class ServedClient:
         Raises:
             NotFoundError: It did not come.
         """
-        if future_id not in self._handles:
+        if self.handle(future_id) is None:
             coming = self._arrivals.setdefault(future_id, asyncio.Event())
             with suppress(TimeoutError):
                 async with asyncio.timeout(LONGEST_WAY):
@@ -226,6 +340,7 @@ class ServedClient:
 
     async def cancel(self, future_ids: Iterable[str]) -> int:
         """Cancel operations, in the order given; return how many were."""
+        self.recall()
         found = [self._handles[name] for name in future_ids if name in self._handles]
         return await asyncio.to_thread(lambda: sum(handle.cancel() for handle in found))
 
@@ -254,6 +369,9 @@ class ServedClient:
                     yield {}
                     continue
                 if isinstance(event, Event):
+                    while not self.channel.bus.is_written():  # the disk is full: the number is not final yet
+                        yield {}
+                        await asyncio.sleep(RETRY)
                     yield await self._told(event)
                 elif event is not None:
                     yield event
@@ -264,7 +382,7 @@ class ServedClient:
     async def _told(self, event: Event) -> dict[str, Any]:
         item: dict[str, Any] = {"event": encode(event)}
         if isinstance(event, ENDS):
-            handle = self._handles.get(event.future_id)
+            handle = self.handle(event.future_id)
             if handle is not None:
                 await ended(handle)
                 item["outcome"] = outcome_of(handle)
@@ -274,24 +392,68 @@ class ServedClient:
 
     # its end
 
+    def put_away_if_idle(self, seconds: float | None) -> None:
+        """Let go of the model where nobody has used it for so long; the next operation brings it back."""
+        info = self.channel.info()
+        if info.queue_depth or info.status == ClientStatus.INITIALIZING:
+            self.used_at = time.monotonic()
+        elif seconds is not None and not info.away and time.monotonic() - self.used_at > seconds:
+            self.channel.put_away()
+
     async def drain(self) -> None:
-        """Finish what runs, and the checkpoint that comes next; cancel what waits behind it."""
-        undone = [handle for handle in self._handles.values() if not handle.done()]
-        waiting = dropwhile(
-            lambda handle: handle.state is FutureStatus.RUNNING or handle.operation == SaveState.verb, undone
-        )
-        for handle in reversed(list(waiting)):
-            await asyncio.to_thread(handle.cancel)
-        for handle in undone:
-            await ended(handle, LONGEST_DRAIN)
-        await asyncio.to_thread(self.channel.close)
+        """Finish what runs, and the checkpoint that comes next; what waits behind it goes on when the server is back.
+
+        What takes too long is left to be begun again, as if the server had been killed.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LONGEST_DRAIN):
+                await asyncio.to_thread(self.channel.stop)
 
     def hang_up(self) -> None:
-        """Write out the log and end the streams; what runs tell after this is not recorded."""
+        """Write out log and journal and end the streams; what runs tell after this is not recorded."""
         self.channel.hang_up()
         self.hung_up = True
+        if self.channel.status is ClientStatus.TERMINATED:
+            self.journal.remove()
+        else:
+            self.journal.close()
         for reader in self._readers:
             reader.put_nowait(None)
+
+
+def answer_of(kept: Mapping[str, Any]) -> Answer:
+    """Return what a submission was answered with in an earlier process."""
+    if "seq" in kept:
+        return Answer(200, dict(kept))
+    if kept["error"] is not None:
+        return Answer(STATUS.get(kept["error"]["code"], 500), {"error": kept["error"]}, in_turn=True)
+    return Answer(202, taken(kept["future_id"], kept["verb"], kept["at"], FutureStatus.PENDING, None))
+
+
+def taken(future_id: str, verb: str, at: float, state: FutureStatus, position: int | None) -> dict[str, Any]:
+    """Return the content of the answer to a submission that was taken."""
+    return {
+        "future_id": future_id,
+        "status": str(state),
+        "operation": verb,
+        "created_at": at,
+        "queue_position": position,
+    }
+
+
+def ended_job(record: Record, job: Job | None = None) -> Job:
+    """Return the job of an operation that ended in an earlier process, as it ended."""
+    job = job or Job(None, VERBS[record["verb"]], future_id=record["future_id"])
+    promise = job.promise
+    if record["started"]:
+        promise.start()
+    if record["error"] is not None:
+        promise.fail(error_of_code(**record["error"]))
+    elif record["type"] is not None:
+        promise.succeed(wire.unpack(record["type"], record.body))
+    else:
+        promise.cancel()
+    return job
 
 
 async def ended(handle: FutureHandle[Any], seconds: float | None = None) -> bool:
@@ -331,23 +493,3 @@ def outcome_of(handle: FutureHandle[Any]) -> dict[str, Any]:
     if promise.state is FutureStatus.FAILED:
         return outcome | {"error": error_of(promise.error)}
     return outcome
-
-
-def error_of(error: BaseException | None) -> dict[str, Any]:
-    """Return an error as it is sent: never a traceback; of a foreign exception its name and its text."""
-    if not isinstance(error, TGTinkerError):
-        error = FutureFailedError(f"The operation failed: {type(error).__name__}: {error}")
-    details = {name: value for name, value in error.details.items() if is_plain(value)}
-    return {"code": error.code, "message": error.message, "details": details, "request_id": error.request_id}
-
-
-def is_plain(value: object) -> bool:
-    """Whether a value is JSON as it is."""
-    match value:
-        case None | bool() | str() | int() | float():
-            return True
-        case list() | tuple():
-            return all(is_plain(item) for item in value)
-        case dict():
-            return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
-    return False

@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +23,8 @@ from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.operations import VERBS, Operation
 from tensafe_nb.protocol.results import StateSource
-from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, of_type, packed
-from tensafe_nb.server.clients import Answer, ServedClient, ended, error_of, outcome_of
+from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, error_of, of_type, packed
+from tensafe_nb.server.clients import Answer, Place, ServedClient, ended, outcome_of, taken
 from tensafe_nb.server.guard import MOST_BODY_BYTES, BodyTooLargeError
 from tensafe_nb.server.service import Service, Tenant
 
@@ -35,6 +35,7 @@ OPERATOR = (
     "and takes draws to be what the client says"
 )
 TOGETHER = 0.01  # s within which what follows comes along in the same answer
+MOST_KEY = 64  # characters
 CLIENTS = "/training_clients"
 ONE = CLIENTS + "/{training_client_id}"
 RECORD = {  # the body of an operation: its record, with the arrays beside it or in it
@@ -58,27 +59,6 @@ SubmitterHeader = Annotated[str | None, Header(max_length=64)]
 NumberHeader = Annotated[int | None, Header(ge=1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a submission stands among those of its kernel, and what it says beside its operation.
-
-    Attributes:
-        verb: Of the operation, should its body not be readable.
-        submitter: The kernel; None for a caller that keeps no order, such as curl.
-        number: 1, 2, 3, …
-        future_id: The operation's id, made by the kernel.
-        knows_of: Failed operations of which it has been told since its last submission.
-        cancelled: It was cancelled on its way.
-    """
-
-    verb: str
-    submitter: str | None = None
-    number: int | None = None
-    future_id: str | None = None
-    knows_of: tuple[str, ...] = ()
-    cancelled: bool = False
-
-
 async def body_of(request: Request) -> bytes | TGTinkerError:
     """Read a body whole, before its turn comes; one that is too large is refused in its turn."""
     try:
@@ -88,32 +68,24 @@ async def body_of(request: Request) -> bytes | TGTinkerError:
 
 
 async def queue(
-    service: Service, tenant: Tenant, client: ServedClient, read: Callable[[], Operation[Any]], place: Place
+    service: Service,
+    tenant: Tenant,
+    client: ServedClient,
+    read: Callable[[], Operation[Any]],
+    place: Place,
+    form: tuple[str, bytes] | None = None,
 ) -> Answer:
     """Queue an operation, or let it fail in its turn."""
     try:
         operation = read()
         service.check_operation(tenant, operation)
-        handle = await client.submit(operation, place.future_id, place.knows_of, cancelled=place.cancelled)
+        handle = await client.submit(operation, place, form)
     except TGTinkerError as error:
         error.request_id = error.request_id or place.future_id
-        if (
-            place.number is not None
-            and place.future_id is not None
-            and place.verb in VERBS
-            and await client.refuse(VERBS[place.verb], place.future_id, error)
-        ):
-            return Answer(STATUS.get(error.code, 500), {"error": error_of(error)}, in_turn=True)
-        return Answer(STATUS.get(error.code, 500), {"error": error_of(error)})
+        in_turn = place.number is not None and client.refuse(place, error)
+        return Answer(STATUS.get(error.code, 500), {"error": error_of(error)}, in_turn)
     return Answer(
-        202,
-        {
-            "future_id": handle.future_id,
-            "status": str(handle.state),
-            "operation": handle.operation,
-            "created_at": time.time(),
-            "queue_position": handle.queue_position,
-        },
+        202, taken(handle.future_id, handle.operation, time.time(), handle.state, handle.queue_position)
     )
 
 
@@ -159,13 +131,19 @@ def add_clients(routes: APIRouter, service: Service) -> None:
 
     @routes.post(CLIENTS, status_code=201)
     async def create(request: Request, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
-        """Make a training client: `{"config": …, "source": …}`; returns before its model is loaded."""
+        """Make a training client: `{"config": …, "source": …, "key": …}`; returns before its model is loaded.
+
+        A key of the caller's own makes it safe to ask again: it names one training client.
+        """
         given = body.get("config", {})
         if not isinstance(given, dict):
             raise ValidationError("The config is a JSON object of the fields of TrainingConfig.")
         config = decode({"$": "training_config"} | given, TrainingConfig)
         source = None if body.get("source") is None else decode(body["source"], StateSource)
-        return described(await service.create(tenant_of(service, request), config, source))
+        key = body.get("key")
+        if not isinstance(key, str | None) or len(key or "") > MOST_KEY:
+            raise ValidationError(f"The key is a text of at most {MOST_KEY} characters.")
+        return described(await service.create(tenant_of(service, request), config, source, key))
 
     @routes.get(CLIENTS)
     async def list_clients(request: Request) -> list[Any]:
@@ -229,13 +207,15 @@ def add_operations(routes: APIRouter, service: Service) -> None:
             operation: Operation[Any] = wire.unpack(media_type, body, Operation)
             return operation
 
+        form = None if isinstance(body, TGTinkerError) else (media_type, body)
         if x_submitter is None or x_number is None or client.may_refuse(x_submitter, x_number):
             tenant.check_queue()
         if x_submitter is None or x_number is None:
-            answer = await queue(service, tenant, client, read, place)
+            answer = await queue(service, tenant, client, read, place, form)
         else:
+            service.refuse_if_draining()
             answer = await client.in_turn(
-                x_submitter, x_number, lambda: queue(service, tenant, client, read, place)
+                x_submitter, x_number, lambda: queue(service, tenant, client, read, place, form)
             )
         return answered(request, answer)
 
@@ -320,10 +300,10 @@ def add_stream(routes: APIRouter, service: Service) -> None:
     ) -> Response:
         """Take in what runs tell; the answer says which number the last of it was given."""
         client = client_of(service, request, training_client_id)
+        turn = (None, None) if x_number is None else (f"events of {x_submitter}", x_number)
 
         def all_of_them() -> int:
-            told = [decode(event, Event) for event in body]
-            return max((client.channel.publish(event).seq for event in told), default=0)
+            return client.publish([decode(event, Event) for event in body], *turn)
 
         async def publish() -> Answer:
             try:
@@ -389,8 +369,8 @@ def add_questions(routes: APIRouter, service: Service) -> None:
         request: Request, training_client_id: Id, unit: Annotated[str, Body(embed=True)]
     ) -> dict[str, Any]:
         """Number a Poisson draw that is about to be made: from now on it is owed."""
-        channel = client_of(service, request, training_client_id).channel
-        number, key = await asyncio.to_thread(channel.enter_draw, unit)
+        client = client_of(service, request, training_client_id)
+        number, key = await asyncio.to_thread(client.enter_draw, unit)
         return {"number": number, "key": key.hex()}
 
     @routes.post(ONE + "/estimate")

@@ -1,6 +1,8 @@
 """Tenants of a server: each with its training clients and its artifacts, and what it may have of them."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,11 +17,13 @@ from tensafe_nb.errors import (
     ValidationError,
 )
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.operations import Operation, Sample, SaveState
 from tensafe_nb.protocol.results import ClientStatus, StateSource
 from tensafe_nb.server.clients import ServedClient
 from tensafe_nb.server.figures import Figures
 from tensafe_nb.server.guard import MOST_BODY_BYTES
+from tensafe_nb.server.journal import Journal
 from tensafe_nb.server.limits import (
     Limits,
     Quotas,
@@ -27,14 +31,18 @@ from tensafe_nb.server.limits import (
     too_many_waiting,
     too_much_stored,
 )
-from tensafe_nb.store.home import Home
+from tensafe_nb.server.resuming import journals_of, resume
+from tensafe_nb.store.home import TENANT, Home
 from tensafe_nb.transports.embedded import EmbeddedTransport
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
 MOST_TOKENS = 1 << 16  # B × T of a batch
 MOST_RANK = 256
 MOST_SAMPLED = 1 << 21  # tokens that one sample() may draw, in all sequences together
+SYNC_SECONDS = 1.0
 LAST_WORDS = 30.0  # s for which a closed client still takes what its runs tell of their end
 
 
@@ -50,6 +58,7 @@ class Tenant:
         self.home, self._quotas = home, quotas
         self.transport = EmbeddedTransport(home, "file", served=True)
         self.clients: dict[str, ServedClient] = {}
+        self.made: dict[str, asyncio.Future[ServedClient]] = {}  # by the key of whoever asked
 
     def client(self, training_client_id: str) -> ServedClient:
         """Return one of its clients.
@@ -101,6 +110,33 @@ class Tenant:
             raise too_much_stored(stored, self.limits.stored_bytes)
         return self.limits.stored_bytes - stored
 
+    def create(self, config: TrainingConfig, source: StateSource | None, key: str | None) -> ServedClient:
+        """Make a training client; see `Service.create`."""
+        made: list[Journal] = []
+
+        def journal_of(training_client_id: str, config: TrainingConfig) -> Journal:
+            begun = {
+                "training_client_id": training_client_id,
+                "config": encode(config),
+                "source": encode(source),
+                "created_at": time.time(),
+                "key": key,
+                "failure": None,
+            }
+            folder, keys = self.home.journal(training_client_id), self.transport.vault.keys
+            made.append(Journal(folder, keys, self.home.tenant, begun))
+            return made[0]
+
+        return ServedClient(self.transport.create(config, source, journal_of), made[0])
+
+    def resume(self) -> None:
+        """Bring back the training clients that an earlier process has left, those first that others may come from."""
+        journals = journals_of(self.home, self.transport)
+        for journal in sorted(journals, key=lambda journal: float(journal.begun["created_at"])):
+            client = resume(journal, self.home, self.transport)
+            if client is not None:
+                self.clients[client.channel.training_client_id] = client
+
     def check_queue(self) -> None:
         """Refuse a submission, before it is anywhere, where no more of this tenant may wait.
 
@@ -138,6 +174,7 @@ class Service:
         hub_models: Hub ids that may be loaded.
         quotas: Of each tenant.
         losses: Dotted paths of losses that may be used.
+        idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
     """
 
     def __init__(
@@ -147,9 +184,11 @@ class Service:
         hub_models: Sequence[str],
         quotas: Quotas,
         losses: Sequence[str] = (),
+        idle_after: float | None = None,
     ) -> None:
         self._home, self._models, self._hub_models = home, models, frozenset(hub_models)
         self.quotas, self.dotted_losses = quotas, frozenset(losses)
+        self.idle_after = idle_after
         self._tenants: dict[str, Tenant] = {}
         self.figures, self.draining = Figures(), False
 
@@ -173,15 +212,29 @@ class Service:
         }
 
     async def create(
-        self, tenant: Tenant, config: TrainingConfig, source: StateSource | None
+        self, tenant: Tenant, config: TrainingConfig, source: StateSource | None, key: str | None
     ) -> ServedClient:
-        """Make a training client.
+        """Make a training client, or return the one that was made for this key.
 
         Raises:
             ValidationError: A model that is not offered here, a rank above the limit.
             QueueFullError: It has as many as it may.
         """
-        self._refuse_if_draining()
+        for client in tenant.live:
+            if key is not None and client.journal.begun["key"] == key:
+                return client
+        if key is not None and key in tenant.made:
+            return await asyncio.shield(tenant.made[key])
+        made = asyncio.ensure_future(self._make(tenant, config, source, key))
+        if key is not None:
+            tenant.made[key] = made
+            made.add_done_callback(lambda _: tenant.made.pop(key))
+        return await asyncio.shield(made)
+
+    async def _make(
+        self, tenant: Tenant, config: TrainingConfig, source: StateSource | None, key: str | None
+    ) -> ServedClient:
+        self.refuse_if_draining()
         if len(tenant.live) >= tenant.limits.clients:
             self.quotas.note("too_many")
             raise too_many_clients(len(tenant.live))
@@ -192,10 +245,18 @@ class Service:
         if source is not None and source.future_id is not None:  # it may still be on its way here
             with suppress(NotFoundError):
                 await tenant.client(source.parent or "").arrived(source.future_id)
-        channel = await asyncio.to_thread(tenant.transport.create, config, source)
-        client = tenant.clients[channel.training_client_id] = ServedClient(channel)
-        channel.subscribe(self.figures.count)
+        client = await asyncio.to_thread(tenant.create, config, source, key)
+        tenant.clients[client.channel.training_client_id] = client
+        client.channel.subscribe(self.figures.count)
         return client
+
+    def resume(self) -> None:
+        """Bring back the training clients of all tenants that an earlier process has left; their models load later."""
+        names = [TENANT, *sorted(folder.name for folder in (self._home.root / "tenants").glob("*"))]
+        for name in names:
+            self.tenant(name).resume()
+        for client in self.live_clients():
+            client.channel.subscribe(self.figures.count)
 
     def _check_model(self, ref: str) -> None:
         if ref.startswith("builtin:") or ref in self._hub_models:
@@ -214,7 +275,7 @@ class Service:
 
     def check_operation(self, tenant: Tenant, operation: Operation[Any]) -> None:
         """Refuse what one request may not ask for."""
-        self._refuse_if_draining()
+        self.refuse_if_draining()
         batch = getattr(operation, "batch", None)
         if batch is not None and batch.input_ids.size > MOST_TOKENS:
             rows, tokens = batch.shape
@@ -243,12 +304,28 @@ class Service:
                 code="forbidden",
             )
 
-    def _refuse_if_draining(self) -> None:
+    def refuse_if_draining(self) -> None:
+        """Take nothing new once the server is about to stop.
+
+        Raises:
+            TGTinkerError: It is.
+        """
         if self.draining:
             raise TGTinkerError("This server is about to stop and takes nothing new.", code="draining")
 
+    async def keep_house(self) -> None:
+        """Put the journals on the disk, and away what nobody uses, about once a second, until the server stops."""
+        while not self.draining:
+            await asyncio.sleep(SYNC_SECONDS)
+            for client in self.live_clients():
+                client.put_away_if_idle(self.idle_after)
+                try:
+                    await asyncio.to_thread(client.journal.sync)
+                except TGTinkerError as error:
+                    logger.error("a journal could not be put on the disk; it is tried again: %s", error)
+
     async def drain(self) -> None:
-        """Finish what runs, cancel what waits, end all streams, write out the logs; idempotent."""
+        """Finish what runs, leave what waits to the journals, end all streams, write out the logs; idempotent."""
         self.draining = True
         await asyncio.gather(*(client.drain() for client in self.live_clients()))
         for tenant in self._tenants.values():

@@ -211,7 +211,7 @@ def disk_errors(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
+        where = f" ({error.filename})" if error.filename and str(error.filename) not in action else ""
         raise StorageError(
             f"Could not {action}: {error.strerror or error}{where}. What was stored before is intact."
             f"{_ADVICE.get(error.errno or 0, '')}",

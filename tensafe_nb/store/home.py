@@ -50,6 +50,14 @@ class Home:
         """Return the path of a training client's event log; the rollouts of its runs lie in a folder beside it."""
         return self.runs() / training_client_id / "events.jsonl"
 
+    def journal(self, training_client_id: str) -> Path:
+        """Return the folder from which a server brings a training client back."""
+        return self.runs() / training_client_id / "journal"
+
+    def journals(self) -> list[Path]:
+        """Return the journals that there are."""
+        return sorted(self.runs().glob("*/journal"))
+
     def event_logs(self) -> list[Path]:
         """Return the event logs that there are."""
         return sorted(self.runs().glob("*/events.jsonl"))

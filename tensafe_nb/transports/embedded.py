@@ -3,13 +3,14 @@
 import atexit
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core import checkpoints, export
 from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.ledger import TenantLedger
+from tensafe_nb.core.past import Keeper, Resumed
 from tensafe_nb.core.worker import Origin, Worker
 from tensafe_nb.display import as_given
 from tensafe_nb.engine.models import adapter_folders
@@ -50,10 +51,22 @@ class EmbeddedTransport:
         self._home, self._served = home, served
         self._workers: weakref.WeakValueDictionary[str, Worker] = weakref.WeakValueDictionary()
         self._closed = False
-        self._vault = Vault(home, key_source)
+        self.vault = self._vault = Vault(home, key_source)
         self._ledger = TenantLedger(self._vault.audit, self._vault.tables)
 
-    def create(self, config: TrainingConfig, source: StateSource | None = None) -> Worker:
+    def create(
+        self,
+        config: TrainingConfig,
+        source: StateSource | None = None,
+        keeper_of: "Callable[[str, TrainingConfig], Keeper] | None" = None,
+    ) -> Worker:
+        """Make a training client; see `Transport.create`.
+
+        Args:
+            config: What it is made of.
+            source: The state it starts from.
+            keeper_of: Makes the keeper of a training client, given its id and its configuration.
+        """
         if self._closed:
             raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
@@ -69,11 +82,58 @@ class EmbeddedTransport:
             bus.close()
             raise
         bus.publish(created)
+        try:
+            keeper = None if keeper_of is None else keeper_of(training_client_id, config)
+        except BaseException:
+            bus.close()
+            raise
         worker = Worker(
-            training_client_id, config, bus, loss, self._vault, self._ledger, origin, served=self._served
+            training_client_id,
+            config,
+            bus,
+            loss,
+            self._vault,
+            self._ledger,
+            origin,
+            keeper,
+            served=self._served,
         )
-        self._workers[training_client_id] = worker
+        self._know(worker)
+        if relative is not None:
+            tell_of_fork(relative, worker)
+        return worker
+
+    def _know(self, worker: Worker) -> None:
+        self._workers[worker.training_client_id] = worker
         _alive.add(worker)
+
+    def resume(
+        self,
+        bus: EventBus,
+        config: TrainingConfig,
+        source: StateSource | None,
+        keeper: Keeper | None,
+        resumed: Resumed,
+    ) -> Worker:
+        """Bring a training client back that an earlier process has left.
+
+        Args:
+            bus: Its log.
+            config: What it is made of.
+            source: The state it started from.
+            keeper: Keeps it.
+            resumed: What is left of it.
+        """
+        relative = self._workers.get(source.parent) if source is not None and source.parent else None
+        origin = None
+        if source is not None:
+            origin = Origin(source) if resumed.base is not None else Origin.of(source, relative)
+        loss = resolve_loss(config.loss.type, **config.loss.kwargs)
+        name = resumed.info.training_client_id
+        worker = Worker(
+            name, config, bus, loss, self._vault, self._ledger, origin, keeper, resumed, served=self._served
+        )
+        self._know(worker)
         if relative is not None:
             tell_of_fork(relative, worker)
         return worker
@@ -165,4 +225,5 @@ def tell_of_fork(parent: Worker, child: Worker) -> None:
                 if bus is not None:
                     bus.publish(forked)
 
-    child.bus.subscribe(on_event, after=0)
+    if not any(fork.child == names[1] for fork in child.history.state.forks):
+        child.bus.subscribe(on_event, after=0)

@@ -41,22 +41,24 @@ class HttpTransport:
         base_url: Of the server, such as "http://127.0.0.1:8000".
         api_key: The bearer token; it is sent to this server only.
         home: Where the mirrors of its training clients' event logs are kept.
+        patience: Seconds without an answer until what waits fails.
 
     Raises:
         ServerConnectionError: Nothing answers there.
         AuthenticationError: It takes no such token.
     """
 
-    def __init__(self, base_url: str, api_key: str | None, home: Home) -> None:
+    def __init__(self, base_url: str, api_key: str | None, home: Home, patience: float = PATIENCE) -> None:
         self._home = home
         self._channels: weakref.WeakValueDictionary[str, HttpChannel] = weakref.WeakValueDictionary()
-        self._requests = Requests(base_url, api_key)
+        self._requests = Requests(base_url, api_key, patience)
         weakref.finalize(self, self._requests.close)
 
     # training clients
 
     def create(self, config: TrainingConfig, source: StateSource | None = None) -> Channel:
-        body = {"config": encode(config), "source": encode(source)}
+        # the key tells a repetition, where the answer was lost on its way, from a second client
+        body = {"config": encode(config), "source": encode(source), "key": uuid.uuid4().hex}
         return self._channel(self._requests.call("POST", "/training_clients", json=body).json())
 
     def attach(self, training_client_id: str) -> Channel:
@@ -130,7 +132,7 @@ class HttpTransport:
                 return
             except httpx.TransportError as error:
                 lost = lost or time.monotonic()
-                if time.monotonic() - lost > PATIENCE:
+                if time.monotonic() - lost > self._requests.patience:
                     raise self._requests.unreachable(error) from error
                 await asyncio.sleep(0.5)
 

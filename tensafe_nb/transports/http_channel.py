@@ -62,7 +62,7 @@ from tensafe_nb.protocol.results import (
     missing_pieces,
 )
 from tensafe_nb.store.home import Home
-from tensafe_nb.transports.http_requests import PATIENCE, Requests, error_in, lines_of
+from tensafe_nb.transports.http_requests import Requests, error_in, lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class HttpChannel:
         for name in wanted:
             promises[name].cancel_requested = True  # what has not been sent yet takes the word along
         self._ask_to_cancel([name for name in wanted if name not in self.unsent])
-        self._until(lambda: self.unsent.isdisjoint(wanted), PATIENCE)
+        self._until(lambda: self.unsent.isdisjoint(wanted), self.requests.patience)
         self._ask_to_cancel(
             [name for name in wanted if not promises[name].done]
         )  # what was on its way meanwhile
@@ -449,7 +449,7 @@ class HttpChannel:
                 self._waiting[item["future_id"]].add_piece(decode(item["piece"], SampledPiece))
             return
         event = decode(item["event"], Event)
-        if event.seq <= self.reached:
+        if event.seq < self.reached or (event.seq == self.reached and not isinstance(event, Progress)):
             return
         if "info" in item:
             self._info = decode(item["info"], TrainingClientInfo)
@@ -626,7 +626,7 @@ async def listen(held: "weakref.ref[HttpChannel]", requests: Requests) -> None:
         except (httpx.TransportError, TimeoutError) as error:
             channel = held()
             lost = None if channel is not None and channel.reached > reached else lost or began
-            gone = lost is not None and time.monotonic() - lost > PATIENCE
+            gone = lost is not None and time.monotonic() - lost > requests.patience
             if channel is not None:
                 unreachable = requests.unreachable(error)
                 channel.note_line(LineState.LOST if gone else LineState.RECONNECTING, str(unreachable))

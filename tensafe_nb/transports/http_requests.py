@@ -104,14 +104,15 @@ class Requests:
         base_url: Of the server, such as "http://127.0.0.1:8000"; a query, such as a proxy's "?token=…", goes with every
             request and is shown nowhere.
         api_key: The bearer token; it is sent to this server only.
+        patience: Seconds without an answer until what waits fails.
 
     Raises:
         ServerConnectionError: Nothing answers there.
         AuthenticationError: It takes no such token.
     """
 
-    def __init__(self, base_url: str, api_key: str | None) -> None:
-        address = httpx.URL(base_url)
+    def __init__(self, base_url: str, api_key: str | None, patience: float = PATIENCE) -> None:
+        address, self.patience = httpx.URL(base_url), patience
         self.url = str(address.copy_with(query=None)).rstrip("/")
         self.closed, self._pid = False, os.getpid()
         self.streams_held_back = False  # by a proxy on the way: then the stream is asked for in pieces
@@ -144,7 +145,7 @@ class Requests:
     # on the thread
 
     async def send(
-        self, method: str, path: str, *, patience: float = PATIENCE, **options: Any
+        self, method: str, path: str, *, patience: float | None = None, **options: Any
     ) -> httpx.Response:
         """Send a request until it is answered, and return the answer; `content` may be a function that makes it anew.
 
@@ -152,6 +153,7 @@ class Requests:
             ServerConnectionError: No answer within the patience.
             TGTinkerError: What the server said.
         """
+        patience = self.patience if patience is None else patience
         began, pause, made = time.monotonic(), 0.1, options.pop("content", None)
         while True:
             content = made() if callable(made) else made
@@ -238,7 +240,7 @@ class Requests:
             self.io.close()
 
 
-LASTING = {"queue_full", "too_many", "draining", "key_unavailable"}  # waiting a second does not help
+LASTING = {"queue_full", "too_many", "key_unavailable"}  # waiting a second does not help
 
 
 def waiting_asked_for(answer: httpx.Response) -> float | None:

@@ -3,6 +3,7 @@
 Importing this is cheap: anywidget, IPython and matplotlib load when something is shown.
 """
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,8 @@ def mimebundle(source: feed.Source) -> Any:
 def mime(source: feed.Source) -> tuple[str, str]:
     """Return what a marimo cell shows that ends with a training client or a run: for their `_mime_`.
 
-    The picture and the table of this moment; a cell that is run again takes fresh ones.
+    The live panel, with the picture and the table of this moment beneath, for a page that is exported; in a script
+    these alone. A cell that is run again takes fresh ones.
     """
     import base64
     import html
@@ -93,11 +95,20 @@ def mime(source: feed.Source) -> tuple[str, str]:
 
     snapshot = Snapshot.take(feed.feed_of(source), _run_of(source))
     drawn = snapshot.picture()
-    picture = ""
+    still = str(snapshot.table()["text/html"])
     if drawn is not None:
         png = base64.b64encode(drawn[0]["image/png"]).decode()
-        picture = f'<img alt="{html.escape(snapshot.sentence)}" src="data:image/png;base64,{png}">'
-    return "text/html", picture + str(snapshot.table()["text/html"])
+        still = f'<img alt="{html.escape(snapshot.sentence)}" src="data:image/png;base64,{png}">{still}'
+    if not renderer.in_marimo():
+        return "text/html", still
+    from tensafe_nb.widgets.live.dashboard import Dashboard
+
+    # one for each cell: its line ends when the cell is run again
+    live = sys.modules["marimo"].as_html(Dashboard(source)).text
+    return (
+        "text/html",
+        f"{live}<details><summary>As it stood when this cell was run</summary>{still}</details>",
+    )
 
 
 def freeze(source: feed.Source, samples: int = 0) -> None:

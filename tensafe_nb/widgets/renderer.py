@@ -46,6 +46,12 @@ def shell() -> Any:
     return None if ipython is None else ipython.get_ipython()
 
 
+def in_marimo() -> bool:
+    """Whether this is a marimo notebook with a page or an export; never imports marimo."""
+    marimo = sys.modules.get("marimo")
+    return marimo is not None and bool(marimo.running_in_notebook())
+
+
 def execution_count() -> int:
     """Return the number of the cell that runs, or ran last."""
     return int(shell().execution_count) if in_kernel() else 0

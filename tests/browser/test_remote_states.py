@@ -86,8 +86,7 @@ def test_a_line_that_breaks_off_is_there_again_or_is_lost_and_the_panel_says_whi
     where = {"TENSAFE_BASE_URL": f"http://127.0.0.1:{gate.port}", "TENSAFE_API_KEY": token}
     cells = [
         f"import os\nos.environ |= {where!r}\n"
-        "from tensafe_nb.transports import http_channel\nhttp_channel.PATIENCE = 15\n"
-        + START
+        + START.replace("ServiceClient()", "ServiceClient(patience=15)")
         + "tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2)); await tc.ready();",
         f"run = tc.fit(batches * 100, steps={STEPS})",
         "twin = tn.ServiceClient().get_training_client(tc.training_client_id)\ntwin",

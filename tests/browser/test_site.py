@@ -31,12 +31,12 @@ def test_the_search_of_a_page_that_was_opened_from_the_disk_finds_and_leads(
         "request", lambda request: problems.append(request.url) if request.url.startswith("http") else None
     )
     page.goto((site / "how-to" / "training.html").as_uri())
-    page.get_by_role("textbox", name="Search").fill("target_epsilon")
+    page.get_by_role("textbox", name="Search").fill("presets papers")
     first = page.locator(".md-search-result__link").first
-    expect(first).to_contain_text("Differential privacy")
+    expect(first).to_contain_text("Presets and papers")
     first.click()
-    expect(page).to_have_url((site / "explanation" / "privacy.html").as_uri())
-    expect(page.get_by_role("heading", level=1)).to_contain_text("Differential privacy")
+    expect(page).to_have_url((site / "explanation" / "presets.html").as_uri())
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Presets and papers")
     assert problems == []
     page.close()
 

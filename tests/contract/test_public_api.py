@@ -109,3 +109,12 @@ def test_the_widgets_are_imported_by_a_string_in_one_place_only() -> None:
         if isinstance(node, ast.Constant) and str(node.value).startswith("tensafe_nb.widgets")
     }
     assert doors == {"display.py"}
+
+
+def test_a_name_that_is_not_at_the_top_is_told_where_it_is_or_the_nearest() -> None:
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'LossCurve': it is tensafe_nb\.widgets\.LossCurve\."
+    ):
+        _ = tn.LossCurve
+    with pytest.raises(AttributeError, match=r"no attribute 'load_runs'\. Did you mean 'load_run'\?"):
+        _ = tn.load_runs

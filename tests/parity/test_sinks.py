@@ -126,6 +126,34 @@ def test_what_was_measured_before_comes_first_and_operations_by_hand_are_a_run_t
     assert kept.closed == 1
 
 
+class Described(Kept):
+    """One that takes another description of a run that it knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.described: list[SinkRun] = []
+
+    def describe(self, run: SinkRun) -> None:
+        self.described.append(run)
+
+
+def test_a_sink_that_can_be_told_hears_of_a_run_that_is_described_anew(
+    tc: tn.TrainingClient, batch: tn.BatchData
+) -> None:
+    kept, plain = Described(), Kept()
+    run = tc.fit([batch], steps=10_000, name="first", show=False)
+    logged = [tc.log_to(sink) for sink in (kept, plain)]
+    eventually(lambda: bool(kept.runs and plain.runs))
+    run.describe(name="second", tags=["good"], notes="n")
+    run.stop()
+    run.join(timeout=20)
+    assert all(forwarding.flush() for forwarding in logged)
+    (found,) = kept.described
+    assert (found.run_id, found.name, found.tags, found.notes) == (run.run_id, "second", ("good",), "n")
+    assert found.config == kept.runs[0].config and kept.runs[0].name == plain.runs[0].name == "first"
+    assert [name for name, _ in plain.ended] == [run.run_id]
+
+
 def test_a_sink_that_fails_leaves_an_alarm_and_the_run_goes_on(
     tc: tn.TrainingClient, batch: tn.BatchData
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
+from tests.parity.serving import eventually
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]  # theirs
 
@@ -149,3 +150,29 @@ def test_a_live_run_is_told_to_all_three_at_once(
         forwarding.close()
         assert forwarding.error is None, forwarding
     assert len({forwarding._facts()["values"] for forwarding in logged}) == 1
+
+
+def test_mlflow_and_wandb_are_told_of_a_run_that_is_described_anew(
+    tc: tn.TrainingClient, batch: tn.BatchData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    logged = [tc.log_to("mlflow", tracking_uri=uri), tc.log_to("wandb", dir=str(tmp_path))]
+    run = tc.fit([batch], steps=100_000, name="first", tags=["draft", "rows"], show=False)
+    eventually(lambda: all(forwarding._teller.points for forwarding in logged))
+    at_wandb = logged[1]._teller._sink._runs[run.run_id]  # type: ignore[attr-defined]
+    run.describe(name="second", tags=["rows", "kept"], notes="why")
+    eventually(lambda: at_wandb.notes == "why")
+    run.stop()
+    run.join(timeout=20)
+    for forwarding in logged:
+        forwarding.close()
+        assert forwarding.error is None, forwarding
+    assert (at_wandb.name, set(at_wandb.tags)) == ("second", {"rows", "kept"})
+    client = mlflow.tracking.MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("tensafe_nb").experiment_id])
+    tags = found.data.tags
+    assert found.info.run_name == "second" and tags["mlflow.note.content"] == "why"
+    assert {"rows", "kept"} <= set(tags) and "draft" not in tags

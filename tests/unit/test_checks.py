@@ -118,8 +118,34 @@ def test_what_fits_passes_as_it_is_and_a_wrong_signature_stays_pythons() -> None
     assert list(inspect.signature(plan).parameters)[:2] == ["steps", "rate"]
     with pytest.raises(TypeError, match="missing 1 required"):
         plan()  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="unexpected keyword"):
+    with pytest.raises(
+        TypeError, match=r"plan\(\) got an unexpected keyword argument 'stepz'\. Did you mean 'steps'\?"
+    ):
         plan(1, stepz=2)  # type: ignore[call-arg]
+
+
+def test_a_wrong_signature_is_told_once() -> None:
+    for wrong in ({}, {"steps": 1, "stepz": 2}):
+        with pytest.raises(TypeError) as raised:
+            plan(**wrong)
+        assert raised.value.__context__ is None or raised.value.__suppress_context__
+
+
+class Base:
+    @checked
+    def walk(self, steps: int) -> int:
+        return steps
+
+
+class Child(Base):
+    pass
+
+
+def test_a_method_is_named_with_the_class_that_its_caller_knows() -> None:
+    with pytest.raises(tn.ValidationError, match=r"^Child\.walk: steps='x' must be"):
+        Child().walk("x")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^Child\.walk\(\) got an unexpected keyword argument 'step'"):
+        Child().walk(step=1)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

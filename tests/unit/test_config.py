@@ -17,6 +17,10 @@ import tensafe_nb as tn
             lambda: tn.OptimizerConfig(lerning_rate=1),
             r"no field 'lerning_rate'\. Did you mean 'learning_rate'\?",
         ),
+        (
+            lambda: tn.TrainingConfig(learning_rate=1e-3),
+            r"no field 'learning_rate'\. It is a field of optimizer: optimizer=\{'learning_rate': …\}",
+        ),
         (lambda: tn.OptimizerConfig(schedule="cosine"), r"schedule='cosine' needs total_steps"),
         (lambda: tn.LoRAConfig(rank=0), r"LoRAConfig\.rank: .*greater than 0 \(got 0\)"),
         (lambda: tn.TrainingConfig(dtype="float8"), r"TrainingConfig\.dtype.*'float8'"),
@@ -62,6 +66,37 @@ def test_a_method_that_takes_a_configuration_spells_its_fields_defaults_and_word
     told = set(re.findall(r"^    (\w+): ", inspect.getdoc(method) or "", flags=re.MULTILINE))
     assert set(fields) <= told
     assert all(parameters[name].annotation is not parameters[name].empty for name in fields)
+
+
+@pytest.mark.parametrize(
+    ("method", "but"),
+    [
+        (tn.ServiceClient.restore, set()),
+        (tn.TrainingClient.fork, {"model_ref", "lora_config", "resize_embeddings"}),
+    ],
+)
+def test_what_can_be_changed_of_a_state_is_spelled(method, but: set[str]) -> None:
+    parameters = inspect.signature(method).parameters
+    assert set(parameters) - {"self", "artifact_id"} == set(tn.TrainingConfig.model_fields) - but
+    assert repr(parameters["optimizer"].default) == "as it is"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_config": 8}, r"not 8\. Write lora_config=LoRAConfig\(rank=8\)\.$"),
+        ({"optimizer": "adamw"}, r"not 'adamw'\. Write optimizer=OptimizerConfig\(name='adamw'\)\.$"),
+        (
+            {"optimizer": "adamm"},
+            r"\.optimizer is a OptimizerConfig, or a dict of its fields, not 'adamm'\.$",
+        ),
+        ({"loss": "mse"}, r"Write loss=LossConfig\(type='mse'\)\.$"),
+        ({"dp_config": 8.0}, r"\.dp_config is a DPConfig, or a dict of its fields, not 8\.0\.$"),
+    ],
+)
+def test_a_bare_value_for_a_configuration_is_told_how_to_write_it(fields, message: str) -> None:
+    with pytest.raises(tn.ValidationError, match=message):
+        tn.TrainingConfig(**fields)
 
 
 def test_a_keyword_comes_on_top_of_a_configuration_though_it_be_the_default(

@@ -87,6 +87,11 @@ def test_what_causes_an_error_is_named_in_a_line_unless_the_message_says_it(cell
     printed = cell("raise tn.StorageError('full') from OSError(28, 'No space left')")
     assert "Caused by OSError: [Errno 28] No space left\n" in printed
     assert "Caused by" not in cell("raise tn.StorageError('OSError: disk') from OSError('disk')")
+    assert "Caused by" not in cell("raise tn.ValidationError('Row 0: no x') from tn.ValidationError('no x')")
+    twice = cell(
+        "inner = OSError('gone')\ninner.__cause__ = ValueError('gone')\nraise tn.StorageError('no') from inner"
+    )
+    assert twice.count("Caused by") == 1
     printed = cell("try:\n    {}['x']\nexcept KeyError:\n    raise tn.ValidationError('no x')")
     assert "While handling KeyError: 'x', raised in" in printed
     assert "Caused by" not in cell(

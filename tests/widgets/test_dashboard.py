@@ -340,3 +340,14 @@ def test_closing_the_panel_stops_no_run(client: FakeClient, feed: Feed) -> None:
     run = client.start()
     Dashboard(feed).close()
     assert run.told == []
+
+
+def test_a_panel_whose_line_was_cut_is_kept_by_nobody(client: FakeClient, wire: Wire) -> None:
+    run = client.start()
+    wire.mount()
+    assert wire.widget.live
+    wire.widget.comm.close()  # as marimo does with the cell that is run again
+    client.advance(run)
+    wire.flush()
+    assert wire.widget.comm is None and not wire.widget.live
+    assert wire.widget not in wire.widget.feed._members

@@ -40,6 +40,14 @@ def test_a_widget_without_a_source_says_what_it_needs() -> None:
         LossCurve()
 
 
+@pytest.mark.parametrize("kind", [LossCurve, Dashboard], ids=lambda kind: kind.__name__)
+def test_what_has_no_history_is_refused_by_every_widget(kind: Any) -> None:
+    with pytest.raises(
+        ValidationError, match=r"runs, and records of runs, not 'tc-1/1'\. .*load_run\(run_id\)"
+    ):
+        kind("tc-1/1")
+
+
 def test_sections_are_chosen_by_name(client: FakeClient) -> None:
     widget = dashboard.panel_of(client, ["loss", "privacy"])
     assert widget.sections == ["loss", "privacy"]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensafe_nb.data.labels import encode_prompt
+from tensafe_nb.data.labels import check_context, encode_prompt
 from tensafe_nb.display import as_given
 from tensafe_nb.engine.models.load import LoadedModel, too_few_rows
 from tensafe_nb.errors import ValidationError
@@ -62,11 +62,7 @@ def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> l
             f"Prompt {index} holds a token outside 0 to {model.vocab_size - 1}, the model's vocabulary. "
             f"{_advice(next(i for i in ids if not 0 <= i < model.vocab_size), model)}"
         )
-    if model.context is not None and len(ids) + new_tokens > model.context:
-        raise ValidationError(
-            f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new_tokens} that is more than the "
-            f"model's context of {model.context}. Shorten one of them."
-        )
+    check_context(f"Prompt {index}", len(ids), new_tokens, model.context)
     return ids
 
 

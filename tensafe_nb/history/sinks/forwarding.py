@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Self
 
 from tensafe_nb.display import Facts, as_markdown, shown
@@ -88,7 +89,7 @@ class Teller:
             case RunConfigured():
                 self._configured[event.run_id] = event.config
             case RunDescribed():
-                self._described.setdefault(event.run_id, event)
+                self._describe(event)
             case RunState(run_id=run_id, state=state):
                 ended = RunStatus(state).ended
                 self.under_way = None if ended else run_id
@@ -121,6 +122,18 @@ class Teller:
             self._sink.end(run, self._states.get(run.run_id, going_on))
         self._runs.clear()
         self._sink.close()
+
+    def _describe(self, event: RunDescribed) -> None:
+        """Take note of what a run is called; one that the sink knows already is told so, where the sink can be."""
+        if self._whole:
+            return  # the latest description of it is known
+        self._described[event.run_id] = event
+        begun = self._runs.get(event.run_id)
+        describe = getattr(self._sink, "describe", None)
+        if begun is not None and callable(describe):
+            name = event.name or event.run_id
+            self._runs[event.run_id] = replace(begun, name=name, tags=event.tags, notes=event.notes)
+            describe(self._runs[event.run_id])
 
     def _run_of(self, run_id: str | None) -> SinkRun | None:
         """Return the run that something belongs to, begun if it is new; None if nobody wants to hear of it."""

@@ -31,8 +31,10 @@ class MLflow:
         self._experiment = self._client.create_experiment(where) if found is None else found.experiment_id
         self._tags = dict(tags or {})
         self._runs: dict[str, str] = {}  # their ids there, by ours
+        self._said: dict[str, tuple[str, ...]] = {}  # tags of a run, as they were told
 
     def begin(self, run: SinkRun) -> None:
+        self._said[run.run_id] = run.tags
         tags = self._tags | {"tensafe_nb.run_id": run.run_id} | dict.fromkeys(run.tags, "true")
         if run.notes:
             tags["mlflow.note.content"] = run.notes
@@ -43,6 +45,15 @@ class MLflow:
             for name, value in run.config.items()
         ]
         self._client.log_batch(made.info.run_id, params=params)
+
+    def describe(self, run: SinkRun) -> None:
+        there = self._runs[run.run_id]
+        for tag in set(self._said[run.run_id]) - set(run.tags):
+            self._client.delete_tag(there, tag)
+        self._said[run.run_id] = run.tags
+        named = {"mlflow.runName": run.name, "mlflow.note.content": run.notes}
+        for tag, value in (dict.fromkeys(run.tags, "true") | named).items():
+            self._client.set_tag(there, tag, value)
 
     def metrics(self, run: SinkRun, step: int, values: Mapping[str, float], time: float) -> None:
         at = int(time * 1000)

@@ -35,7 +35,8 @@ class SinkRun:
 class Sink(Protocol):
     """Takes what is measured. All methods are called on one thread, in the order in which things happened.
 
-    One that raises ends the forwarding to it, with an alarm; the training goes on.
+    One that raises ends the forwarding to it, with an alarm; the training goes on. One that has a method
+    `describe(run)` as well is told when a run gets another name, other tags or notes.
     """
 
     def begin(self, run: SinkRun) -> None:

@@ -33,9 +33,12 @@ class TensorBoard:
         ):  # another run of that name: two in one would be one curve
             folder = folder.with_name(f"{folder.name} ({name_of_folder(run.run_id)})")
         self._writers[run.run_id] = self._files.EventFileWriter(str(folder), flush_secs=FLUSH_SECONDS)
-        told = dict(run.config)
-        self._add(run, 0, self._hparams.hparams_pb(told, trial_id=run.run_id), None)
-        words = [("tags", ", ".join(run.tags)), ("notes", run.notes), *told.items()]
+        self._add(run, 0, self._hparams.hparams_pb(dict(run.config), trial_id=run.run_id), None)
+        self.describe(run)
+
+    def describe(self, run: SinkRun) -> None:
+        name = run.name if run.name != run.run_id else ""
+        words = [("name", name), ("tags", ", ".join(run.tags)), ("notes", run.notes), *run.config.items()]
         rows = "\n".join(f"| {name} | {value} |" for name, value in words if value != "")
         self._add(run, 0, self._text("config", f"| | {run.run_id} |\n|---|---|\n{rows}"), None)
 

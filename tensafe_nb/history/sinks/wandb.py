@@ -28,6 +28,11 @@ class WeightsAndBiases:
         made.define_metric("*", step_metric="step")
         self._runs[run.run_id] = made
 
+    def describe(self, run: SinkRun) -> None:
+        for field in ("name", "tags", "notes"):
+            if field not in self._options:
+                setattr(self._runs[run.run_id], field, getattr(run, field))
+
     def metrics(self, run: SinkRun, step: int, values: Mapping[str, float], time: float) -> None:
         self._runs[run.run_id].log({**values, "step": step})
 

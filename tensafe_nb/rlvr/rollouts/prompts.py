@@ -12,7 +12,7 @@ import numpy as np
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
-from tensafe_nb.data.labels import encode_prompt
+from tensafe_nb.data.labels import check_context, encode_prompt
 from tensafe_nb.data.layouts import refuse_media
 from tensafe_nb.data.messages import is_chat, template_options
 from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
@@ -177,11 +177,7 @@ def fitting(client: PolicyClient, sampling: SamplingConfig, chat: Chat) -> Calla
 
     def fits(item: PromptItem) -> None:
         length = len(encode_prompt(tokenizer, item.sent(chat)))
-        if context is not None and length + sampling.max_new_tokens > context:
-            raise ValidationError(
-                f"it has {length} tokens; with max_new_tokens={sampling.max_new_tokens} that is more than the "
-                f"model's context of {context}. Shorten one of them."
-            )
+        check_context("it", length, sampling.max_new_tokens, context)
 
     return fits
 

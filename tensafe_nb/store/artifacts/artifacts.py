@@ -94,6 +94,7 @@ class ArtifactStore:
         name: str | None = None,
         artifact_type: str = "checkpoint",
         created_at: float | None = None,
+        artifact_id: str | None = None,
     ) -> SaveStateResult:
         """Seal parts as a new artifact. When this returns it is on the disk; when it raises nothing was added.
 
@@ -104,6 +105,7 @@ class ArtifactStore:
             name: The user's own, sealed. Two artifacts may have the same; the newest is meant.
             artifact_type: Readable without a key.
             created_at: Unix seconds; now by default.
+            artifact_id: A new one by default.
 
         Raises:
             ValidationError: The header lacks a field, the metadata is not JSON, or a name is none.
@@ -113,7 +115,7 @@ class ArtifactStore:
         manifest = Manifest.of(parts, metadata, name)
         fields = {
             **header,
-            "artifact_id": f"art-{secrets.token_hex(16)}",
+            "artifact_id": artifact_id or new_id(),
             "artifact_type": artifact_type,
             "tenant": self._tenant,
             "created_at": time.time() if created_at is None else created_at,
@@ -164,6 +166,10 @@ class ArtifactStore:
     def damaged(self) -> Sequence[tuple[Path, str]]:
         """Return the files that look like artifacts and cannot be listed, and why."""
         return [(path, reason) for path, reason in self._scan() if isinstance(reason, str)]
+
+    def holds(self, artifact_id: str) -> bool:
+        """Whether there is an artifact of this id."""
+        return bool(self._folder.present(artifact_id))
 
     def get(self, id_or_name: str) -> SaveStateResult:
         """Return what `list` says of one artifact.
@@ -332,6 +338,11 @@ class ArtifactStore:
                 return self._whole(file) == hash_of(path)
         except (DecryptionError, FileNotFoundError):
             return False
+
+
+def new_id() -> str:
+    """Return an id that no artifact has."""
+    return f"art-{secrets.token_hex(16)}"
 
 
 @contextmanager

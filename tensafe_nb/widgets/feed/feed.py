@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from tensafe_nb.config import TrainingConfig
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import Event, Progress
 from tensafe_nb.history.log import RunHistory
@@ -205,6 +206,12 @@ class Feed:
         self._members.append(member)
         self.flusher.wake(member)
 
+    def forget(self, member: Member) -> None:
+        """Flush a member no more, and keep it no longer."""
+        self._members = [other for other in self._members if other is not member]
+        if self.panel is member:
+            self.panel = None
+
     def settle(self, timeout: float) -> bool:
         """Wait until everything that shows this client has shown its end; False if it has not in time."""
         return self.flusher.settle(self._members, timeout)
@@ -298,10 +305,19 @@ _recorded: "weakref.WeakValueDictionary[RunRecord, Feed]" = weakref.WeakValueDic
 
 
 def feed_of(source: Source) -> Feed:
-    """Return the one feed of a training client, of a run's client, or of a recorded run."""
+    """Return the one feed of a training client, of a run's client, or of a recorded run.
+
+    Raises:
+        ValidationError: It is none of these.
+    """
     if isinstance(source, Feed):
         return source
     subject = _subject(source)
+    if not isinstance(subject, RunRecord) and not hasattr(subject, "training_client_id"):
+        raise ValidationError(
+            f"A widget shows training clients, runs, and records of runs, not {as_given(source)}. "
+            f"Of a run's id, load_run(run_id) makes a record."
+        )
     feed = _known(subject)
     if feed is not None:
         return feed

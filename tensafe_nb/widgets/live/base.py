@@ -110,7 +110,8 @@ class LiveWidget(anywidget.AnyWidget):
         return self._shown_in == renderer.execution_count()
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[Bundle, Bundle]:
-        self.place_still(self.feed.latest)
+        if not renderer.in_marimo():  # which asks for this as well, and has no outputs besides
+            self.place_still(self.feed.latest)
         return self.live_bundle(), {}
 
     def place_still(self, run: Any) -> None:
@@ -145,7 +146,18 @@ class LiveWidget(anywidget.AnyWidget):
 
     @property
     def live(self) -> bool:
-        return self.busy or not all(feed.over for feed in self.feeds)
+        return not self.is_cut_off and (self.busy or not all(feed.over for feed in self.feeds))
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether its line to pages was closed: by `close()`, or by marimo, whose cell was run again."""
+        return self.comm is None or bool(getattr(self.comm, "_closed", False))
+
+    def close(self) -> None:
+        """Close the line to its pages, and show nothing any more."""
+        for feed in vars(self).get("feeds", ()):
+            feed.forget(self)
+        super().close()
 
     @property
     def busy(self) -> bool:
@@ -153,6 +165,9 @@ class LiveWidget(anywidget.AnyWidget):
 
     def flush(self) -> float | None:
         """Answer the page, then send it what is new; called by `tsnb-view` only."""
+        if self.is_cut_off:
+            self.close()
+            return None
         try:
             while self._inbox:
                 self.answer(self._inbox.popleft())

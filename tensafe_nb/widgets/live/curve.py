@@ -10,7 +10,7 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.runs.record import RunRecord
 from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets.feed.annotations import Part
-from tensafe_nb.widgets.feed.feed import Source
+from tensafe_nb.widgets.feed.feed import Source, feed_of
 from tensafe_nb.widgets.feed.recording import RecordedRun
 from tensafe_nb.widgets.live.base import CurveWidget, css, esm
 from tensafe_nb.widgets.still.words import Subject
@@ -29,8 +29,11 @@ class LoneCurve(CurveWidget):
     def __init__(self, *sources: Source, **traits: Any) -> None:
         if len(sources) > MOST_CURVES:
             raise ValidationError(
-                f"{len(sources)} runs on one chart cannot be told apart: give at most {MOST_CURVES}."
+                f"{len(sources)} runs on one chart cannot be told apart by colour: give at most {MOST_CURVES}. "
+                f"tensafe_nb.plot_runs draws any number, and those of one setting as a band."
             )
+        for source in sources:
+            feed_of(source)  # refuses what has no curves
         super().__init__(*sources, **({"labels": labels_of(sources)} | traits))
 
     @property
@@ -55,7 +58,7 @@ class LossCurve(LoneCurve):
         traits: `smoothing`, `log_scale`, `x_axis`, `selected_step`, `labels`.
 
     Raises:
-        ValidationError: More than six runs.
+        ValidationError: More than six runs (`tn.plot_runs` draws more), or something that is none.
 
     Example:
         >>> LossCurve(run, other_run)

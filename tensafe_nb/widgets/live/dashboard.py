@@ -134,7 +134,7 @@ def panel_of(source: Source, sections: Sequence[str] | None = None) -> Dashboard
     if sections is not None:
         return Dashboard(source, sections)
     feed = feed_of(source)
-    if feed.panel is None or feed.panel.comm is None:  # a panel that was closed has no line to any page
+    if feed.panel is None or feed.panel.is_cut_off:
         feed.panel = Dashboard(feed)
     return feed.panel  # type: ignore[no-any-return]
 

@@ -1,7 +1,7 @@
 // The panel: badge, buttons, alarms, charts, privacy, samples, checkpoints, and a line that says how fresh all this is.
 import { connect, settle } from "./wire.js";
 import { Note, make, makeButton, plainText } from "./page.js";
-import { LAST_WORD, Place, asking } from "./place.js";
+import { LAST_WORD, Place, asking, unfold } from "./place.js";
 import { Curves } from "./curves.js";
 import { Checkpoints } from "./table.js";
 import { Samples } from "./samples.js";
@@ -225,7 +225,7 @@ class Panel {
     this.word.textContent = state ? `${this.doubt ? "last heard: " : ""}${state}` : "…";
     this.marks.textContent = [...(status.marks ?? []), this.doubt].filter(Boolean).join(" · ");
     this.root.dataset.now = status.now?.step ?? "";
-    this.facts.textContent = state ? details(status, since).join(" · ") : "";
+    this.facts.textContent = state ? details(this.doubt ? { ...status, eta: null, op: null, queue: 0 } : status, since).join(" · ") : "";
     const run = status.run ? ` · run ${status.run}${status.name ? ` “${plainText(status.name)}”` : ""}` : "";
     const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
     const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";
@@ -328,6 +328,7 @@ export default () => {
       store = connect(model);
     },
     render({ model, el }) {
+      if (globalThis.__MARIMO_STATIC__) return unfold(el);
       const panel = new Panel(store, model, el);
       return () => panel.destroy();
     },

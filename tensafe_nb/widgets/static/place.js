@@ -28,6 +28,12 @@ function wordsOf(source) {
   return null;
 }
 
+// In a page that marimo has exported no kernel will ever answer: it shows the picture and the table beneath.
+function unfold(el) {
+  const fold = el.getRootNode().host?.closest("marimo-ui-element")?.nextElementSibling;
+  if (fold?.tagName === "DETAILS") fold.open = true;
+}
+
 // A view's place: while it is there, the picture and the table of the same cell stay out of sight.
 class Place {
   constructor(root, el) {
@@ -70,4 +76,4 @@ class Place {
   }
 }
 
-export { LAST_WORD, Place, asking, wordsOf };
+export { LAST_WORD, Place, asking, unfold, wordsOf };

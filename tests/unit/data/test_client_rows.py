@@ -160,8 +160,14 @@ def test_prompts_that_leave_no_room_are_found_before_the_run_or_left_out(service
     prompts = [*(f"def f{n}():" for n in range(6)), "x = 1\n" * 400]
     options: dict[str, Any] = {"prompts_per_step": 2, "group_size": 2, "max_new_tokens": 4, "chat": "never"}
     trainer = rlvr.RLVRTrainer(tc, prompts, length, **options)
-    with pytest.raises(tn.ValidationError, match=r"^prompts: row 6: .*max_new_tokens=4.*context of 512"):
+    with pytest.raises(
+        tn.ValidationError, match=r"^prompts: row 6: .*max_new_tokens=4.*context of 512\. Shorten"
+    ):
         trainer.run(steps=1, show=False).result()
+    with pytest.raises(
+        tn.ValidationError, match=r"^Prompt 0 has \d+ tokens; .* Set max_new_tokens to 50\d or less"
+    ):
+        tc.sample("def f():", max_new_tokens=512).result()
     held_out = rlvr.RLVRTrainer(tc, prompts[:6], length, eval_prompts=prompts, **options)
     with pytest.raises(tn.ValidationError, match=r"^eval_prompts: row 6: "):
         held_out.run(steps=1, show=False).result()

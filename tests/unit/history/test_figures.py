@@ -79,6 +79,20 @@ def test_a_band_is_the_mean_of_runs_and_how_far_they_lie_apart(tmp_path: Path) -
     assert (vertices[:, 1].min(), vertices[:, 1].max()) == (1.0, 3.0)
 
 
+def test_several_runs_have_their_checkpoints_in_their_colours_and_bands_have_none(tmp_path: Path) -> None:
+    first, second = [
+        log_of(tmp_path, begun(1, client=name), core(1, 3.0), core(2, 2.0), saved(f"art-{name}", 2, f"{name}/1"),
+               client=name).reading()
+        for name in ("tc-1", "tc-2")
+    ]  # fmt: skip
+    axes = draw({"first": [first], "second": [second]}, "loss", smoothing=0).axes[0]
+    curves, marks = axes.lines[:2], axes.lines[2:]
+    assert [mark.get_color() for mark in marks] == [curve.get_color() for curve in curves]
+    assert len({mark.get_ydata()[0] for mark in marks}) == 2
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["first", "second", "checkpoint"]
+    assert len(draw({"both": [first, second]}, "loss").axes[0].lines) == 1
+
+
 def test_curves_of_other_places_are_interpolated_only_between_what_was_measured() -> None:
     grid, values = aligned(
         [(np.array([0.0, 2.0]), np.array([0.0, 2.0])), (np.array([1.0, 3.0]), np.array([5.0, 7.0]))],

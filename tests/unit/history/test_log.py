@@ -74,3 +74,22 @@ def test_texts_lie_beside_the_log_wherever_it_was_moved_to(log: Path) -> None:
         history.rollouts_file(elsewhere).name == "passwd"
         and "etc" not in history.rollouts_file(elsewhere).parts
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("los", "loss"), ("Rewards", "reward"), ("grad_nrom", "grad_norm")]
+)
+def test_a_slip_for_a_usual_metric_is_told_before_anything_is_measured(
+    tmp_path: Path, name: str, meant: str
+) -> None:
+    history = RunHistory(tmp_path / "events.jsonl")
+    with pytest.raises(
+        ValidationError, match=f"Nothing is measured yet, and '{name}' looks like .*'{meant}'"
+    ):
+        history[name]
+    assert [column.size for column in history.series(name)] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["loss", "epsilon", "accuracy", "eval/los", "reward2"])
+def test_any_other_metric_is_empty_before_it_is_measured(tmp_path: Path, name: str) -> None:
+    assert RunHistory(tmp_path / "events.jsonl")[name].size == 0

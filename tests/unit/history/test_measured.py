@@ -239,10 +239,16 @@ def test_without_pandas_the_error_says_the_line_that_installs_it(
 
 def test_a_file_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     history = log_of(tmp_path, begun(1), core(1, 5.0))
+    (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="Could not write"):
-        history.to_csv(tmp_path / "no" / "such" / "folder.csv")
+        history.to_csv(tmp_path / "file" / "x.csv")
     with pytest.raises(ValidationError, match="path"):
         history.to_csv(7)  # type: ignore[arg-type]
+
+
+def test_folders_on_the_way_to_a_file_are_made(tmp_path: Path) -> None:
+    history = log_of(tmp_path, begun(1), core(1, 5.0))
+    assert history.to_csv(tmp_path / "new" / "folder" / "x.csv").exists()
 
 
 def test_what_private_training_measured_is_marked_and_its_owners_alone(tmp_path: Path) -> None:

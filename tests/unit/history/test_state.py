@@ -220,6 +220,25 @@ def test_after_a_rollback_a_run_stands_where_it_says_and_counts_what_it_gave_up(
     assert (run.steps_done, run.steps_taken) == (3, 5)
 
 
+def test_nothing_leads_back_from_the_end_of_a_run_not_even_a_client_that_has_not_heard_of_it() -> None:
+    state = reduced(
+        RunState(run_id="tc-1/1", state="PAUSED", step=4, done=4),
+        RunState(
+            run_id="tc-1/1", state="INTERRUPTED", step=4, reason="another client started a run", time=9.0
+        ),
+        RunState(run_id="tc-1/2", state="RUNNING", step=4),
+        Metrics(step=6, values={}),
+        RunState(run_id="tc-1/1", state="RUNNING", step=4, done=4, time=10.0),
+    )
+    run = state.runs["tc-1/1"]
+    assert (run.state, run.reason, run.ended_at) == (
+        RunStatus.INTERRUPTED,
+        "another client started a run",
+        9.0,
+    )
+    assert state.step == 6
+
+
 def test_a_log_of_0_1_does_not_say_where_a_run_stands_and_its_steps_are_counted() -> None:
     state = reduced(
         RunState(run_id="tc-1/1", state="RUNNING", step=0),

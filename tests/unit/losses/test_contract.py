@@ -1,6 +1,7 @@
 """What may be given as a loss, what it may return, and how it is registered from a notebook's cells."""
 
 import functools
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -12,9 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import tensafe_nb as tn
+from tensafe_nb.config import LossConfig
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.losses import Loss, LossOutputs, get_registered_losses, register_loss, resolve_loss
 from tensafe_nb.losses import base as contract
+from tensafe_nb.losses.base import declared_losses
+from tensafe_nb.protocol.losses import ELSEWHERE, FOREIGN, check_loss
+from tensafe_nb.protocol.operations import ForwardBackward
 from tests.close import assert_close
 
 ROWS, LABELLED = 2, 3
@@ -355,3 +360,29 @@ def test_the_gradient_of_a_focal_loss_is_the_one_plain_torch_computes(lora: Any,
     # p = exp(−cross entropy): an error of a logprob of size 10 is one of p, relatively
     assert_close(result.metrics["p_mean"], (-cross_entropy).exp().mean(), within=1e-4)
     assert cross_entropy.mean().item() > result.loss
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("cross_entropy", "Here it is 'token_ce'."),
+        ("Cross-Entropy", "Here it is 'token_ce'."),
+        ("nll", "Here it is 'token_ce'."),
+        ("ppo", "Here it is 'policy_clip'."),
+        ("dpo", "@tn.register_loss('dpo', group=2)"),
+        ("kl", "loss_kwargs={'kl': {'coef': 0.01, 'estimator': 'k3'}}"),
+        ("grpo", "RLVRTrainer(…, algo='grpo')"),
+        ("token_cee", "Did you mean 'token_ce'?"),
+    ],
+)
+def test_the_name_that_a_loss_has_elsewhere_leads_to_ours(name: str, advice: str) -> None:
+    with pytest.raises(tn.ValidationError, match=re.escape(advice)):
+        resolve_loss(name)
+    operation = ForwardBackward(tn.BatchData([[1, 2]]), name, {})
+    with pytest.raises(tn.ValidationError, match=re.escape(advice)):
+        check_loss(operation, LossConfig(), {one.name: one for one in declared_losses()})
+
+
+def test_every_name_from_elsewhere_leads_to_a_loss_that_there_is() -> None:
+    assert set(FOREIGN.values()) <= set(get_registered_losses())
+    assert not (set(FOREIGN) | set(ELSEWHERE)) & set(get_registered_losses())

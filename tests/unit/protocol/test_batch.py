@@ -34,7 +34,8 @@ def test_rows_are_cut_out_without_the_columns_that_are_padding_in_all_of_them() 
         ({"input_ids": [[1, 2], [3]]}, r"row 1 has 1 entries, row 0 has 2.*pad them"),
         ({"input_ids": []}, r"shape \(0,\).*at least one of each"),
         ({"input_ids": [[]]}, r"at least one of each"),
-        ({"input_ids": [[1.5, 2.0]]}, r"expected whole numbers"),
+        ({"input_ids": [[1.5, 2.0]]}, r"holds float64, expected whole numbers"),
+        ({"input_ids": [["a"]]}, r"holds texts, expected whole numbers"),
         (
             {"input_ids": [[1, 2]], "attention_mask": [[1]]},
             r"attention_mask has shape \(1, 1\), input_ids has \(1, 2\)",

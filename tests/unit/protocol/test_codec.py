@@ -110,10 +110,11 @@ def test_a_verb_is_declared_once_with_its_name_its_result_and_its_tag() -> None:
 
 
 def test_every_event_has_a_tag_and_what_0_1_wrote_under_its_class_name_is_read() -> None:
-    events = [cls for cls in vars(all_events).values() if isinstance(cls, type) and issubclass(cls, Event)]
+    at_one_end = (Event, all_events.LineChanged)  # the latter never leaves the end that tells it
+    classes = [cls for cls in vars(all_events).values() if isinstance(cls, type) and issubclass(cls, Event)]
+    events = [cls for cls in classes if cls not in at_one_end]
     for cls in events:
-        if cls is not Event:
-            assert tags_of(cls)[0] not in {other.__name__ for other in events}
+        assert tags_of(cls)[0] not in {other.__name__ for other in events}
     line = {
         "$": "Metrics",
         "seq": 1,

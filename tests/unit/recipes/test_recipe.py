@@ -144,7 +144,7 @@ def test_one_word_stands_for_a_model_a_loss_a_reward_and_an_algorithm(recipe_fil
         ("training: sft", r"line 1: The section training is a mapping of mode, steps.*; this is 'sft'"),
         ("model: {}\noptimizer:\n  lerning_rate: 1", r"line 3: .*no field 'lerning_rate'\. .*'learning_rate'\?"),
         ("optimizer:\n  learning_rate: fast", r"line 2: OptimizerConfig\.learning_rate: .*'fast'"),
-        ("optimizer: adamw", r"line 1: .*a valid dictionary.*'adamw'"),
+        ("optimizer: adamw", r"line 1: .*a dict of its fields, not 'adamw'"),
         ("lora:\n  target_modules:\n  - q_proj\n  - 3", r"line 4: LoRAConfig\.target_modules"),
         ("optimizer:\n  schedule: cosine", r"line 1: .*schedule='cosine' needs total_steps"),
         ("loss:\n  type: token_cee", r"line 2: There is no loss named 'token_cee'\. Did you mean 'token_ce'\?"),

@@ -123,7 +123,7 @@ def test_a_file_larger_than_a_body_may_be_is_taken(
     assert error_of(http.post(f"{path}/operations", content=content)) == (413, "too_large")
 
 
-def test_a_server_that_is_to_stop_ends_what_runs_refuses_what_is_new_and_ends_its_streams(
+def test_a_server_that_is_to_stop_ends_what_runs_refuses_what_is_new_and_goes_on_when_it_is_back(
     tmp_path: Path,
 ) -> None:
     gate = Gate()
@@ -148,10 +148,20 @@ def test_a_server_that_is_to_stop_ends_what_runs_refuses_what_is_new_and_ends_it
     assert not reader.is_alive() and not stopping.is_alive()
     ends = {item["outcome"]["future_id"]: item["outcome"] for item in told if "outcome" in item}
     assert ends["fut-gate-1"]["state"] == "COMPLETED"
-    assert ends["fut-me-1"]["result"]["name"] == "last" and ends["fut-me-2"]["state"] == "CANCELLED"
-    assert told[-1]["event"]["status"] == "TERMINATED"
+    assert ends["fut-me-1"]["result"]["name"] == "last" and "fut-me-2" not in ends
+    with serving_thread(tmp_path / "server") as serving:
+        headers = {"authorization": f"Bearer {serving.tokens.mint('a')}"}
+        with httpx.Client(base_url=f"{serving.url}/api/v1", headers=headers, timeout=30) as http:
+            assert outcome(http, "fut-me-2").json()["step"] == 1  # of the gradient from before
+            assert outcome(http, "fut-me-1").json()["name"] == "last"
+            again = submit(http, path, OptimStep(), 2)
+            assert (again.status_code, again.json()["future_id"]) == (202, "fut-me-2")
+            rest = until_the_end(read(http, path, after=told[-1]["event"]["seq"]), "fut-me-2")
+            assert next(item["event"]["seq"] for item in rest) == told[-1]["event"]["seq"] + 1
+            http.delete(path)
     (log,) = (tmp_path / "server").rglob("events.jsonl")
     assert json.loads(log.read_text().splitlines()[-1])["status"] == "TERMINATED"
+    assert not list((tmp_path / "server").rglob("journal"))
 
 
 def test_figures_count_what_happened_and_never_fall(serving: Serving, http: httpx.Client, path: str) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 import tensafe_nb as tn
 from tensafe_nb import client
-from tensafe_nb.events import Event, LineChanged
+from tensafe_nb.events import Event, LineChanged, RunState
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.transports import http_channel
 from tests.parity.serving import Serving, eventually, serving_thread
@@ -174,14 +175,12 @@ def test_a_download_that_is_cut_off_goes_on_where_it_ended(serving: Serving, tmp
 
 
 def test_when_nothing_answers_any_more_what_waits_fails_in_the_end(
-    serving: Serving, monkeypatch: pytest.MonkeyPatch
+    serving: Serving,
 ) -> None:
     proxy = Proxy(serving.url)
-    with tn.ServiceClient(proxy.url, serving.tokens.mint("gone")) as service:
+    with tn.ServiceClient(proxy.url, serving.tokens.mint("gone"), patience=0.5) as service:
         tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
         tc.ready().result()
-        monkeypatch.setattr(http_channel, "PATIENCE", 0.5)
-        monkeypatch.setattr(http_channel.Requests.send, "__kwdefaults__", {"patience": 0.5})
         told = lines_of(tc)
         proxy.close()
         handle = tc.forward_backward(BATCH)
@@ -287,10 +286,64 @@ def test_a_run_of_another_kernel_is_not_mixed_with_and_one_that_fell_silent_is_s
             monkeypatch.setattr(client, "SILENT_SECONDS", 0.0)
             mine = twin.fit([BATCH], steps=2, show=False)
             assert mine.result().state == "FINISHED"
+            done, stood_at = run.steps_done, twin.step
+            taken_over = run.result(20)  # by itself, as soon as it hears of it
+            assert (taken_over.state, taken_over.steps_done) == ("INTERRUPTED", done)
+            assert "another client started a run" in (taken_over.reason or "")
+            for go_on in (run.resume, run.step):
+                with pytest.raises(
+                    tn.ValidationError, match=r"was interrupted at step .*takes no step any more"
+                ):
+                    go_on()
+            assert tc.forward(BATCH).result() and tc.step == stood_at
             told = twin.history.state.runs
             assert [str(told[one].state) for one in (run.run_id, mine.run_id)] == ["INTERRUPTED", "FINISHED"]
             assert "another client started a run" in (told[run.run_id].reason or "")
         run.stop()
+
+
+def test_a_run_that_is_resumed_before_it_hears_that_it_was_taken_over_takes_no_step(
+    serving: Serving,
+) -> None:
+    with tn.ServiceClient(serving.url, serving.tokens.mint("deaf")) as service:
+        tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+        run = tc.fit([BATCH], steps=1_000, show=False)
+        run.pause()
+        eventually(lambda: run.state == "PAUSED" and tc.status == "READY")
+        stood_at = tc.step
+        end = RunState(run_id=run.run_id, state="INTERRUPTED", step=stood_at, reason="another went on")
+        with run._changed:  # told in one breath: the log lists the end first
+            tc.publish(end)
+            run.resume()
+        assert run.result(20).state == "INTERRUPTED"
+        assert tc.forward(BATCH).result() and tc.step == stood_at
+        assert str(tc.history.state.runs[run.run_id].state) == "INTERRUPTED"
+
+
+def test_of_two_kernels_that_start_a_run_in_the_same_instant_the_one_that_the_log_lists_first_trains(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = serving.tokens.mint("instant")
+    both_have_looked = threading.Barrier(2)
+    make_way = tn.TrainingClient._make_way
+
+    def look_together(self: tn.TrainingClient) -> None:
+        make_way(self)
+        both_have_looked.wait(60)
+
+    monkeypatch.setattr(tn.TrainingClient, "_make_way", look_together)
+    with tn.ServiceClient(serving.url, token) as first:
+        tc = first.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+        tc.ready().result()
+        monkeypatch.setenv("TENSAFE_HOME", str(tmp_path / "another"))
+        with tn.ServiceClient(serving.url, token) as second, ThreadPoolExecutor(2) as pool:
+            twins = [tc, second.get_training_client(tc.training_client_id)]
+            begun = [pool.submit(twin.fit, [BATCH], steps=3, show=False) for twin in twins]
+            refused = [one.exception(60) for one in begun]
+            assert sorted(str(error)[:14] for error in refused) == ["Another client", "None"]
+            run = next(one.result() for one in begun if one.exception() is None)
+            assert run.result(60).state == "FINISHED"
+            assert len(run.history.state.runs) == 1 and tc.refresh().step == 3
 
 
 def test_two_kernels_of_one_home_write_one_log_one_at_a_time(serving: Serving) -> None:
