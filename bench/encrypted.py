@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from bench.harness import LARGER, Row, Taken, Target, paired, stopwatch
-from tensafe_nb.privacy.encrypted import Aggregator, Cohort, HEClient, HEServer, Layout, Member, estimate
+from tensafe_nb.privacy.encrypted import (
+    Aggregator,
+    Cohort,
+    CohortMember,
+    HEClient,
+    HEServer,
+    Layout,
+    estimate,
+)
 
 WIDTH, RANK = 576, 8
 SHAPE = (WIDTH, WIDTH, RANK)
@@ -52,7 +60,7 @@ def aggregation() -> Row:
     dice = np.random.default_rng(0)
     given = [{"lora_B": dice.normal(size=PARAMETERS) / 1e3} for _ in range(MEMBERS)]
     cohort = Cohort(Layout.of(given[0]), MEMBERS)
-    updates = [Member(cohort.secret_bytes(), n).encrypt(update) for n, update in enumerate(given)]
+    updates = [CohortMember(cohort.secret_bytes(), n).encrypt(update) for n, update in enumerate(given)]
     bundle = cohort.public_bundle()
 
     def added() -> bytes:
@@ -61,7 +69,7 @@ def aggregation() -> Row:
             server.add(update)
         return server.total()
 
-    mean = Member(cohort.secret_bytes(), 0).decrypt(added())["lora_B"]
+    mean = CohortMember(cohort.secret_bytes(), 0).decrypt(added())["lora_B"]
     assert np.abs(mean - np.mean([one["lora_B"] for one in given], axis=0)).max() < 1e-6
     wall = [stopwatch(added)[0] for _ in range(9)]
     return Row(

@@ -8,7 +8,15 @@ import pytest
 from safetensors.numpy import load_file
 
 import tensafe_nb as tn
-from tensafe_nb.privacy.encrypted import Aggregator, Cohort, HEClient, HEServer, Layout, Member, estimate
+from tensafe_nb.privacy.encrypted import (
+    Aggregator,
+    Cohort,
+    CohortMember,
+    HEClient,
+    HEServer,
+    Layout,
+    estimate,
+)
 from tests.unit.privacy.encrypted.halves import activations, adapter, connected, error, in_clear
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
@@ -92,7 +100,7 @@ def test_federated_averaging_of_three_clients_on_docstrings_equals_that_in_clear
             tc.close()
     cohort = Cohort(Layout.of(updates[0]), members=3)
     server = Aggregator(cohort.public_bundle())
-    members = [Member(cohort.secret_bytes(), number) for number in range(3)]
+    members = [CohortMember(cohort.secret_bytes(), number) for number in range(3)]
     for one, update in zip(members, updates, strict=True):
         server.add(one.encrypt(update))
     mean = members[2].decrypt(server.total())

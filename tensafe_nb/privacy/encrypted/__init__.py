@@ -7,7 +7,7 @@ bytes between them, `aggregate.py` the encrypted sum of updates, `cost.py` the p
 first key is made. There is no way in here that computes in clear.
 """
 
-from tensafe_nb.privacy.encrypted.aggregate import Aggregator, Cohort, Layout, Member
+from tensafe_nb.privacy.encrypted.aggregate import Aggregator, Cohort, CohortMember, Layout
 from tensafe_nb.privacy.encrypted.client import HEClient
 from tensafe_nb.privacy.encrypted.cost import HECost, estimate
 from tensafe_nb.privacy.encrypted.packing import Shape
@@ -15,7 +15,7 @@ from tensafe_nb.privacy.encrypted.server import HEServer
 
 __all__ = [
     "HEClient", "HEServer", "Shape", "HECost", "estimate",
-    "Layout", "Cohort", "Member", "Aggregator",
+    "Layout", "Cohort", "CohortMember", "Aggregator",
     "THREAT_MODEL",
 ]  # fmt: skip
 

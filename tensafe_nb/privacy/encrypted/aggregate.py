@@ -106,7 +106,7 @@ class Cohort:
     Example:
         >>> cohort = Cohort(Layout.of(update), members=3)
         >>> aggregator = Aggregator(cohort.public_bundle())
-        >>> members = [Member(cohort.secret_bytes(), number) for number in range(3)]
+        >>> members = [CohortMember(cohort.secret_bytes(), number) for number in range(3)]
         >>> for member, update in zip(members, updates):
         ...     aggregator.add(member.encrypt(update))
         >>> mean = members[0].decrypt(aggregator.total())
@@ -148,7 +148,7 @@ class Cohort:
         return json.dumps(told).encode()
 
 
-class Member:
+class CohortMember:
     """One member of a cohort: encrypts its update, and reads the mean.
 
     Args:
@@ -186,7 +186,7 @@ class Member:
         self._spent = False
 
     def __repr__(self) -> str:
-        return f"Member({self.number} of {self.members}, {self.layout.size:,} numbers)"
+        return f"CohortMember({self.number} of {self.members}, {self.layout.size:,} numbers)"
 
     def encrypt(
         self,

@@ -10,7 +10,14 @@ import numpy as np
 
 from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.envelope import MOST_MESSAGE, Connection, KeySource
-from tensafe_nb.privacy.encrypted.packing import MOST_TOKENS, Plan, Shape, best_plan, packings_of, plan_of
+from tensafe_nb.privacy.encrypted.packing import (
+    MOST_TOKENS,
+    PackingPlan,
+    Shape,
+    best_plan,
+    packings_of,
+    plan_of,
+)
 from tensafe_nb.privacy.encrypted.parameters import parameters_named
 from tensafe_nb.privacy.encrypted.scheme import Vector, dump, scheme_of
 
@@ -23,7 +30,7 @@ MOST_WAITING = 256  # requests whose reply is still to come
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    plan: Plan
+    plan: PackingPlan
     tokens: int
     exponents: Vector  # (tokens,): the power of two that each was multiplied with
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy.encrypted.client import steps_of
-from tensafe_nb.privacy.encrypted.packing import MOST_TOKENS, Plan, Shape, best_plan, packings_of
+from tensafe_nb.privacy.encrypted.packing import MOST_TOKENS, PackingPlan, Shape, best_plan, packings_of
 from tensafe_nb.privacy.encrypted.parameters import Parameters, parameters_named
 from tensafe_nb.privacy.encrypted.scheme import Arithmetic, dump, scheme_of
 
@@ -131,7 +131,7 @@ class Primitives:
     key_bytes: int
 
 
-def _server_ms(plan: Plan, each: Primitives) -> float:
+def _server_ms(plan: PackingPlan, each: Primitives) -> float:
     return (
         sum(n * ms for n, ms in zip(plan.rotations_by_level, each.rotate, strict=True))
         + sum(n * ms for n, ms in zip(plan.multiplications_by_level, each.multiply, strict=True))

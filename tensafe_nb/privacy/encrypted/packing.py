@@ -59,7 +59,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PackingPlan:
     """Where everything lies, for one packing of one shape.
 
     Attributes:
@@ -200,20 +200,20 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=256)
-def plan_of(shape: Shape, tokens: int, parameters: Parameters) -> Plan:
+def plan_of(shape: Shape, tokens: int, parameters: Parameters) -> PackingPlan:
     """Return the cheapest plan of a packing: from public figures alone, so that both sides have the same."""
     groups = parameters.slots // tokens
     widest = min(1 << (shape.rank - 1).bit_length(), groups)
     powers = [1 << i for i in range(widest.bit_length())]
     plans = (
-        Plan(shape, parameters.slots, tokens, ranks, repeats_in, repeats_out)
+        PackingPlan(shape, parameters.slots, tokens, ranks, repeats_in, repeats_out)
         for ranks, repeats_in, repeats_out in itertools.product(powers, repeat=3)
         if max(repeats_in, repeats_out) <= ranks
     )
     return min(plans, key=lambda plan: plan.weight)
 
 
-def best_plan(shape: Shape, tokens: int, packings: tuple[int, ...], parameters: Parameters) -> Plan:
+def best_plan(shape: Shape, tokens: int, packings: tuple[int, ...], parameters: Parameters) -> PackingPlan:
     """Return the plan by which so many tokens cost least; they take ceil(tokens / plan.tokens) rounds of it."""
     plans = (plan_of(shape, packing, parameters) for packing in packings)
     return min(plans, key=lambda plan: ceil(tokens / plan.tokens) * plan.weight)

@@ -118,10 +118,9 @@ class Scheme:
 
 
 def _read(empty: Any, context: Any, data: bytes) -> Any:
-    with passage() as path:
-        path.write_bytes(data)
+    with passage(data) as path:
         try:
-            empty.load(context, str(path))  # SEAL checks sizes and values against the context
+            empty.load(context, path)  # SEAL checks sizes and values against the context
         except (RuntimeError, ValueError, OSError, MemoryError) as err:
             raise EncryptionContextError(f"A part of the message is not what SEAL writes ({err}).") from err
     return empty
@@ -130,22 +129,25 @@ def _read(empty: Any, context: Any, data: bytes) -> Any:
 def dump(written: Any) -> bytes:
     """Return the bytes of anything of SEAL's that has `save`."""
     with passage() as path:
-        written.save(str(path))
-        return path.read_bytes()
+        written.save(path)
+        return Path(path).read_bytes()
 
 
 @contextlib.contextmanager
-def passage() -> Iterator[Path]:
-    """Lend a file: sealapi reads and writes paths only. In memory on Linux, else in a folder of our own."""
+def passage(data: bytes = b"") -> Iterator[str]:
+    """Lend a file with these bytes: sealapi reads and writes paths only. In memory on Linux, else in our own folder."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("tensafe-seal", os.MFD_CLOEXEC)
         try:
-            yield Path(f"/proc/self/fd/{descriptor}")
+            os.write(descriptor, data)
+            yield f"/proc/self/fd/{descriptor}"
         finally:
             os.close(descriptor)
     else:
         with tempfile.TemporaryDirectory(prefix="tensafe-seal-") as folder:
-            yield Path(folder) / "blob"
+            path = Path(folder) / "blob"
+            path.write_bytes(data)
+            yield str(path)
 
 
 @dataclass(slots=True)

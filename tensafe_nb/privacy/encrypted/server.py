@@ -9,7 +9,7 @@ import numpy as np
 from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.client import LOUDEST, steps_of
 from tensafe_nb.privacy.encrypted.envelope import MOST_MESSAGE, KeySource, Message, open_bundle
-from tensafe_nb.privacy.encrypted.packing import MOST_TOKENS, PACKINGS, Plan, Shape, plan_of
+from tensafe_nb.privacy.encrypted.packing import MOST_TOKENS, PACKINGS, PackingPlan, Shape, plan_of
 from tensafe_nb.privacy.encrypted.parameters import parameters_named
 from tensafe_nb.privacy.encrypted.scheme import Arithmetic, Counts, Scheme, Vector, dump, scheme_of
 
@@ -56,7 +56,7 @@ class HEServer:
         steps = steps_of(self.shape, self.packings, self.parameters)
         galois_keys = self._galois_keys(message, steps)
         self._arithmetic = Arithmetic(self._scheme, galois_keys)
-        self._encoded = Encoded(self._scheme, a, b, int(cache_mb * 2**20))
+        self._encoded = EncodedAdapter(self._scheme, a, b, int(cache_mb * 2**20))
         self._lock = threading.Lock()
         self._last = 0
         self._refuse_secrets()
@@ -103,7 +103,7 @@ class HEServer:
             ]
             return self._connection.seal("reply", message.sequence, {"exponent": self._exponent}, parts)
 
-    def _applied(self, plan: Plan, inputs: list[Any]) -> list[bytes]:
+    def _applied(self, plan: PackingPlan, inputs: list[Any]) -> list[bytes]:
         do, outputs = self._arithmetic, [None] * plan.outputs
         for chunk in range(plan.chunks):
             w = None
@@ -165,7 +165,7 @@ class HEServer:
             )
 
 
-class Encoded:
+class EncodedAdapter:
     """An adapter as plaintexts of the scheme, each encoded once as long as there is room."""
 
     def __init__(self, scheme: Scheme, a: Vector, b: Vector, room: int) -> None:
@@ -173,15 +173,15 @@ class Encoded:
         self._room = room
         self._kept: dict[tuple[int, int, int, int, int], Any | None] = {}
 
-    def a(self, plan: Plan, chunk: int, turn: int, which: int) -> Any | None:
+    def a(self, plan: PackingPlan, chunk: int, turn: int, which: int) -> Any | None:
         """Return A_t for an input ciphertext; None where all of it is zero."""
         return self._plain(0, plan, chunk, turn, which)
 
-    def b(self, plan: Plan, chunk: int, turn: int, which: int) -> Any | None:
+    def b(self, plan: PackingPlan, chunk: int, turn: int, which: int) -> Any | None:
         """Return B_t for an output ciphertext; None where all of it is zero."""
         return self._plain(1, plan, chunk, turn, which)
 
-    def _plain(self, level: int, plan: Plan, chunk: int, turn: int, which: int) -> Any | None:
+    def _plain(self, level: int, plan: PackingPlan, chunk: int, turn: int, which: int) -> Any | None:
         place = (plan.tokens, level, chunk, turn, which)
         if place in self._kept:
             return self._kept[place]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tensafe_nb.errors import EncryptionContextError, ValidationError
-from tensafe_nb.privacy.encrypted import Aggregator, Cohort, Layout, Member
+from tensafe_nb.privacy.encrypted import Aggregator, Cohort, CohortMember, Layout
 from tensafe_nb.privacy.encrypted.aggregate import GRID, Tensors
 from tensafe_nb.privacy.encrypted.scheme import scheme_of
 
@@ -22,9 +22,9 @@ def updates(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def round_of(given: list[dict[str, np.ndarray]]) -> tuple[Cohort, Aggregator, list[Member]]:
+def round_of(given: list[dict[str, np.ndarray]]) -> tuple[Cohort, Aggregator, list[CohortMember]]:
     cohort = Cohort(Layout.of(given[0], frozen=["lora_A"]), members=len(given))
-    members = [Member(cohort.secret_bytes(), number) for number in range(len(given))]
+    members = [CohortMember(cohort.secret_bytes(), number) for number in range(len(given))]
     return cohort, Aggregator(cohort.public_bundle()), members
 
 
@@ -82,7 +82,7 @@ def test_an_update_is_clipped_and_noised_by_its_member() -> None:
     zero = [{"w": np.zeros(20_000)} for _ in range(2)]
     cohort = Cohort(Layout.of(zero[0]), members=2)
     server = Aggregator(cohort.public_bundle())
-    members = [Member(cohort.secret_bytes(), number) for number in range(2)]
+    members = [CohortMember(cohort.secret_bytes(), number) for number in range(2)]
     for member, update in zip(members, zero, strict=True):
         server.add(member.encrypt(update, clip=0.5, noise_multiplier=2.0))
     noise = members[0].decrypt(server.total())["w"]
@@ -161,7 +161,7 @@ def test_the_server_of_a_round_holds_no_key_of_the_scheme() -> None:
 def test_updates_that_do_not_fit_are_refused(update: Tensors, options: dict[str, float], words: str) -> None:
     cohort = Cohort(Layout.of({"w": np.zeros(4)}), members=2)
     with pytest.raises(ValidationError, match=words):
-        Member(cohort.secret_bytes(), 0).encrypt(update, **options)
+        CohortMember(cohort.secret_bytes(), 0).encrypt(update, **options)
 
 
 def test_cohorts_and_members_that_cannot_be_are_refused() -> None:
@@ -174,7 +174,7 @@ def test_cohorts_and_members_that_cannot_be_are_refused() -> None:
             Layout.of(tensors, frozen=["lora_A"])
     cohort = Cohort(layout, members=2)
     with pytest.raises(ValidationError, match="0 to 1"):
-        Member(cohort.secret_bytes(), 2)
+        CohortMember(cohort.secret_bytes(), 2)
     for wrong in (b"{}", b"[]", b"\xff", cohort.public_bundle()):
         with pytest.raises(EncryptionContextError, match="secret_bytes"):
-            Member(wrong, 0)
+            CohortMember(wrong, 0)
