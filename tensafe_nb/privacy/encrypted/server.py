@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tensafe_nb.errors import EncryptionContextError, ValidationError
-from tensafe_nb.privacy.encrypted.client import LOUDEST, steps_of
+from tensafe_nb.privacy.encrypted.client import LOUDEST, MOST_EXPONENT, steps_of
 from tensafe_nb.privacy.encrypted.envelope import MOST_MESSAGE, KeySource, Message, open_bundle
 from tensafe_nb.privacy.encrypted.packing import MOST_TOKENS, PACKINGS, PackingPlan, Shape, plan_of
 from tensafe_nb.privacy.encrypted.parameters import parameters_named
@@ -206,13 +206,21 @@ def normalised(a: Vector, b: Vector, scale: float) -> tuple[Vector, Vector, int]
     if not np.isfinite(scale):
         raise ValidationError(f"The scale of the adapter is not a finite number: {scale!r}.")
     up_a = int(np.frexp(np.abs(a).max())[1])
-    scaled = float(scale) * b
+    with np.errstate(over="ignore"):  # it is said below
+        scaled = float(scale) * b
+    if not np.isfinite(scaled).all():
+        raise ValidationError(f"scale · B is not finite, with scale={scale!r}.")
     up_b = int(np.frexp(np.abs(scaled).max())[1])
     a, scaled = np.ldexp(a, -up_a), np.ldexp(scaled, -up_b)
     # what any slot can reach, those that nobody reads included: Σ_k |u_k| · max |B[·, k]|, with |x| < 2^LOUDEST
     most = 2.0**LOUDEST * float(np.abs(a).sum(axis=1) @ np.abs(scaled).max(axis=0))
     down = ceil(log2(most / MOST_RESULT)) if most else 0
-    return a, np.ldexp(scaled, -down), up_a + up_b + down
+    exponent = up_a + up_b + down
+    if abs(exponent) > MOST_EXPONENT:
+        raise ValidationError(
+            f"The adapter's values are about 2^{exponent}: too large or too small to be one."
+        )
+    return a, np.ldexp(scaled, -down), exponent
 
 
 def _matrix(name: str, values: Any) -> Vector:

@@ -1,8 +1,11 @@
 """What a client decrypts is the adapter's product, and the server could not have read it."""
 
 import gc
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,6 +190,8 @@ def test_adapters_that_are_none_are_refused() -> None:
         ((a * np.nan, b, 1.0), "finite"),
         ((a[:2], b, 1.0), "rank"),
         ((a, b, np.inf), "scale"),
+        ((a, b * 1e300, 1e300), "not finite"),
+        ((a, b, 1e-200), "too small"),
         (([["x"]], b, 1.0), "numbers"),
     ):
         with pytest.raises(ValidationError, match=words):
@@ -222,6 +227,17 @@ def test_an_encoded_adapter_that_finds_no_room_is_encoded_each_time_with_the_sam
         x = activations(8, shape[0], seed)
         assert error(client.decrypt(server.apply(client.encrypt(x))), in_clear(adapter(*shape), x)) <= BOUND
     assert len(server._encoded._kept) == 3 < server.counts.multiplications / 2
+
+
+def test_where_files_in_memory_are_not_to_be_had_it_goes_through_a_folder_of_its_own_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    client, server = connected(tokens=8)
+    x = activations(8, SHAPE[0])
+    assert error(client.decrypt(server.apply(client.encrypt(x))), in_clear(adapter(*SHAPE), x)) <= BOUND
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_tenseal_nothing_is_computed_in_clear(monkeypatch: pytest.MonkeyPatch) -> None:
