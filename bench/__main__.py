@@ -60,6 +60,10 @@ ROWS = {
     "remote-events": "remote:event_delay",
     "remote-pipeline-short": "remote:pipelined_small_steps",
     "remote-pipeline": "remote:pipelined_steps",
+    "remote-many-empty": "remote:many_empty",
+    "remote-many": "remote:many_steps",
+    "remote-many-slowest": "remote:slowest_of_many",
+    "remote-memory": "remote:further_client",
     "remote-download": "remote:download",
 }
 REAL = {

@@ -354,5 +354,15 @@ def error_of_code(
     classes = [TGTinkerError]
     for cls in classes:  # grows while it is walked: every class below
         classes += cls.__subclasses__()
-    cls = next((cls for cls in reversed(classes) if cls.code == code), TGTinkerError)
+    known = SPECIAL.get(code, code)
+    cls = next((cls for cls in reversed(classes) if cls.code == known), TGTinkerError)
     return cls(message, code=code, details=details, request_id=request_id)
+
+
+SPECIAL = {  # codes that a server tells apart, by the code of the class that a caller catches
+    "too_many": "queue_full",
+    "too_many_waiting": "queue_full",
+    "forbidden": "validation_error",
+    "too_large": "validation_error",
+    "draining": "server_connection",
+}

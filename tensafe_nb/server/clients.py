@@ -42,7 +42,9 @@ logger = logging.getLogger(__name__)
 
 KEPT_HANDLES = 2_000  # of operations that have ended: their results can still be fetched
 KEPT_ANSWERS = 4_096  # of one submitter: a repeated submission gets the first answer
-LONGEST_GAP = 30.0  # s; how long a submission waits for those before it
+LONGEST_GAP = (
+    150.0  # s that a submission waits for those before it: longer than their kernel tries to bring them
+)
 LONGEST_WAY = 10.0  # s; how long a request about an operation waits for that operation to arrive
 MOST_BEHIND = (
     50_000  # events a stream's reader may be behind: then it ends, and begins again where the reader stands
@@ -111,7 +113,11 @@ class Submitter:
     turn: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def in_turn(
-        self, number: int, submit: Callable[[], Awaitable[Answer]], lost: Callable[[int], Awaitable[None]]
+        self,
+        number: int,
+        submit: Callable[[], Awaitable[Answer]],
+        lost: Callable[[int], Awaitable[None]],
+        check: Callable[[], None],
     ) -> Answer:
         """Submit when all before it have been; a repeat gets the first answer, a refused one has had its turn, too.
 
@@ -119,6 +125,7 @@ class Submitter:
             number: Its place.
             submit: Does it.
             lost: Is told of a number that did not come in time: the others go on without it.
+            check: Raises where nothing is taken any more: the turn is left to the process to come.
 
         Raises:
             ValidationError: Its answer is not kept any more.
@@ -138,6 +145,7 @@ class Submitter:
                 if number not in self.answers:
                     raise ValidationError(f"Submission {number} has had its turn; ask for its future.")
                 return self.answers[number]
+            check()
             try:
                 answer = self.answers[number] = await submit()
             finally:
@@ -191,7 +199,13 @@ class ServedClient:
 
     # operations
 
-    async def in_turn(self, submitter: str, number: int, submit: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def in_turn(
+        self,
+        submitter: str,
+        number: int,
+        submit: Callable[[], Awaitable[Answer]],
+        check: Callable[[], None] = lambda: None,
+    ) -> Answer:
         """Run a submitter's submissions in the order of their numbers; see `Submitter.in_turn`."""
 
         async def lost(missing: int) -> None:
@@ -200,7 +214,7 @@ class ServedClient:
             self.refuse(place, error)
 
         self.used_at = time.monotonic()
-        return await self._submitters.setdefault(submitter, Submitter()).in_turn(number, submit, lost)
+        return await self._submitters.setdefault(submitter, Submitter()).in_turn(number, submit, lost, check)
 
     def may_refuse(self, submitter: str, number: int) -> bool:
         """Whether a submission can be told to come again later: not if others are held until it has come."""
@@ -354,14 +368,22 @@ class ServedClient:
         loop = asyncio.get_running_loop()
         waiting: asyncio.Queue[Event | dict[str, Any] | None] = asyncio.Queue()
 
+        behind = False
+
+        def keep(event: Event) -> None:
+            nonlocal behind  # a reader that has stopped reading holds up this generator, and must not fill the memory
+            behind = behind or waiting.qsize() >= MOST_BEHIND
+            if not behind:
+                waiting.put_nowait(event)
+
         def put(event: Event) -> None:
             with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(waiting.put_nowait, event)
+                loop.call_soon_threadsafe(keep, event)
 
         unsubscribe = await asyncio.to_thread(self.channel.subscribe, put, after)
         self._readers.add(waiting)
         try:
-            while waiting.qsize() < MOST_BEHIND and not (self.hung_up and waiting.empty()):
+            while not ((self.hung_up or behind) and waiting.empty()):
                 try:
                     async with asyncio.timeout(HEARTBEAT):
                         event = await waiting.get()

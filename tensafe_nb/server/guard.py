@@ -4,6 +4,7 @@ import asyncio
 import json
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -30,6 +31,7 @@ ONCE = ("host", "authorization", "origin", "content-length", "content-type", "tr
 BODY_SECONDS = (
     30.0  # in which a body has to come, and as much again for each BODY_RATE × BODY_SECONDS bytes of it
 )
+MOST_KEPT, MOST_KEPT_BYTES = 4_096, 1 << 16  # answers to requests that may be repeated, and how large
 BODY_RATE = 16 << 10  # bytes a second: who is slower is hung up on
 
 
@@ -79,6 +81,7 @@ class Guard:
             root_path.rstrip("/"),
         )
         self._hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
+        self._once = Once(app)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -89,28 +92,38 @@ class Guard:
             return
         request_id = f"req-{secrets.token_hex(6)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        send = signed(send, request_id)
         if self._root_path:
             scope["root_path"] = self._root_path
-        refusal = self._of_form(scope) or await self._of_right(scope)
+        headers = headers_of(scope)
+        refusal = self._of_form(scope, headers) or await self._of_right(scope, headers)
         if refusal is not None:
             self._quotas.note(refusal.code)
             await refuse(send, refusal, request_id)
             return
         most = None if is_unbounded(scope) else MOST_BODY_BYTES
-        await self._app(scope, paced(receive, most), send)
+        once = headers_of(scope).get("x-once", "")
+        if once and scope["method"] != "GET":
+            await self._once.answer(
+                (scope["state"].get("tenant", ""), once), scope, paced(receive, most), send
+            )
+        else:
+            await self._app(scope, paced(receive, most), send)
 
-    def _of_form(self, scope: Message) -> Refusal | None:
+    def _of_form(self, scope: Message, headers: dict[str, str]) -> Refusal | None:
         """Say what is wrong with a request, whoever sends it."""
-        names = [name.decode("latin-1").lower() for name, _ in scope["headers"]]
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         size += len(scope.get("raw_path", b"")) + len(scope["query_string"])
-        if len(names) > MOST_HEADERS or size > MOST_HEAD_BYTES:
+        if len(scope["headers"]) > MOST_HEADERS or size > MOST_HEAD_BYTES:
             most = f"{MOST_HEADERS} headers, and {MOST_HEAD_BYTES:,} bytes before its body"
             return Refusal(431, "too_large", f"A request has at most {most}.")
-        twice = [name for name in ONCE if names.count(name) > 1]
-        if twice:  # two readers of such a request may take it for two different ones
-            return Refusal(400, "bad_request", f"The header {twice[0]} is there more than once.")
-        headers = headers_of(scope)
+        if len(headers) < len(
+            scope["headers"]
+        ):  # two readers of such a request may take it for two different ones
+            names = [name.decode("latin-1").lower() for name, _ in scope["headers"]]
+            twice = [name for name in ONCE if names.count(name) > 1]
+            if twice:
+                return Refusal(400, "bad_request", f"The header {twice[0]} is there more than once.")
         if "*" not in self._hosts and name_of(headers.get("host", "")) not in self._hosts:
             return Refusal(
                 421, "wrong_host", "This server is not called by that name; see `serve --host-name`."
@@ -127,11 +140,11 @@ class Guard:
             )
         return None
 
-    async def _of_right(self, scope: Message) -> Refusal | None:
+    async def _of_right(self, scope: Message, headers: dict[str, str]) -> Refusal | None:
         """Say whether whoever sends a request may."""
         if path_of(scope) in OPEN:
             return None
-        scheme, _, secret = headers_of(scope).get("authorization", "").partition(" ")
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
         try:
             tenant = await self._identity.whose(secret.strip()) if scheme.lower() in SCHEMES else None
         except TGTinkerError as error:  # who could say it does not answer
@@ -146,6 +159,61 @@ class Guard:
             message = f"More than {most:,} requests within a minute; wait {wait} s."
             return Refusal(429, "too_many_requests", message, {"retry-after": str(wait)})
         return None
+
+
+class Once:
+    """Carries out requests that bear a name once each: a repeat, of which its client cannot know, gets the same answer.
+
+    What failed is not kept, but tried again.
+
+    Args:
+        app: Carries them out.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._answers: OrderedDict[tuple[str, str], asyncio.Future[list[Message]]] = OrderedDict()
+
+    async def answer(self, name: tuple[str, str], scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request: carry it out, or wait for whoever does."""
+        while name in self._answers:
+            known = self._answers[name]
+            await asyncio.wait([known])
+            if not known.cancelled():  # else that try failed, and this one does it
+                for message in known.result():
+                    await send(dict(message))
+                return
+        coming = self._answers[name] = asyncio.get_running_loop().create_future()
+        said: list[Message] = []
+        size = 0
+
+        async def keep(message: Message) -> None:
+            nonlocal size
+            size += len(message.get("body", b""))
+            said.append(dict(message))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, keep)
+        finally:
+            if said and said[0].get("status", 500) < 400 and size <= MOST_KEPT_BYTES:
+                coming.set_result(said)
+            else:
+                coming.cancel()
+                del self._answers[name]
+            while len(self._answers) > MOST_KEPT and next(iter(self._answers.values())).done():
+                self._answers.popitem(last=False)
+
+
+def signed(send: Send, request_id: str) -> Send:
+    """Let answers say that this server gave them, and no proxy on the way."""
+
+    async def sign(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"x-tensafe-request", request_id.encode())]
+        await send(message)
+
+    return sign
 
 
 def headers_of(scope: Message) -> dict[str, str]:

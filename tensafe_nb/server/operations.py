@@ -16,7 +16,7 @@ from fastapi import Path as InPath
 from fastapi.responses import Response, StreamingResponse
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.errors import FutureCancelledError, TGTinkerError, ValidationError
+from tensafe_nb.errors import FutureCancelledError, FutureFailedError, TGTinkerError, ValidationError
 from tensafe_nb.events import Event
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.batch import BatchData
@@ -194,6 +194,7 @@ def add_operations(routes: APIRouter, service: Service) -> None:
         x_verb: Annotated[str, Header(max_length=64)] = "",
         x_knows_of: Annotated[str, Header(max_length=2048)] = "",
         x_cancelled: Annotated[bool, Header()] = False,
+        x_withdrawn: Annotated[bool, Header()] = False,
     ) -> Response:
         """Queue an operation, given as a tagged record: JSON, or safetensors with the JSON in the metadata."""
         client, tenant = client_of(service, request, training_client_id), tenant_of(service, request)
@@ -204,18 +205,25 @@ def add_operations(routes: APIRouter, service: Service) -> None:
         def read() -> Operation[Any]:
             if isinstance(body, TGTinkerError):
                 raise body
+            if x_withdrawn:
+                raise FutureFailedError("Its kernel could not bring this operation here, and gave it up.")
             operation: Operation[Any] = wire.unpack(media_type, body, Operation)
             return operation
 
         form = None if isinstance(body, TGTinkerError) else (media_type, body)
-        if x_submitter is None or x_number is None or client.may_refuse(x_submitter, x_number):
+        if not x_withdrawn and (
+            x_submitter is None or x_number is None or client.may_refuse(x_submitter, x_number)
+        ):
             tenant.check_queue()
         if x_submitter is None or x_number is None:
             answer = await queue(service, tenant, client, read, place, form)
         else:
             service.refuse_if_draining()
             answer = await client.in_turn(
-                x_submitter, x_number, lambda: queue(service, tenant, client, read, place, form)
+                x_submitter,
+                x_number,
+                lambda: queue(service, tenant, client, read, place, form),
+                service.refuse_if_draining,
             )
         return answered(request, answer)
 
@@ -309,7 +317,7 @@ def add_stream(routes: APIRouter, service: Service) -> None:
             try:
                 return Answer(200, {"seq": await asyncio.to_thread(all_of_them)})
             except TGTinkerError as error:
-                return Answer(STATUS.get(error.code, 500), {"error": error_of(error)})
+                return Answer(STATUS.get(error.code, 500), {"error": error_of(error)}, in_turn=True)
 
         if x_submitter is None or x_number is None:
             answer = await publish()

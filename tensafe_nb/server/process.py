@@ -13,14 +13,19 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from tensafe_nb.server.guard import MOST_HEAD_BYTES
 
 HEAD_SECONDS = 15.0  # in which the headers of a request have to come
+STALLED_SECONDS = 120.0  # that a reader may take nothing of what there is for it
 M_ARENA_MAX = -8  # of glibc's mallopt(3)
 
 
 class PatientProtocol(HttpToolsProtocol):
-    """uvicorn's, which by itself waits for ever for the rest of a request's headers, and keeps however many come."""
+    """uvicorn's, which by itself waits for ever: for the rest of a request's headers, and for a reader of an answer.
+
+    It keeps however many headers come, too.
+    """
 
     _in_head, _came = True, 0
     _waiting: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for the first request."""
@@ -51,7 +56,24 @@ class PatientProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_waiting()
+        self._reads_on()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a reader that has stopped reading."""
+        super().pause_writing()
+        self._reads_on()
+        self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop waiting."""
+        self._reads_on()
+        super().resume_writing()
+
+    def _reads_on(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _wait(self) -> None:
         self._waiting = self.loop.call_later(HEAD_SECONDS, self._end, b"408 Request Timeout")

@@ -16,7 +16,12 @@ from typing import Any
 import httpx
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.errors import StorageError, TrainingClientNotFoundError, ValidationError
+from tensafe_nb.errors import (
+    ServerConnectionError,
+    StorageError,
+    TrainingClientNotFoundError,
+    ValidationError,
+)
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.results import (
     AuditLogEntry,
@@ -29,7 +34,7 @@ from tensafe_nb.protocol.results import (
 from tensafe_nb.store.home import Home
 from tensafe_nb.transports.base import Channel
 from tensafe_nb.transports.http_channel import HttpChannel
-from tensafe_nb.transports.http_requests import PATIENCE, Requests, error_in, quoted
+from tensafe_nb.transports.http_requests import PATIENCE, Requests, check_answer, is_servers, quoted
 
 CHUNK = 1 << 20  # bytes of a file that are read or written at a time
 
@@ -115,22 +120,21 @@ class HttpTransport:
     async def _fill(self, part: Path, path: str, params: Mapping[str, Any]) -> None:
         """Write an answer to a file; where it is cut off, the rest is asked for."""
         lost: float | None = None
-        query = f"?{httpx.QueryParams(dict(params))}" if params else ""
         while True:
             have = part.stat().st_size if part.exists() else 0  # noqa: ASYNC240  # a moment
             headers = {"range": f"bytes={have}-"} if have else {}
             try:
-                async with self._requests.stream(path + query, headers) as answer:
-                    if not answer.is_success:
+                async with self._requests.stream(path, headers, params) as answer:
+                    if not (answer.is_success and is_servers(answer)):
                         await answer.aread()
-                        raise error_in(answer)
+                        check_answer(answer)
                     goes_on = answer.status_code == httpx.codes.PARTIAL_CONTENT
                     with part.open("ab" if goes_on else "wb") as file:
                         async for chunk in answer.aiter_raw(CHUNK):
                             file.write(chunk)
                             lost = None
                 return
-            except httpx.TransportError as error:
+            except (httpx.RequestError, ServerConnectionError) as error:
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > self._requests.patience:
                     raise self._requests.unreachable(error) from error

@@ -21,11 +21,13 @@ import httpx
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import (
+    AuthenticationError,
     ClientClosedError,
     FutureCancelledError,
     QueueFullError,
     ServerConnectionError,
     TGTinkerError,
+    TrainingClientNotFoundError,
     ValidationError,
     error_of_code,
 )
@@ -62,7 +64,13 @@ from tensafe_nb.protocol.results import (
     missing_pieces,
 )
 from tensafe_nb.store.home import Home
-from tensafe_nb.transports.http_requests import Requests, error_in, lines_of
+from tensafe_nb.transports.http_requests import (
+    Requests,
+    check_answer,
+    is_servers,
+    lines_of,
+    waiting_asked_for,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +79,11 @@ R = TypeVar("R")
 SENDERS = 4  # submissions on their way at a time; the server puts them in order
 DRAINING = 5.0  # s that the history waits for what runs have told
 FIRST_SIGN = 5.0  # s after which a stream that says nothing is taken to be held back by a proxy
+WAIT = 10.0  # s that the server keeps an answer back until there is something in it
 SILENCE = 30.0  # s without a sign of life, which comes every 10, until a stream is taken to be dead
 KNOWN_FAILURES = 256  # of which it is remembered whether somebody was told, and what they were
 MOST_EVENTS = 256  # that are told at a time
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 2.0  # s between two tries
 
 
 @dataclass(slots=True, eq=False)
@@ -124,6 +134,7 @@ class HttpChannel:
         self._numbers = self._told_number = 0
         self.unsent: set[str] = set()  # what the server has neither taken nor refused yet
         self.reached = 0  # number of the latest event
+        self.heard_at = time.monotonic()  # anything at all, on the stream
         self._line = LineState.OPEN
         self._owed = 0  # number that the latest event published here was given
         self._changed = threading.Condition()
@@ -153,7 +164,7 @@ class HttpChannel:
         """Wait, not for long, until something is so, or this line has ended."""
         if threading.current_thread() is not self._io.thread and not self.requests.is_over:
             with self._changed:
-                self._changed.wait_for(lambda: self.closed or so(), seconds)
+                self._changed.wait_for(lambda: self.closed or self._line is LineState.LOST or so(), seconds)
 
     def submit(self, operation: Operation[R], future_id: str | None = None) -> FutureHandle[R]:
         """Queue an operation; see `Worker.submit`.
@@ -341,10 +352,12 @@ class HttpChannel:
             return  # the line, and the log, are the parent's
         if self._info.status != ClientStatus.TERMINATED and not self.closed and not self.requests.closed:
             self._until(lambda: not self.unsent)
-            with suppress(TGTinkerError):
+            try:
                 self.requests.call("DELETE", self.path, patience=5.0)
+            except TGTinkerError as error:
+                logger.warning("%s was not closed on the server: %s", self.training_client_id, error)
             self._until(lambda: self._info.status == ClientStatus.TERMINATED)
-        self._give_up(FutureCancelledError("The training client was closed."), cancel=True)
+        self.give_up(FutureCancelledError("The training client was closed."), cancel=True)
 
     def leave(self) -> None:
         """Leave the training client to its server, with what was submitted here."""
@@ -358,7 +371,7 @@ class HttpChannel:
             _ = self.history
         with self._changing:
             self.closed = True
-        self._give_up(ClientClosedError("This ServiceClient was closed while the operation was under way."))
+        self.give_up(ClientClosedError("This ServiceClient was closed while the operation was under way."))
         self._io.soon(self._end_tasks)
         self._recorder.close()
         _leaving.discard(self)
@@ -372,19 +385,28 @@ class HttpChannel:
             self._left = True
             self._io.soon(self._leave_if_done)
 
-    def _give_up(self, error: TGTinkerError, *, cancel: bool = False) -> None:
+    def give_up(self, error: TGTinkerError, *, cancel: bool = False) -> None:
         """End whatever still waits."""
         with self._changing:
-            waiting, self._waiting = self._waiting, {}
-        for promise in waiting.values():
+            waiting = dict(self._waiting)
+            if cancel:
+                self._waiting.clear()
+        for future_id, promise in waiting.items():
             if cancel:
                 promise.cancel()
             else:
-                promise.fail(error)
+                self.fail(future_id, error)
         if not self._loaded.done:
             self._loaded.fail(error)
 
     # on the transport's thread
+
+    def refused(self, error: TGTinkerError) -> None:
+        """Fail what waits: the server lets nobody in, or knows the training client no more."""
+        if isinstance(error, TrainingClientNotFoundError):
+            self._info = replace(self._info, status=ClientStatus.TERMINATED, reason=str(error))
+        self.note_line(LineState.LOST, str(error))
+        self.give_up(error)
 
     def _begin(self) -> None:
         """Start the tasks; each holds the channel weakly between two waits, so that it can be let go."""
@@ -410,26 +432,38 @@ class HttpChannel:
             self._do(self._tell())
 
     async def _tell(self) -> None:
-        """Send what is in the outbox, in order."""
+        """Send what is in the outbox, in order; while the server cannot be reached, it waits there."""
         try:
-            while self._outbox:
+            while self._outbox and not self.closed:
                 events = [self._outbox[index] for index in range(min(len(self._outbox), MOST_EVENTS))]
                 self._told_number += 1
                 headers = {"x-submitter": self.submitter, "x-number": str(self._told_number)}
                 told = [encode(event) for event in events]
-                try:
-                    answer = await self.requests.send(
-                        "POST", f"{self.path}/events", json=told, headers=headers
-                    )
+                answer = await self._told(told, headers)
+                if answer is not None and answer.is_success:
                     self._owed = max(self._owed, int(answer.json()["seq"]))
-                except TGTinkerError as error:
-                    logger.error("what a run told could not be recorded by the server: %s", error)
+                elif answer is not None:
+                    logger.error("the server does not record what a run told: %s", answer.text)
                 for _ in events:
                     self._outbox.popleft()
         finally:
             self._telling = False
             self._notify()
             self._leave_if_done()
+
+    async def _told(self, told: list[Any], headers: Mapping[str, str]) -> httpx.Response | None:
+        """Return what the server says to events of which it takes each once; None where it takes no more of them."""
+        while not self.closed:
+            try:
+                return await self.requests.send(
+                    "POST", f"{self.path}/events", json=told, headers=dict(headers)
+                )
+            except TGTinkerError as error:
+                if not is_of_the_line(error):
+                    logger.error("what a run told could not be recorded by the server: %s", error)
+                    return None
+            await asyncio.sleep(LONGEST_PAUSE)
+        return None
 
     def _notify(self) -> None:
         with self._changed:
@@ -501,6 +535,9 @@ class HttpChannel:
 
     def _note_status(self, info: TrainingClientInfo) -> None:
         if info.status in (ClientStatus.READY, ClientStatus.BUSY):
+            if self._loaded.done and self._loaded.state is FutureStatus.FAILED:  # the line was lost meanwhile
+                self._loaded = Promise()
+                self._loaded.owner = self._io.thread
             self._loaded.succeed(info)
             self._leave_if_done()
         elif info.status == ClientStatus.ERROR and not self._loaded.done:
@@ -593,53 +630,85 @@ async def send(
             headers["x-knows-of"] = submission.knows_of
         if submission.promise.cancel_requested:
             headers["x-cancelled"] = "1"
-        error = await refusal_of(requests, path, submission.body, headers)
+        error = await refusal_of(requests, path, submission, headers)
         channel = held()
         if channel is not None:
             channel.sent(submission.future_id, error)
         del channel
+        if error is not None and is_of_the_line(error):
+            await withdraw(held, requests, path, headers)
 
 
 async def refusal_of(
-    requests: Requests, path: str, body: bytes, headers: Mapping[str, str]
+    requests: Requests, path: str, submission: Submission, headers: Mapping[str, str]
 ) -> TGTinkerError | None:
     """Submit, and return the error it was refused with; None where it fails in its turn, as the stream will say."""
+
+    def is_wanted() -> bool:
+        return not submission.promise.done or submission.promise.cancel_requested
+
+    if not is_wanted():  # it was given up while the line was lost
+        return ServerConnectionError("It was given up before it was sent.")
     try:
-        await requests.send("POST", path, content=body, headers=dict(headers))
+        await requests.send("POST", path, content=submission.body, headers=dict(headers), is_wanted=is_wanted)
     except TGTinkerError as error:
         return error
     return None
 
 
+async def withdraw(
+    held: "weakref.ref[HttpChannel]", requests: Requests, path: str, headers: Mapping[str, str]
+) -> None:
+    """Tell the server not to wait for a submission that could not be brought there; what comes after it goes on."""
+    while True:
+        channel = held()
+        if channel is None or channel.closed:
+            return
+        del channel
+        try:
+            await requests.send("POST", path, headers={**headers, "x-withdrawn": "1"})
+            return
+        except TGTinkerError as error:
+            if not is_of_the_line(error):
+                return
+        await asyncio.sleep(LONGEST_PAUSE)
+
+
+def is_of_the_line(error: TGTinkerError) -> bool:
+    """Whether an error says nothing of what was sent: it did not come through, or nobody was let in."""
+    return isinstance(error, ServerConnectionError | AuthenticationError) or error.code == "draining"
+
+
 async def listen(held: "weakref.ref[HttpChannel]", requests: Requests) -> None:
-    """Read the stream, and begin again where it broke off, until the training client is closed or let go."""
-    lost: float | None = None
+    """Read the stream, and begin again where it broke off, until the training client is closed or let go.
+
+    While nothing comes, whatever waits fails after the patience; but this end goes on asking, and goes on with what is
+    submitted once the server is there again.
+    """
+    pause, seen = FIRST_PAUSE, 0
     while (channel := held()) is not None and not channel.closed:
         reached, path = channel.reached, channel.path
         del channel
-        began = time.monotonic()
+        if reached > seen:
+            pause, seen = FIRST_PAUSE, reached
         try:
             read = poll if requests.streams_held_back else follow
             if await read(held, requests, path, reached):
                 return
-            lost = None
-        except (httpx.TransportError, TimeoutError) as error:
-            channel = held()
-            lost = None if channel is not None and channel.reached > reached else lost or began
-            gone = lost is not None and time.monotonic() - lost > requests.patience
-            if channel is not None:
-                unreachable = requests.unreachable(error)
-                channel.note_line(LineState.LOST if gone else LineState.RECONNECTING, str(unreachable))
-                if gone:
-                    channel._give_up(unreachable)
-            del channel
+            pause = FIRST_PAUSE
+        except (httpx.RequestError, TimeoutError, json.JSONDecodeError) as error:
+            broke_off(held, requests.unreachable(error))
+        except ServerConnectionError as error:
+            broke_off(held, error)
         except TGTinkerError as error:
             channel = held()
             if channel is not None:
-                channel.note_line(LineState.LOST, str(error))
-                channel._give_up(error)
-            return
-        await asyncio.sleep(0.2)
+                channel.refused(error)
+            del channel
+            if is_over(held):
+                return
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 async def follow(held: "weakref.ref[HttpChannel]", requests: Requests, path: str, after: int) -> bool:
@@ -649,16 +718,17 @@ async def follow(held: "weakref.ref[HttpChannel]", requests: Requests, path: str
     try:
         async with (
             asyncio.timeout(FIRST_SIGN) as first_sign,
-            requests.stream(f"{path}/stream", headers) as answer,
+            requests.stream(f"{path}/stream", headers, silence=SILENCE) as answer,
         ):
-            if not answer.is_success:
+            if not (answer.is_success and is_servers(answer)):
+                first_sign.reschedule(None)
                 await answer.aread()
-                raise error_in(answer)
+                return await has_to_wait(answer)
             async for line in lines_of(answer, SILENCE):
                 if not begun:
                     begun = True
                     first_sign.reschedule(None)
-                    is_there(held)
+                is_there(held)
                 if line.startswith(b"data:"):
                     ended = deliver(held, json.loads(line[5:]))
                     if ended:
@@ -673,10 +743,28 @@ async def follow(held: "weakref.ref[HttpChannel]", requests: Requests, path: str
 
 async def poll(held: "weakref.ref[HttpChannel]", requests: Requests, path: str, after: int) -> bool:
     """Ask for the next items of the stream; True if there is nothing more to come."""
-    answer = await requests.send("GET", f"{path}/poll", params={"after": after, "wait": 10.0}, patience=0.0)
+    asked = {"after": after, "wait": WAIT}
+    async with requests.stream(f"{path}/poll", {}, asked, silence=WAIT + FIRST_SIGN) as answer:
+        await answer.aread()
+    if not (answer.is_success and is_servers(answer)):
+        return await has_to_wait(answer)
     items = answer.json()
     is_there(held)
     return any(deliver(held, item) for item in items) or (not items and is_over(held))
+
+
+async def has_to_wait(answer: httpx.Response) -> bool:
+    """Wait as long as a server asks to that has too much to do; refuse any other answer that holds no items.
+
+    Raises:
+        ServerConnectionError: It is worth asking again.
+        TGTinkerError: What the server said.
+    """
+    wait = waiting_asked_for(answer)
+    if wait is None or not is_servers(answer):
+        check_answer(answer)
+    await asyncio.sleep(wait or 0.0)
+    return False
 
 
 def is_registered_here(name: str) -> bool:
@@ -698,7 +786,18 @@ def is_there(held: "weakref.ref[HttpChannel]") -> None:
     """Note that the line is open."""
     channel = held()
     if channel is not None:
+        channel.heard_at = time.monotonic()
         channel.note_line(LineState.OPEN)
+
+
+def broke_off(held: "weakref.ref[HttpChannel]", error: ServerConnectionError) -> None:
+    """Note that the line broke off; once nothing was heard for the whole patience, what waits fails."""
+    channel = held()
+    if channel is not None:
+        is_lost = time.monotonic() - channel.heard_at > channel.requests.patience
+        channel.note_line(LineState.LOST if is_lost else LineState.RECONNECTING, str(error))
+        if is_lost:
+            channel.give_up(error)
 
 
 def is_over(held: "weakref.ref[HttpChannel]") -> bool:

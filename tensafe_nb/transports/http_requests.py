@@ -28,6 +28,11 @@ R = TypeVar("R")
 
 PREFIX = "/api/v1"
 PATIENCE = 60.0  # s without an answer until what waits fails; a restart takes 5 to 21
+FIRST_CONTACT = (
+    5.0  # s that the first answer is waited for, where something is there and does not answer well
+)
+ANSWER = 30.0  # s without an answer until a request is sent again
+CONNECT = 5.0  # s until a connection stands
 CONNECTIONS = 8
 PASSING = {
     429,
@@ -121,12 +126,12 @@ class Requests:
             base_url=self.url,
             params=address.params,
             headers=headers,
-            timeout=httpx.Timeout(30.0, connect=5.0),
+            timeout=httpx.Timeout(ANSWER, connect=CONNECT),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=CONNECTIONS),
         )
         self.io = LoopThread(f"tsnb-http-{uuid.uuid4().hex[:6]}")
         try:
-            self.capabilities: dict[str, Any] = self.get("/capabilities", patience=0.0)
+            self.capabilities: dict[str, Any] = self.get("/capabilities", is_first=True)
             self.losses: dict[str, LossDeclaration] = {}
             self.ask_for_losses()
         except BaseException:
@@ -145,9 +150,26 @@ class Requests:
     # on the thread
 
     async def send(
-        self, method: str, path: str, *, patience: float | None = None, **options: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        patience: float | None = None,
+        is_first: bool = False,
+        is_wanted: Callable[[], bool] = lambda: True,
+        **options: Any,
     ) -> httpx.Response:
         """Send a request until it is answered, and return the answer; `content` may be a function that makes it anew.
+
+        However often it has to be sent, the server does once what it asks for: every try bears one name.
+
+        Args:
+            method: GET, POST, PUT or DELETE.
+            path: Behind the server's prefix.
+            patience: For so many seconds it is sent again.
+            is_first: Nothing was heard of the server yet: what is no server at all is not waited for.
+            is_wanted: Once this is False, it is not sent again.
+            options: Of httpx.
 
         Raises:
             ServerConnectionError: No answer within the patience.
@@ -155,33 +177,44 @@ class Requests:
         """
         patience = self.patience if patience is None else patience
         began, pause, made = time.monotonic(), 0.1, options.pop("content", None)
+        if is_first:
+            patience = FIRST_CONTACT
+        if method != "GET":
+            options["headers"] = {"x-once": uuid.uuid4().hex} | options.get("headers", {})
         while True:
             content = made() if callable(made) else made
-            left = patience - (time.monotonic() - began)
             try:
                 answer = await self._http.request(method, PREFIX + path, content=content, **options)
-            except httpx.TransportError as error:
-                if left < pause:
-                    raise self.unreachable(error) from error
+            except httpx.RequestError as error:
+                found: TGTinkerError = self.unreachable(error)
+                hopeless = is_first and isinstance(error, httpx.ConnectError)
             else:
-                if answer.is_success or "x-in-turn" in answer.headers:  # refused, and on the way to fail
-                    return answer
-                found = error_in(answer)
-                wait = waiting_asked_for(answer)
-                if wait is not None and patience > 0 and found.code not in LASTING:
-                    began = (
-                        time.monotonic()
-                    )  # it answers, and says when to ask again: nothing is lost by waiting
+                if is_servers(answer) and (answer.is_success or "x-in-turn" in answer.headers):
+                    return answer  # what was refused in its turn is on the way to fail
+                found, wait = error_in(answer), waiting_asked_for(answer)
+                if wait is not None and patience > 0 and found.code not in LASTING and is_wanted():
+                    began = time.monotonic()  # it answers: nothing is lost by waiting
                     await asyncio.sleep(wait)
                     continue
-                if answer.status_code not in PASSING or found.code in LASTING or left < pause:
-                    raise found
+                hopeless = not passes(answer, found) or (is_first and answer.status_code not in PASSING)
+            if hopeless or patience - (time.monotonic() - began) < pause or not is_wanted():
+                raise found
             await asyncio.sleep(pause)
             pause = min(2 * pause, 2.0)
 
-    def stream(self, path: str, headers: Mapping[str, str]) -> Any:
-        """Return the context of an answer that is read as it comes."""
-        return self._http.stream("GET", PREFIX + path, headers=dict(headers))
+    def stream(
+        self,
+        path: str,
+        headers: Mapping[str, str],
+        params: Mapping[str, Any] | None = None,
+        *,
+        silence: float = ANSWER,
+    ) -> Any:
+        """Return the context of an answer that is read as it comes; nothing for some seconds, and it is over."""
+        timeout = httpx.Timeout(silence, connect=CONNECT)
+        return self._http.stream(
+            "GET", PREFIX + path, headers=dict(headers), params=params or None, timeout=timeout
+        )
 
     def unreachable(self, error: Exception) -> ServerConnectionError:
         """Say that the server does not answer."""
@@ -243,6 +276,33 @@ class Requests:
 LASTING = {"queue_full", "too_many", "key_unavailable"}  # waiting a second does not help
 
 
+def is_servers(answer: httpx.Response) -> bool:
+    """Whether a server of ours has answered, and not something on the way to it: a proxy, a page to log in."""
+    return "x-tensafe-request" in answer.headers
+
+
+def passes(answer: httpx.Response, error: TGTinkerError) -> bool:
+    """Whether asking again is worth it: a proxy says so while its server restarts, a server that is about to stop."""
+    if is_servers(answer):
+        return answer.status_code in PASSING and error.code not in LASTING
+    return answer.status_code not in (401, 403, 413)
+
+
+def check_answer(answer: httpx.Response) -> None:
+    """Refuse an answer that does not hold what was asked for; it has been read.
+
+    Raises:
+        ServerConnectionError: Something on the way has answered, or the server does not take it now: ask again.
+        TGTinkerError: What the server said.
+    """
+    if is_servers(answer) and answer.is_success:
+        return
+    error = error_in(answer)
+    if passes(answer, error) and not isinstance(error, ServerConnectionError):
+        raise ServerConnectionError(error.message) from error
+    raise error
+
+
 def waiting_asked_for(answer: httpx.Response) -> float | None:
     """Return how many seconds a server that has too much to do asks to wait, if it does."""
     asked = answer.headers.get("retry-after", "") if answer.status_code == 429 else ""
@@ -277,7 +337,17 @@ def error_in(answer: httpx.Response) -> TGTinkerError:
     except (ValueError, KeyError, TypeError):
         asked = answer.url.copy_with(query=None)  # a proxy's token may be behind it
         if answer.status_code in (401, 403):
-            return AuthenticationError(f"{asked} refused the request ({answer.status_code}).")
+            return AuthenticationError(
+                f"{asked} refused the request ({answer.status_code}), and it was not the server that did: something "
+                f"on the way wants to know who you are. A token of its own goes into the address: "
+                f"https://…/?token=…"
+            )
+        if answer.status_code == 413:
+            size = answer.request.headers.get("content-length", "so many")
+            return ServerConnectionError(
+                f"Something on the way to {asked} takes no request of {size} bytes. Send smaller batches, or let "
+                f"whoever runs that proxy take more (nginx: client_max_body_size)."
+            )
         return ServerConnectionError(
             f"{asked} answered {answer.status_code} {answer.reason_phrase}, which no tensafe-nb server says. Is the "
             f"address right?"

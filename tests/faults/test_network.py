@@ -1,0 +1,89 @@
+"""Whatever the network does to what a client sends and is answered: the clean run's results, and nothing twice."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tensafe_nb as tn
+from tensafe_nb.transports import http_channel, http_requests
+from tests.faults.killing import KilledServer, Nursery, killed_server
+from tests.faults.programs import Program, same
+from tests.faults.proxy import BadNetwork
+from tests.faults.trained import by_rewards, supervised, what_came_of
+
+SEVERAL = 10  # seeds on one server
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def server(nursery: Nursery, tmp_path: Path) -> Iterator[KilledServer]:
+    with killed_server(nursery, tmp_path / "server") as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take for lost sooner what gets no answer: nothing else differs from how a user has it."""
+    monkeypatch.setattr(http_requests, "ANSWER", 1.0)
+    monkeypatch.setattr(http_channel, "SILENCE", 1.0)
+    monkeypatch.setattr(http_channel, "FIRST_SIGN", 0.7)
+
+
+def undergo(server: KilledServer, seed: int, folder: Path) -> Counter[str]:
+    """Do the same in this process and on a server behind a bad network; return what befell the requests."""
+    with (
+        BadNetwork(server.url, seed, holds_streams=seed % 5 == 4) as network,
+        tn.ServiceClient(network.url, server.token) as service,
+        tn.ServiceClient() as embedded,
+    ):
+        far = Program(service, seed, 3)
+        far.run()
+        near = Program(embedded, seed, 3, far.cancelled)
+        near.run()
+        same(near, far)
+        work = by_rewards if seed % 2 else supervised
+        found = {}
+        for where in (embedded, service):
+            network.harm = True
+            tc, run_id = work(where, seed)
+            found[where] = what_came_of(where, tc, run_id, folder / f"{seed}")
+            network.harm = False
+            tc.close()
+        assert found[service] == found[embedded]
+        far.tc.close()
+        assert service.list_training_clients() == []  # none was made twice
+        saves = [h for h in far.handles if h.operation == "save_state" and h.exception() is None]
+        names = [artifact.name for artifact in service.list_artifacts(far.tc.training_client_id)]
+        assert len(names) == len(saves) == len(set(names))
+        assert service.verify_audit_log().ok
+    print(f"seed {seed}: {sum(network.befell.values())} requests, {dict(network.befell)}", flush=True)
+    return network.befell
+
+
+@pytest.mark.faults
+def test_behind_a_bad_network_everything_comes_to_the_same_bit_for_bit(
+    server: KilledServer, tmp_path: Path
+) -> None:
+    for seed in range(1, 6):
+        undergo(server, seed, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(14_400)
+def test_behind_five_hundred_bad_networks_everything_comes_to_the_same_bit_for_bit(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    first, wanted = int(os.environ.get("TSNB_FIRST", "1_000")), int(os.environ.get("TSNB_NETWORKS", "500"))
+    for begin in range(first, first + wanted, SEVERAL):
+        with killed_server(nursery, tmp_path / f"server-{begin}") as server:
+            for seed in range(begin, min(begin + SEVERAL, first + wanted)):
+                undergo(server, seed, tmp_path)
