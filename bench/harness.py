@@ -69,7 +69,7 @@ class Row:
         peer: What it is compared with; "" for nothing.
         precision: Of both sides; "" where no model computes.
         sizes: Of both sides.
-        unit: Of the measurements: "s" or "MiB".
+        unit: Of the measurements: "s", "MiB", "kB" or "times".
         taken: The measurements.
         compares: FASTER or LARGER: how a ratio is formed.
         figure: What of the measurements is shown.

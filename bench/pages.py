@@ -25,6 +25,7 @@ SECTIONS = {
     "memory": "Memory",
     "store": "Checkpoints, keys, audit log",
     "privacy": "Differential privacy",
+    "encrypted": "Homomorphic LoRA",
     "panel": "The panel",
     "remote": "A remote server",
     "real": "A real model",

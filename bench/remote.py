@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+
+import psutil
 
 import tensafe_nb as tn
 from bench import workload
@@ -24,6 +27,7 @@ SERVE = (
 )
 IDLE = "import tensafe_nb.core.worker as worker, bench.queue as queue; worker.Engine = queue.EngineThatDoesNothing; "
 ONE, LARGE = (1, 1), (8, 512)
+MANY, EACH = 50, 2  # clients, and what each does in one measurement
 
 
 @contextmanager
@@ -171,6 +175,113 @@ def _pipelined(rows: int, tokens: int, limit: float) -> Row:
         taken=Taken(taken.ours, taken.peer),  # the CPU of the server is another process's
         compares=LARGER,
         target=Target("≤", limit),
+    )
+
+
+def many_empty() -> Row:
+    """Issue 20: at least 200 operations a second."""
+    return Row(
+        what=f"an operation that does nothing, of {MANY} clients at once, all queued first",
+        peer="",
+        sizes="`forward` of one token on an engine that does nothing; one kernel, one server",
+        taken=Taken([seconds for seconds, _, _ in _many(empty=True)]),
+        target=Target("≤", 1 / 200, "ours"),
+    )
+
+
+def many_steps() -> Row:
+    """Issue 20: at least 0.6 of the embedded core."""
+    found = _many(empty=False)
+    return Row(
+        what=f"a step of {MANY} clients at once against a server, all queued first",
+        peer="the same embedded",
+        precision="fp32",
+        sizes=f"{workload.MODEL}, 4×32",
+        taken=Taken([seconds for seconds, _, _ in found], [embedded for _, embedded, _ in found]),
+        compares=LARGER,
+        target=Target("≤", 1 / 0.6),
+    )
+
+
+def slowest_of_many() -> Row:
+    """Issue 20: at most twice the median."""
+    found = [latencies for _, _, latencies in _many(empty=False)]
+    return Row(
+        what=f"how long an operation of the slowest of {MANY} clients takes, on average",
+        peer="of the client in the middle",
+        precision="fp32",
+        sizes=f"{workload.MODEL}, 4×32, {EACH} steps each, all queued first",
+        taken=Taken([max(latencies) for latencies in found], [median(latencies) for latencies in found]),
+        compares=LARGER,
+        target=Target("≤", 2.0),
+    )
+
+
+@cache
+def _many(*, empty: bool) -> list[tuple[float, float, list[float]]]:
+    """Measure, a few times, seconds of an operation remote and embedded, and the mean latency of each client."""
+    batch = workload.full(*ONE) if empty else workload.full(4, 32)
+
+    def made(service: tn.ServiceClient) -> list[tn.TrainingClient]:
+        clients = [workload.tiny_client(service) for _ in range(MANY)]
+        [client.ready().result() for client in clients]
+        return clients
+
+    def run(clients: list[tn.TrainingClient]) -> tuple[float, list[float]]:
+        took: list[list[float]] = [[] for _ in clients]
+        started, handles = time.perf_counter(), []
+        for _ in range(EACH):
+            for client, times in zip(clients, took, strict=True):
+                for submit in [client.forward] if empty else [client.forward_backward, client.optim_step]:
+                    handle, at = submit(*[batch] * (submit != client.optim_step)), time.perf_counter()
+                    handle.add_done_callback(
+                        lambda _, times=times, at=at: times.append(time.perf_counter() - at)
+                    )
+                    handles.append(handle)
+        [handle.result() for handle in handles]
+        seconds = time.perf_counter() - started
+        while sum(map(len, took)) < len(handles):
+            time.sleep(0.001)
+        return seconds / len(handles), [sum(times) / len(times) for times in took]
+
+    with (
+        served("--max-clients", "100", "--max-queued", "1M", prelude=IDLE if empty else "") as (remote, _),
+        tn.ServiceClient() as embedded,
+    ):
+        there, here = made(remote), [] if empty else made(embedded)
+        run(there)
+        found = []
+        for _ in range(4):
+            seconds, latencies = run(there)
+            found.append((seconds, run(here)[0] if here else 0.0, latencies))
+        [client.close() for client in (*there, *here)]
+    return found
+
+
+def further_client() -> Row:
+    """Issue 20: at most its adapter, its optimiser and 20 MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        _make_model(Path(folder) / "models" / "llama")
+        with served("--models", str(Path(folder) / "models")) as (service, pid):
+            clients, used = [], []
+            for _ in range(6):
+                tc = service.create_training_client(model_ref="llama", lora_config=tn.LoRAConfig(rank=8))
+                for _ in range(3):
+                    tc.forward_backward(workload.full(2, 32)), tc.optim_step().result()
+                clients.append(tc)
+                used.append(psutil.Process(pid).memory_full_info().uss / 2**20)
+            own = (
+                3 * 4 * (clients[0].refresh().trained_parameters or 0) / 2**20
+            )  # with Adam's two moments, fp32
+            [tc.close() for tc in clients]
+    return Row(
+        what="what a further LoRA client of a model takes on a server, beside its adapter and its optimiser",
+        peer="",
+        precision="bf16 where the processor has it",
+        sizes=f"a model of 150 MB, rank 8: adapter and optimiser take {own:.0f} MiB",
+        unit="MiB",
+        taken=Taken([after - before - own for before, after in pairwise(used)]),
+        target=Target("≤", 20.0, "ours"),
     )
 
 

@@ -50,6 +50,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        __tracebackhide__ = True  # IPython's sign: the caller's line is the one to look at
         bound: Mapping[str, Any] = {}
         try:
             bound = signature.bind(*args, **kwargs).arguments

@@ -615,8 +615,12 @@ class TrainingClient:
             replace(description, time=0.0),
             plain_metadata(started_with or {}),
         )
-        run.claim()
         self._runs.append(run)
+        try:
+            run.claim()
+        except ValidationError:
+            self._runs.remove(run)
+            raise
         if show:
             widgets().show_run(run)
         return run.start()

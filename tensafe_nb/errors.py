@@ -12,6 +12,7 @@ TGTinkerError
 ├── StorageError                            the home folder could not be written or read; what was there is intact
 ├── DecryptionError                         a wrong key or an altered file: one message for both; nothing was loaded
 │   └── KeyUnavailableError                 the key that would open it is not here; says which one that is
+├── EncryptionContextError                  an encrypted message or its keys do not fit; nothing was computed in clear
 ├── AuditLogError                           the audit log cannot be read or continued
 │   └── LedgerError                         the privacy ledger cannot be written or read: nothing more is spent
 ├── DPBudgetExceededError                   the next step would spend more than the privacy budget; weights untouched
@@ -239,6 +240,15 @@ class KeyUnavailableError(DecryptionError):
     """The key that is needed is not here; `details["key_ids"]` lists the keys that would open the file."""
 
     code = "key_unavailable"
+
+
+class EncryptionContextError(TGTinkerError):
+    """An encrypted message was altered, replayed or made for other keys, or encryption is not to be had here.
+
+    Nothing of it was used, and nothing is computed in clear instead.
+    """
+
+    code = "encryption_context"
 
 
 class AuditLogError(TGTinkerError):

@@ -108,6 +108,10 @@ class JobQueue:
     def depth(self) -> int:
         return sum(not job.promise.done for job in self._jobs)
 
+    def __len__(self) -> int:
+        """How many jobs are in it, cancelled ones too; from any thread, without a lock, however many there are."""
+        return len(self._jobs)
+
     def position(self, job: Job) -> int | None:
         waiting = [other for other in self._jobs if not other.promise.done]
         return waiting.index(job) if job in waiting else None

@@ -309,8 +309,8 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """How many operations wait."""
-        return self._queue.depth
+        """How many operations wait, or were cancelled and wait to be passed over; takes no lock."""
+        return len(self._queue)
 
     def submit(
         self,

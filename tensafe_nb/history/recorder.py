@@ -31,9 +31,12 @@ class Recorder:
 
     Args:
         path: The log; created with its folder, readable by its owner only. What is in it already is the history.
+        mirrors: It is a copy of what a server's log holds. A server that has the same home folder writes its own there,
+            and nobody else may, even while it does not run.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, mirrors: bool = False) -> None:
+        self._may_write = not (mirrors and (path.parent / "journal").exists())
         self._refused = False
         self._pid = os.getpid()
         try:
@@ -45,7 +48,7 @@ class Recorder:
                 f"Set TENSAFE_HOME to a folder that can be."
             ) from error
         self._log: TextIO = os.fdopen(opened, "w", encoding="utf-8")
-        self._writes = hold(self._log)
+        self._writes = self._may_write and hold(self._log)
         self._unwritten: deque[Event] = deque(maxlen=MOST_UNWRITTEN)  # by this one, as another writes
         if self._writes:
             cut_torn_line(path)
@@ -80,6 +83,8 @@ class Recorder:
             self._subscribers.remove(subscriber)
 
     def _put(self, event: Event) -> None:
+        if not self._may_write:
+            return
         if not self._writes:
             self._unwritten.append(event)
             self._writes = hold(self._log)

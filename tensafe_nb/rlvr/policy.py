@@ -16,6 +16,8 @@ from tensafe_nb.protocol.results import (
     SampleResult,
 )
 
+PRIVATE = "differential_privacy"  # among the capabilities of a client that trains privately
+
 
 class PolicyClient(Protocol):
     """What reinforcement learning needs of a training client: the wire contract, embedded or remote."""

@@ -13,9 +13,9 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.protocol.results import TrainingClientInfo
 from tensafe_nb.rlvr.algorithms.policy_gradient import AlgorithmSpec, RemembersRewards, algorithm_of
-from tensafe_nb.rlvr.algorithms.private import CAPABILITY, released
+from tensafe_nb.rlvr.algorithms.private import released
 from tensafe_nb.rlvr.loop import RLVRLoop
-from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.policy import PRIVATE, PolicyClient
 from tensafe_nb.rlvr.rewards.reward import RewardSpec, resolve_reward
 from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptCursor, check_fit, fitting, prompt_specs
 from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
@@ -121,6 +121,11 @@ class RLVRTrainer:
         seed: int = 0,
     ) -> None:
         check_options(eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
+        if not hasattr(training_client, "policy_version"):
+            raise ValidationError(
+                f"RLVRTrainer: training_client={as_given(training_client)} must be a training client: "
+                f"service.create_training_client(…) makes one."
+            )
         self.training_client = training_client
         self.reward = resolve_reward(reward)
         self.reward_timeout = reward_timeout
@@ -340,7 +345,7 @@ class RLVRTrainer:
             "reward_versions": list(self._versions),
             "scored_by": self._scored_by,
         }
-        private = CAPABILITY in self.training_client.capabilities
+        private = PRIVATE in self.training_client.capabilities
         return released(position) if private else position
 
     def seek(self, position: Mapping[str, Any]) -> None:

@@ -58,6 +58,7 @@ class Tenant:
         self.home, self._quotas = home, quotas
         self.transport = EmbeddedTransport(home, "file", served=True)
         self.clients: dict[str, ServedClient] = {}
+        self.making = 0  # clients that are on their way
         self.made: dict[str, asyncio.Future[ServedClient]] = {}  # by the key of whoever asked
 
     def client(self, training_client_id: str) -> ServedClient:
@@ -235,17 +236,22 @@ class Service:
         self, tenant: Tenant, config: TrainingConfig, source: StateSource | None, key: str | None
     ) -> ServedClient:
         self.refuse_if_draining()
-        if len(tenant.live) >= tenant.limits.clients:
+        there = len(tenant.live) + tenant.making
+        if there >= tenant.limits.clients:
             self.quotas.note("too_many")
-            raise too_many_clients(len(tenant.live))
+            raise too_many_clients(there)
         if config.lora_config is not None and config.lora_config.rank > MOST_RANK:
             raise ValidationError(f"LoRAConfig.rank is at most {MOST_RANK} on this server.")
         self._refuse_code(config.loss.type)
         self._check_model(config.model_ref)
-        if source is not None and source.future_id is not None:  # it may still be on its way here
-            with suppress(NotFoundError):
-                await tenant.client(source.parent or "").arrived(source.future_id)
-        client = await asyncio.to_thread(tenant.create, config, source, key)
+        tenant.making += 1  # of others that are asked for at the same time, one more is there already
+        try:
+            if source is not None and source.future_id is not None:  # it may still be on its way here
+                with suppress(NotFoundError):
+                    await tenant.client(source.parent or "").arrived(source.future_id)
+            client = await asyncio.to_thread(tenant.create, config, source, key)
+        finally:
+            tenant.making -= 1
         tenant.clients[client.channel.training_client_id] = client
         client.channel.subscribe(self.figures.count)
         return client

@@ -120,7 +120,7 @@ class HttpChannel:
         self.closed = self._left = False
         self.requests, self._io, self._info, self._home = requests, requests.io, info, home
         self.path = f"/training_clients/{info.training_client_id}"
-        self._recorder = Recorder(home.event_log(info.training_client_id))
+        self._recorder = Recorder(home.event_log(info.training_client_id), mirrors=True)
         self.submitter = uuid.uuid4().hex
         self._changing = threading.RLock()
         self._waiting: dict[str, Promise[Any]] = {}  # of each future, in order

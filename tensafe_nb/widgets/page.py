@@ -86,7 +86,8 @@ def save_page(
         raise ValidationError(f"save_page: samples={as_given(samples)} must be a whole number, 0 or more.")
     found = [one if isinstance(one, TrainingRun) else find_record(one) for one in (run, *more)]
     chapters = [Chapter(one, f"Run {one.run_id}") for one in found]
-    return write_page(Path(to), chapters, title or " · ".join(chapter.title for chapter in chapters), samples)
+    heading = title or " · ".join(chapter.title for chapter in chapters)
+    return write_page(Path(to).expanduser(), chapters, heading, samples)
 
 
 def write_page(

@@ -80,6 +80,7 @@ class Stage:
 
     def widen_to(self, width: int) -> None:
         self.page.set_viewport_size({"width": width, "height": HEIGHT})
+        self.page.evaluate(DRAWN)  # what observes its own size has acted on it
 
     def flush(self) -> None:
         """Send the page what is new, until there is no more."""
@@ -116,6 +117,9 @@ class Stage:
             self.problems.append(f"console error: {message.text}")
 
 
+DRAWN = (
+    "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+)
 CLIPPED = """() => {
     const panel = document.querySelector(".tsnb-panel").getBoundingClientRect();
     const found = [];

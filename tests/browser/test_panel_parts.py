@@ -122,9 +122,11 @@ def test_a_click_on_a_point_shows_that_steps_samples_and_texts_stay_text(noteboo
         lab.wait_until("data.state === 'FINISHED' && data.points === 40")
         expect(lab.panel.locator(".tsnb-samples")).to_contain_text("no <b>number</b>")
         samples = lab.panel.locator(".tsnb-samples")
-        lab.chart.click(position={"x": 200, "y": 100})
         title = samples.locator(".tsnb-title")
+        before = title.inner_text()
+        lab.chart.click(position={"x": 200, "y": 100})
         expect(title).to_be_focused()
+        expect(title).not_to_have_text(before)  # the kernel has sent those of the chosen step
         expect(title).to_be_in_viewport()
         chosen = int(title.inner_text().split()[-1])
         assert 5 < chosen < 15, "a fifth of the chart from its left edge"

@@ -60,6 +60,17 @@ def test_an_error_shows_the_users_own_lines_and_the_message(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize(
+    "wrong", ["tc.fit([], step=1)", "tn.rlvr.RLVRTrainer(tc, max_tokens=4)", "tn.load_runs"]
+)
+def test_a_misspelt_name_shows_the_users_line_and_the_nearest(cell: Cell, wrong: str) -> None:
+    printed = cell(wrong)
+    own, *others = frames(printed)
+    assert own == "Cell In[1], line 1" and len(others) == 1  # IPython never hides the last
+    assert "During handling" not in printed
+    assert "Did you mean" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     "wait", ["await handle", "handle.result()", "handle.loss", "import asyncio\nawait asyncio.gather(handle)"]
 )
 def test_awaited_or_blocked_on_a_failed_handle_shows_the_users_lines_and_those_of_their_function(

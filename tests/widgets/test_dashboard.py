@@ -136,6 +136,22 @@ def test_a_run_that_another_client_has_started_is_steered_there(client: FakeClie
     assert "Another client of tc-1 has started this run" in wire.flush_kind("ack")[0]["why"]
 
 
+def test_of_a_run_that_another_client_drives_the_page_is_told_for_how_long_it_has_been_silent(
+    client: FakeClient, wire: Wire
+) -> None:
+    run = client.start()
+    wire.mount()
+    assert wire.widget.status()["foreign"] is False
+    assert wire.widget.status()["silent"] is None
+    client.runs = ()
+    assert wire.widget.status()["foreign"] is True
+    assert wire.widget.status()["silent"] >= 0.0
+    client.turn(run, RunStatus.PAUSED)
+    assert wire.widget.status()["silent"] is None
+    client.turn(run, RunStatus.FINISHED)
+    assert wire.widget.status()["foreign"] is False
+
+
 def test_a_command_that_breaks_is_answered_too(
     client: FakeClient, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:

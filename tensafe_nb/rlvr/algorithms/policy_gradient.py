@@ -34,7 +34,7 @@ from tensafe_nb.rlvr.algorithms.passes import Passes, left_out
 from tensafe_nb.rlvr.algorithms.presets import options_of, preset
 from tensafe_nb.rlvr.algorithms.readings import Readings, check_batch
 from tensafe_nb.rlvr.algorithms.result import UpdateResult, mock_notes
-from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.policy import PRIVATE, PolicyClient
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 
 C = TypeVar("C", bound=PolicyConfig)
@@ -108,7 +108,7 @@ class PolicyGradient(Generic[C]):
             raise ValidationError(f"update: batch is a TrajectoryBatch, not {as_given(batch)}.")
         config, method = self.config, self.config.method(batch, training_client.capabilities)
         check_batch(config, batch, method)
-        is_private = private.CAPABILITY in training_client.capabilities
+        is_private = PRIVATE in training_client.capabilities
         if is_private:
             private.check_options(config, method, training_client.capabilities)
         tokenize_mock(batch, training_client)

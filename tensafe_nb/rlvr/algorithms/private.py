@@ -19,7 +19,6 @@ from tensafe_nb.rlvr.algorithms.options import PolicyConfig
 from tensafe_nb.rlvr.algorithms.packing import group_numbers
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 
-CAPABILITY = "differential_privacy"
 POISSON = "differential_privacy:poisson"
 ALLOWED = ("none", "rloo", "group")
 # Of a position, what is planned. A reward's version is a hash of whatever the reward refers to, the answers it knows

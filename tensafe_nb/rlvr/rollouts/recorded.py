@@ -31,7 +31,9 @@ class RunRollouts(Tabular, Mapping[int, TrajectoryBatch]):
         if step not in self._paths:
             known = f"{min(self._paths)} to {max(self._paths)}" if self._paths else "none"
             raise ValidationError(f"There are no rollouts of step {as_given(step)}. Kept: {known}.")
-        return TrajectoryBatch.load(self._paths[step])
+        batch = TrajectoryBatch.load(self._paths[step])
+        batch.operator_view |= self._operator_view  # of version 0.1, files do not say it
+        return batch
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._paths)

@@ -11,7 +11,7 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
 from tensafe_nb.protocol.results import SampledSequence, SampleResult
-from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.policy import PRIVATE, PolicyClient
 from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptItem, PromptSpec, prompt_items, prompt_specs
 from tensafe_nb.rlvr.rollouts.trajectories import MOCK, RolloutGroup, Trajectory, TrajectoryBatch
 
@@ -125,16 +125,19 @@ def submit_rollouts(
 ) -> FutureHandle[TrajectoryBatch]:
     """Queue `sampling.num_samples` rollouts of each prompt and return at once with a handle on the batch."""
     items = prompt_items(prompts)
+    private = PRIVATE in client.capabilities
     sampled = client.sample([item.sent(chat) for item in items], sampling=sampling)
     return combine(
         [sampled],
-        lambda results: batch_of(items, results[0], sampling),
+        lambda results: batch_of(items, results[0], sampling, private),
         operation="sample",
         result_type=TrajectoryBatch,
     )
 
 
-def batch_of(items: Sequence[PromptItem], result: SampleResult, sampling: SamplingConfig) -> TrajectoryBatch:
+def batch_of(
+    items: Sequence[PromptItem], result: SampleResult, sampling: SamplingConfig, private: bool = False
+) -> TrajectoryBatch:
     """Return what the core sampled, with each sequence in the group of its prompt."""
     groups = [
         RolloutGroup(item.prompt_id, item.text, [], item.meta, result.policy_version, sampling.seed)
@@ -143,7 +146,7 @@ def batch_of(items: Sequence[PromptItem], result: SampleResult, sampling: Sampli
     for sequence in result.sequences:
         group, item = groups[sequence.prompt_index], items[sequence.prompt_index]
         group.rollouts.append(trajectory_of(item, sequence, result.policy_version))
-    return TrajectoryBatch(groups, sampling)
+    return TrajectoryBatch(groups, sampling, private)
 
 
 def trajectory_of(item: PromptItem, sequence: SampledSequence, policy_version: int) -> Trajectory:

@@ -5,14 +5,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.history.table import Table, Tabular, extra
+from tensafe_nb.history.table import Table, Tabular
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.results import (
@@ -129,10 +129,15 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
     Attributes:
         groups: One per prompt.
         sampling: How the rollouts were drawn.
+        operator_view: Whether a model that trains with differential privacy answered its prompts: of such answers,
+            tables, files and frames are marked as `Table` says.
     """
+
+    MADE_BY: ClassVar = " (run.rollouts()[step] is one)"  # for whoever gave something else
 
     groups: list[RolloutGroup]
     sampling: SamplingConfig
+    operator_view: bool = False
 
     @overload
     def __getitem__(self, index: int) -> Trajectory: ...
@@ -214,7 +219,7 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
                 f"subset({as_given(group_size)}): give a number from 1 to {smallest}, the size of the smallest group."
             )
         groups = [replace(group, rollouts=group.rollouts[:group_size]) for group in self.groups]
-        return TrajectoryBatch(groups, self.sampling.replace(num_samples=group_size))
+        return replace(self, groups=groups, sampling=self.sampling.replace(num_samples=group_size))
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return one dict per rollout: the number of its group, then every field of `Trajectory`."""
@@ -230,7 +235,7 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
         Raises:
             ValidationError: pandas is not installed.
         """
-        return extra("pandas", "to_frame").DataFrame(self.to_rows())
+        return Table.of_rows(self.to_rows(), self.operator_view).to_pandas()
 
     def flat_rows(self) -> list[dict[str, Any]]:
         """Return one dict per rollout of what can be read in a table: no tokens, a column for each part of a reward."""
@@ -258,7 +263,7 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
 
     def table(self) -> Table:
         """Return `flat_rows()` as a table."""
-        return Table.of_rows(self.flat_rows())
+        return Table.of_rows(self.flat_rows(), self.operator_view)
 
     def save(self, path: str | Path) -> Path:
         """Write the batch as JSON lines, readable by its owner only: how it was sampled, then a line per group.
@@ -321,7 +326,8 @@ def _scored_rewards(trajectories: Sequence[Trajectory]) -> Array:
 
 def lines_of(batch: TrajectoryBatch) -> Iterator[str]:
     """Yield the lines of a batch's file: how it was sampled, then a group each."""
-    yield json.dumps({"format": FORMAT, "sampling": encode(batch.sampling)})
+    marked = {"operator_view": True} if batch.operator_view else {}
+    yield json.dumps({"format": FORMAT, "sampling": encode(batch.sampling), **marked})
     for group in batch.groups:
         yield strict_json(
             _known_fields(group) | {"rollouts": [_known_fields(rollout) for rollout in group.rollouts]}
@@ -377,7 +383,7 @@ def read_batch(path: Path) -> TrajectoryBatch:
         raise ValidationError(
             f"{path} is no file of rollouts: line {number} does not fit ({error})."
         ) from error
-    return TrajectoryBatch(groups, decode(head["sampling"]))
+    return TrajectoryBatch(groups, decode(head["sampling"]), head.get("operator_view", False))
 
 
 def revived(data: dict[str, Any]) -> Any:

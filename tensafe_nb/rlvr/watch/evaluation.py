@@ -82,7 +82,7 @@ def joined(greedy: TrajectoryBatch, sampled: TrajectoryBatch) -> TrajectoryBatch
         replace(group, rollouts=[*first.rollouts, *group.rollouts])
         for first, group in zip(greedy.groups, sampled.groups, strict=True)
     ]
-    return TrajectoryBatch(groups, sampled.sampling)
+    return replace(sampled, groups=groups)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -268,6 +268,14 @@ class Feed:
         found = self.latest if run is None else self.run(run.run_id)
         return Standing.read(self.state, found, self._clock())
 
+    @property
+    def silence(self) -> float | None:
+        """Seconds since the run under way measured anything; None while that is no wonder: paused, or work waits."""
+        latest = self.latest
+        if latest is None or latest.state in (RunStatus.PAUSED, RunStatus.PAUSING) or self.state.queue.depth:
+            return None
+        return max(self._clock() - max(latest.started_at, self.state.measured_at), 0.0)
+
     def decode(self) -> Callable[[Sequence[int]], list[str]] | None:
         """Return what turns token ids into texts; None where there is no tokenizer."""
         tokenizer = getattr(self.client, "tokenizer", None) if self.client.steerable else None

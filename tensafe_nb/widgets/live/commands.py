@@ -80,6 +80,13 @@ class Commands:
             return Obeyed(f"{self._client.cancel_pending()} waiting operations were cancelled.")
         raise ValueError(f"This panel does not know {as_given(command)}.")
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another client drives the run under way: only there it can be paused and stopped."""
+        latest = self._feed.latest
+        under_way = latest is not None and not latest.state.ended
+        return under_way and self._feed.client.steerable and self._run is None
+
     def turn(self, command: str) -> Obeyed:
         """Pause, resume or stop the latest run."""
         latest, run = self._feed.latest, self._run

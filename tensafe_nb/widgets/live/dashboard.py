@@ -35,7 +35,7 @@ class Dashboard(CurveWidget):
 
     _esm = esm("wire", "place", "page", "chart", "download", "curves", "table", "samples", "meter", "panel")
     _css = css("panel")
-    _volatile: ClassVar = ("elapsed", "eta", "op_s")  # what the page counts on by itself
+    _volatile: ClassVar = ("elapsed", "eta", "op_s", "silent")  # what the page counts on by itself
     parts: ClassVar[tuple[Part, ...]] = ("marks", "alarms", "privacy", "rows", "rollouts")
     all_curves = True
 
@@ -112,6 +112,8 @@ class Dashboard(CurveWidget):
             "now": None
             if standing.client_step is None
             else {"step": standing.client_step, "loaded": standing.loaded},
+            "foreign": self._commands.is_foreign,
+            "silent": _rounded(self.feed.silence) if self._commands.is_foreign else None,
             "line": standing.line,
             "line_reason": standing.line_reason,
         }

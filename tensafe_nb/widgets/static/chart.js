@@ -265,6 +265,7 @@ class Chart {
   }
 
   schedule() {
+    this.unseen ||= !this.visible;
     if (this.frame || !this.visible) return;
     this.frame = requestAnimationFrame(() => {
       this.frame = 0;
@@ -281,6 +282,7 @@ class Chart {
   }
 
   draw() {
+    this.unseen = false;
     const { clientWidth: width, clientHeight: height } = this.plot;
     if (!width || !height) return;
     this.listed = this.spec.lines.map((line) => {
@@ -529,6 +531,7 @@ class Chart {
 
   move(event) {
     const { drag } = this;
+    if (this.unseen) this.draw(); // it was out of the window, and its scale is of then
     if (!this.toX) return;
     if (drag) {
       drag.to = this.at(event);

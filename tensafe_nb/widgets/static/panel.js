@@ -9,6 +9,7 @@ import { Meter } from "./meter.js";
 
 const STALE_MS = 12000;
 const SPEAK_MS = 60000;
+const SILENT_S = 60; // after which the run of another kernel may be taken over
 const BADGE = {
   RUNNING: "●", PAUSING: "●", STOPPING: "●", PAUSED: "‖", STOPPED: "■", FINISHED: "✓", FAILED: "✕", INTERRUPTED: "✕",
   ERROR: "✕", TERMINATED: "■", INITIALIZING: "○", READY: "○", BUSY: "●",
@@ -47,7 +48,8 @@ function details(status, since) {
 function doubt(status, silence, cut = false) {
   if (status.state && cut) return "NO KERNEL";
   if (status.active && silence > STALE_MS) return "STALE";
-  return status.line && status.line !== "OPEN" ? status.line : "";
+  if (status.line && status.line !== "OPEN") return status.line;
+  return status.silent > SILENT_S ? "SILENT" : "";
 }
 
 // How it goes, in a line with its level. That no problem was found is said of what was looked at to this moment only.
@@ -68,6 +70,7 @@ function verdict(status, alarms, doubted, account = null) {
 function offers(status) {
   if (!status.steer || ["TERMINATED", "ERROR"].includes(status.client)) return [];
   if (!status.run || status.ended) return status.queue ? ["cancel", "checkpoint"] : ["checkpoint"];
+  if (status.foreign) return ["checkpoint"]; // who started it pauses and stops it
   return [status.state.startsWith("PAUS") ? "resume" : "pause", "stop", "checkpoint"];
 }
 
@@ -80,8 +83,9 @@ function freshness(status, silence, cut = false) {
   if (cut) return `${LAST_WORD}${status.run_id ? `; tn.load_run("${status.run_id}") shows what is on the disk` : ""}`;
   if (status.line && status.line !== "OPEN") return "nothing comes from the server: what is shown is its last word";
   if (!status.active) return "up to date";
+  if (status.silent > SILENT_S) return `the client that drives this run has told nothing for ${clockText(status.silent)}: its kernel may have ended`;
   if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s; asking the kernel again`;
-  return `${status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
+  return `${status.foreign ? "driven by another client · " : status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
 }
 
 // A button that opens a list of the checkpoints, to choose one for a command.

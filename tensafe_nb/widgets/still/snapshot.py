@@ -6,6 +6,7 @@ panel of hosts without widgets. Pictures are PNG: SVG comes out black or broken 
 
 import atexit
 import html
+import sys
 import threading
 import uuid
 from collections import deque
@@ -293,6 +294,8 @@ def finish_all() -> None:
     for part in list(_placed):
         with suppress(Exception):  # nobody is there any more to be told
             part.finish()
+    with suppress(Exception):
+        sys.stdout.flush()  # waits until a kernel's own thread has sent what is before it in the queue
 
 
 _placed: WeakSet[StillOutputs] = WeakSet()

@@ -58,6 +58,13 @@ def test_options_that_do_not_fit_are_refused_before_anything_runs(changes, messa
 # runs
 
 
+def test_what_is_no_training_client_is_refused_by_name():
+    with pytest.raises(
+        ValidationError, match=r"training_client='tc-1' must be a training client: service\.create"
+    ):
+        RLVRTrainer("tc-1", ["1+1="], "exact_match")
+
+
 def test_a_run_publishes_one_row_per_step_with_everything_measured(client):
     run = train(client)
     assert run.result().steps == 3

@@ -85,6 +85,19 @@ def test_a_client_that_asked_too_often_waits_as_long_as_it_is_told(
         assert len({handle.result(60).loss for handle in handles}) == 1
 
 
+def test_clients_that_are_asked_for_at_once_are_counted_at_once(tmp_path: Path) -> None:
+    with (
+        serving_thread(tmp_path / "server", limits=Limits(clients=2)) as serving,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        headers = {"authorization": f"Bearer {serving.tokens.mint('ada')}"}
+        address = f"{serving.url}/api/v1/training_clients"
+        ask = [threads.submit(httpx.post, address, json={}, headers=headers, timeout=60) for _ in range(8)]
+        answers = [asked.result() for asked in ask]
+        assert sorted(answer.status_code for answer in answers) == [201] * 2 + [429] * 6
+        assert {error_of(a) for a in answers if a.status_code == 429} == {(429, "too_many")}
+
+
 def test_limits_of_a_tenant_stand_in_the_file_of_tokens_and_count_at_once(tmp_path: Path) -> None:
     file = tmp_path / "tokens.json"
     tokens = Tokens(file)

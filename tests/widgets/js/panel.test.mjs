@@ -32,6 +32,7 @@ test("buttons follow the state, and a recording has none", () => {
   assert.deepEqual(offers({ state: "BUSY", client: "BUSY", queue: 2, steer: true }), ["cancel", "checkpoint"]);
   assert.deepEqual(offers({ ...RUNNING, client: "TERMINATED" }), []);
   assert.deepEqual(offers({ ...RUNNING, steer: false }), []);
+  assert.deepEqual(offers({ ...RUNNING, foreign: true }), ["checkpoint"]);
 });
 
 test("of several alarms the newest of the worst comes first", () => {
@@ -62,6 +63,9 @@ test("what is shown is doubted where nothing was heard, or the line is broken", 
   assert.equal(doubt({ ...RUNNING, line: "RECONNECTING" }, 0), "RECONNECTING");
   assert.equal(doubt({ ...RUNNING, line: "OPEN" }, 0), "");
   assert.equal(doubt(RUNNING, 0, true), "NO KERNEL");
+  assert.equal(doubt({ ...RUNNING, foreign: true, silent: 59 }, 0), "");
+  assert.equal(doubt({ ...RUNNING, foreign: true, silent: 61 }, 0), "SILENT");
+  assert.match(freshness({ ...RUNNING, foreign: true, silent: 75 }, 0), /has told nothing for 01:15: its kernel may/);
 });
 
 test("that no problem was found is said of a run that was looked at and is whole, and of no other", () => {

@@ -16,7 +16,7 @@ import torch
 import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import load as models
-from tensafe_nb.engine.models import reading
+from tensafe_nb.engine.models import memory, reading
 from tensafe_nb.engine.models.bases import BASES, MadeOnce
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.losses import resolve_loss
@@ -61,6 +61,16 @@ def test_two_adapters_of_one_model_share_its_frozen_tensors_and_nothing_else() -
     assert not buffers & {buffer.data_ptr() for buffer in second.causal.buffers()}
     second.causal.register_forward_hook(lambda *_: pytest.fail("a hook of another model"))
     first.causal(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_a_further_adapter_owns_its_adapter_and_buffers_and_no_other_tensor(random_model: Any) -> None:
+    first, second = (load(random_model("llama"), seed=seed) for seed in range(2))
+    theirs = {t.untyped_storage().data_ptr() for t in (*first.causal.parameters(), *first.causal.buffers())}
+    tensors = [*second.causal.parameters(), *second.causal.buffers()]
+    own = memory.size_of(t for t in tensors if t.untyped_storage().data_ptr() not in theirs)
+    adapter = memory.size_of(parameter for _, parameter in second.trainable)
+    buffers = memory.size_of(second.causal.buffers())
+    assert adapter <= own <= adapter + buffers < memory.size_of(second.causal.parameters()) / 2
 
 
 def test_a_base_is_freed_with_the_last_model_that_shares_it() -> None:

@@ -40,7 +40,7 @@ def test_the_mock_keeps_to_the_limit_and_marks_what_it_cut():
 class OneTokenClient:
     """Answers every prompt with its own number."""
 
-    training_client_id = "tc-test"
+    training_client_id, capabilities = "tc-test", frozenset()
 
     def __init__(self, chat_template=None):
         self.calls = []

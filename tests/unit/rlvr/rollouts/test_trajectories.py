@@ -100,15 +100,21 @@ def test_rows_have_every_field_of_a_rollout_and_the_number_of_its_group():
 
 
 def test_a_frame_is_made_with_pandas_and_without_it_says_what_to_install(monkeypatch):
-    class Pandas:
-        DataFrame = staticmethod(lambda rows: ("frame", rows))
-
     batch = batch_of([1])
-    monkeypatch.setitem(sys.modules, "pandas", Pandas)
-    assert batch.to_frame() == ("frame", batch.to_rows())
+    assert pytest.importorskip("pandas") and batch.to_frame().to_dict("records") == batch.to_rows()
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ValidationError, match=r"pip install .tensafe_nb\[frames"):
         batch.to_frame()
+
+
+def test_answers_of_a_private_model_are_marked_wherever_they_go(tmp_path):
+    batch = batch_of([1, 0], [1, 1])
+    batch.operator_view = True
+    with pytest.raises(ValidationError, match="operator"):
+        batch.to_csv(tmp_path / "rollouts.csv")
+    for marked in (TrajectoryBatch.load(batch.save(tmp_path / "step.jsonl")), batch.subset(1)):
+        assert marked.table().operator_view
+    assert "operator_view" not in batch_of([1]).save(tmp_path / "open.jsonl").read_text()
 
 
 def test_a_table_has_a_row_for_each_rollout_and_a_column_for_each_part_of_its_reward(tmp_path):
