@@ -1,4 +1,4 @@
-"""`tensafe-nb keys`: list, make or rotate the keys that seal checkpoints."""
+"""`tensafe-nb keys`: list, make, rotate or forget the keys that seal checkpoints."""
 
 import argparse
 import time
@@ -11,14 +11,16 @@ def add_keys(commands: Any) -> None:
     """Add `keys` to the parser of `tensafe-nb`."""
     keys = commands.add_parser(
         "keys",
-        help="list, make or rotate the keys that seal checkpoints",
+        help="list, make, rotate or forget the keys that seal checkpoints",
         description="Back up the key file that `list` names: without it your checkpoints cannot be opened.",
-    ).add_subparsers(required=True, metavar="list|new|rotate")
+    ).add_subparsers(required=True, metavar="list|new|rotate|forget")
     vault_command(keys, "list", list_keys, "show the ids of the keys that are here; never the keys")
     vault_command(
         keys, "new", new_key, "make a new key for what is saved from now on; older ones go on opening"
     )
     vault_command(keys, "rotate", rotate, "make a new key and wrap everything that is stored with it")
+    forgets = vault_command(keys, "forget", forget, "erase a key that nothing needs any more, for good")
+    forgets.add_argument("key_id", metavar="ID", help="its id, as `list` shows it")
 
 
 def list_keys(chosen: argparse.Namespace) -> int:
@@ -49,4 +51,12 @@ def rotate(chosen: argparse.Namespace) -> int:
     vault = opened_vault(chosen)
     count = vault.rotate()
     print(f"{count} artifacts now open with {vault.keys.primary_id()}. Back up the key again.")
+    return 0
+
+
+def forget(chosen: argparse.Namespace) -> int:
+    opened_vault(chosen).forget(chosen.key_id)
+    print(
+        f"{chosen.key_id} is erased: copies that are still sealed with it open nowhere but with your backup of it."
+    )
     return 0

@@ -20,6 +20,9 @@ whenever the process dies, what is torn is resolved by what is there:
   record on that says that all of it was carried over; until then the old one does.
 - *What a run told is in the journal, and not in the log*: the journal has the numbers that were set aside for it.
 
+After a rotation of keys both files begin anew under the new key with the next automatic checkpoint, and what was under
+the old one is removed: `Vault.needing` asks them before a key is forgotten.
+
 Of a private client nothing runs twice. Its state is kept at every step, before the step is told of; a step that was cut
 off fails, and what was paid for it is in the ledger.
 
@@ -49,7 +52,7 @@ from tensafe_nb.server.answers import error_of
 from tensafe_nb.store.artifacts.artifacts import ArtifactStore, new_id
 from tensafe_nb.store.disk import Files, make_folder
 from tensafe_nb.store.keys.keyring import Keys
-from tensafe_nb.store.sealed.log import SealedLog
+from tensafe_nb.store.sealed.log import SealedLog, key_of
 
 logger = logging.getLogger(__name__)
 
@@ -412,6 +415,9 @@ class Journal:
             self._dropped.append(self.base)
 
     def _turn_over(self) -> None:
+        primary, paths = self._keys.primary_id(), self._paths("results")
+        if any(key_of(path) != primary for path in paths):
+            self._reseal(paths)
         old = self._operations
         self._operations = self._new("operations", number_of(old) + 1)
         try:
@@ -427,6 +433,21 @@ class Journal:
             self._results = self._new("results", number_of(self._results) + 1)
             for path in self._paths("results")[:-2]:
                 path.unlink()
+
+    def _reseal(self, paths: list[Path]) -> None:
+        """Write the results that are kept under the new key; the old files stay until that is on the disk."""
+        olds = [SealedLog(path, self._keys, files=self._files) for path in paths[:-1]] + [self._results]
+        new = self._new("results", number_of(self._results) + 1)
+        try:
+            for old in olds:
+                old.found = []
+                for number in range(len(old)):
+                    new.append(old[number])
+        except BaseException:
+            new.remove()
+            raise
+        self._results = new
+        self._superseded += olds
 
     def _carry_over(self, old: SealedLog | None) -> None:
         """Write how things stand, and what still waits; the last record says that this is all of it."""

@@ -58,6 +58,10 @@ class Home:
         """Return the journals that there are."""
         return sorted(self.runs().glob("*/journal"))
 
+    def sealed_beside_runs(self) -> list[Path]:
+        """Return the journals that there are, those that were set aside as damaged, too."""
+        return sorted(self.runs().glob("*/journal*"))
+
     def event_logs(self) -> list[Path]:
         """Return the event logs that there are."""
         return sorted(self.runs().glob("*/events.jsonl"))

@@ -10,6 +10,7 @@ from tensafe_nb.store.artifacts.artifacts import ArtifactStore
 from tensafe_nb.store.audit.log import AuditLog, outcome_of
 from tensafe_nb.store.home import Home
 from tensafe_nb.store.keys.keyring import Keys
+from tensafe_nb.store.sealed.log import key_of
 from tensafe_nb.store.sealed.tables import SealedTables
 
 
@@ -57,7 +58,9 @@ class Vault:
     def rotate(self) -> int:
         """Wrap every artifact's own key with a new key, and retire the old one.
 
-        A key file gets a new key; from the environment or a passphrase comes the one that is set now.
+        A key file gets a new key; from the environment or a passphrase comes the one that is set now. Automatic
+        checkpoints of a server are rewrapped, too; each journal beside them begins anew under the new key when its
+        training client makes the next one, and opens with the old key until then.
 
         Returns:
             How many artifacts were rewrapped.
@@ -67,11 +70,37 @@ class Vault:
             if self.keys.source == "file":
                 self.keys.new()
             count = self.artifacts.rotate()
+            for _, states in self._journals():
+                states.rotate()
             self.audit.rewrap()
             self.tables.rewrap()
             if self.keys.source == "file":
                 self.keys.retire(old)
             return count
+
+    def needing(self, key_id: str) -> Sequence[str]:
+        """Return what a key is needed for: ids of artifacts, and journals, as folders below that of the runs."""
+        journals = [
+            f"{folder.parent.name}/{folder.name}"
+            for folder, states in self._journals()
+            if key_id in map(key_of, folder.glob("*.tsnj")) or states.needing(key_id)
+        ]
+        return [*self.artifacts.needing(key_id), *journals]
+
+    def forget(self, key_id: str) -> None:
+        """Erase a key from the key file, for good.
+
+        Raises:
+            ValidationError: Something needs it, it is the primary key, or there is none of this id.
+        """
+        with self._on_record("forget_key", kind="key"):
+            self.audit.rewrap()
+            self.tables.rewrap()
+            self.keys.forget(key_id, self.needing)
+
+    def _journals(self) -> Iterator[tuple[Path, ArtifactStore]]:
+        for folder in self.home.sealed_beside_runs():
+            yield folder, ArtifactStore(folder / "states", self.keys, self.home.tenant)
 
     def logs(
         self, training_client_id: str | None, operation: str | None, limit: int, offset: int

@@ -59,15 +59,16 @@ class KeyFile:
             )
 
     def forget(self, key_id: str, needed: Callable[[str], Sequence[str]]) -> None:
-        """Remove a version for good, unless `needed` names artifacts that only it opens."""
+        """Remove a version for good, unless `needed` names what only it opens."""
         self._index(self._read() or [], key_id)
         with self._changing() as entries:
             at = self._index(entries, key_id)
-            if artifacts := needed(key_id):
-                shown = ", ".join(artifacts[:3]) + (", …" if len(artifacts) > 3 else "")
+            if names := needed(key_id):
+                shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
                 raise ValidationError(
-                    f"The key {key_id} is still needed by {len(artifacts)} artifact(s): {shown}. "
-                    f"Rotate or delete them first; a forgotten key never comes back."
+                    f"The key {key_id} is still needed by {len(names)} artifact(s) and journal(s): {shown}. "
+                    f"Rotate or delete the artifacts first. A journal takes the new key when its training client makes "
+                    f"its next automatic checkpoint, and goes when that is closed. A forgotten key never comes back."
                 )
             del entries[at]
 

@@ -199,10 +199,10 @@ class Keys:
 
         Args:
             key_id: The key.
-            needed: Returns the ids of the artifacts that need a key.
+            needed: Returns the names of what needs a key.
 
         Raises:
-            ValidationError: An artifact needs it, it is the primary key, or there is none of this id.
+            ValidationError: Something needs it, it is the primary key, or there is none of this id.
         """
         self._refuse_primary(key_id)
         self._file.forget(key_id, needed)

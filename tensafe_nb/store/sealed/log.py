@@ -35,6 +35,17 @@ HEAD = 4 + VOUCHER
 LONGEST = (1 << 32) - 1
 
 
+def key_of(path: Path) -> str | None:
+    """Return the id of the key that a sealed log needs, from its header, which anyone may read; None if it has none."""
+    with suppress(FileNotFoundError), disk_errors(f"read {path}"), path.open("rb") as file:
+        begin = file.read(len(MAGIC) + 4)
+        with suppress(DecryptionError, KeyError, TypeError):
+            length = int.from_bytes(begin[len(MAGIC) :], "big")
+            if begin.startswith(MAGIC) and length <= MAX_HEADER:
+                return str(parse_canonical(file.read(length))["key"]["kek_id"])
+    return None
+
+
 class SealedLog:
     """A sealed log that is open to be written. Every method may be called from any thread.
 
@@ -81,6 +92,11 @@ class SealedLog:
             except BaseException:
                 self._file.close()
                 raise
+
+    @property
+    def key_id(self) -> str:
+        """The key that wraps its data key."""
+        return str(self.header["key"]["kek_id"])
 
     def _begin(self, keys: Keys, header: Mapping[str, Any]) -> None:
         data_key = os.urandom(32)

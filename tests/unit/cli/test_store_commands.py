@@ -118,6 +118,10 @@ def test_keys_are_listed_made_and_rotated(
     assert status == 0 and out.startswith(f"1 artifacts now open with {new}")
     listed = run("keys", "list")[1]
     assert re.search(rf"{new} .* seals new artifacts", listed) and re.search(rf"{old} ", listed)
+    status, _, err = run("keys", "forget", new)
+    assert status == 1 and "Make a new one first" in err
+    status, out, _ = run("keys", "forget", old)
+    assert status == 0 and old in out and old not in run("keys", "list")[1]
     assert service.restore("first").load_state("first").step == 1
     assert service.verify_audit_log().ok
 

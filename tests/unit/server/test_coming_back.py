@@ -189,3 +189,51 @@ def test_what_ran_as_a_server_was_killed_runs_again_and_its_kernel_is_answered_a
         http.delete(left[1])
     with serving_thread(found.home) as serving, found.enter(serving) as http:
         assert http.get("/training_clients").json() == []  # what was closed stays closed
+
+
+def test_a_key_is_not_forgotten_before_the_journals_have_gone_over_to_the_new_one(tmp_path: Path) -> None:
+    from tensafe_nb.errors import ValidationError
+    from tensafe_nb.server.journal import Journal
+    from tensafe_nb.store.home import Home
+    from tensafe_nb.store.vault import Vault
+
+    home = tmp_path / "server"
+    vault = Vault(Home(home, "a"), "file")
+    with (
+        serving_thread(home) as serving,
+        tn.ServiceClient(serving.url, serving.tokens.mint("a")) as service,
+    ):
+        tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+        tc.forward_backward(ROWS).result()
+        core, named = core_of(tc), f"{tc.training_client_id}/journal"
+        core.put_away()  # which makes an automatic checkpoint
+        eventually(lambda: core.is_away)
+        old = vault.keys.primary_id()
+        states = [*home.rglob("states/*.tsnb")]
+        assert len(states) == 1 and service.rotate_keys() == 0
+        new = vault.keys.primary_id()
+        assert [info.encryption.key_id for _, store in vault._journals() for info in store.list()] == [new]
+        assert vault.needing(old) == [named]
+        with pytest.raises(ValidationError, match=f"needed by .*{named}.* next automatic checkpoint"):
+            vault.forget(old)
+        step = tc.optim_step().result()
+        core.put_away()
+        eventually(lambda: core.is_away and not vault.needing(old))
+        vault.forget(old)
+        loss = tc.forward(ROWS).result().loss
+        shutil.copytree(home, tmp_path / "killed")
+    found = next((tmp_path / "killed").rglob("journal"))
+    journal = Journal(found, vault.keys, "a")
+    assert [record["verb"] for record in journal.results.values()] == [
+        "forward_backward",
+        "optim_step",
+        "forward",
+    ]
+    journal.close()
+    with (
+        serving_thread(tmp_path / "killed") as serving,
+        tn.ServiceClient(serving.url, serving.tokens.mint("a")) as service,
+    ):
+        back = service.get_training_client(tc.training_client_id)
+        back.ready().result()
+        assert (back.step, back.forward(ROWS).result().loss) == (step.step, loss)

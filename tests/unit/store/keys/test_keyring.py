@@ -54,7 +54,9 @@ class TestRotation:
             asked.append(key_id)
             return [f"art-{n}" for n in range(5)]
 
-        with pytest.raises(ValidationError, match=r"5 artifact\(s\): art-0, art-1, art-2, …\. Rotate"):
+        with pytest.raises(
+            ValidationError, match=r"5 artifact\(s\) and journal\(s\): art-0, art-1, art-2, …\. Rotate"
+        ):
             keys.forget(old["kek_id"], needed)
         assert asked == [old["kek_id"]]
         assert keys.unwrap([old]) == SECRET
