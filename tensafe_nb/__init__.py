@@ -128,7 +128,10 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"tensafe_nb.{_HOMES[name]}"), name)
     if name in _MODULES:
         return import_module(f"tensafe_nb.{name}")
-    raise AttributeError(f"module 'tensafe_nb' has no attribute {name!r}{_instead(name)}")
+    message = f"module 'tensafe_nb' has no attribute {name!r}{_instead(name)}"
+    raise AttributeError(
+        message, name=name, obj=None
+    )  # with the module, Python would add what it thinks is nearest
 
 
 def _instead(name: str) -> str:

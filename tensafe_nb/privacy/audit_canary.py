@@ -17,6 +17,7 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import tagged
 
+INK = "#787878"  # reads on the white and on the black of a notebook
 STANDARD_ERRORS = 3.5  # a false alarm comes less than 3 times in 10,000 audits
 
 
@@ -71,9 +72,9 @@ class PrivacyAudit:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7.2, 3.0), dpi=100, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(7.2, 3.0), dpi=100, layout="constrained", facecolor="none")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        axes = figure.add_subplot(facecolor="none")
         both = np.concatenate([self.scores_in, self.scores_out])
         bins = np.histogram_bin_edges(both, 40).tolist()
         for scores, name, color in (
@@ -81,10 +82,14 @@ class PrivacyAudit:
             (self.scores_in, "canary was in", "#c9661a"),
         ):
             axes.hist(scores, bins, alpha=0.6, label=f"{name} ({len(scores)})", color=color)
-        axes.set_title(self.verdict, fontsize=8, loc="left", color="#444444")
-        axes.set_xlabel("score: how far the weights moved along the canary, in units of C / L", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.legend(fontsize=8, frameon=False)
+        axes.set_title(self.verdict, fontsize=8, loc="left", color=INK)
+        axes.set_xlabel(
+            "score: how far the weights moved along the canary, in units of C / L", fontsize=8, color=INK
+        )
+        axes.tick_params(labelsize=8, colors=INK)
+        for spine in axes.spines.values():
+            spine.set_color(INK)
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
         return figure
 
     def _repr_png_(self) -> bytes:

@@ -16,7 +16,13 @@ from fastapi import Path as InPath
 from fastapi.responses import Response, StreamingResponse
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.errors import FutureCancelledError, FutureFailedError, TGTinkerError, ValidationError
+from tensafe_nb.errors import (
+    FutureCancelledError,
+    FutureFailedError,
+    TGTinkerError,
+    TrainingClientNotFoundError,
+    ValidationError,
+)
 from tensafe_nb.events import Event
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.batch import BatchData
@@ -178,7 +184,11 @@ def tenant_of(service: Service, request: Request) -> Tenant:
 
 def client_of(service: Service, request: Request, training_client_id: str) -> ServedClient:
     """Return a training client of whoever asks."""
-    return tenant_of(service, request).client(training_client_id)
+    try:
+        return tenant_of(service, request).client(training_client_id)
+    except TrainingClientNotFoundError:
+        service.refuse_if_draining()  # it has been put down already, for the process to come
+        raise
 
 
 def add_operations(routes: APIRouter, service: Service) -> None:

@@ -67,6 +67,7 @@ from tensafe_nb.store.home import Home
 from tensafe_nb.transports.http_requests import (
     Requests,
     check_answer,
+    error_in,
     is_servers,
     lines_of,
     waiting_asked_for,
@@ -650,7 +651,13 @@ async def refusal_of(
     if not is_wanted():  # it was given up while the line was lost
         return ServerConnectionError("It was given up before it was sent.")
     try:
-        await requests.send("POST", path, content=submission.body, headers=dict(headers), is_wanted=is_wanted)
+        answer = await requests.send(
+            "POST", path, content=submission.body, headers=dict(headers), is_wanted=is_wanted
+        )
+        if (
+            answer.status_code == httpx.codes.INSUFFICIENT_STORAGE
+        ):  # its turn comes when there is room: say why now
+            logger.warning("the server cannot keep this %s: %s", submission.verb, error_in(answer))
     except TGTinkerError as error:
         return error
     return None

@@ -50,6 +50,24 @@ def test_a_state_can_be_read_by_everybody_and_fits_into_every_width(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("stage", ["running", "private", "reward", "finished"], indirect=True)
+def test_table_view_and_open_menus_can_be_read_by_everybody_and_fit_too(stage: Stage) -> None:
+    for theme in ("light", "dark"):
+        stage.show_in(theme)
+        for name in ("Table view", "Rollback ▾", "Branch ▾"):
+            button = stage.panel.get_by_role("button", name=name, exact=True)
+            if name != "Table view" and not button.is_visible():
+                continue  # no checkpoint yet
+            button.click()
+            assert violations(stage) == []
+            for width in WIDTHS[::-1]:
+                stage.widen_to(width)
+                assert stage.clipped() == []
+            stage.page.keyboard.press("Escape")
+        stage.panel.get_by_role("button", name="Chart view", exact=True).click()
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", ["reward-finished"], indirect=True)
 def test_a_chosen_point_brings_its_samples_into_view_and_escape_leads_back(stage: Stage) -> None:
     stage.page.set_viewport_size({"width": 1200, "height": 500})

@@ -118,3 +118,7 @@ def test_a_name_that_is_not_at_the_top_is_told_where_it_is_or_the_nearest() -> N
         _ = tn.LossCurve
     with pytest.raises(AttributeError, match=r"no attribute 'load_runs'\. Did you mean 'load_run'\?"):
         _ = tn.load_runs
+    told = subprocess.run(
+        [sys.executable, "-c", "import tensafe_nb as tn; tn.load_runs"], capture_output=True, text=True
+    )
+    assert told.stderr.count("Did you mean") == 1

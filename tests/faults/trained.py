@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import tensafe_nb as tn
+from tests.parity.serving import eventually
 
 
 def supervised(service: tn.ServiceClient, seed: int, steps: int = 4) -> tuple[tn.TrainingClient, str]:
@@ -41,6 +42,13 @@ def what_came_of(
     """Return weights, curves and rollouts, bit for bit."""
     saved = tc.save_state().result()
     exported = service.export_adapter(saved.artifact_id, folder / tc.training_client_id)
+    channel: Any = tc._channel
+    # `history` waits 5 s for what runs told to come back; behind a bad network on a busy machine it may take longer
+    eventually(
+        lambda: (
+            not getattr(channel, "_outbox", ()) and channel.history.last_seq >= getattr(channel, "_owed", 0)
+        )
+    )
     history = tc.history
     curves = {
         name: [array.tolist() for array in history.series(name)]

@@ -113,7 +113,7 @@ class Samples {
     const key = JSON.stringify([this.beside, this.beside ? [this.pair, held] : step, shown.map(Boolean)]);
     if (key === this.key || (chosen === null && this.key && this.lists.contains(document.activeElement))) return;
     this.key = key;
-    this.follow.hidden = chosen === null;
+    this.follow.hidden = chosen === null || this.beside; // whoever compares has chosen both steps
     this.compare.setAttribute("aria-pressed", String(this.beside));
     for (const sort of this.sorts) sort.hidden = this.beside;
     this.showPicks(held);
