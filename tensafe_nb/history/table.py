@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, final
 from tensafe_nb.checks import checked
 from tensafe_nb.display import listing
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.store.disk import disk_errors, write_private
+from tensafe_nb.store.disk import disk_errors, write_whole
 
 Column: TypeAlias = Sequence[Any]
 OPERATOR_VIEW = "operator view: computed from the training data, not covered by epsilon"
@@ -150,10 +150,7 @@ class Table(Tabular):
             )
         with disk_errors(f"write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.operator_view:
-                path.write_bytes(content.encode() if isinstance(content, str) else content)
-                return path
-        write_private(path, content)
+        write_whole(path, content, shared=not self.operator_view)
         return path
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.server.limits import Limits
-from tensafe_nb.store.disk import write_private
+from tensafe_nb.store.disk import write_whole
 from tensafe_nb.store.home import TENANT, Home
 
 PREFIX = "tsnb_"  # so that a secret scanner, and a person, knows what it is
@@ -141,7 +141,7 @@ class Tokens:
             if self._limits:
                 entries["limits"] = self._limits
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_private(self._path, json.dumps(entries, indent=1))
+            write_whole(self._path, json.dumps(entries, indent=1))
             self._read_at = None
 
 

@@ -40,6 +40,10 @@ class Files:
         """Make a new file that only its owner can read, open for writing and reading."""
         return open(path, "x+b", opener=_private)
 
+    def create_shared(self, path: Path) -> BinaryIO:
+        """Make a new file that others can read as far as the user's umask lets them, open in the same way."""
+        return path.open("x+b")
+
     def append(self, path: Path) -> BinaryIO:
         """Open a file to write behind its end, wherever others have moved that; make it where there is none."""
         return open(path, "a+b", opener=_private)
@@ -87,10 +91,10 @@ class Draft:
     It is locked while it is open, so that others can tell it from one whose process died.
     """
 
-    def __init__(self, files: Files, folder: Path) -> None:
+    def __init__(self, files: Files, folder: Path, *, shared: bool = False) -> None:
         self._files = files
         self._path: Path | None = folder / DRAFTS.replace("*", secrets.token_hex(16))
-        self.file = files.create(self._path)
+        self.file = files.create_shared(self._path) if shared else files.create(self._path)
         hold(self.file)  # let go by closing it, or by dying
 
     def __enter__(self) -> "Draft":
@@ -163,14 +167,19 @@ def publish_folder(files: Files, draft: Path, target: Path) -> None:
     files.fsync_folder(target.parent)
 
 
-def write_private(path: Path, content: str | bytes) -> None:
-    """Write a text or bytes for its owner only, whole or not at all; not fsynced: a run does it at every step.
+def write_whole(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+    """Write a text or bytes, whole or not at all; not fsynced: a run does it at every step.
+
+    Args:
+        path: What is there is replaced.
+        content: What to write.
+        shared: Others may read it, as far as the umask lets them; else only its owner.
 
     Raises:
         StorageError: It could not be written; what was there is intact.
     """
     try:
-        with Draft(Files(), path.parent) as draft:
+        with Draft(Files(), path.parent, shared=shared) as draft:
             draft.file.write(content.encode() if isinstance(content, str) else content)
             draft.publish(path, lasting=False)
     except OSError as error:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,9 +12,10 @@ from typing import Any
 
 from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given
-from tensafe_nb.errors import StorageError, ValidationError
+from tensafe_nb.errors import ValidationError
 from tensafe_nb.runs.record import RunRecord, read_log
 from tensafe_nb.runs.run import TrainingRun
+from tensafe_nb.store.disk import disk_errors, write_whole
 from tensafe_nb.widgets.feed.feed import feed_of
 from tensafe_nb.widgets.feed.rollouts import Decode, plain_text
 from tensafe_nb.widgets.live.base import css, esm
@@ -96,16 +96,9 @@ def write_page(
     """Write a page of several chapters; `words` are paragraphs beneath its title."""
     parts = [_Part.of(chapter, samples) for chapter in chapters]
     text = _page(title, words, parts)
-    try:
+    with disk_errors(f"write {to}"):
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.unlink(missing_ok=True)  # its mode would stay
-        mode = 0o600 if any(part.private for part in parts) else 0o666
-        with os.fdopen(
-            os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8"
-        ) as file:
-            file.write(text)
-    except OSError as error:
-        raise StorageError(f"The page {to} cannot be written: {error.strerror}.") from error
+    write_whole(to, text, shared=not any(part.private for part in parts))
     return to
 
 

@@ -34,8 +34,9 @@ def server(nursery: Nursery, tmp_path: Path) -> Iterator[KilledServer]:
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take for lost sooner what gets no answer: nothing else differs from how a user has it."""
     monkeypatch.setattr(http_requests, "ANSWER", 1.0)
-    monkeypatch.setattr(http_channel, "SILENCE", 1.0)
+    monkeypatch.setattr(http_channel, "SILENCE", 0.7)
     monkeypatch.setattr(http_channel, "FIRST_SIGN", 0.7)
+    monkeypatch.setattr(http_channel, "LONGEST_PAUSE", 0.4)
 
 
 def undergo(server: KilledServer, seed: int, folder: Path) -> Counter[str]:
@@ -46,9 +47,9 @@ def undergo(server: KilledServer, seed: int, folder: Path) -> Counter[str]:
         tn.ServiceClient() as embedded,
     ):
         network.harm = True  # from here on: a wrong address, and a page to log in, are told at once
-        far = Program(service, seed, 3)
+        far = Program(service, seed, 2)
         far.run()
-        near = Program(embedded, seed, 3, far.cancelled)
+        near = Program(embedded, seed, 2, far.cancelled)
         near.run()
         same(near, far)
         work = by_rewards if seed % 2 else supervised

@@ -187,7 +187,7 @@ def test_what_is_no_ended_run_and_no_number_of_samples_is_refused(
     client.start(FakeRun("tc-1/2"))
     with pytest.raises(tn.ValidationError, match="still under way"):
         tn.save_page(tmp_path / "run.html", client.history.path)
-    with pytest.raises(tn.StorageError, match="cannot be written"):
+    with pytest.raises(tn.StorageError, match="Could not write"):
         record.save_page(client.history.path / "run.html")
     assert not (tmp_path / "run.html").exists()
 

@@ -198,7 +198,7 @@ class HEClient:
         plain = self._scheme.encode(slots, 0, self.parameters.scale)
         return dump(self._encryptor.encrypt_symmetric(plain))
 
-    def _decrypted(self, part: bytes) -> Vector:
+    def _decrypted(self, part: bytes | memoryview) -> Vector:
         if not part:  # the adapter is zero there
             return np.zeros(self.parameters.slots)
         plain = self._scheme.seal.Plaintext()

@@ -46,7 +46,7 @@ class Message:
 
     sequence: int
     fields: Mapping[str, Any]
-    parts: Sequence[bytes]
+    parts: Sequence[bytes | memoryview]
 
     def number(self, name: str, least: int, most: int) -> int:
         """Return a whole number of the header.
@@ -70,7 +70,11 @@ class Connection:
     secret: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
 
     def seal(
-        self, direction: Direction, sequence: int, fields: Mapping[str, Any], parts: Sequence[bytes]
+        self,
+        direction: Direction,
+        sequence: int,
+        fields: Mapping[str, Any],
+        parts: Sequence[bytes | memoryview],
     ) -> bytes:
         """Return an envelope.
 
@@ -80,7 +84,9 @@ class Connection:
         header = {"context": self.context, "direction": direction, "sequence": sequence, **fields}
         return self._sealed(direction, header, parts)
 
-    def _sealed(self, direction: Direction, header: Mapping[str, Any], parts: Sequence[bytes]) -> bytes:
+    def _sealed(
+        self, direction: Direction, header: Mapping[str, Any], parts: Sequence[bytes | memoryview]
+    ) -> bytes:
         text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
         body = b"".join(piece for part in parts for piece in (struct.pack(">I", len(part)), part))
         sealed = MAGIC + struct.pack(">I", len(text)) + text + body
@@ -108,7 +114,9 @@ class Connection:
         key = hmac.digest(self.secret, f"TSNH1/{direction}/{self.context}".encode(), hashlib.sha256)
         return hmac.digest(key, data, hashlib.sha256)
 
-    def bundle(self, fields: Mapping[str, Any], parts: Sequence[bytes], keys: KeySource | None) -> bytes:
+    def bundle(
+        self, fields: Mapping[str, Any], parts: Sequence[bytes | memoryview], keys: KeySource | None
+    ) -> bytes:
         """Return the message that opens the connection: it brings the secret, wrapped if there is a key source."""
         brought = {"wrapped": dict(keys.wrap(self.secret))} if keys else {"fresh": self.secret.hex()}
         return self.seal("bundle", 0, {**fields, "key": brought}, parts)
@@ -170,7 +178,7 @@ def _read(data: bytes, direction: Direction, context: str | None) -> Message:
     return Message(header["sequence"], header, _parts(rest[4 + length :]))
 
 
-def _parts(body: memoryview) -> list[bytes]:
+def _parts(body: memoryview) -> list[memoryview]:
     parts = []
     while body:
         if len(body) < 4:
@@ -178,7 +186,7 @@ def _parts(body: memoryview) -> list[bytes]:
         (length,) = struct.unpack(">I", body[:4])
         if length > len(body) - 4:
             raise _damaged()
-        parts.append(bytes(body[4 : 4 + length]))
+        parts.append(body[4 : 4 + length])  # a view: updates have megabytes
         body = body[4 + length :]
     return parts
 

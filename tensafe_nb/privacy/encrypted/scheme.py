@@ -81,7 +81,7 @@ class Scheme:
         """Return the automorphism that rotates by so many slots to the left."""
         return pow(GENERATOR, step, 2 * self.parameters.degree)
 
-    def ciphertext(self, data: bytes, level: int) -> Any:
+    def ciphertext(self, data: bytes | memoryview, level: int) -> Any:
         """Read a ciphertext of another side, at the level and scale that it has to have.
 
         Raises:
@@ -105,7 +105,7 @@ class Scheme:
         """Read a secret key."""
         return _read(self.seal.SecretKey(), self.context, data)
 
-    def galois_keys(self, data: bytes, steps: Sequence[int]) -> Any:
+    def galois_keys(self, data: bytes | memoryview, steps: Sequence[int]) -> Any:
         """Read the keys that rotate by these steps.
 
         Raises:
@@ -117,7 +117,7 @@ class Scheme:
         return keys
 
 
-def _read(empty: Any, context: Any, data: bytes) -> Any:
+def _read(empty: Any, context: Any, data: bytes | memoryview) -> Any:
     with passage(data) as path:
         try:
             empty.load(context, path)  # SEAL checks sizes and values against the context
@@ -134,7 +134,7 @@ def dump(written: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def passage(data: bytes = b"") -> Iterator[str]:
+def passage(data: bytes | memoryview = b"") -> Iterator[str]:
     """Lend a file with these bytes: sealapi reads and writes paths only. In memory on Linux, else in our own folder."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("tensafe-seal", os.MFD_CLOEXEC)

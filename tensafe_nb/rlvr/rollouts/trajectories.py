@@ -18,7 +18,7 @@ from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.results import (
     Message,
 )
-from tensafe_nb.store.disk import write_private
+from tensafe_nb.store.disk import write_whole
 
 MOCK = "mock"
 NO_SIGNAL = 1e-6  # rewards of a group that differ by less teach nothing
@@ -277,7 +277,7 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
             StorageError: It could not be written; what was there is intact.
         """
         path = Path(path)
-        write_private(path, "".join(f"{line}\n" for line in lines_of(self)))
+        write_whole(path, "".join(f"{line}\n" for line in lines_of(self)))
         return path
 
     @classmethod

@@ -18,7 +18,7 @@ from tensafe_nb.store.disk import (
     read_up_to,
     sweep_drafts,
     write_all,
-    write_private,
+    write_whole,
 )
 from tests.unit.store.faults import Counted
 
@@ -72,16 +72,25 @@ def test_a_folder_has_its_name_once_all_in_it_is_on_the_disk(tmp_path: Path) -> 
 
 def test_a_text_is_its_owners_alone_and_replaces_the_one_before_it(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
-    write_private(path, "früher")
-    write_private(path, "später")
+    write_whole(path, "früher")
+    write_whole(path, "später")
     assert path.read_text(encoding="utf-8") == "später"
     assert os.name != "posix" or path.stat().st_mode & 0o777 == 0o600
     assert [*tmp_path.iterdir()] == [path]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_a_text_for_others_is_as_open_as_the_umask_lets_it_be(tmp_path: Path) -> None:
+    path, beside = tmp_path / "loss.csv", tmp_path / "beside"
+    path.touch(0o600)
+    beside.touch()
+    write_whole(path, "step,loss", shared=True)
+    assert path.stat().st_mode == beside.stat().st_mode
+
+
 def test_a_text_that_cannot_be_written_says_where(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"rollouts\.jsonl could not be written"):
-        write_private(tmp_path / "none" / "rollouts.jsonl", "text")
+        write_whole(tmp_path / "none" / "rollouts.jsonl", "text")
 
 
 class Sparing(io.BytesIO):
