@@ -81,6 +81,8 @@ class Figures:
         add("base_models", "gauge", "Models whose frozen weights are loaded to be shared.", ("", len(bases)))
         references = sum(base.references for base in bases)
         add("base_references", "gauge", "Training clients that share one of them.", ("", references))
+        kept = sum(client.journal.size for client in clients)
+        add("journal_bytes", "gauge", "Bytes of journals and automatic checkpoints on the disk.", ("", kept))
         outcomes = [(f'{{outcome="{name}"}}', value) for name, value in sorted(self._outcomes.items())]
         add("operations_total", "counter", "Operations that have ended.", *outcomes)
         codes = [(f'{{code="{code}"}}', value) for code, value in sorted(rejected.items())]

@@ -397,6 +397,16 @@ class Journal:
         """How much came in since the last automatic checkpoint."""
         return self._operations.size - self._from
 
+    @property
+    def size(self) -> int:
+        """How many bytes of it are on the disk, its automatic checkpoints included."""
+        sizes = 0
+        with suppress(FileNotFoundError):  # removed a moment ago
+            for path in self.folder.rglob("*.tsn*"):
+                with suppress(FileNotFoundError):
+                    sizes += path.stat().st_size
+        return sizes
+
     def kept(self, base: str, through: str | None, info: TrainingClientInfo) -> None:
         """Name an automatic checkpoint, and go on in a new file, with what it does not cover."""
         fields = {"$": "kept", "base": base, "through": through, "info": encode(info)}

@@ -175,6 +175,7 @@ def test_figures_count_what_happened_and_never_fall(serving: Serving, http: http
     outcome(http, http.post(f"{path}/optim_step", json={}).json()["future_id"])
     after = read_figures()
     grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown["tensafe_nb_journal_bytes"] > 0
     assert grown['tensafe_nb_operations_total{outcome="finished"}'] == 1
     assert grown['tensafe_nb_operations_total{outcome="failed"}'] == 1
     assert grown['tensafe_nb_operation_seconds_count{verb="forward"}'] == 1
