@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_HANDLES = 2_000  # of operations that have ended: their results can still be fetched
 KEPT_ANSWERS = 4_096  # of one submitter: a repeated submission gets the first answer
+KEPT_DRAWS = 64  # of a training client: as long as a request is sent again, no more are on their way
 LONGEST_GAP = (
     150.0  # s that a submission waits for those before it: longer than their kernel tries to bring them
 )
@@ -171,6 +172,8 @@ class ServedClient:
         self._submitters: dict[str, Submitter] = {}
         self._handles: OrderedDict[str, FutureHandle[Any]] = OrderedDict()
         self._arrivals: dict[str, asyncio.Event] = {}
+        self._drawing = threading.Lock()
+        self._draws: OrderedDict[str, tuple[int, bytes]] = OrderedDict()  # by the key of whoever asked
         self._readers: set[asyncio.Queue[Event | dict[str, Any] | None]] = set()
         for name, known in journal.submitters.items():
             answers = OrderedDict((number, answer_of(answer)) for number, answer in known.answers)
@@ -314,11 +317,24 @@ class ServedClient:
         promise.watch(pass_on)
         pass_on()  # what was drawn before this
 
-    def enter_draw(self, unit: str) -> tuple[int, bytes]:
-        """Number a Poisson draw that is about to be made; see `Worker.enter_draw`."""
-        numbered = self.channel.enter_draw(unit)
-        self.journal.drawn(unit)  # before anybody can draw with it
-        return numbered
+    def enter_draw(self, unit: str, key: str | None = None) -> tuple[int, bytes]:
+        """Number a Poisson draw that is about to be made; see `Worker.enter_draw`. From any thread.
+
+        Args:
+            unit: What is drawn.
+            key: Of the caller's own: whoever asks again with it is answered as before, and owes one draw. A server that
+                was killed in between knows it no more: then two are owed, one too many rather than one too few.
+        """
+        with self._drawing:
+            if key is not None and key in self._draws:
+                return self._draws[key]
+            numbered = self.channel.enter_draw(unit)
+            self.journal.drawn(unit)  # before anybody can draw with it
+            if key is not None:
+                self._draws[key] = numbered
+                if len(self._draws) > KEPT_DRAWS:
+                    self._draws.popitem(last=False)
+            return numbered
 
     def keep(self, handle: FutureHandle[Any]) -> FutureHandle[Any]:
         """Keep the handle of an operation for whoever asks for its result."""

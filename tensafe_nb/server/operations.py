@@ -384,12 +384,18 @@ def add_questions(routes: APIRouter, service: Service) -> None:
 
     @routes.post(ONE + "/draws")
     async def enter_draw(
-        request: Request, training_client_id: Id, unit: Annotated[str, Body(embed=True)]
+        request: Request,
+        training_client_id: Id,
+        unit: Annotated[str, Body()],
+        key: Annotated[str | None, Body(max_length=MOST_KEY)] = None,
     ) -> dict[str, Any]:
-        """Number a Poisson draw that is about to be made: from now on it is owed."""
+        """Number a Poisson draw that is about to be made: from now on it is owed.
+
+        A key of the caller's own makes it safe to ask again: it names one draw.
+        """
         client = client_of(service, request, training_client_id)
-        number, key = await asyncio.to_thread(client.enter_draw, unit)
-        return {"number": number, "key": key.hex()}
+        number, secret = await asyncio.to_thread(client.enter_draw, unit, key)
+        return {"number": number, "key": secret.hex()}
 
     @routes.post(ONE + "/estimate")
     async def estimate(

@@ -331,7 +331,8 @@ class HttpChannel:
         self._recorder.sync()
 
     def enter_draw(self, unit: str) -> tuple[int, bytes]:
-        drawn = self.requests.call("POST", f"{self.path}/draws", json={"unit": unit}).json()
+        asked = {"unit": unit, "key": uuid.uuid4().hex}  # sent again, it is one draw
+        drawn = self.requests.call("POST", f"{self.path}/draws", json=asked).json()
         return int(drawn["number"]), bytes.fromhex(drawn["key"])
 
     def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
