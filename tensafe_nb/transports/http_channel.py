@@ -85,6 +85,7 @@ SILENCE = 30.0  # s without a sign of life, which comes every 10, until a stream
 KNOWN_FAILURES = 256  # of which it is remembered whether somebody was told, and what they were
 MOST_EVENTS = 256  # that are told at a time
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 2.0  # s between two tries
+BLIP = 2.0  # s: a line that is there again sooner is not said to have broken off
 
 
 @dataclass(slots=True, eq=False)
@@ -137,6 +138,7 @@ class HttpChannel:
         self.reached = 0  # number of the latest event
         self.heard_at = time.monotonic()  # anything at all, on the stream
         self._line = LineState.OPEN
+        self._blip: asyncio.TimerHandle | None = None  # until it is said that the line broke off
         self._owed = 0  # number that the latest event published here was given
         self._changed = threading.Condition()
         self._holders = [self.training_client_id]
@@ -512,8 +514,20 @@ class HttpChannel:
         elif "info" in item and getattr(event, "future_id", None) in self._waiting:
             self.fail(event.future_id, ServerConnectionError("The server does not keep the result any more."))
 
-    def note_line(self, state: LineState, reason: str | None = None) -> None:
-        """Tell whoever watches that the line broke off, or is there again: only this end knows."""
+    def note_line(self, state: LineState, reason: str | None = None, *, lasting: bool = False) -> None:
+        """Tell whoever watches that the line broke off, or is there again: only this end knows.
+
+        What breaks off is told once it has lasted for longer than a blip.
+        """
+        if state is LineState.RECONNECTING and self._line is LineState.OPEN and not lasting:
+            if self._blip is None:
+                self._blip = asyncio.get_running_loop().call_later(
+                    BLIP, has_lasted, weakref.ref(self), reason
+                )
+            return
+        if self._blip is not None:
+            self._blip.cancel()
+            self._blip = None
         if state is not self._line and not self.closed:
             self._line = state
             self._recorder.record(LineChanged(state=state, reason=reason, seq=self.reached, time=time.time()))
@@ -796,6 +810,13 @@ def is_there(held: "weakref.ref[HttpChannel]") -> None:
     if channel is not None:
         channel.heard_at = time.monotonic()
         channel.note_line(LineState.OPEN)
+
+
+def has_lasted(held: "weakref.ref[HttpChannel]", reason: str | None) -> None:
+    """Tell that the line broke off: this was no blip."""
+    channel = held()
+    if channel is not None:
+        channel.note_line(LineState.RECONNECTING, reason, lasting=True)
 
 
 def broke_off(held: "weakref.ref[HttpChannel]", error: ServerConnectionError) -> None:

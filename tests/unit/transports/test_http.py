@@ -131,7 +131,10 @@ def test_behind_a_proxy_that_holds_streams_back_items_are_asked_for(
     proxy.close()
 
 
-def test_a_line_that_is_cut_again_and_again_loses_nothing_and_nothing_runs_twice(serving: Serving) -> None:
+def test_a_line_that_is_cut_again_and_again_loses_nothing_and_nothing_runs_twice(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_channel, "BLIP", 0.0)
     proxy = Proxy(serving.url)
     with tn.ServiceClient(proxy.url, serving.tokens.mint("cut")) as service:
         tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
@@ -151,6 +154,25 @@ def test_a_line_that_is_cut_again_and_again_loses_nothing_and_nothing_runs_twice
         recorded = [event.seq for event in tc.history.events()]
         assert recorded == sorted(set(recorded)) and len(tc.history["loss"]) == 30
         assert (told[0], told[-1]) == ("RECONNECTING", "OPEN") and tc.history.state.line is None
+        tc.close()
+    proxy.close()
+
+
+def test_a_line_that_is_there_again_before_a_blip_is_over_is_not_said_to_have_broken_off(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_channel, "BLIP", 1e6)  # whatever comes, it comes before
+    proxy = Proxy(serving.url)
+    with tn.ServiceClient(proxy.url, serving.tokens.mint("blip")) as service:
+        tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+        tc.ready().result()
+        told, channel = lines_of(tc), tc._channel
+        assert isinstance(channel, http_channel.HttpChannel)
+        proxy.cut()
+        eventually(lambda: channel._blip is not None)
+        tc.forward_backward(BATCH).result()
+        eventually(lambda: channel._blip is None)
+        assert told == [] and tc.history.state.line is None
         tc.close()
     proxy.close()
 
@@ -186,7 +208,7 @@ def test_when_nothing_answers_any_more_what_waits_fails_in_the_end(
         handle = tc.forward_backward(BATCH)
         with pytest.raises(tn.errors.ServerConnectionError, match="does not answer"):
             handle.result(20)
-        eventually(lambda: told == ["RECONNECTING", "LOST"])
+        eventually(lambda: told == ["LOST"])  # the patience was shorter than a blip
         line = tc.history.state.line
         assert line is not None and "does not answer" in (line.reason or "")
 
