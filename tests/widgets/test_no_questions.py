@@ -24,7 +24,7 @@ from tensafe_nb.widgets.still.snapshot import Snapshot
 
 from .conftest import FakeClient, HandFlusher, Wire
 
-SEEN = ("training_client_id", "config", "history", "marks", "steerable", "watch", "tokenizer")
+SEEN = ("training_client_id", "config", "history", "marks", "runs", "steerable", "watch", "tokenizer")
 LOOKED_UP = ("get_checkpoint",)  # aside, once for each checkpoint: how it is sealed is in no event
 
 

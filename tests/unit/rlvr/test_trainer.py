@@ -3,6 +3,7 @@
 import contextlib
 import math
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ from tests.unit.rlvr.trainers import (
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_runs(changes, message):
-    options = {"training_client": None, "prompts": SUMS, "reward": "exact_match"} | changes
+    never_asked = SimpleNamespace(policy_version=0)  # a training client that does nothing
+    options = {"training_client": never_asked, "prompts": SUMS, "reward": "exact_match"} | changes
     with pytest.raises(ValidationError, match=message):
         RLVRTrainer(**options)
 
