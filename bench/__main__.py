@@ -63,6 +63,8 @@ ROWS = {
     "remote-many-empty": "remote:many_empty",
     "remote-many": "remote:many_steps",
     "remote-many-slowest": "remote:slowest_of_many",
+    "remote-journal": "remote:journal",
+    "remote-restart": "remote:restart",
     "remote-memory": "remote:further_client",
     "remote-download": "remote:download",
 }

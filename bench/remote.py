@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,15 +27,19 @@ SERVE = (
     "from tensafe_nb.cli.main import main; main(['serve', '--port', '0', '--json', '--print-token', *{more}])"
 )
 IDLE = "import tensafe_nb.core.worker as worker, bench.queue as queue; worker.Engine = queue.EngineThatDoesNothing; "
+UNWRITTEN = (
+    "from tensafe_nb.server.journal import Journal as J; J.submitted = J.ended = J.sync = lambda *_, **__: None; "
+    "J.is_due = lambda *_, **__: False; J.known_to = lambda *_: frozenset(); "
+)
 ONE, LARGE = (1, 1), (8, 512)
 MANY, EACH = 50, 2  # clients, and what each does in one measurement
 
 
 @contextmanager
-def served(*more: str, prelude: str = "") -> Iterator[tuple[tn.ServiceClient, int]]:
+def served(*more: str, prelude: str = "", home: str | None = None) -> Iterator[tuple[tn.ServiceClient, int]]:
     """Start a server in a process of its own; give a client of it, and the server's process id."""
-    with tempfile.TemporaryDirectory(prefix="tensafe-served-") as home:
-        command = [sys.executable, "-c", prelude + SERVE.format(more=["--home", home, *more])]
+    with tempfile.TemporaryDirectory(prefix="tensafe-served-") as fresh:
+        command = [sys.executable, "-c", prelude + SERVE.format(more=["--home", home or fresh, *more])]
         with (
             tempfile.TemporaryFile() as log,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT) as process,
@@ -151,19 +156,10 @@ def pipelined_steps() -> Row:
 
 
 def _pipelined(rows: int, tokens: int, limit: float) -> Row:
-    batch = workload.full(rows, tokens)
-
-    def all_queued_first(tc: tn.TrainingClient) -> Callable[[], None]:
-        def run() -> None:
-            handles = [
-                handle for _ in range(STEPS) for handle in (tc.forward_backward(batch), tc.optim_step())
-            ]
-            [handle.result() for handle in handles]
-
-        return run
-
     with tn.ServiceClient() as embedded, served() as (remote, _):
-        ours, peer = (all_queued_first(workload.tiny_client(service)) for service in (remote, embedded))
+        ours, peer = (
+            all_queued_first(workload.tiny_client(service), rows, tokens) for service in (remote, embedded)
+        )
         taken = paired(ours, peer, seconds=10, at_least=4, warmup=1)
         for info in remote.list_training_clients():
             remote.get_training_client(info.training_client_id).close()
@@ -175,6 +171,66 @@ def _pipelined(rows: int, tokens: int, limit: float) -> Row:
         taken=Taken(taken.ours, taken.peer),  # the CPU of the server is another process's
         compares=LARGER,
         target=Target("≤", limit),
+    )
+
+
+def all_queued_first(tc: tn.TrainingClient, rows: int, tokens: int) -> Callable[[], None]:
+    """Return what queues all steps, and waits for the last result."""
+    batch = workload.full(rows, tokens)
+
+    def run() -> None:
+        handles = [handle for _ in range(STEPS) for handle in (tc.forward_backward(batch), tc.optim_step())]
+        [handle.result() for handle in handles]
+
+    return run
+
+
+def journal() -> Row:
+    """Issue 20: at most 5 % of a step."""
+    with served() as (writes, _), served(prelude=UNWRITTEN) as (does_not, _):
+        ours, peer = (
+            all_queued_first(workload.tiny_client(service), 8, 64) for service in (writes, does_not)
+        )
+        taken = paired(ours, peer, seconds=10, at_least=4, warmup=1)
+        for service in (writes, does_not):
+            for info in service.list_training_clients():
+                service.get_training_client(info.training_client_id).close()
+    return Row(
+        what=f"{STEPS} pipelined steps against a server, with its journal and automatic checkpoints",
+        peer="the same against a server that writes neither",
+        precision="fp32",
+        sizes=f"{workload.MODEL}, 8×64",
+        taken=Taken(taken.ours, taken.peer),
+        compares=LARGER,
+        target=Target("≤", 1.05),
+    )
+
+
+def restart() -> Row:
+    """Issue 20: ready at most 30 s after `kill -9`."""
+    seconds = []
+    with tempfile.TemporaryDirectory(prefix="tensafe-killed-") as home:
+        killed: list[str] = []
+        for round in range(4):
+            started = time.perf_counter()
+            with served(home=home) as (service, pid):
+                if round:
+                    clients = [service.get_training_client(name) for name in killed]
+                    [tc.forward(workload.full(*ONE)).result() for tc in clients]
+                    seconds.append(time.perf_counter() - started)
+                else:
+                    clients = [workload.tiny_client(service) for _ in range(4)]
+                    killed = [tc.training_client_id for tc in clients]
+                handles = [tc.forward_backward(workload.full(4, 32)) for _ in range(20) for tc in clients]
+                [handle.result() for handle in handles[: len(handles) // 2]]
+                os.kill(pid, signal.SIGKILL)
+    return Row(
+        what="from the start of a server that was killed with `kill -9` to the first results of its clients",
+        peer="",
+        precision="fp32",
+        sizes=f"a cold process, 4 clients of {workload.MODEL} with some 20 open operations each",
+        taken=Taken(seconds),
+        target=Target("≤", 30.0, "ours"),
     )
 
 
