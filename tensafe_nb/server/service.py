@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core import queue
 from tensafe_nb.errors import (
     NotFoundError,
+    StorageError,
     TGTinkerError,
     TrainingClientNotFoundError,
     ValidationError,
@@ -32,6 +34,7 @@ from tensafe_nb.server.limits import (
     too_much_stored,
 )
 from tensafe_nb.server.resuming import journals_of, resume
+from tensafe_nb.store.disk import disk_errors
 from tensafe_nb.store.home import TENANT, Home
 from tensafe_nb.transports.embedded import EmbeddedTransport
 
@@ -125,7 +128,12 @@ class Tenant:
                 "failure": None,
             }
             folder, keys = self.home.journal(training_client_id), self.transport.vault.keys
-            made.append(Journal(folder, keys, self.home.tenant, begun))
+            try:
+                with disk_errors(f"begin to keep {training_client_id}"):
+                    made.append(Journal(folder, keys, self.home.tenant, begun))
+            except StorageError:
+                shutil.rmtree(folder, ignore_errors=True)  # half a journal is none
+                raise
             return made[0]
 
         return ServedClient(self.transport.create(config, source, journal_of), made[0])

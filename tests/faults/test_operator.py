@@ -63,6 +63,8 @@ def test_a_full_disk_fails_what_it_cannot_keep_and_when_there_is_room_everything
     kept = far.save_state(name="before").result()
     caplog.clear()
     with full_disk(server):
+        with pytest.raises(tn.errors.StorageError, match="Could not"):
+            adapter(remote)
         refused = [far.forward_backward(BATCH), far.optim_step(), far.save_state(name="never")]
         eventually(lambda: not far._channel.unsent)  # type: ignore[attr-defined]
         assert caplog.text.count("cannot keep this") == len(
