@@ -155,7 +155,10 @@ class Recorder:
         """Write out the log; later events are still handed to subscribers but recorded no more."""
         self.sync()
         with self._lock:
-            self._log.close()
+            try:
+                self._log.close()
+            except OSError as error:  # whoever closes has others to close
+                logger.error("the last events of %s are lost (%s)", self.history.path, error.strerror)
 
     def __del__(self) -> None:
         if hasattr(self, "_log"):  # it was opened

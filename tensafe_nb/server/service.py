@@ -34,7 +34,6 @@ from tensafe_nb.server.limits import (
     too_much_stored,
 )
 from tensafe_nb.server.resuming import journals_of, resume
-from tensafe_nb.store.disk import disk_errors
 from tensafe_nb.store.home import TENANT, Home
 from tensafe_nb.transports.embedded import EmbeddedTransport
 
@@ -129,8 +128,7 @@ class Tenant:
             }
             folder, keys = self.home.journal(training_client_id), self.transport.vault.keys
             try:
-                with disk_errors(f"begin to keep {training_client_id}"):
-                    made.append(Journal(folder, keys, self.home.tenant, begun))
+                made.append(Journal(folder, keys, self.home.tenant, begun))
             except StorageError:
                 shutil.rmtree(folder, ignore_errors=True)  # half a journal is none
                 raise

@@ -29,6 +29,7 @@ def test_a_failure_of_the_server_itself_tells_nothing_of_its_insides(
     answer = http.get("/artifacts")
     assert error_of(answer) == (500, "server_error")
     assert str(serving.home) not in answer.text and "RuntimeError" not in answer.text
+    assert answer.headers["x-tensafe-request"] == answer.json()["error"]["request_id"]  # no proxy has said it
 
 
 def test_the_description_names_every_route_with_its_errors(serving: Serving, http: httpx.Client) -> None:
