@@ -4,7 +4,14 @@ import random
 from typing import Any
 
 import tensafe_nb as tn
-from tensafe_nb.events import Event, OperationCancelled, OperationQueued, Progress, StatusChanged
+from tensafe_nb.events import (
+    Event,
+    OperationCancelled,
+    OperationQueued,
+    OperationStarted,
+    Progress,
+    StatusChanged,
+)
 from tensafe_nb.protocol.codec import encode
 
 VOLATILE = {
@@ -107,9 +114,18 @@ class Program:
         return handle.operation, {name: value for name, value in result.items() if name not in VOLATILE}
 
     def history(self) -> list[Any]:
-        """Return what the log tells, but for the clock, and for when it tells of what was queued or cancelled."""
+        """Return what the log tells, but for the clock, and for when it tells of what was queued or cancelled.
+
+        Whether an operation had started when it was cancelled is a matter of the moment, too.
+        """
         numbers = {handle.future_id: number for number, handle in enumerate(self.handles)}
-        events = list(self.tc.history.events())
+        told = list(self.tc.history.events())
+        cancelled = {event.future_id for event in told if isinstance(event, OperationCancelled)}
+        events = [
+            event
+            for event in told
+            if not (isinstance(event, OperationStarted) and event.future_id in cancelled)
+        ]
         at_any_time = OperationQueued | OperationCancelled
         in_order = [
             event for event in events if not isinstance(event, at_any_time | Progress | StatusChanged)
