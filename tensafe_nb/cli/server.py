@@ -83,7 +83,7 @@ def add_server(commands: Any) -> None:
             action.add_argument("token_id", help="its id, from `tensafe-nb tokens list`")
 
 
-LIMITS = {  # by their names in `server.limits.Limits`
+LIMITS = {  # by their names in `server.door.limits.Limits`
     "clients": ("training clients at a time", 32),
     "queued": ("operations that wait, of all its clients together", 4_000),
     "requests": ("requests a minute", 60_000),
@@ -125,13 +125,13 @@ def run_server(chosen: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see `service.embedded_transport`
     try:
         from tensafe_nb.server.app import create_app
-        from tensafe_nb.server.limits import Limits
+        from tensafe_nb.server.door.limits import Limits
         from tensafe_nb.server.process import server_of, spare_the_system
     except ImportError as error:
         raise ValidationError(
             f"A server needs more packages ({error}): pip install 'tensafe_nb[server]'"
         ) from error
-    from tensafe_nb.server.tokens import Tokens
+    from tensafe_nb.server.door.tokens import Tokens
 
     spare_the_system()
     if chosen.loss:
@@ -141,7 +141,7 @@ def run_server(chosen: argparse.Namespace) -> int:
             resolve_loss(name)
     tokens, users = Tokens(chosen.tokens), None
     if chosen.hub:
-        from tensafe_nb.server.hub import HubUsers, address_from_hub, hub_auth
+        from tensafe_nb.server.door.hub import HubUsers, address_from_hub, hub_auth
 
         users = HubUsers(tokens, hub_auth())
         chosen.host, chosen.port, chosen.root_path = address_from_hub()
@@ -193,7 +193,7 @@ def announce(url: str, token: str | None, *, as_json: bool) -> None:
 
 def run_tokens(chosen: argparse.Namespace) -> int:
     """Make, list or revoke tokens."""
-    from tensafe_nb.server.tokens import Tokens
+    from tensafe_nb.server.door.tokens import Tokens
 
     tokens = Tokens(chosen.tokens)
     if chosen.action == "new":

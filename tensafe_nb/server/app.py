@@ -13,11 +13,11 @@ from fastapi.responses import PlainTextResponse, Response
 
 from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers
 from tensafe_nb.server.artifacts import artifact_routes
-from tensafe_nb.server.guard import Guard, WhoIs
-from tensafe_nb.server.limits import Limits, Quotas
+from tensafe_nb.server.door.guard import Guard, WhoIs
+from tensafe_nb.server.door.limits import Limits, Quotas
+from tensafe_nb.server.door.tokens import Tokens
 from tensafe_nb.server.operations import client_routes
 from tensafe_nb.server.service import Service
-from tensafe_nb.server.tokens import Tokens
 from tensafe_nb.store.home import Home
 
 THREADS = 64  # that may wait for an operation, a model or a disk at a time

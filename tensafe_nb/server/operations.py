@@ -31,7 +31,7 @@ from tensafe_nb.protocol.operations import VERBS, Operation
 from tensafe_nb.protocol.results import StateSource
 from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, error_of, of_type, packed
 from tensafe_nb.server.clients import Answer, Place, ServedClient, ended, outcome_of, taken
-from tensafe_nb.server.guard import MOST_BODY_BYTES, BodyTooLargeError
+from tensafe_nb.server.door.guard import MOST_BODY_BYTES, BodyTooLargeError
 from tensafe_nb.server.service import Service, Tenant
 
 LONGEST_WAIT = 60.0  # s a request may wait for a result

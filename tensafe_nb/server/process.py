@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from tensafe_nb.server.guard import MOST_HEAD_BYTES
+from tensafe_nb.server.door.guard import MOST_HEAD_BYTES
 
 HEAD_SECONDS = 15.0  # in which the headers of a request have to come
 STALLED_SECONDS = 120.0  # that a reader may take nothing of what there is for it

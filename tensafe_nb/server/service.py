@@ -23,16 +23,16 @@ from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.operations import Operation, Sample, SaveState
 from tensafe_nb.protocol.results import ClientStatus, StateSource
 from tensafe_nb.server.clients import ServedClient
-from tensafe_nb.server.figures import Figures
-from tensafe_nb.server.guard import MOST_BODY_BYTES
-from tensafe_nb.server.journal import Journal
-from tensafe_nb.server.limits import (
+from tensafe_nb.server.door.guard import MOST_BODY_BYTES
+from tensafe_nb.server.door.limits import (
     Limits,
     Quotas,
     too_many_clients,
     too_many_waiting,
     too_much_stored,
 )
+from tensafe_nb.server.figures import Figures
+from tensafe_nb.server.journal import Journal
 from tensafe_nb.server.resuming import journals_of, resume
 from tensafe_nb.store.home import TENANT, Home
 from tensafe_nb.transports.embedded import EmbeddedTransport

@@ -68,7 +68,7 @@ class KilledServer:
     process: int = 0
 
     def __post_init__(self) -> None:
-        from tensafe_nb.server.tokens import Tokens
+        from tensafe_nb.server.door.tokens import Tokens
 
         self.tokens = self.home / "tokens"
         self.home.mkdir(parents=True, exist_ok=True)

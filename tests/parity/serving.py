@@ -39,8 +39,8 @@ _running: list[Serving] = []
 def serving_thread(home: Path, **options: Any) -> Iterator[Serving]:
     """Run a server."""
     from tensafe_nb.server.app import create_app
+    from tensafe_nb.server.door.tokens import Tokens
     from tensafe_nb.server.process import server_of
-    from tensafe_nb.server.tokens import Tokens
     from tensafe_nb.store.home import Home
 
     tokens = Tokens()

@@ -8,8 +8,8 @@ import pytest
 
 from tensafe_nb.cli.main import main
 from tensafe_nb.cli.server import LIMITS, number
-from tensafe_nb.server.limits import Limits
-from tensafe_nb.server.tokens import Tokens
+from tensafe_nb.server.door.limits import Limits
+from tensafe_nb.server.door.tokens import Tokens
 
 
 def test_a_limit_is_set_shown_and_taken_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

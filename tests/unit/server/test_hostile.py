@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from tensafe_nb.protocol import wire
-from tensafe_nb.server import guard, process
+from tensafe_nb.server import process
+from tensafe_nb.server.door import guard
 from tests.parity.serving import Serving, eventually, serving_thread
 from tests.unit.server.conftest import BATCH, error_of, new_client, outcome
 from tests.unit.server.test_what_is_taken import bomb

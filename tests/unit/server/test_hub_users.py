@@ -10,9 +10,9 @@ from tornado.web import HTTPError
 
 import tensafe_nb as tn
 from tensafe_nb.cli.main import main
-from tensafe_nb.server import hub
-from tensafe_nb.server.hub import HubUsers, tenant_of_user
-from tensafe_nb.server.tokens import Tokens
+from tensafe_nb.server.door import hub
+from tensafe_nb.server.door.hub import HubUsers, tenant_of_user
+from tensafe_nb.server.door.tokens import Tokens
 from tests.parity.serving import serving_thread
 from tests.unit.server.conftest import error_of
 

@@ -13,9 +13,9 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.operations import Forward
-from tensafe_nb.server import limits
-from tensafe_nb.server.limits import ASIDE, Limits
-from tensafe_nb.server.tokens import Tokens
+from tensafe_nb.server.door import limits
+from tensafe_nb.server.door.limits import ASIDE, Limits
+from tensafe_nb.server.door.tokens import Tokens
 from tests.parity.serving import Gate, Serving, eventually, serving_thread
 from tests.unit.server.conftest import BATCH, error_of, new_client, outcome, submit, submit_gate
 

@@ -118,7 +118,7 @@ def test_a_file_larger_than_a_body_may_be_is_taken(
     saved = outcome(http, http.post(f"{path}/save_state", json={}).json()["future_id"]).json()
     content = http.get(f"/artifacts/{saved['artifact_id']}/content").content
     http.delete(f"/artifacts/{saved['artifact_id']}")
-    monkeypatch.setattr("tensafe_nb.server.guard.MOST_BODY_BYTES", 10_000)
+    monkeypatch.setattr("tensafe_nb.server.door.guard.MOST_BODY_BYTES", 10_000)
     assert http.put("/artifacts", content=content).status_code == 201
     assert error_of(http.post(f"{path}/operations", content=content)) == (413, "too_large")
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.operations import Forward, ForwardBackward, OptimStep
-from tensafe_nb.server import guard
+from tensafe_nb.server.door import guard
 from tests.parity.serving import serving_thread
 from tests.unit.server.conftest import BATCH, error_of, new_client, outcome, submit
 
@@ -113,7 +113,7 @@ def test_sizes_are_bounded(http: httpx.Client, path: str) -> None:
 def test_a_tenant_has_so_many_clients_so_many_bytes_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensafe_nb.server.limits import Limits
+    from tensafe_nb.server.door.limits import Limits
 
     with serving_thread(tmp_path / "server", limits=Limits(clients=2, stored_bytes=1)) as serving:
         headers = {"authorization": f"Bearer {serving.tokens.mint('small')}"}
@@ -130,7 +130,7 @@ def test_a_tenant_has_so_many_clients_so_many_bytes_and_says_so(
 
 
 def test_requests_a_minute_are_bounded_for_each_tenant_by_itself() -> None:
-    from tensafe_nb.server.limits import Limits, Quotas
+    from tensafe_nb.server.door.limits import Limits, Quotas
 
     quotas = Quotas(Limits(requests=2), lambda: {"c": {"requests": 0}})
     assert [quotas.seconds_to_wait("a") for _ in range(2)] == [0, 0]

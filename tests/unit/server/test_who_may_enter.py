@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb.server.tokens import Tokens
+from tensafe_nb.server.door.tokens import Tokens
 from tests.parity.serving import Serving
 from tests.unit.server.conftest import error_of, new_client
 

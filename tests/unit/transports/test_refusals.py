@@ -11,7 +11,7 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.events import LineChanged
 from tensafe_nb.server import clients, process
-from tensafe_nb.server.limits import Limits
+from tensafe_nb.server.door.limits import Limits
 from tensafe_nb.transports import http_channel
 from tests.faults.proxy import BadNetwork
 from tests.parity.serving import Gate, Serving, core_of, eventually, serving_thread

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 from starlette.exceptions import HTTPException
 
 from tensafe_nb.errors import TGTinkerError
-from tensafe_nb.server.limits import Quotas
+from tensafe_nb.server.door.limits import Quotas
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]

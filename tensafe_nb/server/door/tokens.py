@@ -12,7 +12,7 @@ from typing import Any
 
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import StorageError, ValidationError
-from tensafe_nb.server.limits import Limits
+from tensafe_nb.server.door.limits import Limits
 from tensafe_nb.store.disk import write_whole
 from tensafe_nb.store.home import TENANT, Home
 

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tensafe_nb.errors import TGTinkerError, ValidationError
-from tensafe_nb.server.tokens import PREFIX, Tokens
+from tensafe_nb.server.door.tokens import PREFIX, Tokens
 
 KEPT_SECONDS = (
     60  # for which the hub's answer counts: a token that was taken back there opens nothing after that
