@@ -6,6 +6,7 @@ TGTinkerError
 ├── ModelLoadError                          a model_ref that cannot be loaded; the client is in ERROR
 ├── NonFiniteLossError                      a loss or gradient that is NaN or infinite; weights untouched
 ├── InsufficientMemoryError                 an operation that did not fit; the client lives on
+├── ClusterError                            no replica of a training client is left, or none can be started
 ├── ClientClosedError                       an operation after close()
 ├── QueueFullError                          too many operations are waiting
 ├── RewardError                             a reward function that failed on a rollout
@@ -204,6 +205,12 @@ class InsufficientMemoryError(TGTinkerError):
     """An operation needed more memory than there is; the client stays usable."""
 
     code = "insufficient_memory"
+
+
+class ClusterError(TGTinkerError):
+    """No replica of a training client on a cluster is left, or none can be started; the client is in ERROR."""
+
+    code = "cluster"
 
 
 class ClientClosedError(TGTinkerError):

@@ -298,6 +298,38 @@ class PrivacySpent(Event):
     void: str | None = None
 
 
+class ReplicaChange(StrEnum):
+    """What can happen to the replicas of a training client on a cluster."""
+
+    STARTED = "STARTED"  # all of them are there, for the first time
+    LOST = "LOST"
+    JOINED = "JOINED"  # in place of one that was lost
+    MISSING = "MISSING"  # no other can be started: the rest goes on
+
+
+@tagged("replicas_changed")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicasChanged(Event):
+    """A training client on a cluster has lost a replica, or has it again.
+
+    Attributes:
+        change: Which of ReplicaChange.
+        replicas: How many there are now.
+        wanted: How many there should be.
+        name: Of the replica, and where it is; empty where all are meant.
+        reason: Why, for people.
+    """
+
+    change: str
+    replicas: int
+    wanted: int
+    name: str = ""
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        check_status("ReplicasChanged", self.change, ReplicaChange)
+
+
 class LineState(StrEnum):
     """The states of a line to a server."""
 

@@ -43,6 +43,9 @@ class ServiceClient:
             TENSAFE_KEK where it is set, else the file.
         patience: Seconds for which a remote core may not answer, while it is restarted for instance, until what waits
             for it fails with ServerConnectionError.
+        cluster: Where models are computed, if not in this process: LocalCluster(engines=2) in processes of this
+            machine, RayCluster("auto", engines=4) on the machines of a Ray cluster. Queue, events, checkpoints and keys
+            stay here.
 
     Raises:
         ValidationError: An unknown key source, or one beside a base_url; a patience below 0.
@@ -62,15 +65,16 @@ class ServiceClient:
         *,
         key_source: str | None = None,
         patience: float = 60.0,
+        cluster: Any = None,
     ) -> None:
         if not patience >= 0:
             raise ValidationError(f"patience={as_given(patience)}: give a number of seconds, 0 or more.")
         base_url = base_url or os.environ.get("TENSAFE_BASE_URL") or None
         home = Home.of_environment()
         self._transport: Transport = (
-            embedded_transport(home, key_source)
+            embedded_transport(home, key_source, cluster)
             if base_url is None
-            else http_transport(base_url, api_key, home, key_source, patience)
+            else http_transport(base_url, api_key, home, key_source, patience, cluster)
         )
         self._core = (base_url or "embedded").partition("?")[0]  # behind it may stand a proxy's token
         self._clients: Clients = WeakValueDictionary()
@@ -366,26 +370,45 @@ def row_of_record(record: AuditLogEntry) -> Facts:
     }
 
 
-def embedded_transport(home: Home, key_source: str | None) -> Transport:
-    """Return the line to a core in this process."""
+def embedded_transport(home: Home, key_source: str | None, cluster: Any = None) -> Transport:
+    """Return the line to a core in this process.
+
+    Raises:
+        ValidationError: A cluster that is none.
+    """
     if "torch" not in sys.modules:
         # OpenMP, asked before torch starts it, shall not spin while its threads wait for each other: on a shared
         # machine a spinning thread takes the core from the one it waits for. With two other busy processes on two
         # cores, 30 small steps took 97 s spinning and 5 s sleeping. A value the user has set stays.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from tensafe_nb.core.engines import MakesEngines
     from tensafe_nb.transports.embedded import EmbeddedTransport
 
-    return EmbeddedTransport(home, key_source)
+    if cluster is not None and (isinstance(cluster, type) or not isinstance(cluster, MakesEngines)):
+        raise ValidationError(
+            f'cluster={as_given(cluster)}: give LocalCluster(engines=2), or RayCluster("auto", engines=4).'
+        )
+    return EmbeddedTransport(home, key_source, engines=cluster)
 
 
 def http_transport(
-    base_url: str, api_key: str | None, home: Home, key_source: str | None, patience: float
+    base_url: str,
+    api_key: str | None,
+    home: Home,
+    key_source: str | None,
+    patience: float,
+    cluster: Any = None,
 ) -> Transport:
     """Return the line to a server.
 
     Raises:
-        ValidationError: No such address, or a key source, which a server has of its own.
+        ValidationError: No such address, or a key source or a cluster, which a server has of its own.
     """
+    if cluster is not None:
+        raise ValidationError(
+            f"cluster={as_given(cluster)}: a server computes where it was told to: tensafe-nb serve --cluster auto "
+            f"--engines 4. Leave it out here, or leave out base_url (and TENSAFE_BASE_URL)."
+        )
     if key_source is not None:
         raise ValidationError(
             f"key_source={as_given(key_source)}: the keys of a remote core are the server's; leave it out."

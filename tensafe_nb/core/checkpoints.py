@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tensafe_nb.config import TrainingConfig
+from tensafe_nb.core.engines import Trains
 from tensafe_nb.engine import state as states
-from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.state import EngineState, Tensors
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.operations import SaveState
@@ -19,7 +19,7 @@ FACTS, LEDGER = "trainer.json", "ledger.json"
 
 
 def save(
-    engine: Engine,
+    engine: Trains,
     store: ArtifactStore,
     operation: SaveState,
     *,
@@ -70,7 +70,7 @@ def save(
 
 
 def load(
-    engine: Engine,
+    engine: Trains,
     store: ArtifactStore,
     artifact_id: str,
     *,
@@ -125,7 +125,7 @@ def config_of(store: ArtifactStore, artifact_id: str) -> TrainingConfig:
 
 
 def read_parts(
-    engine: Engine, artifact: StoredArtifact, artifact_id: str, *, with_moments: bool
+    engine: Trains, artifact: StoredArtifact, artifact_id: str, *, with_moments: bool
 ) -> tuple[dict[str, Any], dict[str, Tensors]]:
     """Return the facts and the tensors of a state; one that does not fit the engine is refused before its tensors."""
     facts: dict[str, Any] = {}

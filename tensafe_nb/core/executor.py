@@ -6,11 +6,11 @@ from typing import Any, cast
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.core import checkpoints
+from tensafe_nb.core.engines import Trains
 from tensafe_nb.core.past import Past, Told
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, JobQueue
 from tensafe_nb.engine.accumulation import Tick, mean_of, no_tick
-from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError
 from tensafe_nb.events import CheckpointSaved, Event, Metrics, StateLoaded
 from tensafe_nb.losses import Loss
@@ -56,7 +56,7 @@ class Executor:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Trains,
         queue: JobQueue,
         vault: Vault,
         guarantee: Guarantee,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.engine.engine import Engine
+from tensafe_nb.core.engines import Trains
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import PrivacySpent
 from tensafe_nb.privacy import noise
@@ -151,7 +151,7 @@ class Guarantee:
         self.metrics: DPMetrics | None = None
         self._inherited: Mapping[str, Any] | None = None
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trains) -> None:
         """Let an engine train privately, on this account."""
         if self.account is not None:
             engine.train_privately(self.account, self._client_id)

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import dropwhile
 from queue import SimpleQueue
 from typing import Any, TypeVar, cast
@@ -15,24 +16,24 @@ from typing import Any, TypeVar, cast
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.auditor import Auditor
 from tensafe_nb.core.bus import EventBus
+from tensafe_nb.core.engines import MakesEngines, Trains
 from tensafe_nb.core.executor import Executor
 from tensafe_nb.core.past import Keeper, Resumed, Told
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, JobQueue
 from tensafe_nb.engine.canaries import audit
-from tensafe_nb.engine.engine import Engine
-from tensafe_nb.engine.estimate import estimate
 from tensafe_nb.engine.models import load as models
-from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.errors import (
     ClientClosedError,
+    ClusterError,
     FutureCancelledError,
     FutureFailedError,
     TGTinkerError,
     ValidationError,
 )
 from tensafe_nb.events import (
+    Alarm,
     Event,
     OperationCancelled,
     OperationFailed,
@@ -40,6 +41,8 @@ from tensafe_nb.events import (
     OperationQueued,
     OperationStarted,
     Progress,
+    ReplicaChange,
+    ReplicasChanged,
     StatusChanged,
     check_reported,
 )
@@ -145,6 +148,7 @@ class Worker:
         keeper: Keeps it for a process to come; None lets it end with this one.
         resumed: What an earlier process has left of it: its model is loaded when there is something to do.
         served: Its tokenizer is given to nobody in this process.
+        engines: Makes its engine.
     """
 
     def __init__(
@@ -160,8 +164,9 @@ class Worker:
         resumed: Resumed | None = None,
         *,
         served: bool = False,
+        engines: MakesEngines,
     ) -> None:
-        self._served = served
+        self._served, self._engines = served, engines
         self.training_client_id = training_client_id
         self.config = config
         self.bus = bus
@@ -175,6 +180,7 @@ class Worker:
         self._executor: Executor | None = None
         self._reached = (0, 0)  # step and policy version, once the engine is gone
         self._failure: TGTinkerError | None = None
+        self._gone: ClusterError | None = None  # why there is no engine any more
         self._queue = JobQueue()
         self._running: Job | None = None
         self._promises: weakref.WeakValueDictionary[str, Promise[Any]] = weakref.WeakValueDictionary()
@@ -476,7 +482,7 @@ class Worker:
                 raise ClientClosedError(
                     f"estimate: the training client {self.training_client_id} is closed. Create a new one."
                 )
-            return estimate(executor.engine, batch_size, length)
+            return executor.engine.estimate(batch_size, length)
 
     def close(self) -> None:
         """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.
@@ -564,6 +570,9 @@ class Worker:
                         self._run(job)
                     else:
                         self._repeat(job)
+                    if self._gone is not None:
+                        self._die(self._gone)
+                        break
         except BaseException as error:
             logger.exception("the worker of %s died", self.training_client_id)
             self._die(FutureFailedError(f"The worker of {self.training_client_id} died: {error!r}"))
@@ -595,8 +604,7 @@ class Worker:
         if len(loaded_models) > 0:
             collect()  # a cell that was run again has let go of another model: make room before this one
         try:
-            model = self._shared_model() or models.load(self.config, self._vault.home, served=self._served)
-            engine = Engine(self.config, model)
+            engine = self._make_engine()
             self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
             self._tokenizer = engine.tokenizer
@@ -628,19 +636,45 @@ class Worker:
             self._keep()  # from here on it needs its source no more
         return True
 
-    def _shared_model(self) -> LoadedModel | None:
-        """Return a copy of the model of the client this one was forked from, if its frozen weights can be shared."""
+    def _make_engine(self) -> Trains:
+        """Return an engine; that of a fork shares the frozen weights of the client it was forked from, if it can."""
+        make = partial(
+            self._engines.make, self.config, self._vault.home, served=self._served, tell=self._hear
+        )
         relative = self._origin.relative if self._origin is not None else None
         if relative is None or self.config.lora_config is None:
-            return None
+            return make(None)
         if (relative.config.dtype, relative.config.device) != (self.config.dtype, self.config.device):
-            return None
+            return make(None)
         relative._loaded.wait()
         with relative._computing:  # between two of its operations: within one, adapters may be switched off
             executor = (
                 relative._executor
             )  # None where it was closed meanwhile: then the model is loaded again
-            return None if executor is None else models.share(executor.engine.model)
+            return make(None if executor is None else executor.engine)
+
+    def _hear(self, event: Event) -> None:
+        """Tell what there is to know of the engine itself; that a replica was lost is an alarm, too."""
+        self.bus.publish(event)
+        if not isinstance(event, ReplicasChanged):
+            return
+        rest = f"({event.reason}); {event.replicas} of {event.wanted} go on."
+        match event.change:
+            case ReplicaChange.LOST:
+                name, message = "replica_lost", f"{event.name} is gone {rest}"
+                remedy = "Nothing else is lost: another is being started in its place."
+            case ReplicaChange.MISSING:
+                name, message = "replica_missing", f"No other replica comes up {rest}"
+                remedy = (
+                    "Look at the cluster's machines. Save a checkpoint: the weights go with the last replica."
+                )
+            case _:
+                return
+        state = self.bus.history.state
+        run_id = "" if state.latest_run is None else state.latest_run.run_id
+        self.bus.publish(
+            Alarm(run_id=run_id, step=state.step, name=name, level="amber", message=message, remedy=remedy)
+        )
 
     def _die(self, failure: TGTinkerError) -> None:
         """Fail everything that runs, waits, or is still to come."""
@@ -781,6 +815,7 @@ class Worker:
             finally:
                 job.promise.cancel()
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
+            self._gone = error if isinstance(error, ClusterError) else None
             self._queue.mark_broken(job, "failed", first=not self._accumulating)
             self._fail(job, presentable(error), executed=executing)
         else:

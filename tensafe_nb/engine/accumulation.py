@@ -63,6 +63,15 @@ class Tally:
             else:
                 self.sums[name] += metric if self.prenormalised else metric * value.weight
 
+    def join(self, other: "Tally") -> None:
+        """Add what other micro-batches have added up to."""
+        self.total += other.total
+        self.weight += other.weight
+        for name, value in other.sums.items():
+            self.sums[name] += value
+        for name, value in other.maxima.items():
+            self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
+
     @property
     def divisor(self) -> float:
         return 1.0 if self.prenormalised else max(self.weight, NO_WEIGHT)

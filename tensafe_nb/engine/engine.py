@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.config import SamplingConfig, TrainingConfig
-from tensafe_nb.data.labels import turn_ends
+from tensafe_nb.data.labels import TurnEnd, turn_ends
 from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
+from tensafe_nb.engine.estimate import estimate
 from tensafe_nb.engine.forward import ForwardPass, place
 from tensafe_nb.engine.models import inputs
 from tensafe_nb.engine.models.load import LoadedModel, load
@@ -26,7 +27,7 @@ from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
 from tensafe_nb.losses import Loss
 from tensafe_nb.losses.policy import exact_entropy
 from tensafe_nb.losses.views import label_logprobs
-from tensafe_nb.protocol.batch import IGNORE, BatchData
+from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
@@ -35,6 +36,7 @@ from tensafe_nb.protocol.results import (
     OptimStepResult,
     Prompt,
     SampleResult,
+    StepEstimate,
 )
 
 
@@ -181,6 +183,10 @@ class Engine:
         """Drop what has been accumulated; the next window starts clean."""
         self.training_step.discard()
 
+    def estimate(self, batch_size: int | None = None, length: int | None = None) -> StepEstimate:
+        """Return what a training step takes; see `estimate`."""
+        return estimate(self, batch_size, length)
+
     # scoring and sampling
 
     @torch.no_grad()
@@ -188,22 +194,40 @@ class Engine:
         self, batch: BatchData, loss: Loss, return_logprobs: bool = False, tick: Tick = no_tick
     ) -> ForwardResult:
         """Evaluate a loss without dropout or gradients; with per-token logprobs (B, T) when asked for."""
+        tally, logprobs = self.evaluate(batch, loss, return_logprobs, tick)
+        labelled = int((batch.labels != IGNORE).sum())
+        return ForwardResult(tally.loss, labelled, tally.metrics, logprobs, tally.weight)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        batch: BatchData,
+        loss: Loss,
+        return_logprobs: bool,
+        tick: Tick,
+        pieces: Sequence[Array] | None = None,
+    ) -> tuple[Tally, Array | None]:
+        """Return what a loss adds up to over a batch, or over some pieces of it, and the logprobs (B, T) if asked."""
         self.forward_pass.check(batch)
         loss.check(batch)
         tally = Tally(loss.declares.prenormalised)
         logprobs = np.zeros(batch.shape, dtype=np.float32) if return_logprobs else None
-        for rows, part in self.forward_pass.micro_batches(batch, loss, tick):
+        for rows, part in self.forward_pass.micro_batches(batch, loss, tick, pieces):
             outputs, value = self.forward_pass.evaluate(part, batch, loss)
             tally.add(value, value.total.item())
             if logprobs is not None:
                 place(logprobs, batch, rows, outputs.logprobs)
             del outputs, value  # its logits can be large: let go of them before the next piece's are computed
-        labelled = int((batch.labels != IGNORE).sum())
-        return ForwardResult(tally.loss, labelled, tally.metrics, logprobs, tally.weight)
+        return tally, logprobs
 
     @torch.no_grad()
     def compute_logprobs(
-        self, batch: BatchData, temperature: float = 1.0, reference: bool = False, tick: Tick = no_tick
+        self,
+        batch: BatchData,
+        temperature: float = 1.0,
+        reference: bool = False,
+        tick: Tick = no_tick,
+        pieces: Sequence[Array] | None = None,
     ) -> LogprobsResult:
         """Score a batch's labels: logprobs, exact entropy and the value head's estimates, (B, T), at a temperature.
 
@@ -212,12 +236,13 @@ class Engine:
             temperature: Divides the logits.
             reference: Score under the reference's weights: the base without adapter, or a frozen copy.
             tick: Called between micro-batches.
+            pieces: The row numbers of the micro-batches, where not the whole batch is meant: the rest stays 0.
         """
         self.forward_pass.check(batch)
         logprobs, entropy = (np.zeros(batch.shape, dtype=np.float32) for _ in range(2))
         values = np.zeros(batch.shape, dtype=np.float32) if self.model.value_head and not reference else None
         with self.reference.in_place() if reference else contextlib.nullcontext():
-            for rows, part in self.forward_pass.micro_batches(batch, None, tick):
+            for rows, part in self.forward_pass.micro_batches(batch, None, tick, pieces):
                 outputs = self.forward_pass.outputs(part, self.forward_pass.tensors(part, batch))
                 # a large vocabulary is read twice, a chunk at a time: neither pass keeps (N, V)
                 picked = outputs.map_logits(partial(label_logprobs, temperature=temperature))
@@ -253,18 +278,23 @@ class Engine:
         Raises:
             ValidationError: An empty prompt, a token outside the vocabulary, or more tokens than fit the context.
         """
+        ids, turns = self.encode(prompts, config)
+        seed = config.seed
+        if seed is None:
+            self.samples_drawn += 1
+            seed = seed_of_call(self.config.seed, self.samples_drawn)
+        drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell)
+        return SampleResult(tuple(drawn), self.policy_version)
+
+    def encode(
+        self, prompts: Sequence[Prompt], config: SamplingConfig
+    ) -> tuple[list[list[int]], list[TurnEnd]]:
+        """Return the token ids of prompts, checked, and what ends an answer to each; see `sample`."""
         ids = [
             inputs.encode(prompt, index, config.max_new_tokens, self.model)
             for index, prompt in enumerate(prompts)
         ]
-        seed = config.seed
-        if seed is None:
-            self.samples_drawn += 1
-            own = f"{self.config.seed}/{self.samples_drawn}".encode()
-            seed = int.from_bytes(hashlib.blake2b(own, digest_size=6).digest(), "big")
-        turns = turn_ends(self.model.tokenizer, prompts)
-        drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell)
-        return SampleResult(tuple(drawn), self.policy_version)
+        return ids, turn_ends(self.model.tokenizer, prompts)
 
     # state
 
@@ -341,3 +371,9 @@ class Engine:
         random = self.forward_pass.random
         for name in random.keys() & facts["random"].keys():
             random[name] = torch.tensor(list(base64.b64decode(facts["random"][name])), dtype=torch.uint8)
+
+
+def seed_of_call(seed: int, number: int) -> int:
+    """Return the seed of a training client's n-th call of `sample` that names none."""
+    own = f"{seed}/{number}".encode()
+    return int.from_bytes(hashlib.blake2b(own, digest_size=6).digest(), "big")

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from tensafe_nb.display import as_given
 from tensafe_nb.engine import optimizers
-from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import memory
 from tensafe_nb.errors import InsufficientMemoryError, ValidationError
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.results import StepEstimate
+
+if TYPE_CHECKING:
+    from tensafe_nb.engine.engine import Engine
 
 PROBE_TOKENS = 512  # a micro-batch of more is not run: what it takes is worked out from one of so many
 LONGEST_PROBE = 1_024  # tokens of a row; what a longer row takes is worked out too
@@ -44,7 +46,7 @@ class Probe:
     peak_bytes: float
 
 
-def estimate(engine: Engine, batch_size: int | None = None, length: int | None = None) -> StepEstimate:
+def estimate(engine: "Engine", batch_size: int | None = None, length: int | None = None) -> StepEstimate:
     """Return what a step of this engine takes; it must not work meanwhile.
 
     Args:
@@ -67,7 +69,7 @@ def estimate(engine: Engine, batch_size: int | None = None, length: int | None =
     return found
 
 
-def sizes_of(engine: Engine, batch_size: int | None, length: int | None) -> tuple[int, int]:
+def sizes_of(engine: "Engine", batch_size: int | None, length: int | None) -> tuple[int, int]:
     """Return rows and tokens of a step: those asked for, checked, or the configuration's."""
     config, context = engine.config, engine.model.context
     rows = config.batch_size * config.gradient_accumulation_steps if batch_size is None else batch_size
@@ -89,7 +91,7 @@ class Estimator:
         engine: It stays as it was.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: "Engine") -> None:
         self._engine, self._model, self._kind = engine, engine.model, engine.training_step
 
     def step(self, rows: int, length: int) -> tuple[StepEstimate, int]:

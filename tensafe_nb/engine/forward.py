@@ -1,7 +1,7 @@
 """The forward pass of the model in training: both kinds of step, scoring and the step estimate compute with it."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -54,21 +54,20 @@ class ForwardPass:
         inputs.check_batch(batch, self.model, self._model_ref)
 
     def micro_batches(
-        self, batch: BatchData, loss: Loss | None, tick: Tick
+        self, batch: BatchData, loss: Loss | None, tick: Tick, pieces: Sequence[Array] | None = None
     ) -> Iterator[tuple[Array, BatchData]]:
         """Yield (row numbers, rows) in pieces of at most `micro_batch_tokens`, padding cut off.
 
-        Where the loss sees each row by itself, rows of like length come together; others stay in their order.
+        Args:
+            batch: What to divide.
+            loss: Says which rows belong together.
+            tick: Called between pieces.
+            pieces: The row numbers of each, where somebody has divided the batch already.
         """
         declares = SCORING if loss is None else loss.declares
-        count, columns = batch.shape
-        most = self.micro_batch_tokens
-        if declares.per_row:
-            pieces = micro_batches.by_length(batch.attention_mask, most, self.overhead)
-        else:
-            size = declares.rows_at_a_time(count, fitting=most // columns)
-            pieces = np.split(np.arange(count), range(size, count, size))
-        done = 0
+        if pieces is None:
+            pieces = micro_batches.divided(batch, declares, self.micro_batch_tokens, self.overhead)
+        done, count = 0, sum(map(len, pieces))
         for rows in pieces:
             tick(done, count)
             done += len(rows)

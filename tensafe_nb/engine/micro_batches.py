@@ -4,7 +4,26 @@ import math
 
 import numpy as np
 
-from tensafe_nb.protocol.batch import Array
+from tensafe_nb.losses.base import Declaration
+from tensafe_nb.protocol.batch import Array, BatchData
+
+
+def divided(batch: BatchData, declares: Declaration, most_tokens: int, overhead: int) -> list[Array]:
+    """Divide a batch's rows into pieces of at most so many tokens, as its loss allows.
+
+    Where the loss sees each row by itself, rows of like length come together; others stay in their order.
+
+    Args:
+        batch: What to divide.
+        declares: What the loss says of itself.
+        most_tokens: What a piece may hold; see `by_length`.
+        overhead: What each piece costs beside its tokens, in tokens.
+    """
+    if declares.per_row:
+        return by_length(batch.attention_mask, most_tokens, overhead)
+    count, columns = batch.shape
+    size = declares.rows_at_a_time(count, fitting=most_tokens // columns)
+    return np.split(np.arange(count), range(size, count, size))
 
 
 def by_length(mask: Array, most_tokens: int, overhead: int) -> list[Array]:

@@ -4,7 +4,7 @@ The window holds Σ_k w_k ∇ℓ_k with Σ_k w_k beside it, so that k micro-batc
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,27 +36,90 @@ class PlainStep:
         """Add the gradient of a batch's loss to the window; on any failure, what it holds is dropped."""
         self._forward.check(batch)
         loss.check(batch)
-        tally = Tally(loss.declares.prenormalised)
         try:
             self.window.join(loss)
-            with self._forward.training_mode():
-                for rows, part in self._forward.micro_batches(batch, loss, tick):
-                    self._learn_from(part, rows, batch, loss, tally)
-            self.window.add(tally)
-            # the norm of the mean gradient as it stands: ‖Σ_k w_k ∇ℓ_k‖ / Σ_k w_k
-            gradients, divisor = self._optimizer.gradients(), self.window.divisor
-            norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
-            grad_norm = norm / divisor if divisor else 0.0
-            if not math.isfinite(grad_norm):
-                raise NonFiniteLossError(
-                    f"The gradient of the loss {loss.name!r} is {grad_norm}, though the loss is finite. No weight has "
-                    f"moved. Lower the learning rate, or look for a log or square root of 0 in the loss."
-                )
+            tally = self._accumulate(batch, loss, tick)
+            grad_norm = self._count(tally, loss)
         except BaseException:
             self.discard()
             raise
         labelled = int((batch.labels != IGNORE).sum())
         return ForwardBackwardResult(tally.loss, grad_norm, labelled, tally.metrics, tally.weight)
+
+    def _accumulate(
+        self,
+        batch: BatchData,
+        loss: Loss,
+        tick: Tick,
+        pieces: Sequence[Array] | None = None,
+        secret: int | None = None,
+    ) -> Tally:
+        """Add the gradients of a batch's pieces to those that the parameters hold."""
+        tally = Tally(loss.declares.prenormalised)
+        with self._forward.training_mode(secret):
+            for rows, part in self._forward.micro_batches(batch, loss, tick, pieces):
+                self._learn_from(part, rows, batch, loss, tally)
+        return tally
+
+    def _count(self, tally: Tally, loss: Loss) -> float:
+        """Count what was accumulated; return the norm of the mean gradient: ‖Σ_k w_k ∇ℓ_k‖ / Σ_k w_k."""
+        self.window.add(tally)
+        gradients, divisor = self._optimizer.gradients(), self.window.divisor
+        norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        grad_norm = norm / divisor if divisor else 0.0
+        if not math.isfinite(grad_norm):
+            raise NonFiniteLossError(
+                f"The gradient of the loss {loss.name!r} is {grad_norm}, though the loss is finite. No weight has "
+                f"moved. Lower the learning rate, or look for a log or square root of 0 in the loss."
+            )
+        return grad_norm
+
+    # a replica's part of a step
+
+    def contribute(
+        self, batch: BatchData, loss: Loss, pieces: Sequence[Array], secret: int, tick: Tick
+    ) -> tuple[list[Array | None], Tally]:
+        """Return the gradient of some pieces of a batch, and what they add up to; the window stays as it is.
+
+        Args:
+            batch: All of it.
+            loss: What is differentiated.
+            pieces: The row numbers of each piece.
+            secret: Seeds the dropout of these pieces.
+            tick: Called between them.
+
+        Returns:
+            An array for each parameter, in float32, None where it has no part in the loss; and the tally.
+        """
+        self._forward.check(batch)
+        loss.check(batch)
+        parameters = self._optimizer.parameters
+        held = [parameter.grad for parameter in parameters]
+        self._optimizer.clear()
+        try:
+            tally = self._accumulate(batch, loss, tick, pieces, secret)
+            return [None if p.grad is None else p.grad.float().cpu().numpy() for p in parameters], tally
+        finally:
+            for parameter, gradient in zip(parameters, held, strict=True):
+                parameter.grad = gradient
+
+    def absorb(self, gradients: Sequence[Array | None], tally: Tally, loss: Loss) -> float:
+        """Add a gradient that others have computed to the window; return the norm of the mean gradient.
+
+        Raises:
+            NonFiniteLossError: It is NaN or infinite. What the window held is dropped.
+            ValidationError: The loss cannot share a step with those before it.
+        """
+        try:
+            self.window.join(loss)
+            for parameter, gradient in zip(self._optimizer.parameters, gradients, strict=True):
+                if gradient is not None:
+                    added = torch.tensor(gradient, dtype=parameter.dtype, device=parameter.device)
+                    parameter.grad = added if parameter.grad is None else parameter.grad.add_(added)
+            return self._count(tally, loss)
+        except BaseException:
+            self.discard()
+            raise
 
     def optim_step(self, apply_dp_noise: bool) -> OptimStepResult:
         """Divide the window's gradients by its weight, and take one optimiser step."""

@@ -28,6 +28,7 @@ from tensafe_nb.events import (
     OperationStarted,
     PrivacySpent,
     Progress,
+    ReplicasChanged,
     Rollouts,
     RunDescribed,
     RunState,
@@ -200,6 +201,7 @@ class ClientState:
         forks: From it, and the one it came from.
         alarms: The latest.
         privacy: The privacy account; None before it was told of.
+        replicas: What last happened to its replicas; None where it is not on a cluster.
         rollouts: By step: the latest of each.
         held_out: By step: the latest answers to the held-out prompts.
         rewards: (step, number) of each reward function, where it first scored.
@@ -222,6 +224,7 @@ class ClientState:
     forks: list[Forked] = field(default_factory=list)
     alarms: "deque[Alarm]" = field(default_factory=lambda: deque(maxlen=LATEST_ALARMS))
     privacy: PrivacySpent | None = None
+    replicas: ReplicasChanged | None = None
     rollouts: dict[int, Rollouts] = field(default_factory=dict)
     held_out: dict[int, Rollouts] = field(default_factory=dict)
     rewards: list[tuple[int, float]] = field(default_factory=list)
@@ -276,6 +279,8 @@ class ClientState:
                 self.forks.append(event)
             case Alarm():
                 self.alarms.append(event)
+            case ReplicasChanged():
+                self.replicas = event
             case PrivacySpent():
                 self.privacy = event  # what was spent stays spent: no rollback is an event of this kind
             case Rollouts():

@@ -9,6 +9,7 @@ from pathlib import Path
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core import checkpoints, export
 from tensafe_nb.core.bus import EventBus
+from tensafe_nb.core.engines import InThisProcess, MakesEngines
 from tensafe_nb.core.ledger import TenantLedger
 from tensafe_nb.core.past import Keeper, Resumed
 from tensafe_nb.core.worker import Origin, Worker
@@ -45,10 +46,18 @@ class EmbeddedTransport:
         home: Where everything is kept.
         key_source: "file", "env" or "passphrase": where the key of the artifacts comes from.
         served: Its users are in other processes: none of them can change what its clients share.
+        engines: Makes the engines of its training clients; by default they are in this process.
     """
 
-    def __init__(self, home: Home, key_source: str | None = None, *, served: bool = False) -> None:
-        self._home, self._served = home, served
+    def __init__(
+        self,
+        home: Home,
+        key_source: str | None = None,
+        *,
+        served: bool = False,
+        engines: MakesEngines | None = None,
+    ) -> None:
+        self._home, self._served, self._engines = home, served, engines or InThisProcess()
         self._workers: weakref.WeakValueDictionary[str, Worker] = weakref.WeakValueDictionary()
         self._closed = False
         self.vault = self._vault = Vault(home, key_source)
@@ -70,6 +79,7 @@ class EmbeddedTransport:
         if self._closed:
             raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
+        self._engines.check(config)
         config = config.replace(lora_config=adapter_folders.announced(config.model_ref, config.lora_config))
         relative = self._workers.get(source.parent) if source is not None and source.parent else None
         origin = Origin.of(source, relative) if source is not None else None
@@ -97,6 +107,7 @@ class EmbeddedTransport:
             origin,
             keeper,
             served=self._served,
+            engines=self._engines,
         )
         self._know(worker)
         if relative is not None:
@@ -131,7 +142,17 @@ class EmbeddedTransport:
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
         name = resumed.info.training_client_id
         worker = Worker(
-            name, config, bus, loss, self._vault, self._ledger, origin, keeper, resumed, served=self._served
+            name,
+            config,
+            bus,
+            loss,
+            self._vault,
+            self._ledger,
+            origin,
+            keeper,
+            resumed,
+            served=self._served,
+            engines=self._engines,
         )
         self._know(worker)
         if relative is not None:
@@ -201,6 +222,7 @@ class EmbeddedTransport:
         for worker in list(self._workers.values()):
             worker.close()
             worker.hang_up()
+        self._engines.close()
 
 
 @atexit.register

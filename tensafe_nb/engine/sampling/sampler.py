@@ -122,6 +122,7 @@ def sample(
     tick: Tick,
     turns: Sequence[TurnEnd] = (),
     tell: Tell | None = None,
+    before: Sequence[int] = (),
 ) -> list[SampledSequence]:
     """Draw `num_samples` completions per prompt, prompt by prompt.
 
@@ -133,8 +134,10 @@ def sample(
         tick: Called with (tokens done, tokens at most) before each token; may raise to stop.
         turns: What ends an answer to each prompt beside the model's end tokens; for none of them if empty.
         tell: Called with further text of a sequence after each token, if asked for: its pieces are the text.
+        before: For each prompt, how many rows of an equal prompt others draw that come first; none if empty.
     """
-    rows = list(begun(prompts, sampling.num_samples, seed, turns or [TurnEnd()] * len(prompts)))
+    turns, before = turns or [TurnEnd()] * len(prompts), before or [0] * len(prompts)
+    rows = list(begun(prompts, sampling.num_samples, seed, turns, before))
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     samples = sampling.num_samples
     most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
@@ -239,13 +242,17 @@ def truncated(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def begun(
-    prompts: Sequence[Sequence[int]], samples: int, seed: int, turns: Sequence[TurnEnd]
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    seed: int,
+    turns: Sequence[TurnEnd],
+    before: Sequence[int],
 ) -> Iterator[Completion]:
     """Yield the completions to be made, each with the seed of its own random stream."""
     seen: Counter[tuple[int, ...]] = Counter()
-    for index, (prompt, turn) in enumerate(zip(map(tuple, prompts), turns, strict=True)):
+    for index, (prompt, turn, first) in enumerate(zip(map(tuple, prompts), turns, before, strict=True)):
         for _ in range(samples):
-            own = repr((seed, prompt, seen[prompt])).encode()
+            own = repr((seed, prompt, first + seen[prompt])).encode()
             digest = hashlib.blake2b(own, digest_size=7).digest()
             yield Completion(index, prompt, int.from_bytes(digest, "big"), turn)
             seen[prompt] += 1

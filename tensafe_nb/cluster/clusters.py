@@ -1,0 +1,93 @@
+"""Clusters, as a user names them: where the replicas of a training client live, and how many there are."""
+
+import os
+from typing import Any
+
+from tensafe_nb.checks import checked
+from tensafe_nb.cluster.group import NOT_PRIVATELY, EngineGroup, Places
+from tensafe_nb.cluster.local_places import ProcessPlaces
+from tensafe_nb.config import TrainingConfig
+from tensafe_nb.core.engines import Tell, Trains
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.store.home import Home
+
+
+class Cluster:
+    """What all clusters have in common: they make groups of engines.
+
+    Args:
+        engines: Replicas of each training client.
+        cpus: Cores for each.
+        gpus: GPUs for each; without any it computes on the CPU.
+    """
+
+    def __init__(self, engines: int, cpus: int, gpus: int) -> None:
+        for name, value, least in (("engines", engines, 1), ("cpus", cpus, 1), ("gpus", gpus, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValidationError(f"{name}={as_given(value)} must be a whole number, {least} or more.")
+        self.engines, self.cpus, self.gpus = engines, cpus, gpus
+
+    def check(self, config: TrainingConfig) -> None:
+        """Refuse what a group of engines cannot train.
+
+        Raises:
+            ValidationError: Private training; a device that the engines do not have.
+        """
+        if config.dp_config is not None and config.dp_config.enabled:
+            raise ValidationError(NOT_PRIVATELY)
+        if config.device == "cuda" and not self.gpus:
+            raise ValidationError(
+                f'device="cuda": the engines of {self!r} have no GPU. Give each one: gpus=1.'
+            )
+
+    def make(
+        self, config: TrainingConfig, home: Home, relative: Trains | None, tell: Tell, *, served: bool
+    ) -> EngineGroup:
+        """Start the replicas of a training client."""
+        return EngineGroup(config, self.places(home), self.engines, tell)
+
+    def places(self, home: Home) -> Places:
+        """Return where the replicas of one training client live."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the cluster; replicas end with their training clients."""
+
+
+class LocalCluster(Cluster):
+    """Replicas in processes of this machine, without Ray.
+
+    It pays where a model keeps a core busy by itself, or where there are several GPUs: docs/how-to/cluster.md says from
+    which size on.
+
+    Args:
+        engines: Replicas of each training client.
+        cpus: Cores for each; by default they share this machine's.
+        gpus: GPUs for each; without any it computes on the CPU.
+
+    Raises:
+        ValidationError: A number that is none.
+
+    Example:
+        >>> service = ServiceClient(cluster=LocalCluster(engines=2))
+        >>> tc = service.create_training_client(model_ref="builtin:tiny", lora_config={"rank": 8})
+    """
+
+    @checked
+    def __init__(self, engines: int = 2, *, cpus: int | None = None, gpus: int = 0) -> None:
+        shared = max(1, (os.cpu_count() or 1) // engines) if isinstance(engines, int) and engines > 0 else 1
+        super().__init__(engines, shared if cpus is None else cpus, gpus)
+
+    def __repr__(self) -> str:
+        return f"LocalCluster(engines={self.engines}, cpus={self.cpus}, gpus={self.gpus})"
+
+    def places(self, home: Home) -> ProcessPlaces:
+        """Return processes, each with its own GPUs."""
+        environment: list[dict[str, Any]] = [{"CUDA_VISIBLE_DEVICES": ""}]
+        if self.gpus:
+            environment = [
+                {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(first, first + self.gpus)))}
+                for first in range(0, self.engines * self.gpus, self.gpus)
+            ]
+        return ProcessPlaces(self.cpus, home, environment)
