@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ServiceClient": "service",
     "TrainingClient": "client",
+    "LocalCluster": "cluster.clusters",
+    "RayCluster": "cluster.clusters",
     "TrainingConfig": "config",
     "LoRAConfig": "config",
     "OptimizerConfig": "config",
@@ -40,6 +42,7 @@ _HOMES = {
             "ModelLoadError",
             "NonFiniteLossError",
             "InsufficientMemoryError",
+            "ClusterError",
             "ClientClosedError",
             "QueueFullError",
             "RewardError",
@@ -73,6 +76,7 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
     from tensafe_nb.client import TrainingClient
+    from tensafe_nb.cluster.clusters import LocalCluster, RayCluster
     from tensafe_nb.config import (
         DPConfig,
         LoRAConfig,
@@ -86,6 +90,7 @@ if TYPE_CHECKING:
         AuditLogError,
         AuthenticationError,
         ClientClosedError,
+        ClusterError,
         DecryptionError,
         DPBudgetExceededError,
         EncryptionContextError,

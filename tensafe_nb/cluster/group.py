@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
+from tensafe_nb.cluster.clusters import NOT_PRIVATELY
 from tensafe_nb.cluster.replica import Introduction, Standing
 from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.core.engines import Tell
@@ -565,12 +566,6 @@ class EngineGroup:
         self._admit()
         self._order("restore_streams", facts)
         self.samples_drawn = facts["samples_drawn"]
-
-
-NOT_PRIVATELY = (
-    "Private training runs in one process: how its noise and its draws would be shared among replicas is not worked "
-    "out. Make a client with dp_config by a ServiceClient() without cluster=."
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,7 +181,7 @@ class ThreadPlaces:
 
 
 class Watch(Protocol):
-    """Called with every call before it is carried out; may end the place."""
+    """Called with every call, before or behind it; may end the place."""
 
     def __call__(self, place: "ThreadPlace", method: str) -> None: ...
 
@@ -193,8 +193,9 @@ class ThreadPlace:
         self.name, self._inbox = name, inbox
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._replica = Replica(self._emit)
-        self._lost = False
+        self.lost = False
         self.watch: Watch | None = None
+        self.behind: Watch | None = None
         self._thread = threading.Thread(target=self.serve, name="tsnb-replica", daemon=True)
         self._thread.start()
 
@@ -206,17 +207,19 @@ class ThreadPlace:
 
     def serve(self) -> None:
         """Carry out calls, one after the other."""
-        while (request := self._requests.get()) is not None and not self._lost:
+        while (request := self._requests.get()) is not None and not self.lost:
             call, method, arguments = arrived(request)
             if self.watch is not None:
                 self.watch(self, method)
-            if not self._lost:
+            if not self.lost:
                 self._replica.do(call, method, arguments)
+            if self.behind is not None:
+                self.behind(self, method)
 
     def lose(self) -> None:
         """Be gone as a process that was killed is: nothing of it arrives any more."""
-        if not self._lost:
-            self._lost = True
+        if not self.lost:
+            self.lost = True
             self._inbox.put((self, ("lost", "it was killed")))
             self._requests.put(None)
             self._replica.interrupt()
@@ -227,5 +230,5 @@ class ThreadPlace:
             self._thread.join()
 
     def _emit(self, message: Message) -> None:
-        if not self._lost:
+        if not self.lost:
             self._inbox.put((self, pickle.loads(pickle.dumps(message))))

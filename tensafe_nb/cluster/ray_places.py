@@ -26,8 +26,7 @@ from tensafe_nb.rlvr.scoring.shipping import arrived, shipped
 ENDS = ("answer", "error")
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})
-class Actor:
+class RayReplica:
     """A replica on whichever machine Ray has found for it."""
 
     def __init__(self, threads: int) -> None:
@@ -64,6 +63,9 @@ class Actor:
         self._replica.interrupt()
 
 
+Actor: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})(RayReplica)  # type: ignore[call-overload]
+
+
 class RayPlaces:
     """Actors of the Ray cluster that this process is connected to.
 
@@ -78,7 +80,9 @@ class RayPlaces:
 
     def start(self, inbox: Inbox) -> "RayPlace":
         if not ray.is_initialized():
-            raise ClusterError("This process has left its Ray cluster: create a new ServiceClient(cluster=…).")
+            raise ClusterError(
+                "This process has left its Ray cluster: create a new ServiceClient(cluster=…)."
+            )
         self._started += 1
         actor = Actor.options(num_cpus=self._cpus, num_gpus=self._gpus).remote(self._cpus)
         return RayPlace(f"replica {self._started}", actor, inbox)
@@ -93,7 +97,9 @@ class RayPlace:
     def __init__(self, name: str, actor: Any, inbox: Inbox) -> None:
         self.name, self._actor = name, actor
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self.read, args=(inbox,), name="tsnb-replica-actor", daemon=True)
+        self._reader = threading.Thread(
+            target=self.read, args=(inbox,), name="tsnb-replica-actor", daemon=True
+        )
         self._reader.start()
 
     def send(self, call: int, method: str, arguments: Sequence[Any]) -> None:
@@ -121,8 +127,12 @@ class RayPlace:
             self._reader.join()
 
 
-def connect(address: str) -> bool:
+def connect(address: str, cpus: int) -> bool:
     """Connect this process to a Ray cluster, or start one here ("local"); return whether that was done now.
+
+    Args:
+        address: "auto", "local", or that of a head.
+        cpus: How many cores one that is started here offers at least: more than there are take turns.
 
     Raises:
         ClusterError: There is none.
@@ -133,18 +143,15 @@ def connect(address: str) -> bool:
     hidden = {name: os.environ.pop(name) for name in SECRETS if name in os.environ}
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if main else None
+    own: dict[str, Any] = {"address": address}
+    if address == "local":
+        own = {"include_dashboard": False, "num_cpus": max(cpus, os.cpu_count() or 1)}
     try:
-        ray.init(
-            address=None if address == "local" else address,
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=False,
-            configure_logging=False,
-            namespace="tensafe_nb",
-        )
+        ray.init(**own, log_to_driver=False, configure_logging=False, namespace="tensafe_nb")
     except (RayError, ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"There is no Ray cluster at {address!r}: {str(error).strip().splitlines()[0]} Start one with `ray start "
-            f"--head`, or take RayCluster(\"local\")."
+            f'--head`, or take RayCluster("local").'
         ) from error
     finally:
         os.environ.update(hidden)

@@ -66,6 +66,7 @@ class Standing:
         line: "OPEN", "RECONNECTING" or "LOST": whether what is said here is still so is known only while it is open.
         line_reason: Why it is not.
         line_seconds: For how long it has not been.
+        replicas: How many replicas compute it, and how many there should be; None where it is not on a cluster.
     """
 
     client: str
@@ -86,6 +87,7 @@ class Standing:
     line: str
     line_reason: str | None
     line_seconds: float | None
+    replicas: tuple[int, int] | None
 
     @classmethod
     def read(cls, state: ClientState, run: RunSoFar | None, now: float) -> "Standing":
@@ -110,6 +112,7 @@ class Standing:
             line="OPEN" if line is None else str(line.state),
             line_reason=None if line is None else line.reason,
             line_seconds=None if line is None else now - line.time,
+            replicas=None if state.replicas is None else (state.replicas.replicas, state.replicas.wanted),
         )
 
     @property

@@ -116,6 +116,7 @@ class Dashboard(CurveWidget):
             "silent": _rounded(self.feed.silence) if self._commands.is_foreign else None,
             "line": standing.line,
             "line_reason": standing.line_reason,
+            "replicas": standing.replicas,
         }
 
     # branches

@@ -85,7 +85,8 @@ function freshness(status, silence, cut = false) {
   if (!status.active) return "up to date";
   if (status.silent > SILENT_S) return `the client that drives this run has told nothing for ${clockText(status.silent)}: its kernel may have ended`;
   if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s; asking the kernel again`;
-  return `${status.foreign ? "driven by another client · " : status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
+  const replicas = status.replicas ? `${status.replicas.join(" of ")} replicas · ` : "";
+  return `${replicas}${status.foreign ? "driven by another client · " : status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
 }
 
 // A button that opens a list of the checkpoints, to choose one for a command.

@@ -84,6 +84,10 @@ def rows_of_training(feed: Feed, standing: Standing, curve: str) -> Rows:
         yield "client now at", f"step {standing.client_step}{loaded}"
     if standing.line != "OPEN":
         yield "line to the server", f"{standing.line}: {standing.line_reason or 'no reason is known'}"
+    changed = feed.state.replicas
+    if changed is not None:
+        latest = f"; {changed.name} {changed.change.lower()}" if changed.name else ""
+        yield "replicas", f"{changed.replicas} of {changed.wanted}{latest}"
     yield from ends_of(feed.history, curve)
     yield "privacy", privacy_of(feed)
     saved = list(feed.state.checkpoints.values())
