@@ -1,7 +1,6 @@
 """The state of an engine as named tensors and plain facts, and back; a state that does not fit moves nothing."""
 
 import base64
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor
 from tensafe_nb.config import LoRAConfig, TrainingConfig
 from tensafe_nb.engine.accumulation import Window
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.models.bases import frozen_hash
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.store.sealed.tensors import Readable, TensorPart, read_tensors
 
@@ -25,7 +25,6 @@ PARTS = (WEIGHTS, MOMENTS, WINDOW, REFERENCE) = (  # of an artifact
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Tensors: TypeAlias = dict[str, Tensor]
-PROBES = 64  # values of each frozen tensor that tell one base model from another
 
 
 @dataclass(slots=True)
@@ -177,18 +176,9 @@ def check(engine: Engine, facts: Mapping[str, Any], artifact_id: str, *, with_mo
 
 
 def fingerprint(engine: Engine) -> str:
-    """Return a hash that tells base models apart: names, shapes, and some values of every frozen tensor."""
+    """Return a hash that tells base models apart; see `frozen_hash`."""
     if engine.base_fingerprint is None:
-        digest = hashlib.sha256()
-        for name, parameter in engine.model.causal.named_parameters():
-            if ".lora_" not in name and ".modules_to_save." not in name:
-                plain = name.replace(".base_layer", "").replace(".original_module", "")
-                digest.update(f"{plain}{tuple(parameter.shape)}".encode())
-                if engine.model.peft is not None and not parameter.requires_grad:
-                    values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // PROBES)]
-                    rounded = values.to(torch.bfloat16).float()  # the same whatever dtype it is kept in
-                    digest.update(rounded.cpu().numpy().tobytes())
-        engine.base_fingerprint = f"sha256:{digest.hexdigest()}"
+        engine.base_fingerprint = frozen_hash(engine.model.causal, values=engine.model.peft is not None)
     return engine.base_fingerprint
 
 
