@@ -106,7 +106,7 @@ def capture(engine: Engine, include_optimizer: bool) -> EngineState:
     trained = engine.model.trainable
     gradients = {name: p.grad for name, p in trained if p.grad is not None}
     moments = engine.optimizer.moments() if include_optimizer else None
-    weights = {name: p.detach() for name, p in trained}
+    weights = {name: p.detach() for name, p in engine.model.own}
     return EngineState(facts, weights, moments, gradients, engine.reference.weights)
 
 
@@ -139,7 +139,7 @@ def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) ->
         ValidationError: Tensors are missing, or have other shapes. Nothing has changed.
     """
     check_tensors(engine, state)
-    facts, parameters = state.facts, dict(engine.model.trainable)
+    facts, parameters = state.facts, dict(engine.model.own)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.weights[name])
@@ -218,8 +218,8 @@ def _adapter_name(lora: LoRAConfig | None) -> str:
 
 
 def check_tensors(engine: Engine, state: EngineState) -> None:
-    """Refuse a state whose tensors are not those of the engine's trained weights, by name and shape."""
-    expected = {name: tuple(p.shape) for name, p in engine.model.trainable}
+    """Refuse a state whose tensors are not those of the engine's own weights, by name and shape."""
+    expected = {name: tuple(p.shape) for name, p in engine.model.own}
     found = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
     others = [*state.gradients.items(), *(state.reference or {}).items()]
     strays = {n for n, t in others if expected.get(n) != tuple(t.shape)}
