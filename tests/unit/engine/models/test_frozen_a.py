@@ -131,13 +131,13 @@ def test_a_fork_has_an_a_of_its_own(service: tn.ServiceClient) -> None:
 
 def test_a_state_from_before_the_field_loads_and_trains_both() -> None:
     engine = Engine(tn.TrainingConfig(lora_config=tn.LoRAConfig(rank=4), **QUICK))
-    state = states.capture(engine, include_optimizer=True)
+    state = engine.capture(include_optimizer=True)
     del state.facts["config"]["lora_config"]["freeze_a"]
-    states.check(engine, state.facts, "art-old", with_moments=True)
-    states.restore(engine, state)
+    frozen = engine.config.replace(lora_config=FROZEN)
+    states.check(state.facts, engine.config, engine.fingerprint, "art-old", with_moments=True)
+    engine.restore(state)
     with pytest.raises(tn.ValidationError, match="freeze_a: False there, True here"):
-        frozen = Engine(tn.TrainingConfig(lora_config=FROZEN, **QUICK))
-        states.check(frozen, state.facts, "art-old", with_moments=True)
+        states.check(state.facts, frozen, engine.fingerprint, "art-old", with_moments=True)
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", pytest.param("mixtral", marks=pytest.mark.soak)])
