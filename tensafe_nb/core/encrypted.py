@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tensafe_nb.engine.models import low_rank
 from tensafe_nb.errors import ClientClosedError, EncryptionContextError, NotFoundError, ValidationError
 from tensafe_nb.privacy.encrypted import HEServer
 from tensafe_nb.privacy.encrypted.client import steps_of
@@ -137,7 +136,7 @@ class EncryptedSide:
         Raises:
             ValidationError: Nothing of that name is adapted, or not in a way that can be applied.
         """
-        version, found = self._read(layers, modules)
+        version, found = self._worker.factors(layers, modules)
         return EncryptedOffer(found.parts, version, found.base, found.elsewhere, found.depth)
 
     def open(
@@ -168,7 +167,7 @@ class EncryptedSide:
                 raise EncryptionContextError(
                     f"No bundle of {params!r} for {shape} is that large. It was not parsed."
                 )
-            version, found = self._read(layers, modules)
+            version, found = self._worker.factors(layers, modules)
             parts = tuple(part for part in found.parts if part.shape == tuple(shape))
             if not parts:
                 raise ValidationError(f"No adapter of what was asked for has the shape {tuple(shape)}.")
@@ -221,7 +220,7 @@ class EncryptedSide:
             NotFoundError: There is no such connection.
         """
         served = self._connections.find(connection_id)
-        version, found = self._read(served.layers, served.modules)
+        version, found = self._worker.factors(served.layers, served.modules)
         parts = tuple(part for part in found.parts if part.name in served.names)
         served.server.replace({part.name: found.matrices[part.name] for part in parts})
         served.version = version
@@ -230,6 +229,3 @@ class EncryptedSide:
     def close(self, connection_id: str) -> None:
         """Drop the keys of a connection; idempotent."""
         self._connections.open.pop(connection_id, None)
-
-    def _read(self, layers: Sequence[int], modules: Sequence[str] | None) -> tuple[int, low_rank.Factors]:
-        return self._worker.read(lambda model: low_rank.factors_of(model, layers, modules))

@@ -20,12 +20,12 @@ from tensafe_nb.core.executor import Executor
 from tensafe_nb.core.past import Keeper, Resumed, Told
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, JobQueue
-from tensafe_nb.engine import state as states
 from tensafe_nb.engine.canaries import audit
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.estimate import estimate
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.models.low_rank import Factors
 from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.errors import (
     ClientClosedError,
@@ -481,8 +481,8 @@ class Worker:
                 )
             return estimate(executor.engine, batch_size, length)
 
-    def read(self, what: Callable[[LoadedModel], R]) -> tuple[int, R]:
-        """Return the version of the weights and what a function reads of the model; as `estimate` does.
+    def factors(self, layers: Sequence[int], modules: Sequence[str] | None) -> tuple[int, Factors]:
+        """Return the version of the weights, and the adapters of some layers; on the caller's thread, as `estimate`.
 
         Raises:
             ClientClosedError: The client is closed.
@@ -494,7 +494,7 @@ class Worker:
                 raise ClientClosedError(
                     f"The training client {self.training_client_id} is closed. Create a new one."
                 )
-            return executor.policy_version, what(executor.engine.model)
+            return executor.policy_version, executor.engine.factors(layers, modules)
 
     @property
     def encrypted(self) -> EncryptedSide:
@@ -605,7 +605,7 @@ class Worker:
         executor, self._executor = self._executor, None
         if executor is None:
             return
-        model = weakref.ref(executor.engine.model.causal)
+        model = weakref.ref(executor.engine.holder)
         del executor
         if model() is not None:
             collect()
@@ -623,14 +623,9 @@ class Worker:
             engine = Engine(self.config, model)
             self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
-            self._tokenizer = engine.model.tokenizer
-            self._model = {
-                "device": engine.model.device.type,
-                "precision": engine.model.precision,
-                "context": engine.model.context,
-                "trained_parameters": sum(parameter.numel() for parameter in engine.parameters),
-            }
-            loaded_models.add(engine.model.causal)
+            self._tokenizer = engine.tokenizer
+            self._model = engine.about
+            loaded_models.add(engine.holder)
             executor = Executor(
                 engine, self._queue, self._vault, self._guarantee, self._told, self.training_client_id
             )
@@ -843,7 +838,7 @@ class Worker:
         keeper, executor, base = self._keeper, self._executor, None
         if keeper is None:
             return
-        streams = states.streams(executor.engine) if executed and executor is not None else None
+        streams = executor.engine.streams() if executed and executor is not None else None
         once = (LoadState, OptimStep, FreezeReference) if self._private else (LoadState,)
         try:
             if isinstance(outcome, job.kind.result) and job.kind in once and executor is not None:
