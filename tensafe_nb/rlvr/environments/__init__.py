@@ -5,7 +5,7 @@ step's conversations turn by turn, `transcript.py` grows their tokens, `replay.p
 
 The record: a conversation is a `Trajectory` (rollouts/trajectories.py). `prompt_tokens` is what the environment told
 first, `tokens` all behind it in the order in which the policy saw it, with `mask`, `logprobs` and `raw_logprobs` 0
-where the environment speaks, and `turns` the messages as `TurnRecord`s: role, text, span in `tokens`, whether it is trained,
-the reward of a turn of the policy, and `meta` (keys of a message beside role and content; what `Turn` and `Outcome`
-bring).
+where the environment speaks. `turns` are the messages as `TurnRecord`s: role, text, span in `tokens`, whether it is
+trained, the reward of a turn of the policy, and `meta`: keys of a message beside role and content, and what `Turn` and
+`Outcome` bring.
 """
