@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from tensafe_nb.data.columns import Columns
 from tensafe_nb.data.files import OPENERS, Numbered, is_file, read_file, without_none
 from tensafe_nb.data.layouts import COLUMNS
 from tensafe_nb.data.messages import is_chat
@@ -50,18 +51,42 @@ class Source:
         return row if line is None else f"{row} ({self.name}, line {line})"
 
 
-def read_rows(source: Rows) -> list[Row]:
+def read_rows(
+    source: Rows,
+    *,
+    prompt: str | None = None,
+    answer: str | None = None,
+    answer_after: str | None = None,
+    template: str | None = None,
+) -> list[Row]:
     """Read the rows of a file, a table, a list, any iterable, or a Hugging Face data set, as they stand there.
 
+    With one of the keywords, as prompts with their answers.
+
+    Args:
+        source: What they are read from; see `batches`.
+        prompt: The column that is asked.
+        answer: The column that holds the right answer; it becomes the column "answer".
+        answer_after: Of a solution that ends in its answer, what stands before that: "####" for GSM8K.
+        template: A text with names of columns in braces, which becomes the prompt.
+
     Raises:
-        ValidationError: No such file, a line that is not JSON, what is no list of rows, or no row at all.
+        ValidationError: No such file, a line that is not JSON, what is no list of rows, or no row at all; or no column
+            of a name.
+
+    Example:
+        >>> rows = read_rows("gsm8k.jsonl", prompt="question", answer="answer", answer_after="####")
     """
+    columns = Columns(prompt, answer, answer_after, template)
     rows = open_rows(source)
     read = []
     for number, (line, row) in enumerate(rows.each):
-        if isinstance(row, ValidationError):
-            raise located(row, rows, number, line)
-        read.append(row)
+        try:
+            if isinstance(row, ValidationError):
+                raise row
+            read.append(columns.of(row))
+        except ValidationError as error:
+            raise located(error, rows, number, line) from error
     if not read:
         raise no_rows(rows)
     return read

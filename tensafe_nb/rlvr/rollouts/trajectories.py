@@ -82,7 +82,18 @@ class Trajectory:
 @shown
 @dataclass(slots=True)
 class RolloutGroup:
-    """All rollouts of one prompt. Statistics are over the scored ones."""
+    """All rollouts of one prompt. Statistics are over the scored ones.
+
+    Attributes:
+        prompt_id: Stable name of the prompt and its columns.
+        prompt: Its text.
+        rollouts: The answers.
+        meta: The prompt's further columns.
+        policy_version: Weights that answered.
+        seed: Of the step.
+        answered: How often the prompt was answered before, in this run; None where nobody counts.
+        solve_rate: What share of those answers was right, the older ones counting less; None where none was scored.
+    """
 
     prompt_id: str
     prompt: str
@@ -90,6 +101,8 @@ class RolloutGroup:
     meta: dict[str, Any] = field(default_factory=dict)
     policy_version: int | str | None = None
     seed: int | None = None
+    answered: int | None = None
+    solve_rate: float | None = None
 
     @property
     def rewards(self) -> Array:
@@ -131,6 +144,7 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
         sampling: How the rollouts were drawn.
         operator_view: Whether a model that trains with differential privacy answered its prompts: of such answers,
             tables, files and frames are marked as `Table` says.
+        thrown_away: How many groups were sampled for the same step, taught nothing, and were replaced by others.
     """
 
     MADE_BY: ClassVar = " (run.rollouts()[step] is one)"  # for whoever gave something else
@@ -138,6 +152,7 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
     groups: list[RolloutGroup]
     sampling: SamplingConfig
     operator_view: bool = False
+    thrown_away: int = 0
 
     @overload
     def __getitem__(self, index: int) -> Trajectory: ...
@@ -326,7 +341,9 @@ def _scored_rewards(trajectories: Sequence[Trajectory]) -> Array:
 
 def lines_of(batch: TrajectoryBatch) -> Iterator[str]:
     """Yield the lines of a batch's file: how it was sampled, then a group each."""
-    marked = {"operator_view": True} if batch.operator_view else {}
+    marked: dict[str, Any] = {"operator_view": True} if batch.operator_view else {}
+    if batch.thrown_away:
+        marked["thrown_away"] = batch.thrown_away
     yield json.dumps({"format": FORMAT, "sampling": encode(batch.sampling), **marked})
     for group in batch.groups:
         yield strict_json(
@@ -383,7 +400,9 @@ def read_batch(path: Path) -> TrajectoryBatch:
         raise ValidationError(
             f"{path} is no file of rollouts: line {number} does not fit ({error})."
         ) from error
-    return TrajectoryBatch(groups, decode(head["sampling"]), head.get("operator_view", False))
+    return TrajectoryBatch(
+        groups, decode(head["sampling"]), head.get("operator_view", False), head.get("thrown_away", 0)
+    )
 
 
 def revived(data: dict[str, Any]) -> Any:
