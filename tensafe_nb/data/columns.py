@@ -1,23 +1,19 @@
-"""Columns by name: which one is asked and which one answers, a template that makes a text of several, held-out rows."""
+"""Columns by name: which one is asked, which one answers, and a template that makes a text of several."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any, TypeVar
+from typing import Any
 
-from tensafe_nb.checks import checked
 from tensafe_nb.data.values import kind_of, missing
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
 
-T = TypeVar("T")
 GSM8K = "####"  # what stands before the answer in GSM8K's solutions (Cobbe et al. 2021, arXiv:2110.14168)
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class PromptColumns:
     """How a row becomes a prompt with its answer; without any of these, rows stay as they are.
 
     Args:
@@ -172,58 +168,3 @@ def column_of(row: Mapping[str, Any], name: str, who: str) -> Any:
             f"{who}: there is no column {as_given(name)}; it has {', '.join(names)}.{nearest(name, names)}"
         )
     return row[name]
-
-
-@checked
-def split_rows(
-    rows: Iterable[T], held_out: float, *, seed: int = 0, by: str | Callable[[T], Any] | None = None
-) -> tuple[list[T], list[T]]:
-    """Part rows into those to train on and those to hold out.
-
-    On which side a row falls depends on its content and the seed alone: it stays there when rows are added, taken away
-    or shuffled, and two rows with the same content are on the same side.
-
-    Args:
-        rows: A list of them, as `read_rows` returns.
-        held_out: The share to hold out, between 0 and 1; what falls on that side is near it, not equal to it.
-        seed: Another one parts them otherwise.
-        by: The column that decides, or a function of the row; the whole row when None.
-
-    Returns:
-        The rows to train on, and those held out, each in their order.
-
-    Raises:
-        ValidationError: No share, or one of the sides is empty.
-
-    Example:
-        >>> train, test = split_rows(read_rows("rows.jsonl"), held_out=0.1)
-    """
-    if isinstance(held_out, bool) or not isinstance(held_out, int | float) or not 0 < held_out < 1:
-        raise ValidationError(f"held_out={as_given(held_out)} must be a share between 0 and 1, such as 0.1.")
-    sides: tuple[list[T], list[T]] = ([], [])
-    for row in rows:
-        content = row if by is None else by(row) if callable(by) else column_of(row, by, "split_rows: by")  # type: ignore[arg-type]
-        sides[_share_of(content, seed) < held_out].append(row)
-    count = sum(map(len, sides))
-    for side, name in zip(sides, ("to train on", "to hold out"), strict=True):
-        if not side:
-            raise ValidationError(
-                f"held_out={held_out:g} of {count} rows leaves none {name}: a row falls on a side by its content. Give "
-                f"more rows, another share, or another seed."
-            )
-    return sides
-
-
-def _share_of(content: Any, seed: int) -> float:
-    """Return a number in [0, 1) that depends on a content and the seed alone."""
-    written = json.dumps([seed, content], sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(written.encode(), digest_size=8).digest(), "big") / 2**64
-
-
-def held_out_part(specs: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Part prompts by what is asked: a question with two answers is on one side."""
-    return split_rows(specs, share, seed=seed, by=_asked)
-
-
-def _asked(spec: Any) -> Any:
-    return spec.get("prompt", spec.get("messages", spec)) if isinstance(spec, Mapping) else spec

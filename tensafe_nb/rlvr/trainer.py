@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol
 from tensafe_nb.checks import checked
 from tensafe_nb.config import Config, TrainingConfig
 from tensafe_nb.data import OnBadRows, Rows
-from tensafe_nb.data.columns import Columns, held_out_part
-from tensafe_nb.data.rows import check_on_bad_rows
+from tensafe_nb.data.columns import PromptColumns
+from tensafe_nb.data.rows import check_on_bad_rows, parted
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.lifetimes import Freed
@@ -27,7 +27,7 @@ from tensafe_nb.rlvr.rollouts.choosing import (
     prompt_policy_of,
     replacements,
 )
-from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptCursor, check_fit, fitting, prompt_specs
+from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptCursor, asked, check_fit, fitting, prompt_specs
 from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD
@@ -170,7 +170,7 @@ class RLVRTrainer:
         )
         self.reward = self._shaped(resolve_reward(reward))
         check_on_bad_rows(on_bad_rows)
-        columns = Columns(prompt, answer, answer_after, template)
+        columns = PromptColumns(prompt, answer, answer_after, template)
         skips = on_bad_rows == "skip"
         reading: dict[str, Any] = {"on_bad_rows": on_bad_rows, "columns": columns}
         if skips:
@@ -179,7 +179,7 @@ class RLVRTrainer:
         if eval_prompts is not None:
             eval_prompts = prompt_specs(eval_prompts, what="eval_prompts", **reading)
         if held_out is not None:
-            prompts, eval_prompts = held_out_part(prompts, held_out, seed)
+            prompts, eval_prompts = parted(prompts, [asked(spec) for spec in prompts], held_out, seed)
         self.prompts = PromptCursor(prompts, prompts_per_step, seed, policy)
         self.prompts_per_step, self.seed = prompts_per_step, seed
         self.eval_every = eval_every
@@ -355,7 +355,7 @@ class RLVRTrainer:
             self._asked_for.resample_zero_signal,
         )
         if rounds and not replacements(policy):
-            policy = DynamicSampling(rounds, policy, on="true")
+            policy = DynamicSampling(rounds=rounds, base=policy, on="true")
         looks = getattr(policy, "reads_rewards", True) or replacements(policy)
         if looks and PRIVATE in self.training_client.capabilities:
             raise ValidationError(

@@ -7,10 +7,12 @@ how many prompts were dealt: a run that is resumed, or forked, chooses as the fi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+import pydantic
 
+from tensafe_nb.config import Config, Positive
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.protocol.batch import Array
@@ -180,14 +182,13 @@ class PromptRecord:
             self.times[at], self.scored[at], self.solved[at], self.total[at] = times, scored, solved, total
 
 
-@dataclass(frozen=True, slots=True)
-class UniformPrompts:
+class UniformPrompts(Config):
     """Every prompt as often as any other: shuffled anew in every epoch, none twice before all have been dealt.
 
     Unbiased: what is maximised is the mean reward over all prompts.
     """
 
-    reads_rewards = False
+    reads_rewards: ClassVar[bool] = False
 
     def choose(self, seen: PromptRecord, count: int, rng: np.random.Generator) -> Sequence[int]:
         """Return the next prompts of the shuffles."""
@@ -199,8 +200,7 @@ class UniformPrompts:
         return chosen
 
 
-@dataclass(frozen=True, slots=True)
-class CurriculumPrompts:
+class CurriculumPrompts(Config):
     """Easy prompts first, harder ones as the run goes on.
 
     First every prompt is dealt once, shuffled, which measures how hard it is for this model. Then a pool of the easiest
@@ -218,15 +218,8 @@ class CurriculumPrompts:
     """
 
     by: str | None = None
-    start: float = 0.25
-    passes: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.start <= 1 or not self.passes > 0:
-            raise ValidationError(
-                f"CurriculumPrompts: start={as_given(self.start)} must be above 0 and at most 1, "
-                f"passes={as_given(self.passes)} above 0."
-            )
+    start: float = pydantic.Field(default=0.25, gt=0.0, le=1.0)
+    passes: pydantic.PositiveFloat = 2.0
 
     def choose(self, seen: PromptRecord, count: int, rng: np.random.Generator) -> Sequence[int]:
         """Return those of the pool that were answered least; before that, those not answered yet."""
@@ -246,8 +239,7 @@ class CurriculumPrompts:
         return first + seen.first(least, count - len(first))
 
 
-@dataclass(frozen=True, slots=True)
-class AdaptivePrompts:
+class AdaptivePrompts(Config):
     """More of the prompts that are solved half of the time: they teach most.
 
     Prompts are drawn without repetition within a step, each with the weight `floor + (1 − floor) · 4p(1 − p)`, where p
@@ -262,14 +254,7 @@ class AdaptivePrompts:
         floor: Weight of a prompt that is always or never solved, against 1 of one that is half solved; above 0.
     """
 
-    floor: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.floor, int | float) or not 0 < self.floor <= 1:
-            raise ValidationError(
-                f"AdaptivePrompts: floor={as_given(self.floor)} must be above 0, so that no prompt starves, and at "
-                f"most 1."
-            )
+    floor: float = pydantic.Field(default=0.1, gt=0.0, le=1.0)
 
     def weights(self, seen: PromptRecord) -> Array:
         """Return (P,) the weights by which prompts are drawn."""
@@ -283,8 +268,7 @@ class AdaptivePrompts:
         return seen.first(np.argsort(-keys), count)
 
 
-@dataclass(frozen=True, slots=True)
-class DynamicSampling:
+class DynamicSampling(Config):
     """Prompts whose answers teach nothing are replaced before the update (DAPO, Yu et al. 2025, arXiv:2503.14476).
 
     A step is sampled and scored; for each prompt whose answers all scored the same another one is dealt, at most
@@ -305,20 +289,14 @@ class DynamicSampling:
             `true=True`, where the reward has one), as in the paper.
     """
 
-    rounds: int = 3
-    base: PromptPolicySpec = UniformPrompts()
+    rounds: Positive = 3
+    base: Any = UniformPrompts()
     on: Literal["reward", "true"] = "reward"
 
-    def __post_init__(self) -> None:
-        if not is_whole(self.rounds) or self.rounds < 1:
-            raise ValidationError(
-                f"DynamicSampling: rounds={as_given(self.rounds)} must be a whole number, at least 1."
-            )
-        if self.on not in ("reward", "true"):
-            raise ValidationError(
-                f"DynamicSampling: on={as_given(self.on)} must be 'reward' or 'true' (whether answers are right)."
-            )
-        object.__setattr__(self, "base", prompt_policy_of(self.base))
+    @pydantic.field_validator("base")
+    @classmethod
+    def _a_name_is_looked_up(cls, base: Any) -> PromptPolicy:
+        return prompt_policy_of(base)
 
     @property
     def replaces(self) -> int:
@@ -327,7 +305,7 @@ class DynamicSampling:
 
     def choose(self, seen: PromptRecord, count: int, rng: np.random.Generator) -> Sequence[int]:
         """Choose as `base` does."""
-        return self.base.choose(seen, count, rng)  # type: ignore[union-attr]  # a name was looked up
+        return self.base.choose(seen, count, rng)  # type: ignore[no-any-return]
 
     def keeps(self, rewards: Array, scores: Array) -> bool:
         """Whether the answers to a prompt differ."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
-from tensafe_nb.data.columns import Columns
+from tensafe_nb.data.columns import PromptColumns
 from tensafe_nb.data.labels import check_context, encode_prompt
 from tensafe_nb.data.layouts import refuse_media
 from tensafe_nb.data.messages import is_chat, template_options
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 FIELDS = {"question", "answer", "metadata"}
 MOST_ENTRIES = 1_000_000  # the iteration of some of its data sets has no end
 PromptSpec: TypeAlias = str | Sequence[Message] | Mapping[str, Any]
-AS_THEY_ARE = Columns()
+AS_THEY_ARE = PromptColumns()
 Chat: TypeAlias = Literal["auto", "never", "always"]
 
 
@@ -114,7 +114,7 @@ def prompt_specs(
     on_bad_rows: OnBadRows = "raise",
     fits: Callable[[PromptItem], object] = lambda _: None,
     what: str = "prompts",
-    columns: Columns = AS_THEY_ARE,
+    columns: PromptColumns = AS_THEY_ARE,
 ) -> list[PromptSpec]:
     """Read prompts from wherever rows are read from, and check each.
 
@@ -154,6 +154,11 @@ def prompt_specs(
         of = len(left_out) + len(specs)
         logger.warning("%d of %d %s were left out; the first: %s", len(left_out), of, what, left_out[0])
     return specs
+
+
+def asked(spec: PromptSpec) -> Any:
+    """Return what a prompt asks, without its further columns: a question with two answers is held out whole."""
+    return spec.get("prompt", spec.get("messages", spec)) if isinstance(spec, Mapping) else spec
 
 
 def check_fit(

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from tensafe_nb.data import read_rows, split_rows
-from tensafe_nb.data.columns import Columns
+from tensafe_nb.data.columns import PromptColumns
 from tensafe_nb.errors import ValidationError
 
 GSM8K = {"question": "2 apples and 3?", "answer": "2 and 3 are <<2+3=5>>5.\n#### 5"}
@@ -66,7 +66,7 @@ def test_a_column_that_another_would_cover_is_not_lost_in_silence():
 
 
 def test_without_names_rows_stay_as_they_are():
-    assert not Columns()
+    assert not PromptColumns()
     assert read_rows(["a", GSM8K]) == ["a", GSM8K]
 
 

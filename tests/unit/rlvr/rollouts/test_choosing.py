@@ -171,11 +171,11 @@ def test_what_is_no_policy_is_refused_with_what_would_be_one(spec, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AdaptivePrompts(floor=0), "so that no prompt starves"),
-        (lambda: DynamicSampling(rounds=0), "at least 1"),
-        (lambda: DynamicSampling(on="accuracy"), "'reward' or 'true'"),
+        (lambda: AdaptivePrompts(floor=0), "floor"),
+        (lambda: DynamicSampling(rounds=0), "rounds"),
+        (lambda: DynamicSampling(on="accuracy"), "on"),
         (lambda: DynamicSampling(base="best"), "no prompt_policy 'best'"),
-        (lambda: CurriculumPrompts(start=2), "at most 1"),
+        (lambda: CurriculumPrompts(start=2), "start"),
     ],
 )
 def test_options_of_a_policy_that_make_no_sense_are_refused(make, message):
