@@ -33,9 +33,11 @@ from tensafe_nb.protocol.operations import (
     Forward,
     ForwardBackward,
     FreezeReference,
+    LoadAdapter,
     LoadState,
     Operation,
     OptimStep,
+    ReadAdapter,
     Sample,
     SaveState,
     VoidPrivacy,
@@ -46,10 +48,12 @@ from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,
+    LoadAdapterResult,
     LoadStateResult,
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    ReadAdapterResult,
     RunStatus,
     SampleResult,
     SaveStateResult,
@@ -267,6 +271,35 @@ class TrainingClient:
         if not isinstance(artifact_id, str) or not artifact_id:
             raise ValidationError(f"load_state takes an artifact's id or name, not {as_given(artifact_id)}.")
         return self._submit(LoadState(artifact_id, for_run))
+
+    def read_adapter(self) -> FutureHandle[ReadAdapterResult]:
+        """Return the adapter's tensors: float32 arrays by PEFT's names, as in an exported `adapter_model.safetensors`.
+
+        It takes its place in the queue: they are the weights after what was submitted before.
+
+        Example:
+            >>> tensors = tc.read_adapter().tensors
+        """
+        return self._submit(ReadAdapter())
+
+    def load_adapter(self, tensors: Mapping[str, Any]) -> FutureHandle[LoadAdapterResult]:
+        """Take tensors in place of the adapter's own, such as the mean of several clients; or on any failure nothing.
+
+        Step, learning rate and random streams go on; the optimiser's moments and what was accumulated start anew.
+
+        Args:
+            tensors: Arrays or torch tensors, by the names of `read_adapter`. Those that are not named stay as they are:
+                with `freeze_a`, the Bs are enough.
+
+        Raises:
+            ValidationError: No dict of arrays, or values that are NaN. The handle fails with one for a name that the
+                adapter does not have, for another shape, and for a client that trains with differential privacy:
+                tensors come with no account of what they hold.
+
+        Example:
+            >>> tc.load_adapter(member.decrypt(total))
+        """
+        return self._submit(LoadAdapter(tensors))
 
     def void_privacy(self, reason: str) -> FutureHandle[VoidPrivacyResult]:
         """Give up this client's privacy guarantee, for good: epsilon is infinite from then on, and the budget ends.
