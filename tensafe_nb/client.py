@@ -69,6 +69,7 @@ from tensafe_nb.runs.loop import Batch, Loop
 from tensafe_nb.runs.run import SILENT_SECONDS, TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
+from tensafe_nb.transports.encrypted import HEAdapter
 
 R = TypeVar("R")
 
@@ -103,6 +104,7 @@ class TrainingClient:
         self._outstanding = Outstanding()
         self._subscriptions = Subscriptions(channel.subscribe)
         self._forwardings: dict[object, Forwarding] = {}
+        self._encrypted: weakref.WeakSet[HEAdapter] = weakref.WeakSet()
         weakref.finalize(self, channel.detach).atexit = False  # there, the transport closes what is left
 
     # verbs
@@ -462,6 +464,41 @@ class TrainingClient:
             >>> tc.estimate(batch_size=4, length=128).seconds_per_step
         """
         return self._channel.estimate(batch_size, length)
+
+    # encrypted
+
+    @checked
+    def he_adapter(
+        self,
+        layers: Sequence[int] | int = (-1,),
+        modules: Sequence[str] | str | None = None,
+        tokens: int | str = "auto",
+        *,
+        params: str = "n8192-d2",
+    ) -> HEAdapter:
+        """Return this client's adapter as something to call with activations that its core cannot read.
+
+        Over a server, activations are encrypted here, and the adapter never leaves there; embedded, both halves are in
+        one process, which protects nothing and says so. Waits for the model, and for the operation that runs.
+
+        Args:
+            layers: Their numbers, from the end where negative.
+            modules: Names of adapted modules in them, such as "q_proj"; None takes all that are adapted.
+            tokens: How many share a ciphertext: "auto", or 1, 8, 64 or 512, which needs fewer keys.
+            params: Name of the parameter set: "n8192-d2", or "n16384-d2" for 256-bit security.
+
+        Raises:
+            ValidationError: No such layer or module, or none that is adapted.
+            EncryptionContextError: No such parameter set, or tenseal is not installed: says the line that does it.
+
+        Example:
+            >>> he = tc.he_adapter(layers=[-1], modules=["q_proj", "v_proj"])
+            >>> print(he.cost(tokens=64))
+            >>> result = await he[-1](x)  # x: (S, d_in); result["q_proj"]: (S, d_out)
+        """
+        adapter = HEAdapter(self, self._channel, layers, modules, tokens, params)
+        self._encrypted.add(adapter)
+        return adapter
 
     # privacy
 
@@ -896,6 +933,8 @@ class TrainingClient:
     def _end(self, end: Callable[[], None]) -> None:
         for run in self._runs:
             run.stop()
+        for adapter in tuple(self._encrypted):
+            adapter.close()
         end()
         for run in self._runs:
             run.join(timeout=JOIN_SECONDS)

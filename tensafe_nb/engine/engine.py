@@ -18,6 +18,7 @@ from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
 from tensafe_nb.engine.forward import ForwardPass, place
 from tensafe_nb.engine.models import adapters, inputs
 from tensafe_nb.engine.models.load import LoadedModel, load
+from tensafe_nb.engine.models.low_rank import Factors, factors_of
 from tensafe_nb.engine.optimizers import Optimizer
 from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
@@ -157,6 +158,10 @@ class Engine:
             "context": self.model.context,
             "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
         }
+
+    def factors(self, layers: Sequence[int], modules: Sequence[str] | None) -> Factors:
+        """Return the adapters of some layers as matrices; see `factors_of`."""
+        return factors_of(self.model, layers, modules)
 
     # training
 
