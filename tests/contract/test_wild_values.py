@@ -58,6 +58,12 @@ def ring() -> Any:
     return made
 
 
+def asks_once(row: Any) -> Any:
+    """An environment."""
+    yield PROMPT
+    return 1.0
+
+
 def endless() -> Iterator[int]:
     number = 0
     while True:
@@ -200,11 +206,17 @@ def trajectories() -> rlvr.TrajectoryBatch:
 MADE_BY_US = (
     tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, data.Encoded, data.Example, rlvr.UpdateResult, rlvr.Trajectory,
     rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
-    tn.losses.Loss, tn.losses.LossOutputs, data.check_fit, data.padding_of,
-    rlvr.PromptRecord, rlvr.PromptPolicy,
+    rlvr.TurnRecord, rlvr.PromptRecord, rlvr.PromptPolicy, tn.losses.Loss, tn.losses.LossOutputs, data.check_fit,
+    data.padding_of,
 )  # fmt: skip
 SMALL: Any = {"group_size": 2, "prompts_per_step": 1, "max_new_tokens": 2, "temperature": 1.0}
 ROWS = [{"prompt": PROMPT, "completion": "046"}] * 3
+
+
+def no_run(service: tn.ServiceClient, seed: int) -> None:
+    """What an arm is that returns nothing."""
+
+
 CALLS: Mapping[str, Call] = {
     # values
     "TrainingConfig": Call(lambda w: tn.TrainingConfig),
@@ -343,6 +355,8 @@ CALLS: Mapping[str, Call] = {
     "run.to_csv": Call(lambda w: w.run.to_csv, {"path": "run.csv", "names": "loss"}),
     "run.plot": Call(lambda w: w.run.plot, {"names": "loss", "x": "step", "smoothing": 0.5}),
     "run.describe": Call(lambda w: w.run.describe, {"name": "a name", "tags": "a", "notes": "a note"}),
+    "compare": Call(lambda w: comparing(w), {"arm": no_run, "seeds": 2, "show": False}),
+    "load_comparison": Call(lambda w: tn.load_comparison, {"comparison": "rates"}),
     "replay": Call(
         lambda w: tn.replay,
         {"run": Of(lambda w: w.run.run_id), "speed": 1e6, "show": False},
@@ -422,6 +436,24 @@ CALLS: Mapping[str, Call] = {
         lambda w: rlvr.PolicySampler(w.tc, group_size=1, max_new_tokens=1).generate_trajectories,
         {"prompts": [PROMPT]},
     ),
+    "rlvr.environment": Call(lambda w: rlvr.environment, {"max_turns": 1}),
+    "rlvr.Environment": Call(lambda w: rlvr.Environment, {"function": asks_once}),
+    "rlvr.resolve_environment": Call(lambda w: rlvr.resolve_environment, {"spec": asks_once}),
+    "rlvr.Turn": Call(lambda w: rlvr.Turn, {"text": PROMPT}),
+    "rlvr.Outcome": Call(lambda w: rlvr.Outcome, {"reward": 1.0}),
+    "rlvr.EnvironmentSampler": Call(
+        lambda w: closing(rlvr.EnvironmentSampler),
+        {"training_client": CLIENT, "environment": asks_once},
+        frozenset({"training_client"}),
+    ),
+    "environment_sampler.generate_trajectories": Call(
+        lambda w: (
+            rlvr.EnvironmentSampler(
+                w.tc, asks_once, group_size=1, max_new_tokens=1, timeout=None
+            ).generate_trajectories
+        ),
+        {"rows": [{"prompt": PROMPT}]},
+    ),
     "rlvr.Scorer": Call(lambda w: closing(rlvr.Scorer), {"reward": "length_penalty"}),
     "algo.update": Call(
         lambda w: lambda batch: rlvr.REINFORCE().update(batch, w.tc), {"batch": trajectories()}
@@ -458,6 +490,17 @@ def training(world: World) -> Callable[..., Any]:
     signature = inspect.signature(rlvr.RLVRTrainer)
     call.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[p for name, p in signature.parameters.items() if name != "training_client"]
+    )
+    return call
+
+
+def comparing(world: World) -> Callable[..., Any]:
+    def call(**arguments: Any) -> None:
+        tn.compare(service=world.service, **arguments).result(timeout=60)
+
+    signature = inspect.signature(tn.compare)
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p for name, p in signature.parameters.items() if name != "service"]
     )
     return call
 

@@ -112,8 +112,9 @@ def prompt_items(prompts: Any) -> list[PromptItem]:
 def prompt_specs(
     prompts: Any,
     on_bad_rows: OnBadRows = "raise",
-    fits: Callable[[PromptItem], object] = lambda _: None,
+    fits: Callable[[Any], object] = lambda _: None,
     what: str = "prompts",
+    read: Callable[[Any], Any] = PromptItem.of,
     columns: PromptColumns = AS_THEY_ARE,
 ) -> list[PromptSpec]:
     """Read prompts from wherever rows are read from, and check each.
@@ -123,6 +124,7 @@ def prompt_specs(
         on_bad_rows: "skip" leaves out what cannot be read or does not fit, and says so.
         fits: Raises a ValidationError for a prompt that does not fit.
         what: What they are called in an error.
+        read: Reads one; environments take rows that need no prompt.
         columns: Which of their columns is asked, and which answers.
 
     Returns:
@@ -140,7 +142,7 @@ def prompt_specs(
             if isinstance(spec, ValidationError):
                 raise spec
             spec = columns.of(spec)
-            fits(PromptItem.of(spec))
+            fits(read(spec))
         except ValidationError as error:
             placed = located(error, rows, number, line)
             if on_bad_rows == "raise":
@@ -199,6 +201,7 @@ class PromptCursor:
         count: How many at a time.
         seed: Fixes the order.
         policy: What chooses; without one, every prompt is dealt as often as any other.
+        read: Reads one, as for `prompt_specs`.
 
     Attributes:
         record: The prompts, and what was measured of them.
@@ -208,8 +211,15 @@ class PromptCursor:
         ValidationError: No prompts, or what is none.
     """
 
-    def __init__(self, prompts: Any, count: int, seed: int, policy: PromptPolicy | None = None) -> None:
-        self.record = PromptRecord(prompt_specs(prompts), seed)
+    def __init__(
+        self,
+        prompts: Any,
+        count: int,
+        seed: int,
+        policy: PromptPolicy | None = None,
+        read: Callable[[Any], Any] = PromptItem.of,
+    ) -> None:
+        self.record = PromptRecord(prompt_specs(prompts, read=read), seed)
         if count < 1:
             raise ValidationError(f"prompts_per_step is {count}: a step needs at least one prompt.")
         self.policy: PromptPolicy = UniformPrompts() if policy is None else policy
