@@ -14,7 +14,7 @@ from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig, j
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
-from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError
+from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError, near_misses
 from tensafe_nb.events import Event, RunDescribed, RunState
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.history.log import RunHistory
@@ -76,6 +76,28 @@ UNFORKED = ("model_ref", "lora_config", "resize_embeddings")  # that a state wou
 Clients: TypeAlias = "weakref.WeakValueDictionary[str, TrainingClient]"
 
 
+@near_misses(
+    train="tc.fit(batches, steps=…) (a run), or tc.forward_backward(batch) and tc.optim_step() (one step)",
+    train_step="tc.forward_backward(batch), then tc.optim_step()",
+    generate="tc.sample(prompts, max_new_tokens=…)",
+    chat="tc.sample([{'role': 'user', 'content': …}])",
+    complete="tc.sample(prompts, max_new_tokens=…)",
+    backward="tc.forward_backward(batch)",
+    zero_grad="not needed: tc.optim_step() ends the window",
+    evaluate="tc.forward(batch), or tc.fit(…, eval_batches=…)",
+    eval="tc.forward(batch), or tc.fit(…, eval_batches=…)",
+    save="tc.save_state(name=…)",
+    save_checkpoint="tc.save_state(name=…)",
+    load="tc.load_state(artifact_id)",
+    load_checkpoint="tc.load_state(artifact_id)",
+    restore="service.restore(artifact_id)",
+    export="tc.export_checkpoint(artifact_id, path)",
+    delete="tc.close() (the client), or tc.delete_checkpoint(artifact_id)",
+    metrics='tc.history["loss"] (one series), tc.history.table() (all of them)',
+    id="tc.training_client_id",
+    model="not here: the model lives in the core; tc.sample(…), tc.forward(…), tc.config.model_ref",
+    state="tc.status",
+)
 class TrainingClient:
     """One model in training. Every verb queues an operation and returns a FutureHandle at once.
 
