@@ -4,6 +4,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -875,7 +876,12 @@ class TrainingClient:
     # the end
 
     def close(self) -> None:
-        """Stop the runs, cancel what waits, end the threads, free the memory, on a server too; idempotent."""
+        """Stop the runs, cancel what waits, end the threads, free the memory, on a server too; idempotent.
+
+        Raises:
+            TGTinkerError: The server could not be told, within the patience: there it lives on. Its own words say how
+                to close it later; everything at this end has ended.
+        """
         self._end(self._channel.close)
 
     def leave(self) -> None:
@@ -885,13 +891,18 @@ class TrainingClient:
     def _end(self, end: Callable[[], None]) -> None:
         for run in self._runs:
             run.stop()
-        end()
-        for run in self._runs:
-            run.join(timeout=JOIN_SECONDS)
-        self._channel.hang_up()
-        for forwarding in self._forwardings.values():
-            forwarding.close()
-        settle(self)
+        with ExitStack() as rest:  # what an interrupt leaves undone, close() does when it is called again
+            rest.callback(settle, self)
+            for forwarding in self._forwardings.values():
+                rest.callback(forwarding.close)
+            rest.callback(self._channel.hang_up)
+            for run in self._runs:
+                rest.callback(run.join, timeout=JOIN_SECONDS)
+            try:
+                end()
+            except KeyboardInterrupt:
+                rest.pop_all()
+                raise
 
     def __enter__(self) -> Self:
         return self

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, ParamSpec, Self, TypeVar, 
 
 import pydantic
 
+from tensafe_nb.checks import path
 from tensafe_nb.display import Facts, as_given, shown, with_article
 from tensafe_nb.errors import LONGEST_NAME, ValidationError, nearest
 
@@ -470,6 +471,13 @@ class TrainingConfig(Config):
     dp_config: DPConfig | None = None
     ignore_weights: tuple[str, ...] = ()
     resize_embeddings: bool = False
+
+    @pydantic.field_validator("model_ref")
+    @classmethod
+    def _a_model_can_be_looked_for(cls, value: str) -> str:
+        if wrong := path(value):
+            raise ValueError(f"a model is named by a built-in, {wrong}, or a hub id")
+        return value
 
     @pydantic.field_validator("ignore_weights", mode="before")
     @classmethod

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 
-from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers
+from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers, hide
 from tensafe_nb.server.artifacts import artifact_routes
 from tensafe_nb.server.door.guard import Guard, WhoIs
 from tensafe_nb.server.door.limits import Limits, Quotas
@@ -50,6 +52,7 @@ def create_app(
         identity: Who says whose a token is; without one, the tokens do.
         idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
     """
+    hide(home.root, models, tempfile.gettempdir(), Path.home(), Path.cwd(), sys.prefix)
     quotas = Quotas(limits or Limits(), tokens.limits)
     service = Service(home, models, hub_models, quotas, losses, idle_after)
 

@@ -35,7 +35,7 @@ from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.operations import VERBS, ForwardBackward, Operation, Sample
 from tensafe_nb.protocol.results import ClientStatus, FutureStatus
-from tensafe_nb.server.answers import STATUS, error_of
+from tensafe_nb.server.answers import STATUS, error_of, told
 from tensafe_nb.server.journal import Journal, Record
 
 logger = logging.getLogger(__name__)
@@ -292,10 +292,10 @@ class ServedClient:
         Raises:
             ValidationError: An event that is the core's own to tell.
         """
-        told = [encode(event) for event in events]
+        records = [encode(event) for event in events]
         try:
             return self.channel.publish_all(
-                events, lambda first: self.journal.publishing(submitter, number, first, told)
+                events, lambda first: self.journal.publishing(submitter, number, first, records)
             )
         finally:
             self.journal.published()
@@ -418,14 +418,14 @@ class ServedClient:
             unsubscribe()
 
     async def _told(self, event: Event) -> dict[str, Any]:
-        item: dict[str, Any] = {"event": encode(event)}
+        item: dict[str, Any] = {"event": told(event)}
         if isinstance(event, ENDS):
             handle = self.handle(event.future_id)
             if handle is not None:
                 await ended(handle)
                 item["outcome"] = outcome_of(handle)
         if isinstance(event, (*ENDS, StatusChanged, StateLoaded)):
-            item["info"] = encode(self.channel.info())
+            item["info"] = told(self.channel.info())
         return item
 
     # its end

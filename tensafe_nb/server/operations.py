@@ -29,7 +29,7 @@ from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.operations import VERBS, Operation
 from tensafe_nb.protocol.results import StateSource
-from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, error_of, of_type, packed
+from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, error_of, of_type, packed, told
 from tensafe_nb.server.clients import Answer, Place, ServedClient, ended, outcome_of, taken
 from tensafe_nb.server.door.guard import MOST_BODY_BYTES, BodyTooLargeError
 from tensafe_nb.server.service import Service, Tenant
@@ -133,7 +133,7 @@ def add_clients(routes: APIRouter, service: Service) -> None:
     """Add making, listing and ending."""
 
     def described(client: ServedClient) -> dict[str, Any]:
-        return {"info": encode(client.channel.info()), "config": encode(client.channel.config)}
+        return {"info": told(client.channel.info()), "config": encode(client.channel.config)}
 
     @routes.post(CLIENTS, status_code=201)
     async def create(request: Request, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def add_clients(routes: APIRouter, service: Service) -> None:
     async def list_clients(request: Request) -> list[Any]:
         """List the training clients that are not closed, oldest first."""
         found = [client.channel.info() for client in tenant_of(service, request).live]
-        return [encode(info) for info in sorted(found, key=lambda info: info.created_at)]
+        return [told(info) for info in sorted(found, key=lambda info: info.created_at)]
 
     @routes.get(ONE)
     async def one(request: Request, training_client_id: Id) -> dict[str, Any]:

@@ -282,7 +282,8 @@ class Service:
                     return
         raise ValidationError(  # the same where it is not there, and where it is not offered
             f"The model {ref!r} is not offered by this server. Ask whoever runs it (serve --models, --hub-model), or "
-            f"take a built-in one."
+            f"take a built-in one.",
+            details={"given": ref},
         )
 
     def check_operation(self, tenant: Tenant, operation: Operation[Any]) -> None:

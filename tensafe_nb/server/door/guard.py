@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 from starlette.exceptions import HTTPException
 
 from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.server.answers import without_paths
 from tensafe_nb.server.door.limits import Quotas
 
 Message: TypeAlias = MutableMapping[str, Any]
@@ -277,7 +278,8 @@ def paced(receive: Receive, most: int | None) -> Receive:
 
 async def refuse(send: Send, refusal: Refusal, request_id: str) -> None:
     """Answer with an error, in the form that all errors have."""
-    error = {"code": refusal.code, "message": refusal.message, "details": {}, "request_id": request_id}
+    message = without_paths(refusal.message)
+    error = {"code": refusal.code, "message": message, "details": {}, "request_id": request_id}
     body = json.dumps({"error": error}).encode()
     sent = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     sent += [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
