@@ -21,7 +21,7 @@ import numpy as np
 from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.envelope import Connection, KeySource, open_bundle
 from tensafe_nb.privacy.encrypted.parameters import parameters_named
-from tensafe_nb.privacy.encrypted.scheme import Vector, dump, scheme_of
+from tensafe_nb.privacy.encrypted.scheme import Tick, Vector, dump, no_tick, scheme_of
 
 MOST_MEMBERS = 4096
 MOST_PARAMETERS = 2**24
@@ -195,6 +195,7 @@ class CohortMember:
         weight: float = 1.0,
         clip: float | None = None,
         noise_multiplier: float = 0.0,
+        tick: Tick = no_tick,
     ) -> bytes:
         """Encrypt this member's update, once.
 
@@ -205,6 +206,8 @@ class CohortMember:
             clip: C: an update whose L2 norm is larger is scaled down to it.
             noise_multiplier: σ. Each member adds N(0, σ²C²/K), so that the sum of K honest ones has noise of σC. It
                 needs `clip`, and members that count alike.
+            tick: Called as `tick(done, total)` between ciphertexts. If it raises, nothing was encrypted, and the member
+                may do so again.
 
         Raises:
             ValidationError: The update, or another argument, does not fit.
@@ -233,17 +236,25 @@ class CohortMember:
             raise ValidationError(
                 f"A value of {largest:.3g} is too large: {self.members} such would leave the range of {MOST_TOTAL:g}."
             )
-        self._spent = True
         row = np.zeros(_ciphertexts(len(flat), self.parameters.slots) * self.parameters.slots)
         row[: len(flat)], row[len(flat)] = weight * flat, weight
-        parts = []
-        for slots in row.reshape(-1, self.parameters.slots):
+        parts: list[bytes] = []
+        rows = row.reshape(-1, self.parameters.slots)
+        for slots in rows:
+            tick(len(parts), len(rows))
             plain = self._scheme.encode(slots, 0, self.parameters.scale)
             parts.append(dump(self._encryptor.encrypt_symmetric(plain)))
+        self._spent = True
         return self._connection.seal("update", self.number, {}, parts)
 
-    def decrypt(self, total: bytes) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    def decrypt(
+        self, total: bytes, *, tick: Tick = no_tick
+    ) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """Return the mean of all members' updates, rounded to multiples of 2^-24, as float32 by name.
+
+        Args:
+            total: What `Aggregator.total` returned.
+            tick: Called as `tick(done, total)` between ciphertexts.
 
         Raises:
             EncryptionContextError: It is not the total of this round, or was altered.
@@ -253,8 +264,9 @@ class CohortMember:
             self.layout.size, self.parameters.slots
         ):
             raise EncryptionContextError("The total does not hold the updates of all members.")
-        rows = []
+        rows: list[Vector] = []
         for part in message.parts:
+            tick(len(rows), len(message.parts))
             plain = self._scheme.seal.Plaintext()
             self._decryptor.decrypt(self._scheme.ciphertext(part, 0), plain)
             rows.append(self._scheme.decode(plain))
@@ -289,8 +301,12 @@ class Aggregator:
     def __repr__(self) -> str:
         return f"Aggregator({len(self._added)} of {self.members} members, holds no key of the scheme)"
 
-    def add(self, update: bytes) -> None:
+    def add(self, update: bytes, *, tick: Tick = no_tick) -> None:
         """Add one member's update.
+
+        Args:
+            update: What `CohortMember.encrypt` returned.
+            tick: Called as `tick(done, total)` between ciphertexts. If it raises, the sum is as it was.
 
         Raises:
             EncryptionContextError: It was altered, is of another round or shape, or that member's is in already.
@@ -306,7 +322,10 @@ class Aggregator:
                 f"The update has {len(message.parts)} ciphertexts; this round's have {self._count}."
             )
         # all are looked at before any is added: a refused update leaves the sum as it was
-        parts = [self._scheme.ciphertext(part, 0) for part in message.parts]
+        parts: list[Any] = []
+        for part in message.parts:
+            tick(len(parts), len(message.parts))
+            parts.append(self._scheme.ciphertext(part, 0))
         for total, part in zip(self._sum, parts, strict=True) if self._sum else ():
             self._evaluator.add_inplace(total, part)
         self._sum = self._sum or parts

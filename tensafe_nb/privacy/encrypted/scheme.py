@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,13 @@ from tensafe_nb.errors import EncryptionContextError
 from tensafe_nb.privacy.encrypted.parameters import Parameters
 
 Vector = NDArray[np.float64]
+Tick = Callable[[int, int], None]  # told how much of how much is done; what it raises stops the call there
 GENERATOR = 3  # of the rotations: one by `step` slots is the automorphism X → X^(3^step)
 SCALE_SLACK = 1e-6  # how far a ciphertext's scale may lie from the declared one, as a ratio
+
+
+def no_tick(done: int, total: int) -> None:
+    """Report progress to nobody."""
 
 
 def library() -> Any:

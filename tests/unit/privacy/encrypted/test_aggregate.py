@@ -123,6 +123,31 @@ def test_an_update_that_was_altered_or_is_of_another_round_leaves_the_sum_as_it_
     assert np.abs(members[0].decrypt(server.total())["q.lora_B"] - exact).max() < 1e-6
 
 
+def test_a_round_can_be_stopped_between_ciphertexts_and_goes_on_as_if_it_had_not_begun() -> None:
+    given = [{"w": np.full(9_000, float(n))} for n in range(2)]  # of three ciphertexts
+    cohort = Cohort(Layout.of(given[0]), members=2)
+    server = Aggregator(cohort.public_bundle())
+    members = [CohortMember(cohort.secret_bytes(), number) for number in range(2)]
+    seen: list[tuple[int, int]] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == 2:
+            raise InterruptedError
+
+    for member, update in zip(members, given, strict=True):
+        with pytest.raises(InterruptedError):
+            member.encrypt(update, tick=stop)
+        encrypted = member.encrypt(update)
+        with pytest.raises(InterruptedError):
+            server.add(encrypted, tick=stop)
+        server.add(encrypted)
+    with pytest.raises(InterruptedError):
+        members[0].decrypt(server.total(), tick=stop)
+    assert np.abs(members[0].decrypt(server.total())["w"] - 0.5).max() < 1e-6
+    assert seen == [(0, 3), (1, 3), (2, 3)] * 5
+
+
 def test_a_total_of_others_is_refused() -> None:
     given = updates(2)
     cohort, server, members = round_of(given)
