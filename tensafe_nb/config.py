@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, ParamSpec, Self, TypeVar, 
 
 import pydantic
 
-from tensafe_nb.checks import path
+from tensafe_nb.checks import LONGEST_NAME as LONGEST_NAME_OF_FILE
+from tensafe_nb.checks import LONGEST_PATH
 from tensafe_nb.display import Facts, as_given, shown, with_article
 from tensafe_nb.errors import LONGEST_NAME, ValidationError, nearest
 
@@ -479,8 +480,8 @@ class TrainingConfig(Config):
     @pydantic.field_validator("model_ref")
     @classmethod
     def _a_model_can_be_looked_for(cls, value: str) -> str:
-        if wrong := path(value):
-            raise ValueError(f"a model is named by a built-in, {wrong}, or a hub id")
+        if len(value) > LONGEST_PATH or max(map(len, value.split("/"))) > LONGEST_NAME_OF_FILE:
+            raise ValueError("no file, no folder and no hub id has so long a name")
         return value
 
     @pydantic.field_validator("ignore_weights", mode="before")

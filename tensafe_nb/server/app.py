@@ -74,7 +74,14 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    app.add_middleware(Guard, identity=identity or tokens, quotas=quotas, hosts=hosts, root_path=root_path)
+    app.add_middleware(
+        Guard,
+        identity=identity or tokens,
+        quotas=quotas,
+        hosts=hosts,
+        root_path=root_path,
+        answers_of=lambda name: service.tenant(name).answers,
+    )
     add_error_handlers(app)
     for routes in (probes(service), client_routes(service), artifact_routes(service)):
         app.include_router(routes)

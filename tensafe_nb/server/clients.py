@@ -83,6 +83,7 @@ class Place:
         future_id: The operation's id, made by the kernel.
         knows_of: Failed operations of which it has been told since its last submission.
         cancelled: It was cancelled on its way.
+        is_repeated: An earlier process may have taken it.
     """
 
     verb: str
@@ -91,6 +92,7 @@ class Place:
     future_id: str | None = None
     knows_of: tuple[str, ...] = ()
     cancelled: bool = False
+    is_repeated: bool = False
 
     @property
     def for_journal(self) -> dict[str, Any]:
@@ -175,6 +177,12 @@ class ServedClient:
         self._drawing = threading.Lock()
         self._draws: OrderedDict[str, tuple[int, bytes]] = OrderedDict()  # by the key of whoever asked
         self._readers: set[asyncio.Queue[Event | dict[str, Any] | None]] = set()
+        redrawn = reversed(
+            channel.redrawn
+        )  # what is owed of draws made in an earlier process, the last first
+        for key, numbered in zip(reversed(journal.drawn_keys), redrawn, strict=False):
+            if key is not None:
+                self._draws[key] = numbered
         for name, known in journal.submitters.items():
             answers = OrderedDict((number, answer_of(answer)) for number, answer in known.answers)
             self._submitters[name] = Submitter(known.next, answers=answers)
@@ -286,16 +294,34 @@ class ServedClient:
     def _is_known(self, future_id: str) -> bool:
         return self.handle(future_id) is not None or future_id in self.journal.waiting
 
-    def publish(self, events: Sequence[Event], submitter: str | None, number: int | None) -> int:
+    def publish(
+        self,
+        events: Sequence[Event],
+        submitter: str | None = None,
+        number: int | None = None,
+        *,
+        once: str | None = None,
+    ) -> int:
         """Number and record what a run tells, and return the last number.
+
+        Args:
+            events: What it tells.
+            submitter: Whose submission it is, if it has a number.
+            number: See `Place`.
+            once: Else the name of the request: what it brings is recorded once.
 
         Raises:
             ValidationError: An event that is the core's own to tell.
         """
+        if number is None and once is not None and once in self.journal.published_once:
+            return self.journal.published_once[once]
         records = [encode(event) for event in events]
         try:
             return self.channel.publish_all(
-                events, lambda first: self.journal.publishing(submitter, number, first, records)
+                events,
+                lambda first: self.journal.publishing(
+                    submitter, number, first, records, once=once if number is None else None
+                ),
             )
         finally:
             self.journal.published()
@@ -322,14 +348,14 @@ class ServedClient:
 
         Args:
             unit: What is drawn.
-            key: Of the caller's own: whoever asks again with it is answered as before, and owes one draw. A server that
-                was killed in between knows it no more: then two are owed, one too many rather than one too few.
+            key: Of the caller's own: whoever asks again with it owes one draw; in another process it has another
+                number.
         """
         with self._drawing:
             if key is not None and key in self._draws:
                 return self._draws[key]
             numbered = self.channel.enter_draw(unit)
-            self.journal.drawn(unit)  # before anybody can draw with it
+            self.journal.drawn(unit, key)  # before anybody can draw with it
             if key is not None:
                 self._draws[key] = numbered
                 if len(self._draws) > KEPT_DRAWS:
