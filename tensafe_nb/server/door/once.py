@@ -53,7 +53,7 @@ class Asked:
 
 
 @dataclass(slots=True)
-class Known:
+class Written:
     """What is written down of a request: what was noted, and where its answer is."""
 
     at: float
@@ -77,10 +77,10 @@ class Answers:
         self._folder, self._keys, self._files = folder, keys, files or Files()
         self._lock = threading.RLock()
         self._logs: list[SealedLog] = []  # the older one, and the one that is written
-        self._known: dict[str, Known] = {}
+        self._known: dict[str, Written] = {}
         self._is_read = self._dirty = False
 
-    def recall(self, name: str) -> tuple[Known | None, list[Message] | None]:
+    def recall(self, name: str) -> tuple[Written | None, list[Message] | None]:
         """Return what is known of a request, and its answer if it has one."""
         with self._lock:
             self._read()
@@ -169,7 +169,7 @@ class Answers:
             self.renew()
 
     def _take(self, head: Mapping[str, Any], log: SealedLog, number: int) -> None:
-        known = self._known.setdefault(head["name"], Known(head["at"], log))
+        known = self._known.setdefault(head["name"], Written(head["at"], log))
         known.at, known.log = head["at"], log
         if "status" in head:
             known.answer = number

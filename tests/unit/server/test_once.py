@@ -28,7 +28,12 @@ FIELDS: dict[str, dict[str, Any]] = {  # of each operation, as its twin takes th
     "void_privacy": {"reason": "a test"},
     **{verb: {"batch": BATCH} for verb in ("forward", "forward_backward", "compute_logprobs")},
 }
-SAID_ANEW = ("created_at", "queue_position", "status")  # of an operation: what is so by now
+SAID_ANEW = (
+    "created_at",
+    "queue_position",
+    "status",
+    "encryption",
+)  # what is so by now, as a key was rotated
 MEASURED = ("estimate", "privacy_audit")  # asked again, they measure again, and change nothing
 DRAWN = ("number", "key")  # a process numbers its draws, and hashes their rows, anew
 
