@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.server.answers import without_paths
 from tensafe_nb.server.door.limits import Quotas
-from tensafe_nb.server.door.once import Answers, App, Message, Once, Receive, Send
+from tensafe_nb.server.door.once import Answers, App, Message, Once, Receive, Send, is_lasting
 
 OPEN = ("/health", "/ready", "/live", "/version")  # probes; they tell no secret
 MOST_BODY_BYTES = 64 << 20
@@ -106,7 +106,7 @@ class Guard:
         most = None if is_unbounded(scope) else MOST_BODY_BYTES
         once = headers.get("x-once", "")
         if once and scope["method"] != "GET":
-            lasting = "x-number" not in headers  # its place in a journal does the same
+            lasting = is_lasting(path_of(scope), headers)
             tenant = scope["state"].get("tenant", "")
             await self._once.answer(tenant, once, scope, paced(receive, most), send, lasting=lasting)
         else:

@@ -5,7 +5,8 @@ killed in between cannot either, unless it was written down: so what is about to
 after, before it is sent. A repeat that finds the answer gets it. One that finds the note alone gets on with it: the
 route is told what was noted, and does what is left to do.
 
-Operations, what runs tell, and draws have their places in the journals of their training clients: see `journal.py`.
+Operations, what runs tell, and draws have their places in the journals of their training clients: see `journal.py`. The
+connections of encrypted adapters end with the process, and so do the answers about them.
 """
 
 import asyncio
@@ -35,6 +36,11 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 MOST_KEPT, MOST_KEPT_BYTES = 4_096, 1 << 16  # answers in memory, and how large one may be
 KEPT_SECONDS = 3_600.0  # for which an answer outlives its process: longer than anybody sends a request again
 MOST_RECORDS, MOST_BYTES = 2_000, 4 << 20  # of a file; a tenant has two
+
+
+def is_lasting(path: str, headers: Mapping[str, str]) -> bool:
+    """Whether the answer to a request is to outlive the process."""
+    return "x-number" not in headers and not path.endswith("/draws") and "/encrypted" not in path
 
 
 @dataclass(slots=True)

@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from tensafe_nb.errors import StorageError
 from tensafe_nb.events import OperationQueued
 from tensafe_nb.history.log import RunHistory
+from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.operations import VERBS
 from tensafe_nb.server.door import once
 from tensafe_nb.server.door.once import Answers
 from tensafe_nb.store.keys.keyring import Keys
 from tests.parity.serving import Gate, Serving, serving_thread
-from tests.unit.server.conftest import BATCH, error_of, new_client, outcome, submit_gate
+from tests.unit.server.conftest import BATCH, error_of, new_client, open_encrypted, outcome, submit_gate
 
 ONE = "/training_clients/{training_client_id}"
 FIELDS: dict[str, dict[str, Any]] = {  # of each operation, as its twin takes them
     "sample": {"prompts": ["ab"], "sampling": {"$": "sampling_config", "max_new_tokens": 1}},
     "load_state": {"artifact_id": "kept"},
+    "load_adapter": {"tensors": {"none of its": encode(np.zeros(1, np.float32))}},
     "void_privacy": {"reason": "a test"},
     **{verb: {"batch": BATCH} for verb in ("forward", "forward_backward", "compute_logprobs")},
 }
@@ -173,9 +176,8 @@ def test_a_request_is_done_once_and_gets_its_first_answer_though_the_server_was_
     killed: Killed, tmp_path: Path
 ) -> None:
     ask_everything(killed)
-    assert {route for route, *_ in killed.asked} == routes_that_change(
-        killed.first
-    )  # a new one is asked above, too
+    here = {route for route in routes_that_change(killed.first) if "/encrypted" not in route}
+    assert {route for route, *_ in killed.asked} == here  # a new one is to be asked above, too
     before = done(tmp_path / "first", killed.first)
     http = killed.again()
     assert done(tmp_path / "second", http) == before
@@ -193,6 +195,10 @@ def test_a_request_is_done_once_and_gets_its_first_answer_though_the_server_was_
             if route == "POST /training_clients":  # by now its model may be loaded
                 said, said_first = (x["info"]["training_client_id"] for x in (said, said_first))
             assert said == said_first, route
+        if route.endswith("draws"):
+            drawn, private = answer.json(), path
+    fresh = http.post(private, json={"unit": "row"}).json()
+    assert (fresh["number"], fresh["key"]) == (drawn["number"] + 1, drawn["key"])  # those two are owed, once
     after = done(tmp_path / "second", http)
     assert {name: after[name] for name in before if name != "events"} == {
         name: before[name] for name in before if name != "events"
@@ -261,6 +267,18 @@ def test_a_full_disk_keeps_nobody_from_deleting_something(
     assert http.delete(f"/artifacts/{saved}", headers=headers).status_code == 204
     assert http.delete(f"/artifacts/{saved}", headers=headers).status_code == 204  # known to this process
     assert error_of(http.delete(f"/artifacts/{saved}"))[0] == 404
+
+
+def test_what_is_said_of_a_connection_ends_with_it(killed: Killed) -> None:
+    path = new_client(killed.first)
+    killed.first.headers["x-once"] = "me"
+    made, _ = open_encrypted(killed.first, path)
+    assert made.status_code == 201
+    http = killed.again()
+    http.headers["x-once"] = "me"
+    again, _ = open_encrypted(http, path)
+    assert again.json()["connection_id"] != made.json()["connection_id"]
+    assert error_of(http.delete(f"{path}/encrypted/{made.json()['connection_id']}"))[0] == 404
 
 
 def test_a_name_stands_for_one_request_to_one_address(http: httpx.Client, path: str) -> None:
