@@ -35,11 +35,10 @@ _CONSTANTS = {"pi": math.pi, "e": math.e}
 
 
 def calculator(expression: str) -> str:
-    """Work out an arithmetic expression and return its value.
+    """Work out an arithmetic expression.
 
     Args:
-        expression: Numbers with + - * / // % ^ and parentheses, for example "(12 + 34) * 2"; also sqrt, abs, round,
-            min, max, floor, ceil, log, exp, sin, cos, tan, pi, e.
+        expression: For example "(12 + 34) * 2".
     """
     if len(expression) > MOST_TEXT:
         raise ValueError(f"the expression is longer than {MOST_TEXT} characters")

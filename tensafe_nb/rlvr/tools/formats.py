@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.rlvr.tools.tool import Tool, ToolError
+from tensafe_nb.rlvr.tools.tool import Tool
 
 _JSON = json.JSONDecoder(strict=False)
 
@@ -52,6 +52,13 @@ class ToolFormat(ABC):
     @abstractmethod
     def calls(self, said: str) -> list[ToolCall]:
         """Return the calls in what a model said, in order; none where it is an answer."""
+
+    def told(self, calls: Sequence[ToolCall], results: Sequence[str]) -> str | list[dict[str, Any]]:
+        """Return what the model is told of its calls: a `tool` message for each, or a text."""
+        return [
+            {"role": "tool", "name": call.name or "unknown", "content": result}
+            for call, result in zip(calls, results, strict=True)
+        ]
 
     def described(self, tools: Sequence[Tool]) -> str:
         """Say which tools there are and how to call them, to a model whose template does not."""
@@ -157,6 +164,9 @@ class Plain(ToolFormat):
 
     def calls(self, said: str) -> list[ToolCall]:
         return [read_python(whole or begun) for whole, begun in self._call.findall(said)]
+
+    def told(self, calls: Sequence[ToolCall], results: Sequence[str]) -> str:
+        return f" -> {', '.join(results)}\n"
 
     def described(self, tools: Sequence[Tool]) -> str:
         shown = "\n".join(
@@ -267,16 +277,3 @@ def read_python(text: str) -> ToolCall:
             name, problem="the call cannot be read: its arguments must be numbers, texts or lists"
         )
     return ToolCall(name, named, values)
-
-
-def carried_out(call: ToolCall, tools: Mapping[str, Tool], timeout: float | None) -> tuple[str, bool]:
-    """Return what the model is told of a call, and whether it went well."""
-    try:
-        if call.problem is not None:
-            raise ToolError(call.problem)
-        if call.name not in tools:
-            raise ToolError(f"there is no tool '{call.name[:80]}'. There are: {', '.join(tools)}")
-        tool = tools[call.name]
-        return tool.call({**tool.named(call.values), **call.arguments}, timeout), True
-    except ToolError as error:
-        return f"Error: {error}", False

@@ -184,7 +184,9 @@ def parameters_of(function: Callable[..., Any], name: str) -> tuple[dict[str, An
 def _checker(tool: Tool) -> pydantic.TypeAdapter[dict[str, Any]]:
     """Return what checks the arguments of a tool; made in the process that needs it, since it cannot be sent."""
     fields = {name: NotRequired[kind] if name in tool.optional else kind for name, kind in tool.types.items()}
-    arguments: Any = typing_extensions.TypedDict("arguments", fields)  # type: ignore[misc]
+    # called by another name, so that type checkers do not take it for a declaration
+    make: Any = typing_extensions.TypedDict
+    arguments = make("arguments", fields)
     arguments.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")
     return pydantic.TypeAdapter(arguments)
 

@@ -4,7 +4,8 @@ import pytest
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.tools import Tool
-from tensafe_nb.rlvr.tools.formats import FORMATS, ToolCall, carried_out, format_named, format_of
+from tensafe_nb.rlvr.tools.desk import carried_out
+from tensafe_nb.rlvr.tools.formats import FORMATS, ToolCall, format_named, format_of
 
 
 def add(a: int, b: int) -> int:
@@ -69,9 +70,8 @@ def test_calls_are_read_as_the_model_writes_them(name: str, said: str, calls: li
     ],
 )  # fmt: skip
 def test_what_was_meant_to_be_a_call_and_is_none_is_told_as_an_error(name: str, said: str, told: str) -> None:
-    (call,) = FORMATS[name].calls(said)
-    text, fine = carried_out(call, TOOLS, None)
-    assert not fine and text.startswith(told)
+    (done,) = carried_out(FORMATS[name].calls(said), TOOLS, None)
+    assert not done.ok and done.result.startswith(told)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,16 @@ def test_models_without_a_template_are_told_of_tools_in_a_few_words() -> None:
     said = FORMATS["plain"].described([TOOLS["add"]])
     assert said == "Tools you may call, in square brackets:\n[add(a: integer, b: integer)] Add two numbers."
     assert '{"name": "add", "description": "Add two numbers."' in FORMATS["hermes"].described([TOOLS["add"]])
+
+
+def test_calls_of_a_turn_share_one_time_limit_and_there_is_an_end_to_them() -> None:
+    def hang() -> None:
+        while True:
+            pass
+
+    tools = TOOLS | {"hang": Tool.of(hang)}
+    first, second, third = carried_out([CALL, ToolCall("hang"), CALL], tools, 0.2)
+    assert first.ok and first.result == "3"
+    assert not second.ok and "took longer than" in second.result
+    done = carried_out([CALL] * 40, TOOLS, None)
+    assert [one.ok for one in done] == [True] * 16 + [False]
