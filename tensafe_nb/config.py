@@ -213,6 +213,9 @@ class LoRAConfig(Config):
         layers_to_transform: Numbers of the blocks to adapt; None adapts all.
         target_parameters: Names of parameters to adapt that belong to no linear layer, such as those of experts.
             "all-linear" takes the experts of the known architectures with it.
+        freeze_a: Train B alone, and keep A as it was drawn (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313): half of the
+            numbers, and with the same A in all of them (the same seed), the mean of clients' B is the mean of their
+            B·A. Private training then has no product of two noisy factors.
     """
 
     rank: int = pydantic.Field(default=16, gt=0, le=65_536)
@@ -227,6 +230,7 @@ class LoRAConfig(Config):
     exclude_modules: tuple[str, ...] | str = ()
     layers_to_transform: tuple[pydantic.NonNegativeInt, ...] | None = None
     target_parameters: tuple[str, ...] = ()
+    freeze_a: bool = False
 
     @pydantic.field_validator("modules_to_save", mode="before")
     @classmethod

@@ -44,7 +44,7 @@ def save(
     Raises:
         StorageError: It could not be written; earlier artifacts are intact.
     """
-    state = states.capture(engine, operation.include_optimizer)
+    state = engine.capture(operation.include_optimizer)
     known = {
         "schema": SCHEMA,
         "loss": engine.config.loss.type,
@@ -110,7 +110,7 @@ def load(
     state = EngineState.of_parts(facts, tensors)
     # Moments mean something only to the optimiser that made them.
     same = facts["config"]["optimizer"]["name"] == engine.config.optimizer.name
-    states.restore(engine, state, keep_moments=same)
+    engine.restore(state, keep_moments=same)
     restored = state.optimizer is not None and same
     return LoadStateResult(found, engine.step, "READY", restored, facts["position"]), facts
 
@@ -133,7 +133,8 @@ def read_parts(
     for name, size, stream in artifact.parts():
         if name == FACTS:
             facts = parse_facts(stream.read(size), artifact_id)
-            states.check(engine, facts, artifact_id, with_moments=with_moments and facts["has_moments"])
+            moments = with_moments and facts["has_moments"]
+            states.check(facts, engine.config, engine.fingerprint, artifact_id, with_moments=moments)
         elif name == LEDGER:
             facts["ledger"] = json.loads(stream.read(size))
         elif name in states.PARTS:

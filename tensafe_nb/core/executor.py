@@ -9,7 +9,6 @@ from tensafe_nb.core import checkpoints
 from tensafe_nb.core.past import Past, Told
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, JobQueue
-from tensafe_nb.engine import state as states
 from tensafe_nb.engine.accumulation import Tick, mean_of, no_tick
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError
@@ -125,13 +124,13 @@ class Executor:
         if past.state is FutureStatus.COMPLETED:
             if isinstance(job.operation, Sample):
                 engine.samples_drawn += job.operation.sampling.seed is None
-            elif not engine.training_step.resumable:
+            elif not engine.resumable:
                 self._queue.mark_broken(job, "was lost as the server ended")
             elif job.kind in (ForwardBackward, OptimStep, FreezeReference, LoadState):
                 self.execute(job, no_tick)
             return
         if past.streams is not None:
-            states.restore_streams(engine, past.streams)
+            engine.restore_streams(past.streams)
             if job.kind is ForwardBackward:
                 engine.discard_gradients()
             elif job.kind is OptimStep:
@@ -143,7 +142,7 @@ class Executor:
         """Seal the state between two operations, for a process to come, and return its id."""
         self._drop_stale()
         losses, broken = self._losses, self._queue.inherited
-        if losses and not self.engine.training_step.resumable:
+        if losses and not self.engine.resumable:
             losses, broken = [], broken or "what had been accumulated was lost as the server ended"
         saved = checkpoints.save(
             self.engine,
@@ -184,7 +183,7 @@ class Executor:
         """
         engine, store = self.engine, self._vault.artifacts
         # A private window is never sealed: its sum of clipped gradients has no noise yet. It is dropped, and counted.
-        resumable = engine.training_step.resumable
+        resumable = engine.resumable
         window, broken = (self._losses, self._queue.broken) if resumable else ([], None)
         if artifact_id is not None and store.holds(artifact_id):
             saved = store.get(artifact_id)

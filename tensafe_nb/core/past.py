@@ -23,7 +23,7 @@ class Past:
         state: COMPLETED, FAILED or CANCELLED.
         started: Whether it had its turn.
         streams: Where the random streams stood behind it, if it was carried out and did not complete: then it cannot
-            be repeated, and what follows goes on from there. See `engine.state.streams`.
+            be repeated, and what follows goes on from there. See `Engine.streams`.
     """
 
     state: FutureStatus

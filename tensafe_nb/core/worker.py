@@ -19,7 +19,6 @@ from tensafe_nb.core.executor import Executor
 from tensafe_nb.core.past import Keeper, Resumed, Told
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, JobQueue
-from tensafe_nb.engine import state as states
 from tensafe_nb.engine.canaries import audit
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.estimate import estimate
@@ -582,7 +581,7 @@ class Worker:
         executor, self._executor = self._executor, None
         if executor is None:
             return
-        model = weakref.ref(executor.engine.model.causal)
+        model = weakref.ref(executor.engine.holder)
         del executor
         if model() is not None:
             collect()
@@ -600,14 +599,9 @@ class Worker:
             engine = Engine(self.config, model)
             self.config = engine.config  # a folder with an adapter has brought its configuration
             self._guarantee.attach(engine)
-            self._tokenizer = engine.model.tokenizer
-            self._model = {
-                "device": engine.model.device.type,
-                "precision": engine.model.precision,
-                "context": engine.model.context,
-                "trained_parameters": sum(parameter.numel() for parameter in engine.parameters),
-            }
-            loaded_models.add(engine.model.causal)
+            self._tokenizer = engine.tokenizer
+            self._model = engine.about
+            loaded_models.add(engine.holder)
             executor = Executor(
                 engine, self._queue, self._vault, self._guarantee, self._told, self.training_client_id
             )
@@ -820,7 +814,7 @@ class Worker:
         keeper, executor, base = self._keeper, self._executor, None
         if keeper is None:
             return
-        streams = states.streams(executor.engine) if executed and executor is not None else None
+        streams = executor.engine.streams() if executed and executor is not None else None
         once = (LoadState, OptimStep, FreezeReference) if self._private else (LoadState,)
         try:
             if isinstance(outcome, job.kind.result) and job.kind in once and executor is not None:

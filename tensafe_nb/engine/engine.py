@@ -1,10 +1,11 @@
 """One model in training: forward, backward, optimiser step, sampling. Synchronous; knows no queue and no widget."""
 
+import base64
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.sampling import sampler
+from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
 from tensafe_nb.losses import Loss
 from tensafe_nb.losses.policy import exact_entropy
 from tensafe_nb.losses.views import label_logprobs
@@ -85,7 +87,6 @@ class Engine:
         training_step: How it learns: a plain step, or a private one.
         reference: The policy that a KL penalty pulls towards.
         samples_drawn: How many calls have taken their seed from the client's.
-        base_fingerprint: Of the frozen weights; computed when a checkpoint first asks.
 
     Raises:
         ModelLoadError: The model cannot be loaded.
@@ -104,7 +105,6 @@ class Engine:
         if self.model.continued:
             self.reference.freeze(0)  # where training begins is the base with its adapter, not the bare base
         self.samples_drawn = 0
-        self.base_fingerprint: str | None = None
         private = config.dp_config is not None and config.dp_config.enabled
         self.training_step: TrainingStep = (
             AwaitingAccount() if private else PlainStep(self.forward_pass, self.optimizer)
@@ -128,6 +128,31 @@ class Engine:
     def window(self) -> Window:
         """What has been accumulated since the last optimiser step."""
         return self.training_step.window
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a checkpoint takes the open window and the dropout streams along; see `TrainingStep`."""
+        return self.training_step.resumable
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.model.tokenizer
+
+    @property
+    def holder(self) -> object:
+        """Whose end sets the weights' memory free."""
+        return self.model.causal
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What there is to tell of the model, as plain data."""
+        return {
+            "device": self.model.device.type,
+            "precision": self.model.precision,
+            "context": self.model.context,
+            "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
+        }
 
     # training
 
@@ -240,3 +265,78 @@ class Engine:
         turns = turn_ends(self.model.tokenizer, prompts)
         drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell)
         return SampleResult(tuple(drawn), self.policy_version)
+
+    # state
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the frozen weights; computed when a checkpoint first asks."""
+        return fingerprint(self.model)
+
+    def capture(self, include_optimizer: bool) -> EngineState:
+        """Return the state. The tensors are the live ones: use them before the engine goes on.
+
+        Of private training, the open window is left out: its gradients carry no noise yet. So are the random streams:
+        a private client draws from none that could be repeated.
+        """
+        window = self.window if self.resumable else Window()
+        facts = {
+            "step": self.step,
+            "policy_version": self.policy_version,
+            "config": self.config.model_dump(mode="json"),
+            "base": self.fingerprint,
+            "reference_version": self.reference.version,
+            "window": {
+                "weight": window.weight,
+                "batches": window.batches,
+                "prenormalised": window.prenormalised,
+            },
+        } | self.streams()
+        gradients = {name: p.grad for name, p in self.model.trainable if p.grad is not None}
+        moments = self.optimizer.moments() if include_optimizer else None
+        weights = {name: p.detach() for name, p in self.model.own}
+        return EngineState(facts, weights, moments, gradients, self.reference.weights)
+
+    def restore(self, state: EngineState, *, keep_moments: bool = True) -> None:
+        """Take over a state that `state.check` has found to fit.
+
+        Args:
+            state: What to go on from.
+            keep_moments: False starts the optimiser's moments at zero.
+
+        Raises:
+            ValidationError: Tensors are missing, or have other shapes. Nothing has changed.
+        """
+        parameters: dict[str, Tensor] = dict(self.model.own)
+        check_tensors(parameters, state)
+        facts = state.facts
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(state.weights[name])
+        self.discard_gradients()
+        for name, gradient in state.gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)  # sums of the open window
+        self.training_step.window = Window(**facts["window"])
+        self.optimizer.restore_moments((state.optimizer or {}) if keep_moments else {})
+        if facts["config"]["seed"] == self.config.seed:  # the streams belong to the seed
+            self.restore_streams(facts)
+        self.reference.restore(state.reference, facts["reference_version"])
+        self.optimizer.step = facts["step"]
+        # A client that has trained gives the loaded weights a number of their own: a version never names two.
+        here, saved = self.policy_version, facts["policy_version"]
+        self.optimizer.policy_version = saved if here == 0 else max(here, saved) + 1
+
+    def streams(self) -> dict[str, Any]:
+        """Return where the random streams stand, as plain data."""
+        random = self.forward_pass.random if self.resumable else {}
+        return {
+            "samples_drawn": self.samples_drawn,
+            "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in random.items()},
+        }
+
+    def restore_streams(self, facts: Mapping[str, Any]) -> None:
+        """Let the random streams go on from where `streams` found them."""
+        self.samples_drawn = facts["samples_drawn"]
+        random = self.forward_pass.random
+        for name in random.keys() & facts["random"].keys():
+            random[name] = torch.tensor(list(base64.b64decode(facts["random"][name])), dtype=torch.uint8)

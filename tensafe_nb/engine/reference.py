@@ -49,8 +49,13 @@ class Reference:
             return
         self.check_base()
         # an adapter begins at B = 0: the base by itself is the policy before its first step
-        with self._model.peft.disable_adapter():  # type: ignore[union-attr]
-            yield
+        frozen = [p for p in self._model.causal.parameters() if not p.requires_grad]
+        try:
+            with self._model.peft.disable_adapter():  # type: ignore[union-attr]
+                yield
+        finally:
+            for parameter in frozen:  # PEFT lets all of an adapter be trained when it comes back
+                parameter.requires_grad_(False)
 
     def check_base(self) -> None:
         """Refuse to take the base for the reference where training changes it, or there is no adapter to leave out.

@@ -1,6 +1,5 @@
 """The state of an engine as named tensors and plain facts, and back; a state that does not fit moves nothing."""
 
-import base64
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
-from tensafe_nb.engine.accumulation import Window
-from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.store.sealed.tensors import Readable, TensorPart, read_tensors
 
@@ -84,89 +82,25 @@ def tensor_of(dtype: str, shape: tuple[int, ...], data: memoryview) -> Tensor:
     return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
 
 
-def capture(engine: Engine, include_optimizer: bool) -> EngineState:
-    """Return an engine's state. The tensors are the live ones: use them before the engine goes on.
-
-    Of private training, the open window is left out: its gradients carry no noise yet. So are the random streams: a
-    private client draws from none that could be repeated.
-    """
-    window = engine.window if engine.training_step.resumable else Window()
-    facts = {
-        "step": engine.step,
-        "policy_version": engine.policy_version,
-        "config": engine.config.model_dump(mode="json"),
-        "base": fingerprint(engine),
-        "reference_version": engine.reference.version,
-        "window": {
-            "weight": window.weight,
-            "batches": window.batches,
-            "prenormalised": window.prenormalised,
-        },
-    } | streams(engine)
-    trained = engine.model.trainable
-    gradients = {name: p.grad for name, p in trained if p.grad is not None}
-    moments = engine.optimizer.moments() if include_optimizer else None
-    weights = {name: p.detach() for name, p in trained}
-    return EngineState(facts, weights, moments, gradients, engine.reference.weights)
-
-
-def streams(engine: Engine) -> dict[str, Any]:
-    """Return where an engine's random streams stand, as plain data."""
-    random = engine.forward_pass.random if engine.training_step.resumable else {}
-    return {
-        "samples_drawn": engine.samples_drawn,
-        "random": {name: base64.b64encode(bytes(s.tolist())).decode() for name, s in random.items()},
-    }
-
-
-def restore_streams(engine: Engine, facts: Mapping[str, Any]) -> None:
-    """Let an engine's random streams go on from where `streams` found them."""
-    engine.samples_drawn = facts["samples_drawn"]
-    random = engine.forward_pass.random
-    for name in random.keys() & facts["random"].keys():
-        random[name] = torch.tensor(list(base64.b64decode(facts["random"][name])), dtype=torch.uint8)
-
-
-def restore(engine: Engine, state: EngineState, *, keep_moments: bool = True) -> None:
-    """Give an engine a state that `check` has found to fit.
+def check(
+    facts: Mapping[str, Any], config: TrainingConfig, base: str, artifact_id: str, *, with_moments: bool
+) -> None:
+    """Refuse a state that was saved by a client of another model, adapter or optimiser.
 
     Args:
-        engine: Whose state to replace.
-        state: What to replace it with.
-        keep_moments: False starts the optimiser's moments at zero.
-
-    Raises:
-        ValidationError: Tensors are missing, or have other shapes. Nothing has changed.
-    """
-    check_tensors(engine, state)
-    facts, parameters = state.facts, dict(engine.model.trainable)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state.weights[name])
-    engine.discard_gradients()
-    for name, gradient in state.gradients.items():
-        parameters[name].grad = gradient.to(parameters[name].device)  # sums of the open window
-    engine.training_step.window = Window(**facts["window"])
-    engine.optimizer.restore_moments((state.optimizer or {}) if keep_moments else {})
-    if facts["config"]["seed"] == engine.config.seed:  # the streams belong to the seed
-        restore_streams(engine, facts)
-    engine.reference.restore(state.reference, facts["reference_version"])
-    engine.optimizer.step = facts["step"]
-    # A client that has trained gives the loaded weights a number of their own: a version never names two.
-    here, saved = engine.policy_version, facts["policy_version"]
-    engine.optimizer.policy_version = saved if here == 0 else max(here, saved) + 1
-
-
-def check(engine: Engine, facts: Mapping[str, Any], artifact_id: str, *, with_moments: bool) -> None:
-    """Refuse a state that was saved by a client of another model, adapter or optimiser.
+        facts: Of the state.
+        config: What is trained here.
+        base: The fingerprint of the model here.
+        artifact_id: Where the state lies.
+        with_moments: Whether the optimiser's moments are to be taken over too.
 
     Raises:
         ValidationError: Lists every difference; `details["differences"]` holds them as well.
     """
     saved = TrainingConfig(**facts["config"])
-    found = list(differences(saved, engine.config, same_base=facts["base"] == fingerprint(engine)))
-    if with_moments and saved.optimizer.name != engine.config.optimizer.name:
-        found.append(("optimizer.name", saved.optimizer.name, engine.config.optimizer.name))
+    found = list(differences(saved, config, same_base=facts["base"] == base))
+    if with_moments and saved.optimizer.name != config.optimizer.name:
+        found.append(("optimizer.name", saved.optimizer.name, config.optimizer.name))
     if found:
         listed = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, there, here in found)
         raise ValidationError(
@@ -176,20 +110,18 @@ def check(engine: Engine, facts: Mapping[str, Any], artifact_id: str, *, with_mo
         )
 
 
-def fingerprint(engine: Engine) -> str:
+def fingerprint(model: LoadedModel) -> str:
     """Return a hash that tells base models apart: names, shapes, and some values of every frozen tensor."""
-    if engine.base_fingerprint is None:
-        digest = hashlib.sha256()
-        for name, parameter in engine.model.causal.named_parameters():
-            if ".lora_" not in name and ".modules_to_save." not in name:
-                plain = name.replace(".base_layer", "").replace(".original_module", "")
-                digest.update(f"{plain}{tuple(parameter.shape)}".encode())
-                if engine.model.peft is not None and not parameter.requires_grad:
-                    values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // PROBES)]
-                    rounded = values.to(torch.bfloat16).float()  # the same whatever dtype it is kept in
-                    digest.update(rounded.cpu().numpy().tobytes())
-        engine.base_fingerprint = f"sha256:{digest.hexdigest()}"
-    return engine.base_fingerprint
+    digest = hashlib.sha256()
+    for name, parameter in model.causal.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            plain = name.replace(".base_layer", "").replace(".original_module", "")
+            digest.update(f"{plain}{tuple(parameter.shape)}".encode())
+            if model.peft is not None and not parameter.requires_grad:
+                values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // PROBES)]
+                rounded = values.to(torch.bfloat16).float()  # the same whatever dtype it is kept in
+                digest.update(rounded.cpu().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def differences(
@@ -217,9 +149,9 @@ def _adapter_name(lora: LoRAConfig | None) -> str:
     return "all weights" if lora is None else f"LoRA of rank {lora.rank}"
 
 
-def check_tensors(engine: Engine, state: EngineState) -> None:
-    """Refuse a state whose tensors are not those of the engine's trained weights, by name and shape."""
-    expected = {name: tuple(p.shape) for name, p in engine.model.trainable}
+def check_tensors(own: Mapping[str, Tensor], state: EngineState) -> None:
+    """Refuse a state whose tensors are not those of a model's own weights, by name and shape."""
+    expected = {name: tuple(p.shape) for name, p in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
     others = [*state.gradients.items(), *(state.reference or {}).items()]
     strays = {n for n, t in others if expected.get(n) != tuple(t.shape)}

@@ -21,6 +21,7 @@ from tensafe_nb.engine.models import memory
 T = TypeVar("T")
 
 AHEAD = 1 << 24  # bytes read at a time
+ADAPTER, FACTOR_A = ".lora_", ".lora_A."  # in the names of what PEFT adds
 CONTENTS = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model's repository, beside its weights
 
 
@@ -105,6 +106,7 @@ def plain_name(name: str) -> str:
 def twin_of(modules: Any) -> Any:
     """Copy modules: frozen tensors stay the same memory, under Parameter objects of their own, and so do masks.
 
+    An adapter is copied whole, with what of it is frozen: another state may be loaded into one of the two.
     Other buffers are copied: they are small, and some architectures write in theirs.
     """
     whole: list[nn.Module] = [
@@ -112,8 +114,8 @@ def twin_of(modules: Any) -> Any:
     ]
     memo: dict[int, Any] = {}
     for module in whole:
-        for parameter in module.parameters():
-            if not parameter.requires_grad and id(parameter) not in memo:
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad and ADAPTER not in name and id(parameter) not in memo:
                 memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
         memo |= {id(buffer): buffer for buffer in module.buffers() if buffer.dtype is torch.bool}
     return copy.deepcopy(modules, memo)

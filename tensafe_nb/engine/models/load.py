@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
 from tensafe_nb.engine.models import adapter_folders, adapters, gguf, reading
-from tensafe_nb.engine.models.bases import BASES, TOKENIZERS, Base, identity_of, plain_name, twin_of
+from tensafe_nb.engine.models.bases import BASES, FACTOR_A, TOKENIZERS, Base, identity_of, plain_name, twin_of
 from tensafe_nb.errors import ModelLoadError, TGTinkerError, nearest
 from tensafe_nb.store.home import Home
 
@@ -92,6 +92,12 @@ class LoadedModel:
         trained = [(name, p) for name, p in self.causal.named_parameters() if p.requires_grad]
         head = self.value_head.named_parameters(prefix="value_head") if self.value_head is not None else ()
         return [*trained, *head]
+
+    @property
+    def own(self) -> list[tuple[str, nn.Parameter]]:
+        """What a checkpoint holds: all that is trained, and the A that stays beside a trained B."""
+        frozen = [(n, p) for n, p in self.causal.named_parameters() if not p.requires_grad and FACTOR_A in n]
+        return [*self.trainable, *frozen]
 
     @property
     def end_tokens(self) -> frozenset[int]:

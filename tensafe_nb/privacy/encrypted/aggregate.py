@@ -4,6 +4,9 @@ All members of a cohort share one secret key, and the server has none. The serve
 open every update; who cannot exclude that needs another protocol. The mean itself still tells something about each
 member: clip and add noise on the members' side for a bound on that.
 
+A slot of CKKS is a complex number, and to add is to add both of its parts: each holds a number of its own, so that a
+ciphertext holds N of them, not N/2.
+
 The mean of Bs and the mean of As is not the mean of the B·A. Where all members keep the same A and train B alone, it is
 (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313): `Layout.of(tensors, frozen=["lora_A"])` sends the Bs, and refuses a
 member whose A is another one.
@@ -20,12 +23,14 @@ import numpy as np
 
 from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.envelope import Connection, KeySource, open_bundle
-from tensafe_nb.privacy.encrypted.parameters import parameters_named
-from tensafe_nb.privacy.encrypted.scheme import Vector, dump, scheme_of
+from tensafe_nb.privacy.encrypted.parameters import Parameters, parameters_named
+from tensafe_nb.privacy.encrypted.scheme import Tick, Vector, dump, no_tick, scheme_of
 
 MOST_MEMBERS = 4096
 MOST_PARAMETERS = 2**24
-MOST_TOTAL = 2.0**13  # what a sum may reach in a slot: 60 bits less those of the scale, with room
+MOST_TOTAL = (
+    2.0**13
+)  # of a sum: with both parts so large it takes √2·2^13·2^45 of the 2^59 that 60 bits have by sign
 GRID = 2.0**-24  # the mean is rounded to multiples of it: values of CKKS are never published raw
 Tensors = Mapping[str, Any]
 
@@ -195,6 +200,7 @@ class CohortMember:
         weight: float = 1.0,
         clip: float | None = None,
         noise_multiplier: float = 0.0,
+        tick: Tick = no_tick,
     ) -> bytes:
         """Encrypt this member's update, once.
 
@@ -205,6 +211,8 @@ class CohortMember:
             clip: C: an update whose L2 norm is larger is scaled down to it.
             noise_multiplier: σ. Each member adds N(0, σ²C²/K), so that the sum of K honest ones has noise of σC. It
                 needs `clip`, and members that count alike.
+            tick: Called as `tick(done, total)` between ciphertexts. If it raises, nothing was encrypted, and the member
+                may do so again.
 
         Raises:
             ValidationError: The update, or another argument, does not fit.
@@ -233,31 +241,40 @@ class CohortMember:
             raise ValidationError(
                 f"A value of {largest:.3g} is too large: {self.members} such would leave the range of {MOST_TOTAL:g}."
             )
-        self._spent = True
-        row = np.zeros(_ciphertexts(len(flat), self.parameters.slots) * self.parameters.slots)
+        row = np.zeros(_ciphertexts(len(flat), self.parameters) * self.parameters.degree)
         row[: len(flat)], row[len(flat)] = weight * flat, weight
-        parts = []
-        for slots in row.reshape(-1, self.parameters.slots):
+        parts: list[bytes] = []
+        rows = row.view(np.complex128).reshape(-1, self.parameters.slots)
+        for slots in rows:
+            tick(len(parts), len(rows))
             plain = self._scheme.encode(slots, 0, self.parameters.scale)
             parts.append(dump(self._encryptor.encrypt_symmetric(plain)))
+        self._spent = True
         return self._connection.seal("update", self.number, {}, parts)
 
-    def decrypt(self, total: bytes) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    def decrypt(
+        self, total: bytes, *, tick: Tick = no_tick
+    ) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """Return the mean of all members' updates, rounded to multiples of 2^-24, as float32 by name.
+
+        Args:
+            total: What `Aggregator.total` returned.
+            tick: Called as `tick(done, total)` between ciphertexts.
 
         Raises:
             EncryptionContextError: It is not the total of this round, or was altered.
         """
         message = self._connection.open(total, "total")
         if message.sequence != self.members or len(message.parts) != _ciphertexts(
-            self.layout.size, self.parameters.slots
+            self.layout.size, self.parameters
         ):
             raise EncryptionContextError("The total does not hold the updates of all members.")
-        rows = []
+        rows: list[Vector] = []
         for part in message.parts:
+            tick(len(rows), len(message.parts))
             plain = self._scheme.seal.Plaintext()
             self._decryptor.decrypt(self._scheme.ciphertext(part, 0), plain)
-            rows.append(self._scheme.decode(plain))
+            rows.append(self._scheme.decode_complex(plain).view(np.float64))
         row = np.concatenate(rows)
         weight = row[self.layout.size]
         if not 0 < weight <= self.members + 1e-3:
@@ -280,7 +297,7 @@ class Aggregator:
         self._connection, message = open_bundle(bundle, keys)
         self.parameters = parameters_named(message.fields.get("params"), "sum")
         self.members = message.number("members", 2, MOST_MEMBERS)
-        self._count = _ciphertexts(message.number("size", 1, MOST_PARAMETERS), self.parameters.slots)
+        self._count = _ciphertexts(message.number("size", 1, MOST_PARAMETERS), self.parameters)
         self._scheme = scheme_of(self.parameters)
         self._evaluator = self._scheme.seal.Evaluator(self._scheme.context)
         self._sum: list[Any] = []
@@ -289,8 +306,12 @@ class Aggregator:
     def __repr__(self) -> str:
         return f"Aggregator({len(self._added)} of {self.members} members, holds no key of the scheme)"
 
-    def add(self, update: bytes) -> None:
+    def add(self, update: bytes, *, tick: Tick = no_tick) -> None:
         """Add one member's update.
+
+        Args:
+            update: What `CohortMember.encrypt` returned.
+            tick: Called as `tick(done, total)` between ciphertexts. If it raises, the sum is as it was.
 
         Raises:
             EncryptionContextError: It was altered, is of another round or shape, or that member's is in already.
@@ -306,7 +327,10 @@ class Aggregator:
                 f"The update has {len(message.parts)} ciphertexts; this round's have {self._count}."
             )
         # all are looked at before any is added: a refused update leaves the sum as it was
-        parts = [self._scheme.ciphertext(part, 0) for part in message.parts]
+        parts: list[Any] = []
+        for part in message.parts:
+            tick(len(parts), len(message.parts))
+            parts.append(self._scheme.ciphertext(part, 0))
         for total, part in zip(self._sum, parts, strict=True) if self._sum else ():
             self._evaluator.add_inplace(total, part)
         self._sum = self._sum or parts
@@ -325,8 +349,10 @@ class Aggregator:
         return self._connection.seal("total", self.members, {}, [dump(part) for part in self._sum])
 
 
-def _ciphertexts(size: int, slots: int) -> int:
-    return ceil((size + 1) / slots)  # one more than the numbers: the weight
+def _ciphertexts(size: int, parameters: Parameters) -> int:
+    return ceil(
+        (size + 1) / parameters.degree
+    )  # two numbers in a slot; one more than the numbers: the weight
 
 
 def _noise(count: int, standard_deviation: float) -> Vector:

@@ -19,7 +19,7 @@ from tensafe_nb.privacy.encrypted.packing import (
     plan_of,
 )
 from tensafe_nb.privacy.encrypted.parameters import parameters_named
-from tensafe_nb.privacy.encrypted.scheme import Vector, dump, scheme_of
+from tensafe_nb.privacy.encrypted.scheme import Tick, Vector, dump, no_tick, scheme_of
 
 # A token's largest value is brought into [2^7, 2^8) before it is encrypted. A rotation adds noise of about 1e-6, since
 # the prime for key switching is no larger than the first: what is rotated should be well above that.
@@ -111,8 +111,12 @@ class HEClient:
         }
         return self._connection.bundle(fields, parts, self._keys)
 
-    def encrypt(self, x: Any) -> bytes:
+    def encrypt(self, x: Any, *, tick: Tick = no_tick) -> bytes:
         """Encrypt (S, d_in) activations of S tokens, in as few ciphertexts as they cost least.
+
+        Args:
+            x: The activations.
+            tick: Called as `tick(done, total)` between ciphertexts. If it raises, nothing was asked.
 
         Raises:
             ValidationError: Another shape, values that are not finite or beyond `max_abs`, or too many tokens.
@@ -129,11 +133,11 @@ class HEClient:
         loudest = np.abs(given).max(axis=1)
         exponents = np.where(loudest > 0, LOUDEST - np.frexp(loudest)[1], 0)
         scaled = np.ldexp(given, exponents[:, None])
-        parts = [
-            self._encrypted(slots)
-            for start in range(0, len(scaled), plan.tokens)
-            for slots in plan.packed(scaled[start : start + plan.tokens])
-        ]
+        parts: list[bytes] = []
+        for start in range(0, len(scaled), plan.tokens):
+            for slots in plan.packed(scaled[start : start + plan.tokens]):
+                tick(len(parts), blocks * plan.inputs)
+                parts.append(self._encrypted(slots))
         with self._lock:
             if len(self._waiting) >= MOST_WAITING:
                 raise ValidationError(
@@ -145,10 +149,14 @@ class HEClient:
                 "request", self._sent, {"tokens": len(given), "packing": plan.tokens}, parts
             )
 
-    def decrypt(self, reply: bytes) -> Vector:
+    def decrypt(self, reply: bytes, *, tick: Tick = no_tick) -> Vector:
         """Return the (S, d_out) that a server computed; each reply once, in the order of the requests.
 
         A reply may be missing: those after it are taken, and it is refused when it comes late.
+
+        Args:
+            reply: What `HEServer.apply` returned.
+            tick: Called as `tick(done, total)` between ciphertexts. If it raises, the reply has been used up.
 
         Raises:
             EncryptionContextError: It is not the reply to a request of this client that waits, or was altered.
@@ -169,8 +177,11 @@ class HEClient:
             exponent = message.number("exponent", -MOST_EXPONENT, MOST_EXPONENT)
             while self._waiting and next(iter(self._waiting)) <= message.sequence:
                 self._waiting.popitem(last=False)
-        slots = np.stack([self._decrypted(part) for part in message.parts])
-        rounds = slots.reshape(blocks, plan.outputs, plan.slots)
+        slots: list[Vector] = []
+        for part in message.parts:
+            tick(len(slots), len(message.parts))
+            slots.append(self._decrypted(part))
+        rounds = np.stack(slots).reshape(blocks, plan.outputs, plan.slots)
         y = np.concatenate([plan.unpacked(one) for one in rounds])[: asked.tokens]
         result: Vector = np.ldexp(y, exponent - asked.exponents[:, None])
         return result

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,13 @@ from tensafe_nb.errors import EncryptionContextError
 from tensafe_nb.privacy.encrypted.parameters import Parameters
 
 Vector = NDArray[np.float64]
+Tick = Callable[[int, int], None]  # told how much of how much is done; what it raises stops the call there
 GENERATOR = 3  # of the rotations: one by `step` slots is the automorphism X → X^(3^step)
 SCALE_SLACK = 1e-6  # how far a ciphertext's scale may lie from the declared one, as a ratio
+
+
+def no_tick(done: int, total: int) -> None:
+    """Report progress to nobody."""
 
 
 def library() -> Any:
@@ -68,7 +73,7 @@ class Scheme:
             self.levels.append(data.parms_id())
             data = data.next_context_data()
 
-    def encode(self, values: Vector, level: int, scale: float) -> Any:
+    def encode(self, values: Vector | NDArray[np.complex128], level: int, scale: float) -> Any:
         """Return the plaintext of (slots,) numbers for ciphertexts of this level, 0 being the fresh one."""
         plain = self.seal.Plaintext()
         self.encoder.encode(values.tolist(), self.levels[level], scale, plain)
@@ -76,6 +81,9 @@ class Scheme:
 
     def decode(self, plain: Any) -> Vector:
         return np.array(self.encoder.decode_double(plain))
+
+    def decode_complex(self, plain: Any) -> NDArray[np.complex128]:
+        return np.array(self.encoder.decode_complex(plain))
 
     def element(self, step: int) -> int:
         """Return the automorphism that rotates by so many slots to the left."""

@@ -1,6 +1,7 @@
 """The half that holds the adapter: it computes on ciphertexts that it cannot read."""
 
 import threading
+from collections.abc import Callable
 from math import ceil, log2
 from typing import Any
 
@@ -11,7 +12,16 @@ from tensafe_nb.privacy.encrypted.client import LOUDEST, MOST_EXPONENT, steps_of
 from tensafe_nb.privacy.encrypted.envelope import MOST_MESSAGE, KeySource, Message, open_bundle
 from tensafe_nb.privacy.encrypted.packing import MOST_TOKENS, PACKINGS, PackingPlan, Shape, plan_of
 from tensafe_nb.privacy.encrypted.parameters import parameters_named
-from tensafe_nb.privacy.encrypted.scheme import Arithmetic, Counts, Scheme, Vector, dump, scheme_of
+from tensafe_nb.privacy.encrypted.scheme import (
+    Arithmetic,
+    Counts,
+    Scheme,
+    Tick,
+    Vector,
+    dump,
+    no_tick,
+    scheme_of,
+)
 
 # A result is read modulo the last prime, 60 bits, at a scale of 40: it has to stay below 2^19 in every slot.
 MOST_RESULT = 2.0**18
@@ -70,8 +80,12 @@ class HEServer:
         """What was done to ciphertexts so far."""
         return self._arithmetic.counts
 
-    def apply(self, request: bytes) -> bytes:
+    def apply(self, request: bytes, *, tick: Tick = no_tick) -> bytes:
         """Return the reply to a request; each is taken once, and none behind a later one.
+
+        Args:
+            request: What `HEClient.encrypt` returned.
+            tick: Called as `tick(done, total)` between ciphertexts. If it raises, the request has been used up.
 
         Raises:
             EncryptionContextError: It was altered, replayed or reordered, is too large, or of another shape.
@@ -95,19 +109,29 @@ class HEServer:
                     f"The request has {len(message.parts)} ciphertexts; its tokens make {blocks * plan.inputs}."
                 )
             # all of them are looked at before any is computed with
-            inputs = [self._scheme.ciphertext(part, 0) for part in message.parts]
+            turns = blocks * plan.chunks * (plan.turns_in + plan.turns_out)
+            inputs = []
+            for part in message.parts:
+                tick(0, turns)
+                inputs.append(self._scheme.ciphertext(part, 0))
+            ahead = iter(range(turns))
             parts = [
                 part
                 for block in range(blocks)
-                for part in self._applied(plan, inputs[block * plan.inputs : (block + 1) * plan.inputs])
+                for part in self._applied(
+                    plan,
+                    inputs[block * plan.inputs : (block + 1) * plan.inputs],
+                    lambda: tick(next(ahead), turns),
+                )
             ]
             return self._connection.seal("reply", message.sequence, {"exponent": self._exponent}, parts)
 
-    def _applied(self, plan: PackingPlan, inputs: list[Any]) -> list[bytes]:
+    def _applied(self, plan: PackingPlan, inputs: list[Any], turned: Callable[[], None]) -> list[bytes]:
         do, outputs = self._arithmetic, [None] * plan.outputs
         for chunk in range(plan.chunks):
             w = None
             for turn in reversed(range(plan.turns_in)):  # Horner: w = x∘A_0 + rot(x∘A_1 + rot(x∘A_2 + …))
+                turned()
                 if w is not None:
                     w = do.rotated(w, plan.tokens)
                 for which, x in enumerate(inputs):
@@ -116,6 +140,7 @@ class HEServer:
                 continue
             u = do.folded(do.rescaled(w), plan.sum_steps)
             for turn in range(plan.turns_out):
+                turned()
                 if turn:
                     u = do.rotated(u, plan.tokens)
                 for which in range(plan.outputs):

@@ -153,13 +153,9 @@ def test_one_at_a_time_has_dropout_of_its_own_too(random_model: Any) -> None:
 
 
 def test_the_random_state_of_private_training_is_in_no_checkpoint(service: tn.ServiceClient) -> None:
-    from tensafe_nb.engine import state
-
     engine = private_engine(lora=tn.LoRAConfig(rank=2, dropout=0.5))
-    assert state.capture(engine, include_optimizer=True).facts["random"] == {}
-    assert state.capture(Engine(tn.TrainingConfig()), include_optimizer=True).facts["random"].keys() == {
-        "cpu"
-    }
+    assert engine.capture(include_optimizer=True).facts["random"] == {}
+    assert Engine(tn.TrainingConfig()).capture(include_optimizer=True).facts["random"].keys() == {"cpu"}
 
 
 def test_a_draw_with_dropout_takes_a_step() -> None:

@@ -43,6 +43,18 @@ def test_the_mean_is_that_in_clear_on_a_grid() -> None:
             assert (values / GRID == np.round(values / GRID)).all(), "raw CKKS values tell of the secret key"
 
 
+def test_a_sum_at_the_edge_of_what_is_taken_does_not_wrap_around() -> None:
+    edge = np.full(8192, 4095.9)
+    edge[::3] *= -1
+    given = [{"w": edge}, {"w": edge}]
+    cohort, server, members = round_of(given)
+    for member, update in zip(members, given, strict=True):
+        server.add(member.encrypt(update))
+    assert np.abs(members[0].decrypt(server.total())["w"] - edge).max() < 1e-3  # float32 has 24 bits
+    with pytest.raises(ValidationError, match="too large"):
+        CohortMember(cohort.secret_bytes(), 1).encrypt({"w": edge * 1.001})
+
+
 def test_members_count_by_their_weights_which_the_server_does_not_see() -> None:
     given, weights = updates(3), [1.0, 0.25, 0.5]
     _, server, members = round_of(given)
@@ -121,6 +133,31 @@ def test_an_update_that_was_altered_or_is_of_another_round_leaves_the_sum_as_it_
     server.add(good)
     exact = np.mean([one["q.lora_B"] for one in given], axis=0)
     assert np.abs(members[0].decrypt(server.total())["q.lora_B"] - exact).max() < 1e-6
+
+
+def test_a_round_can_be_stopped_between_ciphertexts_and_goes_on_as_if_it_had_not_begun() -> None:
+    given = [{"w": np.full(18_000, float(n))} for n in range(2)]  # of three ciphertexts
+    cohort = Cohort(Layout.of(given[0]), members=2)
+    server = Aggregator(cohort.public_bundle())
+    members = [CohortMember(cohort.secret_bytes(), number) for number in range(2)]
+    seen: list[tuple[int, int]] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == 2:
+            raise InterruptedError
+
+    for member, update in zip(members, given, strict=True):
+        with pytest.raises(InterruptedError):
+            member.encrypt(update, tick=stop)
+        encrypted = member.encrypt(update)
+        with pytest.raises(InterruptedError):
+            server.add(encrypted, tick=stop)
+        server.add(encrypted)
+    with pytest.raises(InterruptedError):
+        members[0].decrypt(server.total(), tick=stop)
+    assert np.abs(members[0].decrypt(server.total())["w"] - 0.5).max() < 1e-6
+    assert seen == [(0, 3), (1, 3), (2, 3)] * 5
 
 
 def test_a_total_of_others_is_refused() -> None:

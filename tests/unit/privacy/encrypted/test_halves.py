@@ -269,3 +269,43 @@ def test_reprs_show_no_secret_and_the_threat_model_says_who_is_not_stopped() -> 
         "client is compromised",
     ):
         assert words in THREAT_MODEL
+
+
+class Stop(Exception):
+    """Raised by who cancels."""
+
+
+def test_each_half_can_be_stopped_between_ciphertexts_and_goes_on_afterwards() -> None:
+    client, server = connected((48, 2048, 4), tokens=8)
+    x = activations(40, 48)
+    seen: list[tuple[int, int]] = []
+
+    def tick(done: int, total: int) -> None:
+        assert 0 <= done < total
+        seen.append((done, total))
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise Stop
+
+    request = client.encrypt(x, tick=tick)
+    assert [done for done, _ in seen] == list(range(seen[0][1])), "of the ciphertexts that go"
+    seen.clear()
+    reply = server.apply(request, tick=tick)
+    last, total = seen[-1]
+    assert last == total - 1 > 8, "of the turns that the server takes"
+    seen.clear()
+    assert error(client.decrypt(reply, tick=tick), in_clear(adapter(48, 2048, 4), x)) <= BOUND
+    assert len(seen) == seen[0][1] > 1
+
+    for cancelled in ("encrypt", "apply", "decrypt"):
+        asked, done = client._sent, server.counts.multiplications
+        with pytest.raises(Stop):
+            request = client.encrypt(x, tick=stop if cancelled == "encrypt" else tick)
+            reply = server.apply(request, tick=stop if cancelled == "apply" else tick)
+            client.decrypt(reply, tick=stop if cancelled == "decrypt" else tick)
+        assert client._sent == asked + (cancelled != "encrypt"), "nothing was asked"
+        spent = server.counts.multiplications - done
+        assert (spent == 0) == (cancelled == "encrypt")
+    delta = client.decrypt(server.apply(client.encrypt(x)))
+    assert error(delta, in_clear(adapter(48, 2048, 4), x)) <= BOUND
