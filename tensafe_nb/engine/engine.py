@@ -263,7 +263,8 @@ class Engine:
             own = f"{self.config.seed}/{self.samples_drawn}".encode()
             seed = int.from_bytes(hashlib.blake2b(own, digest_size=6).digest(), "big")
         turns = turn_ends(self.model.tokenizer, prompts)
-        drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell)
+        streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
+        drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell, streams)
         return SampleResult(tuple(drawn), self.policy_version)
 
     # state

@@ -13,7 +13,7 @@ from tensafe_nb.protocol.codec import tagged
 Message: TypeAlias = Mapping[str, Any]  # role and content, a text; content is None beside tool_calls
 Prompt: TypeAlias = (
     str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
-)  # the last: {"messages", "tools"}
+)  # the last: {"messages", "tools"}, or {"tokens", "chat", "stream"} for a conversation that goes on
 
 
 class ClientStatus(StrEnum):

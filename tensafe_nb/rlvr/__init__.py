@@ -9,14 +9,25 @@ from tensafe_nb.rlvr.algorithms.options import PPOConfig, REINFORCEConfig, Value
 from tensafe_nb.rlvr.algorithms.policy_gradient import PPO, REINFORCE
 from tensafe_nb.rlvr.algorithms.presets import get_presets, register_preset
 from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.environments.environment import (
+    Environment,
+    Outcome,
+    RolloutEnded,
+    Turn,
+    environment,
+    get_registered_environments,
+    resolve_environment,
+)
+from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.rewards.composite import Part
 from tensafe_nb.rlvr.rewards.reward import Reward, get_registered_rewards, register_reward, resolve_reward
 from tensafe_nb.rlvr.rollouts.prompts import gym_prompts
 from tensafe_nb.rlvr.rollouts.samplers import MockRolloutSampler, PolicySampler
-from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, rescore
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, TurnRecord
+from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport
 from tensafe_nb.rlvr.trainer import RLVRTrainer
 from tensafe_nb.rlvr.watch.preview import RewardPreview, preview_reward
+from tensafe_nb.rlvr.watch.rescoring import rescore
 
 __all__ = [
     "RLVRTrainer",
@@ -28,11 +39,20 @@ __all__ = [
     "get_presets",
     "register_preset",
     "UpdateResult",
+    "environment",
+    "Environment",
+    "Turn",
+    "Outcome",
+    "RolloutEnded",
+    "resolve_environment",
+    "get_registered_environments",
     "PolicySampler",
+    "EnvironmentSampler",
     "MockRolloutSampler",
     "Trajectory",
     "TrajectoryBatch",
     "RolloutGroup",
+    "TurnRecord",
     "Reward",
     "register_reward",
     "resolve_reward",

@@ -12,6 +12,9 @@ from tensafe_nb.events import Alarm, Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.rlvr.algorithms.policy_gradient import Algorithm
 from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.environments.environment import Environment
+from tensafe_nb.rlvr.environments.replay import report
+from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.policy import PolicyClient
 from tensafe_nb.rlvr.rewards.conventions import TrainerState
 from tensafe_nb.rlvr.rewards.reward import Reward
@@ -33,12 +36,12 @@ TOO_MANY = 0.5  # share of failed rewards above which nobody should train on the
 class Trainer(Protocol):
     """What the loop reads and moves of a trainer, whose options may change between two steps."""
 
-    reward: Reward
+    reward: Reward | Environment
     reward_timeout: float | None
     on_reward_errors: Literal["pause", "fail"]
     algo: Algorithm
     prompts: PromptCursor
-    sampler: PolicySampler
+    sampler: PolicySampler | EnvironmentSampler
     eval_every: int | None
     held_out: HeldOut | None
     alarms: Alarms
@@ -81,7 +84,7 @@ class Step:
     """A step on its way, between `submit` and `collect`; without an update where nothing was scored."""
 
     batch: TrajectoryBatch
-    reward: Reward
+    reward: Reward | Environment
     report: ScoreReport
     goal: Goal
     clock: Clock
@@ -131,7 +134,7 @@ class RLVRLoop:
         """Sample, score and queue the update of one step; wait for the samples in between."""
         if index == 0:
             self._trainer.check_prompts()
-        before = self._held_out.submit() if self._held_out and index == 0 else []
+        before = self._held_out.submit(self._run.wait) if self._held_out and index == 0 else []
         try:
             step = self._under_way[index] = self.sample_and_score()
             self.begin_update(index, step)
@@ -142,7 +145,7 @@ class RLVRLoop:
         updates = [] if step.update is None else [step.update]
         done, every = index + 1, self._trainer.eval_every
         due = done == self._steps or (every is not None and done % every == 0)
-        after = self._held_out.submit() if self._held_out and due else []
+        after = self._held_out.submit(self._run.wait) if self._held_out and due else []
         return [*updates, *before, *after]
 
     def collect(self, index: int, results: Sequence[Any]) -> None:
@@ -199,12 +202,14 @@ class RLVRLoop:
         self._trainer.seek(position)
 
     def interrupt(self) -> None:
-        """End the scoring processes: whoever waits for a reward waits no more."""
+        """End the processes of rewards and environments: whoever waits for them waits no more."""
+        self._trainer.sampler.close()
         if self._scorer is not None:
             self._scorer.close()
 
     def close(self) -> None:
-        """End the scoring processes; say which rollouts an update without a finite loss was about."""
+        """End their processes; say which rollouts an update without a finite loss was about."""
+        self._trainer.sampler.close()
         if self._scorer is not None:
             self._scorer.close()
         if self._rates.remark is not None:
@@ -224,8 +229,7 @@ class RLVRLoop:
     def sample_and_score(self) -> Step:
         """Sample the next prompts and score the answers; wait for both."""
         clock, sampler, prompts = Clock(), self._trainer.sampler, self._trainer.prompts.take()
-        batch = self._run.wait(sampler.submit(prompts))
-        sampler.warn_of_texts(prompts)
+        batch = sampler.rollouts(prompts, self._run.wait)
         clock.lap("time/sample")
         reward = self._trainer.reward  # as it is now; it may have been replaced since the step before
         report = self._score(batch, reward)
@@ -277,7 +281,12 @@ class RLVRLoop:
         )
 
     def evaluation(
-        self, index: int, row: int, reward: Reward, sampled: TrajectoryBatch, greedy: TrajectoryBatch
+        self,
+        index: int,
+        row: int,
+        reward: Reward | Environment,
+        sampled: TrajectoryBatch,
+        greedy: TrajectoryBatch,
     ) -> Row:
         """Measure the held-out answers of a row, by the step's own reward, and keep them.
 
@@ -291,7 +300,9 @@ class RLVRLoop:
             check_scored(sampled, reward)
         return known(values)
 
-    def _score(self, batch: TrajectoryBatch, reward: Reward) -> ScoreReport:
+    def _score(self, batch: TrajectoryBatch, reward: Reward | Environment) -> ScoreReport:
+        if isinstance(reward, Environment):  # it has rewarded its conversations itself
+            return report(reward, batch)
         if self._scorer is None or self._scores is not reward:
             if self._scorer is not None:
                 self._scorer.close()

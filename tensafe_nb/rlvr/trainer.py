@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from tensafe_nb.checks import checked
@@ -10,14 +11,19 @@ from tensafe_nb.data import OnBadRows, Rows
 from tensafe_nb.data.rows import check_on_bad_rows
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.futures import FutureHandle
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.protocol.results import TrainingClientInfo
 from tensafe_nb.rlvr.algorithms.policy_gradient import AlgorithmSpec, RemembersRewards, algorithm_of
 from tensafe_nb.rlvr.algorithms.private import released
+from tensafe_nb.rlvr.environments.environment import Environment, EnvironmentSpec, resolve_environment
+from tensafe_nb.rlvr.environments.play import RowItem
+from tensafe_nb.rlvr.environments.replay import report
+from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.loop import RLVRLoop
 from tensafe_nb.rlvr.policy import PRIVATE, PolicyClient
-from tensafe_nb.rlvr.rewards.reward import RewardSpec, resolve_reward
-from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptCursor, check_fit, fitting, prompt_specs
+from tensafe_nb.rlvr.rewards.reward import Reward, RewardSpec, resolve_reward
+from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptCursor, PromptItem, check_fit, fitting, prompt_specs
 from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD
@@ -67,11 +73,13 @@ class RLVRTrainer:
             a frame, a data set: whatever rows are read from. The column `tools` goes into the chat template as well.
         reward: `fn(prompt, response, meta=None) -> float`, its registered name, or several: a list, or a dict with
             weights; see `resolve_reward`.
+        environment: What the policy speaks with, for several turns, and what rewards it: see `rlvr.environment`; or its
+            registered name. The prompts are the rows it is given, and need no column `prompt`. Instead of a reward.
         algo: How to update: an algorithm, its options, or its name: "reinforce", "ppo", or a preset such as "grpo", see
             `get_presets`. REINFORCE with its defaults when None.
         prompts_per_step: Prompts drawn for each step, without repetition within an epoch.
         group_size: Rollouts per prompt.
-        max_new_tokens: Longest completion, in tokens.
+        max_new_tokens: Longest completion, in tokens; of an environment, longest turn.
         temperature: Of the rollouts.
         stop: Strings that end a completion.
         fixed_length: Every completion has `max_new_tokens`, and none counts as truncated.
@@ -82,7 +90,8 @@ class RLVRTrainer:
         eval_pass_at: The k of `eval/pass@k`, each at most `eval_samples`; None takes 1, 2, 4, … and `eval_samples`.
         good_threshold: Score from which an answer counts as right, in `eval/pass@k` and `by_group/…`: of the part
             marked `true=True` where the reward has one, else of the whole reward.
-        reward_timeout: Seconds a call of the reward may take in its process; None calls it here, without a limit.
+        reward_timeout: Seconds a call of the reward, or a turn of the environment, may take in its process; None calls
+            it here, without a limit.
         on_reward_errors: When the reward fails on more than half of a step's rollouts: "pause" the run, for you to
             mend the function, or "fail", for scripts that nobody watches.
         on_bad_rows: "skip" leaves out prompts that cannot be read, or that leave no room for an answer, and says so; it
@@ -100,9 +109,10 @@ class RLVRTrainer:
         self,
         training_client: RunningClient,
         prompts: Rows,
-        reward: RewardSpec,
+        reward: RewardSpec | None = None,
         algo: AlgorithmSpec | None = None,
         *,
+        environment: EnvironmentSpec | None = None,
         prompts_per_step: int = 16,
         group_size: int = 8,
         max_new_tokens: int = 64,
@@ -127,34 +137,47 @@ class RLVRTrainer:
                 f"service.create_training_client(…) makes one."
             )
         self.training_client = training_client
-        self.reward = resolve_reward(reward)
+        self.reward = judge_of(reward, environment)
         self.reward_timeout = reward_timeout
         self.on_reward_errors = on_reward_errors
         self.algo = algorithm_of(algo)
-        self.sampler = PolicySampler(
-            training_client,
-            group_size,
-            max_new_tokens,
-            temperature,
-            stop=stop,
-            fixed_length=fixed_length,
-            chat=chat,
-            seed=seed,
-        )
+        how: dict[str, Any] = {"stop": stop, "fixed_length": fixed_length, "chat": chat, "seed": seed}
+        self.sampler: PolicySampler | EnvironmentSampler
+        if isinstance(self.reward, Environment):
+            self.sampler = EnvironmentSampler(
+                training_client,
+                self.reward,
+                group_size,
+                max_new_tokens,
+                temperature,
+                timeout=reward_timeout,
+                **how,
+            )
+        else:
+            self.sampler = PolicySampler(training_client, group_size, max_new_tokens, temperature, **how)
+        read = PromptItem.of if environment is None else RowItem.of
         if on_bad_rows == "skip":
-            fits = fitting(training_client, self.sampler.sampling, chat)
-            prompts = prompt_specs(prompts, "skip", fits)
+            fits = (
+                fitting(training_client, self.sampler.sampling, chat) if environment is None else RowItem.of
+            )
+            prompts = prompt_specs(prompts, "skip", fits, read=read)
             if eval_prompts is not None:
-                eval_prompts = prompt_specs(eval_prompts, "skip", fits, "eval_prompts")
+                eval_prompts = prompt_specs(eval_prompts, "skip", fits, "eval_prompts", read)
         check_on_bad_rows(on_bad_rows)
-        self.prompts = PromptCursor(prompts, prompts_per_step, seed)
+        self.prompts = PromptCursor(prompts, prompts_per_step, seed, read)
         self.prompts_per_step, self.seed = prompts_per_step, seed
         self.eval_every = eval_every
         self.held_out = None
         if eval_prompts is not None:
             sampling = self.sampler.sampling.replace(num_samples=eval_samples, seed=seed)
             self.held_out = HeldOut(
-                training_client, eval_prompts, sampling, chat, eval_pass_at, good_threshold
+                training_client,
+                eval_prompts,
+                sampling,
+                chat,
+                eval_pass_at,
+                good_threshold,
+                self.sampler if isinstance(self.sampler, EnvironmentSampler) else None,
             )
         self.good_threshold = good_threshold
         self.alarms = Alarms(logprob_gap(training_client.config))
@@ -242,7 +265,10 @@ class RLVRTrainer:
             },
             "sampling": self.sampler.sampling.model_dump(mode="json"),
             "algo": {"kind": type(self.algo).__name__, **options},
-            "reward": {"name": self.reward.name, "version": self.reward.version},
+            "reward" if isinstance(self.reward, Reward) else "environment": {
+                "name": self.reward.name,
+                "version": self.reward.version,
+            },
         }
 
     def set_reward(self, reward: RewardSpec, **kwargs: Any) -> None:
@@ -258,23 +284,48 @@ class RLVRTrainer:
         Raises:
             ValidationError: An unknown name or keyword, or a function with another signature.
         """
+        if isinstance(self.reward, Environment):
+            raise ValidationError(
+                "The rewards of this trainer come from its environment: set_environment(…) takes another one."
+            )
         self.reward = resolve_reward(reward, **kwargs)
 
+    def set_environment(self, environment: EnvironmentSpec, **kwargs: Any) -> None:
+        """Play with another environment from the next step on; the metric `reward_version` marks where.
+
+        Args:
+            environment: As for `RLVRTrainer`.
+            kwargs: Keywords of its function.
+
+        Raises:
+            ValidationError: This trainer has a reward instead, or it is no environment.
+        """
+        if not isinstance(self.sampler, EnvironmentSampler):
+            raise ValidationError(
+                "This trainer has a reward, and no environment: set_reward(…) takes another one; for an environment "
+                "make a trainer with environment=…."
+            )
+        self.reward = self.sampler.environment = resolve_environment(environment, **kwargs)
+
     @checked
-    def rescore(self, last: int = 20, reward: RewardSpec | None = None) -> Rescored:
+    def rescore(self, last: int = 20, reward: RewardSpec | Environment | None = None) -> Rescored:
         """Ask what a reward says of the rollouts of the last steps, without sampling or training anything.
+
+        An environment is played again over what the policy said; where it tells something else than it did, a
+        conversation stays unscored, with the reason.
 
         Args:
             last: How many steps of the newest run, as far as their rollouts are still on the disk.
-            reward: What scores; the trainer's own, as `set_reward` left it, when None.
+            reward: What scores, a reward or an environment; the trainer's own, as it is now, when None.
 
         Raises:
             ValidationError: There are no rollouts yet.
         """
         if self.store is None:
             raise ValidationError("There are no rollouts yet: start a run first.")
-        scorer = self.reward if reward is None else resolve_reward(reward)
-        return rescore_steps(self.store.last(last), scorer, self.reward_timeout)
+        return rescore_steps(
+            self.store.last(last), self.reward if reward is None else reward, self.reward_timeout
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the held-out prompts, and wait for it.
@@ -291,9 +342,13 @@ class RLVRTrainer:
         """
         if self.held_out is None:
             raise ValidationError("There is nothing to evaluate on: give RLVRTrainer eval_prompts.")
-        sampled, greedy = (handle.result() for handle in self.held_out.submit())
-        with Scorer(self.reward, self.reward_timeout) as scorer:
-            values = self.held_out.measure(sampled, greedy, scorer.score)
+        sampled, greedy = (handle.result() for handle in self.held_out.submit(FutureHandle.result))
+        if isinstance(self.reward, Environment):
+            values = self.held_out.measure(sampled, greedy, partial(report, self.reward))
+            self.sampler.close()
+        else:
+            with Scorer(self.reward, self.reward_timeout) as scorer:
+                values = self.held_out.measure(sampled, greedy, scorer.score)
         check_scored(sampled, self.reward)
         return known(values)
 
@@ -309,6 +364,8 @@ class RLVRTrainer:
         Raises:
             ValidationError: Says which row.
         """
+        if isinstance(self.sampler, EnvironmentSampler):
+            return  # what its rows become is known once it is played
         held_out = self.held_out.specs if self.held_out is not None else []
         for what, specs in (("prompts", self.prompts.specs), ("eval_prompts", held_out)):
             check_fit(self.training_client, specs, self.sampler.sampling, self.sampler.chat, what)
@@ -360,6 +417,27 @@ class RLVRTrainer:
         self._versions = list(dict.fromkeys([*versions, *self._versions]))
         # Version 0.1 kept no such key.
         self._scored_by = position.get("scored_by", versions[-1] if versions else None)
+
+
+def judge_of(reward: RewardSpec | None, environment: EnvironmentSpec | None) -> Reward | Environment:
+    """Return what rewards the rollouts: the one of both that was given.
+
+    Raises:
+        ValidationError: Both were, or none.
+    """
+    if environment is None and reward is None:
+        raise ValidationError(
+            "RLVRTrainer needs a reward, fn(prompt, response, meta) -> float, or environment=… for several turns."
+        )
+    if environment is None:
+        return resolve_reward(reward)
+    if reward is not None:
+        raise ValidationError(
+            f"RLVRTrainer: environment={as_given(environment)} rewards its conversations itself, and "
+            f"reward={as_given(reward)} was given besides: leave one out. Inside the environment, call the reward: "
+            f"`return rlvr.resolve_reward(…)(prompt, said, row)`; further numbers are parts of an rlvr.Outcome."
+        )
+    return resolve_environment(environment)
 
 
 def check_options(

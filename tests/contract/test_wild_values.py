@@ -58,6 +58,12 @@ def ring() -> Any:
     return made
 
 
+def asks_once(row: Any) -> Any:
+    """An environment."""
+    yield PROMPT
+    return 1.0
+
+
 def endless() -> Iterator[int]:
     number = 0
     while True:
@@ -200,7 +206,7 @@ def trajectories() -> rlvr.TrajectoryBatch:
 MADE_BY_US = (
     tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, data.Encoded, data.Example, rlvr.UpdateResult, rlvr.Trajectory,
     rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
-    tn.losses.Loss, tn.losses.LossOutputs, data.check_fit, data.padding_of,
+    rlvr.TurnRecord, tn.losses.Loss, tn.losses.LossOutputs, data.check_fit, data.padding_of,
 )  # fmt: skip
 SMALL: Any = {"group_size": 2, "prompts_per_step": 1, "max_new_tokens": 2, "temperature": 1.0}
 ROWS = [{"prompt": PROMPT, "completion": "046"}] * 3
@@ -413,6 +419,24 @@ CALLS: Mapping[str, Call] = {
     "sampler.generate_trajectories": Call(
         lambda w: rlvr.PolicySampler(w.tc, group_size=1, max_new_tokens=1).generate_trajectories,
         {"prompts": [PROMPT]},
+    ),
+    "rlvr.environment": Call(lambda w: rlvr.environment, {"max_turns": 1}),
+    "rlvr.Environment": Call(lambda w: rlvr.Environment, {"function": asks_once}),
+    "rlvr.resolve_environment": Call(lambda w: rlvr.resolve_environment, {"spec": asks_once}),
+    "rlvr.Turn": Call(lambda w: rlvr.Turn, {"text": PROMPT}),
+    "rlvr.Outcome": Call(lambda w: rlvr.Outcome, {"reward": 1.0}),
+    "rlvr.EnvironmentSampler": Call(
+        lambda w: closing(rlvr.EnvironmentSampler),
+        {"training_client": CLIENT, "environment": asks_once},
+        frozenset({"training_client"}),
+    ),
+    "environment_sampler.generate_trajectories": Call(
+        lambda w: (
+            rlvr.EnvironmentSampler(
+                w.tc, asks_once, group_size=1, max_new_tokens=1, timeout=None
+            ).generate_trajectories
+        ),
+        {"rows": [{"prompt": PROMPT}]},
     ),
     "rlvr.Scorer": Call(lambda w: closing(rlvr.Scorer), {"reward": "length_penalty"}),
     "algo.update": Call(

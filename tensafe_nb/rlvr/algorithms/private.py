@@ -70,8 +70,12 @@ def released(position: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_ids(batch: TrajectoryBatch) -> Array:
-    """Return (N,) the prompt that each rollout answers, by a hash of it: the same in every epoch."""
-    return np.array([hashlib.sha256(repr(t.prompt).encode()).hexdigest()[:32] for t in batch])
+    """Return (N,) the prompt that each rollout answers, by a hash of it: the same in every epoch.
+
+    Of a conversation it is the row that the environment was given: two rows may begin with the same words.
+    """
+    units = [t.prompt if t.turns is None else t.prompt_id for t in batch]
+    return np.array([hashlib.sha256(repr(unit).encode()).hexdigest()[:32] for unit in units])
 
 
 def group_weights(batch: TrajectoryBatch, mask: Array, config: PolicyConfig) -> Array:
@@ -80,5 +84,5 @@ def group_weights(batch: TrajectoryBatch, mask: Array, config: PolicyConfig) -> 
     for number in np.unique(groups):
         rows = groups == number
         scored = int(np.isfinite(batch.rewards[rows]).sum())
-        weights[rows] = token_weights(mask[rows], config.aggregation, batch.sampling.max_new_tokens, scored)
+        weights[rows] = token_weights(mask[rows], config.aggregation, batch.longest, scored)
     return weights

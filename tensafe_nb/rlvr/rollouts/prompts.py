@@ -111,8 +111,9 @@ def prompt_items(prompts: Any) -> list[PromptItem]:
 def prompt_specs(
     prompts: Any,
     on_bad_rows: OnBadRows = "raise",
-    fits: Callable[[PromptItem], object] = lambda _: None,
+    fits: Callable[[Any], object] = lambda _: None,
     what: str = "prompts",
+    read: Callable[[Any], Any] = PromptItem.of,
 ) -> list[PromptSpec]:
     """Read prompts from wherever rows are read from, and check each.
 
@@ -121,6 +122,7 @@ def prompt_specs(
         on_bad_rows: "skip" leaves out what cannot be read or does not fit, and says so.
         fits: Raises a ValidationError for a prompt that does not fit.
         what: What they are called in an error.
+        read: Reads one; environments take rows that need no prompt.
 
     Returns:
         The prompts as they were given.
@@ -136,7 +138,7 @@ def prompt_specs(
         try:
             if isinstance(spec, ValidationError):
                 raise spec
-            fits(PromptItem.of(spec))
+            fits(read(spec))
         except ValidationError as error:
             placed = located(error, rows, number, line)
             if on_bad_rows == "raise":
@@ -189,13 +191,16 @@ class PromptCursor:
         prompts: What to deal, from any source of rows.
         count: How many at a time.
         seed: Fixes the order.
+        read: Reads one, as for `prompt_specs`.
 
     Raises:
         ValidationError: No prompts, or what is none.
     """
 
-    def __init__(self, prompts: Any, count: int, seed: int) -> None:
-        self.specs = prompt_specs(prompts)
+    def __init__(
+        self, prompts: Any, count: int, seed: int, read: Callable[[Any], Any] = PromptItem.of
+    ) -> None:
+        self.specs = prompt_specs(prompts, read=read)
         if count < 1:
             raise ValidationError(f"prompts_per_step is {count}: a step needs at least one prompt.")
         self._count, self._seed = count, seed

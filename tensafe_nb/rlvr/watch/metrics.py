@@ -59,7 +59,7 @@ def signal_of(group: RolloutGroup, goal: Goal | None = None) -> Signal | None:
 
 def rollout_metrics(batch: TrajectoryBatch, goal: Goal | None = None) -> Row:
     """Return what a scored batch says about rewards, signal, lengths and entropy."""
-    logprobs = np.array([logprob for t in batch for logprob in t.logprobs or ()])
+    logprobs = np.array([logprob for t in batch for logprob in t.sampled_logprobs])
     entropy = {"entropy": _or_nan(entropy_of(batch)), "entropy_sampled": -mean(logprobs)}
     return reward_metrics(batch, goal) | length_metrics(batch) | entropy
 
