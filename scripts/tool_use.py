@@ -20,7 +20,9 @@ import tensafe_nb as tn
 from scripts.models import MISSING, find_smollm2
 from tensafe_nb import rlvr
 
-ENV = rlvr.tool_environment([rlvr.tools.calculator], "numeric_match", max_turns=2, describe=False, name="calc")
+ENV = rlvr.tool_environment(
+    [rlvr.tools.calculator], "numeric_match", max_turns=2, describe=False, name="calc"
+)
 TOLD = rlvr.tool_environment([rlvr.tools.calculator], "numeric_match", max_turns=2, name="calc")
 CALL = '<tool_call>\n{{"name": "calculator", "arguments": {{"expression": "{} + {}"}}}}\n</tool_call>'
 
@@ -78,7 +80,9 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
     dice = np.random.default_rng(seed)
     drawn = dice.integers(10, 100, (8 * count, 2)).tolist()
     wanted = [(a, b) for a, b in drawn if ((a * 31 + b) % 10 == 0) == (seed == 2)]
-    return [{"prompt": f"What is {a} + {b}?", "answer": str(a + b), "a": a, "b": b} for a, b in wanted[:count]]
+    return [
+        {"prompt": f"What is {a} + {b}?", "answer": str(a + b), "a": a, "b": b} for a, b in wanted[:count]
+    ]
 
 
 def demonstration(row: dict[str, Any]) -> dict[str, Any]:

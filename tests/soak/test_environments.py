@@ -71,8 +71,8 @@ def test_tools_are_called_by_verifiers_itself_and_counted_by_its_rubric() -> Non
     assert told[0]["content"] == "3" and told[0]["name"] == "add" and "Expecting value" in told[1]["content"]
     assert played.outcome.reward == 1.0
     assert played.outcome.parts["total_tool_calls"] == 2.0 and played.outcome.parts["add_calls"] == 1.0
-    shown = made.fitted("{% if tools %}<tool_call>{% endif %}").options["tools"]
-    assert shown == [rlvr.tools.Tool.of(add).schema]
+    _, options = made.told_with("{% if tools %}<tool_call>{% endif %}")
+    assert options["tools"] == [rlvr.tools.Tool.of(add).schema]
 
 
 class Guess(vf.MultiTurnEnv):  # type: ignore[misc]
@@ -137,7 +137,10 @@ def test_a_run_on_a_verifiers_environment_learns_from_its_rubric(service: Any) -
     def short(completion: Any) -> float:
         return -float(len(completion[-1]["content"]))
 
-    env = Guess(dataset=dataset(*[{"question": f"{n}?", "answer": "3"} for n in range(4)]), rubric=vf.Rubric(funcs=[short]))
+    env = Guess(
+        dataset=dataset(*[{"question": f"{n}?", "answer": "3"} for n in range(4)]),
+        rubric=vf.Rubric(funcs=[short]),
+    )
     tc = service.create_training_client(tn.TrainingConfig(model_ref="builtin:tiny"))
     trainer = rlvr.RLVRTrainer(
         tc, rlvr.verifiers_prompts(env), environment=rlvr.verifiers_environment(env),
@@ -156,11 +159,11 @@ TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"
 def test_templates_of_trl_that_show_tools_are_read_or_refused_with_what_to_do(path: Path) -> None:
     env = rlvr.tool_environment([add], "exact_match")
     try:
-        fitted = env.fitted(path.read_text())
+        _, options = env.told_with(path.read_text())
     except tn.ValidationError as error:
         assert "format=" in str(error)
     else:
-        assert bool(fitted.options) == ("tools" in path.read_text())
+        assert bool(options) == ("tools" in path.read_text())
 
 
 class Counter:
@@ -192,8 +195,8 @@ class Counter:
 def test_a_model_is_told_of_a_trl_environment_what_trl_tells_it() -> None:
     from transformers.utils import get_json_schema
 
-    made = rlvr.trl_environment(Counter).fitted((TEMPLATES[0].parent / "qwen2_5.jinja").read_text())
-    (shown,) = made.options["tools"]
+    template = (TEMPLATES[0].parent / "qwen2_5.jinja").read_text()
+    (shown,) = rlvr.trl_environment(Counter).told_with(template)[1]["tools"]
     theirs = get_json_schema(Counter().increment)
     theirs["function"].pop("return")
     assert json.loads(json.dumps(shown)) == theirs

@@ -84,13 +84,12 @@ def rehearse(
         reward 0.8
     """
     made = resolve_environment(environment)
-    if tokenizer is not None:
-        made = made.fitted(getattr(tokenizer, "chat_template", None))
+    besides = {} if tokenizer is None else made.told_with(getattr(tokenizer, "chat_template", None))[0]
     if not callable(said) and (isinstance(said, str) or not isinstance(said, Sequence)):
         raise ValidationError(
             "said: give a list of texts, or a function that gets the messages and returns a text."
         )
-    talk = made(dict(row))
+    talk = made({**row, **besides})
     answered = inspect.isasyncgen(talk)
     messages: list[dict[str, Any]] = []
     rewards: dict[int, float] = {}

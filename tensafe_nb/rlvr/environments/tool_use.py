@@ -41,16 +41,15 @@ class ToolUse:
         """Return what its conversations depend on, for `identity_of`."""
         return [*identified(self.tools, self.manner), self.reward, self.max_turns, self.timeout]
 
-    def fitted(self, template: str | None) -> tuple["ToolUse", dict[str, Any]]:
-        """Return the same for a model with this chat template, and what that is given beside messages."""
-        manner, options = self.manner.fitted(template, list(self.tools.values()))
-        return replace(self, manner=manner), options
+    def told_with(self, template: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what depends on the model's chat template: see `Environment.told_with`."""
+        return self.manner.told_with(template, list(self.tools.values()))
 
     def __call__(self, row: Mapping[str, Any]) -> Talk:
-        asked = self.manner.first(question_of(row), list(self.tools.values()))
-        talk = ToolTalk(self.tools, self.manner.format, self.max_turns, self.timeout)
-        answer = yield from talk.held(asked)
-        return talk.counted(judged(self.reward, row, answer or ""))
+        manner, own = self.manner.of_row(row)
+        talk = ToolTalk(self.tools, manner.format, self.max_turns, self.timeout)
+        answer = yield from talk.held(manner.first(question_of(own), list(self.tools.values())))
+        return talk.counted(judged(self.reward, own, answer or ""))
 
 
 class ToolTalk:
@@ -71,7 +70,7 @@ class ToolTalk:
         self._answered = False
 
     def held(self, asked: Told) -> Generator[Told | Turn, str, str | None]:
-        """Ask, carry out calls until there are none, and return the answer; None where turns or room were over before."""
+        """Ask, carry out calls until there are none, and return the answer; None where turns or room were over."""
         try:
             said = yield asked
             for turn in range(1, self._max_turns + 1):
@@ -97,7 +96,7 @@ class ToolTalk:
 def identified(tools: Mapping[str, Tool], manner: Manner) -> list[Any]:
     """Return what tools and their manner are, for `identity_of`."""
     how = manner.format.name if manner.format in FORMATS.values() else manner.format
-    return [[[t.function, dict(t.schema)] for t in tools.values()], how, manner.describe, manner.shown]
+    return [[[t.function, dict(t.schema)] for t in tools.values()], how, manner.auto, manner.describe]
 
 
 def question_of(row: Mapping[str, Any]) -> Told:
@@ -146,8 +145,8 @@ def tool_environment(
 ) -> Environment:
     """Make an environment in which the model may call Python functions before it answers.
 
-    A row's question is its column `prompt`, a text or messages. What the model says is read for calls, in the way of its
-    chat template; each is carried out where rewards run, and its result is told in a `tool` message. What is wrong with
+    A row's question is its column `prompt`, a text or messages. What the model says is read for calls, in the way of
+    its chat template; each is carried out where rewards run, and its result is told in a `tool` message. What is wrong with
     a call (no valid JSON, no such tool, wrong arguments, an exception, no end) is told likewise, and the model may try
     again. What has no call is its answer, and the reward scores that as it would score any response. Metrics
     `rewards/NAME/calls`, `…/errors` and `…/answered` say how it uses its tools.

@@ -7,6 +7,8 @@ from typing import Any
 from tensafe_nb.rlvr.tools.formats import FORMATS, ToolFormat, format_named, format_of
 from tensafe_nb.rlvr.tools.tool import Tool
 
+COLUMN = "tool_manner"  # of a row, once it is known which model is asked
+
 
 @dataclass(frozen=True, slots=True)
 class Manner:
@@ -34,15 +36,24 @@ class Manner:
         auto = isinstance(format, str) and format == "auto"
         return cls(FORMATS["hermes"] if auto else format_named(format), auto, describe)
 
-    def fitted(self, template: str | None, tools: Sequence[Tool]) -> tuple["Manner", dict[str, Any]]:
-        """Return the manner for a model with this template, and what the template is given beside messages.
+    def told_with(self, template: str | None, tools: Sequence[Tool]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the column that tells a row of this template, and what the template is given beside messages.
 
         Raises:
             ValidationError: The template has its model write calls that nobody here can read.
         """
         found, shown = format_of(template) if self.auto else (self.format, "tools" in (template or ""))
         options = {"tools": [dict(tool.schema) for tool in tools]} if shown else {}
-        return replace(self, format=found, shown=shown), options
+        return {COLUMN: {"format": found.name, "shown": shown}}, options
+
+    def of_row(self, row: Mapping[str, Any]) -> tuple["Manner", dict[str, Any]]:
+        """Return the manner that a row was given, and the row as it was before."""
+        own = {name: value for name, value in row.items() if name != COLUMN}
+        given = row.get(COLUMN)
+        if not isinstance(given, Mapping):
+            return self, own
+        found = FORMATS[given["format"]] if self.auto else self.format
+        return replace(self, format=found, shown=given["shown"]), own
 
     def first(self, asked: str | Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> Any:
         """Return what the model is told first: the question, and of tools what its template does not show."""

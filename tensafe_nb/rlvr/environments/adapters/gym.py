@@ -84,7 +84,8 @@ def gym_environment(
     """
     if not hasattr(dataset, "score_answer"):
         raise ValidationError(
-            f"gym_environment: {as_given(dataset)} has no score_answer: give what reasoning_gym.create_dataset returned."
+            f"gym_environment: {as_given(dataset)} has no score_answer: give what reasoning_gym.create_dataset "
+            f"returned."
         )
     if tries < 1 or not 0 <= discount <= 1:
         raise ValidationError(

@@ -57,21 +57,21 @@ class TRLUse:
         how = identified(further, self.manner)
         return [self.factory, shown, *how, self.reward, self.max_turns, self.timeout]
 
-    def fitted(self, template: str | None) -> tuple["TRLUse", dict[str, Any]]:
-        """Return the same for a model with this chat template, and what that is given beside messages."""
-        manner, options = self.manner.fitted(template, list(self.tools.values()))
-        return replace(self, manner=manner), options
+    def told_with(self, template: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what depends on the model's chat template: see `Environment.told_with`."""
+        return self.manner.told_with(template, list(self.tools.values()))
 
     def __call__(self, row: Mapping[str, Any]) -> Talk:
+        manner, own = self.manner.of_row(row)
         instance = self.factory()
-        asked = with_observation(question_of(row), instance.reset(**row))
+        asked = with_observation(question_of(own), instance.reset(**own))
         tools = {
             name: tool if name in self.further else replace(tool, function=getattr(instance, name))
             for name, tool in self.tools.items()
         }
-        talk = ToolTalk(tools, self.manner.format, self.max_turns, self.timeout)
-        answer = yield from talk.held(self.manner.first(asked, list(tools.values())))
-        return talk.counted(self.outcome(instance, row, answer or ""))
+        talk = ToolTalk(tools, manner.format, self.max_turns, self.timeout)
+        answer = yield from talk.held(manner.first(asked, list(tools.values())))
+        return talk.counted(self.outcome(instance, own, answer or ""))
 
     def outcome(self, instance: Any, row: Mapping[str, Any], answer: str) -> Outcome:
         """Return the sum of what the object and the reward give; each has its own part.
@@ -162,8 +162,8 @@ def trl_environment(
     """
     if isinstance(factory, Mapping):
         raise ValidationError(
-            f"environment_factory with several names ({', '.join(map(str, factory))}): make an environment of each, and "
-            f"train on them one after the other."
+            f"environment_factory with several names ({', '.join(map(str, factory))}): make an environment of each, "
+            f"and train on them one after the other."
         )
     if not callable(factory):
         raise ValidationError(

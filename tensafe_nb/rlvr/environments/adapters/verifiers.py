@@ -1,13 +1,13 @@
 """verifiers' environments of several turns: SingleTurnEnv, MultiTurnEnv, ToolEnv and what is made of them.
 
-Its own loop asks a model behind a client. Here the policy speaks through `yield`, and everything else (the state, what
-the environment answers, when it stops, the rubric) is theirs. It runs in this process, since its methods are coroutines.
+Its own loop asks a model behind a client. Here the policy speaks through `yield`, and all else (the state, what the
+environment answers, when it stops, the rubric) is theirs. It runs in this process, since its methods are coroutines.
 """
 
 import inspect
 import json
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tensafe_nb.checks import checked
@@ -49,14 +49,14 @@ class VerifiersUse:
         called = [list(getattr(self.env, "tools", [])), [dict(tool.schema) for tool in self.tools.values()]]
         return [type(self.env), scored, called, self.env.system_prompt, self.env.max_turns]
 
-    def fitted(self, template: str | None) -> tuple["VerifiersUse", dict[str, Any]]:
-        """Return the same for a model with this chat template, and what that is given beside messages."""
-        manner, options = self.manner.fitted(template, list(self.tools.values()))
-        return replace(self, manner=manner), options
+    def told_with(self, template: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what depends on the model's chat template: see `Environment.told_with`."""
+        return self.manner.told_with(template, list(self.tools.values())) if self.tools else ({}, {})
 
     async def __call__(self, row: Mapping[str, Any]) -> AsyncGenerator[Told | Turn | Outcome, str]:
         env, known = self.env, 0
-        state = await env.init_state(dict(row), no_client(), "policy", None)
+        manner, own = self.manner.of_row(row)
+        state = await env.init_state(own, no_client(), "policy", None)
         state = await env.setup_state(state) or state
         seen: list[Any] = []
         meta: dict[str, Any] = {}
@@ -71,9 +71,9 @@ class VerifiersUse:
                     )
                 told = [told_of(message, messages) for message in messages[len(seen) :]]
                 if not seen:
-                    told = self.manner.first(told, list(self.tools.values()))
+                    told = manner.first(told, list(self.tools.values()))
                 said = yield Turn(told, meta=meta)
-                calls = self.manner.format.calls(said) if self.tools else []
+                calls = manner.format.calls(said) if self.tools else []
                 known += 1
                 meta = {"calls": [self.record(call) for call in calls]} if calls else {}
                 await env.add_model_response(state, messages, response_of(said, calls, self.tools, known))
@@ -242,8 +242,8 @@ def check_verifiers(env: Any) -> None:
     kinds = {kind.__name__ for kind in type(env).__mro__}
     if any(kind.__module__.startswith("verifiers.v1") for kind in type(env).__mro__) or "Taskset" in kinds:
         raise ValidationError(
-            f"{type(env).__name__} is one of verifiers v1: it starts programs that ask a model behind a server, and here "
-            f"there is none. Of an environment of version 0.2 (pip install 'verifiers<0.3') one can be made."
+            f"{type(env).__name__} is one of verifiers v1: it starts programs that ask a model behind a server, and "
+            f"here there is none. Of an environment of version 0.2 (pip install 'verifiers<0.3') one can be made."
         )
     if "MultiTurnEnv" not in kinds or not all(
         hasattr(env, part) for part in ("rubric", "init_state", "is_completed")
@@ -259,13 +259,13 @@ def check_verifiers(env: Any) -> None:
     for rubric, func, _ in functions_of(env.rubric):
         if hasattr(rubric, "judge_client"):
             raise ValidationError(
-                f"{type(rubric).__name__} asks a model behind an OpenAI client for its verdict, and here there is none: "
-                f"leave it out of the rubric, or write an async function that asks your own."
+                f"{type(rubric).__name__} asks a model behind an OpenAI client for its verdict, and here there is "
+                f"none: leave it out of the rubric, or write an async function that asks your own."
             )
         if rubric._is_group_func(func):
             raise ValidationError(
-                f"{name_of(func)} compares the rollouts of a group, which are scored one by one here: make it a function "
-                f"of one completion."
+                f"{name_of(func)} compares the rollouts of a group, which are scored one by one here: make it a "
+                f"function of one completion."
             )
 
 

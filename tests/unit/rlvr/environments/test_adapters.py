@@ -46,10 +46,11 @@ class Counter:
 
 
 def test_the_methods_of_a_trl_environment_are_tools_of_an_object_for_each_conversation() -> None:
-    env = trl_environment(Counter).fitted("{% if tools %}<tool_call>{% endif %}")
-    assert [tool["function"]["name"] for tool in env.options["tools"]] == ["increment"]
+    env = trl_environment(Counter)
+    columns, options = env.told_with("{% if tools %}<tool_call>{% endif %}")
+    assert [tool["function"]["name"] for tool in options["tools"]] == ["increment"]
     made = Counter.made
-    told, outcome = driven(env, ROW, STEP % 3, "done")
+    told, outcome = driven(env, ROW | columns, STEP % 3, "done")
     assert told[0] == [{"role": "user", "content": "Reach 5. You are at 2."}]
     assert told[1].text == [{"role": "tool", "name": "increment", "content": "5"}]
     assert outcome.reward == 1.0 and outcome.parts["Counter"] == 1.0 and outcome.parts["calls"] == 1

@@ -44,19 +44,21 @@ def test_a_call_is_carried_out_and_the_answer_is_rewarded() -> None:
 
 
 def test_a_model_whose_template_shows_tools_is_told_of_them_by_the_template_alone() -> None:
-    env = tool_environment([calculator, add], "exact_match").fitted(QWEN)
-    assert [tool["function"]["name"] for tool in env.options["tools"]] == ["calculator", "add"]
-    assert driven(env, ROW, "46")[0] == ["12+34?"]
+    env = tool_environment([calculator, add], "exact_match")
+    columns, options = env.told_with(QWEN)
+    assert [tool["function"]["name"] for tool in options["tools"]] == ["calculator", "add"]
+    assert driven(env, ROW | columns, "46")[0] == ["12+34?"]
 
 
 def test_a_model_without_a_template_calls_in_square_brackets() -> None:
-    env = tool_environment([add], "exact_match").fitted(None)
-    told, outcome = driven(env, ROW, "I ask [add(12, b=34)]", "46")
-    assert told[0].endswith("[add(a: integer, b: integer)] Add two numbers.\n\n12+34?") and not env.options
+    env = tool_environment([add], "exact_match")
+    columns, options = env.told_with(None)
+    told, outcome = driven(env, ROW | columns, "I ask [add(12, b=34)]", "46")
+    assert told[0].endswith("[add(a: integer, b: integer)] Add two numbers.\n\n12+34?") and not options
     assert told[1].text == " -> 46\n" and told[1].meta["calls"][0]["arguments"] == {"1": 12, "b": 34}
     assert outcome.reward == 1.0
-    taught = tool_environment([add], "exact_match", describe=False).fitted(None)
-    assert driven(taught, ROW, "46")[0] == ["12+34?"]
+    taught = tool_environment([add], "exact_match", describe=False)
+    assert driven(taught, ROW | columns, "46")[0] == ["12+34?"]
 
 
 def test_a_system_message_of_the_row_stays_in_front_of_the_tools() -> None:
@@ -144,6 +146,6 @@ def test_a_format_of_ones_own_is_a_class_with_two_methods() -> None:
         def told(self, calls: Any, results: Any) -> str:
             return f"{results[0]}"
 
-    env = tool_environment([add], "exact_match", format=Equals(), describe=False).fitted(None)
-    told, outcome = driven(env, ROW, "12+34=", "46")
+    env = tool_environment([add], "exact_match", format=Equals(), describe=False)
+    told, outcome = driven(env, ROW | env.told_with(None)[0], "12+34=", "46")
     assert told[1].text == "46" and outcome.reward == 1.0

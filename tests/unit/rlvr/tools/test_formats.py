@@ -108,7 +108,7 @@ def test_calls_of_a_turn_share_one_time_limit_and_there_is_an_end_to_them() -> N
             pass
 
     tools = TOOLS | {"hang": Tool.of(hang)}
-    first, second, third = carried_out([CALL, ToolCall("hang"), CALL], tools, 0.2)
+    first, second, _ = carried_out([CALL, ToolCall("hang"), CALL], tools, 0.2)
     assert first.ok and first.result == "3"
     assert not second.ok and "took longer than" in second.result
     done = carried_out([CALL] * 40, TOOLS, None)
