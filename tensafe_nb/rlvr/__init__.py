@@ -27,6 +27,14 @@ from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.environments.tool_use import tool_environment
 from tensafe_nb.rlvr.rewards.composite import Part
 from tensafe_nb.rlvr.rewards.reward import Reward, get_registered_rewards, register_reward, resolve_reward
+from tensafe_nb.rlvr.rollouts.choosing import (
+    AdaptivePrompts,
+    CurriculumPrompts,
+    DynamicSampling,
+    PromptPolicy,
+    PromptRecord,
+    UniformPrompts,
+)
 from tensafe_nb.rlvr.rollouts.prompts import gym_prompts
 from tensafe_nb.rlvr.rollouts.samplers import MockRolloutSampler, PolicySampler
 from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, TurnRecord
@@ -78,6 +86,12 @@ __all__ = [
     "preview_reward",
     "RewardPreview",
     "gym_prompts",
+    "PromptPolicy",
+    "PromptRecord",
+    "UniformPrompts",
+    "CurriculumPrompts",
+    "AdaptivePrompts",
+    "DynamicSampling",
     "register_advantage",
     "get_registered_advantages",
 ]

@@ -206,7 +206,8 @@ def trajectories() -> rlvr.TrajectoryBatch:
 MADE_BY_US = (
     tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, data.Encoded, data.Example, rlvr.UpdateResult, rlvr.Trajectory,
     rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
-    rlvr.TurnRecord, tn.losses.Loss, tn.losses.LossOutputs, data.check_fit, data.padding_of,
+    rlvr.TurnRecord, rlvr.PromptRecord, rlvr.PromptPolicy, tn.losses.Loss, tn.losses.LossOutputs, data.check_fit,
+    data.padding_of,
 )  # fmt: skip
 SMALL: Any = {"group_size": 2, "prompts_per_step": 1, "max_new_tokens": 2, "temperature": 1.0}
 ROWS = [{"prompt": PROMPT, "completion": "046"}] * 3
@@ -232,6 +233,9 @@ CALLS: Mapping[str, Call] = {
     "PPO": Call(lambda w: rlvr.PPO),
     # data
     "data.read_rows": Call(lambda w: data.read_rows, {"source": ROWS}),
+    "data.split_rows": Call(
+        lambda w: data.split_rows, {"source": [{"prompt": str(n)} for n in range(9)], "held_out": 0.5}
+    ),
     "data.read_prompts": Call(lambda w: data.read_prompts, {"prompts": [PROMPT]}),
     "data.batches": Call(
         lambda w: data.batches, {"source": ROWS, "tokenizer": TOKENIZER}, frozenset({"tokenizer"})
@@ -259,6 +263,10 @@ CALLS: Mapping[str, Call] = {
     "rlvr.preview_reward": Call(
         lambda w: rlvr.preview_reward, {"batch": trajectories(), "reward": "length_penalty"}
     ),
+    "rlvr.UniformPrompts": Call(lambda w: rlvr.UniformPrompts),
+    "rlvr.CurriculumPrompts": Call(lambda w: rlvr.CurriculumPrompts),
+    "rlvr.AdaptivePrompts": Call(lambda w: rlvr.AdaptivePrompts),
+    "rlvr.DynamicSampling": Call(lambda w: rlvr.DynamicSampling, {"base": "adaptive"}),
     "rlvr.gym_prompts": Call(
         lambda w: rlvr.gym_prompts, {"dataset": [{"question": PROMPT, "answer": "046", "metadata": {}}]}
     ),

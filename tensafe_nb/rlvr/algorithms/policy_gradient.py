@@ -185,7 +185,7 @@ class PPO(PolicyGradient[PPOConfig]):
     """Proximal policy optimisation (Schulman et al. 2017) with group or value-head advantages; GRPO and its kin.
 
     Args:
-        config: The options, or a preset ("grpo", "dr_grpo", "cispo", "gspo", "ppo_value"); or its fields by name.
+        config: The options, or a preset ("grpo", "dr_grpo", "dapo", "cispo", "gspo", "ppo_value"); or fields by name.
 
     Example:
         >>> algo = PPO("grpo", ppo_epochs=2, target_kl=0.01)

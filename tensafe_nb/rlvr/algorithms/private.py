@@ -55,6 +55,8 @@ def coupling_options(config: PolicyConfig, method: str) -> Iterator[str]:
         yield f"aggregation={config.aggregation!r} divides by the tokens of other prompts: choose 'const' or 'sum'"
     if config.passes > 1 or config.minibatch_count > 1:
         yield "every further step on the same rollouts is a further release: one pass, one minibatch"
+    if config.resample_zero_signal:
+        yield "resample_zero_signal selects prompts by what private answers scored: leave it out"
     if config.kl_limit is not None:
         yield "target_kl stops on private data: leave it out"
     if config.value is not None and method == "gae":

@@ -140,7 +140,18 @@ class Trajectory:
 @shown
 @dataclass(slots=True)
 class RolloutGroup:
-    """All rollouts of one prompt. Statistics are over the scored ones."""
+    """All rollouts of one prompt. Statistics are over the scored ones.
+
+    Attributes:
+        prompt_id: Stable name of the prompt and its columns.
+        prompt: Its text.
+        rollouts: The answers.
+        meta: The prompt's further columns.
+        policy_version: Weights that answered.
+        seed: Of the step.
+        answered: How often the prompt was answered before, in this run; None where nobody counts.
+        solve_rate: What share of those answers was right, the older ones counting less; None where none was scored.
+    """
 
     prompt_id: str
     prompt: str
@@ -148,6 +159,8 @@ class RolloutGroup:
     meta: dict[str, Any] = field(default_factory=dict)
     policy_version: int | str | None = None
     seed: int | None = None
+    answered: int | None = None
+    solve_rate: float | None = None
 
     @property
     def rewards(self) -> Array:
@@ -191,6 +204,7 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
             tables, files and frames are marked as `Table` says.
         max_tokens: How many tokens could have been sampled for a rollout of several turns; None: of one turn,
             `sampling.max_new_tokens`.
+        thrown_away: How many groups were sampled for the same step, taught nothing, and were replaced by others.
     """
 
     MADE_BY: ClassVar = " (run.rollouts()[step] is one)"  # for whoever gave something else
@@ -199,6 +213,7 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
     sampling: SamplingConfig
     operator_view: bool = False
     max_tokens: int | None = None
+    thrown_away: int = 0
 
     @overload
     def __getitem__(self, index: int) -> Trajectory: ...
@@ -405,6 +420,8 @@ def lines_of(batch: TrajectoryBatch) -> Iterator[str]:
     marked: dict[str, Any] = {"operator_view": True} if batch.operator_view else {}
     if batch.max_tokens is not None:
         marked["max_tokens"] = batch.max_tokens
+    if batch.thrown_away:
+        marked["thrown_away"] = batch.thrown_away
     yield json.dumps({"format": FORMAT, "sampling": encode(batch.sampling), **marked})
     for group in batch.groups:
         yield strict_json(
@@ -467,7 +484,11 @@ def read_batch(path: Path) -> TrajectoryBatch:
             f"{path} is no file of rollouts: line {number} does not fit ({error})."
         ) from error
     return TrajectoryBatch(
-        groups, decode(head["sampling"]), head.get("operator_view", False), head.get("max_tokens")
+        groups,
+        decode(head["sampling"]),
+        head.get("operator_view", False),
+        head.get("max_tokens"),
+        head.get("thrown_away", 0),
     )
 
 

@@ -324,6 +324,28 @@ def function_reports(path: str, outcomes: Sequence[Verdict]) -> dict[str, Functi
     return reports
 
 
+def report_of_rounds(reports: Sequence[ScoreReport], kept: Sequence[Trajectory]) -> ScoreReport:
+    """Return the report of a step that was scored in several rounds: scores of what was kept, errors of all calls."""
+    if len(reports) == 1:
+        return reports[0]
+    functions: dict[str, FunctionReport] = {}
+    for name in dict.fromkeys(name for report in reports for name in report.functions):
+        found = [(t.reward_parts or {}).get(name) for t in kept]
+        values = np.array([value for value in found if value is not None], dtype=np.float64)
+        calls = [report.functions[name] for report in reports if name in report.functions]
+        functions[name] = FunctionReport(
+            mean(values), bessel_std(values), sum(c.errors for c in calls), sum(c.timeouts for c in calls)
+        )
+    return replace(
+        reports[-1],
+        scored=sum(t.reward is not None for t in kept),
+        abstained=sum(t.reward is None and t.reward_error is None for t in kept),
+        errors=sum(report.errors for report in reports),
+        timeouts=sum(report.timeouts for report in reports),
+        functions=functions,
+    )
+
+
 def score(trajectories: Sequence[Trajectory], reward: Reward) -> ScoreReport:
     """Score rollouts here and now, in this process and without a limit on time; see `Scorer.score`."""
     with Scorer(reward, timeout=None) as scorer:
