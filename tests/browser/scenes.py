@@ -125,7 +125,7 @@ class Scene:
         for number, ask in enumerate(("What is 17 + 25?", LONG)):
             told = [
                 spoken(ask, [(CALL, "17 + 25", "42"), ("42", None, None)], 1.0, [0.2, None]),
-                spoken(ask, [(CALL[:-20], "?", "Error: <b>no</b> JSON\n\u202eevil"), ("It is 41.", None, None)], 0.0, [-0.1, None]),
+                spoken(ask, [(CALL[:-20], "?", BAD), ("It is 41.", None, None)], 0.0, [-0.1, None]),
                 spoken(ask, [("مئة", None, None)], None, [None]),
             ]  # fmt: skip
             told[2].reward_error = "ValueError: no number"
@@ -202,6 +202,7 @@ class Scene:
         return widget
 
 
+BAD = "Error: <b>no</b> JSON\n\u202eevil"
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "17 + 25"}}\n</tool_call>'
 
 

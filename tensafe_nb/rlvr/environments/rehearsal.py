@@ -1,12 +1,12 @@
 """A conversation without a model: an environment is tried out, with words of one's own for the policy's."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tensafe_nb.checks import checked
-from tensafe_nb.display import Facts, shown
+from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.environments.environment import (
     EnvironmentSpec,
@@ -84,8 +84,11 @@ def rehearse(
         reward 0.8
     """
     made = resolve_environment(environment)
-    besides = {} if tokenizer is None else made.told_with(getattr(tokenizer, "chat_template", None))[0]
-    if not callable(said) and (isinstance(said, str) or not isinstance(said, Sequence)):
+    template = getattr(tokenizer, "chat_template", None)
+    besides: dict[str, Any] = {}
+    if tokenizer is not None:
+        besides, _ = made.told_with(template if isinstance(template, str) else None)
+    if isinstance(said, type) or not (callable(said) or isinstance(said, list | tuple)):
         raise ValidationError(
             "said: give a list of texts, or a function that gets the messages and returns a text."
         )
@@ -120,6 +123,8 @@ def rehearse(
             words = said[spoken]
         else:
             break
+        if not isinstance(words, str):
+            raise ValidationError(f"said: what the policy says is a text, not {as_given(words)}.")
         spoken += 1
         messages.append({"role": "assistant", "content": words})
         reply = tell(words)

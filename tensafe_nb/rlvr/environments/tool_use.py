@@ -1,5 +1,6 @@
 """Environments in which the policy calls tools before it answers, and is rewarded for its answer."""
 
+import itertools
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from tensafe_nb.rlvr.tools.tool import Tool
 
 Talk: TypeAlias = Generator[Told | Turn, str, Outcome]
 QUESTIONS = ("prompt", "messages")
+MOST_TOOLS, MOST_SECONDS = 1_000, 100_000
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ def tool_environment(
     """Make an environment in which the model may call Python functions before it answers.
 
     A row's question is its column `prompt`, a text or messages. What the model says is read for calls, in the way of
-    its chat template; each is carried out where rewards run, and its result is told in a `tool` message. What is wrong with
-    a call (no valid JSON, no such tool, wrong arguments, an exception, no end) is told likewise, and the model may try
-    again. What has no call is its answer, and the reward scores that as it would score any response. Metrics
+    its chat template; each is carried out where rewards run, and its result is told in a `tool` message. What is wrong
+    with a call (no valid JSON, no such tool, wrong arguments, an exception, no end) is told likewise, and the model may
+    try again. What has no call is its answer, and the reward scores that as it would score any response. Metrics
     `rewards/NAME/calls`, `…/errors` and `…/answered` say how it uses its tools.
 
     Args:
@@ -188,10 +190,10 @@ def tools_named(tools: Any) -> dict[str, Tool]:
     Raises:
         ValidationError: There are none, two have one name, or one is none.
     """
-    if callable(tools) or isinstance(tools, str | Mapping) or not tools:
+    if not isinstance(tools, list | tuple) or not tools:
         raise ValidationError(f"tools={as_given(tools)}: give a list of functions, at least one.")
     named: dict[str, Tool] = {}
-    for tool in map(Tool.of, tools):
+    for tool in map(Tool.of, itertools.islice(tools, MOST_TOOLS)):
         if tool.name in named:
             raise ValidationError(f"Two tools are called {as_given(tool.name)}: a model calls them by name.")
         named[tool.name] = tool
@@ -200,8 +202,9 @@ def tools_named(tools: Any) -> dict[str, Tool]:
 
 def checked_timeout(timeout: Any) -> float | None:
     """Return a time limit that can be kept."""
-    if timeout is not None and (
-        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0
-    ):
-        raise ValidationError(f"timeout={as_given(timeout)} must be a number of seconds above 0, or None.")
-    return timeout
+    number = not isinstance(timeout, bool) and isinstance(timeout, int | float)
+    if timeout is not None and not (number and 0 < timeout <= MOST_SECONDS):
+        raise ValidationError(
+            f"timeout={as_given(timeout)} must be a number of seconds above 0, at most {MOST_SECONDS:,}, or None."
+        )
+    return None if timeout is None else float(timeout)

@@ -189,8 +189,9 @@ def format_named(name: str | ToolFormat) -> ToolFormat:
     if isinstance(name, ToolFormat):
         return name
     if not isinstance(name, str) or name not in FORMATS:
+        near = nearest(name, [*FORMATS, "auto"]) if isinstance(name, str) else ""
         raise ValidationError(
-            f"format={as_given(name)} is no way to write calls.{nearest(str(name), [*FORMATS, 'auto'])} Known are "
+            f"format={as_given(name)} is no way to write calls.{near} Known are "
             f"'auto', {', '.join(map(repr, FORMATS))}; or give an object with the methods of rlvr.tools.ToolFormat."
         )
     return FORMATS[name]

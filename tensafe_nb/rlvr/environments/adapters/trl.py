@@ -169,7 +169,12 @@ def trl_environment(
         raise ValidationError(
             f"factory={as_given(factory)}: give the class itself, or a function that makes an object of it."
         )
-    instance = factory()
+    try:
+        instance = factory()
+    except Exception as error:  # it is the user's
+        raise ValidationError(
+            f"factory() raised {type(error).__name__}: {error}. It is called without arguments."
+        ) from error
     if not callable(getattr(instance, "reset", None)):
         raise ValidationError(
             f"{type(instance).__name__} has no method reset: it is no environment of TRL's."
@@ -183,8 +188,8 @@ def trl_environment(
         raise ValidationError(
             f"{type(instance).__name__} has no get_reward(), and there is no reward beside it: give reward=…"
         )
+    further = frozenset(() if isinstance(tools, list | tuple) and not tools else tools_named(tools))
     named = tools_named([*methods, *tools])
-    further = frozenset(Tool.of(tool).name for tool in tools)
     # of methods, what the model is told; the object that they are of is another in each conversation
     kept = {
         key: tool if key in further else replace(tool, function=getattr(type(instance), key))
@@ -200,7 +205,7 @@ def trl_environment(
 def with_place(reward: Any) -> Any:
     """Return a reward, or a list of them, with room for the `environments` that functions of TRL's ask for."""
     if isinstance(reward, list | tuple):
-        return [with_place(one) for one in reward]
+        return [one if isinstance(one, list | tuple) else with_place(one) for one in reward]
     if inspect.isroutine(reward) and "environments" in inspect.signature(reward).parameters:
         return resolve_reward(reward, environments=())
     return reward

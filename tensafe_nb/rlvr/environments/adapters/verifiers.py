@@ -116,10 +116,16 @@ async def scored(env: Any, state: Any) -> Outcome:
 
 def functions_of(rubric: Any) -> Iterator[tuple[Any, Any, float]]:
     """Yield each function of a rubric, or of those in a group of them: its rubric, itself, its weight."""
+    for member in rubrics_of(rubric):
+        for func, weight in zip(member.funcs, member.weights, strict=True):
+            yield member, func, weight
+
+
+def rubrics_of(rubric: Any) -> Iterator[Any]:
+    """Yield a rubric, and those in it."""
+    yield rubric
     for member in getattr(rubric, "rubrics", ()):
-        yield from functions_of(member)
-    for func, weight in zip(rubric.funcs, rubric.weights, strict=True):
-        yield rubric, func, weight
+        yield from rubrics_of(member)
 
 
 def told_of(message: Any, before: Sequence[Any]) -> dict[str, Any]:
@@ -245,6 +251,9 @@ def check_verifiers(env: Any) -> None:
             f"{type(env).__name__} is one of verifiers v1: it starts programs that ask a model behind a server, and "
             f"here there is none. Of an environment of version 0.2 (pip install 'verifiers<0.3') one can be made."
         )
+    for kind, why in ELSEWHERE.items():
+        if kind in kinds:
+            raise ValidationError(f"{type(env).__name__} {why}: that cannot be had here.")
     if "MultiTurnEnv" not in kinds or not all(
         hasattr(env, part) for part in ("rubric", "init_state", "is_completed")
     ):
@@ -253,15 +262,13 @@ def check_verifiers(env: Any) -> None:
             f"verifiers_environment: {as_given(env)} {what} no environment of verifiers': give a SingleTurnEnv, a "
             f"MultiTurnEnv, a ToolEnv, or an object of a class made of one."
         )
-    for kind, why in ELSEWHERE.items():
-        if kind in kinds:
-            raise ValidationError(f"{type(env).__name__} {why}: that cannot be had here.")
-    for rubric, func, _ in functions_of(env.rubric):
+    for rubric in rubrics_of(env.rubric):
         if hasattr(rubric, "judge_client"):
             raise ValidationError(
                 f"{type(rubric).__name__} asks a model behind an OpenAI client for its verdict, and here there is "
                 f"none: leave it out of the rubric, or write an async function that asks your own."
             )
+    for rubric, func, _ in functions_of(env.rubric):
         if rubric._is_group_func(func):
             raise ValidationError(
                 f"{name_of(func)} compares the rollouts of a group, which are scored one by one here: make it a "

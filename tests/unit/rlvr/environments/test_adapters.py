@@ -8,7 +8,7 @@ import pytest
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.environments.adapters.gym import gym_environment
 from tensafe_nb.rlvr.environments.adapters.trl import trl_environment
-from tensafe_nb.rlvr.environments.adapters.verifiers import verifiers_environment
+from tensafe_nb.rlvr.environments.adapters.verifiers import verifiers_environment, verifiers_prompts
 from tensafe_nb.rlvr.environments.environment import RolloutEnded
 from tensafe_nb.rlvr.rollouts.prompts import gym_prompts
 from tests.unit.rlvr.environments.test_tool_use import driven
@@ -127,5 +127,9 @@ def test_a_wrong_answer_to_a_gym_task_may_be_tried_again_for_less() -> None:
 
 
 def test_what_is_none_of_verifiers_environments_is_refused() -> None:
-    with pytest.raises(ValidationError, match="give a SingleTurnEnv, a MultiTurnEnv, a ToolEnv"):
-        verifiers_environment(Counter())
+    wild: list[Any] = [Counter(), Counter, None, 3, "env", {}, lambda: None, float("nan")]
+    for given in wild:
+        with pytest.raises(ValidationError, match="give a SingleTurnEnv, a MultiTurnEnv, a ToolEnv"):
+            verifiers_environment(given)
+        with pytest.raises(ValidationError, match="give a SingleTurnEnv, a MultiTurnEnv, a ToolEnv"):
+            verifiers_prompts(given)
