@@ -33,9 +33,11 @@ from tensafe_nb.protocol.operations import (
     Forward,
     ForwardBackward,
     FreezeReference,
+    LoadAdapter,
     LoadState,
     Operation,
     OptimStep,
+    ReadAdapter,
     Sample,
     SaveState,
     VoidPrivacy,
@@ -46,10 +48,12 @@ from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,
+    LoadAdapterResult,
     LoadStateResult,
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    ReadAdapterResult,
     RunStatus,
     SampleResult,
     SaveStateResult,
@@ -65,6 +69,7 @@ from tensafe_nb.runs.loop import Batch, Loop
 from tensafe_nb.runs.run import SILENT_SECONDS, TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
+from tensafe_nb.transports.encrypted import HEAdapter
 
 R = TypeVar("R")
 
@@ -99,6 +104,7 @@ class TrainingClient:
         self._outstanding = Outstanding()
         self._subscriptions = Subscriptions(channel.subscribe)
         self._forwardings: dict[object, Forwarding] = {}
+        self._encrypted: weakref.WeakSet[HEAdapter] = weakref.WeakSet()
         weakref.finalize(self, channel.detach).atexit = False  # there, the transport closes what is left
 
     # verbs
@@ -268,6 +274,35 @@ class TrainingClient:
             raise ValidationError(f"load_state takes an artifact's id or name, not {as_given(artifact_id)}.")
         return self._submit(LoadState(artifact_id, for_run))
 
+    def read_adapter(self) -> FutureHandle[ReadAdapterResult]:
+        """Return the adapter's tensors: float32 arrays by PEFT's names, as in an exported `adapter_model.safetensors`.
+
+        It takes its place in the queue: they are the weights after what was submitted before.
+
+        Example:
+            >>> tensors = tc.read_adapter().tensors
+        """
+        return self._submit(ReadAdapter())
+
+    def load_adapter(self, tensors: Mapping[str, Any]) -> FutureHandle[LoadAdapterResult]:
+        """Take tensors in place of the adapter's own, such as the mean of several clients; or on any failure nothing.
+
+        Step, learning rate and random streams go on; the optimiser's moments and what was accumulated start anew.
+
+        Args:
+            tensors: Arrays or torch tensors, by the names of `read_adapter`. Those that are not named stay as they are:
+                with `freeze_a`, the Bs are enough.
+
+        Raises:
+            ValidationError: No dict of arrays, or values that are NaN. The handle fails with one for a name that the
+                adapter does not have, for another shape, and for a client that trains with differential privacy:
+                tensors come with no account of what they hold.
+
+        Example:
+            >>> tc.load_adapter(member.decrypt(total))
+        """
+        return self._submit(LoadAdapter(tensors))
+
     def void_privacy(self, reason: str) -> FutureHandle[VoidPrivacyResult]:
         """Give up this client's privacy guarantee, for good: epsilon is infinite from then on, and the budget ends.
 
@@ -429,6 +464,41 @@ class TrainingClient:
             >>> tc.estimate(batch_size=4, length=128).seconds_per_step
         """
         return self._channel.estimate(batch_size, length)
+
+    # encrypted
+
+    @checked
+    def he_adapter(
+        self,
+        layers: Sequence[int] | int = (-1,),
+        modules: Sequence[str] | str | None = None,
+        tokens: int | str = "auto",
+        *,
+        params: str = "n8192-d2",
+    ) -> HEAdapter:
+        """Return this client's adapter as something to call with activations that its core cannot read.
+
+        Over a server, activations are encrypted here, and the adapter never leaves there; embedded, both halves are in
+        one process, which protects nothing and says so. Waits for the model, and for the operation that runs.
+
+        Args:
+            layers: Their numbers, from the end where negative.
+            modules: Names of adapted modules in them, such as "q_proj"; None takes all that are adapted.
+            tokens: How many share a ciphertext: "auto", or 1, 8, 64 or 512, which needs fewer keys.
+            params: Name of the parameter set: "n8192-d2", or "n16384-d2" for 256-bit security.
+
+        Raises:
+            ValidationError: No such layer or module, or none that is adapted.
+            EncryptionContextError: No such parameter set, or tenseal is not installed: says the line that does it.
+
+        Example:
+            >>> he = tc.he_adapter(layers=[-1], modules=["q_proj", "v_proj"])
+            >>> print(he.cost(tokens=64))
+            >>> result = await he[-1](x)  # x: (S, d_in); result["q_proj"]: (S, d_out)
+        """
+        adapter = HEAdapter(self, self._channel, layers, modules, tokens, params)
+        self._encrypted.add(adapter)
+        return adapter
 
     # privacy
 
@@ -863,6 +933,8 @@ class TrainingClient:
     def _end(self, end: Callable[[], None]) -> None:
         for run in self._runs:
             run.stop()
+        for adapter in tuple(self._encrypted):
+            adapter.close()
         end()
         for run in self._runs:
             run.join(timeout=JOIN_SECONDS)

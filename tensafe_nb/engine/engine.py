@@ -13,27 +13,32 @@ from torch import Tensor
 
 from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.data.labels import turn_ends
+from tensafe_nb.display import as_given
 from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
 from tensafe_nb.engine.forward import ForwardPass, place
-from tensafe_nb.engine.models import inputs
+from tensafe_nb.engine.models import adapters, inputs
 from tensafe_nb.engine.models.load import LoadedModel, load
+from tensafe_nb.engine.models.low_rank import Factors, factors_of
 from tensafe_nb.engine.optimizers import Optimizer
 from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.sampling import sampler
 from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
+from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses import Loss
 from tensafe_nb.losses.policy import exact_entropy
 from tensafe_nb.losses.views import label_logprobs
-from tensafe_nb.protocol.batch import IGNORE, BatchData
+from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,
+    LoadAdapterResult,
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    ReadAdapterResult,
     SampleResult,
 )
 
@@ -154,6 +159,10 @@ class Engine:
             "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
         }
 
+    def factors(self, layers: Sequence[int], modules: Sequence[str] | None) -> Factors:
+        """Return the adapters of some layers as matrices; see `factors_of`."""
+        return factors_of(self.model, layers, modules)
+
     # training
 
     def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick = no_tick) -> ForwardBackwardResult:
@@ -266,6 +275,59 @@ class Engine:
         streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
         drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell, streams)
         return SampleResult(tuple(drawn), self.policy_version)
+
+    # adapter
+
+    def read_adapter(self) -> ReadAdapterResult:
+        """Return a copy of the adapter.
+
+        Raises:
+            ValidationError: All weights are trained.
+        """
+        tensors = {
+            name: tensor.detach().float().cpu().numpy().copy()
+            for name, tensor in self._adapter("read_adapter").items()
+        }
+        return ReadAdapterResult(tensors, self.policy_version)
+
+    def load_adapter(
+        self, tensors: Mapping[str, Array], take_over: Callable[[], None] = lambda: None
+    ) -> LoadAdapterResult:
+        """Take tensors in place of the adapter's own, and start the optimiser's moments and the window anew.
+
+        Args:
+            tensors: By PEFT's names; those that are not named stay as they are.
+            take_over: Called when they are known to fit, before anything is loaded.
+
+        Raises:
+            ValidationError: One has no place here, or another shape. Nothing has changed.
+        """
+        own = self._adapter("load_adapter")
+        for name, array in tensors.items():
+            if name not in own:
+                raise ValidationError(
+                    f"load_adapter: the adapter has no tensor {as_given(name)}.{nearest(name, own)} Nothing was loaded."
+                )
+            if array.shape != tuple(own[name].shape):
+                raise ValidationError(
+                    f"load_adapter: {name!r} is {array.shape}, and {tuple(own[name].shape)} here. Nothing was loaded."
+                )
+        take_over()
+        with torch.no_grad():
+            for name, array in tensors.items():
+                own[name].copy_(torch.from_numpy(array))
+        self.discard_gradients()
+        self.optimizer.restore_moments({})  # they belong to the steps that led to other weights
+        self.optimizer.policy_version += 1
+        return LoadAdapterResult(len(tensors), self.policy_version)
+
+    def _adapter(self, verb: str) -> dict[str, Tensor]:
+        if self.model.peft is None:
+            raise ValidationError(
+                f"{verb}: this client trains all weights, and has no adapter. Create it with lora_config=, or take its "
+                f"state as a whole: save_state, load_state, export_adapter."
+            )
+        return adapters.tensors_of(self.model.peft)
 
     # state
 

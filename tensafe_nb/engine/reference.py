@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from tensafe_nb.config import LoRAConfig
+from tensafe_nb.engine.models.bases import FACTOR_A
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.errors import ValidationError
 
@@ -24,9 +25,11 @@ class Reference:
         self.version = 0
 
     def freeze(self, version: int) -> None:
-        """Copy the trained weights as they are now; `version` is theirs."""
+        """Copy the trained weights, and the A beside a trained B, as they are now; `version` is theirs."""
         self.weights = {
-            name: p.detach().clone() for name, p in self._model.causal.named_parameters() if p.requires_grad
+            name: p.detach().clone()
+            for name, p in self._model.causal.named_parameters()
+            if p.requires_grad or FACTOR_A in name  # a frozen A may be loaded anew
         }
         self.version = version
 

@@ -120,6 +120,11 @@ class TrainingRun(Measured):
         return self._state
 
     @property
+    def at_rest(self) -> bool:
+        """Whether it is paused, and nobody has told it meanwhile to go on by `resume()` or `step()`."""
+        return self._state is RunStatus.PAUSED and self._wants_pause  # in this order: no lock is needed
+
+    @property
     def client(self) -> RunClient:
         """The training client it trains."""
         return self._client

@@ -20,6 +20,7 @@ PREFIX = "/api/v1"
 VERSION = importlib.metadata.version("tensafe_nb")
 STATUS = {  # of an error's code; 500 for the rest
     "validation_error": 422, "privacy_unit": 422, "model_load_error": 422, "decryption_error": 422,
+    "encryption_context": 422,
     "client_closed": 409, "dp_budget_exceeded": 409, "future_cancelled": 409, "future_failed": 409,
     "queue_full": 429, "too_many": 429, "too_many_waiting": 429,
     "not_found": 404, "training_client_not_found": 404, "run_not_found": 404,

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from tensafe_nb.server.door.limits import (
     Limits,
     Quotas,
     too_many_clients,
+    too_many_connections,
     too_many_waiting,
     too_much_stored,
 )
@@ -45,6 +46,7 @@ MOST_TOKENS = 1 << 16  # B × T of a batch
 MOST_RANK = 256
 MOST_SAMPLED = 1 << 21  # tokens that one sample() may draw, in all sequences together
 SYNC_SECONDS = 1.0
+ENCRYPTED_IDLE = 900.0  # s after which a connection that nobody uses is dropped; its client opens another
 LAST_WORDS = 30.0  # s for which a closed client still takes what its runs tell of their end
 
 
@@ -61,6 +63,7 @@ class Tenant:
         self.transport = EmbeddedTransport(home, "file", served=True)
         self.clients: dict[str, ServedClient] = {}
         self.making = 0  # clients that are on their way
+        self.opening = 0  # encrypted connections that are
         self.made: dict[str, asyncio.Future[ServedClient]] = {}  # by the key of whoever asked
 
     def client(self, training_client_id: str) -> ServedClient:
@@ -156,6 +159,24 @@ class Tenant:
             self._quotas.note(error.code)
             raise error
 
+    @asynccontextmanager
+    async def opening_encrypted(self) -> AsyncIterator[None]:
+        """Open an encrypted connection, if there may be one more.
+
+        Raises:
+            QueueFullError: There are as many as may be.
+        """
+        there = self.opening + sum(len(client.channel.connections.open) for client in self.live)
+        if there >= self.limits.encrypted:
+            error = too_many_connections(there)
+            self._quotas.note(error.code)
+            raise error
+        self.opening += 1
+        try:
+            yield
+        finally:
+            self.opening -= 1
+
     async def aside(self, work: Callable[..., R], *arguments: Any) -> R:
         """Do on a thread what may take long; see `Quotas.aside`."""
         return await self._quotas.aside(self.home.tenant, work, *arguments)
@@ -182,6 +203,7 @@ class Service:
         quotas: Of each tenant.
         losses: Dotted paths of losses that may be used.
         idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
+        exports: Weights may leave in the clear.
     """
 
     def __init__(
@@ -192,10 +214,12 @@ class Service:
         quotas: Quotas,
         losses: Sequence[str] = (),
         idle_after: float | None = None,
+        *,
+        exports: bool = True,
     ) -> None:
         self._home, self._models, self._hub_models = home, models, frozenset(hub_models)
         self.quotas, self.dotted_losses = quotas, frozenset(losses)
-        self.idle_after = idle_after
+        self.idle_after, self.exports = idle_after, exports
         self._tenants: dict[str, Tenant] = {}
         self.figures, self.draining = Figures(), False
 
@@ -331,6 +355,7 @@ class Service:
             await asyncio.sleep(SYNC_SECONDS)
             for client in self.live_clients():
                 client.put_away_if_idle(self.idle_after)
+                client.channel.connections.expire(ENCRYPTED_IDLE)
                 try:
                     await asyncio.to_thread(client.journal.sync)
                 except TGTinkerError as error:

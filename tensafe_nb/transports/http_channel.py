@@ -64,6 +64,7 @@ from tensafe_nb.protocol.results import (
     missing_pieces,
 )
 from tensafe_nb.store.home import Home
+from tensafe_nb.transports.http_encrypted import RemoteEncrypted
 from tensafe_nb.transports.http_requests import (
     Requests,
     check_answer,
@@ -340,6 +341,10 @@ class HttpChannel:
     def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
         asked = {"batch_size": batch_size, "length": length}
         return self.requests.record("POST", f"{self.path}/estimate", StepEstimate, json=asked, timeout=600.0)
+
+    @property
+    def encrypted(self) -> RemoteEncrypted:
+        return RemoteEncrypted(self.requests, self.path)
 
     def privacy_statement(self) -> PrivacyStatement:
         return self.requests.record("GET", f"{self.path}/privacy_statement", PrivacyStatement)

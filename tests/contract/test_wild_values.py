@@ -232,6 +232,12 @@ NEED_A_PACKAGE = (
 )  # and what fits needs it too: tests/soak
 SMALL: Any = {"group_size": 2, "prompts_per_step": 1, "max_new_tokens": 2, "temperature": 1.0}
 ROWS = [{"prompt": PROMPT, "completion": "046"}] * 3
+
+
+def no_run(service: tn.ServiceClient, seed: int) -> None:
+    """What an arm is that returns nothing."""
+
+
 CALLS: Mapping[str, Call] = {
     # values
     "TrainingConfig": Call(lambda w: tn.TrainingConfig),
@@ -370,6 +376,8 @@ CALLS: Mapping[str, Call] = {
     "run.to_csv": Call(lambda w: w.run.to_csv, {"path": "run.csv", "names": "loss"}),
     "run.plot": Call(lambda w: w.run.plot, {"names": "loss", "x": "step", "smoothing": 0.5}),
     "run.describe": Call(lambda w: w.run.describe, {"name": "a name", "tags": "a", "notes": "a note"}),
+    "compare": Call(lambda w: comparing(w), {"arm": no_run, "seeds": 2, "show": False}),
+    "load_comparison": Call(lambda w: tn.load_comparison, {"comparison": "rates"}),
     "replay": Call(
         lambda w: tn.replay,
         {"run": Of(lambda w: w.run.run_id), "speed": 1e6, "show": False},
@@ -507,6 +515,17 @@ def training(world: World) -> Callable[..., Any]:
     signature = inspect.signature(rlvr.RLVRTrainer)
     call.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[p for name, p in signature.parameters.items() if name != "training_client"]
+    )
+    return call
+
+
+def comparing(world: World) -> Callable[..., Any]:
+    def call(**arguments: Any) -> None:
+        tn.compare(service=world.service, **arguments).result(timeout=60)
+
+    signature = inspect.signature(tn.compare)
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p for name, p in signature.parameters.items() if name != "service"]
     )
     return call
 
