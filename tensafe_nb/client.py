@@ -65,7 +65,7 @@ from tensafe_nb.protocol.results import (
 from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
 from tensafe_nb.runs.description import described
-from tensafe_nb.runs.loop import Batch, Loop
+from tensafe_nb.runs.loop import Batch, Loop, LossSpec
 from tensafe_nb.runs.run import SILENT_SECONDS, TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
@@ -74,7 +74,6 @@ from tensafe_nb.transports.encrypted import HEAdapter
 R = TypeVar("R")
 
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
-LossSpec = str | Callable[..., Any]
 MOST_SEQUENCES = 1 << 20  # of one call of sample()
 MAX_NAME = 200  # characters of a checkpoint's name
 UNFORKED = ("model_ref", "lora_config", "resize_embeddings")  # that a state would not fit
@@ -571,6 +570,8 @@ class TrainingClient:
         self,
         batches: Iterable[Batch],
         *,
+        loss_fn: LossSpec | None = None,
+        loss_kwargs: Mapping[str, Any] | None = None,
         epochs: int | None = None,
         steps: int | None = None,
         eval_batches: Iterable[Batch] | None = None,
@@ -588,9 +589,12 @@ class TrainingClient:
 
         Args:
             batches: Iterated anew for each epoch; `gradient_accumulation_steps` of them make one optimiser step.
+            loss_fn: As for `forward_backward`; the client's own when None.
+            loss_kwargs: Keywords of the loss, as {"beta": 0.1}.
             epochs: Passes over the batches; 1 when `steps` is not given either.
             steps: Optimiser steps after which to end.
-            eval_batches: Held-out batches; their loss appears as "eval/loss" before the first and after the last step.
+            eval_batches: Held-out batches; their loss appears as "eval/loss" before the first and after the last step,
+                and what else the loss measures as "eval/…".
             eval_every: Evaluate every so many steps as well.
             checkpoint_every: Save the state every so many steps, and after the last.
             keep_last: Of the checkpoints this run saved by itself, keep the newest so many; None keeps all.
@@ -607,7 +611,14 @@ class TrainingClient:
                 schedule ends before.
         """
         loop = SupervisedLoop(
-            self, batches, epochs=epochs, steps=steps, eval_batches=eval_batches, eval_every=eval_every
+            self,
+            batches,
+            epochs=epochs,
+            steps=steps,
+            eval_batches=eval_batches,
+            eval_every=eval_every,
+            loss_fn=loss_fn,
+            loss_kwargs=loss_kwargs,
         )
         if loop.planned_steps is not None:  # those of a resumed run count from its beginning
             begun_at = 0 if resume_from is not None else self.step
@@ -624,6 +635,7 @@ class TrainingClient:
             started_with={
                 "run": {
                     "kind": "fit",
+                    **loop.described_loss,
                     "epochs": epochs,
                     "steps": steps,
                     "batches": summary_of(batches),
