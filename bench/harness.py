@@ -104,7 +104,7 @@ class Row:
 
     @property
     def cpu_ratio(self) -> float | None:
-        return median(self.taken.cpu.ratios(self.compares)) if self.taken.cpu else None
+        return median(self.taken.cpu.ratios(self.compares)) if self.taken.cpu and self.taken.peer else None
 
     @property
     def middle_half(self) -> tuple[float, float] | None:

@@ -64,6 +64,8 @@ def lines(name: str, row: Row) -> str:
             f"peer {amount(row.theirs, row.unit)}",
             f"ratio {_ratio(row)}, {row.compares}{_spread(row)}",
         ]
+    elif row.taken.cpu is not None:
+        figures.append(f"CPU time {amount(row.figure(row.taken.cpu.ours), row.unit)}")
     said = (row.what, "; ".join(part for part in (against, _circumstances(row)) if part), " · ".join(figures))
     return "\n".join(
         f"{title:17} {line}"

@@ -26,6 +26,7 @@ from tensafe_nb.engine import micro_batches
 from tensafe_nb.engine.accumulation import Tally, Tick, Window
 from tensafe_nb.engine.engine import seed_of_call
 from tensafe_nb.engine.forward import SCORING
+from tensafe_nb.engine.models.low_rank import Factors
 from tensafe_nb.engine.private_step import Account
 from tensafe_nb.engine.sampling import sampler
 from tensafe_nb.engine.state import EngineState
@@ -38,9 +39,11 @@ from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,
+    LoadAdapterResult,
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    ReadAdapterResult,
     SampledSequence,
     SampleResult,
     StepEstimate,
@@ -435,7 +438,7 @@ class EngineGroup:
     ) -> SampleResult:
         """Draw completions, the same as one engine draws; see `Engine.sample`."""
         self._admit()
-        ((ids, turns),) = self._ask([Call("encode", (prompts, config))])
+        ((ids, turns, streams),) = self._ask([Call("encode", (prompts, config))])
         seed = config.seed
         if seed is None:  # counted here: one who takes over draws from the same
             self.samples_drawn += 1
@@ -447,9 +450,10 @@ class EngineGroup:
             arguments = (
                 [ids[index] for index in part.prompts],
                 [turns[index] for index in part.prompts],
+                [streams[index] for index in part.prompts],
                 config.replace(num_samples=len(part.samples)),
                 seed,
-                rows_before(ids, part, config.num_samples),
+                rows_before(ids, streams, part, config.num_samples),
                 tell is not None,
             )
             hear = None if told is None else told.of(part, config.num_samples)
@@ -460,6 +464,29 @@ class EngineGroup:
             for (prompt, sample), sequence in zip(rows, sequences, strict=True):
                 drawn[prompt, sample] = replace(sequence, prompt_index=prompt)
         return SampleResult(tuple(drawn[row] for row in sorted(drawn)), self.policy_version)
+
+    def read_adapter(self) -> ReadAdapterResult:
+        """Return a copy of the adapter; see `Engine.read_adapter`."""
+        self._admit()
+        result: ReadAdapterResult
+        (result,) = self._ask([Call("read_adapter", ())])
+        return result
+
+    def load_adapter(
+        self, tensors: Mapping[str, Array], take_over: Callable[[], None] = lambda: None
+    ) -> LoadAdapterResult:
+        """Take tensors in place of the adapter's own; see `Engine.load_adapter`."""
+        self._admit()
+        result: LoadAdapterResult = self._order("load_adapter", tensors)
+        take_over()  # a group is never private: there is no account that could refuse
+        return result
+
+    def factors(self, layers: Sequence[int], modules: Sequence[str] | None) -> Factors:
+        """Return the adapters of some layers; see `Engine.factors`."""
+        self._admit()
+        found: Factors
+        (found,) = self._ask([Call("factors", (layers, modules))])
+        return found
 
     def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
         """Return what a training step takes: as long as a replica's share of it does, adding up apart.
@@ -586,8 +613,12 @@ def parts_of(prompts: int, samples: int, replicas: int) -> Iterator[Part]:
         yield Part(own, range(samples)) if by_prompts else Part(range(prompts), own)
 
 
-def rows_before(ids: Sequence[Sequence[int]], part: Part, samples: int) -> list[int]:
+def rows_before(
+    ids: Sequence[Sequence[int]], streams: Sequence[int | None], part: Part, samples: int
+) -> list[int]:
     """Return, for each prompt of a part, how many rows of an equal prompt come before its first, outside the part.
+
+    A prompt with a stream of its own has no equals.
 
     With them every row has the number, and so the random stream, that it has in the whole call.
     """
@@ -595,6 +626,10 @@ def rows_before(ids: Sequence[Sequence[int]], part: Part, samples: int) -> list[
     of_part: Counter[tuple[int, ...]] = Counter()
     before = []
     for index, prompt in enumerate(map(tuple, ids)):
+        if streams[index] is not None:
+            if index in part.prompts:
+                before.append(part.samples.start)
+            continue
         if index in part.prompts:
             before.append(seen[prompt] + part.samples.start - of_part[prompt])
             of_part[prompt] += len(part.samples)

@@ -17,6 +17,7 @@ from tensafe_nb.engine import state as states
 from tensafe_nb.engine.accumulation import Tally, Window
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.models.low_rank import Factors
 from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.sampling import sampler
@@ -24,7 +25,7 @@ from tensafe_nb.engine.state import EngineState
 from tensafe_nb.errors import FutureCancelledError, TGTinkerError
 from tensafe_nb.losses import Loss
 from tensafe_nb.protocol.batch import Array, BatchData
-from tensafe_nb.protocol.results import Prompt, SampledSequence
+from tensafe_nb.protocol.results import Prompt, ReadAdapterResult, SampledSequence
 from tensafe_nb.store.home import Home
 
 Emit = Callable[[tuple[Any, ...]], None]  # takes a message, see `Replica.do`
@@ -128,6 +129,7 @@ class Replica:
         call: int,
         tick: sampler.Tick,
     ) -> tuple[list[Array | None], Tally]:
+        batch = self._engine.with_reference(batch, loss, tick, pieces)
         return self._step.contribute(batch, loss, pieces, secret, tick)
 
     def evaluate(
@@ -154,13 +156,14 @@ class Replica:
 
     def encode(
         self, prompts: Sequence[Prompt], config: SamplingConfig
-    ) -> tuple[list[list[int]], list[TurnEnd]]:
+    ) -> tuple[list[list[int]], list[TurnEnd], list[int | None]]:
         return self._engine.encode(prompts, config)
 
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
         turns: Sequence[TurnEnd],
+        streams: Sequence[int | None],
         config: SamplingConfig,
         seed: int,
         before: Sequence[int],
@@ -171,16 +174,20 @@ class Replica:
         def tell(sequence: int, text: str) -> None:
             self._emit(("piece", call, sequence, text))
 
-        model = self._engine.model
-        return sampler.sample(
-            model, prompts, config, seed, tick, turns, tell if stream else None, before=before
-        )
+        told = tell if stream else None
+        return sampler.sample(self._engine.model, prompts, config, seed, tick, turns, told, streams, before)
 
     def estimate(self, batch_size: int | None, length: int | None) -> Any:
         return self._engine.estimate(batch_size, length)
 
     def capture(self, include_optimizer: bool) -> EngineState:
         return self._engine.capture(include_optimizer)
+
+    def factors(self, layers: Sequence[int], modules: Sequence[str] | None) -> Factors:
+        return self._engine.factors(layers, modules)
+
+    def read_adapter(self) -> ReadAdapterResult:
+        return self._engine.read_adapter()
 
     def streams(self) -> dict[str, Any]:
         return self._engine.streams()
@@ -204,6 +211,9 @@ class Replica:
 
     def freeze_reference(self) -> Standing:
         return self._standing(self._engine.freeze_reference())
+
+    def load_adapter(self, tensors: Mapping[str, Array]) -> Standing:
+        return self._standing(self._engine.load_adapter(tensors))
 
     def restore(self, state: EngineState, keep_moments: bool) -> Standing:
         self._engine.restore(state, keep_moments=keep_moments)

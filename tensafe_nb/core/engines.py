@@ -7,19 +7,22 @@ from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.engine.accumulation import Tick, Window
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.models.low_rank import Factors
 from tensafe_nb.engine.private_step import Account
 from tensafe_nb.engine.sampling import sampler
 from tensafe_nb.engine.state import EngineState
 from tensafe_nb.events import Event
 from tensafe_nb.losses import Loss
-from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.batch import Array, BatchData
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,
+    LoadAdapterResult,
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    ReadAdapterResult,
     SampleResult,
     StepEstimate,
 )
@@ -62,6 +65,11 @@ class Trains(Protocol):
     def sample(
         self, prompts: Sequence[Prompt], config: SamplingConfig, tick: Tick, tell: sampler.Tell | None
     ) -> SampleResult: ...
+    def read_adapter(self) -> ReadAdapterResult: ...
+    def load_adapter(
+        self, tensors: Mapping[str, Array], take_over: Callable[[], None]
+    ) -> LoadAdapterResult: ...
+    def factors(self, layers: Sequence[int], modules: Sequence[str] | None) -> Factors: ...
     def capture(self, include_optimizer: bool) -> EngineState: ...
     def restore(self, state: EngineState, *, keep_moments: bool = True) -> None: ...
     def streams(self) -> dict[str, Any]: ...

@@ -34,6 +34,7 @@ FIELDS = {  # PEFT's names and ours
     "layers_to_transform": "layers_to_transform",
     "target_parameters": "target_parameters",
 }
+OF_TRAINING = {"dropout", "freeze_a"}  # ours that no folder tells, or that do not bind who goes on from it
 WITHOUT_EFFECT = {  # on an adapter whose weights are there
     "peft_type",
     "task_type",
@@ -91,7 +92,7 @@ class AdapterFolder:
     ) -> LoRAConfig:
         """Return the adapter's configuration, after comparing it with the one that was asked for.
 
-        Dropout is no part of an adapter: that asked for wins.
+        Dropout, and which factor is trained, is no part of an adapter: what is asked for wins.
 
         Args:
             asked: What the user typed; only fields that were typed count.
@@ -107,7 +108,7 @@ class AdapterFolder:
         if asked is None:
             return lora
         typed = asked.model_fields_set
-        differing = [name for name in sorted(typed - {"dropout"}) if not agree(name, asked, lora, layers_of)]
+        differing = [name for name in sorted(typed - OF_TRAINING) if not agree(name, asked, lora, layers_of)]
         if differing:
             both = "; ".join(
                 f"{name}={getattr(asked, name)!r} asked for, {getattr(lora, name)!r} in the adapter"
@@ -119,7 +120,7 @@ class AdapterFolder:
                 f"the base with this adapter merged (export_adapter(…, merged=True)).",
                 details={"differing": differing},
             )
-        return lora.replace(dropout=asked.dropout) if "dropout" in typed else lora
+        return lora.replace(**{name: getattr(asked, name) for name in typed & OF_TRAINING})
 
     def weights(self) -> dict[str, Tensor]:
         """Return the adapter's tensors by PEFT's names.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tensafe_nb.config import LoRAConfig
 from tensafe_nb.engine.models import adapter_folders, reading
+from tensafe_nb.engine.models.bases import FACTOR_A
 from tensafe_nb.errors import ModelLoadError, ValidationError, nearest
 
 READ_PAST_LAYERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
@@ -37,6 +38,10 @@ def add_adapter(causal: Any, lora: LoRAConfig) -> Any:
                 f"LoRAConfig does not fit this model: {reading.first_line(error)}"
             ) from error
     train_in_float32(causal)
+    if lora.freeze_a:
+        for name, parameter in causal.named_parameters():
+            if FACTOR_A in name:
+                parameter.requires_grad_(False)
     return adapted
 
 
@@ -70,6 +75,13 @@ def check_adapter(causal: Any, lora: LoRAConfig) -> None:
             f"LoRAConfig(target_modules={lora.target_modules!r}) adapts no layer of this model.{hint}"
         )
     check_ranks({name: layers[name] for name in sorted(adapted & layers.keys())}, lora)
+    tables = sorted(name for name in adapted & layers.keys() if isinstance(layers[name], nn.Embedding))
+    if lora.freeze_a and tables:
+        raise ValidationError(
+            f"LoRAConfig(freeze_a=True) cannot adapt the embedding {tables[0]!r}: there A begins at zero and B is "
+            f"random, so that nothing would be learnt. Leave it out of target_modules, or train it whole: "
+            f"modules_to_save=[{tables[0].rpartition('.')[2]!r}]."
+        )
 
 
 def check_ranks(layers: Mapping[str, Any], lora: LoRAConfig) -> None:
@@ -96,7 +108,7 @@ def fill_adapter(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
     """
     import peft
 
-    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    own = tensors_of(adapted)
     named = adapted.get_base_model().named_parameters(remove_duplicate=False)
     base = {f"{adapter_folders.PREFIX}{name}": parameter for name, parameter in named}
     known = own | {name: base[name] for name in weights.keys() & base.keys() if ".lora_" not in name}
@@ -118,6 +130,14 @@ def fill_adapter(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.set_peft_model_state_dict(adapted, weights)
+
+
+def tensors_of(adapted: Any) -> dict[str, Tensor]:
+    """Return an adapter's tensors by PEFT's names, and where they lie."""
+    import peft
+
+    found: dict[str, Tensor] = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return found
 
 
 def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:

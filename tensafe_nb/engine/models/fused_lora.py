@@ -58,7 +58,8 @@ class LoRAFunction(torch.autograd.Function):
         rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
         low = (rows @ a.T).mul_(scaling)  # (B·T, r)
         y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
-        ctx.save_for_backward(rows, low, a, b)
+        learns_a = ctx.needs_input_grad[3]  # only ∂A takes the rows: without it they need not be kept
+        ctx.save_for_backward(rows if learns_a else None, low, a, b)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -77,15 +78,22 @@ class LoRAFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             to_bias = slopes.sum(0)
         # ∂A = s (∂y B)ᵀ x and ∂B = s ∂yᵀ (x Aᵀ); s is in both factors already
-        return to_x, None, to_bias, low_slopes.T @ rows, (low.T @ slopes).T, None, None
+        to_a = None if rows is None else low_slopes.T @ rows
+        return to_x, None, to_bias, to_a, (low.T @ slopes).T, None, None
 
 
-def hand_over_rows(ctx: Any, count: int, *flat: Tensor) -> None:
+def hand_over_rows(
+    ctx: Any, count: int, slopes: Tensor, low_slopes: Tensor, rows: Tensor | None, low: Tensor
+) -> None:
     """Give the sink the gradients of bias, A and B of each of a batch's rows (Bu et al. 2022, arXiv:2210.00038)."""
-    slopes, low_slopes, rows, low = (tensor.view(count, -1, tensor.shape[-1]) for tensor in flat)  # (B, T, …)
+
+    def apart(flat: Tensor) -> Tensor:
+        return flat.view(count, -1, flat.shape[-1])  # (B, T, …)
+
     bias, a, b = ctx.trained
     if bias is not None and bias.requires_grad:
-        ctx.sink(bias, slopes.sum(1, dtype=torch.float32))
+        ctx.sink(bias, apart(slopes).sum(1, dtype=torch.float32))
     # a product for each row of the batch, (B, r, in) and (B, out, r), in place of one for all
-    ctx.sink(a, torch.bmm(low_slopes.transpose(1, 2), rows).float())
-    ctx.sink(b, torch.bmm(low.transpose(1, 2), slopes).transpose(1, 2).float())
+    if rows is not None:
+        ctx.sink(a, torch.bmm(apart(low_slopes).transpose(1, 2), apart(rows)).float())
+    ctx.sink(b, torch.bmm(apart(low).transpose(1, 2), apart(slopes)).transpose(1, 2).float())

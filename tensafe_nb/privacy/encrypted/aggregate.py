@@ -4,6 +4,9 @@ All members of a cohort share one secret key, and the server has none. The serve
 open every update; who cannot exclude that needs another protocol. The mean itself still tells something about each
 member: clip and add noise on the members' side for a bound on that.
 
+A slot of CKKS is a complex number, and to add is to add both of its parts: each holds a number of its own, so that a
+ciphertext holds N of them, not N/2.
+
 The mean of Bs and the mean of As is not the mean of the B·A. Where all members keep the same A and train B alone, it is
 (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313): `Layout.of(tensors, frozen=["lora_A"])` sends the Bs, and refuses a
 member whose A is another one.
@@ -20,12 +23,14 @@ import numpy as np
 
 from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.envelope import Connection, KeySource, open_bundle
-from tensafe_nb.privacy.encrypted.parameters import parameters_named
+from tensafe_nb.privacy.encrypted.parameters import Parameters, parameters_named
 from tensafe_nb.privacy.encrypted.scheme import Tick, Vector, dump, no_tick, scheme_of
 
 MOST_MEMBERS = 4096
 MOST_PARAMETERS = 2**24
-MOST_TOTAL = 2.0**13  # what a sum may reach in a slot: 60 bits less those of the scale, with room
+MOST_TOTAL = (
+    2.0**13
+)  # of a sum: with both parts so large it takes √2·2^13·2^45 of the 2^59 that 60 bits have by sign
 GRID = 2.0**-24  # the mean is rounded to multiples of it: values of CKKS are never published raw
 Tensors = Mapping[str, Any]
 
@@ -236,10 +241,10 @@ class CohortMember:
             raise ValidationError(
                 f"A value of {largest:.3g} is too large: {self.members} such would leave the range of {MOST_TOTAL:g}."
             )
-        row = np.zeros(_ciphertexts(len(flat), self.parameters.slots) * self.parameters.slots)
+        row = np.zeros(_ciphertexts(len(flat), self.parameters) * self.parameters.degree)
         row[: len(flat)], row[len(flat)] = weight * flat, weight
         parts: list[bytes] = []
-        rows = row.reshape(-1, self.parameters.slots)
+        rows = row.view(np.complex128).reshape(-1, self.parameters.slots)
         for slots in rows:
             tick(len(parts), len(rows))
             plain = self._scheme.encode(slots, 0, self.parameters.scale)
@@ -261,7 +266,7 @@ class CohortMember:
         """
         message = self._connection.open(total, "total")
         if message.sequence != self.members or len(message.parts) != _ciphertexts(
-            self.layout.size, self.parameters.slots
+            self.layout.size, self.parameters
         ):
             raise EncryptionContextError("The total does not hold the updates of all members.")
         rows: list[Vector] = []
@@ -269,7 +274,7 @@ class CohortMember:
             tick(len(rows), len(message.parts))
             plain = self._scheme.seal.Plaintext()
             self._decryptor.decrypt(self._scheme.ciphertext(part, 0), plain)
-            rows.append(self._scheme.decode(plain))
+            rows.append(self._scheme.decode_complex(plain).view(np.float64))
         row = np.concatenate(rows)
         weight = row[self.layout.size]
         if not 0 < weight <= self.members + 1e-3:
@@ -292,7 +297,7 @@ class Aggregator:
         self._connection, message = open_bundle(bundle, keys)
         self.parameters = parameters_named(message.fields.get("params"), "sum")
         self.members = message.number("members", 2, MOST_MEMBERS)
-        self._count = _ciphertexts(message.number("size", 1, MOST_PARAMETERS), self.parameters.slots)
+        self._count = _ciphertexts(message.number("size", 1, MOST_PARAMETERS), self.parameters)
         self._scheme = scheme_of(self.parameters)
         self._evaluator = self._scheme.seal.Evaluator(self._scheme.context)
         self._sum: list[Any] = []
@@ -344,8 +349,10 @@ class Aggregator:
         return self._connection.seal("total", self.members, {}, [dump(part) for part in self._sum])
 
 
-def _ciphertexts(size: int, slots: int) -> int:
-    return ceil((size + 1) / slots)  # one more than the numbers: the weight
+def _ciphertexts(size: int, parameters: Parameters) -> int:
+    return ceil(
+        (size + 1) / parameters.degree
+    )  # two numbers in a slot; one more than the numbers: the weight
 
 
 def _noise(count: int, standard_deviation: float) -> Vector:

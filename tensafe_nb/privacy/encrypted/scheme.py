@@ -73,7 +73,7 @@ class Scheme:
             self.levels.append(data.parms_id())
             data = data.next_context_data()
 
-    def encode(self, values: Vector, level: int, scale: float) -> Any:
+    def encode(self, values: Vector | NDArray[np.complex128], level: int, scale: float) -> Any:
         """Return the plaintext of (slots,) numbers for ciphertexts of this level, 0 being the fresh one."""
         plain = self.seal.Plaintext()
         self.encoder.encode(values.tolist(), self.levels[level], scale, plain)
@@ -81,6 +81,9 @@ class Scheme:
 
     def decode(self, plain: Any) -> Vector:
         return np.array(self.encoder.decode_double(plain))
+
+    def decode_complex(self, plain: Any) -> NDArray[np.complex128]:
+        return np.array(self.encoder.decode_complex(plain))
 
     def element(self, step: int) -> int:
         """Return the automorphism that rotates by so many slots to the left."""

@@ -43,6 +43,18 @@ def test_the_mean_is_that_in_clear_on_a_grid() -> None:
             assert (values / GRID == np.round(values / GRID)).all(), "raw CKKS values tell of the secret key"
 
 
+def test_a_sum_at_the_edge_of_what_is_taken_does_not_wrap_around() -> None:
+    edge = np.full(8192, 4095.9)
+    edge[::3] *= -1
+    given = [{"w": edge}, {"w": edge}]
+    cohort, server, members = round_of(given)
+    for member, update in zip(members, given, strict=True):
+        server.add(member.encrypt(update))
+    assert np.abs(members[0].decrypt(server.total())["w"] - edge).max() < 1e-3  # float32 has 24 bits
+    with pytest.raises(ValidationError, match="too large"):
+        CohortMember(cohort.secret_bytes(), 1).encrypt({"w": edge * 1.001})
+
+
 def test_members_count_by_their_weights_which_the_server_does_not_see() -> None:
     given, weights = updates(3), [1.0, 0.25, 0.5]
     _, server, members = round_of(given)
@@ -124,7 +136,7 @@ def test_an_update_that_was_altered_or_is_of_another_round_leaves_the_sum_as_it_
 
 
 def test_a_round_can_be_stopped_between_ciphertexts_and_goes_on_as_if_it_had_not_begun() -> None:
-    given = [{"w": np.full(9_000, float(n))} for n in range(2)]  # of three ciphertexts
+    given = [{"w": np.full(18_000, float(n))} for n in range(2)]  # of three ciphertexts
     cohort = Cohort(Layout.of(given[0]), members=2)
     server = Aggregator(cohort.public_bundle())
     members = [CohortMember(cohort.secret_bytes(), number) for number in range(2)]
