@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tensafe_nb.cluster.clusters import Cluster, LocalCluster, RayCluster
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.store.home import TENANT, Home
 
@@ -54,6 +55,29 @@ def add_server(commands: Any) -> None:
         "--no-export",
         action="store_true",
         help="let no weights leave in the clear: checkpoints stay sealed, and adapters can be applied, not taken away",
+    )
+    serve.add_argument(
+        "--cluster",
+        metavar="WHERE",
+        help="compute not in this process, but in replicas: 'processes' of this machine, a Ray cluster at 'auto' or "
+        "HOST:PORT, or one that is started here, 'local'",
+    )
+    serve.add_argument(
+        "--engines",
+        type=int,
+        default=2,
+        metavar="N",
+        help="replicas of each training client on a cluster (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--engine-cpus", type=int, default=None, metavar="N", help="cores for each replica on a cluster"
+    )
+    serve.add_argument(
+        "--engine-gpus",
+        type=int,
+        default=0,
+        metavar="N",
+        help="GPUs for each replica on a cluster (default: %(default)s: on the CPU)",
     )
     add_limits(serve, usual=True)
     serve.add_argument(
@@ -177,6 +201,7 @@ def run_server(chosen: argparse.Namespace) -> int:
         identity=users,
         idle_after=60 * chosen.idle_after if chosen.idle_after > 0 else None,
         exports=not chosen.no_export,
+        engines=cluster_of(chosen),
     )
     family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
     listening = socket.create_server((chosen.host, chosen.port), family=family, reuse_port=False)
@@ -185,6 +210,23 @@ def run_server(chosen: argparse.Namespace) -> int:
     announce(url, shown, as_json=chosen.json)
     server_of(app).run(sockets=[listening])
     return 0
+
+
+def cluster_of(chosen: argparse.Namespace) -> Cluster | None:
+    """Return the cluster that was asked for, if any.
+
+    Raises:
+        ValidationError: It is none, or needs Ray, which is not here.
+    """
+    match chosen.cluster:
+        case None:
+            return None
+        case "processes":
+            return LocalCluster(chosen.engines, cpus=chosen.engine_cpus, gpus=chosen.engine_gpus)
+        case where:
+            return RayCluster(
+                where, engines=chosen.engines, cpus=chosen.engine_cpus or 1, gpus=chosen.engine_gpus
+            )
 
 
 def announce(url: str, token: str | None, *, as_json: bool) -> None:

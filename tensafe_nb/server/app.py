@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 
+from tensafe_nb.core.engines import MakesEngines
 from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers, hide
 from tensafe_nb.server.artifacts import artifact_routes
 from tensafe_nb.server.door.guard import Guard, WhoIs
@@ -39,6 +40,7 @@ def create_app(
     identity: WhoIs | None = None,
     idle_after: float | None = None,
     exports: bool = True,
+    engines: MakesEngines | None = None,
 ) -> FastAPI:
     """Return the server as an ASGI application.
 
@@ -54,10 +56,11 @@ def create_app(
         identity: Who says whose a token is; without one, the tokens do.
         idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
         exports: Weights may leave in the clear; False keeps them here.
+        engines: Makes the engines of training clients: a cluster's; None computes in this process.
     """
     hide(home.root, models, tempfile.gettempdir(), Path.home(), Path.cwd(), sys.prefix)
     quotas = Quotas(limits or Limits(), tokens.limits)
-    service = Service(home, models, hub_models, quotas, losses, idle_after, exports=exports)
+    service = Service(home, models, hub_models, quotas, losses, idle_after, exports=exports, engines=engines)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core import queue
+from tensafe_nb.core.engines import MakesEngines
 from tensafe_nb.errors import (
     NotFoundError,
     StorageError,
@@ -58,11 +59,12 @@ class Tenant:
     Args:
         home: Its share of the server's home folder.
         quotas: What each tenant may have.
+        engines: Makes the engines of its training clients.
     """
 
-    def __init__(self, home: Home, quotas: Quotas) -> None:
+    def __init__(self, home: Home, quotas: Quotas, engines: MakesEngines | None = None) -> None:
         self.home, self._quotas = home, quotas
-        self.transport = EmbeddedTransport(home, "file", served=True)
+        self.transport = EmbeddedTransport(home, "file", served=True, engines=engines)
         self.answers = Answers(home.answers(), self.transport.vault.keys)
         self.clients: dict[str, ServedClient] = {}
         self.making = 0  # clients that are on their way
@@ -212,6 +214,7 @@ class Service:
         losses: Dotted paths of losses that may be used.
         idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
         exports: Weights may leave in the clear.
+        engines: Makes the engines of all training clients; by default they are in this process.
     """
 
     def __init__(
@@ -224,7 +227,9 @@ class Service:
         idle_after: float | None = None,
         *,
         exports: bool = True,
+        engines: MakesEngines | None = None,
     ) -> None:
+        self._engines = engines
         self._home, self._models, self._hub_models = home, models, frozenset(hub_models)
         self.quotas, self.dotted_losses = quotas, frozenset(losses)
         self.idle_after, self.exports = idle_after, exports
@@ -234,7 +239,7 @@ class Service:
     def tenant(self, name: str) -> Tenant:
         """Return a tenant, known or new."""
         if name not in self._tenants:
-            self._tenants[name] = Tenant(Home(self._home.root, name), self.quotas)
+            self._tenants[name] = Tenant(Home(self._home.root, name), self.quotas, self._engines)
         return self._tenants[name]
 
     def live_clients(self) -> list[ServedClient]:
