@@ -2,6 +2,8 @@
 
 import os
 import re
+import secrets
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:  # a cluster is named before torch is loaded
     from tensafe_nb.cluster.group import EngineGroup, Places
     from tensafe_nb.core.engines import Tell, Trains
 
+# Without a token Ray takes orders from whoever reaches its ports; a busy machine starts its agent slowly.
+LOCAL_RAY = {"RAY_AUTH_MODE": "token", "RAY_agent_register_timeout_ms": "120000"}
 NOT_PRIVATELY = (
     "Private training runs in one process: how its noise and draws would be shared among replicas is not worked out. "
     "Make a client with dp_config by a ServiceClient() without cluster=."
@@ -147,6 +151,9 @@ class RayCluster(Cluster):
         Raises:
             ClusterError: There is no such cluster.
         """
+        if self.address == "local" and "ray" not in sys.modules:  # which reads them as it is imported
+            for name, value in {**LOCAL_RAY, "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
+                os.environ.setdefault(name, value)
         from tensafe_nb.cluster import ray_places
 
         self._connected = ray_places.connect(self.address, self.engines * self.cpus) or self._connected

@@ -145,13 +145,17 @@ def connect(address: str, cpus: int) -> bool:
     before = signal.getsignal(signal.SIGTERM) if main else None
     own: dict[str, Any] = {"address": address}
     if address == "local":
-        own = {"include_dashboard": False, "num_cpus": max(cpus, os.cpu_count() or 1)}
+        cores = max(cpus, os.cpu_count() or 1)
+        own = {"include_dashboard": False, "num_cpus": cores, "_node_ip_address": "127.0.0.1"}
     try:
         ray.init(**own, log_to_driver=False, configure_logging=False, namespace="tensafe_nb")
-    except (RayError, ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises its own, OSError, ValueError, and plain Exception
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ClusterError(
-            f"There is no Ray cluster at {address!r}: {str(error).strip().splitlines()[0]} Start one with `ray start "
-            f'--head`, or take RayCluster("local").'
+            f"Ray could not be started here: {reason} A machine that is very busy starts it too slowly: try again."
+            if address == "local"
+            else f"There is no Ray cluster at {address!r}: {reason} Start one with `ray start --head`, or take "
+            f'RayCluster("local").'
         ) from error
     finally:
         os.environ.update(hidden)
