@@ -21,7 +21,7 @@ from tensafe_nb.errors import (
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.codec import encode
-from tensafe_nb.protocol.operations import Operation, Sample, SaveState
+from tensafe_nb.protocol.operations import Operation, ReadAdapter, Sample, SaveState
 from tensafe_nb.protocol.results import ClientStatus, StateSource
 from tensafe_nb.server.clients import ServedClient
 from tensafe_nb.server.door.guard import MOST_BODY_BYTES
@@ -337,8 +337,22 @@ class Service:
                     f"This may draw {drawn:,} tokens; this server draws {MOST_SAMPLED:,} in one. Sample in parts."
                 )
         self._refuse_code(getattr(operation, "loss_fn", None))
+        if isinstance(operation, ReadAdapter):
+            self.refuse_to_export()
         if isinstance(operation, SaveState):
             tenant.room()
+
+    def refuse_to_export(self) -> None:
+        """Keep weights here, where whoever runs the server wants that.
+
+        Raises:
+            ValidationError: They do not leave it in the clear.
+        """
+        if not self.exports:
+            raise ValidationError(
+                "Weights do not leave this server in the clear: whoever runs it has started it with serve --no-export.",
+                code="forbidden",
+            )
 
     def _refuse_code(self, loss: object) -> None:
         """Refuse a loss that is a path to somebody's code, unless whoever runs the server names that very path."""
