@@ -9,6 +9,7 @@ from tensafe_nb.rlvr.algorithms.options import PPOConfig, REINFORCEConfig, Value
 from tensafe_nb.rlvr.algorithms.policy_gradient import PPO, REINFORCE
 from tensafe_nb.rlvr.algorithms.presets import get_presets, register_preset
 from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.environments import builtin as _builtin  # noqa: F401  # registers what ships
 from tensafe_nb.rlvr.environments.environment import (
     Environment,
     Outcome,
