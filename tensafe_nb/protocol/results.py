@@ -229,6 +229,24 @@ class FreezeReferenceResult:
     reference_version: int
 
 
+@tagged("read_adapter_result")
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadAdapterResult:
+    """The adapter as it is: float32, by PEFT's names, as in `adapter_model.safetensors`."""
+
+    tensors: Mapping[str, Array]
+    policy_version: int
+
+
+@tagged("load_adapter_result")
+@dataclass(frozen=True, slots=True)
+class LoadAdapterResult:
+    """What `load_adapter` took: `loaded` tensors; the weights have this version now."""
+
+    loaded: int
+    policy_version: int
+
+
 @tagged("void_privacy_result")
 @dataclass(frozen=True, slots=True)
 class VoidPrivacyResult:
@@ -385,6 +403,8 @@ Result: TypeAlias = (
     | SampleResult
     | LogprobsResult
     | FreezeReferenceResult
+    | ReadAdapterResult
+    | LoadAdapterResult
     | SaveStateResult
     | LoadStateResult
     | VoidPrivacyResult
