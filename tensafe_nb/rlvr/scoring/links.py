@@ -27,7 +27,7 @@ Message: TypeAlias = "list[Any] | None"  # None: there is nobody there any more
 Inbox: TypeAlias = "queue.SimpleQueue[tuple[Link, Message]]"
 
 
-class Answers(Protocol):
+class Callee(Protocol):
     """What is called: a reward's function, or the stage of an environment."""
 
     def answered(self, unit: Unit, /) -> list[Any]:
@@ -98,7 +98,7 @@ class ProcessLink:
 class ThreadLink:
     """A thread of this process instead, for functions that cannot be sent elsewhere. It cannot be killed."""
 
-    def __init__(self, inbox: Inbox, calls: Sequence[Answers]) -> None:
+    def __init__(self, inbox: Inbox, calls: Sequence[Callee]) -> None:
         self._inbox, self._calls = inbox, calls
         self._requests: queue.SimpleQueue[tuple[int, int, Sequence[Unit]] | None] = queue.SimpleQueue()
         self._abandoned = False
