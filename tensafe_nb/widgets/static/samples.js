@@ -168,7 +168,7 @@ class Samples {
     const signal = groups.filter((group) => group.signal).length;
     const versions = new Set(groups.flatMap((group) => group.r.map((rollout) => rollout.policy)));
     this.version = versions.size === 1 ? [...versions][0] : undefined;
-    fill(this.count, `${groups.length + (found.left_out || 0)} prompts, ${signal} with signal${this.version === undefined ? "" : `, policy ${this.version}`}`);
+    fill(this.count, `${groups.length + (found.left_out || 0)} prompts, ${signal} with signal${found.thrown_away ? `, ${found.thrown_away} thrown away without` : ""}${this.version === undefined ? "" : `, policy ${this.version}`}`);
     const kept = arranged(groups, this.order, this.keep, this.search);
     const cards = kept.map((group) => this.group(group));
     if (!kept.length) cards.push(make("p", "tsnb-where", "nothing here is as asked for"));
@@ -214,7 +214,8 @@ class Samples {
     const card = make("div", "tsnb-card");
     const spread = group.signal ? `spread ${briefly(group.std)}` : "no signal: nothing to prefer";
     const most = Math.max(...group.r.flatMap((r) => [r.adv, ...(r.tok ?? []).map(([, a]) => a)]).map((a) => Math.abs(a ?? 0)), 1e-9);
-    card.append(this.prompt(group, `reward ${briefly(group.mean)}, ${spread}`), ...group.r.map((rollout) => this.rollout(rollout, most, group)));
+    const before = group.answered ? `, asked ${group.answered} time${group.answered === 1 ? "" : "s"} before${group.rate == null ? "" : `: ${Math.round(100 * group.rate)} % right`}` : "";
+    card.append(this.prompt(group, `reward ${briefly(group.mean)}, ${spread}${before}`), ...group.r.map((rollout) => this.rollout(rollout, most, group)));
     return card;
   }
 
