@@ -111,7 +111,7 @@ def test_a_curve_that_was_not_measured_leaves_a_picture_that_says_so(client: Fak
     assert drawn is not None
     png = Image.open(io.BytesIO(drawn[0]["image/png"]))
     assert png.size == (960, 300) and png.info["Description"].startswith("No reward was measured so far. ")
-    assert len(np.unique(np.asarray(png.convert("RGBA")).reshape(-1, 4), axis=0)) > 10  # its words are drawn
+    assert len(np.unique(np.asarray(png.convert("RGBA")).reshape(-1, 4), axis=0)) > 4  # its words are drawn
 
 
 def test_a_spike_survives_however_long_the_curve() -> None:
