@@ -365,7 +365,7 @@ def parted(rows: Sequence[T], contents: Sequence[Any], held_out: float, seed: in
         raise ValidationError(f"held_out={as_given(held_out)} must be a share between 0 and 1, such as 0.1.")
     sides: tuple[list[T], list[T]] = ([], [])
     for row, content in zip(rows, contents, strict=True):
-        sides[_share_of(content, seed) < held_out].append(row)
+        sides[int(_share_of(content, seed) < held_out)].append(row)
     for side, name in zip(sides, ("to train on", "to hold out"), strict=True):
         if not side:
             raise ValidationError(
@@ -377,5 +377,10 @@ def parted(rows: Sequence[T], contents: Sequence[Any], held_out: float, seed: in
 
 def _share_of(content: Any, seed: int) -> float:
     """Return a number in [0, 1) that depends on a content and the seed alone."""
-    written = json.dumps([seed, content], sort_keys=True, default=str)
+    try:
+        written = json.dumps([seed, content], sort_keys=True, default=str)
+    except (RecursionError, ValueError, TypeError) as error:
+        raise ValidationError(
+            f"held_out: the content of a row cannot be told from another's ({type(error).__name__}: {error})."
+        ) from error
     return int.from_bytes(hashlib.blake2b(written.encode(), digest_size=8).digest(), "big") / 2**64

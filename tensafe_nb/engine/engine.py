@@ -29,7 +29,7 @@ from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses import Loss
 from tensafe_nb.losses.policy import exact_entropy
 from tensafe_nb.losses.views import label_logprobs
-from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
+from tensafe_nb.protocol.batch import IGNORE, REFERENCE, Array, BatchData
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
@@ -175,6 +175,11 @@ class Engine:
             NonFiniteLossError: The loss or its gradient is NaN or infinite; says in which rows.
             PrivacyUnitError: Privately, rows that do not say whose they are, or a loss that mixes them.
         """
+        try:
+            batch = self._with_reference(batch, loss, tick)
+        except BaseException:
+            self.discard_gradients()
+            raise
         return self.training_step.forward_backward(batch, loss, tick)
 
     def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
@@ -198,6 +203,7 @@ class Engine:
     ) -> ForwardResult:
         """Evaluate a loss without dropout or gradients; with per-token logprobs (B, T) when asked for."""
         self.forward_pass.check(batch)
+        batch = self._with_reference(batch, loss, tick)
         loss.check(batch)
         tally = Tally(loss.declares.prenormalised)
         logprobs = np.zeros(batch.shape, dtype=np.float32) if return_logprobs else None
@@ -237,6 +243,24 @@ class Engine:
                     place(values, batch, rows, outputs.values)
                 del outputs  # its logits can be large: let go of them before the next piece's are computed
         return LogprobsResult(logprobs, entropy, None if reference else self.policy_version, values)
+
+    @torch.no_grad()
+    def _with_reference(self, batch: BatchData, loss: Loss, tick: Tick) -> BatchData:
+        """Return a batch with what the reference says of its rows, where the loss compares with that; see `Reference`.
+
+        Computed in the same pieces as the loss, without dropout: an adapter at zero differs from its base by nothing.
+        """
+        if not loss.declares.reference or REFERENCE in batch.extras or not len(batch):
+            return batch
+        self.forward_pass.check(batch)
+        loss.check(batch)
+        found = np.zeros(len(batch), dtype=np.float32)  # (B,)
+        with self.reference.in_place(f"the loss {loss.name!r}"):
+            for rows, part in self.forward_pass.micro_batches(batch, loss, lambda _, count: tick(0, count)):
+                outputs = self.forward_pass.outputs(part, self.forward_pass.tensors(part, batch))
+                found[rows] = outputs.sequence_logprobs.float().cpu().numpy()
+                del outputs
+        return batch.labelled_with(**{REFERENCE: found})
 
     def freeze_reference(self) -> FreezeReferenceResult:
         """Keep a copy of the trained weights as the reference from now on."""

@@ -40,8 +40,11 @@ class Reference:
         self.version = version
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self, who: str = "compute_logprobs(reference=True)") -> Iterator[None]:
         """Let the model speak with the reference's weights for a while.
+
+        Args:
+            who: Asks for it, in an error.
 
         Raises:
             ValidationError: There is no reference.
@@ -50,7 +53,7 @@ class Reference:
             with self._swapped(self.weights):
                 yield
             return
-        self.check_base()
+        self.check_base(who)
         # an adapter begins at B = 0: the base by itself is the policy before its first step
         frozen = [p for p in self._model.causal.parameters() if not p.requires_grad]
         try:
@@ -60,7 +63,7 @@ class Reference:
             for parameter in frozen:  # PEFT lets all of an adapter be trained when it comes back
                 parameter.requires_grad_(False)
 
-    def check_base(self) -> None:
+    def check_base(self, who: str) -> None:
         """Refuse to take the base for the reference where training changes it, or there is no adapter to leave out.
 
         Raises:
@@ -69,11 +72,11 @@ class Reference:
         how = "Call tc.freeze_reference() where the reference is to be the weights of that moment."
         if self._lora is None or self._model.peft is None:
             raise ValidationError(
-                f"compute_logprobs(reference=True): all weights are trained, and no copy is kept. {how}"
+                f"{who}: there is no reference: all weights are trained, and no copy is kept. {how}"
             )
         if self._lora.bias != "none":
             raise ValidationError(
-                f"compute_logprobs(reference=True): LoRAConfig.bias={self._lora.bias!r} trains the model's own biases "
+                f"{who}: LoRAConfig.bias={self._lora.bias!r} trains the model's own biases "
                 f"too, so that the base is not kept. {how}"
             )
 

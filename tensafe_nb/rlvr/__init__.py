@@ -4,11 +4,15 @@ The way of a step: `rollouts` (sample) → `rewards` (score) → `advantages` �
 `trainer`. No torch here: the policy is behind the training client, embedded or remote.
 """
 
+from tensafe_nb.rlvr import tools
 from tensafe_nb.rlvr.algorithms.advantages import get_registered_advantages, register_advantage
 from tensafe_nb.rlvr.algorithms.options import PPOConfig, REINFORCEConfig, ValueOptions
 from tensafe_nb.rlvr.algorithms.policy_gradient import PPO, REINFORCE
 from tensafe_nb.rlvr.algorithms.presets import get_presets, register_preset
 from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.environments.adapters.gym import gym_environment
+from tensafe_nb.rlvr.environments.adapters.trl import trl_environment
+from tensafe_nb.rlvr.environments.adapters.verifiers import verifiers_environment, verifiers_prompts
 from tensafe_nb.rlvr.environments.environment import (
     Environment,
     Outcome,
@@ -18,7 +22,9 @@ from tensafe_nb.rlvr.environments.environment import (
     get_registered_environments,
     resolve_environment,
 )
+from tensafe_nb.rlvr.environments.rehearsal import Rehearsal, rehearse
 from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
+from tensafe_nb.rlvr.environments.tool_use import tool_environment
 from tensafe_nb.rlvr.rewards.composite import Part
 from tensafe_nb.rlvr.rewards.reward import Reward, get_registered_rewards, register_reward, resolve_reward
 from tensafe_nb.rlvr.rollouts.choosing import (
@@ -54,6 +60,14 @@ __all__ = [
     "RolloutEnded",
     "resolve_environment",
     "get_registered_environments",
+    "tool_environment",
+    "tools",
+    "rehearse",
+    "Rehearsal",
+    "trl_environment",
+    "verifiers_environment",
+    "verifiers_prompts",
+    "gym_environment",
     "PolicySampler",
     "EnvironmentSampler",
     "MockRolloutSampler",

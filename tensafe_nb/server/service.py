@@ -19,6 +19,7 @@ from tensafe_nb.errors import (
     ValidationError,
 )
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.operations import Operation, Sample, SaveState
 from tensafe_nb.protocol.results import ClientStatus, StateSource
@@ -32,6 +33,7 @@ from tensafe_nb.server.door.limits import (
     too_many_waiting,
     too_much_stored,
 )
+from tensafe_nb.server.door.once import Answers
 from tensafe_nb.server.figures import Figures
 from tensafe_nb.server.journal import Journal
 from tensafe_nb.server.resuming import journals_of, resume
@@ -61,6 +63,7 @@ class Tenant:
     def __init__(self, home: Home, quotas: Quotas) -> None:
         self.home, self._quotas = home, quotas
         self.transport = EmbeddedTransport(home, "file", served=True)
+        self.answers = Answers(home.answers(), self.transport.vault.keys)
         self.clients: dict[str, ServedClient] = {}
         self.making = 0  # clients that are on their way
         self.opening = 0  # encrypted connections that are
@@ -186,6 +189,11 @@ class Tenant:
         await asyncio.to_thread(client.channel.close)
         asyncio.get_running_loop().call_later(LAST_WORDS, self.forget, client)
 
+    def end_of(self, training_client_id: str) -> dict[str, Any]:
+        """Return how a client of its stood that was terminated in an earlier process, as its log tells."""
+        state = RunHistory.load(self.home.event_log(training_client_id)).state
+        return {"status": str(ClientStatus.TERMINATED), "queue_depth": 0, "step": state.step}
+
     def forget(self, client: ServedClient) -> None:
         """Let go of a client that has been closed."""
         if not client.hung_up:
@@ -306,7 +314,8 @@ class Service:
                     return
         raise ValidationError(  # the same where it is not there, and where it is not offered
             f"The model {ref!r} is not offered by this server. Ask whoever runs it (serve --models, --hub-model), or "
-            f"take a built-in one."
+            f"take a built-in one.",
+            details={"given": ref},
         )
 
     def check_operation(self, tenant: Tenant, operation: Operation[Any]) -> None:
@@ -360,6 +369,9 @@ class Service:
                     await asyncio.to_thread(client.journal.sync)
                 except TGTinkerError as error:
                     logger.error("a journal could not be put on the disk; it is tried again: %s", error)
+            for tenant in list(self._tenants.values()):
+                with suppress(TGTinkerError):  # it is tried again
+                    await asyncio.to_thread(tenant.answers.sync)
 
     async def drain(self) -> None:
         """Finish what runs, leave what waits to the journals, end all streams, write out the logs; idempotent."""
@@ -369,3 +381,4 @@ class Service:
             for client in list(tenant.clients.values()):
                 tenant.forget(client)
             await asyncio.to_thread(tenant.transport.close)
+            tenant.answers.close()

@@ -125,6 +125,14 @@ class Environment:
         """Return what its conversations depend on, for `identity_of`."""
         return [self.function, dict(self.kwargs), self.max_turns, self.max_tokens]
 
+    def told_with(self, template: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what depends on the model's chat template: columns that its rows have besides, and options of that.
+
+        An environment with tools has them: the way to call those, and what the template is to show of them.
+        """
+        of_function = getattr(self.function, "told_with", None)
+        return ({}, {}) if of_function is None else of_function(template)
+
     def longest(self, max_new_tokens: int) -> int:
         """Return how many tokens the policy could say in a rollout."""
         whole = self.max_turns * max_new_tokens

@@ -167,13 +167,14 @@ def play(
     meeting = Meeting(client, environment, host, sampling.replace(num_samples=1, seed=seed), scripts)
     seen: Counter[str] = Counter()
     games: list[Game] = []
+    columns, options = environment.told_with(scripts.template)
     for item in items:
         row_id = item.row_id
         for _ in range(sampling.num_samples):
             stream = number_from(row_id, seen[row_id])
-            transcript = Transcript(scripts.script(item.options))
+            transcript = Transcript(scripts.script({**options, **item.options}))
             own = number_from(seed, stream)
-            games.append(Game(len(games), item.row, row_id, stream, own, transcript))
+            games.append(Game(len(games), {**item.row, **columns}, row_id, stream, own, transcript))
             seen[row_id] += 1
     version = meeting.play_out(games, wait)
     identity, size = environment.version, sampling.num_samples

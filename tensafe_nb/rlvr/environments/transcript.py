@@ -239,6 +239,11 @@ class Scripts:
             return None
         return Template(self.tokenizer)
 
+    @property
+    def template(self) -> str | None:
+        """The chat template that is used, as a text."""
+        return None if self._template is None else str(self.tokenizer.chat_template)
+
     def script(self, options: Mapping[str, Any]) -> Script:
         """Return the script of a conversation; `options` are the row's for the chat template."""
         if self._template is None:

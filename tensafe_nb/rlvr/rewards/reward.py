@@ -90,16 +90,26 @@ class Reward:
         Raises:
             RewardError: The function returned what is no score.
         """
-        if self.call is None:
-            outcomes = [Verdict(part.reward(prompt, response, meta, tokens=tokens)) for part in self.parts]
-            return combined(self.parts, outcomes).score
-        given: Any = meta if self.call.style is Style.OURS else (meta or {})
-        messages = None if isinstance(prompt, str) else Conversation(prompt)
-        text = prompt if isinstance(prompt, str) else str(messages)
-        outcome = call_here(self.call, RewardSample(text, response, given, tokens, messages))
+        outcome = self.outcome(prompt, response, meta, tokens)
         if outcome.error is not None:
             raise RewardError(f"The reward {as_given(self.name)} {outcome.error}.")
         return outcome.score
+
+    def outcome(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        response: str,
+        meta: Mapping[str, Any] | None = None,
+        tokens: Sequence[int] = (),
+    ) -> Verdict:
+        """Do the same, and return the parts beside the score."""
+        if self.call is None:
+            outcomes = [part.reward.outcome(prompt, response, meta, tokens) for part in self.parts]
+            return combined(self.parts, outcomes)
+        given: Any = meta if self.call.style is Style.OURS else (meta or {})
+        messages = None if isinstance(prompt, str) else Conversation(prompt)
+        text = prompt if isinstance(prompt, str) else str(messages)
+        return call_here(self.call, RewardSample(text, response, given, tokens, messages))
 
     @property
     def batched(self) -> bool:
