@@ -134,7 +134,8 @@ class ComparisonChart(anywidget.AnyWidget):
 
     def close(self) -> None:
         """Close the line to its pages, and show nothing any more."""
-        vars(self).pop("_forget", lambda: None)()
+        if not self.is_cut_off:
+            self._forget()
         super().close()
 
     # as a member of the flusher

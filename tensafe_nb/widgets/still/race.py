@@ -87,7 +87,7 @@ def draw_race(
     return png_of(FigureCanvasAgg(figure), title)
 
 
-class Told(Protocol):
+class Pictured(Protocol):
     """A comparison, as far as it is shown."""
 
     def shown(self) -> Shown: ...
@@ -106,7 +106,7 @@ class StillRace:
         alone: Whether no page shows the chart.
     """
 
-    def __init__(self, race: Told, flusher: Flusher, alone: Callable[[], bool]) -> None:
+    def __init__(self, race: Pictured, flusher: Flusher, alone: Callable[[], bool]) -> None:
         self._race, self._flusher, self._alone = race, flusher, alone
         self._ids: list[str] = []
         self._unmet: list[str] = []
