@@ -220,6 +220,7 @@ def trajectories() -> rlvr.TrajectoryBatch:
     return rlvr.TrajectoryBatch([RolloutGroup("p", PROMPT, rollouts)], tn.SamplingConfig())
 
 
+PACKED = [Trajectory(PROMPT, "046", prompt_tokens=[5, 6], tokens=[3, 4], reward=1.0) for _ in range(2)]
 MADE_BY_US = (
     tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, data.Encoded, data.Example, rlvr.UpdateResult, rlvr.Trajectory,
     rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
@@ -289,6 +290,12 @@ CALLS: Mapping[str, Call] = {
     "rlvr.rescore": Call(lambda w: rlvr.rescore, {"batch": trajectories(), "reward": "length_penalty"}),
     "rlvr.preview_reward": Call(
         lambda w: rlvr.preview_reward, {"batch": trajectories(), "reward": "length_penalty"}
+    ),
+    "rlvr.pack": Call(lambda w: rlvr.pack, {"trajectories": PACKED, "extras": {"weights": [[1.0, 1.0]] * 2}}),
+    "rlvr.unpack": Call(lambda w: rlvr.unpack, {"trajectories": PACKED, "values": [[0.0, 1.0, 2.0]] * 2}),
+    "rlvr.loss_mask": Call(lambda w: rlvr.loss_mask, {"batch": trajectories()}),
+    "rlvr.token_weights": Call(
+        lambda w: rlvr.token_weights, {"mask": [[1, 0]], "aggregation": "token_mean", "max_tokens": 2}
     ),
     "rlvr.UniformPrompts": Call(lambda w: rlvr.UniformPrompts),
     "rlvr.CurriculumPrompts": Call(lambda w: rlvr.CurriculumPrompts),
