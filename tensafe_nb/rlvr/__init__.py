@@ -5,8 +5,13 @@ The way of a step: `rollouts` (sample) → `rewards` (score) → `advantages` �
 """
 
 from tensafe_nb.rlvr import tools
-from tensafe_nb.rlvr.algorithms.advantages import get_registered_advantages, register_advantage
+from tensafe_nb.rlvr.algorithms.advantages import (
+    get_registered_advantages,
+    register_advantage,
+    token_weights,
+)
 from tensafe_nb.rlvr.algorithms.options import PPOConfig, REINFORCEConfig, ValueOptions
+from tensafe_nb.rlvr.algorithms.packing import loss_mask, pack, unpack
 from tensafe_nb.rlvr.algorithms.policy_gradient import PPO, REINFORCE
 from tensafe_nb.rlvr.algorithms.presets import get_presets, register_preset
 from tensafe_nb.rlvr.algorithms.result import UpdateResult
@@ -94,4 +99,8 @@ __all__ = [
     "DynamicSampling",
     "register_advantage",
     "get_registered_advantages",
+    "pack",
+    "unpack",
+    "loss_mask",
+    "token_weights",
 ]

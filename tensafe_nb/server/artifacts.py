@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.background import BackgroundTask
 
-from tensafe_nb.errors import StorageError, ValidationError
+from tensafe_nb.errors import StorageError
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.server.answers import ERRORS, PREFIX, of_type, packed
 from tensafe_nb.server.service import Service, Tenant
@@ -108,11 +108,7 @@ def artifact_routes(service: Service) -> APIRouter:
     )
     async def export(request: Request, artifact_id: str, merged: bool = False) -> FileResponse:
         """Return one in the clear, as a tar archive of a folder that PEFT and transformers read."""
-        if not service.exports:
-            raise ValidationError(
-                "Weights do not leave this server in the clear: whoever runs it has started it with serve --no-export.",
-                code="forbidden",
-            )
+        service.refuse_if_kept()
         made = await aside(request, exported, transport_of(request), artifact_id, merged)
         return FileResponse(made, media_type="application/x-tar", background=BackgroundTask(made.unlink))
 

@@ -22,7 +22,7 @@ from tensafe_nb.errors import (
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.codec import encode
-from tensafe_nb.protocol.operations import Operation, Sample, SaveState
+from tensafe_nb.protocol.operations import Operation, ReadAdapter, Sample, SaveState
 from tensafe_nb.protocol.results import ClientStatus, StateSource
 from tensafe_nb.server.clients import ServedClient
 from tensafe_nb.server.door.guard import MOST_BODY_BYTES
@@ -359,6 +359,20 @@ class Service:
         self._refuse_code(getattr(operation, "loss_fn", None))
         if isinstance(operation, SaveState):
             tenant.room()
+        if isinstance(operation, ReadAdapter):
+            self.refuse_if_kept()
+
+    def refuse_if_kept(self) -> None:
+        """Let weights leave in the clear only where whoever runs the server lets them.
+
+        Raises:
+            ValidationError: They do not.
+        """
+        if not self.exports:
+            raise ValidationError(
+                "Weights do not leave this server in the clear: whoever runs it has started it with serve --no-export.",
+                code="forbidden",
+            )
 
     def _refuse_code(self, loss: object) -> None:
         """Refuse a loss that is a path to somebody's code, unless whoever runs the server names that very path."""
