@@ -40,6 +40,8 @@ def numbers(what: str, values: Any) -> Vector:
         given = np.asarray(values)
         if given.dtype.kind == "c":
             raise TypeError("they are complex, and their second part would be lost")
+        if given.dtype.kind not in "biuf":
+            raise TypeError(f"they are of the type {given.dtype}")
         return given.astype(np.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as err:
         reason = (str(err).splitlines() or [type(err).__name__])[0].rstrip(".")
