@@ -134,9 +134,41 @@ def test_one_word_stands_for_a_model_a_loss_a_reward_and_an_algorithm(recipe_fil
     assert (rlvr.reward.type, rlvr.algo.type) == ("exact_match", "reinforce")
 
 
+def test_a_file_names_columns_a_template_held_out_prompts_and_how_they_are_chosen(
+    recipe_file: Any, service: tn.ServiceClient
+) -> None:
+    recipe = load_config(
+        recipe_file(
+            """
+training: {mode: rlvr, steps: 1, eval_every: 1}
+model: builtin:sums
+lora: {rank: 2}
+rlvr:
+  reward: exact_match
+  answer: solution
+  answer_after: "####"
+  template: "{question}="
+  held_out: 0.3
+  prompt_policy: adaptive
+  prompts_per_step: 2
+  group_size: 2
+  max_new_tokens: 4
+"""
+        )
+    )
+    rows = [{"question": f"{n}+11", "solution": f"so\n#### {n + 11:03}"} for n in range(10, 26)]
+    tc = service.create_training_client(recipe.training)
+    assert recipe.start(tc, rows, show=False).result().steps_done == 1
+    assert "eval/reward" in tc.history
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "training: {mode: rlvr}\nrlvr:\n  reward: exact_match\n  prompt_policy: adaptve",
+            r"line 4: RLVRConfig\.prompt_policy: .*'adaptive'.*'adaptve'",
+        ),
         ("traning:\n  mode: sft", r"line 1: There is no section 'traning'\. Did you mean 'training'\?"),
         ("training:\n  mode: sft\n  step: 5", r"line 3: .* no key 'step'\. Did you mean 'steps'\?"),
         ("training:\n  mode: ppo", r"line 2: Recipe\.mode: .*'sft' or 'rlvr'.*'ppo'"),
