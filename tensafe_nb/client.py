@@ -4,6 +4,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,7 @@ from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig, j
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
-from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError
+from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError, near_misses
 from tensafe_nb.events import Event, RunDescribed, RunState
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.history.log import RunHistory
@@ -80,6 +81,28 @@ UNFORKED = ("model_ref", "lora_config", "resize_embeddings")  # that a state wou
 Clients: TypeAlias = "weakref.WeakValueDictionary[str, TrainingClient]"
 
 
+@near_misses(
+    train="tc.fit(batches, steps=…) (a run), or tc.forward_backward(batch) and tc.optim_step() (one step)",
+    train_step="tc.forward_backward(batch), then tc.optim_step()",
+    generate="tc.sample(prompts, max_new_tokens=…)",
+    chat="tc.sample([{'role': 'user', 'content': …}])",
+    complete="tc.sample(prompts, max_new_tokens=…)",
+    backward="tc.forward_backward(batch)",
+    zero_grad="not needed: tc.optim_step() ends the window",
+    evaluate="tc.forward(batch), or tc.fit(…, eval_batches=…)",
+    eval="tc.forward(batch), or tc.fit(…, eval_batches=…)",
+    save="tc.save_state(name=…)",
+    save_checkpoint="tc.save_state(name=…)",
+    load="tc.load_state(artifact_id)",
+    load_checkpoint="tc.load_state(artifact_id)",
+    restore="service.restore(artifact_id)",
+    export="tc.export_checkpoint(artifact_id, path)",
+    delete="tc.close() (the client), or tc.delete_checkpoint(artifact_id)",
+    metrics='tc.history["loss"] (one series), tc.history.table() (all of them)',
+    id="tc.training_client_id",
+    model="not here: the model lives in the core; tc.sample(…), tc.forward(…), tc.config.model_ref",
+    state="tc.status",
+)
 class TrainingClient:
     """One model in training. Every verb queues an operation and returns a FutureHandle at once.
 
@@ -935,7 +958,12 @@ class TrainingClient:
     # the end
 
     def close(self) -> None:
-        """Stop the runs, cancel what waits, end the threads, free the memory, on a server too; idempotent."""
+        """Stop the runs, cancel what waits, end the threads, free the memory, on a server too; idempotent.
+
+        Raises:
+            TGTinkerError: The server could not be told, within the patience: there it lives on. Its own words say how
+                to close it later; everything at this end has ended.
+        """
         self._end(self._channel.close)
 
     def leave(self) -> None:
@@ -947,13 +975,18 @@ class TrainingClient:
             run.stop()
         for adapter in tuple(self._encrypted):
             adapter.close()
-        end()
-        for run in self._runs:
-            run.join(timeout=JOIN_SECONDS)
-        self._channel.hang_up()
-        for forwarding in self._forwardings.values():
-            forwarding.close()
-        settle(self)
+        with ExitStack() as rest:  # what an interrupt leaves undone, close() does when it is called again
+            rest.callback(settle, self)
+            for forwarding in self._forwardings.values():
+                rest.callback(forwarding.close)
+            rest.callback(self._channel.hang_up)
+            for run in self._runs:
+                rest.callback(run.join, timeout=JOIN_SECONDS)
+            try:
+                end()
+            except KeyboardInterrupt:
+                rest.pop_all()
+                raise
 
     def __enter__(self) -> Self:
         return self

@@ -202,6 +202,9 @@ class Worker:
         self._moved = False  # since that checkpoint
         self._to_go = self._wanted = self._stopped = self._repeating = False
         self._back: Promise[None] = Promise()  # ends when the model is in memory
+        self.redrawn: list[
+            tuple[int, bytes]
+        ] = []  # draws that an earlier process has left owed, entered here
         if resumed is not None:
             self._resume(resumed)
         models.import_transformers()  # on the caller's thread
@@ -231,8 +234,7 @@ class Worker:
         made, unit = left.draws
         if made:  # the ledger says which of them are paid for; the others are, with the next
             charged = self._vault.audit.entries(self.training_client_id, "dp_charge", made, 0)
-            for _ in range(made - len(charged)):
-                self._guarantee.enter_draw(unit)
+            self.redrawn = [self._guarantee.enter_draw(unit) for _ in range(made - len(charged))]
         if self.status is ClientStatus.READY:
             self._loaded.succeed(self.info())
 

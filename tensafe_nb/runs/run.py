@@ -26,6 +26,7 @@ from tensafe_nb.errors import (
     ServerConnectionError,
     TGTinkerError,
     ValidationError,
+    near_misses,
 )
 from tensafe_nb.events import Event, RunConfigured, RunDescribed, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
@@ -58,6 +59,18 @@ class RunThread(threading.Thread):
             lifetimes.collect()
 
 
+@near_misses(
+    metrics='run.history["loss"] (one series), run.table() or run.to_pandas() (all of them)',
+    loss='run.history["loss"]',
+    logs="run.history.events()",
+    status="run.state",
+    id="run.run_id",
+    cancel="run.stop()",
+    abort="run.stop()",
+    kill="run.stop()",
+    save="run.checkpoint()",
+    save_state="run.checkpoint()",
+)
 class TrainingRun(Measured):
     """A loop on a thread of its own. The cell that starts it returns at once.
 

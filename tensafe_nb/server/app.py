@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 
-from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers
+from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers, hide
 from tensafe_nb.server.artifacts import artifact_routes
 from tensafe_nb.server.door.guard import Guard, WhoIs
 from tensafe_nb.server.door.limits import Limits, Quotas
@@ -53,6 +55,7 @@ def create_app(
         idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
         exports: Weights may leave in the clear; False keeps them here.
     """
+    hide(home.root, models, tempfile.gettempdir(), Path.home(), Path.cwd(), sys.prefix)
     quotas = Quotas(limits or Limits(), tokens.limits)
     service = Service(home, models, hub_models, quotas, losses, idle_after, exports=exports)
 
@@ -74,7 +77,14 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    app.add_middleware(Guard, identity=identity or tokens, quotas=quotas, hosts=hosts, root_path=root_path)
+    app.add_middleware(
+        Guard,
+        identity=identity or tokens,
+        quotas=quotas,
+        hosts=hosts,
+        root_path=root_path,
+        answers_of=lambda name: service.tenant(name).answers,
+    )
     add_error_handlers(app)
     offered = (client_routes(service), encrypted_routes(service), artifact_routes(service))
     for routes in (probes(service), *offered):
@@ -105,6 +115,8 @@ def probes(service: Service) -> APIRouter:
     @routes.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
     async def metrics() -> PlainTextResponse:
         """Return figures of the whole server, for Prometheus."""
-        return PlainTextResponse(service.figures.text(service.live_clients(), service.quotas.rejected))
+        return PlainTextResponse(
+            service.figures.text(service.live_clients(), service.quotas.rejected, service.stored())
+        )
 
     return routes

@@ -78,6 +78,10 @@ class Home:
         """Return the folder of the sealed artifacts."""
         return self.root / "artifacts" / self.tenant
 
+    def answers(self) -> Path:
+        """Return the folder of what a server has answered of late: a request that is sent again gets it once more."""
+        return self.root / "answers" / self.tenant
+
     def audit(self) -> Path:
         """Return the folder of the audit log."""
         return self.root / "audit" / self.tenant
