@@ -15,6 +15,7 @@ from tensafe_nb.rlvr.algorithms.packing import loss_mask, pack, unpack
 from tensafe_nb.rlvr.algorithms.policy_gradient import PPO, REINFORCE
 from tensafe_nb.rlvr.algorithms.presets import get_presets, register_preset
 from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.environments import builtin as _builtin  # noqa: F401  # registers what ships
 from tensafe_nb.rlvr.environments.adapters.gym import gym_environment
 from tensafe_nb.rlvr.environments.adapters.trl import trl_environment
 from tensafe_nb.rlvr.environments.adapters.verifiers import verifiers_environment, verifiers_prompts
