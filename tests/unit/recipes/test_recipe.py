@@ -187,6 +187,9 @@ rlvr:
             "training: {mode: rlvr}\nrlvr: {reward: exact_match}\nbatch:\n  batch_size: 4",
             r"line 4: batch\.batch_size is not read in mode rlvr",
         ),
+        ("training: {mode: rlvr}\nrlvr:\n  environment: sum", r"line 3: There is no environment named .*'sums'\?"),
+        ("training: {mode: rlvr}\nrlvr:\n  group_size: 2", r"name a reward, or an environment"),
+        ("training: {mode: rlvr}\nrlvr: {reward: exact_match, environment: sums}", r"and not both"),
         ("training: {mode: rlvr}\nrlvr:\n  reward: exact_mach", r"line 3: There is no reward named .*'exact_match'\?"),
         (
             "training: {mode: rlvr}\nrlvr:\n  reward: exact_match\n  algo:\n    kwargs:\n      baseline: rlo",
@@ -271,6 +274,19 @@ def test_a_recipe_starts_reinforcement_learning(service: tn.ServiceClient) -> No
     result = recipe.start(tc, sums, sums, show=False).result()
     assert result.state == "FINISHED"
     assert {"reward", "eval/reward"} <= set(result.metrics)
+
+
+def test_a_recipe_starts_conversations_with_an_environment(service: tn.ServiceClient) -> None:
+    rlvr = RLVRConfig(
+        environment={"type": "sums", "max_turns": 2}, algo={"kwargs": {"mask_truncated": False}},
+        prompts_per_step=2, group_size=2, max_new_tokens=4,
+    )  # fmt: skip
+    recipe = Recipe(mode="rlvr", training=TrainingConfig(model_ref="builtin:sums"), steps=1, rlvr=rlvr)
+    sums = tn.datasets.sums(4, seed=0)
+    tc = service.create_training_client(recipe.training)
+    run = recipe.start(tc, [{"sums": sums[:2]}, {"sums": sums[2:]}], show=False)
+    run.result()
+    assert run.rollouts()[1].longest == 8
 
 
 def test_what_a_run_lacks_is_said_before_it_starts(service: tn.ServiceClient) -> None:
