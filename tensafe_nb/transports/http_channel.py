@@ -432,7 +432,7 @@ class HttpChannel:
     def _begin(self) -> None:
         """Start the tasks; each holds the channel weakly between two waits, so that it can be let go."""
         self.reached = self._recorder.history.last_seq
-        held = weakref.ref(self)
+        held, self._connections = weakref.ref(self), self.requests.open_line(self.path)
         tasks = [listen(held, self.requests)]
         tasks += [send(held, self.requests, self._outgoing) for _ in range(SENDERS)]
         self._tasks = [asyncio.ensure_future(task) for task in tasks]
@@ -442,6 +442,7 @@ class HttpChannel:
     def _end_tasks(self) -> None:
         for task in self._tasks:
             task.cancel()
+        self._tasks = [asyncio.ensure_future(self.requests.end_line(self.path, self._connections))]
 
     def _do(self, work: Any) -> None:
         self._tasks = [task for task in self._tasks if not task.done()]
