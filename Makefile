@@ -23,13 +23,17 @@ HUB := .venv-hub
 HUB_VERSION := 6.1.1
 HUB_READY := $(HUB)/.ready-$(HUB_VERSION)
 
+VERIFIERS := .venv-verifiers
+VERIFIERS_VERSION := 0.2.1
+VERIFIERS_READY := $(VERIFIERS)/.ready-$(VERIFIERS_VERSION)-$(TRL_VERSION)
+
 FAST := not soak and not browser and not faults
 TESTS ?=
 ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks hub marimo lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks environments hub marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -52,6 +56,13 @@ $(SINKS_READY): $(READY)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(SINKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
 	$(SINKS)/bin/python -m pip install -qq trackio==0.43.0 mlflow==3.17.2 wandb==0.31.0
+	touch $@
+
+$(VERIFIERS_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(VERIFIERS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(VERIFIERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(VERIFIERS)/bin/python -m pip install -qq --constraint constraints.txt verifiers==$(VERIFIERS_VERSION) trl==$(TRL_VERSION)
 	touch $@
 
 $(MARIMO_READY): $(READY)
@@ -120,6 +131,9 @@ trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the 
 sinks: $(SINKS_READY)  ## trackio, MLflow and wandb (offline) read back what they were told, in .venv-sinks
 	$(SINKS)/bin/python -m pytest -m soak tests/soak/test_sinks.py
 
+environments: $(VERIFIERS_READY)  ## environments of verifiers and TRL, as those packages have them, in .venv-verifiers
+	$(VERIFIERS)/bin/python -m pytest -m soak tests/soak/test_environments.py
+
 marimo: $(MARIMO_READY)  ## a marimo that borrows the packages of .venv, in .venv-marimo
 
 hub: $(HUB_READY)  ## a server as a service of a real JupyterHub, with two users; JupyterHub and its proxy in .venv-hub
@@ -155,4 +169,4 @@ docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(MARIMO) $(HUB) .venv-newest .venv-lowest
+	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(VERIFIERS) $(MARIMO) $(HUB) .venv-newest .venv-lowest

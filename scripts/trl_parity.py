@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from logging import getLogger
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -23,8 +24,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EX
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from tensafe_nb.engine.models.load import ASSETS
 from tests.numbers import test_rlvr_identities as fixture
@@ -55,7 +57,7 @@ class Line(NamedTuple):
 def main() -> int:
     quieten()
     print(", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch")))
-    lines = [*losses(), *metrics(), *advantages()]
+    lines = [*losses(), *metrics(), *preferences(), *advantages()]
     width = max(len(line.name) for line in lines)
     columns = ("ours", "TRL", "|ours−TRL|", "in float32", "|pinned−TRL|")
     print(f"{'':{width}}", *(f"{column:>13}" for column in columns))
@@ -145,6 +147,92 @@ def trl_loss(trainer: Any, dtype: torch.dtype) -> tuple[float, np.ndarray, dict[
     loss.backward()
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     return loss.item(), new.grad[mask.bool()].double().numpy(), logged
+
+
+# preferences
+
+
+def preferences() -> Iterator[Line]:
+    """Compare DPO and IPO: values, gradients by the log-probabilities, and what is logged, by name."""
+    for case in ours.PREFERENCES:
+        own, own_gradient, found = ours.our_preference(**case.options)
+        (value, gradient, logged), (single, single_gradient, _) = (
+            trl_preference(case.options, dtype) for dtype in DTYPES
+        )
+        length = float(np.linalg.norm(gradient))
+        show(case.options, value, length)
+        yield Line(
+            ours.title(case.options),
+            own,
+            value,
+            max(apart(own, value), apart(own_gradient, gradient)),
+            max(apart(own, single), apart(own_gradient, single_gradient)),
+            apart([case.value, case.gradient], [value, length]),
+        )
+        if case is ours.PREFERENCES[0]:
+            for name, figure in ours.PREFERENCE_METRICS.items():
+                show(name, logged[name])
+                gap = apart(found[name], logged[name])
+                yield Line(
+                    name,
+                    found[name],
+                    logged[name],
+                    gap,
+                    gap,
+                    apart(figure, logged[name]),
+                    limit=PARTLY_SINGLE,
+                )
+
+
+def trl_preference(options: dict[str, Any], dtype: torch.dtype) -> tuple[float, np.ndarray, dict[str, float]]:
+    """Run `DPOTrainer._compute_loss` on the fixture as `trl_loss` does: value, gradient (9,), metrics."""
+    order = [0, 2, 1, 3]  # TRL has all chosen rows first, ours are pairs
+    mask = torch.tensor(fixture.MASK)
+    new = torch.tensor(np.where(fixture.MASK, fixture.NEW, 0.0), dtype=dtype, requires_grad=True)  # (4, 3)
+    reference = torch.tensor(fixture.OLD * fixture.MASK, dtype=dtype).sum(1)  # (4,)
+    blank = torch.zeros(4, 3, dtype=dtype)
+
+    def model(**_: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            log_probs=new[order],
+            entropy=blank,
+            mean_logits=blank,
+            is_top1=blank.bool(),
+            log_sum_sq_probs=blank,
+        )
+
+    with preference_trainer(options) as trainer:
+        trainer.precompute_ref_logps = True
+        ids = torch.ones(4, 4, dtype=torch.long)
+        chosen, rejected = reference[order].chunk(2)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": ids,
+            "completion_mask": torch.cat([torch.zeros(4, 1, dtype=torch.long), mask[order].long()], 1),
+            "ref_chosen_logps": chosen,
+            "ref_rejected_logps": rejected,
+        }
+        trainer.model.train()
+        loss = trainer._compute_loss(model, inputs, False)
+        loss.backward()
+        logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return loss.item(), new.grad[mask.bool()].double().numpy(), logged
+
+
+@contextlib.contextmanager
+def preference_trainer(options: dict[str, Any]) -> Iterator[Any]:
+    """Make a DPOTrainer on the built-in model; it never trains."""
+    with tempfile.TemporaryDirectory(prefix="trl-parity-") as folder:
+        arguments = DPOConfig(
+            output_dir=folder, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False, **options
+        )
+        rows = {"prompt": [PROMPT] * 2, "chosen": ["046"] * 2, "rejected": ["047"] * 2}
+        yield DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(ASSETS / "sums"),
+            args=arguments,
+            processing_class=AutoTokenizer.from_pretrained(ASSETS / "sums"),
+            train_dataset=Dataset.from_dict(rows),
+        )
 
 
 # advantages

@@ -31,6 +31,9 @@ _HOMES = {
     "plot_runs": "runs.listing",
     "diff_runs": "runs.diff",
     "load_run": "runs.record",
+    "compare": "comparing.comparison",
+    "list_comparisons": "comparing.records",
+    "load_comparison": "comparing.records",
     "replay": "widgets.replay",
     "save_page": "widgets.page",
     **dict.fromkeys(
@@ -73,6 +76,8 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
     from tensafe_nb.client import TrainingClient
+    from tensafe_nb.comparing.comparison import compare
+    from tensafe_nb.comparing.records import list_comparisons, load_comparison
     from tensafe_nb.config import (
         DPConfig,
         LoRAConfig,

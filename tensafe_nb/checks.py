@@ -17,7 +17,7 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args,
 
 import numpy as np
 
-from tensafe_nb.display import as_given
+from tensafe_nb.display import as_given, with_article
 from tensafe_nb.errors import ValidationError, nearest
 
 P = ParamSpec("P")
@@ -59,10 +59,19 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name, check in checks.items():
             if name in bound and (expected := check(bound[name])) is not None:
                 given = as_given(bound[name])
-                raise ValidationError(f"{called(function, args)}: {name}={given} must be {expected}.")
+                meant = "" if name in kwargs else meant_by(bound[name], checks, bound)
+                raise ValidationError(f"{called(function, args)}: {name}={given} must be {expected}.{meant}")
         return function(*args, **kwargs)  # whatever else is wrong with a signature is Python's to explain
 
     return call
+
+
+def meant_by(value: Any, checks: Mapping[str, Check], bound: Mapping[str, Any]) -> str:
+    """Say under which keyword a value fits that was given by its place, and does not fit there."""
+    fitting = next(
+        (name for name, check in checks.items() if name not in bound and check(value) is None), None
+    )
+    return "" if fitting is None else f" Did you mean {fitting}={as_given(value)}?"
 
 
 def called(function: Callable[..., Any], args: Sequence[Any]) -> str:
@@ -119,7 +128,7 @@ def check_of(annotation: Any) -> Check | None:
     if annotation in _SIMPLE:
         return _SIMPLE[annotation]
     if is_ours(annotation):
-        expected = f"a {annotation.__name__}{getattr(annotation, 'MADE_BY', '')}"
+        expected = with_article(f"{annotation.__name__}{getattr(annotation, 'MADE_BY', '')}")
         return lambda value: None if isinstance(value, annotation) else expected
     return None
 

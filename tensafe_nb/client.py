@@ -4,6 +4,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,7 @@ from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig, j
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
-from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError
+from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError, near_misses
 from tensafe_nb.events import Event, RunDescribed, RunState
 from tensafe_nb.futures import FutureHandle, Outstanding
 from tensafe_nb.history.log import RunHistory
@@ -33,9 +34,11 @@ from tensafe_nb.protocol.operations import (
     Forward,
     ForwardBackward,
     FreezeReference,
+    LoadAdapter,
     LoadState,
     Operation,
     OptimStep,
+    ReadAdapter,
     Sample,
     SaveState,
     VoidPrivacy,
@@ -46,10 +49,12 @@ from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,
+    LoadAdapterResult,
     LoadStateResult,
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    ReadAdapterResult,
     RunStatus,
     SampleResult,
     SaveStateResult,
@@ -61,21 +66,43 @@ from tensafe_nb.protocol.results import (
 from tensafe_nb.runs.alarms import check_schedule
 from tensafe_nb.runs.checkpoints import Checkpoints
 from tensafe_nb.runs.description import described
-from tensafe_nb.runs.loop import Batch, Loop
+from tensafe_nb.runs.loop import Batch, Loop, LossSpec
 from tensafe_nb.runs.run import SILENT_SECONDS, TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
+from tensafe_nb.transports.encrypted import HEAdapter
 
 R = TypeVar("R")
 
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
-LossSpec = str | Callable[..., Any]
 MOST_SEQUENCES = 1 << 20  # of one call of sample()
 MAX_NAME = 200  # characters of a checkpoint's name
 UNFORKED = ("model_ref", "lora_config", "resize_embeddings")  # that a state would not fit
 Clients: TypeAlias = "weakref.WeakValueDictionary[str, TrainingClient]"
 
 
+@near_misses(
+    train="tc.fit(batches, steps=…) (a run), or tc.forward_backward(batch) and tc.optim_step() (one step)",
+    train_step="tc.forward_backward(batch), then tc.optim_step()",
+    generate="tc.sample(prompts, max_new_tokens=…)",
+    chat="tc.sample([{'role': 'user', 'content': …}])",
+    complete="tc.sample(prompts, max_new_tokens=…)",
+    backward="tc.forward_backward(batch)",
+    zero_grad="not needed: tc.optim_step() ends the window",
+    evaluate="tc.forward(batch), or tc.fit(…, eval_batches=…)",
+    eval="tc.forward(batch), or tc.fit(…, eval_batches=…)",
+    save="tc.save_state(name=…)",
+    save_checkpoint="tc.save_state(name=…)",
+    load="tc.load_state(artifact_id)",
+    load_checkpoint="tc.load_state(artifact_id)",
+    restore="service.restore(artifact_id)",
+    export="tc.export_checkpoint(artifact_id, path)",
+    delete="tc.close() (the client), or tc.delete_checkpoint(artifact_id)",
+    metrics='tc.history["loss"] (one series), tc.history.table() (all of them)',
+    id="tc.training_client_id",
+    model="not here: the model lives in the core; tc.sample(…), tc.forward(…), tc.config.model_ref",
+    state="tc.status",
+)
 class TrainingClient:
     """One model in training. Every verb queues an operation and returns a FutureHandle at once.
 
@@ -99,6 +126,7 @@ class TrainingClient:
         self._outstanding = Outstanding()
         self._subscriptions = Subscriptions(channel.subscribe)
         self._forwardings: dict[object, Forwarding] = {}
+        self._encrypted: weakref.WeakSet[HEAdapter] = weakref.WeakSet()
         weakref.finalize(self, channel.detach).atexit = False  # there, the transport closes what is left
 
     # verbs
@@ -268,6 +296,35 @@ class TrainingClient:
             raise ValidationError(f"load_state takes an artifact's id or name, not {as_given(artifact_id)}.")
         return self._submit(LoadState(artifact_id, for_run))
 
+    def read_adapter(self) -> FutureHandle[ReadAdapterResult]:
+        """Return the adapter's tensors: float32 arrays by PEFT's names, as in an exported `adapter_model.safetensors`.
+
+        It takes its place in the queue: they are the weights after what was submitted before.
+
+        Example:
+            >>> tensors = tc.read_adapter().tensors
+        """
+        return self._submit(ReadAdapter())
+
+    def load_adapter(self, tensors: Mapping[str, Any]) -> FutureHandle[LoadAdapterResult]:
+        """Take tensors in place of the adapter's own, such as the mean of several clients; or on any failure nothing.
+
+        Step, learning rate and random streams go on; the optimiser's moments and what was accumulated start anew.
+
+        Args:
+            tensors: Arrays or torch tensors, by the names of `read_adapter`. Those that are not named stay as they are:
+                with `freeze_a`, the Bs are enough.
+
+        Raises:
+            ValidationError: No dict of arrays, or values that are NaN. The handle fails with one for a name that the
+                adapter does not have, for another shape, and for a client that trains with differential privacy:
+                tensors come with no account of what they hold.
+
+        Example:
+            >>> tc.load_adapter(member.decrypt(total))
+        """
+        return self._submit(LoadAdapter(tensors))
+
     def void_privacy(self, reason: str) -> FutureHandle[VoidPrivacyResult]:
         """Give up this client's privacy guarantee, for good: epsilon is infinite from then on, and the budget ends.
 
@@ -430,6 +487,41 @@ class TrainingClient:
         """
         return self._channel.estimate(batch_size, length)
 
+    # encrypted
+
+    @checked
+    def he_adapter(
+        self,
+        layers: Sequence[int] | int = (-1,),
+        modules: Sequence[str] | str | None = None,
+        tokens: int | str = "auto",
+        *,
+        params: str = "n8192-d2",
+    ) -> HEAdapter:
+        """Return this client's adapter as something to call with activations that its core cannot read.
+
+        Over a server, activations are encrypted here, and the adapter never leaves there; embedded, both halves are in
+        one process, which protects nothing and says so. Waits for the model, and for the operation that runs.
+
+        Args:
+            layers: Their numbers, from the end where negative.
+            modules: Names of adapted modules in them, such as "q_proj"; None takes all that are adapted.
+            tokens: How many share a ciphertext: "auto", or 1, 8, 64 or 512, which needs fewer keys.
+            params: Name of the parameter set: "n8192-d2", or "n16384-d2" for 256-bit security.
+
+        Raises:
+            ValidationError: No such layer or module, or none that is adapted.
+            EncryptionContextError: No such parameter set, or tenseal is not installed: says the line that does it.
+
+        Example:
+            >>> he = tc.he_adapter(layers=[-1], modules=["q_proj", "v_proj"])
+            >>> print(he.cost(tokens=64))
+            >>> result = await he[-1](x)  # x: (S, d_in); result["q_proj"]: (S, d_out)
+        """
+        adapter = HEAdapter(self, self._channel, layers, modules, tokens, params)
+        self._encrypted.add(adapter)
+        return adapter
+
     # privacy
 
     def privacy_statement(self) -> PrivacyStatement:
@@ -501,6 +593,8 @@ class TrainingClient:
         self,
         batches: Iterable[Batch],
         *,
+        loss_fn: LossSpec | None = None,
+        loss_kwargs: Mapping[str, Any] | None = None,
         epochs: int | None = None,
         steps: int | None = None,
         eval_batches: Iterable[Batch] | None = None,
@@ -518,9 +612,12 @@ class TrainingClient:
 
         Args:
             batches: Iterated anew for each epoch; `gradient_accumulation_steps` of them make one optimiser step.
+            loss_fn: As for `forward_backward`; the client's own when None.
+            loss_kwargs: Keywords of the loss, as {"beta": 0.1}.
             epochs: Passes over the batches; 1 when `steps` is not given either.
             steps: Optimiser steps after which to end.
-            eval_batches: Held-out batches; their loss appears as "eval/loss" before the first and after the last step.
+            eval_batches: Held-out batches; their loss appears as "eval/loss" before the first and after the last step,
+                and what else the loss measures as "eval/…".
             eval_every: Evaluate every so many steps as well.
             checkpoint_every: Save the state every so many steps, and after the last.
             keep_last: Of the checkpoints this run saved by itself, keep the newest so many; None keeps all.
@@ -537,7 +634,14 @@ class TrainingClient:
                 schedule ends before.
         """
         loop = SupervisedLoop(
-            self, batches, epochs=epochs, steps=steps, eval_batches=eval_batches, eval_every=eval_every
+            self,
+            batches,
+            epochs=epochs,
+            steps=steps,
+            eval_batches=eval_batches,
+            eval_every=eval_every,
+            loss_fn=loss_fn,
+            loss_kwargs=loss_kwargs,
         )
         if loop.planned_steps is not None:  # those of a resumed run count from its beginning
             begun_at = 0 if resume_from is not None else self.step
@@ -554,6 +658,7 @@ class TrainingClient:
             started_with={
                 "run": {
                     "kind": "fit",
+                    **loop.described_loss,
                     "epochs": epochs,
                     "steps": steps,
                     "batches": summary_of(batches),
@@ -853,7 +958,12 @@ class TrainingClient:
     # the end
 
     def close(self) -> None:
-        """Stop the runs, cancel what waits, end the threads, free the memory, on a server too; idempotent."""
+        """Stop the runs, cancel what waits, end the threads, free the memory, on a server too; idempotent.
+
+        Raises:
+            TGTinkerError: The server could not be told, within the patience: there it lives on. Its own words say how
+                to close it later; everything at this end has ended.
+        """
         self._end(self._channel.close)
 
     def leave(self) -> None:
@@ -863,13 +973,20 @@ class TrainingClient:
     def _end(self, end: Callable[[], None]) -> None:
         for run in self._runs:
             run.stop()
-        end()
-        for run in self._runs:
-            run.join(timeout=JOIN_SECONDS)
-        self._channel.hang_up()
-        for forwarding in self._forwardings.values():
-            forwarding.close()
-        settle(self)
+        for adapter in tuple(self._encrypted):
+            adapter.close()
+        with ExitStack() as rest:  # what an interrupt leaves undone, close() does when it is called again
+            rest.callback(settle, self)
+            for forwarding in self._forwardings.values():
+                rest.callback(forwarding.close)
+            rest.callback(self._channel.hang_up)
+            for run in self._runs:
+                rest.callback(run.join, timeout=JOIN_SECONDS)
+            try:
+                end()
+            except KeyboardInterrupt:
+                rest.pop_all()
+                raise
 
     def __enter__(self) -> Self:
         return self

@@ -1,17 +1,21 @@
 """Configurations of training: frozen, checked where a user types them, named in the field's standard terms."""
 
+import contextlib
+import difflib
 import fnmatch
 import functools
 import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Annotated, Any, Literal, ParamSpec, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, ParamSpec, Self, TypeVar, get_args
 
 import pydantic
 
-from tensafe_nb.display import Facts, as_given, shown
-from tensafe_nb.errors import ValidationError, nearest
+from tensafe_nb.checks import LONGEST_NAME as LONGEST_NAME_OF_FILE
+from tensafe_nb.checks import LONGEST_PATH
+from tensafe_nb.display import Facts, as_given, shown, with_article
+from tensafe_nb.errors import LONGEST_NAME, ValidationError, nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +31,8 @@ MIN_TEMPERATURE = 1e-4  # below, the logits leave the range of numbers; 0 means 
 class Config(pydantic.BaseModel):
     """Base of all configurations: immutable, unknown names refused with the nearest spelling."""
 
+    NUMBER: ClassVar[str] = ""  # the field that a bare number in its place may have meant
+    BESIDE: ClassVar[Mapping[str, Any]] = {}  # what is needed beside that, by way of example
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
@@ -108,7 +114,7 @@ def joins(kind: type[Config], name: str) -> Callable[[Callable[P, R]], Callable[
             given = args[place] if len(args) > place else keywords.pop(name, None)
             if given is not None and not isinstance(given, kind):
                 raise ValidationError(
-                    f"{method.__name__}() takes a {kind.__name__}, or its fields as keywords, such as "
+                    f"{method.__name__}() takes {with_article(kind.__name__)}, or its fields as keywords, such as "
                     f"{next(iter(kind.model_fields))}=…, not {as_given(given)}."
                 )
             joined = kind(**fields) if given is None else given.replace(**fields)
@@ -171,7 +177,7 @@ def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[
         belongs = f" It is a field of {inside[0]}: {inside[0]}={{{where!r}: …}}." if inside else ""
         text = f"{config.__name__} has no field {where!r}.{belongs or nearest(where, config.model_fields)}"
     elif problem["type"] == "model_type":
-        text = f"{config.__name__}.{where} {instead_of(config, where, problem['input'])}"
+        text = f"{config.__name__}.{instead_of(config, where, problem['input'])}"
     else:
         reason = problem["msg"].removeprefix("Value error, ")
         field = f".{where}" if where else ""
@@ -180,18 +186,33 @@ def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[
 
 
 def instead_of(config: type[Config], name: str, given: Any) -> str:
-    """Return what to write where a configuration was expected and a bare value given: its first field may take that."""
+    """Return what to write where a configuration was expected and a bare value given, which some field may take."""
     field = config.model_fields[name]
     kinds = (field.annotation, *get_args(field.annotation))
     inner = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config))
-    first = next(iter(inner.model_fields))
-    try:
-        inner(**{first: given})
-    except ValidationError:
-        example = ""
-    else:
-        example = f" Write {name}={inner.__name__}({first}={as_given(given)})."
-    return f"is a {inner.__name__}, or a dict of its fields, not {as_given(given)}.{example}"
+    wanted = f"{name} is {with_article(inner.__name__)}, or a dict of its fields, not {as_given(given)}."
+    return f"{wanted} Write {name}={inner.__name__}({example_of(inner, given)})."
+
+
+def example_of(kind: type[Config], given: Any) -> str:
+    """Return fields of a configuration, as a call has them, that a bare value may have meant.
+
+    It is the value of the first field, if that takes it; of a few texts to choose from the nearest; else a number in
+    the field that the class says a bare number means; else what stands there by default.
+    """
+    first, field = next(iter(kind.model_fields.items()))
+    choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+    if choices and isinstance(given, str):
+        close = difflib.get_close_matches(given[:LONGEST_NAME].casefold(), choices, n=1)
+        return f"{first}={(close or choices)[0]!r}"
+    meant = kind.NUMBER or first
+    for fields in ({first: given}, {meant: given, **kind.BESIDE}):
+        if not isinstance(given, bool):
+            with contextlib.suppress(ValidationError):
+                kind(**fields)
+                return ", ".join(f"{key}={as_given(value)}" for key, value in fields.items())
+    usual = {meant: kind.model_fields[meant].default, **kind.BESIDE}
+    return ", ".join(f"{key}={as_given(value)}" for key, value in usual.items())
 
 
 class LoRAConfig(Config):
@@ -274,6 +295,8 @@ class OptimizerConfig(Config):
         warmup_steps: Steps over which the rate rises linearly from 0.
         total_steps: Length of the schedule; needed by "linear" and "cosine".
     """
+
+    NUMBER = "learning_rate"
 
     name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
     learning_rate: pydantic.PositiveFloat = 1e-4
@@ -385,6 +408,8 @@ class DPConfig(Config):
         dataset_id: Names the account that training on the same data shares; None is this client and its forks.
     """
 
+    NUMBER, BESIDE = "target_epsilon", {"dataset_size": 10_000}
+
     enabled: bool = True
     noise_multiplier: NonNegativeFloat = 1.0
     max_grad_norm: pydantic.PositiveFloat = 1.0
@@ -451,6 +476,13 @@ class TrainingConfig(Config):
     dp_config: DPConfig | None = None
     ignore_weights: tuple[str, ...] = ()
     resize_embeddings: bool = False
+
+    @pydantic.field_validator("model_ref")
+    @classmethod
+    def _a_model_can_be_looked_for(cls, value: str) -> str:
+        if len(value) > LONGEST_PATH or max(map(len, value.split("/"))) > LONGEST_NAME_OF_FILE:
+            raise ValueError("no file, no folder and no hub id has so long a name")
+        return value
 
     @pydantic.field_validator("ignore_weights", mode="before")
     @classmethod

@@ -58,6 +58,11 @@ def fields_of(value: Any) -> dict[str, object]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
+def with_article(noun: str) -> str:
+    """Return a noun with "a" or "an" before it."""
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+
+
 class Listing(list[T]):
     """A list that a notebook shows as a table: one row for each, one column for each fact.
 

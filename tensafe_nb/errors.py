@@ -37,8 +37,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import CodeType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+C = TypeVar("C", bound=type)
 _everything = False  # whether IPython shows every frame
 
 
@@ -333,6 +334,44 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f" Did you mean {folded[close[0]]!r}?"
     return f" Known: {', '.join(options) or 'none'}."
+
+
+def near_misses(**instead: str) -> Callable[[C], C]:
+    """Class decorator: an attribute that a class does not have is refused with what does it, or with the nearest.
+
+    Args:
+        instead: How other libraries call it, and what it is here.
+    """
+
+    def decorate(cls: C) -> C:
+        cls.__getattr__ = NearMisses(instead)  # type: ignore[attr-defined]  # here, where type checkers do not see it
+        return cls
+
+    return decorate
+
+
+class NearMisses:
+    """A `__getattr__` that only refuses.
+
+    Asked of the class it is None, as if there were none: IPython completes behind a dot only where that runs no code.
+    """
+
+    def __init__(self, instead: Mapping[str, str]) -> None:
+        self.instead = instead
+
+    def __get__(self, owner: object, cls: type) -> Callable[[str], Any] | None:
+        return None if owner is None else partial(self.refuse, cls)
+
+    def refuse(self, cls: type, name: str) -> Any:
+        plain = f"{cls.__name__!r} object has no attribute {name!r}"
+        if name.startswith("_") or hasattr(cls, name):  # Python asks, or a property of ours has failed
+            raise AttributeError(plain)
+        hint = nearest(name, [known for known in dir(cls) if not known.startswith("_")])
+        if name in self.instead:
+            hint = f" It is {self.instead[name]}."
+        elif hint.startswith(" Known: "):
+            hint = " Press Tab behind the dot to see what it has."
+        raise AttributeError(f"{plain}.{hint}")
 
 
 class ServerConnectionError(TGTinkerError, ConnectionError):

@@ -13,7 +13,7 @@ from tensafe_nb.checks import checked
 from tensafe_nb.client import Clients, TrainingClient
 from tensafe_nb.config import DPConfig, LoRAConfig, LossConfig, OptimizerConfig, TrainingConfig, joins, spells
 from tensafe_nb.display import Facts, Listing, as_given, fields_of, shown
-from tensafe_nb.errors import ClientClosedError, ValidationError
+from tensafe_nb.errors import ClientClosedError, ValidationError, near_misses
 from tensafe_nb.lifetimes import before_loading
 from tensafe_nb.protocol.results import (
     AuditLogEntry,
@@ -29,6 +29,20 @@ _DEFAULTS = TrainingConfig()
 
 
 @shown
+@near_misses(
+    create_client="service.create_training_client(…)",
+    create="service.create_training_client(…)",
+    create_lora_training_client="service.create_training_client(lora_config=LoRAConfig(…))",
+    load="service.restore(artifact_id)",
+    load_state="service.restore(artifact_id), or tc.load_state(artifact_id)",
+    training_clients="service.list_training_clients()",
+    artifacts="service.list_artifacts()",
+    checkpoints="service.list_artifacts()",
+    audit_log="service.get_audit_logs()",
+    list_runs="tensafe_nb.list_runs()",
+    fit="tc.fit(…), of service.create_training_client(…)",
+    train="tc.fit(…), of service.create_training_client(…)",
+)
 class ServiceClient:
     """The way in: makes training clients, and keeps what they save.
 

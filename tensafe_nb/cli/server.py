@@ -50,6 +50,11 @@ def add_server(commands: Any) -> None:
         metavar="PKG.MOD:ATTR",
         help="a loss of this machine's own that tenants may name by its path; may be repeated",
     )
+    serve.add_argument(
+        "--no-export",
+        action="store_true",
+        help="let no weights leave in the clear: checkpoints stay sealed, and adapters can be applied, not taken away",
+    )
     add_limits(serve, usual=True)
     serve.add_argument(
         "--idle-after",
@@ -87,6 +92,7 @@ LIMITS = {  # by their names in `server.door.limits.Limits`
     "clients": ("training clients at a time", 32),
     "queued": ("operations that wait, of all its clients together", 4_000),
     "requests": ("requests a minute", 60_000),
+    "encrypted": ("connections for encrypted calls at a time", 8),
     "stored_bytes": ("bytes of its artifacts, such as 20GB", None),
 }
 UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "T": 1_000_000_000_000}
@@ -170,6 +176,7 @@ def run_server(chosen: argparse.Namespace) -> int:
         root_path=chosen.root_path,
         identity=users,
         idle_after=60 * chosen.idle_after if chosen.idle_after > 0 else None,
+        exports=not chosen.no_export,
     )
     family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
     listening = socket.create_server((chosen.host, chosen.port), family=family, reuse_port=False)

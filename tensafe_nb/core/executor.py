@@ -1,6 +1,6 @@
 """The executor: carries out each operation, on engine, store and privacy account, and publishes what came of it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,14 +14,17 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import DPBudgetExceededError
 from tensafe_nb.events import CheckpointSaved, Event, Metrics, StateLoaded
 from tensafe_nb.losses import Loss
+from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.operations import (
     ComputeLogprobs,
     Forward,
     ForwardBackward,
     FreezeReference,
+    LoadAdapter,
     LoadState,
     OptimStep,
+    ReadAdapter,
     Sample,
     SaveState,
     VoidPrivacy,
@@ -29,6 +32,7 @@ from tensafe_nb.protocol.operations import (
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     FutureStatus,
+    LoadAdapterResult,
     LoadStateResult,
     OptimStepResult,
     Prompt,
@@ -94,6 +98,10 @@ class Executor:
                 return engine.compute_logprobs(batch, temperature, reference, tick)
             case FreezeReference():
                 return engine.freeze_reference()
+            case ReadAdapter():
+                return engine.read_adapter()
+            case LoadAdapter(tensors):
+                return self.load_adapter(tensors)
             case SaveState():
                 return self.save_state(operation, job.artifact_id)
             case LoadState(artifact_id, for_run):
@@ -126,7 +134,7 @@ class Executor:
                 engine.samples_drawn += job.operation.sampling.seed is None
             elif not engine.resumable:
                 self._queue.mark_broken(job, "was lost as the server ended")
-            elif job.kind in (ForwardBackward, OptimStep, FreezeReference, LoadState):
+            elif job.kind in (ForwardBackward, OptimStep, FreezeReference, LoadAdapter, LoadState):
                 self.execute(job, no_tick)
             return
         if past.streams is not None:
@@ -227,6 +235,14 @@ class Executor:
         self.step, self.policy_version = engine.step, engine.policy_version
         self._bus.publish(StateLoaded(artifact_id=loaded.loaded_artifact_id, step=loaded.step))
         self._tell(self._guarantee.standing(loaded.step))
+        return loaded
+
+    def load_adapter(self, tensors: Mapping[str, Array]) -> LoadAdapterResult:
+        """Take tensors in place of the adapter's own; they come with no account of what they hold of which data."""
+        loaded = self.engine.load_adapter(tensors, lambda: self._guarantee.take_over(None))
+        self._queue.end_window()
+        self._losses = []
+        self.policy_version = loaded.policy_version
         return loaded
 
     def optim_step(self, apply_dp_noise: bool) -> OptimStepResult:

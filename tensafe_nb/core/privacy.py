@@ -172,9 +172,9 @@ class Guarantee:
             self._inherited = None if carried is None else without_tables(carried)
         elif carried is None:
             raise ValidationError(
-                "This checkpoint was trained without differential privacy: no noise covers what it holds of its data. "
-                "Nothing was loaded. If that data is public, export it (service.export_adapter(…, merged=True)) and "
-                "take the folder as model_ref of a private client."
+                "These weights were trained without differential privacy: no noise covers what they hold of their "
+                "data. Nothing was loaded. If that data is public, export them "
+                "(service.export_adapter(…, merged=True)) and take the folder as model_ref of a private client."
             )
         else:
             self.account.adopt(carried)

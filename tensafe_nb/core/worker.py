@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.auditor import Auditor
 from tensafe_nb.core.bus import EventBus
+from tensafe_nb.core.encrypted import EncryptedConnections, EncryptedSide
 from tensafe_nb.core.executor import Executor
 from tensafe_nb.core.past import Keeper, Resumed, Told
 from tensafe_nb.core.privacy import Guarantee
@@ -24,6 +25,7 @@ from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.estimate import estimate
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.models.low_rank import Factors
 from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.errors import (
     ClientClosedError,
@@ -193,12 +195,16 @@ class Worker:
         self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
         self._submitting = threading.RLock()
         self._told = Told(bus)  # what operations tell
+        self.connections = EncryptedConnections(vault, training_client_id, private=self._private)
         self._keeper = keeper
         self._base: str | None = None  # the automatic checkpoint that it can be brought back from
         self._interrupted: Resumed | None = None
         self._moved = False  # since that checkpoint
         self._to_go = self._wanted = self._stopped = self._repeating = False
         self._back: Promise[None] = Promise()  # ends when the model is in memory
+        self.redrawn: list[
+            tuple[int, bytes]
+        ] = []  # draws that an earlier process has left owed, entered here
         if resumed is not None:
             self._resume(resumed)
         models.import_transformers()  # on the caller's thread
@@ -228,8 +234,7 @@ class Worker:
         made, unit = left.draws
         if made:  # the ledger says which of them are paid for; the others are, with the next
             charged = self._vault.audit.entries(self.training_client_id, "dp_charge", made, 0)
-            for _ in range(made - len(charged)):
-                self._guarantee.enter_draw(unit)
+            self.redrawn = [self._guarantee.enter_draw(unit) for _ in range(made - len(charged))]
         if self.status is ClientStatus.READY:
             self._loaded.succeed(self.info())
 
@@ -478,6 +483,26 @@ class Worker:
                 )
             return estimate(executor.engine, batch_size, length)
 
+    def factors(self, layers: Sequence[int], modules: Sequence[str] | None) -> tuple[int, Factors]:
+        """Return the version of the weights, and the adapters of some layers; on the caller's thread, as `estimate`.
+
+        Raises:
+            ClientClosedError: The client is closed.
+        """
+        self._bring_back()
+        with self._computing:
+            executor = self._executor
+            if executor is None or self._closing:
+                raise ClientClosedError(
+                    f"The training client {self.training_client_id} is closed. Create a new one."
+                )
+            return executor.policy_version, executor.engine.factors(layers, modules)
+
+    @property
+    def encrypted(self) -> EncryptedSide:
+        """What answers encrypted calls."""
+        return EncryptedSide(self, self.connections, served=self._served)
+
     def close(self) -> None:
         """Cancel what waits, stop what runs at its next micro-batch or token, end the thread, free the model.
 
@@ -569,6 +594,7 @@ class Worker:
             self._die(FutureFailedError(f"The worker of {self.training_client_id} died: {error!r}"))
         finally:
             self._leave_state()
+            self.connections.end()
             self._free()
             self._back.fail(ClientClosedError(f"The training client {self.training_client_id} is closed."))
             if not self._holders:

@@ -1,7 +1,7 @@
 """Rows to batches: what people have is read, tokenised, labelled, padded and shuffled here."""
 
 from tensafe_nb.data.prompts import read_prompt, read_prompts
-from tensafe_nb.data.rows import OnBadRows, Row, Rows, read_rows
+from tensafe_nb.data.rows import OnBadRows, Row, Rows, read_rows, split_rows
 from tensafe_nb.data.text import (
     Batches,
     Encoded,
@@ -30,4 +30,5 @@ __all__ = [
     "read_prompt",
     "read_prompts",
     "read_rows",
+    "split_rows",
 ]

@@ -131,6 +131,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """
     if isinstance(prompt, str):
         return TextTokens(tokenizer).prompt(prompt)
+    if isinstance(prompt, Mapping) and "tokens" in prompt:
+        return list(prompt["tokens"])
     if isinstance(prompt, Mapping):
         return opened_chat(tokenizer, prompt["messages"], template_keywords(prompt))
     if prompt and isinstance(prompt[0], Mapping):
@@ -178,11 +180,13 @@ def turn_ends(tokenizer: Any, prompts: Sequence[Prompt]) -> list[TurnEnd]:
     known: dict[str, TurnEnd] = {}
     ends = []
     for prompt in prompts:
-        chat = isinstance(prompt, Mapping) or (not isinstance(prompt, str) and isinstance(prompt[0], Mapping))
-        if template is None or not chat:
+        chat: Any = {} if not isinstance(prompt, str | Mapping) and isinstance(prompt[0], Mapping) else None
+        if isinstance(prompt, Mapping):
+            chat = prompt.get("chat") if "tokens" in prompt else prompt
+        if template is None or chat is None:
             ends.append(TurnEnd())
             continue
-        options = template_keywords(prompt) if isinstance(prompt, Mapping) else {}
+        options = template_keywords(chat)
         key = repr(options)
         if key not in known:
             known[key] = TurnEnd.of(tokenizer, template.turn_ends(options))

@@ -20,6 +20,7 @@ EXPECTED = (
     "Expected 'text', 'prompt' and 'completion', or 'messages' ('conversations', 'instruction' and 'output' are read "
     "too); of a pair, 'prompt', 'chosen' and 'rejected', or 'anchor' and 'positive'."
 )
+STORED = ("ref_chosen_logps", "ref_rejected_logps")  # as TRL calls them
 # Taori et al. 2023, "Stanford Alpaca": the prompts its models were trained with.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -71,9 +72,40 @@ def canonical(row: Any, *, chats: bool = True) -> Canonical:
     ) in LAYOUTS:  # the first that fits: a preference has a prompt, and is no completion
         if all(name in given for name in columns):
             members, target = read(given, chats), {name: given[name] for name in ("target",) if name in given}
-            unread = unread_columns(given, {*columns, *further, "target"})
-            return Canonical([member | target for member in members], unread)
+            scored = reference_scores(given) if "rejected" in columns else []
+            unread = unread_columns(given, {*columns, *further, "target", *(STORED if scored else ())})
+            told = scored or [{}] * len(members)
+            return Canonical(
+                [member | target | one for member, one in zip(members, told, strict=True)], unread
+            )
     raise refusal(row, given)
+
+
+def reference_scores(row: Mapping[Any, Any]) -> list[dict[str, float]]:
+    """Return what a reference policy says of both sides of a pair, where the row has it: for `dpo` and `ipo`.
+
+    Raises:
+        ValidationError: Of one side only, or what is no log-probability.
+    """
+    there = [name for name in STORED if name in row]
+    if not there:
+        return []
+    if len(there) == 1:
+        raise ValidationError(
+            f"it has {there[0]!r}, and not {next(name for name in STORED if name not in there)!r}."
+        )
+    for name in STORED:
+        value = row[name]
+        if (
+            isinstance(value, bool | np.bool_)
+            or not isinstance(value, int | float | np.number)
+            or not value <= 0
+        ):
+            raise ValidationError(
+                f"{name!r} is {kind_of(value)}: the sum of the reference's log-probabilities over the answer's tokens "
+                f"is expected, a number that is 0 or below."
+            )
+    return [{"reference": float(row[name])} for name in STORED]
 
 
 def _lacks_nothing(name: Any, value: Any) -> bool:

@@ -15,6 +15,7 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.results import Prompt
 
 OPTIONS = ("tools", "chat_template_kwargs")
+KINDS = {"prompt", "messages", "tokens"}  # one of which a dict that is a prompt has
 MOST_TOKENS = 1 << 24  # of all prompts of a call
 FORMS = "a prompt is a text, a list of chat messages, or a list of token ids"
 
@@ -24,14 +25,17 @@ def read_prompts(prompts: Any) -> tuple[Prompt, ...]:
 
     Args:
         prompts: A text, a list of chat messages or of token ids, {"prompt" or "messages", "tools"?,
-            "chat_template_kwargs"?}, or a list of any.
+            "chat_template_kwargs"?}, or a list of any. A conversation that goes on from tokens is {"tokens": ids,
+            "chat"?: keywords of its template, "stream"?: a number}: "chat" lets an answer end as the template ends a
+            turn, and "stream" is what its random numbers depend on beside seed and tokens, in place of its number among
+            equal prompts.
 
     Raises:
         ValidationError: No prompt, an empty one, or what is none.
     """
     if isinstance(prompts, str):
         return (_one_prompt(prompts, 0),)
-    if isinstance(prompts, Mapping) and ("prompt" in prompts or "messages" in prompts):
+    if isinstance(prompts, Mapping) and KINDS & prompts.keys():
         return (_one_prompt(prompts, 0),)
     if isinstance(prompts, Mapping):
         raise ValidationError("sample() was given one chat message: put it in a list, [message].")
@@ -47,9 +51,7 @@ def read_prompts(prompts: Any) -> tuple[Prompt, ...]:
     if not given:
         raise ValidationError("sample() was given no prompt.")
     first = given[0]
-    if isinstance(first, Integral) or (
-        isinstance(first, Mapping) and not {"prompt", "messages"} & first.keys()
-    ):
+    if isinstance(first, Integral) or (isinstance(first, Mapping) and not KINDS & first.keys()):
         given = [given]  # one prompt: token ids, or chat messages
     return tuple(_one_prompt(prompt, index) for index, prompt in enumerate(given))
 
@@ -85,8 +87,35 @@ def _one_prompt(prompt: Any, index: int) -> Prompt:
     raise ValidationError(f"Prompt {index} is {shortened(prompt)}: {FORMS}.")
 
 
+def under_way(prompt: Mapping[str, Any]) -> Prompt:
+    """Return a prompt {"tokens", "chat"?, "stream"?} as it is sent; see `read_prompts`."""
+    if other := sorted(map(str, prompt.keys() - {"tokens", "chat", "stream"})):
+        raise ValidationError(
+            f"a conversation that goes on has 'tokens', 'chat' and 'stream', and this has "
+            f"{', '.join(map(repr, other))} besides, which nobody would read."
+        )
+    tokens = _bounded(prompt["tokens"], "'tokens'") if isinstance(prompt["tokens"], Iterable) else []
+    if not tokens or not all(isinstance(part, Integral) and not isinstance(part, bool) for part in tokens):
+        raise ValidationError(f"'tokens' is {shortened(prompt['tokens'])}: a list of token ids is expected.")
+    stream, chat = prompt.get("stream"), prompt.get("chat")
+    if stream is not None and (
+        not isinstance(stream, int) or isinstance(stream, bool) or not 0 <= stream < 2**63
+    ):
+        raise ValidationError(f"'stream' is {shortened(stream)}: a whole number is expected, 0 or more.")
+    if chat is not None and not isinstance(chat, Mapping):
+        raise ValidationError(
+            f"'chat' is {shortened(chat)}: a dict of keywords for the chat template is expected."
+        )
+    sent: dict[str, Any] = {"tokens": tuple(int(token) for token in tokens)}
+    if chat is not None:
+        sent["chat"] = template_options(chat)
+    return sent if stream is None else sent | {"stream": stream}
+
+
 def prompt_of(prompt: Mapping[str, Any]) -> Prompt:
     """Return the prompt of a dict {"prompt" or "messages", "tools"?, "chat_template_kwargs"?}, and of no other."""
+    if "tokens" in prompt:
+        return under_way(prompt)
     name = "prompt" if "prompt" in prompt else "messages"
     if name not in prompt:
         raise ValidationError(f"a dict has 'prompt' (or 'messages') and 'tools', not {as_given(prompt)}.")

@@ -1,17 +1,21 @@
 """Sources of rows: files, tables, lists and streams → one row after the other, each with its number and line."""
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import sys
 import warnings
 from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
+from tensafe_nb.checks import checked
+from tensafe_nb.data.columns import PromptColumns, column_of
 from tensafe_nb.data.files import OPENERS, Numbered, is_file, read_file, without_none
 from tensafe_nb.data.layouts import COLUMNS
 from tensafe_nb.data.messages import is_chat
@@ -19,6 +23,7 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.batch import BatchData
 
+T = TypeVar("T")
 Row: TypeAlias = str | Mapping[str, Any]
 Rows: TypeAlias = Any  # a path, or any table or iterable of rows: read by `open_rows`
 OnBadRows: TypeAlias = Literal["raise", "skip"]
@@ -50,18 +55,43 @@ class Source:
         return row if line is None else f"{row} ({self.name}, line {line})"
 
 
-def read_rows(source: Rows) -> list[Row]:
+@checked
+def read_rows(
+    source: Rows,
+    *,
+    prompt: str | None = None,
+    answer: str | None = None,
+    answer_after: str | None = None,
+    template: str | None = None,
+) -> list[Row]:
     """Read the rows of a file, a table, a list, any iterable, or a Hugging Face data set, as they stand there.
 
+    With one of the keywords, as prompts with their answers.
+
+    Args:
+        source: What they are read from; see `batches`.
+        prompt: The column that is asked.
+        answer: The column that holds the right answer; it becomes the column "answer".
+        answer_after: Of a solution that ends in its answer, what stands before that: "####" for GSM8K.
+        template: A text with names of columns in braces, which becomes the prompt.
+
     Raises:
-        ValidationError: No such file, a line that is not JSON, what is no list of rows, or no row at all.
+        ValidationError: No such file, a line that is not JSON, what is no list of rows, or no row at all; or no column
+            of a name.
+
+    Example:
+        >>> rows = read_rows("gsm8k.jsonl", prompt="question", answer="answer", answer_after="####")
     """
+    columns = PromptColumns(prompt, answer, answer_after, template)
     rows = open_rows(source)
     read = []
     for number, (line, row) in enumerate(rows.each):
-        if isinstance(row, ValidationError):
-            raise located(row, rows, number, line)
-        read.append(row)
+        try:
+            if isinstance(row, ValidationError):
+                raise row
+            read.append(columns.of(row))
+        except ValidationError as error:
+            raise located(error, rows, number, line) from error
     if not read:
         raise no_rows(rows)
     return read
@@ -288,3 +318,69 @@ def is_column(value: Any) -> bool:
     if isinstance(value, str | Mapping | bytes) or not isinstance(value, Iterable):
         return False
     return not is_chat(value)
+
+
+# held-out rows
+
+
+@checked
+def split_rows(
+    source: Rows, held_out: float, *, seed: int = 0, by: str | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Part rows into those to train on and those to hold out.
+
+    On which side a row falls depends on its content and the seed alone: it stays there when rows are added, taken away
+    or shuffled, and two rows with the same content are on the same side.
+
+    Args:
+        source: Rows, as for `read_rows`.
+        held_out: The share to hold out, between 0 and 1; what falls on that side is near it, not equal to it.
+        seed: Another one parts them otherwise.
+        by: The column that decides; the whole row when None.
+
+    Returns:
+        The rows to train on, and those held out, each in their order.
+
+    Raises:
+        ValidationError: No share, or one of the sides is empty.
+
+    Example:
+        >>> train, test = split_rows("rows.jsonl", held_out=0.1)
+    """
+    rows = read_rows(source)
+    found = open_rows(rows)
+    contents = []
+    for number, row in enumerate(rows):
+        if by is not None and not isinstance(row, Mapping):
+            raise located(
+                ValidationError(f"it is a text, and has no column {as_given(by)}."), found, number, None
+            )
+        contents.append(row if by is None else column_of(row, by, "split_rows: by"))  # type: ignore[arg-type]
+    return parted(rows, contents, held_out, seed)
+
+
+def parted(rows: Sequence[T], contents: Sequence[Any], held_out: float, seed: int) -> tuple[list[T], list[T]]:
+    """Part rows by what decides of each; see `split_rows`."""
+    if not 0 < held_out < 1:
+        raise ValidationError(f"held_out={as_given(held_out)} must be a share between 0 and 1, such as 0.1.")
+    sides: tuple[list[T], list[T]] = ([], [])
+    for row, content in zip(rows, contents, strict=True):
+        sides[int(_share_of(content, seed) < held_out)].append(row)
+    for side, name in zip(sides, ("to train on", "to hold out"), strict=True):
+        if not side:
+            raise ValidationError(
+                f"held_out={held_out:g} of {len(rows)} rows leaves none {name}: a row falls on a side by its content. "
+                f"Give more rows, another share, or another seed."
+            )
+    return sides
+
+
+def _share_of(content: Any, seed: int) -> float:
+    """Return a number in [0, 1) that depends on a content and the seed alone."""
+    try:
+        written = json.dumps([seed, content], sort_keys=True, default=str)
+    except (RecursionError, ValueError, TypeError) as error:
+        raise ValidationError(
+            f"held_out: the content of a row cannot be told from another's ({type(error).__name__}: {error})."
+        ) from error
+    return int.from_bytes(hashlib.blake2b(written.encode(), digest_size=8).digest(), "big") / 2**64

@@ -30,7 +30,7 @@ from tensafe_nb.data.rows import (
 from tensafe_nb.data.values import shortened
 from tensafe_nb.display import Facts, as_given, shown
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.protocol.batch import IGNORE, BatchData
+from tensafe_nb.protocol.batch import IGNORE, REFERENCE, BatchData
 
 logger = logging.getLogger(__name__)
 POOL = 50  # batches over which rows of like length are brought together
@@ -42,12 +42,14 @@ ROWS_FOR_A_BAR = 100  # fewer take no second
 class Example:
     """One sequence: `labels[t]` is the target for position t, already shifted, -100 where nothing is learnt.
 
-    `target` holds the numbers that the loss `mse` compares it with.
+    `target` holds the numbers that the loss `mse` compares it with; `reference` what a reference policy says of its
+    labels together, for `dpo` and `ipo`, where that was stored.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     target: tuple[float, ...] = ()
+    reference: float | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -78,6 +80,8 @@ def encode(row: Row, tokenizer: Any, *, max_length: int | None = None, truncate:
 def collate(examples: Sequence[Example], pad_token_id: int) -> BatchData:
     """Pad examples on the right to the longest and stack them: (B, T), and their targets as `targets` (B, K).
 
+    Where all of them know what a reference says, that as `reference_logprobs` (B,).
+
     Raises:
         ValidationError: Some examples have more numbers in their target than others.
     """
@@ -93,7 +97,10 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> BatchData:
         mask[row, : len(example)] = 1
         labels[row, : len(example)] = example.labels
     targets = [example.target for example in examples]  # (B, K)
-    return BatchData(ids, mask, labels, {"targets": targets} if _target_width(examples) else None)
+    extras: dict[str, Any] = {"targets": targets} if _target_width(examples) else {}
+    if all(example.reference is not None for example in examples):
+        extras[REFERENCE] = [example.reference for example in examples]
+    return BatchData(ids, mask, labels, extras)
 
 
 @shown
@@ -448,6 +455,11 @@ class RowEncoder:
         if most is not None and len(tokens) > most:
             if not self._limit.truncate:
                 raise self._limit.refusal(len(tokens))
+            if "reference" in member:
+                raise ValidationError(
+                    f"it has {len(tokens)} tokens and is cut at {most}, and its stored log-probability of a reference "
+                    f"is that of the whole: leave those columns out, and the reference is computed."
+                )
             tokens, learnt = tokens[:most], learnt[:most]
             self.encoded.cut += 1
         if not any(learnt[1:]):  # the first token is predicted by nothing
@@ -457,7 +469,7 @@ class RowEncoder:
             )
         # labels[t] is the token that position t predicts, the next one
         labels = [token if wanted else IGNORE for token, wanted in zip(tokens, learnt, strict=True)]
-        return Example(tuple(tokens), (*labels[1:], IGNORE), target_of(member))
+        return Example(tuple(tokens), (*labels[1:], IGNORE), target_of(member), member.get("reference"))
 
     def _leave_out(self, error: ValidationError, number: int, line: int | None) -> None:
         placed = located(error, self._rows, number, line)
@@ -531,6 +543,10 @@ def _check_examples(examples: Sequence[Example], who: str) -> None:
 
 
 def _target_width(examples: Sequence[Example]) -> int:
+    if len({example.reference is None for example in examples}) > 1:
+        raise ValidationError(
+            "Some pairs have stored log-probabilities of a reference and some have none: all pairs need them, or none."
+        )
     widths = {len(example.target) for example in examples}
     if len(widths) > 1:
         raise ValidationError(

@@ -13,27 +13,32 @@ from torch import Tensor
 
 from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.data.labels import turn_ends
+from tensafe_nb.display import as_given
 from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
 from tensafe_nb.engine.forward import ForwardPass, place
-from tensafe_nb.engine.models import inputs
+from tensafe_nb.engine.models import adapters, inputs
 from tensafe_nb.engine.models.load import LoadedModel, load
+from tensafe_nb.engine.models.low_rank import Factors, factors_of
 from tensafe_nb.engine.optimizers import Optimizer
 from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.sampling import sampler
 from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
+from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses import Loss
 from tensafe_nb.losses.policy import exact_entropy
 from tensafe_nb.losses.views import label_logprobs
-from tensafe_nb.protocol.batch import IGNORE, BatchData
+from tensafe_nb.protocol.batch import IGNORE, REFERENCE, Array, BatchData
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,
+    LoadAdapterResult,
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    ReadAdapterResult,
     SampleResult,
 )
 
@@ -154,6 +159,10 @@ class Engine:
             "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
         }
 
+    def factors(self, layers: Sequence[int], modules: Sequence[str] | None) -> Factors:
+        """Return the adapters of some layers as matrices; see `factors_of`."""
+        return factors_of(self.model, layers, modules)
+
     # training
 
     def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick = no_tick) -> ForwardBackwardResult:
@@ -166,6 +175,11 @@ class Engine:
             NonFiniteLossError: The loss or its gradient is NaN or infinite; says in which rows.
             PrivacyUnitError: Privately, rows that do not say whose they are, or a loss that mixes them.
         """
+        try:
+            batch = self._with_reference(batch, loss, tick)
+        except BaseException:
+            self.discard_gradients()
+            raise
         return self.training_step.forward_backward(batch, loss, tick)
 
     def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
@@ -189,6 +203,7 @@ class Engine:
     ) -> ForwardResult:
         """Evaluate a loss without dropout or gradients; with per-token logprobs (B, T) when asked for."""
         self.forward_pass.check(batch)
+        batch = self._with_reference(batch, loss, tick)
         loss.check(batch)
         tally = Tally(loss.declares.prenormalised)
         logprobs = np.zeros(batch.shape, dtype=np.float32) if return_logprobs else None
@@ -229,6 +244,24 @@ class Engine:
                 del outputs  # its logits can be large: let go of them before the next piece's are computed
         return LogprobsResult(logprobs, entropy, None if reference else self.policy_version, values)
 
+    @torch.no_grad()
+    def _with_reference(self, batch: BatchData, loss: Loss, tick: Tick) -> BatchData:
+        """Return a batch with what the reference says of its rows, where the loss compares with that; see `Reference`.
+
+        Computed in the same pieces as the loss, without dropout: an adapter at zero differs from its base by nothing.
+        """
+        if not loss.declares.reference or REFERENCE in batch.extras or not len(batch):
+            return batch
+        self.forward_pass.check(batch)
+        loss.check(batch)
+        found = np.zeros(len(batch), dtype=np.float32)  # (B,)
+        with self.reference.in_place(f"the loss {loss.name!r}"):
+            for rows, part in self.forward_pass.micro_batches(batch, loss, lambda _, count: tick(0, count)):
+                outputs = self.forward_pass.outputs(part, self.forward_pass.tensors(part, batch))
+                found[rows] = outputs.sequence_logprobs.float().cpu().numpy()
+                del outputs
+        return batch.labelled_with(**{REFERENCE: found})
+
     def freeze_reference(self) -> FreezeReferenceResult:
         """Keep a copy of the trained weights as the reference from now on."""
         self.reference.freeze(self.policy_version)
@@ -263,8 +296,62 @@ class Engine:
             own = f"{self.config.seed}/{self.samples_drawn}".encode()
             seed = int.from_bytes(hashlib.blake2b(own, digest_size=6).digest(), "big")
         turns = turn_ends(self.model.tokenizer, prompts)
-        drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell)
+        streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
+        drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell, streams)
         return SampleResult(tuple(drawn), self.policy_version)
+
+    # adapter
+
+    def read_adapter(self) -> ReadAdapterResult:
+        """Return a copy of the adapter.
+
+        Raises:
+            ValidationError: All weights are trained.
+        """
+        tensors = {
+            name: tensor.detach().float().cpu().numpy().copy()
+            for name, tensor in self._adapter("read_adapter").items()
+        }
+        return ReadAdapterResult(tensors, self.policy_version)
+
+    def load_adapter(
+        self, tensors: Mapping[str, Array], take_over: Callable[[], None] = lambda: None
+    ) -> LoadAdapterResult:
+        """Take tensors in place of the adapter's own, and start the optimiser's moments and the window anew.
+
+        Args:
+            tensors: By PEFT's names; those that are not named stay as they are.
+            take_over: Called when they are known to fit, before anything is loaded.
+
+        Raises:
+            ValidationError: One has no place here, or another shape. Nothing has changed.
+        """
+        own = self._adapter("load_adapter")
+        for name, array in tensors.items():
+            if name not in own:
+                raise ValidationError(
+                    f"load_adapter: the adapter has no tensor {as_given(name)}.{nearest(name, own)} Nothing was loaded."
+                )
+            if array.shape != tuple(own[name].shape):
+                raise ValidationError(
+                    f"load_adapter: {name!r} is {array.shape}, and {tuple(own[name].shape)} here. Nothing was loaded."
+                )
+        take_over()
+        with torch.no_grad():
+            for name, array in tensors.items():
+                own[name].copy_(torch.from_numpy(array))
+        self.discard_gradients()
+        self.optimizer.restore_moments({})  # they belong to the steps that led to other weights
+        self.optimizer.policy_version += 1
+        return LoadAdapterResult(len(tensors), self.policy_version)
+
+    def _adapter(self, verb: str) -> dict[str, Tensor]:
+        if self.model.peft is None:
+            raise ValidationError(
+                f"{verb}: this client trains all weights, and has no adapter. Create it with lora_config=, or take its "
+                f"state as a whole: save_state, load_state, export_adapter."
+            )
+        return adapters.tensors_of(self.model.peft)
 
     # state
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from tensafe_nb.config import LoRAConfig
+from tensafe_nb.engine.models.bases import FACTOR_A
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.errors import ValidationError
 
@@ -24,9 +25,11 @@ class Reference:
         self.version = 0
 
     def freeze(self, version: int) -> None:
-        """Copy the trained weights as they are now; `version` is theirs."""
+        """Copy the trained weights, and the A beside a trained B, as they are now; `version` is theirs."""
         self.weights = {
-            name: p.detach().clone() for name, p in self._model.causal.named_parameters() if p.requires_grad
+            name: p.detach().clone()
+            for name, p in self._model.causal.named_parameters()
+            if p.requires_grad or FACTOR_A in name  # a frozen A may be loaded anew
         }
         self.version = version
 
@@ -37,8 +40,11 @@ class Reference:
         self.version = version
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self, who: str = "compute_logprobs(reference=True)") -> Iterator[None]:
         """Let the model speak with the reference's weights for a while.
+
+        Args:
+            who: Asks for it, in an error.
 
         Raises:
             ValidationError: There is no reference.
@@ -47,7 +53,7 @@ class Reference:
             with self._swapped(self.weights):
                 yield
             return
-        self.check_base()
+        self.check_base(who)
         # an adapter begins at B = 0: the base by itself is the policy before its first step
         frozen = [p for p in self._model.causal.parameters() if not p.requires_grad]
         try:
@@ -57,7 +63,7 @@ class Reference:
             for parameter in frozen:  # PEFT lets all of an adapter be trained when it comes back
                 parameter.requires_grad_(False)
 
-    def check_base(self) -> None:
+    def check_base(self, who: str) -> None:
         """Refuse to take the base for the reference where training changes it, or there is no adapter to leave out.
 
         Raises:
@@ -66,11 +72,11 @@ class Reference:
         how = "Call tc.freeze_reference() where the reference is to be the weights of that moment."
         if self._lora is None or self._model.peft is None:
             raise ValidationError(
-                f"compute_logprobs(reference=True): all weights are trained, and no copy is kept. {how}"
+                f"{who}: there is no reference: all weights are trained, and no copy is kept. {how}"
             )
         if self._lora.bias != "none":
             raise ValidationError(
-                f"compute_logprobs(reference=True): LoRAConfig.bias={self._lora.bias!r} trains the model's own biases "
+                f"{who}: LoRAConfig.bias={self._lora.bias!r} trains the model's own biases "
                 f"too, so that the base is not kept. {how}"
             )
 

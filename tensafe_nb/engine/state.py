@@ -1,6 +1,5 @@
 """The state of an engine as named tensors and plain facts, and back; a state that does not fit moves nothing."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.config import LoRAConfig, TrainingConfig
+from tensafe_nb.engine.models.bases import frozen_hash
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.store.sealed.tensors import Readable, TensorPart, read_tensors
@@ -23,7 +23,6 @@ PARTS = (WEIGHTS, MOMENTS, WINDOW, REFERENCE) = (  # of an artifact
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Tensors: TypeAlias = dict[str, Tensor]
-PROBES = 64  # values of each frozen tensor that tell one base model from another
 
 
 @dataclass(slots=True)
@@ -111,17 +110,8 @@ def check(
 
 
 def fingerprint(model: LoadedModel) -> str:
-    """Return a hash that tells base models apart: names, shapes, and some values of every frozen tensor."""
-    digest = hashlib.sha256()
-    for name, parameter in model.causal.named_parameters():
-        if ".lora_" not in name and ".modules_to_save." not in name:
-            plain = name.replace(".base_layer", "").replace(".original_module", "")
-            digest.update(f"{plain}{tuple(parameter.shape)}".encode())
-            if model.peft is not None and not parameter.requires_grad:
-                values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // PROBES)]
-                rounded = values.to(torch.bfloat16).float()  # the same whatever dtype it is kept in
-                digest.update(rounded.cpu().numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
+    """Return a hash that tells base models apart; see `frozen_hash`."""
+    return frozen_hash(model.causal, values=model.peft is not None)
 
 
 def differences(

@@ -48,7 +48,8 @@ class Evaluated(NamedTuple):
 
     @property
     def value(self) -> LossValue:
-        return LossValue(self.values.detach(), float(len(self.part)), self.metrics)
+        # one value for each row, or one for a group of rows, such as a pair
+        return LossValue(self.values.detach(), float(self.values.numel()), self.metrics)
 
     @property
     def total(self) -> float:

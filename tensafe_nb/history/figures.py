@@ -87,6 +87,36 @@ def draw(
     return figure
 
 
+def draw_means(
+    curves: Mapping[str, tuple[Array, Array, Array]], name: str, *, private: bool, axes: Any = None
+) -> Any:
+    """Return a figure of means, each in the band of its interval, one line for each label.
+
+    Args:
+        curves: By label: where it was measured, the mean there, and how far the interval reaches; each is (points,).
+        name: What was measured.
+        private: Whether it tells of private training data.
+        axes: To draw into.
+
+    Raises:
+        ValidationError: Nothing to draw, or axes that do not fit.
+    """
+    if not any(len(at) for at, _, _ in curves.values()):
+        raise ValidationError("There is nothing to plot: nothing has been measured yet.")
+    figure, [place] = places_for(1, axes)
+    for number, (label, (at, mean, reach)) in enumerate(curves.items()):
+        dots = {"marker": "o", "markersize": 3} if name.startswith("eval/") or len(at) == 1 else {}
+        style = {"color": f"C{number}", "linestyle": STYLES[number // 10 % len(STYLES)]}
+        place.plot(at, mean, label=label, **style, **dots)
+        place.fill_between(at, mean - reach, mean + reach, color=style["color"], alpha=0.2, linewidth=0)
+    place.set_xlabel(AXES["step"])
+    place.set_ylabel(name)
+    place.legend()
+    if private:
+        figure.supxlabel(OPERATOR_VIEW, fontsize="x-small")
+    return figure
+
+
 def panels_of(names: Names | None, readings: Sequence[Reading]) -> list[list[str]]:
     """Return the metrics of each panel: `eval/NAME` joins `NAME`, and those of a tuple stay together."""
     if names is None:

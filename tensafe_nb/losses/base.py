@@ -23,7 +23,7 @@ from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses.views import LossOutputs
-from tensafe_nb.protocol.batch import TICKET, BatchData
+from tensafe_nb.protocol.batch import REFERENCE, TICKET, BatchData
 from tensafe_nb.protocol.losses import LossDeclaration, no_such_loss
 from tensafe_nb.registry import Registry, check_keywords, name_of
 
@@ -54,6 +54,7 @@ class Declaration:
     extras: tuple[str, ...] | None = None
     optional_extras: tuple[str, ...] = ()
     per_row: bool = False
+    reference: bool = False
 
     def rows_at_a_time(self, rows: int, fitting: int) -> int:
         """Return how many of a batch's rows to compute together where `fitting` of them fit: whole groups."""
@@ -222,6 +223,7 @@ def register_loss(
     extras: tuple[str, ...] | None = None,
     optional_extras: tuple[str, ...] = (),
     per_row: bool = False,
+    reference: bool = False,
 ) -> Callable[[LossFunction], LossFunction]:
     """Return a decorator that registers `fn(outputs, batch, **kwargs)` as a loss.
 
@@ -238,6 +240,8 @@ def register_loss(
         per_row: It takes the keyword `per_row`; when that is True it returns one value per row (B,), the row's own
             mean. Differential privacy clips row by row, and is much quicker with it than one row at a time. The
             engine may compute such a loss on any rows of a batch together: those of like length.
+        reference: It compares with a reference policy: the engine adds `reference_logprobs` (B,), the
+            `sequence_logprobs` of the reference (see `TrainingClient.freeze_reference`), where a batch has none.
 
     Raises:
         ValidationError: The name is taken by a different function.
@@ -249,7 +253,11 @@ def register_loss(
     """
     if group < 1:
         raise ValidationError(f"register_loss({as_given(name)}): group={group} must be at least 1.")
-    declaration = Declaration(prenormalised, splittable, group, per, extras, optional_extras, per_row)
+    if reference:
+        optional_extras = (*optional_extras, REFERENCE)
+    declaration = Declaration(
+        prenormalised, splittable, group, per, extras, optional_extras, per_row, reference
+    )
 
     def decorate(function: LossFunction) -> LossFunction:
         if not hasattr(function, "__dict__") or inspect.ismethod(function):

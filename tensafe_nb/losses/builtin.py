@@ -3,6 +3,7 @@
 Pairs, for ranking and contrast, are rows that follow each other: 2i and 2i+1. `tensafe_nb.data.batches` lays them out.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses.base import register_loss
 from tensafe_nb.losses.views import LossOutputs
-from tensafe_nb.protocol.batch import IGNORE
+from tensafe_nb.protocol.batch import IGNORE, REFERENCE
 
 Batch = Mapping[str, Tensor]
 
@@ -75,6 +77,108 @@ def margin_ranking(outputs: LossOutputs, batch: Batch, margin: float = 0.5) -> d
         "loss": F.relu(margin - ahead).mean(),
         "metrics": {name: values.mean().item() for name, values in metrics.items()},
         "weight": len(ahead),
+    }
+
+
+@register_loss("dpo", group=2, per="row", extras=(), reference=True)
+def dpo(
+    outputs: LossOutputs,
+    batch: Batch,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    robust: bool = False,
+) -> dict[str, Any]:
+    """Prefer a chosen to a rejected sequence, without going far from a reference: −log σ(β h), the mean over pairs.
+
+    h = (s_chosen − ref_chosen) − (s_rejected − ref_rejected), with a row's `sequence_logprobs` s under the model and
+    under the reference policy. Rafailov et al. 2023, arXiv:2305.18290, equation 7; TRL's `loss_type="sigmoid"`.
+    Metrics, of the implicit reward β (s − ref): `accuracy`, the share of pairs in which the chosen one has more of it;
+    `reward_margin`, by how much, on average; `reward_chosen` and `reward_rejected`; and the mean scores s of both.
+
+    Args:
+        outputs: Read at `sequence_logprobs` (B,): rows 2i are chosen, rows 2i+1 rejected.
+        batch: Read at `reference_logprobs` (B,), which the engine adds where a batch has none.
+        beta: How much a departure from the reference costs; larger stays nearer.
+        label_smoothing: ε, how many preferences are believed to be the wrong way round:
+            −(1 − ε) log σ(β h) − ε log σ(−β h) (conservative DPO, Mitchell 2023).
+        robust: Make that unbiased, (−(1 − ε) log σ(β h) + ε log σ(−β h)) / (1 − 2ε): Chowdhury et al. 2024,
+            arXiv:2403.00409; TRL's `loss_type="robust"`.
+
+    Raises:
+        ValidationError: beta is not above 0, or label_smoothing not from 0 to below ½.
+    """
+    _check_preference("dpo", beta, label_smoothing)
+    chosen, rejected = _log_ratios("dpo", outputs, batch)  # (P,) each
+    margin = beta * (chosen - rejected)
+    right, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    losses = (1 - label_smoothing) * right + (-label_smoothing if robust else label_smoothing) * wrong
+    if robust:
+        losses = losses / (1 - 2 * label_smoothing)
+    return _preferred(losses, beta * chosen, beta * rejected, outputs)
+
+
+@register_loss("ipo", group=2, per="row", extras=(), reference=True)
+def ipo(outputs: LossOutputs, batch: Batch, beta: float = 0.1) -> dict[str, Any]:
+    """Prefer a chosen to a rejected sequence by a margin of 1/(2β), and no further: (h − 1/(2β))², the mean over pairs.
+
+    h = (s_chosen − ref_chosen) / n_chosen − (s_rejected − ref_rejected) / n_rejected, n the labelled tokens of a row.
+    Azar et al. 2023, arXiv:2310.12036, equation 17 (β is its τ), with the mean over tokens that TRL's `loss_type="ipo"`
+    takes, on the authors' word. Unlike `dpo`, pairs that all agree do not push the model ever further. Metrics as
+    `dpo`.
+
+    Args:
+        outputs: Read at `sequence_logprobs` (B,): rows 2i are chosen, rows 2i+1 rejected.
+        batch: Read at `reference_logprobs` (B,), which the engine adds where a batch has none.
+        beta: The smaller, the larger the margin that is asked for.
+
+    Raises:
+        ValidationError: beta is not above 0.
+    """
+    _check_preference("ipo", beta, 0.0)
+    chosen, rejected = _log_ratios("ipo", outputs, batch)  # (P,) each
+    n_chosen, n_rejected = _pairs(outputs.sum_rows(torch.ones_like(outputs.logprobs)).clamp(min=1))
+    ahead = chosen / n_chosen - rejected / n_rejected
+    return _preferred((ahead - 1 / (2 * beta)).square(), beta * chosen, beta * rejected, outputs)
+
+
+def _check_preference(name: str, beta: float, label_smoothing: float) -> None:
+    if not 0 < beta < math.inf:
+        raise ValidationError(f"{name}: beta={as_given(beta)} must be above 0.")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValidationError(
+            f"{name}: label_smoothing={as_given(label_smoothing)} must be from 0 to below 0.5: at one half a "
+            f"preference says nothing."
+        )
+
+
+def _log_ratios(name: str, outputs: LossOutputs, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (P,) each: log of the model's over the reference's probability, of chosen and of rejected rows."""
+    scores, reference = outputs.sequence_logprobs, batch.get(REFERENCE)  # (B,) each
+    if reference is None or reference.shape != scores.shape:
+        given = "is not there" if reference is None else f"has shape {tuple(reference.shape)}"
+        raise ValidationError(
+            f"{name}: the batch entry {REFERENCE!r} {given}: it is (B,), the sum of the reference's log-probabilities "
+            f"over each row's labels, compute_logprobs(batch, reference=True).logprobs.sum(1). Leave it out, and it is "
+            f"computed."
+        )
+    return _pairs(scores - reference.to(scores.dtype))
+
+
+def _preferred(losses: Tensor, chosen: Tensor, rejected: Tensor, outputs: LossOutputs) -> dict[str, Any]:
+    """Return what a loss of preferences does; `chosen` and `rejected` are the implicit rewards, (P,) each."""
+    scores = _pairs(outputs.sequence_logprobs)
+    metrics = {
+        "accuracy": (chosen > rejected).float(),
+        "reward_margin": chosen - rejected,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+        "chosen_logprobs": scores[0],
+        "rejected_logprobs": scores[1],
+    }
+    return {
+        "loss": losses.mean(),
+        "metrics": {name: values.mean().item() for name, values in metrics.items()},
+        "weight": len(losses),
     }
 
 

@@ -22,7 +22,8 @@ DEEPEST = 4  # dimensions; a batch has two, an extra seldom three
 TICKET = (
     "dp_ticket"  # (B, 7) of a Poisson draw: says which rows belong to it, so that none is lost or repeated
 )
-PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id", TICKET)
+REFERENCE = "reference_logprobs"  # (B,) what a reference policy says of each row's labels together
+PER_SEQUENCE = ("targets", "example_ids", "unit_ids", "record_id", TICKET, REFERENCE)
 
 
 @tagged("batch_data")

@@ -29,6 +29,8 @@ FOREIGN = {  # what losses are called elsewhere
     "l2": "mse",
     "infonce": "contrastive",
     "info_nce": "contrastive",
+    "dpo_loss": "dpo",
+    "ipo_loss": "ipo",
     "margin": "margin_ranking",
     "margin_ranking_loss": "margin_ranking",
     "reinforce": "policy_reinforce",
@@ -38,7 +40,6 @@ FOREIGN = {  # what losses are called elsewhere
 }
 _OF_YOUR_OWN = "It is not built in: write it as a function, and give it to @tn.register_loss"
 ELSEWHERE = {  # what is called a loss elsewhere, and is none here
-    "dpo": f"{_OF_YOUR_OWN}('dpo', group=2), so that a pair of rows stays together.",
     "orpo": f"{_OF_YOUR_OWN}('orpo', group=2), so that a pair of rows stays together.",
     "kto": f"{_OF_YOUR_OWN}('kto').",
     "kl": "KL is a term of the losses of policies: loss_kwargs={'kl': {'coef': 0.01, 'estimator': 'k3'}}.",

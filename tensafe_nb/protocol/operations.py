@@ -4,17 +4,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 
+import numpy as np
+
 from tensafe_nb import config
-from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.protocol.batch import Array, BatchData
 from tensafe_nb.protocol.codec import tagged
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
     ForwardResult,
     FreezeReferenceResult,
+    LoadAdapterResult,
     LoadStateResult,
     LogprobsResult,
     OptimStepResult,
     Prompt,
+    ReadAdapterResult,
     SampleResult,
     SaveStateResult,
     VoidPrivacyResult,
@@ -126,6 +132,23 @@ class FreezeReference(Operation[FreezeReferenceResult]):
     """Keep a copy of the trained weights: the reference that later scores are compared with."""
 
 
+@verb("read_adapter")
+@dataclass(frozen=True, slots=True)
+class ReadAdapter(Operation[ReadAdapterResult]):
+    """Return the adapter's tensors."""
+
+
+@verb("load_adapter")
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadAdapter(Operation[LoadAdapterResult]):
+    """Take tensors of an adapter, by PEFT's names, in place of its own; those that are not named stay."""
+
+    tensors: Mapping[str, Array]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", _tensors(self.tensors))
+
+
 @verb("load_state")
 @dataclass(frozen=True, slots=True)
 class LoadState(Operation[LoadStateResult]):
@@ -133,3 +156,28 @@ class LoadState(Operation[LoadStateResult]):
 
     artifact_id: str
     for_run: str | None = None
+
+
+def _tensors(given: object) -> dict[str, Array]:
+    """Return an adapter's tensors as float32 arrays of their own: the caller may reuse its buffers."""
+    how = 'tc.read_adapter() returns such, and safetensors.numpy.load_file(folder / "adapter_model.safetensors").'
+    if not isinstance(given, Mapping) or not given or not all(isinstance(name, str) for name in given):
+        raise ValidationError(
+            f"load_adapter takes an adapter's tensors by name, a dict of arrays, not {as_given(given)}. {how}"
+        )
+    tensors = {}
+    for name, value in given.items():
+        if hasattr(value, "detach"):  # of torch, which numpy reads on the CPU only, and not in bfloat16
+            value = value.detach().cpu().float().numpy()
+        try:
+            array = np.array(value, dtype=np.float32)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValidationError(
+                f"load_adapter: {as_given(name)} is no array of numbers, but {as_given(value)}. {how}"
+            ) from error
+        if not np.isfinite(array).all():
+            raise ValidationError(
+                f"load_adapter: {as_given(name)} has values that are NaN or infinite. Nothing was loaded."
+            )
+        tensors[name] = array
+    return tensors

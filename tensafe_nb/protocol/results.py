@@ -13,7 +13,7 @@ from tensafe_nb.protocol.codec import tagged
 Message: TypeAlias = Mapping[str, Any]  # role and content, a text; content is None beside tool_calls
 Prompt: TypeAlias = (
     str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
-)  # the last: {"messages", "tools"}
+)  # the last: {"messages", "tools"}, or {"tokens", "chat", "stream"} for a conversation that goes on
 
 
 class ClientStatus(StrEnum):
@@ -229,6 +229,24 @@ class FreezeReferenceResult:
     reference_version: int
 
 
+@tagged("read_adapter_result")
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadAdapterResult:
+    """The adapter as it is: float32, by PEFT's names, as in `adapter_model.safetensors`."""
+
+    tensors: Mapping[str, Array]
+    policy_version: int
+
+
+@tagged("load_adapter_result")
+@dataclass(frozen=True, slots=True)
+class LoadAdapterResult:
+    """What `load_adapter` took: `loaded` tensors; the weights have this version now."""
+
+    loaded: int
+    policy_version: int
+
+
 @tagged("void_privacy_result")
 @dataclass(frozen=True, slots=True)
 class VoidPrivacyResult:
@@ -385,6 +403,8 @@ Result: TypeAlias = (
     | SampleResult
     | LogprobsResult
     | FreezeReferenceResult
+    | ReadAdapterResult
+    | LoadAdapterResult
     | SaveStateResult
     | LoadStateResult
     | VoidPrivacyResult

@@ -21,6 +21,7 @@ from tensafe_nb.registry import load_dotted
 from tensafe_nb.rlvr import RLVRTrainer, resolve_reward
 from tensafe_nb.rlvr.algorithms.policy_gradient import Algorithm, algorithm_of
 from tensafe_nb.rlvr.algorithms.presets import options_of
+from tensafe_nb.rlvr.rollouts.choosing import PolicyName
 from tensafe_nb.runs.run import TrainingRun
 
 # Where a file says what: keys in the file → fields of a Recipe.
@@ -78,7 +79,7 @@ class AlgoConfig(Config):
     """How rewards become optimiser steps.
 
     Args:
-        type: "reinforce", "ppo", or a preset: "grpo", "dr_grpo", "cispo", "gspo", "rloo", "reinforce_pp",
+        type: "reinforce", "ppo", or a preset: "grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo", "reinforce_pp",
             "reinforce_pp_baseline", "ppo_value".
         kwargs: Fields of REINFORCEConfig or PPOConfig that are to be different.
     """
@@ -110,6 +111,12 @@ class RLVRConfig(Config):
     Args:
         reward: How an answer is scored.
         algo: How to update.
+        prompt: The column that is asked, like the four after it as for `RLVRTrainer`.
+        answer: The column that holds the right answer.
+        answer_after: What stands before the answer in it: "####" for GSM8K.
+        template: A text that becomes the prompt, with names of columns in braces.
+        held_out: A share of the prompts to evaluate on and never to train on.
+        prompt_policy: Which prompts a step takes: "uniform", "curriculum", "adaptive" or "dynamic".
         prompts_per_step: Prompts drawn for each step.
         group_size: Rollouts per prompt.
         max_new_tokens: Longest completion, in tokens.
@@ -123,6 +130,12 @@ class RLVRConfig(Config):
 
     reward: RewardConfig
     algo: AlgoConfig = AlgoConfig()
+    prompt: str | None = None
+    answer: str | None = None
+    answer_after: str | None = None
+    template: str | None = None
+    held_out: float | None = pydantic.Field(default=None, gt=0.0, lt=1.0)
+    prompt_policy: PolicyName | None = None
     prompts_per_step: Positive = 16
     group_size: Positive = 8
     max_new_tokens: Positive = 64
@@ -236,7 +249,8 @@ class Recipe(Config):
         Raises:
             ValidationError: Rows, steps or a function named in the recipe that do not fit.
         """
-        if self.eval_every is not None and eval_data is None:
+        takes_some = self.rlvr is not None and self.rlvr.held_out is not None
+        if self.eval_every is not None and eval_data is None and not takes_some:
             raise ValidationError(
                 f"training.eval_every is {self.eval_every}, but there are no held-out rows."
             )

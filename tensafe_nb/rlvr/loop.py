@@ -12,17 +12,29 @@ from tensafe_nb.events import Alarm, Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.rlvr.algorithms.policy_gradient import Algorithm
 from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.environments.environment import Environment
+from tensafe_nb.rlvr.environments.replay import report
+from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.policy import PolicyClient
 from tensafe_nb.rlvr.rewards.conventions import TrainerState
 from tensafe_nb.rlvr.rewards.reward import Reward
-from tensafe_nb.rlvr.rollouts.prompts import PromptCursor
+from tensafe_nb.rlvr.rollouts.choosing import replacements, teaches
+from tensafe_nb.rlvr.rollouts.prompts import PromptCursor, PromptSpec
 from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
-from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
-from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, check_scored
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, TrajectoryBatch
+from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, check_scored, report_of_rounds
 from tensafe_nb.rlvr.watch.alarms import Alarms
 from tensafe_nb.rlvr.watch.evaluation import HeldOut, joined
-from tensafe_nb.rlvr.watch.metrics import BY_OPTIM_STEP, Goal, Row, known, rollout_metrics, update_metrics
+from tensafe_nb.rlvr.watch.metrics import (
+    BY_OPTIM_STEP,
+    Goal,
+    Row,
+    choice_metrics,
+    known,
+    rollout_metrics,
+    update_metrics,
+)
 from tensafe_nb.rlvr.watch.rules import low_precision, not_finite
 from tensafe_nb.runs.alarms import Rates
 from tensafe_nb.runs.loop import Run
@@ -33,12 +45,12 @@ TOO_MANY = 0.5  # share of failed rewards above which nobody should train on the
 class Trainer(Protocol):
     """What the loop reads and moves of a trainer, whose options may change between two steps."""
 
-    reward: Reward
+    reward: Reward | Environment
     reward_timeout: float | None
     on_reward_errors: Literal["pause", "fail"]
     algo: Algorithm
     prompts: PromptCursor
-    sampler: PolicySampler
+    sampler: PolicySampler | EnvironmentSampler
     eval_every: int | None
     held_out: HeldOut | None
     alarms: Alarms
@@ -65,6 +77,11 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._started = self._last = time.perf_counter()
 
+    def add(self, name: str) -> None:
+        """Count the seconds since the last lap to those of a name."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now
+
     def lap(self, name: str) -> None:
         """Give the seconds since the last lap a name."""
         now = time.perf_counter()
@@ -81,10 +98,12 @@ class Step:
     """A step on its way, between `submit` and `collect`; without an update where nothing was scored."""
 
     batch: TrajectoryBatch
-    reward: Reward
+    reward: Reward | Environment
     report: ScoreReport
     goal: Goal
     clock: Clock
+    chosen: Row  # how its prompts were chosen
+    tokens: int  # seen by the policy, those thrown away counted
     update: FutureHandle[UpdateResult] | None = None
     error: NonFiniteLossError | None = None  # of an update that failed while it was being queued
 
@@ -99,7 +118,7 @@ class Step:
 
     def row(self, update: UpdateResult | None) -> Row:
         """Return what was measured: of the rollouts, of their rewards, of the update, and the seconds it took."""
-        row = rollout_metrics(self.batch, self.goal) | self.report.metrics
+        row = rollout_metrics(self.batch, self.goal) | self.report.metrics | self.chosen
         row |= {} if update is None else update_metrics(update)
         return row | self.clock.seconds | {"time/total": self.clock.total}
 
@@ -131,7 +150,7 @@ class RLVRLoop:
         """Sample, score and queue the update of one step; wait for the samples in between."""
         if index == 0:
             self._trainer.check_prompts()
-        before = self._held_out.submit() if self._held_out and index == 0 else []
+        before = self._held_out.submit(self._run.wait) if self._held_out and index == 0 else []
         try:
             step = self._under_way[index] = self.sample_and_score()
             self.begin_update(index, step)
@@ -142,7 +161,7 @@ class RLVRLoop:
         updates = [] if step.update is None else [step.update]
         done, every = index + 1, self._trainer.eval_every
         due = done == self._steps or (every is not None and done % every == 0)
-        after = self._held_out.submit() if self._held_out and due else []
+        after = self._held_out.submit(self._run.wait) if self._held_out and due else []
         return [*updates, *before, *after]
 
     def collect(self, index: int, results: Sequence[Any]) -> None:
@@ -158,7 +177,7 @@ class RLVRLoop:
         if index == 0 and measured:
             self._publish(trainer.row, measured.pop(0))
         trainer.row += 1
-        trainer.tokens += sum(len(t.prompt_tokens) + len(t.tokens) for t in step.batch)
+        trainer.tokens += step.tokens
         version = trainer.number_of(step.report.version)
         row = step.row(update) | {"num_tokens": trainer.tokens, "reward_version": version}
         written = BY_OPTIM_STEP if update is not None and not update.skipped else ()
@@ -199,12 +218,14 @@ class RLVRLoop:
         self._trainer.seek(position)
 
     def interrupt(self) -> None:
-        """End the scoring processes: whoever waits for a reward waits no more."""
+        """End the processes of rewards and environments: whoever waits for them waits no more."""
+        self._trainer.sampler.close()
         if self._scorer is not None:
             self._scorer.close()
 
     def close(self) -> None:
-        """End the scoring processes; say which rollouts an update without a finite loss was about."""
+        """End their processes; say which rollouts an update without a finite loss was about."""
+        self._trainer.sampler.close()
         if self._scorer is not None:
             self._scorer.close()
         if self._rates.remark is not None:
@@ -222,16 +243,55 @@ class RLVRLoop:
                 self._client.publish(found.alarm(self._run.run_id, self._trainer.row + 1))
 
     def sample_and_score(self) -> Step:
-        """Sample the next prompts and score the answers; wait for both."""
-        clock, sampler, prompts = Clock(), self._trainer.sampler, self._trainer.prompts.take()
-        batch = self._run.wait(sampler.submit(prompts))
-        sampler.warn_of_texts(prompts)
-        clock.lap("time/sample")
+        """Sample the next prompts and score the answers; wait for both. Replace what their policy throws away."""
+        clock, cursor = Clock(), self._trainer.prompts
+        batch = self._sample(cursor.take(), clock)
         reward = self._trainer.reward  # as it is now; it may have been replaced since the step before
-        report = self._score(batch, reward)
-        self._trainer.scored_by(report.version)
-        clock.lap("time/reward")
-        return Step(batch, reward, report, Goal(report.true, self._trainer.good_threshold), clock)
+        reports = [self._score(batch, reward)]
+        self._trainer.scored_by(reports[0].version)
+        goal = Goal(reports[0].true, self._trainer.good_threshold)
+        self._measure(batch.groups, goal)
+        clock.add("time/reward")
+        sampled, rounds = list(batch.groups), replacements(cursor.policy)
+        while len(reports) <= rounds and (silent := self._silent(batch, goal)):
+            more = self._sample(cursor.take(instead_of=len(silent)), clock)
+            reports.append(self._score(more, reward))
+            self._measure(more.groups, goal)
+            clock.add("time/reward")
+            sampled += more.groups
+            for place, group in zip(silent, more.groups, strict=True):
+                batch.groups[place] = group
+        batch.thrown_away = len(sampled) - len(batch.groups)
+        chosen = choice_metrics(
+            cursor.record, sampled, batch.thrown_away, len(reports) - 1 if rounds else None
+        )
+        tokens = sum(len(t.prompt_tokens) + len(t.tokens) for group in sampled for t in group.rollouts)
+        return Step(batch, reward, report_of_rounds(reports, batch), goal, clock, chosen, tokens)
+
+    def _sample(self, prompts: Sequence[PromptSpec], clock: Clock) -> TrajectoryBatch:
+        batch = self._trainer.sampler.rollouts(prompts, self._run.wait)
+        clock.add("time/sample")
+        return batch
+
+    def _measure(self, groups: Sequence[RolloutGroup], goal: Goal) -> None:
+        """Note what was known of the prompts that were just answered, and take in what their answers scored."""
+        cursor = self._trainer.prompts
+        rates = cursor.record.solve_rate
+        for number, group in zip(cursor.taken, groups, strict=True):
+            group.answered = int(cursor.record.times[number])
+            group.solve_rate = None if np.isnan(rates[number]) else float(rates[number])
+        for number, group in zip(cursor.taken, groups, strict=True):
+            scores = goal.scores(group.rollouts)
+            cursor.record.observe(number, group.rewards, scores, goal.threshold)
+
+    def _silent(self, batch: TrajectoryBatch, goal: Goal) -> list[int]:
+        """Return the numbers of the groups that the prompts' policy does not keep."""
+        policy = self._trainer.prompts.policy
+        return [
+            number
+            for number, group in enumerate(batch.groups)
+            if not teaches(policy, group.rewards, goal.scores(group.rollouts))
+        ]
 
     def begin_update(self, index: int, step: Step) -> None:
         """Queue the update where there is something to update on, and keep the rollouts in any case."""
@@ -277,7 +337,12 @@ class RLVRLoop:
         )
 
     def evaluation(
-        self, index: int, row: int, reward: Reward, sampled: TrajectoryBatch, greedy: TrajectoryBatch
+        self,
+        index: int,
+        row: int,
+        reward: Reward | Environment,
+        sampled: TrajectoryBatch,
+        greedy: TrajectoryBatch,
     ) -> Row:
         """Measure the held-out answers of a row, by the step's own reward, and keep them.
 
@@ -291,7 +356,9 @@ class RLVRLoop:
             check_scored(sampled, reward)
         return known(values)
 
-    def _score(self, batch: TrajectoryBatch, reward: Reward) -> ScoreReport:
+    def _score(self, batch: TrajectoryBatch, reward: Reward | Environment) -> ScoreReport:
+        if isinstance(reward, Environment):  # it has rewarded its conversations itself
+            return report(reward, batch)
         if self._scorer is None or self._scores is not reward:
             if self._scorer is not None:
                 self._scorer.close()

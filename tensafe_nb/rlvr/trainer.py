@@ -2,22 +2,46 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from tensafe_nb.checks import checked
 from tensafe_nb.config import Config, TrainingConfig
 from tensafe_nb.data import OnBadRows, Rows
-from tensafe_nb.data.rows import check_on_bad_rows
+from tensafe_nb.data.columns import PromptColumns
+from tensafe_nb.data.rows import check_on_bad_rows, parted
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.futures import FutureHandle
 from tensafe_nb.lifetimes import Freed
 from tensafe_nb.protocol.results import TrainingClientInfo
+from tensafe_nb.rlvr.algorithms.options import PolicyConfig, REINFORCEConfig
 from tensafe_nb.rlvr.algorithms.policy_gradient import AlgorithmSpec, RemembersRewards, algorithm_of
 from tensafe_nb.rlvr.algorithms.private import released
+from tensafe_nb.rlvr.environments.environment import Environment, EnvironmentSpec, resolve_environment
+from tensafe_nb.rlvr.environments.play import RowItem
+from tensafe_nb.rlvr.environments.replay import report
+from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.loop import RLVRLoop
 from tensafe_nb.rlvr.policy import PRIVATE, PolicyClient
-from tensafe_nb.rlvr.rewards.reward import RewardSpec, resolve_reward
-from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptCursor, check_fit, fitting, prompt_specs
+from tensafe_nb.rlvr.rewards.composite import Part
+from tensafe_nb.rlvr.rewards.reward import Reward, RewardSpec, resolve_reward
+from tensafe_nb.rlvr.rollouts.choosing import (
+    DynamicSampling,
+    PromptPolicy,
+    PromptPolicySpec,
+    prompt_policy_of,
+    replacements,
+)
+from tensafe_nb.rlvr.rollouts.prompts import (
+    Chat,
+    PromptCursor,
+    PromptItem,
+    asked,
+    check_fit,
+    fitting,
+    prompt_specs,
+)
 from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD
@@ -67,11 +91,24 @@ class RLVRTrainer:
             a frame, a data set: whatever rows are read from. The column `tools` goes into the chat template as well.
         reward: `fn(prompt, response, meta=None) -> float`, its registered name, or several: a list, or a dict with
             weights; see `resolve_reward`.
+        environment: What the policy speaks with, for several turns, and what rewards it: see `rlvr.environment`; or its
+            registered name. The prompts are the rows it is given, and need no column `prompt`. Instead of a reward.
         algo: How to update: an algorithm, its options, or its name: "reinforce", "ppo", or a preset such as "grpo", see
             `get_presets`. REINFORCE with its defaults when None.
+        prompt: The column of `prompts` that is asked, where it is not called "prompt".
+        answer: The column that holds the right answer, for rewards that compare: it becomes the column "answer".
+        answer_after: Of an answer that ends a solution, what stands before it: "####" for GSM8K.
+        template: A text that becomes the prompt, with names of columns in braces: "Question: {question}".
+        held_out: A share of the prompts to evaluate on and never to train on, instead of `eval_prompts`. On which side
+            a prompt falls depends on what it asks and on the seed alone, so that it stays there when rows are added.
+        prompt_policy: Which prompts a step takes, by what their answers have scored so far: "uniform" (every prompt as
+            often as any other), "curriculum" (easy ones first), "adaptive" (more of those that are half solved),
+            "dynamic" (those that taught nothing are replaced before the update), one of these with options such as
+            `AdaptivePrompts(floor=0.2)`, or an object of yours with `choose`: see `PromptPolicy`. All but the first
+            change what is maximised: each says how. None takes what the algorithm asks for ("dapo"), else "uniform".
         prompts_per_step: Prompts drawn for each step, without repetition within an epoch.
         group_size: Rollouts per prompt.
-        max_new_tokens: Longest completion, in tokens.
+        max_new_tokens: Longest completion, in tokens; of an environment, longest turn.
         temperature: Of the rollouts.
         stop: Strings that end a completion.
         fixed_length: Every completion has `max_new_tokens`, and none counts as truncated.
@@ -82,7 +119,8 @@ class RLVRTrainer:
         eval_pass_at: The k of `eval/pass@k`, each at most `eval_samples`; None takes 1, 2, 4, … and `eval_samples`.
         good_threshold: Score from which an answer counts as right, in `eval/pass@k` and `by_group/…`: of the part
             marked `true=True` where the reward has one, else of the whole reward.
-        reward_timeout: Seconds a call of the reward may take in its process; None calls it here, without a limit.
+        reward_timeout: Seconds a call of the reward, or a turn of the environment, may take in its process; None calls
+            it here, without a limit.
         on_reward_errors: When the reward fails on more than half of a step's rollouts: "pause" the run, for you to
             mend the function, or "fail", for scripts that nobody watches.
         on_bad_rows: "skip" leaves out prompts that cannot be read, or that leave no room for an answer, and says so; it
@@ -100,9 +138,16 @@ class RLVRTrainer:
         self,
         training_client: RunningClient,
         prompts: Rows,
-        reward: RewardSpec,
+        reward: RewardSpec | None = None,
         algo: AlgorithmSpec | None = None,
         *,
+        environment: EnvironmentSpec | None = None,
+        prompt: str | None = None,
+        answer: str | None = None,
+        answer_after: str | None = None,
+        template: str | None = None,
+        held_out: float | None = None,
+        prompt_policy: PromptPolicySpec | None = None,
         prompts_per_step: int = 16,
         group_size: int = 8,
         max_new_tokens: int = 64,
@@ -120,41 +165,66 @@ class RLVRTrainer:
         on_bad_rows: OnBadRows = "raise",
         seed: int = 0,
     ) -> None:
-        check_options(eval_prompts, eval_every, on_reward_errors, good_threshold, seed)
+        check_options(eval_prompts, held_out, eval_every, on_reward_errors, good_threshold, seed)
         if not hasattr(training_client, "policy_version"):
             raise ValidationError(
                 f"RLVRTrainer: training_client={as_given(training_client)} must be a training client: "
                 f"service.create_training_client(…) makes one."
             )
         self.training_client = training_client
-        self.reward = resolve_reward(reward)
         self.reward_timeout = reward_timeout
         self.on_reward_errors = on_reward_errors
         self.algo = algorithm_of(algo)
-        self.sampler = PolicySampler(
-            training_client,
-            group_size,
-            max_new_tokens,
-            temperature,
-            stop=stop,
-            fixed_length=fixed_length,
-            chat=chat,
-            seed=seed,
-        )
-        if on_bad_rows == "skip":
-            fits = fitting(training_client, self.sampler.sampling, chat)
-            prompts = prompt_specs(prompts, "skip", fits)
-            if eval_prompts is not None:
-                eval_prompts = prompt_specs(eval_prompts, "skip", fits, "eval_prompts")
+        policy = self._policy_of(prompt_policy)
+        how: dict[str, Any] = {"stop": stop, "fixed_length": fixed_length, "chat": chat, "seed": seed}
+        judge = judge_of(reward, environment)
+        self.reward: Reward | Environment
+        self.sampler: PolicySampler | EnvironmentSampler
         check_on_bad_rows(on_bad_rows)
-        self.prompts = PromptCursor(prompts, prompts_per_step, seed)
+        columns = PromptColumns(prompt, answer, answer_after, template)
+        reading: dict[str, Any] = {"on_bad_rows": on_bad_rows, "columns": columns}
+        if isinstance(judge, Environment):
+            if self._asked_for.overlong:
+                raise ValidationError(
+                    "overlong punishes long answers beside a reward, and an environment gives its rewards itself: "
+                    "PPO('dapo', overlong=0)."
+                )
+            self.reward = judge
+            self.sampler = EnvironmentSampler(
+                training_client,
+                judge,
+                group_size,
+                max_new_tokens,
+                temperature,
+                timeout=reward_timeout,
+                **how,
+            )
+            reading["read"] = RowItem.of
+        else:
+            self.sampler = PolicySampler(training_client, group_size, max_new_tokens, temperature, **how)
+            self.reward = self._shaped(judge)
+            if on_bad_rows == "skip":
+                reading["fits"] = fitting(training_client, self.sampler.sampling, chat)
+        prompts = prompt_specs(prompts, **reading)
+        if eval_prompts is not None:
+            eval_prompts = prompt_specs(eval_prompts, what="eval_prompts", **reading)
+        if held_out is not None:
+            prompts, eval_prompts = parted(prompts, [asked(spec) for spec in prompts], held_out, seed)
+        read = reading.get("read", PromptItem.of)
+        self.prompts = PromptCursor(prompts, prompts_per_step, seed, policy, read)
         self.prompts_per_step, self.seed = prompts_per_step, seed
         self.eval_every = eval_every
         self.held_out = None
         if eval_prompts is not None:
             sampling = self.sampler.sampling.replace(num_samples=eval_samples, seed=seed)
             self.held_out = HeldOut(
-                training_client, eval_prompts, sampling, chat, eval_pass_at, good_threshold
+                training_client,
+                eval_prompts,
+                sampling,
+                chat,
+                eval_pass_at,
+                good_threshold,
+                self.sampler if isinstance(self.sampler, EnvironmentSampler) else None,
             )
         self.good_threshold = good_threshold
         self.alarms = Alarms(logprob_gap(training_client.config))
@@ -233,6 +303,7 @@ class RLVRTrainer:
             "trainer": {
                 "prompts": len(self.prompts.specs),
                 "prompts_per_step": self.prompts_per_step,
+                "prompt_policy": repr(self.prompts.policy),
                 "chat": self.sampler.chat,
                 "eval_prompts": held_out,
                 "eval_every": self.eval_every,
@@ -242,7 +313,10 @@ class RLVRTrainer:
             },
             "sampling": self.sampler.sampling.model_dump(mode="json"),
             "algo": {"kind": type(self.algo).__name__, **options},
-            "reward": {"name": self.reward.name, "version": self.reward.version},
+            "reward" if isinstance(self.reward, Reward) else "environment": {
+                "name": self.reward.name,
+                "version": self.reward.version,
+            },
         }
 
     def set_reward(self, reward: RewardSpec, **kwargs: Any) -> None:
@@ -258,23 +332,48 @@ class RLVRTrainer:
         Raises:
             ValidationError: An unknown name or keyword, or a function with another signature.
         """
-        self.reward = resolve_reward(reward, **kwargs)
+        if isinstance(self.reward, Environment):
+            raise ValidationError(
+                "The rewards of this trainer come from its environment: set_environment(…) takes another one."
+            )
+        self.reward = self._shaped(resolve_reward(reward, **kwargs))
+
+    def set_environment(self, environment: EnvironmentSpec, **kwargs: Any) -> None:
+        """Play with another environment from the next step on; the metric `reward_version` marks where.
+
+        Args:
+            environment: As for `RLVRTrainer`.
+            kwargs: Keywords of its function.
+
+        Raises:
+            ValidationError: This trainer has a reward instead, or it is no environment.
+        """
+        if not isinstance(self.sampler, EnvironmentSampler):
+            raise ValidationError(
+                "This trainer has a reward, and no environment: set_reward(…) takes another one; for an environment "
+                "make a trainer with environment=…."
+            )
+        self.reward = self.sampler.environment = resolve_environment(environment, **kwargs)
 
     @checked
-    def rescore(self, last: int = 20, reward: RewardSpec | None = None) -> Rescored:
+    def rescore(self, last: int = 20, reward: RewardSpec | Environment | None = None) -> Rescored:
         """Ask what a reward says of the rollouts of the last steps, without sampling or training anything.
+
+        An environment is played again over what the policy said; where it tells something else than it did, a
+        conversation stays unscored, with the reason.
 
         Args:
             last: How many steps of the newest run, as far as their rollouts are still on the disk.
-            reward: What scores; the trainer's own, as `set_reward` left it, when None.
+            reward: What scores, a reward or an environment; the trainer's own, as it is now, when None.
 
         Raises:
             ValidationError: There are no rollouts yet.
         """
         if self.store is None:
             raise ValidationError("There are no rollouts yet: start a run first.")
-        scorer = self.reward if reward is None else resolve_reward(reward)
-        return rescore_steps(self.store.last(last), scorer, self.reward_timeout)
+        return rescore_steps(
+            self.store.last(last), self.reward if reward is None else reward, self.reward_timeout
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the held-out prompts, and wait for it.
@@ -290,16 +389,73 @@ class RLVRTrainer:
             RewardError: Nothing was scored.
         """
         if self.held_out is None:
-            raise ValidationError("There is nothing to evaluate on: give RLVRTrainer eval_prompts.")
-        sampled, greedy = (handle.result() for handle in self.held_out.submit())
-        with Scorer(self.reward, self.reward_timeout) as scorer:
-            values = self.held_out.measure(sampled, greedy, scorer.score)
+            raise ValidationError(
+                "There is nothing to evaluate on: give RLVRTrainer eval_prompts, or held_out=0.1."
+            )
+        sampled, greedy = (handle.result() for handle in self.held_out.submit(FutureHandle.result))
+        if isinstance(self.reward, Environment):
+            values = self.held_out.measure(sampled, greedy, partial(report, self.reward))
+            self.sampler.close()
+        else:
+            with Scorer(self.reward, self.reward_timeout) as scorer:
+                values = self.held_out.measure(sampled, greedy, scorer.score)
         check_scored(sampled, self.reward)
         return known(values)
 
     def _left_behind(self) -> Freed:
         """Return what a notebook's output history keeps of this trainer when nothing else refers to it."""
         return Freed(repr(self))
+
+    # what the algorithm asks for besides an update
+
+    @property
+    def _asked_for(self) -> PolicyConfig:
+        config = getattr(self.algo, "config", None)
+        return config if isinstance(config, PolicyConfig) else REINFORCEConfig()
+
+    def _policy_of(self, spec: PromptPolicySpec | None) -> PromptPolicy:
+        """Return the policy that chooses prompts: what was asked for, with the replacing that the algorithm asks for.
+
+        Raises:
+            ValidationError: No such policy, or privately one that looks at rewards.
+        """
+        policy, rounds = (
+            prompt_policy_of("uniform" if spec is None else spec),
+            self._asked_for.resample_zero_signal,
+        )
+        if rounds and not replacements(policy):
+            policy = DynamicSampling(rounds=rounds, base=policy, on="true")
+        looks = getattr(policy, "reads_rewards", True) or replacements(policy)
+        if looks and PRIVATE in self.training_client.capabilities:
+            raise ValidationError(
+                f"prompt_policy={as_given(policy)} chooses prompts by what private answers scored. Which records take "
+                f"part would depend on the others, and no noise covers that choice: with differential privacy leave "
+                f"prompt_policy out."
+            )
+        return policy
+
+    def _shaped(self, reward: Reward) -> Reward:
+        """Return a reward with the punishment of long answers that the algorithm asks for beside it, as a part.
+
+        A reward that has a part "overlong" already stays as it is.
+
+        Raises:
+            ValidationError: There is no length to punish.
+        """
+        share, sampling = self._asked_for.overlong, self.sampler.sampling
+        names = {reward.name, *(part.name for part in reward.parts)}
+        if not share or "overlong" in names:
+            return reward
+        longest = sampling.max_new_tokens
+        if sampling.ignore_end or longest < 2:
+            raise ValidationError(
+                "overlong punishes answers for being longer than others, and here all are as long (fixed_length, or "
+                "max_new_tokens=1): PPO('dapo', overlong=0)."
+            )
+        cache = min(max(1, round(share * longest)), longest - 1)
+        punishment = Part(resolve_reward("overlong", max_length=longest, cache=cache), name="overlong")
+        own = reward.parts if reward.true is not None else (Part(reward, name=reward.name, true=True),)
+        return resolve_reward([*own, punishment])
 
     # what a run and its checkpoints need
 
@@ -309,6 +465,8 @@ class RLVRTrainer:
         Raises:
             ValidationError: Says which row.
         """
+        if isinstance(self.sampler, EnvironmentSampler):
+            return  # what its rows become is known once it is played
         held_out = self.held_out.specs if self.held_out is not None else []
         for what, specs in (("prompts", self.prompts.specs), ("eval_prompts", held_out)):
             check_fit(self.training_client, specs, self.sampler.sampling, self.sampler.chat, what)
@@ -323,6 +481,7 @@ class RLVRTrainer:
         """Take note of the reward that scores this step; what is known of another one's is of no use any more."""
         if self._scored_by not in (None, version):
             self.alarms.forget_reward()
+            self.prompts.record.forget_rewards()
             if isinstance(self.algo, RemembersRewards):
                 self.algo.forget_reward()
         self._scored_by = version
@@ -342,6 +501,7 @@ class RLVRTrainer:
             "tokens": self.tokens,
             "algo": dict(self.algo.state_dict()),
             "alarms": self.alarms.state_dict(),
+            "measured": self.prompts.record.state_dict(),
             "reward_versions": list(self._versions),
             "scored_by": self._scored_by,
         }
@@ -356,14 +516,38 @@ class RLVRTrainer:
             self.tokens = position["tokens"]
             self.algo.load_state_dict(position["algo"])
             self.alarms.load_state_dict(position["alarms"])
+            # Those of version 0.3 and before know of no measuring.
+            self.prompts.record.load_state_dict(position.get("measured", {}))
         versions = position.get("reward_versions", ())
         self._versions = list(dict.fromkeys([*versions, *self._versions]))
         # Version 0.1 kept no such key.
         self._scored_by = position.get("scored_by", versions[-1] if versions else None)
 
 
+def judge_of(reward: RewardSpec | None, environment: EnvironmentSpec | None) -> Reward | Environment:
+    """Return what rewards the rollouts: the one of both that was given.
+
+    Raises:
+        ValidationError: Both were, or none.
+    """
+    if environment is None and reward is None:
+        raise ValidationError(
+            "RLVRTrainer needs a reward, fn(prompt, response, meta) -> float, or environment=… for several turns."
+        )
+    if environment is None:
+        return resolve_reward(reward)
+    if reward is not None:
+        raise ValidationError(
+            f"RLVRTrainer: environment={as_given(environment)} rewards its conversations itself, and "
+            f"reward={as_given(reward)} was given besides: leave one out. Inside the environment, call the reward: "
+            f"`return rlvr.resolve_reward(…)(prompt, said, row)`; further numbers are parts of an rlvr.Outcome."
+        )
+    return resolve_environment(environment)
+
+
 def check_options(
     eval_prompts: object,
+    held_out: object,
     eval_every: int | None,
     on_reward_errors: str,
     good_threshold: object,
@@ -374,8 +558,12 @@ def check_options(
     Raises:
         ValidationError: Says which option, and what it takes.
     """
-    if eval_every is not None and (eval_prompts is None or eval_every < 1):
-        raise ValidationError(f"eval_every={eval_every} needs eval_prompts, and a number of steps ≥ 1.")
+    if eval_prompts is not None and held_out is not None:
+        raise ValidationError("Give eval_prompts, or held_out to take them from the prompts: not both.")
+    if eval_every is not None and ((eval_prompts is None and held_out is None) or eval_every < 1):
+        raise ValidationError(
+            f"eval_every={eval_every} needs eval_prompts or held_out, and a number of steps ≥ 1."
+        )
     if on_reward_errors not in ("pause", "fail"):
         raise ValidationError(
             f"RLVRTrainer: on_reward_errors={as_given(on_reward_errors)} must be 'pause' or 'fail'."

@@ -122,8 +122,12 @@ class Checkpoints:
         """Return a value that is large when the checkpoint is good."""
         if self._keep_best is None or not np.isfinite(value):
             return -np.inf
-        small = bool(SMALLER_IS_BETTER & set(re.split("[/_ ]", self._keep_best.lower())))
-        return -value if small else value
+        return -value if small_is_good(self._keep_best) else value
+
+
+def small_is_good(metric: str) -> bool:
+    """Whether a metric is better when small: one that is named after a loss, an error, a perplexity or a KL."""
+    return bool(SMALLER_IS_BETTER & set(re.split("[/_ ]", metric.lower())))
 
 
 def checkpoint_of(step: int, history: RunHistory) -> str:

@@ -13,6 +13,7 @@ from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.results import LoadStateResult, SaveStateResult
 
 Batch = BatchData | Mapping[str, Any]
+LossSpec = str | Callable[..., Any]
 R = TypeVar("R")
 
 
@@ -36,8 +37,12 @@ class RunClient(Protocol):
     def wait_for_step(self, timeout: float) -> bool:
         """Wait so many seconds until `step` is known, which a restored client reads from its state."""
 
-    def forward_backward(self, batch: Batch) -> FutureHandle[Any]: ...
-    def forward(self, batch: Batch) -> FutureHandle[Any]: ...
+    def forward_backward(
+        self, batch: Batch, loss_fn: LossSpec | None = None, loss_kwargs: Mapping[str, Any] | None = None
+    ) -> FutureHandle[Any]: ...
+    def forward(
+        self, batch: Batch, loss_fn: LossSpec | None = None, loss_kwargs: Mapping[str, Any] | None = None
+    ) -> FutureHandle[Any]: ...
     def optim_step(self) -> FutureHandle[Any]: ...
     def save_state(
         self, *, metadata: Mapping[str, Any], position: Mapping[str, Any]

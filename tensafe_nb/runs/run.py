@@ -26,6 +26,7 @@ from tensafe_nb.errors import (
     ServerConnectionError,
     TGTinkerError,
     ValidationError,
+    near_misses,
 )
 from tensafe_nb.events import Event, RunConfigured, RunDescribed, RunState, RunStep
 from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, follow, handle_of
@@ -58,6 +59,18 @@ class RunThread(threading.Thread):
             lifetimes.collect()
 
 
+@near_misses(
+    metrics='run.history["loss"] (one series), run.table() or run.to_pandas() (all of them)',
+    loss='run.history["loss"]',
+    logs="run.history.events()",
+    status="run.state",
+    id="run.run_id",
+    cancel="run.stop()",
+    abort="run.stop()",
+    kill="run.stop()",
+    save="run.checkpoint()",
+    save_state="run.checkpoint()",
+)
 class TrainingRun(Measured):
     """A loop on a thread of its own. The cell that starts it returns at once.
 
@@ -118,6 +131,11 @@ class TrainingRun(Measured):
     def state(self) -> RunStatus:
         """RUNNING, PAUSING, PAUSED, STOPPING, STOPPED, FINISHED or FAILED; INTERRUPTED if another client took over."""
         return self._state
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether it is paused, and nobody has told it meanwhile to go on by `resume()` or `step()`."""
+        return self._state is RunStatus.PAUSED and self._wants_pause  # in this order: no lock is needed
 
     @property
     def client(self) -> RunClient:

@@ -16,7 +16,7 @@ from tensafe_nb.futures import FutureHandle
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.results import ForwardBackwardResult, ForwardResult, OptimStepResult
 from tensafe_nb.runs.alarms import Rates, StepAlarms, not_finite
-from tensafe_nb.runs.loop import Batch, Run, RunClient
+from tensafe_nb.runs.loop import Batch, LossSpec, Run, RunClient
 
 EVAL_SLICE = 64  # held-out batches in the queue at a time
 LONG_ACCUMULATION = 400  # batches per step from which on the queue holds one step only
@@ -122,6 +122,8 @@ class SupervisedLoop:
         eval_batches: Held-out batches, evaluated before the first step, every `eval_every` steps, and at the end.
         eval_every: Steps between evaluations.
         steps: Planned steps; None takes what the epochs give.
+        loss_fn: The loss; the client's own when None.
+        loss_kwargs: Its keywords.
     """
 
     curve = "loss"
@@ -135,6 +137,8 @@ class SupervisedLoop:
         steps: int | None,
         eval_batches: Iterable[Batch] | None,
         eval_every: int | None,
+        loss_fn: LossSpec | None = None,
+        loss_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         check_numbers(epochs=epochs, steps=steps, eval_every=eval_every)
         if eval_every is not None and eval_batches is None:
@@ -146,6 +150,10 @@ class SupervisedLoop:
                 "fit: batches and eval_batches are one generator: what one has dealt, the other misses. Give lists."
             )
         self._client = client
+        # how gradients and losses are asked for; nothing is said where the client's own loss is meant
+        self._loss: dict[str, Any] = {} if loss_fn is None else {"loss_fn": loss_fn}
+        if loss_kwargs:
+            self._loss["loss_kwargs"] = dict(loss_kwargs)
         whole_draws = isinstance(batches, PoissonDraws)  # one item is one step, however many rows it has
         self._accumulation = 1 if whole_draws else client.config.gradient_accumulation_steps
         self.lookahead = 1 if self._accumulation < LONG_ACCUMULATION else 0
@@ -172,6 +180,14 @@ class SupervisedLoop:
                 "Give a list, or leave it out."
             )
 
+    @property
+    def described_loss(self) -> dict[str, Any]:
+        """The loss that was asked for, as plain data: a function by its name."""
+        asked: Any = self._loss.get("loss_fn")
+        name = asked if isinstance(asked, str) or asked is None else getattr(asked, "__name__", repr(asked))
+        kwargs = {key: as_given(value) for key, value in self._loss.get("loss_kwargs", {}).items()}
+        return ({} if name is None else {"loss": name}) | ({"loss_kwargs": kwargs} if kwargs else {})
+
     def attach(self, run: Run) -> None:
         self._run = run
 
@@ -188,7 +204,8 @@ class SupervisedLoop:
                 if isinstance(source, Batches | PoissonDraws):
                     check_fit(source.examples, getattr(self._client, "context", None))
             self._evaluate()
-        training = [self._client.forward_backward(batch) for batch in batches] + [self._client.optim_step()]
+        training = [self._client.forward_backward(batch, **self._loss) for batch in batches]
+        training.append(self._client.optim_step())
         # the step before may fail while this one is queued: its handles say so at the end
         self._newest = [*self._newest[-len(training) :], *training]
         due = self._eval_every is not None and (index + 1) % self._eval_every == 0
@@ -272,11 +289,21 @@ class SupervisedLoop:
         results: list[ForwardResult] = []
         for start in range(0, len(self._eval_batches), EVAL_SLICE):
             part = self._eval_batches[start : start + EVAL_SLICE]
-            results += [self._run.wait(handle) for handle in [self._client.forward(batch) for batch in part]]
+            results += [
+                self._run.wait(handle)
+                for handle in [self._client.forward(batch, **self._loss) for batch in part]
+            ]
         if results:
             # Σ wᵢ·lossᵢ / Σ wᵢ: batches with more learnt tokens count for more, as in one big batch
             weight = sum(result.weight for result in results)
-            values = {"eval/loss": sum(result.loss * result.weight for result in results) / weight}
+            measured = [{"loss": result.loss, **result.metrics} for result in results]
+            values = {
+                f"eval/{name}": sum(
+                    m.get(name, 0.0) * r.weight for m, r in zip(measured, results, strict=True)
+                )
+                / weight
+                for name in measured[0]
+            }
             self._client.publish(Metrics(step=self._client.step, values=values, run_id=self._run.run_id))
 
 

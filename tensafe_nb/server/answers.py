@@ -2,8 +2,12 @@
 
 import importlib.metadata
 import json
+import logging
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,13 +17,20 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from tensafe_nb.errors import FutureFailedError, TGTinkerError
+from tensafe_nb.errors import FutureFailedError, StorageError, TGTinkerError
+from tensafe_nb.events import Event, OperationFailed, StatusChanged
 from tensafe_nb.protocol import wire
+from tensafe_nb.protocol.codec import encode
+from tensafe_nb.protocol.results import TrainingClientInfo
+from tensafe_nb.store.disk import ADVICE
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "/api/v1"
 VERSION = importlib.metadata.version("tensafe_nb")
 STATUS = {  # of an error's code; 500 for the rest
     "validation_error": 422, "privacy_unit": 422, "model_load_error": 422, "decryption_error": 422,
+    "encryption_context": 422,
     "client_closed": 409, "dp_budget_exceeded": 409, "future_cancelled": 409, "future_failed": 409,
     "queue_full": 429, "too_many": 429, "too_many_waiting": 429,
     "not_found": 404, "training_client_not_found": 404, "run_not_found": 404,
@@ -130,11 +141,79 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def error_of(error: BaseException | None) -> dict[str, Any]:
-    """Return an error as it is sent: never a traceback; of a foreign exception its name and its text."""
+    """Return an error as it is sent: never a traceback, no path of this machine; of a foreign exception name and text.
+
+    What is left out is in the server's log. What the caller gave, and `details["given"]` says so, stays as it was.
+    """
     if not isinstance(error, TGTinkerError):
         error = FutureFailedError(f"The operation failed: {type(error).__name__}: {error}")
-    details = {name: value for name, value in error.details.items() if is_plain(value)}
-    return {"code": error.code, "message": error.message, "details": details, "request_id": error.request_id}
+    message, given = error.message, error.details.get("given", "")
+    advice = ADVICE.get(error.details.get("errno", 0)) if isinstance(error, StorageError) else None
+    if advice and advice in message:
+        message = message.replace(advice, OF_DISK)
+    message = without_paths(message, given)
+    if message != error.message:
+        logger.warning(
+            "an error was told without what is only for this log: %s: %s", error.code, error.message
+        )
+    details = {name: plain(value, given) for name, value in error.details.items() if is_plain(value)}
+    return {"code": error.code, "message": message, "details": details, "request_id": error.request_id}
+
+
+OF_DISK = (
+    " The disk is the server's: delete what you need no more (service.delete_artifact(…), tc.close()), or tell whoever "
+    "runs it."
+)
+SOME_PATH = "[a path of the server]"
+_PATH = re.compile(
+    r"""(?:file://|(?<![\w/.:~…\]*]))~?(?:/[^\s/'"`,;:=()<>|\[\]{}]+){2,}/?|(?<!\w)[A-Za-z]:\\[^\s'"`,;()<>|]+"""
+)
+_QUOTED = re.compile(r"""(['"])~?/[^'"\n]+/[^'"\n]*\1""")
+_places: set[str] = (
+    set()
+)  # those that the expression above does not find: names of one part, or with spaces in them
+
+
+def hide(*folders: Path | str | None) -> None:
+    """Let no error that leaves this process name these folders, or what lies in them."""
+    for folder in folders:
+        for path in () if folder is None else (Path(folder).absolute(), Path(folder).resolve()):
+            if path != Path(path.anchor):
+                _places.add(str(path))
+
+
+def without_paths(text: str, given: object = "") -> str:
+    """Return a text without the paths that stand in it, but for what its reader has given.
+
+    Whether there is such a path here makes no difference, so that nobody can ask by what is left out.
+    """
+    kept = str(given) if given else None
+    parts = [_QUOTED.sub(rf"\1{SOME_PATH}\1", part) for part in (text.split(kept) if kept else [text])]
+    for place in sorted(_places, key=len, reverse=True):
+        beneath = re.compile(rf"(?<![\w/]){re.escape(place)}(?:/[^\s'\"`,;:=()<>|\[\]{{}}]*)?(?![\w-])")
+        parts = [beneath.sub(SOME_PATH, part) for part in parts]
+    return (kept or "").join(_PATH.sub(SOME_PATH, part) for part in parts)
+
+
+def plain(value: Any, given: object = "") -> Any:
+    """Return plain data without the paths in its texts."""
+    match value:
+        case str():
+            return value if value == given else without_paths(value, given)
+        case list() | tuple():
+            return [plain(item, given) for item in value]
+        case dict():
+            return {key: plain(item, given) for key, item in value.items()}
+    return value
+
+
+def told(value: OperationFailed | StatusChanged | TrainingClientInfo | Event) -> Any:
+    """Return what the core tells of a training client as it is sent: its words are those of an error, too."""
+    if isinstance(value, OperationFailed):
+        value = replace(value, message=without_paths(value.message))
+    elif isinstance(value, StatusChanged | TrainingClientInfo) and value.reason is not None:
+        value = replace(value, reason=without_paths(value.reason))
+    return encode(value)
 
 
 def is_plain(value: object) -> bool:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +13,12 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 
-from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers
+from tensafe_nb.server.answers import ERRORS, PREFIX, VERSION, Json, add_error_handlers, hide
 from tensafe_nb.server.artifacts import artifact_routes
 from tensafe_nb.server.door.guard import Guard, WhoIs
 from tensafe_nb.server.door.limits import Limits, Quotas
 from tensafe_nb.server.door.tokens import Tokens
+from tensafe_nb.server.encrypted import encrypted_routes
 from tensafe_nb.server.operations import client_routes
 from tensafe_nb.server.service import Service
 from tensafe_nb.store.home import Home
@@ -35,6 +38,7 @@ def create_app(
     root_path: str = "",
     identity: WhoIs | None = None,
     idle_after: float | None = None,
+    exports: bool = True,
 ) -> FastAPI:
     """Return the server as an ASGI application.
 
@@ -49,9 +53,11 @@ def create_app(
         root_path: The path under which a proxy offers it.
         identity: Who says whose a token is; without one, the tokens do.
         idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
+        exports: Weights may leave in the clear; False keeps them here.
     """
+    hide(home.root, models, tempfile.gettempdir(), Path.home(), Path.cwd(), sys.prefix)
     quotas = Quotas(limits or Limits(), tokens.limits)
-    service = Service(home, models, hub_models, quotas, losses, idle_after)
+    service = Service(home, models, hub_models, quotas, losses, idle_after, exports=exports)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -71,9 +77,17 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    app.add_middleware(Guard, identity=identity or tokens, quotas=quotas, hosts=hosts, root_path=root_path)
+    app.add_middleware(
+        Guard,
+        identity=identity or tokens,
+        quotas=quotas,
+        hosts=hosts,
+        root_path=root_path,
+        answers_of=lambda name: service.tenant(name).answers,
+    )
     add_error_handlers(app)
-    for routes in (probes(service), client_routes(service), artifact_routes(service)):
+    offered = (client_routes(service), encrypted_routes(service), artifact_routes(service))
+    for routes in (probes(service), *offered):
         app.include_router(routes)
     return app
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.background import BackgroundTask
 
-from tensafe_nb.errors import StorageError
+from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.server.answers import ERRORS, PREFIX, of_type, packed
 from tensafe_nb.server.service import Service, Tenant
@@ -63,7 +63,17 @@ def artifact_routes(service: Service) -> APIRouter:
     @routes.delete(artifacts + "/{artifact_id}", status_code=204)
     async def delete_artifact(request: Request, artifact_id: str) -> None:
         """Delete one for good."""
-        await aside(request, transport_of(request).delete_artifact, artifact_id)
+        transport, asked = transport_of(request), request.state.asked
+        if asked is None:
+            await aside(request, transport.delete_artifact, artifact_id)
+            return
+        meant = None if asked.noted is None else asked.noted.get("artifact_id")
+        if meant is None:
+            meant = await aside(request, transport.vault.artifacts.resolve, artifact_id)
+            asked.note({"artifact_id": meant})  # by its name, another one would be meant the next time
+        elif not await aside(request, transport.vault.artifacts.holds, meant):
+            return  # an earlier try has deleted it
+        await aside(request, transport.delete_artifact, meant)
 
     @routes.get(artifacts + "/{artifact_id}/config")
     async def config_of(request: Request, artifact_id: str) -> Response:
@@ -93,13 +103,26 @@ def artifact_routes(service: Service) -> APIRouter:
     )
     async def export(request: Request, artifact_id: str, merged: bool = False) -> FileResponse:
         """Return one in the clear, as a tar archive of a folder that PEFT and transformers read."""
+        if not service.exports:
+            raise ValidationError(
+                "Weights do not leave this server in the clear: whoever runs it has started it with serve --no-export.",
+                code="forbidden",
+            )
         made = await aside(request, exported, transport_of(request), artifact_id, merged)
         return FileResponse(made, media_type="application/x-tar", background=BackgroundTask(made.unlink))
 
     @routes.post("/keys/rotate")
     async def rotate(request: Request) -> dict[str, int]:
         """Make a new key, and rewrap this tenant's artifacts with it."""
-        return {"rewrapped": await aside(request, transport_of(request).rotate_keys)}
+        tenant, asked = tenant_of(request), request.state.asked
+        vault = tenant.transport.vault
+        noted = {} if asked is None or asked.noted is None else asked.noted
+        if asked is not None and not noted:
+            stored = await aside(request, vault.artifacts.list)
+            asked.note({"key_id": vault.keys.primary_id(), "artifacts": len(stored)})
+        rewrapped = await aside(request, lambda: vault.rotate(instead_of=noted.get("key_id")))
+        await aside(request, tenant.answers.renew)
+        return {"rewrapped": noted.get("artifacts", rewrapped)}
 
     @routes.get("/audit_logs")
     async def audit_logs(

@@ -35,7 +35,7 @@ from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.operations import VERBS, ForwardBackward, Operation, Sample
 from tensafe_nb.protocol.results import ClientStatus, FutureStatus
-from tensafe_nb.server.answers import STATUS, error_of
+from tensafe_nb.server.answers import STATUS, error_of, told
 from tensafe_nb.server.journal import Journal, Record
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class Place:
         future_id: The operation's id, made by the kernel.
         knows_of: Failed operations of which it has been told since its last submission.
         cancelled: It was cancelled on its way.
+        is_repeated: An earlier process may have taken it.
     """
 
     verb: str
@@ -91,6 +92,7 @@ class Place:
     future_id: str | None = None
     knows_of: tuple[str, ...] = ()
     cancelled: bool = False
+    is_repeated: bool = False
 
     @property
     def for_journal(self) -> dict[str, Any]:
@@ -175,6 +177,12 @@ class ServedClient:
         self._drawing = threading.Lock()
         self._draws: OrderedDict[str, tuple[int, bytes]] = OrderedDict()  # by the key of whoever asked
         self._readers: set[asyncio.Queue[Event | dict[str, Any] | None]] = set()
+        redrawn = reversed(
+            channel.redrawn
+        )  # what is owed of draws made in an earlier process, the last first
+        for key, numbered in zip(reversed(journal.drawn_keys), redrawn, strict=False):
+            if key is not None:
+                self._draws[key] = numbered
         for name, known in journal.submitters.items():
             answers = OrderedDict((number, answer_of(answer)) for number, answer in known.answers)
             self._submitters[name] = Submitter(known.next, answers=answers)
@@ -286,16 +294,34 @@ class ServedClient:
     def _is_known(self, future_id: str) -> bool:
         return self.handle(future_id) is not None or future_id in self.journal.waiting
 
-    def publish(self, events: Sequence[Event], submitter: str | None, number: int | None) -> int:
+    def publish(
+        self,
+        events: Sequence[Event],
+        submitter: str | None = None,
+        number: int | None = None,
+        *,
+        once: str | None = None,
+    ) -> int:
         """Number and record what a run tells, and return the last number.
+
+        Args:
+            events: What it tells.
+            submitter: Whose submission it is, if it has a number.
+            number: See `Place`.
+            once: Else the name of the request: what it brings is recorded once.
 
         Raises:
             ValidationError: An event that is the core's own to tell.
         """
-        told = [encode(event) for event in events]
+        if number is None and once is not None and once in self.journal.published_once:
+            return self.journal.published_once[once]
+        records = [encode(event) for event in events]
         try:
             return self.channel.publish_all(
-                events, lambda first: self.journal.publishing(submitter, number, first, told)
+                events,
+                lambda first: self.journal.publishing(
+                    submitter, number, first, records, once=once if number is None else None
+                ),
             )
         finally:
             self.journal.published()
@@ -322,14 +348,14 @@ class ServedClient:
 
         Args:
             unit: What is drawn.
-            key: Of the caller's own: whoever asks again with it is answered as before, and owes one draw. A server that
-                was killed in between knows it no more: then two are owed, one too many rather than one too few.
+            key: Of the caller's own: whoever asks again with it owes one draw; in another process it has another
+                number.
         """
         with self._drawing:
             if key is not None and key in self._draws:
                 return self._draws[key]
             numbered = self.channel.enter_draw(unit)
-            self.journal.drawn(unit)  # before anybody can draw with it
+            self.journal.drawn(unit, key)  # before anybody can draw with it
             if key is not None:
                 self._draws[key] = numbered
                 if len(self._draws) > KEPT_DRAWS:
@@ -418,14 +444,14 @@ class ServedClient:
             unsubscribe()
 
     async def _told(self, event: Event) -> dict[str, Any]:
-        item: dict[str, Any] = {"event": encode(event)}
+        item: dict[str, Any] = {"event": told(event)}
         if isinstance(event, ENDS):
             handle = self.handle(event.future_id)
             if handle is not None:
                 await ended(handle)
                 item["outcome"] = outcome_of(handle)
         if isinstance(event, (*ENDS, StatusChanged, StateLoaded)):
-            item["info"] = encode(self.channel.info())
+            item["info"] = told(self.channel.info())
         return item
 
     # its end

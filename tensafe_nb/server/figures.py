@@ -42,6 +42,9 @@ class Figures:
         self._outcomes: Counter[str] = Counter(dict.fromkeys(ENDS.values(), 0))
         self._counts: dict[str, list[int]] = {}
         self._seconds: dict[str, float] = {}
+        self._encrypted = Counter({"answered": 0, "refused": 0})
+        self._encrypted_bytes = Counter({"up": 0, "down": 0})
+        self._encrypted_seconds = 0.0
 
     def count(self, event: Event) -> None:
         """Take in an event of any training client."""
@@ -53,6 +56,12 @@ class Figures:
             counts[bisect_left(BOUNDS, event.duration)] += 1
             seconds = self._seconds.get(event.operation, 0.0)
             self._seconds[event.operation] = seconds + event.duration
+
+    def count_encrypted(self, up: int, down: int, seconds: float) -> None:
+        """Take in an encrypted call: the bytes of its request and of its reply, which has none where it was refused."""
+        self._encrypted["answered" if down else "refused"] += 1
+        self._encrypted_bytes.update({"up": up, "down": down})
+        self._encrypted_seconds += seconds
 
     def text(self, clients: Iterable[ServedClient], rejected: Mapping[str, int]) -> str:
         """Return what Prometheus reads.
@@ -87,6 +96,14 @@ class Figures:
         add("operations_total", "counter", "Operations that have ended.", *outcomes)
         codes = [(f'{{code="{code}"}}', value) for code, value in sorted(rejected.items())]
         add("rejected_requests_total", "counter", "Requests refused at the door, or for a quota.", *codes)
+        there = sum(len(client.channel.connections.open) for client in clients)
+        add("encrypted_connections", "gauge", "Connections for encrypted calls that are open.", ("", there))
+        calls = [(f'{{outcome="{name}"}}', value) for name, value in sorted(self._encrypted.items())]
+        add("encrypted_calls_total", "counter", "Encrypted calls that have ended.", *calls)
+        sizes = [(f'{{direction="{name}"}}', value) for name, value in sorted(self._encrypted_bytes.items())]
+        add("encrypted_bytes_total", "counter", "Bytes of encrypted calls.", *sizes)
+        taken = f"{self._encrypted_seconds:.6f}"
+        add("encrypted_seconds_total", "counter", "How long encrypted calls took.", ("", taken))
         lines.append("# HELP tensafe_nb_operation_seconds How long operations took that were carried out.")
         lines.append("# TYPE tensafe_nb_operation_seconds histogram")
         for verb, counts in sorted(self._counts.items()):

@@ -141,6 +141,8 @@ class Journal:
         submitters: Who has submitted what.
         told: Failed operations that some kernel said it knows of, and how many there were then.
         draws: How many Poisson draws were made for it, and what a unit of the last one is.
+        drawn_keys: The keys of whoever asked for the last of them; None where a draw had none.
+        published_once: The last number of what runs told, by the name of the request that brought it.
         waiting: What came in since `base`, by future id.
         results: How operations ended before this process, by future id, the newest last.
         owed: What a run told last: the number set aside for the first of its events, and their records.
@@ -168,6 +170,8 @@ class Journal:
         self.told: OrderedDict[str, int] = OrderedDict()
         self.waiting: OrderedDict[str, Waiting] = OrderedDict()
         self._tellings, self.draws = 0, (0, "")
+        self.drawn_keys: deque[str | None] = deque(maxlen=KEPT_ANSWERS)
+        self.published_once: OrderedDict[str, int] = OrderedDict()
         self.results: OrderedDict[str, Record] = OrderedDict()
         self.owed: tuple[int, list[Any]] = (0, [])
         self._publishing: bytes | None = None  # what is on its way into the event log
@@ -219,6 +223,8 @@ class Journal:
                 self.begun, self.base, self.info = record["client"], record["base"], record["info"]
                 self.told = OrderedDict.fromkeys(record["told"], 0)
                 self.draws = tuple(record["draws"])
+                self.drawn_keys.extend(record.fields.get("drawn_keys", ()))  # records of 0.2 have none
+                self.published_once.update(record.fields.get("published_once", {}))
                 for name, (following, answers) in record["submitters"].items():
                     known = self.submitters[name] = SubmitterSoFar(following)
                     known.answers.extend((place, answer) for place, answer in answers)
@@ -226,9 +232,9 @@ class Journal:
                 self._took_turn(record, number)
             case "published":
                 self.owed = record["first"], json.loads(record.body)
-                self._answered(record, {"seq": record["first"] + len(self.owed[1]) - 1})
+                self._published(record, record["first"] + len(self.owed[1]) - 1)
             case "drawn":
-                self.draws = self.draws[0] + 1, record["unit"]
+                self._drew(record["unit"], record.fields.get("key"))
             case "kept":
                 self._cover(record["base"], record["through"], record["info"])
 
@@ -322,20 +328,41 @@ class Journal:
             self._took_turn(Record(fields, b""), number)
             self._dirty = True
 
-    def publishing(self, submitter: str | None, number: int | None, first: int, events: list[Any]) -> None:
+    def publishing(
+        self,
+        submitter: str | None,
+        number: int | None,
+        first: int,
+        events: list[Any],
+        *,
+        once: str | None = None,
+    ) -> None:
         """Write down what a run tells, with the number that the first of it is about to get."""
-        fields = {"$": "published", "submitter": submitter, "number": number, "first": first}
+        fields = {"$": "published", "submitter": submitter, "number": number, "first": first, "once": once}
         content = pack(fields, json.dumps(events, allow_nan=False).encode())
         with self._lock:
             self._operations.append(content)
-            self._answered(Record(fields, b""), {"seq": first + len(events) - 1})
+            self._published(Record(fields, b""), first + len(events) - 1)
             self._publishing, self._dirty = content, True
 
-    def drawn(self, unit: str) -> None:
+    def _published(self, record: Record, last: int) -> None:
+        self._answered(record, {"seq": last})
+        once = record.fields.get("once")
+        if once is not None:
+            self.published_once[once] = last
+            while len(self.published_once) > KEPT_ANSWERS:
+                self.published_once.popitem(last=False)
+
+    def drawn(self, unit: str, key: str | None = None) -> None:
         """Write down that a Poisson draw is about to be made: whatever comes of it, it is to be paid for."""
         with self._lock:
-            self._operations.append(pack({"$": "drawn", "unit": unit}))
-            self.draws, self._dirty = (self.draws[0] + 1, unit), True
+            self._operations.append(pack({"$": "drawn", "unit": unit, "key": key}))
+            self._drew(unit, key)
+            self._dirty = True
+
+    def _drew(self, unit: str, key: str | None) -> None:
+        self.draws = self.draws[0] + 1, unit
+        self.drawn_keys.append(key)
 
     def published(self) -> None:
         """Take note that it is in the event log."""
@@ -467,7 +494,8 @@ class Journal:
         first = next(iter(self.waiting.values()), None)
         told = [name for name, telling in self.told.items() if first is None or telling <= first.before]
         begun = {"$": "begun", "client": dict(self.begun), "base": self.base, "info": self.info,
-                 "told": told, "draws": self.draws, "submitters": submitters}  # fmt: skip
+                 "told": told, "draws": self.draws, "drawn_keys": list(self.drawn_keys),
+                 "published_once": self.published_once, "submitters": submitters}  # fmt: skip
         self._operations.append(pack(begun))
         if old is not None:
             moved = {name: self._operations.append(old[w.number]) for name, w in self.waiting.items()}

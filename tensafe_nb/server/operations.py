@@ -29,7 +29,7 @@ from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.codec import decode, encode
 from tensafe_nb.protocol.operations import VERBS, Operation
 from tensafe_nb.protocol.results import StateSource
-from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, error_of, of_type, packed
+from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, error_of, of_type, packed, told
 from tensafe_nb.server.clients import Answer, Place, ServedClient, ended, outcome_of, taken
 from tensafe_nb.server.door.guard import MOST_BODY_BYTES, BodyTooLargeError
 from tensafe_nb.server.service import Service, Tenant
@@ -82,6 +82,11 @@ async def queue(
     form: tuple[str, bytes] | None = None,
 ) -> Answer:
     """Queue an operation, or let it fail in its turn."""
+    known = client.handle(place.future_id) if place.is_repeated and place.future_id else None
+    if known is not None:  # by an earlier process
+        return Answer(
+            202, taken(known.future_id, known.operation, time.time(), known.state, known.queue_position)
+        )
     try:
         operation = read()
         service.check_operation(tenant, operation)
@@ -92,6 +97,16 @@ async def queue(
         return Answer(STATUS.get(error.code, 500), {"error": error_of(error)}, in_turn)
     return Answer(
         202, taken(handle.future_id, handle.operation, time.time(), handle.state, handle.queue_position)
+    )
+
+
+def once_only(request: Request, place: Place) -> Place:
+    """Return the place of an operation whose request bears a name: its future is called after it, in every try."""
+    asked = request.state.asked
+    if asked is None:
+        return place
+    return replace(
+        place, future_id=place.future_id or f"fut-{asked.name[:24]}", is_repeated=asked.noted is not None
     )
 
 
@@ -133,7 +148,7 @@ def add_clients(routes: APIRouter, service: Service) -> None:
     """Add making, listing and ending."""
 
     def described(client: ServedClient) -> dict[str, Any]:
-        return {"info": encode(client.channel.info()), "config": encode(client.channel.config)}
+        return {"info": told(client.channel.info()), "config": encode(client.channel.config)}
 
     @routes.post(CLIENTS, status_code=201)
     async def create(request: Request, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
@@ -147,6 +162,8 @@ def add_clients(routes: APIRouter, service: Service) -> None:
         config = decode({"$": "training_config"} | given, TrainingConfig)
         source = None if body.get("source") is None else decode(body["source"], StateSource)
         key = body.get("key")
+        if key is None and request.state.asked is not None:
+            key = request.state.asked.name
         if not isinstance(key, str | None) or len(key or "") > MOST_KEY:
             raise ValidationError(f"The key is a text of at most {MOST_KEY} characters.")
         return described(await service.create(tenant_of(service, request), config, source, key))
@@ -155,7 +172,7 @@ def add_clients(routes: APIRouter, service: Service) -> None:
     async def list_clients(request: Request) -> list[Any]:
         """List the training clients that are not closed, oldest first."""
         found = [client.channel.info() for client in tenant_of(service, request).live]
-        return [encode(info) for info in sorted(found, key=lambda info: info.created_at)]
+        return [told(info) for info in sorted(found, key=lambda info: info.created_at)]
 
     @routes.get(ONE)
     async def one(request: Request, training_client_id: Id) -> dict[str, Any]:
@@ -165,8 +182,14 @@ def add_clients(routes: APIRouter, service: Service) -> None:
     @routes.delete(ONE)
     async def terminate(request: Request, training_client_id: Id) -> dict[str, Any]:
         """Terminate one: cancel what waits, free its model."""
+        tenant, asked = tenant_of(service, request), request.state.asked
+        client = tenant.clients.get(training_client_id)
+        if client is None and asked is not None and asked.noted:  # an earlier try has terminated it
+            return {**asked.noted, "info": asked.noted["info"] | tenant.end_of(training_client_id)}
         client = client_of(service, request, training_client_id)
-        await tenant_of(service, request).close(client)
+        if asked is not None:
+            asked.note(described(client))
+        await tenant.close(client)
         return described(client)
 
     @routes.get(ONE + "/ready")
@@ -210,6 +233,8 @@ def add_operations(routes: APIRouter, service: Service) -> None:
         client, tenant = client_of(service, request, training_client_id), tenant_of(service, request)
         knows_of = tuple(filter(None, x_knows_of.split(",")))
         place = Place(x_verb, x_submitter, x_number, x_future_id, knows_of, x_cancelled)
+        if x_number is None:
+            place = once_only(request, place)
         body, media_type = await body_of(request), request.headers.get("content-type", wire.JSON)
 
         def read() -> Operation[Any]:
@@ -251,7 +276,7 @@ def add_operations(routes: APIRouter, service: Service) -> None:
                 tenant,
                 client,
                 lambda: operation_of_fields(verb, body),
-                Place(verb),
+                once_only(request, Place(verb)),
             )
             return answered(request, answer)
 
@@ -322,10 +347,11 @@ def add_stream(routes: APIRouter, service: Service) -> None:
         """
         client = client_of(service, request, training_client_id)
         in_order = x_submitter is not None and x_number is not None
+        once = None if request.state.asked is None else request.state.asked.name
 
         def all_of_them() -> int:
             turn = (x_submitter, x_number) if in_order else (None, None)
-            return client.publish([decode(event, Event) for event in body], *turn)
+            return client.publish([decode(event, Event) for event in body], *turn, once=once)
 
         async def publish() -> Answer:
             try:
@@ -398,6 +424,8 @@ def add_questions(routes: APIRouter, service: Service) -> None:
         A key of the caller's own makes it safe to ask again: it names one draw.
         """
         client = client_of(service, request, training_client_id)
+        if key is None and request.state.asked is not None:
+            key = request.state.asked.name
         number, secret = await asyncio.to_thread(client.enter_draw, unit, key)
         return {"number": number, "key": secret.hex()}
 

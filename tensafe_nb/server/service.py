@@ -4,8 +4,8 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from tensafe_nb.errors import (
     ValidationError,
 )
 from tensafe_nb.futures import FutureHandle
+from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.protocol.operations import Operation, Sample, SaveState
 from tensafe_nb.protocol.results import ClientStatus, StateSource
@@ -28,9 +29,11 @@ from tensafe_nb.server.door.limits import (
     Limits,
     Quotas,
     too_many_clients,
+    too_many_connections,
     too_many_waiting,
     too_much_stored,
 )
+from tensafe_nb.server.door.once import Answers
 from tensafe_nb.server.figures import Figures
 from tensafe_nb.server.journal import Journal
 from tensafe_nb.server.resuming import journals_of, resume
@@ -45,6 +48,7 @@ MOST_TOKENS = 1 << 16  # B × T of a batch
 MOST_RANK = 256
 MOST_SAMPLED = 1 << 21  # tokens that one sample() may draw, in all sequences together
 SYNC_SECONDS = 1.0
+ENCRYPTED_IDLE = 900.0  # s after which a connection that nobody uses is dropped; its client opens another
 LAST_WORDS = 30.0  # s for which a closed client still takes what its runs tell of their end
 
 
@@ -59,8 +63,10 @@ class Tenant:
     def __init__(self, home: Home, quotas: Quotas) -> None:
         self.home, self._quotas = home, quotas
         self.transport = EmbeddedTransport(home, "file", served=True)
+        self.answers = Answers(home.answers(), self.transport.vault.keys)
         self.clients: dict[str, ServedClient] = {}
         self.making = 0  # clients that are on their way
+        self.opening = 0  # encrypted connections that are
         self.made: dict[str, asyncio.Future[ServedClient]] = {}  # by the key of whoever asked
 
     def client(self, training_client_id: str) -> ServedClient:
@@ -156,6 +162,24 @@ class Tenant:
             self._quotas.note(error.code)
             raise error
 
+    @asynccontextmanager
+    async def opening_encrypted(self) -> AsyncIterator[None]:
+        """Open an encrypted connection, if there may be one more.
+
+        Raises:
+            QueueFullError: There are as many as may be.
+        """
+        there = self.opening + sum(len(client.channel.connections.open) for client in self.live)
+        if there >= self.limits.encrypted:
+            error = too_many_connections(there)
+            self._quotas.note(error.code)
+            raise error
+        self.opening += 1
+        try:
+            yield
+        finally:
+            self.opening -= 1
+
     async def aside(self, work: Callable[..., R], *arguments: Any) -> R:
         """Do on a thread what may take long; see `Quotas.aside`."""
         return await self._quotas.aside(self.home.tenant, work, *arguments)
@@ -164,6 +188,11 @@ class Tenant:
         """Terminate a client; for a while it takes what its runs tell, then it is forgotten."""
         await asyncio.to_thread(client.channel.close)
         asyncio.get_running_loop().call_later(LAST_WORDS, self.forget, client)
+
+    def end_of(self, training_client_id: str) -> dict[str, Any]:
+        """Return how a client of its stood that was terminated in an earlier process, as its log tells."""
+        state = RunHistory.load(self.home.event_log(training_client_id)).state
+        return {"status": str(ClientStatus.TERMINATED), "queue_depth": 0, "step": state.step}
 
     def forget(self, client: ServedClient) -> None:
         """Let go of a client that has been closed."""
@@ -182,6 +211,7 @@ class Service:
         quotas: Of each tenant.
         losses: Dotted paths of losses that may be used.
         idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
+        exports: Weights may leave in the clear.
     """
 
     def __init__(
@@ -192,10 +222,12 @@ class Service:
         quotas: Quotas,
         losses: Sequence[str] = (),
         idle_after: float | None = None,
+        *,
+        exports: bool = True,
     ) -> None:
         self._home, self._models, self._hub_models = home, models, frozenset(hub_models)
         self.quotas, self.dotted_losses = quotas, frozenset(losses)
-        self.idle_after = idle_after
+        self.idle_after, self.exports = idle_after, exports
         self._tenants: dict[str, Tenant] = {}
         self.figures, self.draining = Figures(), False
 
@@ -282,7 +314,8 @@ class Service:
                     return
         raise ValidationError(  # the same where it is not there, and where it is not offered
             f"The model {ref!r} is not offered by this server. Ask whoever runs it (serve --models, --hub-model), or "
-            f"take a built-in one."
+            f"take a built-in one.",
+            details={"given": ref},
         )
 
     def check_operation(self, tenant: Tenant, operation: Operation[Any]) -> None:
@@ -331,10 +364,14 @@ class Service:
             await asyncio.sleep(SYNC_SECONDS)
             for client in self.live_clients():
                 client.put_away_if_idle(self.idle_after)
+                client.channel.connections.expire(ENCRYPTED_IDLE)
                 try:
                     await asyncio.to_thread(client.journal.sync)
                 except TGTinkerError as error:
                     logger.error("a journal could not be put on the disk; it is tried again: %s", error)
+            for tenant in list(self._tenants.values()):
+                with suppress(TGTinkerError):  # it is tried again
+                    await asyncio.to_thread(tenant.answers.sync)
 
     async def drain(self) -> None:
         """Finish what runs, leave what waits to the journals, end all streams, write out the logs; idempotent."""
@@ -344,3 +381,4 @@ class Service:
             for client in list(tenant.clients.values()):
                 tenant.forget(client)
             await asyncio.to_thread(tenant.transport.close)
+            tenant.answers.close()

@@ -21,10 +21,11 @@ from tensafe_nb.locks import hold
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 DRAFTS = ".tensafe-*.tmp"
-_ADVICE = {
+ADVICE = {  # by what the system says; a server tells its users something else
     errno.ENOSPC: " Free some space, or set TENSAFE_HOME to a folder on another disk.",
     errno.EDQUOT: " Free some of your quota, or set TENSAFE_HOME to a folder on another disk.",
     errno.EACCES: " Give this user the right to read and write there, or set TENSAFE_HOME to another folder.",
+    errno.EFBIG: " Free some space or raise the limit (ulimit -f), or set TENSAFE_HOME to a folder on another disk.",
     errno.EROFS: " That disk is read-only; set TENSAFE_HOME to a folder that can be written.",
 }
 
@@ -223,7 +224,7 @@ def disk_errors(action: str) -> Iterator[None]:
         where = f" ({error.filename})" if error.filename and str(error.filename) not in action else ""
         raise StorageError(
             f"Could not {action}: {error.strerror or error}{where}. What was stored before is intact."
-            f"{_ADVICE.get(error.errno or 0, '')}",
+            f"{ADVICE.get(error.errno or 0, '')}",
             details={"errno": error.errno},
         ) from error
 

@@ -46,6 +46,10 @@ class Home:
         """Return the folder that holds one folder per training client."""
         return (self.root if self.tenant == TENANT else self.root / "tenants" / self.tenant) / "runs"
 
+    def comparisons(self) -> Path:
+        """Return the folder of what is kept of comparisons: which runs they are made of."""
+        return self.runs().with_name("comparisons")
+
     def event_log(self, training_client_id: str) -> Path:
         """Return the path of a training client's event log; the rollouts of its runs lie in a folder beside it."""
         return self.runs() / training_client_id / "events.jsonl"
@@ -73,6 +77,10 @@ class Home:
     def artifacts(self) -> Path:
         """Return the folder of the sealed artifacts."""
         return self.root / "artifacts" / self.tenant
+
+    def answers(self) -> Path:
+        """Return the folder of what a server has answered of late: a request that is sent again gets it once more."""
+        return self.root / "answers" / self.tenant
 
     def audit(self) -> Path:
         """Return the folder of the audit log."""

@@ -55,19 +55,22 @@ class Vault:
             touched.consumed.append(found)
             self.artifacts.delete(found)
 
-    def rotate(self) -> int:
+    def rotate(self, *, instead_of: str | None = None) -> int:
         """Wrap every artifact's own key with a new key, and retire the old one.
 
         A key file gets a new key; from the environment or a passphrase comes the one that is set now. Automatic
         checkpoints of a server are rewrapped, too; each journal beside them begins anew under the new key when its
         training client makes the next one, and opens with the old key until then.
 
+        Args:
+            instead_of: The key that a rotation was to replace which was cut off: what it has done is not done again.
+
         Returns:
             How many artifacts were rewrapped.
         """
         with self._on_record("rotate_keys", kind="key"):
-            old = self.keys.primary_id()
-            if self.keys.source == "file":
+            old = instead_of or self.keys.primary_id()
+            if self.keys.source == "file" and self.keys.primary_id() == old:
                 self.keys.new()
             count = self.artifacts.rotate()
             for _, states in self._journals():

@@ -14,6 +14,7 @@ from tensafe_nb.futures import FutureHandle
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
+from tensafe_nb.protocol.encrypted import EncryptedConnection, EncryptedOffer
 from tensafe_nb.protocol.operations import Operation
 from tensafe_nb.protocol.results import (
     AuditLogEntry,
@@ -25,6 +26,46 @@ from tensafe_nb.protocol.results import (
 )
 
 R = TypeVar("R")
+
+
+class EncryptedLine(Protocol):
+    """The line on which a core applies a training client's adapter to ciphertexts; its methods wait for the answer.
+
+    Attributes:
+        keys: The key store that both ends have; None where they are two machines.
+        is_demonstration: Whether both ends are one process, so that nothing is hidden.
+        most_bytes: Of one message.
+    """
+
+    @property
+    def keys(self) -> Any: ...
+    @property
+    def is_demonstration(self) -> bool: ...
+    @property
+    def most_bytes(self) -> int: ...
+
+    def offer(self, layers: Sequence[int], modules: Sequence[str] | None) -> EncryptedOffer:
+        """Say what could be applied."""
+
+    def open(
+        self,
+        layers: Sequence[int],
+        modules: Sequence[str] | None,
+        shape: tuple[int, int, int],
+        params: str,
+        tokens: int | str,
+        bundle: bytes,
+    ) -> EncryptedConnection:
+        """Open a connection for the adapters of one shape, with a client's bundle."""
+
+    def apply(self, connection_id: str, request: bytes) -> bytes:
+        """Return the reply to a request."""
+
+    def refresh(self, connection_id: str) -> EncryptedConnection:
+        """Serve the weights as they are now, under the same keys."""
+
+    def close(self, connection_id: str) -> None:
+        """Drop a connection's keys at the other end; idempotent."""
 
 
 class Channel(Protocol):
@@ -84,6 +125,10 @@ class Channel(Protocol):
 
     def privacy_audit(self, canaries: int, steps: int) -> PrivacyAudit:
         """Train on canaries, as privately as this client trains, and measure what they leave behind."""
+
+    @property
+    def encrypted(self) -> EncryptedLine:
+        """The line for encrypted calls."""
 
     def close(self) -> None:
         """Terminate the training client: cancel what waits, end its core; what runs tell of their end still counts.

@@ -64,6 +64,7 @@ from tensafe_nb.protocol.results import (
     missing_pieces,
 )
 from tensafe_nb.store.home import Home
+from tensafe_nb.transports.http_encrypted import RemoteEncrypted
 from tensafe_nb.transports.http_requests import (
     Requests,
     check_answer,
@@ -358,6 +359,10 @@ class HttpChannel:
         asked = {"batch_size": batch_size, "length": length}
         return self.requests.record("POST", f"{self.path}/estimate", StepEstimate, json=asked, timeout=600.0)
 
+    @property
+    def encrypted(self) -> RemoteEncrypted:
+        return RemoteEncrypted(self.requests, self.path)
+
     def privacy_statement(self) -> PrivacyStatement:
         return self.requests.record("GET", f"{self.path}/privacy_statement", PrivacyStatement)
 
@@ -368,17 +373,57 @@ class HttpChannel:
         )
 
     def close(self) -> None:
-        """Terminate the training client on the server, behind what was submitted here."""
+        """Terminate the training client on the server, behind what was submitted here.
+
+        Raises:
+            TGTinkerError: The server does not answer, or lets nobody in: it lives on there. This end has ended all the
+                same, and `close()` may be called again.
+        """
         if self.requests.is_forked:
             return  # the line, and the log, are the parent's
-        if self._info.status != ClientStatus.TERMINATED and not self.closed and not self.requests.closed:
+        refusal: TGTinkerError | None = None
+        if self._info.status != ClientStatus.TERMINATED and not self.requests.closed:
             self._until(lambda: not self.unsent)
             try:
-                self.requests.call("DELETE", self.path, patience=5.0)
+                self._terminate()
+            except TrainingClientNotFoundError:  # it has ended
+                self._info = replace(self._info, status=ClientStatus.TERMINATED)
             except TGTinkerError as error:
-                logger.warning("%s was not closed on the server: %s", self.training_client_id, error)
-            self._until(lambda: self._info.status == ClientStatus.TERMINATED)
+                refusal = error
+            else:
+                self._until(lambda: self._info.status == ClientStatus.TERMINATED)
         self.give_up(FutureCancelledError("The training client was closed."), cancel=True)
+        if refusal is not None:
+            raise self._lives_on(refusal) from refusal
+
+    def _terminate(self) -> None:
+        """Ask the server until it answers; where that takes long, say so, for the cell stands still meanwhile."""
+        patience = self.requests.patience
+        try:
+            self.requests.call("DELETE", self.path, patience=min(DRAINING, patience))
+        except ServerConnectionError as error:
+            if patience <= DRAINING:
+                raise
+            logger.warning(
+                "%s is not closed yet, and is asked for until %g s are over: %s Interrupt the cell to stop waiting; "
+                "the training client then lives on, on the server.",
+                self.training_client_id,
+                patience,
+                error,
+            )
+            self.requests.call("DELETE", self.path, patience=patience - DRAINING)
+
+    def _lives_on(self, refusal: TGTinkerError) -> TGTinkerError:
+        """Return the error of a training client that could not be closed: what to do, and how to reach it later."""
+        name = self.training_client_id
+        message = (
+            f"The training client {name} was not closed: {refusal.message} It lives on, on the server, and counts "
+            f"among those that you may have. Close it once the server answers: run tc.close() again, or, in any "
+            f"kernel, service.get_training_client({name!r}).close()"
+        )
+        return error_of_code(
+            refusal.code, message, refusal.details | {"training_client_id": name}, refusal.request_id
+        )
 
     def leave(self) -> None:
         """Leave the training client to its server, with what was submitted here."""

@@ -4,7 +4,9 @@ Importing this is cheap: anywidget, IPython and matplotlib load when something i
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ __all__ = [
     "freeze",
     "mime",
     "mimebundle",
+    "nothing_shown",
     "panel",
     "save_page",
     "settle",
@@ -41,6 +44,19 @@ _MODULES = {
     "RewardHistory": "live.curve",
     "RolloutInspector": "live.sections",
 }
+
+
+_in_silence: ContextVar[bool] = ContextVar("in_silence", default=False)
+
+
+@contextmanager
+def nothing_shown() -> Iterator[None]:
+    """Show nothing of the runs that are started inside, whatever they are told: many are started at once."""
+    token = _in_silence.set(True)
+    try:
+        yield
+    finally:
+        _in_silence.reset(token)
 
 
 def panel(source: feed.Source, sections: Sequence[str] | None = None) -> "Dashboard":
@@ -57,6 +73,8 @@ def panel(source: feed.Source, sections: Sequence[str] | None = None) -> "Dashbo
 
 def show_run(run: TrainingRun | RecordedRun) -> None:
     """Show the progress of a run that is about to start, in whatever way this place can show it."""
+    if _in_silence.get():
+        return
     chosen = renderer.choose()
     if chosen is renderer.Renderer.TEXT:
         progress.show(run)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from tensafe_nb.config import DPConfig, LoRAConfig, SamplingConfig, TrainingConfig
 from tensafe_nb.events import Alarm, Metrics, PrivacySpent, Rollouts, RunStep
 from tensafe_nb.protocol.results import RunStatus
-from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, TurnRecord
 from tensafe_nb.widgets import LossCurve
 from tensafe_nb.widgets.feed.feed import Feed
 from tensafe_nb.widgets.live.base import LiveWidget
@@ -119,6 +119,23 @@ class Scene:
             groups.append(RolloutGroup(f"p{number}", prompt, made))
         self.write(step, groups)
 
+    def conversations(self, step: int) -> "Scene":
+        """Write rollouts in which a calculator was called, rightly, wrongly or not at all."""
+        groups: list[RolloutGroup] = []
+        for number, ask in enumerate(("What is 17 + 25?", LONG)):
+            told = [
+                spoken(ask, [(CALL, "17 + 25", "42"), ("42", None, None)], 1.0, [0.2, None]),
+                spoken(ask, [(CALL[:-20], "?", BAD), ("It is 41.", None, None)], 0.0, [-0.1, None]),
+                spoken(ask, [("مئة", None, None)], None, [None]),
+            ]  # fmt: skip
+            told[2].reward_error = "ValueError: no number"
+            told[1].advantage = [-0.5 - 0.01 * at for at in range(len(told[1].tokens))]
+            groups.append(RolloutGroup(f"talk-{number}", ask, told))
+        self.write(step, groups)
+        self.write(step, groups, held_out=True)
+        self.write(step - 1, groups, held_out=True)
+        return self
+
     def evaluate(self, step: int, good: int) -> None:
         """Answer the held-out prompts, so many of them rightly."""
         assert self.run is not None
@@ -185,6 +202,39 @@ class Scene:
         return widget
 
 
+BAD = "Error: <b>no</b> JSON\n\u202eevil"
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "17 + 25"}}\n</tool_call>'
+
+
+def spoken(
+    ask: str,
+    said: Sequence[tuple[str, str | None, str | None]],
+    reward: float | None,
+    rewards: Sequence[float | None],
+) -> Trajectory:
+    """Return a conversation: what the policy says, the expression that it calls a calculator with, what it is told."""
+    turns, text = [TurnRecord("user", ask)], ""
+    for (words, expression, result), own in zip(said, rewards, strict=True):
+        called = {"name": "calculator", "arguments": {"expression": expression}, "ok": expression != "?"}
+        meta = {"calls": [called]} if expression else {}
+        turns.append(TurnRecord("assistant", words, len(text), len(text) + len(words), True, own, meta))
+        text += words
+        if result is not None:
+            told = f"<|tool|>{result}<|end|>"
+            turns.append(
+                TurnRecord("tool", result, len(text), len(text) + len(told), meta={"name": "calculator"})
+            )
+            text += told
+    mask = [
+        int(any(turn.trained and turn.start <= at < turn.stop for turn in turns)) for at in range(len(text))
+    ]
+    parts = {"tools/calls": float(len(said) - 1), "tools/errors": float(reward == 0)}
+    return Trajectory(
+        ask, text, tokens=[ord(c) for c in text], mask=mask, turns=turns, reward=reward, reward_parts=parts,
+        policy_version=3, advantage=None if reward is None else reward - 0.5,
+    )  # fmt: skip
+
+
 class Letters:
     """A tokenizer whose tokens are the letters."""
 
@@ -240,6 +290,9 @@ SCENES: dict[str, Callable[[Path], LiveWidget]] = {
     ),
     "reward-finished": lambda folder: (
         Scene(folder).start(curve="reward").rewards(60).end().panel(selected_step=59)
+    ),
+    "conversations": lambda folder: (
+        Scene(folder).start(curve="reward").rewards(60, texts=False).conversations(60).panel()
     ),
     "private": lambda folder: Scene(folder, PRIVATE).start().losses(40).spend().panel(),
     "spent": lambda folder: (

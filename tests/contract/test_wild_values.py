@@ -58,6 +58,29 @@ def ring() -> Any:
     return made
 
 
+def asks_once(row: Any) -> Any:
+    """An environment."""
+    yield PROMPT
+    return 1.0
+
+
+class Tries:
+    """An environment of TRL's kind, and a data set of reasoning-gym's."""
+
+    def reset(self, **columns: Any) -> None: ...
+
+    def get_reward(self) -> float:
+        return 1.0
+
+    def score_answer(self, answer: Any, entry: Any) -> float:
+        return 1.0
+
+
+def add(a: int, b: int) -> int:
+    """A tool."""
+    return a + b
+
+
 def endless() -> Iterator[int]:
     number = 0
     while True:
@@ -200,10 +223,21 @@ def trajectories() -> rlvr.TrajectoryBatch:
 MADE_BY_US = (
     tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, data.Encoded, data.Example, rlvr.UpdateResult, rlvr.Trajectory,
     rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
-    tn.losses.Loss, tn.losses.LossOutputs, data.check_fit, data.padding_of,
+    rlvr.TurnRecord, rlvr.Rehearsal, rlvr.PromptRecord, rlvr.PromptPolicy, tn.losses.Loss, tn.losses.LossOutputs,
+    data.check_fit, data.padding_of,
 )  # fmt: skip
+NEED_A_PACKAGE = (
+    rlvr.verifiers_environment,
+    rlvr.verifiers_prompts,
+)  # and what fits needs it too: tests/soak
 SMALL: Any = {"group_size": 2, "prompts_per_step": 1, "max_new_tokens": 2, "temperature": 1.0}
 ROWS = [{"prompt": PROMPT, "completion": "046"}] * 3
+
+
+def no_run(service: tn.ServiceClient, seed: int) -> None:
+    """What an arm is that returns nothing."""
+
+
 CALLS: Mapping[str, Call] = {
     # values
     "TrainingConfig": Call(lambda w: tn.TrainingConfig),
@@ -226,6 +260,9 @@ CALLS: Mapping[str, Call] = {
     "PPO": Call(lambda w: rlvr.PPO),
     # data
     "data.read_rows": Call(lambda w: data.read_rows, {"source": ROWS}),
+    "data.split_rows": Call(
+        lambda w: data.split_rows, {"source": [{"prompt": str(n)} for n in range(9)], "held_out": 0.5}
+    ),
     "data.read_prompts": Call(lambda w: data.read_prompts, {"prompts": [PROMPT]}),
     "data.batches": Call(
         lambda w: data.batches, {"source": ROWS, "tokenizer": TOKENIZER}, frozenset({"tokenizer"})
@@ -253,6 +290,10 @@ CALLS: Mapping[str, Call] = {
     "rlvr.preview_reward": Call(
         lambda w: rlvr.preview_reward, {"batch": trajectories(), "reward": "length_penalty"}
     ),
+    "rlvr.UniformPrompts": Call(lambda w: rlvr.UniformPrompts),
+    "rlvr.CurriculumPrompts": Call(lambda w: rlvr.CurriculumPrompts),
+    "rlvr.AdaptivePrompts": Call(lambda w: rlvr.AdaptivePrompts),
+    "rlvr.DynamicSampling": Call(lambda w: rlvr.DynamicSampling, {"base": "adaptive"}),
     "rlvr.gym_prompts": Call(
         lambda w: rlvr.gym_prompts, {"dataset": [{"question": PROMPT, "answer": "046", "metadata": {}}]}
     ),
@@ -335,6 +376,8 @@ CALLS: Mapping[str, Call] = {
     "run.to_csv": Call(lambda w: w.run.to_csv, {"path": "run.csv", "names": "loss"}),
     "run.plot": Call(lambda w: w.run.plot, {"names": "loss", "x": "step", "smoothing": 0.5}),
     "run.describe": Call(lambda w: w.run.describe, {"name": "a name", "tags": "a", "notes": "a note"}),
+    "compare": Call(lambda w: comparing(w), {"arm": no_run, "seeds": 2, "show": False}),
+    "load_comparison": Call(lambda w: tn.load_comparison, {"comparison": "rates"}),
     "replay": Call(
         lambda w: tn.replay,
         {"run": Of(lambda w: w.run.run_id), "speed": 1e6, "show": False},
@@ -414,6 +457,28 @@ CALLS: Mapping[str, Call] = {
         lambda w: rlvr.PolicySampler(w.tc, group_size=1, max_new_tokens=1).generate_trajectories,
         {"prompts": [PROMPT]},
     ),
+    "rlvr.environment": Call(lambda w: rlvr.environment, {"max_turns": 1}),
+    "rlvr.Environment": Call(lambda w: rlvr.Environment, {"function": asks_once}),
+    "rlvr.resolve_environment": Call(lambda w: rlvr.resolve_environment, {"spec": asks_once}),
+    "rlvr.Turn": Call(lambda w: rlvr.Turn, {"text": PROMPT}),
+    "rlvr.Outcome": Call(lambda w: rlvr.Outcome, {"reward": 1.0}),
+    "rlvr.EnvironmentSampler": Call(
+        lambda w: closing(rlvr.EnvironmentSampler),
+        {"training_client": CLIENT, "environment": asks_once},
+        frozenset({"training_client"}),
+    ),
+    "environment_sampler.generate_trajectories": Call(
+        lambda w: (
+            rlvr.EnvironmentSampler(
+                w.tc, asks_once, group_size=1, max_new_tokens=1, timeout=None
+            ).generate_trajectories
+        ),
+        {"rows": [{"prompt": PROMPT}]},
+    ),
+    "rlvr.tool_environment": Call(lambda w: rlvr.tool_environment, {"tools": [add], "reward": "exact_match"}),
+    "rlvr.trl_environment": Call(lambda w: rlvr.trl_environment, {"factory": Tries}),
+    "rlvr.gym_environment": Call(lambda w: rlvr.gym_environment, {"dataset": Tries()}),
+    "rlvr.rehearse": Call(lambda w: rlvr.rehearse, {"environment": asks_once, "row": {}, "said": ["046"]}),
     "rlvr.Scorer": Call(lambda w: closing(rlvr.Scorer), {"reward": "length_penalty"}),
     "algo.update": Call(
         lambda w: lambda batch: rlvr.REINFORCE().update(batch, w.tc), {"batch": trajectories()}
@@ -450,6 +515,17 @@ def training(world: World) -> Callable[..., Any]:
     signature = inspect.signature(rlvr.RLVRTrainer)
     call.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[p for name, p in signature.parameters.items() if name != "training_client"]
+    )
+    return call
+
+
+def comparing(world: World) -> Callable[..., Any]:
+    def call(**arguments: Any) -> None:
+        tn.compare(service=world.service, **arguments).result(timeout=60)
+
+    signature = inspect.signature(tn.compare)
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p for name, p in signature.parameters.items() if name != "service"]
     )
     return call
 
@@ -589,7 +665,7 @@ def test_every_public_callable_has_its_wild_calls(module: Any) -> None:
 
 def _takes_nothing_of_users(thing: Any) -> bool:
     """Whether nothing wild can be given: errors, choices, what only the package makes, and what takes no argument."""
-    if thing in MADE_BY_US or thing is Any:
+    if thing in MADE_BY_US or thing in NEED_A_PACKAGE or thing is Any:
         return True
     if isinstance(thing, type):
         return issubclass(thing, BaseException | Enum)

@@ -47,7 +47,8 @@ def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resident, mapped = map(int, notebook.cells.pop().outputs[0].text.split())
     peak = resident - mapped + LIBRARIES
     print(f"{path.stem}: the kernel's peak memory is {peak} MB ({resident} resident, {mapped} of it mapped files)")
-    assert peak <= 600, "a kernel on Binder has 1 GB, the notebook server included"
+    most = 700 if path.stem.startswith("09") else 600  # keys and ciphertexts besides
+    assert peak <= most, "a kernel on Binder has 1 GB, the notebook server included"
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert "RUNNING at step" not in json.dumps(outputs), "a picture stayed behind its run"

@@ -1,17 +1,21 @@
 """What TRL's own code computes on the loss fixture A3 of the RLVR design, and on rewards, pinned against ours.
 
 Source: trl 1.16.0 in float64, `GRPOTrainer._compute_loss`, `GRPOTrainer._generate_and_score_completions` and the
-latter of `RLOOTrainer`. `make trl-parity` runs them again and compares all three: TRL, ours, and these figures.
+latter of `RLOOTrainer`, and `DPOTrainer._compute_loss`. `make trl-parity` runs them again and compares all three: TRL,
+ours, and these figures.
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
+from tensafe_nb.losses import resolve_loss
 from tensafe_nb.rlvr.algorithms.advantages import advantages, token_weights
-from tests.numbers.test_rlvr_identities import MASK, NEW, evaluate
+from tests.numbers.test_rlvr_identities import MASK, NEW, OLD, evaluate
 
 REFERENCE = NEW + 0.1
 AGGREGATION = {  # ours, by TRL's loss_type
@@ -70,6 +74,23 @@ METRICS = {
     "clip_ratio/high_mean": 0.222222223878,
     "clip_ratio/region_mean": 0.444444447756,
     "kl": 0.005170918076,
+}
+
+PREFERENCES = [
+    pinned(0.674798636437, 0.073434620707, "sigmoid", beta=0.1),
+    pinned(0.609370277963, 0.338231882594, "sigmoid", beta=0.5),
+    pinned(0.670111136437, 0.092181149504, "robust", beta=0.1, label_smoothing=0.1),
+    pinned(0.468745277963, 0.899314096222, "robust", beta=0.5, label_smoothing=0.3),
+    pinned(0.79625, 1.370523014522, "ipo", beta=0.5),
+    pinned(0.17125, 0.66080758672, "ipo", beta=1.0),
+]
+PREFERENCE_METRICS = {
+    "rewards/chosen": 0.0275,
+    "rewards/rejected": -0.01,
+    "rewards/accuracies": 0.5,
+    "rewards/margins": 0.0375,
+    "logps/chosen": -1.625,
+    "logps/rejected": -2.45,
 }
 
 REWARDS = np.array([[1, 0, 0, 0], [1, 1, 0, math.nan], [0.5, 0.5, 0.5, 0.5], [0.25, -1, 2, 0.75]])
@@ -142,6 +163,36 @@ def our_advantages(scale: str) -> np.ndarray:
     return advantages(rewards, groups, baseline="group", scale=scale)  # type: ignore[arg-type]
 
 
+def our_preference(
+    loss_type: str, beta: float = 0.1, label_smoothing: float = 0.0
+) -> tuple[float, np.ndarray, dict[str, float]]:
+    """Compute with ours what TRL means by options of DPOConfig: value, gradient (9,), metrics by TRL's names."""
+    kwargs: dict[str, Any] = {"beta": beta}
+    if loss_type == "robust":
+        kwargs |= {"label_smoothing": label_smoothing, "robust": True}
+    mask = torch.tensor(MASK).bool()
+    new = torch.tensor(NEW)[mask].requires_grad_()  # (9,), rows 2i chosen, rows 2i+1 rejected
+    rows = mask.nonzero()[:, 0]
+
+    def sum_rows(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(MASK), dtype=values.dtype).index_add(0, rows, values)
+
+    outputs = SimpleNamespace(logprobs=new, sum_rows=sum_rows, sequence_logprobs=sum_rows(new))
+    batch = {"input_ids": torch.zeros(mask.shape), "reference_logprobs": torch.tensor((OLD * MASK).sum(1))}
+    value = resolve_loss("ipo" if loss_type == "ipo" else "dpo", **kwargs)(outputs, batch)
+    (value.total / value.weight).backward()
+    names = {
+        "reward_chosen": "rewards/chosen",
+        "reward_rejected": "rewards/rejected",
+        "accuracy": "rewards/accuracies",
+        "reward_margin": "rewards/margins",
+        "chosen_logprobs": "logps/chosen",
+        "rejected_logprobs": "logps/rejected",
+    }
+    found = {names[name]: metric for name, metric in value.metrics.items()}
+    return value.total.item() / value.weight, new.grad.numpy(), found
+
+
 def title(options: dict[str, Any]) -> str:
     return ", ".join(
         str(value) if name == "loss_type" else f"{name}={value}" for name, value in options.items()
@@ -158,6 +209,18 @@ def test_our_loss_is_trls_under_the_options_that_mean_the_same(loss):
 def test_our_metrics_are_trls_by_the_same_names():
     found = our_loss(**MEASURED)[2]
     assert found == pytest.approx(METRICS, abs=1e-7)
+
+
+@pytest.mark.parametrize("loss", PREFERENCES, ids=lambda loss: title(loss.options))
+def test_our_losses_of_preferences_are_trls(loss):
+    value, gradient, _ = our_preference(**loss.options)
+    assert value == pytest.approx(loss.value, abs=1e-12)
+    assert np.linalg.norm(gradient) == pytest.approx(loss.gradient, abs=1e-12)
+
+
+def test_our_metrics_of_preferences_are_trls():
+    found = our_preference(**PREFERENCES[0].options)[2]
+    assert found == pytest.approx(PREFERENCE_METRICS, abs=1e-7)
 
 
 @pytest.mark.parametrize("scale", ADVANTAGES)

@@ -283,6 +283,17 @@ def test_a_client_can_have_a_loss_of_its_own(service: tn.ServiceClient, batch: t
         service.create_training_client(loss={"type": "token_se"})
 
 
+def test_preferences_are_learnt_against_the_base_wherever_the_client_is(service: tn.ServiceClient) -> None:
+    tc = service.create_training_client(
+        lora_config=tn.LoRAConfig(rank=2), optimizer={"learning_rate": 1e-2}, batch_size=2
+    )
+    rows = [{"prompt": f"{name}\n", "chosen": "Yes.", "rejected": "No."} for name in ("abs", "len")]
+    fitted = tc.fit(tc.batches(rows), loss_fn="dpo", loss_kwargs={"beta": 0.5}, steps=3, show=False)
+    assert fitted.result(60).metrics["accuracy"] == 1
+    assert tc.history["loss"][0] == pytest.approx(0.693147, abs=1e-6)
+    assert tc.history["reward_margin"][-1] > 1
+
+
 def test_a_closed_client_refuses_and_closing_twice_is_fine(
     service: tn.ServiceClient, batch: tn.BatchData
 ) -> None:

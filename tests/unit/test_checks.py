@@ -239,3 +239,27 @@ def test_lists_ranges_and_arrays_make_the_same_batch() -> None:
         [tuple(row) for row in rows],
     ]
     assert all(tn.BatchData(rows) == tn.BatchData(other) for other in same)
+
+
+def test_a_value_that_came_by_its_place_and_fits_another_keyword_is_told_which() -> None:
+    with pytest.raises(
+        tn.ValidationError, match=r"rate='first' must be a number\. Did you mean name='first'\?$"
+    ):
+        plan(1, "first")  # type: ignore[arg-type]
+    with pytest.raises(tn.ValidationError, match=r"rate='first' must be a number\.$"):
+        plan(1, rate="first")  # type: ignore[arg-type]
+    with pytest.raises(tn.ValidationError, match=r"rate=\[\] must be a number\.$"):
+        plan(1, [])  # type: ignore[arg-type]
+
+
+def test_the_name_of_a_checkpoint_in_the_first_place_is_told_its_keyword() -> None:
+    with pytest.raises(tn.ValidationError, match=r"include_optimizer='best' .*Did you mean name='best'\?$"):
+        tn.TrainingClient.save_state(object(), "best")  # type: ignore[arg-type]
+
+
+def test_a_class_of_ours_is_named_with_its_article() -> None:
+    @checked
+    def build(optimizer: tn.OptimizerConfig) -> None: ...
+
+    with pytest.raises(tn.ValidationError, match=r"must be an OptimizerConfig\.$"):
+        build("adamw")  # type: ignore[arg-type]

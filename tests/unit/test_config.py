@@ -88,10 +88,18 @@ def test_what_can_be_changed_of_a_state_is_spelled(method, but: set[str]) -> Non
         ({"optimizer": "adamw"}, r"not 'adamw'\. Write optimizer=OptimizerConfig\(name='adamw'\)\.$"),
         (
             {"optimizer": "adamm"},
-            r"\.optimizer is a OptimizerConfig, or a dict of its fields, not 'adamm'\.$",
+            r"\.optimizer is an OptimizerConfig, or a dict of its fields, not 'adamm'\. "
+            r"Write optimizer=OptimizerConfig\(name='adam'\)\.$",
         ),
         ({"loss": "mse"}, r"Write loss=LossConfig\(type='mse'\)\.$"),
-        ({"dp_config": 8.0}, r"\.dp_config is a DPConfig, or a dict of its fields, not 8\.0\.$"),
+        ({"optimizer": 1e-3}, r"Write optimizer=OptimizerConfig\(learning_rate=0\.001\)\.$"),
+        ({"optimizer": [1]}, r"Write optimizer=OptimizerConfig\(learning_rate=0\.0001\)\.$"),
+        (
+            {"dp_config": 8.0},
+            r"\.dp_config is a DPConfig, or a dict of its fields, not 8\.0\. "
+            r"Write dp_config=DPConfig\(target_epsilon=8\.0, dataset_size=10000\)\.$",
+        ),
+        ({"dp_config": True}, r"Write dp_config=DPConfig\(target_epsilon=8\.0, dataset_size=10000\)\.$"),
     ],
 )
 def test_a_bare_value_for_a_configuration_is_told_how_to_write_it(fields, message: str) -> None:

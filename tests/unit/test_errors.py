@@ -175,3 +175,35 @@ def test_tab_shows_what_there_is(cell: Cell, shell: InteractiveShell, jedi: bool
     assert completed("service.create_training_client(gradient") == {"gradient_accumulation_steps="}
     assert completed("tc.sample('a', max_") >= {"max_new_tokens="}
     assert completed("tc.fit([], checkpoint") == {"checkpoint_every="}
+
+
+@pytest.mark.parametrize(
+    ("cls", "wrong", "right"),
+    [
+        (tn.TrainingRun, "metrics", r'It is run\.history\["loss"\]'),
+        (tn.TrainingRun, "histroy", r"Did you mean 'history'\?"),
+        (tn.TrainingClient, "train", r"It is tc\.fit\(batches, steps=…\)"),
+        (tn.TrainingClient, "generate", r"It is tc\.sample\("),
+        (tn.TrainingClient, "sampel", r"Did you mean 'sample'\?"),
+        (tn.TrainingClient, "qqq", r"Press Tab behind the dot"),
+        (tn.ServiceClient, "create_client", r"It is service\.create_training_client\("),
+        (tn.ServiceClient, "list_artefacts", r"Did you mean 'list_artifacts'\?"),
+    ],
+)
+def test_an_attribute_that_is_not_there_is_told_what_it_is_called_here(
+    cls: type, wrong: str, right: str
+) -> None:
+    bare = object.__new__(cls)  # as an unpickler has it: nothing of it is read
+    with pytest.raises(
+        AttributeError, match=rf"^'{cls.__name__}' object has no attribute '{wrong}'\. ?{right}"
+    ):
+        getattr(bare, wrong)
+    assert not hasattr(bare, wrong) and not hasattr(bare, "_repr_nothing_")
+    with pytest.raises(AttributeError, match=r"'_wrong'$"):
+        bare._wrong  # noqa: B018
+
+
+@pytest.mark.parametrize("cls", [tn.TrainingRun, tn.TrainingClient, tn.ServiceClient])
+def test_what_others_call_it_is_no_name_that_the_class_has_itself(cls: type) -> None:
+    instead = vars(cls)["__getattr__"].instead
+    assert instead and not set(instead) & set(dir(cls))

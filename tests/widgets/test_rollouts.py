@@ -9,7 +9,7 @@ import pytest
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.events import Rollouts
-from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
+from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, TurnRecord
 from tensafe_nb.widgets.feed import rollouts
 
 from .conftest import FakeClient, HandFlusher, Wire
@@ -159,3 +159,60 @@ def test_samples_in_the_file_are_escaped_and_show_what_is_invisible(tmp_path: Pa
     path = rollouts_of(tmp_path / "r", {"<b>\u202e": 1.0, "5": 0.0})
     html = rollouts.frozen(3, path, prompts=1)["text/html"]
     assert "&lt;b&gt;⟨U+202E⟩" in html
+
+
+def conversation(path: Path, **fields: Any) -> Path:
+    """Write a conversation in which a tool is called, and one of another prompt; return where they lie."""
+    call = {"calls": [{"name": "add", "arguments": {"a": 2, "b": "<b>"}, "ok": False}]}
+    turns = [
+        TurnRecord("user", "2+2?"),
+        TurnRecord("assistant", "ab", 0, 2, True, 0.5, call),
+        TurnRecord("tool", "Error: <i>", 2, 5, meta={"name": "add"}),
+        TurnRecord("assistant", "c", 5, 6, True),
+    ]
+    made = Trajectory(
+        "2+2?", "ab\n[tool] Error: <i>\nc", tokens=[ord(c) for c in "ab|t|c"], mask=[1, 1, 0, 0, 0, 1], turns=turns,
+        reward=1.0, advantage=[0.5, 0.25, 9.0, 9.0, 9.0, -0.75], **fields,
+    )  # fmt: skip
+    batch = TrajectoryBatch([RolloutGroup("p", "2+2?", [made])], SamplingConfig())
+    return batch.save(path)
+
+
+def test_a_conversation_is_told_turn_by_turn_with_advantages_where_the_policy_speaks(tmp_path: Path) -> None:
+    told = rollouts.message(
+        1, conversation(tmp_path / "r"), lambda ids: [chr(i) for i in ids], rollouts.ASKED
+    )
+    (shown,) = told["groups"][0]["r"]
+    assert shown["turns"] == [
+        {
+            "who": "assistant", "text": "ab", "n": 2, "tok": [["a", 0.5], ["b", 0.25]], "reward": 0.5,
+            "calls": [["add(a=2, b='<b>')", False]],
+        },
+        {"who": "tool", "text": "Error: <i>", "n": 3, "name": "add"},
+        {"who": "assistant", "text": "c", "n": 1, "tok": [["c", -0.75]]},
+    ]  # fmt: skip
+    assert shown["n"] == 3 and shown["adv"] == 0.0 and "tok" not in shown
+
+
+def test_what_was_told_first_is_shown_where_it_is_not_the_groups_prompt(tmp_path: Path) -> None:
+    path = conversation(tmp_path / "r")
+    batch = TrajectoryBatch.load(path)
+    batch.groups[0].prompt = "another one"
+    batch.save(path)
+    (shown,) = rollouts.message(1, path, None, rollouts.ASKED)["groups"][0]["r"]
+    assert (shown["turns"][0]["who"], shown["turns"][0]["text"]) == ("user", "2+2?")
+    assert "tok" not in shown["turns"][1]
+
+
+def test_a_picture_of_conversations_says_who_speaks_and_escapes_it(tmp_path: Path) -> None:
+    html = rollouts.frozen(1, conversation(tmp_path / "r"), 1)["text/html"]
+    assert "<b>assistant</b> ab<br><b>add</b> Error: &lt;i&gt;<br><b>assistant</b> c" in html
+
+
+def test_long_conversations_are_coloured_at_their_beginning_only(tmp_path: Path) -> None:
+    size = rollouts.MOST_TOKENS // 2
+    turns = [TurnRecord("assistant", "x" * size, size * n, size * (n + 1), True) for n in range(4)]
+    made = Trajectory("?", "x", tokens=[120] * (4 * size), turns=turns, reward=0.0)
+    path = TrajectoryBatch([RolloutGroup("p", "?", [made])], SamplingConfig()).save(tmp_path / "r")
+    (shown,) = rollouts.message(1, path, lambda ids: [chr(i) for i in ids], rollouts.ASKED)["groups"][0]["r"]
+    assert ["tok" in turn for turn in shown["turns"]] == [True, True, False, False]

@@ -108,7 +108,7 @@ def fill_adapter(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
     """
     import peft
 
-    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    own = tensors_of(adapted)
     named = adapted.get_base_model().named_parameters(remove_duplicate=False)
     base = {f"{adapter_folders.PREFIX}{name}": parameter for name, parameter in named}
     known = own | {name: base[name] for name in weights.keys() & base.keys() if ".lora_" not in name}
@@ -130,6 +130,14 @@ def fill_adapter(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.set_peft_model_state_dict(adapted, weights)
+
+
+def tensors_of(adapted: Any) -> dict[str, Tensor]:
+    """Return an adapter's tensors by PEFT's names, and where they lie."""
+    import peft
+
+    found: dict[str, Tensor] = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return found
 
 
 def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:

@@ -6,6 +6,7 @@ them for itself.
 """
 
 import copy
+import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Set
@@ -21,6 +22,7 @@ from tensafe_nb.engine.models import memory
 T = TypeVar("T")
 
 AHEAD = 1 << 24  # bytes read at a time
+PROBES = 64  # values of each frozen tensor that tell one base model from another
 ADAPTER, FACTOR_A = ".lora_", ".lora_A."  # in the names of what PEFT adds
 CONTENTS = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model's repository, beside its weights
 
@@ -164,3 +166,22 @@ def _read_ahead(path: Path) -> None:
     with suppress(OSError), path.open("rb", buffering=0) as file:
         while file.read(AHEAD):
             pass
+
+
+def frozen_hash(causal: Any, *, values: bool) -> str:
+    """Return a hash that tells base models apart: names, shapes, and some values of every frozen tensor.
+
+    Args:
+        causal: The model, with or without an adapter, whose tensors do not count.
+        values: Whether frozen tensors are a base's. Of a model of which all is trained, names and shapes count alone.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in causal.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            plain = name.replace(".base_layer", "").replace(".original_module", "")
+            digest.update(f"{plain}{tuple(parameter.shape)}".encode())
+            if values and not parameter.requires_grad:
+                some = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // PROBES)]
+                rounded = some.to(torch.bfloat16).float()  # the same whatever dtype it is kept in
+                digest.update(rounded.cpu().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"

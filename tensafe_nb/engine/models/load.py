@@ -132,7 +132,12 @@ def import_transformers() -> None:
 
 
 def load(
-    config: TrainingConfig, home: Home | None = None, *, alone: bool = False, served: bool = False
+    config: TrainingConfig,
+    home: Home | None = None,
+    *,
+    alone: bool = False,
+    served: bool = False,
+    bare: bool = False,
 ) -> LoadedModel:
     """Load the model of a configuration, with the adapter of its folder, or a fresh one where it asks for one.
 
@@ -144,6 +149,7 @@ def load(
         home: Where a GGUF file is kept once it is converted; None takes the home folder of this process.
         alone: Share nothing: it is going to be changed.
         served: Nobody but the core reads its tokenizer, which it may then share too.
+        bare: The frozen base without any adapter, also of a folder that brings one.
 
     Raises:
         ModelLoadError: No such model, or it cannot be loaded; the message says what to do.
@@ -152,11 +158,12 @@ def load(
     device = device_of(config.device)
     find = partial(readable, home=home)
     source = find(config.model_ref)
-    adapter = adapter_folders.adapter_in(source, find)
-    origin, revision = (source, None) if adapter is None else (adapter.base, adapter.revision)
-    named = config.model_ref if adapter is None else origin
+    brings = adapter_folders.adapter_in(source, find)
+    origin, revision = (source, None) if brings is None else (brings.base, brings.revision)
+    named = config.model_ref if brings is None else origin
     identity = identity_of(origin, revision)
-    own = adapter is not None and adapter.own_tokenizer
+    own = brings is not None and brings.own_tokenizer
+    adapter = None if bare else brings
 
     @cache
     def tokenizer() -> Any:
@@ -168,7 +175,7 @@ def load(
             return reading.tokenizer_of(*((config.model_ref, source) if own else (named, origin, revision)))
 
     weights = {} if adapter is None else adapter.weights()
-    adapts = adapter is not None or config.lora_config is not None
+    adapts = bare or adapter is not None or config.lora_config is not None
     dtype = compute_dtype_of(config, device)
     kept = dtype if adapts else torch.float32  # what is trained is float32, and autocast rounds it
 
@@ -189,7 +196,7 @@ def load(
         causal, grown = read()
     warn_of_lacking_rows(causal, tokenizer(), config.model_ref)
     brought = embeddings_in(weights, causal)
-    lora = config.lora_config
+    lora = None if bare else config.lora_config
     if adapter is not None:
         lora = adapter.merged_with(lora, lambda asked: adapters.layers_of(asked, causal))
     peft = None

@@ -122,6 +122,7 @@ def sample(
     tick: Tick,
     turns: Sequence[TurnEnd] = (),
     tell: Tell | None = None,
+    streams: Sequence[int | None] = (),
 ) -> list[SampledSequence]:
     """Draw `num_samples` completions per prompt, prompt by prompt.
 
@@ -133,11 +134,15 @@ def sample(
         tick: Called with (tokens done, tokens at most) before each token; may raise to stop.
         turns: What ends an answer to each prompt beside the model's end tokens; for none of them if empty.
         tell: Called with further text of a sequence after each token, if asked for: its pieces are the text.
+        streams: Of a prompt, what takes the place of its number among equal ones in the choice of its random stream.
     """
-    rows = list(begun(prompts, sampling.num_samples, seed, turns or [TurnEnd()] * len(prompts)))
+    none: list[None] = [None] * len(prompts)
+    rows = list(
+        begun(prompts, sampling.num_samples, seed, turns or [TurnEnd()] * len(prompts), streams or none)
+    )
     longest = max(map(len, prompts)) + sampling.max_new_tokens
-    samples = sampling.num_samples
     most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
+    prompts, samples = read_once(prompts, sampling.num_samples, most // longest)
     at_once = max(1, most // (longest * samples))  # prompts
     starts = range(0, len(prompts), at_once)
     with merged(model, sampling.max_new_tokens * len(starts), min(len(prompts), at_once) * samples):
@@ -149,6 +154,7 @@ def sample(
             decode(
                 model,
                 prompts[start : start + at_once],
+                samples,
                 rows[start * samples : (start + at_once) * samples],
                 sampling,
                 of_all,
@@ -160,14 +166,15 @@ def sample(
 def decode(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
+    samples: int,
     rows: list[Completion],
     sampling: SamplingConfig,
     tick: Tick,
     after_token: Callable[[], None] | None = None,
 ) -> None:
-    """Fill in the rows of some prompts, all of them token by token together."""
+    """Fill in the rows of some prompts, `samples` of each, all of them token by token together."""
     active = list(rows)
-    state = rows_of(model, prompts, sampling.num_samples, sampling.max_new_tokens)
+    state = rows_of(model, prompts, samples, sampling.max_new_tokens)
     for position in range(sampling.max_new_tokens):
         tick(position, sampling.max_new_tokens)
         tokens, logprobs, raw, entropy = draw(state.logits, sampling, uniforms_at(active, position))
@@ -238,17 +245,39 @@ def truncated(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return logits
 
 
+def read_once(
+    prompts: Sequence[Sequence[int]], samples: int, most: int
+) -> tuple[Sequence[Sequence[int]], int]:
+    """Return prompts without equal neighbours, and the rows of each: a prompt need be read once for all its rows.
+
+    Where they do not all come equally often, or one would have more than `most` rows, they stay as they are.
+    """
+    often = next((n for n, prompt in enumerate(prompts) if prompt != prompts[0]), len(prompts))
+    runs = [prompts[start : start + often] for start in range(0, len(prompts), often)]
+    if (
+        often * samples > most
+        or len(prompts) % often
+        or any(prompt != run[0] for run in runs for prompt in run)
+    ):
+        return prompts, samples
+    return [run[0] for run in runs], samples * often
+
+
 def begun(
-    prompts: Sequence[Sequence[int]], samples: int, seed: int, turns: Sequence[TurnEnd]
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    seed: int,
+    turns: Sequence[TurnEnd],
+    streams: Sequence[int | None],
 ) -> Iterator[Completion]:
     """Yield the completions to be made, each with the seed of its own random stream."""
     seen: Counter[tuple[int, ...]] = Counter()
-    for index, (prompt, turn) in enumerate(zip(map(tuple, prompts), turns, strict=True)):
-        for _ in range(samples):
-            own = repr((seed, prompt, seen[prompt])).encode()
+    for index, (prompt, turn, stream) in enumerate(zip(map(tuple, prompts), turns, streams, strict=True)):
+        for number in range(samples):
+            own = repr((seed, prompt, seen[prompt] if stream is None else (stream, number))).encode()
             digest = hashlib.blake2b(own, digest_size=7).digest()
             yield Completion(index, prompt, int.from_bytes(digest, "big"), turn)
-            seen[prompt] += 1
+            seen[prompt] += stream is None
 
 
 def uniforms_at(rows: Sequence[Completion], position: int) -> Tensor:

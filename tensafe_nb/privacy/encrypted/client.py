@@ -12,13 +12,14 @@ from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.envelope import MOST_MESSAGE, Connection, KeySource
 from tensafe_nb.privacy.encrypted.packing import (
     MOST_TOKENS,
+    PACKINGS,
     PackingPlan,
     Shape,
     best_plan,
     packings_of,
     plan_of,
 )
-from tensafe_nb.privacy.encrypted.parameters import parameters_named
+from tensafe_nb.privacy.encrypted.parameters import Parameters, parameters_named
 from tensafe_nb.privacy.encrypted.scheme import Tick, Vector, dump, no_tick, scheme_of
 
 # A token's largest value is brought into [2^7, 2^8) before it is encrypted. A rotation adds noise of about 1e-6, since
@@ -111,20 +112,20 @@ class HEClient:
         }
         return self._connection.bundle(fields, parts, self._keys)
 
-    def encrypt(self, x: Any, *, tick: Tick = no_tick) -> bytes:
+    def encrypt(self, x: Any, adapter: str = "", *, tick: Tick = no_tick) -> bytes:
         """Encrypt (S, d_in) activations of S tokens, in as few ciphertexts as they cost least.
 
         Args:
             x: The activations.
+            adapter: Its name, where the server holds several.
             tick: Called as `tick(done, total)` between ciphertexts. If it raises, nothing was asked.
 
         Raises:
             ValidationError: Another shape, values that are not finite or beyond `max_abs`, or too many tokens.
         """
-        given = self._checked(x)
+        given = checked_activations(x, self.shape.d_in, self.max_abs, MOST_TOKENS)
         plan = best_plan(self.shape, len(given), self.packings, self.parameters)
-        blocks = ceil(len(given) / plan.tokens)
-        sent = blocks * plan.inputs * self.parameters.ciphertext_bytes(self.parameters.levels) // 2
+        sent = upload_bytes(plan, len(given), self.parameters)
         if sent > MOST_MESSAGE:
             most = max(1, len(given) * MOST_MESSAGE // sent // plan.tokens * plan.tokens)
             raise ValidationError(
@@ -136,7 +137,7 @@ class HEClient:
         parts: list[bytes] = []
         for start in range(0, len(scaled), plan.tokens):
             for slots in plan.packed(scaled[start : start + plan.tokens]):
-                tick(len(parts), blocks * plan.inputs)
+                tick(len(parts), ceil(len(given) / plan.tokens) * plan.inputs)
                 parts.append(self._encrypted(slots))
         with self._lock:
             if len(self._waiting) >= MOST_WAITING:
@@ -145,9 +146,10 @@ class HEClient:
                 )
             self._sent += 1
             self._waiting[self._sent] = _Asked(plan, len(given), exponents)
-            return self._connection.seal(
-                "request", self._sent, {"tokens": len(given), "packing": plan.tokens}, parts
+            fields = {"tokens": len(given), "packing": plan.tokens} | (
+                {"adapter": adapter} if adapter else {}
             )
+            return self._connection.seal("request", self._sent, fields, parts)
 
     def decrypt(self, reply: bytes, *, tick: Tick = no_tick) -> Vector:
         """Return the (S, d_out) that a server computed; each reply once, in the order of the requests.
@@ -186,25 +188,6 @@ class HEClient:
         result: Vector = np.ldexp(y, exponent - asked.exponents[:, None])
         return result
 
-    def _checked(self, x: Any) -> Vector:
-        try:
-            given = np.asarray(x, dtype=np.float64)
-        except (TypeError, ValueError) as err:
-            raise ValidationError(f"Activations are numbers, (S, {self.shape.d_in}): {err}.") from err
-        if given.ndim != 2 or given.shape[1] != self.shape.d_in:
-            raise ValidationError(
-                f"Activations are (S, {self.shape.d_in}), tokens and width, not {given.shape}."
-            )
-        if not 1 <= len(given) <= MOST_TOKENS:
-            raise ValidationError(f"One call takes 1 to {MOST_TOKENS} tokens, not {len(given)}.")
-        if not np.isfinite(given).all():
-            raise ValidationError("An activation is NaN or infinite. Nothing was encrypted.")
-        if (largest := np.abs(given).max()) > self.max_abs:
-            raise ValidationError(
-                f"An activation of {largest:.3g} lies beyond the declared bound max_abs={self.max_abs:g}."
-            )
-        return given
-
     def _encrypted(self, slots: Vector) -> bytes:
         plain = self._scheme.encode(slots, 0, self.parameters.scale)
         return dump(self._encryptor.encrypt_symmetric(plain))
@@ -217,6 +200,43 @@ class HEClient:
         return self._scheme.decode(plain)
 
 
+def checked_activations(x: Any, width: int, max_abs: float, most_tokens: int) -> Vector:
+    """Return activations as they are encrypted.
+
+    Raises:
+        ValidationError: Another shape, values that are not finite or beyond a bound, or too many tokens.
+    """
+    try:
+        given = np.asarray(x, dtype=np.float64)
+    except (TypeError, ValueError) as err:
+        raise ValidationError(f"Activations are numbers, (S, {width}): {err}.") from err
+    if given.ndim != 2 or given.shape[1] != width:
+        raise ValidationError(f"Activations are (S, {width}), tokens and width, not {given.shape}.")
+    if not 1 <= len(given) <= most_tokens:
+        raise ValidationError(f"One call takes 1 to {most_tokens} tokens, not {len(given)}.")
+    if not np.isfinite(given).all():
+        raise ValidationError("An activation is NaN or infinite. Nothing was encrypted.")
+    if (largest := np.abs(given).max()) > max_abs:
+        raise ValidationError(
+            f"An activation of {largest:.3g} lies beyond the declared bound max_abs={max_abs:g}."
+        )
+    return given
+
+
 def steps_of(shape: Shape, packings: tuple[int, ...], parameters: Any) -> list[int]:
     """Return the rotations that a server of these packings takes: it gets a key for each, and for no other."""
     return sorted(set().union(*(plan_of(shape, packing, parameters).steps for packing in packings)))
+
+
+def upload_bytes(plan: PackingPlan, tokens: int, parameters: Parameters) -> int:
+    """Return how many bytes the ciphertexts of so many tokens have, at most: half of each is a seed."""
+    return ceil(tokens / plan.tokens) * plan.inputs * parameters.ciphertext_bytes(parameters.levels) // 2
+
+
+def tokens_at_once(shape: Shape, packings: tuple[int, ...], parameters: Parameters, most_bytes: int) -> int:
+    """Return how many tokens to put into one message, as many as share a ciphertext if it is not too large then."""
+    for tokens in PACKINGS[::-1]:
+        plan = best_plan(shape, tokens, packings, parameters)
+        if upload_bytes(plan, tokens, parameters) <= most_bytes:
+            return tokens
+    return 1

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from statistics import median
@@ -112,6 +112,25 @@ def estimate(
         rotations=blocks * plan.rotations,
         multiplications=blocks * plan.multiplications,
     )
+
+
+def estimate_all(
+    shapes: Sequence[tuple[int, int, int]], tokens: int, params: str, *, packing: int | str = "auto"
+) -> HECost:
+    """Estimate what one pass through several adapters costs, one after the other; those of one shape share keys."""
+    costs = [estimate(shape, tokens, params, packing=packing) for shape in shapes]
+    keys = dict(zip(shapes, (cost.galois_mb for cost in costs), strict=True))
+    adds_up = (
+        "client_ms",
+        "server_ms",
+        "encoding_ms",
+        "upload_kb",
+        "download_kb",
+        "rotations",
+        "multiplications",
+    )
+    sums = {name: sum(getattr(cost, name) for cost in costs) for name in adds_up}
+    return replace(costs[0], galois_mb=sum(keys.values()), **sums)
 
 
 @dataclass(frozen=True, slots=True)

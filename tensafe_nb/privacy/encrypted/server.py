@@ -1,9 +1,10 @@
 """The half that holds the adapter: it computes on ciphertexts that it cannot read."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import ceil, log2
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,19 +26,21 @@ from tensafe_nb.privacy.encrypted.scheme import (
 
 # A result is read modulo the last prime, 60 bits, at a scale of 40: it has to stay below 2^19 in every slot.
 MOST_RESULT = 2.0**18
+Adapter: TypeAlias = tuple[Any, Any, float]
 
 
 class HEServer:
     """Applies an adapter to encrypted activations. It holds no secret key, and cannot decrypt.
 
     Args:
-        adapter: (A, B, scale), of (rank, d_in), (d_out, rank) and a number: x → scale · B (A x).
+        adapter: (A, B, scale), of (rank, d_in), (d_out, rank) and a number: x → scale · B (A x). Or several of one
+            shape, by the names that requests give: those of several layers, for one set of keys.
         bundle: What `HEClient.public_bundle` returned.
         keys: Opens the key that authenticates the connection, if the client wrapped it.
-        cache_mb: How much memory the encoded adapter may take; what finds no room is encoded at each call.
+        cache_mb: How much memory the encoded adapters may take; what finds no room is encoded at each call.
 
     Raises:
-        ValidationError: The adapter is none.
+        ValidationError: An adapter is none, or they differ in shape.
         EncryptionContextError: The bundle is not whole, or is of another adapter's shape.
 
     Example:
@@ -47,18 +50,15 @@ class HEServer:
 
     def __init__(
         self,
-        adapter: tuple[Any, Any, float],
+        adapter: Adapter | Mapping[str, Adapter],
         bundle: bytes,
         *,
         keys: KeySource | None = None,
         cache_mb: float = 512,
     ) -> None:
-        a, b, scale = adapter
-        a, b = _matrix("A", a), _matrix("B", b)
-        if len(a) != b.shape[1]:
-            raise ValidationError(f"A is (rank, d_in) and B (d_out, rank), not {a.shape} and {b.shape}.")
-        self.shape = Shape(a.shape[1], b.shape[0], a.shape[0])
-        a, b, self._exponent = normalised(a, b, scale)
+        self._room = int(cache_mb * 2**20)
+        checked = {name: _checked(each) for name, each in _named(adapter).items()}
+        self.shape = _shape_of(checked)
         self._connection, message = open_bundle(bundle, keys)
         self.parameters = parameters_named(message.fields.get("params"), "lora")
         self.packings = self._agreed(message)
@@ -66,7 +66,7 @@ class HEServer:
         steps = steps_of(self.shape, self.packings, self.parameters)
         galois_keys = self._galois_keys(message, steps)
         self._arithmetic = Arithmetic(self._scheme, galois_keys)
-        self._encoded = EncodedAdapter(self._scheme, a, b, int(cache_mb * 2**20))
+        self._encoded = self._to_encode(checked)
         self._lock = threading.Lock()
         self._last = 0
         self._refuse_secrets()
@@ -80,6 +80,32 @@ class HEServer:
         """What was done to ciphertexts so far."""
         return self._arithmetic.counts
 
+    @property
+    def most_bytes(self) -> int:
+        """No request of a client that keeps to the parameters is larger: what is need not be read."""
+        whole = self.parameters.ciphertext_bytes(self.parameters.levels) + 4
+        plans = [plan_of(self.shape, packing, self.parameters) for packing in self.packings]
+        most = max(ceil(MOST_TOKENS / plan.tokens) * plan.inputs for plan in plans)
+        return min(MOST_MESSAGE, 2**16 + most * whole)
+
+    def replace(self, adapter: Adapter | Mapping[str, Adapter]) -> None:
+        """Serve other weights from the next request on, under the same names and keys.
+
+        Raises:
+            ValidationError: They have another shape, or other names.
+        """
+        checked = {name: _checked(each) for name, each in _named(adapter).items()}
+        with self._lock:
+            if checked.keys() != self._encoded.keys() or _shape_of(checked) != self.shape:
+                raise ValidationError(
+                    "The new weights have another shape, or other names, than those served."
+                )
+            self._encoded = self._to_encode(checked)
+
+    def _to_encode(self, checked: Mapping[str, Adapter]) -> "dict[str, EncodedAdapter]":
+        room = Room(self._room)
+        return {name: EncodedAdapter(self._scheme, *each, room) for name, each in checked.items()}
+
     def apply(self, request: bytes, *, tick: Tick = no_tick) -> bytes:
         """Return the reply to a request; each is taken once, and none behind a later one.
 
@@ -91,7 +117,7 @@ class HEServer:
             EncryptionContextError: It was altered, replayed or reordered, is too large, or of another shape.
         """
         with self._lock:
-            message = self._connection.open(request, "request", most=self._most_bytes)
+            message = self._connection.open(request, "request", most=self.most_bytes)
             if message.sequence <= self._last:
                 raise EncryptionContextError(
                     f"Request {message.sequence} comes behind {self._last}: replayed or reordered. It was not used."
@@ -102,6 +128,11 @@ class HEServer:
             if packing not in self.packings:
                 raise EncryptionContextError(
                     f"The client's bundle has no keys for {packing} tokens in a ciphertext."
+                )
+            encoded = self._encoded.get(str(message.fields.get("adapter", "")))
+            if encoded is None:
+                raise EncryptionContextError(
+                    "The request names an adapter that this connection does not serve."
                 )
             plan = plan_of(self.shape, packing, self.parameters)
             if len(message.parts) != blocks * plan.inputs:
@@ -119,14 +150,17 @@ class HEServer:
                 part
                 for block in range(blocks)
                 for part in self._applied(
+                    encoded,
                     plan,
                     inputs[block * plan.inputs : (block + 1) * plan.inputs],
                     lambda: tick(next(ahead), turns),
                 )
             ]
-            return self._connection.seal("reply", message.sequence, {"exponent": self._exponent}, parts)
+            return self._connection.seal("reply", message.sequence, {"exponent": encoded.exponent}, parts)
 
-    def _applied(self, plan: PackingPlan, inputs: list[Any], turned: Callable[[], None]) -> list[bytes]:
+    def _applied(
+        self, encoded: "EncodedAdapter", plan: PackingPlan, inputs: list[Any], turned: Callable[[], None]
+    ) -> list[bytes]:
         do, outputs = self._arithmetic, [None] * plan.outputs
         for chunk in range(plan.chunks):
             w = None
@@ -135,7 +169,7 @@ class HEServer:
                 if w is not None:
                     w = do.rotated(w, plan.tokens)
                 for which, x in enumerate(inputs):
-                    w = do.add_product(w, x, self._encoded.a(plan, chunk, turn, which))
+                    w = do.add_product(w, x, encoded.a(plan, chunk, turn, which))
             if w is None:
                 continue
             u = do.folded(do.rescaled(w), plan.sum_steps)
@@ -144,17 +178,8 @@ class HEServer:
                 if turn:
                     u = do.rotated(u, plan.tokens)
                 for which in range(plan.outputs):
-                    outputs[which] = do.add_product(
-                        outputs[which], u, self._encoded.b(plan, chunk, turn, which)
-                    )
+                    outputs[which] = do.add_product(outputs[which], u, encoded.b(plan, chunk, turn, which))
         return [b"" if y is None else dump(do.folded(do.rescaled(y), plan.row_steps)) for y in outputs]
-
-    @property
-    def _most_bytes(self) -> int:
-        whole = self.parameters.ciphertext_bytes(self.parameters.levels) + 4
-        plans = [plan_of(self.shape, packing, self.parameters) for packing in self.packings]
-        most = max(ceil(MOST_TOKENS / plan.tokens) * plan.inputs for plan in plans)
-        return min(MOST_MESSAGE, 2**16 + most * whole)
 
     def _agreed(self, message: Message) -> tuple[int, ...]:
         s, packings = self.shape, message.fields.get("packings")
@@ -183,17 +208,29 @@ class HEServer:
         """
         seal = self._scheme.seal
         able = (seal.SecretKey, seal.Decryptor, seal.KeyGenerator, seal.Encryptor)
-        holders = (self, self._arithmetic, self._encoded, self._scheme)
+        holders = (self, self._arithmetic, self._scheme, *self._encoded.values())
         if any(isinstance(value, able) for holder in holders for value in vars(holder).values()):
             raise EncryptionContextError(
                 "The server's side holds something that can decrypt. It must not be used."
             )
 
 
-class EncodedAdapter:
-    """An adapter as plaintexts of the scheme, each encoded once as long as there is room."""
+@dataclass(slots=True)
+class Room:
+    """How many bytes of encoded adapters there is still room for, of all adapters together."""
 
-    def __init__(self, scheme: Scheme, a: Vector, b: Vector, room: int) -> None:
+    left: int
+
+
+class EncodedAdapter:
+    """An adapter as plaintexts of the scheme, each encoded once as long as there is room.
+
+    Attributes:
+        exponent: Of the power of two that a result is to be multiplied with.
+    """
+
+    def __init__(self, scheme: Scheme, a: Vector, b: Vector, scale: float, room: Room) -> None:
+        a, b, self.exponent = normalised(a, b, scale)
         self._scheme, self._matrices = scheme, (a, b)
         self._room = room
         self._kept: dict[tuple[int, int, int, int, int], Any | None] = {}
@@ -216,8 +253,8 @@ class EncodedAdapter:
         encoded = self._scheme.encode(lay(self._matrices[level], chunk, turn, which), level, prime)
         plain = None if encoded.is_zero() else encoded
         size = 8 * self._scheme.parameters.degree * (self._scheme.parameters.levels - level)
-        if self._room >= size:
-            self._room -= size
+        if self._room.left >= size:
+            self._room.left -= size
             self._kept[place] = plain
         return plain
 
@@ -258,3 +295,22 @@ def _matrix(name: str, values: Any) -> Vector:
             f"{name} of an encrypted adapter is a finite matrix, not of shape {matrix.shape}."
         )
     return matrix
+
+
+def _named(adapter: Adapter | Mapping[str, Adapter]) -> Mapping[str, Adapter]:
+    return adapter if isinstance(adapter, Mapping) else {"": adapter}
+
+
+def _checked(adapter: Adapter) -> tuple[Vector, Vector, float]:
+    a, b, scale = adapter
+    a, b = _matrix("A", a), _matrix("B", b)
+    if len(a) != b.shape[1]:
+        raise ValidationError(f"A is (rank, d_in) and B (d_out, rank), not {a.shape} and {b.shape}.")
+    return a, b, scale
+
+
+def _shape_of(checked: Mapping[str, Adapter]) -> Shape:
+    shapes = {(a.shape[1], b.shape[0], a.shape[0]) for a, b, _ in checked.values()}
+    if len(shapes) != 1:
+        raise ValidationError(f"Adapters that share keys have one shape, not {sorted(shapes)}.")
+    return Shape(*shapes.pop())

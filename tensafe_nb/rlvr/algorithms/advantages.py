@@ -4,14 +4,14 @@ Rewards are (N,) float64, NaN where unscored; `groups` (N,) says which prompt a 
 unscored rollout has advantage 0 and is left out of every mean and standard deviation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.registry import Registry
-from tensafe_nb.rlvr.rollouts.trajectories import NO_SIGNAL, bessel_std
+from tensafe_nb.rlvr.rollouts.trajectories import NO_SIGNAL, Trajectory, bessel_std
 
 AdvantageFunction: TypeAlias = Callable[..., Array]
 Baseline: TypeAlias = Literal["none", "ema", "rloo", "group"]
@@ -199,6 +199,24 @@ def at_the_end(rewards: Array, mask: Array) -> Array:
     last = mask.shape[1] - 1 - np.argmax(mask[rows, ::-1] > 0, axis=1)  # (rows,) the first from the right
     placed[rows, last] = rewards[rows]
     return placed
+
+
+def by_turn(rewards: Array, batch: Sequence[Trajectory], mask: Array) -> Array:
+    """Return (N, T) with what an environment gave for a turn on that turn's last token, the rest on the rollout's last.
+
+    Args:
+        rewards: (N,) whole rewards, those of the turns included; NaN where unscored.
+        batch: The N rollouts.
+        mask: (N, T).
+    """
+    placed, rest = np.zeros(mask.shape), rewards.astype(np.float64)
+    for row, trajectory in enumerate(batch):
+        for turn in trajectory.turns or ():
+            seen = turn.start + np.flatnonzero(mask[row, turn.start : turn.stop])
+            if turn.reward is not None and seen.size:
+                placed[row, seen[-1]] += turn.reward
+                rest[row] -= turn.reward
+    return placed + at_the_end(rest, mask)
 
 
 @register_advantage("reinforce_pp")

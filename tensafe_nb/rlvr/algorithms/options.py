@@ -30,6 +30,10 @@ class PolicyConfig(Config):
         mask_truncated: Leave rollouts that ran into the token limit out of the loss; their reward still
             counts in the baseline.
         ema_decay: Weight of the past in the "ema" baseline.
+        resample_zero_signal: How often `RLVRTrainer` replaces prompts without signal before an update, at most, as
+            DAPO does: its `prompt_policy` becomes a `DynamicSampling`. An update by hand samples nothing.
+        overlong: Share of `max_new_tokens` over which `RLVRTrainer` adds DAPO's soft punishment to the reward: 0 up to
+            (1 − overlong) · max_new_tokens, from there falling to −1. 0 adds none.
     """
 
     scale: Scale | None = None
@@ -41,6 +45,8 @@ class PolicyConfig(Config):
     tis_cap: pydantic.PositiveFloat | None = None
     mask_truncated: bool = True
     ema_decay: float = pydantic.Field(default=0.9, ge=0.0, lt=1.0)
+    resample_zero_signal: pydantic.NonNegativeInt = 0
+    overlong: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
 
     @pydantic.model_validator(mode="after")
     def _kl_has_a_gradient(self) -> Self:
@@ -159,6 +165,8 @@ class REINFORCEConfig(PolicyConfig):
         mask_truncated: Leave rollouts that ran into the token limit out of the loss; their reward still
             counts in the baseline.
         ema_decay: Weight of the past in the "ema" baseline.
+        resample_zero_signal: How often `RLVRTrainer` replaces prompts without signal before an update, at most.
+        overlong: Share of `max_new_tokens` over which `RLVRTrainer` punishes long answers softly.
     """
 
     baseline: Baseline | None = None
@@ -224,6 +232,8 @@ class PPOConfig(PolicyConfig):
         tis_cap: Bound of π_old / π_sampler, which the loss is then multiplied by.
         mask_truncated: Leave rollouts that ran into the token limit out of the loss.
         ema_decay: Weight of the past in the "ema" baseline.
+        resample_zero_signal: How often `RLVRTrainer` replaces prompts without signal before an update, at most.
+        overlong: Share of `max_new_tokens` over which `RLVRTrainer` punishes long answers softly.
     """
 
     advantage: str = "auto"

@@ -41,11 +41,11 @@ def loss_mask(batch: TrajectoryBatch, mask_truncated: bool) -> Array:
     """Return (N, C): 1 for completion tokens in the loss, the end token included.
 
     Unscored rollouts are left out, truncated ones when `mask_truncated` says so; a trajectory's own mask leaves out
-    what it marks 0.
+    what it marks 0, such as what an environment said.
     """
     cut = np.array([t.truncated and mask_truncated for t in batch])  # (N,)
-    lengths = np.where(cut | ~np.isfinite(batch.rewards), 0, batch.lengths)  # (N,)
-    positions = np.arange(max(int(batch.lengths.max()), 1))  # (C,)
+    lengths = np.where(cut | ~np.isfinite(batch.rewards), 0, batch.widths)  # (N,)
+    positions = np.arange(max(int(batch.widths.max()), 1))  # (C,)
     mask = (positions < lengths[:, None]).astype(np.float64)
     for row, trajectory in enumerate(batch):
         if trajectory.mask is not None:
@@ -62,7 +62,8 @@ def pack(
     """Lay trajectories out as rows, padded on the right.
 
     `labels[t]` is the token at t + 1, so a completion's first label sits at the prompt's last position, and
-    its last token (the end token) is a label but never an input.
+    its last token (the end token) is a label but never an input. What an environment said is an input and no label: no
+    loss, entropy or KL ever sees it.
 
     Args:
         trajectories: B of them, with tokens.
@@ -73,17 +74,21 @@ def pack(
     Returns:
         input_ids, attention_mask, labels and the extras, each (B, T).
     """
-    shape = (len(trajectories), max(len(t.prompt_tokens) + len(t.tokens) - 1 for t in trajectories))
+    widest = max(len(t.prompt_tokens) + len(t.tokens) - 1 for t in trajectories)
+    shape = (len(trajectories), max(widest, 1))
     ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     labels = np.full(shape, IGNORE, np.int64)
     laid_out: dict[str, Array] = {name: np.zeros(shape) for name in extras}
     for row, trajectory in enumerate(trajectories):
-        completion = span(
-            trajectory
-        )  # of length |tokens|; what stands before it is prompt, behind it padding
+        if not trajectory.tokens:  # nothing was ever said: a row of padding, without a label
+            mask[row, 0] = 1
+            continue
+        # of length |tokens|; what stands before it is prompt, behind it padding
+        completion = span(trajectory)
         ids[row, : completion.stop] = [*trajectory.prompt_tokens, *trajectory.tokens[:-1]]
         mask[row, : completion.stop] = 1
-        labels[row, completion] = trajectory.tokens  # shifted: the label at t is the token at t + 1
+        # shifted: the label at t is the token at t + 1
+        labels[row, completion] = np.where(trajectory.said, trajectory.tokens, IGNORE)
         for name, values in extras.items():
             laid_out[name][row, completion] = values[row, : len(trajectory.tokens)]
     if numbers is not None:
@@ -97,7 +102,8 @@ def unpack(trajectories: Sequence[Trajectory], values: Array, width: int) -> Arr
     """Return (B, C) completion tokens of what a core computed for a packed batch, (B, T)."""
     found = np.zeros((len(trajectories), width))
     for row, trajectory in enumerate(trajectories):
-        found[row, : len(trajectory.tokens)] = values[row, span(trajectory)]
+        if trajectory.tokens:
+            found[row, : len(trajectory.tokens)] = values[row, span(trajectory)]
     return found
 
 
@@ -123,9 +129,10 @@ def entropy_of(batch: TrajectoryBatch) -> float | None:
     All tokens count, those of prompts without signal, cut and unscored ones too: leaving out prompts that are solved
     already would overstate it. The sampler had the logits, so that it costs no further forward pass.
     """
-    if not batch.lengths.sum() or any(trajectory.entropy is None for trajectory in batch):
+    spoke = [trajectory for trajectory in batch if trajectory.length]
+    if not spoke or any(trajectory.entropy is None for trajectory in spoke):
         return None
-    return float(np.average([trajectory.entropy for trajectory in batch], weights=batch.lengths))
+    return float(np.average([t.entropy for t in spoke], weights=[t.length for t in spoke]))
 
 
 def group_numbers(batch: TrajectoryBatch) -> Array:

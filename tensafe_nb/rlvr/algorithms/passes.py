@@ -107,8 +107,7 @@ class Passes:
         if self.is_private:
             return private.group_weights(self.batch, self.mask, self.config)
         scored = int(np.isfinite(self.batch.rewards).sum())
-        limit = self.batch.sampling.max_new_tokens
-        return token_weights(self.mask, self.config.aggregation, limit, scored)
+        return token_weights(self.mask, self.config.aggregation, self.batch.longest, scored)
 
     def minibatches(self, rows: Array, epoch: int) -> list[Array]:
         """Split the rows into minibatches of whole prompt groups, in an order of its own in every pass."""

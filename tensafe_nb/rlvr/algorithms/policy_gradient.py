@@ -18,6 +18,7 @@ from tensafe_nb.rlvr.algorithms.advantages import (
     EMABaseline,
     advantages,
     at_the_end,
+    by_turn,
     gae,
     resolve_advantage,
     whiten,
@@ -184,7 +185,7 @@ class PPO(PolicyGradient[PPOConfig]):
     """Proximal policy optimisation (Schulman et al. 2017) with group or value-head advantages; GRPO and its kin.
 
     Args:
-        config: The options, or a preset ("grpo", "dr_grpo", "cispo", "gspo", "ppo_value"); or its fields by name.
+        config: The options, or a preset ("grpo", "dr_grpo", "dapo", "cispo", "gspo", "ppo_value"); or fields by name.
 
     Example:
         >>> algo = PPO("grpo", ppo_epochs=2, target_kl=0.01)
@@ -232,7 +233,7 @@ def assign_advantages(
         penalty = readings.penalty(config.kl_coef, mask)  # (N, C)
     if method == "gae":
         assert readings.values is not None, "read before it is used"
-        per_token = at_the_end(rewards, mask) - (0.0 if penalty is None else penalty)
+        per_token = by_turn(rewards, batch, mask) - (0.0 if penalty is None else penalty)
         head = config.value or ValueOptions()
         values, targets = gae(per_token, readings.values, mask, gamma=head.gamma, lam=head.lam)
         values = whiten(values, mask) if head.whiten else values  # (N, C)

@@ -20,6 +20,18 @@ _PRESETS: dict[str, PolicyConfig] = {
     "grpo": PPOConfig(advantage="group", scale="group", clip_range=0.2, aggregation="seq_mean"),
     # Liu et al. 2025, arXiv:2503.20783: neither the std nor the length of an answer divides
     "dr_grpo": PPOConfig(advantage="group", clip_range=0.2),
+    # Yu et al. 2025, arXiv:2503.14476: clip higher, token-level loss, dynamic sampling, overlong punishment, no KL.
+    # Answers that were cut stay in the loss, or the punishment would not reach them; no dual clip, which is verl's.
+    "dapo": PPOConfig(
+        advantage="group",
+        scale="group",
+        clip_range=(0.2, 0.28),
+        dual_clip=None,
+        aggregation="token_mean",
+        mask_truncated=False,
+        resample_zero_signal=3,
+        overlong=0.2,
+    ),
     # MiniMax 2025, arXiv:2506.13585: the ratio is clipped as a weight, so no token loses its gradient
     "cispo": PPOConfig(
         advantage="group", scale="group", loss="cispo", clip_range=(0.0, 5.0), aggregation="token_mean"

@@ -55,6 +55,8 @@ def coupling_options(config: PolicyConfig, method: str) -> Iterator[str]:
         yield f"aggregation={config.aggregation!r} divides by the tokens of other prompts: choose 'const' or 'sum'"
     if config.passes > 1 or config.minibatch_count > 1:
         yield "every further step on the same rollouts is a further release: one pass, one minibatch"
+    if config.resample_zero_signal:
+        yield "resample_zero_signal selects prompts by what private answers scored: leave it out"
     if config.kl_limit is not None:
         yield "target_kl stops on private data: leave it out"
     if config.value is not None and method == "gae":
@@ -70,8 +72,12 @@ def released(position: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_ids(batch: TrajectoryBatch) -> Array:
-    """Return (N,) the prompt that each rollout answers, by a hash of it: the same in every epoch."""
-    return np.array([hashlib.sha256(repr(t.prompt).encode()).hexdigest()[:32] for t in batch])
+    """Return (N,) the prompt that each rollout answers, by a hash of it: the same in every epoch.
+
+    Of a conversation it is the row that the environment was given: two rows may begin with the same words.
+    """
+    units = [t.prompt if t.turns is None else t.prompt_id for t in batch]
+    return np.array([hashlib.sha256(repr(unit).encode()).hexdigest()[:32] for unit in units])
 
 
 def group_weights(batch: TrajectoryBatch, mask: Array, config: PolicyConfig) -> Array:
@@ -80,5 +86,5 @@ def group_weights(batch: TrajectoryBatch, mask: Array, config: PolicyConfig) -> 
     for number in np.unique(groups):
         rows = groups == number
         scored = int(np.isfinite(batch.rewards[rows]).sum())
-        weights[rows] = token_weights(mask[rows], config.aggregation, batch.sampling.max_new_tokens, scored)
+        weights[rows] = token_weights(mask[rows], config.aggregation, batch.longest, scored)
     return weights

@@ -29,7 +29,7 @@ class Readings:
         Raises:
             ValidationError: A value head is needed, and there is none.
         """
-        width, temperature = max(int(batch.lengths.max()), 1), batch.sampling.temperature
+        width, temperature = max(int(batch.widths.max()), 1), batch.sampling.temperature
         if not (config.reads_old or method == "gae" or config.kl_coef):
             return cls()
         rows = list(batch)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
-from tensafe_nb.rlvr.rewards.conventions import Outcome, number_of
+from tensafe_nb.rlvr.rewards.conventions import Verdict, number_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def read_part(given: Any, resolve: Callable[..., Any]) -> Part:
     return Part(reward, weight, part.name or reward.name, part.true)
 
 
-def combined(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Outcome:
+def combined(parts: Sequence[Part], outcomes: Sequence[Verdict]) -> Verdict:
     """Return the outcome of a composite from those of its parts, in their order."""
     named = list(zip(parts, outcomes, strict=True))
     failures = [f"{part.name}: {outcome.error}" for part, outcome in named if outcome.error]
@@ -127,7 +127,7 @@ def combined(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Outcome:
     fatal = any(outcome.error and part.weight for part, outcome in named)
     # Σ w_i r_i over the parts that gave a score: one that abstains adds nothing.
     terms = [part.weight * o.score for part, o in named if part.weight and o.score is not None]
-    return Outcome(
+    return Verdict(
         None if fatal or not terms else sum(terms),
         {name: value for part, outcome in named for name, value in named_parts(part.name, outcome).items()},
         "; ".join(failures) or None,
@@ -135,7 +135,7 @@ def combined(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Outcome:
     )
 
 
-def named_parts(name: str, outcome: Outcome) -> dict[str, float]:
+def named_parts(name: str, outcome: Verdict) -> dict[str, float]:
     """Return a function's score under its name, and what else it returned under "name/…"."""
     own = {} if outcome.score is None else {name: outcome.score}
     return own | {f"{name}/{key}": value for key, value in (outcome.parts or {}).items()}

@@ -1,4 +1,4 @@
-"""Calls of reward functions by the conventions they follow; what they return becomes an `Outcome` for each rollout.
+"""Calls of reward functions by the conventions they follow; what they return becomes an `Verdict` for each rollout.
 
 Ours, and those people bring from TRL, verl, OpenRLHF, verifiers and reasoning-gym. This file runs in the scoring
 processes too and imports nothing heavy.
@@ -127,7 +127,7 @@ class RewardSample(NamedTuple):
             return self._replace(meta=self.meta and dict(self.meta))
 
 
-class Outcome(NamedTuple):
+class Verdict(NamedTuple):
     """What scoring a rollout gave: a score, an abstention (all None), or an error."""
 
     score: float | None = None
@@ -194,7 +194,7 @@ class Call:
 
     def read(
         self, value: Any, unit: Sequence[RewardSample], log: Mapping[str, list[Any]] = _NO_LOG
-    ) -> list[Outcome]:
+    ) -> list[Verdict]:
         """Return the outcome of each rollout of one call.
 
         Raises:
@@ -264,7 +264,7 @@ class Call:
         )
 
 
-def outcomes_of(call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
+def outcomes_of(call: Call, unit: Sequence[RewardSample]) -> list[Verdict]:
     """Make one call and return the outcome of each of its rollouts; what it raises becomes text."""
     log: dict[str, list[Any]] = {}
     try:
@@ -277,7 +277,7 @@ def outcomes_of(call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
         return [failed(error, call.hint(unit))] * len(unit)
 
 
-async def awaited_outcomes(call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
+async def awaited_outcomes(call: Call, unit: Sequence[RewardSample]) -> list[Verdict]:
     """Do the same with a coroutine function."""
     log: dict[str, list[Any]] = {}
     try:
@@ -287,14 +287,14 @@ async def awaited_outcomes(call: Call, unit: Sequence[RewardSample]) -> list[Out
         return [failed(error, call.hint(unit))] * len(unit)
 
 
-def failed(error: BaseException, hint: str = "") -> Outcome:
+def failed(error: BaseException, hint: str = "") -> Verdict:
     """Return the outcome of a call that raised; the hint goes with errors of the wrong kind of thing."""
     try:
         text = f"{type(error).__name__}: {error}"[:MAX_ERROR_TEXT]
     except Exception:  # noqa: BLE001  # its __str__ is user code too
         text = f"{type(error).__name__}, whose text cannot be made"
     text += line_of(error)
-    return Outcome(error=text + hint if isinstance(error, TypeError | AttributeError) else text)
+    return Verdict(error=text + hint if isinstance(error, TypeError | AttributeError) else text)
 
 
 def line_of(error: BaseException) -> str:
@@ -309,22 +309,22 @@ def line_of(error: BaseException) -> str:
     return f" (line {trace.tb_lineno - code.co_firstlineno + 1} of {code.co_name}{line and f': {line}'})"
 
 
-def read_value(value: Any) -> Outcome:
+def read_value(value: Any) -> Verdict:
     """Read what a function returned for one rollout: a number, None, or a dict with `score` and parts."""
     if not isinstance(value, Mapping):
         return _number_or_error(value)
     if "score" not in value:
-        return Outcome(error=f"returned a dict without 'score' ({', '.join(map(str, value))}), {_RETURNS}")
+        return Verdict(error=f"returned a dict without 'score' ({', '.join(map(str, value))}), {_RETURNS}")
     return _with_parts(_number_or_error(value["score"]), {k: v for k, v in value.items() if k != "score"})
 
 
-def _number_or_error(value: Any) -> Outcome:
+def _number_or_error(value: Any) -> Verdict:
     if value is None:
-        return Outcome()
+        return Verdict()
     number = number_of(value)
     if number is None:
-        return Outcome(error=f"returned {str(value)[:80]!r}, {_RETURNS}")
-    return Outcome(number)
+        return Verdict(error=f"returned {str(value)[:80]!r}, {_RETURNS}")
+    return Verdict(number)
 
 
 def number_of(value: Any) -> float | None:
@@ -337,7 +337,7 @@ def number_of(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _with_parts(outcome: Outcome, further: Mapping[str, Any]) -> Outcome:
+def _with_parts(outcome: Verdict, further: Mapping[str, Any]) -> Verdict:
     """Keep the parts that are numbers; the texts some functions return beside them are not scores."""
     numbers = {
         str(name): number for name, value in further.items() if (number := number_of(value)) is not None

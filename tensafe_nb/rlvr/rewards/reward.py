@@ -13,7 +13,7 @@ from tensafe_nb.errors import RewardError, ValidationError, nearest
 from tensafe_nb.registry import Registry, check_keywords, load_dotted, name_of
 from tensafe_nb.rlvr.rewards.builtin import answers, code, parsed, shaping
 from tensafe_nb.rlvr.rewards.composite import Part, combined, read_parts
-from tensafe_nb.rlvr.rewards.conventions import Call, Conversation, Outcome, RewardSample, Style
+from tensafe_nb.rlvr.rewards.conventions import Call, Conversation, RewardSample, Style, Verdict
 from tensafe_nb.rlvr.rewards.identity import Identity, identity_of
 from tensafe_nb.rlvr.rewards.signatures import call_for
 from tensafe_nb.rlvr.scoring.lasting import LOOP
@@ -90,16 +90,26 @@ class Reward:
         Raises:
             RewardError: The function returned what is no score.
         """
-        if self.call is None:
-            outcomes = [Outcome(part.reward(prompt, response, meta, tokens=tokens)) for part in self.parts]
-            return combined(self.parts, outcomes).score
-        given: Any = meta if self.call.style is Style.OURS else (meta or {})
-        messages = None if isinstance(prompt, str) else Conversation(prompt)
-        text = prompt if isinstance(prompt, str) else str(messages)
-        outcome = call_here(self.call, RewardSample(text, response, given, tokens, messages))
+        outcome = self.outcome(prompt, response, meta, tokens)
         if outcome.error is not None:
             raise RewardError(f"The reward {as_given(self.name)} {outcome.error}.")
         return outcome.score
+
+    def outcome(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        response: str,
+        meta: Mapping[str, Any] | None = None,
+        tokens: Sequence[int] = (),
+    ) -> Verdict:
+        """Do the same, and return the parts beside the score."""
+        if self.call is None:
+            outcomes = [part.reward.outcome(prompt, response, meta, tokens) for part in self.parts]
+            return combined(self.parts, outcomes)
+        given: Any = meta if self.call.style is Style.OURS else (meta or {})
+        messages = None if isinstance(prompt, str) else Conversation(prompt)
+        text = prompt if isinstance(prompt, str) else str(messages)
+        return call_here(self.call, RewardSample(text, response, given, tokens, messages))
 
     @property
     def batched(self) -> bool:
@@ -233,7 +243,7 @@ def function_named(spec: Any) -> Any:
     return _REWARDS.resolve(spec)
 
 
-def call_here(call: Call, sample: RewardSample) -> Outcome:
+def call_here(call: Call, sample: RewardSample) -> Verdict:
     """Call the function once, here, and let its exceptions through."""
     log: dict[str, list[Any]] = {}
     value = call.invoke([sample], log)

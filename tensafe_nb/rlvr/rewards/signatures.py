@@ -105,7 +105,7 @@ def signature_of(spec: Any, name: str) -> inspect.Signature:
 def style_of(signature: inspect.Signature) -> Style:
     """Return whose convention the names of the parameters are of."""
     names = set(signature.parameters)
-    if "completions" in names:
+    if {"completions", "environments"} & names:
         return Style.TRL
     if "solution_str" in names:
         return Style.VERL
@@ -122,8 +122,9 @@ def refuse_unbound(call: Call, name: str) -> None:
     """Refuse a foreign function that needs what nobody can give it."""
     if call.style is Style.TRL and "environments" in call.required - set(call.kwargs):
         raise ValidationError(
-            f"The reward {as_given(name)} needs environments, which are TRL's for several turns; here a rollout is "
-            f"one turn. Score its text: def {name}(completions, **columns)."
+            f"The reward {as_given(name)} needs environments, which are TRL's for several turns: "
+            f"rlvr.trl_environment(factory, reward={name}) has them. Elsewhere score a text: "
+            f"def {name}(completions, **columns)."
         )
     needed = call.required - set(call.kwargs)
     missing = (

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
+from tensafe_nb.data.columns import PromptColumns
 from tensafe_nb.data.labels import check_context, encode_prompt
 from tensafe_nb.data.layouts import refuse_media
 from tensafe_nb.data.messages import is_chat, template_options
@@ -20,12 +19,14 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.results import Message, Prompt
 from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.rollouts.choosing import PromptPolicy, PromptRecord, UniformPrompts, chosen_by
 
 logger = logging.getLogger(__name__)
 
 FIELDS = {"question", "answer", "metadata"}
 MOST_ENTRIES = 1_000_000  # the iteration of some of its data sets has no end
 PromptSpec: TypeAlias = str | Sequence[Message] | Mapping[str, Any]
+AS_THEY_ARE = PromptColumns()
 Chat: TypeAlias = Literal["auto", "never", "always"]
 
 
@@ -99,7 +100,7 @@ def no_prompt(spec: Mapping[str, Any]) -> ValidationError:
     name = likely or (texts[0] if texts else "…")
     return ValidationError(
         f"a prompt given as a dict needs 'prompt'; it has {names}. "
-        f"Name it: [{{**row, 'prompt': row[{as_given(name)}]}} for row in rows]."
+        f"Say which column it is: prompt={as_given(name)}, in RLVRTrainer(…) or data.read_rows(…)."
     )
 
 
@@ -111,8 +112,10 @@ def prompt_items(prompts: Any) -> list[PromptItem]:
 def prompt_specs(
     prompts: Any,
     on_bad_rows: OnBadRows = "raise",
-    fits: Callable[[PromptItem], object] = lambda _: None,
+    fits: Callable[[Any], object] = lambda _: None,
     what: str = "prompts",
+    read: Callable[[Any], Any] = PromptItem.of,
+    columns: PromptColumns = AS_THEY_ARE,
 ) -> list[PromptSpec]:
     """Read prompts from wherever rows are read from, and check each.
 
@@ -121,9 +124,11 @@ def prompt_specs(
         on_bad_rows: "skip" leaves out what cannot be read or does not fit, and says so.
         fits: Raises a ValidationError for a prompt that does not fit.
         what: What they are called in an error.
+        read: Reads one; environments take rows that need no prompt.
+        columns: Which of their columns is asked, and which answers.
 
     Returns:
-        The prompts as they were given.
+        The prompts as they were given, or as the columns make them.
 
     Raises:
         ValidationError: There are none, or one cannot be read; says which.
@@ -136,7 +141,8 @@ def prompt_specs(
         try:
             if isinstance(spec, ValidationError):
                 raise spec
-            fits(PromptItem.of(spec))
+            spec = columns.of(spec)
+            fits(read(spec))
         except ValidationError as error:
             placed = located(error, rows, number, line)
             if on_bad_rows == "raise":
@@ -150,6 +156,11 @@ def prompt_specs(
         of = len(left_out) + len(specs)
         logger.warning("%d of %d %s were left out; the first: %s", len(left_out), of, what, left_out[0])
     return specs
+
+
+def asked(spec: PromptSpec) -> Any:
+    """Return what a prompt asks, without its further columns: a question with two answers is held out whole."""
+    return spec.get("prompt", spec.get("messages", spec)) if isinstance(spec, Mapping) else spec
 
 
 def check_fit(
@@ -183,33 +194,65 @@ def fitting(client: PolicyClient, sampling: SamplingConfig, chat: Chat) -> Calla
 
 
 class PromptCursor:
-    """Deals prompts: shuffled anew in every epoch, none twice before all have been dealt.
+    """Deals prompts, as a policy chooses them, and keeps what was measured of each.
 
     Args:
         prompts: What to deal, from any source of rows.
         count: How many at a time.
         seed: Fixes the order.
+        policy: What chooses; without one, every prompt is dealt as often as any other.
+        read: Reads one, as for `prompt_specs`.
+
+    Attributes:
+        record: The prompts, and what was measured of them.
+        taken: Numbers of the prompts that were dealt last.
 
     Raises:
         ValidationError: No prompts, or what is none.
     """
 
-    def __init__(self, prompts: Any, count: int, seed: int) -> None:
-        self.specs = prompt_specs(prompts)
+    def __init__(
+        self,
+        prompts: Any,
+        count: int,
+        seed: int,
+        policy: PromptPolicy | None = None,
+        read: Callable[[Any], Any] = PromptItem.of,
+    ) -> None:
+        self.record = PromptRecord(prompt_specs(prompts, read=read), seed)
         if count < 1:
             raise ValidationError(f"prompts_per_step is {count}: a step needs at least one prompt.")
-        self._count, self._seed = count, seed
-        self.position = 0  # prompts dealt so far: all there is to save
+        self.policy: PromptPolicy = UniformPrompts() if policy is None else policy
+        self.taken: list[int] = []
+        self._count = count
 
-    def take(self) -> list[PromptSpec]:
-        """Return the next prompts."""
-        start, self.position = self.position, self.position + self._count
-        size = len(self.specs)
-        indices: list[int] = []
-        for epoch in range(start // size, (self.position - 1) // size + 1):
-            order = np.random.default_rng([self._seed, epoch]).permutation(size)
-            indices += order[max(start - epoch * size, 0) : self.position - epoch * size].tolist()
-        return [self.specs[index] for index in indices]
+    @property
+    def specs(self) -> Sequence[PromptSpec]:
+        """The prompts."""
+        return self.record.prompts
+
+    @property
+    def position(self) -> int:
+        """Prompts dealt so far: beside what was measured, all there is to save."""
+        return self.record.dealt
+
+    @position.setter
+    def position(self, dealt: int) -> None:
+        self.record.dealt = dealt
+
+    def take(self, instead_of: int | None = None) -> list[PromptSpec]:
+        """Return the prompts of the next step, or further ones for the present step.
+
+        Args:
+            instead_of: So many for the present step, in place of some that taught nothing.
+        """
+        record = self.record
+        if instead_of is None:
+            record.in_step = []
+        self.taken = chosen_by(self.policy, record, self._count if instead_of is None else instead_of)
+        record.in_step += self.taken
+        record.dealt += len(self.taken)
+        return [record.prompts[number] for number in self.taken]
 
 
 def gym_prompts(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 from tensafe_nb.checks import checked
@@ -97,6 +97,17 @@ class PolicySampler:
         batch = self.submit(specs).result()
         self.warn_of_texts(specs)
         return batch
+
+    def rollouts(
+        self, prompts: Sequence[PromptSpec], wait: Callable[[FutureHandle[TrajectoryBatch]], TrajectoryBatch]
+    ) -> TrajectoryBatch:
+        """Sample, and let `wait` wait."""
+        batch = wait(self.submit(prompts))
+        self.warn_of_texts(prompts)
+        return batch
+
+    def close(self) -> None:
+        """End nothing: there is nothing to end."""
 
     def submit(self, prompts: Sequence[PromptSpec]) -> FutureHandle[TrajectoryBatch]:
         """Queue the sampling and return at once with a handle on the batch."""

@@ -28,8 +28,39 @@ FORMAT = "tensafe_nb rollouts 1"
 
 @shown
 @dataclass(slots=True)
+class TurnRecord:
+    """One message of a conversation with an environment, as a trajectory keeps it.
+
+    Attributes:
+        role: Who speaks: "assistant" is the policy, all others ("user", "tool", "system") are the environment.
+        text: What was said, without what ends a turn.
+        start: Where its tokens begin in `Trajectory.tokens`. What the environment tells before the policy first speaks
+            is in `prompt_tokens`: such records begin and stop at 0. Of messages told at once, the first has the tokens
+            of all (what the chat template puts around them included), and the others begin and stop where it stops.
+        stop: Where they stop.
+        trained: Whether the loss looks at its tokens: those of the policy, and of nobody else.
+        reward: What the environment gave for this turn of the policy (`Turn(text, reward=…)`), beside the outcome.
+        meta: What else the environment says of it: a tool's name, its calls, whether it failed. The outcome's `meta` is
+            with the last record.
+    """
+
+    role: str
+    text: str
+    start: int = 0
+    stop: int = 0
+    trained: bool = False
+    reward: float | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@shown
+@dataclass(slots=True)
 class Trajectory:
     """One prompt, one response, and what became of it.
+
+    A conversation with an environment is one too: `prompt` is what the environment told first, `response` all that was
+    said after it, and `tokens` everything behind `prompt_tokens`, in the order in which the policy saw it. What the
+    environment said is among them, with mask 0 and logprob 0; `turns` says which tokens are whose.
 
     Attributes:
         prompt: Text as the reward sees it.
@@ -51,6 +82,7 @@ class Trajectory:
         mask: Per token, 0 for what the loss leaves out besides; None leaves nothing out.
         entropy: Exact, of the distributions it was sampled from, in nats, mean over its tokens; None where unknown.
         messages: The prompt as it was given, where that was chat messages.
+        turns: The messages of a conversation with an environment, in order; None of a single answer.
     """
 
     prompt: str
@@ -72,17 +104,54 @@ class Trajectory:
     mask: list[int] | None = None
     entropy: float | None = None
     messages: list[Message] | None = None
+    turns: list[TurnRecord] | None = None
 
     @property
     def truncated(self) -> bool:
         """Whether it ran into the token limit."""
         return self.finish_reason == "length"
 
+    @property
+    def said(self) -> list[bool]:
+        """Whether a token was sampled from the policy, per token: an environment's tokens were not."""
+        if self.turns is None:
+            return [True] * len(self.tokens)
+        said = [False] * len(self.tokens)
+        for turn in self.turns:
+            if turn.role == "assistant":
+                said[turn.start : turn.stop] = [True] * (turn.stop - turn.start)
+        return said
+
+    @property
+    def sampled_logprobs(self) -> list[float]:
+        """The log-probabilities of the tokens that were sampled, where they are known."""
+        if self.turns is None:
+            return self.logprobs or []
+        return [logprob for logprob, said in zip(self.logprobs or (), self.said, strict=False) if said]
+
+    @property
+    def length(self) -> int:
+        """How many tokens were sampled."""
+        if self.turns is None:
+            return len(self.tokens)
+        return sum(turn.stop - turn.start for turn in self.turns if turn.role == "assistant")
+
 
 @shown
 @dataclass(slots=True)
 class RolloutGroup:
-    """All rollouts of one prompt. Statistics are over the scored ones."""
+    """All rollouts of one prompt. Statistics are over the scored ones.
+
+    Attributes:
+        prompt_id: Stable name of the prompt and its columns.
+        prompt: Its text.
+        rollouts: The answers.
+        meta: The prompt's further columns.
+        policy_version: Weights that answered.
+        seed: Of the step.
+        answered: How often the prompt was answered before, in this run; None where nobody counts.
+        solve_rate: What share of those answers was right, the older ones counting less; None where none was scored.
+    """
 
     prompt_id: str
     prompt: str
@@ -90,6 +159,8 @@ class RolloutGroup:
     meta: dict[str, Any] = field(default_factory=dict)
     policy_version: int | str | None = None
     seed: int | None = None
+    answered: int | None = None
+    solve_rate: float | None = None
 
     @property
     def rewards(self) -> Array:
@@ -131,6 +202,9 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
         sampling: How the rollouts were drawn.
         operator_view: Whether a model that trains with differential privacy answered its prompts: of such answers,
             tables, files and frames are marked as `Table` says.
+        max_tokens: How many tokens could have been sampled for a rollout of several turns; None: of one turn,
+            `sampling.max_new_tokens`.
+        thrown_away: How many groups were sampled for the same step, taught nothing, and were replaced by others.
     """
 
     MADE_BY: ClassVar = " (run.rollouts()[step] is one)"  # for whoever gave something else
@@ -138,6 +212,8 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
     groups: list[RolloutGroup]
     sampling: SamplingConfig
     operator_view: bool = False
+    max_tokens: int | None = None
+    thrown_away: int = 0
 
     @overload
     def __getitem__(self, index: int) -> Trajectory: ...
@@ -199,8 +275,18 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
 
     @property
     def lengths(self) -> Array:
-        """(N,) tokens per completion, end token included."""
+        """(N,) sampled tokens per completion, end tokens included."""
+        return np.array([trajectory.length for trajectory in self], dtype=np.int64)
+
+    @property
+    def widths(self) -> Array:
+        """(N,) tokens behind the prompt: those sampled, and those of an environment."""
         return np.array([len(trajectory.tokens) for trajectory in self], dtype=np.int64)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens could have been sampled for a rollout."""
+        return self.sampling.max_new_tokens if self.max_tokens is None else self.max_tokens
 
     @property
     def clipped_ratio(self) -> float:
@@ -249,7 +335,12 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
                 **{f"rewards/{name}": (trajectory.reward_parts or {}).get(name) for name in parts},
                 "advantage": mean_advantage(trajectory),
                 "finish_reason": trajectory.finish_reason,
-                "length": len(trajectory.tokens),
+                "length": trajectory.length,
+                **(
+                    {}
+                    if trajectory.turns is None
+                    else {"turns": sum(turn.role == "assistant" for turn in trajectory.turns)}
+                ),
                 "entropy": trajectory.entropy,
                 "policy_version": trajectory.policy_version,
                 "reward_error": trajectory.reward_error,
@@ -326,7 +417,11 @@ def _scored_rewards(trajectories: Sequence[Trajectory]) -> Array:
 
 def lines_of(batch: TrajectoryBatch) -> Iterator[str]:
     """Yield the lines of a batch's file: how it was sampled, then a group each."""
-    marked = {"operator_view": True} if batch.operator_view else {}
+    marked: dict[str, Any] = {"operator_view": True} if batch.operator_view else {}
+    if batch.max_tokens is not None:
+        marked["max_tokens"] = batch.max_tokens
+    if batch.thrown_away:
+        marked["thrown_away"] = batch.thrown_away
     yield json.dumps({"format": FORMAT, "sampling": encode(batch.sampling), **marked})
     for group in batch.groups:
         yield strict_json(
@@ -336,8 +431,14 @@ def lines_of(batch: TrajectoryBatch) -> Iterator[str]:
 
 def _known_fields(item: RolloutGroup | Trajectory) -> dict[str, Any]:
     """Return the fields that are not None."""
-    names = [name for name in item.__slots__ if name != "rollouts"]
-    return {name: value for name in names if (value := getattr(item, name)) is not None}
+    names = [name for name in item.__slots__ if name not in ("rollouts", "turns")]
+    kept = {name: value for name in names if (value := getattr(item, name)) is not None}
+    if isinstance(item, Trajectory) and item.turns is not None:
+        kept["turns"] = [
+            {name: value for name in turn.__slots__ if (value := getattr(turn, name)) is not None}
+            for turn in item.turns
+        ]
+    return kept
 
 
 def strict_json(group: dict[str, Any]) -> str:
@@ -349,7 +450,8 @@ def strict_json(group: dict[str, Any]) -> str:
         text = json.dumps(group, allow_nan=False)
         if '"$' not in text:  # could be taken for one of the marks of encode
             return text
-    for item in (group, *group["rollouts"]):
+    turns = (turn for rollout in group["rollouts"] for turn in rollout.get("turns", ()))
+    for item in (group, *group["rollouts"], *turns):
         item["meta"] = {name: _known_to_json(value) for name, value in item["meta"].items()}
     return json.dumps(encode(group), allow_nan=False)
 
@@ -373,9 +475,7 @@ def read_batch(path: Path) -> TrajectoryBatch:
             groups = []
             for number, line in enumerate(lines, 2):  # noqa: B007
                 written = json.loads(line, object_hook=revived)
-                rollouts = [
-                    Trajectory(**{"prompt": "", "response": ""} | kept) for kept in written.pop("rollouts")
-                ]
+                rollouts = [_trajectory_of(kept) for kept in written.pop("rollouts")]
                 groups.append(RolloutGroup(**written, rollouts=rollouts))
     except OSError as error:
         raise ValidationError(f"The rollouts {path} cannot be read ({error.strerror}).") from error
@@ -383,7 +483,20 @@ def read_batch(path: Path) -> TrajectoryBatch:
         raise ValidationError(
             f"{path} is no file of rollouts: line {number} does not fit ({error})."
         ) from error
-    return TrajectoryBatch(groups, decode(head["sampling"]), head.get("operator_view", False))
+    return TrajectoryBatch(
+        groups,
+        decode(head["sampling"]),
+        head.get("operator_view", False),
+        head.get("max_tokens"),
+        head.get("thrown_away", 0),
+    )
+
+
+def _trajectory_of(kept: dict[str, Any]) -> Trajectory:
+    """Return a rollout from its known fields."""
+    turns = kept.pop("turns", None)
+    told = None if turns is None else [TurnRecord(**turn) for turn in turns]
+    return Trajectory(**{"prompt": "", "response": ""} | kept, turns=told)
 
 
 def revived(data: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from tensafe_nb.errors import ClientClosedError
-from tensafe_nb.rlvr.rewards.conventions import Call, Outcome, RewardSample, awaited_outcomes
+from tensafe_nb.rlvr.rewards.conventions import Call, RewardSample, Verdict, awaited_outcomes
 from tensafe_nb.rlvr.scoring.lasting import LOOP
 from tensafe_nb.rlvr.scoring.processes import NOTHING, Modules
 
@@ -39,7 +39,7 @@ class CoroutinePool:
     def forget(self, key: int) -> None:
         """Keep what costs nothing."""
 
-    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Verdict]:
         """Await function number `key` on all samples.
 
         Raises:
@@ -47,7 +47,7 @@ class CoroutinePool:
         """
         call = self._calls[key]
         units = call.units(samples)
-        outcomes: list[list[Outcome] | None] = [None] * len(units)
+        outcomes: list[list[Verdict] | None] = [None] * len(units)
         free = asyncio.Semaphore(AT_ONCE)
 
         async def one(index: int) -> None:
@@ -66,7 +66,7 @@ class CoroutinePool:
             if self._closed:
                 raise ClientClosedError("The scorer was closed while it scored. Make a new Scorer to go on.")
         text = f"blocked its event loop for longer than {self._timeout:g} s: it must await, not wait"
-        blocked = Outcome(error=text, timed_out=True)
+        blocked = Verdict(error=text, timed_out=True)
         done = [given or [blocked] * len(unit) for given, unit in zip(outcomes, units, strict=True)]
         return [outcome for unit in done for outcome in unit]
 
@@ -76,7 +76,7 @@ class CoroutinePool:
         if self._round is not None:
             self._round.cancel()
 
-    async def within_limit(self, call: Call, unit: Sequence[RewardSample]) -> list[Outcome]:
+    async def within_limit(self, call: Call, unit: Sequence[RewardSample]) -> list[Verdict]:
         """Await one call, and cancel it after the time limit."""
         awaited = asyncio.ensure_future(awaited_outcomes(call, unit))
         try:
@@ -84,11 +84,11 @@ class CoroutinePool:
         finally:
             awaited.cancel()
         if awaited.cancelled():
-            return [Outcome(error="the call was cancelled by itself")] * len(unit)
+            return [Verdict(error="the call was cancelled by itself")] * len(unit)
         if done:
             return awaited.result()
         text = f"took longer than {self._timeout:g} s and was cancelled"
-        return [Outcome(error=text, timed_out=True)] * len(unit)
+        return [Verdict(error=text, timed_out=True)] * len(unit)
 
     def wait_for(self, round_: "Future[Any]", loop: asyncio.AbstractEventLoop) -> None:
         """Wait for a round as long as its loop answers; a blocked loop is left behind."""

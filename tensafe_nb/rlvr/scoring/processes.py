@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from tensafe_nb.errors import ClientClosedError, RewardError
-from tensafe_nb.rlvr.rewards.conventions import Call, Outcome, RewardSample, failed
+from tensafe_nb.rlvr.rewards.conventions import Call, RewardSample, Verdict, failed
 from tensafe_nb.rlvr.scoring.links import Inbox, Link, Message, ProcessLink, ThreadLink, Unit
 from tensafe_nb.rlvr.scoring.shipping import shipped
 
@@ -70,7 +70,7 @@ class Round:
 
     def __init__(self, key: int, units: Sequence[Unit], processes: int) -> None:
         self.key, self.units = key, units
-        self.outcomes: list[list[Outcome] | None] = [None] * len(units)
+        self.outcomes: list[list[Verdict] | None] = [None] * len(units)
         size = max(1, -(-len(units) // (CHUNKS * processes)))
         self.waiting = deque(
             range(start, min(start + size, len(units))) for start in range(0, len(units), size)
@@ -78,11 +78,11 @@ class Round:
         self.open = len(units)
         self.lost = 0  # calls in a row that hung or killed their process
 
-    def settle(self, index: int, outcomes: list[Outcome]) -> None:
+    def settle(self, index: int, outcomes: list[Verdict]) -> None:
         self.outcomes[index] = outcomes
         self.open -= 1
 
-    def fail(self, index: int, outcome: Outcome) -> None:
+    def fail(self, index: int, outcome: Verdict) -> None:
         self.settle(index, [outcome] * len(self.units[index]))
 
 
@@ -127,7 +127,7 @@ class RewardPool:
         """Take a function on no more; its number stays its own."""
         self._blobs[key] = b""
 
-    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Verdict]:
         """Call function number `key` on all samples.
 
         Raises:
@@ -214,7 +214,7 @@ class RewardPool:
         except queue.Empty:
             for worker in busy:
                 if worker.deadline(self._timeout) <= time.monotonic():
-                    late = Outcome(
+                    late = Verdict(
                         error=f"took longer than {self._timeout:g} s and was ended", timed_out=True
                     )
                     what = f"The reward function was not loaded after {LOAD_SECONDS:g} s."
@@ -227,7 +227,7 @@ class RewardPool:
         """Take in what a worker says: that it has loaded a function, what a call gave, or nothing, for it is dead."""
         if message is None:
             if not self._closed:
-                dead = Outcome(error="the process that scores ended during this call")
+                dead = Verdict(error="the process that scores ended during this call")
                 what = "The process that scores ended while it loaded the reward function; see its output."
                 self._lose(worker, round_, dead, what)
         elif message[0] == "loaded":
@@ -235,7 +235,7 @@ class RewardPool:
         else:
             worker.under_way.popleft()
             worker.since, round_.lost = time.monotonic(), 0
-            round_.settle(message[0], [Outcome(*outcome) for outcome in message[1]])
+            round_.settle(message[0], [Verdict(*outcome) for outcome in message[1]])
 
     def _loaded(self, worker: RewardWorker, message: list[Any]) -> None:
         assert worker.loading is not None
@@ -244,7 +244,7 @@ class RewardPool:
         worker.loaded.add(worker.loading)
         worker.loading = None
 
-    def _lose(self, worker: RewardWorker, round_: Round, outcome: Outcome, while_loading: str) -> None:
+    def _lose(self, worker: RewardWorker, round_: Round, outcome: Verdict, while_loading: str) -> None:
         """End a worker that hangs or is dead; its call has this outcome, and after eight in a row all others."""
         if worker.loading is None and worker.under_way:
             round_.fail(worker.under_way.popleft(), outcome)
@@ -258,5 +258,5 @@ class RewardPool:
         if round_.lost >= GIVE_UP:
             text = f"not called: {round_.lost} calls in a row were lost, the last of them: {outcome.error}"
             for index in [index for chunk in round_.waiting for index in chunk]:
-                round_.fail(index, Outcome(error=text))
+                round_.fail(index, Verdict(error=text))
             round_.waiting.clear()

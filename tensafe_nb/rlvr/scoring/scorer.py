@@ -17,7 +17,7 @@ from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given, shown
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
 from tensafe_nb.rlvr.rewards.composite import combined, named_parts
-from tensafe_nb.rlvr.rewards.conventions import Call, Outcome, RewardSample, TrainerState, outcomes_of
+from tensafe_nb.rlvr.rewards.conventions import Call, RewardSample, TrainerState, Verdict, outcomes_of
 from tensafe_nb.rlvr.rewards.identity import Identity
 from tensafe_nb.rlvr.rewards.reward import Reward, resolve_reward
 from tensafe_nb.rlvr.rollouts.trajectories import Trajectory, TrajectoryBatch, bessel_std, mean
@@ -91,7 +91,7 @@ class Caller(Protocol):
 
     def add(self, call: Call, modules: Modules = NOTHING) -> int: ...
     def forget(self, key: int) -> None: ...
-    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]: ...
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Verdict]: ...
     def close(self) -> None: ...
 
 
@@ -108,7 +108,7 @@ class CallsHere:
     def forget(self, key: int) -> None:
         """Keep what costs nothing."""
 
-    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Outcome]:
+    def evaluate(self, key: int, samples: Sequence[RewardSample]) -> list[Verdict]:
         call = self._calls[key]
         return [outcome for unit in call.units(samples) for outcome in outcomes_of(call, unit)]
 
@@ -212,7 +212,7 @@ class Scorer:
         samples = [
             RewardSample(t.prompt, t.response, t.meta, t.tokens, t.messages, state) for t in trajectories
         ]
-        found: dict[str, list[Outcome]] = {}
+        found: dict[str, list[Verdict]] = {}
         outcomes = self._outcomes(self._root, samples, found)
         for trajectory, outcome in zip(trajectories, outcomes, strict=True):
             parts = outcome.parts if self.reward.parts else named_parts(self.reward.name, outcome)
@@ -239,8 +239,8 @@ class Scorer:
             caller.close()
 
     def _outcomes(
-        self, node: Node, samples: Sequence[RewardSample], found: dict[str, list[Outcome]]
-    ) -> list[Outcome]:
+        self, node: Node, samples: Sequence[RewardSample], found: dict[str, list[Verdict]]
+    ) -> list[Verdict]:
         """Return one outcome for each sample, and note those of every function under its path."""
         if node.parts:
             # one column per part, one row per rollout
@@ -312,7 +312,7 @@ class Scorer:
         return self._threads.add(call)
 
 
-def function_reports(path: str, outcomes: Sequence[Outcome]) -> dict[str, FunctionReport]:
+def function_reports(path: str, outcomes: Sequence[Verdict]) -> dict[str, FunctionReport]:
     """Return the report of a function, and one of each part it returned beside its score."""
     scores = np.array([outcome.score for outcome in outcomes if outcome.score is not None])
     errors = sum(outcome.error is not None for outcome in outcomes)
@@ -324,13 +324,42 @@ def function_reports(path: str, outcomes: Sequence[Outcome]) -> dict[str, Functi
     return reports
 
 
+def report_of_rounds(reports: Sequence[ScoreReport], kept: Sequence[Trajectory]) -> ScoreReport:
+    """Return the report of a step that was scored in several rounds: scores of what was kept, errors of all calls."""
+    if len(reports) == 1:
+        return reports[0]
+    functions: dict[str, FunctionReport] = {}
+    for name in dict.fromkeys(name for report in reports for name in report.functions):
+        found = [(t.reward_parts or {}).get(name) for t in kept]
+        values = np.array([value for value in found if value is not None], dtype=np.float64)
+        calls = [report.functions[name] for report in reports if name in report.functions]
+        functions[name] = FunctionReport(
+            mean(values), bessel_std(values), sum(c.errors for c in calls), sum(c.timeouts for c in calls)
+        )
+    return replace(
+        reports[-1],
+        scored=sum(t.reward is not None for t in kept),
+        abstained=sum(t.reward is None and t.reward_error is None for t in kept),
+        errors=sum(report.errors for report in reports),
+        timeouts=sum(report.timeouts for report in reports),
+        functions=functions,
+    )
+
+
 def score(trajectories: Sequence[Trajectory], reward: Reward) -> ScoreReport:
     """Score rollouts here and now, in this process and without a limit on time; see `Scorer.score`."""
     with Scorer(reward, timeout=None) as scorer:
         return scorer.score(trajectories)
 
 
-def check_scored(trajectories: Sequence[Trajectory], reward: Reward) -> None:
+class Judge(Protocol):
+    """What gives rewards: a reward, or an environment."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def check_scored(trajectories: Sequence[Trajectory], reward: Judge) -> None:
     """Refuse a step of which nothing was scored.
 
     Raises:
@@ -339,6 +368,13 @@ def check_scored(trajectories: Sequence[Trajectory], reward: Reward) -> None:
     if any(trajectory.reward is not None for trajectory in trajectories):
         return
     errors = [trajectory for trajectory in trajectories if trajectory.reward_error is not None]
+    cut = sum(trajectory.truncated for trajectory in trajectories)
+    if not errors and cut and trajectories[0].turns is not None:
+        raise RewardError(
+            f"The environment {as_given(reward.name)} gave none of {len(trajectories)} rollouts a reward: {cut} were "
+            f"cut before it came to an end. Raise max_new_tokens, or give a reward to those that are cut: catch "
+            f"rlvr.RolloutEnded around the yield."
+        )
     if not errors:
         raise RewardError(
             f"The reward {as_given(reward.name)} returned None for all {len(trajectories)} rollouts."
@@ -352,27 +388,18 @@ def check_scored(trajectories: Sequence[Trajectory], reward: Reward) -> None:
     )
 
 
-@checked
-def rescore(batch: TrajectoryBatch, reward: Any, *, timeout: float | None = 5.0) -> TrajectoryBatch:
-    """Return a copy of a batch with the rewards that another function gives; nothing is sampled again.
-
-    Args:
-        batch: Stays as it is.
-        reward: What scores: a name, a function, or a resolved reward.
-        timeout: Seconds a call may take; None calls everything here, without a limit.
-    """
-    copy = unscored(batch)
-    with Scorer(reward, timeout) as scorer:
-        scorer.score(copy)
-    return copy
-
-
 def unscored(batch: TrajectoryBatch) -> TrajectoryBatch:
     """Return a copy whose rollouts have neither rewards nor advantages."""
     return replace(
         batch,
         groups=[
-            replace(group, rollouts=[replace(rollout, **_NOTHING) for rollout in group.rollouts])
+            replace(group, rollouts=[_unscored(rollout) for rollout in group.rollouts])
             for group in batch.groups
         ],
     )
+
+
+def _unscored(rollout: Trajectory) -> Trajectory:
+    turns = rollout.turns  # an environment gives its own reward to each
+    fresh = None if turns is None else [replace(turn, reward=None, meta=dict(turn.meta)) for turn in turns]
+    return replace(rollout, **_NOTHING, turns=fresh)

@@ -10,9 +10,11 @@ import numpy as np
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.futures import FutureHandle
+from tensafe_nb.futures import FutureHandle, completed
+from tensafe_nb.rlvr.environments.play import RowItem, Wait
+from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.policy import PolicyClient
-from tensafe_nb.rlvr.rollouts.prompts import Chat, prompt_specs
+from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptItem, prompt_specs
 from tensafe_nb.rlvr.rollouts.samplers import submit_rollouts
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD, RolloutGroup, TrajectoryBatch, mean
 from tensafe_nb.rlvr.scoring.scorer import ScoreReport
@@ -29,6 +31,7 @@ class HeldOut:
         chat: As for `PolicySampler`.
         pass_at: The k of `eval/pass@k`; 1, 2, 4, … up to the number of samples, and that number itself, when None.
         threshold: Score from which an answer counts as right.
+        environment: What the policy speaks with instead, where there is one.
 
     Raises:
         ValidationError: A k below 1, or above the number of samples.
@@ -42,14 +45,26 @@ class HeldOut:
         chat: Chat,
         pass_at: Sequence[int] | None = None,
         threshold: float = GOOD,
+        environment: EnvironmentSampler | None = None,
     ) -> None:
-        self.specs = prompt_specs(prompts, what="eval_prompts")
+        read = PromptItem.of if environment is None else RowItem.of
+        self.specs = prompt_specs(prompts, what="eval_prompts", read=read)
+        self._environment = environment
         self._client, self._sampling, self._chat = client, sampling, chat
         self._pass_at, self._threshold = ks_of(pass_at, sampling.num_samples), threshold
 
-    def submit(self) -> list[FutureHandle[TrajectoryBatch]]:
-        """Queue the sampled and the greedy answers."""
+    def submit(self, wait: Wait) -> list[FutureHandle[TrajectoryBatch]]:
+        """Queue the sampled and the greedy answers; with an environment play both, in which `wait` waits."""
         greedy = self._sampling.replace(num_samples=1, temperature=0.0)
+        if self._environment is not None:
+            return [
+                completed(
+                    self._environment.play(self.specs, sampling, self._sampling.seed or 0, wait),
+                    operation="sample",
+                    training_client_id=self._client.training_client_id,
+                )
+                for sampling in (self._sampling, greedy)
+            ]
         return [
             submit_rollouts(self._client, self.specs, sampling, self._chat)
             for sampling in (self._sampling, greedy)

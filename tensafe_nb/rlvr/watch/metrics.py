@@ -13,6 +13,7 @@ import numpy as np
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.rlvr.algorithms.packing import entropy_of
 from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.rollouts.choosing import PromptRecord
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD, RolloutGroup, Trajectory, TrajectoryBatch, mean
 
 Signal: TypeAlias = Literal["mixed", "all_good", "all_bad"]
@@ -59,7 +60,7 @@ def signal_of(group: RolloutGroup, goal: Goal | None = None) -> Signal | None:
 
 def rollout_metrics(batch: TrajectoryBatch, goal: Goal | None = None) -> Row:
     """Return what a scored batch says about rewards, signal, lengths and entropy."""
-    logprobs = np.array([logprob for t in batch for logprob in t.logprobs or ()])
+    logprobs = np.array([logprob for t in batch for logprob in t.sampled_logprobs])
     entropy = {"entropy": _or_nan(entropy_of(batch)), "entropy_sampled": -mean(logprobs)}
     return reward_metrics(batch, goal) | length_metrics(batch) | entropy
 
@@ -74,6 +75,29 @@ def reward_metrics(batch: TrajectoryBatch, goal: Goal | None) -> Row:
         "group/reward_std": mean(spread[np.isfinite(spread)]),
         "frac_reward_zero_std": batch.frac_zero_signal,
         **{f"by_group/frac_{kind}": mean(np.array([s == kind for s in signals], float)) for kind in KINDS},
+    }
+
+
+def choice_metrics(
+    record: PromptRecord, sampled: Sequence[RolloutGroup], thrown_away: int, rounds: int | None
+) -> Row:
+    """Return what is known of the prompts, and what was sampled and thrown away, where a policy does that.
+
+    Args:
+        record: The prompts.
+        sampled: All groups of the step, those that were thrown away too.
+        thrown_away: How many were.
+        rounds: In which they were replaced; None where none ever is.
+    """
+    rates = record.solve_rate
+    row = {"prompts/seen": mean(record.times > 0), "prompts/solve_rate": mean(rates[np.isfinite(rates)])}
+    if rounds is None:
+        return row
+    rewards = np.concatenate([group.rewards for group in sampled])
+    return row | {
+        "resample/groups": float(thrown_away),
+        "resample/rounds": float(rounds),
+        "resample/reward": mean(rewards[np.isfinite(rewards)]),
     }
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given, escaped
+from tensafe_nb.rlvr.environments.replay import scorer_of
 from tensafe_nb.rlvr.rollouts.trajectories import Trajectory, TrajectoryBatch
-from tensafe_nb.rlvr.scoring.scorer import Scorer, ScoreReport, unscored
+from tensafe_nb.rlvr.scoring.scorer import ScoreReport, unscored
 
 BINS = 10
 EXAMPLES = 3
@@ -98,7 +99,7 @@ def preview_reward(reward: Any, batch: TrajectoryBatch, *, timeout: float | None
     """Score a batch to see what a reward does, before a step is taken with it. The batch stays as it is.
 
     Args:
-        reward: A name, a function, or a resolved reward.
+        reward: A name, a function, a resolved reward, or an environment, which is played over what was said.
         batch: For instance 32 samples of the base model: `PolicySampler(tc).generate_trajectories(prompts)`.
         timeout: Seconds a call may take; None calls everything here, without a limit.
 
@@ -106,7 +107,7 @@ def preview_reward(reward: Any, batch: TrajectoryBatch, *, timeout: float | None
         >>> preview_reward("exact_match", sampler.generate_trajectories(prompts))
     """
     rollouts = unscored(batch)
-    with Scorer(reward, timeout) as scorer:
+    with scorer_of(reward, timeout) as scorer:
         report = scorer.score(rollouts)
         name = scorer.reward.name
     distinct = {(t.prompt, t.response): t for t in rollouts if t.reward is not None}

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from tensafe_nb.checks import checked
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.rlvr.algorithms.advantages import centre
+from tensafe_nb.rlvr.environments.replay import scorer_of
 from tensafe_nb.rlvr.rollouts.trajectories import NO_SIGNAL, RolloutGroup, TrajectoryBatch, mean
-from tensafe_nb.rlvr.scoring.scorer import rescore
+from tensafe_nb.rlvr.scoring.scorer import unscored
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -70,6 +72,23 @@ class Rescored:
 
     def _share_of_groups(self, which: Any) -> float:
         return mean(np.array([which(old, new) for old, new in self._groups()], dtype=float))
+
+
+@checked
+def rescore(batch: TrajectoryBatch, reward: Any, *, timeout: float | None = 5.0) -> TrajectoryBatch:
+    """Return a copy of a batch with the rewards that another function gives; nothing is sampled again.
+
+    An environment is played over what was said: see `Replayer`.
+
+    Args:
+        batch: Stays as it is.
+        reward: What scores: a name, a function, a resolved reward, or an environment.
+        timeout: Seconds a call may take; None calls everything here, without a limit.
+    """
+    copy = unscored(batch)
+    with scorer_of(reward, timeout) as scorer:
+        scorer.score(copy)
+    return copy
 
 
 def rescore_steps(

@@ -99,7 +99,7 @@ def truncation(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | No
     if share < 1 and not (len(memory.clipped) == 2 and min(memory.clipped) > 0.5):
         return None
     limit = batch.sampling.max_new_tokens
-    ended = [len(t.tokens) for t in batch if not t.truncated]
+    ended = [t.length for t in batch if not t.truncated]
     usual = (
         f" 95 % of those that ended took up to {math.ceil(np.percentile(ended, 95))} tokens." if ended else ""
     )

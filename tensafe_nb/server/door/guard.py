@@ -4,20 +4,16 @@ import asyncio
 import json
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
 from starlette.exceptions import HTTPException
 
 from tensafe_nb.errors import TGTinkerError
+from tensafe_nb.server.answers import without_paths
 from tensafe_nb.server.door.limits import Quotas
-
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
+from tensafe_nb.server.door.once import Answers, App, Message, Once, Receive, Send, is_lasting
 
 OPEN = ("/health", "/ready", "/live", "/version")  # probes; they tell no secret
 MOST_BODY_BYTES = 64 << 20
@@ -31,7 +27,6 @@ ONCE = ("host", "authorization", "origin", "content-length", "content-type", "tr
 BODY_SECONDS = (
     30.0  # in which a body has to come, and as much again for each BODY_RATE × BODY_SECONDS bytes of it
 )
-MOST_KEPT, MOST_KEPT_BYTES = 4_096, 1 << 16  # answers to requests that may be repeated, and how large
 BODY_RATE = 16 << 10  # bytes a second: who is slower is hung up on
 
 
@@ -69,10 +64,17 @@ class Guard:
         hosts: Names by which the server may be called, besides loopback ones: a page that has its own name point
             here (DNS rebinding) is turned away. "*" takes any, behind a proxy that checks.
         root_path: The path under which a proxy offers it, whether the proxy takes it away or not.
+        answers_of: Returns what is kept of a tenant's answers; see `Once`.
     """
 
     def __init__(
-        self, app: App, identity: WhoIs, quotas: Quotas, hosts: Sequence[str] = (), root_path: str = ""
+        self,
+        app: App,
+        identity: WhoIs,
+        quotas: Quotas,
+        hosts: Sequence[str] = (),
+        root_path: str = "",
+        answers_of: Callable[[str], Answers] | None = None,
     ) -> None:
         self._app, self._identity, self._quotas, self._root_path = (
             app,
@@ -81,7 +83,7 @@ class Guard:
             root_path.rstrip("/"),
         )
         self._hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
-        self._once = Once(app)
+        self._once = Once(app, answers_of)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -91,7 +93,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request_id = f"req-{secrets.token_hex(6)}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, asked=None)
         send = signed(send, request_id)
         if self._root_path:
             scope["root_path"] = self._root_path
@@ -102,11 +104,11 @@ class Guard:
             await refuse(send, refusal, request_id)
             return
         most = None if is_unbounded(scope) else MOST_BODY_BYTES
-        once = headers_of(scope).get("x-once", "")
+        once = headers.get("x-once", "")
         if once and scope["method"] != "GET":
-            await self._once.answer(
-                (scope["state"].get("tenant", ""), once), scope, paced(receive, most), send
-            )
+            lasting = is_lasting(path_of(scope), headers)
+            tenant = scope["state"].get("tenant", "")
+            await self._once.answer(tenant, once, scope, paced(receive, most), send, lasting=lasting)
         else:
             await self._app(scope, paced(receive, most), send)
 
@@ -159,50 +161,6 @@ class Guard:
             message = f"More than {most:,} requests within a minute; wait {wait} s."
             return Refusal(429, "too_many_requests", message, {"retry-after": str(wait)})
         return None
-
-
-class Once:
-    """Carries out requests that bear a name once each: a repeat, of which its client cannot know, gets the same answer.
-
-    What failed is not kept, but tried again.
-
-    Args:
-        app: Carries them out.
-    """
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-        self._answers: OrderedDict[tuple[str, str], asyncio.Future[list[Message]]] = OrderedDict()
-
-    async def answer(self, name: tuple[str, str], scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request: carry it out, or wait for whoever does."""
-        while name in self._answers:
-            known = self._answers[name]
-            await asyncio.wait([known])
-            if not known.cancelled():  # else that try failed, and this one does it
-                for message in known.result():
-                    await send(dict(message))
-                return
-        coming = self._answers[name] = asyncio.get_running_loop().create_future()
-        said: list[Message] = []
-        size = 0
-
-        async def keep(message: Message) -> None:
-            nonlocal size
-            size += len(message.get("body", b""))
-            said.append(dict(message))
-            await send(message)
-
-        try:
-            await self._app(scope, receive, keep)
-        finally:
-            if said and said[0].get("status", 500) < 400 and size <= MOST_KEPT_BYTES:
-                coming.set_result(said)
-            else:
-                coming.cancel()
-                del self._answers[name]
-            while len(self._answers) > MOST_KEPT and next(iter(self._answers.values())).done():
-                self._answers.popitem(last=False)
 
 
 def signed(send: Send, request_id: str) -> Send:
@@ -277,7 +235,8 @@ def paced(receive: Receive, most: int | None) -> Receive:
 
 async def refuse(send: Send, refusal: Refusal, request_id: str) -> None:
     """Answer with an error, in the form that all errors have."""
-    error = {"code": refusal.code, "message": refusal.message, "details": {}, "request_id": request_id}
+    message = without_paths(refusal.message)
+    error = {"code": refusal.code, "message": message, "details": {}, "request_id": request_id}
     body = json.dumps({"error": error}).encode()
     sent = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     sent += [(name.encode(), value.encode()) for name, value in refusal.headers.items()]

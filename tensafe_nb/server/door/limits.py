@@ -24,12 +24,14 @@ class Limits:
         clients: Training clients.
         queued: Operations that wait, of all its clients together.
         requests: A minute.
+        encrypted: Connections for encrypted calls: each holds rotation keys and encoded adapters, up to 300 MB.
         stored_bytes: Of its artifacts; None has no limit.
     """
 
     clients: int = 32
     queued: int = 4_000
     requests: int = 60_000
+    encrypted: int = 8
     stored_bytes: int | None = None
 
     def with_those_of(self, given: Mapping[str, Any]) -> "Limits":
@@ -97,6 +99,15 @@ def too_many_clients(there: int) -> QueueFullError:
     """Say that a tenant has all the training clients it may."""
     return QueueFullError(
         f"This tenant has {there} training clients, as many as it may. Close one: tc.close().",
+        code="too_many",
+    )
+
+
+def too_many_connections(there: int) -> QueueFullError:
+    """Say that a tenant can have no further encrypted connection."""
+    return QueueFullError(
+        f"There are {there} encrypted connections already, as many as this tenant may have at a time. Close some: "
+        f"he.close(). Those that nobody uses are dropped after a while.",
         code="too_many",
     )
 

@@ -82,21 +82,23 @@ def answers_shown(group: Any, decode: Decode | None) -> dict[str, Any]:
 
 
 def rollout_shown(rollout: Any, group: Any, decode: Decode | None) -> dict[str, Any]:
-    advantages = rollout.advantage
-    scalar = float(np.mean(advantages)) if isinstance(advantages, list) and advantages else advantages
+    # of tokens that the loss looks at: of a conversation, those of the policy
+    scalar = load_dotted("tensafe_nb.rlvr.rollouts.trajectories:mean_advantage")(rollout)
     shown: dict[str, Any] = {
         "text": clipped(rollout.response),
         "reward": _number(rollout.reward),
-        "adv": _number(scalar) if not isinstance(scalar, list) else None,
+        "adv": _number(scalar),
         "end": rollout.finish_reason,
         "policy": rollout.policy_version,
-        "n": len(rollout.tokens),
+        "n": rollout.length,
     }
+    spoken = rollout.turns is not None
     optional = {
         "parts": {name: _number(value) for name, value in (rollout.reward_parts or {}).items()},
         "error": rollout.reward_error,
         "why": why_zero(rollout, group),
-        "tok": tokens_shown(rollout, decode),
+        "tok": None if spoken else tokens_shown(rollout, decode, 0, len(rollout.tokens)),
+        "turns": turns_shown(rollout, group, decode) if spoken else None,
     }
     return shown | {name: value for name, value in optional.items() if value}
 
@@ -114,17 +116,46 @@ def pieces(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[s
     return texts
 
 
-def tokens_shown(rollout: Any, decode: Decode | None) -> list[list[Any]] | None:
-    """Return [text, advantage] of each token; advantage None is "as the whole answer"."""
-    if decode is None or not rollout.tokens:
+def tokens_shown(rollout: Any, decode: Decode | None, start: int, stop: int) -> list[list[Any]] | None:
+    """Return [text, advantage] of each token from `start` on; advantage None is "as the whole answer"."""
+    if decode is None or start == stop:
         return None
-    texts = decode(rollout.tokens[:MOST_TOKENS])
+    texts = decode(rollout.tokens[start : min(stop, start + MOST_TOKENS)])
     each = rollout.advantage if isinstance(rollout.advantage, list) else None
     mask = rollout.mask or [1] * len(rollout.tokens)
     return [
         [text, 0.0 if not mask[i] else (None if each is None else _number(each[i]))]
-        for i, text in enumerate(texts)
+        for i, text in enumerate(texts, start)
     ]
+
+
+def turns_shown(rollout: Any, group: Any, decode: Decode | None) -> list[dict[str, Any]]:
+    """Return who said what in a conversation, token by token where that was the policy.
+
+    What was told first is left out where it is the prompt of the group, which is shown once.
+    """
+    left, shown = MOST_TOKENS, []
+    for turn in rollout.turns:
+        policy = turn.role == "assistant"
+        if not policy and turn.stop == 0 and rollout.prompt == group.prompt:
+            continue
+        tokens = tokens_shown(rollout, decode, turn.start, turn.stop) if policy and left > 0 else None
+        left -= len(tokens or ())
+        optional = {
+            "tok": tokens,
+            "reward": _number(turn.reward),
+            "name": turn.meta.get("name"),
+            "calls": [call_shown(call) for call in turn.meta.get("calls") or ()],
+        }
+        said = {"who": turn.role, "text": clipped(turn.text), "n": turn.stop - turn.start}
+        shown.append(said | {name: value for name, value in optional.items() if value not in (None, [])})
+    return shown
+
+
+def call_shown(call: Any) -> list[Any]:
+    """Return a call of a tool as [the call in one line, whether it went well]."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in call["arguments"].items())
+    return [clipped(f"{call['name'] or '?'}({arguments})"), bool(call["ok"])]
 
 
 def why_zero(rollout: Any, group: Any) -> str | None:
@@ -169,7 +200,7 @@ def frozen(step: int, path: Path, prompts: int) -> dict[str, Any]:
         for number, rollout in enumerate(group["r"])
     ]
     cells = "".join(
-        f'<tr><th scope="row">{_escaped(prompt)}</th><td>{_escaped(rollout["text"])}</td>'
+        f'<tr><th scope="row">{_escaped(prompt)}</th><td>{_conversation(rollout)}</td>'
         f"<td>{_shown(rollout['reward'])}</td><td>{_shown(rollout['adv'])}</td></tr>"
         for prompt, rollout in rows
     )
@@ -179,6 +210,16 @@ def frozen(step: int, path: Path, prompts: int) -> dict[str, Any]:
         "text/html": f"<table><caption>{caption}</caption><tbody><tr>{head}</tr>{cells}</tbody></table>",
         "text/plain": f"{caption}: {len(rows)} answers",
     }
+
+
+def _conversation(rollout: dict[str, Any]) -> str:
+    """Return an answer; of a conversation, what each said."""
+    if "turns" not in rollout:
+        return _escaped(rollout["text"])
+    return "<br>".join(
+        f"<b>{_escaped(turn['name'] if 'name' in turn else turn['who'])}</b> {_escaped(turn['text'])}"
+        for turn in rollout["turns"]
+    )
 
 
 def _escaped(text: str) -> str:

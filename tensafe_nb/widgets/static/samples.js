@@ -1,9 +1,10 @@
-// The rollouts of a step, prompt by prompt, their tokens shaded by what they were taught; and what the policy answers
-// to the same held-out prompts at two steps.
+// The rollouts of a step, prompt by prompt, their tokens shaded by what they were taught, conversations turn by turn; and
+// what the policy answers to the same held-out prompts at two steps.
 import { settle } from "./wire.js";
 import { fill, make, makeButton, makeSelect, numberText, plainPieces, plainText, signed, watchWidth } from "./page.js";
 
 const ORDERS = { sampled: null, reward: (r) => r.reward ?? -Infinity, advantage: (r) => r.adv ?? -Infinity, length: (r) => r.n };
+const POLICY = "assistant";
 const KEEPS = {
   all: () => true, "with signal": (g) => g.signal, "without signal": (g) => !g.signal, "reward errors": (g) => g.r.some((r) => r.error),
 };
@@ -35,6 +36,15 @@ function pairOf(steps, chosen = Infinity) {
 // A number without needless zeros.
 function briefly(value) {
   return value != null && Number.isFinite(value) && Math.abs(value) < 1e4 ? String(+value.toPrecision(3)) : numberText(value, 3);
+}
+
+// The tokens of an answer, or of all turns of the policy in a conversation.
+function tokensOf(rollout) {
+  return rollout.tok ?? (rollout.turns ?? []).flatMap(({ tok }) => tok ?? []);
+}
+
+function counted(n, what) {
+  return `${n} ${what}${n === 1 ? "" : "s"}`;
 }
 
 class Samples {
@@ -168,7 +178,8 @@ class Samples {
     const signal = groups.filter((group) => group.signal).length;
     const versions = new Set(groups.flatMap((group) => group.r.map((rollout) => rollout.policy)));
     this.version = versions.size === 1 ? [...versions][0] : undefined;
-    fill(this.count, `${groups.length + (found.left_out || 0)} prompts, ${signal} with signal${this.version === undefined ? "" : `, policy ${this.version}`}`);
+    const shaded = groups.some(({ r }) => r.some(({ turns }) => turns)) ? " · shaded: said by the environment, not trained" : "";
+    fill(this.count, `${groups.length + (found.left_out || 0)} prompts, ${signal} with signal${this.version === undefined ? "" : `, policy ${this.version}`}${shaded}`);
     const kept = arranged(groups, this.order, this.keep, this.search);
     const cards = kept.map((group) => this.group(group));
     if (!kept.length) cards.push(make("p", "tsnb-where", "nothing here is as asked for"));
@@ -213,7 +224,7 @@ class Samples {
   group(group) {
     const card = make("div", "tsnb-card");
     const spread = group.signal ? `spread ${briefly(group.std)}` : "no signal: nothing to prefer";
-    const most = Math.max(...group.r.flatMap((r) => [r.adv, ...(r.tok ?? []).map(([, a]) => a)]).map((a) => Math.abs(a ?? 0)), 1e-9);
+    const most = Math.max(...group.r.flatMap((r) => [r.adv, ...tokensOf(r).map(([, a]) => a)]).map((a) => Math.abs(a ?? 0)), 1e-9);
     card.append(this.prompt(group, `reward ${briefly(group.mean)}, ${spread}`), ...group.r.map((rollout) => this.rollout(rollout, most, group)));
     return card;
   }
@@ -223,8 +234,9 @@ class Samples {
     const line = make("div", "tsnb-rollout");
     const parts = Object.entries(rollout.parts ?? {}).map(([name, value]) => `${name} ${briefly(value)}`);
     const version = rollout.policy === this.version || this.beside ? "" : `policy ${rollout.policy ?? "?"}`;
-    const details = [rollout.greedy ? "greedy" : "", ...parts, rollout.end, version, `${rollout.n} token${rollout.n === 1 ? "" : "s"}`];
-    line.append(this.answer(rollout, most));
+    const spoken = rollout.turns?.filter(({ who }) => who === POLICY).length;
+    const details = [rollout.greedy ? "greedy" : "", ...parts, rollout.end, version, spoken ? counted(spoken, "turn") : "", counted(rollout.n, "token")];
+    line.append(rollout.turns ? this.talk(rollout, most) : this.answer(rollout, most));
     if (!this.beside) {
       const advantage = make("b", "tsnb-number", rollout.adv == null ? "" : `A ${signed(rollout.adv)}`);
       advantage.title = "advantage: how much better than its group";
@@ -240,12 +252,34 @@ class Samples {
     return line;
   }
 
+  // A conversation. What the environment said is shaded: the policy read it, and nothing is learnt of it.
+  talk(rollout, most) {
+    const talk = make("ol", "tsnb-talk");
+    let number = 0;
+    for (const turn of rollout.turns) {
+      const item = make("li");
+      if (turn.who === POLICY) {
+        number += 1;
+        item.append(this.answer({ ...rollout, tok: turn.tok, text: turn.text }, most, `turn ${number}`));
+        for (const [call, fine] of turn.calls ?? []) item.append(make("span", fine ? "tsnb-call" : "tsnb-call tsnb-failed", plainText(`${fine ? "called" : "failed"} ${call}`)));
+        if (turn.reward != null) item.append(make("b", "tsnb-number", `reward ${signed(turn.reward)}`));
+      } else {
+        const told = make("span", "tsnb-told", plainText(turn.text).replaceAll("\n", "↵\n"));
+        told.dir = "auto";
+        told.title = `not trained: ${turn.n ? counted(turn.n, "token") : "told with what stands above"}`;
+        item.append(make("span", "tsnb-where", plainText(turn.name ? `${turn.who} ${turn.name}` : turn.who)), told);
+      }
+      talk.append(item);
+    }
+    return talk;
+  }
+
   // Blue underlined: more of this; orange dotted: less.
-  answer(rollout, most) {
+  answer(rollout, most, what = "answer") {
     const text = make("span", "tsnb-answer");
     text.dir = "auto";
     text.setAttribute("role", "group");
-    text.setAttribute("aria-label", rollout.adv == null ? `answer, reward ${briefly(rollout.reward)}` : `answer, advantage ${signed(rollout.adv)}`);
+    text.setAttribute("aria-label", rollout.adv == null ? `${what}, reward ${briefly(rollout.reward)}` : `${what}, advantage ${signed(rollout.adv)}`);
     const pieces = rollout.tok ?? (rollout.text ? [[rollout.text, null]] : []);
     for (const [i, word] of plainPieces(pieces.map(([word]) => word)).entries()) {
       const own = pieces[i][1];
@@ -286,4 +320,4 @@ class Samples {
   }
 }
 
-export { Samples, arranged, pairOf, paired };
+export { Samples, arranged, pairOf, paired, tokensOf };

@@ -100,7 +100,7 @@ def test_a_python_function_cannot_leave_the_process() -> None:
 def test_a_verb_is_declared_once_with_its_name_its_result_and_its_tag() -> None:
     assert set(VERBS) == {
         "forward_backward", "forward", "optim_step", "sample", "compute_logprobs", "freeze_reference",
-        "save_state", "load_state", "void_privacy",
+        "save_state", "load_state", "void_privacy", "read_adapter", "load_adapter",
     }  # fmt: skip
     for name, operation in VERBS.items():
         assert operation.verb == name == tags_of(operation)[0]

@@ -85,7 +85,7 @@ def test_a_run_publishes_one_row_per_step_with_everything_measured(client):
         "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
         "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/mean",
         "sampling/importance_sampling_ratio/max", "sampling/mismatch_kl", "policy/log_ratio_max",
-        "num_tokens", "time/sample", "time/reward", "time/update", "time/total",
+        "num_tokens", "prompts/seen", "prompts/solve_rate", "time/sample", "time/reward", "time/update", "time/total",
     }  # fmt: skip
     measured_now_and_then = {"policy/approx_kl", "policy/log_ratio_max"}  # updates as small as these
     assert set(steps[0].values) - set(steps[-1].values) == measured_now_and_then

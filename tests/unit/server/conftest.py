@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tensafe_nb.privacy.encrypted import HEClient
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.operations import ForwardBackward
@@ -62,6 +63,18 @@ def error_of(answer: httpx.Response) -> tuple[int, str]:
     assert set(body) == {"error"} and set(body["error"]) == {"code", "message", "details", "request_id"}
     assert body["error"]["message"] and body["error"]["request_id"]
     return answer.status_code, body["error"]["code"]
+
+
+SHAPE = (160, 160, 2)  # of the adapter of one module of such a client
+
+
+def open_encrypted(
+    http: httpx.Client, path: str, client: HEClient | None = None, **asked: Any
+) -> tuple[httpx.Response, HEClient]:
+    """Open an encrypted connection for a module, with the fewest keys there can be."""
+    client = client or HEClient(SHAPE, tokens=512)
+    params = {"modules": "q_proj", "shape": list(SHAPE), "tokens": "512", **asked}
+    return http.post(f"{path}/encrypted", params=params, content=client.public_bundle()), client
 
 
 def submit(

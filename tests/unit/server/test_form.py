@@ -42,7 +42,9 @@ def test_the_description_names_every_route_with_its_errors(serving: Serving, htt
                 assert {"401", "404", "422", "429", "500"} <= set(route["responses"]), path
                 error = route["responses"]["401"]["content"]["application/json"]["schema"]
                 assert error["$ref"].endswith("/ErrorAnswer")
-            if method in ("post", "put") and not path.endswith(("/keys/rotate", "/cancel", "/artifacts")):
+            if method in ("post", "put") and not path.endswith(
+                ("/keys/rotate", "/cancel", "/refresh", "/artifacts")
+            ):
                 assert "requestBody" in route, path
     one = "/api/v1/training_clients/{training_client_id}"
     assert {f"{one}/{verb}" for verb in VERBS} < set(described["paths"])

@@ -9,13 +9,14 @@ import httpx
 import pytest
 
 from tests.parity.serving import Serving
-from tests.unit.server.conftest import BATCH, error_of, new_client, outcome
+from tests.unit.server.conftest import BATCH, SHAPE, error_of, new_client, open_encrypted, outcome
 
 Enter = Callable[..., httpx.Client]
 UNKNOWN = {
     "training_client_id": "tc-000000000000",
     "future_id": "fut-000000000000",
     "artifact_id": f"art-{'0' * 32}",
+    "connection_id": f"he-{'0' * 32}",
 }
 BODIES: dict[str, Any] = {  # of the routes that need one, by the end of their path
     "operations": {"$": "optim_step"},
@@ -31,6 +32,7 @@ BODIES: dict[str, Any] = {  # of the routes that need one, by the end of their p
     "estimate": {"batch_size": 1, "length": 8},
     "privacy_audit": {"canaries": 100, "steps": 1},
 }
+QUERIES = {"encrypted": {"modules": "q_proj", "shape": list(SHAPE), "tokens": "512"}}
 OF_A_TENANT = {  # routes without an id, and what they answer a tenant that has nothing
     ("get", "/api/v1/training_clients"): [],
     ("get", "/api/v1/artifacts"): [],
@@ -61,7 +63,9 @@ def mine(http: httpx.Client, path: str) -> dict[str, str]:
     """Ids of something of each kind, of one tenant."""
     queued = http.post(f"{path}/save_state", json={"name": "mine"}).json()["future_id"]
     saved = outcome(http, queued).json()["artifact_id"]
-    return {"training_client_id": path.rpartition("/")[2], "future_id": queued, "artifact_id": saved}
+    connection = open_encrypted(http, path)[0].json()["connection_id"]
+    names = {"future_id": queued, "artifact_id": saved, "connection_id": connection}
+    return {"training_client_id": path.rpartition("/")[2], **names}
 
 
 def test_every_route_answers_for_anothers_id_as_for_one_that_does_not_exist(
@@ -78,7 +82,8 @@ def test_every_route_answers_for_anothers_id_as_for_one_that_does_not_exist(
         for ids in (mine, UNKNOWN):
             address = route.removeprefix("/api/v1").format(**ids)
             body = {"json": BODIES.get(route.rpartition("/")[2], {})} if method in ("post", "put") else {}
-            answer = other.request(method, address, **body)
+            query = QUERIES.get(route.rpartition("/")[2], {})
+            answer = other.request(method, address, params=query, **body)
             assert answer.status_code == 404, (method, route, answer.status_code, answer.text)
             answers.append((error_of(answer), without(ids, answer.text)))
         assert answers[0] == answers[1], (method, route)
@@ -87,6 +92,21 @@ def test_every_route_answers_for_anothers_id_as_for_one_that_does_not_exist(
     assert tried > 25
     assert http.get(path).json() == before and own not in before
     assert http.get(f"/artifacts/{mine['artifact_id']}").content == kept
+
+
+def test_a_connection_of_another_is_none_of_ones_own_client(
+    http: httpx.Client, path: str, mine: dict[str, str], enter: Enter
+) -> None:
+    other = enter()
+    theirs = new_client(other)
+    for method, end in (("post", "/apply"), ("post", "/refresh"), ("delete", "")):
+        answers = []
+        for ids in (mine, UNKNOWN):
+            address = f"{theirs}/encrypted/{ids['connection_id']}{end}"
+            answer = other.request(method, address, content=b"x" if end == "/apply" else b"")
+            answers.append((error_of(answer), without(ids, answer.text)))
+        assert answers[0] == answers[1] and answers[0][0] == (404, "not_found")
+    assert http.post(f"{path}/encrypted/{mine['connection_id']}/refresh").status_code == 200
 
 
 def test_routes_without_an_id_tell_nothing_of_another(

@@ -14,7 +14,7 @@ from schemathesis.checks import CHECKS
 from schemathesis.config import SchemathesisConfig
 
 from tests.parity.serving import Serving
-from tests.unit.server.conftest import new_client, outcome
+from tests.unit.server.conftest import new_client, open_encrypted, outcome
 
 SETTINGS: dict[str, Any] = {
     "derandomize": True,
@@ -81,7 +81,9 @@ def made(http: httpx.Client) -> dict[str, str]:
     path = new_client(http)
     queued = http.post(f"{path}/save_state", json={}).json()["future_id"]
     saved = outcome(http, queued).json()["artifact_id"]
-    return {"training_client_id": path.rpartition("/")[2], "future_id": queued, "artifact_id": saved}
+    ids = {"training_client_id": path.rpartition("/")[2], "future_id": queued, "artifact_id": saved}
+    connection = open_encrypted(http, path)[0].json()["connection_id"]
+    return ids | {"connection_id": connection}
 
 
 @pytest.mark.soak

@@ -237,6 +237,9 @@ def test_what_is_refused_at_the_door_has_had_its_turn_and_breaks_its_window(
     assert outcome(http, "fut-me-5").json()["step"] == 1
 
 
+FACTOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+
+
 def test_plain_json_is_enough_for_every_verb(http: httpx.Client, path: str) -> None:
     bodies = {
         "forward_backward": {"batch": BATCH},
@@ -247,6 +250,8 @@ def test_plain_json_is_enough_for_every_verb(http: httpx.Client, path: str) -> N
         "freeze_reference": {},
         "save_state": {"name": "mine"},
         "load_state": {"artifact_id": "mine"},
+        "read_adapter": {},
+        "load_adapter": {"tensors": {FACTOR: {"$array": [[0.5] * 2] * 160, "dtype": "<f4"}}},
     }
     for verb, body in bodies.items():
         queued = http.post(f"{path}/{verb}", json=body)

@@ -1,5 +1,6 @@
 """What a user sees where the network, something on the way, or the server refuses: which error, and that it goes on."""
 
+import _thread
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -343,3 +344,78 @@ def test_more_training_clients_than_allowed_and_a_rank_that_is_too_high_are_erro
             tc.forward_backward(tn.BatchData([[5, 90_000]])).result(60)
         tc.close()
         service.create_training_client(lora_config=tn.LoRAConfig(rank=2)).close()
+
+
+def test_a_client_that_cannot_be_closed_says_so_where_it_lives_on_and_can_be_closed_later(
+    network: BadNetwork, service: tn.ServiceClient, tc: tn.TrainingClient, impatient: None, serving: Serving
+) -> None:
+    name = tc.training_client_id
+    network.script = lambda request: answer("502 Bad Gateway") if "DELETE" in request else None
+    gate = Gate()
+    waiting = tc.forward(BATCH, gate.name)
+    assert gate.reached.wait(20)
+    with pytest.raises(tn.errors.ServerConnectionError) as refused:
+        tc.close()
+    said = str(refused.value)
+    assert f"{name} was not closed" in said and "run tc.close() again" in said
+    assert f"service.get_training_client('{name}').close()" in said
+    assert refused.value.details["training_client_id"] == name
+    with pytest.raises(tn.errors.TGTinkerError):  # nothing at this end waits any more
+        waiting.result(5)
+    assert [info.training_client_id for info in service.list_training_clients()] == [name]
+    network.script = lambda request: None
+    gate.opened.set()
+    tc.close()  # as the message says
+    assert service.list_training_clients() == []
+    tc.close()
+
+
+def test_a_client_that_was_not_closed_is_closed_by_its_id_from_elsewhere(
+    network: BadNetwork, service: tn.ServiceClient, tc: tn.TrainingClient, impatient: None, serving: Serving
+) -> None:
+    network.script = lambda request: answer("502 Bad Gateway") if "DELETE" in request else None
+    with pytest.raises(tn.errors.ServerConnectionError, match="lives on"), tc:
+        pass
+    network.script = lambda request: None
+    service.get_training_client(tc.training_client_id).close()
+    assert service.list_training_clients() == []
+    tc.close()  # it has ended: nothing is left to say
+
+
+def test_a_token_that_was_taken_away_meanwhile_is_what_closing_fails_with(
+    network: BadNetwork, service: tn.ServiceClient, tc: tn.TrainingClient, serving: Serving
+) -> None:
+    network.script = lambda request: (
+        refusal("401 Unauthorized", "unauthorized") if "DELETE" in request else None
+    )
+    with pytest.raises(tn.errors.AuthenticationError, match=r"was not closed: .*run tc\.close\(\) again"):
+        tc.close()
+
+
+def test_closing_waits_for_a_server_that_is_restarted_says_so_and_can_be_interrupted(
+    network: BadNetwork,
+    service: tn.ServiceClient,
+    tc: tn.TrainingClient,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    serving: Serving,
+) -> None:
+    monkeypatch.setattr(http_channel, "DRAINING", 0.3)
+    be_patient(service, 60.0)
+    tries = count(1)
+
+    def script(request: str) -> bytes | None:
+        if "DELETE" not in request or network.script is not script:
+            return None
+        if next(tries) == 6:  # so far nothing has answered for longer than `DRAINING`
+            _thread.interrupt_main()
+        return answer("502 Bad Gateway")
+
+    network.script = script
+    with pytest.raises(KeyboardInterrupt):
+        tc.close()
+    assert "is not closed yet, and is asked for until 60 s are over" in caplog.text
+    network.script = lambda request: None
+    assert steps(tc) == 1  # the waiting was interrupted, and nothing else
+    tc.close()
+    assert service.list_training_clients() == []

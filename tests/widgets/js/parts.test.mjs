@@ -4,7 +4,7 @@ import { hasNews, rowsOf, specs } from "../../../tensafe_nb/widgets/static/curve
 import { csvOf, fileName } from "../../../tensafe_nb/widgets/static/download.js";
 import { account } from "../../../tensafe_nb/widgets/static/meter.js";
 import { numberText, plainPieces, plainText, signed, sizeText } from "../../../tensafe_nb/widgets/static/page.js";
-import { arranged, pairOf, paired } from "../../../tensafe_nb/widgets/static/samples.js";
+import { arranged, pairOf, paired, tokensOf } from "../../../tensafe_nb/widgets/static/samples.js";
 import { metadataText, savedAt } from "../../../tensafe_nb/widgets/static/table.js";
 import { Store } from "../../../tensafe_nb/widgets/static/wire.js";
 
@@ -29,6 +29,12 @@ test("large numbers have the letter of their thousands", () => {
 test("groups with signal come first, otherwise as they came", () => {
   const groups = ["a", "b", "c", "d"].map((prompt, i) => ({ prompt, signal: i % 2 === 1, r: [] }));
   assert.deepEqual(arranged(groups, "sampled", "all", "").map((g) => g.prompt), ["b", "d", "a", "c"]);
+});
+
+test("the tokens of a conversation are those of the policy's turns", () => {
+  assert.deepEqual(tokensOf({ tok: [["a", 1]] }), [["a", 1]]);
+  assert.deepEqual(tokensOf({ turns: [{ who: "assistant", tok: [["a", 1]] }, { who: "tool" }, { who: "assistant", tok: [["b", 2]] }] }), [["a", 1], ["b", 2]]);
+  assert.deepEqual(tokensOf({ text: "" }), []);
 });
 
 test("the same held-out prompts are compared, whatever order they came in", () => {

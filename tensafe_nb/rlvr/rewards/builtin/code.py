@@ -23,6 +23,7 @@ from tensafe_nb.rlvr.rewards.builtin.answers import Builtin, Meta, column_of, fe
 
 _RUNNER = Path(__file__).with_name("code_child.py")
 _CANNOT_RUN = 3  # exit status of a runner that could not set its limits
+MOST_SAID = 100_000  # bytes of what it says
 
 
 def python_code(
@@ -81,7 +82,23 @@ def check_python_code(*, timeout: float = 3.0, memory_mb: int = 512, **_: Any) -
 
 
 def passed_tests(job: dict[str, Any], timeout: float) -> int:
-    """Return how many tests passed; files instead of pipes, so that nothing can keep us waiting."""
+    """Return how many tests passed."""
+    return int(said_by_child(job, timeout, "python_code") or 0)
+
+
+def said_by_child(job: dict[str, Any], timeout: float, who: str) -> str | None:
+    """Run a job in a process of its own and return what it says of it; None if it was ended before.
+
+    Files instead of pipes, so that nothing can keep us waiting.
+
+    Args:
+        job: As `code_child` reads it.
+        timeout: Seconds it may take.
+        who: Whose job it is, for an error.
+
+    Raises:
+        RewardError: The process could not be limited.
+    """
     token = secrets.token_hex(16)
     # Of the environment, what Python needs to start, and nothing that could be a key of yours.
     kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
@@ -105,16 +122,14 @@ def passed_tests(job: dict[str, Any], timeout: float) -> int:
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return 0
+            return None
         finally:
             end_group(process)
         if process.returncode == _CANNOT_RUN:
-            raise RewardError(
-                "python_code: the process for the response could not be limited, so it was not run."
-            )
+            raise RewardError(f"{who}: the process for the response could not be limited, so it was not run.")
         verdict.seek(0)
-        said = verdict.read(200).decode(errors="replace").split()
-    return int(said[1]) if len(said) == 2 and said[0] == token else 0
+        came, _, said = verdict.read(MOST_SAID).decode(errors="replace").partition(" ")
+    return said if came == token else None
 
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:

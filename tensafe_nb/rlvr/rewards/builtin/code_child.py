@@ -1,5 +1,7 @@
 """The program that `python_code` starts: limits itself, runs a response's code and its tests, says how many passed.
 
+For the tool `python` it says what the code printed, and the value of its last line.
+
 A program, not a module: it runs alone, with `python -I`, and imports nothing of this package.
 """
 
@@ -27,8 +29,8 @@ def main() -> None:
         os._exit(CANNOT_RUN)
     if sys.platform == "linux" and os.getppid() != job["parent"]:
         os._exit(CANNOT_RUN)  # whoever asked has ended before we could ask to end with it
-    passed = passed_tests(job["code"], job["tests"])
-    os.write(verdict, f"{job['token']} {passed}".encode())
+    said = printed(job["code"], job["show"]) if "show" in job else passed_tests(job["code"], job["tests"])
+    os.write(verdict, f"{job['token']} {said}".encode(errors="replace"))
     os._exit(0)  # whatever threads or exit handlers the code left behind
 
 
@@ -47,6 +49,39 @@ def runs(code: str, namespace: dict[str, object]) -> bool:
     except BaseException:  # noqa: BLE001  # sys.exit() and KeyboardInterrupt have not passed either
         return False
     return True
+
+
+def printed(code: str, most: int) -> str:
+    """Return what the code prints, then the value of its last line, or how it failed."""
+    import ast
+    import io
+
+    out = io.StringIO()
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            tree = ast.parse(code, "<code>")
+            last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, "<code>", "exec"), namespace)
+            if isinstance(last, ast.Expr):
+                value = eval(compile(ast.Expression(last.value), "<code>", "eval"), namespace)
+                if value is not None:
+                    out.write(f"{value!r}\n")
+        except BaseException as error:  # noqa: BLE001  # whatever it is, the model is told
+            out.write(failure(error))
+    text = out.getvalue()
+    return text if len(text) <= most else f"{text[:most]} [... {len(text) - most} more characters]"
+
+
+def failure(error: BaseException) -> str:
+    """Return an exception as a line, with the line of the code it comes from."""
+    line, text = (error.lineno, error.msg) if isinstance(error, SyntaxError) else (None, str(error))
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<code>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {text}" + (f" (line {line})" if line else "")
 
 
 def limit(seconds: float, memory: int) -> None:

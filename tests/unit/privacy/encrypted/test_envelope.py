@@ -114,7 +114,7 @@ def test_a_request_is_no_reply_and_a_reply_no_request() -> None:
 def test_what_is_too_large_is_refused_before_it_is_looked_at() -> None:
     _, server = at_hand()
     with pytest.raises(EncryptionContextError, match=r"are the most .* was not parsed"):
-        server.apply(bytes(server._most_bytes + 1))
+        server.apply(bytes(server.most_bytes + 1))
     for wrong in (None, "text", bytearray(b"x"), 3):
         with pytest.raises(EncryptionContextError, match="exchange bytes"):
             server.apply(wrong)  # type: ignore[arg-type]

@@ -226,7 +226,7 @@ def test_an_encoded_adapter_that_finds_no_room_is_encoded_each_time_with_the_sam
     for seed in (1, 2):
         x = activations(8, shape[0], seed)
         assert error(client.decrypt(server.apply(client.encrypt(x))), in_clear(adapter(*shape), x)) <= BOUND
-    assert len(server._encoded._kept) == 3 < server.counts.multiplications / 2
+    assert len(server._encoded[""]._kept) == 3 < server.counts.multiplications / 2
 
 
 def test_where_files_in_memory_are_not_to_be_had_it_goes_through_a_folder_of_its_own_and_leaves_nothing(

@@ -10,9 +10,9 @@ import pytest
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.rlvr import MockRolloutSampler, Part, Trajectory, TrajectoryBatch, resolve_reward
+from tensafe_nb.rlvr import MockRolloutSampler, Part, Trajectory, TrajectoryBatch, rescore, resolve_reward
 from tensafe_nb.rlvr.rewards.conventions import Conversation, TrainerState
-from tensafe_nb.rlvr.scoring.scorer import Scorer, rescore, score
+from tensafe_nb.rlvr.scoring.scorer import Scorer, score
 
 TURNS = [
     {"role": "system", "content": "Be brief."},

@@ -14,9 +14,9 @@ import threading
 import pytest
 
 from tensafe_nb.errors import ClientClosedError, RewardError, ValidationError
-from tensafe_nb.rlvr import resolve_reward
+from tensafe_nb.rlvr import rescore, resolve_reward
 from tensafe_nb.rlvr.rewards.reward import Part
-from tensafe_nb.rlvr.scoring.scorer import Scorer, rescore, score
+from tensafe_nb.rlvr.scoring.scorer import Scorer, score
 from tensafe_nb.rlvr.watch.preview import preview_reward
 from tests.unit.rlvr.functions import batch_of, length, make_awkward, rollouts
 

@@ -1,0 +1,1 @@
+"""Comparisons: arms raced over common seeds, and what may be said of their differences."""

@@ -1,0 +1,793 @@
+"""An encrypted adapter as a notebook holds it: activations are encrypted here, and applied where the adapter is.
+
+    he(x) ─▶ queue ─▶ one thread: encrypt ─▶ EncryptedLine.apply ─▶ decrypt ─▶ the handle's result
+
+Keys are made at the first call, for one connection, and live on no disk.
+"""
+
+import hashlib
+import math
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensafe_nb.config import SamplingConfig, TrainingConfig, joins
+from tensafe_nb.data import read_prompts
+from tensafe_nb.display import Facts, as_given, shown, table
+from tensafe_nb.errors import (
+    ClientClosedError,
+    FutureCancelledError,
+    NotFoundError,
+    ServerConnectionError,
+    TGTinkerError,
+    ValidationError,
+)
+from tensafe_nb.futures import FutureHandle, Promise
+from tensafe_nb.privacy.encrypted import HEClient, HECost
+from tensafe_nb.privacy.encrypted.client import checked_activations, tokens_at_once
+from tensafe_nb.privacy.encrypted.cost import estimate_all
+from tensafe_nb.privacy.encrypted.packing import packings_of
+from tensafe_nb.privacy.encrypted.parameters import parameters_named
+from tensafe_nb.privacy.encrypted.scheme import Vector, library
+from tensafe_nb.privacy.encrypted.stacking import unstacked
+from tensafe_nb.protocol.encrypted import EncryptedOffer, EncryptedPart, stale
+from tensafe_nb.protocol.results import Prompt, SampledSequence
+from tensafe_nb.store.home import Home
+from tensafe_nb.transports.base import Channel, EncryptedLine
+
+R = TypeVar("R")
+Tick = Callable[[int, int], None]
+
+DEMONSTRATION = "demonstration: both halves in one process"
+MAX_ABS = 65_504.0  # of an activation
+MOST_TOKENS = 1 << 16  # of one call
+MOST_MESSAGE = 1 << 25  # bytes of one message; what is larger goes in pieces
+PATIENCE = 60.0  # s that a server which does not answer is asked again
+LONGEST_PAUSE = 2.0  # s between two tries
+
+
+@shown
+@dataclass(frozen=True, slots=True, eq=False)
+class HEResult:
+    """What an encrypted adapter adds to the outputs of its modules.
+
+    Attributes:
+        deltas: (S, d_out) by module, float64. numpy takes the result for the array where there is one.
+        policy_version: Of the weights.
+        tokens: That were encrypted.
+        upload_bytes: Of the ciphertexts that went out.
+        download_bytes: Of those that came back.
+        note: "demonstration: both halves in one process", where that is so; else None.
+    """
+
+    deltas: Mapping[str, NDArray[np.float64]]
+    policy_version: int
+    tokens: int
+    upload_bytes: int
+    download_bytes: int
+    note: str | None
+
+    @property
+    def delta(self) -> NDArray[np.float64]:
+        """(S, d_out) of the one module that was asked for."""
+        if len(self.deltas) != 1:
+            raise ValidationError(
+                f'There are several: result["{next(iter(self.deltas))}"], of {list(self.deltas)}.'
+            )
+        return next(iter(self.deltas.values()))
+
+    def __getitem__(self, module: str) -> NDArray[np.float64]:
+        return self.deltas[module]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self.delta, dtype=dtype) if copy else np.asarray(self.delta, dtype=dtype)
+
+
+@shown
+@dataclass(frozen=True, slots=True, eq=False)
+class HELogits:
+    """What the model says of prompts.
+
+    Attributes:
+        logits: (T, V) of each prompt, float32.
+        policy_version: Of the weights.
+        tokens: That were encrypted, for each of the chosen layers anew.
+        upload_bytes: Of the ciphertexts that went out.
+        download_bytes: Of those that came back.
+        note: As of HEResult.
+    """
+
+    logits: tuple[NDArray[np.float32], ...]
+    policy_version: int
+    tokens: int
+    upload_bytes: int
+    download_bytes: int
+    note: str | None
+
+    def next_tokens(self, k: int = 5) -> list[list[int]]:
+        """Return the k likeliest tokens behind each prompt, the likeliest first."""
+        return [[int(token) for token in np.argsort(-one[-1], kind="stable")[:k]] for one in self.logits]
+
+
+@shown
+@dataclass(frozen=True, slots=True, eq=False)
+class HEScores:
+    """How likely the model finds prompts.
+
+    Attributes:
+        tokens_of: The tokens of each prompt.
+        logprobs: Of each prompt, the log-probability of each of its tokens but the first.
+        policy_version: Of the weights.
+        tokens: That were encrypted, for each of the chosen layers anew.
+        upload_bytes: Of the ciphertexts that went out.
+        download_bytes: Of those that came back.
+        note: As of HEResult.
+    """
+
+    tokens_of: tuple[tuple[int, ...], ...]
+    logprobs: tuple[NDArray[np.float64], ...]
+    policy_version: int
+    tokens: int
+    upload_bytes: int
+    download_bytes: int
+    note: str | None
+
+    @property
+    def totals(self) -> list[float]:
+        """The log-probability of each prompt."""
+        return [float(one.sum()) for one in self.logprobs]
+
+    @property
+    def perplexities(self) -> list[float]:
+        """Of each prompt; that of a single token is not defined, and NaN."""
+        return [math.exp(-one.mean()) if len(one) else math.nan for one in self.logprobs]
+
+
+@shown
+@dataclass(frozen=True, slots=True, eq=False)
+class HESample:
+    """What was drawn.
+
+    Attributes:
+        sequences: As of `tc.sample`.
+        policy_version: Of the weights.
+        tokens: That were encrypted, for each of the chosen layers anew.
+        upload_bytes: Of the ciphertexts that went out.
+        download_bytes: Of those that came back.
+        note: As of HEResult.
+    """
+
+    sequences: tuple[SampledSequence, ...]
+    policy_version: int
+    tokens: int
+    upload_bytes: int
+    download_bytes: int
+    note: str | None
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions' texts, in order."""
+        return [sequence.text for sequence in self.sequences]
+
+
+class CallQueue:
+    """Calls that run one after the other on a thread of their own, which begins with the first.
+
+    Args:
+        name: Of the thread.
+        owner: Id of the training client, which handles name.
+        at_end: Called on the thread, or where there was none, when no further call is taken.
+    """
+
+    def __init__(self, name: str, owner: str, at_end: Callable[[], None]) -> None:
+        self._name, self._owner, self._at_end = name, owner, at_end
+        self._waiting: deque[tuple[Promise[Any], Callable[[Tick], Any]]] = deque()
+        self._running: Promise[Any] | None = None
+        self._changed = threading.Condition(threading.RLock())
+        self._thread: threading.Thread | None = None
+        self.closed = False
+
+    def submit(self, operation: str, work: Callable[[Tick], R], kind: type[R]) -> FutureHandle[R]:
+        """Queue a call.
+
+        Args:
+            operation: What a handle calls it.
+            work: Does it; the function it gets takes progress, and raises once the call is cancelled.
+            kind: Of its result.
+
+        Raises:
+            ClientClosedError: No call is taken any more.
+        """
+        promise: Promise[R] = Promise()
+        with self._changed:
+            if self.closed:
+                raise ClientClosedError(
+                    f"{operation}: this encrypted adapter is closed, and its keys are gone. Make a new one: "
+                    f"tc.he_adapter(…)."
+                )
+            self._waiting.append((promise, work))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            promise.owner = self._thread
+            self._changed.notify()
+
+        def cancel() -> bool:
+            if not promise.cancel_pending():
+                promise.cancel_requested = True
+                promise.wait()
+            return promise.state == "CANCELLED"
+
+        return FutureHandle(
+            promise,
+            operation=operation,
+            future_id=f"fut-{hashlib.blake2b(str(id(promise)).encode(), digest_size=6).hexdigest()}",
+            training_client_id=self._owner,
+            result_type=kind,
+            cancel=cancel,
+            position=lambda: self._position(promise),
+        )
+
+    def _position(self, promise: Promise[Any]) -> int | None:
+        with self._changed:
+            waiting = [other for other, _ in self._waiting if not other.done]
+            before = int(self._running is not None)
+        return waiting.index(promise) + before if promise in waiting else None
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._running = None
+                self._changed.wait_for(lambda: self._waiting or self.closed)
+                if not self._waiting:
+                    break
+                promise, work = self._waiting.popleft()
+                self._running = promise
+            if promise.start():
+                self._do(promise, work)
+            del promise, work
+        self._at_end()
+
+    @staticmethod
+    def _do(promise: Promise[Any], work: Callable[[Tick], Any]) -> None:
+        def tick(done: int, total: int) -> None:
+            if promise.cancel_requested:
+                raise FutureCancelledError("cancelled while running")
+            if total:
+                promise.progress = (done, total)
+
+        try:
+            tick(0, 0)
+            value = work(tick)
+        except FutureCancelledError:
+            promise.cancel()
+        except BaseException as error:  # noqa: BLE001  # any failure is the handle's, never the thread's
+            promise.fail(error)
+        else:
+            promise.succeed(value)
+
+    def end_soon(self) -> None:
+        """Take no further calls; what is queued is done. Never waits."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify()
+        if self._thread is None:
+            self._at_end()
+
+    def close(self) -> None:
+        """Cancel what waits and what runs, take no further calls, and wait for the thread to end; idempotent."""
+        with self._changed:
+            for promise, _ in self._waiting:
+                promise.cancel_pending()
+            if self._running is not None:
+                self._running.cancel_requested = True
+        self.end_soon()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What went over a line since some moment."""
+
+    tokens: int = 0
+    upload_bytes: int = 0
+    download_bytes: int = 0
+
+    def since(self, before: "Traffic") -> dict[str, int]:
+        """Return what has gone since, as fields of a result."""
+        return {
+            "tokens": self.tokens - before.tokens,
+            "upload_bytes": self.upload_bytes - before.upload_bytes,
+            "download_bytes": self.download_bytes - before.download_bytes,
+        }
+
+
+@dataclass(slots=True)
+class Half:
+    """The client's half of one connection: the keys, and what the other half serves with them."""
+
+    client: HEClient
+    connection_id: str
+    parts: dict[str, EncryptedPart]
+
+
+@dataclass(slots=True)
+class Halves:
+    """The client's halves of all connections of one adapter; used by one thread.
+
+    Attributes:
+        line: To the other halves.
+        layers: As they were asked for.
+        modules: Likewise.
+        params: Name of the parameter set.
+        tokens: As of `HEClient`.
+        offer: What is served, by shape and version.
+        traffic: What went over the line so far.
+    """
+
+    line: EncryptedLine
+    layers: tuple[int, ...]
+    modules: tuple[str, ...] | None
+    params: str
+    tokens: int | str
+    offer: EncryptedOffer
+    traffic: Traffic = field(default_factory=Traffic)
+    _open: dict[tuple[int, int, int], Half] = field(default_factory=dict)
+
+    def call(self, part: EncryptedPart, x: Vector, tick: Tick) -> dict[str, Vector]:
+        """Return (S, d_out) by module for the (S, d_in) that the modules of a part read."""
+        parameters, packings = parameters_named(self.params, "lora"), packings_of(self.tokens)
+        client = self._half(part).client
+        at_once = tokens_at_once(client.shape, packings, parameters, min(MOST_MESSAGE, self.line.most_bytes))
+        found = []
+        for start in range(0, len(x), at_once):
+            tick(start, len(x))
+            found.append(self._answered(part, x[start : start + at_once], tick))
+        served = self._half(part).parts[part.name]
+        deltas = unstacked(np.concatenate(found), served.widths, served.exponents)
+        return dict(zip(part.modules, deltas, strict=True))
+
+    def _answered(self, part: EncryptedPart, x: Vector, tick: Tick) -> Vector:
+        """Encrypt, ask and decrypt; where no answer came, anew: each request is taken once."""
+        began, pause, reopened = time.monotonic(), 0.1, False
+
+        def wanted(_done: int, _total: int) -> None:
+            tick(0, 0)
+
+        while True:
+            half = self._half(part)
+            request = half.client.encrypt(x, part.name, tick=wanted)
+            try:
+                reply = self.line.apply(half.connection_id, request)
+            except NotFoundError:
+                del self._open[part.shape]  # its keys, with it: the next connection has its own
+                if reopened:
+                    raise
+                reopened = True
+                continue
+            except TGTinkerError as error:
+                if not is_passing(error) or time.monotonic() - began + pause > PATIENCE:
+                    raise
+                tick(0, 0)
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
+            found = half.client.decrypt(reply, tick=wanted)
+            self.traffic.tokens += len(x)
+            self.traffic.upload_bytes += len(request)
+            self.traffic.download_bytes += len(reply)
+            return found
+
+    def _half(self, part: EncryptedPart) -> Half:
+        """Return the half for a part; keys are made with the first call."""
+        shape = part.shape
+        if shape not in self._open:
+            client = HEClient(shape, self.params, tokens=self.tokens, keys=self.line.keys, max_abs=MAX_ABS)
+            opened = self.line.open(
+                self.layers, self.modules, shape, self.params, self.tokens, client.public_bundle()
+            )
+            self._open[shape] = Half(client, opened.connection_id, {one.name: one for one in opened.parts})
+            self._check(opened.policy_version)
+        return self._open[shape]
+
+    def _check(self, version: int) -> None:
+        """Refuse weights of another version than was offered.
+
+        Raises:
+            EncryptionContextError: The client was trained on meanwhile.
+        """
+        if version != self.offer.policy_version:
+            self.drop()
+            raise stale(self.offer.policy_version, version)
+
+    def refresh(self) -> EncryptedOffer:
+        """Serve the weights as they are now."""
+        self.offer = self.line.offer(self.layers, self.modules)
+        for shape, half in list(self._open.items()):
+            try:
+                served = self.line.refresh(half.connection_id)
+            except NotFoundError:
+                del self._open[shape]  # it is opened again at the next call
+                continue
+            half.parts = {one.name: one for one in served.parts}
+            self._check(served.policy_version)
+        return self.offer
+
+    def drop(self) -> None:
+        """Drop all keys, here and at the other end."""
+        halves, self._open = list(self._open.values()), {}
+        for half in halves:
+            with suppress(TGTinkerError):
+                self.line.close(half.connection_id)
+
+
+def is_passing(error: TGTinkerError) -> bool:
+    """Whether it is worth asking again."""
+    return isinstance(error, ServerConnectionError) or error.code == "too_many_requests"
+
+
+class HEAdapter:
+    """A training client's adapter that its core applies to activations it cannot read; `tc.he_adapter()` makes it.
+
+    Calls run in their order on a thread of their own, beside the queue of the training client. Keys are made at the
+    first of them, and dropped by `close()` or at the end of a `with`. It serves the weights as they were when it was
+    made; once they have moved on, calls are refused until `refresh()`.
+
+    Example:
+        >>> he = tc.he_adapter(layers=[-1], modules=["q_proj"])
+        >>> print(he.cost(tokens=64))
+        >>> delta = (await he(x)).delta  # (S, d_in) → (S, d_out)
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        channel: Channel,
+        layers: Sequence[int] | int,
+        modules: Sequence[str] | str | None,
+        tokens: int | str,
+        params: str,
+    ) -> None:
+        library()  # without tenseal, here
+        parameters_named(params, "lora")
+        packings_of(tokens)
+        chosen, names = numbers_of(layers), names_of(modules)
+        self._owner = owner  # which lives as long as this does
+        line = channel.encrypted
+        self._halves = Halves(line, chosen, names, params, tokens, line.offer(chosen, names))
+        self._name = channel.training_client_id
+        self._calls = CallQueue(f"tsnb-he-{self._name}", self._name, self._halves.drop)
+        self._sampled = 0
+        weakref.finalize(self, self._calls.end_soon).atexit = False
+
+    # calls
+
+    def __call__(self, x: Any) -> FutureHandle[HEResult]:
+        """Apply the adapter to (S, d_in) activations: of the one layer that was chosen, see `he[layer]`.
+
+        Raises:
+            ValidationError: Several layers, or several inputs of one, were chosen; or activations that do not fit.
+        """
+        return self._only(self._halves.offer.parts)(x)
+
+    def __getitem__(self, key: Any) -> "HEModules":
+        """Return what can be called of it: `he[-1]` a layer, `he[-1, "q_proj"]` or `he["q_proj"]` a module."""
+        layer, module = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        if isinstance(layer, str) and module is None:
+            layer, module = None, layer
+        offer = self._halves.offer
+        number = layer % offer.depth if type(layer) is int and -offer.depth <= layer < offer.depth else layer
+        parts = [part for part in offer.parts if layer is None or part.layer == number]
+        parts = [part for part in parts if module is None or module in part.modules]
+        if not parts:
+            raise ValidationError(f"he[{as_given(key)}]: that was not chosen. There is {self._listed()}.")
+        return self._only(parts, module)
+
+    def _only(self, parts: Sequence[EncryptedPart], module: str | None = None) -> "HEModules":
+        if len(parts) > 1:
+            raise ValidationError(
+                f"These read different inputs, and one call has one: {self._listed()}. Name a layer and a module, such "
+                f"as he[{parts[0].layer}, {parts[0].modules[0]!r}](x)."
+            )
+        return HEModules(self, parts[0], module)
+
+    def _listed(self) -> str:
+        return ", ".join(f"{part.layer}: {' and '.join(part.modules)}" for part in self._halves.offer.parts)
+
+    def _submit(
+        self, operation: str, work: Callable[["HEAdapter", Tick], R], kind: type[R]
+    ) -> FutureHandle[R]:
+        # a call that waits keeps the adapter, and so its keys
+        return self._calls.submit(operation, lambda tick: work(self, tick), kind)
+
+    def _said(self, before: Traffic) -> dict[str, Any]:
+        said = self._halves.traffic.since(before)
+        return {**said, "policy_version": self.policy_version, "note": self.note}
+
+    # about it
+
+    def cost(self, tokens: int = 64) -> HECost:
+        """Estimate one pass of so many tokens through all that was chosen; no key of yours is made for it.
+
+        The times are those of this machine, also of what the server does.
+        """
+        halves = self._halves
+        shapes = [part.shape for part in halves.offer.parts]
+        return estimate_all(shapes, tokens, halves.params, packing=halves.tokens)
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights that are applied."""
+        return self._halves.offer.policy_version
+
+    @property
+    def parts(self) -> tuple[EncryptedPart, ...]:
+        """What is applied: modules of a layer that read one input, together."""
+        return self._halves.offer.parts
+
+    @property
+    def note(self) -> str | None:
+        """What a reader should know: that this is a demonstration, where both halves are in one process."""
+        return DEMONSTRATION if self._halves.line.is_demonstration else None
+
+    def refresh(self) -> FutureHandle[EncryptedOffer]:
+        """Go on with the weights as they are now, behind the calls that wait; the keys stay."""
+        return self._submit("he_refresh", lambda he, _: he._halves.refresh(), EncryptedOffer)
+
+    # a model
+
+    def model(self, base: str | None = None, *, device: str | None = None) -> "HEAdapterModel":
+        """Return the whole model: its base runs here, in the clear, and the chosen layers' adapters there.
+
+        The base is loaded in this process, which needs torch, and is compared with the one the adapter is for.
+
+        Args:
+            base: Folder or hub id of the base here; None takes the training client's `model_ref`.
+            device: Of the base; None takes "auto", or what the training client of this process has.
+
+        Raises:
+            ValidationError: The training client has adapters elsewhere, which are not here; or another base.
+            ModelLoadError: The base cannot be loaded.
+        """
+        return HEAdapterModel(self, base, device)
+
+    # the end
+
+    def close(self) -> None:
+        """Cancel what waits, and drop the keys, here and at the other end; idempotent."""
+        self._calls.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._calls.closed else ""
+        words = f"; {self.note}" if self.note else ""
+        return (
+            f"<HEAdapter of {self._name}, {self._listed()}, {self._halves.params}, policy_version "
+            f"{self.policy_version}{state}{words}>"
+        )
+
+    def _facts(self) -> Facts:
+        halves = self._halves
+        facts: dict[str, object] = {"training client": self._name, "chosen": self._listed()}
+        facts |= {"parameters": halves.params, "policy_version": self.policy_version}
+        facts |= {"tokens": halves.traffic.tokens, "upload_bytes": halves.traffic.upload_bytes}
+        facts |= {"download_bytes": halves.traffic.download_bytes}
+        return facts | ({"note": self.note} if self.note else {})
+
+    def _repr_html_(self) -> str:
+        return table("HEAdapter", self._facts())
+
+
+@dataclass(frozen=True, slots=True)
+class HEModules:
+    """Modules of one layer that read one input: called with it, they return what their adapters add.
+
+    Attributes:
+        adapter: Whose they are.
+        part: They, and how they are stacked.
+        module: The only one that is wanted; the others of the part are computed with it all the same.
+    """
+
+    adapter: HEAdapter
+    part: EncryptedPart
+    module: str | None
+
+    def __call__(self, x: Any) -> FutureHandle[HEResult]:
+        """Queue an encrypted call for (S, d_in) activations: numbers, or a tensor.
+
+        Raises:
+            ValidationError: Another shape, or values that are not finite or too large.
+        """
+        given = x.detach().cpu().float() if hasattr(x, "detach") else x
+        activations = checked_activations(given, self.part.shape[0], MAX_ABS, MOST_TOKENS).copy()
+        part, module = self.part, self.module
+
+        def work(he: HEAdapter, tick: Tick) -> HEResult:
+            before = replace(he._halves.traffic)
+            deltas = he._halves.call(part, activations, tick)
+            wanted = deltas if module is None else {module: deltas[module]}
+            return HEResult(wanted, **he._said(before))
+
+        return self.adapter._submit("he_apply", work, HEResult)
+
+    def __repr__(self) -> str:
+        d_in, d_out, rank = self.part.shape
+        named = self.module or " and ".join(self.part.modules)
+        return f"<layer {self.part.layer}, {named}: {d_in} → r{rank} → {d_out}>"
+
+
+class HEAdapterModel:
+    """A model whose base runs here and whose chosen layers have their adapters elsewhere; `he.model()` makes it."""
+
+    def __init__(self, he: HEAdapter, base: str | None, device: str | None) -> None:
+        offer = he._halves.offer
+        if offer.elsewhere:
+            few = ", ".join(offer.elsewhere[:5]) + (
+                f" and {len(offer.elsewhere) - 5} more" if offer.elsewhere[5:] else ""
+            )
+            raise ValidationError(
+                f"he.model(): the client trains {few} as well, which is not on this side: without it the model would "
+                f"be another one. Choose all that it adapts (layers=…, modules=None), or train an adapter of those "
+                f"layers alone: LoRAConfig(target_modules=…, layers_to_transform=…)."
+            )
+        config: TrainingConfig = he._owner.config
+        here = he._halves.line.is_demonstration
+        device = device or (config.device if here else "auto")
+        of_base = TrainingConfig(
+            model_ref=base or config.model_ref,
+            dtype=config.dtype,
+            device=device,  # type: ignore[arg-type]
+            ignore_weights=config.ignore_weights,
+            resize_embeddings=config.resize_embeddings,
+        )
+        try:
+            from tensafe_nb.engine.models import encrypted
+        except ImportError as error:
+            raise ValidationError(
+                f"he.model() runs the base model in this process, which needs torch and what stands on it ({error}): "
+                f"pip install tensafe_nb, with its dependencies. he(x) needs none of it."
+            ) from error
+        self._he, self._seed = he, config.seed
+        self._logprobs_of = encrypted.logprobs_of
+        self._model = encrypted.EncryptedModel(of_base, Home.of_environment(), offer.parts, offer.base)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self._model.model.tokenizer
+
+    def logits(self, prompts: Prompt | Sequence[Prompt]) -> FutureHandle[HELogits]:
+        """Compute what the model says behind each token of some prompts: texts, chats, or token ids."""
+        ids = self._model.encoded(read_prompts(prompts), 0)
+
+        def work(he: HEAdapter, tick: Tick) -> HELogits:
+            before = replace(he._halves.traffic)
+            found = tuple(one.copy() for one in self._model.logits(ids, apply_of(he, tick), tick))
+            return HELogits(found, **he._said(before))
+
+        return self._he._submit("he_logits", work, HELogits)
+
+    def score(self, prompts: Prompt | Sequence[Prompt]) -> FutureHandle[HEScores]:
+        """Compute the log-probability of each token of some prompts behind those before it."""
+        ids = self._model.encoded(read_prompts(prompts), 0)
+
+        def work(he: HEAdapter, tick: Tick) -> HEScores:
+            before = replace(he._halves.traffic)
+            said = self._model.logits(ids, apply_of(he, tick), tick)
+            logprobs = tuple(self._logprobs_of(one, own) for one, own in zip(said, ids, strict=True))
+            return HEScores(tuple(map(tuple, ids)), logprobs, **he._said(before))
+
+        return self._he._submit("he_score", work, HEScores)
+
+    @joins(SamplingConfig, "sampling")
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingConfig | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        num_samples: int = 1,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        ignore_end: bool = False,
+    ) -> FutureHandle[HESample]:
+        """Draw completions, as `tc.sample` does: one encrypted call for each token and each chosen input.
+
+        Args:
+            prompts: Texts, chats, or token ids.
+            sampling: How to draw; its fields are the keywords.
+            max_new_tokens: Longest completion, in tokens.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_p: Keep the smallest set of tokens whose probability reaches this.
+            top_k: Keep the k most likely tokens; 0 keeps all.
+            num_samples: Completions per prompt.
+            stop: Strings that end a completion; they are cut from its text.
+            seed: Fixes every row's random stream; None takes the next one.
+            ignore_end: Go on past end tokens.
+        """
+        assert sampling is not None  # the keywords are in it
+        asked, read = sampling, read_prompts(prompts)
+        self._model.encoded(read, asked.max_new_tokens)
+        drawn = asked.seed
+        if drawn is None:
+            self._he._sampled += 1
+            own = f"{self._seed}/he/{self._he._sampled}".encode()
+            drawn = int.from_bytes(hashlib.blake2b(own, digest_size=6).digest(), "big")
+
+        def work(he: HEAdapter, tick: Tick) -> HESample:
+            before = replace(he._halves.traffic)
+            found = self._model.sample(read, asked, drawn, apply_of(he, tick), tick)
+            return HESample(tuple(found), **he._said(before))
+
+        return self._he._submit("he_generate", work, HESample)
+
+    def __repr__(self) -> str:
+        return f"<HEAdapterModel of {self._he!r}>"
+
+
+def apply_of(he: HEAdapter, tick: Tick) -> Callable[[EncryptedPart, Vector], dict[str, Vector]]:
+    """Return what a model's layers ask, which tells no progress of its own."""
+    return lambda part, x: he._halves.call(part, x, lambda _done, _total: tick(0, 0))
+
+
+def numbers_of(layers: Sequence[int] | int) -> tuple[int, ...]:
+    """Return the numbers of layers as they were asked for.
+
+    Raises:
+        ValidationError: They are none.
+    """
+    given = (
+        (layers,)
+        if isinstance(layers, int)
+        else tuple(layers)
+        if isinstance(layers, Sequence | range)
+        else ()
+    )
+    if not given or not all(type(layer) is int for layer in given):
+        raise ValidationError(
+            f"he_adapter: layers={as_given(layers)} must be numbers of layers, such as [-1] for the last one."
+        )
+    return given
+
+
+def names_of(modules: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """Return the names of modules as they were asked for; None for all.
+
+    Raises:
+        ValidationError: They are none.
+    """
+    if modules is None:
+        return None
+    given = (
+        (modules,) if isinstance(modules, str) else tuple(modules) if isinstance(modules, Sequence) else ()
+    )
+    if not given or not all(isinstance(name, str) and name for name in given):
+        raise ValidationError(
+            f'he_adapter: modules={as_given(modules)} must be names such as ["q_proj", "v_proj"], or None for all that '
+            f"is adapted."
+        )
+    return tuple(dict.fromkeys(given))
