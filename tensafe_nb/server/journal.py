@@ -529,14 +529,17 @@ class Journal:
         """Write out everything; later records are lost."""
         with suppress(TGTinkerError):
             self.sync()
-        self._operations.close()
-        self._results.close()
+        self._close_files()
 
     def remove(self) -> None:
         """Remove it: the training client has ended for good."""
-        self._operations.close()
-        self._results.close()
+        self._close_files()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close_files(self) -> None:
+        with self._lock:
+            for log in (self._operations, self._results, *self._superseded):
+                log.close()
 
 
 def number_of(log: SealedLog) -> int:

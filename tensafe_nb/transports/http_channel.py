@@ -487,7 +487,7 @@ class HttpChannel:
     def _end_tasks(self) -> None:
         for task in self._tasks:
             task.cancel()
-        self._tasks = [asyncio.ensure_future(self.requests.end_line(self.path, self._connections))]
+        self.requests.end_line(self.path, self._connections)
 
     def _do(self, work: Any) -> None:
         self._tasks = [task for task in self._tasks if not task.done()]

@@ -131,6 +131,7 @@ class Requests:
         }
         self._http = httpx.AsyncClient(**self._options)
         self._lines: dict[str, httpx.AsyncClient] = {}  # by the paths of training clients
+        self._ending: set[asyncio.Task[None]] = set()
         self.io = LoopThread(f"tsnb-http-{uuid.uuid4().hex[:6]}")
         try:
             self.capabilities: dict[str, Any] = self.get("/capabilities", is_first=True)
@@ -159,11 +160,13 @@ class Requests:
         line = self._lines[path] = httpx.AsyncClient(event_hooks=self._http.event_hooks, **self._options)
         return line
 
-    async def end_line(self, path: str, line: httpx.AsyncClient) -> None:
-        """Close a training client's connections."""
+    def end_line(self, path: str, line: httpx.AsyncClient) -> None:
+        """Close a training client's connections, soon."""
         if self._lines.get(path) is line:
             del self._lines[path]
-        await line.aclose()
+        ending = asyncio.ensure_future(line.aclose())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     def _line_of(self, path: str) -> httpx.AsyncClient:
         return self._lines.get("/".join(path.split("/", 3)[:3]), self._http)
@@ -171,6 +174,7 @@ class Requests:
     async def _close_lines(self) -> None:
         for line in (self._http, *self._lines.values()):
             await line.aclose()
+        await asyncio.gather(*self._ending, return_exceptions=True)
 
     async def send(
         self,

@@ -17,6 +17,7 @@ from tests.faults.proxy import BadNetwork
 from tests.faults.trained import by_rewards, supervised, what_came_of
 from tests.parity.serving import eventually
 
+PATIENCE = 600.0  # s: what is late by more than a second counts as lost here, and on a busy machine much is
 SEVERAL, AT_A_TIME = 40, 4  # seeds on one server, each a tenant of its own: most of a seed is waiting
 
 
@@ -49,7 +50,7 @@ def undergo(server: KilledServer, seed: int, folder: Path, token: str | None = N
     """Do the same in this process and on a server behind a bad network; return what befell the requests."""
     with (
         BadNetwork(server.url, seed, holds_streams=seed % 5 == 4, harm=False) as network,
-        tn.ServiceClient(network.url, token or server.token) as service,
+        tn.ServiceClient(network.url, token or server.token, patience=PATIENCE) as service,
         tn.ServiceClient() as embedded,
     ):
         network.harm = True  # from here on: a wrong address, and a page to log in, are told at once
