@@ -26,6 +26,7 @@ ROWS = {
     "training-quarter": "training:quarter_labelled",
     "sampling": "sampling:sums",
     "rl-update": "rl:update",
+    "rl-environments": "rl:environments",
     "rl-overhead": "rl:overhead",
     "rl-waiting": "rl:waiting",
     "memory": "memory:after_a_thousand_steps",

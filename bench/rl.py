@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
+from itertools import pairwise
 from operator import add
 
 import tensafe_nb as tn
@@ -11,11 +12,12 @@ from bench import trl_peer, workload
 from bench.harness import LARGER, ROOT, Row, Taken, Target, Turn, as_it_says, beside, paired, stopwatch
 from tensafe_nb.datasets import sums
 from tensafe_nb.events import Event, Metrics, OperationFinished, RunState, RunStep
-from tensafe_nb.rlvr import PPO, RLVRTrainer
+from tensafe_nb.rlvr import PPO, EnvironmentSampler, PolicySampler, RLVRTrainer
 
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 LOADS = 3  # where its weights happen to lie in memory makes a model faster or slower: load it anew
 UPDATES = 5  # in a row, before the other side has its turn
+TURN_ROWS, TURN_GROUP, TURN_TOKENS = 16, 8, 24  # of conversations; the context is 64
 STEPS, WARMUP = 80, 10  # of the run whose steps are taken apart
 SIZES = (
     f"builtin:sums LoRA r{workload.RANK}, {trl_peer.PROMPTS} prompts × {trl_peer.GROUP} completions × "
@@ -45,6 +47,33 @@ def _pairs(seconds: float) -> Taken:
             return Taken([ours()[0] for _ in range(5)][2:])
         with beside(TRL_PYTHON, "-m", trl_peer.__name__) as trl:
             return paired(ours, lambda: _each(trl(UPDATES)), seconds=seconds, watch=as_it_says)
+
+
+def environments() -> Row:
+    """Issue 22: at most 1.1 times single-turn sampling of as many tokens."""
+    rows = [{"sums": [first, second]} for first, second in pairwise(sums(TURN_ROWS + 1, seed=trl_peer.SEED))]
+    how = {"group_size": TURN_GROUP, "fixed_length": True}
+    with tn.ServiceClient() as service:
+        tc = service.create_training_client(model_ref="builtin:sums", dtype="float32", device="cpu")
+        single = PolicySampler(tc, max_new_tokens=2 * TURN_TOKENS, **how)
+        with EnvironmentSampler(tc, "sums", max_new_tokens=TURN_TOKENS, **how) as turns:
+            said = turns.generate_trajectories(rows)
+            questions = [row["sums"][0]["prompt"] for row in rows]
+            assert sum(said.lengths) == sum(single.generate_trajectories(questions).lengths)
+            taken = paired(
+                lambda: turns.generate_trajectories(rows),
+                lambda: single.generate_trajectories(questions),
+                seconds=10,
+            )
+    return Row(
+        what="conversations of two turns with an environment in its processes (CPU: without these)",
+        peer="single-turn sampling of as many tokens",
+        precision="fp32",
+        sizes=f"builtin:sums, {TURN_ROWS} rows × {TURN_GROUP} rollouts × 2 turns × {TURN_TOKENS} tokens",
+        taken=taken,
+        compares=LARGER,
+        target=Target("≤", 1.1),
+    )
 
 
 def overhead() -> Row:

@@ -84,6 +84,8 @@ def add_server(commands: Any) -> None:
             action.add_argument(
                 "--tenant", default=TENANT, help="whose clients it opens (default: %(default)s)"
             )
+        if name == "list":
+            action.add_argument("--home", type=Path, help="of the server, for what each tenant stores there")
         if name == "revoke":
             action.add_argument("token_id", help="its id, from `tensafe-nb tokens list`")
 
@@ -93,7 +95,7 @@ LIMITS = {  # by their names in `server.door.limits.Limits`
     "queued": ("operations that wait, of all its clients together", 4_000),
     "requests": ("requests a minute", 60_000),
     "encrypted": ("connections for encrypted calls at a time", 8),
-    "stored_bytes": ("bytes of its artifacts, such as 20GB", None),
+    "stored_bytes": ("bytes of all that it stores, such as 20GB", None),
 }
 UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "T": 1_000_000_000_000}
 
@@ -200,6 +202,7 @@ def announce(url: str, token: str | None, *, as_json: bool) -> None:
 
 def run_tokens(chosen: argparse.Namespace) -> int:
     """Make, list or revoke tokens."""
+    from tensafe_nb.server.door.stored import Stored
     from tensafe_nb.server.door.tokens import Tokens
 
     tokens = Tokens(chosen.tokens)
@@ -214,7 +217,9 @@ def run_tokens(chosen: argparse.Namespace) -> int:
         tokens.revoke(chosen.token_id)
         print(f"{chosen.token_id} is revoked")
     else:
+        root = (Home.of_environment() if chosen.home is None else Home(chosen.home)).root
+        stored = {token.tenant: Stored(Home(root, token.tenant)).total() for token in tokens.all()}
         for token in tokens.all():
             made = datetime.fromtimestamp(token.created_at).astimezone().isoformat(" ", "seconds")
-            print(f"{token.token_id}  {token.tenant:16}  {made}")
+            print(f"{token.token_id}  {token.tenant:16}  {made}  {stored[token.tenant]:,} bytes")
     return 0

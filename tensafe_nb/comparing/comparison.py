@@ -9,11 +9,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from tensafe_nb import widgets
 from tensafe_nb.checks import checked
 from tensafe_nb.comparing.arms import Arm, Vary, arms_of, name_parts
 from tensafe_nb.comparing.racing import Race
 from tensafe_nb.comparing.records import Kept, KeptLane
 from tensafe_nb.comparing.results import ComparisonResult, Standings, plain
+from tensafe_nb.comparing.showing import shown_of
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.display import as_given, visible
 from tensafe_nb.errors import (
@@ -31,6 +33,7 @@ from tensafe_nb.runs.description import described
 from tensafe_nb.runs.record import RunRecord, load_run
 from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.service import ServiceClient
+from tensafe_nb.widgets.still.race import Shown
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +134,22 @@ class Comparison(Tabular):
         )
         return "\n".join([head, *told.verdicts()])
 
-    def _repr_html_(self) -> str:
-        return self.so_far()._repr_html_()
+    def _repr_mimebundle_(self, **_: Any) -> Any:
+        return widgets.comparison_bundle(self)
+
+    def _mime_(self) -> tuple[str, str]:
+        """Return what marimo shows."""
+        return widgets.comparison_mime(self)
+
+    def shown(self) -> Shown:
+        """Return what chart and table show of this moment."""
+        return shown_of(
+            self.so_far(), self.comparison_id, active=not self.done(), steer=True, reason=self._reason
+        )
+
+    def freeze(self) -> None:
+        """Put a picture and the table of how it stands into the calling cell."""
+        widgets.freeze_comparison(self)
 
     # waiting
 
@@ -272,6 +289,8 @@ class Comparison(Tabular):
                 self._promise.fail(error)
             else:
                 self._promise.succeed(self.so_far())
+            for watcher in tuple(self._watchers):
+                watcher()
 
     def _tell(self) -> None:
         """Keep how it stands, and let whoever watches know."""
@@ -396,6 +415,8 @@ def compare(
         early_stop=early_stop,
         baseline=baseline,
     )
+    if show:
+        widgets.show_comparison(comparison)
     return comparison.start()
 
 

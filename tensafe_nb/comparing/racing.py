@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tensafe_nb import lifetimes
 from tensafe_nb.comparing.arms import Arm
 from tensafe_nb.comparing.results import Measure, Standings, Track
 from tensafe_nb.comparing.statistics import FEWEST, LOOKS
@@ -411,6 +412,7 @@ class Race:
         for lane in self.lanes:
             if lane.waits:
                 lane.end(None)
+        lifetimes.collect()  # runs and their clients refer to each other
 
     # what is measured
 

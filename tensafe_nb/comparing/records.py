@@ -1,13 +1,15 @@
 """What is kept of a comparison: its arms, its seeds and its runs. What these have measured is in their own logs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tensafe_nb import widgets
 from tensafe_nb.checks import checked
 from tensafe_nb.comparing.racing import measured
 from tensafe_nb.comparing.results import ComparisonResult, Measure, Standings, Track
+from tensafe_nb.comparing.showing import shown_of
 from tensafe_nb.display import Facts, Listing, as_given, visible
 from tensafe_nb.errors import RunNotFoundError, ValidationError, nearest
 from tensafe_nb.history.log import UNREADABLE
@@ -17,6 +19,7 @@ from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.runs.record import RunRecord, load_run
 from tensafe_nb.store.disk import write_whole
 from tensafe_nb.store.home import Home
+from tensafe_nb.widgets.still.race import Shown
 
 
 @tagged("comparison_lane")
@@ -171,8 +174,24 @@ class ComparisonRecord(Tabular):
         size = f"{len(self.kept.arms)} arms, {len(self.kept.lanes)} runs"
         return f"<ComparisonRecord {self.comparison_id}{named} {self.state}, {size}>"
 
-    def _repr_html_(self) -> str:
-        return self.result()._repr_html_()
+    def _repr_mimebundle_(self, **_: Any) -> Any:
+        return widgets.comparison_bundle(self)
+
+    def _mime_(self) -> tuple[str, str]:
+        """Return what marimo shows."""
+        return widgets.comparison_mime(self)
+
+    def shown(self) -> Shown:
+        """Return what chart and table show of it."""
+        return shown_of(self.result(), self.comparison_id, active=False, steer=False, reason=self.kept.reason)
+
+    def watch(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Nothing changes any more: there is nothing to call back for."""
+        return lambda: None
+
+    def freeze(self) -> None:
+        """Put a picture and the table of it into the calling cell."""
+        widgets.freeze_comparison(self)
 
 
 def track_of(lane: KeptLane, run: RunRecord | None, measure: Measure | None) -> Track:

@@ -395,8 +395,9 @@ class ComparisonResult(Tabular):
     def _notes_of(arm: ArmResult) -> Iterator[str]:
         if arm.given_up:
             yield arm.given_up
-        for seed, why in arm.failed.items():
-            yield f"seed {seed} failed: {why}"
+        for why in dict.fromkeys(arm.failed.values()):
+            seeds = [str(seed) for seed, other in arm.failed.items() if other == why]
+            yield f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)} failed: {why.rstrip('.')}"
 
     def seeds(self) -> Table:
         """Return one row for each arm and seed: its value, its run, and how that stands."""
@@ -537,12 +538,10 @@ class ComparisonResult(Tabular):
 def facts_of(arm: ArmResult, *, private: bool) -> dict[str, Any]:
     """Return what a table in a notebook says of an arm."""
     value = arm.value
-    interval = (
-        None if value.low is None or value.high is None else f"[{number(value.low)}, {number(value.high)}]"
-    )
+    mean, interval = told(value)
     facts: dict[str, Any] = {
-        "mean": None if value.mean is None else number(value.mean),
-        "interval": interval,
+        "mean": None if value.mean is None else mean,
+        "interval": interval or None,
         "seeds": f"{value.seeds} of {arm.seeds}" if value.seeds < arm.seeds else str(value.seeds),
         "step": arm.step,
     }

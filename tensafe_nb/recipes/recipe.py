@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -18,7 +19,7 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.recipes.yaml_file import Keys, Problem, YamlFile, to_yaml
 from tensafe_nb.registry import load_dotted
-from tensafe_nb.rlvr import RLVRTrainer, resolve_reward
+from tensafe_nb.rlvr import Environment, RLVRTrainer, resolve_environment, resolve_reward
 from tensafe_nb.rlvr.algorithms.policy_gradient import Algorithm, algorithm_of
 from tensafe_nb.rlvr.algorithms.presets import options_of
 from tensafe_nb.rlvr.rollouts.choosing import PolicyName
@@ -75,6 +76,29 @@ class RewardConfig(Config):
     kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
 
 
+class EnvironmentConfig(Config):
+    """An environment by name: what the policy speaks with, for several turns.
+
+    Args:
+        type: A registered name, or "package.module:attribute".
+        kwargs: Keywords of its function beyond the row.
+        max_turns: How often the policy speaks at most, where that is to be different.
+        max_tokens: How many tokens it may say in all its turns, likewise.
+    """
+
+    type: str
+    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+    max_turns: Positive | None = None
+    max_tokens: Positive | None = None
+
+    def environment(self) -> Environment:
+        """Return the environment."""
+        made = resolve_environment(self.type, **self.kwargs)
+        return replace(
+            made, max_turns=self.max_turns or made.max_turns, max_tokens=self.max_tokens or made.max_tokens
+        )
+
+
 class AlgoConfig(Config):
     """How rewards become optimiser steps.
 
@@ -110,6 +134,7 @@ class RLVRConfig(Config):
 
     Args:
         reward: How an answer is scored.
+        environment: What the policy speaks with for several turns, and what rewards it; instead of a reward.
         algo: How to update.
         prompt: The column that is asked, like the four after it as for `RLVRTrainer`.
         answer: The column that holds the right answer.
@@ -128,7 +153,8 @@ class RLVRConfig(Config):
         good_threshold: Score from which an answer counts as right; as for `RLVRTrainer`.
     """
 
-    reward: RewardConfig
+    reward: RewardConfig | None = None
+    environment: EnvironmentConfig | None = None
     algo: AlgoConfig = AlgoConfig()
     prompt: str | None = None
     answer: str | None = None
@@ -146,10 +172,20 @@ class RLVRConfig(Config):
     eval_pass_at: tuple[Positive, ...] | None = None
     good_threshold: float = 0.5
 
-    @pydantic.field_validator("reward", "algo", mode="before")
+    @pydantic.field_validator("reward", "environment", "algo", mode="before")
     @classmethod
     def _a_word_is_the_type(cls, value: Any) -> Any:
         return {"type": value} if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_both_rewards(self) -> Self:
+        if (self.reward is None) == (self.environment is None):
+            raise ValueError(
+                "an environment rewards its conversations itself: name a reward or an environment, and not both"
+                if self.reward is not None
+                else "name a reward, or an environment for several turns"
+            )
+        return self
 
 
 class Recipe(Config):
@@ -214,7 +250,7 @@ class Recipe(Config):
                 yield ("rlvr",), "The section rlvr is for mode rlvr, and the mode is sft."
             return
         if self.rlvr is None:
-            yield ("mode",), "Mode rlvr needs a section rlvr that names a reward."
+            yield ("mode",), "Mode rlvr needs a section rlvr that names a reward, or an environment."
         # "not read" is told by value: whoever writes the default out means nothing by it
         values: Any = self.model_dump()
         defaults: Any = Recipe.model_construct().model_dump()
@@ -322,14 +358,15 @@ def train_on_rewards(
     trainer = RLVRTrainer(
         client,
         prompts,
-        resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
+        None if rlvr.reward is None else resolve_reward(rlvr.reward.type, **rlvr.reward.kwargs),
         rlvr.algo.algorithm(),
+        environment=None if rlvr.environment is None else rlvr.environment.environment(),
         eval_prompts=eval_prompts,
         eval_every=recipe.eval_every,
         seed=recipe.training.seed,
         on_bad_rows=recipe.on_bad_rows,
         on_reward_errors="fail",  # nobody sits before a file: a pause would wait for ever
-        **{name: value for name, value in rlvr if name not in ("reward", "algo")},
+        **{name: value for name, value in rlvr if name not in ("reward", "environment", "algo")},
     )
     return trainer.run(steps=recipe.steps, **how)
 
@@ -417,14 +454,19 @@ def file_keys(at: Keys) -> Keys:
 def unknown_functions(recipe: Recipe) -> Iterator[Problem]:
     """Find what names no loss or reward. Only the core knows its losses: without torch here, it will say."""
     if recipe.rlvr is not None:
-        yield from _unresolved(("rlvr", "reward"), recipe.rlvr.reward, resolve_reward)
+        if recipe.rlvr.reward is not None:
+            yield from _unresolved(("rlvr", "reward"), recipe.rlvr.reward, resolve_reward)
+        if recipe.rlvr.environment is not None:
+            yield from _unresolved(("rlvr", "environment"), recipe.rlvr.environment, resolve_environment)
     elif importlib.util.find_spec("torch"):
         from tensafe_nb.losses import resolve_loss
 
         yield from _unresolved(("loss",), recipe.training.loss, resolve_loss)
 
 
-def _unresolved(at: Keys, named: LossConfig | RewardConfig, resolve: Callable[..., Any]) -> Iterator[Problem]:
+def _unresolved(
+    at: Keys, named: LossConfig | RewardConfig | EnvironmentConfig, resolve: Callable[..., Any]
+) -> Iterator[Problem]:
     if ":" in named.type:
         return  # code of the user's: nothing of it is imported before training starts
     calls: list[tuple[Keys, dict[str, Any]]] = [((*at, "type"), {})]

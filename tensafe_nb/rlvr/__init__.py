@@ -5,11 +5,17 @@ The way of a step: `rollouts` (sample) → `rewards` (score) → `advantages` �
 """
 
 from tensafe_nb.rlvr import tools
-from tensafe_nb.rlvr.algorithms.advantages import get_registered_advantages, register_advantage
+from tensafe_nb.rlvr.algorithms.advantages import (
+    get_registered_advantages,
+    register_advantage,
+    token_weights,
+)
 from tensafe_nb.rlvr.algorithms.options import PPOConfig, REINFORCEConfig, ValueOptions
+from tensafe_nb.rlvr.algorithms.packing import loss_mask, pack, unpack
 from tensafe_nb.rlvr.algorithms.policy_gradient import PPO, REINFORCE
 from tensafe_nb.rlvr.algorithms.presets import get_presets, register_preset
 from tensafe_nb.rlvr.algorithms.result import UpdateResult
+from tensafe_nb.rlvr.environments import builtin as _builtin  # noqa: F401  # registers what ships
 from tensafe_nb.rlvr.environments.adapters.gym import gym_environment
 from tensafe_nb.rlvr.environments.adapters.trl import trl_environment
 from tensafe_nb.rlvr.environments.adapters.verifiers import verifiers_environment, verifiers_prompts
@@ -94,4 +100,8 @@ __all__ = [
     "DynamicSampling",
     "register_advantage",
     "get_registered_advantages",
+    "pack",
+    "unpack",
+    "loss_mask",
+    "token_weights",
 ]

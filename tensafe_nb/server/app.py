@@ -115,6 +115,8 @@ def probes(service: Service) -> APIRouter:
     @routes.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
     async def metrics() -> PlainTextResponse:
         """Return figures of the whole server, for Prometheus."""
-        return PlainTextResponse(service.figures.text(service.live_clients(), service.quotas.rejected))
+        return PlainTextResponse(
+            service.figures.text(service.live_clients(), service.quotas.rejected, service.stored())
+        )
 
     return routes

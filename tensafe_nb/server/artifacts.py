@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.background import BackgroundTask
 
-from tensafe_nb.errors import StorageError, ValidationError
+from tensafe_nb.errors import StorageError
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.server.answers import ERRORS, PREFIX, of_type, packed
 from tensafe_nb.server.service import Service, Tenant
@@ -43,17 +43,20 @@ def artifact_routes(service: Service) -> APIRouter:
     @routes.put(artifacts, status_code=201)
     async def push(request: Request) -> Response:
         """Take in a sealed file."""
-        room, came = tenant_of(request).room(), 0
+        room, came = await aside(request, tenant_of(request).room), 0
         with tempfile.NamedTemporaryFile(suffix=".tsnb") as file:
             async for chunk in request.stream():
                 came += len(chunk)
                 if room is not None and came > room:
                     raise StorageError(
-                        f"This takes more than the {room:,} bytes that this tenant may still store."
+                        f"This takes more than the {room:,} bytes that this tenant may still store. Delete something "
+                        f"first: service.delete_artifact(…)."
                     )
                 await asyncio.to_thread(file.write, chunk)
             file.flush()
-            return packed(await aside(request, transport_of(request).push_artifact, Path(file.name)), 201)
+            pushed = await aside(request, transport_of(request).push_artifact, Path(file.name))
+            tenant_of(request).stored.add(came)
+            return packed(pushed, 201)
 
     @routes.get(artifacts + "/{artifact_id}")
     async def get_artifact(request: Request, artifact_id: str) -> Response:
@@ -66,6 +69,7 @@ def artifact_routes(service: Service) -> APIRouter:
         transport, asked = transport_of(request), request.state.asked
         if asked is None:
             await aside(request, transport.delete_artifact, artifact_id)
+            tenant_of(request).stored.forget()
             return
         meant = None if asked.noted is None else asked.noted.get("artifact_id")
         if meant is None:
@@ -74,6 +78,7 @@ def artifact_routes(service: Service) -> APIRouter:
         elif not await aside(request, transport.vault.artifacts.holds, meant):
             return  # an earlier try has deleted it
         await aside(request, transport.delete_artifact, meant)
+        tenant_of(request).stored.forget()
 
     @routes.get(artifacts + "/{artifact_id}/config")
     async def config_of(request: Request, artifact_id: str) -> Response:
@@ -103,11 +108,7 @@ def artifact_routes(service: Service) -> APIRouter:
     )
     async def export(request: Request, artifact_id: str, merged: bool = False) -> FileResponse:
         """Return one in the clear, as a tar archive of a folder that PEFT and transformers read."""
-        if not service.exports:
-            raise ValidationError(
-                "Weights do not leave this server in the clear: whoever runs it has started it with serve --no-export.",
-                code="forbidden",
-            )
+        service.refuse_if_kept()
         made = await aside(request, exported, transport_of(request), artifact_id, merged)
         return FileResponse(made, media_type="application/x-tar", background=BackgroundTask(made.unlink))
 

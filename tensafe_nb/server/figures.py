@@ -63,12 +63,15 @@ class Figures:
         self._encrypted_bytes.update({"up": up, "down": down})
         self._encrypted_seconds += seconds
 
-    def text(self, clients: Iterable[ServedClient], rejected: Mapping[str, int]) -> str:
+    def text(
+        self, clients: Iterable[ServedClient], rejected: Mapping[str, int], stored: Mapping[str, int]
+    ) -> str:
         """Return what Prometheus reads.
 
         Args:
             clients: Every training client that is not closed.
             rejected: Requests that were refused, by code.
+            stored: Bytes of all tenants, by kind.
         """
         clients = list(clients)
         lags, bases = [lag for client in clients for lag in client.lags], BASES.all()
@@ -92,6 +95,8 @@ class Figures:
         add("base_references", "gauge", "Training clients that share one of them.", ("", references))
         kept = sum(client.journal.size for client in clients)
         add("journal_bytes", "gauge", "Bytes of journals and automatic checkpoints on the disk.", ("", kept))
+        of_kind = [(f'{{kind="{kind}"}}', count) for kind, count in stored.items()]
+        add("stored_bytes", "gauge", "Bytes that all tenants store, as they were counted last.", *of_kind)
         outcomes = [(f'{{outcome="{name}"}}', value) for name, value in sorted(self._outcomes.items())]
         add("operations_total", "counter", "Operations that have ended.", *outcomes)
         codes = [(f'{{code="{code}"}}', value) for code, value in sorted(rejected.items())]

@@ -40,6 +40,7 @@ OPERATOR = (
     "whoever operates the server: it computes on the batches in the clear, "
     "and takes draws to be what the client says"
 )
+TELLABLE = 0.1  # of a tenant's limit of bytes, for what its runs tell beyond it: how they end, above all
 TOGETHER = 0.01  # s within which what follows comes along in the same answer
 MOST_KEY = 64  # characters
 CLIENTS = "/training_clients"
@@ -351,6 +352,7 @@ def add_stream(routes: APIRouter, service: Service) -> None:
 
         def all_of_them() -> int:
             turn = (x_submitter, x_number) if in_order else (None, None)
+            tenant_of(service, request).room(beyond=TELLABLE)
             return client.publish([decode(event, Event) for event in body], *turn, once=once)
 
         async def publish() -> Answer:

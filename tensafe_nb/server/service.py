@@ -4,6 +4,7 @@ import asyncio
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from tensafe_nb.errors import (
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.codec import encode
-from tensafe_nb.protocol.operations import Operation, Sample, SaveState
+from tensafe_nb.protocol.operations import Operation, ReadAdapter, Sample, SaveState
 from tensafe_nb.protocol.results import ClientStatus, StateSource
 from tensafe_nb.server.clients import ServedClient
 from tensafe_nb.server.door.guard import MOST_BODY_BYTES
@@ -34,6 +35,7 @@ from tensafe_nb.server.door.limits import (
     too_much_stored,
 )
 from tensafe_nb.server.door.once import Answers
+from tensafe_nb.server.door.stored import KINDS, Stored
 from tensafe_nb.server.figures import Figures
 from tensafe_nb.server.journal import Journal
 from tensafe_nb.server.resuming import journals_of, resume
@@ -63,6 +65,7 @@ class Tenant:
     def __init__(self, home: Home, quotas: Quotas) -> None:
         self.home, self._quotas = home, quotas
         self.transport = EmbeddedTransport(home, "file", served=True)
+        self.stored = Stored(home)
         self.answers = Answers(home.answers(), self.transport.vault.keys)
         self.clients: dict[str, ServedClient] = {}
         self.making = 0  # clients that are on their way
@@ -105,19 +108,22 @@ class Tenant:
                 return handle
         raise NotFoundError(f"There is no operation {future_id!r} here, or its result is not kept any more.")
 
-    def room(self) -> int | None:
+    def room(self, *, beyond: float = 0.0) -> int | None:
         """Return how many bytes it may still store; None where there is no limit.
+
+        Args:
+            beyond: A share of the limit that may come on top of it.
 
         Raises:
             StorageError: None at all.
         """
-        if self.limits.stored_bytes is None:
+        limit = self.limits.stored_bytes
+        if limit is None:
             return None
-        folder = self.home.artifacts()
-        stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if stored >= self.limits.stored_bytes:
-            raise too_much_stored(stored, self.limits.stored_bytes)
-        return self.limits.stored_bytes - stored
+        left = int(limit * (1 + beyond)) - self.stored.total()
+        if left <= 0:
+            raise too_much_stored(self.stored.bytes, limit)
+        return left
 
     def create(self, config: TrainingConfig, source: StateSource | None, key: str | None) -> ServedClient:
         """Make a training client; see `Service.create`."""
@@ -187,6 +193,7 @@ class Tenant:
     async def close(self, client: ServedClient) -> None:
         """Terminate a client; for a while it takes what its runs tell, then it is forgotten."""
         await asyncio.to_thread(client.channel.close)
+        self.stored.forget()
         asyncio.get_running_loop().call_later(LAST_WORDS, self.forget, client)
 
     def end_of(self, training_client_id: str) -> dict[str, Any]:
@@ -198,6 +205,7 @@ class Tenant:
         """Let go of a client that has been closed."""
         if not client.hung_up:
             client.hang_up()
+        self.stored.forget()  # its journal has gone
         self.clients.pop(client.channel.training_client_id, None)
 
 
@@ -235,7 +243,15 @@ class Service:
         """Return a tenant, known or new."""
         if name not in self._tenants:
             self._tenants[name] = Tenant(Home(self._home.root, name), self.quotas)
+        self._tenants[name].stored.is_changed = True
         return self._tenants[name]
+
+    def stored(self) -> dict[str, int]:
+        """Return how many bytes all tenants together store, by kind, as they were counted last."""
+        counted: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        for tenant in self._tenants.values():
+            counted.update(tenant.stored.bytes)
+        return dict(counted)
 
     def live_clients(self) -> list[ServedClient]:
         """Return every client of every tenant that is not closed."""
@@ -284,6 +300,7 @@ class Service:
         self._check_model(config.model_ref)
         tenant.making += 1  # of others that are asked for at the same time, one more is there already
         try:
+            await asyncio.to_thread(tenant.room)
             if source is not None and source.future_id is not None:  # it may still be on its way here
                 with suppress(NotFoundError):
                     await tenant.client(source.parent or "").arrived(source.future_id)
@@ -292,6 +309,7 @@ class Service:
             tenant.making -= 1
         tenant.clients[client.channel.training_client_id] = client
         client.channel.subscribe(self.figures.count)
+        client.channel.subscribe(tenant.stored.count)
         return client
 
     def resume(self) -> None:
@@ -299,8 +317,10 @@ class Service:
         names = [TENANT, *sorted(folder.name for folder in (self._home.root / "tenants").glob("*"))]
         for name in names:
             self.tenant(name).resume()
-        for client in self.live_clients():
-            client.channel.subscribe(self.figures.count)
+        for tenant in self._tenants.values():
+            for client in tenant.live:
+                client.channel.subscribe(self.figures.count)
+                client.channel.subscribe(tenant.stored.count)
 
     def _check_model(self, ref: str) -> None:
         if ref.startswith("builtin:") or ref in self._hub_models:
@@ -339,6 +359,20 @@ class Service:
         self._refuse_code(getattr(operation, "loss_fn", None))
         if isinstance(operation, SaveState):
             tenant.room()
+        if isinstance(operation, ReadAdapter):
+            self.refuse_if_kept()
+
+    def refuse_if_kept(self) -> None:
+        """Let weights leave in the clear only where whoever runs the server lets them.
+
+        Raises:
+            ValidationError: They do not.
+        """
+        if not self.exports:
+            raise ValidationError(
+                "Weights do not leave this server in the clear: whoever runs it has started it with serve --no-export.",
+                code="forbidden",
+            )
 
     def _refuse_code(self, loss: object) -> None:
         """Refuse a loss that is a path to somebody's code, unless whoever runs the server names that very path."""
@@ -372,6 +406,8 @@ class Service:
             for tenant in list(self._tenants.values()):
                 with suppress(TGTinkerError):  # it is tried again
                     await asyncio.to_thread(tenant.answers.sync)
+                if tenant.stored.is_due:
+                    await asyncio.to_thread(tenant.stored.measure)
 
     async def drain(self) -> None:
         """Finish what runs, leave what waits to the journals, end all streams, write out the logs; idempotent."""

@@ -5,6 +5,7 @@
 Keys are made at the first call, for one connection, and live on no disk.
 """
 
+import asyncio
 import hashlib
 import math
 import threading
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
 from tensafe_nb.config import SamplingConfig, TrainingConfig, joins
@@ -57,7 +59,7 @@ LONGEST_PAUSE = 2.0  # s between two tries
 
 @shown
 @dataclass(frozen=True, slots=True, eq=False)
-class HEResult:
+class HEResult(NDArrayOperatorsMixin):
     """What an encrypted adapter adds to the outputs of its modules.
 
     Attributes:
@@ -86,7 +88,12 @@ class HEResult:
         return next(iter(self.deltas.values()))
 
     def __getitem__(self, module: str) -> NDArray[np.float64]:
+        if module not in self.deltas:
+            raise ValidationError(f"result[{as_given(module)}]: there are the modules {list(self.deltas)}.")
         return self.deltas[module]
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        return getattr(ufunc, method)(*(one.delta if one is self else one for one in inputs), **options)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.delta, dtype=dtype) if copy else np.asarray(self.delta, dtype=dtype)
@@ -486,23 +493,23 @@ class HEAdapter:
         if isinstance(layer, str) and module is None:
             layer, module = None, layer
         offer = self._halves.offer
-        number = layer % offer.depth if type(layer) is int and -offer.depth <= layer < offer.depth else layer
-        parts = [part for part in offer.parts if layer is None or part.layer == number]
+        numbers = tuple(range(offer.depth)) if layer is None else ()
+        if type(layer) is int and -offer.depth <= layer < offer.depth:
+            numbers = (layer % offer.depth,)
+        parts = [part for part in offer.parts if part.layer in numbers]
         parts = [part for part in parts if module is None or module in part.modules]
         if not parts:
-            raise ValidationError(f"he[{as_given(key)}]: that was not chosen. There is {self._listed()}.")
+            asked = ", ".join(map(as_given, key)) if isinstance(key, tuple) else as_given(key)
+            raise ValidationError(f"he[{asked}]: that was not chosen. There is {listed(offer.parts)}.")
         return self._only(parts, module)
 
     def _only(self, parts: Sequence[EncryptedPart], module: str | None = None) -> "HEModules":
         if len(parts) > 1:
             raise ValidationError(
-                f"These read different inputs, and one call has one: {self._listed()}. Name a layer and a module, such "
-                f"as he[{parts[0].layer}, {parts[0].modules[0]!r}](x)."
+                f"These read different inputs, and one call has one: {listed(parts)}. Name a layer and a module, such "
+                f"as he[{parts[0].layer}, {module or parts[0].modules[0]!r}](x)."
             )
         return HEModules(self, parts[0], module)
-
-    def _listed(self) -> str:
-        return ", ".join(f"{part.layer}: {' and '.join(part.modules)}" for part in self._halves.offer.parts)
 
     def _submit(
         self, operation: str, work: Callable[["HEAdapter", Tick], R], kind: type[R]
@@ -577,19 +584,28 @@ class HEAdapter:
         return self
 
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
+        await asyncio.to_thread(self.close)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise ValidationError("An HEAdapter holds the keys of a connection, which never leave this process.")
 
     def __repr__(self) -> str:
         state = ", closed" if self._calls.closed else ""
         words = f"; {self.note}" if self.note else ""
         return (
-            f"<HEAdapter of {self._name}, {self._listed()}, {self._halves.params}, policy_version "
+            f"<HEAdapter of {self._name}, {listed(self.parts)}, {self._halves.params}, policy_version "
             f"{self.policy_version}{state}{words}>"
         )
 
     def _facts(self) -> Facts:
         halves = self._halves
-        facts: dict[str, object] = {"training client": self._name, "chosen": self._listed()}
+        facts: dict[str, object] = {"training client": self._name, "chosen": listed(self.parts)}
         facts |= {"parameters": halves.params, "policy_version": self.policy_version}
         facts |= {"tokens": halves.traffic.tokens, "upload_bytes": halves.traffic.upload_bytes}
         facts |= {"download_bytes": halves.traffic.download_bytes}
@@ -754,19 +770,19 @@ def apply_of(he: HEAdapter, tick: Tick) -> Callable[[EncryptedPart, Vector], dic
     return lambda part, x: he._halves.call(part, x, lambda _done, _total: tick(0, 0))
 
 
+def listed(parts: Sequence[EncryptedPart]) -> str:
+    """Say which modules of which layers there are."""
+    return ", ".join(f"layer {part.layer} {' and '.join(part.modules)}" for part in parts)
+
+
 def numbers_of(layers: Sequence[int] | int) -> tuple[int, ...]:
     """Return the numbers of layers as they were asked for.
 
     Raises:
         ValidationError: They are none.
     """
-    given = (
-        (layers,)
-        if isinstance(layers, int)
-        else tuple(layers)
-        if isinstance(layers, Sequence | range)
-        else ()
-    )
+    given: tuple[Any, ...] = tuple(layers) if isinstance(layers, Sequence | np.ndarray) else (layers,)
+    given = tuple(int(layer) if isinstance(layer, np.integer) else layer for layer in given)
     if not given or not all(type(layer) is int for layer in given):
         raise ValidationError(
             f"he_adapter: layers={as_given(layers)} must be numbers of layers, such as [-1] for the last one."

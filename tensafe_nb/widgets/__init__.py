@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets import progress, renderer
@@ -16,28 +17,36 @@ from tensafe_nb.widgets.feed import feed
 from tensafe_nb.widgets.feed.recording import RecordedRun
 
 if TYPE_CHECKING:
+    from tensafe_nb.widgets.live.comparison import ComparisonChart
     from tensafe_nb.widgets.live.curve import LossCurve, RewardHistory
     from tensafe_nb.widgets.live.dashboard import Dashboard
     from tensafe_nb.widgets.live.sections import CheckpointTable, PrivacyMeter, RolloutInspector
 
 __all__ = [
     "CheckpointTable",
+    "ComparisonChart",
     "Dashboard",
     "LossCurve",
     "PrivacyMeter",
     "RewardHistory",
     "RolloutInspector",
+    "comparison_bundle",
+    "comparison_chart",
+    "comparison_mime",
     "freeze",
+    "freeze_comparison",
     "mime",
     "mimebundle",
     "nothing_shown",
     "panel",
     "save_page",
     "settle",
+    "show_comparison",
     "show_run",
 ]
 _MODULES = {
     "CheckpointTable": "live.sections",
+    "ComparisonChart": "live.comparison",
     "Dashboard": "live.dashboard",
     "LossCurve": "live.curve",
     "PrivacyMeter": "live.sections",
@@ -46,6 +55,7 @@ _MODULES = {
 }
 
 
+_charts: "WeakValueDictionary[str, ComparisonChart]" = WeakValueDictionary()
 _in_silence: ContextVar[bool] = ContextVar("in_silence", default=False)
 
 
@@ -127,6 +137,71 @@ def mime(source: feed.Source) -> tuple[str, str]:
         "text/html",
         f"{live}<details><summary>As it stood when this cell was run</summary>{still}</details>",
     )
+
+
+def show_comparison(race: Any) -> None:
+    """Show the chart of a comparison that is about to start; nothing where nobody can see it."""
+    chosen = renderer.choose()
+    if chosen is renderer.Renderer.WIDGET:
+        comparison_chart(race).show()
+    elif chosen is renderer.Renderer.HTML:
+        _still_of(race).place()
+
+
+def comparison_chart(race: Any) -> "ComparisonChart":
+    """Return the one chart of a comparison, however often it is shown."""
+    from tensafe_nb.widgets.live.comparison import ComparisonChart
+
+    chart = _charts.get(race.comparison_id)
+    if chart is None or chart.is_cut_off or chart.shows is not race:
+        chart = _charts[race.comparison_id] = ComparisonChart(race)
+    return chart
+
+
+def comparison_bundle(race: Any) -> Any:
+    """Return what a cell shows that ends with a comparison: for its `_repr_mimebundle_`."""
+    words = {"text/plain": repr(race)}
+    chosen = renderer.choose()
+    if chosen is renderer.Renderer.WIDGET:
+        chart = comparison_chart(race)
+        return words if chart.is_shown_here else chart._repr_mimebundle_()
+    if chosen is renderer.Renderer.HTML:
+        _still_of(race).place()
+        return words
+    return words | {"text/html": race.shown().table}
+
+
+def comparison_mime(race: Any) -> tuple[str, str]:
+    """Return what a marimo cell shows that ends with a comparison: for its `_mime_`."""
+    table = race.shown().table
+    if not renderer.in_marimo():
+        return "text/html", table
+    from tensafe_nb.widgets.live.comparison import ComparisonChart
+
+    live = sys.modules["marimo"].as_html(ComparisonChart(race)).text  # one for each cell, as panels are
+    return (
+        "text/html",
+        f"{live}<details><summary>As it stood when this cell was run</summary>{table}</details>",
+    )
+
+
+def freeze_comparison(race: Any) -> None:
+    """Put a picture and a table of a comparison into the calling cell."""
+    from tensafe_nb.widgets.still.snapshot import publish
+
+    shown = race.shown()
+    if renderer.in_kernel():
+        drawn = shown.picture()
+        if drawn is not None:
+            publish(*drawn)
+    publish(shown.output(), {})
+
+
+def _still_of(race: Any) -> Any:
+    from tensafe_nb.widgets.feed.flusher import FLUSHER
+    from tensafe_nb.widgets.still.race import StillRace
+
+    return StillRace(race, FLUSHER, alone=lambda: True)
 
 
 def freeze(source: feed.Source, samples: int = 0) -> None:

@@ -46,6 +46,11 @@ def test_a_state_can_be_read_by_everybody_and_fits_into_every_width(
         for width in WIDTHS:
             stage.widen_to(width)
             assert stage.clipped() == []
+            save = stage.panel.get_by_role("button", name="Download CSV", exact=True).first
+            if save.is_visible():  # one line: no taller than the button beside it
+                assert save.evaluate(
+                    "one => one.getClientRects()[0].height < 2 * parseFloat(getComputedStyle(one).fontSize) + 12"
+                )
             screenshot(stage, f"state-{name}-{theme}-{width}")
 
 

@@ -13,7 +13,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -220,6 +220,7 @@ def trajectories() -> rlvr.TrajectoryBatch:
     return rlvr.TrajectoryBatch([RolloutGroup("p", PROMPT, rollouts)], tn.SamplingConfig())
 
 
+PACKED = [Trajectory(PROMPT, "046", prompt_tokens=[5, 6], tokens=[3, 4], reward=1.0) for _ in range(2)]
 MADE_BY_US = (
     tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, data.Encoded, data.Example, rlvr.UpdateResult, rlvr.Trajectory,
     rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
@@ -289,6 +290,12 @@ CALLS: Mapping[str, Call] = {
     "rlvr.rescore": Call(lambda w: rlvr.rescore, {"batch": trajectories(), "reward": "length_penalty"}),
     "rlvr.preview_reward": Call(
         lambda w: rlvr.preview_reward, {"batch": trajectories(), "reward": "length_penalty"}
+    ),
+    "rlvr.pack": Call(lambda w: rlvr.pack, {"trajectories": PACKED, "extras": {"weights": [[1.0, 1.0]] * 2}}),
+    "rlvr.unpack": Call(lambda w: rlvr.unpack, {"trajectories": PACKED, "values": [[0.0, 1.0, 2.0]] * 2}),
+    "rlvr.loss_mask": Call(lambda w: rlvr.loss_mask, {"batch": trajectories()}),
+    "rlvr.token_weights": Call(
+        lambda w: rlvr.token_weights, {"mask": [[1, 0]], "aggregation": "token_mean", "max_tokens": 2}
     ),
     "rlvr.UniformPrompts": Call(lambda w: rlvr.UniformPrompts),
     "rlvr.CurriculumPrompts": Call(lambda w: rlvr.CurriculumPrompts),
@@ -377,7 +384,14 @@ CALLS: Mapping[str, Call] = {
     "run.plot": Call(lambda w: w.run.plot, {"names": "loss", "x": "step", "smoothing": 0.5}),
     "run.describe": Call(lambda w: w.run.describe, {"name": "a name", "tags": "a", "notes": "a note"}),
     "compare": Call(lambda w: comparing(w), {"arm": no_run, "seeds": 2, "show": False}),
-    "load_comparison": Call(lambda w: tn.load_comparison, {"comparison": "rates"}),
+    "load_comparison": Call(
+        lambda w: tn.load_comparison,
+        {
+            "comparison": Of(
+                lambda w: tn.compare(no_run, seeds=1, service=w.service, show=False).comparison_id
+            )
+        },
+    ),
     "replay": Call(
         lambda w: tn.replay,
         {"run": Of(lambda w: w.run.run_id), "speed": 1e6, "show": False},
@@ -521,7 +535,9 @@ def training(world: World) -> Callable[..., Any]:
 
 def comparing(world: World) -> Callable[..., Any]:
     def call(**arguments: Any) -> None:
-        tn.compare(service=world.service, **arguments).result(timeout=60)
+        comparison = tn.compare(service=world.service, **arguments)
+        with suppress(tn.ValidationError):  # there is no run in it, as it says
+            comparison.result(timeout=60)
 
     signature = inspect.signature(tn.compare)
     call.__signature__ = signature.replace(  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """An adapter that is applied to ciphertexts, in this process and behind a server: the same numbers, the same errors."""
 
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,6 +79,7 @@ def test_one_upload_gives_what_each_modules_adapter_adds(
         assert error(both[module], in_clear(tc, module, x)) <= BOUND, module
     one = he[-1, "v_proj"](torch.from_numpy(x).requires_grad_()).result()
     assert error(one, in_clear(tc, "v_proj", x)) <= BOUND, "the result is the array, for numpy"
+    assert np.array_equal(1 + one, one.delta + 1) and np.array_equal(np.abs(one * 2), np.abs(2 * one.delta))
     assert one.delta.shape == (11, 160) and one.policy_version == tc.policy_version
     notes = {both.note, one.note, he.note}
     words = f"{both!r} {he!r} {he._repr_html_()} {both._repr_html_()}"
@@ -198,6 +200,8 @@ def test_leaving_the_context_drops_the_keys_at_both_ends(tc: tn.TrainingClient) 
     assert not core_of(tc).connections.open and not he._halves._open
     with pytest.raises(tn.ClientClosedError, match=r"its keys are gone. Make a new one: tc\.he_adapter"):
         he(activations(1))
+    with pytest.raises(tn.ValidationError, match="keys of a connection, which never leave"):
+        pickle.dumps(he)
     he.close()
     assert "closed" in repr(he)
 
@@ -227,8 +231,17 @@ def test_several_layers_and_inputs_are_named(service: tn.ServiceClient) -> None:
         assert len(core_of(tc).connections.open) == 2, "one for each shape, whatever the layer"
         for ask, words in (
             (lambda: he(x), r"read different inputs.*Name a layer and a module, such as he\[2, 'o_proj'\]"),
-            (lambda: he[-1], "read different inputs"),
-            (lambda: he[0, "q_proj"], r"that was not chosen\. There is 2: o_proj, 2: q_proj and v_proj"),
+            (
+                lambda: he[-1],
+                r"read different inputs, and one call has one: layer 3 o_proj, layer 3 q_proj and",
+            ),
+            (lambda: he[2.0], r"he\[2\.0\]: that was not chosen"),
+            (lambda: he[2, "o_prj"], r"he\[2, 'o_prj'\]: that was not chosen"),
+            (lambda: he[-1, "o_proj"](np.zeros((2, 160)) * 1j), "numbers.*not of the type complex128"),
+            (
+                lambda: he[0, "q_proj"],
+                r"that was not chosen\. There is layer 2 o_proj, layer 2 q_proj and v_proj",
+            ),
             (lambda: he[-1, "k_proj"], "that was not chosen"),
             (lambda: he[9], "that was not chosen"),
             (lambda: he[-1, "o_proj"](np.zeros((2, 7))), r"\(S, 160\)"),

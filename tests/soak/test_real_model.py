@@ -241,3 +241,49 @@ def test_a_step_of_rlvr_moves_the_weights(real: Any) -> None:
     result = trainer.run(steps=2, show=False).result()
     assert (result.state, tc.step) == ("FINISHED", 2)
     assert all(np.isfinite(tc.history["param_delta_norm"])) and min(tc.history["param_delta_norm"]) > 0
+
+
+def test_encrypted_adapters_of_the_last_two_layers_give_the_plaintexts_five_likeliest_next_tokens(
+    real: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = tn.LoRAConfig(rank=8, target_modules=["q_proj", "v_proj"], layers_to_transform=[28, 29])
+    tc = real(lora_config=lora, optimizer={"learning_rate": 2e-2})
+    train(tc, 6)
+    model = tc._channel._executor.engine.model
+    prompts = [
+        QUESTION,
+        "abs(x)\n",
+        "The three primary colours are red,",
+        "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+        "Water boils at a temperature of",
+    ]
+    began = time.perf_counter()
+    with tc.he_adapter(layers=[-2, -1], modules=["q_proj", "v_proj"]) as he:
+        encrypted = he.model()
+        found = encrypted.logits(prompts).result()
+        text = encrypted.generate(QUESTION, max_new_tokens=4, temperature=0).result().texts
+    took = time.perf_counter() - began
+    assert text == tc.sample(QUESTION, max_new_tokens=4, temperature=0).result().texts
+
+    def likeliest(ids: Any) -> tuple[Any, list[int]]:
+        with torch.no_grad():
+            logits = model.causal(input_ids=torch.tensor([ids])).logits[0].numpy()
+        return logits, np.argsort(-logits[-1], kind="stable")[:5].tolist()
+
+    errors, moved = [], 0
+    ids = [list(one) for one in encrypted._model.encoded(prompts, 0)]
+    for own, logits, five in zip(ids, found.logits, found.next_tokens(5), strict=True):
+        plain, expected = likeliest(own)
+        assert five == expected, tc.tokenizer.decode(own)
+        errors.append(float(np.abs(logits - plain).max() / np.abs(plain).max()))
+        with model.peft.disable_adapter():
+            moved += likeliest(own)[1] != expected
+    assert moved >= 3, "the adapter matters"
+    assert max(errors) <= 1e-5
+    with capsys.disabled():
+        print(
+            f"\n{len(prompts)} prompts of {sum(map(len, ids))} tokens and 4 drawn ones in {took:.1f} s: relative error "
+            f"{max(errors):.1e}, {found.upload_bytes / found.tokens / 1e3:.0f} kB up and "
+            f"{found.download_bytes / found.tokens / 1e3:.0f} kB down for each token and layer; without the adapter "
+            f"{moved} of {len(prompts)} have other tokens"
+        )

@@ -127,6 +127,17 @@ def test_rollouts_are_told_with_everything_there_is_to_know(tmp_path: Path) -> N
     json.dumps(told, allow_nan=False)
 
 
+def test_a_group_says_how_often_it_was_asked_before_and_a_step_what_it_threw_away(tmp_path: Path) -> None:
+    known = RolloutGroup("a", "a", [Trajectory("a", "x", reward=1.0)], answered=3, solve_rate=0.25)
+    new = RolloutGroup("b", "b", [Trajectory("b", "x", reward=0.0)], answered=0)
+    path = TrajectoryBatch([known, new], SamplingConfig(), thrown_away=2).save(tmp_path / "r")
+    told = rollouts.message(1, path, None, rollouts.ASKED)
+    assert (told["thrown_away"], told["groups"][0]["answered"], told["groups"][0]["rate"]) == (2, 3, 0.25)
+    assert "answered" not in told["groups"][1]
+    plain = rollouts_of(tmp_path / "p", {"a": 1.0})
+    assert "thrown_away" not in rollouts.message(1, plain, None, rollouts.ASKED)
+
+
 @pytest.mark.parametrize(
     ("answers", "fields", "words"),
     [

@@ -15,6 +15,7 @@ from tensafe_nb.widgets.feed.feed import Feed
 from tensafe_nb.widgets.still import picture, snapshot, words
 from tensafe_nb.widgets.still.picture import extremes
 from tensafe_nb.widgets.still.snapshot import Snapshot, StillOutputs
+from tensafe_nb.widgets.still.words import Subject
 
 from .conftest import FakeClient, FakeRun, HandFlusher, Output
 
@@ -100,6 +101,17 @@ def test_the_picture_is_a_png_of_960_by_300_below_45_kb_with_words_for_who_does_
 
 def test_there_is_no_picture_of_nothing(feed: Feed) -> None:
     assert Snapshot.take(feed, None).picture() is None
+
+
+def test_a_curve_that_was_not_measured_leaves_a_picture_that_says_so(client: FakeClient, feed: Feed) -> None:
+    rewards = Subject((feed,), "curves", ("run",), "reward")
+    assert Snapshot.take(rewards, None).picture() is None  # nothing at all so far
+    client.measure(loss=1.0)
+    drawn = Snapshot.take(rewards, None).picture()
+    assert drawn is not None
+    png = Image.open(io.BytesIO(drawn[0]["image/png"]))
+    assert png.size == (960, 300) and png.info["Description"].startswith("No reward was measured so far. ")
+    assert len(np.unique(np.asarray(png.convert("RGBA")).reshape(-1, 4), axis=0)) > 4  # its words are drawn
 
 
 def test_a_spike_survives_however_long_the_curve() -> None:

@@ -6,7 +6,7 @@
 transformers' own model runs; only the chosen linear layers are wrapped. Modules that read one input ask once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -168,9 +168,10 @@ class EncryptedModel:
     ) -> list[SampledSequence]:
         """Draw completions, token by token; see `sampler.sample`."""
         ids, turns = self.encoded(prompts, sampling.max_new_tokens), turn_ends(self.model.tokenizer, prompts)
+        streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
         try:
             self._asking.apply = apply
-            return sampler.sample(self.model, ids, sampling, seed, tick, turns)
+            return sampler.sample(self.model, ids, sampling, seed, tick, turns, None, streams)
         finally:
             self._asking.forget()
 

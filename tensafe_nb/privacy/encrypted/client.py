@@ -207,7 +207,10 @@ def checked_activations(x: Any, width: int, max_abs: float, most_tokens: int) ->
         ValidationError: Another shape, values that are not finite or beyond a bound, or too many tokens.
     """
     try:
-        given = np.asarray(x, dtype=np.float64)
+        found = np.asarray(x)
+        if found.dtype.kind not in "biuf":
+            raise TypeError(f"not of the type {found.dtype}")
+        given = found.astype(np.float64)
     except (TypeError, ValueError) as err:
         raise ValidationError(f"Activations are numbers, (S, {width}): {err}.") from err
     if given.ndim != 2 or given.shape[1] != width:

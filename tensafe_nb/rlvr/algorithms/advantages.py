@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tensafe_nb.protocol.batch import Array
+from tensafe_nb.checks import checked
+from tensafe_nb.errors import ValidationError
+from tensafe_nb.protocol.batch import Array, array_of
 from tensafe_nb.registry import Registry
 from tensafe_nb.rlvr.rollouts.trajectories import NO_SIGNAL, Trajectory, bessel_std
 
@@ -253,6 +255,7 @@ def reinforce_pp_baseline(rewards: Array, groups: Array, mask: Array) -> Array:
     return reinforce_pp(rewards + at_the_end(centre(totals, groups) - totals, mask), groups, mask)
 
 
+@checked
 def token_weights(
     mask: Array, aggregation: Aggregation, max_tokens: int, rollouts: int | None = None
 ) -> Array:
@@ -266,7 +269,16 @@ def token_weights(
         aggregation: "token_mean" m/Σm, "seq_mean" m/(|y|·N), "const" m/(N·max_tokens) or "sum" m.
         max_tokens: The longest completion there could have been.
         rollouts: N, the rollouts that count: the scored ones; all rows when None.
+
+    Raises:
+        ValidationError: A mask that is not (N, T), or a length below 1.
     """
+    mask = array_of(mask, "mask")
+    if mask.ndim != 2 or mask.dtype.kind not in "biuf" or max_tokens < 1:
+        raise ValidationError(
+            f"token_weights: mask has shape {mask.shape} and type {mask.dtype}, max_tokens is {max_tokens}: numbers "
+            f"(N, T), and a length of at least 1, are expected."
+        )
     divisor: Any = 1.0  # a number, or (N, 1)
     count = len(mask) if rollouts is None else max(rollouts, 1)
     match aggregation:

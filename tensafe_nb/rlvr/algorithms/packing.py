@@ -5,11 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from tensafe_nb.checks import checked
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import MockTookPart
-from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
+from tensafe_nb.protocol.batch import IGNORE, Array, BatchData, array_of
 from tensafe_nb.rlvr.policy import PolicyClient
 from tensafe_nb.rlvr.rollouts.trajectories import MOCK, Trajectory, TrajectoryBatch
+
+MOST_COLUMNS = 1 << 20
 
 
 def tokenize_mock(batch: TrajectoryBatch, client: PolicyClient) -> None:
@@ -37,12 +41,22 @@ def _encode(client: PolicyClient, text: str, *, special: bool) -> list[int]:
     return tokens
 
 
-def loss_mask(batch: TrajectoryBatch, mask_truncated: bool) -> Array:
+@checked
+def loss_mask(batch: TrajectoryBatch, mask_truncated: bool = True) -> Array:
     """Return (N, C): 1 for completion tokens in the loss, the end token included.
 
     Unscored rollouts are left out, truncated ones when `mask_truncated` says so; a trajectory's own mask leaves out
     what it marks 0, such as what an environment said.
+
+    Args:
+        batch: N rollouts, the longest of C tokens.
+        mask_truncated: Leave out those that were cut at the token limit.
+
+    Raises:
+        ValidationError: It holds no rollout.
     """
+    if not len(batch):
+        raise ValidationError("loss_mask: the batch holds no rollout.")
     cut = np.array([t.truncated and mask_truncated for t in batch])  # (N,)
     lengths = np.where(cut | ~np.isfinite(batch.rewards), 0, batch.widths)  # (N,)
     positions = np.arange(max(int(batch.widths.max()), 1))  # (C,)
@@ -53,9 +67,39 @@ def loss_mask(batch: TrajectoryBatch, mask_truncated: bool) -> Array:
     return mask
 
 
+def checked_trajectories(given: Any, who: str) -> None:
+    """Refuse what is no list of rollouts with a prompt.
+
+    Raises:
+        ValidationError: Says what it is, or which rollout has no tokens.
+    """
+    fits = isinstance(given, list | tuple | TrajectoryBatch) and all(isinstance(t, Trajectory) for t in given)
+    if not fits or not len(given):
+        raise ValidationError(
+            f"{who}: trajectories are a TrajectoryBatch, or a list of its rollouts, not {as_given(given)}."
+        )
+    for number, trajectory in enumerate(given):
+        if trajectory.tokens and not trajectory.prompt_tokens:
+            raise ValidationError(
+                f"{who}: rollout {number} has no prompt_tokens: the first token of an answer is predicted by nothing."
+            )
+
+
+def per_rollout(values: Any, name: str, who: str, count: int, width: int) -> Array:
+    """Return values as an array of a row for each rollout, and a column for each token at least."""
+    found = array_of(values, name)
+    if found.ndim != 2 or len(found) != count or found.shape[1] < width or found.dtype.kind not in "biuf":
+        raise ValidationError(
+            f"{who}: {name} has shape {found.shape} and type {found.dtype}: numbers, a row for each of the {count} "
+            f"rollouts and {width} columns or more, are expected."
+        )
+    return found
+
+
+@checked
 def pack(
     trajectories: Sequence[Trajectory],
-    extras: Mapping[str, Array],
+    extras: Mapping[str, Array] | None = None,
     numbers: Array | None = None,
     owners: Array | None = None,
 ) -> BatchData:
@@ -73,7 +117,21 @@ def pack(
 
     Returns:
         input_ids, attention_mask, labels and the extras, each (B, T).
+
+    Raises:
+        ValidationError: No rollouts, one without a prompt, or an extra of another shape.
+
+    Example:
+        >>> mask = loss_mask(batch)
+        >>> packed = pack(batch, {"advantages": advantages, "weights": mask / mask.sum()})
+        >>> tc.forward_backward(packed, "policy_reinforce")
     """
+    checked_trajectories(trajectories, "pack")
+    extras = {} if extras is None else extras
+    longest = max(len(t.tokens) for t in trajectories)
+    extras = {
+        name: per_rollout(values, name, "pack", len(trajectories), longest) for name, values in extras.items()
+    }
     widest = max(len(t.prompt_tokens) + len(t.tokens) - 1 for t in trajectories)
     shape = (len(trajectories), max(widest, 1))
     ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -98,8 +156,28 @@ def pack(
     return BatchData(ids, mask, labels, laid_out)
 
 
-def unpack(trajectories: Sequence[Trajectory], values: Array, width: int) -> Array:
-    """Return (B, C) completion tokens of what a core computed for a packed batch, (B, T)."""
+@checked
+def unpack(trajectories: Sequence[Trajectory], values: Array, width: int | None = None) -> Array:
+    """Return (B, C) per completion token what a core computed for a packed batch, (B, T): the way back of `pack`.
+
+    Args:
+        trajectories: Those that were packed.
+        values: (B, T), such as `compute_logprobs(pack(batch)).result().logprobs`.
+        width: C; the longest completion when None. Behind a shorter one stands 0.
+
+    Raises:
+        ValidationError: Values of another shape.
+    """
+    checked_trajectories(trajectories, "unpack")
+    longest = max(len(t.tokens) for t in trajectories)
+    width = longest if width is None else width
+    if not longest <= width <= MOST_COLUMNS:
+        raise ValidationError(
+            f"unpack: width={as_given(width)} is less than the {longest} tokens of the longest answer, or more than "
+            f"{MOST_COLUMNS:,}."
+        )
+    last = max((span(t).stop for t in trajectories if t.tokens), default=0)
+    values = per_rollout(values, "values", "unpack", len(trajectories), last)
     found = np.zeros((len(trajectories), width))
     for row, trajectory in enumerate(trajectories):
         if trajectory.tokens:

@@ -13,7 +13,7 @@ from tensafe_nb.rlvr.environments.environment import EnvironmentSpec, resolve_en
 from tensafe_nb.rlvr.environments.hosts import host_of
 from tensafe_nb.rlvr.environments.play import Host, RowItem, Wait, play
 from tensafe_nb.rlvr.environments.transcript import Scripts
-from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.policy import PRIVATE, PolicyClient
 from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptSpec, prompt_specs
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 
@@ -116,10 +116,14 @@ class EnvironmentSampler:
         if host is not None:
             host.close()
 
+    def hosting(self) -> Host:
+        """Return a new host; for a model that trains privately, one in which no conversation knows of another."""
+        return host_of(self.environment, self.timeout, apart=PRIVATE in self._client.capabilities)
+
     def _hosting(self) -> Host:
         """Return where generators live, made anew when the environment or what its code uses has changed."""
         hosted = self.environment.identity.digest
         if self._host is None or self._hosted != hosted:
             self.close()
-            self._host, self._hosted = host_of(self.environment, self.timeout), hosted
+            self._host, self._hosted = self.hosting(), hosted
         return self._host

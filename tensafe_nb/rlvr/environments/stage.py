@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.environments.environment import Environment, Outcome, RolloutEnded, Turn
 from tensafe_nb.rlvr.rewards.conventions import failed, number_of
+from tensafe_nb.rlvr.scoring.shipping import arrived
 
 Plain = (str, int, float, bool, type(None))
 
@@ -91,18 +92,29 @@ class Stage:
 
     Args:
         environment: Whose.
+        original: The same as `shipped` writes it: each conversation then has a copy of its own.
     """
 
-    def __init__(self, environment: Environment) -> None:
-        self._environment = environment
+    def __init__(self, environment: Environment, original: bytes | None = None) -> None:
+        self._environment, self._original = environment, original
         self._playing: dict[int, tuple[Any, RandomState]] = {}
+
+    def again(self) -> "Stage":
+        """Return an empty stage for the same environment."""
+        return Stage(self._environment, self._original)
+
+    def begun(self, cue: Cue) -> Any:
+        """Return the generator of a conversation that begins."""
+        chosen: Environment = self._environment if self._original is None else arrived(self._original)
+        return chosen(dict(cue.value))
 
     def play(self, cue: Cue) -> Reply:
         """Let one conversation go on; what its generator raises becomes text."""
         number = cue.number
         try:
             if cue.kind == "begin":
-                self._playing[number] = self._environment(dict(cue.value)), RandomState(cue.seed)
+                self._close(number)
+                self._playing[number] = self.begun(cue), RandomState(cue.seed)
             if cue.kind == "forget" or number not in self._playing:
                 self._close(number)
                 return Reply()

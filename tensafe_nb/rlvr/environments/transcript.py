@@ -111,11 +111,12 @@ class ChatScript:
         at = text.find(core, len(self._text)) if text.startswith(self._text) else -1
         if at < 0 or text[len(self._text) : at].strip():
             raise self.rewritten(text, whole)
-        behind = text[at + len(core) :]
-        if said.finish_reason == "stop":  # the policy has ended its turn, as it learns to
-            stop = self._template.edges(self._keywords).stop
-            head, found, rest = behind.partition(stop) if stop else (behind, "", "")
-            behind = rest if found and not head.strip() else behind
+        behind = text[at + len(core) :].removeprefix(whole[len(whole.rstrip()) :])
+        stop = self._template.edges(self._keywords).stop
+        if said.finish_reason == "stop" and stop:  # the policy has ended its turn itself
+            head, found, behind = behind.partition(stop)
+            if not found or head.strip():  # and the template ends it otherwise, once it is not the last
+                raise self.rewritten(text, whole + stop)
         self._text = text
         return self._tokens.middle(behind)
 

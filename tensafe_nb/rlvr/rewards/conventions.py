@@ -172,6 +172,10 @@ class Call:
         wrapped = inspect.unwrap(self.function)
         return any(map(inspect.iscoroutinefunction, (self.function, called, wrapped)))
 
+    def answered(self, unit: Sequence[RewardSample]) -> list[Any]:
+        """Make one call, for a pipe: return score, parts and error of each rollout."""
+        return [verdict[:3] for verdict in outcomes_of(self, unit)]
+
     def units(self, samples: Sequence[RewardSample]) -> list[list[RewardSample]]:
         """Return the rollouts of each call."""
         if self.batched:

@@ -1,5 +1,7 @@
 """The program of a scoring process: takes functions and rollouts from its standard input, answers with scores.
 
+An environment is such a function too, and a turn of a conversation what it is called on.
+
 A program, not a module: started by its path and told who asks (a process id), it imports the package only once it
 knows where that is. Requests are frames (8 bytes of length, then the bytes): first the import path as JSON, then
 pickled tuples. Answers are lines of JSON. What a function prints goes to standard error.
@@ -26,7 +28,6 @@ def main() -> None:
     sys.path[:] = json.loads(_read_frame(requests))
     import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
-    from tensafe_nb.rlvr.rewards.conventions import outcomes_of
     from tensafe_nb.rlvr.scoring.shipping import arrived
 
     calls: dict[int, Any] = {}
@@ -46,7 +47,7 @@ def main() -> None:
         else:
             first, units = arrived(blob)
             for index, unit in enumerate(units, first):
-                _write_answer(answers, [index, [outcome[:3] for outcome in outcomes_of(calls[key], unit)]])
+                _write_answer(answers, [index, calls[key].answered(unit)])
 
 
 def end_with(parent: int) -> None:

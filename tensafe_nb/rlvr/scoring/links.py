@@ -18,14 +18,20 @@ from typing import IO, Any, Protocol, TypeAlias
 
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
-from tensafe_nb.rlvr.rewards.conventions import Call, RewardSample, outcomes_of
 from tensafe_nb.rlvr.scoring.lasting import STARTER
 from tensafe_nb.rlvr.scoring.shipping import shipped
 
 _PROGRAM = Path(__file__).with_name("child.py")
-Unit: TypeAlias = list[RewardSample]  # the rollouts of one call
+Unit: TypeAlias = list[Any]  # the rollouts of one call, or a turn of an environment
 Message: TypeAlias = "list[Any] | None"  # None: there is nobody there any more
 Inbox: TypeAlias = "queue.SimpleQueue[tuple[Link, Message]]"
+
+
+class Callee(Protocol):
+    """What is called: a reward's function, or the stage of an environment."""
+
+    def answered(self, unit: Unit, /) -> list[Any]:
+        """Make one call and return what came of it, as JSON knows it."""
 
 
 class Link(Protocol):
@@ -92,7 +98,7 @@ class ProcessLink:
 class ThreadLink:
     """A thread of this process instead, for functions that cannot be sent elsewhere. It cannot be killed."""
 
-    def __init__(self, inbox: Inbox, calls: Sequence[Call]) -> None:
+    def __init__(self, inbox: Inbox, calls: Sequence[Callee]) -> None:
         self._inbox, self._calls = inbox, calls
         self._requests: queue.SimpleQueue[tuple[int, int, Sequence[Unit]] | None] = queue.SimpleQueue()
         self._abandoned = False
@@ -122,6 +128,4 @@ class ThreadLink:
             for index, unit in enumerate(units, first):
                 if self._abandoned:
                     return
-                self._inbox.put(
-                    (self, [index, [outcome[:3] for outcome in outcomes_of(self._calls[key], unit)]])
-                )
+                self._inbox.put((self, [index, self._calls[key].answered(unit)]))

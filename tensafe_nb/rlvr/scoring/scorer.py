@@ -166,11 +166,7 @@ class Scorer:
             raise ValidationError(f"Scorer: processes={as_given(processes)} must be at least 1.")
         self.reward = resolve_reward(reward)
         self.timeout = timeout
-        ours = hasattr(
-            os, "sched_getaffinity"
-        )  # the cores that this process may use, where the system says so
-        cores = len(os.sched_getaffinity(0)) if ours else os.cpu_count() or 1
-        self.processes = processes or min(cores, MAX_PROCESSES)
+        self.processes = processes or most_processes()
         self._version = self.reward.version
         self._closed = False
         limit = threading.TIMEOUT_MAX if timeout is None else timeout
@@ -310,6 +306,13 @@ class Scorer:
             stacklevel=2,
         )
         return self._threads.add(call)
+
+
+def most_processes() -> int:
+    """Return how many processes call functions at most: one for each core, and no more than four."""
+    ours = hasattr(os, "sched_getaffinity")  # the cores that this process may use, where the system says so
+    cores = len(os.sched_getaffinity(0)) if ours else os.cpu_count() or 1
+    return min(cores, MAX_PROCESSES)
 
 
 def function_reports(path: str, outcomes: Sequence[Verdict]) -> dict[str, FunctionReport]:

@@ -25,7 +25,7 @@ class Limits:
         queued: Operations that wait, of all its clients together.
         requests: A minute.
         encrypted: Connections for encrypted calls: each holds rotation keys and encoded adapters, up to 300 MB.
-        stored_bytes: Of its artifacts; None has no limit.
+        stored_bytes: Of everything that it stores; None has no limit.
     """
 
     clients: int = 32
@@ -121,9 +121,12 @@ def too_many_waiting(most: int) -> QueueFullError:
     )
 
 
-def too_much_stored(there: int, most: int) -> StorageError:
-    """Say that a tenant's share of the disk is full."""
+def too_much_stored(stored: Mapping[str, int], most: int) -> StorageError:
+    """Say that a tenant's share of the disk is full, with what, and what frees some of it."""
+    there = ", ".join(f"{name} {count:,}" for name, count in stored.items())
     return StorageError(
-        f"This tenant's artifacts take {there:,} bytes of the {most:,} it may. Delete some: "
-        f"service.delete_artifact(…)."
+        f"This tenant stores {sum(stored.values()):,} bytes of the {most:,} that it may ({there}). Delete checkpoints: "
+        f"service.delete_artifact(…). Close training clients that you need no more: tc.close() removes their journals "
+        f"and automatic checkpoints. Logs and records are for whoever runs the server to remove.",
+        details={"stored": dict(stored), "limit": most},
     )

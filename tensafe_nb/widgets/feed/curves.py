@@ -12,11 +12,13 @@ from tensafe_nb.widgets.feed.feed import Feed
 
 TIME, TOKENS, RATE = "~time", "~tokens", "tokens/s"
 SPARSE = ("policy/approx_kl",)  # measured now and then: there, "not a number" says that it was not
-SUPERVISED = ("loss", "eval/loss", "grad_norm")
+SUPERVISED = (
+    "loss", "eval/loss", "accuracy", "eval/accuracy", "reward_margin", "eval/reward_margin", "grad_norm",
+)  # fmt: skip
 REWARDED = (
     "reward", "group/reward_std", "eval/reward", "rewards/true",
     "by_group/frac_all_good", "by_group/frac_mixed", "by_group/frac_all_bad",
-    "completions/mean_length", "completions/clipped_ratio", "entropy", "policy/approx_kl",
+    "resample/groups", "completions/mean_length", "completions/clipped_ratio", "entropy", "policy/approx_kl",
     "grad_norm", "param_delta_norm",
 )  # fmt: skip
 

@@ -57,6 +57,7 @@ def message(
         "step": step,
         "groups": groups,
         "left_out": len(batch.groups) - len(groups),
+        **({"thrown_away": batch.thrown_away} if batch.thrown_away else {}),
     }
 
 
@@ -67,6 +68,8 @@ def group_shown(group: Any, decode: Decode | None) -> dict[str, Any]:
         "mean": _number(group.mean),
         "std": _number(group.std),
         "signal": bool(group.has_signal),
+        # what was known of the prompt when it was chosen
+        **({"answered": group.answered, "rate": _number(group.solve_rate)} if group.answered else {}),
         "r": [rollout_shown(rollout, group, decode) for rollout in group.rollouts],
     }
 

@@ -172,7 +172,7 @@ class Lens {
   }
 }
 
-// One chart. `spec`: title, lines of { name, label, colour, dash, dots, smooth }, band (name of a spread), marks, range.
+// One chart. `spec`: title, lines of { name, label, colour, dash, dots, smooth, spread (a name) }, band (the first line's spread), marks, range.
 // It draws once per frame at most, and only while it is on the screen.
 class Chart {
   constructor(store, model, lens, spec) {
@@ -186,7 +186,7 @@ class Chart {
     this.legend = make("div", "tsnb-legend");
     this.heading = make("b", "tsnb-title", this.spec.title ?? "");
     this.bandEntry = make("span", "tsnb-entry");
-    this.bandEntry.append(make("i", "tsnb-swatch"), make("span", "", "± spread within a group"));
+    this.bandEntry.append(make("i", "tsnb-swatch"), make("span", "", this.spec.bandText ?? "± spread within a group"));
     this.signs = make("span", "tsnb-where tsnb-signs");
     this.broken = make("span", "tsnb-bad-note");
     this.below = make("span", "tsnb-where");
@@ -290,8 +290,11 @@ class Chart {
       return { line, series, xs: this.xsOf(series, line) };
     });
     this.curves = this.listed.filter(({ line }) => !this.hidden.has(line.name));
-    const spread = this.spec.band && this.store.get(this.spec.band).current;
-    if (spread?.n && this.curves[0]?.line === this.spec.lines[0]) this.curves[0].band = bandOf(this.curves[0].series, spread);
+    for (const curve of this.curves) {
+      const name = curve.line.spread ?? (curve.line === this.spec.lines[0] ? this.spec.band : null);
+      const spread = name && this.store.get(name).current;
+      if (spread?.n) curve.band = bandOf(curve.series, spread);
+    }
     this.empty.hidden = this.listed.some(({ series }) => series.n);
     this.scale(width, height);
     this.drawAxes(width, height);
@@ -482,7 +485,7 @@ class Chart {
       fill(this.where, `${step === null ? "latest: " : ""}step ${at}${marks.join("")}`);
     }
     const entries = there.map((curve) => this.entry(curve, step, there.length > 1));
-    if (this.curves.some(({ band }) => band)) entries.splice(1, 0, this.bandEntry);
+    if (this.curves.some(({ band }) => band)) entries.splice(this.spec.bandText ? entries.length : 1, 0, this.bandEntry);
     const parts = [this.heading, ...entries, this.signs, this.broken, this.below, this.where].filter((part) => part.childNodes.length);
     if (parts.length !== this.legend.children.length || parts.some((part, i) => part !== this.legend.children[i])) this.legend.replaceChildren(...parts);
   }

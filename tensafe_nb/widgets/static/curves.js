@@ -22,13 +22,20 @@ function specs(curve, labels, whole) {
   const small = (title, ...lines) => ({ title, small: true, marks: false, lines: lines.map((line) => ({ smooth: true, ...line })) });
   const share = (chart) => ({ ...chart, range: [-0.02, 1.02] });
   const idle = (chart) => ({ ...chart, idle: true }); // out of sight as long as it is zero: nothing of the kind goes on
-  if (curve !== "reward") return whole ? [main, small("gradient norm", { name: "grad_norm", label: "" }), small("tokens/s", { name: "tokens/s", label: "", colour: 2 })] : [main];
+  if (curve !== "reward") {
+    const pairs = [
+      share(small("pairs in the right order", { name: "accuracy", label: "share" }, { name: "eval/accuracy", label: "held out", colour: 1, ...held })),
+      small("reward margin", { name: "reward_margin", label: "margin" }, { name: "eval/reward_margin", label: "held out", colour: 1, ...held }),
+    ];
+    return whole ? [main, ...pairs, small("gradient norm", { name: "grad_norm", label: "" }), small("tokens/s", { name: "tokens/s", label: "", colour: 2 })] : [main];
+  }
   main.band = "group/reward_std";
   main.lines.push({ name: "rewards/true", label: "true reward", colour: 2, dash: [2, 2] });
   if (!whole) return [main];
   return [
     main,
     share(small("groups of answers", { name: "by_group/frac_all_good", label: "all right", colour: 2 }, { name: "by_group/frac_mixed", label: "mixed", colour: 0, dash: [6, 3] }, { name: "by_group/frac_all_bad", label: "all wrong", colour: 1, dash: [2, 2] })),
+    idle(small("prompts thrown away", { name: "resample/groups", label: "per step", colour: 1 })),
     small("length of answers", { name: "completions/mean_length", label: "tokens" }),
     idle(share(small("answers cut off", { name: "completions/clipped_ratio", label: "share", colour: 1 }))),
     small("entropy", { name: "entropy", label: "", colour: 3 }),

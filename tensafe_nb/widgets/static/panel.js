@@ -68,7 +68,7 @@ function verdict(status, alarms, doubted, account = null) {
 
 // Which buttons a state offers.
 function offers(status) {
-  if (!status.steer || ["TERMINATED", "ERROR"].includes(status.client)) return [];
+  if (!status.steer || ["TERMINATED", "ERROR"].includes(status.client) || status.line === "LOST") return [];
   if (!status.run || status.ended) return status.queue ? ["cancel", "checkpoint"] : ["checkpoint"];
   if (status.foreign) return ["checkpoint"]; // who started it pauses and stops it
   return [status.state.startsWith("PAUS") ? "resume" : "pause", "stop", "checkpoint"];

@@ -179,7 +179,8 @@ class Samples {
     const versions = new Set(groups.flatMap((group) => group.r.map((rollout) => rollout.policy)));
     this.version = versions.size === 1 ? [...versions][0] : undefined;
     const shaded = groups.some(({ r }) => r.some(({ turns }) => turns)) ? " · shaded: said by the environment, not trained" : "";
-    fill(this.count, `${groups.length + (found.left_out || 0)} prompts, ${signal} with signal${this.version === undefined ? "" : `, policy ${this.version}`}${shaded}`);
+    const thrown = found.thrown_away ? `, ${found.thrown_away} thrown away without` : "";
+    fill(this.count, `${groups.length + (found.left_out || 0)} prompts, ${signal} with signal${thrown}${this.version === undefined ? "" : `, policy ${this.version}`}${shaded}`);
     const kept = arranged(groups, this.order, this.keep, this.search);
     const cards = kept.map((group) => this.group(group));
     if (!kept.length) cards.push(make("p", "tsnb-where", "nothing here is as asked for"));
@@ -225,7 +226,9 @@ class Samples {
     const card = make("div", "tsnb-card");
     const spread = group.signal ? `spread ${briefly(group.std)}` : "no signal: nothing to prefer";
     const most = Math.max(...group.r.flatMap((r) => [r.adv, ...tokensOf(r).map(([, a]) => a)]).map((a) => Math.abs(a ?? 0)), 1e-9);
-    card.append(this.prompt(group, `reward ${briefly(group.mean)}, ${spread}`), ...group.r.map((rollout) => this.rollout(rollout, most, group)));
+    const rate = group.rate == null ? "" : `: ${Math.round(100 * group.rate)} % right`;
+    const before = group.answered ? `, asked ${counted(group.answered, "time")} before${rate}` : "";
+    card.append(this.prompt(group, `reward ${briefly(group.mean)}, ${spread}${before}`), ...group.r.map((rollout) => this.rollout(rollout, most, group)));
     return card;
   }
 

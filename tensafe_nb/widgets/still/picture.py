@@ -30,10 +30,13 @@ def draw(subject: Subject, title: str) -> bytes | None:
     from matplotlib.figure import Figure
 
     curve = subject.curve
-    if not any(curve in feed.history for feed in subject.feeds):
+    is_measured = any(curve in feed.history for feed in subject.feeds)
+    if not is_measured and not any(feed.history.names for feed in subject.feeds):
         return None
     figure = Figure(figsize=(9.6, 3.0), dpi=100, layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
+    if not is_measured:  # something was, and it is not what was asked for
+        return png_of_nothing(FigureCanvasAgg(figure), axes, curve, title)
     first = subject.feeds[0]
     marks = first.annotations.marks()  # (step, kind, what)
     breaks = [step for step, kind, _ in marks if kind == "v" and "reward" in curve]
@@ -46,6 +49,15 @@ def draw(subject: Subject, title: str) -> bytes | None:
     draw_marks(axes, marks, breaks)
     style_axes(axes, title)
     return png_of(FigureCanvasAgg(figure), title)
+
+
+def png_of_nothing(canvas: Any, axes: Any, curve: str, title: str) -> bytes:
+    """Return a picture that says that there is no such curve, in place of one that is missing without a word."""
+    words = f"No {curve} was measured so far."
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=11, color=INK)
+    axes.set_title(title, fontsize=9, loc="left", color=INK)
+    axes.set_axis_off()
+    return png_of(canvas, f"{words} {title}")
 
 
 def draw_curve(

@@ -32,7 +32,7 @@ FIRST_SECONDS = 5.0  # after which an output whose page listens has its first pi
 LONGEST_SECONDS = 60.0  # that what a file holds may be older than the training, while its page listens
 
 Bundle = dict[str, Any]
-_drawing = threading.Lock()  # matplotlib's fonts are shared by all figures
+drawing = threading.Lock()  # matplotlib's fonts are shared by all figures
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +88,7 @@ class Snapshot:
 
     def picture(self) -> tuple[Bundle, Bundle] | None:
         """Return the picture as an output with its metadata; None where there is nothing to draw, or no matplotlib."""
-        with suppress(ImportError), _drawing:
+        with suppress(ImportError), drawing:
             png = draw(self.subject, self.sentence)
             if png is not None:
                 return {"image/png": png, "text/plain": self.sentence}, {"image/png": {"alt": self.sentence}}

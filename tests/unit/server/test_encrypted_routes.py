@@ -168,5 +168,6 @@ def test_an_operator_can_keep_weights_from_leaving_in_the_clear(tmp_path: Path) 
             saved = outcome(http, queued).json()["artifact_id"]
             refused = http.get(f"/artifacts/{saved}/export")
             assert error_of(refused) == (403, "forbidden") and "serve --no-export" in refused.text
+            assert error_of(http.post(f"{path}/read_adapter", json={})) == (403, "forbidden")
             assert http.get(f"/artifacts/{saved}/content").content[:4] == b"TSNB", "which is sealed"
             assert opened(http, path)

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.cli.main import main
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.operations import Forward
 from tensafe_nb.server.door import limits
@@ -150,3 +151,52 @@ def test_who_holds_all_the_threads_it_may_holds_up_nobody_else(
         finally:
             go.set()
         assert {error_of(answer.result()) for answer in asked} == {(422, "validation_error")}
+
+
+def test_everything_that_a_tenant_stores_counts_and_what_is_full_says_what_takes_how_much_and_what_frees_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Tokens(tmp_path / "tokens.json")
+    with serving_thread(tmp_path / "server") as serving:
+        headers = {"authorization": f"Bearer {serving.tokens.mint('ada')}"}
+        tenant = serving.service.tenant("ada")
+        with httpx.Client(base_url=f"{serving.url}/api/v1", headers=headers, timeout=30) as http:
+            path = new_client(http)
+            saved = outcome(http, http.post(f"{path}/save_state", json={}).json()["future_id"]).json()
+            tenant.stored.measure()
+            counted = dict(tenant.stored.bytes)
+            assert counted["artifacts"] >= saved["size_bytes"] and all(counted.values())
+            figures = httpx.get(f"{serving.url}/metrics", headers=headers).text
+            for kind, count in counted.items():
+                assert f'tensafe_nb_stored_bytes{{kind="{kind}"}} {count}\n' in figures
+            most = sum(counted.values())
+            serving.tokens.limit("ada", stored_bytes=most)
+            told = [{"$": "metrics", "step": 1, "values": {"loss": 1.0}, "run_id": "tc/1"}]
+            full = [
+                http.post(f"{path}/save_state", json={}),
+                http.put("/artifacts", content=b"x"),
+                http.post("/training_clients", json={}),
+            ]
+            for answer in full:
+                error = answer.json()["error"]
+                assert (answer.status_code, error["code"]) == (507, "storage_error")
+                assert all(f"{kind} {count:,}" in error["message"] for kind, count in counted.items())
+                assert "service.delete_artifact(…)" in error["message"] and "tc.close()" in error["message"]
+            trained = http.post(f"{path}/forward_backward", json={"batch": BATCH}).json()["future_id"]
+            assert outcome(http, trained).status_code == 200  # training goes on
+            assert http.post(f"{path}/events", json=told).status_code == 200  # and how it goes is told
+            serving.tokens.limit("ada", stored_bytes=most // 2)
+            assert error_of(http.post(f"{path}/events", json=told)) == (507, "storage_error")
+            serving.tokens.limit("ada", stored_bytes=most)
+            assert http.delete(f"/artifacts/{saved['artifact_id']}").status_code == 204
+            again = outcome(http, http.post(f"{path}/save_state", json={}).json()["future_id"])
+            assert again.status_code == 200 and tenant.stored.bytes["artifacts"] >= again.json()["size_bytes"]
+    own.mint("ada"), own.mint("ben")
+    assert (
+        main(
+            ["tokens", "list", "--tokens", str(tmp_path / "tokens.json"), "--home", str(tmp_path / "server")]
+        )
+        == 0
+    )
+    ada, ben = capsys.readouterr().out.splitlines()
+    assert ben.endswith("  0 bytes") and int(ada.split()[-2].replace(",", "")) > 1_000

@@ -115,7 +115,7 @@ def test_a_tenant_has_so_many_clients_so_many_bytes_and_says_so(
 ) -> None:
     from tensafe_nb.server.door.limits import Limits
 
-    with serving_thread(tmp_path / "server", limits=Limits(clients=2, stored_bytes=1)) as serving:
+    with serving_thread(tmp_path / "server", limits=Limits(clients=2)) as serving:
         headers = {"authorization": f"Bearer {serving.tokens.mint('small')}"}
         with httpx.Client(base_url=f"{serving.url}/api/v1", headers=headers) as http:
             path = new_client(http)
@@ -125,6 +125,7 @@ def test_a_tenant_has_so_many_clients_so_many_bytes_and_says_so(
             path = new_client(http)
             first = http.post(f"{path}/save_state", json={}).json()["future_id"]
             assert outcome(http, first).status_code == 200
+            serving.tokens.limit("small", stored_bytes=1)
             assert error_of(http.post(f"{path}/save_state", json={})) == (507, "storage_error")
             assert error_of(http.put("/artifacts", content=b"x" * 10)) == (507, "storage_error")
 

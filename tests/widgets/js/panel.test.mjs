@@ -32,6 +32,8 @@ test("buttons follow the state, and a recording has none", () => {
   assert.deepEqual(offers({ state: "BUSY", client: "BUSY", queue: 2, steer: true }), ["cancel", "checkpoint"]);
   assert.deepEqual(offers({ ...RUNNING, client: "TERMINATED" }), []);
   assert.deepEqual(offers({ ...RUNNING, steer: false }), []);
+  for (const state of ["RUNNING", "PAUSED", "FINISHED"]) assert.deepEqual(offers({ ...RUNNING, state, line: "LOST" }), []);
+  assert.deepEqual(offers({ ...RUNNING, line: "RECONNECTING" }), ["pause", "stop", "checkpoint"]);
   assert.deepEqual(offers({ ...RUNNING, foreign: true }), ["checkpoint"]);
 });
 
