@@ -90,6 +90,8 @@ class PromptColumns:
             made |= {"prompt": self._taken(made, row, "prompt", self.prompt)}
         if self.template is not None:
             made["prompt"] = self.filled({**made, **row})
+        if self.answer is None and isinstance(made.get("answer"), str) and GSM8K in made["answer"]:
+            raise holds_a_solution("answer", "answer='answer', ")
         if self.answer is not None:
             made |= {"answer": self.extracted(self._taken(made, row, "answer", self.answer))}
         return made
@@ -110,10 +112,7 @@ class PromptColumns:
         """Return the answer that a solution ends in."""
         if self.answer_after is None:
             if isinstance(answer, str) and GSM8K in answer:
-                raise ValidationError(
-                    f"the column {as_given(self.answer)} holds a solution, its answer behind {GSM8K!r} as in GSM8K: "
-                    f"say answer_after={GSM8K!r} to take what stands behind it, or answer_after='' to take it as it is."
-                )
+                raise holds_a_solution(self.answer, "")
             return answer
         if not self.answer_after:
             return answer
@@ -149,6 +148,14 @@ _MEANT = {
     "answer_after": "what stands before the answer, '####' for GSM8K",
     "template": "such as 'Q: {question}\\nA:'",
 }
+
+
+def holds_a_solution(column: str | None, named: str) -> ValidationError:
+    """Return the error of an answer that is a whole solution: never taken for the answer in silence."""
+    return ValidationError(
+        f"the column {as_given(column)} holds a solution, its answer behind {GSM8K!r} as in GSM8K: say "
+        f"{named}answer_after={GSM8K!r} to take what stands behind it, or {named}answer_after='' to take it as it is."
+    )
 
 
 def _is_name(name: str) -> bool:

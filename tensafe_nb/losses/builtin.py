@@ -142,9 +142,9 @@ def ipo(outputs: LossOutputs, batch: Batch, beta: float = 0.1) -> dict[str, Any]
 
 
 def _check_preference(name: str, beta: float, label_smoothing: float) -> None:
-    if not 0 < beta < math.inf:
+    if not isinstance(beta, int | float) or not 0 < beta < math.inf:
         raise ValidationError(f"{name}: beta={as_given(beta)} must be above 0.")
-    if not 0 <= label_smoothing < 0.5:
+    if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing < 0.5:
         raise ValidationError(
             f"{name}: label_smoothing={as_given(label_smoothing)} must be from 0 to below 0.5: at one half a "
             f"preference says nothing."

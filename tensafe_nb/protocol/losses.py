@@ -16,6 +16,8 @@ ALWAYS_ALLOWED = frozenset(
     {"example_ids", "unit_ids", "record_id", TICKET}
 )  # travel with a batch, no loss reads them
 
+OF_PAIRS = ("margin_ranking", "contrastive", "dpo", "ipo")  # of those built in
+
 FOREIGN = {  # what losses are called elsewhere
     "cross_entropy": "token_ce",
     "crossentropy": "token_ce",

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import RunDescribed
 from tensafe_nb.protocol.codec import decode, encode
-from tensafe_nb.store.disk import Files, disk_errors
+from tensafe_nb.store.disk import Files, disk_errors, write_all
 
 MAX_NAME, MAX_TAGS, MAX_NOTES = 200, 50, 10_000  # characters, tags, characters
 PACKAGES = ("tensafe_nb", "torch", "transformers", "peft", "opacus", "numpy")  # whose versions a run keeps
@@ -65,9 +66,14 @@ def keep(log: Path, description: RunDescribed) -> None:
     """
     with (
         disk_errors(f"keep what is said of the run {description.run_id}"),
-        Files().append(file_of(log)) as file,
+        Files().unbuffered(file_of(log), append=True) as file,
     ):
-        file.write((json.dumps(encode(description), allow_nan=False) + "\n").encode())
+        size = file.seek(0, os.SEEK_END)
+        try:
+            write_all(file, (json.dumps(encode(description), allow_nan=False) + "\n").encode())
+        except OSError:
+            file.truncate(size)  # behind half a line, no other could be read
+            raise
 
 
 def kept(log: Path) -> dict[str, RunDescribed]:

@@ -14,6 +14,7 @@ from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.events import Alarm, Metrics
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.losses import OF_PAIRS
 from tensafe_nb.protocol.results import ForwardBackwardResult, ForwardResult, OptimStepResult
 from tensafe_nb.runs.alarms import Rates, StepAlarms, not_finite
 from tensafe_nb.runs.loop import Batch, LossSpec, Run, RunClient
@@ -145,6 +146,9 @@ class SupervisedLoop:
             raise ValidationError(f"fit: eval_every={eval_every} needs eval_batches.")
         held_out = () if eval_batches is None else eval_batches
         check_batches(batches=batches, eval_batches=held_out)
+        check_pairs(
+            client.config.loss.type if loss_fn is None else loss_fn, batches=batches, eval_batches=held_out
+        )
         if batches is eval_batches and isinstance(batches, Iterator):
             raise ValidationError(
                 "fit: batches and eval_batches are one generator: what one has dealt, the other misses. Give lists."
@@ -327,6 +331,22 @@ def check_numbers(**given: int | None) -> None:
     for name, value in given.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValidationError(f"fit: {name}={as_given(value)} must be a whole number, at least 1.")
+
+
+def check_pairs(loss_fn: object, **given: object) -> None:
+    """Refuse rows that are no pairs for a loss of pairs: two that happen to follow each other would be taken for one.
+
+    Raises:
+        ValidationError: Says what rows such a loss takes.
+    """
+    for name, batches in given.items():
+        if loss_fn in OF_PAIRS and isinstance(batches, Batches) and batches.group == 1:
+            columns = (
+                "'anchor' and 'positive'" if loss_fn == "contrastive" else "'prompt', 'chosen' and 'rejected'"
+            )
+            raise ValidationError(
+                f"fit: the loss {loss_fn!r} takes pairs, and the rows of {name} are none: give rows with {columns}."
+            )
 
 
 def check_batches(**given: object) -> None:

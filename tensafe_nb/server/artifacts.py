@@ -3,9 +3,10 @@
 import asyncio
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import IO, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
@@ -15,6 +16,7 @@ from tensafe_nb.errors import StorageError
 from tensafe_nb.protocol.codec import encode
 from tensafe_nb.server.answers import ERRORS, PREFIX, of_type, packed
 from tensafe_nb.server.service import Service, Tenant
+from tensafe_nb.store.disk import disk_errors
 from tensafe_nb.transports.embedded import EmbeddedTransport
 
 R = TypeVar("R")
@@ -44,7 +46,7 @@ def artifact_routes(service: Service) -> APIRouter:
     async def push(request: Request) -> Response:
         """Take in a sealed file."""
         room, came = await aside(request, tenant_of(request).room), 0
-        with tempfile.NamedTemporaryFile(suffix=".tsnb") as file:
+        with disk_errors("take in what was sent"), tempfile.NamedTemporaryFile(suffix=".tsnb") as file:
             async for chunk in request.stream():
                 came += len(chunk)
                 if room is not None and came > room:
@@ -94,9 +96,8 @@ def artifact_routes(service: Service) -> APIRouter:
     )
     async def content(request: Request, artifact_id: str) -> FileResponse:
         """Return the sealed file, in ranges if asked for."""
-        with tempfile.NamedTemporaryFile(suffix=".tsnb", delete=False) as file:
-            copy = Path(file.name)
-        await aside(request, transport_of(request).pull_artifact, artifact_id, copy)
+        with disk_errors("copy the artifact"), left_to_be_sent(".tsnb") as (copy, _):
+            await aside(request, transport_of(request).pull_artifact, artifact_id, copy)
         return FileResponse(
             copy, media_type="application/octet-stream", background=BackgroundTask(copy.unlink)
         )
@@ -148,12 +149,24 @@ def artifact_routes(service: Service) -> APIRouter:
     return routes
 
 
+@contextmanager
+def left_to_be_sent(suffix: str) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Give a file to write that whoever sends it removes; where it cannot be written nothing is left of it."""
+    with tempfile.NamedTemporaryFile(suffix=suffix, delete=False) as file:
+        path = Path(file.name)
+        try:
+            yield path, file
+            file.flush()
+        except BaseException:
+            path.unlink()
+            raise
+
+
 def exported(transport: EmbeddedTransport, artifact_id: str, merged: bool) -> Path:
     """Export an artifact into an archive that whoever sends it removes."""
-    with tempfile.TemporaryDirectory() as folder:
+    with disk_errors("write the archive"), tempfile.TemporaryDirectory() as folder:
         written = transport.export_adapter(artifact_id, Path(folder) / "exported", merged)
-        with tempfile.NamedTemporaryFile(suffix=".tar", delete=False) as archive:
-            with tarfile.open(fileobj=archive, mode="w") as tar:
-                for path in sorted(written.iterdir()):
-                    tar.add(path, path.name)
-            return Path(archive.name)
+        with left_to_be_sent(".tar") as (path, archive), tarfile.open(fileobj=archive, mode="w") as tar:
+            for part in sorted(written.iterdir()):
+                tar.add(part, part.name)
+        return path

@@ -597,6 +597,30 @@ def test_an_rl_run_resumed_in_a_new_client_equals_one_that_was_not(service: tn.S
     assert second.history["num_tokens"].tolist() == whole.history["num_tokens"][3:].tolist()
 
 
+def test_conversations_with_an_environment_go_on_as_if_they_had_not_stopped(
+    service: tn.ServiceClient,
+) -> None:
+    config = tn.TrainingConfig(
+        model_ref="builtin:sums", lora_config=tn.LoRAConfig(rank=4), optimizer={"learning_rate": 3e-3}
+    )
+    sums = tn.datasets.sums(24, seed=1)
+    rows = [{"sums": [one, other]} for one, other in zip(sums[::2], sums[1::2], strict=True)]
+
+    def trainer(tc: tn.TrainingClient) -> tn.rlvr.RLVRTrainer:
+        algo = tn.rlvr.REINFORCE(baseline="ema", mask_truncated=False)
+        return tn.rlvr.RLVRTrainer(
+            tc, rows, environment="sums", algo=algo, prompts_per_step=4, max_new_tokens=4, reward_timeout=None
+        )
+
+    whole, first, second = (service.create_training_client(config) for _ in range(3))
+    trainer(whole).run(steps=4, show=False).result()
+    trainer(first).run(steps=2, checkpoint_every=2, show=False).result()
+    saved = service.list_artifacts(first.training_client_id)[0].artifact_id
+    trainer(second).run(steps=4, resume_from=saved, show=False).result()
+    assert_equal(weights(second), weights(whole))
+    assert second.history["reward"].tolist() == whole.history["reward"][2:].tolist()
+
+
 def test_an_unchanged_fork_of_an_rl_run_gives_the_same_rows(service: tn.ServiceClient) -> None:
     from tensafe_nb.events import Metrics
 

@@ -17,14 +17,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite, prod
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from tensafe_nb.checks import checked
+from tensafe_nb.display import as_given, with_article
 from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.envelope import Connection, KeySource, open_bundle
 from tensafe_nb.privacy.encrypted.parameters import Parameters, parameters_named
-from tensafe_nb.privacy.encrypted.scheme import Tick, Vector, dump, no_tick, scheme_of
+from tensafe_nb.privacy.encrypted.scheme import Tick, Vector, dump, no_tick, numbers, scheme_of, unshared
 
 MOST_MEMBERS = 4096
 MOST_PARAMETERS = 2**24
@@ -50,18 +52,24 @@ class Layout:
     digest: str = ""
 
     @classmethod
-    def of(cls, tensors: Tensors, frozen: Sequence[str] = ()) -> "Layout":
+    def of(cls, tensors: Tensors, frozen: Sequence[str] | str = ()) -> "Layout":
         """Return the layout of tensors by name, of which those are frozen whose name has one of these parts in it.
 
         Raises:
             ValidationError: Nothing is left to average, or it is too much.
         """
-        marks = tuple(frozen)
-        shapes = {n: tuple(np.shape(tensors[n])) for n in sorted(tensors) if not any(m in n for m in marks)}
-        layout = cls(shapes, marks, _digest(tensors, marks))
+        marks = (frozen,) if isinstance(frozen, str) else tuple(frozen)
+        arrays = _arrays(tensors)
+        shapes = {n: arrays[n].shape for n in sorted(arrays) if not any(m in n for m in marks)}
+        layout = cls(shapes, marks, _digest(arrays, marks))
         if not 1 <= layout.size <= MOST_PARAMETERS:
             raise ValidationError(
                 f"There are {layout.size} numbers to average; 1 to {MOST_PARAMETERS} can be."
+            )
+        if nowhere := [mark for mark in marks if not any(mark in name for name in arrays)]:
+            raise ValidationError(
+                f"frozen={nowhere!r}: no tensor has this in its name, so that nothing would be compared. The tensors "
+                f"that stay as they are belong to the update, too; they are not sent."
             )
         return layout
 
@@ -76,7 +84,8 @@ class Layout:
         Raises:
             ValidationError: Other names or shapes, a frozen tensor that differs, or values that are not finite.
         """
-        found = Layout.of(tensors, self.frozen)
+        arrays = _arrays(tensors)
+        found = Layout.of(arrays, self.frozen)
         if found.shapes != self.shapes:
             odd = sorted(set(found.shapes.items()) ^ set(self.shapes.items()))
             raise ValidationError(f"The update does not have the cohort's tensors: {odd[0][0]} differs.")
@@ -85,7 +94,7 @@ class Layout:
                 f"The frozen tensors ({', '.join(self.frozen)}) are not those of the cohort, and the mean of the rest "
                 f"would belong to no member's model. Start from the same ones, and do not train them."
             )
-        flat = np.concatenate([np.asarray(tensors[name], dtype=np.float64).ravel() for name in self.shapes])
+        flat = np.concatenate([arrays[name].ravel() for name in self.shapes])
         if not np.isfinite(flat).all():
             raise ValidationError("The update has NaN or infinite values. Nothing was encrypted.")
         return flat
@@ -120,11 +129,21 @@ class Cohort:
     def __init__(self, layout: Layout, members: int, params: str = "n8192-sum") -> None:
         if type(members) is not int or not 2 <= members <= MOST_MEMBERS:
             raise ValidationError(f"A cohort has 2 to {MOST_MEMBERS} members, not {members!r}.")
+        if not isinstance(layout, Layout):
+            raise ValidationError(
+                f"A cohort agrees on a Layout: Layout.of(update). This is {with_article(type(layout).__name__)}."
+            )
         self.layout, self.members = layout, members
         self.parameters = parameters_named(params, "sum")
         self.connection = Connection()
         scheme = scheme_of(self.parameters)
         self._secret = dump(scheme.seal.KeyGenerator(scheme.context).secret_key())
+
+    def __reduce__(self) -> NoReturn:
+        unshared(
+            "A Cohort",
+            "its secret key would lie in a file. Give secret_bytes() to members, over a safe line.",
+        )
 
     def __repr__(self) -> str:
         return f"Cohort({self.members} members, {self.layout.size:,} numbers, context {self.connection.context[:8]}…)"
@@ -190,9 +209,15 @@ class CohortMember:
         )
         self._spent = False
 
+    def __reduce__(self) -> NoReturn:
+        unshared(
+            "A CohortMember", "each copy could encrypt. Make it where it runs, from Cohort.secret_bytes()."
+        )
+
     def __repr__(self) -> str:
         return f"CohortMember({self.number} of {self.members}, {self.layout.size:,} numbers)"
 
+    @checked
     def encrypt(
         self,
         update: Tensors,
@@ -303,6 +328,11 @@ class Aggregator:
         self._sum: list[Any] = []
         self._added: set[int] = set()
 
+    def __reduce__(self) -> NoReturn:
+        unshared(
+            "An Aggregator", "two could give out sums of different members. Make one, from public_bundle()."
+        )
+
     def __repr__(self) -> str:
         return f"Aggregator({len(self._added)} of {self.members} members, holds no key of the scheme)"
 
@@ -353,6 +383,17 @@ def _ciphertexts(size: int, parameters: Parameters) -> int:
     return ceil(
         (size + 1) / parameters.degree
     )  # two numbers in a slot; one more than the numbers: the weight
+
+
+def _arrays(tensors: Tensors) -> dict[str, Vector]:
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise ValidationError(
+            f"Updates are arrays by name, as of tc.read_adapter().tensors, not {as_given(tensors)}."
+        )
+    return {
+        name: numbers(f"The tensor {as_given(name)} of an update has numbers", tensors[name])
+        for name in tensors
+    }
 
 
 def _noise(count: int, standard_deviation: float) -> Vector:

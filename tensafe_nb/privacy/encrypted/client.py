@@ -3,11 +3,12 @@
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from math import ceil
-from typing import Any
+from math import ceil, inf
+from typing import Any, NoReturn
 
 import numpy as np
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.envelope import MOST_MESSAGE, Connection, KeySource
 from tensafe_nb.privacy.encrypted.packing import (
@@ -20,7 +21,7 @@ from tensafe_nb.privacy.encrypted.packing import (
     plan_of,
 )
 from tensafe_nb.privacy.encrypted.parameters import Parameters, parameters_named
-from tensafe_nb.privacy.encrypted.scheme import Tick, Vector, dump, no_tick, scheme_of
+from tensafe_nb.privacy.encrypted.scheme import Tick, Vector, dump, no_tick, numbers, scheme_of, unshared
 
 # A token's largest value is brought into [2^7, 2^8) before it is encrypted. A rotation adds noise of about 1e-6, since
 # the prime for key switching is no larger than the first: what is rotated should be well above that.
@@ -70,7 +71,11 @@ class HEClient:
         keys: KeySource | None = None,
         max_abs: float = 65_504.0,
     ) -> None:
-        self.shape = Shape(*shape)
+        if isinstance(max_abs, bool) or not isinstance(max_abs, int | float) or not 0 < max_abs < inf:
+            raise ValidationError(
+                f"max_abs= is a positive number that no activation exceeds, not {as_given(max_abs)}."
+            )
+        self.shape = Shape.of(shape)
         self.parameters = parameters_named(params, "lora")
         self.packings = packings_of(tokens)
         self.max_abs = max_abs
@@ -86,6 +91,12 @@ class HEClient:
         self._lock = threading.Lock()
         self._sent = self._answered = 0
         self._waiting: OrderedDict[int, _Asked] = OrderedDict()
+
+    def __reduce__(self) -> NoReturn:
+        unshared(
+            "An HEClient",
+            "its secret key stays where it was made. Send public_bundle() and requests.",
+        )
 
     def __repr__(self) -> str:
         s = self.shape
@@ -206,13 +217,7 @@ def checked_activations(x: Any, width: int, max_abs: float, most_tokens: int) ->
     Raises:
         ValidationError: Another shape, values that are not finite or beyond a bound, or too many tokens.
     """
-    try:
-        found = np.asarray(x)
-        if found.dtype.kind not in "biuf":
-            raise TypeError(f"not of the type {found.dtype}")
-        given = found.astype(np.float64)
-    except (TypeError, ValueError) as err:
-        raise ValidationError(f"Activations are numbers, (S, {width}): {err}.") from err
+    given = numbers(f"Activations are numbers, (S, {width})", x)
     if given.ndim != 2 or given.shape[1] != width:
         raise ValidationError(f"Activations are (S, {width}), tokens and width, not {given.shape}.")
     if not 1 <= len(given) <= most_tokens:

@@ -97,7 +97,7 @@ def estimate(
     """
     if type(tokens) is not int or not 1 <= tokens <= MOST_TOKENS:
         raise ValidationError(f"One call takes 1 to {MOST_TOKENS} tokens, not {tokens!r}.")
-    parameters, packings, of = parameters_named(params, "lora"), packings_of(packing), Shape(*shape)
+    parameters, packings, of = parameters_named(params, "lora"), packings_of(packing), Shape.of(shape)
     plan = best_plan(of, tokens, packings, parameters)
     each, blocks = primitives(parameters), ceil(tokens / plan.tokens)
     return HECost(

@@ -14,9 +14,10 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from tensafe_nb.errors import EncryptionContextError
+from tensafe_nb.display import as_given
+from tensafe_nb.errors import EncryptionContextError, ValidationError
 
 MAGIC, TAG, MOST_HEADER = b"TSNH\x01", 32, 2**16
 MOST_MESSAGE = 2**28  # bytes of any message
@@ -24,6 +25,7 @@ Direction = Literal["bundle", "request", "reply", "update", "total"]
 _CONTEXT = re.compile(r"[0-9a-f]{32}")
 
 
+@runtime_checkable
 class KeySource(Protocol):
     """Wraps the key of a connection, and opens it again: `tensafe_nb.store.keys.keyring.Keys` is one."""
 
@@ -118,6 +120,7 @@ class Connection:
         self, fields: Mapping[str, Any], parts: Sequence[bytes | memoryview], keys: KeySource | None
     ) -> bytes:
         """Return the message that opens the connection: it brings the secret, wrapped if there is a key source."""
+        check_keys(keys)
         brought = {"wrapped": dict(keys.wrap(self.secret))} if keys else {"fresh": self.secret.hex()}
         return self.seal("bundle", 0, {**fields, "key": brought}, parts)
 
@@ -129,6 +132,7 @@ def open_bundle(data: bytes, keys: KeySource | None) -> tuple[Connection, Messag
         EncryptionContextError: It is not whole, or its key is not wrapped where there is a key source.
         KeyUnavailableError: Its key is wrapped, and what opens it is not here.
     """
+    check_keys(keys)
     _check_size(data, MOST_MESSAGE)
     message = _read(data, "bundle", None)
     brought, context = message.fields.get("key"), message.fields.get("context")
@@ -149,6 +153,19 @@ def open_bundle(data: bytes, keys: KeySource | None) -> tuple[Connection, Messag
         raise _damaged()
     connection = Connection(context, secret)
     return connection, connection.open(data, "bundle")
+
+
+def check_keys(keys: KeySource | None) -> None:
+    """Refuse what is no key source.
+
+    Raises:
+        ValidationError: It has not what wraps and opens.
+    """
+    if keys is not None and not isinstance(keys, KeySource):
+        raise ValidationError(
+            f"keys= is a key source with wrap() and unwrap(), such as tensafe_nb.store.keys.keyring.Keys, not "
+            f"{as_given(keys)}."
+        )
 
 
 def _check_size(data: bytes, most: int) -> None:

@@ -21,10 +21,12 @@ import functools
 import itertools
 from dataclasses import dataclass
 from math import ceil, log2
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.privacy.encrypted.parameters import Parameters
 from tensafe_nb.privacy.encrypted.scheme import Vector
@@ -45,6 +47,22 @@ class Shape:
     d_in: int
     d_out: int
     rank: int
+
+    @classmethod
+    def of(cls, given: Any) -> "Shape":
+        """Return a shape from one, or from (d_in, d_out, rank).
+
+        Raises:
+            ValidationError: It is neither, or beyond what there can be.
+        """
+        if isinstance(given, Shape):
+            return given
+        if not isinstance(given, tuple | list) or len(given) != 3:
+            raise ValidationError(
+                f"The shape of an encrypted adapter is (d_in, d_out, rank), width in, width out and rank, not "
+                f"{as_given(given)}."
+            )
+        return cls(*(int(value) if isinstance(value, np.integer) else value for value in given))
 
     def __post_init__(self) -> None:
         for name, value, most in (

@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensafe_nb.errors import EncryptionContextError
+from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.parameters import Parameters
 
 Vector = NDArray[np.float64]
@@ -26,6 +26,35 @@ SCALE_SLACK = 1e-6  # how far a ciphertext's scale may lie from the declared one
 
 def no_tick(done: int, total: int) -> None:
     """Report progress to nobody."""
+
+
+def numbers(what: str, values: Any) -> Vector:
+    """Return numbers as an array, whatever holds them: lists, arrays, tensors of torch of any type and device.
+
+    Raises:
+        ValidationError: They are none; begins with `what`.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double()
+    try:
+        given = np.asarray(values)
+        if given.dtype.kind == "c":
+            raise TypeError("they are complex, and their second part would be lost")
+        if given.dtype.kind not in "biuf":
+            raise TypeError(f"they are of the type {given.dtype}")
+        return given.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as err:
+        reason = (str(err).splitlines() or [type(err).__name__])[0].rstrip(".")
+        raise ValidationError(f"{what}. These are not: {reason}.") from err
+
+
+def unshared(what: str, instead: str) -> NoReturn:
+    """Refuse to be copied or pickled.
+
+    Raises:
+        ValidationError: Always.
+    """
+    raise ValidationError(f"{what} is neither copied nor pickled: {instead}")
 
 
 def library() -> Any:

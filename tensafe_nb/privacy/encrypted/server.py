@@ -3,11 +3,12 @@
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import ceil, log2
-from typing import Any, TypeAlias
+from math import ceil, inf, log2
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
+from tensafe_nb.display import as_given, with_article
 from tensafe_nb.errors import EncryptionContextError, ValidationError
 from tensafe_nb.privacy.encrypted.client import LOUDEST, MOST_EXPONENT, steps_of
 from tensafe_nb.privacy.encrypted.envelope import MOST_MESSAGE, KeySource, Message, open_bundle
@@ -21,7 +22,9 @@ from tensafe_nb.privacy.encrypted.scheme import (
     Vector,
     dump,
     no_tick,
+    numbers,
     scheme_of,
+    unshared,
 )
 
 # A result is read modulo the last prime, 60 bits, at a scale of 40: it has to stay below 2^19 in every slot.
@@ -56,6 +59,8 @@ class HEServer:
         keys: KeySource | None = None,
         cache_mb: float = 512,
     ) -> None:
+        if isinstance(cache_mb, bool) or not isinstance(cache_mb, int | float) or not 0 <= cache_mb < inf:
+            raise ValidationError(f"cache_mb= is a number of megabytes from 0, not {as_given(cache_mb)}.")
         self._room = int(cache_mb * 2**20)
         checked = {name: _checked(each) for name, each in _named(adapter).items()}
         self.shape = _shape_of(checked)
@@ -70,6 +75,12 @@ class HEServer:
         self._lock = threading.Lock()
         self._last = 0
         self._refuse_secrets()
+
+    def __reduce__(self) -> NoReturn:
+        unshared(
+            "An HEServer",
+            "each copy would take a message once. Make another from the adapter and a bundle.",
+        )
 
     def __repr__(self) -> str:
         s = self.shape
@@ -286,10 +297,7 @@ def normalised(a: Vector, b: Vector, scale: float) -> tuple[Vector, Vector, int]
 
 
 def _matrix(name: str, values: Any) -> Vector:
-    try:
-        matrix = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as err:
-        raise ValidationError(f"{name} of an encrypted adapter is a matrix of numbers: {err}.") from err
+    matrix = numbers(f"{name} of an encrypted adapter is a matrix of numbers", values)
     if matrix.ndim != 2 or not np.isfinite(matrix).all():
         raise ValidationError(
             f"{name} of an encrypted adapter is a finite matrix, not of shape {matrix.shape}."
@@ -302,7 +310,14 @@ def _named(adapter: Adapter | Mapping[str, Adapter]) -> Mapping[str, Adapter]:
 
 
 def _checked(adapter: Adapter) -> tuple[Vector, Vector, float]:
+    if not isinstance(adapter, tuple | list) or len(adapter) != 3:
+        raise ValidationError(
+            f"An adapter is (A, B, scale), of (rank, d_in), (d_out, rank) and a number, and this is "
+            f"{with_article(type(adapter).__name__)}."
+        )
     a, b, scale = adapter
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number):
+        raise ValidationError(f"The scale of an adapter is a number, alpha / rank, not {as_given(scale)}.")
     a, b = _matrix("A", a), _matrix("B", b)
     if len(a) != b.shape[1]:
         raise ValidationError(f"A is (rank, d_in) and B (d_out, rank), not {a.shape} and {b.shape}.")

@@ -23,6 +23,8 @@ def test_a_data_set_like_gsm8k_is_read_by_the_names_of_its_columns(tmp_path):
 def test_a_solution_is_never_taken_for_an_answer_in_silence():
     with pytest.raises(ValidationError, match=r"Row 0: .*'answer' holds a solution.*answer_after='####'"):
         read_rows([GSM8K], prompt="question", answer="answer")
+    with pytest.raises(ValidationError, match="answer='answer', answer_after='####'"):
+        read_rows([GSM8K], prompt="question")
     whole = read_rows([GSM8K], prompt="question", answer="answer", answer_after="")
     assert whole[0]["answer"] == GSM8K["answer"]
     plain = {"question": "q", "answer": "5"}

@@ -68,6 +68,22 @@ def test_what_is_no_prompt_says_what_is_wrong(given: Any, message: str) -> None:
         data.read_prompts(given)
 
 
+def test_a_conversation_can_go_on_from_its_tokens(tokenizer: Any) -> None:
+    going: dict[str, Any] = {"tokens": [5, 6], "chat": {}, "stream": 3}
+    (read,) = data.read_prompts([going])
+    assert data.read_prompts(going) == (read,) == ({"tokens": (5, 6), "chat": {}, "stream": 3},)
+    assert encode_prompt(tokenizer, read) == [5, 6]
+    for wrong, message in (
+        ({"tokens": []}, "a list of token ids is expected"),
+        ({"tokens": "ab"}, "a list of token ids is expected"),
+        (going | {"stream": -1}, "'stream' is -1: a whole number"),
+        (going | {"chat": True}, "'chat' is True: a dict"),
+        (going | {"prompt": "hi"}, "'prompt' besides"),
+    ):
+        with pytest.raises(tn.ValidationError, match=message):
+            data.read_prompts([wrong])
+
+
 def test_a_table_is_refused_for_its_column() -> None:
     pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
     for table in (pandas.DataFrame({"prompt": ["a"]}), datasets.Dataset.from_dict({"prompt": ["a"]})):

@@ -10,6 +10,7 @@ from tensafe_nb.data import batches
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses import resolve_loss
+from tensafe_nb.protocol.losses import OF_PAIRS
 from tests.close import assert_close
 
 CONFIG = tn.TrainingConfig(
@@ -120,6 +121,7 @@ def test_a_row_that_is_cut_has_no_stored_reference(trained):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"beta": "x"}, "beta='x' must be above 0"),
         ({"beta": 0}, "beta=0 must be above 0"),
         ({"label_smoothing": 0.5}, "at one half a preference says nothing"),
     ],
@@ -154,6 +156,19 @@ def test_fit_learns_a_preference_and_draws_its_accuracy_and_margin(service):
     assert tc.history["reward_margin"][-1] > 1
     assert tc.history["eval/loss"][-1] < 0.3 < tc.history["eval/loss"][0]
     assert tc.history["eval/accuracy"][-1] == 1
+
+
+def test_rows_that_are_no_pairs_are_refused_by_every_loss_of_pairs(service):
+    tc = service.create_training_client(CONFIG)
+    rows = tc.batches(["abs(x)", "len(x)"])
+    with pytest.raises(
+        ValidationError, match=r"'dpo' takes pairs, and the rows of batches are none.*'rejected'"
+    ):
+        tc.fit(rows, loss_fn="dpo", show=False)
+    paired = {name for name in tn.losses.get_registered_losses() if resolve_loss(name).declares.group == 2}
+    assert set(OF_PAIRS) == {
+        name for name in paired if resolve_loss(name).function.__module__.startswith("tensafe_nb")
+    }
 
 
 def test_a_private_pair_is_one_unit_and_its_reference_comes_from_itself(service):

@@ -134,9 +134,41 @@ def test_one_word_stands_for_a_model_a_loss_a_reward_and_an_algorithm(recipe_fil
     assert (rlvr.reward.type, rlvr.algo.type) == ("exact_match", "reinforce")
 
 
+def test_a_file_names_columns_a_template_held_out_prompts_and_how_they_are_chosen(
+    recipe_file: Any, service: tn.ServiceClient
+) -> None:
+    recipe = load_config(
+        recipe_file(
+            """
+training: {mode: rlvr, steps: 1, eval_every: 1}
+model: builtin:sums
+lora: {rank: 2}
+rlvr:
+  reward: exact_match
+  answer: solution
+  answer_after: "####"
+  template: "{question}="
+  held_out: 0.3
+  prompt_policy: adaptive
+  prompts_per_step: 2
+  group_size: 2
+  max_new_tokens: 4
+"""
+        )
+    )
+    rows = [{"question": f"{n}+11", "solution": f"so\n#### {n + 11:03}"} for n in range(10, 26)]
+    tc = service.create_training_client(recipe.training)
+    assert recipe.start(tc, rows, show=False).result().steps_done == 1
+    assert "eval/reward" in tc.history
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "training: {mode: rlvr}\nrlvr:\n  reward: exact_match\n  prompt_policy: adaptve",
+            r"line 4: RLVRConfig\.prompt_policy: .*'adaptive'.*'adaptve'",
+        ),
         ("traning:\n  mode: sft", r"line 1: There is no section 'traning'\. Did you mean 'training'\?"),
         ("training:\n  mode: sft\n  step: 5", r"line 3: .* no key 'step'\. Did you mean 'steps'\?"),
         ("training:\n  mode: ppo", r"line 2: Recipe\.mode: .*'sft' or 'rlvr'.*'ppo'"),
@@ -155,6 +187,9 @@ def test_one_word_stands_for_a_model_a_loss_a_reward_and_an_algorithm(recipe_fil
             "training: {mode: rlvr}\nrlvr: {reward: exact_match}\nbatch:\n  batch_size: 4",
             r"line 4: batch\.batch_size is not read in mode rlvr",
         ),
+        ("training: {mode: rlvr}\nrlvr:\n  environment: sum", r"line 3: There is no environment named .*'sums'\?"),
+        ("training: {mode: rlvr}\nrlvr:\n  group_size: 2", r"name a reward, or an environment"),
+        ("training: {mode: rlvr}\nrlvr: {reward: exact_match, environment: sums}", r"and not both"),
         ("training: {mode: rlvr}\nrlvr:\n  reward: exact_mach", r"line 3: There is no reward named .*'exact_match'\?"),
         (
             "training: {mode: rlvr}\nrlvr:\n  reward: exact_match\n  algo:\n    kwargs:\n      baseline: rlo",
@@ -239,6 +274,19 @@ def test_a_recipe_starts_reinforcement_learning(service: tn.ServiceClient) -> No
     result = recipe.start(tc, sums, sums, show=False).result()
     assert result.state == "FINISHED"
     assert {"reward", "eval/reward"} <= set(result.metrics)
+
+
+def test_a_recipe_starts_conversations_with_an_environment(service: tn.ServiceClient) -> None:
+    rlvr = RLVRConfig(
+        environment={"type": "sums", "max_turns": 2}, algo={"kwargs": {"mask_truncated": False}},
+        prompts_per_step=2, group_size=2, max_new_tokens=4,
+    )  # fmt: skip
+    recipe = Recipe(mode="rlvr", training=TrainingConfig(model_ref="builtin:sums"), steps=1, rlvr=rlvr)
+    sums = tn.datasets.sums(4, seed=0)
+    tc = service.create_training_client(recipe.training)
+    run = recipe.start(tc, [{"sums": sums[:2]}, {"sums": sums[2:]}], show=False)
+    run.result()
+    assert run.rollouts()[1].longest == 8
 
 
 def test_what_a_run_lacks_is_said_before_it_starts(service: tn.ServiceClient) -> None:

@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.batch import BatchData
-from tensafe_nb.protocol.operations import ForwardBackward, OptimStep, SaveState
+from tensafe_nb.protocol.operations import (
+    Forward,
+    ForwardBackward,
+    LoadAdapter,
+    OptimStep,
+    ReadAdapter,
+    SaveState,
+)
 from tests.parity.serving import Gate, Serving, core_of, engine_of, eventually, serving_thread
 from tests.unit.server.conftest import BATCH, error_of, new_client, outcome, submit
 
@@ -189,6 +198,32 @@ def test_what_ran_as_a_server_was_killed_runs_again_and_its_kernel_is_answered_a
         http.delete(left[1])
     with serving_thread(found.home) as serving, found.enter(serving) as http:
         assert http.get("/training_clients").json() == []  # what was closed stays closed
+
+
+def test_an_adapter_that_was_loaded_is_loaded_again_by_a_server_that_was_killed(tmp_path: Path) -> None:
+    gate, name = Gate(), "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    half = np.full((160, 2), 0.5, np.float32)
+    with serving_thread(tmp_path / "server") as serving:
+        headers = {"authorization": f"Bearer {serving.tokens.mint('a')}"}
+        with httpx.Client(base_url=f"{serving.url}/api/v1", headers=headers, timeout=30) as http:
+            path = new_client(http)
+            (
+                submit(http, path, LoadAdapter({name: half}), 1),
+                submit(http, path, ForwardBackward(ROWS, gate.name), 2),
+            )
+            submit(http, path, Forward(ROWS), 3), submit(http, path, ReadAdapter(), 4)
+            assert gate.reached.wait(20)
+            shutil.copytree(tmp_path / "server", tmp_path / "copy")
+            gate.opened.set()
+            expected = outcome(http, "fut-me-3").json()["loss"]
+    with serving_thread(tmp_path / "copy") as serving:
+        headers = {"authorization": f"Bearer {serving.tokens.mint('a')}"}
+        with httpx.Client(base_url=f"{serving.url}/api/v1", headers=headers, timeout=30) as http:
+            assert outcome(http, "fut-me-3").json()["loss"] == expected
+            read = outcome(http, "fut-me-4")
+            assert read.status_code == 200
+            tensors = wire.unpack(read.headers["content-type"], read.content).tensors
+            assert np.array_equal(tensors[name], half)
 
 
 def test_a_key_is_not_forgotten_before_the_journals_have_gone_over_to_the_new_one(tmp_path: Path) -> None:

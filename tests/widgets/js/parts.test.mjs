@@ -119,8 +119,8 @@ test("runs that are compared differ in colour, dash and label", () => {
   assert.deepEqual(lines.map((line) => line.name), ["loss", "1:loss", "2:loss"]);
   assert.equal(new Set(lines.map((line) => line.colour)).size, 3);
   assert.equal(new Set(lines.map((line) => String(line.dash))).size, 3);
-  assert.equal(specs("reward", [], true).length, 7);
-  assert.equal(specs("loss", [], true).length, 3);
+  assert.equal(specs("reward", [], true).length, 8);
+  assert.equal(specs("loss", [], true).length, 5);
 });
 
 test("a file holds every curve as it stands, a row for each step", () => {

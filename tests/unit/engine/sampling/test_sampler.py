@@ -102,6 +102,33 @@ def test_uniforms_look_uniform_and_independent_of_their_neighbours() -> None:
     assert (columns < 1).all()
 
 
+def test_a_stream_takes_the_place_of_a_prompts_number_among_equal_ones(engine: Engine) -> None:
+    def seeds(*streams: int, tokens: tuple[int, ...] = (5, 6, 7)) -> list[int]:
+        prompts = [{"tokens": tokens, "stream": stream} for stream in streams]
+        return [sequence.seed for sequence in draw(engine, prompts, seed=1, max_new_tokens=2)]
+
+    assert seeds(1, 2, 3) == [*seeds(1), *seeds(2), *seeds(3)]
+    assert len({*seeds(1, 2), *seeds(1, tokens=(5, 6))}) == 3
+
+
+def test_equal_neighbours_are_read_once_and_drawn_as_if_each_had_been_read(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [{"tokens": (5, 6, 7 + number // 3), "stream": number} for number in range(6)]
+    together = draw(engine, prompts, seed=1, max_new_tokens=4)
+    monkeypatch.setattr(sampler, "read_once", lambda prompts, samples, most: (prompts, samples))
+    apart = draw(engine, prompts, seed=1, max_new_tokens=4)
+    assert [one.tokens for one in together] == [one.tokens for one in apart]
+    assert_close([one.logprobs for one in together], [one.logprobs for one in apart])
+
+
+def test_what_is_read_once_has_no_more_rows_than_fit() -> None:
+    same, other = [[1], [1], [2], [2]], [[1], [1], [2]]
+    assert sampler.read_once(same, 2, most=4) == ([[1], [2]], 4)
+    assert sampler.read_once(same, 2, most=3) == (same, 2)
+    assert sampler.read_once(other, 2, most=100) == (other, 2)
+
+
 def test_several_samples_of_one_prompt_differ_and_are_counted(engine: Engine) -> None:
     sequences = draw(engine, num_samples=4)
     assert [s.prompt_index for s in sequences] == [0] * 4 + [1] * 4 + [2] * 4

@@ -1,5 +1,9 @@
 """The mean of updates that the server could not read, and what a round refuses."""
 
+import copy
+import pickle
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,7 +27,8 @@ def updates(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
 
 
 def round_of(given: list[dict[str, np.ndarray]]) -> tuple[Cohort, Aggregator, list[CohortMember]]:
-    cohort = Cohort(Layout.of(given[0], frozen=["lora_A"]), members=len(given))
+    frozen = ["lora_A"] if any("lora_A" in name for name in given[0]) else []
+    cohort = Cohort(Layout.of(given[0], frozen), members=len(given))
     members = [CohortMember(cohort.secret_bytes(), number) for number in range(len(given))]
     return cohort, Aggregator(cohort.public_bundle()), members
 
@@ -215,3 +220,43 @@ def test_cohorts_and_members_that_cannot_be_are_refused() -> None:
     for wrong in (b"{}", b"[]", b"\xff", cohort.public_bundle()):
         with pytest.raises(EncryptionContextError, match="secret_bytes"):
             CohortMember(wrong, 0)
+
+
+def test_what_a_newcomer_gives_by_mistake_is_answered_in_our_words() -> None:
+    import torch
+
+    update = {"q.lora_A": np.ones((2, 3)), "q.lora_B": np.ones((4, 2))}
+    cohort = Cohort(Layout.of(update, frozen="lora_A"), members=2)
+    assert cohort.layout == Layout.of(update, frozen=["lora_A"]), "a text is one name"
+    member, server = CohortMember(cohort.secret_bytes(), 0), Aggregator(cohort.public_bundle())
+    mistakes: list[tuple[Any, str]] = [
+        (lambda: Layout.of([1, 2]), "arrays by name"),
+        (lambda: Layout.of({"w": "x"}), "'w' of an update has numbers"),
+        (lambda: Layout.of({"w": [[1], [1, 2]]}), "'w' of an update has numbers"),
+        (lambda: Layout.of(update, frozen=["lora_a"]), r"\['lora_a'\]: no tensor has this"),
+        (lambda: Cohort(update, members=2), r"Layout.of\(update\). This is a dict"),
+        (lambda: member.encrypt([1, 2]), "update"),
+        (lambda: member.encrypt({"q.lora_B": update["q.lora_B"]}), "no tensor has this"),
+        (lambda: member.encrypt({**update, "q.lora_B": np.ones((4, 2)) * 1j}), "complex"),
+        (lambda: member.encrypt(update, weight="a"), "weight='a' must be a number"),
+        (lambda: member.encrypt(update, weight=np.nan), "weight=nan must be a number"),
+        (lambda: member.encrypt(update, clip="1"), "clip='1' must be a number"),
+        (lambda: member.encrypt(update, tick=3), "tick=3 must be a function"),
+        (lambda: Aggregator(cohort.public_bundle(), keys=3), r"wrap\(\) and unwrap"),
+    ]
+    for mistake, words in mistakes:
+        with pytest.raises(ValidationError, match=words):
+            mistake()
+    for one in (cohort, member, server):
+        for spread in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(ValidationError, match="neither copied nor pickled"):
+                spread(one)
+    half = {
+        name: torch.tensor(values, dtype=torch.bfloat16, requires_grad=True)
+        for name, values in update.items()
+    }
+    server.add(member.encrypt(half))  # of torch, in any type
+    with pytest.raises(EncryptionContextError, match="exchange bytes"):
+        server.add(pickle.loads(pickle.dumps(update)))
+    with pytest.raises(EncryptionContextError, match="was not parsed"):
+        server.add(bytes(10**6))

@@ -1,11 +1,14 @@
 """What a client decrypts is the adapter's product, and the server could not have read it."""
 
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -269,6 +272,48 @@ def test_reprs_show_no_secret_and_the_threat_model_says_who_is_not_stopped() -> 
         "client is compromised",
     ):
         assert words in THREAT_MODEL
+
+
+def test_numbers_come_in_whatever_holds_them() -> None:
+    import torch
+
+    client, server = at_hand()
+    x = torch.randn(3, SHAPE[0], generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    exact = in_clear(adapter(*SHAPE), x.double().numpy())
+    for given in (x, x.double().requires_grad_(), x.tolist(), x.double().numpy()):
+        assert error(client.decrypt(server.apply(client.encrypt(given))), exact) <= BOUND
+    a, b, scale = adapter(*SHAPE)
+    tensors = torch.tensor(a, requires_grad=True), torch.tensor(b), np.float32(scale)
+    assert HEServer(tensors, client.public_bundle()).shape == client.shape  # type: ignore[arg-type]
+
+
+def test_what_a_newcomer_gives_by_mistake_is_answered_in_our_words() -> None:
+    client, server = at_hand()
+    bundle, (a, b, scale) = client.public_bundle(), adapter(*SHAPE)
+    mistakes: list[tuple[Any, str]] = [
+        (lambda: HEClient("48,40,4"), "d_in, d_out, rank"),
+        (lambda: HEClient((48, 40)), "d_in, d_out, rank"),
+        (lambda: HEClient(SHAPE, max_abs=float("nan")), "max_abs= is a positive number"),
+        (lambda: HEClient(SHAPE, max_abs="big"), "max_abs= is a positive number"),
+        (lambda: HEClient(SHAPE, tokens=8, keys="secret").public_bundle(), r"wrap\(\) and unwrap"),
+        (lambda: HEServer((a, b, scale), bundle, keys="secret"), r"wrap\(\) and unwrap"),
+        (lambda: HEServer((a, b), bundle), r"\(A, B, scale\).* this is a tuple"),
+        (lambda: HEServer(None, bundle), r"\(A, B, scale\).* this is a None"),
+        (lambda: HEServer((b, a, scale), bundle), "A is .rank, d_in"),
+        (lambda: HEServer((a, b, "2"), bundle), "scale of an adapter is a number"),
+        (lambda: HEServer((a, b, scale), bundle, cache_mb=-1), "megabytes"),
+        (lambda: HEServer((a, b, scale), bundle, cache_mb="all"), "megabytes"),
+        (lambda: client.encrypt(activations(1, 48) * 1j), "complex"),
+        (lambda: client.encrypt(activations(3, 48).T), r"tokens and width, not \(48, 3\)"),
+    ]
+    for mistake, words in mistakes:
+        with pytest.raises(ValidationError, match=words):
+            mistake()
+    for half in (client, server):
+        for spread in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(ValidationError, match="neither copied nor pickled"):
+                spread(half)
+    assert HEClient(tuple(np.array(SHAPE)), tokens=8).shape == client.shape == HEClient(client.shape).shape  # type: ignore[arg-type]
 
 
 class Stop(Exception):
