@@ -73,7 +73,11 @@ def test_one_upload_gives_what_each_modules_adapter_adds(
     tc: tn.TrainingClient, he: encrypted.HEAdapter, transport: str
 ) -> None:
     x = activations(11)
-    both = he(x).result()
+    handle = he(x)
+    both = handle.result()
+    assert "q_proj" in handle._repr_html_(), "a cell may end with it"
+    with pytest.raises(tn.ValidationError, match=r'There are several: result\["q_proj"\]'):
+        _ = both.delta
     assert list(both.deltas) == ["q_proj", "v_proj"] and both.tokens == 11
     for module in both.deltas:
         assert error(both[module], in_clear(tc, module, x)) <= BOUND, module
