@@ -12,7 +12,7 @@ from bench import trl_peer, workload
 from bench.harness import LARGER, ROOT, Row, Taken, Target, Turn, as_it_says, beside, paired, stopwatch
 from tensafe_nb.datasets import sums
 from tensafe_nb.events import Event, Metrics, OperationFinished, RunState, RunStep
-from tensafe_nb.rlvr import PPO, EnvironmentSampler, PolicySampler, RLVRTrainer
+from tensafe_nb.rlvr import PPO, EnvironmentSampler, RLVRTrainer
 
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 LOADS = 3  # where its weights happen to lie in memory makes a model faster or slower: load it anew
@@ -50,24 +50,24 @@ def _pairs(seconds: float) -> Taken:
 
 
 def environments() -> Row:
-    """Issue 22: at most 1.1 times single-turn sampling of as many tokens."""
+    """Issue 22: at most 1.1 times single-turn sampling of the same tokens, each turn by itself."""
     rows = [{"sums": [first, second]} for first, second in pairwise(sums(TURN_ROWS + 1, seed=trl_peer.SEED))]
     how = {"group_size": TURN_GROUP, "fixed_length": True}
     with tn.ServiceClient() as service:
         tc = service.create_training_client(model_ref="builtin:sums", dtype="float32", device="cpu")
-        single = PolicySampler(tc, max_new_tokens=2 * TURN_TOKENS, **how)
+        single = tn.SamplingConfig(max_new_tokens=TURN_TOKENS, ignore_end=True)
         with EnvironmentSampler(tc, "sums", max_new_tokens=TURN_TOKENS, **how) as turns:
-            said = turns.generate_trajectories(rows)
-            questions = [row["sums"][0]["prompt"] for row in rows]
-            assert sum(said.lengths) == sum(single.generate_trajectories(questions).lengths)
+            said = list(turns.generate_trajectories(rows))
+            first = [rollout.prompt_tokens for rollout in said]
+            second = [rollout.prompt_tokens + rollout.tokens[:-TURN_TOKENS] for rollout in said]
             taken = paired(
                 lambda: turns.generate_trajectories(rows),
-                lambda: single.generate_trajectories(questions),
+                lambda: [tc.sample(prompts, single).result() for prompts in (first, second)],
                 seconds=10,
             )
     return Row(
         what="conversations of two turns with an environment in its processes (CPU: without these)",
-        peer="single-turn sampling of as many tokens",
+        peer="`tc.sample` of the same prompts: the first turn's, then the second's with all before it",
         precision="fp32",
         sizes=f"builtin:sums, {TURN_ROWS} rows × {TURN_GROUP} rollouts × 2 turns × {TURN_TOKENS} tokens",
         taken=taken,

@@ -1,7 +1,7 @@
 """A tool run on SmolLM2-135M: how often it calls the calculator, and what it is rewarded, before and after.
 
     make models
-    python -m scripts.tool_use            # some ten minutes on two CPU cores; --steps 0 measures only
+    python -m scripts.tool_use            # some minutes on two CPU cores; --steps 0 leaves out GRPO
 
 The model was never trained to call tools. It is told of the calculator and asked (nothing comes of it), shown a few
 dozen conversations in which the calculator is called (supervised, on the policy's turns), and then rewarded (GRPO).
@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demonstrations", type=int, default=96, help="conversations that it is shown")
-    parser.add_argument("--steps", type=int, default=12, help="of GRPO")
+    parser.add_argument("--steps", type=int, default=10, help="of GRPO")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     return parser.parse_args()
 

@@ -340,7 +340,11 @@ class FutureHandle(Generic[R]):
         if promise.error is not None:
             facts[type(promise.error).__name__] = str(promise.error)
         if promise.state is FutureStatus.COMPLETED:
-            facts |= {name: getattr(promise.value, name) for name in sorted(self._lent)}
+            for name in sorted(self._lent):
+                with contextlib.suppress(
+                    TGTinkerError
+                ):  # a property that this value does not have, and says why
+                    facts[name] = getattr(promise.value, name)
         return table(self.future_id, facts)
 
 

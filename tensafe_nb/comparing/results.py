@@ -96,7 +96,7 @@ class ArmResult:
         varied: What is different about it.
         value: Its mean over the seeds, with an interval of its own.
         step: Where it was looked at.
-        seeds: How many it was given.
+        by_seed: The value of each seed; None where it has none.
         failed: The seeds that failed, and why.
         given_up: Why it was stopped early; None where it was not.
         epsilon: The largest that one of its trainings has spent; None without differential privacy.
@@ -106,7 +106,7 @@ class ArmResult:
     varied: Mapping[str, Any]
     value: Interval
     step: int
-    seeds: int
+    by_seed: Mapping[int, float | None]
     failed: Mapping[int, str]
     given_up: str | None = None
     epsilon: float | None = None
@@ -272,6 +272,8 @@ class Standings:
         return ComparisonResult(self, arms, differences, best, step)
 
     def _arm(self, arm: str, value: Interval, step: int) -> ArmResult:
+        measure = self.measure
+        assert measure is not None
         tracks = [track for track in self.tracks if track.arm == arm]
         spent = [track.epsilon for track in tracks if track.epsilon is not None]
         return ArmResult(
@@ -279,7 +281,7 @@ class Standings:
             self.arms[arm],
             value,
             step,
-            len(tracks),
+            {track.seed: known(track.value(measure, step)) for track in tracks},
             {track.seed: track.reason or "it failed" for track in tracks if track.failed},
             self.given_up[arm][1] if arm in self.given_up else None,
             max(spent, default=None),
@@ -542,7 +544,9 @@ def facts_of(arm: ArmResult, *, private: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "mean": None if value.mean is None else mean,
         "interval": interval or None,
-        "seeds": f"{value.seeds} of {arm.seeds}" if value.seeds < arm.seeds else str(value.seeds),
+        "seeds": f"{value.seeds} of {len(arm.by_seed)}"
+        if value.seeds < len(arm.by_seed)
+        else str(value.seeds),
         "step": arm.step,
     }
     if private:

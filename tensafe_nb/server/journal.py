@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 MOST_OPERATIONS, MOST_SECONDS, MOST_BYTES = 50, 30.0, 64 << 20  # since a checkpoint, until the next is made
-SHARE = 20  # the time between two checkpoints is at least so many times what the last one took
+SHARE = 30  # the time between two checkpoints is at least so many times what the last one took
 OPEN = 4  # times those bounds, and a window that is open is kept as it is
 KEPT_RESULTS = 1_000  # of a file of results; of those, the last two are kept
 KEPT_ANSWERS = 64  # of a submitter, across a restart: it has 4 submissions on their way at a time
@@ -435,7 +435,10 @@ class Journal:
         return sizes
 
     def kept(self, base: str, through: str | None, info: TrainingClientInfo) -> None:
-        """Name an automatic checkpoint, and go on in a new file, with what it does not cover."""
+        """Name an automatic checkpoint, and go on in a new file, with what it does not cover.
+
+        Nobody waits for the disk here: what this makes superfluous stays until the next `sync`, and counts till then.
+        """
         fields = {"$": "kept", "base": base, "through": through, "info": encode(info)}
         with self._lock:
             self._operations.append(pack(fields))
@@ -443,7 +446,6 @@ class Journal:
             self._cover(base, through, fields["info"])
             self._turn_over()
             self._count, self._dirty = 0, True
-        self.sync()
         self._since = time.monotonic()
         self._took = self._since - self._asked
 
@@ -527,14 +529,17 @@ class Journal:
         """Write out everything; later records are lost."""
         with suppress(TGTinkerError):
             self.sync()
-        self._operations.close()
-        self._results.close()
+        self._close_files()
 
     def remove(self) -> None:
         """Remove it: the training client has ended for good."""
-        self._operations.close()
-        self._results.close()
+        self._close_files()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close_files(self) -> None:
+        with self._lock:
+            for log in (self._operations, self._results, *self._superseded):
+                log.close()
 
 
 def number_of(log: SealedLog) -> int:

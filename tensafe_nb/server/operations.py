@@ -342,12 +342,16 @@ def add_stream(routes: APIRouter, service: Service) -> None:
         x_submitter: SubmitterHeader = None,
         x_number: NumberHeader = None,
     ) -> Response:
-        """Take in what runs tell; the answer says which number the last of it was given."""
+        """Take in what runs tell; the answer says which number the last of it was given.
+
+        It has its turn among its submitter's operations: what comes behind it in their one order is queued after it.
+        """
         client = client_of(service, request, training_client_id)
-        turn = (None, None) if x_number is None else (f"events of {x_submitter}", x_number)
+        in_order = x_submitter is not None and x_number is not None
         once = None if request.state.asked is None else request.state.asked.name
 
         def all_of_them() -> int:
+            turn = (x_submitter, x_number) if in_order else (None, None)
             tenant_of(service, request).room(beyond=TELLABLE)
             return client.publish([decode(event, Event) for event in body], *turn, once=once)
 
@@ -360,7 +364,7 @@ def add_stream(routes: APIRouter, service: Service) -> None:
         if x_submitter is None or x_number is None:
             answer = await publish()
         else:
-            answer = await client.in_turn(f"events of {x_submitter}", x_number, publish)
+            answer = await client.in_turn(x_submitter, x_number, publish)
         return answered(request, answer)
 
 

@@ -102,6 +102,14 @@ class Submission:
     knows_of: str
 
 
+@dataclass(slots=True, eq=False)
+class Telling:
+    """What runs told between two submissions: it has its place among those, and what is queued after it follows it."""
+
+    number: int
+    events: list[Event]
+
+
 class HttpChannel:
     """The line to one training client of a server.
 
@@ -134,7 +142,7 @@ class HttpChannel:
         self._loaded: Promise[TrainingClientInfo] = Promise()
         self._loaded.owner = self._io.thread
         self._tokenizer: Any = None
-        self._numbers = self._told_number = 0
+        self._numbers = 0  # of submissions and tellings: the server takes both in this one order
         self.unsent: set[str] = set()  # what the server has neither taken nor refused yet
         self.reached = 0  # number of the latest event
         self.heard_at = time.monotonic()  # anything at all, on the stream
@@ -144,7 +152,8 @@ class HttpChannel:
         self._changed = threading.Condition()
         self._holders = [self.training_client_id]
         self._outgoing: asyncio.Queue[Submission] = asyncio.Queue()
-        self._outbox: deque[Event] = deque()
+        self._outbox: deque[Telling] = deque()
+        self._open: Telling | None = None  # the last one in there, while more may join it
         self._telling = False
         self._tasks: list[asyncio.Future[Any]] = []
         self._io.soon(self._begin)
@@ -191,7 +200,7 @@ class HttpChannel:
         promise.owner = self._io.thread
         with self._changing:
             self._refuse_if_closed(operation.verb)
-            self._numbers += 1
+            self._numbers, self._open = self._numbers + 1, None
             told = self._newly_told()
             submission = Submission(self._numbers, future_id, operation.verb, media_type, body, promise, told)
             self._waiting[future_id] = promise
@@ -323,9 +332,17 @@ class HttpChannel:
         return self._recorder.subscribe(subscriber, after)
 
     def publish(self, event: Event) -> Event:
-        """Tell the server; the event comes back numbered on the stream, as all do."""
+        """Tell the server; the event comes back numbered on the stream, as all do.
+
+        It gets its number before anything that is submitted after it, however late it arrives.
+        """
         check_reported(event)
-        self._outbox.append(event)
+        with self._changing:
+            if self._open is None or len(self._open.events) == MOST_EVENTS:
+                self._numbers += 1
+                self._open = Telling(self._numbers, [])
+                self._outbox.append(self._open)
+            self._open.events.append(event)
         self._io.soon(self._tell_soon)
         return event
 
@@ -460,7 +477,7 @@ class HttpChannel:
     def _begin(self) -> None:
         """Start the tasks; each holds the channel weakly between two waits, so that it can be let go."""
         self.reached = self._recorder.history.last_seq
-        held = weakref.ref(self)
+        held, self._connections = weakref.ref(self), self.requests.open_line(self.path)
         tasks = [listen(held, self.requests)]
         tasks += [send(held, self.requests, self._outgoing) for _ in range(SENDERS)]
         self._tasks = [asyncio.ensure_future(task) for task in tasks]
@@ -470,6 +487,7 @@ class HttpChannel:
     def _end_tasks(self) -> None:
         for task in self._tasks:
             task.cancel()
+        self.requests.end_line(self.path, self._connections)
 
     def _do(self, work: Any) -> None:
         self._tasks = [task for task in self._tasks if not task.done()]
@@ -484,33 +502,35 @@ class HttpChannel:
         """Send what is in the outbox, in order; while the server cannot be reached, it waits there."""
         try:
             while self._outbox and not self.closed:
-                events = [self._outbox[index] for index in range(min(len(self._outbox), MOST_EVENTS))]
-                self._told_number += 1
-                headers = {"x-submitter": self.submitter, "x-number": str(self._told_number)}
-                told = [encode(event) for event in events]
-                answer = await self._told(told, headers)
+                telling = self._outbox[0]
+                with self._changing:
+                    if telling is self._open:
+                        self._open = None
+                answer = await self._told(telling.number, telling.events)
                 if answer is not None and answer.is_success:
                     self._owed = max(self._owed, int(answer.json()["seq"]))
                 elif answer is not None:
                     logger.error("the server does not record what a run told: %s", answer.text)
-                for _ in events:
-                    self._outbox.popleft()
+                self._outbox.popleft()
         finally:
             self._telling = False
             self._notify()
             self._leave_if_done()
 
-    async def _told(self, told: list[Any], headers: Mapping[str, str]) -> httpx.Response | None:
+    async def _told(self, number: int, events: Sequence[Event]) -> httpx.Response | None:
         """Return what the server says to events of which it takes each once; None where it takes no more of them."""
+        headers = {"x-submitter": self.submitter, "x-number": str(number)}
+        told = [encode(event) for event in events]
         while not self.closed:
             try:
-                return await self.requests.send(
-                    "POST", f"{self.path}/events", json=told, headers=dict(headers)
-                )
+                return await self.requests.send("POST", f"{self.path}/events", json=told, headers=headers)
             except TGTinkerError as error:
                 if not is_of_the_line(error):
                     logger.error("what a run told could not be recorded by the server: %s", error)
-                    return None
+                    if not told:
+                        return None
+                    told = []  # its place is taken all the same: what comes behind it does not wait
+                    continue
             await asyncio.sleep(LONGEST_PAUSE)
         return None
 

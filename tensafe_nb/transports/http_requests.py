@@ -33,7 +33,7 @@ FIRST_CONTACT = (
 )
 ANSWER = 30.0  # s without an answer until a request is sent again
 CONNECT = 5.0  # s until a connection stands
-CONNECTIONS = 8
+CONNECTIONS = 8  # that are kept open: of a training client, those of its senders and its stream
 PASSING = {
     429,
     502,
@@ -121,14 +121,17 @@ class Requests:
         self.url = str(address.copy_with(query=None)).rstrip("/")
         self.closed, self._pid = False, os.getpid()
         self.streams_held_back = False  # by a proxy on the way: then the stream is asked for in pieces
-        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._http = httpx.AsyncClient(
-            base_url=self.url,
-            params=address.params,
-            headers=headers,
-            timeout=httpx.Timeout(ANSWER, connect=CONNECT),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=CONNECTIONS),
-        )
+        self._options: dict[str, Any] = {
+            "base_url": self.url,
+            "params": address.params,
+            "headers": {} if api_key is None else {"authorization": f"Bearer {api_key}"},
+            "timeout": httpx.Timeout(ANSWER, connect=CONNECT),
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=CONNECTIONS),
+            "verify": httpx.create_ssl_context(),
+        }
+        self._http = httpx.AsyncClient(**self._options)
+        self._lines: dict[str, httpx.AsyncClient] = {}  # by the paths of training clients
+        self._ending: set[asyncio.Task[None]] = set()
         self.io = LoopThread(f"tsnb-http-{uuid.uuid4().hex[:6]}")
         try:
             self.capabilities: dict[str, Any] = self.get("/capabilities", is_first=True)
@@ -148,6 +151,30 @@ class Requests:
         return int(self.capabilities.get("limits", {}).get(name, otherwise))
 
     # on the thread
+
+    def open_line(self, path: str) -> httpx.AsyncClient:
+        """Give a training client connections of its own: what is beneath its path goes over those.
+
+        httpx looks through all connections of a pool at every request, and beyond a few keeps none of them open.
+        """
+        line = self._lines[path] = httpx.AsyncClient(event_hooks=self._http.event_hooks, **self._options)
+        return line
+
+    def end_line(self, path: str, line: httpx.AsyncClient) -> None:
+        """Close a training client's connections, soon."""
+        if self._lines.get(path) is line:
+            del self._lines[path]
+        ending = asyncio.ensure_future(line.aclose())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
+    def _line_of(self, path: str) -> httpx.AsyncClient:
+        return self._lines.get("/".join(path.split("/", 3)[:3]), self._http)
+
+    async def _close_lines(self) -> None:
+        for line in (self._http, *self._lines.values()):
+            await line.aclose()
+        await asyncio.gather(*self._ending, return_exceptions=True)
 
     async def send(
         self,
@@ -184,7 +211,7 @@ class Requests:
         while True:
             content = made() if callable(made) else made
             try:
-                answer = await self._http.request(method, PREFIX + path, content=content, **options)
+                answer = await self._line_of(path).request(method, PREFIX + path, content=content, **options)
             except httpx.RequestError as error:
                 found: TGTinkerError = self.unreachable(error)
                 hopeless = is_first and isinstance(error, httpx.ConnectError)
@@ -212,7 +239,7 @@ class Requests:
     ) -> Any:
         """Return the context of an answer that is read as it comes; nothing for some seconds, and it is over."""
         timeout = httpx.Timeout(silence, connect=CONNECT)
-        return self._http.stream(
+        return self._line_of(path).stream(
             "GET", PREFIX + path, headers=dict(headers), params=params or None, timeout=timeout
         )
 
@@ -269,7 +296,7 @@ class Requests:
         if not self.is_over:
             self.closed = True
             with suppress(TGTinkerError):
-                self.io.call(self._http.aclose())
+                self.io.call(self._close_lines())
             self.io.close()
 
 

@@ -105,6 +105,33 @@ def test_answers_are_one_stop_for_the_tab_key_and_arrows_go_on_from_there(stage:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("stage", ["conversations"], indirect=True)
+def test_a_rollout_of_several_turns_is_a_conversation_that_arrows_go_through(stage: Stage) -> None:
+    samples = stage.panel.locator(".tsnb-samples")
+    talk = samples.locator(".tsnb-talk").first
+    expect(samples).to_contain_text("shaded: said by the environment, not trained")
+    expect(talk.locator("li")).to_have_count(3)
+    expect(talk.locator(".tsnb-told")).to_have_text("42")
+    expect(talk.locator("li").nth(1)).to_contain_text("tool calculator")
+    expect(talk).to_contain_text("called calculator(expression='17 + 25')")
+    expect(talk).to_contain_text("reward +0.20")
+    failed = samples.locator(".tsnb-failed").first
+    expect(failed).to_have_text("failed calculator(expression='?')")
+    assert samples.locator(".tsnb-told b, .tsnb-told script").count() == 0  # markup of a tool is text
+    answers = samples.locator(".tsnb-answer")
+    answers.first.focus()
+    stage.page.keyboard.press("ArrowDown")  # from turn to turn, past what the environment said
+    expect(answers.nth(1)).to_be_focused()
+    expect(answers.nth(1)).to_have_attribute("aria-label", "turn 2, advantage +0.50")
+    stage.page.keyboard.press("ArrowRight")
+    expect(samples.locator(".tsnb-token")).to_contain_text("token 2 of 2 “2” advantage +0.50")
+    samples.get_by_role("button", name="Compare").click()
+    samples.locator("select:visible").first.select_option("59")
+    expect(samples.locator(".tsnb-versus .tsnb-talk").first).to_be_visible()
+    assert stage.clipped() == []
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", ["reward-finished"], indirect=True)
 def test_the_same_held_out_prompts_are_compared_across_steps(stage: Stage) -> None:
     samples = stage.panel.locator(".tsnb-samples")

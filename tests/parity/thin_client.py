@@ -48,6 +48,12 @@ with tn.ServiceClient() as service:  # TENSAFE_BASE_URL, TENSAFE_API_KEY
     (saved, *_) = service.list_artifacts()
     assert service.restore(saved.artifact_id).ready().result().status == "READY"
     assert len(tn.list_runs()) == 2
+    try:
+        tc.he_adapter()
+    except tn.EncryptionContextError as error:
+        assert "pip install tenseal" in str(error) and "in clear" in str(error), error
+    else:
+        raise AssertionError("it has no tenseal")
     html = tc.dashboard()._repr_mimebundle_()
     assert html
     for call in (

@@ -55,9 +55,8 @@ class TextScript:
 
     options = None
 
-    def __init__(self, tokenizer: Any, refusal: str = NO_TEMPLATE) -> None:
-        self._tokenizer, self._refusal = tokenizer, refusal
-        self._tokens = TextTokens(tokenizer)
+    def __init__(self, tokens: TextTokens, refusal: str = NO_TEMPLATE) -> None:
+        self._tokens, self._refusal = tokens, refusal
 
     def messages(self, told: Told) -> list[Message]:
         if not isinstance(told, str):
@@ -65,7 +64,7 @@ class TextScript:
         return [{"role": "user", "content": told}]
 
     def begin(self, told: Sequence[Message]) -> list[int]:
-        return encode_prompt(self._tokenizer, told[0]["content"])
+        return self._tokens.prompt(told[0]["content"])
 
     def go_on(self, said: SampledSequence, whole: str, told: Sequence[Message]) -> list[int]:
         return self._tokens.middle(told[0]["content"])
@@ -76,15 +75,23 @@ class ChatScript:
 
     Args:
         tokenizer: The model's.
+        tokens: The same, asked for texts.
         template: Its chat template.
         options: What else the template is given: tools, and keywords.
+        opened: Beginnings of conversations, with their tokens: those of a group are alike.
     """
 
-    def __init__(self, tokenizer: Any, template: Template, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        tokens: TextTokens,
+        template: Template,
+        options: Mapping[str, Any],
+        opened: dict[str, tuple[list[int], str]],
+    ) -> None:
         self.options: Mapping[str, Any] = options
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer, self._tokens, self._template, self._opened = tokenizer, tokens, template, opened
         self._keywords = template_keywords(options)
-        self._tokens = TextTokens(tokenizer)
         self._messages: list[Message] = []
         self._text = ""  # up to where the policy speaks next
 
@@ -95,9 +102,13 @@ class ChatScript:
 
     def begin(self, told: Sequence[Message]) -> list[int]:
         self._messages = list(told)
-        tokens = encode_prompt(self._tokenizer, {"messages": self._messages, **self.options})
-        self._text = render(self._tokenizer, [dict(one) for one in told], self._keywords, opened=True)
-        return tokens
+        key = repr((self._messages, self.options))
+        if key not in self._opened:
+            tokens = encode_prompt(self._tokenizer, {"messages": self._messages, **self.options})
+            text = render(self._tokenizer, [dict(one) for one in told], self._keywords, opened=True)
+            self._opened[key] = tokens, text
+        tokens, self._text = self._opened[key]
+        return list(tokens)
 
     def go_on(self, said: SampledSequence, whole: str, told: Sequence[Message]) -> list[int]:
         """Return the tokens between what was said and where the policy speaks next.
@@ -233,6 +244,8 @@ class Scripts:
 
     def __init__(self, tokenizer: Any, chat: Chat) -> None:
         self.tokenizer, self._chat = tokenizer, chat
+        self._tokens = TextTokens(tokenizer)
+        self._opened: dict[str, tuple[list[int], str]] = {}
 
     @cached_property
     def _template(self) -> Template | None:
@@ -248,5 +261,5 @@ class Scripts:
     def script(self, options: Mapping[str, Any]) -> Script:
         """Return the script of a conversation; `options` are the row's for the chat template."""
         if self._template is None:
-            return TextScript(self.tokenizer, NO_CHAT if self._chat == "never" else NO_TEMPLATE)
-        return ChatScript(self.tokenizer, self._template, options)
+            return TextScript(self._tokens, NO_CHAT if self._chat == "never" else NO_TEMPLATE)
+        return ChatScript(self.tokenizer, self._tokens, self._template, options, self._opened)

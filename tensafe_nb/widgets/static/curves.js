@@ -9,7 +9,7 @@ const DASHES = [[], [7, 3], [2, 2], [9, 3, 2, 3], [4, 4], [12, 4]];
 
 // What is drawn: one large chart of the curve to watch, several runs on it where there are several, and small ones.
 function specs(curve, labels, whole) {
-  const held = { dash: [6, 4], dots: true };
+  const held = { dash: [6, 4], dots: true, smooth: false };
   if (labels.length > 1) {
     const lines = labels.map((label, i) => ({
       name: `${i ? `${i}:` : ""}${curve}`, label, colour: i, dash: DASHES[i], smooth: true,

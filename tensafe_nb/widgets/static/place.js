@@ -67,7 +67,7 @@ class Place {
     const { words } = this;
     if (words && words === hint.last) return "";
     const held = words ? `The picture in this file is of an earlier moment (${words})` : "This file holds no picture of this training yet";
-    return `${held}: the page was loaded again. run.freeze() in a new cell takes a fresh one.`;
+    return `${held}: the page was loaded again. ${hint.call ?? "run.freeze()"} in a new cell takes a fresh one.`;
   }
 
   destroy() {

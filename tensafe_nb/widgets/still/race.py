@@ -129,7 +129,9 @@ class StillRace:
     @property
     def hint(self) -> dict[str, Any] | None:
         """What a page must know to say what its file holds, which the kernel cannot renew since it was loaded anew."""
-        return {"last": self._words if self._final else None} if self._out_of_reach else None
+        if not self._out_of_reach:
+            return None
+        return {"last": self._words if self._final else None, "call": "comparison.freeze()"}
 
     def place(self) -> None:
         """Put the outputs into the calling cell."""

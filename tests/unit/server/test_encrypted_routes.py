@@ -1,7 +1,6 @@
 """Encrypted calls by plain requests: what is too large is not read, what is not meant for a connection not computed."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -14,7 +13,6 @@ from tensafe_nb.server.door.limits import Limits
 from tests.parity.serving import Serving, serving_thread
 from tests.unit.server.conftest import SHAPE, error_of, new_client, open_encrypted, outcome
 
-Enter = Callable[..., httpx.Client]
 X = np.random.default_rng(0).normal(size=(2, SHAPE[0]))
 BAD = (422, "encryption_context")
 
@@ -104,24 +102,42 @@ def test_a_bundle_for_other_parameters_than_the_address_says_is_refused(
     assert error_of(open_encrypted(http, path, other)[0]) == BAD
 
 
-def test_a_tenant_has_so_many_connections_and_closing_one_makes_room(
-    tmp_path: Path, bundle_of: HEClient
-) -> None:
-    with serving_thread(tmp_path / "server", limits=Limits(encrypted=2)) as serving:
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A tenant of a server that lets it have two connections, and no weights leave."""
+    options = {"limits": Limits(encrypted=2), "exports": False}
+    with serving_thread(tmp_path_factory.mktemp("strict"), **options) as serving:
         headers = {"authorization": f"Bearer {serving.tokens.mint('ada')}"}
         with httpx.Client(base_url=f"{serving.url}/api/v1", headers=headers, timeout=120) as http:
-            path = new_client(http)
-            ids = [open_encrypted(http, path, bundle_of)[0].json()["connection_id"] for _ in range(2)]
-            refused, _ = open_encrypted(http, path, bundle_of)
-            assert error_of(refused) == (429, "too_many") and "he.close()" in refused.text
-            assert http.delete(f"{path}/encrypted/{ids[0]}").status_code == 204
-            assert error_of(http.delete(f"{path}/encrypted/{ids[0]}")) == (404, "not_found")
-            assert open_encrypted(http, path, bundle_of)[0].status_code == 201
-            figures = httpx.get(f"{serving.url}/metrics", headers=headers).text
-            assert "tensafe_nb_encrypted_connections 2" in figures
-            http.delete(path)
-            figures = httpx.get(f"{serving.url}/metrics", headers=headers).text
-            assert "tensafe_nb_encrypted_connections 0" in figures, "they end with their training client"
+            yield http
+
+
+def test_a_tenant_has_so_many_connections_and_closing_one_makes_room(
+    strict: httpx.Client, bundle_of: HEClient
+) -> None:
+    path, figures = new_client(strict), str(strict.base_url).replace("/api/v1/", "/metrics")
+    ids = [open_encrypted(strict, path, bundle_of)[0].json()["connection_id"] for _ in range(2)]
+    refused, _ = open_encrypted(strict, path, bundle_of)
+    assert error_of(refused) == (429, "too_many") and "he.close()" in refused.text
+    assert strict.delete(f"{path}/encrypted/{ids[0]}").status_code == 204
+    assert error_of(strict.delete(f"{path}/encrypted/{ids[0]}")) == (404, "not_found")
+    assert open_encrypted(strict, path, bundle_of)[0].status_code == 201
+    assert "tensafe_nb_encrypted_connections 2" in strict.get(figures).text
+    strict.delete(path)
+    assert "tensafe_nb_encrypted_connections 0" in strict.get(figures).text, "they end with their client"
+
+
+def test_an_operator_can_keep_weights_from_leaving_in_the_clear(
+    strict: httpx.Client, bundle_of: HEClient
+) -> None:
+    path = new_client(strict)
+    queued = strict.post(f"{path}/save_state", json={}).json()["future_id"]
+    saved = outcome(strict, queued).json()["artifact_id"]
+    for refused in (strict.get(f"/artifacts/{saved}/export"), strict.post(f"{path}/read_adapter", json={})):
+        assert error_of(refused) == (403, "forbidden") and "serve --no-export" in refused.text
+    assert strict.get(f"/artifacts/{saved}/content").content[:4] == b"TSNB", "which is sealed"
+    assert open_encrypted(strict, path, bundle_of)[0].status_code == 201
+    strict.delete(path)
 
 
 def test_idle_connections_are_dropped_and_used_ones_are_not(
@@ -157,17 +173,3 @@ def test_figures_count_calls_and_bytes_and_the_audit_log_each_connection(
     open_encrypted(http, path, HEClient((160, 160, 4), tokens=512))
     log = http.get("/audit_logs", params={"operation": "he_open"}).json()
     assert [(entry["success"], entry["error_code"]) for entry in log] == [(False, BAD[1]), (True, None)]
-
-
-def test_an_operator_can_keep_weights_from_leaving_in_the_clear(tmp_path: Path) -> None:
-    with serving_thread(tmp_path / "server", exports=False) as serving:
-        headers = {"authorization": f"Bearer {serving.tokens.mint('ada')}"}
-        with httpx.Client(base_url=f"{serving.url}/api/v1", headers=headers, timeout=120) as http:
-            path = new_client(http)
-            queued = http.post(f"{path}/save_state", json={}).json()["future_id"]
-            saved = outcome(http, queued).json()["artifact_id"]
-            refused = http.get(f"/artifacts/{saved}/export")
-            assert error_of(refused) == (403, "forbidden") and "serve --no-export" in refused.text
-            assert error_of(http.post(f"{path}/read_adapter", json={})) == (403, "forbidden")
-            assert http.get(f"/artifacts/{saved}/content").content[:4] == b"TSNB", "which is sealed"
-            assert opened(http, path)

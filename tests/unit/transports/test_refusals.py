@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb.events import LineChanged
+from tensafe_nb.events import LineChanged, Metrics
 from tensafe_nb.server import clients, process
 from tensafe_nb.server.door.limits import Limits
 from tensafe_nb.transports import http_channel
@@ -101,6 +101,28 @@ def test_what_passes_is_waited_for_and_nothing_is_lost(
     network.cut()
     assert steps(tc) == 1 and steps(tc) == 2
     assert len(tc.history["loss"]) == 2
+
+
+def test_what_a_run_tells_stays_before_what_is_submitted_after_it_however_late_it_comes(
+    network: BadNetwork, tc: tn.TrainingClient
+) -> None:
+    network.script = the_first("/events", 3, "never arrives")
+    for step in (1, 2):
+        tc.publish(Metrics(step=step, values={"grad_norm": -step}, run_id="run-1"))
+        tc.forward_backward(BATCH), tc.optim_step().result(60)
+    told, measured = tc.history["grad_norm"][::2], tc.history["grad_norm"][1::2]
+    assert told.tolist() == [-1, -2] and (measured > 0).all()
+
+
+def test_what_the_server_does_not_take_of_what_a_run_tells_holds_up_nothing_behind_it(
+    network: BadNetwork, tc: tn.TrainingClient
+) -> None:
+    network.script = the_first("/events", 1, refusal("422 Unprocessable", "validation_error"))
+    tc.publish(Metrics(step=1, values={"mine": 1.0}, run_id="run-1"))
+    assert steps(tc) == 1
+    tc.publish(Metrics(step=2, values={"mine": 2.0}, run_id="run-1"))
+    assert steps(tc) == 2
+    assert tc.history["mine"].tolist() == [2.0]
 
 
 def test_behind_a_proxy_that_keeps_streams_a_question_that_fails_is_asked_again(
