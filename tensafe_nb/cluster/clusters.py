@@ -156,7 +156,7 @@ class RayCluster(Cluster):
                 os.environ.setdefault(name, value)
         from tensafe_nb.cluster import ray_places
 
-        self._connected = ray_places.connect(self.address, self.engines * self.cpus) or self._connected
+        self._connected = ray_places.connect(self.address) or self._connected
         return ray_places.RayPlaces(self.cpus, self.gpus)
 
     def close(self) -> None:

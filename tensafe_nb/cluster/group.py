@@ -51,7 +51,7 @@ from tensafe_nb.protocol.results import (
 
 logger = logging.getLogger(__name__)
 
-FOR_THE_OTHERS = 30.0  # seconds to wait for the rest once the first replica is there
+FOR_THE_FIRST, FOR_THE_OTHERS = 600.0, 30.0  # seconds to wait for a replica, and then for the rest
 TRIES = 3  # places that do not come up, one after the other, until no more are started
 Message: TypeAlias = tuple[Any, ...]  # a replica's, or ("lost", reason) of its place
 Inbox: TypeAlias = "SimpleQueue[tuple[Place, Message]]"
@@ -142,12 +142,16 @@ class EngineGroup:
         known: Introduction | None = None
         last: BaseException | None = None
         try:
-            until: float | None = None
+            until = time.monotonic() + FOR_THE_FIRST
             while self._coming:
                 try:
-                    rest = None if until is None else max(0.0, until - time.monotonic())
-                    place, message = self._inbox.get(timeout=rest)
+                    place, message = self._inbox.get(timeout=max(0.0, until - time.monotonic()))
                 except Empty:
+                    last = ClusterError(
+                        f"The cluster had no room for {len(self._coming)} of {self._size} replicas within "
+                        f"{FOR_THE_FIRST if known is None else FOR_THE_OTHERS:.0f} s: close other training clients, or "
+                        f"ask for fewer engines, cores or GPUs."
+                    )
                     break
                 match message:
                     case ("answer", call, introduction) if self._coming.get(place) == call:
@@ -159,7 +163,7 @@ class EngineGroup:
                                 f"{config.model_ref!r} is not the same model on all machines."
                             )
                         self._members.append(place)
-                        until = until or time.monotonic() + FOR_THE_OTHERS
+                        until = min(until, time.monotonic() + FOR_THE_OTHERS)
                     case ("error", _, error):
                         raise error
                     case ("lost", reason) if place in self._coming:
@@ -525,6 +529,10 @@ class EngineGroup:
         at = self._standing
         own = f"{self.config.seed}/{at.policy_version}/{at.window.batches}/{share}".encode()
         return int.from_bytes(hashlib.blake2b(own, digest_size=7).digest(), "big")
+
+    def close(self) -> None:
+        """End the replicas; idempotent."""
+        end_all(self._members, self._coming)
 
     # the state
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from tensafe_nb.cluster.group import Inbox, Message
 from tensafe_nb.cluster.local_places import SECRETS
@@ -24,6 +24,8 @@ from tensafe_nb.errors import ClusterError
 from tensafe_nb.rlvr.scoring.shipping import arrived, shipped
 
 ENDS = ("answer", "error")
+LOCAL_CORES = 1_000
+LOOK_UP = 1.0  # seconds until whoever waits for an actor looks whether it is still wanted
 
 
 class RayReplica:
@@ -95,7 +97,7 @@ class RayPlace:
     """An actor, and the thread that reads what it says."""
 
     def __init__(self, name: str, actor: Any, inbox: Inbox) -> None:
-        self.name, self._actor = name, actor
+        self.name, self._actor, self._ended = name, actor, False
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._reader = threading.Thread(
             target=self.read, args=(inbox,), name="tsnb-replica-actor", daemon=True
@@ -112,27 +114,42 @@ class RayPlace:
     def read(self, inbox: Inbox) -> None:
         """Pass messages on to the inbox until the actor is gone, and then its end."""
         try:
-            self.name += f" ({ray.get(self._actor.where.remote())})"
+            self.name += f" ({self._arrived(self._actor.where.remote())})"
             while (messages := self._calls.get()) is not None:
                 for message in messages:
-                    inbox.put((self, ray.get(message)))
+                    if (told := self._arrived(message)) is None:
+                        return
+                    inbox.put((self, told))
         except (RayError, OSError, RuntimeError) as error:
             inbox.put((self, ("lost", str(error).strip().splitlines()[0])))
 
+    def _arrived(self, message: Any) -> Any:
+        """Return a message once it is here; None where nobody waits for it any more.
+
+        Of an actor that is killed before it has begun, Ray waits for an answer for good.
+        """
+        while not self._ended:
+            try:
+                return ray.get(message, timeout=LOOK_UP)
+            except GetTimeoutError:
+                continue
+        return None
+
     def end(self) -> None:
-        with contextlib.suppress(RayError, RuntimeError):  # Ray itself may be gone
-            ray.kill(self._actor, no_restart=True)
+        self._ended = True
+        if ray.is_initialized():  # else it has ended with Ray, which a call would look for again
+            with contextlib.suppress(RayError, RuntimeError):
+                ray.kill(self._actor, no_restart=True)
         self._calls.put(None)
         if threading.current_thread() is not self._reader:
             self._reader.join()
 
 
-def connect(address: str, cpus: int) -> bool:
+def connect(address: str) -> bool:
     """Connect this process to a Ray cluster, or start one here ("local"); return whether that was done now.
 
     Args:
         address: "auto", "local", or that of a head.
-        cpus: How many cores one that is started here offers at least: more than there are take turns.
 
     Raises:
         ClusterError: There is none.
@@ -145,8 +162,8 @@ def connect(address: str, cpus: int) -> bool:
     before = signal.getsignal(signal.SIGTERM) if main else None
     own: dict[str, Any] = {"address": address}
     if address == "local":
-        cores = max(cpus, os.cpu_count() or 1)
-        own = {"include_dashboard": False, "num_cpus": cores, "_node_ip_address": "127.0.0.1"}
+        # Ray lets no actor begin for which no core is left: here they share what there is
+        own = {"include_dashboard": False, "num_cpus": LOCAL_CORES, "_node_ip_address": "127.0.0.1"}
     try:
         ray.init(**own, log_to_driver=False, configure_logging=False, namespace="tensafe_nb")
     except Exception as error:  # Ray raises its own, OSError, ValueError, and plain Exception

@@ -616,6 +616,7 @@ class Worker:
         executor, self._executor = self._executor, None
         if executor is None:
             return
+        executor.engine.close()
         model = weakref.ref(executor.engine.holder)
         del executor
         if model() is not None:

@@ -201,6 +201,9 @@ class Engine:
         """Return what a training step takes; see `estimate`."""
         return estimate(self, batch_size, length)
 
+    def close(self) -> None:
+        """Nothing of it works by itself: it ends with whoever holds it."""
+
     # scoring and sampling
 
     @torch.no_grad()
