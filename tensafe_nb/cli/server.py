@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tensafe_nb.cluster.clusters import Cluster, LocalCluster, RayCluster
+from tensafe_nb.cluster.clusters import Cluster, LocalCluster
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.store.home import TENANT, Home
 
@@ -59,8 +59,8 @@ def add_server(commands: Any) -> None:
     serve.add_argument(
         "--cluster",
         metavar="WHERE",
-        help="compute not in this process, but in replicas: 'processes' of this machine, a Ray cluster at 'auto' or "
-        "HOST:PORT, or one that is started here, 'local'",
+        choices=["processes"],
+        help="compute not in this process, but in replicas: 'processes' of this machine",
     )
     serve.add_argument(
         "--engines",
@@ -215,20 +215,10 @@ def run_server(chosen: argparse.Namespace) -> int:
 
 
 def cluster_of(chosen: argparse.Namespace) -> Cluster | None:
-    """Return the cluster that was asked for, if any.
-
-    Raises:
-        ValidationError: It is none, or needs Ray, which is not here.
-    """
-    match chosen.cluster:
-        case None:
-            return None
-        case "processes":
-            return LocalCluster(chosen.engines, cpus=chosen.engine_cpus, gpus=chosen.engine_gpus)
-        case where:
-            return RayCluster(
-                where, engines=chosen.engines, cpus=chosen.engine_cpus or 1, gpus=chosen.engine_gpus
-            )
+    """Return the cluster that was asked for, if any."""
+    if chosen.cluster is None:
+        return None
+    return LocalCluster(chosen.engines, cpus=chosen.engine_cpus, gpus=chosen.engine_gpus)
 
 
 def announce(url: str, token: str | None, *, as_json: bool) -> None:

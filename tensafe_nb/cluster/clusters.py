@@ -1,10 +1,6 @@
 """Clusters, as a user names them: where the replicas of a training client live, and how many there are."""
 
 import os
-import re
-import secrets
-import sys
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tensafe_nb.checks import checked
@@ -14,11 +10,9 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.store.home import Home
 
 if TYPE_CHECKING:  # a cluster is named before torch is loaded
-    from tensafe_nb.cluster.group import EngineGroup, Places
+    from tensafe_nb.cluster.group import EngineGroup, ReplicaPlaces
     from tensafe_nb.core.engines import Tell, Trains
 
-# Without a token Ray takes orders from whoever reaches its ports; a busy machine starts its agent slowly.
-LOCAL_RAY = {"RAY_AUTH_MODE": "token", "RAY_agent_register_timeout_ms": "120000"}
 NOT_PRIVATELY = (
     "Private training runs in one process: how its noise and draws would be shared among replicas is not worked out. "
     "Make a client with dp_config by a ServiceClient() without cluster=."
@@ -61,7 +55,7 @@ class Cluster:
 
         return EngineGroup(config, self.places(home), self.engines, tell)
 
-    def places(self, home: Home) -> "Places":
+    def places(self, home: Home) -> "ReplicaPlaces":
         """Return where the replicas of one training client live."""
         raise NotImplementedError
 
@@ -70,7 +64,7 @@ class Cluster:
 
 
 class LocalCluster(Cluster):
-    """Replicas in processes of this machine, without Ray.
+    """Replicas in processes of this machine.
 
     It pays where a model keeps a core busy by itself, or where there are several GPUs: docs/how-to/cluster.md says from
     which size on.
@@ -96,7 +90,7 @@ class LocalCluster(Cluster):
     def __repr__(self) -> str:
         return f"LocalCluster(engines={self.engines}, cpus={self.cpus}, gpus={self.gpus})"
 
-    def places(self, home: Home) -> "Places":
+    def places(self, home: Home) -> "ReplicaPlaces":
         """Return processes, each with its own GPUs."""
         from tensafe_nb.cluster.local_places import ProcessPlaces
 
@@ -107,62 +101,3 @@ class LocalCluster(Cluster):
                 for first in range(0, self.engines * self.gpus, self.gpus)
             ]
         return ProcessPlaces(self.cpus, home, environment)
-
-
-class RayCluster(Cluster):
-    """Replicas as actors of a Ray cluster (https://docs.ray.io), on whichever of its machines has room.
-
-    Needs `pip install "tensafe_nb[ray]"` here and on every machine of the cluster, in the same versions. A model is
-    named as every machine knows it: a hub id, a built-in, or a folder that all of them see.
-
-    Args:
-        address: "auto" takes the cluster that this machine belongs to (RAY_ADDRESS, or `ray start` here); "local"
-            starts one on this machine, which ends with the service; "host:port" names the head of another.
-        engines: Replicas of each training client.
-        cpus: Cores for each.
-        gpus: GPUs for each; without any it computes on the CPU.
-
-    Raises:
-        ValidationError: Ray is not installed, an address of another kind, a number that is none.
-
-    Example:
-        >>> service = ServiceClient(cluster=RayCluster("auto", engines=4, gpus=1))
-    """
-
-    @checked
-    def __init__(self, address: str = "auto", *, engines: int = 2, cpus: int = 1, gpus: int = 0) -> None:
-        super().__init__(engines, cpus, gpus)
-        if address not in ("auto", "local") and not re.fullmatch(r"[\w.\-\[\]:]+:\d+", address):
-            raise ValidationError(
-                f'RayCluster({as_given(address)}): give "auto", "local", or "host:port" of the head\'s GCS (Ray prints '
-                f"it at `ray start --head`; addresses that begin with ray:// are Ray Client's, which is not used)."
-            )
-        if find_spec("ray") is None:
-            raise ValidationError('RayCluster needs Ray: pip install "tensafe_nb[ray]"')
-        self.address = address
-        self._connected = False
-
-    def __repr__(self) -> str:
-        return f"RayCluster({self.address!r}, engines={self.engines}, cpus={self.cpus}, gpus={self.gpus})"
-
-    def places(self, home: Home) -> "Places":
-        """Return actors of the cluster, to which this process is connected first.
-
-        Raises:
-            ClusterError: There is no such cluster.
-        """
-        if self.address == "local" and "ray" not in sys.modules:  # which reads them as it is imported
-            for name, value in {**LOCAL_RAY, "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
-                os.environ.setdefault(name, value)
-        from tensafe_nb.cluster import ray_places
-
-        self._connected = ray_places.connect(self.address) or self._connected
-        return ray_places.RayPlaces(self.cpus, self.gpus)
-
-    def close(self) -> None:
-        """Leave the cluster, if this has joined it; one that was started here ends."""
-        if self._connected:
-            from tensafe_nb.cluster import ray_places
-
-            self._connected = False
-            ray_places.disconnect()

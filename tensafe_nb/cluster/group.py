@@ -2,7 +2,7 @@
 
 Each replica computes its share of a batch; the group adds the shares in the order of the batch, and every replica takes
 the sum and the same step: none of them is ahead of another, and the last one left still knows everything. The group
-knows neither Ray nor processes: where a replica lives is the business of its place.
+knows no processes: where a replica lives is the business of its place.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import numpy as np
 
 from tensafe_nb.cluster.clusters import NOT_PRIVATELY
-from tensafe_nb.cluster.replica import Introduction, Standing
+from tensafe_nb.cluster.replica import Introduction, ReplicaStanding
 from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.core.engines import Tell
 from tensafe_nb.engine import micro_batches
@@ -54,10 +54,10 @@ logger = logging.getLogger(__name__)
 FOR_THE_FIRST, FOR_THE_OTHERS = 600.0, 30.0  # seconds to wait for a replica, and then for the rest
 TRIES = 3  # places that do not come up, one after the other, until no more are started
 Message: TypeAlias = tuple[Any, ...]  # a replica's, or ("lost", reason) of its place
-Inbox: TypeAlias = "SimpleQueue[tuple[Place, Message]]"
+Inbox: TypeAlias = "SimpleQueue[tuple[ReplicaPlace, Message]]"
 
 
-class Place(Protocol):
+class ReplicaPlace(Protocol):
     """Where one replica lives; its messages come to an inbox, the last of them ("lost", reason)."""
 
     name: str
@@ -72,10 +72,10 @@ class Place(Protocol):
         """End it, whatever it does; idempotent."""
 
 
-class Places(Protocol):
+class ReplicaPlaces(Protocol):
     """Where replicas can live."""
 
-    def start(self, inbox: Inbox) -> Place:
+    def start(self, inbox: Inbox) -> ReplicaPlace:
         """Return a new place at once; the first call to it waits until there is a replica."""
 
     def load_arguments(self, config: TrainingConfig) -> Sequence[Any]:
@@ -83,7 +83,7 @@ class Places(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class ReplicaCall:
     """Something that a replica is to do.
 
     Attributes:
@@ -100,7 +100,7 @@ class Call:
 
     method: str
     arguments: Sequence[Any]
-    place: Place | None = None
+    place: ReplicaPlace | None = None
     hear: Callable[[int, str], None] | None = None
     progress: tuple[int, int] = (0, 1)
     ended: bool = False
@@ -115,18 +115,18 @@ class EngineGroup:
         config: What to load and how to train it.
         places: Where its replicas live.
         size: How many of them.
-        tell: Told when one is lost, or there again.
+        tell: ToldOnce when one is lost, or there again.
 
     Raises:
         ClusterError: No replica could be started.
         ModelLoadError: The model cannot be loaded there.
     """
 
-    def __init__(self, config: TrainingConfig, places: Places, size: int, tell: Tell) -> None:
+    def __init__(self, config: TrainingConfig, places: ReplicaPlaces, size: int, tell: Tell) -> None:
         self._places, self._size, self._tell = places, size, tell
         self._inbox: Inbox = SimpleQueue()
-        self._members: list[Place] = []
-        self._coming: dict[Place, int] = {}  # its first call
+        self._members: list[ReplicaPlace] = []
+        self._coming: dict[ReplicaPlace, int] = {}  # its first call
         self._calls = self._failed = 0
         self.samples_drawn = 0
         self.config = config
@@ -203,7 +203,7 @@ class EngineGroup:
             )
         )
 
-    def _lose(self, place: Place, reason: str) -> None:
+    def _lose(self, place: ReplicaPlace, reason: str) -> None:
         """Go on without a replica, and start another in its place."""
         place.end()
         if place in self._coming:
@@ -237,7 +237,7 @@ class EngineGroup:
                     self._let_in(place)
         self._check_alive()
 
-    def _news(self) -> "list[tuple[Place, Message]]":
+    def _news(self) -> "list[tuple[ReplicaPlace, Message]]":
         found = []
         while True:
             try:
@@ -245,11 +245,11 @@ class EngineGroup:
             except Empty:
                 return found
 
-    def _let_in(self, place: Place) -> None:
+    def _let_in(self, place: ReplicaPlace) -> None:
         """Let a newcomer become what the others are, down to the last bit."""
         self._check_alive()
-        (state,) = self._ask([Call("capture", (True,))])
-        adopt = Call("adopt", (state,), place)
+        (state,) = self._ask([ReplicaCall("capture", (True,))])
+        adopt = ReplicaCall("adopt", (state,), place)
         self._carry_out([adopt])
         standing = adopt.answer
         if standing is None or not self._agrees(standing):
@@ -260,23 +260,23 @@ class EngineGroup:
             self._failed = 0
             self._tell_of(ReplicaChange.JOINED, place.name)
 
-    def _agrees(self, standing: Standing) -> bool:
+    def _agrees(self, standing: ReplicaStanding) -> bool:
         return replace(standing, value=None) == self._standing
 
     # asking and telling
 
-    def _carry_out(self, calls: Sequence[Call], tick: Tick | None = None) -> None:
+    def _carry_out(self, calls: Sequence[ReplicaCall], tick: Tick | None = None) -> None:
         """Let replicas do something; return once none of them works any more.
 
         Raises:
             Exception: What a call that changes nothing has raised, or the tick. What others have raised is theirs.
         """
-        waiting: deque[Call] = deque()
-        running: dict[int, tuple[Place, Call]] = {}
-        later: list[tuple[Place, Message]] = []
+        waiting: deque[ReplicaCall] = deque()
+        running: dict[int, tuple[ReplicaPlace, ReplicaCall]] = {}
+        later: list[tuple[ReplicaPlace, Message]] = []
         failure: BaseException | None = None
 
-        def give(place: Place, call: Call) -> None:
+        def give(place: ReplicaPlace, call: ReplicaCall) -> None:
             self._calls += 1
             running[self._calls] = place, call
             place.send(self._calls, call.method, call.arguments)
@@ -333,7 +333,7 @@ class EngineGroup:
         if failure is not None:
             raise failure
 
-    def _ask(self, calls: Sequence[Call], tick: Tick | None = None) -> list[Any]:
+    def _ask(self, calls: Sequence[ReplicaCall], tick: Tick | None = None) -> list[Any]:
         """Return what the replicas answer, each to what it can, in the order of the questions."""
         self._carry_out(calls, tick)
         return [call.answer for call in calls]
@@ -344,7 +344,7 @@ class EngineGroup:
         Raises:
             Exception: What all of them have raised.
         """
-        calls = [Call(method, arguments, place) for place in self._members]
+        calls = [ReplicaCall(method, arguments, place) for place in self._members]
         self._carry_out(calls, tick)
         self._check_alive()
         first, *others = [call for call in calls if call.ended]
@@ -369,7 +369,7 @@ class EngineGroup:
             # (the gradient of a share by parameter, what its losses add up to)
             parts = self._ask(
                 [
-                    Call("contribute", (batch, loss, share, self._dropout_of(number)))
+                    ReplicaCall("contribute", (batch, loss, share, self._dropout_of(number)))
                     for number, share in enumerate(shares)
                 ],
                 tick,
@@ -399,7 +399,7 @@ class EngineGroup:
         self._admit()
         parts = self._ask(
             [
-                Call("evaluate", (batch, loss, return_logprobs, share))
+                ReplicaCall("evaluate", (batch, loss, return_logprobs, share))
                 for share in self._shares(batch, loss.declares)
             ],
             tick,
@@ -416,7 +416,7 @@ class EngineGroup:
         self._admit()
         parts: list[LogprobsResult] = self._ask(
             [
-                Call("compute_logprobs", (batch, temperature, reference, share))
+                ReplicaCall("compute_logprobs", (batch, temperature, reference, share))
                 for share in self._shares(batch, SCORING)
             ],
             tick,
@@ -442,13 +442,13 @@ class EngineGroup:
     ) -> SampleResult:
         """Draw completions, the same as one engine draws; see `Engine.sample`."""
         self._admit()
-        ((ids, turns, streams),) = self._ask([Call("encode", (prompts, config))])
+        ((ids, turns, streams),) = self._ask([ReplicaCall("encode", (prompts, config))])
         seed = config.seed
         if seed is None:  # counted here: one who takes over draws from the same
             self.samples_drawn += 1
             seed = seed_of_call(self.config.seed, self.samples_drawn)
         parts = list(parts_of(len(ids), config.num_samples, len(self._members)))
-        told = None if tell is None else Told(tell)
+        told = None if tell is None else ToldOnce(tell)
         calls = []
         for part in parts:
             arguments = (
@@ -461,7 +461,7 @@ class EngineGroup:
                 tell is not None,
             )
             hear = None if told is None else told.of(part, config.num_samples)
-            calls.append(Call("sample", arguments, hear=hear))
+            calls.append(ReplicaCall("sample", arguments, hear=hear))
         drawn: dict[tuple[int, int], SampledSequence] = {}
         for part, sequences in zip(parts, self._ask(calls, tick), strict=True):
             rows = ((prompt, sample) for prompt in part.prompts for sample in part.samples)
@@ -473,7 +473,7 @@ class EngineGroup:
         """Return a copy of the adapter; see `Engine.read_adapter`."""
         self._admit()
         result: ReadAdapterResult
-        (result,) = self._ask([Call("read_adapter", ())])
+        (result,) = self._ask([ReplicaCall("read_adapter", ())])
         return result
 
     def load_adapter(
@@ -489,7 +489,7 @@ class EngineGroup:
         """Return the adapters of some layers; see `Engine.factors`."""
         self._admit()
         found: Factors
-        (found,) = self._ask([Call("factors", (layers, modules))])
+        (found,) = self._ask([ReplicaCall("factors", (layers, modules))])
         return found
 
     def estimate(self, batch_size: int | None, length: int | None) -> StepEstimate:
@@ -500,7 +500,7 @@ class EngineGroup:
         self._admit()
         rows = batch_size or self.config.batch_size * self.config.gradient_accumulation_steps
         found: StepEstimate
-        (found,) = self._ask([Call("estimate", (-(-rows // len(self._members)), length))])
+        (found,) = self._ask([ReplicaCall("estimate", (-(-rows // len(self._members)), length))])
         return replace(found, batch_size=rows, tokens_per_second=rows * found.length / found.seconds_per_step)
 
     def train_privately(self, account: Account, client_id: str) -> None:
@@ -579,7 +579,7 @@ class EngineGroup:
     def capture(self, include_optimizer: bool) -> EngineState:
         """Return the state, from whichever replica has time."""
         self._admit()
-        (state,) = self._ask([Call("capture", (include_optimizer,))])
+        (state,) = self._ask([ReplicaCall("capture", (include_optimizer,))])
         state.facts["samples_drawn"] = self.samples_drawn
         return cast(EngineState, state)
 
@@ -593,7 +593,7 @@ class EngineGroup:
     def streams(self) -> dict[str, Any]:
         """Return where the random streams stand, as plain data."""
         self._admit()
-        (found,) = self._ask([Call("streams", ())])
+        (found,) = self._ask([ReplicaCall("streams", ())])
         return {**found, "samples_drawn": self.samples_drawn}
 
     def restore_streams(self, facts: Mapping[str, Any]) -> None:
@@ -604,25 +604,25 @@ class EngineGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SampleShare:
     """The completions that one replica draws: for these prompts, these of their samples."""
 
     prompts: range
     samples: range
 
 
-def parts_of(prompts: int, samples: int, replicas: int) -> Iterator[Part]:
+def parts_of(prompts: int, samples: int, replicas: int) -> Iterator[SampleShare]:
     """Divide the rows of a call: by prompts, where there are enough of them, else by the samples of each."""
     by_prompts = prompts >= min(replicas, samples)
     count = prompts if by_prompts else samples
     size = -(-count // replicas)
     for start in range(0, count, size):
         own = range(start, min(start + size, count))
-        yield Part(own, range(samples)) if by_prompts else Part(range(prompts), own)
+        yield SampleShare(own, range(samples)) if by_prompts else SampleShare(range(prompts), own)
 
 
 def rows_before(
-    ids: Sequence[Sequence[int]], streams: Sequence[int | None], part: Part, samples: int
+    ids: Sequence[Sequence[int]], streams: Sequence[int | None], part: SampleShare, samples: int
 ) -> list[int]:
     """Return, for each prompt of a part, how many rows of an equal prompt come before its first, outside the part.
 
@@ -645,14 +645,14 @@ def rows_before(
     return before
 
 
-class Told:
+class ToldOnce:
     """Passes on the texts of sequences, each piece once, also where another replica draws them again."""
 
     def __init__(self, tell: sampler.Tell) -> None:
         self._tell = tell
         self._known: Counter[int] = Counter()  # characters told, by sequence
 
-    def of(self, part: Part, samples: int) -> Callable[[int, str], None]:
+    def of(self, part: SampleShare, samples: int) -> Callable[[int, str], None]:
         """Return what hears a replica that draws a part."""
         said: Counter[int] = Counter()
 
@@ -668,14 +668,14 @@ class Told:
         return hear
 
 
-def progress_of(calls: Sequence[Call]) -> tuple[int, int]:
+def progress_of(calls: Sequence[ReplicaCall]) -> tuple[int, int]:
     """Return how far several calls are together, in hundredths of each."""
     return sum(100 * done // max(total, 1) for done, total in (call.progress for call in calls)), 100 * len(
         calls
     )
 
 
-def same_end(one: Call, other: Call) -> bool:
+def same_end(one: ReplicaCall, other: ReplicaCall) -> bool:
     """Whether two replicas have come to the same end."""
     if one.error is not None or other.error is not None:
         return type(one.error) is type(other.error)
@@ -701,7 +701,7 @@ def joined(tallies: Sequence[Tally], loss: Loss) -> Tally:
     return whole
 
 
-def end_all(members: list[Place], coming: dict[Place, int]) -> None:
+def end_all(members: list[ReplicaPlace], coming: dict[ReplicaPlace, int]) -> None:
     """End the replicas of a group that is no more."""
     for place in [*members, *coming]:
         place.end()

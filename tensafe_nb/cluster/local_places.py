@@ -1,4 +1,4 @@
-"""Replicas on this machine, without Ray: each in a process of its own, or, to try a group out, in a thread.
+"""Replicas on this machine: each in a process of its own, or, to try a group out, in a thread.
 
 The processes are started by `subprocess`, not `multiprocessing`: that would import the user's main script again in
 each. They know neither keys nor tokens.
@@ -7,7 +7,6 @@ each. They know neither keys nor tokens.
 import contextlib
 import json
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -91,7 +90,7 @@ class ProcessPlace:
         """Pass messages on to the inbox until the process ends, and then its end."""
         with self._answers, contextlib.suppress(OSError):
             while (frame := read_frame(self._answers)) is not None:
-                inbox.put((self, pickle.loads(frame)))  # of a process of our own
+                inbox.put((self, arrived(frame)))
         inbox.put((self, ("lost", ended(self._process.wait()))))
 
     def end(self) -> None:
@@ -143,7 +142,7 @@ def serve(parent: int, threads: int) -> None:
     work: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def emit(message: Message) -> None:
-        frame = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        frame = shipped(message)
         with writing:
             answers.write(len(frame).to_bytes(HEADER, "big"))
             answers.write(frame)
@@ -231,4 +230,4 @@ class ThreadPlace:
 
     def _emit(self, message: Message) -> None:
         if not self.lost:
-            self._inbox.put((self, pickle.loads(pickle.dumps(message))))
+            self._inbox.put((self, arrived(shipped(message))))

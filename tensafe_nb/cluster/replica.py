@@ -32,7 +32,7 @@ Emit = Callable[[tuple[Any, ...]], None]  # takes a message, see `Replica.do`
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ReplicaStanding:
     """Where a replica stands after a tell; that of all of them is the same, or one of them is none of the group.
 
     Attributes:
@@ -60,7 +60,7 @@ class Introduction:
     tokenizer: Any
     overhead: int
     has_dropout: bool
-    standing: Standing
+    standing: ReplicaStanding
 
 
 class Replica:
@@ -196,35 +196,35 @@ class Replica:
 
     def forward_backward(
         self, batch: BatchData, loss: Loss, call: int, tick: sampler.Tick
-    ) -> Standing:  # of the only replica there is
+    ) -> ReplicaStanding:  # of the only replica there is
         return self._standing(self._engine.forward_backward(batch, loss, tick))
 
-    def absorb(self, gradients: Sequence[Array | None], tally: Tally, loss: Loss) -> Standing:
+    def absorb(self, gradients: Sequence[Array | None], tally: Tally, loss: Loss) -> ReplicaStanding:
         return self._standing(self._step.absorb(gradients, tally, loss))
 
-    def optim_step(self) -> Standing:
+    def optim_step(self) -> ReplicaStanding:
         return self._standing(self._engine.optim_step())
 
-    def discard_gradients(self) -> Standing:
+    def discard_gradients(self) -> ReplicaStanding:
         self._engine.discard_gradients()
         return self._standing()
 
-    def freeze_reference(self) -> Standing:
+    def freeze_reference(self) -> ReplicaStanding:
         return self._standing(self._engine.freeze_reference())
 
-    def load_adapter(self, tensors: Mapping[str, Array]) -> Standing:
+    def load_adapter(self, tensors: Mapping[str, Array]) -> ReplicaStanding:
         return self._standing(self._engine.load_adapter(tensors))
 
-    def restore(self, state: EngineState, keep_moments: bool) -> Standing:
+    def restore(self, state: EngineState, keep_moments: bool) -> ReplicaStanding:
         self._engine.restore(state, keep_moments=keep_moments)
         self._digest = (-1, "")
         return self._standing()
 
-    def restore_streams(self, facts: Mapping[str, Any]) -> Standing:
+    def restore_streams(self, facts: Mapping[str, Any]) -> ReplicaStanding:
         self._engine.restore_streams(facts)
         return self._standing()
 
-    def adopt(self, state: EngineState) -> Standing:
+    def adopt(self, state: EngineState) -> ReplicaStanding:
         """Become what another replica is: also the number of its weights."""
         self.restore(state, True)
         self._engine.optimizer.policy_version = state.facts["policy_version"]
@@ -238,14 +238,14 @@ class Replica:
         assert isinstance(step, PlainStep)  # a group trains nothing privately
         return step
 
-    def _standing(self, value: Any = None) -> Standing:
+    def _standing(self, value: Any = None) -> ReplicaStanding:
         engine = self._engine
         if self._digest[0] != engine.policy_version:
             weights = hashlib.blake2b(digest_size=16)
             for _, parameter in engine.model.trainable:
                 weights.update(states.bytes_of(parameter))
             self._digest = engine.policy_version, weights.hexdigest()
-        return Standing(engine.step, engine.policy_version, engine.window, self._digest[1], value)
+        return ReplicaStanding(engine.step, engine.policy_version, engine.window, self._digest[1], value)
 
 
 TICKING = frozenset(  # what can be interrupted, and says how far it is

@@ -401,6 +401,7 @@ CALLS: Mapping[str, Call] = {
         lambda w: tn.save_page, {"to": "page.html", "run": Of(lambda w: w.run.run_id)}, frozenset({"more"})
     ),
     # the service
+    "LocalCluster": Call(lambda w: tn.LocalCluster),
     "ServiceClient": Call(lambda w: closing(tn.ServiceClient)),
     "create_training_client": Call(lambda w: closing(w.service.create_training_client), {"config": None}),
     "restore": Call(lambda w: closing(w.service.restore), {"artifact_id": "fits"}),

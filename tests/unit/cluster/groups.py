@@ -5,7 +5,7 @@ from typing import Any
 
 import tensafe_nb as tn
 from tensafe_nb.cluster.clusters import Cluster
-from tensafe_nb.cluster.group import Place
+from tensafe_nb.cluster.group import ReplicaPlace
 from tensafe_nb.cluster.local_places import ThreadPlace, ThreadPlaces
 from tensafe_nb.store.home import Home
 
@@ -27,7 +27,7 @@ class Threads(Cluster):
 
     def lose_one_at(self, method: str, *, after: bool = False) -> None:
         """Let the first place that is to carry out a call of this method be gone, before or behind it."""
-        done: list[Place] = []
+        done: list[ReplicaPlace] = []
 
         def watch(place: ThreadPlace, called: str) -> None:
             if called == method and not done:
