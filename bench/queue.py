@@ -11,7 +11,7 @@ from unittest.mock import patch
 import tensafe_nb as tn
 from bench import workload
 from bench.harness import LARGER, Row, Taken, Target, p99, paired
-from tensafe_nb.core import worker
+from tensafe_nb.core import engines
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.events import Event, OperationFinished
 from tensafe_nb.protocol.results import ForwardResult
@@ -64,7 +64,7 @@ def _latencies() -> Taken:
 
 @contextmanager
 def _client_that_does_nothing() -> Iterator[tn.TrainingClient]:
-    with patch.object(worker, "Engine", EngineThatDoesNothing), tn.ServiceClient() as service:
+    with patch.object(engines, "Engine", EngineThatDoesNothing), tn.ServiceClient() as service:
         tc = service.create_training_client()
         tc.ready().result()
         yield tc

@@ -26,7 +26,7 @@ OPERATIONS = 300
 SERVE = (
     "from tensafe_nb.cli.main import main; main(['serve', '--port', '0', '--json', '--print-token', *{more}])"
 )
-IDLE = "import tensafe_nb.core.worker as worker, bench.queue as queue; worker.Engine = queue.EngineThatDoesNothing; "
+IDLE = "import tensafe_nb.core.engines as engines, bench.queue as queue; engines.Engine = queue.EngineThatDoesNothing; "
 UNWRITTEN = (
     "from tensafe_nb.server.journal import Journal as J; J.submitted = J.ended = J.sync = lambda *_, **__: None; "
     "J.is_due = lambda *_, **__: False; J.known_to = lambda *_: frozenset(); "
