@@ -93,7 +93,10 @@ def submit(
 
 
 def outcome(http: httpx.Client, future_id: str) -> httpx.Response:
-    return http.get(f"/futures/{future_id}/result", params={"wait": 20})
+    """Return what came of an operation, however long it takes."""
+    while (answer := http.get(f"/futures/{future_id}/result", params={"wait": 20})).status_code == 202:
+        pass
+    return answer
 
 
 def submit_gate(http: httpx.Client, path: str, gate: Gate) -> None:

@@ -62,7 +62,8 @@ def test_a_record_that_was_cut_off_at_any_byte_is_forgotten_and_the_next_takes_i
         log.append(b"another")
         log.close()
         assert read(path, keys, path.read_bytes()) == [*records[:2], b"another"]
-        assert read(path, keys, whole[:end] + bytes(5_000)) == records[:2]  # a power cut leaves zeros
+        if whole[end:].strip(b"\0"):  # else zeros are what was there
+            assert read(path, keys, whole[:end] + bytes(5_000)) == records[:2]  # a power cut leaves zeros
 
 
 def test_a_flipped_bit_anywhere_is_an_error_and_never_passes_for_a_cut(keys: Keys, tmp_path: Path) -> None:
