@@ -62,7 +62,10 @@ def stopped(service: tn.ServiceClient) -> End:
     run = tc.fit(gated(due), steps=10, show=False)
     assert due.wait()
     run.stop()
-    return End(tc, run, "STOPPED", tc_done(run), tc_done(run))
+    done = tc_done(run)
+    return End(
+        tc, run, "STOPPED", done, tc.step
+    )  # a step that was on its way as it stopped is taken, not done
 
 
 def gated(due: threading.Event) -> Iterator[tn.BatchData]:
