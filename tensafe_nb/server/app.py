@@ -63,7 +63,10 @@ def create_app(
     service = Service(home, models, hub_models, quotas, losses, idle_after, exports=exports, engines=engines)
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # makes the routes, which else the first request does. FastAPI silences warnings of its own as it makes them,
+        # and which are silent is one setting of all threads: also of those on which models of old clients load
+        app.openapi()
         with ThreadPoolExecutor(THREADS, thread_name_prefix="server") as threads:
             asyncio.get_running_loop().set_default_executor(threads)
             await asyncio.to_thread(service.resume)

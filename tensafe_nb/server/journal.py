@@ -162,7 +162,7 @@ class Journal:
     ) -> None:
         self.folder, self._keys, self._files = folder, keys, files or Files()
         self.states = ArtifactStore(folder / "states", keys, tenant)
-        self._lock = threading.RLock()
+        self._lock, self._syncing = threading.RLock(), threading.Lock()  # the second is taken first
         self.begun: Mapping[str, Any] = begun or {}
         self.base: str | None = None
         self.info: Mapping[str, Any] | None = None
@@ -506,22 +506,32 @@ class Journal:
         self._operations.append(pack({"$": "carried"}))
 
     def sync(self) -> None:
-        """Put everything on the disk, then remove what it makes superfluous."""
-        with self._lock:
-            self._catch_up()
-            if not self._dirty:
-                return
-            self._dirty = False
-            logs, self._superseded = self._superseded, []
-            states, self._dropped = self._dropped, []
-            operations, results = self._operations, self._results
-        operations.sync()
-        results.sync()
-        for log in logs:
-            log.remove()
-        for state in states:
-            with suppress(TGTinkerError):
-                self.states.delete(state)
+        """Put everything on the disk, then remove what it makes superfluous; what a disk refuses, the next call tries.
+
+        Whoever calls while another does waits for it: else it would go on before anything is on the disk.
+        """
+        with self._syncing:
+            with self._lock:
+                self._catch_up()
+                if not self._dirty:
+                    return
+                self._dirty = False
+                logs, self._superseded = self._superseded, []
+                states, self._dropped = self._dropped, []
+                operations, results = self._operations, self._results
+            try:
+                operations.sync()
+                results.sync()
+            except BaseException:
+                with self._lock:
+                    self._dirty = True
+                    self._superseded, self._dropped = logs + self._superseded, states + self._dropped
+                raise
+            for log in logs:
+                log.remove()
+            for state in states:
+                with suppress(TGTinkerError):
+                    self.states.delete(state)
 
     # its end
 

@@ -3,7 +3,11 @@
 A copy of a home folder, taken while a server works in it, is what `kill -9` would leave at that moment.
 """
 
+import errno
+import os
 import shutil
+import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.errors import StorageError, ValidationError
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.operations import (
@@ -24,6 +29,10 @@ from tensafe_nb.protocol.operations import (
     ReadAdapter,
     SaveState,
 )
+from tensafe_nb.server.journal import Journal
+from tensafe_nb.server.service import Service
+from tensafe_nb.store.home import Home
+from tensafe_nb.transports.embedded import EmbeddedTransport
 from tests.parity.serving import Gate, Serving, core_of, engine_of, eventually, serving_thread
 from tests.unit.server.conftest import BATCH, error_of, new_client, outcome, submit
 
@@ -138,10 +147,6 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_journal_that_was_cut_off_at_any_byte_of_its_end_brings_back_what_is_whole(
     left: tuple[Path, str], tmp_path: Path
 ) -> None:
-    from tensafe_nb.server.journal import Journal
-    from tensafe_nb.store.home import Home
-    from tensafe_nb.transports.embedded import EmbeddedTransport
-
     found = Left(left[0], tmp_path / "copy")
     keys = EmbeddedTransport(Home(found.home, "a"), "file").vault.keys
     last = max(found.folder.glob("operations-*"))
@@ -174,6 +179,68 @@ def test_a_journal_that_was_altered_stops_its_client_with_a_clear_error_and_keep
             assert "damaged" in outcome(http, refused).json()["error"]["message"]
             assert [artifact["name"] for artifact in http.get("/artifacts").json()] == ["mine"]
     assert list(found.folder.parent.glob("journal-damaged-*"))
+
+
+@pytest.fixture
+def journal(left: tuple[Path, str], tmp_path: Path) -> Iterator[Journal]:
+    """A journal with something that the next `sync` puts on the disk."""
+    found = Left(left[0], tmp_path / "copy")
+    journal = Journal(found.folder, EmbeddedTransport(Home(found.home, "a"), "file").vault.keys, "a")
+    journal._dirty = True
+    yield journal
+    journal.close()
+
+
+def test_who_puts_a_journal_on_the_disk_as_another_does_waits_for_it(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second, waited = threading.Thread(target=journal.sync), []
+    put = journal._results.sync
+
+    def slow() -> None:
+        second.start()
+        second.join(0.1)  # it has no end before this one's
+        waited.append(second.is_alive())
+        put()
+
+    monkeypatch.setattr(journal._results, "sync", slow)
+    journal.sync()
+    second.join()
+    assert waited == [True]
+
+
+def test_what_a_disk_has_refused_is_put_there_by_the_next_and_only_then_is_the_old_removed(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    old = journal._new("operations", 900)
+    journal._superseded.append(old)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", refuse)
+        with pytest.raises(StorageError):
+            journal.sync()
+    assert old.path.exists()
+    journal.sync()
+    assert not old.path.exists()
+
+
+def test_routes_are_made_before_a_client_comes_back_whose_thread_sets_the_filters_of_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume = Service.resume
+
+    def resumed(service: Service) -> None:
+        resume(service)
+        # which warnings are silent is one setting of all threads: a model that loads puts back what FastAPI has set
+        monkeypatch.setattr(warnings, "simplefilter", lambda *_, **__: None)
+
+    monkeypatch.setattr(Service, "resume", resumed)
+    with serving_thread(tmp_path) as serving:
+        headers = {"authorization": f"Bearer {serving.tokens.mint('first')}"}
+        asked = httpx.get(f"{serving.url}/api/v1/training_clients", headers=headers)
+        assert (asked.status_code, asked.json()) == (200, [])
 
 
 def test_what_ran_as_a_server_was_killed_runs_again_and_its_kernel_is_answered_as_before(
@@ -227,9 +294,6 @@ def test_an_adapter_that_was_loaded_is_loaded_again_by_a_server_that_was_killed(
 
 
 def test_a_key_is_not_forgotten_before_the_journals_have_gone_over_to_the_new_one(tmp_path: Path) -> None:
-    from tensafe_nb.errors import ValidationError
-    from tensafe_nb.server.journal import Journal
-    from tensafe_nb.store.home import Home
     from tensafe_nb.store.vault import Vault
 
     home = tmp_path / "server"

@@ -15,7 +15,7 @@ from tensafe_nb.errors import StorageError
 from tensafe_nb.events import RunDescribed
 from tensafe_nb.runs.description import keep, kept
 from tensafe_nb.store import disk
-from tests.parity.serving import Serving, core_of
+from tests.parity.serving import Serving, core_of, eventually
 from tests.unit.server.conftest import error_of, new_client, outcome
 from tests.unit.store.faults import FullDisk
 
@@ -90,10 +90,10 @@ def test_an_automatic_checkpoint_that_cannot_be_written_is_tried_again_and_stops
     states._folder.files = before
     step()
     http.get(f"{path}/ready")
-    client.channel.stop()  # behind the checkpoint
+    client.channel.put_away()  # behind the checkpoint
+    eventually(lambda: client.channel.is_away)
     client.journal.sync()  # what it made superfluous goes with the next
     assert len(states.list()) == 1 and drafts(states._folder.path) == []
-    client.channel.close()
 
 
 def refuse(*_: Any, **__: Any) -> Any:
