@@ -408,6 +408,8 @@ def add_futures(routes: APIRouter, service: Service) -> None:
             )
         if outcome["state"] == "CANCELLED":
             raise FutureCancelledError("The operation was cancelled.", request_id=future_id)
+        if handle.operation == "read_adapter":  # it may have been read before weights were to stay
+            service.refuse_if_kept()
         return packed(handle.result())
 
     @routes.post("/futures/{future_id}/cancel")
