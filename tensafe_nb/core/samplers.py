@@ -22,7 +22,7 @@ from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.errors import ClientClosedError, FutureCancelledError, TGTinkerError
 from tensafe_nb.futures import FutureHandle, Promise, handle_of
 from tensafe_nb.protocol.operations import Sample, SampleFrom
-from tensafe_nb.protocol.results import FutureStatus, SampledPiece, SampleResult, missing_pieces
+from tensafe_nb.protocol.results import FutureStatus, SampleResult, missing_pieces
 from tensafe_nb.store.audit.log import outcome_of
 from tensafe_nb.store.vault import Vault
 
@@ -220,9 +220,6 @@ class SamplerHost:
                 raise FutureCancelledError("cancelled while running")
             promise.progress = done, total
 
-        def tell(sequence: int, text: str) -> None:
-            promise.add_piece(SampledPiece(sequence, text))
-
         if self._engine is None:
             self._engine, self._holds = self._samplers.make(self._config), (None, 0)
         engine, sampling = self._engine, request.sampling
@@ -230,7 +227,7 @@ class SamplerHost:
             self._holds = artifact_id, self._samplers.put(engine, artifact_id)
         if sampling.seed is None:  # the engine's own streams begin anew with each checkpoint
             sampling = sampling.replace(seed=secrets.randbits(48))
-        result = engine.sample(request.prompts, sampling, tick, tell if request.stream else None)
+        result = engine.sample(request.prompts, sampling, tick, promise.add_piece if request.stream else None)
         for piece in missing_pieces(promise.pieces, result) if request.stream else ():
             promise.add_piece(piece)
         return replace(result, policy_version=self._holds[1])
