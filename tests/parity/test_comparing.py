@@ -1,26 +1,54 @@
-"""A comparison raced on either transport: the same numbers, the same forks, the same record on this machine's disk."""
+"""A comparison raced on a server: its numbers are those of one raced here; a fork that changes nothing changes none."""
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import tensafe_nb as tn
 
-ROWS = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(8)]
-RECIPE = {"training": {"steps": 4}, "lora": {"rank": 1}, "batch": {"batch_size": 2}}
-found: dict[str, Any] = {}
+RECIPE = {"training": {"steps": 3}, "lora": {"rank": 1}, "batch": {"batch_size": 1}}
 
 
-def race(service: tn.ServiceClient, **how: Any) -> Any:
+class Rows(list[dict[str, str]]):
+    """Rows that can be read once all forks are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__({"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(6))
+        self.opened = threading.Event()
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        assert self.opened.wait(60)
+        return super().__iter__()
+
+
+def race(service: tn.ServiceClient) -> Any:
+    """Race one arm, and two that leave it after its first step: one as it was, one with another learning rate."""
+    rows = Rows()
     comparison = tn.compare(
-        RECIPE, data=ROWS, seeds=3, vary={"learning_rate": [1e-3, 1e-2]}, service=service, show=False, **how
+        RECIPE, data=rows, seeds=1, vary={"learning_rate": [1e-3]}, service=service, name="rates", show=False
     )
-    comparison.fork("learning_rate=0.001", step=2, learning_rate=1e-4)
-    return comparison.result()
+    for rate in (1e-3, 1e-2):
+        comparison.fork("learning_rate=0.001", step=1, learning_rate=rate)
+    rows.opened.set()
+    comparison.result()
+    return comparison
 
 
-def test_a_comparison_ends_in_the_same_numbers_on_both(service: tn.ServiceClient, transport: str) -> None:
-    result = race(service, name="rates")
-    print(result)
-    print(tn.load_comparison("rates"), tn.load_comparison("rates").result())
-    print(service.list_training_clients())
+def curves(one: Any) -> list[Any]:
+    return [(t.arm, t.state, t.steps.tolist(), t.values.tolist()) for t in one.standings().tracks]
+
+
+@pytest.mark.transports("http")
+def test_a_race_on_a_server_is_the_same_race(
+    service: tn.ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = race(service)
+    assert service.list_training_clients() == []  # those it made are closed
+    assert curves(tn.load_comparison("rates")) == curves(there)
+    parent, same, other = curves(there)
+    assert same[1:] == ("FINISHED", parent[2][1:], parent[3][1:]) and other[3] != same[3]
+    monkeypatch.delenv("TENSAFE_BASE_URL")
+    with tn.ServiceClient() as embedded:
+        assert curves(race(embedded)) == curves(there)
