@@ -306,12 +306,15 @@ class Race:
         try:
             while not self._is_stopped():
                 self._enter_forks()
+                self._fork_those_due()
                 self._admit()
                 if not self._live():
                     if any(lane.waits for lane in self.lanes):
                         self._target = (
                             0  # those that are left had to wait for memory: they race by themselves
                         )
+                        continue
+                    if self._forks:
                         continue
                     break
                 self._target = self._next_target()
@@ -476,6 +479,7 @@ class Race:
                 lane.run.stop()
         for lane in live:
             self._end(lane)
+        self._enter_forks()  # those that came too late are named, too
         for lane in self.lanes:
             if lane.waits:
                 lane.end(None)
@@ -562,7 +566,6 @@ class Race:
             arm = replace(arm, parent=(name, max(reached, self._target) if step < 0 else step))
             self.arms.append(arm)
             self.lanes += [Lane(arm, seed, self.wake) for seed in self.seeds]
-        self._fork_those_due()
 
     def _fork_those_due(self) -> bool:
         """Start every forked run whose parent stands where it branches off, or has a checkpoint of there."""

@@ -4,25 +4,11 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 
 import tensafe_nb as tn
-from tensafe_nb.comparing.comparison import Comparison
 from tensafe_nb.comparing.records import Kept, KeptLane
 from tests.unit.comparing.conftest import scripted
-
-ROWS = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(6)]
-RECIPE = {"training": {"steps": 4, "checkpoint_every": 2}, "lora": {"rank": 1}, "batch": {"batch_size": 1}}
-RATES: dict[str, Any] = {"data": ROWS, "seeds": 1, "vary": {"learning_rate": [1e-3, 1e-2]}, "last": 3}
-
-
-def stopped(comparison: Comparison, at: int) -> None:
-    """Stop a comparison once all arms have come so far."""
-    reached = threading.Event()
-    comparison.watch(lambda: reached.set() if comparison.so_far().step >= at else None)
-    if comparison.so_far().step < at:
-        assert reached.wait(60)
-    comparison.stop()
-    comparison.result()
 
 
 def curves(one: Any) -> list[Any]:
@@ -30,19 +16,37 @@ def curves(one: Any) -> list[Any]:
     return [(t.arm, t.seed, t.steps.tolist(), t.values.tolist()) for t in one.standings().tracks]
 
 
-def test_from_their_checkpoints_recipes_end_as_if_never_stopped(service: tn.ServiceClient) -> None:
-    whole = tn.compare(RECIPE, **RATES, service=service, show=False)
-    whole.result()
-    begun = tn.compare(RECIPE, **RATES, service=service, pace=1, name="rates", show=False)
-    stopped(begun, 3)
-    on = tn.compare(RECIPE, **RATES, service=service, resume_from="rates", show=False)
+def test_from_their_checkpoints_runs_end_as_if_nothing_had_happened(service: tn.ServiceClient) -> None:
+    left = {1e-3: 3, 1e-2: 3}  # calls until something breaks, once
+
+    def arm(
+        service: tn.ServiceClient, seed: int, learning_rate: float, resume_from: str | None = None
+    ) -> Any:
+        def loss(outputs: Any, batch: Any) -> Any:
+            left[learning_rate] -= 1
+            if left[learning_rate] == 0:
+                raise RuntimeError("the disk was full")
+            return torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
+
+        tc = service.create_training_client(
+            lora_config={"rank": 1}, optimizer={"learning_rate": learning_rate}, seed=seed
+        )
+        batches = [tn.BatchData([[3, 4, 5 + n]]) for n in range(4)]
+        return tc.fit(batches, loss_fn=loss, checkpoint_every=2, resume_from=resume_from, show=False)
+
+    how: dict[str, Any] = {"seeds": 1, "vary": {"learning_rate": list(left)}, "last": 3, "show": False}
+    begun = tn.compare(arm, **how, service=service, name="rates")
+    with pytest.raises(tn.ValidationError, match="all 2 runs failed"):
+        begun.result()
+    on = tn.compare(arm, **how, service=service, resume_from="rates")
+    whole = tn.compare(arm, **how, service=service)
     assert str(on.result().differences[0]) == str(whole.result().differences[0])
     assert (on.comparison_id, on.name, on.state) == (begun.comparison_id, "rates", "FINISHED")
     again = tn.load_comparison("rates")
     assert curves(on) == curves(whole) == curves(again) and repr(again.result()) == repr(on.result())
     assert [lane.earlier[0][1] for lane in again.kept.lanes] == [2, 2]
     with pytest.raises(tn.ValidationError, match="rates is complete: load_comparison"):
-        tn.compare(RECIPE, **RATES, service=service, resume_from="rates", show=False)
+        tn.compare(arm, **how, service=service, resume_from="rates")
 
 
 def test_what_had_ended_stays_and_what_saved_nothing_begins_anew(service: tn.ServiceClient) -> None:
