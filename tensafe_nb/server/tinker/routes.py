@@ -79,10 +79,10 @@ def plain(value: Mapping[str, Any]) -> Content:
     return Content(JSON, json.dumps(value, allow_nan=False).encode())
 
 
-async def told(work: Awaitable[Content | dict[str, Any]]) -> Content:
+async def told(work: Callable[[], Awaitable[Content | dict[str, Any]]]) -> Content:
     """Return what a future tells: its result, or its error, which is an answer like any other."""
     try:
-        found = await work
+        found = await work()
     except TGTinkerError as error:
         return plain(failed(error))
     except Exception:  # an answer of 500 would be asked for again at once, for ever
@@ -168,7 +168,7 @@ def add_training(routes: APIRouter, tinker_of: Ask) -> None:
             model = await tinker.create(asked)
             return {"model_id": model.model_id, "type": "create_model"}
 
-        return {"request_id": tinker.begin(future_of(model_id, -1), told(work())), "model_id": model_id}
+        return {"request_id": tinker.begin(future_of(model_id, -1), lambda: told(work)), "model_id": model_id}
 
     @routes.post("/get_info")
     async def get_info(request: Request) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def queued(
     """Begin the work of a model's request, and return the answer to it."""
     if model.client.may_refuse("tinker", number):
         tinker.tenant.check_queue()
-    request_id = tinker.begin(future_of(model.model_id, number), told(work()))
+    request_id = tinker.begin(future_of(model.model_id, number), lambda: told(work))
     return {"request_id": request_id, "model_id": model.model_id}
 
 
@@ -344,19 +344,22 @@ def add_weights(routes: APIRouter, tinker_of: Ask) -> None:
                 model = await tinker.create_by_load(asked)
                 return {"model_id": model.model_id, "path": asked.path, "type": "load_weights"}
 
-            return {"request_id": tinker.begin(future_of(model_id, -1), told(make())), "model_id": model_id}
+            return {
+                "request_id": tinker.begin(future_of(model_id, -1), lambda: told(make)),
+                "model_id": model_id,
+            }
         model = tinker.model(asked.model_id)
 
         async def load() -> dict[str, Any]:
-            error: list[TGTinkerError] = []
+            found = missing = ""
             try:
                 found = (await tinker.tenant.aside(find, tinker.tenant, asked.path)).saved.artifact_id
-            except TGTinkerError as missing:
-                error.append(missing)
+            except TGTinkerError as error:
+                missing = error.message
 
             def read() -> LoadState:
-                for missing in error:
-                    raise missing
+                if missing:  # an error of its own: who presents it clears the frames it came through
+                    raise ArtifactNotFoundError(missing)
                 return LoadState(found, None, asked.optimizer)
 
             await tinker.result(model, int(asked.seq_id or 0), "load_state", read)
@@ -411,27 +414,18 @@ def add_sampling(routes: APIRouter, tinker_of: Ask) -> None:
             )
             handle = await tinker.service.sample(tinker.tenant, SampleFrom(sample, **named), where)
         except ValidationError as error:
-            return tinker.begin(f"fut-{request_name()}", told(raising(error)))
+            failure = plain(failed(error))
+            return tinker.begin(f"fut-{uuid.uuid4().hex[:12]}", lambda: asyncio.sleep(0, failure))
 
         async def work() -> Content:
             await ended(handle)
             return Content(PROTOBUF, await asyncio.to_thread(response_of, handle.result(), asked))
 
-        return tinker.begin(handle.future_id, told(work()))
+        return tinker.begin(handle.future_id, lambda: told(work))
 
     async def context_of(tinker: Tinker, weights: Any) -> int | None:
         samplers = tinker.tenant.transport.samplers
         return (await asyncio.to_thread(samplers.introduction, weights))[1]
-
-
-def request_name() -> str:
-    """Return a name that nothing else has."""
-    return uuid.uuid4().hex[:12]
-
-
-async def raising(error: TGTinkerError) -> Content:
-    """Fail, as the work of a future."""
-    raise error
 
 
 def add_checkpoints(routes: APIRouter, tinker_of: Ask) -> None:

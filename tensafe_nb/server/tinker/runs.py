@@ -10,7 +10,7 @@ import hashlib
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,13 +141,10 @@ class Tinker:
 
     # futures
 
-    def begin(self, request_id: str, work: Awaitable[Content]) -> str:
-        """Let a future's work begin, unless it has begun already."""
-        if request_id in self._futures:  # it was sent again
-            if asyncio.iscoroutine(work):
-                work.close()
-            return request_id
-        self._futures[request_id] = asyncio.ensure_future(work)
+    def begin(self, request_id: str, work: Callable[[], Coroutine[Any, Any, Content]]) -> str:
+        """Let a future's work begin, unless it has begun already: then the request was sent again."""
+        if request_id not in self._futures:
+            self._futures[request_id] = asyncio.create_task(work())
         while len(self._futures) > KEPT_FUTURES and next(iter(self._futures.values())).done():
             self._futures.popitem(last=False)
         return request_id
