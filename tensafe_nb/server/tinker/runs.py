@@ -12,12 +12,13 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from tensafe_nb.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.core.samplers import StoredWeights
 from tensafe_nb.display import as_given
+from tensafe_nb.engine.models.load import is_cpu
 from tensafe_nb.errors import NotFoundError, QueueFullError, TGTinkerError, ValidationError
 from tensafe_nb.futures import promise_of
 from tensafe_nb.protocol.operations import LoadState, Operation
@@ -315,6 +316,8 @@ class Tinker:
         weights = await self.service.stored_weights(
             self.tenant, artifact_id, base_model if path is None else None
         )
+        if artifact_id is None:
+            weights = replace(weights, config=weights.config.replace(dtype=dtype_here()))
         self.samplers[sampler_id] = Sampler(sampler_id, weights.config.model_ref, weights, path)
         return self.samplers[sampler_id]
 
@@ -352,9 +355,15 @@ def config_of(request: ModelRequest) -> TrainingConfig:
             target_modules=modules_of(attention=lora.train_attn, mlp=lora.train_mlp, head=lora.train_unembed),
         ),
         optimizer=OptimizerConfig(betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0),
+        dtype=dtype_here(),
         seed=0 if lora.seed is None else lora.seed,
         dp_config=dp_of(request.optimizer_config),
     )
+
+
+def dtype_here() -> Literal["auto", "float32"]:
+    """Return what to compute in: on a CPU float32, as for rewards, since what samples has to be what trains."""
+    return "float32" if is_cpu("auto") else "auto"
 
 
 def dp_of(optimizer: Mapping[str, Any]) -> DPConfig | None:
