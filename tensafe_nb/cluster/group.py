@@ -5,6 +5,7 @@ the sum and the same step: none of them is ahead of another, and the last one le
 knows no processes: where a replica lives is the business of its place.
 """
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -166,10 +167,13 @@ class EngineGroup:
                         until = min(until, time.monotonic() + FOR_THE_OTHERS)
                     case ("error", _, error):
                         raise error
-                    case ("lost", reason) if place in self._coming:
-                        del self._coming[place]
+                    case ("lost", reason):
+                        place.end()
+                        self._coming.pop(place, None)
+                        if place in self._members:  # it had come, and did not wait for the others
+                            self._members.remove(place)
                         last = ClusterError(f"The replica {place.name} did not come up: {reason}")
-            if known is None:
+            if known is None or not self._members:
                 raise last or ClusterError("No replica was started.")
         except BaseException:
             end_all(self._members, self._coming)
@@ -227,28 +231,24 @@ class EngineGroup:
 
     def _admit(self) -> None:
         """Take in, between two operations, what has happened meanwhile, and the replicas that have come."""
-        for place, message in self._news():
-            match message:
-                case ("lost", reason):
-                    self._lose(place, reason)
-                case ("error", call, error) if self._coming.get(place) == call:
-                    self._lose(place, str(error))
-                case ("answer", call, _) if self._coming.get(place) == call:
-                    self._let_in(place)
+        with contextlib.suppress(Empty):
+            while True:  # one by one: the next may be that the one being let in is lost
+                place, message = self._inbox.get_nowait()
+                match message:
+                    case ("lost", reason):
+                        self._lose(place, reason)
+                    case ("error", call, error) if self._coming.get(place) == call:
+                        self._lose(place, str(error))
+                    case ("answer", call, _) if self._coming.get(place) == call:
+                        self._let_in(place)
         self._check_alive()
-
-    def _news(self) -> "list[tuple[ReplicaPlace, Message]]":
-        found = []
-        while True:
-            try:
-                found.append(self._inbox.get_nowait())
-            except Empty:
-                return found
 
     def _let_in(self, place: ReplicaPlace) -> None:
         """Let a newcomer become what the others are, down to the last bit."""
         self._check_alive()
         (state,) = self._ask([ReplicaCall("capture", (True,))])
+        if place not in self._coming:  # lost meanwhile
+            return
         adopt = ReplicaCall("adopt", (state,), place)
         self._carry_out([adopt])
         standing = adopt.answer
@@ -387,7 +387,12 @@ class EngineGroup:
     def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
         """Take one optimiser step; see `Engine.optim_step`."""
         self._admit()
-        result: OptimStepResult = self._order("optim_step")
+        try:
+            result: OptimStepResult = self._order("optim_step")
+        except BaseException:
+            if self._members:
+                self.discard_gradients()  # they have: but a refusal does not say where they stand
+            raise
         return result
 
     def discard_gradients(self) -> None:
@@ -514,7 +519,9 @@ class EngineGroup:
         """
         replicas = len(self._members)
         tokens = int(micro_batches.columns_needed(batch.attention_mask).sum())
-        most = min(self.config.micro_batch_tokens, max(1, -(-tokens // replicas)))
+        most = self.config.micro_batch_tokens
+        if replicas > 1:
+            most = min(most, max(1, -(-tokens // replicas)))
         pieces = micro_batches.divided(batch, declares, most, self._introduction.overhead)
         shares: list[list[Array]] = [[] for _ in range(replicas)]
         loads = [0] * replicas

@@ -172,11 +172,15 @@ def test_a_replica_that_was_lost_is_replaced_by_one_that_knows_all_that_the_othe
     alone.close()
 
 
-def test_with_the_last_replica_the_client_fails_and_says_how_to_go_on(made: Any) -> None:
+@pytest.mark.parametrize("within", [False, True], ids=["between two operations", "within one"])
+def test_with_the_last_replica_the_client_fails_and_says_how_to_go_on(made: Any, within: bool) -> None:
     tc, cluster = made(2)
     saved = tc.save_state().result()
-    for place in cluster.living:
-        place.lose()
+    if within:
+        cluster.made[0].lose_at("contribute", most=2)
+    else:
+        for place in cluster.living:
+            place.lose()
     with pytest.raises(tn.ClusterError, match=r"All replicas .* service\.restore"):
         tc.forward_backward(ragged()).result()
     assert tc.status is tn.ClientStatus.ERROR
