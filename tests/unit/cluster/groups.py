@@ -25,9 +25,7 @@ class WatchedPlaces(ThreadPlaces):
 
     def start(self, inbox: Inbox) -> ThreadPlace:
         place = super().start(inbox)
-        place.behind = lambda _, method: (
-            self.there.release() if method == "load" and not place.lost else None
-        )
+        place.behind = lambda _, method: self.there.release() if method == "load" and not place.lost else None
         return place
 
     @property

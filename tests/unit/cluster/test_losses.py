@@ -23,8 +23,7 @@ PER_TOKEN = ("advantages", "weights", "returns", "old_logprobs")
 SPLITTABLE = sorted(
     name
     for name in get_registered_losses()
-    if (loss := resolve_loss(name)).declares.splittable
-    and loss.function.__module__.startswith("tensafe_nb.")
+    if (loss := resolve_loss(name)).declares.splittable and loss.function.__module__.startswith("tensafe_nb.")
 )
 
 
