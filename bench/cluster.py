@@ -26,6 +26,7 @@ ROWS, TOKENS = 16, 64
 LOADS = 2  # where its weights happen to lie in memory makes a model faster or slower: load it anew
 WIDTH, LAYERS = 384, 6  # of a model of 12 million parameters
 WIDTH_OF_20_MB, LAYERS_OF_20_MB = 256, 5
+LORA = tn.LoRAConfig(rank=workload.RANK, alpha=workload.ALPHA)
 SETTINGS: dict[str, Any] = {
     "optimizer": {"name": "adamw", "learning_rate": workload.LEARNING_RATE},
     "dtype": "float32",
@@ -66,10 +67,11 @@ def replicas_of(group: EngineGroup) -> list[int]:
 
 
 @contextmanager
-def client_on(cluster: tn.LocalCluster | None, model: str) -> Iterator[tuple[tn.TrainingClient, list[int]]]:
-    """Give a LoRA client of a model, and the processes of its replicas."""
+def client_on(
+    cluster: tn.LocalCluster | None, model: str, lora: tn.LoRAConfig | None
+) -> Iterator[tuple[tn.TrainingClient, list[int]]]:
+    """Give a client of a model, and the processes of its replicas."""
     with tn.ServiceClient(cluster=cluster) as service:
-        lora = tn.LoRAConfig(rank=workload.RANK, alpha=workload.ALPHA)
         tc = service.create_training_client(model_ref=model, lora_config=lora, **SETTINGS)
         tc.ready().result()
         channel: Any = tc._channel
@@ -94,7 +96,7 @@ def pairs(engines: int, width: int, layers: int, batch: tn.BatchData, seconds: f
     with tempfile.TemporaryDirectory() as folder:
         size = make_model(Path(folder), width, layers)
         cluster = tn.LocalCluster(engines=engines, cpus=1)
-        with client_on(cluster, folder) as (ours, pids), client_on(None, folder) as (peer, _):
+        with client_on(cluster, folder, LORA) as (ours, pids), client_on(None, folder, LORA) as (peer, _):
             many, one = workload.step_through(ours, batch), workload.step_through(peer, batch)
             assert abs(many() - one()) < 1e-4, "the two sides do not compute the same loss"
             return paired(watched(many, pids), watched(one, []), seconds=seconds, watch=as_it_says), size
@@ -173,16 +175,22 @@ def gradients() -> Row:
 
                 return run
 
-            taken = paired(step(group), step(alone), seconds=8, at_least=20)
+            turns = watched(step(group), replicas_of(group)), watched(step(alone), [])
+            taken = paired(*turns, seconds=8, at_least=20, watch=as_it_says)
     return Row(
         what=f"to add up {4 * size / 1e6:.0f} MB of gradients of two replicas, and hand each the sum: what a "
         f"forward_backward of two rows of 4 tokens takes longer than in one process",
         peer="",
         precision="fp32",
         sizes=f"all weights of a Llama of {size / 1e6:.1f} million parameters",
-        taken=Taken([ours - peer for ours, peer in zip(taken.ours, taken.peer, strict=True)]),
+        taken=Taken(longer(taken), cpu=taken.cpu and Taken(longer(taken.cpu))),
         target=Target("≤", 0.1, "ours"),
     )
+
+
+def longer(taken: Taken) -> list[float]:
+    """Return what ours took longer than the peer, pair by pair."""
+    return [ours - peer for ours, peer in zip(taken.ours, taken.peer, strict=True)]
 
 
 def regroup() -> Row:

@@ -516,21 +516,27 @@ class EngineGroup:
     def _shares(self, batch: BatchData, declares: Declaration) -> list[list[Array]]:
         """Divide a batch into as many shares as there are replicas, where it can be: each the pieces of one.
 
-        The pieces are made small enough for that, and go to whoever has least, the largest first.
+        The pieces are made small enough for that: of an even share, or of a row more, where that leaves less for who
+        has most.
         """
-        replicas = len(self._members)
-        tokens = int(micro_batches.columns_needed(batch.attention_mask).sum())
-        most = self.config.micro_batch_tokens
-        if replicas > 1:
-            most = min(most, max(1, -(-tokens // replicas)))
-        pieces = micro_batches.divided(batch, declares, most, self._introduction.overhead)
-        shares: list[list[Array]] = [[] for _ in range(replicas)]
-        loads = [0] * replicas
-        for piece in sorted(pieces, key=lambda rows: -cost(batch, rows)):
-            least = loads.index(min(loads))
-            shares[least].append(piece)
-            loads[least] += cost(batch, piece)
-        return [share for share in shares if share]
+        replicas, most = len(self._members), self.config.micro_batch_tokens
+        overhead = self._introduction.overhead
+        if replicas == 1:
+            return [micro_batches.divided(batch, declares, most, overhead)]
+        columns = micro_batches.columns_needed(batch.attention_mask)
+        even = max(1, -(-int(columns.sum()) // replicas))
+        return min(
+            (
+                shared_out(
+                    batch,
+                    micro_batches.divided(batch, declares, min(most, limit), overhead),
+                    replicas,
+                    overhead,
+                )
+                for limit in (even, even + int(columns.max(initial=1)) - 1)
+            ),
+            key=lambda found: found[1],
+        )[0]
 
     def _dropout_of(self, share: int) -> int:
         """Return what seeds the dropout of a share: whoever computes it, and however often, draws the same."""
@@ -689,9 +695,22 @@ def same_end(one: ReplicaCall, other: ReplicaCall) -> bool:
     return bool(one.answer == other.answer)
 
 
-def cost(batch: BatchData, rows: Array) -> int:
-    """Return what a piece costs: its tokens, padding included."""
-    return len(rows) * int(micro_batches.columns_needed(batch.attention_mask[rows]).max())
+def shared_out(
+    batch: BatchData, pieces: Sequence[Array], replicas: int, overhead: int
+) -> tuple[list[list[Array]], int]:
+    """Give each piece, the largest first, to whoever has least; return the shares, and what the largest costs.
+
+    A piece costs its tokens, padding included, and what any piece costs.
+    """
+    columns = micro_batches.columns_needed(batch.attention_mask)
+    costs = [len(rows) * int(columns[rows].max()) + overhead for rows in pieces]
+    shares: list[list[Array]] = [[] for _ in range(replicas)]
+    loads = [0] * replicas
+    for piece in sorted(range(len(pieces)), key=lambda piece: -costs[piece]):
+        least = loads.index(min(loads))
+        shares[least].append(pieces[piece])
+        loads[least] += costs[piece]
+    return [share for share in shares if share], max(loads)
 
 
 def summed(parts: Sequence[Array | None]) -> Array | None:
