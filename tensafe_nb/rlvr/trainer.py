@@ -465,7 +465,7 @@ class RLVRTrainer:
         Raises:
             ValidationError: The reward is a judge, and the client is private.
         """
-        if PRIVATE in self.training_client.capabilities and reward.judged:
+        if reward.judged and PRIVATE in self.training_client.capabilities:
             raise ValidationError(
                 f"The reward {as_given(reward.name)} sends prompts and answers to a judge, where no ε covers them, and "
                 f"this client trains with differential privacy. Score with a function that runs here."

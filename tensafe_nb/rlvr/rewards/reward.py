@@ -214,7 +214,7 @@ def resolve_reward(spec: Any, *, conversational: bool | None = None, **kwargs: A
             ) from None
         check_keywords(composite, kwargs, "reward", 3)
         return Reward("composite", composite, {"parts": parts}, parts=parts)
-    if spec == "judge" and spec not in _REWARDS:
+    if isinstance(spec, str) and spec == "judge" and spec not in _REWARDS:
         check_keywords(judge, kwargs, "reward", 0)
         if not {"url", "model", "rubric"} <= set(kwargs):
             raise ValidationError("The reward judge needs url=…, model=… and rubric=…, as in rlvr.judge(…).")
