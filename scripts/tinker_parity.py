@@ -19,6 +19,7 @@ import tensafe_nb as tn
 VERSIONS = ("0.25.0", "0.29.1", "0.33.0", "0.38.0")
 NEWEST = VERSIONS[-1]
 PROGRAMS = ("numerics", "optimizer_state", "custom_loss", "private", "faults", "supervised", "reinforcement")
+PROGRAMS += ("notebook",)
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "tinker-parity"
 LONGEST = 900.0  # s of a program
@@ -110,7 +111,7 @@ def is_told(line: str) -> bool:
         "waited",
         "train_mean",
     )
-    words += ("importance_sampling:", "ppo:", "the model goes", "resumed", "{")
+    words += ("importance_sampling:", "ppo:", "the model goes", "resumed", "{", "notebook:")
     return line.startswith(words)
 
 

@@ -164,6 +164,8 @@ def custom_loss() -> None:
 
 def private() -> None:
     """Differential privacy is asked for by the optimizer; epsilon comes back; without noise and clip it is plain."""
+    from tinker.types.optimizer import OptimizerConfigBase
+
     service = tinker.ServiceClient()
     data = [datum(row, example_id=np.array([number])) for number, row in enumerate(ROWS)]
 
@@ -174,12 +176,10 @@ def private() -> None:
             found.append(tc.optim_step(types.AdamParams(learning_rate=1e-2)).result().metrics)
         return found
 
-    noisy = types.OptimizerConfigBase(
-        type="dp_adamw", noise_multiplier=1.0, max_grad_norm=0.5, target_epsilon=50.0
-    )
+    noisy = OptimizerConfigBase(type="dp_adamw", noise_multiplier=1.0, max_grad_norm=0.5, target_epsilon=50.0)
     epsilons = [metrics["dp_epsilon"] for metrics in steps(client(service, optimizer=noisy), data, 3)]
     assert 0 < epsilons[0] < epsilons[1] < epsilons[2], epsilons
-    open_end = types.OptimizerConfigBase(
+    open_end = OptimizerConfigBase(
         type="dp_adamw", noise_multiplier=0.0, max_grad_norm=1e6, expected_batch_size=1, target_epsilon=None
     )
     plain, same = client(service), client(service, optimizer=open_end)
@@ -369,6 +369,23 @@ def reinforcement() -> None:
         print(
             f"{loss}: reward {first:.2f} -> {last:.2f} in {len(rewards)} steps, |kl_sample_train_v1| <= {kl:.1e}"
         )
+
+
+def notebook() -> None:
+    """The notebook on the SDK, from top to bottom."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    path = Path(__file__).parent.parent / "notebooks" / "13_tinker_sdk.ipynb"
+    read = nbformat.read(path, as_version=4)
+    NotebookClient(read, timeout=240, kernel_name="python3", extra_arguments=["--log-level=ERROR"]).execute(
+        cwd=str(path.parent)
+    )
+    said = "".join(
+        output.get("text", "") for cell in read.cells if cell.cell_type == "code" for output in cell.outputs
+    )
+    assert "the same tokens: True" in said and "8 steps" in said, said
+    print("notebook: " + said.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":
