@@ -7,6 +7,7 @@ import asyncio
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -300,7 +301,15 @@ def supervised() -> None:
         return [row["train_mean_nll"] for row in rows if "train_mean_nll" in row]
 
     unbroken = run("whole", 20)
-    run("broken", 10)
+    shutil.copytree("whole", "broken")  # as it stood after its tenth step
+    kept = [
+        line
+        for line in Path("whole/checkpoints.jsonl").read_text().splitlines()
+        if json.loads(line)["batch"] == 10
+    ]
+    Path("broken/checkpoints.jsonl").write_text("\n".join(kept[:1]) + "\n")
+    steps = Path("whole/metrics.jsonl").read_text().splitlines()
+    Path("broken/metrics.jsonl").write_text("\n".join(steps[:10]) + "\n")
     resumed = run("broken", 20)
     assert unbroken[-1] < unbroken[0] - 0.5, unbroken
     assert len(resumed) == 20 and np.allclose(unbroken, resumed, rtol=2e-3), (unbroken, resumed)

@@ -386,7 +386,8 @@ def dp_of(optimizer: Mapping[str, Any]) -> DPConfig | None:
                 raise ValidationError(
                     f"The optimizer 'dp_adamw' has no setting {as_given(unknown[0])}; it has {sorted(DP_FIELDS)}."
                 )
-            return DPConfig(sampling="worst_case", **settings)
+            # the SDK sends nothing for None: without a target, no step is refused
+            return DPConfig(**{"sampling": "worst_case", "target_epsilon": None} | settings)
     raise ValidationError(
         f"There is no optimizer {as_given(optimizer.get('type'))} on this server: 'adamw', or 'dp_adamw' with "
         f"noise_multiplier, max_grad_norm, target_epsilon, target_delta."
