@@ -1,0 +1,94 @@
+"""What is kept of conversations between turns: keys and values, so that no token of them is read twice."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_BYTES = 1 << 29  # of keys and values
+Layers = list[tuple[Tensor, Tensor]]  # of each layer keys and values, (R, groups, T, width)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Rows that a model has read.
+
+    Attributes:
+        layers: Of each layer keys and values, (R, groups, T, width).
+        mask: (R, T), 1 where a place holds a token of its row; the last place does.
+    """
+
+    layers: Layers
+    mask: Tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    @classmethod
+    def of(cls, layers: Layers, mask: Tensor) -> "Read":
+        """Take rows without the empty places between their tokens: all tokens of a row come last."""
+        order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
+        places = order[:, None, :, None]
+        together = [(keys.take_along_dim(places, 2), values.take_along_dim(places, 2)) for keys, values in layers]
+        return cls(together, mask.gather(1, order))
+
+
+def joined(parts: Sequence[tuple[Read, Tensor, Tensor]]) -> Read:
+    """Return rows of several reads as one: each part is a read, which of its rows, and where in the whole they go."""
+    count = sum(len(rows) for _, rows, _ in parts)
+    longest = max(read.mask.shape[1] for read, _, _ in parts)
+
+    def gathered(of: Callable[[Read], Tensor], dim: int) -> Tensor:
+        first = of(parts[0][0])
+        whole = first.new_zeros(count, *first.shape[1:dim], longest, *first.shape[dim + 1 :])
+        for read, rows, places in parts:
+            found = of(read)[rows]
+            whole.narrow(dim, longest - found.shape[dim], found.shape[dim])[places] = found
+        return whole
+
+    layers = range(len(parts[0][0].layers))
+    return Read(
+        [(gathered(lambda read: read.layers[n][0], 2), gathered(lambda read: read.layers[n][1], 2)) for n in layers],
+        gathered(lambda read: read.mask, 1),
+    )
+
+
+class Prefixes:
+    """Conversations that may go on, by their streams: which tokens were read of each, and where they lie.
+
+    Args:
+        version: Of the weights that have read them.
+        most: Bytes; conversations beyond that are read anew.
+    """
+
+    def __init__(self, version: int, most: int = MOST_BYTES) -> None:
+        self.version = version
+        self._left = most
+        self._kept: dict[int | None, tuple[tuple[int, ...], Read, int]] = {}
+
+    def keep(self, streams: Sequence[int | None], tokens: Sequence[tuple[int, ...]], read: Read) -> None:
+        """Keep rows of which these tokens were read, as long as there is room."""
+        self._left -= read.size
+        if self._left >= 0:
+            for row, (stream, of_row) in enumerate(zip(streams, tokens, strict=True)):
+                self._kept[stream] = of_row, read, row
+
+    def begin(self, stream: int | None, prompt: Sequence[int]) -> bool:
+        """Whether a prompt begins with what was kept under its stream, and has more."""
+        tokens, *_ = self._kept.get(stream, ((),))
+        return 0 < len(tokens) < len(prompt) and tokens == tuple(prompt[: len(tokens)])
+
+    def take(self, streams: Sequence[int | None]) -> Read:
+        """Return rows in this order."""
+        found = [self._kept[stream] for stream in streams]
+        reads = {id(read): read for _, read, _ in found}
+        device = found[0][1].mask.device
+        parts = []
+        for key, read in reads.items():
+            places = [place for place, (_, other, _) in enumerate(found) if id(other) == key]
+            rows = [found[place][2] for place in places]
+            parts.append((read, torch.tensor(rows, device=device), torch.tensor(places, device=device)))
+        return joined(parts)
