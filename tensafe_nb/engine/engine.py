@@ -331,7 +331,7 @@ class Engine:
             seed = seed_of_call(self.config.seed, self.samples_drawn)
         known = kept = None
         if config.num_samples == 1 and None not in streams:  # conversations, which may go on
-            before, kept = self.prefixes, Prefixes(self.policy_version)
+            before, kept = self.prefixes, Prefixes(self.policy_version, self.model.device)
             known = before if before is not None and before.version == self.policy_version else None
             self.prefixes = kept
         drawn = sampler.sample(

@@ -349,9 +349,7 @@ class RLVRTrainer:
                 "This trainer has a reward, and no environment: set_reward(…) takes another one; for an environment "
                 "make a trainer with environment=…."
             )
-        self.reward = self.sampler.environment = self._punishing(
-            resolve_environment(environment, **kwargs)
-        )
+        self.reward = self.sampler.environment = self._punishing(resolve_environment(environment, **kwargs))
 
     @checked
     def rescore(self, last: int = 20, reward: RewardSpec | Environment | None = None) -> Rescored:

@@ -148,7 +148,10 @@ def sample(
     rows = list(begun(prompts, sampling.num_samples, seed, turns, own, before))
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
-    samples, going_on = 1, known is not None and sampling.num_samples == 1 and all(map(known.begin, own, prompts))
+    samples, going_on = (
+        1,
+        known is not None and sampling.num_samples == 1 and all(map(known.has_begun, own, prompts)),
+    )
     if not going_on:
         prompts, samples = read_once(prompts, sampling.num_samples, most // longest)
     at_once = max(1, most // (longest * samples))  # prompts

@@ -102,7 +102,9 @@ class Stage:
         alone: Nobody else in this process draws random numbers.
     """
 
-    def __init__(self, environment: Environment, original: bytes | None = None, *, alone: bool = False) -> None:
+    def __init__(
+        self, environment: Environment, original: bytes | None = None, *, alone: bool = False
+    ) -> None:
         self._environment, self._original, self._alone = environment, original, alone
         self._playing: dict[int, Playing] = {}
 

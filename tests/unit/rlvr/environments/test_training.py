@@ -1,5 +1,6 @@
 """Training with an environment: the trainer's evaluation, resume, algorithms and refusals, and what an update sees."""
 
+import random
 import threading
 
 import numpy as np
@@ -92,9 +93,7 @@ def test_a_step_publishes_what_came_of_its_conversations(client):
 
 @environment
 def rolls(row):
-    """One whose state and dice live in a process between turns."""
-    import random
-
+    """One with a state between turns, and dice of its own."""
     dice = random.randrange(6)
     said = yield row["sums"][0]["prompt"]
     other = yield row["sums"][dice % 2]["prompt"]
@@ -102,10 +101,10 @@ def rolls(row):
 
 
 def test_a_run_goes_on_exactly_where_it_stood_resumed_forked_and_rolled_back(client, service):
-    def trainer(client, timeout=None):
+    def trainer(client):
         return trainer_of(
             client, rolls, algo=REINFORCE(baseline="ema", mask_truncated=False), prompt_policy="adaptive",
-            reward_timeout=timeout, eval_prompts=PAIRS[:1], eval_every=2, seed=3,
+            group_size=2, eval_prompts=PAIRS[:1], eval_every=2, seed=3,
         )  # fmt: skip
 
     def measured(client, steps=2):
@@ -121,8 +120,8 @@ def test_a_run_goes_on_exactly_where_it_stood_resumed_forked_and_rolled_back(cli
     run.result()
     fork, third = run.fork(step=2), service.create_training_client(CONFIG)
     saved = min(service.list_artifacts(client.training_client_id), key=lambda one: one.step).artifact_id
-    for other, timeout in ((fork, 60.0), (third, None)):  # in processes, and here
-        resumed = trainer(other, timeout)
+    for other in (fork, third):
+        resumed = trainer(other)
         resumed.run(steps=4, resume_from=saved, show=False).result()
         assert (said(other), measured(other)) == (said(client), measured(client))
         assert resumed.position() == whole.position()
@@ -191,7 +190,10 @@ def test_dapo_punishes_the_longest_turn_and_asks_the_environment_what_is_right(c
     values = rows(client)[1].values
     own = np.array([rollout.reward_parts["patient"] for rollout in batch])
     assert values["rewards/true"] == values["rewards/patient/mean"] == pytest.approx(own.mean())
-    assert {"rewards/overlong/mean", "resample/groups", "eval/rewards/overlong"} <= {*values, *rows(client)[0].values}
+    assert {"rewards/overlong/mean", "resample/groups", "eval/rewards/overlong"} <= {
+        *values,
+        *rows(client)[0].values,
+    }
     again = trainer.rescore()
     assert [r.reward for r in again.after] == [r.reward for r in again.before]
     trainer.set_environment(checks)
