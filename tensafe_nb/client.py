@@ -11,13 +11,13 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig, joins, spells
+from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, StepConfig, TrainingConfig, joins, spells
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError, near_misses
 from tensafe_nb.events import Event, RunDescribed, RunState
-from tensafe_nb.futures import FutureHandle, Outstanding
+from tensafe_nb.futures import FutureHandle, Outstanding, Pieces, promise_of
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.sinks.forwarding import Forwarding, check_samples, reporter
 from tensafe_nb.history.sinks.sink import sink_of
@@ -70,7 +70,7 @@ from tensafe_nb.runs.loop import Batch, Loop, LossSpec
 from tensafe_nb.runs.run import SILENT_SECONDS, TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
-from tensafe_nb.transports.encrypted import HEAdapter
+from tensafe_nb.transports.encrypted.adapter import HEAdapter
 
 R = TypeVar("R")
 
@@ -85,7 +85,7 @@ Clients: TypeAlias = "weakref.WeakValueDictionary[str, TrainingClient]"
     train="tc.fit(batches, steps=…) (a run), or tc.forward_backward(batch) and tc.optim_step() (one step)",
     train_step="tc.forward_backward(batch), then tc.optim_step()",
     generate="tc.sample(prompts, max_new_tokens=…)",
-    chat="tc.sample([{'role': 'user', 'content': …}])",
+    chat="tc.stream([{'role': 'user', 'content': …}])",
     complete="tc.sample(prompts, max_new_tokens=…)",
     backward="tc.forward_backward(batch)",
     zero_grad="not needed: tc.optim_step() ends the window",
@@ -133,7 +133,12 @@ class TrainingClient:
 
     @checked
     def forward_backward(
-        self, batch: Batch, loss_fn: LossSpec | None = None, loss_kwargs: Mapping[str, Any] | None = None
+        self,
+        batch: Batch,
+        loss_fn: LossSpec | None = None,
+        loss_kwargs: Mapping[str, Any] | None = None,
+        *,
+        return_logprobs: bool = False,
     ) -> FutureHandle[ForwardBackwardResult]:
         """Compute the loss of a batch and add its gradient to what is accumulated.
 
@@ -141,11 +146,14 @@ class TrainingClient:
             batch: A BatchData, or a dict of `input_ids`, `attention_mask`, `labels` (B, T) and what the loss needs.
             loss_fn: A registered name, "package.module:attribute" or a callable; token cross entropy when None.
             loss_kwargs: Keywords of the loss.
+            return_logprobs: Also return each label's log-probability, (B, T), before the step.
 
         Raises:
             ValidationError: A batch or loss that does not fit.
         """
-        return self._submit(ForwardBackward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {})))
+        return self._submit(
+            ForwardBackward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {}), return_logprobs)
+        )
 
     @checked
     def forward(
@@ -166,22 +174,43 @@ class TrainingClient:
         """
         return self._submit(Forward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {}), return_logprobs))
 
-    def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
+    @joins(StepConfig, "step")
+    def optim_step(
+        self,
+        apply_dp_noise: bool = True,
+        step: StepConfig | None = None,
+        *,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        max_grad_norm: float | None = None,
+    ) -> FutureHandle[OptimStepResult]:
         """Apply the accumulated gradients with the optimiser.
 
         Args:
             apply_dp_noise: Without differential privacy it has no effect. With it, False is refused while there is a
                 guarantee to lose; see `void_privacy`.
+            step: What this step does otherwise than `config.optimizer` says: a StepConfig, whose fields the keywords
+                are. Those that you give come on top of it.
+            learning_rate: Of this step, whatever the schedule says; 0 moves no weight.
+            weight_decay: Of this step.
+            betas: Of this step; for adamw and adam, like `eps`.
+            eps: Of this step.
+            max_grad_norm: Norm to which the gradient is scaled down; 0 leaves it.
 
         Raises:
-            ValidationError: Not a truth value. The handle of a private client's step fails with `PrivacyUnitError` for
-                a draw that is not whole, and with `DPBudgetExceededError` instead of spending more than the budget.
+            ValidationError: A setting that does not fit, or that the optimiser does not have. The handle of a private
+                client's step fails with `PrivacyUnitError` for a draw that is not whole, and with
+                `DPBudgetExceededError` instead of spending more than the budget.
         """
         if not isinstance(apply_dp_noise, bool):
             raise ValidationError(
                 f"optim_step(apply_dp_noise=…) is True or False, not {as_given(apply_dp_noise)}."
             )
-        return self._submit(OptimStep(apply_dp_noise))
+        assert step is not None  # the keywords are in it
+        step.applied_to(self.config.optimizer)
+        return self._submit(OptimStep(apply_dp_noise, step))
 
     @joins(SamplingConfig, "sampling")
     def sample(
@@ -198,6 +227,9 @@ class TrainingClient:
         stop: str | Sequence[str] = (),
         seed: int | None = None,
         ignore_end: bool = False,
+        top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        top_prompt_logprobs: int = 0,
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
 
@@ -214,18 +246,66 @@ class TrainingClient:
             stop: Strings that end a completion; they are cut from its text.
             seed: Fixes every row's random stream; None takes the client's next one.
             ignore_end: Go on past end tokens, so that every completion has `max_new_tokens`.
+            top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
+            prompt_logprobs: Also return the log-probability of each token of the prompts.
+            top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
 
         Raises:
             ValidationError: No prompt, or a field that does not fit.
         """
         assert sampling is not None  # the keywords are in it
-        read = read_prompts(prompts)
-        if len(read) * sampling.num_samples > MOST_SEQUENCES:
+        return self._submit(Sample(prompts_to_sample(prompts, sampling), sampling, stream))
+
+    @joins(SamplingConfig, "sampling")
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        ignore_end: bool = False,
+    ) -> Pieces:
+        """Draw one completion, piece by piece, with `async for` or `for`; who leaves the loop ends the sampling.
+
+        It takes its place in the queue as `sample` does: what was submitted before comes first. With the same seed, the
+        pieces add up to what `sample` draws.
+
+        Args:
+            prompt: A text, a list of chat messages, or of token ids.
+            sampling: As for `sample`, like its fields, which are keywords here as well.
+            max_new_tokens: Longest completion, in tokens.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_p: Keep the smallest set of tokens whose probability reaches this.
+            top_k: Keep the k most likely tokens; 0 keeps all.
+            stop: Strings that end the completion; they are cut from its text.
+            seed: Fixes the random stream; None takes the client's next one.
+            ignore_end: Go on past end tokens.
+
+        Returns:
+            Pieces (`SampledPiece`): text of whole characters, tokens, their logprobs; the last one says why it ended.
+            Its `handle` is that of the sample.
+
+        Raises:
+            ValidationError: No prompt or several, `num_samples`, or a field that does not fit.
+
+        Example:
+            >>> async for piece in tc.stream("def add(a, b):", max_new_tokens=16):
+            ...     print(piece.text, end="")
+        """
+        assert sampling is not None  # the keywords are in it
+        read = read_prompts(prompt)
+        if len(read) != 1 or sampling.num_samples != 1:
             raise ValidationError(
-                f"sample(): {len(read):,} prompts with num_samples={sampling.num_samples:,} are more than "
-                f"{MOST_SEQUENCES:,} sequences: sample in parts."
+                "stream() draws one completion of one prompt. Several at a time: "
+                "tc.sample(prompts, num_samples=…, stream=True).pieces()"
             )
-        return self._submit(Sample(read, sampling, stream))
+        handle = self._submit(Sample(read, sampling, stream=True))
+        return Pieces(handle, promise_of(handle), cancels=True)
 
     @checked
     def compute_logprobs(
@@ -1011,3 +1091,18 @@ class TrainingClient:
         """Return what a notebook's output history keeps of this client when nothing else refers to it."""
         kept = {"history": self.history, "training_client_id": self.training_client_id, "config": self.config}
         return Freed(f"The training client {self.training_client_id}", **kept, _feed=vars(self).get("_feed"))
+
+
+def prompts_to_sample(prompts: Prompt | Sequence[Prompt], sampling: SamplingConfig) -> tuple[Prompt, ...]:
+    """Return the prompts of a call of `sample`, read.
+
+    Raises:
+        ValidationError: There are none, or too many.
+    """
+    read = read_prompts(prompts)
+    if len(read) * sampling.num_samples > MOST_SEQUENCES:
+        raise ValidationError(
+            f"sample(): {len(read):,} prompts with num_samples={sampling.num_samples:,} are more than "
+            f"{MOST_SEQUENCES:,} sequences: sample in parts."
+        )
+    return read

@@ -16,6 +16,9 @@ Prompt: TypeAlias = (
 )  # the last: {"messages", "tools"}, or {"tokens", "chat", "stream"} for a conversation that goes on
 
 
+TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]  # of one place: (token, log-probability)
+
+
 class ClientStatus(StrEnum):
     """What a training client is doing."""
 
@@ -64,6 +67,8 @@ class ForwardBackwardResult:
         tokens_processed: Labelled tokens.
         metrics: The loss function's own.
         weight: What this loss weighs in a mean over several batches: labelled tokens, or rows.
+        logprobs: (B, T) log-probability of each label at temperature 1, with the dropout of this pass; 0 where nothing
+            is labelled. None where it was not asked for. No noise covers it: of a private client, it is the operator's.
     """
 
     loss: float
@@ -71,6 +76,7 @@ class ForwardBackwardResult:
     tokens_processed: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     weight: float = 0.0
+    logprobs: Array | None = field(default=None, compare=False)
 
 
 @tagged("forward_result")
@@ -148,6 +154,8 @@ class SampledSequence:
         seed: Of this row's random stream.
         entropy: Exact entropy of the distributions sampled from, in nats, mean over the tokens; None where the
             sampler does not say.
+        top_logprobs: For each token, the most likely of its place as (token, raw logprob), the likeliest first; empty
+            where they were not asked for.
     """
 
     prompt_index: int
@@ -159,15 +167,27 @@ class SampledSequence:
     finish_reason: str
     seed: int
     entropy: float | None = None
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 @tagged("sample_result")
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """What `sample` drew: `num_samples` sequences for the first prompt, then for the second, and so on."""
+    """What `sample` drew.
+
+    Attributes:
+        sequences: `num_samples` for the first prompt, then for the second, and so on.
+        policy_version: Version of the weights.
+        prompt_logprobs: For each prompt, of each of its tokens, at temperature 1 over the whole vocabulary; None for
+            the first, which nothing comes before. Empty where they were not asked for.
+        top_prompt_logprobs: For each prompt, at each of its tokens, the most likely ones as (token, logprob), the
+            likeliest first; none for the first. Empty where they were not asked for.
+    """
 
     sequences: tuple[SampledSequence, ...]
     policy_version: int
+    prompt_logprobs: tuple[tuple[float | None, ...], ...] = ()
+    top_prompt_logprobs: tuple[tuple[TopLogprobs, ...], ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -185,22 +205,44 @@ class SampleResult:
 @tagged("sampled_piece")
 @dataclass(frozen=True, slots=True)
 class SampledPiece:
-    """A piece of a completion, as it is drawn: further text of sequence number `sequence` of the result."""
+    """A piece of a completion, as it is drawn; the pieces of a sequence add up to it, in text and in tokens.
+
+    Attributes:
+        sequence: Which sequence of the result it continues.
+        text: Further text; whole characters, and none that a stop string may still take away.
+        tokens: Drawn since the piece before. The text of some may come with a later piece.
+        logprobs: Of each, as in `SampledSequence`.
+        raw_logprobs: Of each, as in `SampledSequence`.
+        finish_reason: As in `SampledSequence`, with the last piece of a sequence; None before.
+    """
 
     sequence: int
     text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    raw_logprobs: tuple[float, ...] = ()
+    finish_reason: str | None = None
 
 
 def missing_pieces(pieces: Sequence[SampledPiece], result: SampleResult) -> list[SampledPiece]:
-    """Return what the pieces told so far lack of the result's texts, so that they add up to them."""
-    told = [""] * len(result.sequences)
-    for piece in pieces:
-        told[piece.sequence] += piece.text
-    return [
-        SampledPiece(number, text.removeprefix(said))
-        for number, (said, text) in enumerate(zip(told, result.texts, strict=True))
-        if text != said and text.startswith(said)
-    ]
+    """Return what the pieces told so far lack of the result's sequences, so that they add up to them."""
+    missing = []
+    for number, sequence in enumerate(result.sequences):
+        told = [piece for piece in pieces if piece.sequence == number]
+        said, first = "".join(piece.text for piece in told), sum(len(piece.tokens) for piece in told)
+        text = sequence.text.removeprefix(said) if sequence.text.startswith(said) else ""
+        if text or not told or told[-1].finish_reason is None:
+            missing.append(
+                SampledPiece(
+                    number,
+                    text,
+                    sequence.tokens[first:],
+                    sequence.logprobs[first:],
+                    sequence.raw_logprobs[first:],
+                    sequence.finish_reason,
+                )
+            )
+    return missing
 
 
 @tagged("logprobs_result")

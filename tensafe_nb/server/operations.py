@@ -27,7 +27,7 @@ from tensafe_nb.events import Event
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.codec import decode, encode
-from tensafe_nb.protocol.operations import VERBS, Operation
+from tensafe_nb.protocol.operations import VERBS, Operation, SampleFrom
 from tensafe_nb.protocol.results import StateSource
 from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, error_of, of_type, packed, told
 from tensafe_nb.server.clients import Answer, Place, ServedClient, ended, outcome_of, taken
@@ -61,9 +61,25 @@ RECORD = {  # the body of an operation: its record, with the arrays beside it or
     }
 }
 
+RECORD_OF_SAMPLE = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            wire.JSON: {
+                "schema": {
+                    "type": "object",
+                    "required": ["$", "sample"],
+                    "properties": {"$": {"const": "sample_from"}, "sample": {"type": "object"}},
+                }
+            }
+        },
+    }
+}
+
 Id = Annotated[str, InPath(max_length=64)]
 SubmitterHeader = Annotated[str | None, Header(max_length=64)]
 NumberHeader = Annotated[int | None, Header(ge=1)]
+KnownPieces = Annotated[str, Query(max_length=4096, pattern=r"^(fut-[A-Za-z0-9-]{1,64}:\d{1,9}(,|$))*$")]
 
 
 async def body_of(request: Request) -> bytes | TGTinkerError:
@@ -304,13 +320,17 @@ def add_stream(routes: APIRouter, service: Service) -> None:
         training_client_id: Id,
         last_event_id: Annotated[int, Header(ge=0)] = 0,
         after: Annotated[int | None, Query(ge=0)] = None,
+        pieces: KnownPieces = "",
     ) -> StreamingResponse:
-        """Stream events, numbered, and what becomes of operations, as server-sent events."""
+        """Stream events, numbered, and what becomes of operations, as server-sent events.
+
+        Of samples with `stream`, pieces come along, each with its number; `pieces` says how many are known.
+        """
         client = client_of(service, request, training_client_id)
 
         async def messages() -> AsyncIterator[str]:
             yield "retry: 500\n\n"
-            async for item in client.stream(last_event_id if after is None else after):
+            async for item in client.stream(last_event_id if after is None else after, counts_in(pieces)):
                 yield message(item)
 
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -322,10 +342,11 @@ def add_stream(routes: APIRouter, service: Service) -> None:
         training_client_id: Id,
         after: Annotated[int, Query(ge=0)] = 0,
         wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT)] = 20.0,
+        pieces: KnownPieces = "",
     ) -> list[Any]:
         """Return the next items of the stream at once, or the first that comes: for proxies that hold streams back."""
         client, items = client_of(service, request, training_client_id), []
-        async with contextlib.aclosing(client.stream(after)) as stream:
+        async with contextlib.aclosing(client.stream(after, counts_in(pieces))) as stream:
             with contextlib.suppress(TimeoutError, StopAsyncIteration):
                 async with asyncio.timeout(wait):
                     items.append(await anext(stream))
@@ -369,7 +390,15 @@ def add_stream(routes: APIRouter, service: Service) -> None:
 
 
 def add_futures(routes: APIRouter, service: Service) -> None:
-    """Add asking for an operation by its id alone."""
+    """Add sampling without a training client, and asking for an operation by its id alone."""
+
+    @routes.post("/samples", status_code=202, openapi_extra=RECORD_OF_SAMPLE)
+    async def sample(request: Request) -> dict[str, Any]:
+        """Draw completions from a checkpoint's weights, or from a model as it is: a record `sample_from`."""
+        body, media_type = await request.body(), request.headers.get("content-type", wire.JSON)
+        asked = wire.unpack(media_type, body, SampleFrom)
+        handle = await service.sample(tenant_of(service, request), asked)
+        return {"future_id": handle.future_id, "weights": handle.training_client_id}
 
     @routes.get("/futures/{future_id}")
     async def future(request: Request, future_id: Id) -> dict[str, Any]:
@@ -402,6 +431,8 @@ def add_futures(routes: APIRouter, service: Service) -> None:
             )
         if outcome["state"] == "CANCELLED":
             raise FutureCancelledError("The operation was cancelled.", request_id=future_id)
+        if handle.operation == "read_adapter":  # it may have been read before weights were to stay
+            service.refuse_if_kept()
         return packed(handle.result())
 
     @routes.post("/futures/{future_id}/cancel")
@@ -501,6 +532,11 @@ def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     return member
+
+
+def counts_in(text: str) -> dict[str, int]:
+    """Read how many pieces of what is being sampled are known: "fut-1:3,fut-2:5"."""
+    return {name: int(count) for name, _, count in (one.partition(":") for one in text.split(",") if one)}
 
 
 def message(item: dict[str, Any]) -> str:

@@ -20,13 +20,13 @@ from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling.decoding import rows_of
 from tensafe_nb.engine.sampling.merged import merged
 from tensafe_nb.engine.sampling.prefixes import Prefixes, Read
-from tensafe_nb.protocol.results import SampledSequence
+from tensafe_nb.protocol.results import SampledPiece, SampledSequence, TopLogprobs
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
 LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
-Tell = Callable[[int, str], None]  # number of a sequence, and further text of it
+Tell = Callable[[SampledPiece], None]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes whose character is not whole yet
 
 
@@ -42,9 +42,12 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     entropy: float = 0.0  # sum over its tokens
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     text: str | None = None
     told: str = ""
+    told_tokens: int = 0
+    is_told: bool = False  # to its end
 
     def shown(self, model: LoadedModel) -> str:
         """Return the text without what begins, ends or fills up a sequence; other special tokens are shown."""
@@ -55,19 +58,49 @@ class Completion:
         kept = [token for token in self.tokens if token not in framing]
         return str(tokenizer.decode(kept, skip_special_tokens=False))
 
-    def news(self, model: LoadedModel, held_back: int) -> str:
+    def piece(self, number: int, model: LoadedModel, stops: Sequence[str]) -> SampledPiece | None:
+        """Return what was not told yet, if there is further text of it, or it has ended."""
+        text = self._news(model, stops)
+        if self.is_told or not (text or self.finish_reason):
+            return None
+        first, self.told_tokens, self.is_told = self.told_tokens, len(self.tokens), bool(self.finish_reason)
+        return SampledPiece(
+            number,
+            text,
+            tuple(self.tokens[first:]),
+            tuple(self.logprobs[first:]),
+            tuple(self.raw_logprobs[first:]),
+            self.finish_reason,
+        )
+
+    def _news(self, model: LoadedModel, stops: Sequence[str]) -> str:
         """Return the text that was not told yet, but for what may still turn out otherwise.
 
-        That is a character whose bytes are not all there, and as many characters as a string that ends it may have.
+        That is a character whose bytes are not all there, and what may be the beginning of a string that ends it.
         """
         text = self.shown(model)
         if self.finish_reason is None:
             text = text.rstrip(UNFINISHED)
-            text = text[: len(text) - held_back]
+            text = text[: len(text) - self._undecided(model.tokenizer, stops)]
         if not text.startswith(self.told):
             return ""
         news, self.told = text[len(self.told) :], max(self.told, text, key=len)
         return news
+
+    def _undecided(self, tokenizer: Any, stops: Sequence[str]) -> int:
+        """Return how many characters at the end are the beginning of one of some strings, at most."""
+        if not stops:
+            return 0
+        text = self._recent(tokenizer, stops).rstrip(UNFINISHED)
+        return max(
+            (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+        )
+
+    def _recent(self, tokenizer: Any, stops: Sequence[str]) -> str:
+        """Return the last tokens' text as it is written, among which the longest of some strings would lie."""
+        # a token is a byte at least: a string that the last token completed lies among so many tokens
+        recent = -4 * max(map(len, stops), default=0) - 4
+        return str(tokenizer.decode(self.tokens[recent:], skip_special_tokens=False))
 
     def finished(self, model: LoadedModel) -> SampledSequence:
         return SampledSequence(
@@ -80,6 +113,7 @@ class Completion:
             self.finish_reason or "length",
             self.seed,
             self.entropy / len(self.tokens) if self.tokens else None,
+            tuple(self.top_logprobs),
         )
 
     def finish(self, model: LoadedModel, sampling: SamplingConfig, *, last: bool) -> None:
@@ -99,11 +133,8 @@ class Completion:
 
     def _cut(self, tokenizer: Any, stops: Sequence[str]) -> bool:
         """Cut the text at the first of some strings, in which special tokens count as they are written."""
-        # a token is a byte at least: a string that the last token completed lies among so many tokens
-        recent = -4 * max(map(len, stops), default=0) - 4
-        if not any(
-            stop in tokenizer.decode(self.tokens[recent:], skip_special_tokens=False) for stop in stops
-        ):
+        recent = self._recent(tokenizer, stops) if stops else ""
+        if not any(stop in recent for stop in stops):
             return False
         whole = tokenizer.decode(self.tokens, skip_special_tokens=False)
         cuts = [whole.find(stop) for stop in stops if stop in whole]
@@ -137,7 +168,7 @@ def sample(
         seed: Of the call; a row's stream depends on it, on the row's prompt and on its number among equal prompts.
         tick: Called with (tokens done, tokens at most) before each token; may raise to stop.
         turns: What ends an answer to each prompt beside the model's end tokens; for none of them if empty.
-        tell: Called with further text of a sequence after each token, if asked for: its pieces are the text.
+        tell: Called with what there is of each sequence after each token, if asked for.
         streams: Of a prompt, what takes the place of its number among equal ones in the choice of its random stream.
         before: Of a prompt, how many rows of it or of equal ones others draw that come first; none if empty.
         known: What was read already of prompts that go on; used if it is of all of them.
@@ -148,11 +179,9 @@ def sample(
     rows = list(begun(prompts, sampling.num_samples, seed, turns, own, before))
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
-    samples, going_on = (
-        1,
-        known is not None and sampling.num_samples == 1 and all(map(known.has_begun, own, prompts)),
-    )
-    if not going_on:
+    samples = 1
+    if sampling.num_samples > 1 or known is None or not all(map(known.has_begun, own, prompts)):
+        known = None
         prompts, samples = read_once(prompts, sampling.num_samples, most // longest)
     at_once = max(1, most // (longest * samples))  # prompts
     starts = range(0, len(prompts), at_once)
@@ -170,7 +199,7 @@ def sample(
                 sampling,
                 of_all,
                 None if tell is None else partial(tell_news, model, sampling, rows, tell),
-                known.take(own[start : start + at_once]) if known is not None and going_on else None,
+                None if known is None else known.take(own[start : start + at_once]),
                 None if kept is None else partial(keep_rows, kept, own),
             )
     return [row.finished(model) for row in rows]
@@ -201,6 +230,9 @@ def decode(
             row.raw_logprobs.append(raw_logprob)
             row.entropy += nats
             row.finish(model, sampling, last=position + 1 == sampling.max_new_tokens)
+        if sampling.top_logprobs:
+            for row, likeliest in zip(active, likeliest_of(state.logits, sampling.top_logprobs), strict=True):
+                row.top_logprobs.append(likeliest)
         if after_token is not None:
             after_token()
         going = [index for index, row in enumerate(active) if row.finish_reason is None]
@@ -228,9 +260,9 @@ def tell_news(model: LoadedModel, sampling: SamplingConfig, rows: Sequence[Compl
     """Tell what there is of each row that was not told yet."""
     for number, row in enumerate(rows):
         ends = () if sampling.ignore_end else (*sampling.stop, *row.turn.texts)
-        news = row.news(model, held_back=max(map(len, ends), default=1) - 1)
-        if news:
-            tell(number, news)
+        piece = row.piece(number, model, ends)
+        if piece is not None:
+            tell(piece)
 
 
 def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -251,6 +283,13 @@ def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Te
     target = uniforms.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     return tokens, _pick(logprobs, tokens), _pick(raw, tokens), entropy
+
+
+def likeliest_of(logits: Tensor, count: int) -> Iterator[TopLogprobs]:
+    """Yield for each row of logits (R, V) its most likely tokens, with their logprobs at temperature 1."""
+    values, tokens = torch.log_softmax(logits, -1).topk(min(count, logits.shape[-1]))
+    for row in zip(tokens.tolist(), values.tolist(), strict=True):
+        yield tuple(zip(*row, strict=True))
 
 
 def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
