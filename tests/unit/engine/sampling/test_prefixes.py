@@ -97,10 +97,11 @@ def test_conversations_that_take_turns_are_kept_as_well(
         ),
         lambda engine: engine.compute_logprobs(BATCH),
         lambda engine: engine.load_adapter(engine.read_adapter().tensors),
+        lambda engine: engine.restore(engine.capture(True)),
     ],
-    ids=["a step", "a score", "an adapter"],
+    ids=["a step", "a score", "an adapter", "a state"],
 )
-def test_it_is_read_anew_once_something_else_was_computed(
+def test_it_is_read_anew_once_something_else_was_computed_or_loaded(
     between: Callable[[Engine], object], read: list[tuple[int, ...]]
 ) -> None:
     own = Engine(tn.TrainingConfig(device="cpu", lora_config=tn.LoRAConfig(rank=4)))
