@@ -1,0 +1,247 @@
+"""The driver: the process that is connected to a Ray cluster, and does there what another asks through a pipe.
+
+The only file that imports Ray, and a program: Ray ends the process whose cluster is gone, takes over its signals and
+hands its environment on, and none of that shall happen to a notebook. When the notebook ends, however it does, the
+driver leaves the cluster in order, and a Ray that was started here ends with it.
+"""
+
+import asyncio
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import cloudpickle  # type: ignore[import-untyped, unused-ignore]
+import ray
+from ray.exceptions import RayError
+
+from tensafe_nb.cluster.local_places import HEADER, read_frame
+from tensafe_nb.cluster.replica import Replica
+from tensafe_nb.rlvr.scoring.child import end_with, take_pipes
+from tensafe_nb.rlvr.scoring.shipping import arrived, shipped
+
+ENDS = ("answer", "error")
+STARTS = 3  # of a Ray here: it gives its processes 30 s, which a busy machine may need longer for
+PATIENCE = 5.0  # seconds that an actor may take to start before it is asked what it lacks
+LEAVING = 20  # seconds to leave a cluster in order
+
+
+class RayReplica:
+    """A replica on whichever machine Ray has found for it.
+
+    Args:
+        threads: Of torch.
+        gpus: How many it has.
+    """
+
+    def __init__(self, threads: int, gpus: int) -> None:
+        if not gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        import torch
+
+        torch.set_num_threads(threads)
+        self._messages: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[int, str, bytes]] = queue.SimpleQueue()
+        self._replica = Replica(lambda message: self._messages.put((message[0], shipped(message))))
+        # one thread for all calls: what torch keeps for a thread it keeps once
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        try:
+            while True:
+                call, method, arguments = self._work.get()
+                self._replica.do(call, method, arrived(arguments))
+        finally:
+            os._exit(1)  # whoever waits for an answer shall know that none comes
+
+    def where(self) -> str:
+        """Return where it is, for people."""
+        return f"{socket.gethostname()}, process {os.getpid()}"
+
+    def do(self, call: int, method: str, arguments: bytes) -> Iterator[bytes]:
+        """Carry out a call; yield its messages, the last of which says how it ended."""
+        self._work.put((call, method, arguments))
+        kind = ""
+        while kind not in ENDS:
+            kind, message = self._messages.get()
+            yield message
+
+    def interrupt(self) -> None:
+        """Let what is being asked end soon."""
+        self._replica.interrupt()
+
+
+Actor: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})(RayReplica)
+
+
+class Listener:
+    """An actor, and what listens to it.
+
+    Args:
+        driver: Whose it is.
+        number: Its own.
+        cpus: Cores it is given; on a Ray that was started here they are shared.
+        gpus: GPUs it is given.
+    """
+
+    def __init__(self, driver: "Driver", number: int, cpus: int, gpus: int) -> None:
+        self._driver, self._number = driver, number
+        self._wants = {"CPU": 0 if driver.shared else cpus, "GPU": gpus}
+        self._actor = Actor.options(num_cpus=self._wants["CPU"], num_gpus=gpus).remote(cpus, gpus)
+        self._calls: asyncio.Queue[Any] = asyncio.Queue()
+        self.task = asyncio.create_task(self.listen())
+
+    def call(self, call: int, method: str, arguments: bytes) -> None:
+        """Let the actor carry out a call, behind those before it."""
+        do = self._actor.do.options(num_returns="streaming")
+        self._calls.put_nowait(do.remote(call, method, arguments))
+
+    def interrupt(self) -> None:
+        """Let it end what it is asked soon."""
+        self._actor.interrupt.options(concurrency_group="control").remote()
+
+    async def listen(self) -> None:
+        """Tell what the actor says until it is gone, and then its end."""
+        try:
+            self._tell(("at", await self._started()))
+            while True:
+                async for message in await self._calls.get():
+                    self._tell(await message)
+        except (RayError, OSError, RuntimeError) as error:
+            self._tell(("lost", first_line(error)))
+
+    async def _started(self) -> str:
+        """Wait until it has begun; say what is missing for that, if it takes long."""
+        where = asyncio.ensure_future(self._actor.where.remote())
+        told = ""
+        while not (await asyncio.wait([where], timeout=PATIENCE))[0]:
+            lack = await asyncio.to_thread(lacking, self._wants)
+            if lack and lack != told:
+                told = lack
+                self._tell(("waiting", lack))
+        return str(where.result())
+
+    def _tell(self, message: Any) -> None:
+        self._driver.tell((self._number, message))
+
+    def end(self) -> None:
+        """End the actor, and hear nothing more of it: Ray waits for good for one that is killed before it began."""
+        self.task.cancel()
+        with contextlib.suppress(RayError, RuntimeError):
+            ray.kill(self._actor, no_restart=True)
+
+
+def lacking(wants: dict[str, int]) -> str:
+    """Say what a cluster lacks to start an actor; "" if it is slow only."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    short = [name for name, many in wants.items() if many > free.get(name, 0)]
+    wanted = " and ".join(f"{many} {name}" for name, many in wants.items() if many)
+    has = ", ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}" for name in wants)
+    if not any(all(many <= node.get(name, 0) for name, many in wants.items()) for node in nodes):
+        return f"it wants {wanted} on one machine, and none of the cluster's {len(nodes)} has as much"
+    return f"it wants {wanted}; free in the whole cluster: {has}" if short else ""
+
+
+class Driver:
+    """Does what comes through the pipe, and tells through the other what the actors say.
+
+    Args:
+        answers: Takes frames, each a pickled (number of an actor, message); what an actor says is shipped.
+        shared: Actors share the cores of this machine.
+    """
+
+    def __init__(self, answers: BinaryIO, shared: bool) -> None:
+        self._answers, self.shared = answers, shared
+        self._listeners: dict[int, Listener] = {}
+
+    def tell(self, message: Any) -> None:
+        """Write a frame; nobody may be there any more to read it."""
+        frame = cloudpickle.dumps(message)
+        with contextlib.suppress(OSError):
+            self._answers.write(len(frame).to_bytes(HEADER, "big"))
+            self._answers.write(frame)
+            self._answers.flush()
+
+    async def serve(self, requests: BinaryIO) -> None:
+        """Serve until the requests end, or SIGTERM comes."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, ended.set)
+
+        def read() -> None:
+            while (frame := read_frame(requests)) is not None:
+                loop.call_soon_threadsafe(self._obey, *cloudpickle.loads(frame))
+            loop.call_soon_threadsafe(ended.set)
+
+        threading.Thread(target=read, daemon=True).start()
+        await ended.wait()
+        listening = [listener.task for listener in self._listeners.values()]
+        for number in list(self._listeners):
+            self._obey("end", number)
+        await asyncio.gather(*listening, return_exceptions=True)
+
+    def _obey(self, order: str, number: int, *arguments: Any) -> None:
+        if order == "start":
+            self._listeners[number] = Listener(self, number, *arguments)
+        elif order == "end":
+            if number in self._listeners:
+                self._listeners.pop(number).end()
+        elif number in self._listeners:
+            getattr(self._listeners[number], order)(*arguments)
+
+
+def connect(address: str, folder: str) -> None:
+    """Connect this process to a Ray cluster, or start one on this machine ("local").
+
+    Raises:
+        Exception: What Ray raises: OSError, ValueError, RuntimeError, and plain Exception.
+    """
+    usual: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "tensafe_nb"}
+    if address != "local":
+        ray.init(address=address, **usual)
+        return
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+                **usual,
+            )
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt == STARTS:
+                raise
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or what it is."""
+    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+
+
+def serve(parent: int, address: str, folder: str) -> None:
+    """Be a driver until standard input ends: the program of the process, which is the first of its group."""
+    end_with(parent, signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the notebook is not ours
+    requests, answers = take_pipes()
+    driver = Driver(answers, shared=address == "local")
+    try:
+        connect(address, folder)
+    except Exception as error:  # noqa: BLE001  # whatever it is, whoever asked is to know
+        driver.tell(("refused", first_line(error)))
+    else:
+        driver.tell(("connected", ray.__version__))
+        asyncio.run(driver.serve(requests))
+    signal.alarm(LEAVING)
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.stderr.flush()
+    os.killpg(0, signal.SIGKILL)  # what a Ray of this machine may have left, and this process
