@@ -59,8 +59,8 @@ def add_server(commands: Any) -> None:
     serve.add_argument(
         "--cluster",
         metavar="WHERE",
-        help="compute not in this process, but in replicas: 'processes' of this machine, or actors of Ray: 'auto' is the "
-        "cluster that this machine belongs to, HOST:PORT the head of another, 'local' starts one here",
+        help="compute not in this process, but in replicas: 'processes' of this machine, or actors of Ray: 'auto' is "
+        "the cluster that this machine belongs to, HOST:PORT the head of another, 'local' starts one here",
     )
     serve.add_argument(
         "--engines",

@@ -12,24 +12,24 @@ import queue
 import shutil
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 import ray
 from ray.exceptions import RayError
 
-from tensafe_nb.cluster.local_places import HEADER, read_frame
-from tensafe_nb.cluster.replica import Replica
+from tensafe_nb.cluster.frames import read_frame, write_frame
 from tensafe_nb.rlvr.scoring.child import end_with, take_pipes
 from tensafe_nb.rlvr.scoring.shipping import arrived, shipped
 
 ENDS = ("answer", "error")
-STARTS = 3  # of a Ray here: it gives its processes 30 s, which a busy machine may need longer for
+STARTS = 2  # of a Ray here, before it counts as one that does not start
+STARTING = 90.0  # seconds for its processes: Ray gives them 30, which a busy machine may need longer for
 PATIENCE = 5.0  # seconds that an actor may take to start before it is asked what it lacks
-LEAVING = 20  # seconds to leave a cluster in order
+JOINING, LEAVING = 240, 20  # seconds to be connected to a cluster, and to leave it in order
 
 
 class RayReplica:
@@ -41,9 +41,12 @@ class RayReplica:
     """
 
     def __init__(self, threads: int, gpus: int) -> None:
+        end_with(os.getppid())  # else it looks for its cluster for a minute
         if not gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import torch
+
+        from tensafe_nb.cluster.replica import Replica
 
         torch.set_num_threads(threads)
         self._messages: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
@@ -153,34 +156,41 @@ class Driver:
     """Does what comes through the pipe, and tells through the other what the actors say.
 
     Args:
-        answers: Takes frames, each a pickled (number of an actor, message); what an actor says is shipped.
+        answers: Takes frames, each a pickled (number of an actor, message); what an actor says is shipped bytes.
+        parent: The process that asks.
         shared: Actors share the cores of this machine.
     """
 
-    def __init__(self, answers: BinaryIO, shared: bool) -> None:
-        self._answers, self.shared = answers, shared
+    def __init__(self, answers: BinaryIO, parent: int, shared: bool) -> None:
+        self._answers, self._parent, self.shared = answers, parent, shared
         self._listeners: dict[int, Listener] = {}
 
     def tell(self, message: Any) -> None:
-        """Write a frame; nobody may be there any more to read it."""
-        frame = cloudpickle.dumps(message)
+        """Pass a message on; nobody may be there any more to read it."""
         with contextlib.suppress(OSError):
-            self._answers.write(len(frame).to_bytes(HEADER, "big"))
-            self._answers.write(frame)
-            self._answers.flush()
+            write_frame(self._answers, cloudpickle.dumps(message))
 
     async def serve(self, requests: BinaryIO) -> None:
         """Serve until the requests end, or SIGTERM comes."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_signal_handler(signal.SIGTERM, ended.set)
+
+        def end(
+            *_: Any,
+        ) -> None:  # it comes again and again, once for each thread of the process that has ended
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(ended.set)
+
+        signal.signal(signal.SIGTERM, end)
+        end_with(self._parent, signal.SIGTERM)
 
         def read() -> None:
             while (frame := read_frame(requests)) is not None:
                 loop.call_soon_threadsafe(self._obey, *cloudpickle.loads(frame))
-            loop.call_soon_threadsafe(ended.set)
+            end()
 
         threading.Thread(target=read, daemon=True).start()
         await ended.wait()
+        signal.alarm(2 * LEAVING)
         listening = [listener.task for listener in self._listeners.values()]
         for number in list(self._listeners):
             self._obey("end", number)
@@ -203,23 +213,56 @@ def connect(address: str, folder: str) -> None:
         Exception: What Ray raises: OSError, ValueError, RuntimeError, and plain Exception.
     """
     usual: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "tensafe_nb"}
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
     if address != "local":
+        if address != "auto":  # where nothing is, Ray tries again and again
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
         ray.init(address=address, **usual)
         return
+    usual |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": folder}
+    services = ray._private.services
+    services.get_node = patient(services.get_node)
     for attempt in range(1, STARTS + 1):
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
-                **usual,
-            )
+            ray.init(address="local", num_cpus=0, **usual)  # no worker before there is an actor
             return
         except Exception:
             ray.shutdown()
             if attempt == STARTS:
                 raise
+
+
+def patient(look: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a look for something that is still starting take longer."""
+
+    def wait(*given: Any, **more: Any) -> Any:
+        until = time.monotonic() + STARTING
+        while True:
+            try:
+                return look(*given, **more)
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+
+    return wait
+
+
+def leave(folder: str) -> None:
+    """Leave the cluster, and end what a Ray of this machine may have left, and this process."""
+    import psutil  # type: ignore[import-untyped, unused-ignore]  # Ray brings it along
+
+    own = psutil.Process().children(recursive=True)
+    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(LEAVING)
+    for process in own:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 def first_line(error: BaseException) -> str:
@@ -229,19 +272,17 @@ def first_line(error: BaseException) -> str:
 
 def serve(parent: int, address: str, folder: str) -> None:
     """Be a driver until standard input ends: the program of the process, which is the first of its group."""
-    end_with(parent, signal.SIGTERM)
+    end_with(parent)  # while Ray tries to connect it hears nothing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the notebook is not ours
     requests, answers = take_pipes()
-    driver = Driver(answers, shared=address == "local")
+    driver = Driver(answers, parent, shared=address == "local")
+    signal.alarm(JOINING)
     try:
         connect(address, folder)
     except Exception as error:  # noqa: BLE001  # whatever it is, whoever asked is to know
         driver.tell(("refused", first_line(error)))
     else:
+        signal.alarm(0)
         driver.tell(("connected", ray.__version__))
         asyncio.run(driver.serve(requests))
-    signal.alarm(LEAVING)
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-    sys.stderr.flush()
-    os.killpg(0, signal.SIGKILL)  # what a Ray of this machine may have left, and this process
+    leave(folder)

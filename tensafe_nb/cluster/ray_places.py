@@ -20,8 +20,9 @@ from typing import IO, Any
 
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
+from tensafe_nb.cluster.frames import read_frame, write_frame
 from tensafe_nb.cluster.group import Inbox
-from tensafe_nb.cluster.local_places import HEADER, SECRETS, ended, read_frame
+from tensafe_nb.cluster.local_places import SECRETS, ended
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ClusterError
 from tensafe_nb.rlvr.scoring.lasting import STARTER
@@ -124,8 +125,7 @@ class RayDriver:
         """Pass orders on until there are no more."""
         with contextlib.suppress(OSError), requests:  # it has ended: the reader says so
             while (frame := self._frames.get()) is not None:
-                requests.write(len(frame).to_bytes(HEADER, "big") + frame)
-                requests.flush()
+                write_frame(requests, frame)
 
     def read(self, answers: IO[bytes]) -> None:
         """Pass messages on to the places until the process ends, and then their end."""
@@ -145,8 +145,8 @@ class RayDriver:
         words = self._words.read().decode(errors="replace").strip().splitlines()
         self._words.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-        if refused:
-            self.gone = refusal(self.address, refused)
+        if not self._connected:
+            self.gone = refusal(self.address, refused or f"nothing has answered it, and {how}")
         else:
             last = f" Its last words: {words[-1][-LAST_WORDS:]}" if words else ""
             self.gone = f"The Ray cluster at {self.address!r} is gone: {how}.{last}"
@@ -174,10 +174,11 @@ class RayDriver:
 
 def refusal(address: str, reason: str) -> str:
     """Say why there is no cluster, and what to do."""
+    reason = reason.rstrip(".")
     if address == "local":
-        return f"Ray could not be started here: {reason} A machine that is very busy starts it too slowly: try again."
+        return f"Ray could not be started here: {reason}. A machine that is very busy starts it too slowly: try again."
     return (
-        f"There is no Ray cluster at {address!r}: {reason} Start one with `ray start --head`, or take "
+        f"There is no Ray cluster at {address!r}: {reason}. Start one with `ray start --head`, or take "
         f'RayCluster("local").'
     )
 
