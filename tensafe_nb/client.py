@@ -17,7 +17,7 @@ from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError, near_misses
 from tensafe_nb.events import Event, RunDescribed, RunState
-from tensafe_nb.futures import FutureHandle, Outstanding
+from tensafe_nb.futures import FutureHandle, Outstanding, Pieces, promise_of
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.sinks.forwarding import Forwarding, check_samples, reporter
 from tensafe_nb.history.sinks.sink import sink_of
@@ -85,7 +85,7 @@ Clients: TypeAlias = "weakref.WeakValueDictionary[str, TrainingClient]"
     train="tc.fit(batches, steps=…) (a run), or tc.forward_backward(batch) and tc.optim_step() (one step)",
     train_step="tc.forward_backward(batch), then tc.optim_step()",
     generate="tc.sample(prompts, max_new_tokens=…)",
-    chat="tc.sample([{'role': 'user', 'content': …}])",
+    chat="tc.stream([{'role': 'user', 'content': …}])",
     complete="tc.sample(prompts, max_new_tokens=…)",
     backward="tc.forward_backward(batch)",
     zero_grad="not needed: tc.optim_step() ends the window",
@@ -226,6 +226,57 @@ class TrainingClient:
                 f"{MOST_SEQUENCES:,} sequences: sample in parts."
             )
         return self._submit(Sample(read, sampling, stream))
+
+    @joins(SamplingConfig, "sampling")
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        ignore_end: bool = False,
+    ) -> Pieces:
+        """Draw one completion, piece by piece, with `async for` or `for`; who leaves the loop ends the sampling.
+
+        It takes its place in the queue as `sample` does: what was submitted before comes first. With the same seed, the
+        pieces add up to what `sample` draws.
+
+        Args:
+            prompt: A text, a list of chat messages, or of token ids.
+            sampling: As for `sample`, like its fields, which are keywords here as well.
+            max_new_tokens: Longest completion, in tokens.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_p: Keep the smallest set of tokens whose probability reaches this.
+            top_k: Keep the k most likely tokens; 0 keeps all.
+            stop: Strings that end the completion; they are cut from its text.
+            seed: Fixes the random stream; None takes the client's next one.
+            ignore_end: Go on past end tokens.
+
+        Returns:
+            Pieces (`SampledPiece`): text of whole characters, tokens, their logprobs; the last one says why it ended.
+            Its `handle` is that of the sample.
+
+        Raises:
+            ValidationError: No prompt or several, `num_samples`, or a field that does not fit.
+
+        Example:
+            >>> async for piece in tc.stream("def add(a, b):", max_new_tokens=16):
+            ...     print(piece.text, end="")
+        """
+        assert sampling is not None  # the keywords are in it
+        read = read_prompts(prompt)
+        if len(read) != 1 or sampling.num_samples != 1:
+            raise ValidationError(
+                "stream() draws one completion of one prompt. Several at a time: "
+                "tc.sample(prompts, num_samples=…, stream=True).pieces()"
+            )
+        handle = self._submit(Sample(read, sampling, stream=True))
+        return Pieces(handle, promise_of(handle), cancels=True)
 
     @checked
     def compute_logprobs(

@@ -290,7 +290,7 @@ class FutureHandle(Generic[R]):
 
         They end when the result is there, and add up to it; where the operation failed, they end with its error.
         """
-        return Pieces(self._promise)
+        return Pieces(self, self._promise)
 
     def add_done_callback(self, callback: "Callable[[FutureHandle[R]], object]") -> None:
         """Call `callback(handle)` when it has ended, on the thread that ended it."""
@@ -349,10 +349,15 @@ class FutureHandle(Generic[R]):
 
 
 class Pieces:
-    """The pieces of a streamed result, in the order they come; each loop over it begins with the first."""
+    """The pieces of a streamed result, in the order they come; each loop over it begins with the first.
 
-    def __init__(self, promise: Promise[Any]) -> None:
-        self._promise = promise
+    Attributes:
+        handle: Of the result.
+    """
+
+    def __init__(self, handle: FutureHandle[Any], promise: Promise[Any], *, cancels: bool = False) -> None:
+        self.handle, self._promise = handle, promise
+        self._cancels = cancels  # who leaves a loop before its end wants no more
 
     def __iter__(self) -> Iterator[Any]:
         promise, seen = self._promise, 0
@@ -367,6 +372,8 @@ class Pieces:
                     changed.clear()
         finally:
             forget()
+            if self._cancels and not promise.done:
+                self.handle.cancel()
         promise.outcome()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
@@ -390,6 +397,8 @@ class Pieces:
                     changed.clear()
         finally:
             forget()
+            if self._cancels and not promise.done:
+                await asyncio.to_thread(self.handle.cancel)
         promise.outcome()
 
 

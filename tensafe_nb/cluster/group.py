@@ -44,6 +44,7 @@ from tensafe_nb.protocol.results import (
     OptimStepResult,
     Prompt,
     ReadAdapterResult,
+    SampledPiece,
     SampledSequence,
     SampleResult,
     StepEstimate,
@@ -92,7 +93,7 @@ class ReplicaCall:
         arguments: Its arguments.
         place: Whose replica is meant. None leaves it to whoever has nothing to do, and to another if that one is lost:
             it changes nothing.
-        hear: Called with what it says while it is at it: the number of a sequence, and further text of it.
+        hear: Called with the pieces that it tells while it is at it.
         progress: How far it is: done, and of how much.
         ended: Whether it has.
         answer: What it has returned.
@@ -102,7 +103,7 @@ class ReplicaCall:
     method: str
     arguments: Sequence[Any]
     place: ReplicaPlace | None = None
-    hear: Callable[[int, str], None] | None = None
+    hear: sampler.Tell | None = None
     progress: tuple[int, int] = (0, 1)
     ended: bool = False
     answer: Any = None
@@ -310,10 +311,10 @@ class EngineGroup:
             match message:
                 case ("progress", number, done, total) if number in running:
                     running[number][1].progress = done, total
-                case ("piece", number, sequence, text) if number in running:
+                case ("piece", number, piece) if number in running:
                     hear = running[number][1].hear
                     if hear is not None and failure is None:
-                        hear(sequence, text)
+                        hear(piece)
                 case ("answer", number, answer) if number in running:
                     _, call = running.pop(number)
                     call.answer, call.ended, call.progress = answer, True, (1, 1)
@@ -659,24 +660,23 @@ def rows_before(
 
 
 class ToldOnce:
-    """Passes on the texts of sequences, each piece once, also where another replica draws them again."""
+    """Passes on the pieces of sequences, each once, also where another replica draws them again."""
 
     def __init__(self, tell: sampler.Tell) -> None:
         self._tell = tell
-        self._known: Counter[int] = Counter()  # characters told, by sequence
+        self._known: Counter[int] = Counter()  # tokens told, by sequence
 
-    def of(self, part: SampleShare, samples: int) -> Callable[[int, str], None]:
+    def of(self, part: SampleShare, samples: int) -> sampler.Tell:
         """Return what hears a replica that draws a part."""
         said: Counter[int] = Counter()
 
-        def hear(sequence: int, text: str) -> None:
-            prompt, sample = divmod(sequence, len(part.samples))
+        def hear(piece: SampledPiece) -> None:
+            prompt, sample = divmod(piece.sequence, len(part.samples))
             number = part.prompts[prompt] * samples + part.samples[sample]
-            said[number] += len(text)
-            news = text[len(text) - max(0, said[number] - self._known[number]) :]
-            if news:
+            said[number] += len(piece.tokens)
+            if said[number] > self._known[number]:  # the same tokens come in the same pieces
                 self._known[number] = said[number]
-                self._tell(number, news)
+                self._tell(replace(piece, sequence=number))
 
         return hear
 

@@ -25,7 +25,7 @@ from tensafe_nb.engine.state import EngineState
 from tensafe_nb.errors import FutureCancelledError, TGTinkerError
 from tensafe_nb.losses import Loss
 from tensafe_nb.protocol.batch import Array, BatchData
-from tensafe_nb.protocol.results import Prompt, ReadAdapterResult, SampledSequence
+from tensafe_nb.protocol.results import Prompt, ReadAdapterResult, SampledPiece, SampledSequence
 from tensafe_nb.store.home import Home
 
 Emit = Callable[[tuple[Any, ...]], None]  # takes a message, see `Replica.do`
@@ -67,7 +67,7 @@ class Replica:
     """Carries out what a group asks and tells, one call after the other.
 
     Args:
-        emit: Takes its messages: ("progress", call, done, total), ("piece", call, number of a sequence, text),
+        emit: Takes its messages: ("progress", call, done, total), ("piece", call, piece of a sequence),
             ("answer", call, value) and ("error", call, exception).
     """
 
@@ -171,8 +171,8 @@ class Replica:
         call: int,
         tick: sampler.Tick,
     ) -> list[SampledSequence]:
-        def tell(sequence: int, text: str) -> None:
-            self._emit(("piece", call, sequence, text))
+        def tell(piece: SampledPiece) -> None:
+            self._emit(("piece", call, piece))
 
         told = tell if stream else None
         return sampler.sample(self._engine.model, prompts, config, seed, tick, turns, told, streams, before)

@@ -37,7 +37,6 @@ from tensafe_nb.protocol.results import (
     OptimStepResult,
     Prompt,
     Result,
-    SampledPiece,
     SampleResult,
     SaveStateResult,
     missing_pieces,
@@ -173,13 +172,9 @@ class Executor:
     def sample(
         self, job: Job, prompts: Sequence[Prompt], sampling: SamplingConfig, stream: bool, tick: Tick
     ) -> SampleResult:
-        """Draw completions; where they are streamed, tell their texts as they grow, to whoever holds the handle."""
+        """Draw completions; where they are streamed, tell of them as they grow, to whoever holds the handle."""
         promise = job.promise
-
-        def tell(sequence: int, text: str) -> None:
-            promise.add_piece(SampledPiece(sequence, text))
-
-        result = self.engine.sample(prompts, sampling, tick, tell if stream else None)
+        result = self.engine.sample(prompts, sampling, tick, promise.add_piece if stream else None)
         for piece in missing_pieces(promise.pieces, result) if stream else ():
             promise.add_piece(piece)
         return result

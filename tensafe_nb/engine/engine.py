@@ -313,7 +313,7 @@ class Engine:
             config: How to draw. Without a seed, the client's next one is taken. An answer in a chat also stops at what
                 the chat template ends a turn with, whatever the tokenizer's end token is.
             tick: Called before each token.
-            tell: Called with (number of a sequence, further text of it) as it is drawn.
+            tell: Called with each piece of a sequence as it is drawn.
 
         Raises:
             ValidationError: An empty prompt, a token outside the vocabulary, or more tokens than fit the context.

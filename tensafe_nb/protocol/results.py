@@ -185,22 +185,44 @@ class SampleResult:
 @tagged("sampled_piece")
 @dataclass(frozen=True, slots=True)
 class SampledPiece:
-    """A piece of a completion, as it is drawn: further text of sequence number `sequence` of the result."""
+    """A piece of a completion, as it is drawn; the pieces of a sequence add up to it, in text and in tokens.
+
+    Attributes:
+        sequence: Which sequence of the result it continues.
+        text: Further text; whole characters, and none that a stop string may still take away.
+        tokens: Drawn since the piece before. The text of some may come with a later piece.
+        logprobs: Of each, as in `SampledSequence`.
+        raw_logprobs: Of each, as in `SampledSequence`.
+        finish_reason: As in `SampledSequence`, with the last piece of a sequence; None before.
+    """
 
     sequence: int
     text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    raw_logprobs: tuple[float, ...] = ()
+    finish_reason: str | None = None
 
 
 def missing_pieces(pieces: Sequence[SampledPiece], result: SampleResult) -> list[SampledPiece]:
-    """Return what the pieces told so far lack of the result's texts, so that they add up to them."""
-    told = [""] * len(result.sequences)
-    for piece in pieces:
-        told[piece.sequence] += piece.text
-    return [
-        SampledPiece(number, text.removeprefix(said))
-        for number, (said, text) in enumerate(zip(told, result.texts, strict=True))
-        if text != said and text.startswith(said)
-    ]
+    """Return what the pieces told so far lack of the result's sequences, so that they add up to them."""
+    missing = []
+    for number, sequence in enumerate(result.sequences):
+        told = [piece for piece in pieces if piece.sequence == number]
+        said, first = "".join(piece.text for piece in told), sum(len(piece.tokens) for piece in told)
+        text = sequence.text.removeprefix(said) if sequence.text.startswith(said) else ""
+        if text or not told or told[-1].finish_reason is None:
+            missing.append(
+                SampledPiece(
+                    number,
+                    text,
+                    sequence.tokens[first:],
+                    sequence.logprobs[first:],
+                    sequence.raw_logprobs[first:],
+                    sequence.finish_reason,
+                )
+            )
+    return missing
 
 
 @tagged("logprobs_result")

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tensafe_nb.errors import NonFiniteLossError, RewardError
+from tensafe_nb.errors import NonFiniteLossError, RewardError, StorageError
 from tensafe_nb.events import Alarm, Metrics, Rollouts
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.rlvr.algorithms.policy_gradient import Algorithm
@@ -35,7 +35,7 @@ from tensafe_nb.rlvr.watch.metrics import (
     rollout_metrics,
     update_metrics,
 )
-from tensafe_nb.rlvr.watch.rules import low_precision, not_finite
+from tensafe_nb.rlvr.watch.rules import low_precision, not_finite, not_kept
 from tensafe_nb.runs.alarms import Rates
 from tensafe_nb.runs.loop import Run
 
@@ -137,6 +137,7 @@ class RLVRLoop:
         self._scores: Reward | None = None  # what the scorer was made for
         self._last_row = trainer.row + steps
         self._skipped: list[str] = []  # why updates took no step
+        self._refused = False  # whether the disk did not take the last rollouts
 
     def attach(self, run: Run) -> None:
         """Get to know the run."""
@@ -324,8 +325,18 @@ class RLVRLoop:
         return bool(np.isfinite(batch.rewards).any())
 
     def keep(self, step: int, batch: TrajectoryBatch, *, held_out: bool = False) -> None:
-        """Write the rollouts to the disk, and say in which file of the run's folder they are."""
-        path = self._store.add(step, batch, held_out=held_out)
+        """Write the rollouts to the disk, and say in which file of the run's folder they are.
+
+        A disk that refuses them costs their texts, not the run: an alarm says so, once until they are kept again.
+        """
+        try:
+            path = self._store.add(step, batch, held_out=held_out)
+        except StorageError as error:
+            if not self._refused:
+                self._client.publish(not_kept(error).alarm(self._run.run_id, step))
+            self._refused = True
+            return
+        self._refused = False
         self._client.publish(
             Rollouts(
                 run_id=self._run.run_id,

@@ -177,6 +177,7 @@ class ServedClient:
         self._drawing = threading.Lock()
         self._draws: OrderedDict[str, tuple[int, bytes]] = OrderedDict()  # by the key of whoever asked
         self._readers: set[asyncio.Queue[Event | dict[str, Any] | None]] = set()
+        self._streamed: dict[str, FutureHandle[Any]] = {}  # samples whose pieces are told as they come
         redrawn = reversed(
             channel.redrawn
         )  # what is owed of draws made in an earlier process, the last first
@@ -330,15 +331,17 @@ class ServedClient:
         """Put the pieces of a sample on the streams there are, between the events: neither stored nor numbered."""
         loop, promise = asyncio.get_running_loop(), promise_of(handle)
         passing, passed = threading.Lock(), 0
+        self._streamed[handle.future_id] = handle
 
         def pass_on() -> None:
             nonlocal passed
             with passing, suppress(RuntimeError):  # the loop has ended
-                for piece in promise.pieces[passed:]:
-                    item = {"piece": encode(piece), "future_id": handle.future_id}
+                for item in pieces_of(handle, passed):
                     for reader in tuple(self._readers):
                         loop.call_soon_threadsafe(reader.put_nowait, item)
                     passed += 1
+            if promise.done:
+                self._streamed.pop(handle.future_id, None)
 
         promise.watch(pass_on)
         pass_on()  # what was drawn before this
@@ -402,10 +405,17 @@ class ServedClient:
 
     # its stream
 
-    async def stream(self, after: int) -> AsyncGenerator[dict[str, Any]]:
+    async def stream(
+        self, after: int, known: Mapping[str, int] | None = None
+    ) -> AsyncGenerator[dict[str, Any]]:
         """Iterate over events above a number and what becomes of operations, in one order, until it hangs up.
 
         An event that ends an operation brings the outcome along, so that no result precedes the events before it.
+        Of what is being sampled, pieces come between the events.
+
+        Args:
+            after: The number of the last event that is known.
+            known: Of what is being sampled, how many pieces are.
         """
         loop = asyncio.get_running_loop()
         waiting: asyncio.Queue[Event | dict[str, Any] | None] = asyncio.Queue()
@@ -424,6 +434,9 @@ class ServedClient:
 
         unsubscribe = await asyncio.to_thread(self.channel.subscribe, put, after)
         self._readers.add(waiting)
+        for handle in tuple(self._streamed.values()):
+            for item in pieces_of(handle, (known or {}).get(handle.future_id, 0)):
+                waiting.put_nowait(item)
         try:
             while not ((self.hung_up or behind) and waiting.empty()):
                 try:
@@ -503,6 +516,14 @@ def taken(future_id: str, verb: str, at: float, state: FutureStatus, position: i
         "created_at": at,
         "queue_position": position,
     }
+
+
+def pieces_of(handle: FutureHandle[Any], first: int) -> list[dict[str, Any]]:
+    """Return the pieces of what is being sampled, from number `first` on, as items of a stream."""
+    pieces = enumerate(promise_of(handle).pieces[first:], first)
+    return [
+        {"piece": encode(piece), "future_id": handle.future_id, "number": number} for number, piece in pieces
+    ]
 
 
 def ended_job(record: Record, job: Job | None = None) -> Job:

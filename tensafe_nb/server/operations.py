@@ -64,6 +64,7 @@ RECORD = {  # the body of an operation: its record, with the arrays beside it or
 Id = Annotated[str, InPath(max_length=64)]
 SubmitterHeader = Annotated[str | None, Header(max_length=64)]
 NumberHeader = Annotated[int | None, Header(ge=1)]
+KnownPieces = Annotated[str, Query(max_length=4096, pattern=r"^(fut-[A-Za-z0-9-]{1,64}:\d{1,9}(,|$))*$")]
 
 
 async def body_of(request: Request) -> bytes | TGTinkerError:
@@ -304,13 +305,17 @@ def add_stream(routes: APIRouter, service: Service) -> None:
         training_client_id: Id,
         last_event_id: Annotated[int, Header(ge=0)] = 0,
         after: Annotated[int | None, Query(ge=0)] = None,
+        pieces: KnownPieces = "",
     ) -> StreamingResponse:
-        """Stream events, numbered, and what becomes of operations, as server-sent events."""
+        """Stream events, numbered, and what becomes of operations, as server-sent events.
+
+        Of samples with `stream`, pieces come along, each with its number; `pieces` says how many are known.
+        """
         client = client_of(service, request, training_client_id)
 
         async def messages() -> AsyncIterator[str]:
             yield "retry: 500\n\n"
-            async for item in client.stream(last_event_id if after is None else after):
+            async for item in client.stream(last_event_id if after is None else after, counts_in(pieces)):
                 yield message(item)
 
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -322,10 +327,11 @@ def add_stream(routes: APIRouter, service: Service) -> None:
         training_client_id: Id,
         after: Annotated[int, Query(ge=0)] = 0,
         wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT)] = 20.0,
+        pieces: KnownPieces = "",
     ) -> list[Any]:
         """Return the next items of the stream at once, or the first that comes: for proxies that hold streams back."""
         client, items = client_of(service, request, training_client_id), []
-        async with contextlib.aclosing(client.stream(after)) as stream:
+        async with contextlib.aclosing(client.stream(after, counts_in(pieces))) as stream:
             with contextlib.suppress(TimeoutError, StopAsyncIteration):
                 async with asyncio.timeout(wait):
                     items.append(await anext(stream))
@@ -402,6 +408,8 @@ def add_futures(routes: APIRouter, service: Service) -> None:
             )
         if outcome["state"] == "CANCELLED":
             raise FutureCancelledError("The operation was cancelled.", request_id=future_id)
+        if handle.operation == "read_adapter":  # it may have been read before weights were to stay
+            service.refuse_if_kept()
         return packed(handle.result())
 
     @routes.post("/futures/{future_id}/cancel")
@@ -501,6 +509,11 @@ def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     return member
+
+
+def counts_in(text: str) -> dict[str, int]:
+    """Read how many pieces of what is being sampled are known: "fut-1:3,fut-2:5"."""
+    return {name: int(count) for name, _, count in (one.partition(":") for one in text.split(",") if one)}
 
 
 def message(item: dict[str, Any]) -> str:

@@ -548,8 +548,9 @@ class HttpChannel:
     def take(self, item: Mapping[str, Any]) -> None:
         """Take an item of the stream: record its event, tell the subscribers, end the operation that it ends."""
         if "piece" in item:
-            if item["future_id"] in self._waiting:
-                self._waiting[item["future_id"]].add_piece(decode(item["piece"], SampledPiece))
+            promise = self._waiting.get(item["future_id"])
+            if promise is not None and item["number"] == len(promise.pieces):  # else it came before
+                promise.add_piece(decode(item["piece"], SampledPiece))
             return
         event = decode(item["event"], Event)
         if event.seq < self.reached or (event.seq == self.reached and not isinstance(event, Progress)):
@@ -578,6 +579,13 @@ class HttpChannel:
             self._end(item["outcome"])
         elif "info" in item and getattr(event, "future_id", None) in self._waiting:
             self.fail(event.future_id, ServerConnectionError("The server does not keep the result any more."))
+
+    @property
+    def pieces(self) -> dict[str, str]:
+        """How many pieces have come of what is being sampled, as it is asked for the rest."""
+        known = {name: len(self._waiting[name].pieces) for name in self._streamed & self._waiting.keys()}
+        told = ",".join(f"{name}:{count}" for name, count in known.items() if count)
+        return {"pieces": told} if told else {}
 
     def note_line(self, state: LineState, reason: str | None = None, *, lasting: bool = False) -> None:
         """Tell whoever watches that the line broke off, or is there again: only this end knows.
@@ -774,13 +782,13 @@ async def listen(held: "weakref.ref[HttpChannel]", requests: Requests) -> None:
     """
     pause, seen = FIRST_PAUSE, 0
     while (channel := held()) is not None and not channel.closed:
-        reached, path = channel.reached, channel.path
+        reached, path, pieces = channel.reached, channel.path, channel.pieces
         del channel
         if reached > seen:
             pause, seen = FIRST_PAUSE, reached
         try:
             read = poll if requests.streams_held_back else follow
-            if await read(held, requests, path, reached):
+            if await read(held, requests, path, reached, pieces):
                 return
             pause = FIRST_PAUSE
         except (httpx.RequestError, TimeoutError, json.JSONDecodeError) as error:
@@ -798,14 +806,16 @@ async def listen(held: "weakref.ref[HttpChannel]", requests: Requests) -> None:
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-async def follow(held: "weakref.ref[HttpChannel]", requests: Requests, path: str, after: int) -> bool:
+async def follow(
+    held: "weakref.ref[HttpChannel]", requests: Requests, path: str, after: int, pieces: Mapping[str, str]
+) -> bool:
     """Read one answer of the stream to its end; True if there is nothing more to come."""
     headers = {"last-event-id": str(after), "accept": "text/event-stream"}
     begun = False
     try:
         async with (
             asyncio.timeout(FIRST_SIGN) as first_sign,
-            requests.stream(f"{path}/stream", headers, silence=SILENCE) as answer,
+            requests.stream(f"{path}/stream", headers, pieces, silence=SILENCE) as answer,
         ):
             if not (answer.is_success and is_servers(answer)):
                 first_sign.reschedule(None)
@@ -828,9 +838,11 @@ async def follow(held: "weakref.ref[HttpChannel]", requests: Requests, path: str
     return is_over(held)
 
 
-async def poll(held: "weakref.ref[HttpChannel]", requests: Requests, path: str, after: int) -> bool:
+async def poll(
+    held: "weakref.ref[HttpChannel]", requests: Requests, path: str, after: int, pieces: Mapping[str, str]
+) -> bool:
     """Ask for the next items of the stream; True if there is nothing more to come."""
-    asked = {"after": after, "wait": WAIT}
+    asked = {"after": after, "wait": WAIT, **pieces}
     async with requests.stream(f"{path}/poll", {}, asked, silence=WAIT + FIRST_SIGN) as answer:
         await answer.aread()
     if not (answer.is_success and is_servers(answer)):

@@ -19,13 +19,13 @@ from tensafe_nb.data.labels import TurnEnd
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling.decoding import rows_of
 from tensafe_nb.engine.sampling.merged import merged
-from tensafe_nb.protocol.results import SampledSequence
+from tensafe_nb.protocol.results import SampledPiece, SampledSequence
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
 LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
-Tell = Callable[[int, str], None]  # number of a sequence, and further text of it
+Tell = Callable[[SampledPiece], None]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes whose character is not whole yet
 
 
@@ -44,6 +44,8 @@ class Completion:
     finish_reason: str | None = None
     text: str | None = None
     told: str = ""
+    told_tokens: int = 0
+    is_told: bool = False  # to its end
 
     def shown(self, model: LoadedModel) -> str:
         """Return the text without what begins, ends or fills up a sequence; other special tokens are shown."""
@@ -54,19 +56,49 @@ class Completion:
         kept = [token for token in self.tokens if token not in framing]
         return str(tokenizer.decode(kept, skip_special_tokens=False))
 
-    def news(self, model: LoadedModel, held_back: int) -> str:
+    def piece(self, number: int, model: LoadedModel, stops: Sequence[str]) -> SampledPiece | None:
+        """Return what was not told yet, if there is further text of it, or it has ended."""
+        text = self._news(model, stops)
+        if self.is_told or not (text or self.finish_reason):
+            return None
+        first, self.told_tokens, self.is_told = self.told_tokens, len(self.tokens), bool(self.finish_reason)
+        return SampledPiece(
+            number,
+            text,
+            tuple(self.tokens[first:]),
+            tuple(self.logprobs[first:]),
+            tuple(self.raw_logprobs[first:]),
+            self.finish_reason,
+        )
+
+    def _news(self, model: LoadedModel, stops: Sequence[str]) -> str:
         """Return the text that was not told yet, but for what may still turn out otherwise.
 
-        That is a character whose bytes are not all there, and as many characters as a string that ends it may have.
+        That is a character whose bytes are not all there, and what may be the beginning of a string that ends it.
         """
         text = self.shown(model)
         if self.finish_reason is None:
             text = text.rstrip(UNFINISHED)
-            text = text[: len(text) - held_back]
+            text = text[: len(text) - self._undecided(model.tokenizer, stops)]
         if not text.startswith(self.told):
             return ""
         news, self.told = text[len(self.told) :], max(self.told, text, key=len)
         return news
+
+    def _undecided(self, tokenizer: Any, stops: Sequence[str]) -> int:
+        """Return how many characters at the end are the beginning of one of some strings, at most."""
+        if not stops:
+            return 0
+        text = self._recent(tokenizer, stops).rstrip(UNFINISHED)
+        return max(
+            (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+        )
+
+    def _recent(self, tokenizer: Any, stops: Sequence[str]) -> str:
+        """Return the last tokens' text as it is written, among which the longest of some strings would lie."""
+        # a token is a byte at least: a string that the last token completed lies among so many tokens
+        recent = -4 * max(map(len, stops), default=0) - 4
+        return str(tokenizer.decode(self.tokens[recent:], skip_special_tokens=False))
 
     def finished(self, model: LoadedModel) -> SampledSequence:
         return SampledSequence(
@@ -98,11 +130,8 @@ class Completion:
 
     def _cut(self, tokenizer: Any, stops: Sequence[str]) -> bool:
         """Cut the text at the first of some strings, in which special tokens count as they are written."""
-        # a token is a byte at least: a string that the last token completed lies among so many tokens
-        recent = -4 * max(map(len, stops), default=0) - 4
-        if not any(
-            stop in tokenizer.decode(self.tokens[recent:], skip_special_tokens=False) for stop in stops
-        ):
+        recent = self._recent(tokenizer, stops) if stops else ""
+        if not any(stop in recent for stop in stops):
             return False
         whole = tokenizer.decode(self.tokens, skip_special_tokens=False)
         cuts = [whole.find(stop) for stop in stops if stop in whole]
@@ -134,7 +163,7 @@ def sample(
         seed: Of the call; a row's stream depends on it, on the row's prompt and on its number among equal prompts.
         tick: Called with (tokens done, tokens at most) before each token; may raise to stop.
         turns: What ends an answer to each prompt beside the model's end tokens; for none of them if empty.
-        tell: Called with further text of a sequence after each token, if asked for: its pieces are the text.
+        tell: Called with what there is of each sequence after each token, if asked for.
         streams: Of a prompt, what takes the place of its number among equal ones in the choice of its random stream.
         before: Of a prompt, how many rows of it or of equal ones others draw that come first; none if empty.
     """
@@ -203,9 +232,9 @@ def tell_news(model: LoadedModel, sampling: SamplingConfig, rows: Sequence[Compl
     """Tell what there is of each row that was not told yet."""
     for number, row in enumerate(rows):
         ends = () if sampling.ignore_end else (*sampling.stop, *row.turn.texts)
-        news = row.news(model, held_back=max(map(len, ends), default=1) - 1)
-        if news:
-            tell(number, news)
+        piece = row.piece(number, model, ends)
+        if piece is not None:
+            tell(piece)
 
 
 def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -366,6 +366,16 @@ def not_finite(batch: TrajectoryBatch, error: Exception) -> Finding:
     )
 
 
+def not_kept(error: Exception) -> Finding:
+    """Return the finding that the disk refuses the rollouts of a step, whose update goes on without them."""
+    return Finding(
+        "rollouts_not_kept",
+        "amber",
+        f"The run goes on, and the texts of this step cannot be looked at later: {error}",
+        "Free some of the disk: later steps are kept as soon as they can be.",
+    )
+
+
 def _cut_are_masked(row: Row) -> bool:
     """Whether the update says that it left out rollouts because they were cut."""
     return row.get("completions/masked_ratio", 0.0) > 0

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from tensafe_nb.errors import NonFiniteLossError, RewardError, ValidationError
+from tensafe_nb.errors import NonFiniteLossError, RewardError, StorageError, ValidationError
 from tensafe_nb.events import Alarm, ArtifactDeleted, CheckpointSaved, Rollouts
 from tensafe_nb.rlvr import (
     PPO,
@@ -64,6 +64,24 @@ def test_the_rollouts_of_a_step_that_could_not_be_scored_are_there_to_look_at(cl
     (batch,) = stored(client)
     (error,) = {trajectory.reward_error for trajectory in batch}
     assert error.startswith("KeyError: 'answer' (line 1 of <lambda>: ")
+
+
+def test_a_disk_that_refuses_rollouts_costs_their_texts_and_an_alarm_and_not_the_run(client, monkeypatch):
+    save = TrajectoryBatch.save
+
+    def refused(batch, path):
+        if path.name in ("step-000001.jsonl", "step-000002.jsonl"):
+            raise StorageError("The rollouts could not be written: No space left on device.")
+        return save(batch, path)
+
+    monkeypatch.setattr(TrajectoryBatch, "save", refused)
+    run = train(client, checksum, steps=3)
+    run.result()
+    assert [event.step for event in events(client, Rollouts)] == [3]
+    (alarm,) = [each for each in events(client, Alarm) if each.name == "rollouts_not_kept"]
+    assert (alarm.step, alarm.level) == (1, "amber")
+    assert "No space left" in alarm.message
+    assert len(client.history["reward"]) == 3
 
 
 # rewards that fail, and others in their place

@@ -140,6 +140,15 @@ def test_an_operator_can_keep_weights_from_leaving_in_the_clear(
     strict.delete(path)
 
 
+def test_an_adapter_read_before_weights_were_to_stay_does_not_leave_later(
+    serving: Serving, http: httpx.Client, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued = http.post(f"{path}/read_adapter", json={}).json()["future_id"]
+    assert outcome(http, queued).status_code == 200
+    monkeypatch.setattr(serving.service, "exports", False)
+    assert error_of(outcome(http, queued)) == (403, "forbidden")
+
+
 def test_idle_connections_are_dropped_and_used_ones_are_not(
     serving: Serving, http: httpx.Client, path: str
 ) -> None:

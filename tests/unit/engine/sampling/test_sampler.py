@@ -162,6 +162,31 @@ def test_the_end_token_is_kept_in_the_tokens_and_cut_from_the_text(random_model:
     assert sequence.text.isdigit() and len(sequence.text) == 3
 
 
+def told_one_by_one(engine: Engine, text: str, **fields: Any) -> list[str]:
+    """Return the texts of the pieces of a completion that is drawn so: those of each token."""
+    sampling = tn.SamplingConfig(max_new_tokens=200, **fields)
+    row, pieces = sampler.Completion(0, (5,), 1), []
+    for token in engine.tokenizer.encode(text, add_special_tokens=False):
+        row.tokens.append(token), row.logprobs.append(-1.0), row.raw_logprobs.append(-1.0)
+        row.finish(engine.model, sampling, last=False)
+        sampler.tell_news(engine.model, sampling, [row], pieces.append)
+    assert sum((piece.tokens for piece in pieces), ()) == tuple(row.tokens[: row.told_tokens])
+    return [piece.text for piece in pieces]
+
+
+def test_no_piece_breaks_a_character_of_several_bytes(engine: Engine) -> None:
+    text = "Grüße, 世界 🎉👩‍🔬!"
+    pieces = told_one_by_one(engine, text)
+    assert "".join(pieces) == text and len(pieces) < len(engine.tokenizer.encode(text))
+    assert sampler.UNFINISHED not in "".join(pieces)
+
+
+def test_a_piece_holds_back_what_may_become_a_stop_string_and_nothing_else(engine: Engine) -> None:
+    pieces = told_one_by_one(engine, "one\nQ\nQuest\nQuestion: no", stop=["\nQuestion:"])
+    assert "".join(pieces) == "one\nQ\nQuest"
+    assert "".join(told_one_by_one(engine, "one two", stop=["\nQuestion:"])) == "one two"
+
+
 def test_a_tick_can_stop_between_tokens(engine: Engine) -> None:
     def tick(done: int, total: int) -> None:
         if done == 3:
