@@ -4,7 +4,6 @@ A program, not a test: Ray listens for other machines, so it gets a namespace in
 Once it has printed, it waits to be killed, with a training client on a Ray of its own.
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -117,14 +116,20 @@ def cancelled(tc: tn.TrainingClient) -> None:
     FOUND["goes on"] = tc.forward(batch(1)).result().loss > 0
 
 
+def ended(tc: tn.TrainingClient) -> list[str]:
+    """Go on until nothing goes any more; return how the client stands then, and why."""
+    while True:
+        try:
+            tc.forward(batch(1)).result()
+        except tn.ClusterError as error:
+            if tc.status is tn.ClientStatus.ERROR:
+                return [str(tc.status), str(error)]
+
+
 def all_lost(tc: tn.TrainingClient) -> None:
     for pid in members(tc):
         os.kill(pid, signal.SIGKILL)
-    try:
-        tc.forward_backward(batch(3)).result()
-        tc.forward_backward(batch(3)).result()
-    except tn.ClusterError as error:
-        FOUND["all lost"] = [str(error), str(tc.status)]
+    FOUND["all lost"] = ended(tc)
 
 
 def first() -> None:
@@ -157,10 +162,7 @@ def second(service: tn.ServiceClient) -> tn.TrainingClient:
     tc.ready().result()
     (driver,) = [pid for pid, args in descendants().items() if "ray_driver" in args and "ray::" not in args]
     os.kill(driver, signal.SIGKILL)
-    with contextlib.suppress(tn.ClusterError):
-        while True:
-            tc.forward(batch(1)).result()
-    FOUND["without its driver"] = [str(tc.status), tc.history.state.reason]
+    FOUND["without its driver"] = ended(tc)
     mark("the driver was killed")
     again = service.create_training_client(**CONFIG)
     again.ready().result()
