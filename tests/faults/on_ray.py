@@ -4,14 +4,11 @@ A program, not a test: Ray listens for other machines, so it gets a namespace in
 Once it has printed, it waits to be killed, with a training client on a Ray of its own.
 """
 
-import fcntl
 import json
 import os
 import queue
 import re
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
@@ -22,8 +19,8 @@ import numpy as np
 
 import tensafe_nb as tn
 from tensafe_nb.events import Progress, ReplicasChanged
+from tests.faults import loopback
 
-SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 CONFIG: dict[str, Any] = {
     "lora_config": {"rank": 4},
     "optimizer": {"learning_rate": 1e-2},
@@ -31,11 +28,6 @@ CONFIG: dict[str, Any] = {
     "dtype": "float32",
 }
 FOUND: dict[str, Any] = {}
-
-
-def bring_up_loopback() -> None:
-    with socket.socket() as some:
-        fcntl.ioctl(some, SIOCSIFFLAGS, struct.pack("16sh", b"lo", IFF_UP))
 
 
 def descendants() -> dict[int, str]:
@@ -178,7 +170,7 @@ START = time.monotonic()
 
 
 def main() -> None:
-    bring_up_loopback()
+    loopback.bring_up()
     first()
     with tn.ServiceClient(cluster=tn.RayCluster("local", engines=1)) as service:
         tc = second(service)

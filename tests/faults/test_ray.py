@@ -1,50 +1,20 @@
 """A training client on a real Ray: the numbers of one engine, also when its actors are killed under it."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.faults.loopback import found_by
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]  # a busy machine starts Ray slowly
 RELATIVE = 1e-6
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What the program has found; at the end it is killed."""
-    alone = [shutil.which("unshare") or "", "--map-root-user", "--net"]
-    if not alone[0] or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
-        pytest.skip(
-            "Ray listens for other machines: it is tried only where it gets a network of its own (unshare)"
-        )
-    home = tmp_path_factory.mktemp("home")
-    words = (home / "words").open("wb")
-    program = subprocess.Popen(
-        [*alone, sys.executable, "-m", "tests.faults.on_ray"],
-        cwd=Path(__file__).parents[2],
-        env={
-            "PATH": os.environ["PATH"],
-            "TENSAFE_HOME": str(home),
-            "HOME": str(home),
-            "OMP_NUM_THREADS": "1",
-        },
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=words,
-    )
-    assert program.stdout is not None
-    line = program.stdout.readline()
-    program.kill()
-    program.communicate()
-    words.close()
-    assert line, (home / "words").read_text()[-4_000:]
-    yield dict(json.loads(line))
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the program has found, before it was killed."""
+    return found_by("tests.faults.on_ray", tmp_path_factory.mktemp("home"))
 
 
 def test_actors_compute_what_one_engine_computes(found: dict[str, Any]) -> None:
