@@ -17,6 +17,7 @@ _HOMES = {
     "TrainingConfig": "config",
     "LoRAConfig": "config",
     "OptimizerConfig": "config",
+    "StepConfig": "config",
     "SamplingConfig": "config",
     "LossConfig": "config",
     "DPConfig": "config",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
         LossConfig,
         OptimizerConfig,
         SamplingConfig,
+        StepConfig,
         TrainingConfig,
     )
     from tensafe_nb.errors import (
