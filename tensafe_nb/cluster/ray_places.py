@@ -22,11 +22,11 @@ import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
 from tensafe_nb.cluster.frames import read_frame, write_frame
 from tensafe_nb.cluster.group import Inbox
-from tensafe_nb.cluster.local_places import SECRETS, ended
+from tensafe_nb.cluster.local_places import SECRETS, ShippedOnce, ended
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ClusterError
 from tensafe_nb.rlvr.scoring.lasting import STARTER
-from tensafe_nb.rlvr.scoring.shipping import arrived, shipped
+from tensafe_nb.rlvr.scoring.shipping import arrived
 from tensafe_nb.store.home import Home
 
 PROGRAM = (
@@ -97,14 +97,14 @@ class RayDriver:
         """Whether no replica is left there."""
         return not self._places
 
-    def start(self, cpus: int, gpus: int, inbox: Inbox) -> "RayPlace":
+    def start(self, cpus: int, gpus: int, inbox: Inbox, shipping: ShippedOnce) -> "RayPlace":
         """Start an actor; see `ReplicaPlaces.start`.
 
         Raises:
             ClusterError: The cluster is gone.
         """
         self._started += 1
-        place = RayPlace(f"replica {self._started}", self, self._started, inbox)
+        place = RayPlace(f"replica {self._started}", self, self._started, inbox, shipping)
         self._places[place.number] = place
         if self.gone:
             del self._places[place.number]
@@ -195,9 +195,10 @@ class RayPlaces:
 
     def __init__(self, driver: RayDriver, cpus: int, gpus: int, home: Home | None) -> None:
         self._driver, self._cpus, self._gpus, self._home = driver, cpus, gpus, home
+        self._shipping = ShippedOnce()
 
     def start(self, inbox: Inbox) -> "RayPlace":
-        return self._driver.start(self._cpus, self._gpus, inbox)
+        return self._driver.start(self._cpus, self._gpus, inbox, self._shipping)
 
     def load_arguments(self, config: TrainingConfig) -> Sequence[Any]:
         return config, self._home
@@ -206,11 +207,14 @@ class RayPlaces:
 class RayPlace:
     """An actor, as its driver knows it."""
 
-    def __init__(self, name: str, driver: RayDriver, number: int, inbox: Inbox) -> None:
+    def __init__(
+        self, name: str, driver: RayDriver, number: int, inbox: Inbox, shipping: ShippedOnce
+    ) -> None:
         self.name, self.number, self._driver, self._inbox = name, number, driver, inbox
+        self._shipping = shipping
 
     def send(self, call: int, method: str, arguments: Sequence[Any]) -> None:
-        self._driver.order("call", self.number, call, method, shipped(arguments))
+        self._driver.order("call", self.number, call, method, self._shipping(arguments))
 
     def interrupt(self) -> None:
         self._driver.order("interrupt", self.number)

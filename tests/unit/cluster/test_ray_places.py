@@ -10,7 +10,7 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.cluster import clusters, group, ray_places
 from tensafe_nb.cluster.group import Inbox
-from tensafe_nb.cluster.local_places import ThreadPlace
+from tensafe_nb.cluster.local_places import ShippedOnce, ThreadPlace
 from tensafe_nb.cluster.ray_places import RayDriver
 from tensafe_nb.events import Alarm, ReplicasChanged
 from tensafe_nb.store.home import Home
@@ -67,8 +67,8 @@ def test_what_a_driver_says_of_an_actor_comes_to_its_place_alone(
     drivers: Callable[[str], RayDriver],
 ) -> None:
     driver = drivers("auto")
-    one, other = queue.SimpleQueue[Any](), queue.SimpleQueue[Any]()
-    first, second = driver.start(2, 0, one), driver.start(1, 1, other)
+    one, other, once = queue.SimpleQueue[Any](), queue.SimpleQueue[Any](), ShippedOnce()
+    first, second = driver.start(2, 0, one, once), driver.start(1, 1, other, once)
     assert one.get() == (first, ("waiting", "it wants 4 CPU"))
     second.send(7, "capture", (True,))
     assert [other.get(), other.get()][1] == (second, ("answer", 7, (True,)))
@@ -87,19 +87,19 @@ def test_a_driver_that_ends_takes_all_its_replicas_with_it_and_says_why(
 ) -> None:
     driver = drivers("auto")
     inbox = queue.SimpleQueue[Any]()
-    places = [driver.start(1, 0, inbox) for _ in range(2)]
+    places = [driver.start(1, 0, inbox, ShippedOnce()) for _ in range(2)]
     places[0].send(1, "die", ())
     heard = [inbox.get() for _ in range(4)]
     lost = [(place, reason) for place, (kind, reason) in heard if kind == "lost"]
     assert [place for place, _ in lost] == places
     assert "status 3" in lost[0][1] and "the head is gone" in lost[0][1]
     with pytest.raises(tn.ClusterError, match="is gone"):
-        driver.start(1, 0, inbox)
+        driver.start(1, 0, inbox, ShippedOnce())
 
 
 def test_a_cluster_that_is_not_there_is_named_with_what_to_do(drivers: Callable[[str], RayDriver]) -> None:
     inbox = queue.SimpleQueue[Any]()
-    drivers("full:1").start(1, 0, inbox)
+    drivers("full:1").start(1, 0, inbox, ShippedOnce())
     _, (kind, reason) = inbox.get()
     assert kind == "lost" and "'full:1': Connection refused. Start one with `ray start" in reason
 
