@@ -127,7 +127,12 @@ class EngineGroup:
     """
 
     def __init__(
-        self, config: TrainingConfig, places: ReplicaPlaces, size: int, tell: Tell, tick: Tick
+        self,
+        config: TrainingConfig,
+        places: ReplicaPlaces,
+        size: int,
+        tell: Tell,
+        tick: Tick = lambda done, total: None,
     ) -> None:
         self._places, self._size, self._tell = places, size, tell
         self._inbox: Inbox = SimpleQueue()
