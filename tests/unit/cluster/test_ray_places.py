@@ -1,5 +1,6 @@
 """A cluster of Ray, as far as the notebook knows it: the pipe to a driver, here to a program that stands in for one."""
 
+import argparse
 import os
 import queue
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.cli.server import cluster_of
 from tensafe_nb.cluster import clusters, group, ray_places
 from tensafe_nb.cluster.group import Inbox
 from tensafe_nb.cluster.local_places import ShippedOnce, ThreadPlace
@@ -198,3 +200,16 @@ def test_where_ray_is_missing_the_error_says_how_to_install_it(monkeypatch: pyte
     monkeypatch.setattr(clusters, "find_spec", lambda name: None)
     with pytest.raises(tn.ValidationError, match=r"pip install .tensafe_nb\[ray\]"):
         tn.RayCluster("local")
+
+
+@pytest.mark.parametrize(
+    ("where", "cluster"),
+    [
+        ("auto", "RayCluster('auto', engines=4, cpus=1, gpus=1)"),
+        ("head:6379", "RayCluster('head:6379', engines=4, cpus=1, gpus=1)"),
+        ("processes", "LocalCluster(engines=4, cpus=1, gpus=1)"),
+    ],
+)
+def test_a_server_is_told_its_cluster_in_one_word(where: str, cluster: str) -> None:
+    chosen = argparse.Namespace(cluster=where, engines=4, engine_cpus=1, engine_gpus=1)
+    assert repr(cluster_of(chosen)) == cluster
