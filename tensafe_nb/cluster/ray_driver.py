@@ -29,6 +29,7 @@ ENDS = ("answer", "error")
 STARTS = 2  # of a Ray here, before it counts as one that does not start
 STARTING = 90.0  # seconds for its processes: Ray gives them 30, which a busy machine may need longer for
 PATIENCE = 5.0  # seconds that an actor may take to start before it is asked what it lacks
+LONGEST = 300  # characters of a cause
 JOINING, LEAVING = 240, 20  # seconds to be connected to a cluster, and to leave it in order
 
 
@@ -117,7 +118,7 @@ class Listener:
                 async for message in await self._calls.get():
                     self._tell(await message)
         except (RayError, OSError, RuntimeError) as error:
-            self._tell(("lost", first_line(error)))
+            self._tell(("lost", in_short(error)))
 
     async def _started(self) -> str:
         """Wait until it has begun; say what is missing for that, if it takes long."""
@@ -197,13 +198,16 @@ class Driver:
         await asyncio.gather(*listening, return_exceptions=True)
 
     def _obey(self, order: str, number: int, *arguments: Any) -> None:
-        if order == "start":
-            self._listeners[number] = Listener(self, number, *arguments)
-        elif order == "end":
-            if number in self._listeners:
-                self._listeners.pop(number).end()
-        elif number in self._listeners:
-            getattr(self._listeners[number], order)(*arguments)
+        try:
+            if order == "start":
+                self._listeners[number] = Listener(self, number, *arguments)
+            elif order == "end":
+                if number in self._listeners:
+                    self._listeners.pop(number).end()
+            elif number in self._listeners:
+                getattr(self._listeners[number], order)(*arguments)
+        except Exception as error:  # noqa: BLE001  # of Ray's, whatever it is: that actor answers no more
+            self.tell((number, ("lost", in_short(error))))
 
 
 def connect(address: str, folder: str) -> None:
@@ -222,8 +226,8 @@ def connect(address: str, folder: str) -> None:
         ray.init(address=address, **usual)
         return
     usual |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": folder}
-    services = ray._private.services
-    services.get_node = patient(services.get_node)
+    with contextlib.suppress(AttributeError):  # a Ray without it is as patient as it is
+        ray._private.services.get_node = patient(ray._private.services.get_node)
     for attempt in range(1, STARTS + 1):
         try:
             ray.init(address="local", num_cpus=0, **usual)  # no worker before there is an actor
@@ -254,6 +258,7 @@ def leave(folder: str) -> None:
     """Leave the cluster, and end what a Ray of this machine may have left, and this process."""
     import psutil  # type: ignore[import-untyped, unused-ignore]  # Ray brings it along
 
+    signal.alarm(2 * LEAVING)
     own = psutil.Process().children(recursive=True)
     leaving = threading.Thread(target=ray.shutdown, daemon=True)
     leaving.start()
@@ -265,9 +270,10 @@ def leave(folder: str) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or what it is."""
-    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+def in_short(error: BaseException) -> str:
+    """Return the first line of what an error says, and the last, which is often the cause; or what it is."""
+    lines = [line for line in map(str.strip, str(error).splitlines()) if line] or [type(error).__name__]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1][-LONGEST:]}"
 
 
 def serve(parent: int, address: str, folder: str) -> None:
@@ -280,7 +286,7 @@ def serve(parent: int, address: str, folder: str) -> None:
     try:
         connect(address, folder)
     except Exception as error:  # noqa: BLE001  # whatever it is, whoever asked is to know
-        driver.tell(("refused", first_line(error)))
+        driver.tell(("refused", in_short(error)))
     else:
         signal.alarm(0)
         driver.tell(("connected", ray.__version__))
