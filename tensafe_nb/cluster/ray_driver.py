@@ -149,7 +149,7 @@ def lacking(wants: dict[str, int]) -> str:
     wanted = " and ".join(f"{many} {name}" for name, many in wants.items() if many)
     has = ", ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}" for name in wants)
     if not any(all(many <= node.get(name, 0) for name, many in wants.items()) for node in nodes):
-        return f"it wants {wanted} on one machine, and none of the cluster's {len(nodes)} has as much"
+        return f"it wants {wanted} on one machine, and no machine of the cluster has as much"
     return f"it wants {wanted}; free in the whole cluster: {has}" if short else ""
 
 
