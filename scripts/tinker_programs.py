@@ -302,12 +302,9 @@ def supervised() -> None:
 
     unbroken = run("whole", 20)
     shutil.copytree("whole", "broken")  # as it stood after its tenth step
-    kept = [
-        line
-        for line in Path("whole/checkpoints.jsonl").read_text().splitlines()
-        if json.loads(line)["batch"] == 10
-    ]
-    Path("broken/checkpoints.jsonl").write_text("\n".join(kept[:1]) + "\n")
+    kept = Path("whole/checkpoints.jsonl").read_text().splitlines()[0]
+    assert json.loads(kept)["batch"] == 10
+    Path("broken/checkpoints.jsonl").write_text(f"{kept}\n")
     steps = Path("whole/metrics.jsonl").read_text().splitlines()
     Path("broken/metrics.jsonl").write_text("\n".join(steps[:10]) + "\n")
     resumed = run("broken", 20)
