@@ -77,7 +77,7 @@ FORMS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class DatumRows:
     """Where the values of the data lie in a batch: of each, its first row, how many there are, and their length."""
 
     places: tuple[tuple[int, int, int], ...]
@@ -91,7 +91,7 @@ class Rows:
         ]
 
 
-def operation_of(request: Any) -> tuple[ForwardBackward | Forward, Rows]:
+def operation_of(request: Any) -> tuple[ForwardBackward | Forward, DatumRows]:
     """Return the operation that a ForwardBackwardRequest asks for, and where in its batch each datum lies.
 
     Raises:
@@ -130,7 +130,7 @@ def settings_of(request: Any, form: PolicyForm) -> dict[str, Any]:
     return settings
 
 
-def batch_of(data: Any, form: PolicyForm) -> tuple[BatchData, Rows]:
+def batch_of(data: Any, form: PolicyForm) -> tuple[BatchData, DatumRows]:
     """Return the data as one padded batch, in which every target is labelled."""
     read = [datum_of(datum, number, form) for number, datum in enumerate(data)]
     length, count = max(len(tokens) for tokens, _, _ in read), sum(len(t["labels"]) for _, t, _ in read)
@@ -156,7 +156,7 @@ def batch_of(data: Any, form: PolicyForm) -> tuple[BatchData, Rows]:
         if values:
             extras[name] = np.array(values, np.int64)
     batch = BatchData(ids, mask, labels, extras, labels_are_shifted=True)
-    return batch, Rows(tuple(places), tuple(wide))
+    return batch, DatumRows(tuple(places), tuple(wide))
 
 
 def datum_of(datum: Any, number: int, form: PolicyForm) -> tuple[list[int], dict[str, Any], dict[str, int]]:
@@ -199,7 +199,7 @@ def datum_of(datum: Any, number: int, form: PolicyForm) -> tuple[list[int], dict
     return tokens, entries, {UNITS[n]: int(found[n].reshape(-1)[0]) for n in UNITS if n in found}
 
 
-def output_of(result: ForwardBackwardResult | ForwardResult, rows: Rows) -> bytes:
+def output_of(result: ForwardBackwardResult | ForwardResult, rows: DatumRows) -> bytes:
     """Return the ForwardBackwardOutput of a result: the loss as a sum, and each target's log-probability."""
     assert result.logprobs is not None
     records, each = [], rows.of(result.logprobs)

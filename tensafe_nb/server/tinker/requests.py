@@ -126,7 +126,7 @@ class PromptRequest(WireRequest):
     chunks: tuple[ChunkRequest, ...]
 
 
-class SamplingRequest(WireRequest):
+class SamplingParams(WireRequest):
     """How to draw."""
 
     max_tokens: int | None = None
@@ -144,7 +144,7 @@ class SampleRequest(WireRequest):
     seq_id: int | None = None
     num_samples: int = 1
     prompt: PromptRequest
-    sampling_params: SamplingRequest
+    sampling_params: SamplingParams
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
