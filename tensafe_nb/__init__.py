@@ -36,6 +36,7 @@ _HOMES = {
     "compare": "comparing.comparison",
     "list_comparisons": "comparing.records",
     "load_comparison": "comparing.records",
+    "check": "classroom.checking",
     "replay": "widgets.replay",
     "save_page": "widgets.page",
     **dict.fromkeys(
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
     from tensafe_nb.client import TrainingClient
     from tensafe_nb.cluster.clusters import LocalCluster
+    from tensafe_nb.classroom.checking import check
     from tensafe_nb.comparing.comparison import compare
     from tensafe_nb.comparing.records import list_comparisons, load_comparison
     from tensafe_nb.config import (
