@@ -79,9 +79,9 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
+    from tensafe_nb.classroom.checking import check
     from tensafe_nb.client import TrainingClient
     from tensafe_nb.cluster.clusters import LocalCluster
-    from tensafe_nb.classroom.checking import check
     from tensafe_nb.comparing.comparison import compare
     from tensafe_nb.comparing.records import list_comparisons, load_comparison
     from tensafe_nb.config import (

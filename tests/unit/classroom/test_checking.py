@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.classroom import exercises  # noqa: F401  # they file themselves
 from tensafe_nb.classroom.checking import EXERCISES
+from tensafe_nb.classroom.grading import solutions_of
 from tests.contract.test_wild_values import WILD
 
 NOTEBOOKS = Path(__file__).parents[3] / "notebooks"
@@ -30,9 +32,7 @@ def answer_in(source: str) -> Any:
 SOLUTIONS = {
     number: source
     for path in sorted((NOTEBOOKS / "solutions").glob("*.py"))
-    for number, source in re.findall(
-        r"^# (\d\d\.\d)\n(.*?)(?=^# \d\d\.\d$|\Z)", path.read_text(), re.M | re.S
-    )
+    for number, source in solutions_of(path).items()
 }
 
 
