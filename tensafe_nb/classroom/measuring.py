@@ -37,11 +37,11 @@ def measure(path: Path) -> Needed:
     """Run a notebook to its end, in a home folder of its own, and say what it took. Linux only.
 
     Raises:
-        TGTinkerError: A cell failed.
+        TGTinkerError: A cell failed, or the kernel was ended.
     """
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
 
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(ASKED))
@@ -60,6 +60,8 @@ def measure(path: Path) -> Needed:
             raise TGTinkerError(
                 f"{path.name} did not run to its end: {error.ename}: {error.evalue}"
             ) from error
+        except DeadKernelError as error:
+            raise TGTinkerError(f"{path.name}: its kernel was ended. Is there memory enough here?") from error
         seconds = time.monotonic() - started
     found = json.loads(notebook.cells[-1].outputs[-1].text)
     return Needed(round(found["kilobytes"] / 1024), seconds, found["seconds"])
