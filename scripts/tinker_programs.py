@@ -295,6 +295,7 @@ def supervised() -> None:
             save_every=10,
             eval_every=0,
             max_steps=steps,
+            submit_ahead=0,  # else a checkpoint holds the step that was submitted before it
         )
         asyncio.run(train.main(config))
         rows = [json.loads(line) for line in (Path(log) / "metrics.jsonl").read_text().splitlines()]
