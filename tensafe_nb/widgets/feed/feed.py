@@ -66,8 +66,8 @@ class Standing:
         line: "OPEN", "RECONNECTING" or "LOST": whether what is said here is still so is known only while it is open.
         line_reason: Why it is not.
         line_seconds: For how long it has not been.
-        replicas: How many replicas compute it, of how many, their share, and what became of others, in words; None where
-            it is not on a cluster, or closed.
+        replicas: How many replicas compute it, of how many, their share, and what became of others, in words; None
+            where it is not on a cluster, or closed.
     """
 
     client: str

@@ -32,7 +32,7 @@ def grouped() -> Iterator[Grouped]:
 
     def make(places: WatchedPlaces, size: int = 2) -> tuple[EngineGroup, Told]:
         told: Told = []
-        groups.append(EngineGroup(TrainingConfig(**CONFIG), places, size, told.append))  # type: ignore[arg-type]
+        groups.append(EngineGroup(TrainingConfig(**CONFIG), places, size, told.append, no_tick))  # type: ignore[arg-type]
         return groups[-1], told
 
     yield make

@@ -56,7 +56,7 @@ def test_each_loss_over_1_2_and_3_replicas_has_the_loss_the_gradient_norm_and_th
     # of SGD: Adam's first step makes as much of a gradient that is all rounding as of any other
     config = TrainingConfig(**CONFIG | {"value_head": True, "optimizer": {"name": "sgd"}})
     alone = Engine(config)
-    groups = [EngineGroup(config, ThreadPlaces(), size, lambda event: None) for size in (1, 2, 3)]
+    groups = [EngineGroup(config, ThreadPlaces(), size, lambda event: None, no_tick) for size in (1, 2, 3)]
     start = alone.capture(True)
     try:
         for name in SPLITTABLE:
