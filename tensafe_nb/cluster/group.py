@@ -5,6 +5,7 @@ the sum and the same step: none of them is ahead of another, and the last one le
 knows no processes: where a replica lives is the business of its place.
 """
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -20,7 +21,7 @@ import numpy as np
 
 from tensafe_nb.cluster.clusters import NOT_PRIVATELY
 from tensafe_nb.cluster.replica import Introduction, ReplicaStanding
-from tensafe_nb.config import SamplingConfig, TrainingConfig
+from tensafe_nb.config import UNCHANGED, SamplingConfig, StepConfig, TrainingConfig
 from tensafe_nb.core.engines import Tell
 from tensafe_nb.engine import micro_batches
 from tensafe_nb.engine.accumulation import Tally, Tick, Window
@@ -167,10 +168,13 @@ class EngineGroup:
                         until = min(until, time.monotonic() + FOR_THE_OTHERS)
                     case ("error", _, error):
                         raise error
-                    case ("lost", reason) if place in self._coming:
-                        del self._coming[place]
+                    case ("lost", reason):
+                        place.end()
+                        self._coming.pop(place, None)
+                        if place in self._members:  # it had come, and did not wait for the others
+                            self._members.remove(place)
                         last = ClusterError(f"The replica {place.name} did not come up: {reason}")
-            if known is None:
+            if known is None or not self._members:
                 raise last or ClusterError("No replica was started.")
         except BaseException:
             end_all(self._members, self._coming)
@@ -228,28 +232,24 @@ class EngineGroup:
 
     def _admit(self) -> None:
         """Take in, between two operations, what has happened meanwhile, and the replicas that have come."""
-        for place, message in self._news():
-            match message:
-                case ("lost", reason):
-                    self._lose(place, reason)
-                case ("error", call, error) if self._coming.get(place) == call:
-                    self._lose(place, str(error))
-                case ("answer", call, _) if self._coming.get(place) == call:
-                    self._let_in(place)
+        with contextlib.suppress(Empty):
+            while True:  # one by one: the next may be that the one being let in is lost
+                place, message = self._inbox.get_nowait()
+                match message:
+                    case ("lost", reason):
+                        self._lose(place, reason)
+                    case ("error", call, error) if self._coming.get(place) == call:
+                        self._lose(place, str(error))
+                    case ("answer", call, _) if self._coming.get(place) == call:
+                        self._let_in(place)
         self._check_alive()
-
-    def _news(self) -> "list[tuple[ReplicaPlace, Message]]":
-        found = []
-        while True:
-            try:
-                found.append(self._inbox.get_nowait())
-            except Empty:
-                return found
 
     def _let_in(self, place: ReplicaPlace) -> None:
         """Let a newcomer become what the others are, down to the last bit."""
         self._check_alive()
         (state,) = self._ask([ReplicaCall("capture", (True,))])
+        if place not in self._coming:  # lost meanwhile
+            return
         adopt = ReplicaCall("adopt", (state,), place)
         self._carry_out([adopt])
         standing = adopt.answer
@@ -359,36 +359,46 @@ class EngineGroup:
 
     # the verbs
 
-    def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick) -> ForwardBackwardResult:
+    def forward_backward(
+        self, batch: BatchData, loss: Loss, tick: Tick, return_logprobs: bool = False
+    ) -> ForwardBackwardResult:
         """Add the gradient of a batch's loss to the window; see `Engine.forward_backward`."""
         self._admit()
         try:
             shares = self._shares(batch, loss.declares)
             if len(self._members) == 1:  # nobody could take over: it may as well keep its gradient to itself
-                result: ForwardBackwardResult = self._order("forward_backward", batch, loss, tick=tick)
+                result: ForwardBackwardResult = self._order(
+                    "forward_backward", batch, loss, return_logprobs, tick=tick
+                )
                 return result
             # (the gradient of a share by parameter, what its losses add up to)
             parts = self._ask(
                 [
-                    ReplicaCall("contribute", (batch, loss, share, self._dropout_of(number)))
+                    ReplicaCall("contribute", (batch, loss, share, self._dropout_of(number), return_logprobs))
                     for number, share in enumerate(shares)
                 ],
                 tick,
             )
             gradients = [summed(ofs) for ofs in zip(*(gradients for gradients, _ in parts), strict=True)]
             tally = joined([tally for _, tally in parts], loss)
+            logprobs, tally.logprobs = tally.logprobs, None
             grad_norm = self._order("absorb", gradients, tally, loss)
         except BaseException:
             if self._members:
                 self.discard_gradients()
             raise
         labelled = int((batch.labels != IGNORE).sum())
-        return ForwardBackwardResult(tally.loss, grad_norm, labelled, tally.metrics, tally.weight)
+        return ForwardBackwardResult(tally.loss, grad_norm, labelled, tally.metrics, tally.weight, logprobs)
 
-    def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
+    def optim_step(self, apply_dp_noise: bool = True, step: StepConfig = UNCHANGED) -> OptimStepResult:
         """Take one optimiser step; see `Engine.optim_step`."""
         self._admit()
-        result: OptimStepResult = self._order("optim_step")
+        try:
+            result: OptimStepResult = self._order("optim_step", step)
+        except BaseException:
+            if self._members:
+                self.discard_gradients()  # they have: but a refusal does not say where they stand
+            raise
         return result
 
     def discard_gradients(self) -> None:
@@ -405,10 +415,9 @@ class EngineGroup:
             ],
             tick,
         )
-        tally = joined([tally for tally, _ in parts], loss)
-        logprobs = summed([logprobs for _, logprobs in parts])
+        tally = joined(parts, loss)
         labelled = int((batch.labels != IGNORE).sum())
-        return ForwardResult(tally.loss, labelled, tally.metrics, logprobs, tally.weight)
+        return ForwardResult(tally.loss, labelled, tally.metrics, tally.logprobs, tally.weight)
 
     def compute_logprobs(
         self, batch: BatchData, temperature: float, reference: bool, tick: Tick
@@ -444,6 +453,8 @@ class EngineGroup:
         """Draw completions, the same as one engine draws; see `Engine.sample`."""
         self._admit()
         ((ids, turns, streams),) = self._ask([ReplicaCall("encode", (prompts, config))])
+        wanted = [ReplicaCall("read", (ids, config))] if config.reads_prompts else []
+        (read,) = self._ask(wanted) or [((), ())]
         seed = config.seed
         if seed is None:  # counted here: one who takes over draws from the same
             self.samples_drawn += 1
@@ -468,7 +479,7 @@ class EngineGroup:
             rows = ((prompt, sample) for prompt in part.prompts for sample in part.samples)
             for (prompt, sample), sequence in zip(rows, sequences, strict=True):
                 drawn[prompt, sample] = replace(sequence, prompt_index=prompt)
-        return SampleResult(tuple(drawn[row] for row in sorted(drawn)), self.policy_version)
+        return SampleResult(tuple(drawn[row] for row in sorted(drawn)), self.policy_version, *read)
 
     def read_adapter(self) -> ReadAdapterResult:
         """Return a copy of the adapter; see `Engine.read_adapter`."""
@@ -511,19 +522,27 @@ class EngineGroup:
     def _shares(self, batch: BatchData, declares: Declaration) -> list[list[Array]]:
         """Divide a batch into as many shares as there are replicas, where it can be: each the pieces of one.
 
-        The pieces are made small enough for that, and go to whoever has least, the largest first.
+        The pieces are made small enough for that: of an even share, or of a row more, where that leaves less for who
+        has most.
         """
-        replicas = len(self._members)
-        tokens = int(micro_batches.columns_needed(batch.attention_mask).sum())
-        most = min(self.config.micro_batch_tokens, max(1, -(-tokens // replicas)))
-        pieces = micro_batches.divided(batch, declares, most, self._introduction.overhead)
-        shares: list[list[Array]] = [[] for _ in range(replicas)]
-        loads = [0] * replicas
-        for piece in sorted(pieces, key=lambda rows: -cost(batch, rows)):
-            least = loads.index(min(loads))
-            shares[least].append(piece)
-            loads[least] += cost(batch, piece)
-        return [share for share in shares if share]
+        replicas, most = len(self._members), self.config.micro_batch_tokens
+        overhead = self._introduction.overhead
+        if replicas == 1:
+            return [micro_batches.divided(batch, declares, most, overhead)]
+        columns = micro_batches.columns_needed(batch.attention_mask)
+        even = max(1, -(-int(columns.sum()) // replicas))
+        return min(
+            (
+                shared_out(
+                    batch,
+                    micro_batches.divided(batch, declares, min(most, limit), overhead),
+                    replicas,
+                    overhead,
+                )
+                for limit in (even, even + int(columns.max(initial=1)) - 1)
+            ),
+            key=lambda found: found[1],
+        )[0]
 
     def _dropout_of(self, share: int) -> int:
         """Return what seeds the dropout of a share: whoever computes it, and however often, draws the same."""
@@ -682,9 +701,22 @@ def same_end(one: ReplicaCall, other: ReplicaCall) -> bool:
     return bool(one.answer == other.answer)
 
 
-def cost(batch: BatchData, rows: Array) -> int:
-    """Return what a piece costs: its tokens, padding included."""
-    return len(rows) * int(micro_batches.columns_needed(batch.attention_mask[rows]).max())
+def shared_out(
+    batch: BatchData, pieces: Sequence[Array], replicas: int, overhead: int
+) -> tuple[list[list[Array]], int]:
+    """Give each piece, the largest first, to whoever has least; return the shares, and what the largest costs.
+
+    A piece costs its tokens, padding included, and what any piece costs.
+    """
+    columns = micro_batches.columns_needed(batch.attention_mask)
+    costs = [len(rows) * int(columns[rows].max()) + overhead for rows in pieces]
+    shares: list[list[Array]] = [[] for _ in range(replicas)]
+    loads = [0] * replicas
+    for piece in sorted(range(len(pieces)), key=lambda piece: -costs[piece]):
+        least = loads.index(min(loads))
+        shares[least].append(pieces[piece])
+        loads[least] += costs[piece]
+    return [share for share in shares if share], max(loads)
 
 
 def summed(parts: Sequence[Array | None]) -> Array | None:

@@ -8,6 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+import tensafe_nb as tn
+from tensafe_nb.protocol.codec import encode
+from tensafe_nb.protocol.operations import Sample, SampleFrom
 from tests.parity.serving import Serving
 from tests.unit.server.conftest import BATCH, SHAPE, error_of, new_client, open_encrypted, outcome
 
@@ -44,6 +47,7 @@ OF_ALL = {  # routes that are the same for everybody, or make something new
     *(("get", f"/api/v1/{name}") for name in ("capabilities", "losses", "audit_logs/verify")),
     ("post", "/api/v1/training_clients"),
     ("put", "/api/v1/artifacts"),
+    ("post", "/api/v1/samples"),
 }
 
 
@@ -133,6 +137,8 @@ def test_nothing_of_another_can_be_named_inside_a_request(
     if kind != "future_id":
         loading = other.post(f"{new_client(other)}/load_state", json={"artifact_id": named}).json()
         assert error_of(outcome(other, loading["future_id"])) == (404, "artifact_not_found")
+        asked = encode(SampleFrom(Sample(("x",), tn.SamplingConfig()), artifact_id=named))
+        assert error_of(other.post("/samples", json=asked)) == (404, "artifact_not_found")
     field = "future_id" if kind == "future_id" else "artifact_id"
     refused = []
     for ids in ({**mine, "name": "mine"}, {**UNKNOWN, "name": "no-such-name"}):
