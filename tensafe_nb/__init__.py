@@ -13,6 +13,7 @@ _HOMES = {
     "ServiceClient": "service",
     "TrainingClient": "client",
     "LocalCluster": "cluster.clusters",
+    "RayCluster": "cluster.clusters",
     "TrainingConfig": "config",
     "LoRAConfig": "config",
     "OptimizerConfig": "config",
@@ -79,7 +80,7 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
     from tensafe_nb.client import TrainingClient
-    from tensafe_nb.cluster.clusters import LocalCluster
+    from tensafe_nb.cluster.clusters import LocalCluster, RayCluster
     from tensafe_nb.comparing.comparison import compare
     from tensafe_nb.comparing.records import list_comparisons, load_comparison
     from tensafe_nb.config import (

@@ -16,6 +16,7 @@ from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.auditor import request_buffers
 from tensafe_nb.core.engines import MakesEngines, Trains
+from tensafe_nb.engine.accumulation import Tick
 from tensafe_nb.engine.models import adapter_folders
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.memory import presentable
@@ -113,10 +114,12 @@ class Samplers:
             promise, "sample", weights.artifact_id or weights.config.model_ref, SampleResult, cancel
         )
 
-    def make(self, config: TrainingConfig) -> Trains:
+    def make(self, config: TrainingConfig, tick: Tick) -> Trains:
         """Load a model, and return an engine of it."""
         try:
-            return self._engines.make(config, self._vault.home, None, lambda _: None, served=self._served)
+            return self._engines.make(
+                config, self._vault.home, None, lambda _: None, tick, served=self._served
+            )
         except Exception as error:
             raise models.refuse(error, config.model_ref) from error
 
@@ -221,7 +224,7 @@ class SamplerHost:
             promise.progress = done, total
 
         if self._engine is None:
-            self._engine, self._holds = self._samplers.make(self._config), (None, 0)
+            self._engine, self._holds = self._samplers.make(self._config, tick), (None, 0)
         engine, sampling = self._engine, request.sampling
         if artifact_id is not None and self._holds[0] != artifact_id:
             self._holds = artifact_id, self._samplers.put(engine, artifact_id)

@@ -406,6 +406,7 @@ CALLS: Mapping[str, Call] = {
     ),
     # the service
     "LocalCluster": Call(lambda w: tn.LocalCluster),
+    "RayCluster": Call(lambda w: tn.RayCluster),
     "ServiceClient": Call(lambda w: closing(tn.ServiceClient)),
     "create_training_client": Call(lambda w: closing(w.service.create_training_client), {"config": None}),
     "restore": Call(lambda w: closing(w.service.restore), {"artifact_id": "fits"}),
