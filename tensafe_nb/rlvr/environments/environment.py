@@ -245,7 +245,7 @@ def check_environment(made: Environment) -> None:
     match made.overlong:
         case None:
             pass
-        case (int(longest), int(cache)) if 0 < cache < longest:
+        case tuple((int(longest), int(cache))) if 0 < cache < longest:
             pass
         case _:
             raise ValidationError(
