@@ -37,6 +37,7 @@ _HOMES = {
     "compare": "comparing.comparison",
     "list_comparisons": "comparing.records",
     "load_comparison": "comparing.records",
+    "check": "classroom.checking",
     "replay": "widgets.replay",
     "save_page": "widgets.page",
     **dict.fromkeys(
@@ -79,6 +80,7 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
+    from tensafe_nb.classroom.checking import check
     from tensafe_nb.client import TrainingClient
     from tensafe_nb.cluster.clusters import LocalCluster, RayCluster
     from tensafe_nb.comparing.comparison import compare

@@ -374,6 +374,7 @@ CALLS: Mapping[str, Call] = {
         {"optimizer": {}, "batch_size": 2, "seed": 0},
     ),
     # runs
+    "check": Call(lambda w: tn.check, {"number": "05.2"}),
     "load_run": Call(lambda w: tn.load_run, {"run_id": Of(lambda w: w.run.run_id)}),
     "list_runs": Call(lambda w: tn.list_runs, {"name": None, "tags": (), "model": None}),
     "plot_runs": Call(
