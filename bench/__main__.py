@@ -68,6 +68,7 @@ ROWS = {
     "remote-restart": "remote:restart",
     "remote-memory": "remote:further_client",
     "remote-download": "remote:download",
+    "tinker-pipeline": "tinker:pipelined_steps",
     "cluster-two": "cluster:two",
     "cluster-one": "cluster:one",
     "cluster-call": "cluster:call",

@@ -18,7 +18,7 @@ import numpy as np
 import tinker
 from tinker import types
 
-MODEL = "tiny"  # a folder where this runs
+MODEL = os.environ.get("TINKER_MODEL", "tiny")  # a folder where this runs
 ROWS = ((5, 6, 7, 8), (9, 10, 11, 12, 13), (20, 21, 22))
 
 
@@ -242,19 +242,17 @@ def after_the_end() -> None:
     print(f"resumed at loss:sum {loss:.3f}")
 
 
-def hello(count: int = 20) -> None:
-    """Time pipelined toy steps; `scripts.tinker_parity` times the same through our own client."""
-    tc, data = client(tinker.ServiceClient()), [datum(row) for row in ROWS]
-    best = math.inf
-    for _ in range(4):
-        began, handles = time.perf_counter(), []
-        for _ in range(count):
+def turns() -> None:
+    """Take pipelined toy steps for each line that is read: one side of a row of `bench.tinker`."""
+    tc, data = client(tinker.ServiceClient()), [datum(range(5, 37)) for _ in range(4)]
+    for line in sys.stdin:
+        handles = []
+        for _ in range(json.loads(line)):
             handles.append(tc.forward_backward(data, "cross_entropy"))
-            handles.append(tc.optim_step(types.AdamParams(learning_rate=1e-3)))
+            handles.append(tc.optim_step(types.AdamParams(learning_rate=1e-4)))
         for handle in handles:
             handle.result()
-        best = min(best, time.perf_counter() - began)
-    print(json.dumps({"seconds": best}))
+        print(json.dumps(len(handles)), flush=True)
 
 
 # the cookbook

@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 
 from tensafe_nb.config import TrainingConfig
+from tensafe_nb.display import as_given
 from tensafe_nb.errors import (
+    ArtifactNotFoundError,
     ServerConnectionError,
     StorageError,
     TrainingClientNotFoundError,
@@ -104,14 +106,23 @@ class HttpTransport:
         found = self._requests.get("/artifacts", params=options)
         return [decode(artifact, SaveStateResult) for artifact in found]
 
+    def _part(self, artifact_id: str) -> str:
+        """Return an id or a name as a part of a path; of a name with a slash, which no path can hold, the id."""
+        if "/" not in artifact_id:
+            return quoted(artifact_id)
+        for found in self.list_artifacts(None):  # newest first
+            if found.name == artifact_id:
+                return quoted(found.artifact_id)
+        raise ArtifactNotFoundError(f"There is no artifact {as_given(artifact_id)}.")
+
     def get_artifact(self, artifact_id: str) -> SaveStateResult:
-        return self._requests.record("GET", f"/artifacts/{quoted(artifact_id)}", SaveStateResult)
+        return self._requests.record("GET", f"/artifacts/{self._part(artifact_id)}", SaveStateResult)
 
     def config_of(self, artifact_id: str) -> TrainingConfig:
-        return self._requests.record("GET", f"/artifacts/{quoted(artifact_id)}/config", TrainingConfig)
+        return self._requests.record("GET", f"/artifacts/{self._part(artifact_id)}/config", TrainingConfig)
 
     def pull_artifact(self, artifact_id: str, to: Path | None) -> bytes | Path:
-        path = f"/artifacts/{quoted(artifact_id)}/content"
+        path = f"/artifacts/{self._part(artifact_id)}/content"
         if to is None:
             return self._requests.call("GET", path).content
         self._download(path, {}, to)
@@ -160,7 +171,7 @@ class HttpTransport:
         )
 
     def delete_artifact(self, artifact_id: str) -> None:
-        self._requests.call("DELETE", f"/artifacts/{quoted(artifact_id)}")
+        self._requests.call("DELETE", f"/artifacts/{self._part(artifact_id)}")
 
     def export_adapter(self, artifact_id: str, path: Path, merged: bool) -> Path:
         target = path.expanduser().resolve()
@@ -171,7 +182,7 @@ class HttpTransport:
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         archive = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}.tar")
-        address = f"/artifacts/{quoted(artifact_id)}/export"
+        address = f"/artifacts/{self._part(artifact_id)}/export"
         try:
             self._download(address, {"merged": str(merged).lower()}, archive)
             extract(archive, target)

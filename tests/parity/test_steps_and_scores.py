@@ -94,7 +94,7 @@ def test_stored_weights_are_sampled_without_a_training_client(service: tn.Servic
     asked = {"max_new_tokens": 4, "seed": 3, "ignore_end": True, "prompt_logprobs": True}
     base = tc.sample(PROMPTS, **asked).result()
     saved = []
-    for name in ("first", "second"):
+    for name in ("first", "tinker://run/weights/second"):
         tc.forward_backward(BATCH), tc.optim_step()
         saved.append((tc.sample(PROMPTS, **asked), tc.save_state(name=name, include_optimizer=False)))
     expected = [sample.result() for sample, _ in saved]
@@ -102,7 +102,11 @@ def test_stored_weights_are_sampled_without_a_training_client(service: tn.Servic
     ids = [checkpoint.artifact_id for _, checkpoint in saved]
     tc.close()
     for _ in range(2):  # the weights of one and of the other are put in, again and again
-        found = [service.sample(PROMPTS, artifact_id=name, **asked).result() for name in (ids[0], "second")]
+        found = [
+            service.sample(PROMPTS, artifact_id=name, **asked).result()
+            for name in (ids[0], "tinker://run/weights/second")
+        ]
+        assert service.get_artifact("tinker://run/weights/second").artifact_id == ids[1]
         assert found == expected
     as_it_is = service.sample(PROMPTS, model_ref="builtin:tiny", **asked).result()
     assert as_it_is.sequences == base.sequences and as_it_is.policy_version == 0
@@ -111,6 +115,8 @@ def test_stored_weights_are_sampled_without_a_training_client(service: tn.Servic
 
 
 def test_what_is_not_there_is_not_sampled_from(service: tn.ServiceClient) -> None:
+    with pytest.raises(tn.ArtifactNotFoundError):
+        service.restore("tinker://no/such/path")
     with pytest.raises(tn.ArtifactNotFoundError):
         service.sample("a", artifact_id="nothing").result()
     for neither_or_both in ({}, {"artifact_id": "a", "model_ref": "builtin:tiny"}):
