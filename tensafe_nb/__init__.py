@@ -16,6 +16,7 @@ _HOMES = {
     "TrainingConfig": "config",
     "LoRAConfig": "config",
     "OptimizerConfig": "config",
+    "StepConfig": "config",
     "SamplingConfig": "config",
     "LossConfig": "config",
     "DPConfig": "config",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
         LossConfig,
         OptimizerConfig,
         SamplingConfig,
+        StepConfig,
         TrainingConfig,
     )
     from tensafe_nb.errors import (

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, TrainingConfig, joins, spells
+from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, StepConfig, TrainingConfig, joins, spells
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
@@ -133,7 +133,12 @@ class TrainingClient:
 
     @checked
     def forward_backward(
-        self, batch: Batch, loss_fn: LossSpec | None = None, loss_kwargs: Mapping[str, Any] | None = None
+        self,
+        batch: Batch,
+        loss_fn: LossSpec | None = None,
+        loss_kwargs: Mapping[str, Any] | None = None,
+        *,
+        return_logprobs: bool = False,
     ) -> FutureHandle[ForwardBackwardResult]:
         """Compute the loss of a batch and add its gradient to what is accumulated.
 
@@ -141,11 +146,14 @@ class TrainingClient:
             batch: A BatchData, or a dict of `input_ids`, `attention_mask`, `labels` (B, T) and what the loss needs.
             loss_fn: A registered name, "package.module:attribute" or a callable; token cross entropy when None.
             loss_kwargs: Keywords of the loss.
+            return_logprobs: Also return each label's log-probability, (B, T), before the step.
 
         Raises:
             ValidationError: A batch or loss that does not fit.
         """
-        return self._submit(ForwardBackward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {})))
+        return self._submit(
+            ForwardBackward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {}), return_logprobs)
+        )
 
     @checked
     def forward(
@@ -166,22 +174,43 @@ class TrainingClient:
         """
         return self._submit(Forward(BatchData.of(batch), loss_fn, dict(loss_kwargs or {}), return_logprobs))
 
-    def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
+    @joins(StepConfig, "step")
+    def optim_step(
+        self,
+        apply_dp_noise: bool = True,
+        step: StepConfig | None = None,
+        *,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        max_grad_norm: float | None = None,
+    ) -> FutureHandle[OptimStepResult]:
         """Apply the accumulated gradients with the optimiser.
 
         Args:
             apply_dp_noise: Without differential privacy it has no effect. With it, False is refused while there is a
                 guarantee to lose; see `void_privacy`.
+            step: What this step does otherwise than `config.optimizer` says: a StepConfig, whose fields the keywords
+                are. Those that you give come on top of it.
+            learning_rate: Of this step, whatever the schedule says; 0 moves no weight.
+            weight_decay: Of this step.
+            betas: Of this step; for adamw and adam, like `eps`.
+            eps: Of this step.
+            max_grad_norm: Norm to which the gradient is scaled down; 0 leaves it.
 
         Raises:
-            ValidationError: Not a truth value. The handle of a private client's step fails with `PrivacyUnitError` for
-                a draw that is not whole, and with `DPBudgetExceededError` instead of spending more than the budget.
+            ValidationError: A setting that does not fit, or that the optimiser does not have. The handle of a private
+                client's step fails with `PrivacyUnitError` for a draw that is not whole, and with
+                `DPBudgetExceededError` instead of spending more than the budget.
         """
         if not isinstance(apply_dp_noise, bool):
             raise ValidationError(
                 f"optim_step(apply_dp_noise=…) is True or False, not {as_given(apply_dp_noise)}."
             )
-        return self._submit(OptimStep(apply_dp_noise))
+        assert step is not None  # the keywords are in it
+        step.applied_to(self.config.optimizer)
+        return self._submit(OptimStep(apply_dp_noise, step))
 
     @joins(SamplingConfig, "sampling")
     def sample(
@@ -198,6 +227,9 @@ class TrainingClient:
         stop: str | Sequence[str] = (),
         seed: int | None = None,
         ignore_end: bool = False,
+        top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        top_prompt_logprobs: int = 0,
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
 
@@ -214,18 +246,15 @@ class TrainingClient:
             stop: Strings that end a completion; they are cut from its text.
             seed: Fixes every row's random stream; None takes the client's next one.
             ignore_end: Go on past end tokens, so that every completion has `max_new_tokens`.
+            top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
+            prompt_logprobs: Also return the log-probability of each token of the prompts.
+            top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
 
         Raises:
             ValidationError: No prompt, or a field that does not fit.
         """
         assert sampling is not None  # the keywords are in it
-        read = read_prompts(prompts)
-        if len(read) * sampling.num_samples > MOST_SEQUENCES:
-            raise ValidationError(
-                f"sample(): {len(read):,} prompts with num_samples={sampling.num_samples:,} are more than "
-                f"{MOST_SEQUENCES:,} sequences: sample in parts."
-            )
-        return self._submit(Sample(read, sampling, stream))
+        return self._submit(Sample(prompts_to_sample(prompts, sampling), sampling, stream))
 
     @joins(SamplingConfig, "sampling")
     def stream(
@@ -1062,3 +1091,18 @@ class TrainingClient:
         """Return what a notebook's output history keeps of this client when nothing else refers to it."""
         kept = {"history": self.history, "training_client_id": self.training_client_id, "config": self.config}
         return Freed(f"The training client {self.training_client_id}", **kept, _feed=vars(self).get("_feed"))
+
+
+def prompts_to_sample(prompts: Prompt | Sequence[Prompt], sampling: SamplingConfig) -> tuple[Prompt, ...]:
+    """Return the prompts of a call of `sample`, read.
+
+    Raises:
+        ValidationError: There are none, or too many.
+    """
+    read = read_prompts(prompts)
+    if len(read) * sampling.num_samples > MOST_SEQUENCES:
+        raise ValidationError(
+            f"sample(): {len(read):,} prompts with num_samples={sampling.num_samples:,} are more than "
+            f"{MOST_SEQUENCES:,} sequences: sample in parts."
+        )
+    return read

@@ -24,6 +24,7 @@ Positive = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]  # more of anything 
 NonNegativeFloat = pydantic.NonNegativeFloat
 MOST_ENTRIES = 10_000  # of one field
 MOST_PROBLEMS = 20  # that one message tells
+MOST_TOP_LOGPROBS = 128  # of one place
 MIN_TEMPERATURE = 1e-4  # below, the logits leave the range of numbers; 0 means greedy
 
 
@@ -280,6 +281,9 @@ class LoRAConfig(Config):
         return self
 
 
+ADAMS = ("adamw", "adam")  # the optimisers that have betas and eps
+
+
 class OptimizerConfig(Config):
     """The optimiser and its learning-rate schedule.
 
@@ -322,6 +326,47 @@ class OptimizerConfig(Config):
         return self
 
 
+class StepConfig(Config):
+    """What one optimiser step does otherwise than the client's OptimizerConfig says; the next does as that says.
+
+    Args:
+        learning_rate: Of this step, whatever the schedule says; 0 moves no weight.
+        weight_decay: As in OptimizerConfig.
+        betas: For adamw and adam, like `eps`.
+        eps: Added to adam's denominator.
+        max_grad_norm: Global norm to which gradients are scaled down; 0 leaves them.
+    """
+
+    NUMBER = "learning_rate"
+
+    learning_rate: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    betas: tuple[float, float] | None = None
+    eps: pydantic.PositiveFloat | None = None
+    max_grad_norm: NonNegativeFloat | None = None
+
+    def applied_to(self, optimizer: OptimizerConfig) -> OptimizerConfig:
+        """Return an optimiser's configuration as it counts for this step; the learning rate stays the schedule's.
+
+        Raises:
+            ValidationError: The optimiser has no such setting.
+        """
+        given = {name: value for name, value in dict(self).items() if value is not None}
+        given.pop("learning_rate", None)
+        foreign = {"betas", "eps"} & given.keys() if optimizer.name not in ADAMS else ()
+        if foreign:
+            raise ValidationError(
+                f"optim_step: {' and '.join(sorted(foreign))} belong to adamw and adam, and this client trains with "
+                f"{optimizer.name!r}. Leave them out, or create a client with OptimizerConfig(name='adamw')."
+            )
+        if given.get("max_grad_norm") == 0:
+            given["max_grad_norm"] = None
+        return optimizer.replace(**given) if given else optimizer
+
+
+UNCHANGED = StepConfig()  # a step as the OptimizerConfig says
+
+
 class LossConfig(Config):
     """The loss of a training client, where an operation names no other.
 
@@ -346,6 +391,9 @@ class SamplingConfig(Config):
         stop: Strings that end a completion; they are cut from its text. A special token can be one, as it is written.
         seed: Fixes every row's random stream; None takes the client's next one.
         ignore_end: Go on past end tokens, so that every completion has `max_new_tokens` ("fixed").
+        top_logprobs: Also return, for each sampled token, the most likely tokens of its place, so many.
+        prompt_logprobs: Also return the log-probability of each token of the prompt, which is read once more for it.
+        top_prompt_logprobs: Also return the most likely tokens of each place in the prompt, so many.
     """
 
     max_new_tokens: Positive = 64
@@ -356,6 +404,9 @@ class SamplingConfig(Config):
     stop: tuple[str, ...] = ()
     seed: Seed | None = None
     ignore_end: bool = False
+    top_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
+    prompt_logprobs: bool = False
+    top_prompt_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod
@@ -369,6 +420,11 @@ class SamplingConfig(Config):
                 "ignore_end goes on past every end, so that stop strings have no effect: give one of them"
             )
         return self
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether something is wanted of the tokens of prompts themselves."""
+        return self.prompt_logprobs or self.top_prompt_logprobs > 0
 
     @pydantic.field_validator("temperature")
     @classmethod

@@ -10,14 +10,27 @@ from typing import Any, Literal, Self, overload
 from weakref import WeakValueDictionary
 
 from tensafe_nb.checks import checked
-from tensafe_nb.client import Clients, TrainingClient
-from tensafe_nb.config import DPConfig, LoRAConfig, LossConfig, OptimizerConfig, TrainingConfig, joins, spells
+from tensafe_nb.client import Clients, TrainingClient, prompts_to_sample
+from tensafe_nb.config import (
+    DPConfig,
+    LoRAConfig,
+    LossConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainingConfig,
+    joins,
+    spells,
+)
 from tensafe_nb.display import Facts, Listing, as_given, fields_of, shown
 from tensafe_nb.errors import ClientClosedError, ValidationError, near_misses
+from tensafe_nb.futures import FutureHandle
 from tensafe_nb.lifetimes import before_loading
+from tensafe_nb.protocol.operations import Sample, SampleFrom
 from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
+    Prompt,
+    SampleResult,
     SaveStateResult,
     StateSource,
     TrainingClientInfo,
@@ -186,6 +199,63 @@ class ServiceClient:
         """
         client = self._clients.get(training_client_id)
         return self._adopt(self._transport.attach(training_client_id)) if client is None else client
+
+    @joins(SamplingConfig, "sampling")
+    def sample(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingConfig | None = None,
+        *,
+        artifact_id: str | None = None,
+        model_ref: str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        num_samples: int = 1,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        ignore_end: bool = False,
+        top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        top_prompt_logprobs: int = 0,
+    ) -> FutureHandle[SampleResult]:
+        """Draw completions without a training client: from a checkpoint's weights, or from a model as it is.
+
+        It waits for no training. Requests are served in the order they came; the weights stay in memory for the next.
+
+        Args:
+            prompts: As for `TrainingClient.sample`, like what is not named here.
+            sampling: How to draw: a SamplingConfig, whose fields the keywords are.
+            artifact_id: Of the checkpoint, or its name: then the newest of that name.
+            model_ref: A model as it is, instead: as in TrainingConfig.
+            max_new_tokens: Longest completion, in tokens.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_p: Keep the smallest set of tokens whose probability reaches this.
+            top_k: Keep the k most likely tokens; 0 keeps all.
+            num_samples: Completions per prompt.
+            stop: Strings that end a completion; they are cut from its text.
+            seed: Fixes every row's random stream; None draws a new one.
+            ignore_end: Go on past end tokens, so that every completion has `max_new_tokens`.
+            top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
+            prompt_logprobs: Also return the log-probability of each token of the prompts.
+            top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
+
+        Raises:
+            ArtifactNotFoundError: There is no such checkpoint.
+            ValidationError: No prompt, a field that does not fit, or not exactly one of `artifact_id` and `model_ref`.
+
+        Example:
+            >>> service.sample("2 + 2 =", artifact_id="best", max_new_tokens=4).texts
+        """
+        assert sampling is not None  # the keywords are in it
+        self._refuse_if_closed()
+        for name, given in (("artifact_id", artifact_id), ("model_ref", model_ref)):
+            if given is not None and (not isinstance(given, str) or not given):
+                raise ValidationError(f"sample(): {name}={as_given(given)} is no text that could name one.")
+        drawn = Sample(prompts_to_sample(prompts, sampling), sampling)
+        before_loading()
+        return self._transport.sample(SampleFrom(drawn, artifact_id, model_ref))
 
     # artifacts
 

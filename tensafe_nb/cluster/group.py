@@ -20,7 +20,7 @@ import numpy as np
 
 from tensafe_nb.cluster.clusters import NOT_PRIVATELY
 from tensafe_nb.cluster.replica import Introduction, ReplicaStanding
-from tensafe_nb.config import SamplingConfig, TrainingConfig
+from tensafe_nb.config import UNCHANGED, SamplingConfig, StepConfig, TrainingConfig
 from tensafe_nb.core.engines import Tell
 from tensafe_nb.engine import micro_batches
 from tensafe_nb.engine.accumulation import Tally, Tick, Window
@@ -359,36 +359,41 @@ class EngineGroup:
 
     # the verbs
 
-    def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick) -> ForwardBackwardResult:
+    def forward_backward(
+        self, batch: BatchData, loss: Loss, tick: Tick, return_logprobs: bool = False
+    ) -> ForwardBackwardResult:
         """Add the gradient of a batch's loss to the window; see `Engine.forward_backward`."""
         self._admit()
         try:
             shares = self._shares(batch, loss.declares)
             if len(self._members) == 1:  # nobody could take over: it may as well keep its gradient to itself
-                result: ForwardBackwardResult = self._order("forward_backward", batch, loss, tick=tick)
+                result: ForwardBackwardResult = self._order(
+                    "forward_backward", batch, loss, return_logprobs, tick=tick
+                )
                 return result
             # (the gradient of a share by parameter, what its losses add up to)
             parts = self._ask(
                 [
-                    ReplicaCall("contribute", (batch, loss, share, self._dropout_of(number)))
+                    ReplicaCall("contribute", (batch, loss, share, self._dropout_of(number), return_logprobs))
                     for number, share in enumerate(shares)
                 ],
                 tick,
             )
             gradients = [summed(ofs) for ofs in zip(*(gradients for gradients, _ in parts), strict=True)]
             tally = joined([tally for _, tally in parts], loss)
+            logprobs, tally.logprobs = tally.logprobs, None
             grad_norm = self._order("absorb", gradients, tally, loss)
         except BaseException:
             if self._members:
                 self.discard_gradients()
             raise
         labelled = int((batch.labels != IGNORE).sum())
-        return ForwardBackwardResult(tally.loss, grad_norm, labelled, tally.metrics, tally.weight)
+        return ForwardBackwardResult(tally.loss, grad_norm, labelled, tally.metrics, tally.weight, logprobs)
 
-    def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
+    def optim_step(self, apply_dp_noise: bool = True, step: StepConfig = UNCHANGED) -> OptimStepResult:
         """Take one optimiser step; see `Engine.optim_step`."""
         self._admit()
-        result: OptimStepResult = self._order("optim_step")
+        result: OptimStepResult = self._order("optim_step", step)
         return result
 
     def discard_gradients(self) -> None:
@@ -405,10 +410,9 @@ class EngineGroup:
             ],
             tick,
         )
-        tally = joined([tally for tally, _ in parts], loss)
-        logprobs = summed([logprobs for _, logprobs in parts])
+        tally = joined(parts, loss)
         labelled = int((batch.labels != IGNORE).sum())
-        return ForwardResult(tally.loss, labelled, tally.metrics, logprobs, tally.weight)
+        return ForwardResult(tally.loss, labelled, tally.metrics, tally.logprobs, tally.weight)
 
     def compute_logprobs(
         self, batch: BatchData, temperature: float, reference: bool, tick: Tick
@@ -444,6 +448,8 @@ class EngineGroup:
         """Draw completions, the same as one engine draws; see `Engine.sample`."""
         self._admit()
         ((ids, turns, streams),) = self._ask([ReplicaCall("encode", (prompts, config))])
+        wanted = [ReplicaCall("read", (ids, config))] if config.reads_prompts else []
+        (read,) = self._ask(wanted) or [((), ())]
         seed = config.seed
         if seed is None:  # counted here: one who takes over draws from the same
             self.samples_drawn += 1
@@ -468,7 +474,7 @@ class EngineGroup:
             rows = ((prompt, sample) for prompt in part.prompts for sample in part.samples)
             for (prompt, sample), sequence in zip(rows, sequences, strict=True):
                 drawn[prompt, sample] = replace(sequence, prompt_index=prompt)
-        return SampleResult(tuple(drawn[row] for row in sorted(drawn)), self.policy_version)
+        return SampleResult(tuple(drawn[row] for row in sorted(drawn)), self.policy_version, *read)
 
     def read_adapter(self) -> ReadAdapterResult:
         """Return a copy of the adapter; see `Engine.read_adapter`."""

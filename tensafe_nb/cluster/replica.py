@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tensafe_nb.config import SamplingConfig, TrainingConfig
+from tensafe_nb.config import SamplingConfig, StepConfig, TrainingConfig
 from tensafe_nb.data.labels import TurnEnd
 from tensafe_nb.engine import state as states
 from tensafe_nb.engine.accumulation import Tally, Window
@@ -21,6 +21,7 @@ from tensafe_nb.engine.models.low_rank import Factors
 from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.sampling import sampler
+from tensafe_nb.engine.sampling.prompts import ReadPrompts
 from tensafe_nb.engine.state import EngineState
 from tensafe_nb.errors import FutureCancelledError, TGTinkerError
 from tensafe_nb.losses import Loss
@@ -126,11 +127,12 @@ class Replica:
         loss: Loss,
         pieces: Sequence[Array],
         secret: int,
+        return_logprobs: bool,
         call: int,
         tick: sampler.Tick,
     ) -> tuple[list[Array | None], Tally]:
         batch = self._engine.with_reference(batch, loss, tick, pieces)
-        return self._step.contribute(batch, loss, pieces, secret, tick)
+        return self._step.contribute(batch, loss, pieces, secret, return_logprobs, tick)
 
     def evaluate(
         self,
@@ -140,7 +142,7 @@ class Replica:
         pieces: Sequence[Array],
         call: int,
         tick: sampler.Tick,
-    ) -> tuple[Tally, Array | None]:
+    ) -> Tally:
         return self._engine.evaluate(batch, loss, return_logprobs, tick, pieces)
 
     def compute_logprobs(
@@ -158,6 +160,9 @@ class Replica:
         self, prompts: Sequence[Prompt], config: SamplingConfig
     ) -> tuple[list[list[int]], list[TurnEnd], list[int | None]]:
         return self._engine.encode(prompts, config)
+
+    def read(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> ReadPrompts:
+        return self._engine.read(prompts, config)
 
     def sample(
         self,
@@ -195,15 +200,15 @@ class Replica:
     # tells
 
     def forward_backward(
-        self, batch: BatchData, loss: Loss, call: int, tick: sampler.Tick
+        self, batch: BatchData, loss: Loss, return_logprobs: bool, call: int, tick: sampler.Tick
     ) -> ReplicaStanding:  # of the only replica there is
-        return self._standing(self._engine.forward_backward(batch, loss, tick))
+        return self._standing(self._engine.forward_backward(batch, loss, tick, return_logprobs))
 
     def absorb(self, gradients: Sequence[Array | None], tally: Tally, loss: Loss) -> ReplicaStanding:
         return self._standing(self._step.absorb(gradients, tally, loss))
 
-    def optim_step(self) -> ReplicaStanding:
-        return self._standing(self._engine.optim_step())
+    def optim_step(self, step: StepConfig) -> ReplicaStanding:
+        return self._standing(self._engine.optim_step(step=step))
 
     def discard_gradients(self) -> ReplicaStanding:
         self._engine.discard_gradients()

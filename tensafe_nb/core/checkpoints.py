@@ -1,7 +1,7 @@
 """An engine's state as a sealed artifact, and back: trainer.json, then tensors as safetensors. Never pickle."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tensafe_nb.config import TrainingConfig
@@ -115,6 +115,22 @@ def load(
     return LoadStateResult(found, engine.step, "READY", restored, facts["position"]), facts
 
 
+def put_weights(engine: Trains, store: ArtifactStore, artifact_id: str) -> int:
+    """Give an engine that only samples the weights of an artifact; return their version.
+
+    Raises:
+        ArtifactNotFoundError: There is none of this id.
+        DecryptionError: It does not open.
+        ValidationError: It belongs to another model or adapter.
+    """
+    with store.open(artifact_id) as artifact:
+        facts, tensors = read_parts(
+            engine, artifact, artifact_id, with_moments=False, parts=(states.WEIGHTS,)
+        )
+    engine.restore(EngineState.of_parts(facts, tensors), keep_moments=False)
+    return int(facts["policy_version"])
+
+
 def config_of(store: ArtifactStore, artifact_id: str) -> TrainingConfig:
     """Return the configuration of the client that saved an artifact."""
     with store.open(store.resolve(artifact_id)) as artifact:
@@ -125,7 +141,12 @@ def config_of(store: ArtifactStore, artifact_id: str) -> TrainingConfig:
 
 
 def read_parts(
-    engine: Trains, artifact: StoredArtifact, artifact_id: str, *, with_moments: bool
+    engine: Trains,
+    artifact: StoredArtifact,
+    artifact_id: str,
+    *,
+    with_moments: bool,
+    parts: Sequence[str] = states.PARTS,
 ) -> tuple[dict[str, Any], dict[str, Tensors]]:
     """Return the facts and the tensors of a state; one that does not fit the engine is refused before its tensors."""
     facts: dict[str, Any] = {}
@@ -137,7 +158,7 @@ def read_parts(
             states.check(facts, engine.config, engine.fingerprint, artifact_id, with_moments=moments)
         elif name == LEDGER:
             facts["ledger"] = json.loads(stream.read(size))
-        elif name in states.PARTS:
+        elif name in parts:
             tensors[name] = states.read_part(stream, size)
     return facts, tensors
 

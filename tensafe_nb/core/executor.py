@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from tensafe_nb.config import SamplingConfig
+from tensafe_nb.config import SamplingConfig, StepConfig
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.engines import Trains
 from tensafe_nb.core.past import Past, Told
@@ -82,15 +82,15 @@ class Executor:
         engine, operation = self.engine, job.operation
         self._drop_stale()
         match operation:
-            case ForwardBackward(batch):
+            case ForwardBackward(batch, return_logprobs=wanted):
                 loss = cast(Loss, job.loss)
-                result = engine.forward_backward(batch, loss, tick)
-                self._losses.append((result, loss.declares.prenormalised))
+                result = engine.forward_backward(batch, loss, tick, wanted)
+                self._losses.append((replace(result, logprobs=None), loss.declares.prenormalised))
                 return result
             case Forward(batch, return_logprobs=wanted):
                 return engine.forward(batch, cast(Loss, job.loss), wanted, tick)
-            case OptimStep(apply_dp_noise):
-                return self.optim_step(apply_dp_noise)
+            case OptimStep(apply_dp_noise, step):
+                return self.optim_step(apply_dp_noise, step)
             case Sample(prompts, sampling, stream):
                 return self.sample(job, prompts, sampling, stream, tick)
             case ComputeLogprobs(batch, temperature, reference):
@@ -240,7 +240,7 @@ class Executor:
         self.policy_version = loaded.policy_version
         return loaded
 
-    def optim_step(self, apply_dp_noise: bool) -> OptimStepResult:
+    def optim_step(self, apply_dp_noise: bool, step: StepConfig) -> OptimStepResult:
         """Take the step of a whole window, and pay for it; a broken window ends here without one."""
         engine = self.engine
         losses, self._losses = self._losses, []  # the window ends here, however the step does
@@ -251,7 +251,7 @@ class Executor:
         self._guarantee.before_step()
         # A private engine pays before it moves a weight: a crash in between costs budget, never privacy.
         try:
-            result = engine.optim_step(apply_dp_noise)
+            result = engine.optim_step(apply_dp_noise, step)
         except DPBudgetExceededError:
             self._tell(self._guarantee.standing(engine.step, refused=True))
             raise

@@ -5,9 +5,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.losses import Loss
+from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import LossValue
+from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
 from tensafe_nb.protocol.results import ForwardBackwardResult
 
 Tick = Callable[[int, int], None]
@@ -46,13 +51,20 @@ class Window:
 
 @dataclass(slots=True)
 class Tally:
-    """Adds up the values of micro-batches."""
+    """Adds up the values of micro-batches; `logprobs` (B, T) collects those of the labels, where they are wanted."""
 
     prenormalised: bool
     total: float = 0.0
     weight: float = 0.0
     sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     maxima: dict[str, float] = field(default_factory=dict)
+    logprobs: Array | None = None
+
+    @classmethod
+    def of(cls, loss: Loss, batch: BatchData, *, logprobs: bool) -> "Tally":
+        """Return an empty one for a loss of a batch."""
+        wanted = np.zeros(batch.shape, dtype=np.float32) if logprobs else None
+        return cls(loss.declares.prenormalised, logprobs=wanted)
 
     def add(self, value: LossValue, total: float) -> None:
         self.total += total
@@ -63,8 +75,16 @@ class Tally:
             else:
                 self.sums[name] += metric if self.prenormalised else metric * value.weight
 
+    @torch.no_grad()
+    def collect(self, outputs: LossOutputs, batch: BatchData, rows: Array) -> None:
+        """Take the logprobs of some rows of the batch, where they are wanted."""
+        if self.logprobs is not None:
+            place(self.logprobs, batch, rows, outputs.logprobs)
+
     def join(self, other: "Tally") -> None:
         """Add what other micro-batches have added up to."""
+        if other.logprobs is not None:
+            self.logprobs = other.logprobs if self.logprobs is None else self.logprobs + other.logprobs
         self.total += other.total
         self.weight += other.weight
         for name, value in other.sums.items():
@@ -83,6 +103,12 @@ class Tally:
     @property
     def metrics(self) -> dict[str, float]:
         return {name: total / self.divisor for name, total in self.sums.items()} | self.maxima
+
+
+def place(target: Array, batch: BatchData, rows: Array, values: Tensor) -> None:
+    """Write values (N, …) of the labelled positions of some rows into a (B, T, …) array."""
+    row, column = (batch.labels[rows] != IGNORE).nonzero()
+    target[rows[row], column] = values.detach().float().cpu().numpy()
 
 
 def mean_of(losses: list[tuple[ForwardBackwardResult, bool]]) -> dict[str, float]:

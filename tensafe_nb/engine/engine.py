@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensafe_nb.config import SamplingConfig, TrainingConfig
+from tensafe_nb.config import UNCHANGED, SamplingConfig, StepConfig, TrainingConfig
 from tensafe_nb.data.labels import TurnEnd, turn_ends
 from tensafe_nb.display import as_given
-from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
+from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick, place
 from tensafe_nb.engine.estimate import estimate
-from tensafe_nb.engine.forward import ForwardPass, place
+from tensafe_nb.engine.forward import ForwardPass
 from tensafe_nb.engine.models import adapters, inputs
 from tensafe_nb.engine.models.load import LoadedModel, load
 from tensafe_nb.engine.models.low_rank import Factors, factors_of
@@ -25,6 +25,7 @@ from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.sampling import sampler
+from tensafe_nb.engine.sampling.prompts import ReadPrompts, read_prompts
 from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses import Loss
@@ -57,8 +58,10 @@ class TrainingStep(Protocol):
     window: Window
     resumable: bool
 
-    def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick, /) -> ForwardBackwardResult: ...
-    def optim_step(self, apply_dp_noise: bool, /) -> OptimStepResult: ...
+    def forward_backward(
+        self, batch: BatchData, loss: Loss, tick: Tick, return_logprobs: bool = False, /
+    ) -> ForwardBackwardResult: ...
+    def optim_step(self, apply_dp_noise: bool, step: StepConfig, /) -> OptimStepResult: ...
     def discard(self) -> None: ...
 
     def trial(self, batch: BatchData, loss: Loss, /) -> tuple[int, Callable[[Callable[[], None]], None]]:
@@ -167,8 +170,10 @@ class Engine:
 
     # training
 
-    def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick = no_tick) -> ForwardBackwardResult:
-        """Add the gradient of a batch's loss to the window.
+    def forward_backward(
+        self, batch: BatchData, loss: Loss, tick: Tick = no_tick, return_logprobs: bool = False
+    ) -> ForwardBackwardResult:
+        """Add the gradient of a batch's loss to the window; return per-token logprobs (B, T) as well if asked.
 
         On any failure, a cancelling `tick` included, what the window holds is dropped.
 
@@ -182,16 +187,20 @@ class Engine:
         except BaseException:
             self.discard_gradients()
             raise
-        return self.training_step.forward_backward(batch, loss, tick)
+        return self.training_step.forward_backward(batch, loss, tick, return_logprobs)
 
-    def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
+    def optim_step(self, apply_dp_noise: bool = True, step: StepConfig = UNCHANGED) -> OptimStepResult:
         """Clip the mean gradient of the window, and take one optimiser step with it.
 
+        Args:
+            apply_dp_noise: See `TrainingClient.optim_step`.
+            step: What this step does otherwise than the client's OptimizerConfig says.
+
         Raises:
-            ValidationError: The window is empty.
+            ValidationError: The window is empty, or the optimiser has no such setting.
             DPBudgetExceededError: Privately, a step beyond the budget. No weight has moved.
         """
-        return self.training_step.optim_step(apply_dp_noise)
+        return self.training_step.optim_step(apply_dp_noise, step)
 
     def discard_gradients(self) -> None:
         """Drop what has been accumulated; the next window starts clean."""
@@ -211,9 +220,9 @@ class Engine:
         self, batch: BatchData, loss: Loss, return_logprobs: bool = False, tick: Tick = no_tick
     ) -> ForwardResult:
         """Evaluate a loss without dropout or gradients; with per-token logprobs (B, T) when asked for."""
-        tally, logprobs = self.evaluate(batch, loss, return_logprobs, tick)
+        tally = self.evaluate(batch, loss, return_logprobs, tick)
         labelled = int((batch.labels != IGNORE).sum())
-        return ForwardResult(tally.loss, labelled, tally.metrics, logprobs, tally.weight)
+        return ForwardResult(tally.loss, labelled, tally.metrics, tally.logprobs, tally.weight)
 
     @torch.no_grad()
     def evaluate(
@@ -223,20 +232,18 @@ class Engine:
         return_logprobs: bool,
         tick: Tick,
         pieces: Sequence[Array] | None = None,
-    ) -> tuple[Tally, Array | None]:
-        """Return what a loss adds up to over a batch, or over some pieces of it, and the logprobs (B, T) if asked."""
+    ) -> Tally:
+        """Return what a loss adds up to over a batch, or over some pieces of it, with the logprobs (B, T) if asked."""
         self.forward_pass.check(batch)
         batch = self.with_reference(batch, loss, tick, pieces)
         loss.check(batch)
-        tally = Tally(loss.declares.prenormalised)
-        logprobs = np.zeros(batch.shape, dtype=np.float32) if return_logprobs else None
+        tally = Tally.of(loss, batch, logprobs=return_logprobs)
         for rows, part in self.forward_pass.micro_batches(batch, loss, tick, pieces):
             outputs, value = self.forward_pass.evaluate(part, batch, loss)
             tally.add(value, value.total.item())
-            if logprobs is not None:
-                place(logprobs, batch, rows, outputs.logprobs)
+            tally.collect(outputs, batch, rows)
             del outputs, value  # its logits can be large: let go of them before the next piece's are computed
-        return tally, logprobs
+        return tally
 
     @torch.no_grad()
     def compute_logprobs(
@@ -323,8 +330,13 @@ class Engine:
         if seed is None:
             self.samples_drawn += 1
             seed = seed_of_call(self.config.seed, self.samples_drawn)
+        read = self.read(ids, config)
         drawn = sampler.sample(self.model, ids, config, seed, tick, turns, tell, streams)
-        return SampleResult(tuple(drawn), self.policy_version)
+        return SampleResult(tuple(drawn), self.policy_version, *read)
+
+    def read(self, ids: Sequence[Sequence[int]], config: SamplingConfig) -> ReadPrompts:
+        """Return what the model says of prompts' own tokens, as far as `config` asks for it."""
+        return read_prompts(self.forward_pass, ids, config)
 
     def encode(
         self, prompts: Sequence[Prompt], config: SamplingConfig

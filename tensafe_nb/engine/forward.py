@@ -177,9 +177,3 @@ class ForwardPass:
                     self.random["cpu"] = torch.random.get_rng_state()
                     if "cuda" in self.random:
                         self.random["cuda"] = torch.cuda.get_rng_state(device)
-
-
-def place(target: Array, batch: BatchData, rows: Array, values: Tensor) -> None:
-    """Write values (N,) of the labelled positions of some rows into a (B, T) array."""
-    row, column = (batch.labels[rows] != IGNORE).nonzero()
-    target[rows[row], column] = values.float().cpu().numpy()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensafe_nb.config import OptimizerConfig
+from tensafe_nb.config import ADAMS, UNCHANGED, OptimizerConfig, StepConfig
 from tensafe_nb.errors import NonFiniteLossError
 from tensafe_nb.protocol.results import OptimStepResult
 
@@ -37,22 +37,27 @@ class Optimizer:
         """Return the gradients that there are."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    def apply(self) -> OptimStepResult:
+    def apply(self, step: StepConfig = UNCHANGED) -> OptimStepResult:
         """Clip the gradient, and take one step with it.
 
+        Args:
+            step: What this step does otherwise than the configuration says.
+
         Raises:
+            ValidationError: This optimiser has no such setting. No weight has moved.
             NonFiniteLossError: It is NaN or infinite. No weight has moved.
         """
+        config = step.applied_to(self.config)
         gradients = self.gradients()
         grad_norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(grad_norm):
             raise NonFiniteLossError(f"optim_step(): the gradient is {grad_norm}. No weight has moved.")
-        if self.config.max_grad_norm is not None:
+        if config.max_grad_norm is not None:
             norm = torch.tensor(grad_norm, device=gradients[0].device)
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
-        rate = learning_rate(self.config, self.step)
+            nn.utils.clip_grads_with_norm_(self.parameters, config.max_grad_norm, norm)
+        rate = learning_rate(config, self.step) if step.learning_rate is None else step.learning_rate
         for group in self.torch.param_groups:
-            group["lr"] = rate
+            group |= options_of(config) | {"lr": rate}
         with measured_change(self.parameters) as change:
             self.torch.step()
         self.step += 1
@@ -91,12 +96,18 @@ def build(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.
         "adafactor": torch.optim.Adafactor,
     }
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    own = {} if config.name == "adafactor" else {"fused": fused}
+    return makers[config.name](list(parameters), **options_of(config), **own)
+
+
+def options_of(config: OptimizerConfig) -> dict[str, Any]:
+    """Return what torch's optimiser takes of a configuration."""
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.name in ("adamw", "adam"):
-        options |= {"betas": config.betas, "eps": config.eps, "fused": fused}
+    if config.name in ADAMS:
+        options |= {"betas": config.betas, "eps": config.eps}
     if config.name == "sgd":
-        options |= {"momentum": config.momentum, "fused": fused}
-    return makers[config.name](list(parameters), **options)
+        options |= {"momentum": config.momentum}
+    return options
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:

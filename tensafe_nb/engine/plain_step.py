@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from tensafe_nb.config import StepConfig
 from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
 from tensafe_nb.engine.forward import ForwardPass
 from tensafe_nb.engine.optimizers import Optimizer
@@ -32,30 +33,35 @@ class PlainStep:
         self._forward, self._optimizer = forward, optimizer
         self.window = Window()
 
-    def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick) -> ForwardBackwardResult:
+    def forward_backward(
+        self, batch: BatchData, loss: Loss, tick: Tick, return_logprobs: bool = False
+    ) -> ForwardBackwardResult:
         """Add the gradient of a batch's loss to the window; on any failure, what it holds is dropped."""
         self._forward.check(batch)
         loss.check(batch)
         try:
             self.window.join(loss)
-            tally = self._accumulate(batch, loss, tick)
+            tally = self._accumulate(batch, loss, tick, return_logprobs)
             grad_norm = self._count(tally, loss)
         except BaseException:
             self.discard()
             raise
         labelled = int((batch.labels != IGNORE).sum())
-        return ForwardBackwardResult(tally.loss, grad_norm, labelled, tally.metrics, tally.weight)
+        return ForwardBackwardResult(
+            tally.loss, grad_norm, labelled, tally.metrics, tally.weight, tally.logprobs
+        )
 
     def _accumulate(
         self,
         batch: BatchData,
         loss: Loss,
         tick: Tick,
+        return_logprobs: bool,
         pieces: Sequence[Array] | None = None,
         secret: int | None = None,
     ) -> Tally:
         """Add the gradients of a batch's pieces to those that the parameters hold."""
-        tally = Tally(loss.declares.prenormalised)
+        tally = Tally.of(loss, batch, logprobs=return_logprobs)
         with self._forward.training_mode(secret):
             for rows, part in self._forward.micro_batches(batch, loss, tick, pieces):
                 self._learn_from(part, rows, batch, loss, tally)
@@ -77,7 +83,13 @@ class PlainStep:
     # a replica's part of a step
 
     def contribute(
-        self, batch: BatchData, loss: Loss, pieces: Sequence[Array], secret: int, tick: Tick
+        self,
+        batch: BatchData,
+        loss: Loss,
+        pieces: Sequence[Array],
+        secret: int,
+        return_logprobs: bool,
+        tick: Tick,
     ) -> tuple[list[Array | None], Tally]:
         """Return the gradient of some pieces of a batch, and what they add up to; the window stays as it is.
 
@@ -86,6 +98,7 @@ class PlainStep:
             loss: What is differentiated.
             pieces: The row numbers of each piece.
             secret: Seeds the dropout of these pieces.
+            return_logprobs: Collect those of their labels.
             tick: Called between them.
 
         Returns:
@@ -97,7 +110,7 @@ class PlainStep:
         held = [parameter.grad for parameter in parameters]
         self._optimizer.clear()
         try:
-            tally = self._accumulate(batch, loss, tick, pieces, secret)
+            tally = self._accumulate(batch, loss, tick, return_logprobs, pieces, secret)
             return [None if p.grad is None else p.grad.float().cpu().numpy() for p in parameters], tally
         finally:
             for parameter, gradient in zip(parameters, held, strict=True):
@@ -121,7 +134,7 @@ class PlainStep:
             self.discard()
             raise
 
-    def optim_step(self, apply_dp_noise: bool) -> OptimStepResult:
+    def optim_step(self, apply_dp_noise: bool, step: StepConfig) -> OptimStepResult:
         """Divide the window's gradients by its weight, and take one optimiser step."""
         if not self.window.batches:
             raise ValidationError(
@@ -135,7 +148,7 @@ class PlainStep:
                     "the trained weights. No weight has moved; leave such batches out."
                 )
             torch._foreach_div_(gradients, self.window.divisor)
-            return self._optimizer.apply()
+            return self._optimizer.apply(step)
         finally:
             self.discard()
 
@@ -146,10 +159,11 @@ class PlainStep:
 
     def _learn_from(self, part: BatchData, rows: Array, batch: BatchData, loss: Loss, tally: Tally) -> None:
         """Add a piece's gradient. A method, so that nothing of the piece outlives it: its logits can be large."""
-        _, value = self._forward.evaluate(part, batch, loss)
+        outputs, value = self._forward.evaluate(part, batch, loss)
         total = value.total.item()  # a sum, weight times mean: what is added up over pieces
         if not math.isfinite(total):
             raise NonFiniteLossError(where_not_finite(loss.name, total, batch, rows))
+        tally.collect(outputs, batch, rows)
         value.total.backward()  # type: ignore[no-untyped-call]
         tally.add(value, total)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensafe_nb.config import TrainingConfig
+from tensafe_nb.config import StepConfig, TrainingConfig
 from tensafe_nb.display import as_given
 from tensafe_nb.engine.accumulation import Tally, Tick, Window
 from tensafe_nb.engine.forward import ForwardPass
@@ -109,7 +109,9 @@ class PrivateStep:
         self._participants: Counter[str] = Counter()
         self._unit = "example"
 
-    def forward_backward(self, batch: BatchData, loss: Loss, tick: Tick) -> ForwardBackwardResult:
+    def forward_backward(
+        self, batch: BatchData, loss: Loss, tick: Tick, return_logprobs: bool = False
+    ) -> ForwardBackwardResult:
         """Add the clipped gradients of a batch's units to the step's sum; on any failure the sum is dropped.
 
         Raises:
@@ -120,7 +122,7 @@ class PrivateStep:
             loss.check(batch)
         try:
             self.window.join(loss)
-            tally = Tally(loss.declares.prenormalised)
+            tally = Tally.of(loss, batch, logprobs=return_logprobs)
             units = self.admit(batch, loss)
             if units:
                 self.gradients.add_up(batch, units, loss, self.sum, tally, tick)
@@ -132,7 +134,9 @@ class PrivateStep:
         loss_value = tally.loss if units else float("nan")
         labelled = int((batch.labels != IGNORE).sum())
         grad_norm = self.sum.norm / self._expected_units
-        return ForwardBackwardResult(loss_value, grad_norm, labelled, tally.metrics, tally.weight)
+        return ForwardBackwardResult(
+            loss_value, grad_norm, labelled, tally.metrics, tally.weight, tally.logprobs
+        )
 
     def admit(self, batch: BatchData, loss: Loss) -> list[Array]:
         """Return the rows of each unit, having checked that they may be here."""
@@ -166,7 +170,7 @@ class PrivateStep:
             "draw them, which costs less epsilon: DPConfig(sampling='poisson', dataset_size=…)."
         )
 
-    def optim_step(self, apply_dp_noise: bool) -> OptimStepResult:
+    def optim_step(self, apply_dp_noise: bool, step: StepConfig) -> OptimStepResult:
         """Pay for the step, add noise, and take it.
 
         Raises:
@@ -177,6 +181,7 @@ class PrivateStep:
         """
         before, norms = self.account.epsilon(), self.sum.norms
         try:
+            step.applied_to(self._optimizer.config)  # a setting that it does not have is refused unpaid
             self._check(apply_dp_noise, before)
             # paid for before anything is released: who dies in between has paid for a step that was not taken
             numbered = {} if (draw := self._draws.number) is None else {"draw": draw}
@@ -189,7 +194,7 @@ class PrivateStep:
             self._draws.spend()
             for parameter, mean in zip(self._optimizer.parameters, means, strict=True):
                 parameter.grad = mean
-            result = self._optimizer.apply()
+            result = self._optimizer.apply(step)
         finally:
             self.discard()
         if sigma and result.learning_rate and not result.param_delta_norm:

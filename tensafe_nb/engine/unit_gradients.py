@@ -161,6 +161,7 @@ class UnitGradients:
                 )
             for tensor in found.outputs.seen if foreign else ():
                 tensor.retain_grad()
+            tally.collect(found.outputs, batch, rows)
             found.values.sum().backward()  # type: ignore[no-untyped-call]
         if foreign:
             self._check_alone(rows, batch, found, loss)
@@ -181,6 +182,7 @@ class UnitGradients:
             if not is_ours(loss):
                 self._check_again(batch, found, loss)
             if tally is not None:
+                tally.collect(found.outputs, batch, rows)
                 tally.add(found.value, found.total)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         self._forget_gradients()

@@ -99,6 +99,13 @@ class BatchData:
         self._set(ids, mask, targets, values, bool(labels_are_shifted))
 
     @classmethod
+    def unchecked(cls, input_ids: Array, attention_mask: Array, labels: Array) -> "BatchData":
+        """Return the batch of arrays (B, T) that were just made of what is known to be sound."""
+        batch = object.__new__(cls)
+        batch._set(input_ids, attention_mask, labels, {}, False)
+        return batch
+
+    @classmethod
     def nothing(cls, ticket: Array) -> "BatchData":
         """Return the batch of a Poisson draw that drew nothing: no row, and the draw's ticket (1, 7)."""
         return cls((), extras={TICKET: ticket})

@@ -19,7 +19,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from tensafe_nb.config import Config, SamplingConfig, TrainingConfig
+from tensafe_nb.config import Config, SamplingConfig, StepConfig, TrainingConfig
 from tensafe_nb.display import as_given, shown
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.registry import name_of
@@ -53,7 +53,11 @@ OF_0_1 = {  # where the tags are now, version 0.1 wrote these class names
     "StatusChanged": "status_changed",
     "TrainingConfig": "training_config",
 }
-_classes: dict[str, type] = {"sampling_config": SamplingConfig, "training_config": TrainingConfig}
+_classes: dict[str, type] = {
+    "sampling_config": SamplingConfig,
+    "step_config": StepConfig,
+    "training_config": TrainingConfig,
+}
 _tags: dict[type, str] = {cls: tag for tag, cls in _classes.items()}
 
 

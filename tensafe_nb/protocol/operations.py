@@ -66,6 +66,7 @@ class ForwardBackward(Operation[ForwardBackwardResult]):
     batch: BatchData
     loss_fn: str | Callable[..., Any] | None = None
     loss_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    return_logprobs: bool = False
 
 
 @verb("forward")
@@ -85,6 +86,7 @@ class OptimStep(Operation[OptimStepResult]):
     """Apply what is accumulated."""
 
     apply_dp_noise: bool = True
+    step: config.StepConfig = config.UNCHANGED
 
 
 @verb("sample")
@@ -156,6 +158,22 @@ class LoadState(Operation[LoadStateResult]):
 
     artifact_id: str
     for_run: str | None = None
+
+
+@tagged("sample_from")
+@dataclass(frozen=True, slots=True)
+class SampleFrom:
+    """Draw completions without a training client: from a checkpoint's weights, or from a model as it is."""
+
+    sample: Sample
+    artifact_id: str | None = None
+    model_ref: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.artifact_id is None) == (self.model_ref is None):
+            raise ValidationError(
+                "sample() takes artifact_id= (a checkpoint's id or name) or model_ref= (a model as it is): one of them."
+            )
 
 
 def _tensors(given: object) -> dict[str, Array]:

@@ -16,6 +16,9 @@ Prompt: TypeAlias = (
 )  # the last: {"messages", "tools"}, or {"tokens", "chat", "stream"} for a conversation that goes on
 
 
+TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]  # of one place: (token, log-probability)
+
+
 class ClientStatus(StrEnum):
     """What a training client is doing."""
 
@@ -64,6 +67,8 @@ class ForwardBackwardResult:
         tokens_processed: Labelled tokens.
         metrics: The loss function's own.
         weight: What this loss weighs in a mean over several batches: labelled tokens, or rows.
+        logprobs: (B, T) log-probability of each label at temperature 1, with the dropout of this pass; 0 where nothing
+            is labelled. None where it was not asked for. No noise covers it: of a private client, it is the operator's.
     """
 
     loss: float
@@ -71,6 +76,7 @@ class ForwardBackwardResult:
     tokens_processed: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     weight: float = 0.0
+    logprobs: Array | None = field(default=None, compare=False)
 
 
 @tagged("forward_result")
@@ -148,6 +154,8 @@ class SampledSequence:
         seed: Of this row's random stream.
         entropy: Exact entropy of the distributions sampled from, in nats, mean over the tokens; None where the
             sampler does not say.
+        top_logprobs: For each token, the most likely of its place as (token, raw logprob), the likeliest first; empty
+            where they were not asked for.
     """
 
     prompt_index: int
@@ -159,15 +167,27 @@ class SampledSequence:
     finish_reason: str
     seed: int
     entropy: float | None = None
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 @tagged("sample_result")
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """What `sample` drew: `num_samples` sequences for the first prompt, then for the second, and so on."""
+    """What `sample` drew.
+
+    Attributes:
+        sequences: `num_samples` for the first prompt, then for the second, and so on.
+        policy_version: Version of the weights.
+        prompt_logprobs: For each prompt, of each of its tokens, at temperature 1 over the whole vocabulary; None for
+            the first, which nothing comes before. Empty where they were not asked for.
+        top_prompt_logprobs: For each prompt, at each of its tokens, the most likely ones as (token, logprob), the
+            likeliest first; none for the first. Empty where they were not asked for.
+    """
 
     sequences: tuple[SampledSequence, ...]
     policy_version: int
+    prompt_logprobs: tuple[tuple[float | None, ...], ...] = ()
+    top_prompt_logprobs: tuple[tuple[TopLogprobs, ...], ...] = ()
 
     @property
     def texts(self) -> list[str]:

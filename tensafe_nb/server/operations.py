@@ -27,7 +27,7 @@ from tensafe_nb.events import Event
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.protocol.codec import decode, encode
-from tensafe_nb.protocol.operations import VERBS, Operation
+from tensafe_nb.protocol.operations import VERBS, Operation, SampleFrom
 from tensafe_nb.protocol.results import StateSource
 from tensafe_nb.server.answers import ERRORS, PREFIX, STATUS, VERSION, Json, error_of, of_type, packed, told
 from tensafe_nb.server.clients import Answer, Place, ServedClient, ended, outcome_of, taken
@@ -57,6 +57,21 @@ RECORD = {  # the body of an operation: its record, with the arrays beside it or
                     "properties": {"$": {"type": "string", "enum": sorted(VERBS)}},
                 }
             },
+        },
+    }
+}
+
+RECORD_OF_SAMPLE = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            wire.JSON: {
+                "schema": {
+                    "type": "object",
+                    "required": ["$", "sample"],
+                    "properties": {"$": {"const": "sample_from"}, "sample": {"type": "object"}},
+                }
+            }
         },
     }
 }
@@ -375,7 +390,15 @@ def add_stream(routes: APIRouter, service: Service) -> None:
 
 
 def add_futures(routes: APIRouter, service: Service) -> None:
-    """Add asking for an operation by its id alone."""
+    """Add sampling without a training client, and asking for an operation by its id alone."""
+
+    @routes.post("/samples", status_code=202, openapi_extra=RECORD_OF_SAMPLE)
+    async def sample(request: Request) -> dict[str, Any]:
+        """Draw completions from a checkpoint's weights, or from a model as it is: a record `sample_from`."""
+        body, media_type = await request.body(), request.headers.get("content-type", wire.JSON)
+        asked = wire.unpack(media_type, body, SampleFrom)
+        handle = await service.sample(tenant_of(service, request), asked)
+        return {"future_id": handle.future_id, "weights": handle.training_client_id}
 
     @routes.get("/futures/{future_id}")
     async def future(request: Request, future_id: Id) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -23,9 +23,9 @@ from tensafe_nb.errors import (
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.codec import encode
-from tensafe_nb.protocol.operations import Operation, ReadAdapter, Sample, SaveState
-from tensafe_nb.protocol.results import ClientStatus, StateSource
-from tensafe_nb.server.clients import ServedClient
+from tensafe_nb.protocol.operations import Operation, ReadAdapter, Sample, SampleFrom, SaveState
+from tensafe_nb.protocol.results import ClientStatus, SampleResult, StateSource
+from tensafe_nb.server.clients import KEPT_HANDLES, ServedClient
 from tensafe_nb.server.door.guard import MOST_BODY_BYTES
 from tensafe_nb.server.door.limits import (
     Limits,
@@ -73,6 +73,9 @@ class Tenant:
         self.making = 0  # clients that are on their way
         self.opening = 0  # encrypted connections that are
         self.made: dict[str, asyncio.Future[ServedClient]] = {}  # by the key of whoever asked
+        self.samples: OrderedDict[str, FutureHandle[SampleResult]] = (
+            OrderedDict()
+        )  # without a training client
 
     def client(self, training_client_id: str) -> ServedClient:
         """Return one of its clients.
@@ -99,11 +102,13 @@ class Tenant:
         ]
 
     def handle(self, future_id: str) -> FutureHandle[Any]:
-        """Return the handle of an operation of one of its clients.
+        """Return the handle of an operation of one of its clients, or of what it samples without one.
 
         Raises:
             NotFoundError: It has none of that id.
         """
+        if future_id in self.samples:
+            return self.samples[future_id]
         for client in self.clients.values():
             handle = client.handle(future_id)
             if handle is not None:
@@ -164,11 +169,17 @@ class Tenant:
         Raises:
             QueueFullError: Says after how many seconds to ask again.
         """
-        most = self.limits.queued
-        if sum(client.channel.waiting for client in self.live) >= most:
+        most, sampling = self.limits.queued, sum(not handle.done() for handle in self.samples.values())
+        if sampling + sum(client.channel.waiting for client in self.live) >= most:
             error = too_many_waiting(most)
             self._quotas.note(error.code)
             raise error
+
+    def keep(self, handle: FutureHandle[SampleResult]) -> None:
+        """Keep the handle of what is sampled without a training client for whoever asks for the result."""
+        self.samples[handle.future_id] = handle
+        while len(self.samples) > KEPT_HANDLES and next(iter(self.samples.values())).done():
+            self.samples.popitem(last=False)
 
     @asynccontextmanager
     async def opening_encrypted(self) -> AsyncIterator[None]:
@@ -343,6 +354,25 @@ class Service:
             details={"given": ref},
         )
 
+    async def sample(self, tenant: Tenant, request: SampleFrom) -> FutureHandle[SampleResult]:
+        """Sample without a training client: from a checkpoint's weights, or from a model that is offered here.
+
+        Raises:
+            ArtifactNotFoundError: The tenant has no such checkpoint.
+            ValidationError: A model that is not offered here, or more than one request may draw.
+            QueueFullError: As many operations wait as may.
+        """
+        tenant.check_queue()
+        self.check_operation(tenant, request.sample)
+        if request.model_ref is not None:
+            self._check_model(request.model_ref)
+        samplers = tenant.transport.samplers
+        weights = await tenant.aside(samplers.weights, request)
+        self._check_model(weights.config.model_ref)  # of a checkpoint that came from elsewhere
+        handle = samplers.submit(request, weights)
+        tenant.keep(handle)
+        return handle
+
     def check_operation(self, tenant: Tenant, operation: Operation[Any]) -> None:
         """Refuse what one request may not ask for."""
         self.refuse_if_draining()
@@ -354,12 +384,13 @@ class Service:
                 f"forward_backward: their gradients add up."
             )
         if isinstance(operation, Sample):
-            drawn = (
-                len(operation.prompts) * operation.sampling.num_samples * operation.sampling.max_new_tokens
-            )
+            sampling = operation.sampling
+            drawn = len(operation.prompts) * sampling.num_samples * sampling.max_new_tokens
+            drawn *= 1 + sampling.top_logprobs
             if drawn > MOST_SAMPLED:
                 raise ValidationError(
-                    f"This may draw {drawn:,} tokens; this server draws {MOST_SAMPLED:,} in one. Sample in parts."
+                    f"This may draw {drawn:,} tokens, top_logprobs counted; this server draws {MOST_SAMPLED:,} in one. "
+                    f"Sample in parts."
                 )
         self._refuse_code(getattr(operation, "loss_fn", None))
         if isinstance(operation, SaveState):
@@ -409,6 +440,8 @@ class Service:
                 except TGTinkerError as error:
                     logger.error("a journal could not be put on the disk; it is tried again: %s", error)
             for tenant in list(self._tenants.values()):
+                if self.idle_after is not None:
+                    tenant.transport.samplers.put_away(self.idle_after)
                 with suppress(TGTinkerError):  # it is tried again
                     await asyncio.to_thread(tenant.answers.sync)
                 if tenant.stored.is_due:

@@ -15,10 +15,11 @@ from tensafe_nb.history.log import RunHistory
 from tensafe_nb.privacy.audit_canary import PrivacyAudit
 from tensafe_nb.privacy.ledger.statement import PrivacyStatement
 from tensafe_nb.protocol.encrypted import EncryptedConnection, EncryptedOffer
-from tensafe_nb.protocol.operations import Operation
+from tensafe_nb.protocol.operations import Operation, SampleFrom
 from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
+    SampleResult,
     SaveStateResult,
     StateSource,
     StepEstimate,
@@ -164,6 +165,13 @@ class Transport(Protocol):
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
         """Return the training clients that are not closed, oldest first."""
+
+    def sample(self, request: SampleFrom) -> FutureHandle[SampleResult]:
+        """Draw completions from stored weights, or from a model as it is; returns at once.
+
+        Raises:
+            ArtifactNotFoundError: There is no such artifact.
+        """
 
     def list_artifacts(self, training_client_id: str | None) -> list[SaveStateResult]:
         """Return the stored artifacts, newest first."""

@@ -12,6 +12,7 @@ from tensafe_nb.core.bus import EventBus
 from tensafe_nb.core.engines import InThisProcess, MakesEngines
 from tensafe_nb.core.ledger import TenantLedger
 from tensafe_nb.core.past import Keeper, Resumed
+from tensafe_nb.core.samplers import Samplers
 from tensafe_nb.core.worker import Origin, Worker
 from tensafe_nb.display import as_given
 from tensafe_nb.engine.models import adapter_folders
@@ -22,11 +23,14 @@ from tensafe_nb.errors import (
     TrainingClientNotFoundError,
 )
 from tensafe_nb.events import ArtifactDeleted, ClientCreated, Event, Forked, StateLoaded
+from tensafe_nb.futures import FutureHandle
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.protocol.codec import encode
+from tensafe_nb.protocol.operations import SampleFrom
 from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
+    SampleResult,
     SaveStateResult,
     StateSource,
     TrainingClientInfo,
@@ -62,6 +66,7 @@ class EmbeddedTransport:
         self._closed = False
         self.vault = self._vault = Vault(home, key_source)
         self._ledger = TenantLedger(self._vault.audit, self._vault.tables)
+        self.samplers = Samplers(self._vault, self._engines, served=served)
 
     def create(
         self,
@@ -176,6 +181,9 @@ class EmbeddedTransport:
             (info for info in known if info.status != "TERMINATED"), key=lambda info: info.created_at
         )
 
+    def sample(self, request: SampleFrom) -> FutureHandle[SampleResult]:
+        return self.samplers.submit(request)
+
     def list_artifacts(self, training_client_id: str | None) -> list[SaveStateResult]:
         return self._vault.list(training_client_id)
 
@@ -222,6 +230,7 @@ class EmbeddedTransport:
         for worker in list(self._workers.values()):
             worker.close()
             worker.hang_up()
+        self.samplers.close()
         self._engines.close()
 
 

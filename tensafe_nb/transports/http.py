@@ -22,11 +22,15 @@ from tensafe_nb.errors import (
     TrainingClientNotFoundError,
     ValidationError,
 )
+from tensafe_nb.futures import FutureHandle
+from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import decode, encode
+from tensafe_nb.protocol.operations import SampleFrom
 from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
     ClientStatus,
+    SampleResult,
     SaveStateResult,
     StateSource,
     TrainingClientInfo,
@@ -87,6 +91,13 @@ class HttpTransport:
         return [decode(info, TrainingClientInfo) for info in self._requests.get("/training_clients")]
 
     # artifacts
+
+    def sample(self, request: SampleFrom) -> FutureHandle[SampleResult]:
+        media_type, body = wire.pack(request)
+        made = self._requests.call(
+            "POST", "/samples", content=lambda: body, headers={"content-type": media_type}
+        ).json()
+        return self._requests.follow(made["future_id"], request.sample.verb, made["weights"], SampleResult)
 
     def list_artifacts(self, training_client_id: str | None) -> list[SaveStateResult]:
         options = {} if training_client_id is None else {"training_client_id": training_client_id}

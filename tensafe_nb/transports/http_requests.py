@@ -14,15 +14,17 @@ import httpx
 from tensafe_nb.errors import (
     AuthenticationError,
     ClientClosedError,
+    FutureCancelledError,
     ServerConnectionError,
     TGTinkerError,
     ValidationError,
     error_of_code,
 )
-from tensafe_nb.futures import HEARTBEAT
+from tensafe_nb.futures import HEARTBEAT, FutureHandle, Promise, handle_of
 from tensafe_nb.protocol import wire
 from tensafe_nb.protocol.codec import decode
 from tensafe_nb.protocol.losses import LossDeclaration
+from tensafe_nb.protocol.results import FutureStatus
 
 R = TypeVar("R")
 
@@ -32,6 +34,7 @@ FIRST_CONTACT = (
     5.0  # s that the first answer is waited for, where something is there and does not answer well
 )
 ANSWER = 30.0  # s without an answer until a request is sent again
+WAIT = 20.0  # s that the server waits for a result before it says that there is none yet
 CONNECT = 5.0  # s until a connection stands
 CONNECTIONS = 8  # that are kept open: of a training client, those of its senders and its stream
 PASSING = {
@@ -290,6 +293,44 @@ class Requests:
         answer = self.call(method, path, **options)
         found: R = wire.unpack(answer.headers["content-type"], answer.content, kind)
         return found
+
+    def follow(self, future_id: str, operation: str, of: str, kind: type[R]) -> FutureHandle[R]:
+        """Return a handle of something that the server does beside its training clients.
+
+        Args:
+            future_id: Names it there.
+            operation: What it is.
+            of: Whose; stands for the training client.
+            kind: Of its result.
+        """
+        promise: Promise[R] = Promise()
+        promise.start()
+        promise.owner = self.io.thread
+        path = f"/futures/{quoted(future_id)}"
+
+        async def fetch() -> None:
+            try:
+                while True:
+                    answer = await self.send("GET", f"{path}/result", params={"wait": WAIT})
+                    if answer.status_code != httpx.codes.ACCEPTED:
+                        break
+                promise.succeed(wire.unpack(answer.headers["content-type"], answer.content, kind))
+            except FutureCancelledError:
+                promise.cancel()
+            except TGTinkerError as error:
+                promise.fail(error)
+            except asyncio.CancelledError:  # this ServiceClient is closed
+                promise.cancel()
+                raise
+
+        def cancel() -> bool:
+            if not promise.done:
+                self.call("POST", f"{path}/cancel")
+                promise.wait()
+            return promise.state is FutureStatus.CANCELLED
+
+        asyncio.run_coroutine_threadsafe(fetch(), self.io.loop)
+        return handle_of(promise, operation, of, kind, cancel)
 
     def close(self) -> None:
         """End the thread; idempotent."""

@@ -244,6 +244,7 @@ CALLS: Mapping[str, Call] = {
     "TrainingConfig": Call(lambda w: tn.TrainingConfig),
     "LoRAConfig": Call(lambda w: tn.LoRAConfig),
     "OptimizerConfig": Call(lambda w: tn.OptimizerConfig),
+    "StepConfig": Call(lambda w: tn.StepConfig),
     "SamplingConfig": Call(lambda w: tn.SamplingConfig),
     "LossConfig": Call(lambda w: tn.LossConfig),
     "DPConfig": Call(lambda w: tn.DPConfig, {"dataset_size": 50}),
@@ -410,6 +411,10 @@ CALLS: Mapping[str, Call] = {
     "pull_artifact": Call(lambda w: w.service.pull_artifact, {"artifact_id": "fits"}),
     "push_artifact": Call(lambda w: w.service.push_artifact, {"path": Of(lambda w: w.pulled)}),
     "delete_artifact": Call(lambda w: w.service.delete_artifact, {"artifact_id": Of(lambda w: w.save())}),
+    "service.sample": Call(
+        lambda w: lambda **fields: w.service.sample(**{"max_new_tokens": 2, **fields}),
+        {"prompts": [PROMPT], "artifact_id": "fits", "top_logprobs": 1},
+    ),
     "export_adapter": Call(lambda w: w.service.export_adapter, {"artifact_id": "fits", "path": "exported"}),
     "get_audit_logs": Call(lambda w: w.service.get_audit_logs),
     "verify_audit_log": Call(lambda w: w.service.verify_audit_log),
@@ -668,7 +673,7 @@ def test_a_wrong_signature_stays_pythons_type_error(world: World) -> None:
     with pytest.raises(TypeError):
         world.tc.forward_backward(batches=BATCH)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        world.tc.optim_step(1, 2)  # type: ignore[call-arg]
+        world.tc.optim_step(1, None, 2)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         world.service.get_artifact()  # type: ignore[call-arg]
 

@@ -27,9 +27,11 @@ class Serving:
     stop: Callable[[], None]
 
     def end(self) -> None:
-        """Close the training clients that a test has left behind."""
+        """Close the training clients and the samplers that a test has left behind."""
         for client in self.service.live_clients():
             client.channel.close()
+        for tenant in self.service._tenants.values():
+            tenant.transport.samplers.put_away(-1)
 
 
 _running: list[Serving] = []

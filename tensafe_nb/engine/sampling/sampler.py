@@ -19,7 +19,7 @@ from tensafe_nb.data.labels import TurnEnd
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling.decoding import rows_of
 from tensafe_nb.engine.sampling.merged import merged
-from tensafe_nb.protocol.results import SampledPiece, SampledSequence
+from tensafe_nb.protocol.results import SampledPiece, SampledSequence, TopLogprobs
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
@@ -41,6 +41,7 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     entropy: float = 0.0  # sum over its tokens
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     text: str | None = None
     told: str = ""
@@ -111,6 +112,7 @@ class Completion:
             self.finish_reason or "length",
             self.seed,
             self.entropy / len(self.tokens) if self.tokens else None,
+            tuple(self.top_logprobs),
         )
 
     def finish(self, model: LoadedModel, sampling: SamplingConfig, *, last: bool) -> None:
@@ -216,6 +218,9 @@ def decode(
             row.raw_logprobs.append(raw_logprob)
             row.entropy += nats
             row.finish(model, sampling, last=position + 1 == sampling.max_new_tokens)
+        if sampling.top_logprobs:
+            for row, likeliest in zip(active, likeliest_of(state.logits, sampling.top_logprobs), strict=True):
+                row.top_logprobs.append(likeliest)
         if after_token is not None:
             after_token()
         going = [index for index, row in enumerate(active) if row.finish_reason is None]
@@ -255,6 +260,13 @@ def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Te
     target = uniforms.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     return tokens, _pick(logprobs, tokens), _pick(raw, tokens), entropy
+
+
+def likeliest_of(logits: Tensor, count: int) -> Iterator[TopLogprobs]:
+    """Yield for each row of logits (R, V) its most likely tokens, with their logprobs at temperature 1."""
+    values, tokens = torch.log_softmax(logits, -1).topk(min(count, logits.shape[-1]))
+    for row in zip(tokens.tolist(), values.tolist(), strict=True):
+        yield tuple(zip(*row, strict=True))
 
 
 def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:

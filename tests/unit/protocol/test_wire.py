@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 import tensafe_nb as tn
 from tensafe_nb.protocol import results, wire
 from tensafe_nb.protocol.batch import BatchData
-from tensafe_nb.protocol.operations import ForwardBackward, Operation, OptimStep
+from tensafe_nb.protocol.operations import ForwardBackward, FreezeReference, Operation, OptimStep
 
 batches = hnp.arrays(
     np.int64, st.tuples(st.integers(1, 3), st.integers(2, 5)), elements=st.integers(0, 9)
@@ -28,7 +28,7 @@ def test_an_operation_with_a_batch_survives_the_wire(operation: Any) -> None:
 
 
 def test_a_record_without_arrays_is_json_that_anybody_can_write() -> None:
-    assert wire.pack(OptimStep()) == (wire.JSON, b'{"$":"optim_step","apply_dp_noise":true}')
+    assert wire.pack(FreezeReference()) == (wire.JSON, b'{"$":"freeze_reference"}')
     by_hand = b'{"$": "optim_step"}'
     assert wire.unpack("application/json; charset=utf-8", by_hand, Operation) == OptimStep()
 

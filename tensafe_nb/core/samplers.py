@@ -1,0 +1,233 @@
+"""Sampling without a training client: from the weights that a checkpoint holds, or from a model as it is.
+
+Engines share the frozen weights of their base, and checkpoints of adapters of one shape share an engine: the weights
+of whichever is asked for are put in. Each engine has a thread of its own, on which requests are served in the order
+they came: of many who sample at a time, none waits for more than what the others had asked for before.
+"""
+
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
+from tensafe_nb.core import checkpoints
+from tensafe_nb.core.auditor import request_buffers
+from tensafe_nb.core.engines import MakesEngines, Trains
+from tensafe_nb.engine.models import adapter_folders
+from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.models.memory import presentable
+from tensafe_nb.errors import ClientClosedError, FutureCancelledError, TGTinkerError
+from tensafe_nb.futures import FutureHandle, Promise, handle_of
+from tensafe_nb.protocol.operations import Sample, SampleFrom
+from tensafe_nb.protocol.results import FutureStatus, SampleResult, missing_pieces
+from tensafe_nb.store.audit.log import outcome_of
+from tensafe_nb.store.vault import Vault
+
+MOST_ENGINES = 4  # that a tenant has in memory
+UNTRAINED = LoRAConfig(
+    rank=1
+)  # adds nothing to a base, whose weights are then shared with those who train it
+NO_STEPS = OptimizerConfig(name="sgd")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """The weights that a request samples from.
+
+    Attributes:
+        config: Of an engine that they fit.
+        artifact_id: The checkpoint that holds them; None for a model as it is.
+    """
+
+    config: TrainingConfig
+    artifact_id: str | None
+
+    @property
+    def key(self) -> str:
+        """What is equal for those that share an engine."""
+        return f"{self.artifact_id is None} {self.config.model_dump_json()}"
+
+
+class Samplers:
+    """Serves what is sampled from the stored weights of one tenant.
+
+    Args:
+        vault: Where they are kept.
+        engines: Makes the engines.
+        served: Their tokenizers are given to nobody in this process.
+    """
+
+    def __init__(self, vault: Vault, engines: MakesEngines, *, served: bool = False) -> None:
+        self._vault, self._engines, self._served = vault, engines, served
+        self._hosts: OrderedDict[str, SamplerHost] = OrderedDict()  # the one that was asked last stands last
+        self._lock, self._closed = threading.Lock(), False
+
+    def weights(self, request: SampleFrom) -> StoredWeights:
+        """Return which weights a request names.
+
+        Raises:
+            ArtifactNotFoundError: There is no such artifact.
+            ValidationError: The artifact holds no training state.
+        """
+        if request.model_ref is not None:
+            lora = adapter_folders.announced(request.model_ref, None) or UNTRAINED
+            return StoredWeights(TrainingConfig(model_ref=request.model_ref, lora_config=lora), None)
+        found = self._vault.artifacts.resolve(str(request.artifact_id))
+        saved = checkpoints.config_of(self._vault.artifacts, found)
+        of_model = ("model_ref", "lora_config", "dtype", "device", "value_head", "resize_embeddings")
+        kept = {name: getattr(saved, name) for name in (*of_model, "ignore_weights", "micro_batch_tokens")}
+        return StoredWeights(TrainingConfig(optimizer=NO_STEPS, **kept), found)
+
+    def submit(self, request: SampleFrom, weights: StoredWeights | None = None) -> FutureHandle[SampleResult]:
+        """Queue a request, and return its handle at once; what is streamed comes as pieces of it.
+
+        Args:
+            request: What to draw, and from what.
+            weights: Which those are, where that is known already.
+
+        Raises:
+            ClientClosedError: This was closed.
+            ArtifactNotFoundError: There is no such artifact.
+        """
+        weights = weights or self.weights(request)
+        promise: Promise[SampleResult] = Promise()
+
+        def cancel() -> bool:
+            promise.cancel_requested = True
+            if not promise.cancel_pending():
+                promise.wait()
+            return promise.state is FutureStatus.CANCELLED
+
+        with self._lock:
+            if self._closed:
+                raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
+            host = self._hosts.pop(weights.key, None) or SamplerHost(weights.config, self)
+            self._hosts[weights.key] = host
+            host.submit(request.sample, weights.artifact_id, promise)
+            while len(self._hosts) > MOST_ENGINES:
+                self._hosts.popitem(last=False)[1].end()
+        return handle_of(
+            promise, "sample", weights.artifact_id or weights.config.model_ref, SampleResult, cancel
+        )
+
+    def make(self, config: TrainingConfig) -> Trains:
+        """Load a model, and return an engine of it."""
+        try:
+            return self._engines.make(config, self._vault.home, None, lambda _: None, served=self._served)
+        except Exception as error:
+            raise models.refuse(error, config.model_ref) from error
+
+    def put(self, engine: Trains, artifact_id: str) -> int:
+        """Put the weights of a checkpoint into an engine; return their version."""
+        return checkpoints.put_weights(engine, self._vault.artifacts, artifact_id)
+
+    def record(self, request: Sample, artifact_id: str | None, began: float, outcome: object) -> None:
+        """Put a request that has ended on record in the audit log."""
+        self._vault.audit.append(
+            operation=request.verb,
+            request=tuple(request_buffers(request)),
+            consumed=() if artifact_id is None else (artifact_id,),
+            started_at=began,
+            completed_at=time.time(),
+            **outcome_of(outcome if isinstance(outcome, BaseException) else None),
+        )
+
+    def put_away(self, seconds: float) -> None:
+        """Let go of the engines that nobody has used for so long."""
+        with self._lock:
+            for key, host in list(self._hosts.items()):
+                if host.is_idle(seconds):
+                    self._hosts.pop(key).end()
+
+    def close(self) -> None:
+        """Cancel what waits and what runs, and let go of all engines; idempotent."""
+        with self._lock:
+            self._closed = True
+            hosts, self._hosts = list(self._hosts.values()), OrderedDict()
+        for host in hosts:
+            host.close()
+
+
+class SamplerHost:
+    """An engine into which stored weights are put, and the thread on which it samples.
+
+    Args:
+        config: What to load.
+        samplers: Loads it, finds weights, keeps the record.
+    """
+
+    def __init__(self, config: TrainingConfig, samplers: Samplers) -> None:
+        self._config, self._samplers = config, samplers
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tsnb-sampler")
+        self._engine: Trains | None = None
+        self._holds: tuple[str | None, int] = (None, 0)  # whose weights, and their version
+        self._used, self._waiting, self._closing = time.monotonic(), 0, False
+
+    def submit(self, request: Sample, artifact_id: str | None, promise: Promise[SampleResult]) -> None:
+        """Serve a request in its turn."""
+        self._waiting += 1
+        self._thread.submit(self._serve, request, artifact_id, promise)
+
+    def is_idle(self, seconds: float) -> bool:
+        """Whether nobody has used it for so long."""
+        return not self._waiting and time.monotonic() - self._used > seconds
+
+    def end(self) -> None:
+        """Let go of the engine, behind what it was asked for."""
+        self._thread.submit(self._let_go)
+        self._thread.shutdown(wait=False)
+
+    def close(self) -> None:
+        """Cancel what it was asked for, and let go of the engine."""
+        self._closing = True
+        self._thread.submit(self._let_go)
+        self._thread.shutdown()
+
+    # on its thread
+
+    def _let_go(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _serve(self, request: Sample, artifact_id: str | None, promise: Promise[SampleResult]) -> None:
+        began = time.time()
+        try:
+            if (self._closing and promise.cancel()) or not promise.start():
+                return
+            try:
+                outcome: SampleResult | BaseException = self._draw(request, artifact_id, promise)
+            except Exception as error:  # noqa: BLE001  # any failure is the future's, never the thread's
+                outcome = presentable(error)
+            self._samplers.record(request, artifact_id, began, outcome)
+        except TGTinkerError as error:  # what cannot be put on record is not handed out
+            outcome = error
+        finally:
+            self._waiting, self._used = self._waiting - 1, time.monotonic()
+        if isinstance(outcome, SampleResult):
+            promise.succeed(outcome)
+        elif isinstance(outcome, FutureCancelledError):
+            promise.cancel()
+        else:
+            promise.fail(outcome)
+
+    def _draw(self, request: Sample, artifact_id: str | None, promise: Promise[SampleResult]) -> SampleResult:
+        def tick(done: int, total: int) -> None:
+            if promise.cancel_requested or self._closing:
+                raise FutureCancelledError("cancelled while running")
+            promise.progress = done, total
+
+        if self._engine is None:
+            self._engine, self._holds = self._samplers.make(self._config), (None, 0)
+        engine, sampling = self._engine, request.sampling
+        if artifact_id is not None and self._holds[0] != artifact_id:
+            self._holds = artifact_id, self._samplers.put(engine, artifact_id)
+        if sampling.seed is None:  # the engine's own streams begin anew with each checkpoint
+            sampling = sampling.replace(seed=secrets.randbits(48))
+        result = engine.sample(request.prompts, sampling, tick, promise.add_piece if request.stream else None)
+        for piece in missing_pieces(promise.pieces, result) if request.stream else ():
+            promise.add_piece(piece)
+        return replace(result, policy_version=self._holds[1])
