@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core import queue
 from tensafe_nb.core.engines import MakesEngines
+from tensafe_nb.core.samplers import StoredWeights
 from tensafe_nb.errors import (
     NotFoundError,
     StorageError,
@@ -364,14 +365,25 @@ class Service:
         """
         tenant.check_queue()
         self.check_operation(tenant, request.sample)
-        if request.model_ref is not None:
-            self._check_model(request.model_ref)
-        samplers = tenant.transport.samplers
-        weights = await tenant.aside(samplers.weights, request)
-        self._check_model(weights.config.model_ref)  # of a checkpoint that came from elsewhere
-        handle = samplers.submit(request, weights)
+        weights = await self.stored_weights(tenant, request.artifact_id, request.model_ref)
+        handle = tenant.transport.samplers.submit(request, weights)
         tenant.keep(handle)
         return handle
+
+    async def stored_weights(
+        self, tenant: Tenant, artifact_id: str | None, model_ref: str | None
+    ) -> StoredWeights:
+        """Return the weights that are named, where they are offered here.
+
+        Raises:
+            ArtifactNotFoundError: The tenant has no such checkpoint.
+            ValidationError: A model that is not offered here.
+        """
+        if model_ref is not None:
+            self._check_model(model_ref)
+        weights = await tenant.aside(tenant.transport.samplers.weights, artifact_id, model_ref)
+        self._check_model(weights.config.model_ref)  # of a checkpoint that came from elsewhere
+        return weights
 
     def check_operation(self, tenant: Tenant, operation: Operation[Any]) -> None:
         """Refuse what one request may not ask for."""

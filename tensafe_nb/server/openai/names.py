@@ -1,14 +1,16 @@
 """What the name of a model means: a training client with its latest weights, or a checkpoint."""
 
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from tensafe_nb.core.samplers import StoredWeights
 from tensafe_nb.display import as_given
-from tensafe_nb.errors import NotFoundError, TGTinkerError
+from tensafe_nb.errors import ArtifactNotFoundError, NotFoundError, TGTinkerError, ValidationError
 from tensafe_nb.futures import FutureHandle
-from tensafe_nb.protocol.operations import Sample
+from tensafe_nb.protocol.operations import Sample, SampleFrom
 from tensafe_nb.protocol.results import SampleResult
 from tensafe_nb.server.clients import Place, ServedClient, ended
 from tensafe_nb.server.service import Service, Tenant
@@ -104,6 +106,47 @@ class LiveModel(NamedModel):
             raise TGTinkerError("This server is about to stop and takes nothing new.", code="draining")
 
 
+class StoredModel(NamedModel):
+    """A checkpoint, or a model as it is: no training client is needed."""
+
+    def __init__(
+        self, service: Service, tenant: Tenant, name: str, weights: StoredWeights, created: float
+    ) -> None:
+        self._service, self._tenant, self._name = service, tenant, name
+        self._weights, self._created = weights, created
+        self._context: int | None = None
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What there is to tell of it."""
+        return entry_of(self._name, self._created, self._weights.config.model_ref, None)
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens it reads."""
+        return self._context
+
+    async def tokenizer(self) -> Any:
+        """Return its tokenizer."""
+        introduction = self._tenant.transport.samplers.introduction
+        tokenizer, self._context = await self._tenant.aside(introduction, self._weights)
+        return tokenizer
+
+    async def submit(self, sample: Sample) -> FutureHandle[SampleResult]:
+        """Queue what is asked for."""
+        artifact_id = self._weights.artifact_id
+        model_ref = self._weights.config.model_ref if artifact_id is None else None
+        return await self._service.sample(self._tenant, SampleFrom(sample, artifact_id, model_ref))
+
+    def fingerprint(self, result: SampleResult) -> str:
+        """Return artifact and version."""
+        return f"{self._weights.artifact_id or self._name}@{result.policy_version}"
+
+    def refuse_if_over(self) -> None:
+        """Refuse once the server is about to stop: what waits for such weights ends with it."""
+        self._service.refuse_if_draining()
+
+
 def entry_of(name: str, created: float, root: str | None, context: int | None) -> dict[str, Any]:
     """Describe a model."""
     return {
@@ -117,8 +160,12 @@ def entry_of(name: str, created: float, root: str | None, context: int | None) -
 
 
 async def listed(tenant: Tenant) -> list[dict[str, Any]]:
-    """Describe all that a tenant can sample from."""
-    return [LiveModel(tenant, client).entry for client in tenant.live]
+    """Describe training clients, and of each name the newest checkpoint; oldest first."""
+    clients = [LiveModel(tenant, client).entry for client in tenant.live]
+    saved = await tenant.aside(tenant.transport.list_artifacts, None)
+    newest = {one.name: one for one in reversed(saved) if one.name is not None}
+    stored = [entry_of(str(name), one.created_at, one.model_ref, None) for name, one in newest.items()]
+    return sorted([*clients, *stored], key=lambda entry: entry["created"])
 
 
 async def named(service: Service, tenant: Tenant, name: str) -> NamedModel:
@@ -130,6 +177,12 @@ async def named(service: Service, tenant: Tenant, name: str) -> NamedModel:
     for client in tenant.live:
         if client.channel.training_client_id == name:
             return LiveModel(tenant, client)
+    with suppress(ArtifactNotFoundError):
+        saved = await tenant.aside(tenant.transport.get_artifact, name)
+        weights = await service.stored_weights(tenant, saved.artifact_id, None)
+        return StoredModel(service, tenant, name, weights, saved.created_at)
+    with suppress(ValidationError):  # it is not offered, which is told as if it were not there
+        return StoredModel(service, tenant, name, await service.stored_weights(tenant, None, name), 0)
     raise NotFoundError(
         f"There is no model {as_given(name)}. GET /v1/models lists those that there are.",
         code="model_not_found",

@@ -137,6 +137,13 @@ class CompletionRequest(SamplingRequest):
             )
         return self
 
+    def likeliest(self) -> dict[str, Any]:
+        """Return what of logprobs is to come with the sample, beside that of each token."""
+        top = self.logprobs or 0
+        if not self.echo or self.logprobs is None:
+            return {"top_logprobs": top}
+        return {"top_logprobs": top, "prompt_logprobs": True, "top_prompt_logprobs": top}
+
     def prompts(self) -> tuple[Prompt, ...]:
         """Return the prompts."""
         return read_prompts(self.prompt)
@@ -168,6 +175,10 @@ class ChatRequest(SamplingRequest):
     def may_call_tools(self) -> bool:
         """Whether what the model says is read for calls."""
         return bool(self.tools) and self.tool_choice != "none"
+
+    def likeliest(self) -> dict[str, Any]:
+        """Return what of logprobs is to come with the sample, beside that of each token."""
+        return {"top_logprobs": self.top_logprobs or 0}
 
     def prompts(self) -> tuple[Prompt, ...]:
         """Return the conversation as the one prompt that it is.

@@ -82,7 +82,9 @@ async def answer(service: Service, request: Request, asked: ChatRequest | Comple
     tokenizer = await model.tokenizer()
     prompts, ids = await tenant.aside(read, asked, tokenizer)
     wanted = tokens_wanted(asked, ids, model.context)
-    sampling = asked.sampling(wanted, secrets.randbits(48) if asked.seed is None else asked.seed)
+    # its own seed, so that whoever asks changes nothing of what a training client draws
+    seed = secrets.randbits(48) if asked.seed is None else asked.seed
+    sampling = asked.sampling(wanted, seed, **asked.likeliest())
     sample = Sample(prompts, sampling, bool(asked.stream))
     service.check_operation(tenant, sample)
     form = form_for(asked, tokenizer, ids)
