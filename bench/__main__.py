@@ -78,6 +78,7 @@ REAL = {
     "real-sampling": "real:sampling",
     "real-sampling-one-row": "real:sampling_one_row",
     "real-sampling-llama-cpp": "real:sampling_llama_cpp",
+    "real-rl-update": "real:rl_update",
     "real-memory": "real:step_memory",
     "real-chats": "chats:one_turn",
     "real-chats-five-turns": "chats:five_turns",

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import tensafe_nb as tn
-from bench import llama_peer, training, workload
+from bench import llama_peer, rl, training, trl_peer, workload
 from bench.harness import (
     LARGER,
     ROOT,
@@ -143,6 +143,21 @@ def sampling() -> Row:
 def sampling_one_row() -> Row:
     """No target: what one row takes beside many."""
     return _sampling(1, None)
+
+
+def rl_update() -> Row:
+    """Issue 22: at most 0.6 of the time."""
+    work = trl_peer.Work(
+        model_ref=folder(),
+        name="SmolLM2-135M-Instruct",
+        rank=RANK,
+        prompts=4,
+        group=4,
+        tokens=64,
+        updates=1,
+        reward="share_of_digits",
+    )
+    return rl.against_trl(work, loads=1, seconds=3 * SECONDS)
 
 
 def sampling_llama_cpp() -> Row:

@@ -16,37 +16,49 @@ from tensafe_nb.rlvr import PPO, EnvironmentSampler, RLVRTrainer
 
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 LOADS = 3  # where its weights happen to lie in memory makes a model faster or slower: load it anew
-UPDATES = 5  # in a row, before the other side has its turn
 TURN_ROWS, TURN_GROUP, TURN_TOKENS = 16, 8, 24  # of conversations; the context is 64
 STEPS, WARMUP = 80, 10  # of the run whose steps are taken apart
-SIZES = (
-    f"builtin:sums LoRA r{workload.RANK}, {trl_peer.PROMPTS} prompts × {trl_peer.GROUP} completions × "
-    f"{trl_peer.TOKENS} tokens"
+SUMS = trl_peer.Work(
+    model_ref="builtin:sums",
+    name="builtin:sums",
+    rank=workload.RANK,
+    prompts=16,
+    group=8,
+    tokens=8,
+    updates=5,
+    reward="begins_with_answer",
 )
 
 
 def update() -> Row:
     """Issue 6: at most 0.6 of the time."""
-    taken = reduce(add, [_pairs(30 / LOADS) for _ in range(LOADS)])
+    return against_trl(SUMS, LOADS, seconds=30)
+
+
+def against_trl(work: trl_peer.Work, loads: int, seconds: float) -> Row:
+    """Measure an update; both sides are loaded so often."""
+    taken = reduce(add, [_pairs(work, seconds / loads) for _ in range(loads)])
     peer = "`trl.GRPOTrainer`, same model, prompts, reward and optimiser, without logging"
     return Row(
         what="an update by RLVRTrainer (GRPO): sample, score, train; rollouts, metrics and alarms kept",
         peer=peer if taken.peer else f"{peer}: not measured, run `make trl-parity` first",
         precision="fp32",
-        sizes=f"{SIZES}, one pass, no KL",
+        sizes=f"{work.sizes}, one pass, no KL",
         taken=taken,
         compares=LARGER,
         target=Target("≤", 0.6) if taken.peer else None,
     )
 
 
-def _pairs(seconds: float) -> Taken:
+def _pairs(work: trl_peer.Work, seconds: float) -> Taken:
     """Load both sides and take pairs; ours alone where there is no TRL."""
-    with _ours() as ours:
+    with _ours(work) as ours:
         if not TRL_PYTHON.exists():
             return Taken([ours()[0] for _ in range(5)][2:])
-        with beside(TRL_PYTHON, "-m", trl_peer.__name__) as trl:
-            return paired(ours, lambda: _each(trl(UPDATES)), seconds=seconds, watch=as_it_says)
+        with beside(TRL_PYTHON, "-m", trl_peer.__name__, work.as_argument()) as trl:
+            return paired(
+                ours, lambda: _each(trl(work.updates), work.updates), seconds=seconds, watch=as_it_says
+            )
 
 
 def environments() -> Row:
@@ -97,11 +109,11 @@ def waiting() -> Row:
 
 def _share(what: str, seconds_of: Callable[[Event], float], target: Target | None = None) -> Row:
     with tn.ServiceClient() as service:
-        trainer = _trainer(service)
+        trainer = _trainer(service, SUMS)
         trainer.run(steps=STEPS, show=False).result()
         shares = list(_left_over(trainer.training_client.history.events(), seconds_of))
     return Row(
-        what=what, peer="", precision="fp32", sizes=SIZES, unit="%", taken=Taken(shares), target=target
+        what=what, peer="", precision="fp32", sizes=SUMS.sizes, unit="%", taken=Taken(shares), target=target
     )
 
 
@@ -121,10 +133,10 @@ def _timed(event: Event, part: str) -> float:
     return event.values.get(part, 0.0) if isinstance(event, Metrics) else 0.0
 
 
-def _trainer(service: tn.ServiceClient) -> RLVRTrainer:
+def _trainer(service: tn.ServiceClient, work: trl_peer.Work) -> RLVRTrainer:
     tc = service.create_training_client(
-        model_ref="builtin:sums",
-        lora_config=tn.LoRAConfig(rank=workload.RANK, alpha=workload.ALPHA),
+        model_ref=work.model_ref,
+        lora_config=tn.LoRAConfig(rank=work.rank, alpha=2 * work.rank),
         optimizer={
             "name": "adamw",
             "learning_rate": trl_peer.LEARNING_RATE,
@@ -137,21 +149,22 @@ def _trainer(service: tn.ServiceClient) -> RLVRTrainer:
     return RLVRTrainer(
         tc,
         sums(trl_peer.DATA, seed=trl_peer.SEED),
-        trl_peer.begins_with_answer,
+        trl_peer.REWARDS[work.reward],
         PPO("grpo"),
-        prompts_per_step=trl_peer.PROMPTS,
-        group_size=trl_peer.GROUP,
-        max_new_tokens=trl_peer.TOKENS,
+        prompts_per_step=work.prompts,
+        group_size=work.group,
+        max_new_tokens=work.tokens,
         fixed_length=True,
+        chat="never",
         seed=trl_peer.SEED,
     )
 
 
 @contextlib.contextmanager
-def _ours() -> Iterator[Turn]:
+def _ours(work: trl_peer.Work) -> Iterator[Turn]:
     """Run a trainer that rests between turns."""
     with tn.ServiceClient() as service:
-        trainer, rests = _trainer(service), threading.Event()
+        trainer, rests = _trainer(service, work), threading.Event()
 
         def watch(event: Event) -> None:
             if isinstance(event, RunState) and event.state in ("PAUSED", "FAILED"):
@@ -164,16 +177,16 @@ def _ours() -> Iterator[Turn]:
 
         def go_on() -> None:
             rests.clear()
-            run.step(UPDATES)
+            run.step(work.updates)
             rests.wait()
             if run.state.ended:
                 run.result()  # raises what made it fail
 
-        yield lambda: _each(stopwatch(go_on))
+        yield lambda: _each(stopwatch(go_on), work.updates)
         run.stop()
         run.result()
 
 
-def _each(times: Sequence[float]) -> tuple[float, float]:
+def _each(times: Sequence[float], updates: int) -> tuple[float, float]:
     wall, cpu = times
-    return wall / UPDATES, cpu / UPDATES
+    return wall / updates, cpu / updates

@@ -10,9 +10,9 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-PROMPTS, GROUP, TOKENS = 16, 8, 8  # 128 completions
 DATA, SEED = 4096, 0
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = (
     1e-5,
@@ -26,14 +26,55 @@ def begins_with_answer(completions: list[str], answer: list[str], **_: Any) -> l
     return [float(text.startswith(right)) for text, right in zip(completions, answer, strict=True)]
 
 
+def share_of_digits(completions: list[str], **_: Any) -> list[float]:
+    """Reward digits: the answers of a group differ, so that we train on all of them as TRL does, solved or not."""
+    return [sum(map(str.isdigit, text)) / max(1, len(text)) for text in completions]
+
+
+REWARDS = {reward.__name__: reward for reward in (begins_with_answer, share_of_digits)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """An update that both sides take.
+
+    Args:
+        model_ref: As ours names a model: a built-in, or a folder.
+        name: What the table calls it.
+        rank: Of the adapter on every linear layer; its alpha is twice that.
+        prompts: Of an update.
+        group: Completions of each prompt.
+        tokens: Of each completion.
+        updates: In a row, before the other side has its turn.
+        reward: One of `REWARDS`.
+    """
+
+    model_ref: str
+    name: str
+    rank: int
+    prompts: int
+    group: int
+    tokens: int
+    updates: int
+    reward: str
+
+    @property
+    def sizes(self) -> str:
+        shape = f"{self.prompts} prompts × {self.group} completions × {self.tokens} tokens"
+        return f"{self.name} LoRA r{self.rank}, {shape}"
+
+    def as_argument(self) -> str:
+        return json.dumps(asdict(self))
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not disturb
     with tempfile.TemporaryDirectory(prefix="trl-peer-") as folder:
-        _trainer(folder, answers).train()
+        _trainer(Work(**json.loads(sys.argv[1])), folder, answers).train()
 
 
-def _trainer(folder: str, answers: TextIO) -> Any:
+def _trainer(work: Work, folder: str, answers: TextIO) -> Any:
     """Return a GRPOTrainer in its fastest plain settings: all at once, one pass, no KL, nothing written."""
     import torch
     from datasets import Dataset
@@ -48,13 +89,14 @@ def _trainer(folder: str, answers: TextIO) -> Any:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     logging.set_verbosity_error()
+    model = ASSETS / work.model_ref.removeprefix("builtin:")  # a folder's whole path stays what it is
     options = GRPOConfig(
         output_dir=folder,
         max_steps=10**6,
-        per_device_train_batch_size=PROMPTS * GROUP,
-        num_generations=GROUP,
-        max_completion_length=TOKENS,
-        generation_kwargs={"min_new_tokens": TOKENS},
+        per_device_train_batch_size=work.prompts * work.group,
+        num_generations=work.group,
+        max_completion_length=work.tokens,
+        generation_kwargs={"min_new_tokens": work.tokens},
         loss_type="grpo",
         beta=0.0,
         learning_rate=LEARNING_RATE,
@@ -73,13 +115,13 @@ def _trainer(folder: str, answers: TextIO) -> Any:
         seed=SEED,
     )
     return GRPOTrainer(
-        model=workload.plain_model("sums"),
-        reward_funcs=begins_with_answer,
+        model=workload.plain_model(str(model)),
+        reward_funcs=REWARDS[work.reward],
         args=options,
         train_dataset=Dataset.from_list(sums(DATA, seed=SEED)),
-        processing_class=AutoTokenizer.from_pretrained(ASSETS / "sums", padding_side="left"),
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
         peft_config=LoraConfig(
-            r=workload.RANK, lora_alpha=workload.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=work.rank, lora_alpha=2 * work.rank, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
         callbacks=[_turns(answers)],
     )

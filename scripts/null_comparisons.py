@@ -1,7 +1,9 @@
 """How often a comparison sees a difference where there is none: on made-up histories, and on real trainings.
 
-    python -m scripts.null_comparisons           # 1,000 made-up comparisons of each kind, a minute
+    python -m scripts.null_comparisons           # 1,000 made-up comparisons of each kind, some minutes
     python -m scripts.null_comparisons --real    # ten real pairs that differ in nothing, some minutes
+
+`docs/how-to/comparing.md` has what both print.
 
 A made-up history has what the seed does to all arms, a drift of each run, and noise. Real pairs are two names for one
 recipe of reinforcement learning on `builtin:sums`, each with five seeds of its own,

@@ -70,7 +70,7 @@ from tensafe_nb.runs.loop import Batch, Loop, LossSpec
 from tensafe_nb.runs.run import SILENT_SECONDS, TrainingRun
 from tensafe_nb.runs.supervised import SupervisedLoop, summary_of
 from tensafe_nb.transports.base import Channel, Transport
-from tensafe_nb.transports.encrypted import HEAdapter
+from tensafe_nb.transports.encrypted.adapter import HEAdapter
 
 R = TypeVar("R")
 

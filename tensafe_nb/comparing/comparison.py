@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,14 @@ from tensafe_nb import widgets
 from tensafe_nb.checks import checked
 from tensafe_nb.comparing.arms import Arm, Vary, arms_of, name_parts
 from tensafe_nb.comparing.racing import Race
-from tensafe_nb.comparing.records import Kept, KeptLane
+from tensafe_nb.comparing.records import (
+    ComparisonRecord,
+    Kept,
+    KeptLane,
+    load_comparison,
+    lock_of,
+    what_is_left,
+)
 from tensafe_nb.comparing.results import ComparisonResult, Standings, plain
 from tensafe_nb.comparing.showing import shown_of
 from tensafe_nb.config import TrainingConfig
@@ -28,6 +36,7 @@ from tensafe_nb.errors import (
 from tensafe_nb.events import RunDescribed
 from tensafe_nb.futures import Promise
 from tensafe_nb.history.table import Table, Tabular
+from tensafe_nb.locks import held
 from tensafe_nb.recipes.recipe import Recipe
 from tensafe_nb.runs.description import described
 from tensafe_nb.runs.record import RunRecord, load_run
@@ -60,11 +69,12 @@ class Comparison(Tabular):
         seeds: list[int],
         service: ServiceClient | None,
         name: str | None,
+        earlier: ComparisonRecord | None = None,
         **how: Any,
     ) -> None:
-        self.comparison_id = f"cmp-{secrets.token_hex(3)}"
+        self.comparison_id = f"cmp-{secrets.token_hex(3)}" if earlier is None else earlier.comparison_id
         self.name = name
-        self.started_at = time.time()
+        self.started_at = time.time() if earlier is None else earlier.kept.started_at
         self._own_service = None if service is not None else ServiceClient()
         self._service = service or self._own_service
         assert self._service is not None
@@ -76,11 +86,13 @@ class Comparison(Tabular):
         self._race = Race(
             name or self.comparison_id, tags, arms, seeds, self._service, tell=self._tell, **how
         )
+        self._under_way = ExitStack()
         self._thread = threading.Thread(target=self._main, name=f"tsnb-compare-{next(_numbers)}", daemon=True)
 
     def start(self) -> "Comparison":
         """Begin; called once, by `compare`."""
         self._keep()
+        self._under_way.enter_context(held(lock_of(self.comparison_id), exclusive=True, wait=False))
         self._thread.start()
         return self
 
@@ -285,6 +297,7 @@ class Comparison(Tabular):
         try:
             self._tell()
         finally:
+            self._under_way.close()
             if error is not None and self._state != "CANCELLED":
                 self._promise.fail(error)
             else:
@@ -309,7 +322,7 @@ class Comparison(Tabular):
     def _keep(self) -> None:
         race, told = self._race, self.standings()
         lanes = [
-            KeptLane(t.arm, t.seed, t.run_id, t.state, t.done, t.reason, lane.begun_at)
+            KeptLane(t.arm, t.seed, t.run_id, t.state, t.done, t.reason, lane.begun_at, lane.earlier)
             for t, lane in zip(told.tracks, tuple(race.lanes), strict=False)
         ]
         measure = race.measure
@@ -331,6 +344,7 @@ class Comparison(Tabular):
             told.given_up,
             told.parents,
             tuple(lanes),
+            race.steps,
         ).write()
 
 
@@ -351,6 +365,7 @@ def compare(
     early_stop: bool = True,
     pace: int | None = None,
     side_by_side: int | None = None,
+    resume_from: str | None = None,
     name: str | None = None,
     show: bool = True,
 ) -> Comparison:
@@ -379,11 +394,16 @@ def compare(
         early_stop: Give up arms that are far behind at half and at three quarters of the steps, and not catching up.
         pace: Steps that an arm may be ahead of the others; None takes a twentieth of the run.
         side_by_side: Runs under way at the same moment; None takes as many as there are cores, 4 at most.
+        resume_from: A comparison of the same arms and seeds, by its id or name, that was stopped or whose process ended
+            in the middle: it goes on. What had ended stays; a run that had saved a checkpoint goes on from there (a
+            function has to take `resume_from` for that); the rest begins anew.
         name: What it is called, in the chart and for `load_comparison`; its runs are tagged with it.
         show: Show the live chart in a notebook.
 
     Raises:
-        ValidationError: Something that is no arm, does not fit it, or an unknown baseline; says the nearest.
+        ValidationError: Something that is no arm, does not fit it, or an unknown baseline; says the nearest. Or a
+            comparison that cannot be gone on with.
+        RunNotFoundError: There is no comparison to go on with.
 
     Example:
         >>> def arm(service, seed, learning_rate):
@@ -401,14 +421,28 @@ def compare(
         raise ValidationError(
             f"compare: baseline={as_given(baseline)} is none of the arms.{nearest(baseline, [a.name for a in arms])}"
         )
+    numbers, name = seeds_of(seeds), name.strip() or None if name else None
+    higher = None if better is None else better == "higher"
+    earlier = None if resume_from is None else load_comparison(resume_from)
+    went_before: dict[str, Any] = {}
+    if earlier is not None:
+        check_measure(earlier, metric=metric, last=last, better=better, steps=steps)
+        went_before = {
+            "earlier": earlier,
+            "left": what_is_left(earlier, arms, numbers),
+            "measure": earlier.measure,
+            "given_up": earlier.kept.given_up,
+        }
+        name, baseline = name or earlier.name, baseline or earlier.kept.baseline
     comparison = Comparison(
         arms,
-        seeds_of(seeds),
+        numbers,
         service,
-        name.strip() or None if name else None,
+        name,
+        **went_before,
         metric=metric,
         window=last,
-        higher=None if better is None else better == "higher",
+        higher=higher,
         steps=steps,
         pace=pace,
         side_by_side=side_by_side,
@@ -418,6 +452,28 @@ def compare(
     if show:
         widgets.show_comparison(comparison)
     return comparison.start()
+
+
+def check_measure(earlier: ComparisonRecord, **asked: Any) -> None:
+    """Refuse to go on with a comparison by another measure than it began with.
+
+    Args:
+        earlier: The comparison.
+        asked: `metric`, `last`, `better` and `steps` as they are given now.
+
+    Raises:
+        ValidationError: Says which.
+    """
+    was, known = earlier.measure, earlier.name or earlier.comparison_id
+    before: dict[str, Any] = {"steps": earlier.kept.steps}
+    if was is not None:
+        before |= {"metric": was.metric, "last": was.window, "better": "higher" if was.higher else "lower"}
+    for name, value in before.items():
+        if asked[name] != value and (asked[name] is not None or name == "steps"):
+            raise ValidationError(
+                f"compare: {name} was {as_given(value)} when {known} began, and is {as_given(asked[name])} now: go "
+                f"on with what it was, or compare anew. A measure chosen after a look makes differences out of chance."
+            )
 
 
 def seeds_of(seeds: int | Sequence[int]) -> list[int]:

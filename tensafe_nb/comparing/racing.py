@@ -10,9 +10,12 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from tensafe_nb import lifetimes
 from tensafe_nb.comparing.arms import Arm
@@ -36,6 +39,24 @@ ROUNDS = 20  # in which a race is run
 MOST_LOADED = 40  # runs that are in memory at a time
 SIDE_BY_SIDE = 4  # at most: more runs at once than that, each with threads of its own, are not faster
 LEAST_COST = 16 << 20  # bytes that a run is taken to need at least
+NOTHING_LEFT: Mapping[Any, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Left:
+    """What a race that ended in the middle has left of an arm with a seed.
+
+    Attributes:
+        track: What it had measured: all of it, or, where it goes on, what leads up to the checkpoint.
+        begun_at: The client's step before the first run's first.
+        earlier: The runs that have measured it, each with the client's step up to which.
+        checkpoint: Where it goes on; None where it had ended.
+    """
+
+    track: Track
+    begun_at: int
+    earlier: tuple[tuple[str, int], ...] = ()
+    checkpoint: str | None = None
 
 
 class Lane:
@@ -45,18 +66,23 @@ class Lane:
         arm: The arm.
         seed: The seed.
         wake: Called when the run turns to something else.
+        left: What there is of it from an earlier race.
     """
 
-    def __init__(self, arm: Arm, seed: int, wake: Callable[[], None]) -> None:
-        self.arm, self.seed, self._wake = arm, seed, wake
+    def __init__(self, arm: Arm, seed: int, wake: Callable[[], None], left: Left | None = None) -> None:
+        self.arm, self.seed, self._wake, self._left = arm, seed, wake, left
         self.run: TrainingRun | None = None
         self.run_id: str | None = None
         self.begun_at = 0  # the client's step before the run's first
-        self.over = False
+        self.earlier: tuple[tuple[str, int], ...] = ()
+        self.over = left is not None and left.checkpoint is None
         self._forget: Callable[[], None] = lambda: None
         self._error: BaseException | None = None
         self._ends_with_us = False  # whether the arm has made a client for it
         self._last = Track(arm.name, seed)
+        if left is not None:
+            self._last, self.begun_at, self.earlier = left.track, left.begun_at, left.earlier
+            self.run_id = left.track.run_id
 
     @property
     def waits(self) -> bool:
@@ -78,8 +104,23 @@ class Lane:
         """Whether its run has come to a pause or to its end."""
         return self.run is None or self.run.done() or self.run.at_rest
 
-    def start(self, service: ServiceClient, tags: Sequence[str], resume_from: str | None = None) -> None:
-        """Start the run, and let it pause as soon as it can; whatever that raises is how this lane ends."""
+    def start(
+        self,
+        service: ServiceClient,
+        tags: Sequence[str],
+        resume_from: str | None = None,
+        begun_at: int | None = None,
+    ) -> None:
+        """Start the run, and let it pause as soon as it can; whatever that raises is how this lane ends.
+
+        Args:
+            service: Where its client is made.
+            tags: Of the run.
+            resume_from: Where it goes on.
+            begun_at: The client's step before the first step of the run that it goes on with.
+        """
+        if self._left is not None:
+            resume_from, begun_at = self._left.checkpoint, self._left.begun_at
         try:
             before = {info.training_client_id for info in service.list_training_clients()}
             run = self.run = self.arm.start(service, self.seed, resume_from)
@@ -90,7 +131,7 @@ class Lane:
             name = run.name or f"{self.arm.name} · seed {self.seed}"[:200]
             run.describe(name=name, tags=list(dict.fromkeys([*run.tags, *tags])))
             told = run.history.state.runs.get(run.run_id)
-            self.begun_at = 0 if resume_from is not None or told is None else told.begun_at
+            self.begun_at = begun_at if begun_at is not None else 0 if told is None else told.begun_at
         except Exception as error:  # noqa: BLE001  # the arm is the user's: it may raise anything
             if self.run is not None:
                 self.run.stop()
@@ -116,7 +157,7 @@ class Lane:
             state=str(run.state),
             done=max(0, run.steps_done),
         )
-        return measured(found, run.history, measure, self.begun_at)
+        return measured(found, run.history, measure, self.begun_at, self._left)
 
     def end(self, error: BaseException | None = None, measure: Measure | None = None) -> None:
         """Keep what is known of it, and let go of its run and of the client that was made for it."""
@@ -129,6 +170,8 @@ class Lane:
                 error = failure
         if error is not None:
             reason, state = f"{type(error).__name__}: {error}", str(RunStatus.FAILED)
+        if state == RunStatus.INTERRUPTED:  # another client took over
+            state = str(RunStatus.FAILED)
         self._last = replace(track, state=state, reason=reason)
         self._error, self.over, self.run = error, True, None
         self._forget()
@@ -142,12 +185,28 @@ class Lane:
         return self._error
 
 
-def measured(track: Track, history: RunHistory, measure: Measure | None, begun_at: int) -> Track:
-    """Return a track with what its client has measured since its run began, and what its training has spent."""
+def measured(
+    track: Track, history: RunHistory, measure: Measure | None, begun_at: int, left: Left | None = None
+) -> Track:
+    """Return a track with what its client has measured since its run began, and what its training has spent.
+
+    Args:
+        track: What is known of it besides.
+        history: Of the client.
+        measure: What is compared.
+        begun_at: The client's step before the run's first.
+        left: What earlier runs have measured of it.
+    """
     if measure is not None:
         at, values = current_of(history, measure.metric)
-        own = at >= begun_at
-        track = replace(track, steps=at[own] - begun_at, values=values[own])
+        before = begun_at if left is None else left.earlier[-1][1]
+        at_once = left is None and measure.metric.startswith("eval/")  # evaluated before the first step
+        own = at >= before if at_once else at > before
+        steps, values = at[own] - begun_at, values[own]
+        if left is not None:
+            steps = np.concatenate([left.track.steps, steps])
+            values = np.concatenate([left.track.values, values])
+        track = replace(track, steps=steps, values=values)
     privacy = history.state.privacy
     if privacy is not None:
         return replace(track, epsilon=privacy.total_epsilon, delta=privacy.delta)
@@ -172,6 +231,9 @@ class Race:
         early_stop: Whether to give up arms that are far behind.
         baseline: The arm that others are compared with, never given up.
         tell: Called after every round.
+        left: By arm and seed: what there is from an earlier race; nothing where it begins anew.
+        measure: Settled by that race.
+        given_up: The arms that it gave up.
     """
 
     def __init__(
@@ -191,17 +253,22 @@ class Race:
         early_stop: bool,
         baseline: str | None,
         tell: Callable[[], None],
+        left: Mapping[tuple[str, int], Left] = NOTHING_LEFT,
+        measure: Measure | None = None,
+        given_up: Mapping[str, tuple[int, str]] = NOTHING_LEFT,
     ) -> None:
         self.name, self.tags, self.arms, self.seeds, self.baseline = name, tags, arms, seeds, baseline
         self._service, self._tell = service, tell
         self._metric, self._window, self._higher = metric, window, higher
-        self._steps, self._pace, self._early_stop = steps, pace, early_stop
+        self.steps, self._pace, self._early_stop = steps, pace, early_stop
         self._side_by_side = side_by_side or max(1, min(SIDE_BY_SIDE, os.cpu_count() or 1))
-        self.measure: Measure | None = None
-        self.given_up: dict[str, tuple[int, str]] = {}
+        self.measure = measure
+        self.given_up = dict(given_up)
         self.wants_pause = self.wants_stop = self.paused = False
         self._news = threading.Event()  # no lock: what wakes us may hold a run's
-        self.lanes = [Lane(arm, seed, self.wake) for seed in seeds for arm in arms]
+        self.lanes = [
+            Lane(arm, seed, self.wake, left.get((arm.name, seed))) for seed in seeds for arm in arms
+        ]
         self._target = 0
         self._looked = 0  # looks taken
         self._left_after_first: int | None = None  # bytes
@@ -239,12 +306,15 @@ class Race:
         try:
             while not self._is_stopped():
                 self._enter_forks()
+                self._fork_those_due()
                 self._admit()
                 if not self._live():
                     if any(lane.waits for lane in self.lanes):
                         self._target = (
                             0  # those that are left had to wait for memory: they race by themselves
                         )
+                        continue
+                    if self._forks:
                         continue
                     break
                 self._target = self._next_target()
@@ -318,7 +388,7 @@ class Race:
         """Return how many steps the runs are to take; the most, where they differ."""
         known = [lane.run.planned_steps for lane in self.lanes if lane.run is not None]
         most = max((steps for steps in known if steps is not None), default=None)
-        return most if self._steps is None else min(most or self._steps, self._steps)
+        return most if self.steps is None else min(most or self.steps, self.steps)
 
     # steps
 
@@ -380,7 +450,7 @@ class Race:
         """Let go of a run that has ended; stop one that would take more steps than it is to."""
         if lane.run is None:
             return
-        enough = self._steps is not None and lane.done >= self._steps
+        enough = self.steps is not None and lane.done >= self.steps
         if enough and not lane.run.done():
             lane.run.stop()
         if enough or lane.run.done():
@@ -409,6 +479,7 @@ class Race:
                 lane.run.stop()
         for lane in live:
             self._end(lane)
+        self._enter_forks()  # those that came too late are named, too
         for lane in self.lanes:
             if lane.waits:
                 lane.end(None)
@@ -495,7 +566,6 @@ class Race:
             arm = replace(arm, parent=(name, max(reached, self._target) if step < 0 else step))
             self.arms.append(arm)
             self.lanes += [Lane(arm, seed, self.wake) for seed in self.seeds]
-        self._fork_those_due()
 
     def _fork_those_due(self) -> bool:
         """Start every forked run whose parent stands where it branches off, or has a checkpoint of there."""
@@ -508,7 +578,7 @@ class Race:
                 continue
             any_due = True
             try:
-                lane.start(self._service, self.tags, state_of(parent, step))
+                lane.start(self._service, self.tags, state_of(parent, step), parent.begun_at)
             except TGTinkerError as error:
                 lane.end(error)
             self._wait_for([lane])

@@ -1,19 +1,22 @@
 """What is kept of a comparison: its arms, its seeds and its runs. What these have measured is in their own logs."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tensafe_nb import widgets
 from tensafe_nb.checks import checked
-from tensafe_nb.comparing.racing import measured
-from tensafe_nb.comparing.results import ComparisonResult, Measure, Standings, Track
+from tensafe_nb.comparing.arms import Arm
+from tensafe_nb.comparing.racing import Left, measured
+from tensafe_nb.comparing.results import ComparisonResult, Measure, Standings, Track, plain
 from tensafe_nb.comparing.showing import shown_of
 from tensafe_nb.display import Facts, Listing, as_given, visible
 from tensafe_nb.errors import RunNotFoundError, ValidationError, nearest
 from tensafe_nb.history.log import UNREADABLE
 from tensafe_nb.history.table import Table, Tabular
+from tensafe_nb.locks import is_being_written
 from tensafe_nb.protocol.codec import decode, encode, tagged
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.runs.record import RunRecord, load_run
@@ -35,6 +38,7 @@ class KeptLane:
         done: Steps taken.
         reason: Why it failed or did not go as planned.
         begun_at: The client's step before the run's first.
+        earlier: The runs that it goes on with, each with the client's step up to which.
     """
 
     arm: str
@@ -44,6 +48,7 @@ class KeptLane:
     done: int
     reason: str | None
     begun_at: int
+    earlier: tuple[tuple[str, int], ...] = ()
 
 
 @tagged("comparison")
@@ -66,6 +71,7 @@ class Kept:
         given_up: By arm: at which step, and why.
         parents: By forked arm: where from, and at which step.
         lanes: One for each arm and seed.
+        steps: After how many runs were to be stopped, if that was asked.
     """
 
     comparison_id: str
@@ -82,6 +88,7 @@ class Kept:
     given_up: Mapping[str, tuple[int, str]]
     parents: Mapping[str, tuple[str, int]]
     lanes: tuple[KeptLane, ...]
+    steps: int | None = None
 
     def write(self) -> None:
         """Write it, in place of what was there.
@@ -123,8 +130,8 @@ class ComparisonRecord(Tabular):
         """RUNNING, PAUSED, FINISHED, STOPPED or FAILED; INTERRUPTED if its process ended in the middle."""
         if self.kept.state not in ("RUNNING", "PAUSED"):
             return self.kept.state
-        alive = any(not run.state.ended for run in self.runs.values())
-        return self.kept.state if alive else "INTERRUPTED"
+        lock = lock_of(self.comparison_id)
+        return self.kept.state if lock.exists() and is_being_written(lock) else "INTERRUPTED"
 
     @property
     def runs(self) -> dict[tuple[str, int], RunRecord]:
@@ -138,6 +145,12 @@ class ComparisonRecord(Tabular):
                 continue
         return found
 
+    @property
+    def measure(self) -> Measure | None:
+        """What is compared; None before anything was measured."""
+        kept = self.kept
+        return None if kept.metric is None else Measure(kept.metric, kept.window, kept.higher, kept.planned)
+
     def result(self) -> ComparisonResult:
         """Return what may be said of it, from what its runs have recorded."""
         return self.standings().result()
@@ -145,9 +158,7 @@ class ComparisonRecord(Tabular):
     def standings(self) -> Standings:
         """Return how its arms stood at the end, or stand."""
         kept, runs = self.kept, self.runs
-        measure = (
-            None if kept.metric is None else Measure(kept.metric, kept.window, kept.higher, kept.planned)
-        )
+        measure = self.measure
         tracks = [track_of(lane, runs.get((lane.arm, lane.seed)), measure) for lane in kept.lanes]
         return Standings(
             kept.name or kept.comparison_id,
@@ -202,7 +213,80 @@ def track_of(lane: KeptLane, run: RunRecord | None, measure: Measure | None) -> 
         return replace(track, reason=gone)
     if not RunStatus(lane.state if lane.state in list(RunStatus) else "RUNNING").ended:
         track = replace(track, state=str(run.state), done=run.steps_done, reason=run.reason)
-    return measured(track, run.history, measure, lane.begun_at)
+    left = left_by(track, lane.earlier, measure, lane.begun_at) if lane.earlier else None
+    return measured(track, run.history, measure, lane.begun_at, left)
+
+
+def left_by(track: Track, runs: tuple[tuple[str, int], ...], measure: Measure | None, begun_at: int) -> Left:
+    """Return what runs have measured that were gone on with, each up to a step of its client.
+
+    Raises:
+        RunNotFoundError: One of them is not in this home folder any more.
+    """
+    found, before = replace(track, steps=track.steps[:0], values=track.values[:0]), None
+    for number, (run_id, step) in enumerate(runs, 1):
+        found = measured(found, load_run(run_id).history, measure, begun_at, before)
+        known = found.steps <= step - begun_at
+        found = replace(found, steps=found.steps[known], values=found.values[known])
+        before = Left(found, begun_at, runs[:number])
+    return Left(found, begun_at, runs)
+
+
+def what_is_left(
+    record: ComparisonRecord, arms: Sequence[Arm], seeds: Sequence[int]
+) -> dict[tuple[str, int], Left]:
+    """Return what a comparison that ended in the middle has left: by arm and seed, without those that begin anew.
+
+    What had ended as planned, or was given up, stays as it is. What can go on from a checkpoint does.
+
+    Raises:
+        ValidationError: It has not ended or is complete, other arms or seeds are given, or what is private would begin
+            anew.
+    """
+    kept, known = record.kept, f"The comparison {record.kept.name or record.comparison_id}"
+    if record.state in ("RUNNING", "PAUSED"):
+        raise ValidationError(f"{known} is still under way: stop() it first.")
+    if kept.parents:
+        raise ValidationError(
+            f"{known} cannot be gone on with: the arm {as_given(next(iter(kept.parents)))} was forked in mid-race, and "
+            f"where from is not known any more. What stood is in load_comparison({as_given(record.comparison_id)})."
+        )
+    was = {arm: dict(varied) for arm, varied in kept.arms.items()}
+    given = {arm.name: {name: plain(value) for name, value in arm.varied.items()} for arm in arms}
+    if was != given or list(dict.fromkeys(lane.seed for lane in kept.lanes)) != list(seeds):
+        seeds_then = ", ".join(str(seed) for seed in dict.fromkeys(lane.seed for lane in kept.lanes))
+        raise ValidationError(
+            f"{known} had the arms {', '.join(was)} and the seeds {seeds_then}: go on with just these, or compare anew."
+        )
+    standings, runs, ideas = record.standings(), record.runs, {arm.name: arm.idea for arm in arms}
+    left: dict[tuple[str, int], Left] = {}
+    for lane, track in zip(kept.lanes, standings.tracks, strict=True):
+        key, run = (lane.arm, lane.seed), runs.get((lane.arm, lane.seed))
+        complete = kept.planned is not None and track.done >= kept.planned and not track.failed
+        if track.state == RunStatus.FINISHED or complete or lane.arm in kept.given_up:
+            left[key] = Left(track, lane.begun_at, lane.earlier)
+        elif run is not None and run.last_checkpoint is not None and ideas[lane.arm].resumes:
+            step = run.history.state.checkpoints[run.last_checkpoint].step
+            earlier = (*lane.earlier, (run.run_id, step))
+            at = replace(track, state="waiting", done=step - lane.begun_at, run_id=None, reason=None)
+            found = left_by(at, earlier, record.measure, lane.begun_at)
+            left[key] = replace(found, checkpoint=run.last_checkpoint)
+        elif track.epsilon:
+            raise ValidationError(
+                f"{known} cannot be gone on with: {lane.arm}, seed {lane.seed}, is a private training without a "
+                f"checkpoint, and begun anew its ε would not count what it has spent already. Compare anew, and add "
+                f"that; checkpoint_every saves as a run goes."
+            )
+    if len(left) == len(kept.lanes) and all(one.checkpoint is None for one in left.values()):
+        raise ValidationError(
+            f"{known} is complete: load_comparison({as_given(record.comparison_id)}) has it."
+        )
+    return left
+
+
+def lock_of(comparison_id: str) -> Path:
+    """Return the file whose lock tells that a comparison is under way."""
+    return Home.of_environment().comparisons() / f"{comparison_id}.lock"
 
 
 @checked

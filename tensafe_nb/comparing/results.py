@@ -73,8 +73,8 @@ class Track:
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended without an end."""
-        return self.state in ("FAILED", "INTERRUPTED")
+        """Whether it has failed by itself, and not because the whole comparison was interrupted."""
+        return self.state == "FAILED"
 
     def value(self, measure: Measure, at: float = math.inf) -> float:
         """Return its value at a step; NaN where there is none, or where what was measured is no number."""
@@ -482,6 +482,11 @@ class ComparisonResult(Tabular):
             yield (
                 f"So far, at step {self.step}: these intervals are for one look. Whoever ends the race when one looks "
                 f"good makes differences out of chance."
+            )
+        if standings.state == "INTERRUPTED":
+            yield (
+                f"Its process ended in the middle: this is how it stood at step {self.step}. compare(…, "
+                f"resume_from={standings.name!r}) goes on with it."
             )
         if standings.state == "STOPPED":
             yield (

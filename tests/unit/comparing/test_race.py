@@ -219,3 +219,24 @@ def test_private_trainings_are_added_up(service: tn.ServiceClient) -> None:
     assert any(f"together they have spent ε {2 * spent[0]:.3g}" in note for note in result.notes())
     with pytest.raises(tn.ValidationError, match="operator"):
         comparison.to_csv("private.csv")
+
+
+def test_a_fork_begins_where_its_parent_stood_in_its_own_steps(service: tn.ServiceClient) -> None:
+    forked = threading.Event()
+
+    def idea(service: tn.ServiceClient, seed: int, gain: float, resume_from: str | None = None) -> Any:
+        """Train a little before the run, as a warm-up does: the client counts those steps, the race does not."""
+        assert forked.wait(60)
+        client = service.create_training_client(lora_config={"rank": 1})
+        if resume_from is None:
+            client.fit([tn.BatchData([[3, 4, 5]])] * 2, steps=2, show=False).result()
+        return client.fit(
+            [tn.BatchData([[3, 4, 5, 6]])] * 4, checkpoint_every=1, resume_from=resume_from, show=False
+        )
+
+    comparison = tn.compare(idea, seeds=1, vary={"gain": [0.0]}, service=service, pace=1, show=False)
+    name = comparison.fork("gain=0", step=2, gain=1.0)
+    forked.set()
+    parent, other = comparison.result().standings.tracks
+    assert parent.steps.tolist() == [1, 2, 3, 4] and other.arm == name
+    assert other.steps.tolist() == [3, 4] and other.values.tolist() == parent.values.tolist()[2:]

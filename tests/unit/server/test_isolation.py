@@ -8,6 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+import tensafe_nb as tn
+from tensafe_nb.protocol.codec import encode
+from tensafe_nb.protocol.operations import Sample, SampleFrom
 from tests.parity.serving import Serving
 from tests.unit.server.conftest import BATCH, SHAPE, error_of, new_client, open_encrypted, outcome
 
@@ -48,6 +51,7 @@ OF_ALL = {  # routes that are the same for everybody, or make something new
     ("put", "/api/v1/artifacts"),
     ("post", "/v1/completions"),  # what they sample from is named in the body: tests/unit/server/openai
     ("post", "/v1/chat/completions"),
+    ("post", "/api/v1/samples"),
 }
 
 
@@ -138,6 +142,8 @@ def test_nothing_of_another_can_be_named_inside_a_request(
     if kind != "future_id":
         loading = other.post(f"{new_client(other)}/load_state", json={"artifact_id": named}).json()
         assert error_of(outcome(other, loading["future_id"])) == (404, "artifact_not_found")
+        asked = encode(SampleFrom(Sample(("x",), tn.SamplingConfig()), artifact_id=named))
+        assert error_of(other.post("/samples", json=asked)) == (404, "artifact_not_found")
     field = "future_id" if kind == "future_id" else "artifact_id"
     refused = []
     for ids in ({**mine, "name": "mine"}, {**UNKNOWN, "name": "no-such-name"}):

@@ -96,6 +96,7 @@ def made(http: httpx.Client) -> dict[str, str]:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_every_route_keeps_what_it_says_long(serving: Serving) -> None:
     assert exercise(serving, 100) > 5_000
 
