@@ -32,7 +32,13 @@ from tensafe_nb.rlvr.environments.rehearsal import Rehearsal, rehearse
 from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.environments.tool_use import tool_environment
 from tensafe_nb.rlvr.rewards.composite import Part
-from tensafe_nb.rlvr.rewards.reward import Reward, get_registered_rewards, register_reward, resolve_reward
+from tensafe_nb.rlvr.rewards.reward import (
+    Reward,
+    get_registered_rewards,
+    judge,
+    register_reward,
+    resolve_reward,
+)
 from tensafe_nb.rlvr.rollouts.choosing import (
     AdaptivePrompts,
     CurriculumPrompts,
@@ -85,6 +91,7 @@ __all__ = [
     "register_reward",
     "resolve_reward",
     "get_registered_rewards",
+    "judge",
     "Part",
     "Scorer",
     "ScoreReport",

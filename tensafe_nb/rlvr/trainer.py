@@ -371,9 +371,10 @@ class RLVRTrainer:
         """
         if self.store is None:
             raise ValidationError("There are no rollouts yet: start a run first.")
-        return rescore_steps(
-            self.store.last(last), self.reward if reward is None else reward, self.reward_timeout
-        )
+        chosen = self.reward if reward is None else reward
+        if not isinstance(chosen, Environment):
+            self._refuse_judge(chosen := resolve_reward(chosen))
+        return rescore_steps(self.store.last(last), chosen, self.reward_timeout)
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the held-out prompts, and wait for it.
@@ -442,6 +443,7 @@ class RLVRTrainer:
         Raises:
             ValidationError: There is no length to punish.
         """
+        self._refuse_judge(reward)
         share, sampling = self._asked_for.overlong, self.sampler.sampling
         names = {reward.name, *(part.name for part in reward.parts)}
         if not share or "overlong" in names:
@@ -456,6 +458,18 @@ class RLVRTrainer:
         punishment = Part(resolve_reward("overlong", max_length=longest, cache=cache), name="overlong")
         own = reward.parts if reward.true is not None else (Part(reward, name=reward.name, true=True),)
         return resolve_reward([*own, punishment])
+
+    def _refuse_judge(self, reward: Reward) -> None:
+        """Refuse to send what differential privacy protects to somebody else.
+
+        Raises:
+            ValidationError: The reward is a judge, and the client is private.
+        """
+        if reward.judged and PRIVATE in self.training_client.capabilities:
+            raise ValidationError(
+                f"The reward {as_given(reward.name)} sends prompts and answers to a judge, where no ε covers them, and "
+                f"this client trains with differential privacy. Score with a function that runs here."
+            )
 
     # what a run and its checkpoints need
 

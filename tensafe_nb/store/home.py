@@ -90,6 +90,10 @@ class Home:
         """Return the folder of the sealed tables that the privacy ledger keeps beside the audit log."""
         return self.root / "ledger" / self.tenant
 
+    def judgements(self) -> Path:
+        """Return the folder of what judges have answered: the same question is not asked again."""
+        return self.root / "judgements" / self.tenant
+
     def models(self) -> Path:
         """Return the folder of models that were converted from GGUF files, for all tenants."""
         return self.root / "models"

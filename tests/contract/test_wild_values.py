@@ -302,6 +302,9 @@ CALLS: Mapping[str, Call] = {
     "rlvr.CurriculumPrompts": Call(lambda w: rlvr.CurriculumPrompts),
     "rlvr.AdaptivePrompts": Call(lambda w: rlvr.AdaptivePrompts),
     "rlvr.DynamicSampling": Call(lambda w: rlvr.DynamicSampling, {"base": "adaptive"}),
+    "rlvr.judge": Call(
+        lambda w: rlvr.judge, {"url": "http://127.0.0.1:1/v1", "model": "m", "rubric": "Right."}
+    ),
     "rlvr.gym_prompts": Call(
         lambda w: rlvr.gym_prompts, {"dataset": [{"question": PROMPT, "answer": "046", "metadata": {}}]}
     ),

@@ -172,6 +172,11 @@ class Call:
         wrapped = inspect.unwrap(self.function)
         return any(map(inspect.iscoroutinefunction, (self.function, called, wrapped)))
 
+    @property
+    def limits_itself(self) -> bool:
+        """Its function keeps its own time, and decides how many calls are under way: a judge."""
+        return getattr(type(self.function), "limits_itself", False) is True
+
     def answered(self, unit: Sequence[RewardSample]) -> list[Any]:
         """Make one call, for a pipe: return score, parts and error of each rollout."""
         return [verdict[:3] for verdict in outcomes_of(self, unit)]

@@ -433,8 +433,9 @@ class IdentityWalk:
 
     def visit_object(self, thing: Any) -> None:
         cls = type(thing)
-        if hasattr(cls, "identified"):  # a reward, or a part of one
+        if hasattr(cls, "identified"):  # a reward, a part of one, or a judge
             self.visit(thing.identified())
+            self._beyond.update(getattr(thing, "beyond", ()))
         elif cls.__name__ in _WRITTEN:
             self._write(cls.__name__, repr(thing))
         elif isinstance(thing, PurePath):

@@ -2,9 +2,11 @@
 
 import asyncio
 import inspect
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from tensafe_nb.checks import checked
@@ -15,8 +17,10 @@ from tensafe_nb.rlvr.rewards.builtin import answers, code, parsed, shaping
 from tensafe_nb.rlvr.rewards.composite import Part, combined, read_parts
 from tensafe_nb.rlvr.rewards.conventions import Call, Conversation, RewardSample, Style, Verdict
 from tensafe_nb.rlvr.rewards.identity import Identity, identity_of
+from tensafe_nb.rlvr.rewards.judge import LLMJudge
 from tensafe_nb.rlvr.rewards.signatures import call_for
 from tensafe_nb.rlvr.scoring.lasting import LOOP
+from tensafe_nb.store.home import Home
 
 RewardFunction: TypeAlias = Callable[..., Any]
 
@@ -47,7 +51,7 @@ def register_reward(name: str, *, overwrite: bool = False) -> Callable[[RewardFu
 
 def get_registered_rewards() -> list[str]:
     """Return the names of all registered rewards."""
-    return sorted({*_REWARDS, *_EXTRAS})
+    return sorted({*_REWARDS, *_EXTRAS, "judge"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,11 @@ class Reward:
     def batched(self) -> bool:
         """Whether one call sees rollouts of several prompts, in this reward or a part of it."""
         return any(call.batched for _, call in self.leaves())
+
+    @property
+    def judged(self) -> bool:
+        """Whether it, or a part of it, sends prompts and answers to a judge."""
+        return any(isinstance(leaf.function, LLMJudge) for leaf, _ in self.leaves())
 
     @property
     def inline(self) -> bool:
@@ -205,6 +214,11 @@ def resolve_reward(spec: Any, *, conversational: bool | None = None, **kwargs: A
             ) from None
         check_keywords(composite, kwargs, "reward", 3)
         return Reward("composite", composite, {"parts": parts}, parts=parts)
+    if isinstance(spec, str) and spec == "judge" and spec not in _REWARDS:
+        check_keywords(judge, kwargs, "reward", 0)
+        if not {"url", "model", "rubric"} <= set(kwargs):
+            raise ValidationError("The reward judge needs url=…, model=… and rubric=…, as in rlvr.judge(…).")
+        return judge(**kwargs)
     function = function_named(spec)
     name = spec if isinstance(spec, str) else name_of(function)
     if function is composite:
@@ -266,6 +280,71 @@ def result_of(value: Awaitable[Any]) -> Any:
         return future.result()
     finally:
         future.cancel()  # an interrupted cell waits for nothing any more
+
+
+@checked
+def judge(
+    url: str,
+    model: str,
+    rubric: str,
+    *,
+    columns: Sequence[str] = (),
+    scale: Sequence[float] = (0.0, 10.0),
+    key_env: str | None = None,
+    concurrency: int = 8,
+    retries: int = 4,
+    timeout: float = 60.0,
+    options: Mapping[str, Any] | None = None,
+    cache: Path | str | bool = True,
+    name: str = "judge",
+) -> Reward:
+    """Return a reward that asks a language model for a score, over an OpenAI-compatible endpoint.
+
+    **Prompts, answers and `columns` are sent to that address.** With differential privacy a trainer refuses it: what
+    is sent is covered by no ε. A judgement that fails, or gives no score, leaves the answer unscored, never 0. The
+    limits here hold instead of a scorer's `timeout`. `reward.function.counts` adds up what was asked.
+
+    Args:
+        url: Of the API, such as "http://127.0.0.1:8000/v1": `/chat/completions` is put behind it.
+        model: What the endpoint calls the model.
+        rubric: What makes an answer good, in words. How to answer (reasons, then "Score: N") is added to it.
+        columns: Columns of the prompt that the judge sees beside question and answer, such as ["answer"].
+        scale: The lowest and the highest score it may give; the reward is 0 at the one and 1 at the other.
+        key_env: Name of the environment variable with the API key. None sends no key.
+        concurrency: Questions under way at once.
+        retries: How often a question is asked again after 408, 425, 429, 5xx or a broken connection: as Retry-After
+            says, else after 0.5 s, 1 s, 2 s and so on.
+        timeout: Seconds a judgement may take, retries and waiting for them included.
+        options: Further fields of the request; None as a value leaves out one of `temperature` (0) and `max_tokens`
+            (512).
+        cache: Keep answers that gave a score, by all that was asked: True in the home folder, a path there, False
+            nowhere, so that every question is asked anew.
+        name: What it is called in metrics and charts.
+
+    Raises:
+        ValidationError: An address that carries a secret, a key instead of a variable's name, a variable that is not
+            set, or an option out of range.
+
+    Example:
+        >>> polite = judge("http://127.0.0.1:8000/v1", "judge-model", "Polite, and answers the question.")
+    """
+    low, high = scale if len(scale) == 2 else (0.0, 0.0)
+    if not (low < high and math.isfinite(high - low)):
+        raise ValidationError(f"judge: scale={as_given(scale)} is the lowest score and the highest: (0, 10).")
+    if not (concurrency >= 1 and retries >= 0 and 0 < timeout <= 86_400):
+        raise ValidationError(
+            f"judge: concurrency={concurrency} must be at least 1, retries={retries} at least 0, and "
+            f"timeout={timeout:g} from above 0 to 86400 seconds."
+        )
+    if not (url and model and rubric):
+        raise ValidationError("judge: url, model and rubric each need a text.")
+    folder = Home.of_environment().judgements() if cache is True else Path(cache) if cache else None
+    shown = (columns,) if isinstance(columns, str) else columns
+    made = LLMJudge(
+        url, model, rubric, shown, (float(low), float(high)), key_env, concurrency, retries, float(timeout),
+        options or {}, folder,
+    )  # fmt: skip
+    return replace(resolve_reward(made), name=name)
 
 
 @_REWARDS.register("composite")

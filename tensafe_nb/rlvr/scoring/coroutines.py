@@ -4,6 +4,7 @@ They stay in this process, so that they can use the clients and sessions they cl
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -51,7 +52,7 @@ class CoroutinePool:
         free = asyncio.Semaphore(AT_ONCE)
 
         async def one(index: int) -> None:
-            async with free:
+            async with contextlib.nullcontext() if call.limits_itself else free:
                 outcomes[index] = await self.within_limit(call, units[index])
 
         async def every() -> None:
@@ -80,7 +81,8 @@ class CoroutinePool:
         """Await one call, and cancel it after the time limit."""
         awaited = asyncio.ensure_future(awaited_outcomes(call, unit))
         try:
-            done, _ = await asyncio.wait([awaited], timeout=self._timeout)
+            limit = None if call.limits_itself else self._timeout
+            done, _ = await asyncio.wait([awaited], timeout=limit)
         finally:
             awaited.cancel()
         if awaited.cancelled():

@@ -6,6 +6,7 @@ A failure is kept as text and counted, never scored 0, and never ends a run.
 import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -41,12 +42,14 @@ class FunctionReport:
         std: Bessel's.
         errors: Calls that raised, returned no score, or ran out of time.
         timeouts: Those of them that ran out of time.
+        counts: What the function itself counted meanwhile, by name: of a judge its calls, and what they cost.
     """
 
     mean: float
     std: float
     errors: int = 0
     timeouts: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @shown
@@ -74,13 +77,17 @@ class ScoreReport:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of this round: `rewards/{function}/mean`, `/std`, `/errors`, `/timeouts`; NaN means none."""
+        """The metrics of this round: `rewards/{function}/mean`, `/std`, `/errors`, `/timeouts`; NaN means none.
+
+        Those of a judge have what it counted besides: `/calls`, `/cached`, …
+        """
         values: dict[str, float] = {}
         for name, report in self.functions.items():
             values[f"rewards/{name}/mean"] = report.mean
             values[f"rewards/{name}/std"] = report.std
             values[f"rewards/{name}/errors"] = report.errors
             values[f"rewards/{name}/timeouts"] = report.timeouts
+            values |= {f"rewards/{name}/{counted}": float(n) for counted, n in report.counts.items()}
         if self.true is not None and self.true in self.functions:
             values["rewards/true"] = self.functions[self.true].mean
         return values
@@ -209,6 +216,7 @@ class Scorer:
             RewardSample(t.prompt, t.response, t.meta, t.tokens, t.messages, state) for t in trajectories
         ]
         found: dict[str, list[Verdict]] = {}
+        before = self.counts()
         outcomes = self._outcomes(self._root, samples, found)
         for trajectory, outcome in zip(trajectories, outcomes, strict=True):
             parts = outcome.parts if self.reward.parts else named_parts(self.reward.name, outcome)
@@ -218,6 +226,9 @@ class Scorer:
         functions: dict[str, FunctionReport] = {}
         for path, column in found.items():
             functions |= function_reports(path, column)
+        for path, counts in self.counts().items():
+            meanwhile = {name: n - before[path].get(name, 0) for name, n in counts.items()}
+            functions[path] = replace(functions[path], counts=meanwhile)
         return ScoreReport(
             scored=sum(outcome.score is not None for outcome in outcomes),
             abstained=sum(outcome.score is None and outcome.error is None for outcome in outcomes),
@@ -233,6 +244,14 @@ class Scorer:
         self._closed = True
         for caller in (self._pool, self._threads, self._coroutines):
             caller.close()
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return what the functions that count have counted since they were made, by their paths."""
+        return {
+            node.path: dict(node.reward.function.counts)
+            for node in self._root.leaves()
+            if node.reward.call is not None and node.reward.call.limits_itself
+        }
 
     def _outcomes(
         self, node: Node, samples: Sequence[RewardSample], found: dict[str, list[Verdict]]
@@ -336,8 +355,15 @@ def report_of_rounds(reports: Sequence[ScoreReport], kept: Sequence[Trajectory])
         found = [(t.reward_parts or {}).get(name) for t in kept]
         values = np.array([value for value in found if value is not None], dtype=np.float64)
         calls = [report.functions[name] for report in reports if name in report.functions]
+        counts: Counter[str] = Counter()
+        for report in calls:
+            counts.update(report.counts)
         functions[name] = FunctionReport(
-            mean(values), bessel_std(values), sum(c.errors for c in calls), sum(c.timeouts for c in calls)
+            mean(values),
+            bessel_std(values),
+            sum(c.errors for c in calls),
+            sum(c.timeouts for c in calls),
+            counts,
         )
     return replace(
         reports[-1],
