@@ -68,6 +68,11 @@ ROWS = {
     "remote-restart": "remote:restart",
     "remote-memory": "remote:further_client",
     "remote-download": "remote:download",
+    "cluster-two": "cluster:two",
+    "cluster-one": "cluster:one",
+    "cluster-call": "cluster:call",
+    "cluster-sum": "cluster:gradients",
+    "cluster-regroup": "cluster:regroup",
 }
 REAL = {
     "real-training": "real:all_labelled",

@@ -29,11 +29,11 @@ class Skipped(Exception):  # not a failure: the reason is shown in the row's pla
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a row's ratio, or its own figure, should reach."""
+    """What a row's ratio, its ratio in CPU time, or its own figure should reach."""
 
     sign: Literal["≥", "≤"]
     limit: float
-    of: Literal["ratio", "ours"] = "ratio"
+    of: Literal["ratio", "cpu", "ours"] = "ratio"
 
     def met(self, value: float) -> bool:
         return value >= self.limit if self.sign == "≥" else value <= self.limit
@@ -118,7 +118,7 @@ class Row:
     def met(self) -> bool | None:
         if self.target is None:
             return None
-        value = self.ours if self.target.of == "ours" else self.ratio
+        value = {"ours": self.ours, "ratio": self.ratio, "cpu": self.cpu_ratio}[self.target.of]
         return value is not None and self.target.met(value)
 
 

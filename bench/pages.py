@@ -28,6 +28,7 @@ SECTIONS = {
     "encrypted": "Homomorphic LoRA",
     "panel": "The panel",
     "remote": "A remote server",
+    "cluster": "Replicas in processes of one machine",
     "real": "A real model",
     "chats": "Reading chats",
 }

@@ -86,7 +86,7 @@ def target(row: Row) -> str:
         return "none"
     own = row.target.of == "ours"
     limit = amount(row.target.limit, row.unit) if own else f"{row.target.limit:g}"
-    what = row.figure.__name__ if own else "ratio"
+    what = row.figure.__name__ if own else {"ratio": "ratio", "cpu": "ratio in CPU time"}[row.target.of]
     return f"{what} {row.target.sign} {limit}: {'met' if row.met else 'missed'}"
 
 

@@ -5,6 +5,7 @@ the sum and the same step: none of them is ahead of another, and the last one le
 knows no processes: where a replica lives is the business of its place.
 """
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -167,10 +168,13 @@ class EngineGroup:
                         until = min(until, time.monotonic() + FOR_THE_OTHERS)
                     case ("error", _, error):
                         raise error
-                    case ("lost", reason) if place in self._coming:
-                        del self._coming[place]
+                    case ("lost", reason):
+                        place.end()
+                        self._coming.pop(place, None)
+                        if place in self._members:  # it had come, and did not wait for the others
+                            self._members.remove(place)
                         last = ClusterError(f"The replica {place.name} did not come up: {reason}")
-            if known is None:
+            if known is None or not self._members:
                 raise last or ClusterError("No replica was started.")
         except BaseException:
             end_all(self._members, self._coming)
@@ -228,28 +232,24 @@ class EngineGroup:
 
     def _admit(self) -> None:
         """Take in, between two operations, what has happened meanwhile, and the replicas that have come."""
-        for place, message in self._news():
-            match message:
-                case ("lost", reason):
-                    self._lose(place, reason)
-                case ("error", call, error) if self._coming.get(place) == call:
-                    self._lose(place, str(error))
-                case ("answer", call, _) if self._coming.get(place) == call:
-                    self._let_in(place)
+        with contextlib.suppress(Empty):
+            while True:  # one by one: the next may be that the one being let in is lost
+                place, message = self._inbox.get_nowait()
+                match message:
+                    case ("lost", reason):
+                        self._lose(place, reason)
+                    case ("error", call, error) if self._coming.get(place) == call:
+                        self._lose(place, str(error))
+                    case ("answer", call, _) if self._coming.get(place) == call:
+                        self._let_in(place)
         self._check_alive()
-
-    def _news(self) -> "list[tuple[ReplicaPlace, Message]]":
-        found = []
-        while True:
-            try:
-                found.append(self._inbox.get_nowait())
-            except Empty:
-                return found
 
     def _let_in(self, place: ReplicaPlace) -> None:
         """Let a newcomer become what the others are, down to the last bit."""
         self._check_alive()
         (state,) = self._ask([ReplicaCall("capture", (True,))])
+        if place not in self._coming:  # lost meanwhile
+            return
         adopt = ReplicaCall("adopt", (state,), place)
         self._carry_out([adopt])
         standing = adopt.answer
@@ -393,7 +393,12 @@ class EngineGroup:
     def optim_step(self, apply_dp_noise: bool = True, step: StepConfig = UNCHANGED) -> OptimStepResult:
         """Take one optimiser step; see `Engine.optim_step`."""
         self._admit()
-        result: OptimStepResult = self._order("optim_step", step)
+        try:
+            result: OptimStepResult = self._order("optim_step", step)
+        except BaseException:
+            if self._members:
+                self.discard_gradients()  # they have: but a refusal does not say where they stand
+            raise
         return result
 
     def discard_gradients(self) -> None:
@@ -517,19 +522,27 @@ class EngineGroup:
     def _shares(self, batch: BatchData, declares: Declaration) -> list[list[Array]]:
         """Divide a batch into as many shares as there are replicas, where it can be: each the pieces of one.
 
-        The pieces are made small enough for that, and go to whoever has least, the largest first.
+        The pieces are made small enough for that: of an even share, or of a row more, where that leaves less for who
+        has most.
         """
-        replicas = len(self._members)
-        tokens = int(micro_batches.columns_needed(batch.attention_mask).sum())
-        most = min(self.config.micro_batch_tokens, max(1, -(-tokens // replicas)))
-        pieces = micro_batches.divided(batch, declares, most, self._introduction.overhead)
-        shares: list[list[Array]] = [[] for _ in range(replicas)]
-        loads = [0] * replicas
-        for piece in sorted(pieces, key=lambda rows: -cost(batch, rows)):
-            least = loads.index(min(loads))
-            shares[least].append(piece)
-            loads[least] += cost(batch, piece)
-        return [share for share in shares if share]
+        replicas, most = len(self._members), self.config.micro_batch_tokens
+        overhead = self._introduction.overhead
+        if replicas == 1:
+            return [micro_batches.divided(batch, declares, most, overhead)]
+        columns = micro_batches.columns_needed(batch.attention_mask)
+        even = max(1, -(-int(columns.sum()) // replicas))
+        return min(
+            (
+                shared_out(
+                    batch,
+                    micro_batches.divided(batch, declares, min(most, limit), overhead),
+                    replicas,
+                    overhead,
+                )
+                for limit in (even, even + int(columns.max(initial=1)) - 1)
+            ),
+            key=lambda found: found[1],
+        )[0]
 
     def _dropout_of(self, share: int) -> int:
         """Return what seeds the dropout of a share: whoever computes it, and however often, draws the same."""
@@ -688,9 +701,22 @@ def same_end(one: ReplicaCall, other: ReplicaCall) -> bool:
     return bool(one.answer == other.answer)
 
 
-def cost(batch: BatchData, rows: Array) -> int:
-    """Return what a piece costs: its tokens, padding included."""
-    return len(rows) * int(micro_batches.columns_needed(batch.attention_mask[rows]).max())
+def shared_out(
+    batch: BatchData, pieces: Sequence[Array], replicas: int, overhead: int
+) -> tuple[list[list[Array]], int]:
+    """Give each piece, the largest first, to whoever has least; return the shares, and what the largest costs.
+
+    A piece costs its tokens, padding included, and what any piece costs.
+    """
+    columns = micro_batches.columns_needed(batch.attention_mask)
+    costs = [len(rows) * int(columns[rows].max()) + overhead for rows in pieces]
+    shares: list[list[Array]] = [[] for _ in range(replicas)]
+    loads = [0] * replicas
+    for piece in sorted(range(len(pieces)), key=lambda piece: -costs[piece]):
+        least = loads.index(min(loads))
+        shares[least].append(pieces[piece])
+        loads[least] += costs[piece]
+    return [share for share in shares if share], max(loads)
 
 
 def summed(parts: Sequence[Array | None]) -> Array | None:

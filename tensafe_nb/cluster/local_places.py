@@ -43,21 +43,37 @@ class ProcessPlaces:
 
     def __init__(self, threads: int, home: Home, environment: Sequence[Mapping[str, str]] = ()) -> None:
         self._threads, self._home, self._environment = threads, home, environment
-        self._started = 0
+        self._started, self._shipping = 0, ShippedOnce()
 
     def start(self, inbox: Inbox) -> "ProcessPlace":
         own = self._environment[self._started % len(self._environment)] if self._environment else {}
         self._started += 1
-        return ProcessPlace(f"replica {self._started}", self._threads, own, inbox)
+        return ProcessPlace(f"replica {self._started}", self._threads, own, inbox, self._shipping)
 
     def load_arguments(self, config: TrainingConfig) -> Sequence[Any]:
         return config, self._home
 
 
+class ShippedOnce:
+    """Pickles what goes to all replicas, such as a sum of gradients, once: arguments that were the last ones, too."""
+
+    def __init__(self) -> None:
+        self._arguments: Sequence[Any] | None = None
+        self._frame = b""
+
+    def __call__(self, arguments: Sequence[Any]) -> bytes:
+        """Return them as bytes."""
+        if arguments is not self._arguments:
+            self._arguments, self._frame = arguments, shipped(arguments)
+        return self._frame
+
+
 class ProcessPlace:
     """A process, the pipe to it and the thread that reads from it."""
 
-    def __init__(self, name: str, threads: int, environment: Mapping[str, str], inbox: Inbox) -> None:
+    def __init__(
+        self, name: str, threads: int, environment: Mapping[str, str], inbox: Inbox, shipping: "ShippedOnce"
+    ) -> None:
         own_group: dict[str, Any] = {"start_new_session": True}  # interrupts of the kernel do not reach it
         if sys.platform == "win32":
             own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
@@ -72,6 +88,7 @@ class ProcessPlace:
         self.name = f"{name} (process {self._process.pid})"
         self.pid = self._process.pid
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._shipping = shipping
         self._requests: IO[bytes] = self._process.stdin
         self._answers: IO[bytes] = self._process.stdout
         self._writing = threading.Lock()
@@ -81,7 +98,7 @@ class ProcessPlace:
         self._reader.start()
 
     def send(self, call: int, method: str, arguments: Sequence[Any]) -> None:
-        self._write(shipped((call, method, arguments)))
+        self._write(shipped((call, method)), self._shipping(arguments))
 
     def interrupt(self) -> None:
         self._write(shipped(INTERRUPT))
@@ -105,9 +122,11 @@ class ProcessPlace:
         with contextlib.suppress(OSError):  # what was not written yet has no reader now
             self._requests.close()
 
-    def _write(self, frame: bytes) -> None:
+    def _write(self, *frames: bytes) -> None:
         with contextlib.suppress(OSError, ValueError), self._writing:  # it has died: the reader says so
-            self._requests.write(len(frame).to_bytes(HEADER, "big") + frame)
+            for frame in frames:
+                self._requests.write(len(frame).to_bytes(HEADER, "big"))
+                self._requests.write(frame)
             self._requests.flush()
 
 
@@ -155,8 +174,8 @@ def serve(parent: int, threads: int) -> None:
             request = arrived(frame)
             if request == INTERRUPT:
                 replica.interrupt()
-            else:
-                work.put(request)
+            elif (frame := read_frame(requests)) is not None:
+                work.put((*request, arrived(frame)))
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()

@@ -202,6 +202,7 @@ class ClientState:
         alarms: The latest.
         privacy: The privacy account; None before it was told of.
         replicas: What last happened to its replicas; None where it is not on a cluster.
+        replica_changes: How often what has happened to them.
         rollouts: By step: the latest of each.
         held_out: By step: the latest answers to the held-out prompts.
         rewards: (step, number) of each reward function, where it first scored.
@@ -225,6 +226,7 @@ class ClientState:
     alarms: "deque[Alarm]" = field(default_factory=lambda: deque(maxlen=LATEST_ALARMS))
     privacy: PrivacySpent | None = None
     replicas: ReplicasChanged | None = None
+    replica_changes: "Counter[str]" = field(default_factory=Counter)
     rollouts: dict[int, Rollouts] = field(default_factory=dict)
     held_out: dict[int, Rollouts] = field(default_factory=dict)
     rewards: list[tuple[int, float]] = field(default_factory=list)
@@ -281,6 +283,7 @@ class ClientState:
                 self.alarms.append(event)
             case ReplicasChanged():
                 self.replicas = event
+                self.replica_changes[event.change] += 1
             case PrivacySpent():
                 self.privacy = event  # what was spent stays spent: no rollback is an event of this kind
             case Rollouts():

@@ -93,6 +93,9 @@ def test_a_target_is_met_or_missed_by_the_ratio_or_by_our_own_figure() -> None:
     assert row(taken, target=Target("≤", 0.97)).met is False
     assert row(taken, target=Target("≤", 0.5, "ours")).met is False
     assert row(taken).met is None
+    by_cpu = Taken([2.0], [2.0], Taken([1.0], [1.7]))
+    assert row(by_cpu, target=Target("≥", 1.6, "cpu")).met is True
+    assert "ratio in CPU time ≥ 1.8: missed" in report.lines("x", row(by_cpu, target=Target("≥", 1.8, "cpu")))
     assert row(Taken([2.0]), target=Target("≥", 0.97)).met is False  # no peer, no ratio
 
 

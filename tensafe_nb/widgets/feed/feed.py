@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.events import Event, Progress
+from tensafe_nb.events import Event, Progress, ReplicaChange
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.state import ClientState, RunSoFar
 from tensafe_nb.protocol.results import RunStatus
@@ -66,7 +66,8 @@ class Standing:
         line: "OPEN", "RECONNECTING" or "LOST": whether what is said here is still so is known only while it is open.
         line_reason: Why it is not.
         line_seconds: For how long it has not been.
-        replicas: How many replicas compute it, and how many there should be; None where it is not on a cluster.
+        replicas: How many replicas compute it, how many there should be, how many were lost so far and how many have
+            joined; None where it is not on a cluster.
     """
 
     client: str
@@ -87,7 +88,7 @@ class Standing:
     line: str
     line_reason: str | None
     line_seconds: float | None
-    replicas: tuple[int, int] | None
+    replicas: tuple[int, int, int, int] | None
 
     @classmethod
     def read(cls, state: ClientState, run: RunSoFar | None, now: float) -> "Standing":
@@ -112,7 +113,7 @@ class Standing:
             line="OPEN" if line is None else str(line.state),
             line_reason=None if line is None else line.reason,
             line_seconds=None if line is None else now - line.time,
-            replicas=None if state.replicas is None else (state.replicas.replicas, state.replicas.wanted),
+            replicas=replicas_of(state),
         )
 
     @property
@@ -122,6 +123,19 @@ class Standing:
     @property
     def run_ended(self) -> bool:
         return self.run_id is not None and RunStatus(self.state).ended
+
+
+def replicas_of(state: ClientState) -> tuple[int, int, int, int] | None:
+    """Return how many replicas there are, how many there should be, how many were lost, and how many have joined."""
+    if state.replicas is None:
+        return None
+    changes = state.replica_changes
+    return (
+        state.replicas.replicas,
+        state.replicas.wanted,
+        changes[ReplicaChange.LOST],
+        changes[ReplicaChange.JOINED],
+    )
 
 
 def left_behind(state: ClientState, run: RunSoFar | None) -> bool:

@@ -85,8 +85,15 @@ function freshness(status, silence, cut = false) {
   if (!status.active) return "up to date";
   if (status.silent > SILENT_S) return `the client that drives this run has told nothing for ${clockText(status.silent)}: its kernel may have ended`;
   if (silence > STALE_MS) return `STALE: no news for ${Math.round(silence / 1000)} s; asking the kernel again`;
-  const replicas = status.replicas ? `${status.replicas.join(" of ")} replicas · ` : "";
-  return `${replicas}${status.foreign ? "driven by another client · " : status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
+  return `${status.foreign ? "driven by another client · " : status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
+}
+
+// Of a client on a cluster: how many replicas there are, what each does, and what has become of others.
+function replicasText(status) {
+  if (!status.replicas || status.client === "TERMINATED") return "";
+  const [now, wanted, lost, joined] = status.replicas;
+  const share = now > 1 ? `, each computes about 1/${now} of a batch` : "";
+  return `${now} of ${wanted} replicas${share}${lost || joined ? ` · ${lost} lost, ${joined} joined` : ""}`;
 }
 
 // A button that opens a list of the checkpoints, to choose one for a command.
@@ -166,6 +173,7 @@ class Panel {
     this.health = make("div", "tsnb-health");
     this.health.setAttribute("role", "status");
     this.below = make("div", "tsnb-branches");
+    this.replicas = make("span", "tsnb-replicas");
     this.fresh = make("span", "tsnb-fresh");
     this.subject = make("span", "tsnb-subject");
     this.voice = make("span", "tsnb-voice");
@@ -173,7 +181,7 @@ class Panel {
     const head = make("div", "tsnb-head");
     head.append(this.badge, this.marks, this.facts, this.buttons);
     const foot = make("div", "tsnb-foot");
-    foot.append(this.subject, this.fresh, this.voice);
+    foot.append(this.subject, this.replicas, this.fresh, this.voice);
     this.root.append(head, this.bar, this.note.el, this.health, this.curves.el, this.meter.el, this.samples.el, this.checkpoints.el, foot);
     el.append(this.root, this.below);
   }
@@ -198,6 +206,7 @@ class Panel {
     this.showHealth();
     this.showBranches();
     this.fresh.textContent = store.status.state ? freshness(store.status, silence, store.cut) : asking(store, store.now());
+    this.replicas.textContent = replicasText(store.status);
     this.root.dataset.stale = String(this.doubt === "STALE");
     this.root.dataset.doubt = this.doubt;
     this.root.dataset.tries = store.tries;
@@ -339,4 +348,4 @@ export default () => {
     },
   };
 };
-export { Panel, clockText, details, doubt, freshness, leftText, offers, verdict, worst };
+export { Panel, clockText, details, doubt, freshness, leftText, offers, replicasText, verdict, worst };

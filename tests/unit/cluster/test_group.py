@@ -1,5 +1,6 @@
 """A group of replicas against one engine: the same numbers, whatever is lost on the way."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.cluster.local_places import ThreadPlace
 from tensafe_nb.events import Alarm, ReplicasChanged
+from tensafe_nb.widgets.feed.feed import Feed, Standing
+from tensafe_nb.widgets.still.words import Subject, rows_of
 from tests.unit.cluster.groups import CONFIG, Threads
 
 RELATIVE = 1e-6
@@ -172,11 +175,15 @@ def test_a_replica_that_was_lost_is_replaced_by_one_that_knows_all_that_the_othe
     alone.close()
 
 
-def test_with_the_last_replica_the_client_fails_and_says_how_to_go_on(made: Any) -> None:
+@pytest.mark.parametrize("within", [False, True], ids=["between two operations", "within one"])
+def test_with_the_last_replica_the_client_fails_and_says_how_to_go_on(made: Any, within: bool) -> None:
     tc, cluster = made(2)
     saved = tc.save_state().result()
-    for place in cluster.living:
-        place.lose()
+    if within:
+        cluster.made[0].lose_at("contribute", most=2)
+    else:
+        for place in cluster.living:
+            place.lose()
     with pytest.raises(tn.ClusterError, match=r"All replicas .* service\.restore"):
         tc.forward_backward(ragged()).result()
     assert tc.status is tn.ClientStatus.ERROR
@@ -194,6 +201,11 @@ def test_the_loss_of_a_replica_is_an_alarm_and_the_state_says_how_many_are_left(
     state = tc.history.state
     assert state.replicas is not None
     assert (state.replicas.replicas, state.replicas.wanted) in {(2, 3), (3, 3)}
+    standing = Standing.read(state, None, 0.0)
+    assert standing.replicas in {(2, 3, 1, 0), (3, 3, 1, 1)}
+    feed = Feed(tc)
+    said = dict(rows_of(Subject((feed,)), [feed.standing()], steering=False))["replicas"]
+    assert re.search(r"of 3, each computes about 1/[23] of a batch; 1 lost, [01] joined; replica \d", said)
     (alarm,) = tc.history.events(kinds=[Alarm])
     assert alarm.name == "replica_lost"
     assert "replica 1" in alarm.message
