@@ -120,8 +120,8 @@ class TextAnswer(BaseModel):
     usage: Usage
 
 
-class AnswerForm(ABC):
-    """The form of the answer to one request.
+class AnswerWriter(ABC):
+    """Writes the answer to one request.
 
     Attributes:
         kind: Of an answer.
@@ -163,8 +163,8 @@ class AnswerForm(ABC):
         return {**self._head, "object": self.chunk, "choices": choices, **more}
 
 
-class ChatForm(AnswerForm):
-    """That of an answer in a chat.
+class ChatWriter(AnswerWriter):
+    """Writes answers in a chat.
 
     Args:
         asked: The request.
@@ -226,8 +226,8 @@ class ChatForm(AnswerForm):
         return {"content": list(itertools.chain(*parts))}
 
 
-class TextForm(AnswerForm):
-    """That of the completion of a text.
+class TextWriter(AnswerWriter):
+    """Writes completions of texts.
 
     Args:
         asked: The request.

@@ -23,7 +23,7 @@ from tensafe_nb.protocol.results import Prompt, SampledPiece, SampleResult
 from tensafe_nb.rlvr.tools.formats import format_of
 from tensafe_nb.server.answers import OPENAI, OPENAI_ERRORS, Json, error_of, form_of
 from tensafe_nb.server.clients import ended
-from tensafe_nb.server.openai.forms import AnswerForm, ChatAnswer, ChatForm, TextAnswer, TextForm
+from tensafe_nb.server.openai.forms import AnswerWriter, ChatAnswer, ChatWriter, TextAnswer, TextWriter
 from tensafe_nb.server.openai.names import ModelEntry, ModelList, NamedModel, listed, named
 from tensafe_nb.server.openai.requests import COMPLETION_TOKENS, ChatRequest, CompletionRequest
 from tensafe_nb.server.openai.tokens import TokenTexts
@@ -87,15 +87,15 @@ async def answer(service: Service, request: Request, asked: ChatRequest | Comple
     sampling = asked.sampling(wanted, seed, **asked.likeliest())
     sample = Sample(prompts, sampling, bool(asked.stream))
     service.check_operation(tenant, sample)
-    form = form_for(asked, tokenizer, ids)
+    writer = writer_for(asked, tokenizer, ids)
     handle = await model.submit(sample)
     headers = {"x-not-used": ", ".join(asked.unused)} if asked.unused else {}
     if asked.stream:
-        told = events(request, handle, model, form, asked, ids)
+        told = events(request, handle, model, writer, asked, ids)
         headers |= {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(told, media_type="text/event-stream", headers=headers)
     result = await outcome(request, handle, model)
-    return Json(form.whole(result, usage(ids, result, asked), model.fingerprint(result)), headers=headers)
+    return Json(writer.whole(result, usage(ids, result, asked), model.fingerprint(result)), headers=headers)
 
 
 def read(
@@ -134,14 +134,14 @@ def tokens_wanted(
     return wanted
 
 
-def form_for(
+def writer_for(
     asked: ChatRequest | CompletionRequest, tokenizer: Any, prompts: Sequence[Sequence[int]]
-) -> AnswerForm:
-    """Return the form of an answer."""
+) -> AnswerWriter:
+    """Return what writes the answer."""
     if isinstance(asked, CompletionRequest):
-        return TextForm(asked, TokenTexts(tokenizer), prompts)
+        return TextWriter(asked, TokenTexts(tokenizer), prompts)
     tools = format_of(tokenizer.chat_template)[0] if asked.may_call_tools else None
-    return ChatForm(asked, TokenTexts(tokenizer), tools)
+    return ChatWriter(asked, TokenTexts(tokenizer), tools)
 
 
 def usage(
@@ -187,7 +187,7 @@ async def events(
     request: Request,
     handle: FutureHandle[SampleResult],
     model: NamedModel,
-    form: AnswerForm,
+    writer: AnswerWriter,
     asked: ChatRequest | CompletionRequest,
     prompts: Sequence[Sequence[int]],
 ) -> AsyncIterator[str]:
@@ -196,17 +196,17 @@ async def events(
     more: dict[str, Any] = {"usage": None} if with_usage else {}
     try:
         for number in range(len(prompts) * asked.samples):
-            if (choice := form.begun(number)) is not None:
-                yield message(form.part(choice, **more))
+            if (choice := writer.begun(number)) is not None:
+                yield message(writer.part(choice, **more))
         async for piece in pieces(handle, model):
             if piece is None:
                 yield ": here\n\n"
-            elif (choice := form.told(piece)) is not None:
-                yield message(form.part(choice, **more))
+            elif (choice := writer.told(piece)) is not None:
+                yield message(writer.part(choice, **more))
         if with_usage:
             result = handle.result()
             used = usage(prompts, result, asked)
-            yield message(form.part(usage=used, system_fingerprint=model.fingerprint(result)))
+            yield message(writer.part(usage=used, system_fingerprint=model.fingerprint(result)))
         yield "data: [DONE]\n\n"
     except TGTinkerError as error:
         error.request_id = error.request_id or request.state.request_id
