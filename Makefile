@@ -23,6 +23,9 @@ HUB := .venv-hub
 HUB_VERSION := 6.1.1
 HUB_READY := $(HUB)/.ready-$(HUB_VERSION)
 
+CLASS := .venv-class
+CLASS_READY := $(CLASS)/.ready-1
+
 VERIFIERS := .venv-verifiers
 VERIFIERS_VERSION := 0.2.1
 VERIFIERS_READY := $(VERIFIERS)/.ready-$(VERIFIERS_VERSION)-$(TRL_VERSION)
@@ -38,7 +41,7 @@ ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks environments openai-parity hub marimo lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks environments openai-parity class hub marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -91,6 +94,13 @@ $(HUB_READY): $(READY)
 	$(HUB)/bin/python -m pip install -qq jupyterhub==$(HUB_VERSION)
 	command -v npm >/dev/null || (apt-get update -qq && apt-get install -y -qq nodejs npm)
 	npm install --silent --no-fund --no-audit --prefix $(HUB)/node configurable-http-proxy@5
+	touch $@
+
+$(CLASS_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(CLASS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(CLASS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(CLASS)/bin/python -m pip install -qq nbgrader==0.9.6 otter-grader==7.0.0
 	touch $@
 
 $(LLAMA_READY):
@@ -151,6 +161,9 @@ openai-parity: $(OPENAI_READY)  ## OpenAI's package and lm-evaluation-harness ag
 
 marimo: $(MARIMO_READY)  ## a marimo that borrows the packages of .venv, in .venv-marimo
 
+class: $(CLASS_READY)  ## a notebook handed out, collected and graded by nbgrader and by Otter, in .venv-class
+	$(CLASS)/bin/python -m pytest -m soak tests/soak/test_grading.py -s
+
 hub: $(HUB_READY)  ## a server as a service of a real JupyterHub, with two users; JupyterHub and its proxy in .venv-hub
 	$(HUB)/bin/python -m pytest -m soak tests/soak/test_hub.py -s
 
@@ -184,4 +197,4 @@ docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(VERIFIERS) $(MARIMO) $(HUB) .venv-newest .venv-lowest
+	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(VERIFIERS) $(MARIMO) $(HUB) $(CLASS) .venv-newest .venv-lowest

@@ -20,7 +20,8 @@ class BuildWithNotebooks(build_py):
 
     def copies(self) -> dict[str, str]:
         target = Path(self.build_lib) / "tensafe_nb" / "notebooks"
-        return {str(path): str(target / path.name) for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+        files = [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(NOTEBOOKS.glob("solutions/*.py"))]
+        return {str(path): str(target / path.relative_to(NOTEBOOKS)) for path in files}
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         return [*super().get_outputs(include_bytecode), *self.copies().values()]
@@ -29,7 +30,7 @@ class BuildWithNotebooks(build_py):
         """Return what a source distribution needs, too."""
         return [
             *super().get_source_files(),
-            *(f"notebooks/{path.name}" for path in NOTEBOOKS.glob("*.ipynb")),
+            *(str(path.relative_to(NOTEBOOKS.parent)) for path in map(Path, self.copies())),
         ]
 
 

@@ -13,6 +13,7 @@ _HOMES = {
     "ServiceClient": "service",
     "TrainingClient": "client",
     "LocalCluster": "cluster.clusters",
+    "RayCluster": "cluster.clusters",
     "TrainingConfig": "config",
     "LoRAConfig": "config",
     "OptimizerConfig": "config",
@@ -36,6 +37,7 @@ _HOMES = {
     "compare": "comparing.comparison",
     "list_comparisons": "comparing.records",
     "load_comparison": "comparing.records",
+    "check": "classroom.checking",
     "replay": "widgets.replay",
     "save_page": "widgets.page",
     **dict.fromkeys(
@@ -78,8 +80,9 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
+    from tensafe_nb.classroom.checking import check
     from tensafe_nb.client import TrainingClient
-    from tensafe_nb.cluster.clusters import LocalCluster
+    from tensafe_nb.cluster.clusters import LocalCluster, RayCluster
     from tensafe_nb.comparing.comparison import compare
     from tensafe_nb.comparing.records import list_comparisons, load_comparison
     from tensafe_nb.config import (

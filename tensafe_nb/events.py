@@ -301,6 +301,7 @@ class PrivacySpent(Event):
 class ReplicaChange(StrEnum):
     """What can happen to the replicas of a training client on a cluster."""
 
+    WAITING = "WAITING"  # for a machine with room for it
     STARTED = "STARTED"  # all of them are there, for the first time
     LOST = "LOST"
     JOINED = "JOINED"  # in place of one that was lost

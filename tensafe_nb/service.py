@@ -71,7 +71,7 @@ class ServiceClient:
         patience: Seconds for which a remote core may not answer, while it is restarted for instance, until what waits
             for it fails with ServerConnectionError.
         cluster: Where models are computed, if not in this process: LocalCluster(engines=2) in processes of this
-            machine. Queue, events, checkpoints and keys stay here.
+            machine, RayCluster("auto", engines=4) on a cluster of Ray. Queue, events, checkpoints and keys stay here.
 
     Raises:
         ValidationError: An unknown key source, or one beside a base_url; a patience below 0.
@@ -468,7 +468,9 @@ def embedded_transport(home: Home, key_source: str | None, cluster: Any = None) 
     from tensafe_nb.transports.embedded import EmbeddedTransport
 
     if cluster is not None and (isinstance(cluster, type) or not isinstance(cluster, MakesEngines)):
-        raise ValidationError(f"cluster={as_given(cluster)}: give LocalCluster(engines=2).")
+        raise ValidationError(
+            f'cluster={as_given(cluster)}: give LocalCluster(engines=2), or RayCluster("auto", engines=4).'
+        )
     return EmbeddedTransport(home, key_source, engines=cluster)
 
 
@@ -488,7 +490,7 @@ def http_transport(
     if cluster is not None:
         raise ValidationError(
             f"cluster={as_given(cluster)}: a server computes where it was told to: tensafe-nb serve --cluster "
-            f"processes --engines 4. Leave it out here, or leave out base_url (and TENSAFE_BASE_URL)."
+            f"processes --engines 4 (or auto, on Ray). Leave it out here, or leave out base_url (and TENSAFE_BASE_URL)."
         )
     if key_source is not None:
         raise ValidationError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tensafe_nb.cli.artifacts import add_artifacts
 from tensafe_nb.cli.audit import add_audit
+from tensafe_nb.cli.classroom import add_class
 from tensafe_nb.cli.demo import add_demo
 from tensafe_nb.cli.keys import add_keys
 from tensafe_nb.cli.lab import add_lab
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser("tensafe-nb", description="Train language models from a notebook.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_demo, add_lab, add_run, add_artifacts, add_keys, add_audit, add_server):
+    for add in (add_demo, add_lab, add_run, add_artifacts, add_keys, add_audit, add_server, add_class):
         add(commands)
     chosen, options = parser.parse_known_args(arguments)
     chosen.options = options

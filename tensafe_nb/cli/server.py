@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tensafe_nb.cluster.clusters import Cluster, LocalCluster
+from tensafe_nb.cluster.clusters import Cluster, LocalCluster, RayCluster
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.store.home import TENANT, Home
 
@@ -59,8 +59,8 @@ def add_server(commands: Any) -> None:
     serve.add_argument(
         "--cluster",
         metavar="WHERE",
-        choices=["processes"],
-        help="compute not in this process, but in replicas: 'processes' of this machine",
+        help="compute not in this process, but in replicas: 'processes' of this machine, or actors of Ray: 'auto' is "
+        "the cluster that this machine belongs to, HOST:PORT the head of another, 'local' starts one here",
     )
     serve.add_argument(
         "--engines",
@@ -218,7 +218,12 @@ def cluster_of(chosen: argparse.Namespace) -> Cluster | None:
     """Return the cluster that was asked for, if any."""
     if chosen.cluster is None:
         return None
-    return LocalCluster(chosen.engines, cpus=chosen.engine_cpus, gpus=chosen.engine_gpus)
+    given: dict[str, Any] = {
+        "engines": chosen.engines,
+        "cpus": chosen.engine_cpus,
+        "gpus": chosen.engine_gpus,
+    }
+    return LocalCluster(**given) if chosen.cluster == "processes" else RayCluster(chosen.cluster, **given)
 
 
 def announce(url: str, token: str | None, *, as_json: bool) -> None:

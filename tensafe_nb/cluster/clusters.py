@@ -1,6 +1,11 @@
 """Clusters, as a user names them: where the replicas of a training client live, and how many there are."""
 
 import os
+import re
+import sys
+import threading
+import weakref
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tensafe_nb.checks import checked
@@ -11,7 +16,9 @@ from tensafe_nb.store.home import Home
 
 if TYPE_CHECKING:  # a cluster is named before torch is loaded
     from tensafe_nb.cluster.group import EngineGroup, ReplicaPlaces
+    from tensafe_nb.cluster.ray_places import RayDriver
     from tensafe_nb.core.engines import Tell, Trains
+    from tensafe_nb.engine.accumulation import Tick
 
 NOT_PRIVATELY = (
     "Private training runs in one process: how its noise and draws would be shared among replicas is not worked out. "
@@ -48,12 +55,19 @@ class Cluster:
             )
 
     def make(
-        self, config: TrainingConfig, home: Home, relative: "Trains | None", tell: "Tell", *, served: bool
+        self,
+        config: TrainingConfig,
+        home: Home,
+        relative: "Trains | None",
+        tell: "Tell",
+        tick: "Tick",
+        *,
+        served: bool,
     ) -> "EngineGroup":
         """Start the replicas of a training client."""
         from tensafe_nb.cluster.group import EngineGroup
 
-        return EngineGroup(config, self.places(home), self.engines, tell)
+        return EngineGroup(config, self.places(home), self.engines, tell, tick)
 
     def places(self, home: Home) -> "ReplicaPlaces":
         """Return where the replicas of one training client live."""
@@ -61,6 +75,11 @@ class Cluster:
 
     def close(self) -> None:
         """Let go of the cluster; replicas end with their training clients."""
+
+
+def cores_each(engines: int) -> int:
+    """Return how many cores of this machine each of several engines has."""
+    return max(1, (os.cpu_count() or 1) // engines) if isinstance(engines, int) and engines > 0 else 1
 
 
 class LocalCluster(Cluster):
@@ -84,8 +103,7 @@ class LocalCluster(Cluster):
 
     @checked
     def __init__(self, engines: int = 2, *, cpus: int | None = None, gpus: int = 0) -> None:
-        shared = max(1, (os.cpu_count() or 1) // engines) if isinstance(engines, int) and engines > 0 else 1
-        super().__init__(engines, shared if cpus is None else cpus, gpus)
+        super().__init__(engines, cores_each(engines) if cpus is None else cpus, gpus)
 
     def __repr__(self) -> str:
         return f"LocalCluster(engines={self.engines}, cpus={self.cpus}, gpus={self.gpus})"
@@ -101,3 +119,67 @@ class LocalCluster(Cluster):
                 for first in range(0, self.engines * self.gpus, self.gpus)
             ]
         return ProcessPlaces(self.cpus, home, environment)
+
+
+class RayCluster(Cluster):
+    """Replicas as actors of a Ray cluster (https://docs.ray.io), on whichever of its machines has room.
+
+    Needs `pip install "tensafe_nb[ray]"` here and on every machine of the cluster, in the same versions of Python, Ray
+    and this package. A model is named as every machine knows it: a hub id, a built-in, or the full path of a folder
+    that all of them see.
+
+    Args:
+        address: "auto" takes the cluster that this machine belongs to (RAY_ADDRESS, or `ray start` here); "local"
+            starts one on this machine, which ends with the service; "host:port" names the head of another.
+        engines: Replicas of each training client.
+        cpus: Cores for each, 1 by default; on a Ray that is started here they share this machine's.
+        gpus: GPUs for each; without any it computes on the CPU.
+
+    Raises:
+        ValidationError: Ray is not installed, an address of another kind, a number that is none.
+
+    Example:
+        >>> service = ServiceClient(cluster=RayCluster("auto", engines=4, gpus=1))
+        >>> tc = service.create_training_client(model_ref="builtin:tiny", lora_config={"rank": 8})
+    """
+
+    @checked
+    def __init__(
+        self, address: str = "auto", *, engines: int = 2, cpus: int | None = None, gpus: int = 0
+    ) -> None:
+        usual = cores_each(engines) if address == "local" else 1
+        super().__init__(engines, usual if cpus is None else cpus, gpus)
+        if address not in ("auto", "local") and not re.fullmatch(
+            r"[\w.\-]+:\d+|\[[\da-fA-F:]+\]:\d+", address
+        ):
+            raise ValidationError(
+                f'RayCluster({as_given(address)}): give "auto", "local", or "host:port" of the head (`ray start '
+                f"--head` prints it). Addresses that begin with ray:// are Ray Client's, which is not used."
+            )
+        if find_spec("ray") is None:
+            raise ValidationError('RayCluster needs Ray: pip install "tensafe_nb[ray]"')
+        if sys.platform == "win32":
+            raise ValidationError("RayCluster works on Linux and macOS. Here, take LocalCluster.")
+        self.address = address
+        self._driver: RayDriver | None = None
+        self._joining = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"RayCluster({self.address!r}, engines={self.engines}, cpus={self.cpus}, gpus={self.gpus})"
+
+    def places(self, home: Home) -> "ReplicaPlaces":
+        """Return actors of the cluster, which a process is connected to first, or again if it was gone."""
+        from tensafe_nb.cluster.ray_places import RayDriver, RayPlaces
+
+        with self._joining:
+            if self._driver is None or self._driver.gone:
+                self._driver = RayDriver(self.address)
+                weakref.finalize(self, self._driver.leave)
+            return RayPlaces(self._driver, self.cpus, self.gpus, home if self.address == "local" else None)
+
+    def close(self) -> None:
+        """Leave the cluster, unless another service has replicas there; a Ray that was started here ends."""
+        with self._joining:
+            if self._driver is not None and self._driver.idle:
+                self._driver.close()
+                self._driver = None

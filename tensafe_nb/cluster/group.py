@@ -54,8 +54,9 @@ from tensafe_nb.protocol.results import (
 logger = logging.getLogger(__name__)
 
 FOR_THE_FIRST, FOR_THE_OTHERS = 600.0, 30.0  # seconds to wait for a replica, and then for the rest
+LOOK_UP = 0.5  # seconds until whoever waits for replicas looks whether anybody still waits for it
 TRIES = 3  # places that do not come up, one after the other, until no more are started
-Message: TypeAlias = tuple[Any, ...]  # a replica's, or ("lost", reason) of its place
+Message: TypeAlias = tuple[Any, ...]  # a replica's, or ("waiting", reason) or ("lost", reason) of its place
 Inbox: TypeAlias = "SimpleQueue[tuple[ReplicaPlace, Message]]"
 
 
@@ -117,14 +118,22 @@ class EngineGroup:
         config: What to load and how to train it.
         places: Where its replicas live.
         size: How many of them.
-        tell: ToldOnce when one is lost, or there again.
+        tell: Told when one is lost, or there again.
+        tick: Called while they start; may raise.
 
     Raises:
         ClusterError: No replica could be started.
         ModelLoadError: The model cannot be loaded there.
     """
 
-    def __init__(self, config: TrainingConfig, places: ReplicaPlaces, size: int, tell: Tell) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        places: ReplicaPlaces,
+        size: int,
+        tell: Tell,
+        tick: Tick = lambda done, total: None,
+    ) -> None:
         self._places, self._size, self._tell = places, size, tell
         self._inbox: Inbox = SimpleQueue()
         self._members: list[ReplicaPlace] = []
@@ -133,26 +142,30 @@ class EngineGroup:
         self.samples_drawn = 0
         self.config = config
         weakref.finalize(self, end_all, self._members, self._coming)
-        self._first(config)
+        self._first(config, tick)
 
     # who there is
 
-    def _first(self, config: TrainingConfig) -> None:
+    def _first(self, config: TrainingConfig, tick: Tick) -> None:
         """Start all replicas, and wait for the first, then a while for the others: a cluster may have to grow."""
         for _ in range(self._size):
             self._start()
         known: Introduction | None = None
         last: BaseException | None = None
+        lack = ""
         try:
             until = time.monotonic() + FOR_THE_FIRST
             while self._coming:
                 try:
-                    place, message = self._inbox.get(timeout=max(0.0, until - time.monotonic()))
+                    place, message = self._inbox.get(timeout=LOOK_UP)
                 except Empty:
+                    tick(0, 0)
+                    if time.monotonic() < until:
+                        continue
                     last = ClusterError(
                         f"The cluster had no room for {len(self._coming)} of {self._size} replicas within "
                         f"{FOR_THE_FIRST if known is None else FOR_THE_OTHERS:.0f} s: close other training clients, or "
-                        f"ask for fewer engines, cores or GPUs."
+                        f"ask for fewer engines, cores or GPUs.{lack}"
                     )
                     break
                 match message:
@@ -173,7 +186,10 @@ class EngineGroup:
                         self._coming.pop(place, None)
                         if place in self._members:  # it had come, and did not wait for the others
                             self._members.remove(place)
-                        last = ClusterError(f"The replica {place.name} did not come up: {reason}")
+                        last = ClusterError(f"A replica did not come up ({place.name}): {reason}")
+                    case ("waiting", reason):
+                        lack = f" One that waits ({place.name}): {reason}."
+                        self._tell_of(ReplicaChange.WAITING, place.name, reason)
             if known is None or not self._members:
                 raise last or ClusterError("No replica was started.")
         except BaseException:
@@ -242,6 +258,8 @@ class EngineGroup:
                         self._lose(place, str(error))
                     case ("answer", call, _) if self._coming.get(place) == call:
                         self._let_in(place)
+                    case ("waiting", reason):
+                        self._tell_of(ReplicaChange.WAITING, place.name, reason)
         self._check_alive()
 
     def _let_in(self, place: ReplicaPlace) -> None:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, Protocol
 
+from tensafe_nb.cluster.frames import read_frame, write_frame
 from tensafe_nb.cluster.group import Inbox, Message
 from tensafe_nb.cluster.replica import Replica
 from tensafe_nb.config import TrainingConfig
@@ -23,7 +24,6 @@ from tensafe_nb.rlvr.scoring.lasting import STARTER
 from tensafe_nb.rlvr.scoring.shipping import arrived, shipped
 from tensafe_nb.store.home import Home
 
-HEADER = 8  # bytes that say how long a frame is
 SECRETS = ("TENSAFE_KEK", "TENSAFE_PASSPHRASE", "TENSAFE_API_KEY")  # no replica has any business with them
 PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
@@ -125,9 +125,7 @@ class ProcessPlace:
     def _write(self, *frames: bytes) -> None:
         with contextlib.suppress(OSError, ValueError), self._writing:  # it has died: the reader says so
             for frame in frames:
-                self._requests.write(len(frame).to_bytes(HEADER, "big"))
-                self._requests.write(frame)
-            self._requests.flush()
+                write_frame(self._requests, frame)
 
 
 def ended(code: int) -> str:
@@ -137,16 +135,6 @@ def ended(code: int) -> str:
     how = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
     memory = " Was there memory enough?" if how == "SIGKILL" else ""
     return f"its process was killed ({how}).{memory}"
-
-
-def read_frame(stream: IO[bytes]) -> bytes | None:
-    """Return the next frame; None where there is none any more, or not the whole of it."""
-    header = stream.read(HEADER)
-    if len(header) < HEADER:
-        return None
-    size = int.from_bytes(header, "big")
-    frame = stream.read(size)
-    return frame if len(frame) == size else None
 
 
 def serve(parent: int, threads: int) -> None:
@@ -163,9 +151,7 @@ def serve(parent: int, threads: int) -> None:
     def emit(message: Message) -> None:
         frame = shipped(message)
         with writing:
-            answers.write(len(frame).to_bytes(HEADER, "big"))
-            answers.write(frame)
-            answers.flush()
+            write_frame(answers, frame)
 
     replica = Replica(emit)
 

@@ -95,7 +95,14 @@ class MakesEngines(Protocol):
         """
 
     def make(
-        self, config: TrainingConfig, home: Home, relative: Trains | None, tell: Tell, *, served: bool
+        self,
+        config: TrainingConfig,
+        home: Home,
+        relative: Trains | None,
+        tell: Tell,
+        tick: Tick,
+        *,
+        served: bool,
     ) -> Trains:
         """Load the model and return what trains it; on the worker's thread.
 
@@ -104,6 +111,7 @@ class MakesEngines(Protocol):
             home: Where a converted model is kept.
             relative: The engine of the client it is forked from, whose frozen weights it may share.
             tell: Called with what is to be known of the engine itself, not of an operation.
+            tick: Called now and then where that takes long; raises once nobody waits for it any more.
             served: Nobody but the core reads its tokenizer.
         """
 
@@ -118,7 +126,14 @@ class InThisProcess:
         """It trains whatever there is."""
 
     def make(
-        self, config: TrainingConfig, home: Home, relative: Trains | None, tell: Tell, *, served: bool
+        self,
+        config: TrainingConfig,
+        home: Home,
+        relative: Trains | None,
+        tell: Tell,
+        tick: Tick,
+        *,
+        served: bool,
     ) -> Engine:
         shared = models.share(relative.model) if isinstance(relative, Engine) else None
         return Engine(config, shared or models.load(config, home, served=served))

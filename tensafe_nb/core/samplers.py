@@ -17,6 +17,7 @@ from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.auditor import request_buffers
 from tensafe_nb.core.engines import MakesEngines, Trains
+from tensafe_nb.engine.accumulation import Tick
 from tensafe_nb.engine.models import adapter_folders
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.memory import presentable
@@ -128,10 +129,12 @@ class Samplers:
             self._hosts.popitem(last=False)[1].end()
         return host
 
-    def make(self, config: TrainingConfig) -> Trains:
+    def make(self, config: TrainingConfig, tick: Tick) -> Trains:
         """Load a model, and return an engine of it."""
         try:
-            return self._engines.make(config, self._vault.home, None, lambda _: None, served=self._served)
+            return self._engines.make(
+                config, self._vault.home, None, lambda _: None, tick, served=self._served
+            )
         except Exception as error:
             raise models.refuse(error, config.model_ref) from error
 
@@ -212,13 +215,18 @@ class SamplerHost:
     # on its thread
 
     def _introduce(self) -> tuple[Any, int | None]:
+        def tick(done: int, total: int) -> None:
+            if self._closing:
+                raise FutureCancelledError("closed while the model was being loaded")
+
+        tick(0, 1)
         self._used = time.monotonic()
-        engine = self._loaded()
+        engine = self._loaded(tick)
         return engine.tokenizer, engine.about["context"]
 
-    def _loaded(self) -> Trains:
+    def _loaded(self, tick: Tick) -> Trains:
         if self._engine is None:
-            self._engine, self._holds = self._samplers.make(self._config), (None, 0)
+            self._engine, self._holds = self._samplers.make(self._config, tick), (None, 0)
         return self._engine
 
     def _let_go(self) -> None:
@@ -253,7 +261,7 @@ class SamplerHost:
                 raise FutureCancelledError("cancelled while running")
             promise.progress = done, total
 
-        engine, sampling = self._loaded(), request.sampling
+        engine, sampling = self._loaded(tick), request.sampling
         if artifact_id is not None and self._holds[0] != artifact_id:
             self._holds = artifact_id, self._samplers.put(engine, artifact_id)
         if sampling.seed is None:  # the engine's own streams begin anew with each checkpoint

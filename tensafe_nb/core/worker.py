@@ -648,6 +648,11 @@ class Worker:
                 self._told.silent = False
                 self._moved = True
             self._executor = executor
+        except FutureCancelledError:
+            self._loaded.fail(
+                ClientClosedError(f"{self.training_client_id} was closed while it was loading.")
+            )
+            return False
         except Exception as error:  # noqa: BLE001  # whatever breaks a load becomes the client's state
             self._die(models.refuse(error, self.config.model_ref))
             return False
@@ -666,7 +671,12 @@ class Worker:
     def _make_engine(self) -> Trains:
         """Return an engine; that of a fork shares the frozen weights of the client it was forked from, if it can."""
         make = partial(
-            self._engines.make, self.config, self._vault.home, served=self._served, tell=self._hear
+            self._engines.make,
+            self.config,
+            self._vault.home,
+            tell=self._hear,
+            tick=self._look_up,
+            served=self._served,
         )
         relative = self._origin.relative if self._origin is not None else None
         if relative is None or self.config.lora_config is None:
@@ -680,6 +690,15 @@ class Worker:
             )  # None where it was closed meanwhile: then the model is loaded again
             return make(None if executor is None else executor.engine)
 
+    def _look_up(self, done: int, total: int) -> None:
+        """Go on with a load only while somebody waits for it: on a cluster it may take long."""
+        with self._changing:
+            pending = self._queue.pending()
+            saves = bool(pending) and pending[0].kind is SaveState
+            ending = self._stopped or (self._closing and not saves)
+        if ending or self._is_left():
+            raise FutureCancelledError("closed while it was loading")
+
     def _hear(self, event: Event) -> None:
         """Tell what there is to know of the engine itself; that a replica was lost is an alarm, too."""
         self.bus.publish(event)
@@ -687,6 +706,9 @@ class Worker:
             return
         rest = f"({event.reason}); {event.replicas} of {event.wanted} go on."
         match event.change:
+            case ReplicaChange.WAITING:
+                name, message = "replica_waiting", f"{event.name} is not there yet: {event.reason}."
+                remedy = "It starts once there is room: add a machine, or close another training client."
             case ReplicaChange.LOST:
                 name, message = "replica_lost", f"{event.name} is gone {rest}"
                 remedy = "Nothing else is lost: another is being started in its place."

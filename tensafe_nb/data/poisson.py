@@ -36,6 +36,7 @@ class PoissonDraws:
         units: (examples,) the number of each example's privacy unit; a unit is drawn with all its examples.
         sample_rate: q, the probability with which a unit comes into a step.
         unit: What a unit is: "example" or "user".
+        group: So many examples, one after the other, are of one row: 2 for pairs.
         steps: Draws per pass.
         pad_token_id: Fills up shorter rows.
         client_id: The training client that the draws are for.
@@ -49,6 +50,7 @@ class PoissonDraws:
         sample_rate: float,
         *,
         unit: str = "example",
+        group: int = 1,
         steps: int,
         pad_token_id: int,
         client_id: str,
@@ -57,6 +59,7 @@ class PoissonDraws:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValidationError(f"dp_batches: steps={as_given(steps)} must be a whole number, at least 1.")
         self.examples, self.sample_rate, self.steps, self.unit = list(examples), sample_rate, steps, unit
+        self.group = group
         self._units, self._count = units, int(units.max()) + 1
         self._pad_token_id, self._client_id, self._enter = pad_token_id, client_id, enter
         self._sampler = secrets.randbits(62)  # tells the draws of two samplers of one client apart
@@ -141,6 +144,7 @@ def poisson_draws(
         units_of(len(encoded.examples), encoded.group, unit_ids, declared),
         sample_rate,
         unit="user" if unit_ids is not None else "example",
+        group=encoded.group,
         steps=max(1, round(1 / sample_rate)) if steps is None else steps,
         pad_token_id=padding_of(tokenizer),
         client_id=client_id,

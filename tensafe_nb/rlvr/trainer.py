@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -184,12 +185,6 @@ class RLVRTrainer:
         columns = PromptColumns(prompt, answer, answer_after, template)
         reading: dict[str, Any] = {"on_bad_rows": on_bad_rows, "columns": columns}
         if isinstance(judge, Environment):
-            if self._asked_for.overlong:
-                raise ValidationError(
-                    "overlong punishes long answers beside a reward, and an environment gives its rewards itself: "
-                    "PPO('dapo', overlong=0)."
-                )
-            self.reward = judge
             self.sampler = EnvironmentSampler(
                 training_client,
                 judge,
@@ -199,6 +194,7 @@ class RLVRTrainer:
                 timeout=reward_timeout,
                 **how,
             )
+            self.reward = self.sampler.environment = self._punishing(judge)
             reading["read"] = RowItem.of
         else:
             self.sampler = PolicySampler(training_client, group_size, max_new_tokens, temperature, **how)
@@ -353,7 +349,7 @@ class RLVRTrainer:
                 "This trainer has a reward, and no environment: set_reward(…) takes another one; for an environment "
                 "make a trainer with environment=…."
             )
-        self.reward = self.sampler.environment = resolve_environment(environment, **kwargs)
+        self.reward = self.sampler.environment = self._punishing(resolve_environment(environment, **kwargs))
 
     @checked
     def rescore(self, last: int = 20, reward: RewardSpec | Environment | None = None) -> Rescored:
@@ -444,20 +440,37 @@ class RLVRTrainer:
             ValidationError: There is no length to punish.
         """
         self._refuse_judge(reward)
-        share, sampling = self._asked_for.overlong, self.sampler.sampling
         names = {reward.name, *(part.name for part in reward.parts)}
-        if not share or "overlong" in names:
+        if not self._asked_for.overlong or "overlong" in names:
             return reward
-        longest = sampling.max_new_tokens
-        if sampling.ignore_end or longest < 2:
+        longest, cache = self._too_long()
+        punishment = Part(resolve_reward("overlong", max_length=longest, cache=cache), name="overlong")
+        own = reward.parts if reward.true is not None else (Part(reward, name=reward.name, true=True),)
+        return resolve_reward([*own, punishment])
+
+    def _punishing(self, environment: Environment) -> Environment:
+        """Return an environment that punishes long turns likewise, where the algorithm asks for it.
+
+        Raises:
+            ValidationError: There is no length to punish.
+        """
+        if not self._asked_for.overlong or environment.name == "overlong":
+            return environment
+        return replace(environment, overlong=self._too_long())
+
+    def _too_long(self) -> tuple[int, int]:
+        """Return at how many tokens the punishment is whole, and over how many it grows.
+
+        Raises:
+            ValidationError: All answers are as long.
+        """
+        longest = self.sampler.sampling.max_new_tokens
+        if self.sampler.sampling.ignore_end or longest < 2:
             raise ValidationError(
                 "overlong punishes answers for being longer than others, and here all are as long (fixed_length, or "
                 "max_new_tokens=1): PPO('dapo', overlong=0)."
             )
-        cache = min(max(1, round(share * longest)), longest - 1)
-        punishment = Part(resolve_reward("overlong", max_length=longest, cache=cache), name="overlong")
-        own = reward.parts if reward.true is not None else (Part(reward, name=reward.name, true=True),)
-        return resolve_reward([*own, punishment])
+        return longest, min(max(1, round(self._asked_for.overlong * longest)), longest - 1)
 
     def _refuse_judge(self, reward: Reward) -> None:
         """Refuse to send what differential privacy protects to somebody else.

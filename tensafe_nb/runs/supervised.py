@@ -340,7 +340,7 @@ def check_pairs(loss_fn: object, **given: object) -> None:
         ValidationError: Says what rows such a loss takes.
     """
     for name, batches in given.items():
-        if loss_fn in OF_PAIRS and isinstance(batches, Batches) and batches.group == 1:
+        if loss_fn in OF_PAIRS and isinstance(batches, Batches | PoissonDraws) and batches.group == 1:
             columns = (
                 "'anchor' and 'positive'" if loss_fn == "contrastive" else "'prompt', 'chosen' and 'rejected'"
             )

@@ -374,6 +374,7 @@ CALLS: Mapping[str, Call] = {
         {"optimizer": {}, "batch_size": 2, "seed": 0},
     ),
     # runs
+    "check": Call(lambda w: tn.check, {"number": "05.2"}),
     "load_run": Call(lambda w: tn.load_run, {"run_id": Of(lambda w: w.run.run_id)}),
     "list_runs": Call(lambda w: tn.list_runs, {"name": None, "tags": (), "model": None}),
     "plot_runs": Call(
@@ -406,6 +407,7 @@ CALLS: Mapping[str, Call] = {
     ),
     # the service
     "LocalCluster": Call(lambda w: tn.LocalCluster),
+    "RayCluster": Call(lambda w: tn.RayCluster),
     "ServiceClient": Call(lambda w: closing(tn.ServiceClient)),
     "create_training_client": Call(lambda w: closing(w.service.create_training_client), {"config": None}),
     "restore": Call(lambda w: closing(w.service.restore), {"artifact_id": "fits"}),

@@ -4,6 +4,7 @@ Sampled accuracy alone could rise by sharpening what the model knew already, so 
 pass@8 is reported beside them. A control that takes the same steps at a learning rate of nothing stays where it was.
 """
 
+import random
 import time
 
 import pytest
@@ -112,3 +113,80 @@ def test_a_kl_penalty_keeps_the_policy_closer_to_its_base(service, capsys):
             f"\n from the base: {free:.3f} nats without, {held:.3f} with KL; reward {reward:.3f}, {held_reward:.3f}"
         )
     assert held < 0.8 * free
+
+
+# two sums in one conversation
+
+
+def pairs(count, seed, split="train"):
+    asked = datasets.sums(2 * count, seed=seed, split=split)
+    return [{"sums": [first, second]} for first, second in zip(asked[::2], asked[1::2], strict=True)]
+
+
+def shown_how_to_go_on(client, seed, steps=250, rows=64):
+    """Train on conversations whose answers are the model's own, as often wrong as they were.
+
+    It has never seen a text go on behind an answer, so that a second one is never right and no reward can prefer
+    anything. Of this it learns where a second sum stands, and of adding nothing.
+    """
+    asked = datasets.sums(3000, seed=seed + 1)
+    drawn = client.sample([row["prompt"] for row in asked], max_new_tokens=4, seed=seed).result().sequences
+    read = client.tokenizer([row["prompt"] for row in asked], add_special_tokens=False)["input_ids"]
+    turns = [
+        (ids, list(one.tokens)) for ids, one in zip(read, drawn, strict=True) if one.finish_reason == "stop"
+    ]
+    begin, draw = list(drawn[0].prompt_tokens)[: -len(read[0])], random.Random(seed)
+    for _ in range(steps):
+        batch = {"input_ids": [], "labels": []}
+        for _ in range(rows):
+            ids, labels = [*begin], [-100] * len(begin)
+            for question, answer in draw.sample(turns, 2):
+                ids += question + answer
+                labels += [-100] * len(question) + answer
+            batch["input_ids"].append(ids[:-1])
+            batch["labels"].append(labels[1:])
+        client.forward_backward(batch)
+        taken = client.optim_step()
+    taken.result()
+    return client.save_state(include_optimizer=False).result().artifact_id
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rewards_alone_teach_two_sums_in_one_conversation(service, capsys, seed):
+    config = TrainingConfig(
+        model_ref="builtin:sums",
+        optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0),
+        seed=seed,
+    )
+    begun = shown_how_to_go_on(service.create_training_client(config), seed)
+    client = service.create_training_client(
+        config.replace(optimizer=config.optimizer.replace(learning_rate=3e-4))
+    )
+    client.load_state(begun)
+    trainer = RLVRTrainer(
+        client,
+        pairs(4500, seed),
+        environment="sums",
+        algo=REINFORCE(baseline="rloo", mask_truncated=False),
+        prompts_per_step=32,
+        group_size=8,
+        max_new_tokens=4,
+        eval_prompts=pairs(300, 0, "heldout"),
+        eval_samples=2,
+        reward_timeout=60.0,
+        seed=seed,
+    )
+    start, cpu = time.perf_counter(), time.process_time()
+    trainer.run(steps=75, show=False).result()
+    taken = f"{time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} s of CPU"
+    names = ("eval/reward", "eval/greedy", "eval/rewards/sums/sum 1", "eval/rewards/sums/sum 2")
+    before, after = ({name: client.history[name][at] for name in names} for at in (0, -1))
+    with capsys.disabled():
+        for when, values in (("before", before), (f"after {taken}", after)):
+            shown = "   ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in values.items())
+            print(f"\n seed {seed}, {when}: {shown}", end="")
+    assert after["eval/reward"] >= before["eval/reward"] + 0.2
+    assert after["eval/greedy"] >= before["eval/greedy"] + 0.1, "not by sharpening alone"
+    assert after["eval/rewards/sums/sum 1"] >= before["eval/rewards/sums/sum 1"] + 0.1
+    assert after["eval/rewards/sums/sum 2"] >= before["eval/rewards/sums/sum 2"] + 0.1

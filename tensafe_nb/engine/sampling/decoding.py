@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling import llama
+from tensafe_nb.engine.sampling.prefixes import Read
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +30,26 @@ class Rows(Protocol):
     def feed(self, tokens: Tensor) -> None:
         """Append one token (R,) to each row."""
 
+    def read(self, rows: Tensor) -> Read | None:
+        """Return what was read of some of the rows, for `rows_of` to go on from; None where nothing is kept of it."""
 
-def rows_of(model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int) -> Rows:
-    """Return prompts' rows, decoded with a cache where the architecture's can be relied on, else anew at each token."""
+
+def rows_of(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    new_tokens: int,
+    before: Read | None = None,
+) -> Rows:
+    """Return prompts' rows, decoded with a cache where the architecture's can be relied on, else anew at each token.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Token ids, none empty.
+        samples: Rows of each.
+        new_tokens: How many a row may grow by.
+        before: What of the prompts' beginnings was read already, with one sample each.
+    """
     if model.causal not in _caches:
         _caches[model.causal] = type(model.body).__name__ in llama.SHAPED_LIKE_LLAMA or cache_works(model)
         if not _caches[model.causal]:
@@ -40,7 +58,9 @@ def rows_of(model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, 
                 "as reading all of the row",
                 type(model.causal).__name__,
             )
-    return (Decoder if _caches[model.causal] else Recomputed)(model, prompts, samples, new_tokens)
+    if _caches[model.causal]:
+        return Decoder(model, prompts, samples, new_tokens, before)
+    return Recomputed(model, prompts, samples, new_tokens)
 
 
 def cache_works(model: LoadedModel) -> bool:
@@ -88,6 +108,9 @@ class Recomputed:
         self._lengths = self._lengths + 1
         self.logits = self._read()
 
+    def read(self, rows: Tensor) -> None:
+        """Keep nothing: there is nothing to keep."""
+
     def _read(self) -> Tensor:
         """Return (R, V) logits of what comes after each row."""
         model, rows = self._model, torch.arange(len(self._ids), device=self._model.device)
@@ -106,27 +129,41 @@ class Decoder:
         prompts: Token ids, none empty.
         samples: Rows of each prompt, one after the other.
         new_tokens: How many a row may grow by.
+        before: What of the prompts' beginnings was read already, with one sample each.
 
     Attributes:
         logits: (R, V) of each row's next token, in float32.
     """
 
     def __init__(
-        self, model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int
+        self,
+        model: LoadedModel,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        new_tokens: int,
+        before: Read | None = None,
     ) -> None:
         from transformers import DynamicCache
 
         self._model = model
+        if before is not None:
+            known = before.mask.sum(1).tolist()
+            prompts = [prompt[length:] for prompt, length in zip(prompts, known, strict=True)]
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):  # padded on the left, so that all rows end together
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        self._mask: Tensor | None = None if bool(mask.all()) else mask.to(model.device)
+        mask = mask.to(model.device)
         self._cache = DynamicCache(config=model.causal.config)
+        if before is not None:
+            mask = torch.cat([before.mask, mask], 1)
+            for number, (keys, values) in enumerate(before.layers):
+                self._cache.update(keys, values, number)
+        self._mask: Tensor | None = None if bool(mask.all()) else mask
         self._cache_argument = llama.cache_argument(model.body if model.split else model.causal)
-        positions = (mask.cumsum(1) - 1).clamp(min=0).to(model.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         self.logits = self._read(ids.to(model.device), positions)
         self._position = positions[:, -1:]
         self._steps = (
@@ -157,6 +194,17 @@ class Decoder:
             with self._model.autocast():
                 hidden = self._steps(self._model.body, tokens, self._position, self._mask)
                 self.logits = self._precise(head(self._model, hidden))
+
+    def read(self, rows: Tensor) -> Read | None:
+        """Return what was read of some of the rows, the token that was drawn last apart.
+
+        Of Llama's shape alone: what knows positions by their place in the cache would see the gaps between turns.
+        """
+        if self._steps is None:
+            return None
+        layers = self._steps.read(rows)
+        whole = rows.new_ones(len(rows), layers[0][0].shape[2])
+        return Read.of(layers, whole if self._mask is None else self._mask[rows])
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Let transformers read tokens (R, T); return (R, V) logits of the last position."""

@@ -41,6 +41,11 @@ class Steps:
             for number, old in enumerate(kept):
                 kept[number] = _with_room(old[rows, :, : self._length], 1, old.shape[2] - self._length)
 
+    def read(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return copies of the keys and values of some of the rows, layer by layer."""
+        kept = zip(self._keys, self._values, strict=True)
+        return [(keys[rows, :, : self._length], values[rows, :, : self._length]) for keys, values in kept]
+
     def __call__(self, body: Any, tokens: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         """Append a token to each row.
 

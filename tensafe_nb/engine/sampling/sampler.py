@@ -19,6 +19,7 @@ from tensafe_nb.data.labels import TurnEnd
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling.decoding import rows_of
 from tensafe_nb.engine.sampling.merged import merged
+from tensafe_nb.engine.sampling.prefixes import Prefixes, Read
 from tensafe_nb.protocol.results import SampledPiece, SampledSequence, TopLogprobs
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
@@ -156,6 +157,8 @@ def sample(
     tell: Tell | None = None,
     streams: Sequence[int | None] = (),
     before: Sequence[int] = (),
+    known: Prefixes | None = None,
+    kept: Prefixes | None = None,
 ) -> list[SampledSequence]:
     """Draw `num_samples` completions per prompt, prompt by prompt.
 
@@ -169,13 +172,18 @@ def sample(
         tell: Called with what there is of each sequence after each token, if asked for.
         streams: Of a prompt, what takes the place of its number among equal ones in the choice of its random stream.
         before: Of a prompt, how many rows of it or of equal ones others draw that come first; none if empty.
+        known: What was read already of prompts that go on; used if it is of all of them.
+        kept: Takes what is read of the prompts and drawn for them, by their streams.
     """
     turns, before = turns or [TurnEnd()] * len(prompts), before or [0] * len(prompts)
     own: list[int | None] = list(streams) or [None] * len(prompts)
     rows = list(begun(prompts, sampling.num_samples, seed, turns, own, before))
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
-    prompts, samples = read_once(prompts, sampling.num_samples, most // longest)
+    samples = 1
+    if sampling.num_samples > 1 or known is None or not all(map(known.has_begun, own, prompts)):
+        known = None
+        prompts, samples = read_once(prompts, sampling.num_samples, most // longest)
     at_once = max(1, most // (longest * samples))  # prompts
     starts = range(0, len(prompts), at_once)
     with merged(model, sampling.max_new_tokens * len(starts), min(len(prompts), at_once) * samples):
@@ -192,6 +200,8 @@ def sample(
                 sampling,
                 of_all,
                 None if tell is None else partial(tell_news, model, sampling, rows, tell),
+                None if known is None else known.take(own[start : start + at_once]),
+                None if kept is None else partial(keep_rows, kept, own),
             )
     return [row.finished(model) for row in rows]
 
@@ -204,10 +214,12 @@ def decode(
     sampling: SamplingConfig,
     tick: Tick,
     after_token: Callable[[], None] | None = None,
+    before: Read | None = None,
+    keep: Callable[[Sequence[Completion], Read], None] | None = None,
 ) -> None:
     """Fill in the rows of some prompts, `samples` of each, all of them token by token together."""
     active = list(rows)
-    state = rows_of(model, prompts, samples, sampling.max_new_tokens)
+    state = rows_of(model, prompts, samples, sampling.max_new_tokens, before)
     for position in range(sampling.max_new_tokens):
         tick(position, sampling.max_new_tokens)
         tokens, logprobs, raw, entropy = draw(state.logits, sampling, uniforms_at(active, position))
@@ -225,6 +237,11 @@ def decode(
         if after_token is not None:
             after_token()
         going = [index for index, row in enumerate(active) if row.finish_reason is None]
+        ended = [index for index, row in enumerate(active) if row.finish_reason not in (None, "length")]
+        if keep is not None and ended:  # of what was cut nothing goes on
+            read = state.read(torch.tensor(ended, device=model.device))
+            if read is not None:
+                keep([active[index] for index in ended], read)
         if not going:
             break
         if len(going) < len(active):
@@ -232,6 +249,12 @@ def decode(
             state.keep(torch.tensor(going, device=model.device))
             tokens = tokens[torch.tensor(going, device=tokens.device)]
         state.feed(tokens)
+
+
+def keep_rows(kept: Prefixes, streams: Sequence[int | None], rows: Sequence[Completion], read: Read) -> None:
+    """Keep rows under their streams: the prompt and all that was drawn, but the last token, which nobody has read."""
+    tokens = [(*row.prompt, *row.tokens[:-1]) for row in rows]
+    kept.keep([streams[row.prompt_index] for row in rows], tokens, read)
 
 
 def tell_news(model: LoadedModel, sampling: SamplingConfig, rows: Sequence[Completion], tell: Tell) -> None:

@@ -166,7 +166,8 @@ class REINFORCEConfig(PolicyConfig):
             counts in the baseline.
         ema_decay: Weight of the past in the "ema" baseline.
         resample_zero_signal: How often `RLVRTrainer` replaces prompts without signal before an update, at most.
-        overlong: Share of `max_new_tokens` over which `RLVRTrainer` punishes long answers softly.
+        overlong: Share of `max_new_tokens` over which `RLVRTrainer` punishes long answers softly; of an environment's
+            conversations, long turns.
     """
 
     baseline: Baseline | None = None
@@ -233,7 +234,8 @@ class PPOConfig(PolicyConfig):
         mask_truncated: Leave rollouts that ran into the token limit out of the loss.
         ema_decay: Weight of the past in the "ema" baseline.
         resample_zero_signal: How often `RLVRTrainer` replaces prompts without signal before an update, at most.
-        overlong: Share of `max_new_tokens` over which `RLVRTrainer` punishes long answers softly.
+        overlong: Share of `max_new_tokens` over which `RLVRTrainer` punishes long answers softly; of an environment's
+            conversations, long turns.
     """
 
     advantage: str = "auto"

@@ -74,6 +74,8 @@ class Environment:
             begins only where it could be as long as `max_new_tokens`.
         name: In metrics.
         kwargs: Further keywords of the function.
+        overlong: What the reward "overlong" says of the longest turn is added to what the environment gives: its
+            `max_length` and `cache`, in tokens. `RLVRTrainer` sets it for an algorithm that asks for it.
     """
 
     function: Callable[..., Any]
@@ -81,6 +83,7 @@ class Environment:
     max_tokens: int | None = None
     name: str = ""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    overlong: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.kwargs, Mapping):
@@ -118,12 +121,13 @@ class Environment:
         return identity_of(self)
 
     @property
-    def true(self) -> None:
-        """An environment has no part that is marked as the true aim."""
+    def true(self) -> str | None:
+        """The part that says whether a conversation went well: what the environment gave, where more is added to it."""
+        return None if self.overlong is None else self.name
 
     def identified(self) -> list[Any]:
         """Return what its conversations depend on, for `identity_of`."""
-        return [self.function, dict(self.kwargs), self.max_turns, self.max_tokens]
+        return [self.function, dict(self.kwargs), self.max_turns, self.max_tokens, self.overlong]
 
     def told_with(self, template: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what depends on the model's chat template: columns that its rows have besides, and options of that.
@@ -237,6 +241,16 @@ def check_environment(made: Environment) -> None:
         if not whole and not (value is None and name == "max_tokens"):
             raise ValidationError(
                 f"environment: {name}={as_given(value)} must be a whole number, at least 1."
+            )
+    match made.overlong:
+        case None:
+            pass
+        case tuple((int(longest), int(cache))) if 0 < cache < longest:
+            pass
+        case _:
+            raise ValidationError(
+                f"environment: overlong={as_given(made.overlong)} must be (max_length, cache), whole numbers of tokens "
+                f"with 0 < cache < max_length."
             )
     names: set[str] = set()
     try:

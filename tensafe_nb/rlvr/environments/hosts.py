@@ -451,7 +451,7 @@ def host_of(environment: Environment, timeout: float | None, *, apart: bool = Fa
     if timeout is None:
         return HereHost(stage)
     try:
-        blob = shipped(stage, environment.identity.modules)
+        blob = shipped(stage.again(alone=True), environment.identity.modules)
     except Exception as error:  # noqa: BLE001  # pickling user objects may raise anything
         return on_a_thread(stage, environment.name, timeout, CannotShip(f"{type(error).__name__}: {error}"))
     return ProcessHost(stage, environment.name, blob, timeout, most_processes())

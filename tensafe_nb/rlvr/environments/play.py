@@ -20,6 +20,7 @@ from tensafe_nb.rlvr.environments.environment import Environment
 from tensafe_nb.rlvr.environments.stage import Cue, Reply
 from tensafe_nb.rlvr.environments.transcript import ChatScript, Scripts, Transcript, UnfitTemplateError
 from tensafe_nb.rlvr.policy import PRIVATE, PolicyClient
+from tensafe_nb.rlvr.rewards.builtin.shaping import overlong
 from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch
 
 Wait = Callable[[FutureHandle[Any]], Any]  # returns a handle's result: `run.wait` can be interrupted
@@ -128,13 +129,21 @@ def shown(said: Transcript) -> str:
 
 
 def settle(trajectory: Trajectory, outcome: Reply, environment: Environment, version: str) -> None:
-    """Give a rollout the reward of its conversation: the outcome's, and those of its turns."""
+    """Give a rollout the reward of its conversation: the outcome's, and those of its turns.
+
+    Where a long turn is punished, the longest is: it is a turn that is cut at `max_new_tokens`.
+    """
     turns = trajectory.turns or []
     reward = outcome.reward
     if reward is not None:
         reward += sum(turn.reward for turn in turns if turn.reward is not None)
     parts = {} if reward is None else {environment.name: reward}
     parts |= {f"{environment.name}/{name}": value for name, value in (outcome.parts or {}).items()}
+    if reward is not None and environment.overlong is not None:
+        longest = max((turn.stop - turn.start for turn in turns if turn.trained), default=0)
+        most, cache = environment.overlong
+        parts["overlong"] = overlong("", "", max_length=most, cache=cache, tokens=range(longest))
+        reward += parts["overlong"]
     if turns and outcome.meta:
         turns[-1].meta |= outcome.meta
     trajectory.reward, trajectory.reward_error = reward, outcome.error

@@ -124,24 +124,25 @@ def told_of(answer: Reply) -> list[tuple[str, str]]:
 def report(environment: Environment, trajectories: Sequence[Trajectory]) -> ScoreReport:
     """Return what came of conversations that have their rewards already."""
     name = environment.name
-    verdicts = []
+    verdicts: list[Verdict] = []
+    punished: list[Verdict] = []
     for trajectory in trajectories:
-        parts = {
-            key.removeprefix(f"{name}/"): value
-            for key, value in (trajectory.reward_parts or {}).items()
-            if key != name
-        }
-        error = trajectory.reward_error
-        verdicts.append(
-            Verdict(trajectory.reward, parts, error, error is not None and "took longer" in error)
-        )
+        given = dict(trajectory.reward_parts or {})
+        own, error = given.pop(name, None), trajectory.reward_error
+        punished.append(Verdict(given.pop("overlong", None)))
+        parts = {key.removeprefix(f"{name}/"): value for key, value in given.items()}
+        verdicts.append(Verdict(own, parts, error, error is not None and "took longer" in error))
+    functions = function_reports(name, verdicts)
+    if environment.overlong is not None:
+        functions |= function_reports("overlong", punished)
     return ScoreReport(
         scored=sum(verdict.score is not None for verdict in verdicts),
         abstained=sum(verdict.score is None and verdict.error is None for verdict in verdicts),
         errors=sum(verdict.error is not None for verdict in verdicts),
         timeouts=sum(verdict.timed_out for verdict in verdicts),
-        functions=function_reports(name, verdicts),
+        functions=functions,
         version=next((t.reward_version for t in trajectories if t.reward_version), "") or "",
+        true=environment.true,
     )
 
 

@@ -6,7 +6,9 @@ or an error as text. Both are plain data. This file runs in the processes and im
 
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tensafe_nb.errors import ValidationError
@@ -57,34 +59,38 @@ class Reply(NamedTuple):
         return self.told is None
 
 
-class RandomState:
-    """Random numbers of one conversation: Python's and NumPy's global generators, kept apart from everybody else's."""
+@contextmanager
+def seeded(seed: int, *, alone: bool) -> Iterator[None]:
+    """Let Python's and NumPy's global generators begin at a seed; those of everybody else here go on as if never asked.
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._python: Any = None
-        self._numpy: Any = None
+    A state to be kept from turn to turn would cost more than all the rest of one: each turn has a seed of its own.
+    """
+    numpy = sys.modules.get("numpy.random")
+    outside = None if alone else (random.getstate(), None if numpy is None else numpy.get_state())
+    random.seed(seed)
+    if numpy is not None:
+        numpy.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        if outside is not None:
+            random.setstate(outside[0])
+            if outside[1] is not None:
+                sys.modules["numpy.random"].set_state(outside[1])
 
-    def __enter__(self) -> None:
-        numpy = sys.modules.get("numpy.random")
-        self._outside = random.getstate(), None if numpy is None else numpy.get_state()
-        if self._python is None:
-            random.seed(self._seed)
-        else:
-            random.setstate(self._python)
-        if numpy is not None and self._numpy is None:
-            numpy.seed(self._seed % 2**32)
-        elif numpy is not None:
-            numpy.set_state(self._numpy)
 
-    def __exit__(self, *error: object) -> None:
-        numpy = sys.modules.get("numpy.random")
-        self._python = random.getstate()
-        random.setstate(self._outside[0])
-        if numpy is not None:
-            self._numpy = numpy.get_state()
-            if self._outside[1] is not None:
-                numpy.set_state(self._outside[1])
+@dataclass(slots=True)
+class Playing:
+    """A conversation under way: its generator, its seed, and how often it had its turn."""
+
+    generator: Any
+    seed: int
+    turns: int = 0
+
+    def dice(self, alone: bool) -> AbstractContextManager[None]:
+        """Return the random numbers of its next turn."""
+        self.turns += 1
+        return seeded(self.seed + self.turns - 1, alone=alone)
 
 
 class Stage:
@@ -93,15 +99,18 @@ class Stage:
     Args:
         environment: Whose.
         original: The same as `shipped` writes it: each conversation then has a copy of its own.
+        alone: Nobody else in this process draws random numbers.
     """
 
-    def __init__(self, environment: Environment, original: bytes | None = None) -> None:
-        self._environment, self._original = environment, original
-        self._playing: dict[int, tuple[Any, RandomState]] = {}
+    def __init__(
+        self, environment: Environment, original: bytes | None = None, *, alone: bool = False
+    ) -> None:
+        self._environment, self._original, self._alone = environment, original, alone
+        self._playing: dict[int, Playing] = {}
 
-    def again(self) -> "Stage":
+    def again(self, *, alone: bool = False) -> "Stage":
         """Return an empty stage for the same environment."""
-        return Stage(self._environment, self._original)
+        return Stage(self._environment, self._original, alone=alone)
 
     def begun(self, cue: Cue) -> Any:
         """Return the generator of a conversation that begins."""
@@ -114,13 +123,13 @@ class Stage:
         try:
             if cue.kind == "begin":
                 self._close(number)
-                self._playing[number] = self.begun(cue), RandomState(cue.seed)
+                self._playing[number] = Playing(self.begun(cue), cue.seed)
             if cue.kind == "forget" or number not in self._playing:
                 self._close(number)
                 return Reply()
-            generator, dice = self._playing[number]
-            with dice:
-                reply = advanced(generator, cue)
+            one = self._playing[number]
+            with one.dice(self._alone):
+                reply = advanced(one.generator, cue)
         except (Exception, SystemExit) as error:  # noqa: BLE001  # user code may raise anything: kept as text, counted
             reply = Reply(error=failed(error).error)
         if reply.over:
@@ -132,11 +141,11 @@ class Stage:
         return list(self.play(Cue(*unit)))
 
     def _close(self, number: int) -> None:
-        generator, dice = self._playing.pop(number, (None, None))
-        if generator is not None and dice is not None:
+        one = self._playing.pop(number, None)
+        if one is not None:
             try:
-                with dice:
-                    generator.close()
+                with one.dice(self._alone):
+                    one.generator.close()
             except Exception:  # noqa: BLE001  # it is over: nobody is left to be told
                 pass
 

@@ -50,7 +50,7 @@ def main() -> None:
                 _write_answer(answers, [index, calls[key].answered(unit)])
 
 
-def end_with(parent: int) -> None:
+def end_with(parent: int, by: int = signal.SIGKILL) -> None:
     """End when the process that asked does, whatever is being executed, be it a regular expression that has the GIL.
 
     Elsewhere than on Linux the end of standard input does that, as soon as Python gets a turn.
@@ -60,7 +60,7 @@ def end_with(parent: int) -> None:
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, by)
     if os.getppid() != parent:  # it has ended before we could ask for the signal
         os._exit(0)
 

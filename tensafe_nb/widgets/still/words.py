@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from tensafe_nb.events import ReplicaChange
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.widgets.feed.feed import Feed, Standing
@@ -90,6 +91,8 @@ def rows_of_training(feed: Feed, standing: Standing, curve: str) -> Rows:
         share = f", each computes about 1/{now} of a batch" if now > 1 else ""
         changes = f"; {lost} lost, {joined} joined" if lost or joined else ""
         latest = f"; {changed.name} {changed.change.lower()}" if changed.name else ""
+        if changed.change == ReplicaChange.WAITING:
+            latest += f": {changed.reason}"
         yield "replicas", f"{now} of {wanted}{share}{changes}{latest}"
     yield from ends_of(feed.history, curve)
     yield "privacy", privacy_of(feed)

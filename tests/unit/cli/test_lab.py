@@ -106,5 +106,6 @@ def test_the_wheel_holds_the_notebooks_and_every_file_of_the_package(
         for path in (ROOT / "tensafe_nb").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert held == package | {f"tensafe_nb/notebooks/{name}" for name in NOTEBOOKS}
+    solutions = {f"solutions/{path.name}" for path in (ROOT / "notebooks/solutions").glob("*.py")}
+    assert held == package | {f"tensafe_nb/notebooks/{name}" for name in [*NOTEBOOKS, *solutions]}
     assert notebooks == NOTEBOOKS

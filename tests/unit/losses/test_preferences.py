@@ -165,6 +165,12 @@ def test_rows_that_are_no_pairs_are_refused_by_every_loss_of_pairs(service):
         ValidationError, match=r"'dpo' takes pairs, and the rows of batches are none.*'rejected'"
     ):
         tc.fit(rows, loss_fn="dpo", show=False)
+    poisson = tn.DPConfig(noise_multiplier=1.0, dataset_size=2)
+    private = service.create_training_client(CONFIG.replace(batch_size=1, dp_config=poisson))
+    draws = private.dp_batches(["abs(x)", "len(x)"], unit_ids=["a", "a"])
+    with pytest.raises(ValidationError, match="'dpo' takes pairs, and the rows of batches are none"):
+        private.fit(draws, loss_fn="dpo", show=False)
+    assert private.dp_batches([{"prompt": "2+2=", "chosen": "4", "rejected": "5"}]).group == 2
     paired = {name for name in tn.losses.get_registered_losses() if resolve_loss(name).declares.group == 2}
     assert set(OF_PAIRS) == {
         name for name in paired if resolve_loss(name).function.__module__.startswith("tensafe_nb")

@@ -19,6 +19,7 @@ Meta = Mapping[str, Any] | None
 
 
 _FENCED = re.compile(r"```[ \t]*([\w+.-]*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_SOLVED = re.compile(r"^####[ \t]*(\S.*)\Z", re.MULTILINE)
 
 
 class Builtin(NamedTuple):
@@ -158,6 +159,9 @@ def exact_match(
 ) -> float:
     """Reward 1 for a response that equals the answer, surrounding white space apart; else 0.
 
+    Of an answer that is a solution with its last line "#### 42", as GSM8K has them, a response may equal what stands on
+    that line too.
+
     Args:
         prompt: Not read.
         response: What is compared.
@@ -169,6 +173,7 @@ def exact_match(
         ValidationError: The prompt has no such column.
     """
     answers, given = texts_of(meta, column, "exact_match"), response.strip()
+    answers += [found[1] for answer in answers if (found := _SOLVED.search(answer))]
     if ignore_case:
         answers, given = [answer.casefold() for answer in answers], given.casefold()
     return float(given in answers)

@@ -1,14 +1,19 @@
 """Conversations with tools: what the policy is told, what it is rewarded for, and what is refused."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.futures import completed
+from tensafe_nb.rlvr import EnvironmentSampler, TrajectoryBatch, rescore
 from tensafe_nb.rlvr.environments.environment import Environment, Outcome, RolloutEnded, Turn
 from tensafe_nb.rlvr.environments.tool_use import tool_environment
 from tensafe_nb.rlvr.tools import calculator
 from tensafe_nb.rlvr.tools.formats import Plain
+from tests.unit.rlvr.clients import EngineClient
 
 QWEN = "{% if tools %}<tool_call>{% endif %}{{ messages }}"
 ROW = {"prompt": "12+34?", "answer": "46"}
@@ -149,3 +154,65 @@ def test_a_format_of_ones_own_is_a_class_with_two_methods() -> None:
     env = tool_environment([add], "exact_match", format=Equals(), describe=False)
     told, outcome = driven(env, ROW | env.told_with(None)[0], "12+34=", "46")
     assert told[1].text == "46" and outcome.reward == 1.0
+
+
+class Scripted(EngineClient):
+    """A policy that says in each turn, in the conversations that go on, what it is given to say."""
+
+    def __init__(self, said: list[list[str]]) -> None:
+        super().__init__()
+        self._said = said
+
+    def sample(self, prompts: Any, sampling: Any) -> Any:
+        found = super().sample(prompts, sampling)  # a handle like any other
+        tokens = [tuple(self.tokenizer(text)["input_ids"]) for text in self._said.pop(0)]
+        zeros = [(0.0,) * len(ids) for ids in tokens]
+        sequences = [
+            replace(
+                one,
+                text=self.tokenizer.decode(list(ids)),
+                tokens=ids,
+                logprobs=z,
+                raw_logprobs=z,
+                finish_reason="stop",
+            )
+            for one, ids, z in zip(found.result().sequences, tokens, zeros, strict=True)
+        ]
+        result = replace(found.result(), sequences=tuple(sequences))
+        return completed(result, operation="sample", training_client_id=self.training_client_id)
+
+
+def test_rollouts_with_tools_are_scored_again_and_their_calls_made_again(tmp_path: Path) -> None:
+    sums, less, none = (
+        f"<tool_call>{call}</tool_call>"
+        for call in (
+            '{"name": "add", "arguments": {"a": 12, "b": 34}}',
+            '{"name": "add", "arguments": {"a": 1}}',
+            '{"name": "no"}',
+        )
+    )
+    said = [[sums, less, "46"], ["46", none], ["45"]]
+    made = tool_environment([add], "exact_match", max_turns=3)
+    rows = [ROW | {"n": n} for n in range(3)]
+    with EnvironmentSampler(Scripted(said), made, 1, 8, seed=0, timeout=None) as sampler:
+        batch = sampler.generate_trajectories(rows)
+    assert [r.reward for r in batch] == [1.0, 0.0, 1.0]
+    assert [r.reward_parts["tools/errors"] for r in batch] == [0, 2, 0]
+    kept = TrajectoryBatch.load(batch.save(tmp_path / "rollouts.jsonl"))
+    assert list(rescore(kept, made, timeout=None)) == list(batch), (
+        "rewards, parts, and what was called in each turn"
+    )
+
+    lenient = tool_environment([add], "contains", max_turns=3)
+    again = rescore(kept, lenient, timeout=None)
+    assert [r.reward for r in again] == [1.0, 0.0, 1.0] and {r.reward_error for r in again} == {None}
+    assert {r.reward_version for r in again}.isdisjoint({r.reward_version for r in kept})
+
+    def wrong(a: int, b: int) -> int:
+        """Add two numbers."""
+        return a - b
+
+    wrong.__name__ = "add"
+    other = rescore(kept, tool_environment([wrong], "exact_match", max_turns=3), timeout=None)
+    assert [r.reward for r in other] == [None, 0.0, 1.0], "what does not call it is what it was"
+    assert "in turn 2 it tells something else than is recorded" in str(other[0].reward_error)

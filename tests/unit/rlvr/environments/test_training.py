@@ -1,14 +1,19 @@
 """Training with an environment: the trainer's evaluation, resume, algorithms and refusals, and what an update sees."""
 
+import random
+import threading
+
 import numpy as np
 import pytest
 
 from tensafe_nb import datasets
 from tensafe_nb.config import DPConfig, LoRAConfig, OptimizerConfig, SamplingConfig, TrainingConfig
 from tensafe_nb.errors import RewardError, ValidationError
+from tensafe_nb.events import Rollouts, RunState
 from tensafe_nb.rlvr import (
     REINFORCE,
     RLVRTrainer,
+    RolloutEnded,
     RolloutGroup,
     Trajectory,
     TrajectoryBatch,
@@ -86,20 +91,59 @@ def test_a_step_publishes_what_came_of_its_conversations(client):
     assert preview_reward(trainer.reward, kept[1], timeout=None).report.scored == len(kept[1])
 
 
-def test_a_run_that_was_resumed_is_the_run_that_was_not_stopped(client, service):
+@environment
+def rolls(row):
+    """One with a state between turns, and dice of its own."""
+    dice = random.randrange(6)
+    said = yield row["sums"][0]["prompt"]
+    other = yield row["sums"][dice % 2]["prompt"]
+    return float((sum(map(ord, said + other)) + dice) % 7)
+
+
+def test_a_run_goes_on_exactly_where_it_stood_resumed_forked_and_rolled_back(client, service):
     def trainer(client):
-        return trainer_of(client, checks, algo=REINFORCE(baseline="ema", mask_truncated=False), seed=3)
+        return trainer_of(
+            client, rolls, algo=REINFORCE(baseline="ema", mask_truncated=False), prompt_policy="adaptive",
+            group_size=2, eval_prompts=PAIRS[:1], eval_every=2, seed=3,
+        )  # fmt: skip
 
-    def weights(client):
-        return client.save_state().result().artifact_id
+    def measured(client, steps=2):
+        versions = {"policy_version": 0}  # a state that was loaded twice has one of its own
+        newest = [row.values for row in rows(client)[-steps:]]
+        return [{k: v for k, v in r.items() if not k.startswith("time/")} | versions for r in newest]
 
-    trainer(client).run(steps=4, show=False).result()
-    other, third = (service.create_training_client(CONFIG) for _ in range(2))
-    trainer(other).run(steps=2, checkpoint_every=2, show=False).result()
-    saved = service.list_artifacts(other.training_client_id)[0].artifact_id
-    trainer(third).run(steps=4, resume_from=saved, show=False).result()
-    whole, resumed = stored(client)[2:], stored(third)
-    assert [list(batch) for batch in resumed] == [list(batch) for batch in whole]
+    def said(client, batches=3):  # of two steps, and of an evaluation
+        return [[t.tokens for t in batch] for batch in stored(client)[-batches:]]
+
+    whole = trainer(client)
+    run = whole.run(steps=4, checkpoint_every=2, show=False)
+    run.result()
+    fork, third = run.fork(step=2), service.create_training_client(CONFIG)
+    saved = min(service.list_artifacts(client.training_client_id), key=lambda one: one.step).artifact_id
+    for other in (fork, third):
+        resumed = trainer(other)
+        resumed.run(steps=4, resume_from=saved, show=False).result()
+        assert (said(other), measured(other)) == (said(client), measured(client))
+        assert resumed.position() == whole.position()
+
+    rolled = service.create_training_client(CONFIG)
+    started = threading.Event()
+
+    def stop_at_3(event):
+        if isinstance(event, Rollouts) and event.step == 3 and started.wait():
+            run.pause()
+
+    rested = threading.Event()
+    enough = rolled.subscribe(stop_at_3)
+    rolled.subscribe(lambda e: isinstance(e, RunState) and e.state == "PAUSED" and rested.set())
+    run = trainer(rolled).run(steps=4, checkpoint_every=2, show=False)
+    started.set()
+    assert rested.wait()
+    enough()
+    run.rollback(min(service.list_artifacts(rolled.training_client_id), key=lambda one: one.step).artifact_id)
+    run.resume()
+    run.result()
+    assert (said(rolled), measured(rolled)) == (said(client), measured(client))
 
 
 FAST = (
@@ -121,12 +165,41 @@ def test_every_algorithm_learns_from_conversations(name, service):
             model_ref="builtin:sums", value_head=value_head, optimizer=OptimizerConfig(learning_rate=1e-3)
         )
     )
-    algo = options.replace(
-        mask_truncated=False, **({"overlong": 0.0} if getattr(options, "overlong", 0) else {})
-    )
-    trainer = trainer_of(client, checks, algo=algo)
+    trainer = trainer_of(client, checks, algo=options.replace(mask_truncated=False))
     trainer.run(steps=1, show=False).result()
     assert client.history["param_delta_norm"][-1] > 0
+
+
+def test_dapo_punishes_the_longest_turn_and_asks_the_environment_what_is_right(client):
+    @environment
+    def patient(row):
+        try:
+            said = yield row["sums"][0]["prompt"]
+            yield row["sums"][1]["prompt"]
+        except RolloutEnded:
+            return 0.0
+        return float(said[:1] == "0")
+
+    trainer = trainer_of(client, patient, algo="dapo", max_new_tokens=5, eval_prompts=PAIRS[:2])
+    trainer.run(steps=2, show=False).result()
+    batch = stored(client)[0]
+    for rollout in batch:
+        longest = max(turn.stop - turn.start for turn in rollout.turns if turn.trained)
+        assert rollout.reward_parts["overlong"] == -max(0, longest - 4)
+        assert rollout.reward == sum(rollout.reward_parts.values())
+    values = rows(client)[1].values
+    own = np.array([rollout.reward_parts["patient"] for rollout in batch])
+    assert values["rewards/true"] == values["rewards/patient/mean"] == pytest.approx(own.mean())
+    assert {"rewards/overlong/mean", "resample/groups", "eval/rewards/overlong"} <= {
+        *values,
+        *rows(client)[0].values,
+    }
+    again = trainer.rescore()
+    assert [r.reward for r in again.after] == [r.reward for r in again.before]
+    trainer.set_environment(checks)
+    assert trainer.reward.overlong == (5, 1)
+    with pytest.raises(ValidationError, match="overlong=0"):
+        trainer_of(client, algo="dapo", fixed_length=True)
 
 
 def test_an_environment_and_a_reward_are_not_both(client):
@@ -187,8 +260,6 @@ def test_with_differential_privacy_the_row_is_the_unit_and_no_conversation_knows
     (batch,) = stored(client)
     assert set(batch.rewards) == {1.0}, "each has a copy of the environment"
     assert len({t.prompt_id for t in batch}) == 4
-    import threading
-
     lock = threading.Lock()
 
     @environment

@@ -28,6 +28,16 @@ def test_every_built_in_is_registered_and_documented():
         assert "Args:" in resolve_reward(name).function.__doc__
 
 
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [("42", 1.0), (" 42\n", 1.0), ("42.", 0.0), ("7 times 6.\n#### 42", 1.0), ("7 times 6.", 0.0), ("", 0.0)],
+)
+def test_exact_match_finds_the_answer_of_a_solution_as_gsm8k_writes_it(response, score):
+    assert reward_of("exact_match", response, {"answer": "7 times 6.\n#### 42"}) == score
+    heading = {"answer": "#### Title\nand text"}
+    assert reward_of("exact_match", "and text", heading) == reward_of("exact_match", "Title", heading) == 0.0
+
+
 def test_exact_match_can_ignore_case_and_read_another_column():
     assert reward_of("exact_match", "PARIS", {"gold": "Paris"}, column="gold", ignore_case=True) == 1.0
     assert reward_of("exact_match", "PARIS", {"gold": "Paris"}, column="gold") == 0.0

@@ -1,0 +1,73 @@
+"""What is tried on a Ray of several nodes, all of them on this machine: prints {name: what was found} as JSON."""
+
+import json
+import queue
+import sys
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+import tensafe_nb as tn
+from tensafe_nb.cluster.ray_driver import patient
+from tensafe_nb.events import OperationFinished, ReplicasChanged
+from tests.faults import loopback
+from tests.faults.on_ray import CONFIG, changes, ended, mark
+
+ROWS = [{"prompt": f"{n}+{m}=", "completion": str(n + m)} for n in range(8) for m in range(8)]
+STEPS = 30
+NODE: dict[str, Any] = {
+    "node_ip_address": "127.0.0.1",
+    "num_cpus": 1,
+    "object_store_memory": 200 * 1024 * 1024,
+}
+
+
+def fitted(tc: tn.TrainingClient) -> tn.TrainingRun:
+    return tc.fit(tc.batches(ROWS), steps=STEPS, show=False)
+
+
+def main() -> None:
+    loopback.bring_up()
+    ray._private.services.get_node = patient(ray._private.services.get_node)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False}
+    )
+    nodes = [cluster.add_node(**NODE) for _ in range(2)]
+    mark("there are nodes")
+    found: dict[str, Any] = {}
+    on_ray = tn.RayCluster(cluster.address, engines=2)
+    with tn.ServiceClient() as alone, tn.ServiceClient(cluster=on_ray) as service:
+        one, two = (where.create_training_client(**CONFIG) for where in (alone, service))
+        two.ready().result()
+        mark("and a client")
+        told = queue.SimpleQueue[Any]()
+        two.subscribe(told.put)
+        first, second = fitted(one), fitted(two)
+        while not (isinstance(told.get(), OperationFinished) and two.step >= 5):
+            pass
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        second.result()
+        first.result()
+        mark("a node was killed")
+        found["one"], found["two"] = one.history["loss"].tolist(), two.history["loss"].tolist()
+        batch = tn.BatchData([[5, 6, 7, 8]])
+        while "WAITING" not in changes(two):
+            two.forward(batch).result()
+        found["waiting"] = [event.reason for event in two.history.events(kinds=[ReplicasChanged])][-1]
+        cluster.add_node(**NODE)
+        while "JOINED" not in changes(two):
+            two.forward(batch).result()
+        mark("another one came")
+        found["changes"] = changes(two)
+        found["again"] = [tc.forward(batch).result().loss for tc in (one, two)]
+        cluster.remove_node(cluster.head_node, allow_graceful=False)
+        found["without a head"] = ended(two)
+        mark("the head was killed")
+        found["alone"] = one.forward(batch).result().loss
+    print(json.dumps(found), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Conversations that go on: what was read of them is not read again, and what is drawn is what it would have been."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import tensafe_nb as tn
+from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.sampling import decoding, prefixes, sampler
+from tests.close import assert_close
+
+STARTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 7]]
+BATCH = tn.BatchData([[5, 6, 7, 8]])
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tn.TrainingConfig(device="cpu", lora_config=tn.LoRAConfig(rank=4)))
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """How many rows and tokens were read at once, call by call."""
+    shapes: list[tuple[int, ...]] = []
+    original = decoding.Decoder._read
+
+    def noted(self: Any, ids: Any, positions: Any) -> Any:
+        shapes.append(tuple(ids.shape))
+        return original(self, ids, positions)
+
+    monkeypatch.setattr(decoding.Decoder, "_read", noted)
+    yield shapes
+
+
+def talk(
+    engine: Engine, between: Callable[[Engine], object] = lambda engine: None, turns: int = 3, **fields: Any
+) -> list[Any]:
+    """Let conversations go on, each told another number of tokens after each turn; return all that was said."""
+    asked, said = [tuple(start) for start in STARTS], []
+    for turn in range(turns):
+        prompts = [{"tokens": ids, "stream": number} for number, ids in enumerate(asked)]
+        config = tn.SamplingConfig(**{"max_new_tokens": 6, "seed": 7, **fields})
+        drawn = engine.sample(prompts, config).sequences
+        going = [(ids, one) for ids, one in zip(asked, drawn, strict=True) if one.finish_reason != "length"]
+        said += drawn
+        asked = [ids + one.tokens + (20, 21, 22)[: 1 + (turn + n) % 3] for n, (ids, one) in enumerate(going)]
+        between(engine)
+    return said
+
+
+def forget(engine: Engine) -> None:
+    engine.prefixes = None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ignore_end": True},
+        {"temperature": 2.0, "stop": ("a", "e")},
+        {"temperature": 0.0, "ignore_end": True},
+    ],
+)
+def test_what_is_drawn_is_what_reading_all_of_it_again_gives(engine: Engine, fields: dict[str, Any]) -> None:
+    kept, anew = talk(engine, **fields), talk(engine, forget, **fields)
+    assert [one.tokens for one in kept] == [one.tokens for one in anew]
+    assert [one.finish_reason for one in kept] == [one.finish_reason for one in anew]
+    for a, b in zip(kept, anew, strict=True):
+        assert_close(a.raw_logprobs, b.raw_logprobs, at_least=1)
+
+
+def test_a_turn_reads_what_is_new_alone(engine: Engine, read: list[tuple[int, ...]]) -> None:
+    talk(engine, ignore_end=True)
+    assert read == [(4, 5), (4, 4), (4, 4)], "the last token of the turn before, and what it was told"
+    read.clear()
+    talk(engine, forget, ignore_end=True)
+    assert read == [(4, 5), (4, 14), (4, 21)]
+
+
+def test_conversations_that_take_turns_are_kept_as_well(
+    engine: Engine, read: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = talk(engine, ignore_end=True)
+    read.clear()
+    monkeypatch.setattr(sampler, "TOKENS_AT_ONCE", 60)
+    apart = talk(engine, ignore_end=True)
+    assert [one.tokens for one in apart] == [one.tokens for one in together]
+    assert len(read) > 3 and max(width for _, width in read) == 5
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda engine: (
+            engine.forward_backward(BATCH, tn.losses.resolve_loss("token_ce")),
+            engine.optim_step(),
+        ),
+        lambda engine: engine.compute_logprobs(BATCH),
+        lambda engine: engine.load_adapter(engine.read_adapter().tensors),
+        lambda engine: engine.restore(engine.capture(True)),
+    ],
+    ids=["a step", "a score", "an adapter", "a state"],
+)
+def test_it_is_read_anew_once_something_else_was_computed_or_loaded(
+    between: Callable[[Engine], object], read: list[tuple[int, ...]]
+) -> None:
+    own = Engine(tn.TrainingConfig(device="cpu", lora_config=tn.LoRAConfig(rank=4)))
+    talk(own, between, turns=2, ignore_end=True)
+    assert read[-1] == (4, 14)
+
+
+def test_what_does_not_go_on_from_it_is_read_anew(engine: Engine, read: list[tuple[int, ...]]) -> None:
+    config = tn.SamplingConfig(max_new_tokens=4, seed=7, ignore_end=True)
+    (said,) = engine.sample([{"tokens": [5, 6], "stream": 1}], config).sequences
+    engine.sample([[30, 31]], config)  # somebody else's call takes nothing away
+    engine.sample([{"tokens": [5, 9, *said.tokens, 8], "stream": 1}], config)
+    engine.sample([{"tokens": [5, 9], "stream": 1}], config)
+    engine.sample([{"tokens": [5, 9, 3, 4, 5], "stream": 2}], config)
+    assert read == [(1, 2), (1, 2), (1, 7), (1, 2), (1, 5)]
+
+
+def test_no_more_is_kept_than_there_is_room_for(
+    engine: Engine, read: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefixes, "MOST_BYTES", 1000)
+    talk(engine, turns=2, ignore_end=True)
+    assert read == [(4, 5), (4, 14)]
+
+
+def test_other_architectures_read_all_of_it_again(random_model: Any, read: list[tuple[int, ...]]) -> None:
+    talk(Engine(tn.TrainingConfig(model_ref=random_model("gpt2"), device="cpu")), turns=2, ignore_end=True)
+    assert (4, 14) in read
