@@ -66,6 +66,7 @@ class Standing:
         line: "OPEN", "RECONNECTING" or "LOST": whether what is said here is still so is known only while it is open.
         line_reason: Why it is not.
         line_seconds: For how long it has not been.
+        prompts: What is to be known of how the run's prompts were chosen.
         replicas: How many replicas compute it, how many there should be, how many were lost so far and how many have
             joined; None where it is not on a cluster.
     """
@@ -88,6 +89,7 @@ class Standing:
     line: str
     line_reason: str | None
     line_seconds: float | None
+    prompts: str
     replicas: tuple[int, int, int, int] | None
 
     @classmethod
@@ -113,6 +115,7 @@ class Standing:
             line="OPEN" if line is None else str(line.state),
             line_reason=None if line is None else line.reason,
             line_seconds=None if line is None else now - line.time,
+            prompts="" if run is None else run.prompts,
             replicas=replicas_of(state),
         )
 
