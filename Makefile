@@ -35,13 +35,17 @@ OPENAI_VERSION := 3.57.0
 LM_EVAL_VERSION := 0.4.13
 OPENAI_READY := $(OPENAI)/.ready-$(OPENAI_VERSION)-$(LM_EVAL_VERSION)
 
+TINKER_NEWEST := 0.38.0
+TINKER_READY := $(foreach version,0.25.0 0.29.1 0.33.0 $(TINKER_NEWEST),.venv-tinker-$(version)/.ready)
+COOKBOOK_VERSION := 0.6.1
+
 FAST := not soak and not browser and not faults
 TESTS ?=
 ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks environments openai-parity class hub marimo lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity tinker-parity openai-parity sinks environments class hub marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -94,6 +98,16 @@ $(HUB_READY): $(READY)
 	$(HUB)/bin/python -m pip install -qq jupyterhub==$(HUB_VERSION)
 	command -v npm >/dev/null || (apt-get update -qq && apt-get install -y -qq nodejs npm)
 	npm install --silent --no-fund --no-audit --prefix $(HUB)/node configurable-http-proxy@5
+	touch $@
+
+# One environment for each version of the SDK; the newest has the cookbook too, of whose packages one is on no registry.
+.venv-tinker-%/.ready: $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(@D)/bin/python -m pip install -qq tinker==$*
+	test $* != $(TINKER_NEWEST) || $(@D)/bin/python -m pip install -qq --no-deps tinker-cookbook==$(COOKBOOK_VERSION)
+	test $* != $(TINKER_NEWEST) || $(@D)/bin/python -m pip install -qq blobfile chz termcolor tiktoken
 	touch $@
 
 $(CLASS_READY): $(READY)
@@ -150,6 +164,9 @@ soak: $(READY) chromium  ## long and many-seed tests, and every scenario in the 
 trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the same numbers; a TRL of its own, in .venv-trl
 	$(TRL)/bin/python -m scripts.trl_parity
 
+tinker-parity: $(TINKER_READY)  ## the official tinker SDK, four versions of it, and its cookbook against our server, over loopback
+	$(BIN)/python -m scripts.tinker_parity
+
 sinks: $(SINKS_READY)  ## trackio, MLflow and wandb (offline) read back what they were told, in .venv-sinks
 	$(SINKS)/bin/python -m pytest -m soak tests/soak/test_sinks.py
 
@@ -197,4 +214,4 @@ docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(VERIFIERS) $(MARIMO) $(HUB) $(CLASS) .venv-newest .venv-lowest
+	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(VERIFIERS) $(MARIMO) $(HUB) $(CLASS) $(TINKER_READY:/.ready=) .venv-newest .venv-lowest

@@ -339,6 +339,13 @@ class Service:
                 client.channel.subscribe(self.figures.count)
                 client.channel.subscribe(tenant.stored.count)
 
+    def offered_models(self) -> list[str]:
+        """Return the names of models that may be loaded; of a folder, those that lie directly in it."""
+        inside = (
+            [] if self._models is None else [path.name for path in self._models.iterdir() if path.is_dir()]
+        )
+        return ["builtin:tiny", "builtin:sums", *sorted(inside), *sorted(self._hub_models)]
+
     def _check_model(self, ref: str) -> None:
         if ref.startswith("builtin:") or ref in self._hub_models:
             return
@@ -355,7 +362,9 @@ class Service:
             details={"given": ref},
         )
 
-    async def sample(self, tenant: Tenant, request: SampleFrom) -> FutureHandle[SampleResult]:
+    async def sample(
+        self, tenant: Tenant, request: SampleFrom, weights: StoredWeights | None = None
+    ) -> FutureHandle[SampleResult]:
         """Sample without a training client: from a checkpoint's weights, or from a model that is offered here.
 
         Raises:
@@ -365,7 +374,8 @@ class Service:
         """
         tenant.check_queue()
         self.check_operation(tenant, request.sample)
-        weights = await self.stored_weights(tenant, request.artifact_id, request.model_ref)
+        if weights is None:  # else they are known already
+            weights = await self.stored_weights(tenant, request.artifact_id, request.model_ref)
         handle = tenant.transport.samplers.submit(request, weights)
         tenant.keep(handle)
         return handle

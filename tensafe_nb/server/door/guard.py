@@ -23,13 +23,14 @@ UNBOUNDED = (
 )  # its body goes to the disk as it comes, within what the tenant may store
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "testserver")
 MOST_HEADERS, MOST_HEAD_BYTES = 100, 1 << 16
-ONCE = ("host", "authorization", "origin", "content-length", "content-type", "transfer-encoding")
+ONCE = ("host", "authorization", "x-api-key", "origin", "content-length", "content-type", "transfer-encoding")
 BODY_SECONDS = (
     30.0  # in which a body has to come, and as much again for each BODY_RATE × BODY_SECONDS bytes of it
 )
 BODY_RATE = 16 << 10  # bytes a second: who is slower is hung up on
 
 
+API_KEY_PREFIX = "tml-"  # before a token of ours in the header X-API-Key: the Tinker SDK sends no other key
 SCHEMES = ("bearer", "token")  # the second is how Jupyter's own clients say it
 
 
@@ -65,6 +66,7 @@ class Guard:
             here (DNS rebinding) is turned away. "*" takes any, behind a proxy that checks.
         root_path: The path under which a proxy offers it, whether the proxy takes it away or not.
         answers_of: Returns what is kept of a tenant's answers; see `Once`.
+        api_keys: A token may also come as X-API-Key, behind "tml-".
     """
 
     def __init__(
@@ -75,7 +77,10 @@ class Guard:
         hosts: Sequence[str] = (),
         root_path: str = "",
         answers_of: Callable[[str], Answers] | None = None,
+        *,
+        api_keys: bool = False,
     ) -> None:
+        self._api_keys = api_keys
         self._app, self._identity, self._quotas, self._root_path = (
             app,
             identity,
@@ -147,6 +152,9 @@ class Guard:
         if path_of(scope) in OPEN:
             return None
         scheme, _, secret = headers.get("authorization", "").partition(" ")
+        key = headers.get("x-api-key", "") if self._api_keys else ""
+        if not scheme and key.startswith(API_KEY_PREFIX):
+            scheme, secret = "token", key.removeprefix(API_KEY_PREFIX)
         try:
             tenant = await self._identity.whose(secret.strip()) if scheme.lower() in SCHEMES else None
         except TGTinkerError as error:  # who could say it does not answer
