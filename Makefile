@@ -30,6 +30,11 @@ VERIFIERS := .venv-verifiers
 VERIFIERS_VERSION := 0.2.1
 VERIFIERS_READY := $(VERIFIERS)/.ready-$(VERIFIERS_VERSION)-$(TRL_VERSION)
 
+OPENAI := .venv-openai
+OPENAI_VERSION := 3.57.0
+LM_EVAL_VERSION := 0.4.13
+OPENAI_READY := $(OPENAI)/.ready-$(OPENAI_VERSION)-$(LM_EVAL_VERSION)
+
 TINKER_NEWEST := 0.38.0
 TINKER_READY := $(foreach version,0.25.0 0.29.1 0.33.0 $(TINKER_NEWEST),.venv-tinker-$(version)/.ready)
 COOKBOOK_VERSION := 0.6.1
@@ -40,7 +45,7 @@ ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity tinker-parity sinks environments class hub marimo lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity tinker-parity openai-parity sinks environments class hub marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -70,6 +75,13 @@ $(VERIFIERS_READY): $(READY)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$($(VERIFIERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
 	$(VERIFIERS)/bin/python -m pip install -qq --constraint constraints.txt verifiers==$(VERIFIERS_VERSION) trl==$(TRL_VERSION)
+	touch $@
+
+$(OPENAI_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(OPENAI)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(OPENAI)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(OPENAI)/bin/python -m pip install -qq --constraint constraints.txt openai==$(OPENAI_VERSION) "lm-eval[api]==$(LM_EVAL_VERSION)"
 	touch $@
 
 $(MARIMO_READY): $(READY)
@@ -160,6 +172,9 @@ sinks: $(SINKS_READY)  ## trackio, MLflow and wandb (offline) read back what the
 
 environments: $(VERIFIERS_READY)  ## environments of verifiers and TRL, as those packages have them, in .venv-verifiers
 	$(VERIFIERS)/bin/python -m pytest -m soak tests/soak/test_environments.py
+
+openai-parity: $(OPENAI_READY)  ## OpenAI's package and lm-evaluation-harness against a server, in .venv-openai
+	$(OPENAI)/bin/python -m pytest -m soak tests/soak/test_openai_clients.py -s
 
 marimo: $(MARIMO_READY)  ## a marimo that borrows the packages of .venv, in .venv-marimo
 

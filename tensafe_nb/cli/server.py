@@ -257,6 +257,7 @@ def announce(url: str, token: str | None, *, as_json: bool, tinker: bool = False
     print(f"tensafe_nb serves at {url} (Ctrl-C ends it)")
     if token is not None:
         print(f'In a notebook:  service = ServiceClient("{url}", api_key="{token}")')
+        print(f"OpenAI's clients:  OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={token}")
         if tinker:
             print(f"The tinker SDK:  TINKER_BASE_URL={url}/tinker TINKER_API_KEY=tml-{token}")
         print("This token is shown once." if sys.stdout.isatty() else "", flush=True)

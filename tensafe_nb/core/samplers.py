@@ -17,7 +17,7 @@ from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.auditor import request_buffers
 from tensafe_nb.core.engines import MakesEngines, Trains
-from tensafe_nb.engine.accumulation import Tick, no_tick
+from tensafe_nb.engine.accumulation import Tick
 from tensafe_nb.engine.models import adapter_folders
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.memory import presentable
@@ -215,11 +215,16 @@ class SamplerHost:
     # on its thread
 
     def _introduce(self) -> tuple[Any, int | None]:
+        def tick(done: int, total: int) -> None:
+            if self._closing:
+                raise FutureCancelledError("closed while the model was being loaded")
+
+        tick(0, 1)
         self._used = time.monotonic()
-        engine = self._loaded()
+        engine = self._loaded(tick)
         return engine.tokenizer, engine.about["context"]
 
-    def _loaded(self, tick: Tick = no_tick) -> Trains:
+    def _loaded(self, tick: Tick) -> Trains:
         if self._engine is None:
             self._engine, self._holds = self._samplers.make(self._config, tick), (None, 0)
         return self._engine

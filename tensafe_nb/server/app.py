@@ -20,6 +20,7 @@ from tensafe_nb.server.door.guard import Guard, WhoIs
 from tensafe_nb.server.door.limits import Limits, Quotas
 from tensafe_nb.server.door.tokens import Tokens
 from tensafe_nb.server.encrypted import encrypted_routes
+from tensafe_nb.server.openai.routes import openai_routes
 from tensafe_nb.server.operations import client_routes
 from tensafe_nb.server.service import Service
 from tensafe_nb.store.home import Home
@@ -95,7 +96,12 @@ def create_app(
         api_keys=api_keys,
     )
     add_error_handlers(app)
-    offered = (client_routes(service), encrypted_routes(service), artifact_routes(service))
+    offered = (
+        client_routes(service),
+        encrypted_routes(service),
+        artifact_routes(service),
+        openai_routes(service),
+    )
     for routes in (probes(service), *offered):
         app.include_router(routes)
     return app

@@ -11,7 +11,7 @@ from typing import Protocol
 from starlette.exceptions import HTTPException
 
 from tensafe_nb.errors import TGTinkerError
-from tensafe_nb.server.answers import without_paths
+from tensafe_nb.server.answers import SIGNATURES, form_of, without_paths
 from tensafe_nb.server.door.limits import Quotas
 from tensafe_nb.server.door.once import Answers, App, Message, Once, Receive, Send, is_lasting
 
@@ -106,7 +106,7 @@ class Guard:
         refusal = self._of_form(scope, headers) or await self._of_right(scope, headers)
         if refusal is not None:
             self._quotas.note(refusal.code)
-            await refuse(send, refusal, request_id)
+            await refuse(send, refusal, request_id, path_of(scope))
             return
         most = None if is_unbounded(scope) else MOST_BODY_BYTES
         once = headers.get("x-once", "")
@@ -176,7 +176,8 @@ def signed(send: Send, request_id: str) -> Send:
 
     async def sign(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], (b"x-tensafe-request", request_id.encode())]
+            signatures = [(name.encode(), request_id.encode()) for name in SIGNATURES]
+            message["headers"] = [*message["headers"], *signatures]
         await send(message)
 
     return sign
@@ -241,14 +242,15 @@ def paced(receive: Receive, most: int | None) -> Receive:
     return counted
 
 
-async def refuse(send: Send, refusal: Refusal, request_id: str) -> None:
-    """Answer with an error, in the form that all errors have."""
+async def refuse(send: Send, refusal: Refusal, request_id: str, path: str) -> None:
+    """Answer with an error, in the form that all errors have at a path."""
     message = without_paths(refusal.message)
     error = {"code": refusal.code, "message": message, "details": {}, "request_id": request_id}
-    body = json.dumps({"error": error}).encode()
+    status, content = form_of(path, refusal.status, error)
+    body = json.dumps(content).encode()
     sent = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     sent += [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
     if refusal.status in (413, 431):
         sent.append((b"connection", b"close"))  # what comes behind it is not read
-    await send({"type": "http.response.start", "status": refusal.status, "headers": sent})
+    await send({"type": "http.response.start", "status": status, "headers": sent})
     await send({"type": "http.response.body", "body": body})
