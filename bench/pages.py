@@ -28,6 +28,7 @@ SECTIONS = {
     "encrypted": "Homomorphic LoRA",
     "panel": "The panel",
     "remote": "A remote server",
+    "tinker": "The tinker SDK",
     "cluster": "Replicas in processes of one machine",
     "real": "A real model",
     "chats": "Reading chats",
