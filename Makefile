@@ -30,13 +30,22 @@ VERIFIERS := .venv-verifiers
 VERIFIERS_VERSION := 0.2.1
 VERIFIERS_READY := $(VERIFIERS)/.ready-$(VERIFIERS_VERSION)-$(TRL_VERSION)
 
+OPENAI := .venv-openai
+OPENAI_VERSION := 3.57.0
+LM_EVAL_VERSION := 0.4.13
+OPENAI_READY := $(OPENAI)/.ready-$(OPENAI_VERSION)-$(LM_EVAL_VERSION)
+
+TINKER_NEWEST := 0.38.0
+TINKER_READY := $(foreach version,0.25.0 0.29.1 0.33.0 $(TINKER_NEWEST),.venv-tinker-$(version)/.ready)
+COOKBOOK_VERSION := 0.6.1
+
 FAST := not soak and not browser and not faults
 TESTS ?=
 ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity sinks environments class hub marimo lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity tinker-parity openai-parity sinks environments class hub marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -68,6 +77,13 @@ $(VERIFIERS_READY): $(READY)
 	$(VERIFIERS)/bin/python -m pip install -qq --constraint constraints.txt verifiers==$(VERIFIERS_VERSION) trl==$(TRL_VERSION)
 	touch $@
 
+$(OPENAI_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(OPENAI)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(OPENAI)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(OPENAI)/bin/python -m pip install -qq --constraint constraints.txt openai==$(OPENAI_VERSION) "lm-eval[api]==$(LM_EVAL_VERSION)"
+	touch $@
+
 $(MARIMO_READY): $(READY)
 	$(BIN)/python -m venv --clear --without-pip $(MARIMO)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
@@ -82,6 +98,16 @@ $(HUB_READY): $(READY)
 	$(HUB)/bin/python -m pip install -qq jupyterhub==$(HUB_VERSION)
 	command -v npm >/dev/null || (apt-get update -qq && apt-get install -y -qq nodejs npm)
 	npm install --silent --no-fund --no-audit --prefix $(HUB)/node configurable-http-proxy@5
+	touch $@
+
+# One environment for each version of the SDK; the newest has the cookbook too, of whose packages one is on no registry.
+.venv-tinker-%/.ready: $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(@D)/bin/python -m pip install -qq tinker==$*
+	test $* != $(TINKER_NEWEST) || $(@D)/bin/python -m pip install -qq --no-deps tinker-cookbook==$(COOKBOOK_VERSION)
+	test $* != $(TINKER_NEWEST) || $(@D)/bin/python -m pip install -qq blobfile chz termcolor tiktoken
 	touch $@
 
 $(CLASS_READY): $(READY)
@@ -138,11 +164,17 @@ soak: $(READY) chromium  ## long and many-seed tests, and every scenario in the 
 trl-parity: $(TRL_READY)  ## TRL's own losses and advantages beside ours on the same numbers; a TRL of its own, in .venv-trl
 	$(TRL)/bin/python -m scripts.trl_parity
 
+tinker-parity: $(TINKER_READY)  ## the official tinker SDK, four versions of it, and its cookbook against our server, over loopback
+	$(BIN)/python -m scripts.tinker_parity
+
 sinks: $(SINKS_READY)  ## trackio, MLflow and wandb (offline) read back what they were told, in .venv-sinks
 	$(SINKS)/bin/python -m pytest -m soak tests/soak/test_sinks.py
 
 environments: $(VERIFIERS_READY)  ## environments of verifiers and TRL, as those packages have them, in .venv-verifiers
 	$(VERIFIERS)/bin/python -m pytest -m soak tests/soak/test_environments.py
+
+openai-parity: $(OPENAI_READY)  ## OpenAI's package and lm-evaluation-harness against a server, in .venv-openai
+	$(OPENAI)/bin/python -m pytest -m soak tests/soak/test_openai_clients.py -s
 
 marimo: $(MARIMO_READY)  ## a marimo that borrows the packages of .venv, in .venv-marimo
 
@@ -182,4 +214,4 @@ docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(VERIFIERS) $(MARIMO) $(HUB) $(CLASS) .venv-newest .venv-lowest
+	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(VERIFIERS) $(MARIMO) $(HUB) $(CLASS) $(TINKER_READY:/.ready=) .venv-newest .venv-lowest

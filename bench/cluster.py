@@ -135,7 +135,9 @@ def group_of_two(**config: Any) -> Iterator[EngineGroup]:
     """Give a group without a service around it."""
     cluster = tn.LocalCluster(engines=2, cpus=1)
     home = Home.of_environment()
-    group = cluster.make(TrainingConfig(**SETTINGS | config), home, None, lambda event: None, served=False)
+    group = cluster.make(
+        TrainingConfig(**SETTINGS | config), home, None, lambda event: None, no_tick, served=False
+    )
     try:
         yield group
     finally:
@@ -165,7 +167,7 @@ def gradients() -> Row:
         size = make_model(Path(folder), WIDTH_OF_20_MB, LAYERS_OF_20_MB)
         with group_of_two(model_ref=folder) as group:
             alone = InThisProcess().make(
-                group.config, Home.of_environment(), None, lambda event: None, served=False
+                group.config, Home.of_environment(), None, lambda event: None, no_tick, served=False
             )
 
             def step(engine: Any) -> Callable[[], None]:

@@ -157,7 +157,7 @@ def rl_update() -> Row:
         updates=1,
         reward="share_of_digits",
     )
-    return rl.against_trl(work, loads=1, seconds=3 * SECONDS)
+    return rl.against_trl(work, loads=1, seconds=3 * SECONDS, warmup=1)
 
 
 def sampling_llama_cpp() -> Row:

@@ -35,9 +35,9 @@ def update() -> Row:
     return against_trl(SUMS, LOADS, seconds=30)
 
 
-def against_trl(work: trl_peer.Work, loads: int, seconds: float) -> Row:
-    """Measure an update; both sides are loaded so often."""
-    taken = reduce(add, [_pairs(work, seconds / loads) for _ in range(loads)])
+def against_trl(work: trl_peer.Work, loads: int, seconds: float, warmup: int = 2) -> Row:
+    """Measure an update; both sides are loaded so often, and warmed up by so many pairs each time."""
+    taken = reduce(add, [_pairs(work, seconds / loads, warmup) for _ in range(loads)])
     peer = "`trl.GRPOTrainer`, same model, prompts, reward and optimiser, without logging"
     return Row(
         what="an update by RLVRTrainer (GRPO): sample, score, train; rollouts, metrics and alarms kept",
@@ -50,14 +50,18 @@ def against_trl(work: trl_peer.Work, loads: int, seconds: float) -> Row:
     )
 
 
-def _pairs(work: trl_peer.Work, seconds: float) -> Taken:
+def _pairs(work: trl_peer.Work, seconds: float, warmup: int) -> Taken:
     """Load both sides and take pairs; ours alone where there is no TRL."""
     with _ours(work) as ours:
         if not TRL_PYTHON.exists():
             return Taken([ours()[0] for _ in range(5)][2:])
         with beside(TRL_PYTHON, "-m", trl_peer.__name__, work.as_argument()) as trl:
             return paired(
-                ours, lambda: _each(trl(work.updates), work.updates), seconds=seconds, watch=as_it_says
+                ours,
+                lambda: _each(trl(work.updates), work.updates),
+                seconds=seconds,
+                warmup=warmup,
+                watch=as_it_says,
             )
 
 

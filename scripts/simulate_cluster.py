@@ -66,6 +66,11 @@ class Costs:
         line = 2 * replicas * self.gradient / bandwidth
         return share + self.there + self.here * replicas / 2 + CALLS * latency + line
 
+    @property
+    def pays_from(self) -> float:
+        """Tokens of a step from which on two replicas are faster: half of them take as long as the sum."""
+        return 2 * (self.here + self.there) / self.token
+
 
 def middle(turn: Callable[[], tuple[float, float]]) -> float:
     """Return the median CPU seconds of some steps."""
@@ -89,7 +94,7 @@ def measure(folder: str, weights: str) -> tuple[Costs, dict[int, float], int]:
         alone = middle(cluster.watched(workload.step_through(tc, little), pids))
         trained = tc.refresh().trained_parameters or 0
     token = (whole - part) / (TOKENS * (ROWS - ROWS // 4))
-    found: dict[int, float] = {1: 0.0}
+    found: dict[int, float] = {}
     here = there = call = 0.0
     for replicas in SEVERAL:
         with cluster.client_on(tn.LocalCluster(engines=replicas, cpus=1), folder, lora) as (tc, pids):
@@ -150,6 +155,7 @@ def show(name: str, weights: str, latency: float, bandwidth: float) -> None:
         f"  one process {1e3 * costs.start:.1f} ms + {1e6 * costs.token:.0f} µs a token · a sum of "
         f"{costs.gradient / 1e6:.1f} MB: here {1e3 * costs.here:.1f} ms, each replica {1e3 * costs.there:.1f} ms · "
         f"a call {1e3 * costs.call:.1f} ms\n"
+        f"  two replicas pay from {costs.pays_from:.0f} tokens a step on\n"
         f"  replicas   predicted    measured   times as fast as one process"
     )
     alone = costs.step(1)

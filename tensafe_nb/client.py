@@ -225,6 +225,7 @@ class TrainingClient:
         top_k: int = 0,
         num_samples: int = 1,
         stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
         seed: int | None = None,
         ignore_end: bool = False,
         top_logprobs: int = 0,
@@ -244,6 +245,7 @@ class TrainingClient:
             top_k: Keep the k most likely tokens; 0 keeps all.
             num_samples: Completions per prompt.
             stop: Strings that end a completion; they are cut from its text.
+            stop_tokens: Tokens that end a completion, as the model's end token does.
             seed: Fixes every row's random stream; None takes the client's next one.
             ignore_end: Go on past end tokens, so that every completion has `max_new_tokens`.
             top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
@@ -267,6 +269,7 @@ class TrainingClient:
         top_p: float = 1.0,
         top_k: int = 0,
         stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
         seed: int | None = None,
         ignore_end: bool = False,
     ) -> Pieces:
@@ -283,6 +286,7 @@ class TrainingClient:
             top_p: Keep the smallest set of tokens whose probability reaches this.
             top_k: Keep the k most likely tokens; 0 keeps all.
             stop: Strings that end the completion; they are cut from its text.
+            stop_tokens: Tokens that end the completion, as the model's end token does.
             seed: Fixes the random stream; None takes the client's next one.
             ignore_end: Go on past end tokens.
 
@@ -361,12 +365,15 @@ class TrainingClient:
         metadata = plain_metadata(metadata or {})
         return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
 
-    def load_state(self, artifact_id: str, *, for_run: str | None = None) -> FutureHandle[LoadStateResult]:
+    def load_state(
+        self, artifact_id: str, *, for_run: str | None = None, include_optimizer: bool = True
+    ) -> FutureHandle[LoadStateResult]:
         """Take the state of an artifact in place of this client's own; all of it, or on any failure nothing.
 
         Args:
             artifact_id: Its id, or its name.
             for_run: Refuse a state that was not saved by a run with a loop of this name.
+            include_optimizer: False takes the weights, and lets the optimiser's moments start at zero.
 
         Raises:
             ValidationError: No id. The handle fails with `ArtifactNotFoundError`, `DecryptionError`, or, for an
@@ -374,7 +381,7 @@ class TrainingClient:
         """
         if not isinstance(artifact_id, str) or not artifact_id:
             raise ValidationError(f"load_state takes an artifact's id or name, not {as_given(artifact_id)}.")
-        return self._submit(LoadState(artifact_id, for_run))
+        return self._submit(LoadState(artifact_id, for_run, bool(include_optimizer)))
 
     def read_adapter(self) -> FutureHandle[ReadAdapterResult]:
         """Return the adapter's tensors: float32 arrays by PEFT's names, as in an exported `adapter_model.safetensors`.

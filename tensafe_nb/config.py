@@ -389,6 +389,7 @@ class SamplingConfig(Config):
         top_k: Keep the k most likely tokens; 0 keeps all.
         num_samples: Completions per prompt.
         stop: Strings that end a completion; they are cut from its text. A special token can be one, as it is written.
+        stop_tokens: Tokens that end a completion, as the model's end token does; they are no part of its text.
         seed: Fixes every row's random stream; None takes the client's next one.
         ignore_end: Go on past end tokens, so that every completion has `max_new_tokens` ("fixed").
         top_logprobs: Also return, for each sampled token, the most likely tokens of its place, so many.
@@ -402,6 +403,7 @@ class SamplingConfig(Config):
     top_k: pydantic.NonNegativeInt = 0
     num_samples: int = pydantic.Field(default=1, gt=0, le=65_536)
     stop: tuple[str, ...] = ()
+    stop_tokens: tuple[pydantic.NonNegativeInt, ...] = ()
     seed: Seed | None = None
     ignore_end: bool = False
     top_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
@@ -415,9 +417,10 @@ class SamplingConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _stop_strings_can_stop(self) -> Self:
-        if self.ignore_end and self.stop:
+        if self.ignore_end and (self.stop or self.stop_tokens):
             raise ValueError(
-                "ignore_end goes on past every end, so that stop strings have no effect: give one of them"
+                "ignore_end goes on past every end, so that stop strings and stop_tokens have no effect: give one of "
+                "them"
             )
         return self
 

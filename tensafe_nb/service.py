@@ -214,6 +214,7 @@ class ServiceClient:
         top_k: int = 0,
         num_samples: int = 1,
         stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
         seed: int | None = None,
         ignore_end: bool = False,
         top_logprobs: int = 0,
@@ -235,6 +236,7 @@ class ServiceClient:
             top_k: Keep the k most likely tokens; 0 keeps all.
             num_samples: Completions per prompt.
             stop: Strings that end a completion; they are cut from its text.
+            stop_tokens: Tokens that end a completion, as the model's end token does.
             seed: Fixes every row's random stream; None draws a new one.
             ignore_end: Go on past end tokens, so that every completion has `max_new_tokens`.
             top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.

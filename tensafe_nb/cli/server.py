@@ -88,6 +88,11 @@ def add_server(commands: Any) -> None:
         help="put the model of a training client away that nobody has used for so long; the next operation brings it "
         "back (default: %(default)s; 0 never)",
     )
+    serve.add_argument(
+        "--tinker",
+        action="store_true",
+        help="also speak the protocol of the public tinker SDK, beneath /tinker",
+    )
     serve.add_argument("--json", action="store_true", help='print {"url": …, "token": …} as the first line')
     serve.set_defaults(run=run_server)
     tokens = commands.add_parser("tokens", help="who may use a server")
@@ -204,12 +209,15 @@ def run_server(chosen: argparse.Namespace) -> int:
         idle_after=60 * chosen.idle_after if chosen.idle_after > 0 else None,
         exports=not chosen.no_export,
         engines=cluster_of(chosen),
+        api_keys=chosen.tinker,
     )
+    if chosen.tinker:
+        offer_tinker(app)
     family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
     listening = socket.create_server((chosen.host, chosen.port), family=family, reuse_port=False)
     host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
     url = f"http://{host}:{listening.getsockname()[1]}{chosen.root_path}"
-    announce(url, shown, as_json=chosen.json)
+    announce(url, shown, as_json=chosen.json, tinker=chosen.tinker)
     server_of(app).run(sockets=[listening])
     return 0
 
@@ -226,7 +234,22 @@ def cluster_of(chosen: argparse.Namespace) -> Cluster | None:
     return LocalCluster(**given) if chosen.cluster == "processes" else RayCluster(chosen.cluster, **given)
 
 
-def announce(url: str, token: str | None, *, as_json: bool) -> None:
+def offer_tinker(app: Any) -> None:
+    """Offer the protocol of the public tinker SDK.
+
+    Raises:
+        ValidationError: Its messages cannot be read without a package that is not installed.
+    """
+    try:
+        from tensafe_nb.server.tinker.routes import add_tinker
+    except ImportError as error:
+        raise ValidationError(
+            f"serve --tinker needs one more package ({error}): pip install 'tensafe_nb[tinker]'"
+        ) from error
+    add_tinker(app)
+
+
+def announce(url: str, token: str | None, *, as_json: bool, tinker: bool = False) -> None:
     """Say where the server is, and how a notebook reaches it."""
     if as_json:
         print(json.dumps({"url": url, "token": token}), flush=True)
@@ -234,6 +257,9 @@ def announce(url: str, token: str | None, *, as_json: bool) -> None:
     print(f"tensafe_nb serves at {url} (Ctrl-C ends it)")
     if token is not None:
         print(f'In a notebook:  service = ServiceClient("{url}", api_key="{token}")')
+        print(f"OpenAI's clients:  OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={token}")
+        if tinker:
+            print(f"The tinker SDK:  TINKER_BASE_URL={url}/tinker TINKER_API_KEY=tml-{token}")
         print("This token is shown once." if sys.stdout.isatty() else "", flush=True)
 
 

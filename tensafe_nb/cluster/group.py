@@ -174,7 +174,7 @@ class EngineGroup:
                         known = known or introduction
                         if introduction.standing.digest != known.standing.digest:
                             raise ClusterError(
-                                f"The replica {place.name} has loaded other weights than {self._members[0].name}: "
+                                f"The replica {place.name} has loaded other weights than the rest: "
                                 f"{config.model_ref!r} is not the same model on all machines."
                             )
                         self._members.append(place)

@@ -163,6 +163,23 @@ class Comparison(Tabular):
         """Put a picture and the table of how it stands into the calling cell."""
         widgets.freeze_comparison(self)
 
+    @checked
+    def save_page(self, to: str | Path, title: str | None = None) -> Path:
+        """Save its chart, table and words as one HTML file, for whoever has a browser and nothing else.
+
+        The file loads nothing from anywhere. Of private trainings it is the operator's view, and says so.
+
+        Args:
+            to: The file; one that is there is replaced.
+            title: The page's.
+
+        Raises:
+            ValidationError: It is still under way.
+            StorageError: The file cannot be written.
+        """
+        page: Path = widgets.save_comparison(self, to, title)
+        return page
+
     # waiting
 
     def done(self) -> bool:

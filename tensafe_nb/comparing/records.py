@@ -204,6 +204,12 @@ class ComparisonRecord(Tabular):
         """Put a picture and the table of it into the calling cell."""
         widgets.freeze_comparison(self)
 
+    @checked
+    def save_page(self, to: str | Path, title: str | None = None) -> Path:
+        """Save its chart, table and words as one HTML file; see `Comparison.save_page`."""
+        page: Path = widgets.save_comparison(self, to, title)
+        return page
+
 
 def track_of(lane: KeptLane, run: RunRecord | None, measure: Measure | None) -> Track:
     """Return what is known of an arm with a seed: what was kept, and what its run has recorded."""

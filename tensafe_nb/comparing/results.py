@@ -474,7 +474,7 @@ class ComparisonResult(Tabular):
         better = "higher" if standings.measure.higher else "lower"
         yield (
             f"Each run's value: {standings.measure.words}; {better} is better. Intervals: Student's t over the seeds, "
-            f"{LEVEL:.0%}."
+            f"{100 * LEVEL:g} %."
         )
         if standings.family > 1:
             yield f"Differences hold together: intervals are widened for {standings.family} comparisons (Bonferroni)."

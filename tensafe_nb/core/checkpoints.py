@@ -75,6 +75,7 @@ def load(
     artifact_id: str,
     *,
     lenient_optimizer: bool = False,
+    include_optimizer: bool = True,
     for_run: str | None = None,
     take_over: Callable[[Mapping[str, Any] | None], None] = lambda ledger: None,
 ) -> tuple[LoadStateResult, Mapping[str, Any]]:
@@ -85,6 +86,7 @@ def load(
         store: Where it is kept.
         artifact_id: Its id, or its name.
         lenient_optimizer: Moments of another optimiser are left out instead of refused.
+        include_optimizer: False leaves out all moments, which then start at zero.
         for_run: The state must say where a run with a loop of this name stood in its data.
         take_over: Called with the privacy account that the state carries, before anything is loaded.
 
@@ -97,7 +99,8 @@ def load(
         ValidationError: It belongs to another model, adapter or optimiser.
     """
     with store.open(store.resolve(artifact_id)) as artifact:
-        facts, tensors = read_parts(engine, artifact, artifact_id, with_moments=not lenient_optimizer)
+        with_moments = include_optimizer and not lenient_optimizer
+        facts, tensors = read_parts(engine, artifact, artifact_id, with_moments=with_moments)
         if for_run is not None and (facts["position"] or {}).get("kind") != for_run:
             raise ValidationError(
                 f"The checkpoint {artifact_id!r} was not saved by a run of this kind, so it does not say where in the "
@@ -109,7 +112,7 @@ def load(
     )  # before the weights: an account that cannot be joined leaves everything as it was
     state = EngineState.of_parts(facts, tensors)
     # Moments mean something only to the optimiser that made them.
-    same = facts["config"]["optimizer"]["name"] == engine.config.optimizer.name
+    same = include_optimizer and facts["config"]["optimizer"]["name"] == engine.config.optimizer.name
     engine.restore(state, keep_moments=same)
     restored = state.optimizer is not None and same
     return LoadStateResult(found, engine.step, "READY", restored, facts["position"]), facts

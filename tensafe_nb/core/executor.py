@@ -103,8 +103,8 @@ class Executor:
                 return self.load_adapter(tensors)
             case SaveState():
                 return self.save_state(operation, job.artifact_id)
-            case LoadState(artifact_id, for_run):
-                return self.load_state(artifact_id, for_run=for_run)
+            case LoadState(artifact_id, for_run, include_optimizer):
+                return self.load_state(artifact_id, for_run=for_run, include_optimizer=include_optimizer)
             case VoidPrivacy(reason):
                 voided = self._guarantee.void(reason)
                 self._tell(self._guarantee.standing(self.step))

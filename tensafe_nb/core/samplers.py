@@ -9,8 +9,9 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tensafe_nb.core import checkpoints
@@ -66,17 +67,17 @@ class Samplers:
         self._hosts: OrderedDict[str, SamplerHost] = OrderedDict()  # the one that was asked last stands last
         self._lock, self._closed = threading.Lock(), False
 
-    def weights(self, request: SampleFrom) -> StoredWeights:
-        """Return which weights a request names.
+    def weights(self, artifact_id: str | None, model_ref: str | None) -> StoredWeights:
+        """Return which weights are named: by a checkpoint's id or name, or by a model's.
 
         Raises:
             ArtifactNotFoundError: There is no such artifact.
             ValidationError: The artifact holds no training state.
         """
-        if request.model_ref is not None:
-            lora = adapter_folders.announced(request.model_ref, None) or UNTRAINED
-            return StoredWeights(TrainingConfig(model_ref=request.model_ref, lora_config=lora), None)
-        found = self._vault.artifacts.resolve(str(request.artifact_id))
+        if model_ref is not None:
+            lora = adapter_folders.announced(model_ref, None) or UNTRAINED
+            return StoredWeights(TrainingConfig(model_ref=model_ref, lora_config=lora), None)
+        found = self._vault.artifacts.resolve(str(artifact_id))
         saved = checkpoints.config_of(self._vault.artifacts, found)
         of_model = ("model_ref", "lora_config", "dtype", "device", "value_head", "resize_embeddings")
         kept = {name: getattr(saved, name) for name in (*of_model, "ignore_weights", "micro_batch_tokens")}
@@ -93,7 +94,7 @@ class Samplers:
             ClientClosedError: This was closed.
             ArtifactNotFoundError: There is no such artifact.
         """
-        weights = weights or self.weights(request)
+        weights = weights or self.weights(request.artifact_id, request.model_ref)
         promise: Promise[SampleResult] = Promise()
 
         def cancel() -> bool:
@@ -103,16 +104,30 @@ class Samplers:
             return promise.state is FutureStatus.CANCELLED
 
         with self._lock:
-            if self._closed:
-                raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
-            host = self._hosts.pop(weights.key, None) or SamplerHost(weights.config, self)
-            self._hosts[weights.key] = host
-            host.submit(request.sample, weights.artifact_id, promise)
-            while len(self._hosts) > MOST_ENGINES:
-                self._hosts.popitem(last=False)[1].end()
+            self._host(weights).submit(request.sample, weights.artifact_id, promise)
         return handle_of(
             promise, "sample", weights.artifact_id or weights.config.model_ref, SampleResult, cancel
         )
+
+    def introduction(self, weights: StoredWeights) -> tuple[Any, int | None]:
+        """Return the tokenizer of a model, and how many tokens it reads; waits until it is loaded.
+
+        Raises:
+            ModelLoadError: It cannot be.
+        """
+        with self._lock:
+            coming = self._host(weights).introduction()
+        return coming.result()
+
+    def _host(self, weights: StoredWeights) -> "SamplerHost":
+        """Return what serves some weights, made if need be; under the lock."""
+        if self._closed:
+            raise ClientClosedError("This ServiceClient is closed. Create a new one: ServiceClient().")
+        host = self._hosts.pop(weights.key, None) or SamplerHost(weights.config, self)
+        self._hosts[weights.key] = host
+        while len(self._hosts) > MOST_ENGINES:
+            self._hosts.popitem(last=False)[1].end()
+        return host
 
     def make(self, config: TrainingConfig, tick: Tick) -> Trains:
         """Load a model, and return an engine of it."""
@@ -167,12 +182,20 @@ class SamplerHost:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tsnb-sampler")
         self._engine: Trains | None = None
         self._holds: tuple[str | None, int] = (None, 0)  # whose weights, and their version
+        self._introduction: Future[tuple[Any, int | None]] | None = None
         self._used, self._waiting, self._closing = time.monotonic(), 0, False
 
     def submit(self, request: Sample, artifact_id: str | None, promise: Promise[SampleResult]) -> None:
         """Serve a request in its turn."""
         self._waiting += 1
         self._thread.submit(self._serve, request, artifact_id, promise)
+
+    def introduction(self) -> "Future[tuple[Any, int | None]]":
+        """Return what comes to be the tokenizer and the context of its model: after the first time, at once."""
+        known = self._introduction
+        if known is None or (known.done() and known.exception() is not None):
+            self._introduction = known = self._thread.submit(self._introduce)
+        return known
 
     def is_idle(self, seconds: float) -> bool:
         """Whether nobody has used it for so long."""
@@ -190,6 +213,21 @@ class SamplerHost:
         self._thread.shutdown()
 
     # on its thread
+
+    def _introduce(self) -> tuple[Any, int | None]:
+        def tick(done: int, total: int) -> None:
+            if self._closing:
+                raise FutureCancelledError("closed while the model was being loaded")
+
+        tick(0, 1)
+        self._used = time.monotonic()
+        engine = self._loaded(tick)
+        return engine.tokenizer, engine.about["context"]
+
+    def _loaded(self, tick: Tick) -> Trains:
+        if self._engine is None:
+            self._engine, self._holds = self._samplers.make(self._config, tick), (None, 0)
+        return self._engine
 
     def _let_go(self) -> None:
         engine, self._engine = self._engine, None
@@ -223,9 +261,7 @@ class SamplerHost:
                 raise FutureCancelledError("cancelled while running")
             promise.progress = done, total
 
-        if self._engine is None:
-            self._engine, self._holds = self._samplers.make(self._config, tick), (None, 0)
-        engine, sampling = self._engine, request.sampling
+        engine, sampling = self._loaded(tick), request.sampling
         if artifact_id is not None and self._holds[0] != artifact_id:
             self._holds = artifact_id, self._samplers.put(engine, artifact_id)
         if sampling.seed is None:  # the engine's own streams begin anew with each checkpoint

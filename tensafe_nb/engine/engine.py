@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -360,7 +361,10 @@ class Engine:
             for index, prompt in enumerate(prompts)
         ]
         streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
-        return ids, turn_ends(self.model.tokenizer, prompts), streams
+        turns = turn_ends(self.model.tokenizer, prompts)
+        if config.stop_tokens:
+            turns = [replace(turn, tokens=turn.tokens | set(config.stop_tokens)) for turn in turns]
+        return ids, turns, streams
 
     # adapter
 

@@ -30,6 +30,7 @@ from tensafe_nb.events import (
     Progress,
     ReplicasChanged,
     Rollouts,
+    RunConfigured,
     RunDescribed,
     RunState,
     RunStep,
@@ -99,6 +100,7 @@ class RunSoFar:
         rewarded: Whether rewards were measured in it.
         described: What it is called and what is said of it.
         durations: Seconds of its latest steps.
+        prompts: What is to be known of how its prompts were chosen, if anything is.
     """
 
     run_id: str
@@ -114,6 +116,7 @@ class RunSoFar:
     rewarded: bool = False
     described: RunDescribed | None = None
     durations: "deque[float]" = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    prompts: str = ""
     done_at: int = 0  # the client's step when `steps_done` was told
     begun_at: int = 0  # the client's step at the run's first event
     counted_from: int = 0  # the client's step where it began, or where it went back to
@@ -311,6 +314,10 @@ class ClientState:
                 self.runs[event.run_id].turned(event)
             case RunDescribed(run_id=run_id) if run_id in self.runs:
                 self.runs[run_id].described = event
+            case RunConfigured(run_id=run_id, config={"trainer": {"prompt_bias": str(bias)}}) if (
+                run_id in self.runs
+            ):
+                self.runs[run_id].prompts = bias
             case RunStep(run_id=run_id) if run_id in self.runs:
                 self.runs[run_id].stepped(event, self.step)
             case CheckpointSaved(run_id=str(run_id)) if run_id in self.runs:

@@ -158,6 +158,7 @@ class LoadState(Operation[LoadStateResult]):
 
     artifact_id: str
     for_run: str | None = None
+    include_optimizer: bool = True
 
 
 @tagged("sample_from")

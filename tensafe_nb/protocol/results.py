@@ -214,6 +214,7 @@ class SampledPiece:
         logprobs: Of each, as in `SampledSequence`.
         raw_logprobs: Of each, as in `SampledSequence`.
         finish_reason: As in `SampledSequence`, with the last piece of a sequence; None before.
+        top_logprobs: Of each token, as in `SampledSequence`.
     """
 
     sequence: int
@@ -222,6 +223,7 @@ class SampledPiece:
     logprobs: tuple[float, ...] = ()
     raw_logprobs: tuple[float, ...] = ()
     finish_reason: str | None = None
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 def missing_pieces(pieces: Sequence[SampledPiece], result: SampleResult) -> list[SampledPiece]:
@@ -240,6 +242,7 @@ def missing_pieces(pieces: Sequence[SampledPiece], result: SampleResult) -> list
                     sequence.logprobs[first:],
                     sequence.raw_logprobs[first:],
                     sequence.finish_reason,
+                    sequence.top_logprobs[first:],
                 )
             )
     return missing

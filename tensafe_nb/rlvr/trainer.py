@@ -31,6 +31,7 @@ from tensafe_nb.rlvr.rollouts.choosing import (
     DynamicSampling,
     PromptPolicy,
     PromptPolicySpec,
+    bias_of,
     prompt_policy_of,
     replacements,
 )
@@ -300,6 +301,7 @@ class RLVRTrainer:
                 "prompts": len(self.prompts.specs),
                 "prompts_per_step": self.prompts_per_step,
                 "prompt_policy": repr(self.prompts.policy),
+                "prompt_bias": bias_of(self.prompts.policy),
                 "chat": self.sampler.chat,
                 "eval_prompts": held_out,
                 "eval_every": self.eval_every,

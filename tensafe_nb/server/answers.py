@@ -27,6 +27,8 @@ from tensafe_nb.store.disk import ADVICE
 logger = logging.getLogger(__name__)
 
 PREFIX = "/api/v1"
+SIGNATURES = ("x-tensafe-request", "x-request-id")  # OpenAI's clients look at the second
+OPENAI = "/v1"  # beneath it, answers have the form that OpenAI's clients read
 VERSION = importlib.metadata.version("tensafe_nb")
 STATUS = {  # of an error's code; 500 for the rest
     "validation_error": 422, "privacy_unit": 422, "model_load_error": 422, "decryption_error": 422,
@@ -35,7 +37,7 @@ STATUS = {  # of an error's code; 500 for the rest
     "queue_full": 429, "too_many": 429, "too_many_waiting": 429,
     "not_found": 404, "training_client_not_found": 404, "run_not_found": 404,
     "artifact_not_found": 404, "forbidden": 403, "key_unavailable": 503, "draining": 503, "storage_error": 507,
-    "too_large": 413,
+    "too_large": 413, "model_not_found": 404, "context_length_exceeded": 422,
 }  # fmt: skip
 
 
@@ -85,6 +87,44 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+class OpenAIFailure(BaseModel):
+    """What went wrong: words, the kind of it, the field it is about, and a stable code."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIErrorAnswer(BaseModel):
+    """The form of every error beneath /v1."""
+
+    error: OpenAIFailure
+
+
+OPENAI_STATUS = {422: 400, 409: 400}  # their clients take 409 for a moment's conflict, and ask again
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": OpenAIErrorAnswer, "description": words}
+    for status, words in MEANINGS.items()
+    if status not in OPENAI_STATUS
+}
+
+
+def form_of(path: str, status: int, error: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Return status and content of an error, in the form that belongs to a path."""
+    if not path.startswith(f"{OPENAI}/"):
+        return status, {"error": dict(error)}
+    kind = OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    told = {
+        "message": error["message"],
+        "type": kind,
+        "param": error["details"].get("param"),
+        "code": error["code"],
+    }
+    return OPENAI_STATUS.get(status, status), {"error": told}
+
+
 def of_type(*media_types: str, status: int = 200) -> dict[int | str, dict[str, Any]]:
     """Describe an answer that is a file, or one of several types."""
     binary = {"schema": {"type": "string", "format": "binary"}}
@@ -109,10 +149,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def answer(request: Request, status: int, error: dict[str, Any]) -> Json:
         error["request_id"] = error.get("request_id") or request.state.request_id
-        return Json({"error": error}, status, again_after(error))
+        path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+        status, content = form_of(path, status, error)
+        return Json(content, status, again_after(error))
 
-    def said(request: Request, status: int, code: str, message: str) -> Json:
-        return answer(request, status, {"code": code, "message": message, "details": {}})
+    def said(request: Request, status: int, code: str, message: str, **details: Any) -> Json:
+        return answer(request, status, {"code": code, "message": message, "details": details})
 
     @app.exception_handler(TGTinkerError)
     async def ours(request: Request, error: TGTinkerError) -> Json:
@@ -126,7 +168,11 @@ def add_error_handlers(app: FastAPI) -> None:
     async def unreadable(request: Request, error: RequestValidationError) -> Json:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return said(request, 422, "validation_error", f"{where}: {first['msg']}")
+        words = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
+        field = {"param": str(first["loc"][1])} if len(first["loc"]) > 1 else {}
+        return said(
+            request, 422, "validation_error", f"{where}: {words.removeprefix('Value error, ')}", **field
+        )
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, _: ClientDisconnect) -> Json:
@@ -136,7 +182,8 @@ def add_error_handlers(app: FastAPI) -> None:
     async def foreign(request: Request, _: Exception) -> Json:
         message = "The server failed at this request; its log says why, under this request's id."
         failed = said(request, 500, "server_error", message)
-        failed.headers["x-tensafe-request"] = request.state.request_id  # this answer passes the guard by
+        for name in SIGNATURES:  # this answer passes the guard by
+            failed.headers[name] = request.state.request_id
         return failed
 
 

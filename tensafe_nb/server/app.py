@@ -20,6 +20,7 @@ from tensafe_nb.server.door.guard import Guard, WhoIs
 from tensafe_nb.server.door.limits import Limits, Quotas
 from tensafe_nb.server.door.tokens import Tokens
 from tensafe_nb.server.encrypted import encrypted_routes
+from tensafe_nb.server.openai.routes import openai_routes
 from tensafe_nb.server.operations import client_routes
 from tensafe_nb.server.service import Service
 from tensafe_nb.store.home import Home
@@ -41,6 +42,7 @@ def create_app(
     idle_after: float | None = None,
     exports: bool = True,
     engines: MakesEngines | None = None,
+    api_keys: bool = False,
 ) -> FastAPI:
     """Return the server as an ASGI application.
 
@@ -57,6 +59,7 @@ def create_app(
         idle_after: Seconds after which a training client that nobody uses is put away; None keeps it in memory.
         exports: Weights may leave in the clear; False keeps them here.
         engines: Makes the engines of training clients: a cluster's; None computes in this process.
+        api_keys: Tokens may also come as the Tinker SDK sends them.
     """
     hide(home.root, models, tempfile.gettempdir(), Path.home(), Path.cwd(), sys.prefix)
     quotas = Quotas(limits or Limits(), tokens.limits)
@@ -90,9 +93,15 @@ def create_app(
         hosts=hosts,
         root_path=root_path,
         answers_of=lambda name: service.tenant(name).answers,
+        api_keys=api_keys,
     )
     add_error_handlers(app)
-    offered = (client_routes(service), encrypted_routes(service), artifact_routes(service))
+    offered = (
+        client_routes(service),
+        encrypted_routes(service),
+        artifact_routes(service),
+        openai_routes(service),
+    )
     for routes in (probes(service), *offered):
         app.include_router(routes)
     return app

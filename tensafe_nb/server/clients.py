@@ -238,6 +238,8 @@ class ServedClient:
         operation: Operation[Any],
         place: Place,
         form: tuple[str, bytes] | None = None,
+        *,
+        passes_on: bool = True,
     ) -> FutureHandle[Any]:
         """Queue an operation.
 
@@ -245,6 +247,7 @@ class ServedClient:
             operation: The operation.
             place: Whose it is, and where it stands among its submitter's; without a future id it is named here.
             form: Its media type and its body, as they came.
+            passes_on: Put the pieces of what is sampled on the streams there are.
 
         Raises:
             ValidationError: Another operation has its future id.
@@ -269,7 +272,7 @@ class ServedClient:
 
         # on the loop itself: it takes 0.2 ms and waits for no disk, and a thread would take longer to be woken
         handle = self.keep(self.channel.submit(operation, future_id, write))
-        if isinstance(operation, Sample) and operation.stream:
+        if isinstance(operation, Sample) and operation.stream and passes_on:
             self._pass_pieces_on(handle)
         if place.cancelled:
             await asyncio.to_thread(handle.cancel)

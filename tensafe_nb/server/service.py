@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core import queue
 from tensafe_nb.core.engines import MakesEngines
+from tensafe_nb.core.samplers import StoredWeights
 from tensafe_nb.errors import (
     NotFoundError,
     StorageError,
@@ -338,6 +339,13 @@ class Service:
                 client.channel.subscribe(self.figures.count)
                 client.channel.subscribe(tenant.stored.count)
 
+    def offered_models(self) -> list[str]:
+        """Return the names of models that may be loaded; of a folder, those that lie directly in it."""
+        inside = (
+            [] if self._models is None else [path.name for path in self._models.iterdir() if path.is_dir()]
+        )
+        return ["builtin:tiny", "builtin:sums", *sorted(inside), *sorted(self._hub_models)]
+
     def _check_model(self, ref: str) -> None:
         if ref.startswith("builtin:") or ref in self._hub_models:
             return
@@ -354,7 +362,9 @@ class Service:
             details={"given": ref},
         )
 
-    async def sample(self, tenant: Tenant, request: SampleFrom) -> FutureHandle[SampleResult]:
+    async def sample(
+        self, tenant: Tenant, request: SampleFrom, weights: StoredWeights | None = None
+    ) -> FutureHandle[SampleResult]:
         """Sample without a training client: from a checkpoint's weights, or from a model that is offered here.
 
         Raises:
@@ -364,14 +374,26 @@ class Service:
         """
         tenant.check_queue()
         self.check_operation(tenant, request.sample)
-        if request.model_ref is not None:
-            self._check_model(request.model_ref)
-        samplers = tenant.transport.samplers
-        weights = await tenant.aside(samplers.weights, request)
-        self._check_model(weights.config.model_ref)  # of a checkpoint that came from elsewhere
-        handle = samplers.submit(request, weights)
+        if weights is None:  # else they are known already
+            weights = await self.stored_weights(tenant, request.artifact_id, request.model_ref)
+        handle = tenant.transport.samplers.submit(request, weights)
         tenant.keep(handle)
         return handle
+
+    async def stored_weights(
+        self, tenant: Tenant, artifact_id: str | None, model_ref: str | None
+    ) -> StoredWeights:
+        """Return the weights that are named, where they are offered here.
+
+        Raises:
+            ArtifactNotFoundError: The tenant has no such checkpoint.
+            ValidationError: A model that is not offered here.
+        """
+        if model_ref is not None:
+            self._check_model(model_ref)
+        weights = await tenant.aside(tenant.transport.samplers.weights, artifact_id, model_ref)
+        self._check_model(weights.config.model_ref)  # of a checkpoint that came from elsewhere
+        return weights
 
     def check_operation(self, tenant: Tenant, operation: Operation[Any]) -> None:
         """Refuse what one request may not ask for."""

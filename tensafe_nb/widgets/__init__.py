@@ -39,6 +39,7 @@ __all__ = [
     "mimebundle",
     "nothing_shown",
     "panel",
+    "save_comparison",
     "save_page",
     "settle",
     "show_comparison",
@@ -116,23 +117,31 @@ def mime(source: feed.Source) -> tuple[str, str]:
     The live panel, with the picture and the table of this moment beneath, for a page that is exported; in a script
     these alone. A cell that is run again takes fresh ones.
     """
-    import base64
-    import html
-
     from tensafe_nb.widgets.still.snapshot import Snapshot
 
     snapshot = Snapshot.take(feed.feed_of(source), _run_of(source))
-    drawn = snapshot.picture()
-    still = str(snapshot.table()["text/html"])
-    if drawn is not None:
-        png = base64.b64encode(drawn[0]["image/png"]).decode()
-        still = f'<img alt="{html.escape(snapshot.sentence)}" src="data:image/png;base64,{png}">{still}'
+    still = _still_html(snapshot.picture(), snapshot.sentence, str(snapshot.table()["text/html"]))
     if not renderer.in_marimo():
         return "text/html", still
     from tensafe_nb.widgets.live.dashboard import Dashboard
 
-    # one for each cell: its line ends when the cell is run again
-    live = sys.modules["marimo"].as_html(Dashboard(source)).text
+    return _in_marimo(Dashboard(source), still)
+
+
+def _still_html(drawn: Any, sentence: str, table: str) -> str:
+    """Return a picture, where one could be drawn, and a table."""
+    import base64
+    import html
+
+    if drawn is None:
+        return table
+    png = base64.b64encode(drawn[0]["image/png"]).decode()
+    return f'<img alt="{html.escape(sentence)}" src="data:image/png;base64,{png}">{table}'
+
+
+def _in_marimo(widget: Any, still: str) -> tuple[str, str]:
+    """Return a widget, one for each cell: its line ends when the cell is run again; and what an export shows."""
+    live = sys.modules["marimo"].as_html(widget).text
     return (
         "text/html",
         f"{live}<details><summary>As it stood when this cell was run</summary>{still}</details>",
@@ -173,16 +182,13 @@ def comparison_bundle(race: Any) -> Any:
 
 def comparison_mime(race: Any) -> tuple[str, str]:
     """Return what a marimo cell shows that ends with a comparison: for its `_mime_`."""
-    table = race.shown().table
+    shown = race.shown()
+    still = _still_html(shown.picture(), shown.sentence, shown.table)
     if not renderer.in_marimo():
-        return "text/html", table
+        return "text/html", still
     from tensafe_nb.widgets.live.comparison import ComparisonChart
 
-    live = sys.modules["marimo"].as_html(ComparisonChart(race)).text  # one for each cell, as panels are
-    return (
-        "text/html",
-        f"{live}<details><summary>As it stood when this cell was run</summary>{table}</details>",
-    )
+    return _in_marimo(ComparisonChart(race), still)
 
 
 def freeze_comparison(race: Any) -> None:
@@ -225,6 +231,13 @@ def save_page(run: Any, to: Any, samples: int = 0) -> Any:
     from tensafe_nb.widgets import page
 
     return page.save_page(to, run, samples=samples)
+
+
+def save_comparison(race: Any, to: Any, title: str | None = None) -> Any:
+    """Save a comparison as one file for a browser: for `save_page` of comparisons and their records."""
+    from tensafe_nb.widgets import page
+
+    return page.write_race(to, race.shown(), title)
 
 
 def settle(source: feed.Source, timeout: float = 3.0) -> bool:

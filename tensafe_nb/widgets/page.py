@@ -1,8 +1,9 @@
-"""A run as one file for a browser: the panel as a replay that plays, without a kernel and without the network."""
+"""A run or a comparison as one file for a browser: a replay that plays, without a kernel and without the network."""
 
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,8 +20,10 @@ from tensafe_nb.store.disk import disk_errors, write_whole
 from tensafe_nb.widgets.feed.feed import feed_of
 from tensafe_nb.widgets.feed.rollouts import Decode, plain_text
 from tensafe_nb.widgets.live.base import css, esm
+from tensafe_nb.widgets.live.comparison import ComparisonChart
 from tensafe_nb.widgets.live.dashboard import Dashboard
 from tensafe_nb.widgets.replay import find_record
+from tensafe_nb.widgets.still.race import Shown
 from tensafe_nb.widgets.still.snapshot import Snapshot
 from tensafe_nb.widgets.tape import Tape
 
@@ -95,11 +98,51 @@ def write_page(
 ) -> Path:
     """Write a page of several chapters; `words` are paragraphs beneath its title."""
     parts = [_Part.of(chapter, samples) for chapter in chapters]
-    text = _page(title, words, parts)
+    body = [line for part in parts for line in part.html()]
+    text = _page(title, words, body, Dashboard._esm + esm("scheme", "player"))
+    return _written(to, text, private=any(part.private for part in parts))
+
+
+def write_race(to: str | Path, race: Shown, title: str | None = None) -> Path:
+    """Write a page of a comparison: its chart, its table and its words.
+
+    Raises:
+        ValidationError: It is still under way.
+        StorageError: The file cannot be written.
+    """
+    if race.status["state"] in ("RUNNING", "PAUSED"):
+        raise ValidationError(
+            f"The {race.title} is still under way ({race.status['state']}): a page is saved of one that has ended."
+        )
+    private = bool(race.status["dp"])
+    points = {
+        name: (
+            0,
+            steps.tolist(),
+            [value if math.isfinite(value) else str(value) for value in values.tolist()],
+        )
+        for name, (steps, values) in race.curves.items()
+    }
+    messages = [{"t": "standing"} | race.standing, {"t": "delta", "s": points}, {"t": "status"} | race.status]
+    body = [
+        *([f"<p><strong>{OPERATOR}</strong></p>"] if private else []),
+        f'<div class="tsnb-raced">{_json({"title": race.title, "messages": messages})}</div>',
+        f"<details><summary>The comparison in figures</summary>{race.table}</details>",
+    ]
+    text = _page(title or race.title, (), body, ComparisonChart._esm + esm("scheme", "raced"))
+    return _written(Path(to).expanduser(), text, private=private)
+
+
+def _written(to: Path, text: str, *, private: bool) -> Path:
     with disk_errors(f"write {to}"):
         to.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(to, text, shared=not any(part.private for part in parts))
+    write_whole(to, text, shared=not private)
     return to
+
+
+def _json(content: Any) -> str:
+    text = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json">{text}</script>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +170,7 @@ class _Part:
             yield f"<p><strong>{OPERATOR}</strong></p>"
         if chapter.outcome:
             yield f'<p class="tsnb-outcome">{_text(chapter.outcome)}</p>'
-        tape = json.dumps(self.content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-        yield f'<div class="tsnb-tape"><script type="application/json">{tape}</script></div>'
+        yield f'<div class="tsnb-tape">{_json(self.content)}</div>'
         if chapter.answers:
             yield _table(("prompt", "answer before", "answer after"), chapter.answers)
         yield f"<details><summary>The run in figures</summary>{self.table}</details>"
@@ -156,11 +198,10 @@ def _record_of(run: TrainingRun | RunRecord) -> tuple[RunRecord, Decode | None]:
     return run, decode
 
 
-def _page(title: str, words: Sequence[str], parts: Sequence[_Part]) -> str:
-    script = Dashboard._esm + esm("player")
+def _page(title: str, words: Sequence[str], body: Sequence[str], script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    body = "\n".join(line for part in parts for line in part.html())
+    lines = "\n".join(body)
     saved = f"Saved by tensafe_nb on {datetime.now().astimezone():%Y-%m-%d %H:%M}."
     return f"""<!doctype html>
 <html lang="en">
@@ -174,8 +215,8 @@ def _page(title: str, words: Sequence[str], parts: Sequence[_Part]) -> str:
 <body class="tsnb-page">
 <h1>{_text(title)}</h1>
 {"".join(f"<p>{_text(paragraph)}</p>" for paragraph in words)}
-<noscript><p>The replays need JavaScript; the figures beneath them do not.</p></noscript>
-{body}
+<noscript><p>Charts and replays need JavaScript; the figures beneath them do not.</p></noscript>
+{lines}
 <footer>{saved} All of it is in this file; nothing is loaded from anywhere.</footer>
 <script type="module">{script}</script>
 </body>

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tensafe_nb.config import DPConfig, LoRAConfig, SamplingConfig, TrainingConfig
-from tensafe_nb.events import Alarm, Metrics, PrivacySpent, Rollouts, RunStep
+from tensafe_nb.events import Alarm, Metrics, PrivacySpent, ReplicasChanged, Rollouts, RunStep
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, TurnRecord
 from tensafe_nb.widgets import LossCurve
@@ -184,6 +184,21 @@ class Scene:
         self.client.publish(replace(spent, **changes))
         return self
 
+    def replica(self, change: str, replicas: int, name: str = "") -> "Scene":
+        """Let something happen to one of three replicas."""
+        self.client.publish(
+            ReplicasChanged(change=change, replicas=replicas, wanted=3, name=name, reason="it was killed")
+        )
+        if change == "LOST":
+            self.client.publish(
+                Alarm(
+                    run_id="tc-1/1", step=self.client.step, name="replica_lost", level="amber",
+                    message=f"{name} is gone (it was killed); {replicas} of 3 go on.",
+                    remedy="Nothing else is lost: another is being started in its place.",
+                )
+            )  # fmt: skip
+        return self
+
     def alarm(self, level: str, step: int) -> "Scene":
         self.client.publish(
             Alarm(
@@ -274,6 +289,11 @@ SCENES: dict[str, Callable[[Path], LiveWidget]] = {
     "begun": lambda folder: Scene(folder).start().panel(),
     "one-point": lambda folder: Scene(folder).start().losses(1).panel(),
     "running": lambda folder: Scene(folder).start().losses(60, checkpoints=20).panel(),
+    "cluster": lambda folder: (
+        Scene(folder).start().replica("STARTED", 3).losses(40).replica("LOST", 2, "replica 1 (process 4711)")
+        .replica("JOINED", 3, "replica 4 (process 4812)").replica("LOST", 2, "replica 3 (process 4713)")
+        .panel()
+    ),
     "paused": lambda folder: Scene(folder).start().losses(60).end(RunStatus.PAUSED).panel(),
     "finished": lambda folder: Scene(folder).start().losses(120, checkpoints=30).end().panel(),
     "failed": lambda folder: (

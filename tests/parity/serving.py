@@ -38,8 +38,10 @@ _running: list[Serving] = []
 
 
 @contextlib.contextmanager
-def serving_thread(home: Path, **options: Any) -> Iterator[Serving]:
-    """Run a server."""
+def serving_thread(
+    home: Path, offer: Callable[[Any], None] = lambda app: None, **options: Any
+) -> Iterator[Serving]:
+    """Run a server; `offer` adds to its application."""
     from tensafe_nb.server.app import create_app
     from tensafe_nb.server.door.tokens import Tokens
     from tensafe_nb.server.process import server_of
@@ -48,6 +50,7 @@ def serving_thread(home: Path, **options: Any) -> Iterator[Serving]:
     tokens = Tokens()
     # models are offered by their names in the folder that the process is in: a test's own
     app = create_app(Home(home), tokens, **{"models": Path(), "hub_models": [HUB_MODEL], **options})
+    offer(app)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = server_of(app, seconds_to_stop=5)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server")

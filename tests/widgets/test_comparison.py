@@ -1,14 +1,25 @@
 """The chart of a comparison: what a page is told, what its buttons do, and what stays in the file."""
 
+import base64
+import hashlib
+import json
+import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import tensafe_nb as tn
+from tensafe_nb import widgets
 from tensafe_nb.comparing.results import Measure, Standings, Track
 from tensafe_nb.comparing.showing import shown_of
+from tensafe_nb.widgets import page
 from tensafe_nb.widgets.live.comparison import ComparisonChart
 from tensafe_nb.widgets.still.race import Shown
 
@@ -126,3 +137,64 @@ def test_a_picture_and_a_table_stay_in_the_file(race: Race, outputs: list[Output
     assert "step 8 of 8" in outputs[0].data["text/html"] and "step 8 of 8" in outputs[1].data["text/plain"]
     chart.close()
     assert replace(race.shown(), curves={}).picture() is None
+
+
+def content_of(page: Path) -> dict[str, Any]:
+    """Return what the script of a page is given to show."""
+    text = page.read_text(encoding="utf-8")
+    [found] = re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    return dict(json.loads(found))
+
+
+def test_a_page_of_it_shows_what_the_chart_shows_and_loads_nothing(race: Race, tmp_path: Path) -> None:
+    with pytest.raises(tn.ValidationError, match=r"comparison cmp-1 .*still under way"):
+        page.write_race(tmp_path / "race.html", race.shown())
+    race.done, race.state, race.lost = 8, "FINISHED", (("b", 3),)
+    saved = page.write_race(tmp_path / "race.html", race.shown(), "Rates & <b>")
+    text, shown = saved.read_text(encoding="utf-8"), race.shown()
+    standing, points, status = content_of(saved)["messages"]
+    assert standing["rows"] == shown.standing["rows"] and status["labels"] == ["a", "b"]
+    assert points["s"]["1"][1:] == [list(range(1, 9)), list(shown.curves["1"][1])]
+    assert "Rates &amp; &lt;b&gt;" in text and shown.table in text and page.OPERATOR not in text
+    [script] = re.findall(r'<script type="module">(.*?)</script>', text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
+    assert "showRaces()" in script and not re.search(r"\b(src|href)=|^import ", text, re.MULTILINE)
+
+
+def test_the_page_of_private_trainings_is_their_operators(race: Race, tmp_path: Path) -> None:
+    race.done, race.state = 8, "FINISHED"
+    private = replace(race.shown(), status=race.shown().status | {"dp": True})
+    saved = page.write_race(tmp_path / "race.html", private)
+    assert page.OPERATOR in saved.read_text(encoding="utf-8")
+    assert os.name != "posix" or saved.stat().st_mode & 0o777 == 0o600
+
+
+def test_outside_jupyter_it_is_a_picture_and_a_table_and_in_marimo_its_chart_as_well(
+    race: Race, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, still = widgets.comparison_mime(race)
+    assert kind == "text/html" and "data:image/png;base64," in still and "b over a by" in still
+    charts: list[ComparisonChart] = []
+
+    class Marimo:
+        """What is asked of marimo."""
+
+        @staticmethod
+        def running_in_notebook() -> bool:
+            return True
+
+        @staticmethod
+        def as_html(widget: ComparisonChart) -> Any:
+            charts.append(widget)
+            return SimpleNamespace(text="<marimo-anywidget>")
+
+    monkeypatch.setitem(sys.modules, "marimo", Marimo)
+    _, shown = widgets.comparison_mime(race)
+    assert shown == (
+        f"<marimo-anywidget><details><summary>As it stood when this cell was run</summary>{still}</details>"
+    )
+    wire = Wire(charts[0])
+    wire.mount()
+    assert curves(wire.sent) == {"0": 2, "0±": 2, "1": 2, "1±": 2}
+    charts[0].close()

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 NODE = shutil.which("node")
 SCRIPTS = sorted(STATIC.glob("*.js"))
 BUDGETS = {  # bytes of code that travel with a widget, comments and indentation left behind
-    "Dashboard": 86_000,
+    "Dashboard": 87_000,
     "ComparisonChart": 48_000,
     "LossCurve": 51_000,
     "RewardHistory": 51_000,

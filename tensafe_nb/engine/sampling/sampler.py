@@ -71,6 +71,7 @@ class Completion:
             tuple(self.logprobs[first:]),
             tuple(self.raw_logprobs[first:]),
             self.finish_reason,
+            tuple(self.top_logprobs[first:]),
         )
 
     def _news(self, model: LoadedModel, stops: Sequence[str]) -> str:

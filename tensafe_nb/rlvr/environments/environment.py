@@ -242,6 +242,16 @@ def check_environment(made: Environment) -> None:
             raise ValidationError(
                 f"environment: {name}={as_given(value)} must be a whole number, at least 1."
             )
+    match made.overlong:
+        case None:
+            pass
+        case tuple((int(longest), int(cache))) if 0 < cache < longest:
+            pass
+        case _:
+            raise ValidationError(
+                f"environment: overlong={as_given(made.overlong)} must be (max_length, cache), whole numbers of tokens "
+                f"with 0 < cache < max_length."
+            )
     names: set[str] = set()
     try:
         signature = inspect.signature(made.function)

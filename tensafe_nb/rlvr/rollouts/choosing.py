@@ -25,10 +25,10 @@ RECENT = 0.5  # what earlier answers to a prompt count, once it is answered agai
 class PromptPolicy(Protocol):
     """Chooses the prompts of a step. Write your own: a class with this one method will do.
 
-    Three further attributes are read where it has them. `reads_rewards`, True unless it says otherwise: such a policy
+    Four further attributes are read where it has them. `reads_rewards`, True unless it says otherwise: such a policy
     is refused with differential privacy. `replaces`, 0 unless it says otherwise: how often a step's prompts that taught
     nothing are replaced before the update. `keeps(rewards, scores)`, of one prompt's answers: whether they teach
-    something; without it, whether their rewards differ.
+    something; without it, whether their rewards differ. And `bias`, what the panel says of it, in a few words.
 
     Example:
         >>> class Hardest:
@@ -189,6 +189,7 @@ class UniformPrompts(Config):
     """
 
     reads_rewards: ClassVar[bool] = False
+    bias: ClassVar[str] = ""
 
     def choose(self, seen: PromptRecord, count: int, rng: np.random.Generator) -> Sequence[int]:
         """Return the next prompts of the shuffles."""
@@ -216,6 +217,8 @@ class CurriculumPrompts(Config):
         start: Share of the prompts in the first pool.
         passes: Over how many times as many prompts as there are it grows.
     """
+
+    bias: ClassVar[str] = "easy ones first; compare eval/reward"
 
     by: str | None = None
     start: float = pydantic.Field(default=0.25, gt=0.0, le=1.0)
@@ -254,6 +257,8 @@ class AdaptivePrompts(Config):
         floor: Weight of a prompt that is always or never solved, against 1 of one that is half solved; above 0.
     """
 
+    bias: ClassVar[str] = "more of what is half solved; compare eval/reward"
+
     floor: float = pydantic.Field(default=0.1, gt=0.0, le=1.0)
 
     def weights(self, seen: PromptRecord) -> Array:
@@ -288,6 +293,8 @@ class DynamicSampling(Config):
         on: What has to differ: the "reward", or with "true" what says whether an answer is right (the part marked
             `true=True`, where the reward has one), as in the paper.
     """
+
+    bias: ClassVar[str] = "those without signal are replaced; compare resample/reward and eval/reward"
 
     rounds: Positive = 3
     base: Any = UniformPrompts()
@@ -365,6 +372,11 @@ def replacements(policy: PromptPolicy) -> int:
             f"prompt_policy {as_given(policy)}: replaces={as_given(replaces)} must be a whole number, 0 or more."
         )
     return int(replaces)
+
+
+def bias_of(policy: PromptPolicy) -> str:
+    """Return what a reader of its curves must know of a policy, in a few words; nothing, where it has no bias."""
+    return str(getattr(policy, "bias", f"chosen by {type(policy).__name__}; compare eval/reward"))
 
 
 def teaches(policy: PromptPolicy, rewards: Array, scores: Array) -> bool:

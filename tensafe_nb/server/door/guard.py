@@ -11,7 +11,7 @@ from typing import Protocol
 from starlette.exceptions import HTTPException
 
 from tensafe_nb.errors import TGTinkerError
-from tensafe_nb.server.answers import without_paths
+from tensafe_nb.server.answers import SIGNATURES, form_of, without_paths
 from tensafe_nb.server.door.limits import Quotas
 from tensafe_nb.server.door.once import Answers, App, Message, Once, Receive, Send, is_lasting
 
@@ -23,13 +23,14 @@ UNBOUNDED = (
 )  # its body goes to the disk as it comes, within what the tenant may store
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "testserver")
 MOST_HEADERS, MOST_HEAD_BYTES = 100, 1 << 16
-ONCE = ("host", "authorization", "origin", "content-length", "content-type", "transfer-encoding")
+ONCE = ("host", "authorization", "x-api-key", "origin", "content-length", "content-type", "transfer-encoding")
 BODY_SECONDS = (
     30.0  # in which a body has to come, and as much again for each BODY_RATE × BODY_SECONDS bytes of it
 )
 BODY_RATE = 16 << 10  # bytes a second: who is slower is hung up on
 
 
+API_KEY_PREFIX = "tml-"  # before a token of ours in the header X-API-Key: the Tinker SDK sends no other key
 SCHEMES = ("bearer", "token")  # the second is how Jupyter's own clients say it
 
 
@@ -65,6 +66,7 @@ class Guard:
             here (DNS rebinding) is turned away. "*" takes any, behind a proxy that checks.
         root_path: The path under which a proxy offers it, whether the proxy takes it away or not.
         answers_of: Returns what is kept of a tenant's answers; see `Once`.
+        api_keys: A token may also come as X-API-Key, behind "tml-".
     """
 
     def __init__(
@@ -75,7 +77,10 @@ class Guard:
         hosts: Sequence[str] = (),
         root_path: str = "",
         answers_of: Callable[[str], Answers] | None = None,
+        *,
+        api_keys: bool = False,
     ) -> None:
+        self._api_keys = api_keys
         self._app, self._identity, self._quotas, self._root_path = (
             app,
             identity,
@@ -101,7 +106,7 @@ class Guard:
         refusal = self._of_form(scope, headers) or await self._of_right(scope, headers)
         if refusal is not None:
             self._quotas.note(refusal.code)
-            await refuse(send, refusal, request_id)
+            await refuse(send, refusal, request_id, path_of(scope))
             return
         most = None if is_unbounded(scope) else MOST_BODY_BYTES
         once = headers.get("x-once", "")
@@ -147,6 +152,9 @@ class Guard:
         if path_of(scope) in OPEN:
             return None
         scheme, _, secret = headers.get("authorization", "").partition(" ")
+        key = headers.get("x-api-key", "") if self._api_keys else ""
+        if not scheme and key.startswith(API_KEY_PREFIX):
+            scheme, secret = "token", key.removeprefix(API_KEY_PREFIX)
         try:
             tenant = await self._identity.whose(secret.strip()) if scheme.lower() in SCHEMES else None
         except TGTinkerError as error:  # who could say it does not answer
@@ -168,7 +176,8 @@ def signed(send: Send, request_id: str) -> Send:
 
     async def sign(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], (b"x-tensafe-request", request_id.encode())]
+            signatures = [(name.encode(), request_id.encode()) for name in SIGNATURES]
+            message["headers"] = [*message["headers"], *signatures]
         await send(message)
 
     return sign
@@ -233,14 +242,15 @@ def paced(receive: Receive, most: int | None) -> Receive:
     return counted
 
 
-async def refuse(send: Send, refusal: Refusal, request_id: str) -> None:
-    """Answer with an error, in the form that all errors have."""
+async def refuse(send: Send, refusal: Refusal, request_id: str, path: str) -> None:
+    """Answer with an error, in the form that all errors have at a path."""
     message = without_paths(refusal.message)
     error = {"code": refusal.code, "message": message, "details": {}, "request_id": request_id}
-    body = json.dumps({"error": error}).encode()
+    status, content = form_of(path, refusal.status, error)
+    body = json.dumps(content).encode()
     sent = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     sent += [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
     if refusal.status in (413, 431):
         sent.append((b"connection", b"close"))  # what comes behind it is not read
-    await send({"type": "http.response.start", "status": refusal.status, "headers": sent})
+    await send({"type": "http.response.start", "status": status, "headers": sent})
     await send({"type": "http.response.body", "body": body})

@@ -16,7 +16,7 @@ SUPERVISED = (
     "loss", "eval/loss", "accuracy", "eval/accuracy", "reward_margin", "eval/reward_margin", "grad_norm",
 )  # fmt: skip
 REWARDED = (
-    "reward", "group/reward_std", "eval/reward", "rewards/true",
+    "reward", "group/reward_std", "eval/reward", "rewards/true", "resample/reward",
     "by_group/frac_all_good", "by_group/frac_mixed", "by_group/frac_all_bad",
     "resample/groups", "completions/mean_length", "completions/clipped_ratio", "entropy", "policy/approx_kl",
     "grad_norm", "param_delta_norm",

@@ -66,8 +66,9 @@ class Standing:
         line: "OPEN", "RECONNECTING" or "LOST": whether what is said here is still so is known only while it is open.
         line_reason: Why it is not.
         line_seconds: For how long it has not been.
-        replicas: How many replicas compute it, how many there should be, how many were lost so far and how many have
-            joined; None where it is not on a cluster.
+        prompts: What is to be known of how the run's prompts were chosen.
+        replicas: How many replicas compute it, of how many, their share, and what became of others, in words; None
+            where it is not on a cluster, or closed.
     """
 
     client: str
@@ -88,7 +89,8 @@ class Standing:
     line: str
     line_reason: str | None
     line_seconds: float | None
-    replicas: tuple[int, int, int, int] | None
+    prompts: str
+    replicas: str | None
 
     @classmethod
     def read(cls, state: ClientState, run: RunSoFar | None, now: float) -> "Standing":
@@ -113,6 +115,7 @@ class Standing:
             line="OPEN" if line is None else str(line.state),
             line_reason=None if line is None else line.reason,
             line_seconds=None if line is None else now - line.time,
+            prompts="" if run is None else run.prompts,
             replicas=replicas_of(state),
         )
 
@@ -125,17 +128,15 @@ class Standing:
         return self.run_id is not None and RunStatus(self.state).ended
 
 
-def replicas_of(state: ClientState) -> tuple[int, int, int, int] | None:
-    """Return how many replicas there are, how many there should be, how many were lost, and how many have joined."""
-    if state.replicas is None:
+def replicas_of(state: ClientState) -> str | None:
+    """Say how many replicas there are, what share of a batch each computes, and how many were lost and have joined."""
+    if state.replicas is None or state.closed:
         return None
-    changes = state.replica_changes
-    return (
-        state.replicas.replicas,
-        state.replicas.wanted,
-        changes[ReplicaChange.LOST],
-        changes[ReplicaChange.JOINED],
-    )
+    now, changes = state.replicas.replicas, state.replica_changes
+    share = f", each computes about 1/{now} of a batch" if now > 1 else ""
+    lost, joined = changes[ReplicaChange.LOST], changes[ReplicaChange.JOINED]
+    befell = f" · {lost} lost, {joined} joined" if lost or joined else ""
+    return f"{now} of {state.replicas.wanted} replicas{share}{befell}"
 
 
 def left_behind(state: ClientState, run: RunSoFar | None) -> bool:

@@ -98,6 +98,7 @@ class Dashboard(CurveWidget):
             "state": standing.state,
             "run": standing.run_number,
             "name": standing.name,
+            "prompts": standing.prompts and f" · prompts: {standing.prompts}",
             "step": standing.step,
             "of": standing.planned,
             "elapsed": _rounded(standing.elapsed),

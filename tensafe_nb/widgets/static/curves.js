@@ -30,7 +30,7 @@ function specs(curve, labels, whole) {
     return whole ? [main, ...pairs, small("gradient norm", { name: "grad_norm", label: "" }), small("tokens/s", { name: "tokens/s", label: "", colour: 2 })] : [main];
   }
   main.band = "group/reward_std";
-  main.lines.push({ name: "rewards/true", label: "true reward", colour: 2, dash: [2, 2] });
+  main.lines.push({ name: "rewards/true", label: "true reward", colour: 2, dash: [2, 2] }, { name: "resample/reward", label: "all sampled", colour: 3, dash: [9, 3] });
   if (!whole) return [main];
   return [
     main,

@@ -88,14 +88,6 @@ function freshness(status, silence, cut = false) {
   return `${status.foreign ? "driven by another client · " : status.steer ? "live · " : ""}last update ${(silence / 1000).toFixed(1)} s ago`;
 }
 
-// Of a client on a cluster: how many replicas there are, what each does, and what has become of others.
-function replicasText(status) {
-  if (!status.replicas || status.client === "TERMINATED") return "";
-  const [now, wanted, lost, joined] = status.replicas;
-  const share = now > 1 ? `, each computes about 1/${now} of a batch` : "";
-  return `${now} of ${wanted} replicas${share}${lost || joined ? ` · ${lost} lost, ${joined} joined` : ""}`;
-}
-
 // A button that opens a list of the checkpoints, to choose one for a command.
 class Menu {
   constructor(store, text, command) {
@@ -206,7 +198,7 @@ class Panel {
     this.showHealth();
     this.showBranches();
     this.fresh.textContent = store.status.state ? freshness(store.status, silence, store.cut) : asking(store, store.now());
-    this.replicas.textContent = replicasText(store.status);
+    this.replicas.textContent = store.status.replicas ?? "";
     this.root.dataset.stale = String(this.doubt === "STALE");
     this.root.dataset.doubt = this.doubt;
     this.root.dataset.tries = store.tries;
@@ -244,7 +236,7 @@ class Panel {
     const origin = (this.store.parts.marks?.marks ?? []).find(([, kind, what]) => kind === "f" && what.startsWith("from"));
     const fork = origin ? ` · ⎇ branch ${origin[2]} at step ${origin[0]}` : "";
     const open = status.dp === false && this.meter.el.hidden ? " · DP off" : "";
-    this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}${open}`;
+    this.subject.textContent = `${this.title}${run}${fork}${status.client ? ` · client ${status.client}` : ""}${open}${status.prompts ?? ""}`;
     this.bar.hidden = !status.of;
     this.bar.setAttribute("aria-valuemax", status.of || 0);
     this.bar.setAttribute("aria-valuenow", status.step || 0);
@@ -348,4 +340,4 @@ export default () => {
     },
   };
 };
-export { Panel, clockText, details, doubt, freshness, leftText, offers, replicasText, verdict, worst };
+export { Panel, clockText, details, doubt, freshness, leftText, offers, verdict, worst };

@@ -2,6 +2,7 @@
 import { Store } from "./wire.js";
 import { make, makeButton, makeSelect } from "./page.js";
 import { Panel } from "./panel.js";
+import { followScheme } from "./scheme.js";
 
 const PACES = [0.25, 0.5, 1, 2, 5, 10];
 const NO_SAMPLES = "This page was saved without prompts and answers: save_page(…, samples=4) keeps some of each step.";
@@ -176,8 +177,7 @@ function playAll() {
     player.seek(player.whole);
     for (const chart of player.panel.curves.charts) chart.draw(); // also those that are not on the screen
   }));
-  // A canvas inherits no colours; charts look again when the body changes.
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ({ matches }) => (document.body.dataset.dark = matches));
+  followScheme();
 }
 
 if (typeof document !== "undefined") playAll();

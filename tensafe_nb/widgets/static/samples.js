@@ -226,7 +226,7 @@ class Samples {
     const card = make("div", "tsnb-card");
     const spread = group.signal ? `spread ${briefly(group.std)}` : "no signal: nothing to prefer";
     const most = Math.max(...group.r.flatMap((r) => [r.adv, ...tokensOf(r).map(([, a]) => a)]).map((a) => Math.abs(a ?? 0)), 1e-9);
-    const rate = group.rate == null ? "" : `: ${Math.round(100 * group.rate)} % right`;
+    const rate = group.rate == null ? "" : `, lately ${Math.round(100 * group.rate)} % right`;
     const before = group.answered ? `, asked ${counted(group.answered, "time")} before${rate}` : "";
     card.append(this.prompt(group, `reward ${briefly(group.mean)}, ${spread}${before}`), ...group.r.map((rollout) => this.rollout(rollout, most, group)));
     return card;

@@ -87,13 +87,10 @@ def rows_of_training(feed: Feed, standing: Standing, curve: str) -> Rows:
         yield "line to the server", f"{standing.line}: {standing.line_reason or 'no reason is known'}"
     changed = feed.state.replicas
     if changed is not None and standing.replicas is not None:
-        now, wanted, lost, joined = standing.replicas
-        share = f", each computes about 1/{now} of a batch" if now > 1 else ""
-        changes = f"; {lost} lost, {joined} joined" if lost or joined else ""
         latest = f"; {changed.name} {changed.change.lower()}" if changed.name else ""
         if changed.change == ReplicaChange.WAITING:
             latest += f": {changed.reason}"
-        yield "replicas", f"{now} of {wanted}{share}{changes}{latest}"
+        yield "replicas", standing.replicas + latest
     yield from ends_of(feed.history, curve)
     yield "privacy", privacy_of(feed)
     saved = list(feed.state.checkpoints.values())

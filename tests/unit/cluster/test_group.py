@@ -129,28 +129,39 @@ VERBS: dict[str, Callable[[tn.TrainingClient], Any]] = {
 }
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "behind"])
-@pytest.mark.parametrize("method", VERBS)
+CASES = [
+    *((method, False) for method in VERBS),
+    # behind an answer that nobody else gives, it is as between two operations
+    *((method, True) for method in VERBS.keys() - {"evaluate", "compute_logprobs", "encode", "capture"}),
+]
+UNDISTURBED: dict[str, list[Any]] = {}  # by method
+
+
+def answers(tc: tn.TrainingClient, method: str, lose: Callable[[], None]) -> list[Any]:
+    """Return what a verb and the step behind it say of a client that has lost a replica, or none."""
+    tc.save_state(name="first")
+    tc.forward_backward(ragged(seed=9)).result()
+    lose()
+    found = [VERBS[method](tc)]
+    if method != "optim_step":
+        tc.optim_step() if method != "restore" else tc.forward_backward(ragged(seed=8))
+    tc.forward_backward(ragged(seed=5))
+    return [*found, tc.optim_step().result().param_delta_norm]
+
+
+@pytest.mark.parametrize(("method", "after"), sorted(CASES))
 def test_a_replica_that_is_lost_costs_an_operation_nothing_but_time(
     made: Any, method: str, after: bool
 ) -> None:
     """In each phase of each verb; the numbers are those of a group that has lost nobody."""
-    answers = []
-    for loses in (False, True):
-        tc, cluster = made(2)
-        tc.save_state(name="first")
-        tc.forward_backward(ragged(seed=9)).result()
-        if loses:
-            cluster.lose_one_at(method, after=after)
-        answers.append([VERBS[method](tc)])
-        if method != "optim_step":
-            tc.optim_step() if method != "restore" else tc.forward_backward(ragged(seed=8))
-        tc.forward_backward(ragged(seed=5))
-        answers[-1] += [tc.optim_step().result().param_delta_norm]
-        changes = [event.change for event in tc.history.events(kinds=[ReplicasChanged])]
-        assert changes[0] == "STARTED"
-        assert ("LOST" in changes) == loses
-    assert answers[1] == pytest.approx(answers[0], rel=RELATIVE)
+    if method not in UNDISTURBED:
+        tc, _ = made(2)
+        UNDISTURBED[method] = answers(tc, method, lambda: None)
+        assert [event.change for event in tc.history.events(kinds=[ReplicasChanged])] == ["STARTED"]
+    tc, cluster = made(2)
+    disturbed = answers(tc, method, lambda: cluster.lose_one_at(method, after=after))
+    assert [event.change for event in tc.history.events(kinds=[ReplicasChanged])][:2] == ["STARTED", "LOST"]
+    assert disturbed == pytest.approx(UNDISTURBED[method], rel=RELATIVE)
 
 
 def test_a_replica_that_was_lost_is_replaced_by_one_that_knows_all_that_the_others_know(made: Any) -> None:
@@ -202,10 +213,13 @@ def test_the_loss_of_a_replica_is_an_alarm_and_the_state_says_how_many_are_left(
     assert state.replicas is not None
     assert (state.replicas.replicas, state.replicas.wanted) in {(2, 3), (3, 3)}
     standing = Standing.read(state, None, 0.0)
-    assert standing.replicas in {(2, 3, 1, 0), (3, 3, 1, 1)}
+    assert standing.replicas in {
+        "2 of 3 replicas, each computes about 1/2 of a batch · 1 lost, 0 joined",
+        "3 of 3 replicas, each computes about 1/3 of a batch · 1 lost, 1 joined",
+    }
     feed = Feed(tc)
     said = dict(rows_of(Subject((feed,)), [feed.standing()], steering=False))["replicas"]
-    assert re.search(r"of 3, each computes about 1/[23] of a batch; 1 lost, [01] joined; replica \d", said)
+    assert re.search(r"of 3 replicas, .*; replica \d", said)
     (alarm,) = tc.history.events(kinds=[Alarm])
     assert alarm.name == "replica_lost"
     assert "replica 1" in alarm.message

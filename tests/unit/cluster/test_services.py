@@ -50,7 +50,7 @@ def test_ideas_are_compared_on_a_cluster_with_the_numbers_of_one_process(alone: 
     def idea(service: tn.ServiceClient, seed: int, learning_rate: float) -> tn.TrainingRun:
         changes: dict[str, Any] = {"optimizer": {"learning_rate": learning_rate}, "seed": seed}
         tc = service.create_training_client(**CONFIG | changes)
-        return tc.fit(tc.batches(ROWS, seed=seed), steps=2, show=False)
+        return tc.fit(tc.batches(ROWS, seed=seed), steps=1, show=False)
 
     tables = []
     cluster = Threads(2)
@@ -79,6 +79,9 @@ def test_a_server_puts_a_client_on_a_cluster_away_and_its_next_operation_brings_
         drawn = [tc.sample("a", max_new_tokens=4).result().sequences[0].tokens for tc in (one, other)]
         for tc in (one, other):
             tc.forward_backward(BATCH).result()  # a window that is open
+        private = {"sampling": "poisson", "dataset_size": 100, "noise_multiplier": 1.0}
+        with pytest.raises(tn.ValidationError, match="Private training runs in one process"):
+            service.create_training_client(**CONFIG | {"dp_config": private})
         core = core_of(one)
         core.put_away()
         eventually(lambda: core.is_away and cluster.living == [])

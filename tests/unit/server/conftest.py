@@ -58,10 +58,12 @@ def new_client(http: httpx.Client, **config: Any) -> str:
 
 
 def error_of(answer: httpx.Response) -> tuple[int, str]:
-    """Return status and code of an error, which has the one form that errors have."""
-    body = answer.json()
-    assert set(body) == {"error"} and set(body["error"]) == {"code", "message", "details", "request_id"}
-    assert body["error"]["message"] and body["error"]["request_id"]
+    """Return status and code of an error, which has the one form that errors have; beneath /v1, OpenAI's."""
+    body, of_openai = answer.json(), answer.url.path.startswith("/v1/")
+    form = {"message", "type", "param", "code"} if of_openai else {"code", "message", "details", "request_id"}
+    assert set(body) == {"error"} and set(body["error"]) == form
+    assert body["error"]["message"] and answer.headers["x-request-id"].startswith("req-")
+    assert of_openai or body["error"]["request_id"]
     return answer.status_code, body["error"]["code"]
 
 

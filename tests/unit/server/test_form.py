@@ -38,10 +38,13 @@ def test_the_description_names_every_route_with_its_errors(serving: Serving, htt
     for path, methods in described["paths"].items():
         for method, route in methods.items():
             assert route["summary"] and route["description"], (path, method)
-            if path.startswith("/api"):
-                assert {"401", "404", "422", "429", "500"} <= set(route["responses"]), path
+            if path.startswith(("/api", "/v1")):
+                wrong, form = (
+                    ("422", "/ErrorAnswer") if path.startswith("/api") else ("400", "/OpenAIErrorAnswer")
+                )
+                assert {"401", "404", wrong, "429", "500"} <= set(route["responses"]), path
                 error = route["responses"]["401"]["content"]["application/json"]["schema"]
-                assert error["$ref"].endswith("/ErrorAnswer")
+                assert error["$ref"].endswith(form)
             if method in ("post", "put") and not path.endswith(
                 ("/keys/rotate", "/cancel", "/refresh", "/artifacts")
             ):

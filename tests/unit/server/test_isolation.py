@@ -20,6 +20,7 @@ UNKNOWN = {
     "future_id": "fut-000000000000",
     "artifact_id": f"art-{'0' * 32}",
     "connection_id": f"he-{'0' * 32}",
+    "model": "tc-000000000000",
 }
 BODIES: dict[str, Any] = {  # of the routes that need one, by the end of their path
     "operations": {"$": "optim_step"},
@@ -41,12 +42,15 @@ OF_A_TENANT = {  # routes without an id, and what they answer a tenant that has 
     ("get", "/api/v1/artifacts"): [],
     ("get", "/api/v1/audit_logs"): [],
     ("post", "/api/v1/keys/rotate"): {"rewrapped": 0},
+    ("get", "/v1/models"): {"object": "list", "data": []},
 }
 OF_ALL = {  # routes that are the same for everybody, or make something new
     *(("get", f"/{probe}") for probe in ("health", "live", "ready", "version", "metrics")),
     *(("get", f"/api/v1/{name}") for name in ("capabilities", "losses", "audit_logs/verify")),
     ("post", "/api/v1/training_clients"),
     ("put", "/api/v1/artifacts"),
+    ("post", "/v1/completions"),  # what they sample from is named in the body: tests/unit/server/openai
+    ("post", "/v1/chat/completions"),
     ("post", "/api/v1/samples"),
 }
 
@@ -69,7 +73,8 @@ def mine(http: httpx.Client, path: str) -> dict[str, str]:
     saved = outcome(http, queued).json()["artifact_id"]
     connection = open_encrypted(http, path)[0].json()["connection_id"]
     names = {"future_id": queued, "artifact_id": saved, "connection_id": connection}
-    return {"training_client_id": path.rpartition("/")[2], **names}
+    name = path.rpartition("/")[2]
+    return {"training_client_id": name, "model": name, **names}
 
 
 def test_every_route_answers_for_anothers_id_as_for_one_that_does_not_exist(
@@ -84,7 +89,7 @@ def test_every_route_answers_for_anothers_id_as_for_one_that_does_not_exist(
             continue
         answers = []
         for ids in (mine, UNKNOWN):
-            address = route.removeprefix("/api/v1").format(**ids)
+            address = f"{serving.url}{route.format(**ids)}"
             body = {"json": BODIES.get(route.rpartition("/")[2], {})} if method in ("post", "put") else {}
             query = QUERIES.get(route.rpartition("/")[2], {})
             answer = other.request(method, address, params=query, **body)
@@ -120,7 +125,7 @@ def test_routes_without_an_id_tell_nothing_of_another(
     without_id = {(method, path) for method, path in routes(serving, http) if "{" not in path}
     assert without_id == OF_ALL | set(OF_A_TENANT), "say of a new route what it answers another tenant"
     for (method, path), nothing in OF_A_TENANT.items():
-        assert other.request(method, path.removeprefix("/api/v1")).json() == nothing
+        assert other.request(method, f"{serving.url}{path}").json() == nothing
     for method, path in OF_ALL:
         if method == "get":
             answer = other.get(f"{serving.url}{path}")

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { clockText, details, doubt, freshness, leftText, offers, replicasText, verdict, worst } from "../../../tensafe_nb/widgets/static/panel.js";
+import { clockText, details, doubt, freshness, leftText, offers, verdict, worst } from "../../../tensafe_nb/widgets/static/panel.js";
 import { asking, wordsOf } from "../../../tensafe_nb/widgets/static/place.js";
 
 const RUNNING = { state: "RUNNING", client: "BUSY", run: "1", step: 214, of: 500, elapsed: 252, eta: 300, queue: 3, active: true, steer: true };
@@ -50,15 +50,6 @@ test("silence is called stale after twelve seconds, and only while something is 
   assert.equal(freshness({ ...RUNNING, active: false }, 60_000), "up to date");
   assert.match(freshness({ ...RUNNING, line: "LOST" }, 100), /nothing comes from the server/);
   assert.match(freshness({ ...RUNNING, run_id: "tc-1/1" }, 0, true), /lost its kernel.*tn\.load_run\("tc-1\/1"\)/);
-});
-
-test("of a cluster a line says how many replicas there are, their share, and what became of others", () => {
-  const line = (replicas, more = {}) => replicasText({ ...RUNNING, replicas, ...more });
-  assert.equal(line(null), "");
-  assert.equal(line([2, 2, 0, 0]), "2 of 2 replicas, each computes about 1/2 of a batch");
-  assert.equal(line([1, 2, 1, 0]), "1 of 2 replicas · 1 lost, 0 joined");
-  assert.equal(line([3, 3, 2, 2]), "3 of 3 replicas, each computes about 1/3 of a batch · 2 lost, 2 joined");
-  assert.equal(line([2, 2, 0, 0], { client: "TERMINATED" }), "");
 });
 
 test("a page that waits for the kernel says how often it has asked, and when it asks again", () => {

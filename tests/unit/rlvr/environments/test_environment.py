@@ -52,6 +52,7 @@ def takes_two(row, other):
         (lambda: environment(takes_two), r"called as takes_two\(row\)"),
         (lambda: environment(max_turns=0)(speaks), "max_turns=0 must be"),
         (lambda: environment(max_tokens=0)(speaks), "max_tokens=0 must be"),
+        (lambda: Environment(speaks, overlong=(4, 4)), r"overlong=\(4, 4\) must be \(max_length, cache\)"),
     ],
 )
 def test_what_is_no_environment_is_refused_with_what_is_missing(make, message):

@@ -1,0 +1,1 @@
+"""Sampling as OpenAI's clients ask for it: chat pages, agents, evaluation suites."""
