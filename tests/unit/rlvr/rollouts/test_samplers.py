@@ -80,6 +80,10 @@ def test_the_policy_sampler_sends_every_sampling_parameter():
         "num_samples": 2,
         "stop": ("\n",),
         "ignore_end": False,
+        "prompt_logprobs": False,
+        "stop_tokens": (),
+        "top_logprobs": 0,
+        "top_prompt_logprobs": 0,
     }
 
 
