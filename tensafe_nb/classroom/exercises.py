@@ -522,3 +522,30 @@ def pairs_of_arms(answer: Any) -> None:
             raise Hint("this counts A against B and B against A.")
         if given != math.comb(arms, 2):
             raise Hint(f"of {arms} arms it should not be {given:g}: every two of them, once.")
+
+
+# 13 · The tinker SDK
+
+
+@exercise(
+    "13.1",
+    right="the last prompt token's target is the first of the answer, so the weights begin one place early.",
+)
+def target_weights(answer: Any) -> None:
+    given = numbers_in(answer)
+    if given == [0, 0, 0, 1, 1]:
+        raise Hint("these are the weights of the five tokens. The first is nobody's target.")
+    if given == [0, 0, 0, 1]:
+        raise Hint("targets are shifted by one, and their weights with them.")
+    if given != [0, 0, 1, 1]:
+        raise Hint("there are four targets: which of them are the prompt's, and which the answer's?")
+
+
+@exercise("13.2", right="a sum grows with the length of a batch; a mean can be compared between batches.")
+def loss_per_token(answer: Any) -> None:
+    for loss, weights in ((12.0, [0.0, 0.0, 1.0, 1.0]), (9.0, [1.0, 1.0, 1.0]), (3.0, [0.0, 1.0])):
+        given = number_in(called(answer, loss, list(weights)))
+        if near(given, loss / len(weights)) and not near(given, loss / sum(weights)):
+            raise Hint("a target of weight 0 is no part of the sum, and does not count.")
+        if not near(given, loss / sum(weights)):
+            raise Hint(f"at a sum of {loss:g} and the weights {weights} it should not be {given:.4g}.")
