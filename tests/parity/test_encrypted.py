@@ -11,7 +11,7 @@ import torch
 
 import tensafe_nb as tn
 from tensafe_nb.privacy.encrypted import scheme
-from tensafe_nb.transports import encrypted
+from tensafe_nb.transports.encrypted import adapter, halves
 from tests.parity.serving import Serving, core_of, engine_of
 
 BOUND = 1e-5  # of the largest entry
@@ -35,7 +35,7 @@ def tc(service: tn.ServiceClient) -> tn.TrainingClient:
 
 
 @pytest.fixture
-def he(tc: tn.TrainingClient) -> Iterator[encrypted.HEAdapter]:
+def he(tc: tn.TrainingClient) -> Iterator[adapter.HEAdapter]:
     with tc.he_adapter(modules=["q_proj", "v_proj"], tokens=TOKENS) as he:
         yield he
 
@@ -70,7 +70,7 @@ def step(tc: tn.TrainingClient) -> None:
 
 
 def test_one_upload_gives_what_each_modules_adapter_adds(
-    tc: tn.TrainingClient, he: encrypted.HEAdapter, transport: str
+    tc: tn.TrainingClient, he: adapter.HEAdapter, transport: str
 ) -> None:
     x = activations(11)
     handle = he(x)
@@ -95,7 +95,7 @@ def test_one_upload_gives_what_each_modules_adapter_adds(
 
 
 def test_the_model_says_what_the_plaintext_adapter_says(
-    tc: tn.TrainingClient, he: encrypted.HEAdapter, capsys: pytest.CaptureFixture[str]
+    tc: tn.TrainingClient, he: adapter.HEAdapter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = he.model()
     found = model.logits(PROMPTS).result()
@@ -119,14 +119,14 @@ def test_the_model_says_what_the_plaintext_adapter_says(
 
 
 @pytest.mark.transports("embedded", soak="http")
-def test_what_is_generated_is_what_the_client_samples(tc: tn.TrainingClient, he: encrypted.HEAdapter) -> None:
+def test_what_is_generated_is_what_the_client_samples(tc: tn.TrainingClient, he: adapter.HEAdapter) -> None:
     drawn = {"max_new_tokens": 3, "temperature": 0.8, "seed": 5}
     found = he.model().generate(PROMPTS, **drawn).result()
     assert found.texts == tc.sample(PROMPTS, **drawn).result().texts
 
 
 def test_once_the_weights_move_on_calls_are_refused_until_refreshed_with_the_same_keys(
-    tc: tn.TrainingClient, he: encrypted.HEAdapter
+    tc: tn.TrainingClient, he: adapter.HEAdapter
 ) -> None:
     x = activations(2)
     before = he(x).result()
@@ -147,7 +147,7 @@ def test_once_the_weights_move_on_calls_are_refused_until_refreshed_with_the_sam
 
 @pytest.mark.transports("embedded", soak="http")
 def test_an_adapter_that_moved_on_before_the_first_call_is_not_silently_another(
-    tc: tn.TrainingClient, he: encrypted.HEAdapter
+    tc: tn.TrainingClient, he: adapter.HEAdapter
 ) -> None:
     step(tc)
     with pytest.raises(tn.EncryptionContextError, match="was trained on"):
@@ -158,18 +158,18 @@ def test_an_adapter_that_moved_on_before_the_first_call_is_not_silently_another(
 
 @pytest.mark.transports("embedded", soak="http")
 def test_calls_queue_tell_their_progress_and_can_be_cancelled(
-    tc: tn.TrainingClient, he: encrypted.HEAdapter, monkeypatch: pytest.MonkeyPatch
+    tc: tn.TrainingClient, he: adapter.HEAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encrypted, "MOST_MESSAGE", 600_000)  # 8 tokens at a time
+    monkeypatch.setattr(halves, "MOST_MESSAGE", 600_000)  # 8 tokens at a time
     reached, opened = threading.Event(), threading.Event()
-    answered = encrypted.Halves._answered
+    answered = halves.Halves._answered
 
     def slow(self: Any, part: Any, x: Any, tick: Callable[[int, int], None]) -> Any:
         reached.set()
         assert opened.wait(60)
         return answered(self, part, x, tick)
 
-    monkeypatch.setattr(encrypted.Halves, "_answered", slow)
+    monkeypatch.setattr(halves.Halves, "_answered", slow)
     running, waiting, last = (he(activations(tokens)) for tokens in (24, 1, 1))
     assert reached.wait(60)
     assert (running.state, running.progress) == ("RUNNING", (0, 24))
@@ -185,7 +185,7 @@ def test_calls_queue_tell_their_progress_and_can_be_cancelled(
 
 @pytest.mark.transports("http", soak="embedded")
 def test_a_connection_that_is_gone_is_opened_again_with_keys_of_its_own(
-    tc: tn.TrainingClient, he: encrypted.HEAdapter
+    tc: tn.TrainingClient, he: adapter.HEAdapter
 ) -> None:
     x = activations(3)
     he(x).result()
@@ -291,7 +291,7 @@ def test_a_client_without_adapter_has_nothing_to_apply(service: tn.ServiceClient
 
 
 @pytest.mark.transports("embedded", soak="http")
-def test_another_base_is_not_taken_for_that_of_the_adapter(he: encrypted.HEAdapter) -> None:
+def test_another_base_is_not_taken_for_that_of_the_adapter(he: adapter.HEAdapter) -> None:
     with pytest.raises(tn.ValidationError, match=r"'builtin:sums' here is not the one.*he\.model\(base=…\)"):
         he.model(base="builtin:sums")
 
@@ -312,7 +312,7 @@ def test_the_cost_is_estimated_before_any_key_of_the_connection_is_made(
     tc: tn.TrainingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tc.he_adapter(tokens=TOKENS) as he:
-        monkeypatch.setattr(encrypted, "HEClient", lambda *_, **__: pytest.fail("a key was made"))
+        monkeypatch.setattr(halves, "HEClient", lambda *_, **__: pytest.fail("a key was made"))
         cost = he.cost(tokens=64)
         assert cost.upload_kb > 0 and cost.galois_mb > 0 and str(cost).startswith("estimate")
         assert scheme.library()
@@ -320,7 +320,7 @@ def test_the_cost_is_estimated_before_any_key_of_the_connection_is_made(
 
 @pytest.mark.transports("embedded")
 def test_a_faint_module_beside_a_loud_one_keeps_its_digits(
-    tc: tn.TrainingClient, he: encrypted.HEAdapter
+    tc: tn.TrainingClient, he: adapter.HEAdapter
 ) -> None:
     for name, parameter in engine_of(tc).model.trainable:
         if "v_proj" in name:
@@ -331,7 +331,7 @@ def test_a_faint_module_beside_a_loud_one_keeps_its_digits(
 
 @pytest.mark.transports("http")
 def test_a_server_that_restarts_between_two_calls_is_asked_again(
-    tc: tn.TrainingClient, he: encrypted.HEAdapter, serving: Serving, monkeypatch: pytest.MonkeyPatch
+    tc: tn.TrainingClient, he: adapter.HEAdapter, serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = activations(2)
     he(x).result()

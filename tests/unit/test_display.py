@@ -129,7 +129,8 @@ def test_the_list_of_what_is_tested_has_all_results_and_more() -> None:
 def test_what_is_shown_is_what_is_there() -> None:
     result = types.ForwardBackwardResult(2.3456789, 0.5, 6, {"gamma": 2.5}, 6.0)
     assert repr(result) == (
-        "ForwardBackwardResult(loss=2.34568, grad_norm=0.5, tokens_processed=6, metrics={'gamma': 2.5}, weight=6)"
+        "ForwardBackwardResult(loss=2.34568, grad_norm=0.5, tokens_processed=6, metrics={'gamma': 2.5}, weight=6, "
+        "logprobs=None)"
     )
     assert f'<th scope="row" {reprs.LEFT}>loss</th><td {reprs.LEFT}>2.34568</td>' in result._repr_html_()
     assert f'<th scope="row" {reprs.LEFT}>metrics</th><td {reprs.LEFT}>gamma 2.5</td>' in result._repr_html_()
