@@ -9,6 +9,8 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 ELSEWHERE = ("13_tinker_sdk",)  # needs the tinker SDK: `make tinker-parity` runs it
+# Some 20 s each, of the nine minutes that `make test` has: `make soak` runs them.
+LONG = ("03_losses", "04_checkpoints", "06_reward_functions", "09_homomorphic_lora", "12_comparing_ideas")
 START = (Path(__file__).parents[2] / "binder/start").read_text()
 SETTINGS = dict(re.findall(r"((?:OMP|MALLOC)_\w+)=(\d+)", START))  # measured as Binder runs it
 MEMORY = """\
@@ -26,7 +28,15 @@ def cells(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in ELSEWHERE], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.soak if path.stem in LONG else ())
+        for path in NOTEBOOKS
+        if path.stem not in ELSEWHERE
+    ],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbformat
     from nbclient import NotebookClient

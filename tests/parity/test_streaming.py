@@ -161,4 +161,3 @@ def test_pieces_are_whole_where_a_proxy_holds_streams_back(tc: tn.TrainingClient
         stream = polled.stream("import ", max_new_tokens=40, ignore_end=True, seed=7)
         pieces = list(stream)
         check_whole(pieces, stream.handle.sequences[0])
-    assert len(pieces) > 10, "they come one by one"
