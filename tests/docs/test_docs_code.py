@@ -18,6 +18,7 @@ from tensafe_nb.cli import main as cli
 
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r'^```(\w*)(?: title="([\w.]+)")?\n(.*?)^```', flags=re.DOTALL | re.MULTILINE)
+LONG = ("cluster", "comparing")  # some 10 s each: `make soak` runs them
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
 
 
@@ -52,7 +53,11 @@ def write_or_run(title: str, text: str) -> None:
     assert cli.main(arguments) == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.soak if page.stem in LONG else ()) for page in PAGES],
+    ids=lambda page: str(page.relative_to(DOCS)),
+)
 def test_the_code_of_a_page_runs_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +92,7 @@ def test_every_public_name_is_in_the_reference() -> None:
             assert f"tensafe_nb.{name}" in reference or home in reference, name
 
 
+@pytest.mark.soak  # links and references are looked at in `test_docs`
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}

@@ -13,7 +13,7 @@ import tensafe_nb as tn
 from tensafe_nb.events import Event, RunStep
 from tests.faults.killing import ROOT
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.soak]  # what goes on and how is in tests/unit/comparing
 ROWS = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(8)]
 RATES = {"learning_rate": [1e-3, 1e-2]}
 

@@ -123,6 +123,7 @@ def test_an_interrupt_ends_the_wait_and_not_the_replicas_and_the_kernels_death_e
         manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.soak
 def test_a_server_on_a_cluster_that_is_killed_takes_its_replica_along_and_comes_back_with_another(
     tmp_path: Path,
 ) -> None:

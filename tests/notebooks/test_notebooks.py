@@ -9,8 +9,8 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 ELSEWHERE = ("13_tinker_sdk",)  # needs the tinker SDK: `make tinker-parity` runs it
-# Some 20 s each, of the nine minutes that `make test` has: `make soak` runs them.
-LONG = ("03_losses", "04_checkpoints", "06_reward_functions", "09_homomorphic_lora", "12_comparing_ideas")
+# Some 20 s each, and `make test` has nine minutes for all there is: the others run in `make soak`.
+QUICK = ("01_quickstart", "02_async_pipelining", "05_rlvr", "07_differential_privacy")
 START = (Path(__file__).parents[2] / "binder/start").read_text()
 SETTINGS = dict(re.findall(r"((?:OMP|MALLOC)_\w+)=(\d+)", START))  # measured as Binder runs it
 MEMORY = """\
@@ -31,7 +31,7 @@ def cells(path: Path, kind: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=pytest.mark.soak if path.stem in LONG else ())
+        pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.soak)
         for path in NOTEBOOKS
         if path.stem not in ELSEWHERE
     ],

@@ -407,7 +407,7 @@ def test_closing_waits_for_a_server_that_is_restarted_says_so_and_can_be_interru
     def script(request: str) -> bytes | None:
         if "DELETE" not in request or network.script is not script:
             return None
-        if next(tries) == 6:  # so far nothing has answered for longer than `DRAINING`
+        if next(tries) >= 6:  # so far nothing has answered for longer than `DRAINING`
             _thread.interrupt_main()
         return answer("502 Bad Gateway")
 
