@@ -240,7 +240,7 @@ def save_comparison(race: Any, to: Any, title: str | None = None) -> Any:
     return page.write_race(to, race.shown(), title)
 
 
-def settle(source: feed.Source, timeout: float = 3.0) -> bool:
+def settle(source: feed.Source, timeout: float = 20.0) -> bool:
     """Wait until whatever shows a closed training client has shown its end; at once where nothing does."""
     return feed.settle(source, timeout)
 
