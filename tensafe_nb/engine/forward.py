@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from tensafe_nb.engine import micro_batches
 from tensafe_nb.engine.accumulation import Tick
 from tensafe_nb.engine.models import inputs
 from tensafe_nb.engine.models.load import GLOBAL_RANDOM, LoadedModel
+from tensafe_nb.engine.recomputation import layers_of, recomputed
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import Declaration, LossValue
 from tensafe_nb.losses.views import chunk_rows
+from tensafe_nb.privacy.row_dropout import RowDropout
 from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
 
 SCORING = Declaration(per_row=True)  # each row by itself: what a pass without a loss computes
@@ -31,6 +34,7 @@ class ForwardPass:
         micro_batch_tokens: What is computed at once, padding included.
         has_dropout: Whether training draws random numbers.
         random: The states of the dropout streams, by kind of device.
+        forgets: The layers that are computed again in the backward pass, with gradient checkpointing.
         looks_ahead: Whether what comes behind a token changes what the model says at it.
         overhead: What a further micro-batch costs, in tokens.
     """
@@ -42,6 +46,7 @@ class ForwardPass:
         self.random = {"cpu": torch.Generator().manual_seed(config.seed).get_state()}
         if model.device.type == "cuda":
             self.random["cuda"] = torch.Generator(model.device).manual_seed(config.seed).get_state()
+        self.forgets = layers_of(model, config.model_ref) if config.gradient_checkpointing else []
         self.looks_ahead = inputs.looks_ahead(model)
         self.overhead = micro_batches.overhead_in_tokens(
             sum(p.numel() for p in model.causal.parameters()), accelerator=model.device.type != "cpu"
@@ -101,6 +106,7 @@ class ForwardPass:
         *,
         whole_rows: bool = False,
         position_ids: Tensor | None = None,
+        dropout: RowDropout | None = None,
     ) -> LossOutputs:
         """Let the model read some rows; what a loss reads of its answer is computed when it is read.
 
@@ -109,6 +115,7 @@ class ForwardPass:
             tensors: Theirs.
             whole_rows: Let every layer see (B, T, …), the head too: not the N labelled positions of all rows.
             position_ids: (B, T) to tell the model, unless padding in front of the rows decides them.
+            dropout: The rows' own; None takes what the random stream gives.
         """
         mask, given = tensors["attention_mask"], part.attention_mask  # (B, T) each
         asked = {"input_ids": tensors["input_ids"], "use_cache": False}
@@ -119,7 +126,7 @@ class ForwardPass:
             asked["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         elif position_ids is not None:
             asked["position_ids"] = position_ids
-        with self.model.autocast():
+        with self.model.autocast(), dropout or contextlib.nullcontext(), self._forgetting(dropout):
             if self.model.split and not whole_rows:
                 hidden, logits = self.model.body(**asked).last_hidden_state, None  # (B, T, D)
             else:
@@ -141,6 +148,12 @@ class ForwardPass:
         tensors = self.tensors(part, batch)
         outputs = self.outputs(part, tensors)
         return outputs, loss(outputs, tensors)
+
+    def _forgetting(self, dropout: RowDropout | None) -> AbstractContextManager[None]:
+        if not self.forgets or not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        again = None if dropout is None else lambda: (contextlib.nullcontext(), dropout.again())
+        return recomputed(self.forgets, draws=self.has_dropout, again=again)
 
     def _head(self, hidden: Tensor) -> Tensor:
         with self.model.autocast():
