@@ -55,7 +55,7 @@ def recomputed(
     own = [layer.__dict__.get("forward") for layer in layers]
     options: dict[str, Any] = {} if again is None else {"context_fn": again}
     for layer in layers:
-        layer.forward = partial(  # type: ignore[method-assign]
+        layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=draws, **options
         )
     try:
@@ -65,4 +65,4 @@ def recomputed(
             if forward is None:
                 del layer.forward
             else:
-                layer.forward = forward  # type: ignore[method-assign]
+                layer.forward = forward

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from tensafe_nb.engine.models import products
 
 
 class FusedLinear(lora.Linear):  # type: ignore[misc]
@@ -57,7 +58,7 @@ class LoRAFunction(torch.autograd.Function):
         kind = weight.dtype  # x: (B, T, in), W: (out, in), A: (r, in), B: (out, r)
         rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
         low = (rows @ a.T).mul_(scaling)  # (B·T, r)
-        y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
+        y = products.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
         learns_a = ctx.needs_input_grad[3]  # only ∂A takes the rows: without it they need not be kept
         ctx.save_for_backward(rows if learns_a else None, low, a, b)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -71,7 +72,11 @@ class LoRAFunction(torch.autograd.Function):
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
             # ∂x = ∂y W + s ∂y B A, the update added in place by the second product
-            to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], a.shape[1])
+            to_x = (
+                products.transposed(slopes, ctx.weight)
+                .addmm_(low_slopes, a)
+                .view(*gradient.shape[:-1], a.shape[1])
+            )
         if ctx.sink is not None:
             hand_over_rows(ctx, len(gradient), slopes, low_slopes, rows, low)
             return to_x, *[None] * 6

@@ -85,7 +85,7 @@ def test_less_is_kept_and_the_estimate_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 def test_scoring_and_a_failed_pass_leave_the_layers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tn.TrainingConfig(lora_config={"rank": 4}, gradient_checkpointing=True, device="cpu"))
-    layers = engine.forward_pass.forgets
+    layers, engine.forward_pass.fused = engine.forward_pass.forgets, False
     engine.compute_logprobs(BATCH)
     monkeypatch.setattr(type(layers[1]), "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
