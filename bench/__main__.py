@@ -38,6 +38,7 @@ ROWS = {
     "audit": "store:audit",
     "dp-step": "privacy:step_tiny",
     "dp-step-llama": "privacy:step_llama",
+    "dp-step-all-weights": "privacy:step_all_weights",
     "dp-opacus": "privacy:step_opacus",
     "dp-memory": "privacy:memory",
     "dp-accounting-step": "privacy:accounting_step",
@@ -86,6 +87,8 @@ REAL = {
     "real-sampling-llama-cpp": "real:sampling_llama_cpp",
     "real-rl-update": "real:rl_update",
     "real-memory": "real:step_memory",
+    "real-memory-checkpointing": "real:step_memory_recomputed",
+    "real-checkpointing": "real:recomputed",
     "real-chats": "chats:one_turn",
     "real-chats-five-turns": "chats:five_turns",
 }
