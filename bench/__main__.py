@@ -24,6 +24,7 @@ ROWS = {
     "training": "training:all_labelled",
     "training-ragged": "training:ragged",
     "training-quarter": "training:quarter_labelled",
+    "training-checkpointing": "training:recomputed",
     "sampling": "sampling:sums",
     "rl-update": "rl:update",
     "rl-environments": "rl:environments",
@@ -88,7 +89,6 @@ REAL = {
     "real-rl-update": "real:rl_update",
     "real-memory": "real:step_memory",
     "real-memory-checkpointing": "real:step_memory_recomputed",
-    "real-checkpointing": "real:recomputed",
     "real-chats": "chats:one_turn",
     "real-chats-five-turns": "chats:five_turns",
 }

@@ -142,22 +142,6 @@ def step_memory_recomputed() -> Row:
     return _memory(f"{STEP}, `gradient_checkpointing=True`", peer, "recomputed", sizes, 0.5)
 
 
-def recomputed() -> Row:
-    """No target: what computing activations again takes."""
-    batch = _full()
-    with _client("float32", gradient_checkpointing=True) as again, _client("float32") as kept:
-        sides = workload.step_through(again, batch), workload.step_through(kept, batch)
-        taken = paired(*sides, seconds=SECONDS, at_least=AT_LEAST, warmup=1)
-    return Row(
-        what=f"{STEP}, `gradient_checkpointing=True`",
-        peer="the same without",
-        precision="fp32",
-        sizes=f"{NAME}, {ROWS}×{TOKENS}, every position labelled, fused AdamW",
-        taken=taken,
-        compares=LARGER,
-    )
-
-
 def sampling() -> Row:
     """Issue 9: at least 1.5 times the speed of `generate`."""
     return _sampling(PROMPTS, Target("≥", 1.5))

@@ -30,10 +30,13 @@ class FusedLinear(lora.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.active_adapters
-        if args or kwargs or self.in_parts or self.disable_adapters or self.merged or len(names) != 1:
+        if args or kwargs or self.in_parts or self.merged or len(names) != 1:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,), base = names, self.base_layer
         plain = type(base) is nn.Linear and not base.weight.requires_grad and not self.lora_variant
+        if self.disable_adapters:  # by the same product as with an adapter: one at zero then changes nothing
+            single = plain and x.dtype is base.weight.dtype is torch.float32
+            return products.FrozenLinear.apply(x, base.weight, base.bias) if single else super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
         if not plain or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
             return super().forward(x)  # type: ignore[no-any-return]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
