@@ -13,12 +13,10 @@ from tensafe_nb import rlvr
 from tensafe_nb.cluster.ray_driver import patient
 from tensafe_nb.events import OperationFinished, ReplicasChanged
 from tests.faults import loopback
-from tests.faults.on_ray import CONFIG, changes, ended, mark
+from tests.faults.on_ray import CONFIG, SLOWLY, changes, ended, mark
 
 ROWS = [{"prompt": f"{n}+{m}=", "completion": str(n + m)} for n in range(8) for m in range(8)]
 STEPS = 30
-# At 1e-2 what rounding differs grows to another way of training, whether a node is lost or not.
-SLOWLY = {**CONFIG, "optimizer": {"learning_rate": 1e-4}}
 NODE: dict[str, Any] = {
     "node_ip_address": "127.0.0.1",
     "num_cpus": 1,

@@ -15,7 +15,7 @@ from typing import Any
 import tensafe_nb as tn
 from tests.faults import loopback
 from tests.faults.killing import Nursery, killed_server
-from tests.faults.on_ray import CONFIG, batch, changes, descendants, mark, step
+from tests.faults.on_ray import SLOWLY, batch, changes, descendants, mark, step
 
 # `ray start`, but as patient as our own driver: 30 s are too few on a busy machine
 RAY = (
@@ -35,7 +35,7 @@ def a_ray() -> Iterator[None]:
     """Run a Ray that is found by "auto"."""
     with tempfile.TemporaryDirectory(prefix="tsnb-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         # sockets are there, whose names may be 107 characters long
-        os.environ["RAY_TMPDIR"] = folder
+        os.environ |= {"RAY_TMPDIR": folder, "RAY_agent_register_timeout_ms": "120000"}
         command = [sys.executable, "-c", RAY, *HEAD.split(), "--object-store-memory", str(200 << 20)]
         with subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL) as head:
             try:
@@ -70,7 +70,7 @@ def main() -> None:
         tn.ServiceClient() as alone,
     ):
         mark("there is a server")
-        one, two = (where.create_training_client(**CONFIG) for where in (alone, service))
+        one, two = (where.create_training_client(**SLOWLY) for where in (alone, service))
         two.ready().result()
         mark("and a client")
         found["one"] = [step(one, seed) for seed in range(4)]
