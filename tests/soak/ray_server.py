@@ -17,11 +17,6 @@ from tests.faults import loopback
 from tests.faults.killing import Nursery, killed_server
 from tests.faults.on_ray import SLOWLY, batch, changes, descendants, mark, step
 
-# `ray start`, but as patient as our own driver: 30 s are too few on a busy machine
-RAY = (
-    "import ray; from ray.scripts.scripts import main; from tensafe_nb.cluster.ray_driver import patient; "
-    "ray._private.services.get_node = patient(ray._private.services.get_node); main()"
-)
 HEAD = "start --head --block --node-ip-address 127.0.0.1 --port 6379 --num-cpus 3 --include-dashboard false"
 
 
@@ -30,18 +25,27 @@ def replicas() -> list[int]:
     return [pid for pid, args in descendants().items() if args.startswith("ray::RayReplica")]
 
 
+def started(command: list[str], sign: Path) -> subprocess.Popen[bytes]:
+    """Start Ray, again where a busy machine was too slow for it; return once the sign is there."""
+    for _ in range(4):
+        head = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)
+        while head.poll() is None:
+            if sign.exists():
+                return head
+            time.sleep(0.1)
+    raise RuntimeError("Ray did not start")
+
+
 @contextmanager
 def a_ray() -> Iterator[None]:
     """Run a Ray that is found by "auto"."""
     with tempfile.TemporaryDirectory(prefix="tsnb-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         # sockets are there, whose names may be 107 characters long
-        os.environ |= {"RAY_TMPDIR": folder, "RAY_agent_register_timeout_ms": "120000"}
-        command = [sys.executable, "-c", RAY, *HEAD.split(), "--object-store-memory", str(200 << 20)]
-        with subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL) as head:
+        os.environ |= {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        ray = str(Path(sys.executable).with_name("ray"))
+        command = [ray, *HEAD.split(), "--object-store-memory", str(200 << 20)]
+        with started(command, Path(folder, "ray", "ray_current_cluster")) as head:
             try:
-                while not Path(folder, "ray", "ray_current_cluster").exists():
-                    assert head.poll() is None, "Ray did not start"
-                    time.sleep(0.1)
                 yield
             finally:
                 head.terminate()
