@@ -311,6 +311,7 @@ def leave(folder: str) -> None:
     for process in own:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(own, timeout=LEAVING)  # one that still writes would leave its files
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
