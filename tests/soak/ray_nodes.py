@@ -22,6 +22,7 @@ NODE: dict[str, Any] = {
     "node_ip_address": "127.0.0.1",
     "num_cpus": 1,
     "object_store_memory": 200 * 1024 * 1024,
+    "include_log_monitor": False,
 }
 
 
@@ -79,7 +80,7 @@ def compared(service: tn.ServiceClient) -> dict[str, float]:
 def main() -> None:
     loopback.bring_up()
     ray._private.services.get_node = patient(ray._private.services.get_node)
-    head = {**NODE, "num_cpus": 0, "include_dashboard": False}
+    head = {**NODE, "num_cpus": 0, "include_dashboard": False, "no_monitor": True}
     cluster = begun(lambda: Cluster(initialize_head=True, head_node_args=head))
     nodes = [begun(lambda: cluster.add_node(**NODE)) for _ in range(2)]
     mark("there are nodes")
