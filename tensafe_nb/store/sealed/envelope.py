@@ -41,6 +41,7 @@ SLOT = 4096
 MAC = 32
 MAX_HEADER = 64 << 10
 READERS = 2  # threads that open the chunks of one large read
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _OURS = ("suite", "chunk", "nonce_prefix")
 _NONCE_PREFIX = re.compile("[0-9a-f]{14}")
 
@@ -52,8 +53,7 @@ def canonical(value: Any) -> bytes:
         ValidationError: It is not JSON: NaN, an object of a class, a lone surrogate.
     """
     try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return text.encode()
+        return _CANONICAL.encode(value).encode()
     except (TypeError, ValueError, RecursionError) as err:
         raise ValidationError(f"This cannot be written as JSON: {err}.") from err
 
