@@ -224,7 +224,7 @@ class FutureHandle(Generic[R]):
         self._promise = promise
         self._cancel = cancel
         self._position = position
-        self._lent = lent_names(result_type)
+        self._lent = lent_names(result_type)  # type: ignore[arg-type]  # a class can be hashed
         self.operation = operation
         self.future_id = future_id
         self.training_client_id = training_client_id
