@@ -280,7 +280,7 @@ def test_a_row_is_kept_and_shown_as_soon_as_it_is_measured(
 
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     monkeypatch.setattr(command, "measured", measure)
-    monkeypatch.setattr(command, "settle", lambda threads, home: None)
+    monkeypatch.setattr(command, "settle", lambda threads, home, **_: None)
     with pytest.raises(RuntimeError, match="a peer died"):
         command.main(["--write", "queue"])
     assert list(pages.load()["rows"]) == ["queue-p50"]
