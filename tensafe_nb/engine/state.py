@@ -73,7 +73,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def read_part(stream: PartStream, size: int) -> Tensors:
     """Return the tensors of a part: what is in the file is opened into them."""
     entries = read_entries(stream, size)
-    tensors = {entry.name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for entry in entries}
+    # on the CPU, whatever the user's default device is: what is filled must be the tensor, not a copy of it
+    tensors = {e.name: torch.empty(e.shape, dtype=DTYPES[e.dtype], device="cpu") for e in entries}
     stream.fill([bytes_of(tensor) for tensor in tensors.values()])
     return tensors
 
