@@ -100,7 +100,9 @@ def test_the_wheel_holds_the_notebooks_and_every_file_of_the_package(
     wheel = build_wheel(tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel"))
     with ZipFile(wheel) as content:
         held = {name for name in content.namelist() if name.startswith("tensafe_nb/")}
-        notebooks = {Path(name).name: content.read(name) for name in held if "/notebooks/" in name}
+        notebooks = {
+            Path(name).name: content.read(name) for name in held if Path(name).parent.name == "notebooks"
+        }
     package = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "tensafe_nb").rglob("*")
