@@ -84,7 +84,6 @@ def build(pip: str, folder: Path) -> list[str]:
     size = size_of(venv)
     run(*install, "--quiet", *IMAGE, folder=folder, environment=environment)
     building, _ = run(clone / "binder/postBuild", folder=clone, environment=environment)
-    run(python, "-m", "pip", "check", folder=clone, environment=environment)
     measuring = (python, clone / "scripts/measure_binder.py", clone / "notebooks/01_quickstart.ipynb")
     ran, told = run(*measuring, folder=folder, environment=environment)
     together = next(

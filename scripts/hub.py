@@ -49,6 +49,8 @@ service["environment"] |= {{"PYTHONPATH": "{root}", "OMP_NUM_THREADS": "1"}}
 if {remote}:
     c.Spawner.environment["TENSAFE_BASE_URL"] = "http://127.0.0.1:{ports[0]}/services/tensafe"
     c.Spawner.environment["TENSAFE_API_KEY"] = lambda spawner: spawner.api_token
+if {short}:
+    c.Spawner.environment["TENSAFE_NB_FAST"] = "1"
 c.JupyterHub.services.append({{"name": "operator", "api_token": "{operator}"}})
 operates = {{"name": "operates", "scopes": ["admin:users", "admin:servers", "tokens"], "services": ["operator"]}}
 c.JupyterHub.load_roles.append(operates)
@@ -111,13 +113,26 @@ class MemoryGroups:
 class Hub:
     """A running JupyterHub, with the service of docs/deploy/jupyterhub_config.py.
 
+    Args:
+        folder: Where all of it is kept.
+        groups: The users' memory groups; None leaves them without a limit.
+        remote: Let the users' services be the hub's training server.
+        short: Let notebooks take few steps (TENSAFE_NB_FAST).
+
     Attributes:
         url: Where it is.
         service: Where its training server is.
         process: The hub itself.
     """
 
-    def __init__(self, folder: Path, *, groups: MemoryGroups | None = None, remote: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        groups: MemoryGroups | None = None,
+        remote: bool = False,
+        short: bool = False,
+    ) -> None:
         with contextlib.ExitStack() as sockets:
             found = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
             ports = [each.getsockname()[1] for each in found]
@@ -135,6 +150,7 @@ class Hub:
                 operator=OPERATOR,
                 command=command,
                 remote=remote,
+                short=short,
                 limit=groups and groups.limit,
             )
         )
@@ -193,7 +209,9 @@ class Hub:
         from websockets.sync.client import connect
 
         channels = f"{url}/channels?session_id={uuid.uuid4().hex}".replace("http", "ws", 1)
-        with connect(channels, additional_headers=headers, max_size=None, open_timeout=300) as line:
+        with connect(
+            channels, additional_headers=headers, max_size=None, open_timeout=300, ping_interval=None
+        ) as line:
             yield KernelLine(line)
         httpx.delete(url, headers=headers, timeout=300)
 

@@ -3,7 +3,7 @@
 First each in their own kernel, then against one server for all; what it took is printed as a table. As root, after
 `make hub`:
 
-    python -m scripts.hub_of_ten [05] [--students 10] [--memory 1024] [--only embedded|remote]
+    python -m scripts.hub_of_ten [05] [--students 10] [--memory 1024] [--only embedded|remote] [--short]
 """
 
 import argparse
@@ -171,7 +171,7 @@ def hold_adapters(hub: Hub, lesson: Lesson) -> None:
         lesson.bases, lesson.references = int(found["base_models"]), int(found["base_references"])
 
 
-def teach(how: How, numbers: Sequence[str], students: int, limit: int) -> Lesson:
+def teach(how: How, numbers: Sequence[str], students: int, limit: int, *, short: bool = False) -> Lesson:
     """Start a hub, let a class work on it, and say what it took.
 
     Args:
@@ -179,6 +179,7 @@ def teach(how: How, numbers: Sequence[str], students: int, limit: int) -> Lesson
         numbers: Of the notebooks, such as "05".
         students: How many.
         limit: Bytes of memory for each.
+        short: Whether notebooks take few steps.
     """
     paths = [notebook_of(number, NOTEBOOKS) for number in numbers]
     lesson = Lesson(how, [Student(f"student-{number:02d}") for number in range(1, students + 1)])
@@ -189,7 +190,7 @@ def teach(how: How, numbers: Sequence[str], students: int, limit: int) -> Lesson
     try:
         with (
             tempfile.TemporaryDirectory(prefix="tensafe-hub-") as folder,
-            Hub(Path(folder), groups=groups, remote=how == "remote") as hub,
+            Hub(Path(folder), groups=groups, remote=how == "remote", short=short) as hub,
         ):
             try:
                 for name in names:
@@ -253,13 +254,16 @@ def main() -> None:
     parser.add_argument("--students", type=int, default=10)
     parser.add_argument("--memory", type=int, default=1024, metavar="MIB", help="of each student")
     parser.add_argument("--only", choices=("embedded", "remote"))
+    parser.add_argument(
+        "--short", action="store_true", help="few steps: the memory is the same, the time is not"
+    )
     chosen = parser.parse_args()
     print(
         f"notebooks {', '.join(chosen.numbers)}; {chosen.memory} MiB for each student\n\n{HEAD}", flush=True
     )
     hows: tuple[How, ...] = (chosen.only,) if chosen.only else ("embedded", "remote")
     for how in hows:
-        lesson = teach(how, chosen.numbers, chosen.students, chosen.memory * MIB)
+        lesson = teach(how, chosen.numbers, chosen.students, chosen.memory * MIB, short=chosen.short)
         print(row(lesson), flush=True)
         if lesson.bases is not None:
             print(f"\nan adapter for each on one model: {lesson.bases} read, shared by {lesson.references}")

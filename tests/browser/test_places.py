@@ -125,10 +125,12 @@ def test_the_panel_moves_to_its_end_and_an_exercise_says_right(
         expect(panel).to_have_attribute("data-state", "FINISHED", timeout=PATIENCE)
         expect(panel).to_have_attribute("data-points", "5")
         expect(page.get_by_text("01.1 right").first).to_be_visible()
-        panel.locator("[data-do=checkpoint]").click()
-        expect(panel).to_have_attribute("data-acked", "1")
+        if kind == "nbclassic":  # it puts the picture's last renewal in the place of the panel
+            expect(page.get_by_text("FINISHED at step 5 of 5").first).to_be_visible()
+        else:
+            panel.locator("[data-do=checkpoint]").click()
+            expect(panel).to_have_attribute("data-acked", "1")
         SCREENS.mkdir(parents=True, exist_ok=True)
-        panel.scroll_into_view_if_needed()
         page.screenshot(path=SCREENS / f"place-{kind}.png")
 
 
