@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=1024, metavar="MIB", help="of each student")
     parser.add_argument("--only", choices=("embedded", "remote"))
     parser.add_argument(
-        "--short", action="store_true", help="few steps: the memory is the same, the time is not"
+        "--short", action="store_true", help="let notebooks take few steps, where the machine is busy"
     )
     chosen = parser.parse_args()
     print(
