@@ -39,6 +39,14 @@ function fill(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+// Gives each label that the glossary has a line for that line, to be read where the mouse rests.
+function explain(root, { words = {} } = {}) {
+  for (const label of root.querySelectorAll(".tsnb-title, .tsnb-name, [data-term]")) {
+    const said = words[label.dataset.term ?? label.textContent];
+    if (said) label.title = said;
+  }
+}
+
 function makeSvg(tag, attributes, text = "") {
   const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -157,6 +165,7 @@ function alone(build) {
           const doubt = store.cut ? LAST_WORD : store.status.curve ? place.outdated(store.status.hint) : store.tries > 1 ? asking(store, store.now()) : "";
           root.dataset.doubt = store.cut ? "NO KERNEL" : "";
           note.update("", doubt);
+          explain(root, store.parts.words);
         };
         const update = () => {
           root.dataset.points = store.points;
@@ -178,4 +187,4 @@ function alone(build) {
   };
 }
 
-export { Note, alone, fill, make, makeButton, makeSelect, makeSure, makeSvg, numberText, plainPieces, plainText, scaled, scrollable, signed, sizeText, watchWidth };
+export { Note, alone, explain, fill, make, makeButton, makeSelect, makeSure, makeSvg, numberText, plainPieces, plainText, scaled, scrollable, signed, sizeText, watchWidth };
