@@ -118,7 +118,7 @@ class Menu {
     this.list.replaceChildren(...rows.slice(0, 12).map((row) => makeButton(`step ${row.step}`, () => {
       this.open(false);
       this.button.focus();
-      this.store.command(this.command, row.id);
+      this.store.command(this.command, { id: row.id });
     }, row.id)));
   }
 }
