@@ -16,7 +16,7 @@ from typing import Any, final
 
 from tensafe_nb.chats.column import ChatColumn, Talker
 from tensafe_nb.chats.preferences import Pair, pairs_of, row_of
-from tensafe_nb.chats.turns import FAILED, STOPPED, ChatAnswer, ChatTurn, messages_of, read_before
+from tensafe_nb.chats.turns import FAILED, STOPPED, ChatTurn, TurnAnswer, messages_of, read_before
 from tensafe_nb.checks import checked
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data.values import checked_text
@@ -82,7 +82,7 @@ class ModelChat:
         self._sampling, self._system = SamplingConfig(), ""
         self.sampling, self.system = sampling or SamplingConfig(), system
         self._turns: list[ChatTurn] = []
-        self._rated: dict[ChatAnswer, None] = {}  # those of turns that were edited or cleared too
+        self._rated: dict[TurnAnswer, None] = {}  # those of turns that were edited or cleared too
         self._lock = threading.RLock()
         self._watchers: dict[object, Callable[[], None]] = {}
         here = weakref.ref(self)
@@ -234,6 +234,7 @@ class ModelChat:
             self._refuse_under_way()
             turn = self._turn(-1)
             turn.shown[number] = turn.answers[number].index(self._answer(turn, number, answer))
+            turn.version += 1
         self._tell()
 
     @checked
@@ -257,6 +258,7 @@ class ModelChat:
             if found.finish_reason is None or not found.is_read:
                 raise ValidationError("Only an answer that has ended, and has a text, can be rated.")
             found.good = None if good is None else bool(good)
+            found.turn.version += 1
             if good is None:
                 self._rated.pop(found, None)
             else:
@@ -272,7 +274,7 @@ class ModelChat:
         no row.
 
         Example:
-            >>> tc.fit(tc.batches(chat.rows, batch_size=4), loss="dpo")  # see tc.fit for losses
+            >>> run = tc.fit(tc.batches(chat.rows), loss_fn="dpo", epochs=3)
         """
         with self._lock:
             return [row_of(pair, self._is_templated(pair[0])) for pair in self._pairs()]
@@ -416,7 +418,7 @@ class ModelChat:
             )
         return self._turns[number]
 
-    def _answer(self, turn: ChatTurn, column: int, number: int | None) -> ChatAnswer:
+    def _answer(self, turn: ChatTurn, column: int, number: int | None) -> TurnAnswer:
         answers = turn.answers[column]
         number = turn.shown[column] if number is None else number
         if not -len(answers) <= number < len(answers):
@@ -425,7 +427,7 @@ class ModelChat:
             )
         return answers[number]
 
-    def _under_way(self) -> list[ChatAnswer]:
+    def _under_way(self) -> list[TurnAnswer]:
         """Return what is not over; only the last turn can have such answers."""
         answers = self._turns[-1].answers if self._turns else []
         return [answer for column in answers for answer in column[-1:] if answer.finish_reason is None]
@@ -443,16 +445,17 @@ class ModelChat:
         self._turns.append(turn)
         return turn
 
-    def _asked(self, turn: ChatTurn, columns: Sequence[int]) -> list[ChatAnswer]:
+    def _asked(self, turn: ChatTurn, columns: Sequence[int]) -> list[TurnAnswer]:
         """Return new answers to a turn, which are still to be begun."""
-        asked = [ChatAnswer(turn, column) for column in columns]
+        asked = [TurnAnswer(turn, column) for column in columns]
         for answer in asked:
             answers = turn.answers[answer.column]
             answers.append(answer)
             turn.shown[answer.column] = len(answers) - 1
+            turn.version += 1
         return asked
 
-    def _begin(self, asked: Sequence[ChatAnswer]) -> FutureHandle[ChatReply]:
+    def _begin(self, asked: Sequence[TurnAnswer]) -> FutureHandle[ChatReply]:
         """Have answers drawn, and return the handle of all of them."""
         promise: Promise[ChatReply] = Promise()
         promise.start()
@@ -473,7 +476,7 @@ class ModelChat:
         client_id = self._columns[asked[0].column].client.training_client_id
         return handle_of(promise, "chat", client_id, ChatReply, stop)
 
-    def _draw(self, answer: ChatAnswer) -> None:
+    def _draw(self, answer: TurnAnswer) -> None:
         column, number = self._columns[answer.column], answer.turn.answers[answer.column].index(answer)
         seed = self._sampling.seed
         try:
@@ -492,7 +495,7 @@ class ModelChat:
             if answer.is_to_stop:
                 pieces.handle.cancel()
 
-    def _drawn(self, answer: ChatAnswer, promise: Any) -> None:
+    def _drawn(self, answer: TurnAnswer, promise: Any) -> None:
         """Take in how the drawing of an answer ended."""
         if promise.state is FutureStatus.COMPLETED:
             (sequence,) = promise.value.sequences
@@ -504,7 +507,7 @@ class ModelChat:
         else:
             self._end(answer, STOPPED)
 
-    def _end(self, answer: ChatAnswer, finish_reason: str, error: TGTinkerError | None = None) -> None:
+    def _end(self, answer: TurnAnswer, finish_reason: str, error: TGTinkerError | None = None) -> None:
         with self._lock:
             if answer.finish_reason is not None:
                 return
@@ -513,7 +516,7 @@ class ModelChat:
         when_over()
         self._tell()
 
-    def _reply(self, asked: Sequence[ChatAnswer], promise: Promise[ChatReply]) -> None:
+    def _reply(self, asked: Sequence[TurnAnswer], promise: Promise[ChatReply]) -> None:
         """Fulfil the promise of some answers once all of them are over."""
         with self._lock:
             if any(answer.finish_reason is None for answer in asked):
@@ -531,7 +534,7 @@ class ModelChat:
             )
         )
 
-    def _is_templated(self, answer: ChatAnswer) -> bool:
+    def _is_templated(self, answer: TurnAnswer) -> bool:
         return bool(self._columns[answer.column].templated)
 
     def _pairs(self) -> Iterator[Pair]:

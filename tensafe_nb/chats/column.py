@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from tensafe_nb.chats.turns import ChatAnswer, prompt_of, read_before
+from tensafe_nb.chats.turns import TurnAnswer, prompt_of, read_before
 from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.data.labels import encode_prompt
 from tensafe_nb.events import Event
@@ -58,7 +58,7 @@ class ChatColumn:
             self._tokenizer, self._context = self.client.tokenizer, self.client.context
             self.templated = getattr(self._tokenizer, "chat_template", None) is not None
 
-    def draw(self, answer: ChatAnswer, sampling: SamplingConfig) -> Pieces:
+    def draw(self, answer: TurnAnswer, sampling: SamplingConfig) -> Pieces:
         """Have an answer drawn: the oldest turns that do not fit into the model's context are left out."""
         before = read_before(answer.turn, answer.column)
 
@@ -82,7 +82,7 @@ class ChatColumn:
         return self.client.stream(prompt_from(answer.left_out), sampling)
 
     @staticmethod
-    def _left_out_before(answer: ChatAnswer) -> int:
+    def _left_out_before(answer: TurnAnswer) -> int:
         """Return how many turns were left out for the answer before: a conversation only grows."""
         before = answer.turn.before[answer.column]
         return 0 if before is None or not before.is_read else before.left_out
@@ -116,7 +116,7 @@ class ChatColumn:
             found.append("differential privacy: talking spends no ε")
         return found
 
-    def waiting(self, answer: ChatAnswer) -> str:
+    def waiting(self, answer: TurnAnswer) -> str:
         """Say what an answer without a first token waits for."""
         if answer.handle is None:
             return "the model is being loaded"

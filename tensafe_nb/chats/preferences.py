@@ -3,18 +3,18 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
-from tensafe_nb.chats.turns import ChatAnswer, digest_of, prompt_of, read_before
+from tensafe_nb.chats.turns import TurnAnswer, digest_of, prompt_of, read_before
 
-Pair: TypeAlias = tuple[ChatAnswer, ChatAnswer]
+Pair: TypeAlias = tuple[TurnAnswer, TurnAnswer]
 
 
-def pairs_of(rated: Iterable[tuple[ChatAnswer, bool]]) -> Iterator[Pair]:
+def pairs_of(rated: Iterable[tuple[TurnAnswer, bool]]) -> Iterator[Pair]:
     """Yield (good answer, bad answer) to the same prompt; `rated` is (answer, whether a chat template made its prompt).
 
     The prompt is all that the model read: system, the turns before, the last message. Two columns, and the same turn
     before and after an edit, have it in common only as long as nothing before it differs.
     """
-    prompts: dict[bytes, tuple[list[ChatAnswer], list[ChatAnswer]]] = {}
+    prompts: dict[bytes, tuple[list[TurnAnswer], list[TurnAnswer]]] = {}
     for answer, templated in rated:
         turn = answer.turn
         key = digest_of(turn.system, templated, turn.digests[answer.column], turn.said, answer.left_out)

@@ -25,21 +25,23 @@ class ChatTurn:
     Attributes:
         answers: For each column those that were drawn, in order.
         shown: For each column which of them the conversation goes on from.
+        version: Counts the changes of any of it.
     """
 
-    def __init__(self, said: str, system: str, before: "Sequence[ChatAnswer | None]") -> None:
+    def __init__(self, said: str, system: str, before: "Sequence[TurnAnswer | None]") -> None:
         self.said, self.system, self.before = said, system, tuple(before)
-        self.answers: list[list[ChatAnswer]] = [[] for _ in before]
+        self.answers: list[list[TurnAnswer]] = [[] for _ in before]
         self.shown = [0 for _ in before]
+        self.version = 0
         self.digests = tuple(b"" if one is None else one.digest for one in before)
 
-    def answer(self, column: int) -> "ChatAnswer | None":
+    def answer(self, column: int) -> "TurnAnswer | None":
         """Return the answer that is shown in a column, if there is one."""
         answers = self.answers[column]
         return answers[self.shown[column]] if answers else None
 
 
-class ChatAnswer:
+class TurnAnswer:
     """An answer in the making, and after it: pieces of text, each with the log-probabilities of its tokens.
 
     Attributes:
@@ -68,17 +70,19 @@ class ChatAnswer:
         self.handle: FutureHandle[SampleResult] | None = None
         self.when_over: Callable[[], None] = lambda: None
         self._promise: Promise[SampleResult] | None = None
+        self._text: str | None = None  # once it is over
         self._taken = 0
         self._forget: Callable[[], None] = lambda: None
 
     @property
     def text(self) -> str:
-        return "".join(text for text, _ in self.pieces)
+        """What there is of it."""
+        return "".join(text for text, _ in self.pieces) if self._text is None else self._text
 
     @property
     def is_read(self) -> bool:
         """Whether later answers read it: it has a text, and was not cut off by a failure."""
-        return self.error is None and any(text for text, _ in self.pieces)
+        return self.error is None and bool(self.text)
 
     @property
     def digest(self) -> bytes:
@@ -101,36 +105,39 @@ class ChatAnswer:
         for piece in self._promise.pieces[self._taken :]:
             self._taken += 1
             self.pieces.append((piece.text, piece.raw_logprobs))
+            self.turn.version += 1
 
     def end(self, finish_reason: str, error: TGTinkerError | None = None) -> None:
         """End it, and let go of what drew it."""
         self.pull()
+        self._text = self.text
         self.finish_reason, self.error = finish_reason, error
+        self.turn.version += 1
         self.handle = self._promise = None
         self._forget()
         self._forget = lambda: None
 
 
-def read_before(turn: ChatTurn, column: int) -> list[ChatAnswer]:
+def read_before(turn: ChatTurn, column: int) -> list[TurnAnswer]:
     """Return the answers of a column before a turn that are read, oldest first."""
     return list(_backwards(turn.before[column]))[::-1]
 
 
-def _backwards(answer: ChatAnswer | None) -> Iterator[ChatAnswer]:
+def _backwards(answer: TurnAnswer | None) -> Iterator[TurnAnswer]:
     while answer is not None:
         if answer.is_read:
             yield answer
         answer = answer.turn.before[answer.column]
 
 
-def prompt_of(turn: ChatTurn, before: Sequence[ChatAnswer], templated: bool) -> Prompt:
+def prompt_of(turn: ChatTurn, before: Sequence[TurnAnswer], templated: bool) -> Prompt:
     """Return what a model reads at a turn: messages for its chat template, or, without one, the text as it stands."""
     if not templated:
         return turn.system + "".join(one.turn.said + one.text for one in before) + turn.said
     return tuple(messages_of(turn.system, before, turn.said))
 
 
-def messages_of(system: str, answers: Sequence[ChatAnswer], said: str | None = None) -> list[dict[str, Any]]:
+def messages_of(system: str, answers: Sequence[TurnAnswer], said: str | None = None) -> list[dict[str, Any]]:
     """Return a conversation as messages, with what was said last if that has no answer yet."""
     messages = [{"role": "system", "content": system}] if system else []
     for answer in answers:

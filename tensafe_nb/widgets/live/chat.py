@@ -10,7 +10,7 @@ import anywidget
 import traitlets
 
 from tensafe_nb.chats.chat import ModelChat
-from tensafe_nb.chats.turns import ChatAnswer, ChatTurn
+from tensafe_nb.chats.turns import ChatTurn, TurnAnswer
 from tensafe_nb.display import escaped
 from tensafe_nb.errors import TGTinkerError, ValidationError
 from tensafe_nb.widgets.feed.flusher import FLUSHER, Flusher
@@ -67,7 +67,8 @@ class ChatPanel(anywidget.AnyWidget):
         self._begun = False
         self._first = 0  # the earliest turn that pages were told
         self._known: list[ChatTurn] = []  # turns that pages know, or need not
-        self._told: dict[tuple[int, int], tuple[ChatAnswer, int, dict[str, Any]]] = {}  # by turn and column
+        self._versions: list[int] = []  # of the known turns, as pages were told of them
+        self._told: dict[tuple[int, int], tuple[TurnAnswer, int, dict[str, Any]]] = {}  # by turn and column
         self._told_of: dict[str, dict[str, Any]] = {}  # by kind of message, what changes as a whole
 
     # showing
@@ -161,22 +162,25 @@ class ChatPanel(anywidget.AnyWidget):
         """Yield what pages do not know of the turns: what was dropped, what was said, further pieces of answers."""
         if not self._begun:
             self._begun, self._first = True, max(0, len(turns) - AT_FIRST)
-            self._known = list(turns[: self._first])
+            self._known, self._versions = list(turns[: self._first]), [-1] * self._first
             yield {"t": "begin", "first": self._first}
         kept = min(len(self._known), len(turns))
         while kept and self._known[kept - 1] is not turns[kept - 1]:
             kept -= 1  # what stands before an edited turn is as it was
         if kept < len(self._known):
-            del self._known[kept:]
+            del self._known[kept:], self._versions[kept:]
             self._first = min(self._first, kept)
             for key in [key for key in self._told if key[0] >= kept]:
                 del self._told[key]
             yield {"t": "cut", "n": kept}
         for number in range(kept, len(turns)):
             self._known.append(turns[number])
+            self._versions.append(-1)
             yield {"t": "turn", "i": number, "said": turns[number].said}
         for number in range(self._first, len(turns)):
-            yield from self._said(number, turns[number])
+            if turns[number].version != self._versions[number]:
+                self._versions[number] = turns[number].version
+                yield from self._said(number, turns[number])
 
     def _said(self, number: int, turn: ChatTurn) -> Iterator[dict[str, Any]]:
         """Yield what pages do not know of the answers of a turn."""
@@ -303,7 +307,7 @@ def waiting(chat: ModelChat, turn: ChatTurn | None, column: int) -> str:
     return chat.speakers[column].waiting(answer)
 
 
-def facts_of(answer: ChatAnswer) -> dict[str, Any]:
+def facts_of(answer: TurnAnswer) -> dict[str, Any]:
     """Return what a page shows of an answer beside its text; what is not so is left out."""
     facts = {
         "end": answer.finish_reason,

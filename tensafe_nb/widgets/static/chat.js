@@ -98,6 +98,13 @@ function copyText(text, button) {
   area.remove();
 }
 
+// A field to type into. JupyterLab would take Shift+Enter and others from it, whatever stands around it.
+function makeField(tag, attributes = {}) {
+  const field = Object.assign(make(tag), attributes);
+  field.dataset.lmSuppressShortcuts = "true";
+  return field;
+}
+
 // One answer, in one column.
 class AnswerView {
   constructor(view, column) {
@@ -234,7 +241,7 @@ class TurnView {
 
   open() {
     const { line } = this.view;
-    const area = make("textarea");
+    const area = makeField("textarea");
     area.value = line.turns.get(this.number)?.said ?? "";
     area.setAttribute("aria-label", "what you say instead");
     const close = () => {
@@ -266,9 +273,12 @@ class TurnView {
 function onEnter(area, send, leave) {
   area.addEventListener("keydown", (event) => {
     if (event.key === "Escape") leave();
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || event.isComposing) return;
     event.preventDefault();
-    send();
+    event.stopPropagation();
+    if (!event.shiftKey) return send();
+    area.setRangeText("\n", area.selectionStart, area.selectionEnd, "end"); // by hand: JupyterLab lets none through
+    area.dispatchEvent(new Event("input"));
   });
 }
 
@@ -319,9 +329,7 @@ class ChatView {
     this.empty = make("p", "tsnb-where tsnb-hello");
     this.log.append(this.more, this.empty);
     const write = make("div", "tsnb-write");
-    this.area = make("textarea");
-    this.area.rows = 1;
-    this.area.placeholder = "Enter sends, Shift+Enter begins a new line";
+    this.area = makeField("textarea", { rows: 1, placeholder: "Enter sends, Shift+Enter begins a new line" });
     this.area.setAttribute("aria-label", "what you say");
     this.area.addEventListener("input", () => this.grow());
     onEnter(this.area, () => this.say(), () => this.line.status.going && this.line.ask("stop", {}));
@@ -352,10 +360,8 @@ class ChatView {
       form.append(label);
       this.fields[name] = input;
     };
-    const system = make("textarea");
-    system.rows = 2;
-    field("system", "System prompt", system, "before the conversation, from the next message on");
-    for (const [name, text, attributes, help] of SETS) field(name, text, Object.assign(make("input"), { type: "number", ...attributes }), help);
+    field("system", "System prompt", makeField("textarea", { rows: 2 }), "before the conversation, from the next message on");
+    for (const [name, text, attributes, help] of SETS) field(name, text, makeField("input", { type: "number", ...attributes }), help);
     return form;
   }
 

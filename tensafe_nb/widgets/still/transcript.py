@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from tensafe_nb.chats.chat import ModelChat
-from tensafe_nb.chats.turns import ChatAnswer, ChatTurn
+from tensafe_nb.chats.turns import ChatTurn, TurnAnswer
 from tensafe_nb.display import escaped, visible
 from tensafe_nb.widgets.feed.flusher import Flusher
 from tensafe_nb.widgets.still.snapshot import TABLE_SECONDS, Bundle, publish
@@ -49,7 +49,7 @@ def told_of(turn: ChatTurn, names: Sequence[str]) -> list[tuple[str, str]]:
     return told
 
 
-def words_of(answer: ChatAnswer) -> str:
+def words_of(answer: TurnAnswer) -> str:
     """Return an answer, with what must be known of its end."""
     text = shortened(answer.text)
     if answer.error is not None:
