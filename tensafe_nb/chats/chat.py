@@ -348,9 +348,13 @@ class ModelChat:
 
     def watch(self, watcher: Callable[[], None]) -> Callable[[], None]:
         """Call back, on whatever thread, whenever something may have changed; returns what ends it."""
-        key = object()
-        self._watchers[key] = watcher
-        return lambda: self._watchers.pop(key, None) and None
+        key, watchers = object(), self._watchers
+        watchers[key] = watcher
+
+        def forget() -> None:  # which does not keep the chat
+            watchers.pop(key, None)
+
+        return forget
 
     @property
     def speakers(self) -> tuple[ChatColumn, ...]:

@@ -101,7 +101,6 @@ def test_a_chat_is_typed_into_judged_stopped_and_comes_back_after_a_reload(noteb
         field.press("Tab")
         lab.panel.get_by_label("System prompt").fill("Answer in one line.")
         lab.panel.get_by_label("System prompt").press("Tab")
-        lab.page.wait_for_function("() => true")
         seen(lab, "settings")
         lab.panel.get_by_role("button", name="Settings").click()
 

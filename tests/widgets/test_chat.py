@@ -1,6 +1,8 @@
 """The panel of a chat: what a page is told, what its buttons do, and what stays in the file."""
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -241,3 +243,18 @@ def test_each_renderer_shows_the_chat(
         assert widgets.chat_panel(chat).model_id in str(shown)
         widgets.chat_panel(chat).close()
     assert "tuned" in chat._mime_()[1]
+
+
+def test_a_panel_keeps_no_chat_and_says_when_it_is_gone() -> None:
+    talker = FakeTalker()
+    chat = chat_with(talker)
+    wire = Wire(ChatPanel(chat, HandFlusher()))
+    wire.mount()
+    gone = weakref.ref(chat)
+    del chat
+    gc.collect()
+    assert gone() is None
+    page = Page().hear(sent(wire))
+    assert "was let go" in page.status["gone"]
+    assert "was let go" in ask(wire, "say", text="hello")["why"]
+    wire.widget.close()
