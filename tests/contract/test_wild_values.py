@@ -222,8 +222,8 @@ def trajectories() -> rlvr.TrajectoryBatch:
 
 PACKED = [Trajectory(PROMPT, "046", prompt_tokens=[5, 6], tokens=[3, 4], reward=1.0) for _ in range(2)]
 MADE_BY_US = (
-    tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, data.Encoded, data.Example, rlvr.UpdateResult, rlvr.Trajectory,
-    rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
+    tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, tn.ModelChat, data.Encoded, data.Example, rlvr.UpdateResult,
+    rlvr.Trajectory, rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
     rlvr.TurnRecord, rlvr.Rehearsal, rlvr.PromptRecord, rlvr.PromptPolicy, tn.losses.Loss, tn.losses.LossOutputs,
     data.check_fit, data.padding_of,
 )  # fmt: skip
@@ -509,7 +509,6 @@ CALLS: Mapping[str, Call] = {
         lambda w: lambda **options: tn.chat(tc=w.tc, **options), {"system": "", "max_new_tokens": 2}
     ),
     "chat(a client)": Call(lambda w: lambda client: tn.chat(client), {"client": CLIENT}),
-    "ModelChat": Call(lambda w: tn.ModelChat, {"clients": Of(lambda w: {"tc": w.tc})}),
     "tc.chat": Call(lambda w: w.tc.chat),
     "chat.say": Call(lambda w: lambda text: answered(w).say(text), {"text": PROMPT}),
     "chat.edit": Call(lambda w: answered(w).edit, {"text": PROMPT}),
