@@ -223,9 +223,9 @@ def trajectories() -> rlvr.TrajectoryBatch:
 PACKED = [Trajectory(PROMPT, "046", prompt_tokens=[5, 6], tokens=[3, 4], reward=1.0) for _ in range(2)]
 MADE_BY_US = (
     tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, tn.ModelChat, data.Encoded, data.Example, rlvr.UpdateResult,
-    rlvr.Trajectory, rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
-    rlvr.TurnRecord, rlvr.Rehearsal, rlvr.PromptRecord, rlvr.PromptPolicy, tn.losses.Loss, tn.losses.LossOutputs,
-    data.check_fit, data.padding_of,
+    rlvr.Trajectory, rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport,
+    rlvr.RewardPreview, rlvr.TurnRecord, rlvr.Rehearsal, rlvr.PromptRecord, rlvr.PromptPolicy, tn.losses.Loss,
+    tn.losses.LossOutputs, data.check_fit, data.padding_of,
 )  # fmt: skip
 NEED_A_PACKAGE = (
     rlvr.verifiers_environment,
