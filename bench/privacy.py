@@ -32,7 +32,7 @@ def step_tiny() -> Row:
 def step_llama() -> Row:
     """Issue 8: at most 1.20 of the time without."""
     with random_llama() as folder:
-        return _step(folder, ATTENTION, LLAMA, seconds=60)
+        return _step(folder, ATTENTION, LLAMA, seconds=25)
 
 
 def step_opacus() -> Row:
@@ -41,7 +41,7 @@ def step_opacus() -> Row:
         batch = workload.full(ROWS, TOKENS)
         ours = private_step(client(service, folder, ATTENTION, private=True), batch)
         by_opacus = opacus_step(folder, batch)
-        taken = paired(ours, by_opacus, seconds=60)
+        taken = paired(ours, by_opacus, seconds=25)
     return Row(
         what="private step through the client, the ledger's record included",
         peer="Opacus: PrivacyEngine.make_private (GradSampleModule, DPOptimizer), no ledger",

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import tensafe_nb as tn
-from bench import llama_peer, rl, training, trl_peer, workload
+from bench import llama_peer, rl, startup, training, trl_peer, workload
 from bench.harness import (
     LARGER,
     ROOT,
@@ -155,9 +155,24 @@ def rl_update() -> Row:
         group=4,
         tokens=64,
         updates=1,
-        reward="share_of_digits",
+        reward="share_of_vowels",
     )
-    return rl.against_trl(work, loads=1, seconds=3 * SECONDS, warmup=1)
+    return rl.against_trl(work, loads=1, seconds=0, warmup=1, at_least=3)
+
+
+def gguf_again() -> Row:
+    """Issue 26: at most 3 s."""
+    file = str(gguf_file())
+    converted = import_module("tensafe_nb.engine.models.gguf").converted(Path(file))
+    return Row(
+        what="a training client of a GGUF file that was converted before, from `import tensafe_nb` to `ready()`, "
+        "once torch is imported",
+        peer="`from_pretrained` of the converted folder and `get_peft_model`, from the import of transformers on",
+        precision="fp32",
+        sizes="SmolLM2-135M-Instruct LoRA r8, in a fresh process",
+        taken=startup.begun(file, str(converted)),
+        target=Target("≤", 3.0, "ours"),
+    )
 
 
 def sampling_llama_cpp() -> Row:
