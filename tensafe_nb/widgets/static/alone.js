@@ -1,6 +1,6 @@
 // The frame of a widget that stands alone.
 import { connect } from "./wire.js";
-import { Note, make } from "./page.js";
+import { Note, explain, make } from "./page.js";
 import { LAST_WORD, Place, asking } from "./place.js";
 
 // The code of a widget that is one part: `build(store, model)` returns something with el, update and perhaps destroy.
@@ -23,6 +23,7 @@ function alone(build) {
           const doubt = store.cut ? LAST_WORD : store.status.curve ? place.outdated(store.status.hint) : store.tries > 1 ? asking(store, store.now()) : "";
           root.dataset.doubt = store.cut ? "NO KERNEL" : "";
           note.update("", doubt);
+          explain(root, store.parts.words);
         };
         const update = () => {
           root.dataset.points = store.points;

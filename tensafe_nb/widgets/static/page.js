@@ -37,6 +37,14 @@ function fill(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+// Gives each label that the glossary has a line for that line, to be read where the mouse rests.
+function explain(root, { words = {} } = {}) {
+  for (const label of root.querySelectorAll(".tsnb-title, .tsnb-name, [data-term]")) {
+    const said = words[label.dataset.term ?? label.textContent];
+    if (said) label.title = said;
+  }
+}
+
 function makeSvg(tag, attributes, text = "") {
   const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -135,4 +143,4 @@ class Note {
   }
 }
 
-export { Note, fill, make, makeButton, makeSelect, makeSure, makeSvg, numberText, plainPieces, plainText, scaled, scrollable, signed, sizeText, watchWidth };
+export { Note, explain, fill, make, makeButton, makeSelect, makeSure, makeSvg, numberText, plainPieces, plainText, scaled, scrollable, signed, sizeText, watchWidth };

@@ -40,7 +40,7 @@ class Checkpoints {
       cell.scope = "col";
       head.append(cell);
     }
-    table.append(make("caption", "", rows.length || saving ? "checkpoints" : "no checkpoint yet"));
+    table.append(make("caption", "tsnb-name", rows.length || saving ? "checkpoints" : "no checkpoint yet"));
     if (rows.length || saving) table.append(head);
     if (saving) {
       const cell = make("td", "", `${saving} waiting to be written`);
