@@ -35,6 +35,11 @@ def step_llama() -> Row:
         return _step(folder, ATTENTION, LLAMA, seconds=25)
 
 
+def step_all_weights() -> Row:
+    """Issue 26: at most 2 times the time without."""
+    return _step("builtin:tiny", None, "builtin:tiny, all weights", seconds=30, limit=2.0)
+
+
 def step_opacus() -> Row:
     """Our private step beside the one that Opacus makes of the same model through its own PrivacyEngine."""
     with random_llama() as folder, tn.ServiceClient() as service:
@@ -92,7 +97,7 @@ def accounting_step() -> Row:
     )
 
 
-def _step(model_ref: str, modules: Any, model: str, seconds: float) -> Row:
+def _step(model_ref: str, modules: Any, model: str, seconds: float, limit: float = 1.20) -> Row:
     batch = workload.full(ROWS, TOKENS)
     with tn.ServiceClient() as service:
         private, open_ = (client(service, model_ref, modules, private=p) for p in (True, False))
@@ -104,16 +109,19 @@ def _step(model_ref: str, modules: Any, model: str, seconds: float) -> Row:
         sizes=f"{model}, {ROWS}×{TOKENS}",
         taken=taken,
         compares=LARGER,
-        target=Target("≤", 1.20),
+        target=Target("≤", limit),
     )
 
 
 def client(service: tn.ServiceClient, model_ref: str, modules: Any, *, private: bool) -> tn.TrainingClient:
-    """Return a client whose model is loaded."""
+    """Return a client whose model is loaded; without modules to adapt, it trains all weights."""
+    lora = (
+        tn.LoRAConfig(rank=workload.RANK, alpha=workload.ALPHA, target_modules=modules) if modules else None
+    )
     dp = tn.DPConfig(noise_multiplier=SIGMA, max_grad_norm=LIMIT, dataset_size=10_000, target_epsilon=None)
     tc = service.create_training_client(
         model_ref=model_ref,
-        lora_config=tn.LoRAConfig(rank=workload.RANK, alpha=workload.ALPHA, target_modules=modules),
+        lora_config=lora,
         optimizer={"learning_rate": workload.LEARNING_RATE, "weight_decay": workload.WEIGHT_DECAY},
         batch_size=ROWS,
         dtype="float32",

@@ -119,6 +119,7 @@ class ServiceClient:
         batch_size: int = 8,
         gradient_accumulation_steps: int = 1,
         micro_batch_tokens: int = 16_384,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -142,6 +143,7 @@ class ServiceClient:
             batch_size: Rows per batch, read by `tc.batches`.
             gradient_accumulation_steps: Batches per optimiser step, read by `fit`.
             micro_batch_tokens: The engine splits batches into micro-batches of at most this many tokens.
+            gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
             seed: Fixes initialisation, dropout and sampling.
             dtype: "float32", "bfloat16" (bf16 compute, fp32 trained weights), or "auto".
             device: "cpu", "cuda", "mps", or "auto".

@@ -232,7 +232,7 @@ def test_a_page_without_its_one_pair_of_marks_is_refused(page: str) -> None:
 def test_rows_are_chosen_by_name_or_by_how_names_begin() -> None:
     assert command.select([]) == list(command.ROWS)
     assert command.select(["queue", "import"]) == ["import", "queue-p50", "queue-p99"]
-    assert command.select(["training-"]) == ["training-ragged", "training-quarter"]
+    assert command.select(["training-"]) == ["training-ragged", "training-quarter", "training-checkpointing"]
     with pytest.raises(ValueError, match="no row 'typo'"):
         command.select(["typo"])
 
