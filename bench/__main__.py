@@ -59,6 +59,7 @@ ROWS = {
     "panel-static": "panel:static_part",
     "panel-picture": "panel:picture_size",
     "panel-memory": "panel:memory",
+    "chat-first": "panel:first_piece",
     "remote-p50": "remote:usual_latency",
     "remote-p95": "remote:worst_latency",
     "remote-large": "remote:large_batch",

@@ -35,7 +35,9 @@ class Dashboard(CurveWidget):
         >>> HBox([tc.dashboard(), LossCurve(other_run)])
     """
 
-    _esm = esm("wire", "place", "page", "chart", "download", "curves", "table", "samples", "meter", "panel")
+    _esm = esm(
+        "line", "wire", "place", "page", "chart", "download", "curves", "table", "samples", "meter", "panel"
+    )
     _css = css("panel")
     _volatile: ClassVar = ("elapsed", "eta", "op_s", "silent")  # what the page counts on by itself
     parts: ClassVar[tuple[Part, ...]] = ("marks", "alarms", "privacy", "rows", "rollouts")

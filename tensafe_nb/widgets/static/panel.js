@@ -118,7 +118,7 @@ class Menu {
     this.list.replaceChildren(...rows.slice(0, 12).map((row) => makeButton(`step ${row.step}`, () => {
       this.open(false);
       this.button.focus();
-      this.store.command(this.command, row.id);
+      this.store.command(this.command, { id: row.id });
     }, row.id)));
   }
 }
@@ -278,7 +278,7 @@ class Panel {
     this.crowdedBy = other?.id;
     this.other.replaceChildren(...(other ? [
       make("span", "", plainText(`! ${other.text} `)),
-      makeSure(`Shut down ${plainText(other.name)}`, "Its variables go: sure?", () => this.store.command("shutdown", other.id)),
+      makeSure(`Shut down ${plainText(other.name)}`, "Its variables go: sure?", () => this.store.command("shutdown", { id: other.id })),
     ] : []));
   }
 

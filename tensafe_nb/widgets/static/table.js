@@ -79,7 +79,7 @@ class Checkpoints {
 
   actions(row) {
     const group = make("span", "tsnb-buttons");
-    const does = (what) => () => this.store.command(what, row.id);
+    const does = (what) => () => this.store.command(what, { id: row.id });
     const of = (button) => {
       button.setAttribute("aria-description", `the checkpoint of step ${row.step}`);
       return button;
