@@ -83,7 +83,8 @@ def copies_of(model: LoadedModel, new_tokens: int, rows: int, made: Copies | Non
         return made
     exact = _weights(model, _exact) if made is None else made.exact
     fits = size * (1 + IN_INT8 if made is None else IN_INT8) <= SHARE * there
-    frozen = not any(weight.requires_grad for weight in weights)
+    parts = [part for matrix in [*matrices, model.head] for part in _base(matrix).parameters()]
+    frozen = not any(part.requires_grad for part in parts)
     guesses = rows == 1 and frozen and fits and works(_int8, 0.5)
     return Copies(exact, _weights(model, _roughly) if guesses else None)
 
