@@ -9,10 +9,11 @@ import ray
 from ray.cluster_utils import Cluster
 
 import tensafe_nb as tn
+from tensafe_nb import rlvr
 from tensafe_nb.cluster.ray_driver import patient
 from tensafe_nb.events import OperationFinished, ReplicasChanged
 from tests.faults import loopback
-from tests.faults.on_ray import CONFIG, changes, ended, mark
+from tests.faults.on_ray import CONFIG, SLOWLY, changes, ended, mark
 
 ROWS = [{"prompt": f"{n}+{m}=", "completion": str(n + m)} for n in range(8) for m in range(8)]
 STEPS = 30
@@ -27,6 +28,43 @@ def fitted(tc: tn.TrainingClient) -> tn.TrainingRun:
     return tc.fit(tc.batches(ROWS), steps=STEPS, show=False)
 
 
+def sevens(prompt: str, response: str) -> float:
+    return response.count("7") - len(response) / 10
+
+
+def rewarded(tc: tn.TrainingClient, where: Any) -> list[float]:
+    """Learn by a reward that is called in processes of a cluster, or of this machine."""
+    trainer = rlvr.RLVRTrainer(
+        tc,
+        ["1", "2", "3"],
+        sevens,
+        prompts_per_step=3,
+        group_size=4,
+        max_new_tokens=5,
+        reward_timeout=60,
+        reward_processes=2,
+        reward_cluster=where,
+    )
+    run = trainer.run(steps=2, show=False)
+    run.result()
+    return [float(reward) for reward in run.history["reward"]]
+
+
+def compared(service: tn.ServiceClient) -> dict[str, float]:
+    """Compare two learning rates; return the last losses."""
+
+    def idea(service: tn.ServiceClient, seed: int, learning_rate: float) -> tn.TrainingRun:
+        tc = service.create_training_client(
+            **{**CONFIG, "optimizer": {"learning_rate": learning_rate}, "seed": seed}
+        )
+        return tc.fit(tc.batches(ROWS, seed=seed), steps=2, show=False)
+
+    vary = {"learning_rate": [1e-4, 1e-3]}
+    comparison = tn.compare(idea, seeds=1, vary=vary, service=service, side_by_side=1, show=False)
+    table = comparison.result().table().to_pandas().set_index("arm")
+    return {str(arm): float(loss) for arm, loss in table["loss"].items()}
+
+
 def main() -> None:
     loopback.bring_up()
     ray._private.services.get_node = patient(ray._private.services.get_node)
@@ -38,7 +76,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     on_ray = tn.RayCluster(cluster.address, engines=2)
     with tn.ServiceClient() as alone, tn.ServiceClient(cluster=on_ray) as service:
-        one, two = (where.create_training_client(**CONFIG) for where in (alone, service))
+        one, two = (where.create_training_client(**SLOWLY) for where in (alone, service))
         two.ready().result()
         mark("and a client")
         told = queue.SimpleQueue[Any]()
@@ -61,6 +99,15 @@ def main() -> None:
         mark("another one came")
         found["changes"] = changes(two)
         found["again"] = [tc.forward(batch).result().loss for tc in (one, two)]
+        cluster.add_node(**{**NODE, "num_cpus": 4})
+        with (
+            alone.create_training_client(**SLOWLY) as here,
+            service.create_training_client(**SLOWLY) as there,
+        ):
+            found["rewarded"] = [rewarded(here, None), rewarded(there, on_ray)]
+        mark("rewards were called there")
+        found["compared"] = [compared(alone), compared(service)]
+        mark("and ideas compared")
         cluster.remove_node(cluster.head_node, allow_graceful=False)
         found["without a head"] = ended(two)
         mark("the head was killed")
