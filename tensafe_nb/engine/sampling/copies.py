@@ -23,6 +23,7 @@ from tensafe_nb.engine.sampling import llama
 from tensafe_nb.engine.sampling.llama import Layer, Map, Weights
 
 PAYS_FROM_TOKENS = 16  # fewer new tokens do not win back the time that the copies take
+GUESSES_PAY_FROM_TOKENS = 64  # of a single row, whose weights in int8 are made once
 PAYS_FROM_NUMBERS = 8_000_000  # of the layers: those of a small model are quick anyway
 SHARE = 0.25  # of the available memory that the copies may take
 IN_INT8 = 0.25  # of the bytes in float32
@@ -80,12 +81,17 @@ def copies_of(model: LoadedModel, new_tokens: int, rows: int, made: Copies | Non
     weights.append(_base(model.head).weight)
     there, size = memory.available(model.device), memory.size_of(weights)
     if there is None or (made is None and size > SHARE * there):
-        return made
+        return None
+    guesses = rows == 1
+    if guesses:  # by itself it is quicker by columns, see `merged`
+        enough = (
+            new_tokens >= GUESSES_PAY_FROM_TOKENS and size * (made is None) + size * IN_INT8 <= SHARE * there
+        )
+        parts = [part for matrix in [*matrices, model.head] for part in _base(matrix).parameters()]
+        frozen = not any(part.requires_grad for part in parts)
+        if not (enough and frozen and sums_int8() and works(_int8, 0.5)):
+            return None
     exact = _weights(model, _exact) if made is None else made.exact
-    fits = size * (1 + IN_INT8 if made is None else IN_INT8) <= SHARE * there
-    parts = [part for matrix in [*matrices, model.head] for part in _base(matrix).parameters()]
-    frozen = not any(part.requires_grad for part in parts)
-    guesses = rows == 1 and frozen and fits and works(_int8, 0.5)
     return Copies(exact, _weights(model, _roughly) if guesses else None)
 
 
@@ -215,11 +221,11 @@ def _int8(weight: Tensor, bias: Tensor | None) -> Map:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a later torch will do without: then there is no rough copy
         quantised = torch._make_per_channel_quantized_tensor(whole, scales.double(), points, 0)
-    packed, narrow = torch.ops.quantized.linear_prepack(quantised, bias), not _sums_int8()
+    packed, narrow = torch.ops.quantized.linear_prepack(quantised, bias), not sums_int8()
     return lambda h: torch.ops.quantized.linear_dynamic(h, packed, narrow)
 
 
-def _sums_int8() -> bool:
-    """Whether products of int8 are added up in 32 bits; in the 16 of plain AVX2, inputs of 8 bits would not fit."""
+def sums_int8() -> bool:
+    """Whether a processor adds up products of int8 in 32 bits: in the 16 of plain AVX2, few guesses come true."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_vnni", False))
