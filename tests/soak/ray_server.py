@@ -17,7 +17,11 @@ from tests.faults import loopback
 from tests.faults.killing import Nursery, killed_server
 from tests.faults.on_ray import SLOWLY, batch, changes, descendants, mark, step
 
-HEAD = "start --head --block --node-ip-address 127.0.0.1 --port 6379 --num-cpus 3 --include-dashboard false"
+# Ray gives its agents 15 s, in which a busy machine should start nothing that is not needed
+HEAD = (
+    "start --head --block --node-ip-address 127.0.0.1 --port 6379 --num-cpus 3 --include-dashboard false "
+    "--no-monitor --include-log-monitor false"
+)
 
 
 def replicas() -> list[int]:
