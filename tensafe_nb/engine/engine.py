@@ -26,7 +26,7 @@ from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.sampling import sampler
-from tensafe_nb.engine.sampling.copies import Kept
+from tensafe_nb.engine.sampling.copies import KeptCopies
 from tensafe_nb.engine.sampling.prefixes import Prefixes
 from tensafe_nb.engine.sampling.prompts import ReadPrompts, read_prompts
 from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
@@ -121,7 +121,7 @@ class Engine:
             self.reference.freeze(0)  # where training begins is the base with its adapter, not the bare base
         self.samples_drawn = 0
         self.prefixes: Prefixes | None = None
-        self.copied: Kept | None = None
+        self.copied: KeptCopies | None = None
         private = config.dp_config is not None and config.dp_config.enabled
         self.training_step: TrainingStep = (
             AwaitingAccount() if private else PlainStep(self.forward_pass, self.optimizer)
@@ -347,7 +347,7 @@ class Engine:
             known = before if before is not None and before.version == self.policy_version else None
             self.prefixes = kept
         if self.copied is None or self.copied.version != self.policy_version:
-            self.copied = Kept(self.policy_version)
+            self.copied = KeptCopies(self.policy_version)
         drawn = sampler.sample(
             self.model,
             ids,

@@ -45,7 +45,7 @@ class Copies:
 
 
 @dataclass(slots=True)
-class Kept:
+class KeptCopies:
     """Copies that the next call may use again, as long as the weights are of this version."""
 
     version: int

@@ -19,7 +19,7 @@ from torch import Tensor
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data.labels import TurnEnd
 from tensafe_nb.engine.models.load import LoadedModel
-from tensafe_nb.engine.sampling.copies import Copies, Kept, copies_of
+from tensafe_nb.engine.sampling.copies import Copies, KeptCopies, copies_of
 from tensafe_nb.engine.sampling.decoding import LARGE, Decoder, Rows, rows_of
 from tensafe_nb.engine.sampling.merged import merged
 from tensafe_nb.engine.sampling.prefixes import Prefixes, Read
@@ -165,7 +165,7 @@ def sample(
     before: Sequence[int] = (),
     known: Prefixes | None = None,
     kept: Prefixes | None = None,
-    copied: Kept | None = None,
+    copied: KeptCopies | None = None,
 ) -> list[SampledSequence]:
     """Draw `num_samples` completions per prompt, prompt by prompt.
 
