@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,8 +32,7 @@ from tensafe_nb.engine.sampling.prompts import ReadPrompts, read_prompts
 from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses import Loss
-from tensafe_nb.losses.policy import exact_entropy
-from tensafe_nb.losses.views import label_logprobs
+from tensafe_nb.losses.views import logprobs_and_entropy
 from tensafe_nb.protocol.batch import IGNORE, REFERENCE, Array, BatchData
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
@@ -279,10 +278,8 @@ class Engine:
         with self.reference.in_place() if reference else contextlib.nullcontext():
             for rows, part in self.forward_pass.micro_batches(batch, None, tick, pieces):
                 outputs = self.forward_pass.outputs(part, self.forward_pass.tensors(part, batch))
-                # a large vocabulary is read twice, a chunk at a time: neither pass keeps (N, V)
-                picked = outputs.map_logits(partial(label_logprobs, temperature=temperature))
+                picked, spread = logprobs_and_entropy(outputs, temperature)
                 place(logprobs, batch, rows, picked)
-                spread = outputs.map_logits(partial(exact_entropy, temperature=temperature))
                 place(entropy, batch, rows, spread)
                 if values is not None:
                     place(values, batch, rows, outputs.values)
