@@ -87,6 +87,18 @@ def test_a_token_without_the_scope_a_revoked_one_and_a_services_open_nothing(hub
         tn.ServiceClient(address, made["token"])
 
 
+def test_a_second_kernel_is_noticed_and_shut_down_under_the_base_path_of_a_hub(hub: Hub) -> None:
+    for user in ("mia", "noa"):
+        hub.ask("POST", f"/users/{user}")
+        hub.start(user)
+    code = "import os; os.environ['MEM_LIMIT'] = '1'\nfrom tensafe_nb.widgets.live import neighbours\n"
+    with hub.kernel("noa"), hub.kernel("mia") as line:
+        assert line.run(f"{code}print(neighbours.crowding())").strip() == "None", "another user's is none"
+        with hub.kernel("mia"):
+            told = line.run("found = neighbours.crowding(); print(neighbours.shut_down(found['id']))")
+            assert "was shut down" in told and line.run("print(neighbours.crowding())").strip() == "None"
+
+
 @pytest.mark.timeout(7200)
 @pytest.mark.skipif(os.geteuid() != 0, reason="memory groups are root's to make")
 def test_ten_students_of_a_gigabyte_run_notebook_05_at_once_and_nobody_is_killed() -> None:
