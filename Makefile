@@ -23,6 +23,9 @@ HUB := .venv-hub
 HUB_VERSION := 6.1.1
 HUB_READY := $(HUB)/.ready-$(HUB_VERSION)
 
+PLACES := .venv-places
+PLACES_READY := $(PLACES)/.ready-1
+
 CLASS := .venv-class
 CLASS_READY := $(CLASS)/.ready-1
 
@@ -45,7 +48,7 @@ ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity tinker-parity openai-parity sinks environments class hub marimo lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity tinker-parity openai-parity sinks environments class hub places binder marimo lint fix bench bench-real llama-cpp docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -98,6 +101,14 @@ $(HUB_READY): $(READY)
 	$(HUB)/bin/python -m pip install -qq jupyterhub==$(HUB_VERSION)
 	command -v npm >/dev/null || (apt-get update -qq && apt-get install -y -qq nodejs npm)
 	npm install --silent --no-fund --no-audit --prefix $(HUB)/node configurable-http-proxy@5
+	touch $@
+
+$(PLACES_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(PLACES)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(PLACES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
+	$(PLACES)/bin/python -m pip install -qq notebook==7.6.5 nbclassic==1.3.3 papermill==2.7.0
+	$(PLACES)/bin/python -m pip install -qq --constraint constraints.txt --ignore-installed --no-deps jupyterlab  # its files
 	touch $@
 
 # One environment for each version of the SDK; the newest has the cookbook too, of whose packages one is on no registry.
@@ -181,8 +192,14 @@ marimo: $(MARIMO_READY)  ## a marimo that borrows the packages of .venv, in .ven
 class: $(CLASS_READY)  ## a notebook handed out, collected and graded by nbgrader and by Otter, in .venv-class
 	$(CLASS)/bin/python -m pytest -m soak tests/soak/test_grading.py -s
 
-hub: $(HUB_READY)  ## a server as a service of a real JupyterHub, with two users; JupyterHub and its proxy in .venv-hub
+hub: $(HUB_READY)  ## a real JupyterHub, in .venv-hub: a server as its service, then ten students of 1 GB on notebook 05
 	$(HUB)/bin/python -m pytest -m soak tests/soak/test_hub.py -s
+
+places: $(PLACES_READY) chromium  ## Notebook 7, nbclassic, papermill and nbconvert, in .venv-places
+	$(PLACES)/bin/python -m pytest -m soak tests/browser/test_places.py
+
+binder: $(READY)  ## what binder/ says, in a bare directory: with an old pip and the newest; some minutes each
+	$(BIN)/python -m scripts.binder_install
 
 gpu: $(READY)  ## on a CUDA GPU: the same numbers as on the CPU, speed and memory of a model of 1B, in at most 6 minutes
 	$(BIN)/python -m scripts.gpu
@@ -214,4 +231,4 @@ docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(VERIFIERS) $(MARIMO) $(HUB) $(CLASS) $(TINKER_READY:/.ready=) .venv-newest .venv-lowest
+	rm -rf build $(VENV) $(TRL) $(LLAMA) $(SINKS) $(VERIFIERS) $(MARIMO) $(HUB) $(PLACES) $(CLASS) $(TINKER_READY:/.ready=) .venv-newest .venv-lowest

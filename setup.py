@@ -9,7 +9,7 @@ NOTEBOOKS = Path(__file__).parent / "notebooks"
 
 
 class BuildWithNotebooks(build_py):
-    """Copies `notebooks/` to where an installed package looks for them; an editable one reads them in the clone."""
+    """Copies `notebooks/` to where an installed package looks for it; an editable one reads it in the clone."""
 
     def run(self) -> None:
         super().run()
@@ -20,7 +20,9 @@ class BuildWithNotebooks(build_py):
 
     def copies(self) -> dict[str, str]:
         target = Path(self.build_lib) / "tensafe_nb" / "notebooks"
-        files = [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(NOTEBOOKS.glob("solutions/*.py"))]
+        files = [
+            path for kind in ("*.ipynb", "*.md", "solutions/*.py") for path in sorted(NOTEBOOKS.glob(kind))
+        ]
         return {str(path): str(target / path.relative_to(NOTEBOOKS)) for path in files}
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:

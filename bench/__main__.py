@@ -5,6 +5,8 @@ Imports no torch before its threads are settled: how many, and that waiting ones
 
 import argparse
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ BUILD = ROOT / "build"
 ROWS = {
     "import": "startup:package",
     "import-clients": "startup:clients",
+    "client-ready": "startup:ready",
     "queue-p50": "queue:usual_latency",
     "queue-p99": "queue:worst_latency",
     "pipeline": "queue:pipelined_steps",
@@ -24,6 +27,7 @@ ROWS = {
     "training": "training:all_labelled",
     "training-ragged": "training:ragged",
     "training-quarter": "training:quarter_labelled",
+    "training-checkpointing": "training:recomputed",
     "sampling": "sampling:sums",
     "rl-update": "rl:update",
     "rl-environments": "rl:environments",
@@ -38,6 +42,7 @@ ROWS = {
     "audit": "store:audit",
     "dp-step": "privacy:step_tiny",
     "dp-step-llama": "privacy:step_llama",
+    "dp-step-all-weights": "privacy:step_all_weights",
     "dp-opacus": "privacy:step_opacus",
     "dp-memory": "privacy:memory",
     "dp-accounting-step": "privacy:accounting_step",
@@ -54,6 +59,7 @@ ROWS = {
     "panel-static": "panel:static_part",
     "panel-picture": "panel:picture_size",
     "panel-memory": "panel:memory",
+    "chat-first": "panel:first_piece",
     "remote-p50": "remote:usual_latency",
     "remote-p95": "remote:worst_latency",
     "remote-large": "remote:large_batch",
@@ -86,10 +92,23 @@ REAL = {
     "real-sampling-llama-cpp": "real:sampling_llama_cpp",
     "real-rl-update": "real:rl_update",
     "real-memory": "real:step_memory",
+    "real-memory-checkpointing": "real:step_memory_recomputed",
+    "real-gguf-again": "real:gguf_again",
     "real-chats": "chats:one_turn",
     "real-chats-five-turns": "chats:five_turns",
 }
 ALL = ROWS | REAL
+COMPUTED = {
+    "training",
+    "sampling",
+    "rl",
+    "privacy",
+    "real",
+}  # modules whose rows depend on the processor's vectors
+IMITATION = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}  # a newer processor then computes as if
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,25 +116,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     try:
         names = select(chosen.rows or (list(REAL) if chosen.real else []))
+        if chosen.write and chosen.avx2:
+            raise ValueError("--write keeps what a processor does, and --avx2 imitates another one")
         if chosen.write:
             pages.check_marks()  # before minutes are spent
     except (ValueError, OSError) as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory(prefix="tensafe-bench-") as home:
-        settle(chosen.threads, home)
-        about = report.facts(chosen.threads)
+        settle(chosen.threads, home, avx2=chosen.avx2)
+        about, before = report.facts(chosen.threads), pages.load()
         print(report.machine_line(about))
+        started = time.perf_counter()
         rows: dict[str, Row | Skipped] = {}
         for name in names:
             rows[name] = measured(name)
             if chosen.write:  # row by row: what is measured is kept, whatever happens to the next
                 pages.write(pages.merged(pages.load(), about, rows, ALL), ALL)
-    written = BUILD / ("bench-real.json" if chosen.real else "bench.json")
+    print(f"\n{len(rows)} rows in {time.perf_counter() - started:.0f} s, {report.load_now()}")
+    print("\n".join(report.regressions(before, about, rows)))
+    written = BUILD / f"bench{'-real' * chosen.real}{'-avx2' * chosen.avx2}.json"
     written.parent.mkdir(exist_ok=True)
     written.write_text(report.as_json(about, rows), encoding="utf-8")
     print(f"\nwritten: {written.relative_to(ROOT)}")
     if chosen.write:
         print(f"written: {', '.join(pages.write(pages.load(), ALL))}")
+    if chosen.both:
+        again(names, chosen.threads, about["capability"])
+
+
+def again(names: Sequence[str], threads: int, capability: str) -> None:
+    """Measure what the processor's vectors decide once more, in a process that does as if it had AVX2 only."""
+    computed = [name for name in names if ALL[name].partition(":")[0] in COMPUTED]
+    if not computed or not capability.startswith("AVX512"):
+        print(
+            f"\nnothing to measure again with AVX2: {'this processor has no more' if computed else 'no such row'}"
+        )
+        return
+    print("\nagain, as if the processor had AVX2 only:\n", flush=True)
+    command = [sys.executable, "-m", "bench", *computed, "--avx2", f"--threads={threads}"]
+    subprocess.run(command, check=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,6 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("rows", nargs="*", help=f"names, or how they begin; all when none: {', '.join(ROWS)}")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("--real", action="store_true", help=f"the rows of a real model: {', '.join(REAL)}")
+    parser.add_argument("--avx2", action="store_true", help="imitate a processor that has AVX2 only")
+    parser.add_argument(
+        "--both", action="store_true", help="where there is AVX-512, measure computing rows again with --avx2"
+    )
     parser.add_argument(
         "--write",
         action="store_true",
@@ -142,8 +185,10 @@ def select(wanted: Sequence[str]) -> list[str]:
     return [row for row in ALL if row in chosen] if wanted else list(ROWS)
 
 
-def settle(threads: int, home: str) -> None:
+def settle(threads: int, home: str, *, avx2: bool = False) -> None:
     """Fix what would distort the figures; child processes inherit it."""
+    if avx2:
+        os.environ.update(IMITATION)
     os.environ.update(
         OMP_NUM_THREADS=str(threads),
         OMP_WAIT_POLICY="PASSIVE",  # a waiting thread that spins takes the core from the one it waits for

@@ -32,7 +32,12 @@ def step_tiny() -> Row:
 def step_llama() -> Row:
     """Issue 8: at most 1.20 of the time without."""
     with random_llama() as folder:
-        return _step(folder, ATTENTION, LLAMA, seconds=60)
+        return _step(folder, ATTENTION, LLAMA, seconds=25)
+
+
+def step_all_weights() -> Row:
+    """Issue 26: at most 2 times the time without."""
+    return _step("builtin:tiny", None, "builtin:tiny, all weights", seconds=30, limit=2.0)
 
 
 def step_opacus() -> Row:
@@ -41,7 +46,7 @@ def step_opacus() -> Row:
         batch = workload.full(ROWS, TOKENS)
         ours = private_step(client(service, folder, ATTENTION, private=True), batch)
         by_opacus = opacus_step(folder, batch)
-        taken = paired(ours, by_opacus, seconds=60)
+        taken = paired(ours, by_opacus, seconds=25)
     return Row(
         what="private step through the client, the ledger's record included",
         peer="Opacus: PrivacyEngine.make_private (GradSampleModule, DPOptimizer), no ledger",
@@ -92,7 +97,7 @@ def accounting_step() -> Row:
     )
 
 
-def _step(model_ref: str, modules: Any, model: str, seconds: float) -> Row:
+def _step(model_ref: str, modules: Any, model: str, seconds: float, limit: float = 1.20) -> Row:
     batch = workload.full(ROWS, TOKENS)
     with tn.ServiceClient() as service:
         private, open_ = (client(service, model_ref, modules, private=p) for p in (True, False))
@@ -104,16 +109,19 @@ def _step(model_ref: str, modules: Any, model: str, seconds: float) -> Row:
         sizes=f"{model}, {ROWS}×{TOKENS}",
         taken=taken,
         compares=LARGER,
-        target=Target("≤", 1.20),
+        target=Target("≤", limit),
     )
 
 
 def client(service: tn.ServiceClient, model_ref: str, modules: Any, *, private: bool) -> tn.TrainingClient:
-    """Return a client whose model is loaded."""
+    """Return a client whose model is loaded; without modules to adapt, it trains all weights."""
+    lora = (
+        tn.LoRAConfig(rank=workload.RANK, alpha=workload.ALPHA, target_modules=modules) if modules else None
+    )
     dp = tn.DPConfig(noise_multiplier=SIGMA, max_grad_norm=LIMIT, dataset_size=10_000, target_epsilon=None)
     tc = service.create_training_client(
         model_ref=model_ref,
-        lora_config=tn.LoRAConfig(rank=workload.RANK, alpha=workload.ALPHA, target_modules=modules),
+        lora_config=lora,
         optimizer={"learning_rate": workload.LEARNING_RATE, "weight_decay": workload.WEIGHT_DECAY},
         batch_size=ROWS,
         dtype="float32",

@@ -5,14 +5,15 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Row, Skipped
+from bench.harness import FASTER, Row, Skipped
 
 Facts = Mapping[str, Any]
+WORSE, MUCH_WORSE = 1.1, 1.5  # of a ratio; of a figure alone, which another load of the machine moves too
 
 
 def facts(threads: int) -> dict[str, Any]:
@@ -21,15 +22,34 @@ def facts(threads: int) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": _cpu(),
+        "capability": _capability(),
         "cpu_count": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1)
-        if hasattr(os, "getloadavg")
-        else None,  # None on Windows
+        "load_average": _load(),
         "torch_threads": threads,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
+
+
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # None on Windows
+
+
+def load_now() -> str:
+    """Say how many processes wanted to run in the last minute."""
+    return f"load average {_load()} after"
+
+
+def _capability() -> str:
+    """Say which vectors torch computes with, and whether it could do more."""
+    import torch
+
+    widest = ("amx_bf16", "avx512_bf16") if hasattr(torch.cpu, "get_capabilities") else ()
+    found = [name for name in widest if torch.cpu.get_capabilities().get(name)]
+    if "ATEN_CPU_CAPABILITY" in os.environ:
+        return f"{torch.backends.cpu.get_cpu_capability()}, imitated"
+    return " with ".join([torch.backends.cpu.get_cpu_capability(), *found[:1]])
 
 
 def _cpu() -> str:
@@ -48,11 +68,45 @@ def _commit() -> str | None:
 
 def machine_line(about: Facts) -> str:
     return (
-        f"{about['cpu_count']} CPU cores ({about['cpu']}; load average {about['load_average']} before), "
+        f"{about['cpu_count']} CPU cores ({about['cpu']}{_computes(about)}; "
+        f"load average {about['load_average']} before), "
         f"{about['torch_threads']} torch thread(s), "
         f"OMP_WAIT_POLICY={about['OMP_WAIT_POLICY']}, torch {about['torch']}, transformers {about['transformers']}, "
         f"peft {about['peft']}, Python {about['python']}, {about['date'][:10]}"
     )
+
+
+def _computes(about: Facts) -> str:
+    return f", {about['capability']}" if about.get("capability") else ""  # older runs have not noted it
+
+
+def regressions(kept: Mapping[str, Any], about: Facts, rows: Mapping[str, Row | Skipped]) -> list[str]:
+    """Say which rows are worse than those kept, by more than what comes and goes.
+
+    A ratio counts as worse when it is so by a tenth, and the middle halves of its pairs and of those kept lie apart. A
+    figure without a peer is compared on the same kind of processor only, and counts from one and a half times on.
+    """
+    found = []
+    for name, row in rows.items():
+        old = kept["rows"].get(name)
+        if old is None or isinstance(row, Skipped):
+            continue
+        if row.ratio is not None and old["ratio"]:
+            factor = old["ratio"] / row.ratio if row.compares == FASTER else row.ratio / old["ratio"]
+            worse = factor > WORSE and _apart(row.middle_half, old["middle_half"])
+            said = f"ratio {row.ratio:.3g}, kept {old['ratio']:.3g}"
+        else:
+            factor = row.ours / old["ours"] if old["ours"] else 1.0
+            worse = factor > MUCH_WORSE and kept["runs"][old["run"]]["cpu"] == about["cpu"]
+            said = f"{amount(row.ours, row.unit)}, kept {amount(old['ours'], row.unit)}"
+        if worse:
+            found.append(f"worse than bench/measured.json: {name}: {said}, of {old['run'][:10]}")
+    return found or ["nothing is worse than bench/measured.json by more than the noise"]
+
+
+def _apart(one: tuple[float, float] | None, other: Sequence[float] | None) -> bool:
+    """Whether two middle halves have nothing in common; one that is not known is no reason to doubt."""
+    return one is None or other is None or one[1] < other[0] or other[1] < one[0]
 
 
 def lines(name: str, row: Row) -> str:

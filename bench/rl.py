@@ -35,9 +35,9 @@ def update() -> Row:
     return against_trl(SUMS, LOADS, seconds=30)
 
 
-def against_trl(work: trl_peer.Work, loads: int, seconds: float, warmup: int = 2) -> Row:
+def against_trl(work: trl_peer.Work, loads: int, seconds: float, warmup: int = 2, at_least: int = 4) -> Row:
     """Measure an update; both sides are loaded so often, and warmed up by so many pairs each time."""
-    taken = reduce(add, [_pairs(work, seconds / loads, warmup) for _ in range(loads)])
+    taken = reduce(add, [_pairs(work, seconds / loads, warmup, at_least) for _ in range(loads)])
     peer = "`trl.GRPOTrainer`, same model, prompts, reward and optimiser, without logging"
     return Row(
         what="an update by RLVRTrainer (GRPO): sample, score, train; rollouts, metrics and alarms kept",
@@ -50,7 +50,7 @@ def against_trl(work: trl_peer.Work, loads: int, seconds: float, warmup: int = 2
     )
 
 
-def _pairs(work: trl_peer.Work, seconds: float, warmup: int) -> Taken:
+def _pairs(work: trl_peer.Work, seconds: float, warmup: int, at_least: int) -> Taken:
     """Load both sides and take pairs; ours alone where there is no TRL."""
     with _ours(work) as ours:
         if not TRL_PYTHON.exists():
@@ -60,6 +60,7 @@ def _pairs(work: trl_peer.Work, seconds: float, warmup: int) -> Taken:
                 ours,
                 lambda: _each(trl(work.updates), work.updates),
                 seconds=seconds,
+                at_least=at_least,
                 warmup=warmup,
                 watch=as_it_says,
             )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import tensafe_nb as tn
 from bench import workload
-from bench.harness import Row, Taken, Target, paired
+from bench.harness import LARGER, Row, Taken, Target, paired
 
 ROWS, TOKENS = 8, 64
 LOADS = 6  # where its weights happen to lie in memory makes a model up to 10 % faster or slower: load it anew
@@ -31,6 +31,26 @@ def ragged() -> Row:
 def quarter_labelled() -> Row:
     batch = workload.full(ROWS, TOKENS, labelled=0.25)
     return _step(batch, f"{ROWS}×{TOKENS}, 25 % of the positions labelled", 7)
+
+
+def recomputed() -> Row:
+    """No target: what computing activations again takes."""
+    batch = workload.full(ROWS, TOKENS)
+    with tn.ServiceClient() as service:
+        again, kept = (
+            workload.step_through(workload.tiny_client(service, gradient_checkpointing=on), batch)
+            for on in (True, False)
+        )
+        assert again() == kept(), "the two sides do not compute the same loss"
+        taken = paired(again, kept, seconds=10)
+    return Row(
+        what="forward_backward + optim_step through the client, `gradient_checkpointing=True`",
+        peer="the same without",
+        precision="fp32",
+        sizes=f"{workload.MODEL}, {ROWS}×{TOKENS}, every position labelled, fused AdamW",
+        taken=taken,
+        compares=LARGER,
+    )
 
 
 def _step(batch: tn.BatchData, shape: str, seconds: float, target: Target | None = None) -> Row:

@@ -26,12 +26,12 @@ def begins_with_answer(completions: list[str], answer: list[str], **_: Any) -> l
     return [float(text.startswith(right)) for text, right in zip(completions, answer, strict=True)]
 
 
-def share_of_digits(completions: list[str], **_: Any) -> list[float]:
-    """Reward digits: the answers of a group differ, so that we train on all of them as TRL does, solved or not."""
-    return [sum(map(str.isdigit, text)) / max(1, len(text)) for text in completions]
+def share_of_vowels(completions: list[str], **_: Any) -> list[float]:
+    """Reward vowels: no two answers of a group have as many, so that we train on all of them, as TRL does anyway."""
+    return [sum(letter in "aeiouAEIOU" for letter in text) / max(1, len(text)) for text in completions]
 
 
-REWARDS = {reward.__name__: reward for reward in (begins_with_answer, share_of_digits)}
+REWARDS = {reward.__name__: reward for reward in (begins_with_answer, share_of_vowels)}
 
 
 @dataclass(frozen=True)

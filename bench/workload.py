@@ -17,7 +17,7 @@ MODEL = f"builtin:tiny LoRA r{RANK}"
 VOCABULARY = 2048
 
 
-def tiny_client(service: tn.ServiceClient) -> tn.TrainingClient:
+def tiny_client(service: tn.ServiceClient, **fields: Any) -> tn.TrainingClient:
     """Return a client whose model is loaded: transformers cannot load two models at once."""
     tc = service.create_training_client(
         model_ref="builtin:tiny",
@@ -25,6 +25,7 @@ def tiny_client(service: tn.ServiceClient) -> tn.TrainingClient:
         optimizer={"name": "adamw", "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
         dtype="float32",
         device="cpu",
+        **fields,
     )
     assert tc.tokenizer
     return tc

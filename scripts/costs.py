@@ -16,13 +16,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.sampling.copies import copies_of
 from tensafe_nb.engine.sampling.decoding import BLOCK, LARGE, Decoder
-from tensafe_nb.engine.sampling.merged import merged
 from tensafe_nb.losses import resolve_loss
 
 ROWS, TOKENS = 4, 128
 DECODED, PROMPT, NEW_TOKENS = 16, 8, 64
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
 
 
 def main() -> None:
@@ -34,11 +34,12 @@ def main() -> None:
     engine = Engine(tn.TrainingConfig(model_ref=model_ref, lora_config=lora, dtype="float32", device="cpu"))
     _show(f"a training step, {ROWS}×{TOKENS} tokens", _profiled(engine, _step(engine), 3))
     print(f"\na piece of two tokens takes the time of {_piece(engine):.0f} of many")
-    with torch.no_grad(), merged(engine.model, NEW_TOKENS, DECODED):
+    with torch.no_grad():
         prompts = np.random.default_rng(0).integers(3, engine.model.vocab_size, (DECODED, PROMPT)).tolist()
-        decoder = Decoder(engine.model, prompts, 1, NEW_TOKENS)
+        copies = copies_of(engine.model, NEW_TOKENS, DECODED)
+        decoder = Decoder(engine.model, prompts, 1, NEW_TOKENS, None, copies)
         token = _profiled(engine, lambda: decoder.feed(decoder.logits.argmax(-1)), 20)
-    _show(f"a token of {DECODED} rows, adapter merged, without the draw", token)
+    _show(f"a token of {DECODED} rows, on copies of the weights, without the draw", token)
 
 
 def _piece(engine: Engine) -> float:
@@ -68,7 +69,7 @@ def _step(engine: Engine) -> Callable[[], None]:
 
 def _forward_backward(engine: Engine, rows: int, tokens: int) -> Callable[[], object]:
     ids = np.random.default_rng(0).integers(3, engine.model.vocab_size, (rows, tokens))
-    batch, loss = tn.BatchData(ids, labels=ids), resolve_loss("token_ce")
+    batch, loss = tn.BatchData(ids, labels=np.roll(ids, -1, 1)), resolve_loss("token_ce")
     return lambda: engine.forward_backward(batch, loss)
 
 

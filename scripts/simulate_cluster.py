@@ -22,6 +22,7 @@ SIZES = {"small": (96, 2), "tiny": (160, 4), "medium": (384, 6)}  # name → (wi
 ROWS, TOKENS = 16, 64
 SEVERAL = (1, 2, 3)  # replicas that are measured
 FURTHER = (4, 8, 16)
+CORES = os.cpu_count() or 1
 STEPS = 5  # of which the median is taken
 LITTLE = 4  # tokens of a row that costs next to nothing
 CALLS = 3  # one after the other in a step: contribute, absorb, optim_step
@@ -41,6 +42,8 @@ class Costs:
         token: Of each token.
         here: That this process spends on two replicas, beside what it spends on itself.
         there: That a replica spends, beside its tokens.
+        sums: Both, for each number of replicas that was measured: more of them than cores share caches and memory,
+            so that what was measured of two need not hold of them.
         call: From a call to both replicas to their answers, on the clock.
         gradient: Bytes that each replica sends.
     """
@@ -49,6 +52,7 @@ class Costs:
     token: float
     here: float
     there: float
+    sums: dict[int, tuple[float, float]]
     call: float
     gradient: int
 
@@ -95,17 +99,19 @@ def measure(folder: str, weights: str) -> tuple[Costs, dict[int, float], int]:
         trained = tc.refresh().trained_parameters or 0
     token = (whole - part) / (TOKENS * (ROWS - ROWS // 4))
     found: dict[int, float] = {}
-    here = there = call = 0.0
+    sums: dict[int, tuple[float, float]] = {}
+    call = 0.0
     for replicas in SEVERAL:
         with cluster.client_on(tn.LocalCluster(engines=replicas, cpus=1), folder, lora) as (tc, pids):
             found[replicas] = middle(cluster.watched(workload.step_through(tc, batch), pids))
-            if replicas == 2:
-                step = workload.step_through(tc, workload.full(2, LITTLE))
+            if replicas > 1:
+                step = workload.step_through(tc, workload.full(replicas, LITTLE))
                 driver = middle(cluster.watched(step, []))
-                there = middle(cluster.watched(step, pids)) - driver - alone
-                here, call = driver, called(tc)
+                sums[replicas] = driver, max(0.0, middle(cluster.watched(step, pids)) - driver - alone)
+            if replicas == 2:
+                call = called(tc)
     return (
-        Costs(whole - token * ROWS * TOKENS, token, here, max(0.0, there), call, 4 * trained),
+        Costs(whole - token * ROWS * TOKENS, token, *sums[2], sums, call, 4 * trained),
         found,
         trained,
     )
@@ -165,6 +171,13 @@ def show(name: str, weights: str, latency: float, bandwidth: float) -> None:
             f"  {replicas:8}{1e3 * local:9.0f} ms{1e3 * found[replicas]:9.0f} ms   "
             f"{alone / local:.2f} predicted, {alone / found[replicas]:.2f} measured"
         )
+    for replicas, (here, there) in costs.sums.items():
+        if replicas != 2:
+            print(
+                f"  a sum over {replicas} was assumed to take {1e3 * costs.here * replicas / 2:.1f} ms here and "
+                f"{1e3 * costs.there:.1f} ms in each replica; measured {1e3 * here:.1f} and {1e3 * there:.1f}, "
+                f"{replicas} replicas on {CORES} cores"
+            )
     for replicas in FURTHER:
         print(
             f"  {replicas:8}{1e3 * costs.step(replicas):9.0f} ms           –   "

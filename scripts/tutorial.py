@@ -104,6 +104,7 @@ def up_to_date(path: Path) -> bool:
 def on_config(config: Any) -> Any:
     """Put the notebooks below the tutorial's first page."""
     pages = [{title(path): f"tutorial/{path.stem}.md"} for path in notebooks()]
+    pages.append({"Glossary": "tutorial/glossary.md"})
     config.nav = [
         {"Tutorial": [entry["Tutorial"], *pages]} if "Tutorial" in entry else entry for entry in config.nav
     ]
@@ -111,9 +112,10 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add a page for each notebook."""
+    """Add a page for each notebook, and one for the glossary that they link."""
     from mkdocs.structure.files import File
 
+    files.append(File.generated(config, "tutorial/glossary.md", abs_src_path=str(NOTEBOOKS / "glossary.md")))
     for path in notebooks():
         files.append(File.generated(config, f"tutorial/{path.stem}.md", content=page_of(path)))
         for replay in RAN.glob(f"{path.stem}-*.html"):
@@ -122,9 +124,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links to notebooks, which are right in the repository, lead to their pages."""
+    """Let links to notebooks and glossary, which are right in the repository, lead to their pages."""
     up = "../" * page.file.src_uri.count("/")
-    return re.sub(r"\]\((?:\.\./)*notebooks/(\w+)\.ipynb\)", rf"]({up}tutorial/\1.md)", markdown)
+    return re.sub(r"\]\((?:\.\./)*notebooks/(\w+)\.(?:ipynb|md)\)", rf"]({up}tutorial/\1.md)", markdown)
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:

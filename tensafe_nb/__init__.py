@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ServiceClient": "service",
     "TrainingClient": "client",
+    "chat": "client",
+    "ModelChat": "chats.chat",
     "LocalCluster": "cluster.clusters",
     "RayCluster": "cluster.clusters",
     "TrainingConfig": "config",
@@ -80,8 +82,9 @@ __all__ = ["__version__", *_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
     from tensafe_nb import data, datasets, errors, events, losses, rlvr, widgets
+    from tensafe_nb.chats.chat import ModelChat
     from tensafe_nb.classroom.checking import check
-    from tensafe_nb.client import TrainingClient
+    from tensafe_nb.client import TrainingClient, chat
     from tensafe_nb.cluster.clusters import LocalCluster, RayCluster
     from tensafe_nb.comparing.comparison import compare
     from tensafe_nb.comparing.records import list_comparisons, load_comparison

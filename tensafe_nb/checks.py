@@ -47,15 +47,22 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         if parameter.kind in named
     }
     checks = {name: check for name, check in found.items() if check is not None}
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    places = [name for name, kind in kinds.items() if kind is named[0]]
+    if inspect.Parameter.POSITIONAL_ONLY in kinds.values():
+        places = []
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         __tracebackhide__ = True  # IPython's sign: the caller's line is the one to look at
         bound: Mapping[str, Any] = {}
-        try:
-            bound = signature.bind(*args, **kwargs).arguments
-        except TypeError:
-            refuse_unknown(function, signature, args, kwargs)
+        if len(args) <= len(places) and kwargs.keys() <= found.keys():  # `bind` would take most of a call
+            bound = {**dict(zip(places, args, strict=False)), **kwargs}
+        else:
+            try:
+                bound = signature.bind(*args, **kwargs).arguments
+            except TypeError:
+                refuse_unknown(function, signature, args, kwargs)
         for name, check in checks.items():
             if name in bound and (expected := check(bound[name])) is not None:
                 given = as_given(bound[name])

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
+from tensafe_nb.chats.chat import ModelChat
 from tensafe_nb.checks import checked
 from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, StepConfig, TrainingConfig, joins, spells
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
-from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError, near_misses
+from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError, near_misses, nearest
 from tensafe_nb.events import Event, RunDescribed, RunState
 from tensafe_nb.futures import FutureHandle, Outstanding, Pieces, promise_of
 from tensafe_nb.history.log import RunHistory
@@ -76,6 +77,7 @@ R = TypeVar("R")
 
 JOIN_SECONDS = 5.0  # how long close() waits for a run that is inside the user's own code
 MOST_SEQUENCES = 1 << 20  # of one call of sample()
+MOST_COLUMNS = 8  # of a chat
 MAX_NAME = 200  # characters of a checkpoint's name
 UNFORKED = ("model_ref", "lora_config", "resize_embeddings")  # that a state would not fit
 Clients: TypeAlias = "weakref.WeakValueDictionary[str, TrainingClient]"
@@ -85,7 +87,6 @@ Clients: TypeAlias = "weakref.WeakValueDictionary[str, TrainingClient]"
     train="tc.fit(batches, steps=…) (a run), or tc.forward_backward(batch) and tc.optim_step() (one step)",
     train_step="tc.forward_backward(batch), then tc.optim_step()",
     generate="tc.sample(prompts, max_new_tokens=…)",
-    chat="tc.stream([{'role': 'user', 'content': …}])",
     complete="tc.sample(prompts, max_new_tokens=…)",
     backward="tc.forward_backward(batch)",
     zero_grad="not needed: tc.optim_step() ends the window",
@@ -126,6 +127,7 @@ class TrainingClient:
         self._outstanding = Outstanding()
         self._subscriptions = Subscriptions(channel.subscribe)
         self._forwardings: dict[object, Forwarding] = {}
+        self._chats: list[ModelChat] = []
         self._encrypted: weakref.WeakSet[HEAdapter] = weakref.WeakSet()
         weakref.finalize(self, channel.detach).atexit = False  # there, the transport closes what is left
 
@@ -310,6 +312,47 @@ class TrainingClient:
             )
         handle = self._submit(Sample(read, sampling, stream=True))
         return Pieces(handle, promise_of(handle), cancels=True)
+
+    @joins(SamplingConfig, "sampling")
+    def chat(
+        self,
+        system: str = "",
+        sampling: SamplingConfig | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+        seed: int | None = None,
+        ignore_end: bool = False,
+    ) -> ModelChat:
+        """Return a chat with this client: in a notebook a panel to type into. With several clients: `tn.chat`.
+
+        Each message takes its place in the queue, as with `stream`. What was said can be told apart by thumbs, which
+        makes rows for `dpo` and its like of it: `chat.rows`.
+
+        Args:
+            system: What stands before the conversation.
+            sampling: How answers are drawn, like its fields, which are keywords here as well.
+            max_new_tokens: Longest answer, in tokens.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_p: Keep the smallest set of tokens whose probability reaches this.
+            top_k: Keep the k most likely tokens; 0 keeps all.
+            stop: Strings that end an answer; they are cut from its text.
+            stop_tokens: Tokens that end an answer, as the model's end token does.
+            seed: Fixes the random stream of first answers; None takes the client's next one.
+            ignore_end: Go on past end tokens.
+
+        Raises:
+            ValidationError: A field that does not fit.
+
+        Example:
+            >>> chat = tc.chat(system="Answer briefly.", temperature=0.7)
+            >>> print((await chat.say("Hello!")).text)
+        """
+        return chat(self, system=system, sampling=sampling)
 
     @checked
     def compute_logprobs(
@@ -1098,6 +1141,53 @@ class TrainingClient:
         """Return what a notebook's output history keeps of this client when nothing else refers to it."""
         kept = {"history": self.history, "training_client_id": self.training_client_id, "config": self.config}
         return Freed(f"The training client {self.training_client_id}", **kept, _feed=vars(self).get("_feed"))
+
+
+def chat(
+    *clients: TrainingClient,
+    system: str = "",
+    sampling: SamplingConfig | None = None,
+    **named: Any,
+) -> ModelChat:
+    """Return a chat with several training clients side by side: each answers every message, in a column of its own.
+
+    They answer at the same time, each in the order of its own queue, embedded or on whatever server it is.
+
+    Args:
+        clients: Training clients; each is called by its id.
+        system: What stands before the conversation.
+        sampling: How answers are drawn.
+        named: Training clients by the names of their columns; and fields of SamplingConfig.
+
+    Raises:
+        ValidationError: No training client, or a field of SamplingConfig that does not fit.
+
+    Example:
+        >>> base = service.create_training_client(config)
+        >>> chat = tn.chat(base=base, tuned=tc, temperature=0)
+        >>> await chat.say("def add(a, b):")
+    """
+    talking = {name: value for name, value in named.items() if isinstance(value, TrainingClient)}
+    fields = {name: value for name, value in named.items() if name not in talking}
+    if strangers := [value for value in clients if not isinstance(value, TrainingClient)]:
+        raise ValidationError(f"chat() takes training clients, not {as_given(strangers[0])}.")
+    if unknown := next((name for name in fields if name not in SamplingConfig.model_fields), None):
+        raise ValidationError(
+            f"chat(): {unknown}={as_given(fields[unknown])} is neither a training client nor a field of "
+            f"SamplingConfig.{nearest(unknown, [*SamplingConfig.model_fields, 'system', 'sampling'])}"
+        )
+    if sampling is not None and not isinstance(sampling, SamplingConfig):
+        raise ValidationError(f"chat(): sampling is a SamplingConfig, not {as_given(sampling)}.")
+    columns = {one.training_client_id: one for one in clients} | talking
+    if not 0 < len(columns) <= MOST_COLUMNS:
+        raise ValidationError(
+            f"chat() takes 1 to {MOST_COLUMNS} training clients, and was given {len(columns)}: "
+            f"tn.chat(base=tc0, tuned=tc1)."
+        )
+    made = ModelChat(columns, system, (sampling or SamplingConfig()).replace(**fields))
+    for client in columns.values():
+        client._chats.append(made)  # whoever keeps one of them keeps the chat
+    return made
 
 
 def prompts_to_sample(prompts: Prompt | Sequence[Prompt], sampling: SamplingConfig) -> tuple[Prompt, ...]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import functools
 import logging
 import threading
 import time
@@ -189,10 +190,11 @@ def _twin_of(error: TGTinkerError) -> TGTinkerError:
     return twin.with_traceback(error.__traceback__)
 
 
-def lent_names(result_type: type) -> list[str]:
+@functools.cache
+def lent_names(result_type: type) -> frozenset[str]:
     """Return the fields and properties that a result declares: what its handle lends."""
     properties = [name for name, value in vars(result_type).items() if isinstance(value, property)]
-    return [field.name for field in fields(result_type)] + properties
+    return frozenset(field.name for field in fields(result_type)).union(properties)
 
 
 class FutureHandle(Generic[R]):
@@ -222,7 +224,7 @@ class FutureHandle(Generic[R]):
         self._promise = promise
         self._cancel = cancel
         self._position = position
-        self._lent = frozenset(lent_names(result_type))
+        self._lent = lent_names(result_type)  # type: ignore[arg-type]  # a class can be hashed
         self.operation = operation
         self.future_id = future_id
         self.training_client_id = training_client_id

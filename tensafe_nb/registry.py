@@ -1,8 +1,10 @@
 """One way to name a function: a callable, a registered name, or "package.module:attribute"."""
 
+import contextlib
 import functools
 import importlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -10,6 +12,7 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
 
 T = TypeVar("T", bound=Callable[..., Any])
+_signatures: "weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature]" = weakref.WeakKeyDictionary()
 
 
 class Registry(Generic[T]):
@@ -111,13 +114,27 @@ def check_keywords(
     Raises:
         ValidationError: With the nearest spelling.
     """
-    parameters = list(inspect.signature(function).parameters.values())[positional:]
+    parameters = list(signature_of(function).parameters.values())[positional:]
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for keyword in keywords:
         if keyword not in named:
             raise ValidationError(
                 f"The {kind} {as_given(name_of(function))} has no keyword {as_given(keyword)}.{nearest(keyword, named)}"
             )
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a function; it is read once, for that takes longer than most checks.
+
+    Raises:
+        ValueError: As `inspect.signature`.
+    """
+    with contextlib.suppress(KeyError, TypeError):  # what cannot be a key is read each time
+        return _signatures[function]
+    signature = inspect.signature(function)
+    with contextlib.suppress(TypeError):
+        _signatures[function] = signature
+    return signature
 
 
 def name_of(function: Callable[..., Any]) -> str:

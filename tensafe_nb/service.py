@@ -6,11 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 from weakref import WeakValueDictionary
 
 from tensafe_nb.checks import checked
-from tensafe_nb.client import Clients, TrainingClient, prompts_to_sample
 from tensafe_nb.config import (
     DPConfig,
     LoRAConfig,
@@ -25,7 +24,6 @@ from tensafe_nb.display import Facts, Listing, as_given, fields_of, shown
 from tensafe_nb.errors import ClientClosedError, ValidationError, near_misses
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.lifetimes import before_loading
-from tensafe_nb.protocol.operations import Sample, SampleFrom
 from tensafe_nb.protocol.results import (
     AuditLogEntry,
     AuditVerification,
@@ -36,7 +34,10 @@ from tensafe_nb.protocol.results import (
     TrainingClientInfo,
 )
 from tensafe_nb.store.home import Home
-from tensafe_nb.transports.base import Channel, Transport
+
+if TYPE_CHECKING:  # loaded with the first training client, so that the names of a first cell are soon there
+    from tensafe_nb.client import Clients, TrainingClient
+    from tensafe_nb.transports.base import Channel, Transport
 
 _DEFAULTS = TrainingConfig()
 
@@ -118,6 +119,7 @@ class ServiceClient:
         batch_size: int = 8,
         gradient_accumulation_steps: int = 1,
         micro_batch_tokens: int = 16_384,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -125,7 +127,7 @@ class ServiceClient:
         dp_config: DPConfig | Mapping[str, Any] | None = None,
         ignore_weights: str | Sequence[str] = (),
         resize_embeddings: bool = False,
-    ) -> TrainingClient:
+    ) -> "TrainingClient":
         """Make a training client. Returns at once; its model loads in the background.
 
         Before you load a transformers model of your own, wait for it (`await tc.ready()`): transformers patches torch
@@ -141,6 +143,7 @@ class ServiceClient:
             batch_size: Rows per batch, read by `tc.batches`.
             gradient_accumulation_steps: Batches per optimiser step, read by `fit`.
             micro_batch_tokens: The engine splits batches into micro-batches of at most this many tokens.
+            gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
             seed: Fixes initialisation, dropout and sampling.
             dtype: "float32", "bfloat16" (bf16 compute, fp32 trained weights), or "auto".
             device: "cpu", "cuda", "mps", or "auto".
@@ -159,7 +162,7 @@ class ServiceClient:
 
     @spells(TrainingConfig)
     @checked
-    def restore(self, artifact_id: str, **changes: Any) -> TrainingClient:
+    def restore(self, artifact_id: str, **changes: Any) -> "TrainingClient":
         """Make a training client of a checkpoint: its configuration, its weights, its optimiser, its random streams.
 
         Returns at once. A state that cannot be loaded puts the client in ERROR.
@@ -179,7 +182,9 @@ class ServiceClient:
         before_loading()
         return self._adopt(self._transport.create(config, StateSource(artifact_id=artifact_id)))
 
-    def _adopt(self, channel: Channel) -> TrainingClient:
+    def _adopt(self, channel: "Channel") -> "TrainingClient":
+        from tensafe_nb.client import TrainingClient
+
         return TrainingClient(channel, self._transport, self._clients)
 
     def _refuse_if_closed(self) -> None:
@@ -191,7 +196,7 @@ class ServiceClient:
         return Listing(self._transport.list_training_clients(), fields_of)
 
     @checked
-    def get_training_client(self, training_client_id: str) -> TrainingClient:
+    def get_training_client(self, training_client_id: str) -> "TrainingClient":
         """Return a training client by its id.
 
         Raises:
@@ -255,6 +260,9 @@ class ServiceClient:
         for name, given in (("artifact_id", artifact_id), ("model_ref", model_ref)):
             if given is not None and (not isinstance(given, str) or not given):
                 raise ValidationError(f"sample(): {name}={as_given(given)} is no text that could name one.")
+        from tensafe_nb.client import prompts_to_sample
+        from tensafe_nb.protocol.operations import Sample, SampleFrom
+
         drawn = Sample(prompts_to_sample(prompts, sampling), sampling)
         before_loading()
         return self._transport.sample(SampleFrom(drawn, artifact_id, model_ref))
@@ -455,7 +463,7 @@ def row_of_record(record: AuditLogEntry) -> Facts:
     }
 
 
-def embedded_transport(home: Home, key_source: str | None, cluster: Any = None) -> Transport:
+def embedded_transport(home: Home, key_source: str | None, cluster: Any = None) -> "Transport":
     """Return the line to a core in this process.
 
     Raises:
@@ -483,7 +491,7 @@ def http_transport(
     key_source: str | None,
     patience: float,
     cluster: Any = None,
-) -> Transport:
+) -> "Transport":
     """Return the line to a server.
 
     Raises:

@@ -108,6 +108,7 @@ def artifact_content(vault: Any, artifact: str) -> Iterator[tuple[Any, Any]]:
             yield found.metadata, found.parts()
     else:
         with vault.artifacts.open(vault.artifacts.resolve(artifact)) as found:
+            found.check()  # before any of it is in the clear on a disk
             yield found.metadata, found.parts()
 
 

@@ -43,7 +43,7 @@ def write_for_grader(chosen: argparse.Namespace) -> int:
     if chosen.grader == "nbgrader":
         print(f"next: cd {chosen.folder} && nbgrader generate_assignment {written.stem}")
     else:
-        print(f"next: otter assign {written} {chosen.folder / 'dist'}")
+        print(f"next: otter assign {written} dist")
     return 0
 
 

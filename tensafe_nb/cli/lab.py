@@ -10,6 +10,7 @@ from typing import Any
 from tensafe_nb.errors import ValidationError
 
 QUICKSTART = "01_quickstart.ipynb"
+GLOSSARY = "glossary.md"  # which the notebooks link
 
 
 def add_lab(commands: Any) -> None:
@@ -42,14 +43,15 @@ def default_folder() -> Path:
 
 
 def bring_notebooks(folder: Path) -> tuple[list[str], list[str]]:
-    """Copy the notebooks to where their reader may change them; one that is there already is left as it is.
+    """Copy notebooks and glossary to where their reader may change them; one that is there already is left as it is.
 
     Returns:
         Names of those that were brought, and of those that differ from ours.
     """
     folder.mkdir(parents=True, exist_ok=True)
     brought, kept = [], []
-    for ours in sorted(source_of_notebooks().glob("*.ipynb")):
+    source = source_of_notebooks()
+    for ours in [*sorted(source.glob("*.ipynb")), source / GLOSSARY]:
         theirs = folder / ours.name
         try:
             with theirs.open("xb") as copy:  # never over one that is there

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # a cluster is named before torch is loaded
     from tensafe_nb.cluster.ray_places import RayDriver
     from tensafe_nb.core.engines import Tell, Trains
     from tensafe_nb.engine.accumulation import Tick
+    from tensafe_nb.rlvr.scoring.links import Inbox, Link
 
 NOT_PRIVATELY = (
     "Private training runs in one process: how its noise and draws would be shared among replicas is not worked out. "
@@ -73,6 +74,10 @@ class Cluster:
         """Return where the replicas of one training client live."""
         raise NotImplementedError
 
+    def start_scoring(self, inbox: "Inbox") -> "Link":
+        """Start a process that calls rewards or plays environments; see `ScoringCluster`."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Let go of the cluster; replicas end with their training clients."""
 
@@ -119,6 +124,12 @@ class LocalCluster(Cluster):
                 for first in range(0, self.engines * self.gpus, self.gpus)
             ]
         return ProcessPlaces(self.cpus, home, environment)
+
+    def start_scoring(self, inbox: "Inbox") -> "Link":
+        """Start a process of this machine, as without a cluster."""
+        from tensafe_nb.rlvr.scoring.links import ProcessLink
+
+        return ProcessLink(inbox)
 
 
 class RayCluster(Cluster):
@@ -168,14 +179,26 @@ class RayCluster(Cluster):
         return f"RayCluster({self.address!r}, engines={self.engines}, cpus={self.cpus}, gpus={self.gpus})"
 
     def places(self, home: Home) -> "ReplicaPlaces":
-        """Return actors of the cluster, which a process is connected to first, or again if it was gone."""
-        from tensafe_nb.cluster.ray_places import RayDriver, RayPlaces
+        """Return actors of the cluster."""
+        from tensafe_nb.cluster.ray_places import RayPlaces
+
+        return RayPlaces(self._joined(), self.cpus, self.gpus, home if self.address == "local" else None)
+
+    def start_scoring(self, inbox: "Inbox") -> "Link":
+        """Start a process beside an actor of the cluster, which has one core."""
+        from tensafe_nb.cluster.ray_places import RayLink
+
+        return RayLink(self._joined(), inbox)
+
+    def _joined(self) -> "RayDriver":
+        """Return the process that is connected to the cluster; another one, if that was gone."""
+        from tensafe_nb.cluster.ray_places import RayDriver
 
         with self._joining:
             if self._driver is None or self._driver.gone:
                 self._driver = RayDriver(self.address)
                 weakref.finalize(self, self._driver.leave)
-            return RayPlaces(self._driver, self.cpus, self.gpus, home if self.address == "local" else None)
+            return self._driver
 
     def close(self) -> None:
         """Leave the cluster, unless another service has replicas there; a Ray that was started here ends."""

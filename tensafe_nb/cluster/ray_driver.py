@@ -7,6 +7,7 @@ driver leaves the cluster in order, and a Ray that was started here ends with it
 
 import asyncio
 import contextlib
+import json
 import os
 import queue
 import shutil
@@ -23,6 +24,7 @@ from ray.exceptions import RayError
 
 from tensafe_nb.cluster.frames import read_frame, write_frame
 from tensafe_nb.rlvr.scoring.child import end_with, take_pipes
+from tensafe_nb.rlvr.scoring.links import Inbox, ProcessLink
 from tensafe_nb.rlvr.scoring.shipping import arrived, shipped
 
 ENDS = ("answer", "error")
@@ -45,19 +47,21 @@ class RayReplica:
         end_with(os.getppid())  # else it looks for its cluster for a minute
         if not gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        import torch
-
-        from tensafe_nb.cluster.replica import Replica
-
-        torch.set_num_threads(threads)
         self._messages: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self._work: queue.SimpleQueue[tuple[int, str, bytes]] = queue.SimpleQueue()
-        self._replica = Replica(lambda message: self._messages.put((message[0], shipped(message))))
-        # one thread for all calls: what torch keeps for a thread it keeps once
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._replica: Any = None
+        # One thread for all calls: what torch keeps for a thread it keeps once. It is imported there, too: an actor
+        # that has found its machine says so at once.
+        threading.Thread(target=self._serve, args=(threads,), daemon=True).start()
 
-    def _serve(self) -> None:
+    def _serve(self, threads: int) -> None:
         try:
+            import torch
+
+            from tensafe_nb.cluster.replica import Replica
+
+            torch.set_num_threads(threads)
+            self._replica = Replica(lambda message: self._messages.put((message[0], shipped(message))))
             while True:
                 call, method, arguments = self._work.get()
                 self._replica.do(call, method, arrived(arguments))
@@ -78,10 +82,40 @@ class RayReplica:
 
     def interrupt(self) -> None:
         """Let what is being asked end soon."""
-        self._replica.interrupt()
+        if self._replica is not None:
+            self._replica.interrupt()
 
 
-Actor: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})(RayReplica)
+class RayScoring:
+    """Has a process beside it that calls user functions: one that brings it down costs its call, not this actor."""
+
+    def __init__(self) -> None:
+        end_with(os.getppid())
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._link = ProcessLink(self._inbox)
+
+    def where(self) -> str:
+        """Return where it is, for people."""
+        return f"{socket.gethostname()}, process {os.getpid()}"
+
+    def do(self, request: bytes, answers: int) -> Iterator[bytes]:
+        """Pass a request on; yield its answers as JSON, and null once the process has ended."""
+        self._link.write(request)
+        message: Any = []
+        while answers and message is not None:
+            _, message = self._inbox.get()
+            answers -= 1
+            yield json.dumps(message).encode()
+
+    def finish(self) -> None:
+        """End the process, and what it has started."""
+        self._link.kill()
+
+
+ACTORS: dict[str, Any] = {
+    kind: ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})(actor)
+    for kind, actor in (("replica", RayReplica), ("scoring", RayScoring))
+}
 
 
 class Listener:
@@ -90,21 +124,25 @@ class Listener:
     Args:
         driver: Whose it is.
         number: Its own.
+        kind: Which of `ACTORS`.
         cpus: Cores it is given; on a Ray that was started here they are shared.
         gpus: GPUs it is given.
     """
 
-    def __init__(self, driver: "Driver", number: int, cpus: int, gpus: int) -> None:
-        self._driver, self._number = driver, number
+    def __init__(self, driver: "Driver", number: int, kind: str, cpus: int, gpus: int) -> None:
+        self._driver, self._number, self._kind, self._begun = driver, number, kind, False
         self._wants = {"CPU": 0 if driver.shared else cpus, "GPU": gpus}
-        self._actor = Actor.options(num_cpus=self._wants["CPU"], num_gpus=gpus).remote(cpus, gpus)
+        given: dict[str, Any] = {"num_cpus": self._wants["CPU"], "num_gpus": gpus}
+        if kind == "scoring":
+            self._actor = ACTORS[kind].options(**given, scheduling_strategy="SPREAD").remote()
+        else:
+            self._actor = ACTORS[kind].options(**given).remote(cpus, gpus)
         self._calls: asyncio.Queue[Any] = asyncio.Queue()
         self.task = asyncio.create_task(self.listen())
 
-    def call(self, call: int, method: str, arguments: bytes) -> None:
+    def call(self, *arguments: Any) -> None:
         """Let the actor carry out a call, behind those before it."""
-        do = self._actor.do.options(num_returns="streaming")
-        self._calls.put_nowait(do.remote(call, method, arguments))
+        self._calls.put_nowait(self._actor.do.options(num_returns="streaming").remote(*arguments))
 
     def interrupt(self) -> None:
         """Let it end what it is asked soon."""
@@ -114,6 +152,7 @@ class Listener:
         """Tell what the actor says until it is gone, and then its end."""
         try:
             self._tell(("at", await self._started()))
+            self._begun = True
             while True:
                 async for message in await self._calls.get():
                     self._tell(await message)
@@ -134,10 +173,14 @@ class Listener:
     def _tell(self, message: Any) -> None:
         self._driver.tell((self._number, message))
 
-    def end(self) -> None:
+    async def end(self) -> None:
         """End the actor, and hear nothing more of it: Ray waits for good for one that is killed before it began."""
         self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
         with contextlib.suppress(RayError, RuntimeError):
+            if self._begun and self._kind == "scoring":
+                finishing = self._actor.finish.options(concurrency_group="control").remote()
+                await asyncio.wait([asyncio.ensure_future(finishing)], timeout=PATIENCE)
             ray.kill(self._actor, no_restart=True)
 
 
@@ -165,6 +208,7 @@ class Driver:
     def __init__(self, answers: BinaryIO, parent: int, shared: bool) -> None:
         self._answers, self._parent, self.shared = answers, parent, shared
         self._listeners: dict[int, Listener] = {}
+        self._ends: set[asyncio.Task[None]] = set()
 
     def tell(self, message: Any) -> None:
         """Pass a message on; nobody may be there any more to read it."""
@@ -192,10 +236,9 @@ class Driver:
         threading.Thread(target=read, daemon=True).start()
         await ended.wait()
         signal.alarm(2 * LEAVING)
-        listening = [listener.task for listener in self._listeners.values()]
         for number in list(self._listeners):
             self._obey("end", number)
-        await asyncio.gather(*listening, return_exceptions=True)
+        await asyncio.gather(*self._ends, return_exceptions=True)
 
     def _obey(self, order: str, number: int, *arguments: Any) -> None:
         try:
@@ -203,7 +246,9 @@ class Driver:
                 self._listeners[number] = Listener(self, number, *arguments)
             elif order == "end":
                 if number in self._listeners:
-                    self._listeners.pop(number).end()
+                    ending = asyncio.create_task(self._listeners.pop(number).end())
+                    self._ends.add(ending)
+                    ending.add_done_callback(self._ends.discard)
             elif number in self._listeners:
                 getattr(self._listeners[number], order)(*arguments)
         except Exception as error:  # noqa: BLE001  # of Ray's, whatever it is: that actor answers no more
@@ -266,6 +311,7 @@ def leave(folder: str) -> None:
     for process in own:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(own, timeout=LEAVING)  # one that still writes would leave its files
     shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 

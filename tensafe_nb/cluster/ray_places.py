@@ -1,10 +1,11 @@
-"""Replicas as actors of a Ray cluster: Ray places them, watches them and grows; it keeps nothing of ours.
+"""Replicas as actors of a Ray cluster, and links to processes that score there: Ray places and watches them.
 
 Not this process is connected to the cluster, but one of its own, see `ray_driver`: Ray is not imported here. Actors get
 no key, no vault and no token, and are not restarted by Ray: a new one takes the state of a replica that is left.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
@@ -25,6 +26,7 @@ from tensafe_nb.cluster.group import Inbox
 from tensafe_nb.cluster.local_places import SECRETS, ShippedOnce, ended
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ClusterError
+from tensafe_nb.rlvr.scoring import links
 from tensafe_nb.rlvr.scoring.lasting import STARTER
 from tensafe_nb.rlvr.scoring.shipping import arrived
 from tensafe_nb.store.home import Home
@@ -39,6 +41,7 @@ LOCAL_RAY = {
     "RAY_agent_register_timeout_ms": "120000",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+PATIENCE = 300.0  # seconds for an actor to find room, and a function to be loaded beside it
 LAST_WORDS = 2_000  # characters of what a driver has written
 
 
@@ -55,8 +58,8 @@ class RayDriver:
     def __init__(self, address: str) -> None:
         self.address, self.gone = address, ""
         self._connected = False
-        self._places: dict[int, RayPlace] = {}
-        self._started = 0
+        self.numbers = itertools.count(1)  # of actors
+        self._heard: dict[int, Hears] = {}
         self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # Ray keeps sockets there, whose names may be 107 characters long
         self._folder = tempfile.mkdtemp(prefix="tsnb-ray-", dir="/tmp")
@@ -94,32 +97,29 @@ class RayDriver:
 
     @property
     def idle(self) -> bool:
-        """Whether no replica is left there."""
-        return not self._places
+        """Whether no actor is left there."""
+        return not self._heard
 
-    def start(self, cpus: int, gpus: int, inbox: Inbox, shipping: ShippedOnce) -> "RayPlace":
-        """Start an actor; see `ReplicaPlaces.start`.
+    def start(self, kind: str, actor: "Hears", cpus: int, gpus: int) -> None:
+        """Start an actor: a "replica", or one for "scoring".
 
         Raises:
             ClusterError: The cluster is gone.
         """
-        self._started += 1
-        place = RayPlace(f"replica {self._started}", self, self._started, inbox, shipping)
-        self._places[place.number] = place
+        self._heard[actor.number] = actor
         if self.gone:
-            del self._places[place.number]
+            del self._heard[actor.number]
             raise ClusterError(self.gone)
-        self.order("start", place.number, cpus, gpus)
-        return place
+        self.order("start", actor.number, kind, cpus, gpus)
 
     def order(self, order: str, number: int, *arguments: Any) -> None:
         """Let the driver do something; takes no lock and does not wait, so that anything may be freed at any time."""
         self._frames.put(cloudpickle.dumps((order, number, *arguments)))
 
-    def end(self, place: "RayPlace") -> None:
+    def end(self, actor: "Hears") -> None:
         """End an actor; idempotent."""
-        if self._places.pop(place.number, None) is not None:
-            self.order("end", place.number)
+        if self._heard.pop(actor.number, None) is not None:
+            self.order("end", actor.number)
 
     def write(self, requests: IO[bytes]) -> None:
         """Pass orders on until there are no more."""
@@ -128,7 +128,7 @@ class RayDriver:
                 write_frame(requests, frame)
 
     def read(self, answers: IO[bytes]) -> None:
-        """Pass messages on to the places until the process ends, and then their end."""
+        """Pass messages on to whom they concern until the process ends, and then their end."""
         refused = ""
         with answers, contextlib.suppress(OSError):
             while (frame := read_frame(answers)) is not None:
@@ -137,8 +137,8 @@ class RayDriver:
                         self._connected = True
                     case ("refused", reason):
                         refused = str(reason)
-                    case (number, message) if (place := self._places.get(number)) is not None:
-                        place.hear(message)
+                    case (number, message) if (actor := self._heard.get(number)) is not None:
+                        actor.hear(message)
         self._kill()  # what is left of its group
         how = ended(self._process.wait())
         self._words.seek(0)
@@ -151,8 +151,8 @@ class RayDriver:
             last = f" Its last words: {words[-1][-LAST_WORDS:]}" if words else ""
             self.gone = f"The Ray cluster at {self.address!r} is gone: {how}.{last}"
         self._frames.put(None)
-        for place in list(self._places.values()):
-            place.hear(("lost", self.gone))
+        for actor in list(self._heard.values()):
+            actor.hear(("lost", self.gone))
 
     def leave(self) -> None:
         """Let the process leave its cluster and end; one that is not connected yet ends at once."""
@@ -183,6 +183,15 @@ def refusal(address: str, reason: str) -> str:
     )
 
 
+class Hears(Protocol):
+    """Whoever a driver tells what it knows of an actor."""
+
+    @property
+    def number(self) -> int: ...
+    def hear(self, message: Any) -> None:
+        """Take in what the actor says, as bytes, or ("at", where), ("waiting", reason), ("lost", reason)."""
+
+
 class RayPlaces:
     """Actors of a Ray cluster.
 
@@ -198,20 +207,23 @@ class RayPlaces:
         self._shipping = ShippedOnce()
 
     def start(self, inbox: Inbox) -> "RayPlace":
-        return self._driver.start(self._cpus, self._gpus, inbox, self._shipping)
+        return RayPlace(self._driver, self._cpus, self._gpus, inbox, self._shipping)
 
     def load_arguments(self, config: TrainingConfig) -> Sequence[Any]:
         return config, self._home
 
 
 class RayPlace:
-    """An actor, as its driver knows it."""
+    """An actor that is a replica.
 
-    def __init__(
-        self, name: str, driver: RayDriver, number: int, inbox: Inbox, shipping: ShippedOnce
-    ) -> None:
-        self.name, self.number, self._driver, self._inbox = name, number, driver, inbox
-        self._shipping = shipping
+    Raises:
+        ClusterError: The cluster is gone.
+    """
+
+    def __init__(self, driver: RayDriver, cpus: int, gpus: int, inbox: Inbox, shipping: ShippedOnce) -> None:
+        self.number, self._driver, self._inbox = next(driver.numbers), driver, inbox
+        self.name, self._shipping = f"replica {self.number}", shipping
+        driver.start("replica", self, cpus, gpus)
 
     def send(self, call: int, method: str, arguments: Sequence[Any]) -> None:
         self._driver.order("call", self.number, call, method, self._shipping(arguments))
@@ -231,3 +243,39 @@ class RayPlace:
                 self.name += f" ({where})"
             case _:
                 self._inbox.put((self, message))
+
+
+class RayLink:
+    """A process that calls user functions, beside an actor with a core of its own; see `links.Link`.
+
+    Raises:
+        ClusterError: The cluster is gone.
+    """
+
+    patience = PATIENCE
+
+    def __init__(self, driver: RayDriver, inbox: links.Inbox) -> None:
+        self.number, self.lack, self._driver, self._inbox = next(driver.numbers), "", driver, inbox
+        driver.start("scoring", self, 1, 0)
+
+    def load(self, key: int, blob: bytes) -> None:
+        self._driver.order("call", self.number, links.loading(key, blob), 1)
+
+    def run(self, key: int, first: int, units: Sequence[links.Unit]) -> None:
+        self._driver.order("call", self.number, links.calling(key, first, units), len(units))
+
+    def kill(self) -> None:
+        """Let it be ended; the cluster does so soon."""
+        self._driver.end(self)
+
+    def hear(self, message: Any) -> None:
+        """Pass on what the driver says of the process, or of its actor."""
+        match message:
+            case bytes():
+                self._inbox.put((self, json.loads(message)))
+            case ("waiting", lack):
+                self.lack = lack
+            case ("at", _):
+                self.lack = ""
+            case ("lost", reason):
+                self._inbox.put((self, reason))

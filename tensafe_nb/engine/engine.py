@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,13 +26,13 @@ from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.sampling import sampler
+from tensafe_nb.engine.sampling.copies import KeptCopies
 from tensafe_nb.engine.sampling.prefixes import Prefixes
 from tensafe_nb.engine.sampling.prompts import ReadPrompts, read_prompts
 from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses import Loss
-from tensafe_nb.losses.policy import exact_entropy
-from tensafe_nb.losses.views import label_logprobs
+from tensafe_nb.losses.views import logprobs_and_entropy
 from tensafe_nb.protocol.batch import IGNORE, REFERENCE, Array, BatchData
 from tensafe_nb.protocol.results import (
     ForwardBackwardResult,
@@ -100,6 +100,7 @@ class Engine:
         reference: The policy that a KL penalty pulls towards.
         samples_drawn: How many calls have taken their seed from the client's.
         prefixes: What was read of conversations that may go on, until anything else is computed.
+        copied: Copies of the weights that sample, until anything else is computed.
 
     Raises:
         ModelLoadError: The model cannot be loaded.
@@ -119,6 +120,7 @@ class Engine:
             self.reference.freeze(0)  # where training begins is the base with its adapter, not the bare base
         self.samples_drawn = 0
         self.prefixes: Prefixes | None = None
+        self.copied: KeptCopies | None = None
         private = config.dp_config is not None and config.dp_config.enabled
         self.training_step: TrainingStep = (
             AwaitingAccount() if private else PlainStep(self.forward_pass, self.optimizer)
@@ -186,7 +188,7 @@ class Engine:
             NonFiniteLossError: The loss or its gradient is NaN or infinite; says in which rows.
             PrivacyUnitError: Privately, rows that do not say whose they are, or a loss that mixes them.
         """
-        self.prefixes = None
+        self.prefixes = self.copied = None
         try:
             batch = self.with_reference(batch, loss, tick)
         except BaseException:
@@ -239,7 +241,7 @@ class Engine:
         pieces: Sequence[Array] | None = None,
     ) -> Tally:
         """Return what a loss adds up to over a batch, or over some pieces of it, with the logprobs (B, T) if asked."""
-        self.prefixes = None
+        self.prefixes = self.copied = None
         self.forward_pass.check(batch)
         batch = self.with_reference(batch, loss, tick, pieces)
         loss.check(batch)
@@ -269,17 +271,15 @@ class Engine:
             tick: Called between micro-batches.
             pieces: The row numbers of the micro-batches, where not the whole batch is meant: the rest stays 0.
         """
-        self.prefixes = None
+        self.prefixes = self.copied = None
         self.forward_pass.check(batch)
         logprobs, entropy = (np.zeros(batch.shape, dtype=np.float32) for _ in range(2))
         values = np.zeros(batch.shape, dtype=np.float32) if self.model.value_head and not reference else None
         with self.reference.in_place() if reference else contextlib.nullcontext():
             for rows, part in self.forward_pass.micro_batches(batch, None, tick, pieces):
                 outputs = self.forward_pass.outputs(part, self.forward_pass.tensors(part, batch))
-                # a large vocabulary is read twice, a chunk at a time: neither pass keeps (N, V)
-                picked = outputs.map_logits(partial(label_logprobs, temperature=temperature))
+                picked, spread = logprobs_and_entropy(outputs, temperature)
                 place(logprobs, batch, rows, picked)
-                spread = outputs.map_logits(partial(exact_entropy, temperature=temperature))
                 place(entropy, batch, rows, spread)
                 if values is not None:
                     place(values, batch, rows, outputs.values)
@@ -343,8 +343,20 @@ class Engine:
             before, kept = self.prefixes, Prefixes(self.policy_version, self.model.device)
             known = before if before is not None and before.version == self.policy_version else None
             self.prefixes = kept
+        if self.copied is None or self.copied.version != self.policy_version:
+            self.copied = KeptCopies(self.policy_version)
         drawn = sampler.sample(
-            self.model, ids, config, seed, tick, turns, tell, streams, known=known, kept=kept
+            self.model,
+            ids,
+            config,
+            seed,
+            tick,
+            turns,
+            tell,
+            streams,
+            known=known,
+            kept=kept,
+            copied=self.copied,
         )
         return SampleResult(tuple(drawn), self.policy_version, *read)
 
@@ -460,7 +472,7 @@ class Engine:
         Raises:
             ValidationError: Tensors are missing, or have other shapes. Nothing has changed.
         """
-        self.prefixes = None
+        self.prefixes = self.copied = None
         parameters: dict[str, Tensor] = dict(self.model.own)
         check_tensors(parameters, state)
         facts = state.facts

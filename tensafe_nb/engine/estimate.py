@@ -65,7 +65,7 @@ def estimate(engine: "Engine", batch_size: int | None = None, length: int | None
         )
     rows, length = sizes_of(engine, batch_size, length)
     found, micro_rows = Estimator(engine).step(rows, length)
-    check_fit(found, micro_rows)
+    check_fit(found, micro_rows, engine.config.gradient_checkpointing)
     return found
 
 
@@ -272,7 +272,7 @@ def _moments(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
-def check_fit(found: StepEstimate, micro_rows: int) -> None:
+def check_fit(found: StepEstimate, micro_rows: int, checkpointing: bool) -> None:
     """Refuse a step that the memory has no room for, and say what would fit.
 
     Raises:
@@ -291,6 +291,8 @@ def check_fit(found: StepEstimate, micro_rows: int) -> None:
         advice = (
             "Gradients and optimiser alone do not fit: train an adapter (lora_config), or a smaller model."
         )
+    if available_bytes > lasting and not checkpointing:
+        advice += " gradient_checkpointing=True computes activations again in place of keeping them."
     raise InsufficientMemoryError(
         f"A training step of {found.batch_size} rows of {found.length} tokens needs about "
         f"{_gib(found.needed_bytes)} more on {found.device} (gradients {_gib(found.gradient_bytes)}, optimiser "

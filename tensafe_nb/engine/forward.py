@@ -2,22 +2,39 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.engine import micro_batches
 from tensafe_nb.engine.accumulation import Tick
-from tensafe_nb.engine.models import inputs
+from tensafe_nb.engine.models import inputs, llama_layers, products
 from tensafe_nb.engine.models.load import GLOBAL_RANDOM, LoadedModel
+from tensafe_nb.engine.recomputation import layers_of, recomputed
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import Declaration, LossValue
 from tensafe_nb.losses.views import chunk_rows
+from tensafe_nb.privacy.row_dropout import RowDropout
 from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
 
 SCORING = Declaration(per_row=True)  # each row by itself: what a pass without a loss computes
+
+
+class Packed(NamedTuple):
+    """Rows that stand behind each other: where their tokens come from."""
+
+    blocks: list[tuple[int, int]]
+    rows: Tensor  # (tokens,)
+    columns: Tensor
+    shape: tuple[int, ...]  # (B, T)
+
+    def unpacked(self, hidden: Tensor) -> Tensor:
+        """Return (1, tokens, D) as (B, T, D), 0 where padding is."""
+        return hidden.new_zeros(*self.shape, hidden.shape[-1]).index_put((self.rows, self.columns), hidden[0])
 
 
 class ForwardPass:
@@ -31,8 +48,11 @@ class ForwardPass:
         micro_batch_tokens: What is computed at once, padding included.
         has_dropout: Whether training draws random numbers.
         random: The states of the dropout streams, by kind of device.
+        forgets: The layers that are computed again in the backward pass, with gradient checkpointing.
         looks_ahead: Whether what comes behind a token changes what the model says at it.
         overhead: What a further micro-batch costs, in tokens.
+        fused: Whether the layers are those of `llama_layers`.
+        block: What a further length in a packed micro-batch costs, in tokens; None where rows are not packed.
     """
 
     def __init__(self, model: LoadedModel, config: TrainingConfig) -> None:
@@ -42,10 +62,13 @@ class ForwardPass:
         self.random = {"cpu": torch.Generator().manual_seed(config.seed).get_state()}
         if model.device.type == "cuda":
             self.random["cuda"] = torch.Generator(model.device).manual_seed(config.seed).get_state()
+        self.forgets = layers_of(model, config.model_ref) if config.gradient_checkpointing else []
         self.looks_ahead = inputs.looks_ahead(model)
-        self.overhead = micro_batches.overhead_in_tokens(
-            sum(p.numel() for p in model.causal.parameters()), accelerator=model.device.type != "cpu"
-        )
+        on_cpu, size = model.device.type == "cpu", sum(p.numel() for p in model.causal.parameters())
+        self.overhead = micro_batches.overhead_in_tokens(size, accelerator=not on_cpu)
+        self.fused = on_cpu and not self.looks_ahead and llama_layers.fits(model)
+        private = config.dp_config is not None and config.dp_config.enabled  # whose rows have to stay apart
+        self.block = micro_batches.block_in_tokens(size) if self.fused and not private else None
         head = model.causal.get_output_embeddings()
         self._head_is_frozen = not any(p.requires_grad for p in head.parameters())
 
@@ -66,7 +89,9 @@ class ForwardPass:
         """
         declares = SCORING if loss is None else loss.declares
         if pieces is None:
-            pieces = micro_batches.divided(batch, declares, self.micro_batch_tokens, self.overhead)
+            pieces = micro_batches.divided(
+                batch, declares, self.micro_batch_tokens, self.overhead, self.block
+            )
         done, count = 0, sum(map(len, pieces))
         for rows in pieces:
             tick(done, count)
@@ -101,6 +126,7 @@ class ForwardPass:
         *,
         whole_rows: bool = False,
         position_ids: Tensor | None = None,
+        dropout: RowDropout | None = None,
     ) -> LossOutputs:
         """Let the model read some rows; what a loss reads of its answer is computed when it is read.
 
@@ -109,19 +135,26 @@ class ForwardPass:
             tensors: Theirs.
             whole_rows: Let every layer see (B, T, …), the head too: not the N labelled positions of all rows.
             position_ids: (B, T) to tell the model, unless padding in front of the rows decides them.
+            dropout: The rows' own; None takes what the random stream gives.
         """
         mask, given = tensors["attention_mask"], part.attention_mask  # (B, T) each
         asked = {"input_ids": tensors["input_ids"], "use_cache": False}
-        padded_in_front = (given[:, 1:] > given[:, :-1]).any()  # a causal model sees only this padding
+        packed = None if self.block is None or whole_rows else self._packed(asked, given)
+        # a causal model sees only this padding
+        padded_in_front = packed is None and (given[:, 1:] > given[:, :-1]).any()
         if padded_in_front or self.looks_ahead:
             asked["attention_mask"] = mask
         if padded_in_front:
             asked["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         elif position_ids is not None:
             asked["position_ids"] = position_ids
-        with self.model.autocast():
+        layers: AbstractContextManager[None] = contextlib.nullcontext()
+        if self.fused and not whole_rows and not padded_in_front:
+            layers = llama_layers.in_place(self.model, packed and packed.blocks)
+        with self.model.autocast(), dropout or contextlib.nullcontext(), layers, self._forgetting(dropout):
             if self.model.split and not whole_rows:
                 hidden, logits = self.model.body(**asked).last_hidden_state, None  # (B, T, D)
+                hidden = hidden if packed is None else packed.unpacked(hidden)
             else:
                 answer = self.model.causal(**asked, output_hidden_states=True)
                 hidden, logits = answer.hidden_states[-1], answer.logits  # (B, T, D), (B, T, V)
@@ -142,7 +175,34 @@ class ForwardPass:
         outputs = self.outputs(part, tensors)
         return outputs, loss(outputs, tensors)
 
+    def _packed(self, asked: dict[str, Any], given: Array) -> "Packed | None":
+        """Put rows behind each other in what the model is asked, where that is less work."""
+        assert self.block is not None
+        found = micro_batches.blocks_of(given, self.block)
+        if found is None:
+            return None
+        order, blocks = found
+        places = [(row, column) for row in order for column in given[row].nonzero()[0]]
+        rows, columns = torch.tensor(places, device=self.model.device).T
+        asked["input_ids"] = asked["input_ids"][rows, columns].unsqueeze(0)  # (1, tokens)
+        positions = [torch.arange(length).repeat(count) for count, length in blocks]
+        asked["position_ids"] = torch.cat(positions).to(rows.device).unsqueeze(0)
+        return Packed(blocks, rows, columns, given.shape)
+
+    def _forgetting(self, dropout: RowDropout | None) -> AbstractContextManager[None]:
+        if not self.forgets or not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        again = None if dropout is None else lambda: (contextlib.nullcontext(), dropout.again())
+        return recomputed(self.forgets, draws=self.has_dropout, again=again)
+
     def _head(self, hidden: Tensor) -> Tensor:
+        head = self.model.head
+        if (
+            type(head) is nn.Linear
+            and self._head_is_frozen
+            and hidden.dtype is head.weight.dtype is torch.float32
+        ):
+            return products.FrozenLinear.apply(hidden, head.weight, head.bias)  # type: ignore[no-any-return, no-untyped-call]
         with self.model.autocast():
             return self.model.head(hidden)
 

@@ -12,7 +12,8 @@ from tensafe_nb.config import LoRAConfig, TrainingConfig
 from tensafe_nb.engine.models.bases import frozen_hash
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.errors import ValidationError
-from tensafe_nb.store.sealed.tensors import Readable, TensorPart, read_tensors
+from tensafe_nb.store.sealed.payload import PartStream
+from tensafe_nb.store.sealed.tensors import TensorPart, read_entries
 
 PARTS = (WEIGHTS, MOMENTS, WINDOW, REFERENCE) = (  # of an artifact
     "model.safetensors",
@@ -69,16 +70,13 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def read_part(stream: Readable, size: int) -> Tensors:
-    """Return the tensors of a part, that lie in the bytes read: nothing is copied."""
-    found = read_tensors(stream, size)
-    return {name: tensor_of(dtype, shape, data) for name, dtype, shape, data in found}
-
-
-def tensor_of(dtype: str, shape: tuple[int, ...], data: memoryview) -> Tensor:
-    """Return the tensor that lies in some bytes, without copying them."""
-    kind = DTYPES[dtype]
-    return torch.frombuffer(data, dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
+def read_part(stream: PartStream, size: int) -> Tensors:
+    """Return the tensors of a part: what is in the file is opened into them."""
+    entries = read_entries(stream, size)
+    # on the CPU, whatever the user's default device is: what is filled must be the tensor, not a copy of it
+    tensors = {e.name: torch.empty(e.shape, dtype=DTYPES[e.dtype], device="cpu") for e in entries}
+    stream.fill([bytes_of(tensor) for tensor in tensors.values()])
+    return tensors
 
 
 def check(

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +71,8 @@ class UnitGradients:
         model = forward.model
         self._forward, self._parameters = forward, parameters
         self._way = way_for(model.causal, parameters)
+        if forward.forgets and self._way is not None and self._way.name != "book-keeping":
+            self._way = None  # Opacus counts a layer that is computed again as one that is used twice
         trains_head = any(p.requires_grad for p in model.causal.get_output_embeddings().parameters())
         # every trained layer has to see rows (B, T, …): not the (N, D) labelled positions of all of them
         self._whole_rows = self._way is not None and (self._way.name != "book-keeping" or trains_head)
@@ -198,11 +199,12 @@ class UnitGradients:
         if whole_rows and self._tells_positions:  # (B, T): a model numbers them once for all rows
             mask = tensors["attention_mask"]
             positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        streams: AbstractContextManager[object] = contextlib.nullcontext()
+        dropout = None
         if self._secret_of_row is not None:
-            streams = RowDropout(torch.from_numpy(self._secret_of_row[rows]), one_unit=one_unit)
-        with streams:
-            outputs = self._forward.outputs(part, tensors, whole_rows=whole_rows, position_ids=positions)
+            dropout = RowDropout(torch.from_numpy(self._secret_of_row[rows]), one_unit=one_unit)
+        outputs = self._forward.outputs(
+            part, tensors, whole_rows=whole_rows, position_ids=positions, dropout=dropout
+        )
         return Evaluated(part, outputs, *loss.row_values(outputs, tensors))
 
     @contextlib.contextmanager

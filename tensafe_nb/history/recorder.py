@@ -20,6 +20,7 @@ from tensafe_nb.protocol.codec import encode
 
 logger = logging.getLogger(__name__)
 
+LINES = json.JSONEncoder(allow_nan=False)
 MOST_UNWRITTEN = 10_000  # events that are remembered in case whoever writes them has ended
 
 
@@ -94,10 +95,10 @@ class Recorder:
             written = RunHistory.load(self.history.path).last_seq
             for missing in self._unwritten:
                 if missing.seq > written:
-                    self._write(json.dumps(encode(missing), allow_nan=False) + "\n")
+                    self._write(LINES.encode(encode(missing)) + "\n")
             self._unwritten.clear()
             return
-        self._write(json.dumps(encode(event), allow_nan=False) + "\n")
+        self._write(LINES.encode(encode(event)) + "\n")
 
     def _write(self, line: str) -> None:
         """Write a line. What a full disk refuses stays in the file's buffer and is tried again with the next one."""

@@ -25,7 +25,7 @@ from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.losses.views import LossOutputs
 from tensafe_nb.protocol.batch import REFERENCE, TICKET, BatchData
 from tensafe_nb.protocol.losses import LossDeclaration, no_such_loss
-from tensafe_nb.registry import Registry, check_keywords, name_of
+from tensafe_nb.registry import Registry, check_keywords, name_of, signature_of
 
 LossFunction: TypeAlias = Callable[..., "Tensor | Mapping[str, Any]"]
 ALWAYS_ALLOWED = frozenset(
@@ -77,6 +77,8 @@ class Loss:
         Raises:
             ValidationError: A keyword the function does not name.
         """
+        if not kwargs:
+            return self
         check_keywords(self.function, kwargs, "loss", positional=2)
         return replace(self, kwargs={**self.kwargs, **kwargs})
 
@@ -145,7 +147,7 @@ class Loss:
     def check_call(self) -> None:
         """Refuse keywords that are missing, or more than the function takes."""
         try:
-            signature = inspect.signature(self.function)
+            signature = signature_of(self.function)
         except ValueError:  # some functions written in C do not tell theirs
             return
         try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.losses.base import register_loss
-from tensafe_nb.losses.views import LossOutputs, label_logprobs
+from tensafe_nb.losses.views import LossOutputs, label_logprobs, logprobs_and_entropy
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.85e8: guards against overflow only
 MAX_K3 = 10.0  # of |log π_ref − log π_θ| in k3, whose exponential gave NaN gradients elsewhere (verl #751)
@@ -42,9 +42,11 @@ class PolicyTokens(NamedTuple):
         cls, outputs: LossOutputs, batch: Batch, temperature: float, entropy_coef: float
     ) -> "PolicyTokens":
         """Read them; the entropy has a gradient only where a bonus asks for it."""
-        logprobs = outputs.map_logits(partial(label_logprobs, temperature=temperature))
-        with torch.set_grad_enabled(entropy_coef != 0 and torch.is_grad_enabled()):
+        if entropy_coef and torch.is_grad_enabled():
+            logprobs = outputs.map_logits(partial(label_logprobs, temperature=temperature))
             entropy = outputs.map_logits(partial(exact_entropy, temperature=temperature))
+        else:
+            logprobs, entropy = logprobs_and_entropy(outputs, temperature)
         log_ratio = logprobs - batch.get("old_logprobs", logprobs.detach())
         return cls(logprobs, log_ratio, batch["advantages"], entropy)
 

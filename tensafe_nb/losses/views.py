@@ -14,7 +14,7 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
 
 LogitsFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-CHUNK = 2**24  # logits that are computed at a time: 64 MiB in float32
+CHUNK = 2**23  # logits that are computed at a time: 32 MiB in float32
 
 
 class LossOutputs:
@@ -180,25 +180,53 @@ def chunk_rows(vocab_size: int, width: int, head_is_frozen: bool) -> int:
 
 def label_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Return (N,) log-probabilities of the labels from logits (N, V) that are divided by the temperature."""
-    return LabelLogprobs.apply(logits if temperature == 1 else logits / temperature, labels)  # type: ignore[no-any-return, no-untyped-call]
+    scaled = logits if temperature == 1 else logits / temperature
+    return LabelScores.apply(scaled, labels, False)[0]  # type: ignore[no-any-return, no-untyped-call]
 
 
-class LabelLogprobs(torch.autograd.Function):
-    """log softmax at the labels, whose gradient, one-hot − softmax, is written once: two tensors of V, not four."""
+def logprobs_and_entropy(outputs: LossOutputs, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return (N,) log-probabilities of the labels and (N,) entropies −Σ p log p, in nats, from one pass of the head.
+
+    The entropies carry no gradient.
+    """
+    entropies: list[Tensor] = []
+
+    def picked(logits: Tensor, labels: Tensor) -> Tensor:
+        scaled = logits if temperature == 1 else logits / temperature
+        logprobs, entropy = LabelScores.apply(scaled, labels, True)  # type: ignore[no-untyped-call]
+        entropies.append(entropy)
+        return logprobs  # type: ignore[no-any-return]
+
+    logprobs = outputs.map_logits(picked)
+    return logprobs, torch.cat(entropies)
+
+
+class LabelScores(torch.autograd.Function):
+    """log softmax at the labels, whose gradient, one-hot − softmax, is written once; and the entropies, if asked for.
+
+    Few passes over what is as large as the vocabulary: one that makes p, and log Z = −log max p, which is at least 1/V
+    and so as precise as a sum.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        scores, places = torch.log_softmax(logits, -1), labels.unsqueeze(1)
-        ctx.save_for_backward(scores, places)
-        return scores.gather(1, places).squeeze(1)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        p, places = torch.softmax(logits, -1), labels.unsqueeze(1)  # (N, V), (N, 1)
+        largest, log_z = logits.amax(-1, keepdim=True), p.amax(-1).log_().neg_()  # Z = Σ_v exp(z_v − max z)
+        ctx.save_for_backward(p, places)
+        logprobs = (logits.gather(1, places) - largest).squeeze(1) - log_z
+        if not entropy:
+            return logprobs, None
+        spread = log_z - (logits - largest).mul_(p).sum(-1)  # −Σ p log p
+        ctx.mark_non_differentiable(spread)
+        return logprobs, spread
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        scores, places = ctx.saved_tensors  # (N, V), (N, 1)
+    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor, None, None]:
+        p, places = ctx.saved_tensors
         slopes = gradient.unsqueeze(1)
         # ∂ log p_y / ∂ z_v = 1[v = y] − p_v
-        return scores.exp().mul_(-slopes).scatter_add_(1, places, slopes), None
+        return (p * -slopes).scatter_add_(1, places, slopes), None, None
 
 
 class GradientInForward(torch.autograd.Function):

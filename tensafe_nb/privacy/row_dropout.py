@@ -36,6 +36,12 @@ class RowDropout(TorchFunctionMode):
         super().__init__()
         self._secrets, self._one_unit, self._calls = secrets, one_unit, 0
 
+    def again(self) -> "RowDropout":
+        """Return what gives the dropouts from here on the same masks, for a layer that is computed a second time."""
+        later = RowDropout(self._secrets, one_unit=self._one_unit)
+        later._calls = self._calls
+        return later
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -48,6 +48,7 @@ LAYOUT: dict[Keys, Keys] = {
     ("batch", "batch_size"): ("training", "batch_size"),
     ("batch", "gradient_accumulation_steps"): ("training", "gradient_accumulation_steps"),
     ("batch", "micro_batch_tokens"): ("training", "micro_batch_tokens"),
+    ("batch", "gradient_checkpointing"): ("training", "gradient_checkpointing"),
     ("batch", "max_length"): ("max_length",),
     ("batch", "truncate"): ("truncate",),
     ("loss",): ("training", "loss"),

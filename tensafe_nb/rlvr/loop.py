@@ -46,7 +46,6 @@ class Trainer(Protocol):
     """What the loop reads and moves of a trainer, whose options may change between two steps."""
 
     reward: Reward | Environment
-    reward_timeout: float | None
     on_reward_errors: Literal["pause", "fail"]
     algo: Algorithm
     prompts: PromptCursor
@@ -63,6 +62,7 @@ class Trainer(Protocol):
     def training_client(self) -> PolicyClient: ...
     @property
     def imprecise(self) -> bool: ...
+    def new_scorer(self, reward: Reward) -> Scorer: ...
     def scored_by(self, version: str) -> None: ...
     def check_prompts(self) -> None: ...
     def number_of(self, version: str) -> int: ...
@@ -373,7 +373,7 @@ class RLVRLoop:
         if self._scorer is None or self._scores is not reward:
             if self._scorer is not None:
                 self._scorer.close()
-            self._scorer, self._scores = Scorer(reward, self._trainer.reward_timeout), reward
+            self._scorer, self._scores = self._trainer.new_scorer(reward), reward
         return self._scorer.score(batch, TrainerState(self._trainer.row, self._last_row))
 
     def _publish(self, step: int, values: Row) -> None:

@@ -47,6 +47,7 @@ from tensafe_nb.rlvr.rollouts.prompts import (
 from tensafe_nb.rlvr.rollouts.samplers import PolicySampler
 from tensafe_nb.rlvr.rollouts.store import RolloutStore
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD
+from tensafe_nb.rlvr.scoring.processes import crew_of
 from tensafe_nb.rlvr.scoring.scorer import Scorer, check_scored
 from tensafe_nb.rlvr.watch.alarms import Alarms
 from tensafe_nb.rlvr.watch.evaluation import HeldOut
@@ -123,6 +124,10 @@ class RLVRTrainer:
             marked `true=True` where the reward has one, else of the whole reward.
         reward_timeout: Seconds a call of the reward, or a turn of the environment, may take in its process; None calls
             it here, without a limit.
+        reward_processes: In how many processes the reward is called, or the environment plays, at most; one for each
+            core, and no more than 4, when None.
+        reward_cluster: Where these processes are, if not on this machine: RayCluster("auto"), be it that of the service
+            or another; see `Scorer`.
         on_reward_errors: When the reward fails on more than half of a step's rollouts: "pause" the run, for you to
             mend the function, or "fail", for scripts that nobody watches.
         on_bad_rows: "skip" leaves out prompts that cannot be read, or that leave no room for an answer, and says so; it
@@ -163,6 +168,8 @@ class RLVRTrainer:
         eval_pass_at: Sequence[int] | None = None,
         good_threshold: float = GOOD,
         reward_timeout: float | None = 5.0,
+        reward_processes: int | None = None,
+        reward_cluster: Any = None,
         on_reward_errors: Literal["pause", "fail"] = "pause",
         on_bad_rows: OnBadRows = "raise",
         seed: int = 0,
@@ -174,7 +181,9 @@ class RLVRTrainer:
                 f"service.create_training_client(…) makes one."
             )
         self.training_client = training_client
+        crew_of("RLVRTrainer: reward_", reward_processes, reward_cluster)
         self.reward_timeout = reward_timeout
+        self.reward_processes, self.reward_cluster = reward_processes, reward_cluster
         self.on_reward_errors = on_reward_errors
         self.algo = algorithm_of(algo)
         policy = self._policy_of(prompt_policy)
@@ -193,6 +202,8 @@ class RLVRTrainer:
                 max_new_tokens,
                 temperature,
                 timeout=reward_timeout,
+                processes=reward_processes,
+                cluster=reward_cluster,
                 **how,
             )
             self.reward = self.sampler.environment = self._punishing(judge)
@@ -372,7 +383,8 @@ class RLVRTrainer:
         chosen = self.reward if reward is None else reward
         if not isinstance(chosen, Environment):
             self._refuse_judge(chosen := resolve_reward(chosen))
-        return rescore_steps(self.store.last(last), chosen, self.reward_timeout)
+        where = self.reward_timeout, self.reward_processes, self.reward_cluster
+        return rescore_steps(self.store.last(last), chosen, *where)
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the held-out prompts, and wait for it.
@@ -396,10 +408,14 @@ class RLVRTrainer:
             values = self.held_out.measure(sampled, greedy, partial(report, self.reward))
             self.sampler.close()
         else:
-            with Scorer(self.reward, self.reward_timeout) as scorer:
+            with self.new_scorer(self.reward) as scorer:
                 values = self.held_out.measure(sampled, greedy, scorer.score)
         check_scored(sampled, self.reward)
         return known(values)
+
+    def new_scorer(self, reward: Reward) -> Scorer:
+        """Return what scores by a reward as this trainer does it; to be closed by whoever asked for it."""
+        return Scorer(reward, self.reward_timeout, self.reward_processes, self.reward_cluster)
 
     def _left_behind(self) -> Freed:
         """Return what a notebook's output history keeps of this trainer when nothing else refers to it."""

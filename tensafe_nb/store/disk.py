@@ -192,7 +192,7 @@ def write_whole(path: Path, content: str | bytes, *, shared: bool = False) -> No
 # Unbuffered files may give or take less than they are asked to
 
 
-def fill(file: BinaryIO, buffer: bytearray) -> memoryview:
+def fill(file: BinaryIO, buffer: bytearray | memoryview) -> memoryview:
     """Read until the buffer is full, less only at the end, and return what is filled."""
     view, filled = memoryview(buffer), 0
     while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]

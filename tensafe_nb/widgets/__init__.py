@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets import progress, renderer
@@ -17,12 +17,14 @@ from tensafe_nb.widgets.feed import feed
 from tensafe_nb.widgets.feed.recording import RecordedRun
 
 if TYPE_CHECKING:
+    from tensafe_nb.widgets.live.chat import ChatPanel
     from tensafe_nb.widgets.live.comparison import ComparisonChart
     from tensafe_nb.widgets.live.curve import LossCurve, RewardHistory
     from tensafe_nb.widgets.live.dashboard import Dashboard
     from tensafe_nb.widgets.live.sections import CheckpointTable, PrivacyMeter, RolloutInspector
 
 __all__ = [
+    "ChatPanel",
     "CheckpointTable",
     "ComparisonChart",
     "Dashboard",
@@ -30,6 +32,9 @@ __all__ = [
     "PrivacyMeter",
     "RewardHistory",
     "RolloutInspector",
+    "chat_bundle",
+    "chat_mime",
+    "chat_panel",
     "comparison_bundle",
     "comparison_chart",
     "comparison_mime",
@@ -46,6 +51,7 @@ __all__ = [
     "show_run",
 ]
 _MODULES = {
+    "ChatPanel": "live.chat",
     "CheckpointTable": "live.sections",
     "ComparisonChart": "live.comparison",
     "Dashboard": "live.dashboard",
@@ -57,6 +63,7 @@ _MODULES = {
 
 
 _charts: "WeakValueDictionary[str, ComparisonChart]" = WeakValueDictionary()
+_panels: "WeakKeyDictionary[Any, ChatPanel]" = WeakKeyDictionary()  # of chats
 _in_silence: ContextVar[bool] = ContextVar("in_silence", default=False)
 
 
@@ -189,6 +196,42 @@ def comparison_mime(race: Any) -> tuple[str, str]:
     from tensafe_nb.widgets.live.comparison import ComparisonChart
 
     return _in_marimo(ComparisonChart(race), still)
+
+
+def chat_panel(chat: Any) -> "ChatPanel":
+    """Return the one panel of a chat, however often it is shown."""
+    from tensafe_nb.widgets.live.chat import ChatPanel
+
+    panel = _panels.get(chat)
+    if panel is None or panel.is_cut_off:
+        panel = _panels[chat] = ChatPanel(chat)
+    return panel
+
+
+def chat_bundle(chat: Any) -> Any:
+    """Return what a cell shows that ends with a chat: for its `_repr_mimebundle_`."""
+    from tensafe_nb.widgets.feed.flusher import FLUSHER
+    from tensafe_nb.widgets.still.transcript import StillChat, transcript
+
+    chosen = renderer.choose()
+    if chosen is renderer.Renderer.WIDGET:
+        return chat_panel(chat)._repr_mimebundle_()
+    if chosen is renderer.Renderer.HTML:
+        StillChat(chat, FLUSHER, alone=lambda: True).place()
+        return {"text/plain": repr(chat)}
+    return transcript(chat)
+
+
+def chat_mime(chat: Any) -> tuple[str, str]:
+    """Return what a marimo cell shows that ends with a chat: for its `_mime_`."""
+    from tensafe_nb.widgets.still.transcript import transcript
+
+    still = str(transcript(chat)["text/html"])
+    if not renderer.in_marimo():
+        return "text/html", still
+    from tensafe_nb.widgets.live.chat import ChatPanel
+
+    return _in_marimo(ChatPanel(chat), still)
 
 
 def freeze_comparison(race: Any) -> None:

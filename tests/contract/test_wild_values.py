@@ -222,10 +222,10 @@ def trajectories() -> rlvr.TrajectoryBatch:
 
 PACKED = [Trajectory(PROMPT, "046", prompt_tokens=[5, 6], tokens=[3, 4], reward=1.0) for _ in range(2)]
 MADE_BY_US = (
-    tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, data.Encoded, data.Example, rlvr.UpdateResult, rlvr.Trajectory,
-    rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport, rlvr.RewardPreview,
-    rlvr.TurnRecord, rlvr.Rehearsal, rlvr.PromptRecord, rlvr.PromptPolicy, tn.losses.Loss, tn.losses.LossOutputs,
-    data.check_fit, data.padding_of,
+    tn.TrainingClient, tn.FutureHandle, tn.TrainingRun, tn.ModelChat, data.Encoded, data.Example, rlvr.UpdateResult,
+    rlvr.Trajectory, rlvr.TrajectoryBatch, rlvr.RolloutGroup, rlvr.Reward, rlvr.Part, rlvr.ScoreReport,
+    rlvr.RewardPreview, rlvr.TurnRecord, rlvr.Rehearsal, rlvr.PromptRecord, rlvr.PromptPolicy, tn.losses.Loss,
+    tn.losses.LossOutputs, data.check_fit, data.padding_of,
 )  # fmt: skip
 NEED_A_PACKAGE = (
     rlvr.verifiers_environment,
@@ -505,6 +505,23 @@ CALLS: Mapping[str, Call] = {
     "rlvr.gym_environment": Call(lambda w: rlvr.gym_environment, {"dataset": Tries()}),
     "rlvr.rehearse": Call(lambda w: rlvr.rehearse, {"environment": asks_once, "row": {}, "said": ["046"]}),
     "rlvr.Scorer": Call(lambda w: closing(rlvr.Scorer), {"reward": "length_penalty"}),
+    "chat": Call(
+        lambda w: lambda **options: tn.chat(tc=w.tc, **options), {"system": "", "max_new_tokens": 2}
+    ),
+    "chat(a client)": Call(lambda w: lambda client: tn.chat(client), {"client": CLIENT}),
+    "tc.chat": Call(lambda w: w.tc.chat),
+    "chat.say": Call(lambda w: lambda text: answered(w).say(text), {"text": PROMPT}),
+    "chat.edit": Call(lambda w: answered(w).edit, {"text": PROMPT}),
+    "chat.regenerate": Call(lambda w: answered(w).regenerate),
+    "chat.rate": Call(lambda w: answered(w).rate, {"good": True}),
+    "chat.choose": Call(lambda w: answered(w).choose, {"answer": 0}),
+    "chat.clear": Call(lambda w: answered(w).clear),
+    "chat.messages_of": Call(lambda w: answered(w).messages_of),
+    "chat.system": Call(lambda w: lambda text: setattr(w.tc.chat(), "system", text), {"text": ""}),
+    "chat.sampling": Call(
+        lambda w: lambda sampling: setattr(w.tc.chat(), "sampling", sampling),
+        {"sampling": tn.SamplingConfig()},
+    ),
     "algo.update": Call(
         lambda w: lambda batch: rlvr.REINFORCE().update(batch, w.tc), {"batch": trajectories()}
     ),
@@ -525,6 +542,13 @@ def closing(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return call
+
+
+def answered(world: World) -> tn.ModelChat:
+    """Return a chat in which something was said."""
+    chat = world.tc.chat(max_new_tokens=2)
+    chat.say(PROMPT).exception()
+    return chat
 
 
 def training(world: World) -> Callable[..., Any]:

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 import tensafe_nb as tn
+from tensafe_nb import rlvr
 from tensafe_nb.events import Progress, ReplicasChanged
+from tensafe_nb.rlvr import Trajectory
 from tests.faults import loopback
 
 CONFIG: dict[str, Any] = {
@@ -27,6 +29,8 @@ CONFIG: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
 }
+# At 1e-2 what rounding differs grows to another way of training, whether a node is lost or not.
+SLOWLY = {**CONFIG, "optimizer": {"learning_rate": 1e-4}}
 FOUND: dict[str, Any] = {}
 
 
@@ -124,11 +128,42 @@ def all_lost(tc: tn.TrainingClient) -> None:
     FOUND["all lost"] = ended(tc)
 
 
+def awkward(prompt: str, response: str, meta: dict[str, Any]) -> float:
+    """Score, or do what a reward should not."""
+    match response:
+        case "start":
+            subprocess.Popen(["sleep", "600"])
+        case "raise":
+            raise KeyError("missing")
+        case "die":
+            os._exit(3)
+        case "lose the machine" if not Path(meta["lost"]).exists():
+            Path(meta["lost"]).touch()
+            os.kill(os.getppid(), signal.SIGKILL)  # its actor
+        case "hang":
+            while True:
+                pass
+    return float(len(response))
+
+
+def scored(cluster: tn.RayCluster) -> None:
+    """Score on the cluster; it keeps nothing of that."""
+    responses = ["start", "raise", "die", "lose the machine", "fine", "hang"]
+    calls = [Trajectory("q", response, meta={"lost": str(Path.home() / "lost")}) for response in responses]
+    with rlvr.Scorer(awkward, timeout=2.5, processes=1, cluster=cluster) as scorer:
+        report = scorer.score(calls)
+    FOUND["scored"] = {call.response: [call.reward, call.reward_error] for call in calls}
+    FOUND["errors"] = [report.scored, report.errors, report.timeouts]
+    while any(re.search(r"child\.py|sleep 600|ray::RayScoring", args) for args in descendants().values()):
+        pass  # they end by themselves
+
+
 def first() -> None:
     """What a service does from its beginning to its end."""
     before = signal.getsignal(signal.SIGTERM)
     os.environ["TENSAFE_API_KEY"] = "not for actors"
-    with tn.ServiceClient() as alone, tn.ServiceClient(cluster=tn.RayCluster("local", engines=2)) as service:
+    cluster = tn.RayCluster("local", engines=2)
+    with tn.ServiceClient() as alone, tn.ServiceClient(cluster=cluster) as service:
         one, two = (where.create_training_client(**CONFIG) for where in (alone, service))
         two.ready().result()
         mark("two actors are there")
@@ -143,6 +178,8 @@ def first() -> None:
         cancelled(two)
         all_lost(two)
         mark("all of them")
+        scored(cluster)
+        mark("rewards were scored")
     FOUND["left by a closed service"] = list(descendants().values())
     FOUND["left on the disk"] = [str(path) for path in Path("/tmp").glob("tsnb-ray-*")]
     FOUND["token left"] = Path.home().joinpath(".ray").exists()

@@ -43,6 +43,20 @@ def test_without_any_actor_the_client_fails_and_says_how_to_go_on(found: dict[st
     assert status == "ERROR" and "service.restore" in said
 
 
+def test_a_reward_that_is_called_on_ray_costs_its_own_call_and_a_machine_that_is_lost_costs_none(
+    found: dict[str, Any],
+) -> None:
+    assert found["scored"] == {
+        "start": [5.0, None],
+        "raise": [None, "KeyError: 'missing' (line 7 of awkward: raise KeyError(\"missing\"))"],
+        "die": [None, "the process that scores ended during this call"],
+        "lose the machine": [16.0, None],
+        "fine": [4.0, None],
+        "hang": [None, "took longer than 2.5 s and was ended"],
+    }
+    assert found["errors"] == [3, 3, 1]
+
+
 def test_ray_gets_no_secret_no_signal_and_no_address_but_loopback(found: dict[str, Any]) -> None:
     assert found["who knows the key"] == 0
     assert found["the handler of SIGTERM is ours"] and not found["ray is imported here"]

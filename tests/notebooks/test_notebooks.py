@@ -89,5 +89,5 @@ def test_a_notebook_explains_more_than_it_codes_in_short_cells(path: Path) -> No
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_links_between_notebooks_lead_somewhere(path: Path) -> None:
     for cell in cells(path, "markdown"):
-        for target in re.findall(r"\]\(([\w./-]+\.ipynb)\)", "".join(cell["source"])):
+        for target in re.findall(r"\]\(([\w./-]+\.(?:ipynb|md))\)", "".join(cell["source"])):
             assert (path.parent / target).is_file(), target

@@ -29,6 +29,14 @@ def test_a_training_pass_gives_the_logprobs_of_its_labels(service: tn.ServiceCli
     assert_close(other.logprobs, found.logprobs)
 
 
+def test_activations_that_are_computed_again_give_the_same_step(service: tn.ServiceClient) -> None:
+    again, kept = (
+        service.create_training_client(lora_config=LORA, gradient_checkpointing=on) for on in (True, False)
+    )
+    assert again.config.gradient_checkpointing
+    assert again.forward_backward(BATCH).result() == kept.forward_backward(BATCH).result()
+
+
 def test_a_private_training_pass_gives_them_too(service: tn.ServiceClient) -> None:
     private = tn.DPConfig(sampling="worst_case", target_epsilon=None)
     tc = service.create_training_client(lora_config=LORA, dp_config=private)

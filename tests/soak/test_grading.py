@@ -81,15 +81,18 @@ def test_nbgrader_grades_what_was_handed_out(tmp_path: Path, only_exercises: boo
     assert points == {student: expected for student, (_, expected) in submissions.items()}
 
 
-def test_otter_grades_what_was_handed_out(tmp_path: Path) -> None:
-    assert cli.main(["class", "export", "05", str(tmp_path), "--for", "otter", "--only-exercises"]) == 0
+@pytest.mark.parametrize("only_exercises", [True, False])
+def test_otter_grades_what_was_handed_out(tmp_path: Path, only_exercises: bool) -> None:
+    options = ["--only-exercises"] if only_exercises else []
+    assert cli.main(["class", "export", "05", str(tmp_path), "--for", "otter", *options]) == 0
     said = run("otter", "assign", "05_rlvr.ipynb", "dist", folder=tmp_path)
     assert "failed" not in said, "the solutions pass Otter's own tests"
     handed_out = tmp_path / "dist/student/05_rlvr.ipynb"
     assert "SOLUTION" not in handed_out.read_text()
     (archive,) = (tmp_path / "dist/autograder").glob("*.zip")
     found: dict[str, Any] = {}
-    for student, (answers, _) in SUBMISSIONS.items():
+    submissions = SUBMISSIONS if only_exercises else {"right": SUBMISSIONS["right"]}
+    for student, (answers, _) in submissions.items():
         submission = tmp_path / student / "05_rlvr.ipynb"
         answered(handed_out, dict(answers), submission)
         run(
@@ -99,4 +102,4 @@ def test_otter_grades_what_was_handed_out(tmp_path: Path) -> None:
         found[student] = sum(
             test.get("score", 0) or 0 for test in results["tests"] if test["name"] != "Public Tests"
         )
-    assert found == {student: expected for student, (_, expected) in SUBMISSIONS.items()}
+    assert found == {student: expected for student, (_, expected) in submissions.items()}

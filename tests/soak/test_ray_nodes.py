@@ -29,6 +29,18 @@ def test_a_replica_without_a_machine_says_what_it_waits_for_and_joins_once_there
     assert found["again"][1] == pytest.approx(found["again"][0], rel=1e-6)
 
 
+def test_a_run_whose_reward_is_called_on_the_cluster_gets_the_rewards_of_this_machine(
+    found: dict[str, Any],
+) -> None:
+    here, there = found["rewarded"]
+    assert len(here) == 2 and there == pytest.approx(here, rel=1e-6)
+
+
+def test_ideas_are_compared_on_the_cluster_with_the_numbers_of_one_process(found: dict[str, Any]) -> None:
+    here, there = found["compared"]
+    assert len(here) == 2 and there == pytest.approx(here, rel=1e-6)
+
+
 def test_a_head_that_is_killed_costs_the_training_client_and_not_the_kernel(found: dict[str, Any]) -> None:
     status, said = found["without a head"]
     assert status == "ERROR" and "service.restore" in said

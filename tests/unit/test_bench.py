@@ -232,7 +232,7 @@ def test_a_page_without_its_one_pair_of_marks_is_refused(page: str) -> None:
 def test_rows_are_chosen_by_name_or_by_how_names_begin() -> None:
     assert command.select([]) == list(command.ROWS)
     assert command.select(["queue", "import"]) == ["import", "queue-p50", "queue-p99"]
-    assert command.select(["training-"]) == ["training-ragged", "training-quarter"]
+    assert command.select(["training-"]) == ["training-ragged", "training-quarter", "training-checkpointing"]
     with pytest.raises(ValueError, match="no row 'typo'"):
         command.select(["typo"])
 
@@ -280,7 +280,7 @@ def test_a_row_is_kept_and_shown_as_soon_as_it_is_measured(
 
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     monkeypatch.setattr(command, "measured", measure)
-    monkeypatch.setattr(command, "settle", lambda threads, home: None)
+    monkeypatch.setattr(command, "settle", lambda threads, home, **_: None)
     with pytest.raises(RuntimeError, match="a peer died"):
         command.main(["--write", "queue"])
     assert list(pages.load()["rows"]) == ["queue-p50"]
@@ -303,3 +303,50 @@ def test_a_failure_in_a_fresh_process_shows_its_code_and_error() -> None:
 def test_the_harness_loads_no_torch() -> None:
     code = "import sys, json, bench.__main__; print(json.dumps('torch' in sys.modules))"
     assert fresh_process(code) is False
+
+
+def test_what_is_worse_than_what_was_kept_is_said_and_noise_is_not() -> None:
+    def kept(**rows: Row) -> dict:
+        names = dict.fromkeys(rows, "training:all_labelled")
+        return pages.merged(NOTHING, MACHINE, rows, names)
+
+    level, slower = row(Taken([1.0] * 4, [1.0] * 4)), row(Taken([1.2] * 4, [1.0] * 4))
+    jumpy = row(Taken([0.7, 0.9, 1.5, 1.6], [1.0] * 4))
+    before = kept(
+        training=level, larger=row(Taken([1.0] * 4, [1.0] * 4), compares=LARGER), alone=row(Taken([1.0]))
+    )
+    assert report.regressions(before, MACHINE, {"training": slower}) == [
+        "worse than bench/measured.json: training: ratio 0.833, kept 1, of 2026-01-31"
+    ]
+    assert len(report.regressions(before, MACHINE, {"larger": row(slower.taken, compares=LARGER)})) == 1
+    fine = {"training": jumpy, "larger": Skipped("no time"), "alone": row(Taken([1.4])), "new": slower}
+    assert report.regressions(before, MACHINE, fine) == report.regressions(before, MACHINE, {})
+    assert (
+        "alone: 1.60 s, kept 1.00 s" in report.regressions(before, MACHINE, {"alone": row(Taken([1.6]))})[0]
+    )
+    elsewhere = MACHINE | {"cpu": "another"}
+    assert report.regressions(before, elsewhere, {"alone": row(Taken([9.0]))})[0].startswith(
+        "nothing is worse"
+    )
+
+
+def test_an_imitated_processor_is_named_so_and_never_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert report.facts(1)["capability"].endswith(", imitated")
+    with pytest.raises(SystemExit):
+        command.main(["queue-p99", "--avx2", "--write"])
+    assert "imitates another one" in capsys.readouterr().err
+
+
+def test_rows_are_measured_again_only_where_vectors_decide_and_there_are_more_than_avx2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(command.subprocess, "run", lambda given, check: commands.append(given))
+    command.again(["queue-p99", "training"], 1, "AVX2")
+    command.again(["queue-p99"], 1, "AVX512 with avx512_bf16")
+    assert capsys.readouterr().out.count("nothing to measure again") == 2
+    command.again(["queue-p99", "training"], 2, "AVX512")
+    assert [given[2:] for given in commands] == [["bench", "training", "--avx2", "--threads=2"]]

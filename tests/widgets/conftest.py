@@ -32,7 +32,7 @@ from tensafe_nb.protocol.results import (
 from tensafe_nb.widgets.feed.feed import Feed
 from tensafe_nb.widgets.feed.flusher import Flusher, Member
 from tensafe_nb.widgets.live import comparison, dashboard
-from tensafe_nb.widgets.still import race, snapshot
+from tensafe_nb.widgets.still import race, snapshot, transcript
 
 PLANNED = 10
 
@@ -225,7 +225,7 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[Output]:
         shown.append(Output(data, metadata, display_id, update))
 
     monkeypatch.setattr(snapshot, "publish", publish)
-    for module in (dashboard, comparison, race):
+    for module in (dashboard, comparison, race, transcript):
         monkeypatch.setattr(module, "publish", publish)
     return shown
 

@@ -45,9 +45,9 @@ def test_hello_is_answered_by_the_badge_and_then_the_whole_history(client: FakeC
     client.measure(loss=3.0, eval_loss=2.5)
     client.measure(loss=2.0)
     wire.load()
-    assert [content["t"] for content in wire.flush()] == ["status", "full", "full", "full"]
+    assert [content["t"] for content in wire.flush()] == ["status", "full", "full", "full", "words"]
     columns = {
-        content["name"]: np.frombuffer(buffers[1], "<f4").tolist() for content, buffers in wire.sent[1:]
+        content["name"]: np.frombuffer(buffers[1], "<f4").tolist() for content, buffers in wire.sent[1:-1]
     }
     assert columns["~time"][0] == 0
     assert columns | {"~time": []} == {"loss": [3.0, 2.0], "eval/loss": [2.5], "~time": []}

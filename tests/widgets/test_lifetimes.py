@@ -30,7 +30,9 @@ del service
 gc.collect()
 gc.freeze()  # what imports left behind is not searched at every collection of every cell
 """
-FORGET = "for name in ('service', 'tc', 'run', 'trainer', 'last', 'held'):\n    globals().pop(name, None)"
+FORGET = (
+    "for name in ('service', 'tc', 'run', 'trainer', 'last', 'held', 'chat'):\n    globals().pop(name, None)"
+)
 MAKE = """
 service = tn.ServiceClient()
 tc = service.create_training_client(model_ref="builtin:sums", optimizer={"learning_rate": 1e-4})
@@ -43,6 +45,8 @@ CELLS = {
     "both are shown": MAKE + FIT + "tc, run",
     "a handle is shown": MAKE + FIT + "last = tc.forward({'input_ids': [[3, 4, 5, 6]]})\nawait last\nlast",
     "the panel is shown": MAKE + FIT + "tc.dashboard()",
+    "a chat is shown": MAKE + "chat = tc.chat(max_new_tokens=2)\nawait chat.say('1+2=')\nchat",
+    "a chat without a name is shown": MAKE + "await tc.chat(max_new_tokens=2).say('1+2=')\ntc.chat()",
     "a curve is shown": MAKE + FIT + "from tensafe_nb.widgets import LossCurve\nLossCurve(run)",
     "nothing has a name": """
 def train():

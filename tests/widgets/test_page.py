@@ -101,7 +101,7 @@ def test_no_prompt_and_no_answer_is_in_it_unless_asked_for(client: FakeClient, t
     record = reinforced(client)
     page = record.save_page(tmp_path / "run.html")
     text = page.read_text(encoding="utf-8")
-    assert "answer" not in json.dumps(content_of(text))
+    assert not re.search(r"answer \d|the prompt'", json.dumps(content_of(text)))
     assert content_of(text)[0]["rollouts"] is None
     with_samples = tn.save_page(tmp_path / "samples.html", record, samples=1).read_text(encoding="utf-8")
     assert "<script>alert" not in with_samples

@@ -59,7 +59,7 @@ def presentable(error: BaseException) -> BaseException:
         torch.cuda.empty_cache()
     named = InsufficientMemoryError(
         f"There is not enough memory for this operation ({message.splitlines()[0][:200]}). The client is still usable: "
-        f"lower micro_batch_tokens in TrainingConfig, or shorten or split the batch."
+        f"lower micro_batch_tokens in TrainingConfig, set gradient_checkpointing=True, or shorten or split the batch."
     )
     named.__cause__ = error
     return named

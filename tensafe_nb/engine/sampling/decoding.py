@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling import llama
+from tensafe_nb.engine.sampling.copies import Copies
 from tensafe_nb.engine.sampling.prefixes import Read
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ def rows_of(
     samples: int,
     new_tokens: int,
     before: Read | None = None,
+    copies: Copies | None = None,
 ) -> Rows:
     """Return prompts' rows, decoded with a cache where the architecture's can be relied on, else anew at each token.
 
@@ -49,6 +52,7 @@ def rows_of(
         samples: Rows of each.
         new_tokens: How many a row may grow by.
         before: What of the prompts' beginnings was read already, with one sample each.
+        copies: Of the weights, to decode with.
     """
     if model.causal not in _caches:
         _caches[model.causal] = type(model.body).__name__ in llama.SHAPED_LIKE_LLAMA or cache_works(model)
@@ -59,7 +63,7 @@ def rows_of(
                 type(model.causal).__name__,
             )
     if _caches[model.causal]:
-        return Decoder(model, prompts, samples, new_tokens, before)
+        return Decoder(model, prompts, samples, new_tokens, before, copies)
     return Recomputed(model, prompts, samples, new_tokens)
 
 
@@ -130,6 +134,7 @@ class Decoder:
         samples: Rows of each prompt, one after the other.
         new_tokens: How many a row may grow by.
         before: What of the prompts' beginnings was read already, with one sample each.
+        copies: Of the weights, to decode with.
 
     Attributes:
         logits: (R, V) of each row's next token, in float32.
@@ -142,6 +147,7 @@ class Decoder:
         samples: int,
         new_tokens: int,
         before: Read | None = None,
+        copies: Copies | None = None,
     ) -> None:
         from transformers import DynamicCache
 
@@ -166,9 +172,12 @@ class Decoder:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         self.logits = self._read(ids.to(model.device), positions)
         self._position = positions[:, -1:]
-        self._steps = (
-            llama.Steps(self._cache, samples, new_tokens) if llama.fits(model, self._cache) else None
-        )
+        self._steps: llama.Steps | None = None
+        self._copies = copies
+        if copies is not None or llama.fits(model):
+            self._steps = llama.Steps(model.body, self._cache, samples, new_tokens)
+            own = llama.as_they_are(model.body, partial(head, model))
+            self._weights = own if copies is None else copies.exact
         if samples > 1:
             self.logits = self.logits.repeat_interleave(samples, 0)
             self._position = self._position.repeat_interleave(samples, 0)
@@ -184,16 +193,48 @@ class Decoder:
 
     def feed(self, tokens: Tensor) -> None:
         """Append one token (R,) to each row."""
-        tokens = tokens.to(self._model.device)
-        self._position = self._position + 1
-        if self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
+        tokens = tokens.to(self._model.device).unsqueeze(1)
         if self._steps is None:
-            self.logits = self._read(tokens.unsqueeze(1), self._position)
+            self.logits = self._read(tokens, self._further(1))
         else:
-            with self._model.autocast():
-                hidden = self._steps(self._model.body, tokens, self._position, self._mask)
-                self.logits = self._precise(head(self._model, hidden))
+            self.logits = self._step(self._weights, tokens)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether there are rough weights, to guess with what comes next of a single row."""
+        return self._copies is not None and self._copies.rough is not None and len(self._position) == 1
+
+    def guess(self, token: int) -> Tensor:
+        """Append a token to the single row, roughly; return (1, V) logits of the next one, roughly."""
+        assert self._copies is not None and self._copies.rough is not None
+        return self._step(self._copies.rough, torch.tensor([[token]]))
+
+    def verify(self, guessed: int, tokens: Sequence[int]) -> None:
+        """Append tokens to the single row in place of the last ones, which were guessed; logits (N, V) follow each."""
+        self.forget(guessed)
+        self.logits = self._step(self._weights, torch.tensor([tokens]))
+
+    def forget(self, count: int) -> None:
+        """Take back the last tokens."""
+        assert self._steps is not None
+        self._steps.length -= count
+        self._position = self._position - count
+        self._mask = None if self._mask is None else self._mask[:, : self._steps.length]
+
+    def _step(self, weights: llama.Weights, tokens: Tensor) -> Tensor:
+        """Append tokens (R, N); return (R · N, V) logits after each."""
+        assert self._steps is not None
+        positions = self._further(tokens.shape[1])
+        with self._model.autocast():
+            return self._precise(weights.head(self._steps(weights, tokens, positions, self._mask)))
+
+    def _further(self, count: int) -> Tensor:
+        """Return the positions (R, N) of as many further tokens, which are seen from now on."""
+        positions = self._position + torch.arange(1, count + 1, device=self._position.device)
+        self._position = positions[:, -1:]
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(positions), count)], 1)
+        return positions
 
     def read(self, rows: Tensor) -> Read | None:
         """Return what was read of some of the rows, the token that was drawn last apart.

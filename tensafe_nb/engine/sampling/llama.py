@@ -1,4 +1,4 @@
-"""One token at a time through a Llama-shaped body: transformers' own layers, called with less between them.
+"""Our own steps through a Llama-shaped body: a token or a few at a time, with little between the matrix products.
 
 transformers decodes any architecture, with a cache that is copied at every token and a mask, positions and options
 that every layer looks at again. Of the most usual shape (rotary positions, grouped heads, no sliding window) a step
@@ -7,7 +7,9 @@ together. A model is taken only after a step of it has been found to say what tr
 """
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,19 +21,64 @@ from tensafe_nb.engine.models.load import LoadedModel
 SHAPED_LIKE_LLAMA = ("LlamaModel", "MistralModel", "Qwen2Model")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest hidden value
 _same: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by model, whether a step gave the same
+Map: TypeAlias = Callable[[Tensor], Tensor]  # of (N, d_in) to (N, d_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a step computes in one layer: x + out(attention(qkv(norm(x)))), then x + mlp(mlp_norm(x))."""
+
+    norm: Map
+    qkv: Map
+    out: Map
+    mlp_norm: Map
+    mlp: Map
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What steps compute with: the layers, the last norm, and the head."""
+
+    layers: Sequence[Layer]
+    norm: Map
+    head: Map
+
+
+def as_they_are(body: Any, head: Map) -> Weights:
+    """Return a body's own modules."""
+
+    def qkv_of(attention: Any) -> Map:
+        return lambda h: torch.cat([attention.q_proj(h), attention.k_proj(h), attention.v_proj(h)], -1)
+
+    layers = [
+        Layer(
+            layer.input_layernorm,
+            qkv_of(layer.self_attn),
+            layer.self_attn.o_proj,
+            layer.post_attention_layernorm,
+            layer.mlp,
+        )
+        for layer in body.layers
+    ]
+    return Weights(layers, body.norm, head)
 
 
 class Steps:
     """The keys and values of R rows, and the steps that add to them.
 
     Args:
+        body: The model without its head.
         cache: transformers' cache of the prompts, which is left as it is.
         samples: Rows of each prompt.
         new_tokens: How many a row may grow by.
+
+    Attributes:
+        length: How many places of each row are taken; a smaller number forgets the last ones.
     """
 
-    def __init__(self, cache: Any, samples: int, new_tokens: int) -> None:
-        self._length = cache.get_seq_length()
+    def __init__(self, body: Any, cache: Any, samples: int, new_tokens: int) -> None:
+        self.length = cache.get_seq_length()
+        self._body, self._scale = body, body.layers[0].self_attn.scaling
         self._keys = [_with_room(layer.keys, samples, new_tokens) for layer in cache.layers]
         self._values = [_with_room(layer.values, samples, new_tokens) for layer in cache.layers]
 
@@ -39,59 +86,61 @@ class Steps:
         """Go on with some of the rows only."""
         for kept in (self._keys, self._values):
             for number, old in enumerate(kept):
-                kept[number] = _with_room(old[rows, :, : self._length], 1, old.shape[2] - self._length)
+                kept[number] = _with_room(old[rows, :, : self.length], 1, old.shape[2] - self.length)
 
     def read(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return copies of the keys and values of some of the rows, layer by layer."""
         kept = zip(self._keys, self._values, strict=True)
-        return [(keys[rows, :, : self._length], values[rows, :, : self._length]) for keys, values in kept]
+        return [(keys[rows, :, : self.length], values[rows, :, : self.length]) for keys, values in kept]
 
-    def __call__(self, body: Any, tokens: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """Append a token to each row.
+    def __call__(self, weights: Weights, tokens: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        """Append some tokens to each row.
 
         Args:
-            body: The model without its head.
-            tokens: (R,).
-            position: (R, 1) of the tokens.
+            weights: Of the body, or copies of them.
+            tokens: (R, N).
+            position: (R, N) of the tokens.
             mask: (R, T), the tokens included, where rows are padded.
 
         Returns:
-            (R, D) hidden states, normalised for the head.
+            (R · N, D) hidden states, normalised for the head.
         """
-        here, rows = self._length, len(tokens)
-        self._length += 1
-        seen = None if mask is None else mask.bool()[:, None, None, :]
-        x = body.embed_tokens(tokens)
-        cos, sin = body.rotary_emb(x, position)
-        width = cos.shape[-1]
+        (rows, new), here = tokens.shape, self.length
+        self.length = end = here + new
+        x = self._body.embed_tokens(tokens.flatten())
+        cos, sin = (table.unsqueeze(2) for table in self._body.rotary_emb(x, position))
+        width, groups = cos.shape[-1], self._keys[0].shape[1]
         # rotate_half(x) · sin = roll(x) · (−sin, sin): the sign goes to the table, once for all layers
         sin = torch.cat([-sin[..., : width // 2], sin[..., width // 2 :]], -1)
-        for layer, keys, values in zip(body.layers, self._keys, self._values, strict=True):
-            attention, groups = layer.self_attn, keys.shape[1]
-            h = layer.input_layernorm(x)
-            heads = torch.cat([attention.q_proj(h), attention.k_proj(h)], -1).view(rows, -1, width)
-            heads = torch.addcmul(heads * cos, heads.roll(width // 2, -1), sin)  # rotary positions
-            keys[:, :, here] = heads[:, -groups:]  # (R, groups, T, D/heads)
-            values[:, :, here] = attention.v_proj(h).view(rows, groups, width)
+        seen: Tensor | None = None
+        for layer, keys, values in zip(weights.layers, self._keys, self._values, strict=True):
+            heads = layer.qkv(layer.norm(x)).view(rows, new, -1, width)
+            turned = heads[:, :, :-groups]
+            turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)  # rotary positions
+            keys[:, :, here:end] = turned[:, :, -groups:].transpose(1, 2)  # (R, groups, T, D/heads)
+            values[:, :, here:end] = heads[:, :, -groups:].transpose(1, 2)
+            asking = turned[:, :, :-groups].transpose(1, 2).reshape(rows, groups, -1, width)
+            if seen is None and (new > 1 or mask is not None):
+                seen = _seen(mask, new, end, asking.shape[2] // new, x.device)
             found = F.scaled_dot_product_attention(
-                heads[:, :-groups].reshape(rows, groups, -1, width),
-                keys[:, :, : here + 1],
-                values[:, :, : here + 1],
-                attn_mask=seen,
-                scale=attention.scaling,
+                asking, keys[:, :, :end], values[:, :, :end], attn_mask=seen, scale=self._scale
             )
-            x = x + attention.o_proj(found.reshape(rows, -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return body.norm(x)  # type: ignore[no-any-return]
+            found = found.view(rows, -1, new, width).transpose(1, 2).reshape(rows * new, -1)
+            x = x + layer.out(found)
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return weights.norm(x)
 
 
-def fits(model: LoadedModel, cache: Any) -> bool:
+def _seen(mask: Tensor | None, new: int, end: int, together: int, device: torch.device) -> Tensor:
+    """Return (R or 1, 1, together · N, T): what each of the last N places sees, for heads that ask together."""
+    places = torch.arange(end, device=device)
+    seen = (places <= places[end - new :, None]).repeat(together, 1)[None, None]
+    return seen if mask is None else seen & mask.bool()[:, None, None, :]
+
+
+def fits(model: LoadedModel) -> bool:
     """Whether a model can take these steps; tried once for each, on a token beside transformers' own."""
-    from transformers.cache_utils import DynamicLayer
-
     if not model.split or type(model.body).__name__ not in SHAPED_LIKE_LLAMA:
-        return False
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a sliding window, for one
         return False
     if model.causal not in _same:
         _same[model.causal] = says_the_same(model)
@@ -101,6 +150,7 @@ def fits(model: LoadedModel, cache: Any) -> bool:
 def says_the_same(model: LoadedModel) -> bool:
     """Try a step on two rows, one of them padded, beside transformers' own."""
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache(config=model.causal.config)
     ids = torch.tensor([[1, 2, 3], [3, 2, 1]], device=model.device)
@@ -120,8 +170,10 @@ def says_the_same(model: LoadedModel) -> bool:
 
     with model.autocast():
         read(slice(0, 2))
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a sliding window, for one
+            return False
         try:
-            ours = Steps(cache, 1, 1)(body, ids[:, 2], positions[:, 2:], mask)
+            ours = Steps(body, cache, 1, 1)(as_they_are(body, model.head), ids[:, 2:], positions[:, 2:], mask)
         except (AttributeError, TypeError, ValueError, RuntimeError):  # another version of transformers
             return False
         expected = read(slice(2, 3))

@@ -3,6 +3,7 @@
 Why not `generate`: it applies top_k=50 silently, returns no logprobs, and cannot be stopped between tokens.
 """
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data.labels import TurnEnd
 from tensafe_nb.engine.models.load import LoadedModel
-from tensafe_nb.engine.sampling.decoding import rows_of
+from tensafe_nb.engine.sampling.copies import Copies, KeptCopies, copies_of
+from tensafe_nb.engine.sampling.decoding import LARGE, Decoder, Rows, rows_of
 from tensafe_nb.engine.sampling.merged import merged
 from tensafe_nb.engine.sampling.prefixes import Prefixes, Read
 from tensafe_nb.protocol.results import SampledPiece, SampledSequence, TopLogprobs
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
+RACERS = 256  # tokens of a block, in which a token of a large vocabulary is drawn
+MOST_GUESSES = 8  # of a single row, before they are looked at
+GUESS, LOOK = 0.25, 1.2  # the time of a guess, and of a look at some, in that of a token without
 LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
 Tell = Callable[[SampledPiece], None]
@@ -159,6 +165,7 @@ def sample(
     before: Sequence[int] = (),
     known: Prefixes | None = None,
     kept: Prefixes | None = None,
+    copied: KeptCopies | None = None,
 ) -> list[SampledSequence]:
     """Draw `num_samples` completions per prompt, prompt by prompt.
 
@@ -174,6 +181,7 @@ def sample(
         before: Of a prompt, how many rows of it or of equal ones others draw that come first; none if empty.
         known: What was read already of prompts that go on; used if it is of all of them.
         kept: Takes what is read of the prompts and drawn for them, by their streams.
+        copied: Brings and takes copies of the weights.
     """
     turns, before = turns or [TurnEnd()] * len(prompts), before or [0] * len(prompts)
     own: list[int | None] = list(streams) or [None] * len(prompts)
@@ -186,7 +194,11 @@ def sample(
         prompts, samples = read_once(prompts, sampling.num_samples, most // longest)
     at_once = max(1, most // (longest * samples))  # prompts
     starts = range(0, len(prompts), at_once)
-    with merged(model, sampling.max_new_tokens * len(starts), min(len(prompts), at_once) * samples):
+    decoded, together = sampling.max_new_tokens * len(starts), min(len(prompts), at_once) * samples
+    copies = copies_of(model, decoded, together, copied.copies if copied else None)
+    if copied is not None and copies is not None:
+        copied.copies = copies
+    with merged(model, decoded, together) if copies is None else contextlib.nullcontext():
         for number, start in enumerate(starts):
 
             def of_all(done: int, total: int, before: int = number) -> None:
@@ -199,9 +211,10 @@ def sample(
                 rows[start * samples : (start + at_once) * samples],
                 sampling,
                 of_all,
-                None if tell is None else partial(tell_news, model, sampling, rows, tell),
+                (lambda: None) if tell is None else partial(tell_news, model, sampling, rows, tell),
                 None if known is None else known.take(own[start : start + at_once]),
                 None if kept is None else partial(keep_rows, kept, own),
+                copies,
             )
     return [row.finished(model) for row in rows]
 
@@ -213,42 +226,130 @@ def decode(
     rows: list[Completion],
     sampling: SamplingConfig,
     tick: Tick,
-    after_token: Callable[[], None] | None = None,
+    after_token: Callable[[], None] = lambda: None,
     before: Read | None = None,
     keep: Callable[[Sequence[Completion], Read], None] | None = None,
+    copies: Copies | None = None,
 ) -> None:
     """Fill in the rows of some prompts, `samples` of each, all of them token by token together."""
-    active = list(rows)
-    state = rows_of(model, prompts, samples, sampling.max_new_tokens, before)
-    for position in range(sampling.max_new_tokens):
-        tick(position, sampling.max_new_tokens)
-        tokens, logprobs, raw, entropy = draw(state.logits, sampling, uniforms_at(active, position))
-        for row, token, logprob, raw_logprob, nats in zip(
-            active, tokens.tolist(), logprobs.tolist(), raw.tolist(), entropy.tolist(), strict=True
-        ):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            row.raw_logprobs.append(raw_logprob)
-            row.entropy += nats
-            row.finish(model, sampling, last=position + 1 == sampling.max_new_tokens)
-        if sampling.top_logprobs:
-            for row, likeliest in zip(active, likeliest_of(state.logits, sampling.top_logprobs), strict=True):
-                row.top_logprobs.append(likeliest)
-        if after_token is not None:
-            after_token()
+    active, most = list(rows), sampling.max_new_tokens
+    state = rows_of(model, prompts, samples, most, before, copies)
+    if isinstance(state, Decoder) and state.guesses:
+        decode_guessing(model, state, rows[0], sampling, tick, after_token)
+        keep_ended(state, rows, keep)
+        return
+    for position in range(most):
+        tick(position, most)
+        drawn = draw(state.logits, sampling, uniforms_at(active, [position], lanes_of(state.logits)))
+        append(model, sampling, active, drawn, state.logits)
+        after_token()
+        keep_ended(state, active, keep)
         going = [index for index, row in enumerate(active) if row.finish_reason is None]
-        ended = [index for index, row in enumerate(active) if row.finish_reason not in (None, "length")]
-        if keep is not None and ended:  # of what was cut nothing goes on
-            read = state.read(torch.tensor(ended, device=model.device))
-            if read is not None:
-                keep([active[index] for index in ended], read)
         if not going:
             break
+        tokens = drawn[0]
         if len(going) < len(active):
             active = [active[index] for index in going]
             state.keep(torch.tensor(going, device=model.device))
             tokens = tokens[torch.tensor(going, device=tokens.device)]
         state.feed(tokens)
+
+
+def decode_guessing(
+    model: LoadedModel,
+    state: Decoder,
+    row: Completion,
+    sampling: SamplingConfig,
+    tick: Tick,
+    after_token: Callable[[], None],
+) -> None:
+    """Fill in a single row: rough weights guess some tokens, the exact ones look at all of them at once.
+
+    Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192), in which draft and model draw with the same random
+    numbers: what is drawn at a position depends on its logits alone, so that a guess is kept where it is the very token
+    that would have been drawn, and the row is the one that decoding token by token gives.
+    """
+    most, luck = sampling.max_new_tokens, Luck()
+    guessed: list[int] = []
+    while True:
+        first = len(row.tokens)
+        ahead, lanes = range(first, first + len(guessed) + 1), lanes_of(state.logits)
+        drawn = draw(state.logits, sampling, uniforms_at([row], ahead, lanes))
+        for index, position in enumerate(ahead):
+            tick(position, most)
+            append(
+                model,
+                sampling,
+                [row],
+                [part[index : index + 1] for part in drawn],
+                state.logits[index : index + 1],
+            )
+            after_token()
+            if index == len(guessed) or row.finish_reason or row.tokens[-1] != guessed[index]:
+                break
+        luck.add(index, len(guessed))
+        state.forget(len(guessed) - index)
+        if row.finish_reason:
+            return
+        token, guessed = row.tokens[-1], []
+        for position in range(len(row.tokens), min(len(row.tokens) + luck.worth, most - 1)):
+            logits = state.guess(guessed[-1] if guessed else token)
+            guessed += draw(logits, sampling, uniforms_at([row], [position], lanes))[0].tolist()
+        state.verify(len(guessed), [token, *guessed])
+
+
+class Luck:
+    """How often guesses come true, and how many are worth making before they are looked at.
+
+    Of n guesses, each true with probability p, 1 + p + … + pⁿ tokens come, in the time of n guesses and a look.
+    """
+
+    def __init__(self) -> None:
+        self.true, self.made = 8.0, 10.0  # before anything is known
+
+    def add(self, true: int, made: int) -> None:
+        """Count guesses, of which the one after the first false one says nothing."""
+        self.true += true
+        self.made += min(true + 1, made)
+
+    @property
+    def worth(self) -> int:
+        """How many to make."""
+        p = self.true / self.made
+        return max(
+            range(MOST_GUESSES + 1),
+            key=lambda n: sum(p**k for k in range(n + 1)) / (GUESS * n + (LOOK if n else 1)),
+        )
+
+
+def append(
+    model: LoadedModel,
+    sampling: SamplingConfig,
+    rows: Sequence[Completion],
+    drawn: Sequence[Tensor],
+    logits: Tensor,
+) -> None:
+    """Append to each row the token that was drawn for it from its logits, and say whether it ends with it."""
+    for row, token, logprob, raw_logprob, nats in zip(rows, *(part.tolist() for part in drawn), strict=True):
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        row.raw_logprobs.append(raw_logprob)
+        row.entropy += nats
+        row.finish(model, sampling, last=len(row.tokens) == sampling.max_new_tokens)
+    if sampling.top_logprobs:
+        for row, likeliest in zip(rows, likeliest_of(logits, sampling.top_logprobs), strict=True):
+            row.top_logprobs.append(likeliest)
+
+
+def keep_ended(
+    state: Rows, rows: Sequence[Completion], keep: Callable[[Sequence[Completion], Read], None] | None
+) -> None:
+    """Keep what was read of the rows that have just ended; of what was cut nothing goes on."""
+    ended = [index for index, row in enumerate(rows) if row.finish_reason not in (None, "length")]
+    if keep is not None and ended:
+        read = state.read(torch.tensor(ended, device=state.logits.device))
+        if read is not None:
+            keep([rows[index] for index in ended], read)
 
 
 def keep_rows(kept: Prefixes, streams: Sequence[int | None], rows: Sequence[Completion], read: Read) -> None:
@@ -269,6 +370,11 @@ def tell_news(model: LoadedModel, sampling: SamplingConfig, rows: Sequence[Compl
 def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return tokens (R,), their logprobs under the distribution drawn from, their raw logprobs, and its entropy.
 
+    Args:
+        logits: (R, V).
+        sampling: How to draw.
+        uniforms: (R, L) as many as `lanes_of` the logits says.
+
     The entropy −Σ p log p over the vocabulary is exact, and costs one more product with the p that are there already.
     """
     raw = torch.log_softmax(logits, -1)
@@ -280,10 +386,35 @@ def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Te
     probabilities = logprobs.exp()
     # What was cut has p = 0, and 0 · −∞ is no number.
     entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp(min=LOWEST))
-    cumulative = probabilities.double().cumsum(-1)  # inverse CDF: one uniform per token
-    target = uniforms.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    tokens = pick(probabilities, uniforms.to(logits.device))
     return tokens, _pick(logprobs, tokens), _pick(raw, tokens), entropy
+
+
+def pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Return a token for each row of (R, V) probabilities, as its own uniforms (R, L) want it.
+
+    Of a small vocabulary by inverse CDF. Of a large one by a race: with p / e, e = −log u, a block of the vocabulary
+    wins, then a token of it (Gumbel-max, in two rounds). A little more for one token moves the bounds of all that come
+    after it in a running sum, but hardly any winner: two distributions that are alike draw the same token.
+    """
+    if uniforms.shape[1] == 1:
+        cumulative = probabilities.double().cumsum(-1)
+        target = uniforms * cumulative[:, -1:]
+        found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+        return found.clamp(max=probabilities.shape[-1] - 1)
+    whole = F.pad(probabilities, (0, -probabilities.shape[-1] % RACERS))
+    blocks = whole.view(len(whole), -1, RACERS)  # (R, B, b)
+    waits = -uniforms.clamp(min=torch.finfo(torch.float64).tiny).log()
+    won = (blocks.sum(-1) / waits[:, RACERS:]).argmax(-1)  # (R,)
+    within = blocks[torch.arange(len(won), device=won.device), won]
+    token: Tensor = won * RACERS + (within / waits[:, :RACERS]).argmax(-1)
+    return token
+
+
+def lanes_of(logits: Tensor) -> int:
+    """Return how many uniforms a token takes: one, or one for each racer of two rounds."""
+    vocabulary = logits.shape[-1]
+    return 1 if vocabulary < LARGE else RACERS + -(-vocabulary // RACERS)
 
 
 def likeliest_of(logits: Tensor, count: int) -> Iterator[TopLogprobs]:
@@ -348,13 +479,15 @@ def begun(
             seen[prompt] += stream is None
 
 
-def uniforms_at(rows: Sequence[Completion], position: int) -> Tensor:
-    """Return one uniform in [0, 1) per row: SplitMix64 (Steele et al. 2014) of the row's seed at this position."""
+def uniforms_at(rows: Sequence[Completion], positions: Sequence[int], lanes: int) -> Tensor:
+    """Return uniforms in [0, 1), (rows × positions, lanes): SplitMix64 (Steele et al. 2014) of rows' seeds there."""
     with np.errstate(over="ignore"):
-        state = np.array([row.seed for row in rows], dtype=np.uint64)
-        state = state + np.uint64(position + 1) * np.uint64(0x9E3779B97F4A7C15)
+        places: Any = np.arange(lanes, dtype=np.uint64)
+        places = np.array(positions, dtype=np.uint64)[:, None] * np.uint64(lanes) + places
+        seeds = np.array([row.seed for row in rows], dtype=np.uint64)[:, None, None]
+        state = seeds + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
     # the upper 53 bits, which a float64 holds exactly
-    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53).flatten(0, 1)

@@ -33,9 +33,16 @@ from tensafe_nb.rlvr.environments.stage import (
 from tensafe_nb.rlvr.rewards.conventions import failed, number_of
 from tensafe_nb.rlvr.scoring.coroutines import AT_ONCE, CoroutinePool
 from tensafe_nb.rlvr.scoring.lasting import LOOP
-from tensafe_nb.rlvr.scoring.links import Inbox, Link, Message, ProcessLink, ThreadLink
-from tensafe_nb.rlvr.scoring.processes import GIVE_UP, LOAD_SECONDS, CannotShip
-from tensafe_nb.rlvr.scoring.scorer import most_processes
+from tensafe_nb.rlvr.scoring.links import Inbox, Link, Message, ThreadLink
+from tensafe_nb.rlvr.scoring.processes import (
+    GIVE_UP,
+    TRIES,
+    CannotShip,
+    Crew,
+    crew_of,
+    machines_lost,
+    not_loaded,
+)
 from tensafe_nb.rlvr.scoring.shipping import shipped
 
 CLOSED = "The environment's processes were closed while it played. Play again to go on."
@@ -82,7 +89,7 @@ class House:
         return self.loaded is None or bool(self.under_way)
 
     def deadline(self, timeout: float) -> float:
-        return self.since + (LOAD_SECONDS if self.loaded is None else timeout)
+        return self.since + (self.link.patience if self.loaded is None and self.link else timeout)
 
 
 class ProcessHost:
@@ -93,19 +100,21 @@ class ProcessHost:
         name: The environment's.
         blob: The stage, to be sent; None lets them live on threads of this process.
         timeout: Seconds a turn may take.
-        processes: How many at most; they start when there is work.
+        crew: The processes.
     """
 
-    def __init__(self, stage: Stage, name: str, blob: bytes | None, timeout: float, processes: int) -> None:
+    def __init__(self, stage: Stage, name: str, blob: bytes | None, timeout: float, crew: Crew) -> None:
         self._stage, self._name, self._blob, self._timeout = stage, name, blob, timeout
         self._inbox: Inbox = queue.SimpleQueue()
-        self._houses = [House() for _ in range(1 if blob is None else processes)]
+        self._houses = [House() for _ in range(1 if blob is None else crew.many)]
+        self._crew = crew
         # Of each conversation that goes on: its cues, and what they were answered.
         self._past: dict[int, list[tuple[Cue, Reply]]] = {}
         self._replies: dict[int, Reply] = {}
         self._wanted: set[int] = set()
         self._ended: dict[int, Reply] = {}  # conversations that were lost while nobody asked for them
         self._lost = 0  # turns in a row that hung or ended their process
+        self._gone = 0  # processes in a row that were lost with their machines
         self._instead: ProcessHost | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -209,7 +218,7 @@ class ProcessHost:
         try:
             if self._blob is None:
                 return ThreadLink(self._inbox, [self._stage.again()])
-            return ProcessLink(self._inbox)
+            return self._crew.start(self._inbox)
         except OSError as error:
             raise RewardError(
                 f"No process could be started for the environment ({sys.executable}: {error})."
@@ -225,7 +234,7 @@ class ProcessHost:
             for house in busy:
                 if house.deadline(self._timeout) <= time.monotonic():
                     late = Reply(error=f"took longer than {self._timeout:g} s and was ended", timed_out=True)
-                    self.lose(house, late, f"The environment was not loaded after {LOAD_SECONDS:g} s.")
+                    self.lose(house, late, not_loaded("environment", house.link) if house.link else "")
             return
         found = next((house for house in self._houses if house.link is link), None)
         if found is not None:
@@ -233,9 +242,12 @@ class ProcessHost:
 
     def take(self, house: House, message: Message) -> None:
         """Take in what a process says: that it has loaded the environment, a reply, or nothing, for it is dead."""
-        if message is None:
+        if message is None or isinstance(message, str):
             if self._closed:
                 raise ClientClosedError(CLOSED)
+            if message is not None:
+                self.lose(house, None, message)
+                return
             dead = Reply(error="the process of the environment ended during this turn")
             self.lose(house, dead, "The environment's process ended while it loaded it; see its output.")
         elif message[0] == "loaded":
@@ -243,7 +255,7 @@ class ProcessHost:
                 raise CannotShip(message[1])
             house.loaded = True
         else:
-            house.since, self._lost = time.monotonic(), 0
+            house.since, self._lost, self._gone = time.monotonic(), 0, 0
             cue, before = house.under_way.popleft()
             reply = Reply(*message[1])
             if before is None:
@@ -272,28 +284,34 @@ class ProcessHost:
                 (cue, Reply(told=None) if cue.number == number else before) for cue, before in house.under_way
             )
 
-    def lose(self, house: House, reply: Reply, while_loading: str) -> None:
+    def lose(self, house: House, reply: Reply | None, why: str) -> None:
         """End a process that hangs or is dead: one conversation ends with this reply, the others are played again.
 
+        A machine that is lost is not the fault of what was played there: without a reply, all are played again.
+
         Raises:
-            RewardError: It was still loading the environment.
+            RewardError: It was still loading the environment, or the cluster loses one process after the other.
         """
         loading = house.loaded is None
         if house.link is not None:
             house.link.kill()
         house.link, house.loaded = None, False
-        if loading:
-            raise RewardError(while_loading)
+        if reply is None:
+            self._gone += 1
+            if self._gone >= TRIES * len(self._houses):
+                raise RewardError(machines_lost(self._gone, why))
+        elif loading:
+            raise RewardError(why)
         left, house.under_way = house.under_way, deque()
         pending = {cue.number: cue for cue, before in (*left, *house.waiting) if before is None}
         house.waiting = deque()
-        if left:
+        if left and reply is not None:
             guilty = left[0][0].number
             pending.pop(guilty, None)
             self.give_up(house, guilty, reply)
             self._lost += 1
         others = sorted({number for number in self._past if self.house_of(number) is house} | pending.keys())
-        if self._lost >= GIVE_UP:
+        if self._lost >= GIVE_UP and reply is not None:
             text = f"not played: {self._lost} turns in a row were lost, the last of them: {reply.error}"
             for number in others:
                 self.give_up(house, number, Reply(error=text))
@@ -422,15 +440,18 @@ def on_a_thread(stage: Stage, name: str, timeout: float, reason: CannotShip) -> 
         f"inside the function rather than before it.",
         stacklevel=2,
     )
-    return ProcessHost(stage, name, None, timeout, 1)
+    return ProcessHost(stage, name, None, timeout, Crew(1))
 
 
-def host_of(environment: Environment, timeout: float | None, *, apart: bool = False) -> Host:
+def host_of(
+    environment: Environment, timeout: float | None, crew: Crew | None = None, *, apart: bool = False
+) -> Host:
     """Choose where an environment's generators live.
 
     Args:
         environment: Whose.
         timeout: Seconds a turn may take; None calls it here, without a limit.
+        crew: The processes in which they live, where they can; None takes some of this machine.
         apart: Each conversation gets a copy of the environment of its own, so that none knows of another.
 
     Raises:
@@ -454,4 +475,4 @@ def host_of(environment: Environment, timeout: float | None, *, apart: bool = Fa
         blob = shipped(stage.again(alone=True), environment.identity.modules)
     except Exception as error:  # noqa: BLE001  # pickling user objects may raise anything
         return on_a_thread(stage, environment.name, timeout, CannotShip(f"{type(error).__name__}: {error}"))
-    return ProcessHost(stage, environment.name, blob, timeout, most_processes())
+    return ProcessHost(stage, environment.name, blob, timeout, crew or crew_of("", None, None))

@@ -13,6 +13,7 @@ from tensafe_nb.rlvr.environments.play import settle
 from tensafe_nb.rlvr.environments.stage import Cue, Reply
 from tensafe_nb.rlvr.rewards.conventions import TrainerState, Verdict
 from tensafe_nb.rlvr.rollouts.trajectories import Trajectory, TurnRecord
+from tensafe_nb.rlvr.scoring.processes import crew_of
 from tensafe_nb.rlvr.scoring.scorer import BEFORE, Scorer, ScoreReport, function_reports
 
 
@@ -25,11 +26,19 @@ class Replayer:
     Args:
         environment: What judges.
         timeout: Seconds it may take for each turn; None calls it here, without a limit.
+        processes: In which it plays, as for `Scorer`.
+        cluster: Where these are, as for `Scorer`.
     """
 
-    def __init__(self, environment: Environment, timeout: float | None) -> None:
+    def __init__(
+        self,
+        environment: Environment,
+        timeout: float | None,
+        processes: int | None = None,
+        cluster: Any = None,
+    ) -> None:
         self.reward = environment
-        self._host = host_of(environment, timeout)
+        self._host = host_of(environment, timeout, crew_of("Replayer: ", processes, cluster))
 
     def __enter__(self) -> Self:
         return self
@@ -146,6 +155,9 @@ def report(environment: Environment, trajectories: Sequence[Trajectory]) -> Scor
     )
 
 
-def scorer_of(reward: Any, timeout: float | None) -> Scorer | Replayer:
+def scorer_of(
+    reward: Any, timeout: float | None, processes: int | None = None, cluster: Any = None
+) -> Scorer | Replayer:
     """Return what scores rollouts by a reward, or by an environment."""
-    return Replayer(reward, timeout) if isinstance(reward, Environment) else Scorer(reward, timeout)
+    kind = Replayer if isinstance(reward, Environment) else Scorer
+    return kind(reward, timeout, processes, cluster)

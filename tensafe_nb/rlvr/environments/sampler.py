@@ -16,6 +16,7 @@ from tensafe_nb.rlvr.environments.transcript import Scripts
 from tensafe_nb.rlvr.policy import PRIVATE, PolicyClient
 from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptSpec, prompt_specs
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
+from tensafe_nb.rlvr.scoring.processes import crew_of
 
 
 class EnvironmentSampler:
@@ -33,6 +34,8 @@ class EnvironmentSampler:
             it has none; "never" sends it as it is; "always" insists on a template.
         seed: Makes the rollouts repeatable; None draws one for each batch.
         timeout: Seconds the environment may take for each turn; None calls it here, without a limit.
+        processes: In which it plays, as for `Scorer`; conversations are divided among all of them.
+        cluster: Where these are, if not on this machine, as for `Scorer`.
 
     Example:
         >>> sampler = EnvironmentSampler(tc, guess, group_size=8, max_new_tokens=8)
@@ -54,6 +57,8 @@ class EnvironmentSampler:
         chat: Chat = "auto",
         seed: int | None = None,
         timeout: float | None = 5.0,
+        processes: int | None = None,
+        cluster: Any = None,
     ) -> None:
         if chat not in get_args(Chat):
             raise ValidationError(
@@ -68,6 +73,7 @@ class EnvironmentSampler:
             ignore_end=fixed_length,
         )
         self.chat, self.timeout = chat, timeout
+        self._crew = crew_of("EnvironmentSampler: ", processes, cluster)
         self._client, self._seed = training_client, seed
         self._host: Host | None = None
         self._hosted: object = None  # what the host was made for
@@ -118,7 +124,8 @@ class EnvironmentSampler:
 
     def hosting(self) -> Host:
         """Return a new host; for a model that trains privately, one in which no conversation knows of another."""
-        return host_of(self.environment, self.timeout, apart=PRIVATE in self._client.capabilities)
+        private = PRIVATE in self._client.capabilities
+        return host_of(self.environment, self.timeout, self._crew, apart=private)
 
     def _hosting(self) -> Host:
         """Return where generators live, made anew when the environment or what its code uses has changed."""

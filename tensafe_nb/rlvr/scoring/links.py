@@ -1,5 +1,7 @@
 """Links to whoever calls a user function: a process with one pipe, or a thread where there is no other way.
 
+A cluster may have links of its own, to processes of its machines.
+
 The processes are started by `subprocess`, not `multiprocessing`: that would import the user's main script again in
 each.
 """
@@ -12,18 +14,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeAlias
+from typing import IO, Any, Protocol, TypeAlias, runtime_checkable
 
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
 from tensafe_nb.rlvr.scoring.lasting import STARTER
 from tensafe_nb.rlvr.scoring.shipping import shipped
 
+LOAD_SECONDS = 60.0  # to start a process and import what a function needs
 _PROGRAM = Path(__file__).with_name("child.py")
 Unit: TypeAlias = list[Any]  # the rollouts of one call, or a turn of an environment
-Message: TypeAlias = "list[Any] | None"  # None: there is nobody there any more
+Message: TypeAlias = (
+    "list[Any] | str | None"  # None: its process has ended; a text: its machine is gone, and why
+)
 Inbox: TypeAlias = "queue.SimpleQueue[tuple[Link, Message]]"
 
 
@@ -35,15 +40,52 @@ class Callee(Protocol):
 
 
 class Link(Protocol):
-    """The way to whoever makes the calls; its answers come to an inbox."""
+    """The way to whoever makes the calls; its answers come to an inbox.
 
+    Attributes:
+        patience: Seconds to start a process and import what a function needs.
+        lack: Why it has not begun yet, where that is known.
+    """
+
+    @property
+    def patience(self) -> float: ...
+    @property
+    def lack(self) -> str: ...
     def load(self, key: int, blob: bytes) -> None: ...
     def run(self, key: int, first: int, units: Sequence[Unit]) -> None: ...
     def kill(self) -> None: ...
 
 
+StartLink: TypeAlias = "Callable[[Inbox], Link]"
+
+
+@runtime_checkable
+class ScoringCluster(Protocol):
+    """Where user functions may be called instead of in processes of this machine."""
+
+    def start_scoring(self, inbox: Inbox) -> Link:
+        """Start a process that calls functions.
+
+        Raises:
+            OSError: The operating system refuses.
+            ClusterError: There is no cluster any more.
+        """
+
+
+def loading(key: int, blob: bytes) -> bytes:
+    """Return the request to take on a function."""
+    return bytes(cloudpickle.dumps(("load", key, blob)))
+
+
+def calling(key: int, first: int, units: Sequence[Unit]) -> bytes:
+    """Return the request to call a function; pickling what it is called on may raise anything."""
+    return bytes(cloudpickle.dumps(("run", key, shipped((first, units)))))
+
+
 class ProcessLink:
     """A process, the pipe to it and the thread that reads from it."""
+
+    patience, lack = LOAD_SECONDS, ""
 
     def __init__(self, inbox: Inbox) -> None:
         own_group: dict[str, Any] = {"start_new_session": True}  # interrupts of the kernel do not reach it
@@ -62,13 +104,13 @@ class ProcessLink:
             target=self.read, args=(self._process.stdout, inbox), name="tsnb-reward-pipe", daemon=True
         )
         self._reader.start()
-        self._write(json.dumps(sys.path).encode())
+        self.write(json.dumps(sys.path).encode())
 
     def load(self, key: int, blob: bytes) -> None:
-        self._write(cloudpickle.dumps(("load", key, blob)))
+        self.write(loading(key, blob))
 
     def run(self, key: int, first: int, units: Sequence[Unit]) -> None:
-        self._write(cloudpickle.dumps(("run", key, shipped((first, units)))))
+        self.write(calling(key, first, units))
 
     def read(self, answers: IO[bytes], inbox: Inbox) -> None:
         """Pass answers on to the inbox until the process ends, and then its end."""
@@ -89,7 +131,8 @@ class ProcessLink:
         with contextlib.suppress(OSError):  # what was not written yet has no reader now
             self._requests.close()
 
-    def _write(self, body: bytes) -> None:
+    def write(self, body: bytes) -> None:
+        """Send a request."""
         with contextlib.suppress(OSError):  # it has died: the reader says so
             self._requests.write(len(body).to_bytes(8, "big") + body)
             self._requests.flush()
@@ -97,6 +140,8 @@ class ProcessLink:
 
 class ThreadLink:
     """A thread of this process instead, for functions that cannot be sent elsewhere. It cannot be killed."""
+
+    patience, lack = LOAD_SECONDS, ""
 
     def __init__(self, inbox: Inbox, calls: Sequence[Callee]) -> None:
         self._inbox, self._calls = inbox, calls

@@ -3,7 +3,6 @@
 A failure is kept as text and counted, never scored 0, and never ends a run.
 """
 
-import os
 import threading
 import warnings
 from collections import Counter
@@ -23,9 +22,8 @@ from tensafe_nb.rlvr.rewards.identity import Identity
 from tensafe_nb.rlvr.rewards.reward import Reward, resolve_reward
 from tensafe_nb.rlvr.rollouts.trajectories import Trajectory, TrajectoryBatch, bessel_std, mean
 from tensafe_nb.rlvr.scoring.coroutines import CoroutinePool
-from tensafe_nb.rlvr.scoring.processes import NOTHING, CannotShip, Modules, RewardPool
+from tensafe_nb.rlvr.scoring.processes import NOTHING, CannotShip, Modules, RewardPool, crew_of
 
-MAX_PROCESSES = 4
 BEFORE = TrainerState()  # before any run
 _NOTHING: dict[str, Any] = dict.fromkeys(
     ("reward", "reward_parts", "reward_error", "reward_version", "advantage")
@@ -155,6 +153,9 @@ class Scorer:
             here, without a limit.
         processes: How many at most; one for each core, and no more than 4, when None. They start with the
             first rollouts.
+        cluster: Where these processes are, if not on this machine: RayCluster("auto"), on whichever of its machines
+            has a core free; then four at most, when `processes` is None. Packages that the function uses have to be
+            installed there. One that is lost with its machine costs nothing: another calls the function again.
 
     Example:
         >>> with Scorer(my_function) as scorer:
@@ -164,24 +165,29 @@ class Scorer:
     """
 
     @checked
-    def __init__(self, reward: Any, timeout: float | None = 5.0, processes: int | None = None) -> None:
+    def __init__(
+        self,
+        reward: Any,
+        timeout: float | None = 5.0,
+        processes: int | None = None,
+        cluster: Any = None,
+    ) -> None:
         if timeout is not None and not timeout > 0:
             raise ValidationError(
                 f"Scorer: timeout={as_given(timeout)} must be more than 0 seconds, or None."
             )
-        if processes is not None and processes < 1:
-            raise ValidationError(f"Scorer: processes={as_given(processes)} must be at least 1.")
         self.reward = resolve_reward(reward)
         self.timeout = timeout
-        self.processes = processes or most_processes()
+        crew = crew_of("Scorer: ", processes, cluster)
+        self.processes = crew.many
         self._version = self.reward.version
         self._closed = False
         limit = threading.TIMEOUT_MAX if timeout is None else timeout
         # Four ways to call a function; `_placed` chooses one for each. None starts anything before it has work.
         self._here = CallsHere()
         self._coroutines = CoroutinePool(limit)
-        self._pool = RewardPool(limit, self.processes)
-        self._threads = RewardPool(limit, 1, in_process=True)
+        self._pool = RewardPool(limit, crew)
+        self._threads = RewardPool(limit, None)
         self._root = self._node(self.reward, self.reward.name)
 
     def __repr__(self) -> str:
@@ -208,6 +214,7 @@ class Scorer:
         Raises:
             ClientClosedError: The scorer was closed, before or meanwhile.
             RewardError: No process could be started, or the function brought its process down while loading.
+            ClusterError: The cluster is gone.
         """
         if self._closed:
             raise ClientClosedError("The scorer is closed. Make a new Scorer to go on.")
@@ -325,13 +332,6 @@ class Scorer:
             stacklevel=2,
         )
         return self._threads.add(call)
-
-
-def most_processes() -> int:
-    """Return how many processes call functions at most: one for each core, and no more than four."""
-    ours = hasattr(os, "sched_getaffinity")  # the cores that this process may use, where the system says so
-    cores = len(os.sched_getaffinity(0)) if ours else os.cpu_count() or 1
-    return min(cores, MAX_PROCESSES)
 
 
 def function_reports(path: str, outcomes: Sequence[Verdict]) -> dict[str, FunctionReport]:

@@ -75,7 +75,14 @@ class Rescored:
 
 
 @checked
-def rescore(batch: TrajectoryBatch, reward: Any, *, timeout: float | None = 5.0) -> TrajectoryBatch:
+def rescore(
+    batch: TrajectoryBatch,
+    reward: Any,
+    *,
+    timeout: float | None = 5.0,
+    processes: int | None = None,
+    cluster: Any = None,
+) -> TrajectoryBatch:
     """Return a copy of a batch with the rewards that another function gives; nothing is sampled again.
 
     An environment is played over what was said: see `Replayer`.
@@ -84,15 +91,21 @@ def rescore(batch: TrajectoryBatch, reward: Any, *, timeout: float | None = 5.0)
         batch: Stays as it is.
         reward: What scores: a name, a function, a resolved reward, or an environment.
         timeout: Seconds a call may take; None calls everything here, without a limit.
+        processes: In which it is called, as for `Scorer`.
+        cluster: Where these are, as for `Scorer`.
     """
     copy = unscored(batch)
-    with scorer_of(reward, timeout) as scorer:
+    with scorer_of(reward, timeout, processes, cluster) as scorer:
         scorer.score(copy)
     return copy
 
 
 def rescore_steps(
-    stored: Sequence[tuple[int, TrajectoryBatch]], reward: Any, timeout: float | None
+    stored: Sequence[tuple[int, TrajectoryBatch]],
+    reward: Any,
+    timeout: float | None,
+    processes: int | None = None,
+    cluster: Any = None,
 ) -> Rescored:
     """Score the stored rollouts of some steps anew.
 
@@ -100,9 +113,12 @@ def rescore_steps(
         stored: (step, rollouts), as a `RolloutStore` returns them.
         reward: What scores: a name, a function, or a resolved reward.
         timeout: Seconds a call may take.
+        processes: In which it is called, as for `Scorer`.
+        cluster: Where these are, as for `Scorer`.
     """
     before = TrajectoryBatch([group for _, batch in stored for group in batch.groups], stored[-1][1].sampling)
-    return Rescored(tuple(step for step, _ in stored), before, rescore(before, reward, timeout=timeout))
+    after = rescore(before, reward, timeout=timeout, processes=processes, cluster=cluster)
+    return Rescored(tuple(step for step, _ in stored), before, after)
 
 
 def _orders(rewards: Array) -> Array:

@@ -4,7 +4,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -27,7 +27,7 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredArtifact:
-    """An artifact that has been read to its end once and found authentic and whole.
+    """An artifact whose header and table of contents are authentic.
 
     Attributes:
         info: What `list` says of it.
@@ -44,20 +44,29 @@ class StoredArtifact:
     def parts(self) -> Iterator[tuple[str, int, PartStream]]:
         """Yield (name, size, stream) of each part, in order; asking for the next one ends the one before.
 
-        This is the second reading, and it authenticates every chunk again: where it raises, the file was altered
-        meanwhile, and what was read must be thrown away. One iteration at a time.
-        """
-        stream = PayloadStream(self.chunks())
-        Manifest.read(stream)
-        for name, size in self._manifest.parts:
-            part = PartStream(stream, size)
-            yield name, size, part
-            part.finish()
+        Every chunk is authenticated as it comes, whether the part is read or not. Only who has come to the end knows
+        that all of the artifact is what was sealed: where it raises, what was read must be thrown away. Who cannot
+        throw it away calls `check` first. One iteration at a time.
 
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield the payload as it was sealed, manifest included; a chunk is gone when the next is asked for."""
+        Raises:
+            DecryptionError: The artifact was altered.
+        """
         with disk_errors(f"read {self.info.artifact_id}"):
-            yield from self._opened.chunks()
+            stream = PayloadStream(self._opened)
+            Manifest.read(stream)
+            for name, size in self._manifest.parts:
+                part = PartStream(stream, size)
+                yield name, size, part
+                part.finish()
+
+    def check(self) -> None:
+        """Read it to its end, keeping nothing.
+
+        Raises:
+            DecryptionError: The artifact was altered.
+        """
+        with disk_errors(f"read {self.info.artifact_id}"):
+            checked(self._opened)
 
 
 class ArtifactStore:
@@ -134,16 +143,16 @@ class ArtifactStore:
 
     @contextmanager
     def open(self, artifact_id: str) -> Iterator[StoredArtifact]:
-        """Read an artifact to its end, checking all of it, then give its parts to be read.
+        """Give an artifact's parts to be read, once: what they hold is checked as it comes, see `StoredArtifact.parts`.
 
         Raises:
             ArtifactNotFoundError: There is none of this id.
             KeyUnavailableError: The key that opens it is not here.
-            DecryptionError: It was altered, cut or swapped.
+            DecryptionError: It was cut or swapped, or altered where it says what is in it.
         """
         with self._opened(artifact_id) as (file, path, opened):
             with disk_errors(f"read {artifact_id}"):
-                manifest = checked(opened.chunks())
+                manifest = Manifest.read(PayloadStream(opened))
                 info = describe(file, path, opened.header, manifest)
             check_schema(info, opened.header)
             yield StoredArtifact(info, opened.header.fields, manifest.metadata, manifest, opened)
@@ -267,8 +276,8 @@ class ArtifactStore:
             DecryptionError: It was altered, cut or swapped.
         """
         with self._opened(artifact_id) as (file, path, opened), disk_errors(f"read {artifact_id}"):
-            manifest = checked(opened.chunks())
-            if content_hash(file) != hash_of(path):
+            manifest, found = checked(opened)
+            if found != hash_of(path):
                 raise refused("file name")
             return describe(file, path, opened.header, manifest)
 
@@ -322,15 +331,16 @@ class ArtifactStore:
             except KeyUnavailableError:
                 return describe(file, path, read_header(file), None)
             # a name holds the hash of the content, so what was read under it once need not be decrypted again
-            manifest = self._manifests.get(path.name) or Manifest.read(PayloadStream(opened.chunks()))
+            manifest = self._manifests.get(path.name) or Manifest.read(PayloadStream(opened))
             self._manifests[path.name] = manifest
             return describe(file, path, opened.header, manifest)
 
     def _whole(self, file: BinaryIO) -> str:
         """Check as much of a file as the keys that are here allow, and return its content hash."""
-        with suppress(KeyUnavailableError):
-            checked(open_sealed(file, self._keys).chunks())
-        return content_hash(file)
+        try:
+            return checked(open_sealed(file, self._keys))[1]
+        except KeyUnavailableError:
+            return content_hash(file)
 
     def _is_whole(self, path: Path) -> bool:
         try:
@@ -347,7 +357,7 @@ def new_id() -> str:
 
 @contextmanager
 def open_file(path: Path, keys: Keys) -> Iterator[StoredArtifact]:
-    """Open a sealed file wherever it lies, as `ArtifactStore.open` opens one of its own.
+    """Open a sealed file wherever it lies, as `ArtifactStore.open` opens one of its own; all of it is checked first.
 
     Raises:
         KeyUnavailableError: The key that opens it is not here.
@@ -358,8 +368,8 @@ def open_file(path: Path, keys: Keys) -> Iterator[StoredArtifact]:
         with disk_errors(f"read {path}"):
             file = stack.enter_context(path.open("rb"))
             opened = open_sealed(file, keys)
-            manifest = checked(opened.chunks())
-            info = describe_file(file, opened.header, content_hash(file), manifest)
+            manifest, found = checked(opened)
+            info = describe_file(file, opened.header, found, manifest)
         check_schema(info, opened.header)
         yield StoredArtifact(info, opened.header.fields, manifest.metadata, manifest, opened)
 

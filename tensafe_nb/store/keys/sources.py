@@ -6,6 +6,7 @@ and appears in no message and no repr.
 
 import base64
 import getpass
+import hmac
 import json
 import os
 import sys
@@ -17,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from tensafe_nb.errors import KeyUnavailableError
@@ -37,7 +36,8 @@ def derive(secret: bytes, label: str) -> bytes:
     Each use of a secret has a label, and so a key, of its own: what one of them gives away opens nothing else. There is
     no salt, since every secret is 32 random bytes, or scrypt's, which had one.
     """
-    return HKDF(SHA256(), 32, salt=None, info=label.encode()).derive(secret)
+    extracted = hmac.digest(bytes(32), secret, "sha256")  # no salt counts as zeros
+    return hmac.digest(extracted, label.encode() + b"\x01", "sha256")  # the first block is as long as a key
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ or repeated fail, the flag one that was made the last.
 
 import hashlib
 import hmac
-import itertools
 import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -40,6 +40,8 @@ TAG = 16
 SLOT = 4096
 MAC = 32
 MAX_HEADER = 64 << 10
+READERS = 2  # threads that open the chunks of one large read
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _OURS = ("suite", "chunk", "nonce_prefix")
 _NONCE_PREFIX = re.compile("[0-9a-f]{14}")
 
@@ -51,8 +53,7 @@ def canonical(value: Any) -> bytes:
         ValidationError: It is not JSON: NaN, an object of a class, a lone surrogate.
     """
     try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return text.encode()
+        return _CANONICAL.encode(value).encode()
     except (TypeError, ValueError, RecursionError) as err:
         raise ValidationError(f"This cannot be written as JSON: {err}.") from err
 
@@ -123,7 +124,7 @@ class ChunkCipher:
         self._cipher.encrypt_into(self._nonce(counter, last), chunk, self._associated, block)
         return block
 
-    def open(self, block: Buffer, counter: int, last: bool, into: bytearray) -> memoryview:
+    def open(self, block: Buffer, counter: int, last: bool, into: bytearray | memoryview) -> memoryview:
         size = len(block) - TAG
         # an empty chunk is how nothing is sealed, never how something ends
         if size < 0 or (size == 0 and counter):
@@ -141,11 +142,31 @@ class ChunkCipher:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A sealed file whose header and key slot are authentic; its chunks are checked as they are read."""
+    """A sealed file whose header and key slot are authentic; its chunks are checked as they are read.
+
+    Each chunk is authentic by itself, and in its place. That all of them are there is known once the last was read: it
+    opens only as the last, and so only in a file as long as the one that was sealed.
+
+    Attributes:
+        header: Its header.
+        length: Bytes behind the key slot.
+    """
 
     header: Header
+    length: int
     _file: BinaryIO = field(repr=False)
     _cipher: ChunkCipher = field(repr=False)
+    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)  # of the file's position
+
+    @property
+    def count(self) -> int:
+        """How many chunks there are: one, where nothing was sealed."""
+        return max(1, -(-self.length // (CHUNK + TAG)))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the payload, by the length of the file."""
+        return self.length - TAG * self.count
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the payload chunk by chunk, from its beginning at every call, each one authenticated.
@@ -156,13 +177,86 @@ class Opened:
         Raises:
             DecryptionError: At the first chunk that is altered, missing, moved or too many.
         """
-        return (chunk for _, chunk in self._pairs())
+        open_at = self.opener()
+        return (open_at(counter * CHUNK) for counter in range(self.count))
 
-    def _pairs(self) -> Iterator[tuple[Buffer, memoryview]]:
-        buffer = bytearray()
-        for counter, (block, last) in enumerate(sealed_chunks(self._file, self.header.prefix)):
-            buffer = buffer or bytearray(len(block))  # the first is the longest
-            yield block, self._cipher.open(block, counter, last, buffer)
+    def opener(self, tell: Callable[[memoryview], object] = bool) -> Callable[[int], memoryview]:
+        """Return what opens the chunk at a place of the payload, and gives it from there on, until the next call.
+
+        Args:
+            tell: Called with each chunk as it lies in the file.
+        """
+        longest = min(self.length, CHUNK + TAG)
+        block, chunk = bytearray(longest), memoryview(bytearray(longest))
+
+        def open_at(at: int, into: memoryview = chunk) -> memoryview:
+            counter, begin = divmod(at, CHUNK)
+            sealed = self._sealed(counter, block)
+            tell(sealed)
+            return self._cipher.open(sealed, counter, counter == self.count - 1, into)[begin:]
+
+        return open_at
+
+    def fill(self, at: int, buffers: Sequence[memoryview]) -> None:
+        """Fill buffers, one behind the other, with the payload from a place on; on several threads where it is long.
+
+        A chunk that lies within one buffer is opened into it. After an error, what is in the buffers is no content.
+
+        Args:
+            at: The place in the payload.
+            buffers: Of bytes, no more in all than there are.
+
+        Raises:
+            DecryptionError: A chunk is altered, missing, moved or too many.
+        """
+        places, taking = places_in_chunks(at, buffers), threading.Lock()
+
+        def work() -> None:
+            open_at: Any = self.opener()
+            while True:
+                with taking:
+                    start, parts = next(places, (0, ()))
+                if not parts:
+                    return
+                if start % CHUNK == 0 and len(parts) == 1 and len(parts[0]) == min(CHUNK, self.size - start):
+                    open_at(start, parts[0])
+                    continue
+                opened = open_at(start)
+                for room in parts:
+                    room[:], opened = opened[: len(room)], opened[len(room) :]
+
+        if sum(map(len, buffers)) <= CHUNK:  # a thread would take longer to start
+            work()
+            return
+        with ThreadPoolExecutor(READERS, "tensafe-open") as pool:
+            for reader in [pool.submit(work) for _ in range(READERS)]:
+                reader.result()
+
+    def _sealed(self, counter: int, buffer: bytearray) -> memoryview:
+        at = counter * (CHUNK + TAG)
+        size = min(self.length - at, CHUNK + TAG)
+        with self._turn:
+            self._file.seek(len(self.header.prefix) + SLOT + at)
+            block = fill(self._file, memoryview(buffer)[:size])
+        if len(block) != size:  # cut off meanwhile
+            raise refused(f"chunk {counter}")
+        return block
+
+
+def places_in_chunks(at: int, buffers: Sequence[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
+    """Yield, for each chunk that buffers are filled from, the place of its first byte for them, and their parts."""
+    start, parts = at, list[memoryview]()
+    for buffer in buffers:
+        rest = buffer
+        while rest:
+            room = rest[: CHUNK - at % CHUNK]
+            parts.append(room)
+            at, rest = at + len(room), rest[len(room) :]
+            if at % CHUNK == 0:
+                yield start, parts
+                start, parts = at, []
+    if parts:
+        yield start, parts
 
 
 def seal(out: BinaryIO, header: Mapping[str, Any], payload: Iterable[Buffer], keys: Keys) -> Sealed:
@@ -183,19 +277,22 @@ def seal(out: BinaryIO, header: Mapping[str, Any], payload: Iterable[Buffer], ke
     prefix = _prefix(header, nonce_prefix)
     stanza = keys.wrap(data_key)
     seen, size = hashlib.sha256(prefix), len(prefix) + SLOT
-    # two buffers in turn: one chunk is encrypted while the one before it is written
+    # two buffers in turn: one chunk is encrypted while the one before it is hashed, which takes longest, and written
     chunks, buffers = ChunkCipher(data_key, nonce_prefix, prefix), [bytearray(), bytearray()]
-    with ThreadPoolExecutor(1, "tensafe-seal") as writer:
-        written = writer.submit(write_all, out, prefix + _slot(prefix, [stanza], data_key))
+    with ThreadPoolExecutor(1, "tensafe-hash") as hasher, ThreadPoolExecutor(1, "tensafe-seal") as writer:
+        used: list[list[Future[None]]] = [[], []]
+        used[1] = [writer.submit(write_all, out, prefix + _slot(prefix, [stanza], data_key))]
         for counter, (chunk, last) in enumerate(chunked(payload)):
-            if len(buffers[counter % 2]) < len(chunk) + TAG:
-                buffers[counter % 2] = bytearray(len(chunk) + TAG)
-            block = chunks.seal(chunk, counter, last, buffers[counter % 2])
-            seen.update(block)
+            turn = counter % 2
+            for use in used[turn]:  # the buffer is free again, and an error comes out here
+                use.result()
+            if len(buffers[turn]) < len(chunk) + TAG:
+                buffers[turn] = bytearray(len(chunk) + TAG)
+            block = chunks.seal(chunk, counter, last, buffers[turn])
             size += len(block)
-            written.result()  # before the next: the other buffer is free again, and an error comes out here
-            written = writer.submit(write_all, out, block)
-        written.result()
+            used[turn] = [hasher.submit(seen.update, block), writer.submit(write_all, out, block)]
+        for use in used[0] + used[1]:
+            use.result()
     return Sealed(f"sha256:{seen.hexdigest()}", size, str(stanza["kek_id"]))
 
 
@@ -227,7 +324,10 @@ def open_sealed(file: BinaryIO, keys: Keys) -> Opened:
     """
     header, data_key = _unlock(file, keys)
     nonce_prefix = bytes.fromhex(header.fields["nonce_prefix"])
-    return Opened(header, file, ChunkCipher(data_key, nonce_prefix, header.prefix))
+    length = file.seek(0, os.SEEK_END) - len(header.prefix) - SLOT
+    if length > TAG and 0 < length % (CHUNK + TAG) <= TAG:
+        raise refused("last chunk")  # which would be empty, or shorter than that
+    return Opened(header, length, file, ChunkCipher(data_key, nonce_prefix, header.prefix))
 
 
 def verify(file: BinaryIO, keys: Keys) -> Sealed:
@@ -238,18 +338,20 @@ def verify(file: BinaryIO, keys: Keys) -> Sealed:
     """
     opened = open_sealed(file, keys)
     prefix = opened.header.prefix
-    seen, size = hashlib.sha256(prefix), len(prefix) + SLOT
-    for block, _ in opened._pairs():
-        seen.update(block)
-        size += len(block)
+    seen = hashlib.sha256(prefix)
+    open_at = opened.opener(seen.update)
+    for counter in range(opened.count):
+        open_at(counter * CHUNK)
+    size = len(prefix) + SLOT + opened.length
     return Sealed(f"sha256:{seen.hexdigest()}", size, opened.header.key_id)
 
 
 def content_hash(file: BinaryIO) -> str:
     """Return "sha256:…" of a sealed file without its key slot. Needs no key, shows nothing about the content."""
     prefix, _ = _read_prefix(file)
-    seen = hashlib.sha256(prefix)
-    for block, _last in sealed_chunks(file, prefix):
+    seen, buffer = hashlib.sha256(prefix), bytearray(CHUNK)
+    file.seek(len(prefix) + SLOT)
+    while block := fill(file, buffer):
         seen.update(block)
     return f"sha256:{seen.hexdigest()}"
 
@@ -345,20 +447,3 @@ def chunked(payload: Iterable[Buffer]) -> Iterator[tuple[Buffer, bool]]:
                 rest = rest[CHUNK:]
         staged += rest
     yield staged, True
-
-
-def sealed_chunks(file: BinaryIO, prefix: bytes) -> Iterator[tuple[Buffer, bool]]:
-    """Yield the sealed chunks behind the slot, and whether the file ends with each; each is gone at the next."""
-    begin = len(prefix) + SLOT
-    left = max(file.seek(0, os.SEEK_END) - begin, 0)
-    file.seek(begin)
-    size = min(left, CHUNK + TAG)
-    buffers = bytearray(size), bytearray(min(left - size, size))
-    block = fill(file, buffers[0])
-    # one chunk ahead, for the last is known by nothing following it
-    for turn in itertools.count(1):
-        following = fill(file, buffers[turn % 2])
-        yield block, not following
-        if not following:
-            return
-        block = following

@@ -3,17 +3,18 @@
 The manifest is canonical JSON: {"metadata": …, "name": …, "parts": [[name, size], …]}.
 """
 
+import hashlib
 import io
 import re
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.store.keys.keyring import refused
-from tensafe_nb.store.sealed.envelope import canonical, parse_canonical
+from tensafe_nb.store.sealed.envelope import Opened, canonical, parse_canonical
 from tensafe_nb.store.sealed.tensors import TensorPart
 
 if TYPE_CHECKING:
@@ -71,17 +72,18 @@ class Manifest:
 
     @classmethod
     def read(cls, stream: "PayloadStream") -> "Manifest":
-        """Read the beginning of a payload.
+        """Read the beginning of a payload, which tells its length: nothing was cut off a file that is so long.
 
         Raises:
-            DecryptionError: It is not one.
+            DecryptionError: It is not one, or of another length.
         """
         head = stream.read(4)
         length = int.from_bytes(head, "big")
         if len(head) < 4 or length > MAX_MANIFEST:
             raise refused("manifest")
         fields = parse_canonical(stream.read(length))
-        if not _is_manifest(fields):
+        # the chunk is authentic by now; but a key's holder might have sealed a manifest that lies
+        if not _is_manifest(fields) or stream.left != sum(size for _, size in fields["parts"]):
             raise refused("manifest")
         return cls(tuple((name, size) for name, size in fields["parts"]), fields["metadata"], fields["name"])
 
@@ -110,31 +112,41 @@ def payload(manifest: Manifest, parts: Mapping[str, bytes | TensorPart]) -> Iter
             yield content
 
 
-def checked(chunks: "Iterator[Buffer]") -> Manifest:
-    """Read a payload to its end, keeping nothing, and return its manifest.
+def checked(opened: Opened) -> tuple[Manifest, str]:
+    """Read a sealed file to its end, keeping nothing; return its manifest, and its content hash.
 
     Raises:
         DecryptionError: A chunk is not authentic, or the payload is not what its manifest says.
     """
-    stream = PayloadStream(chunks)
+    seen = hashlib.sha256(opened.header.prefix)
+    stream = PayloadStream(opened, seen.update)
     manifest = Manifest.read(stream)
-    # each chunk is authentic by now; but a key's holder might have sealed a manifest that lies
-    if stream.skip() != sum(size for _, size in manifest.parts):
-        raise refused("manifest")
-    return manifest
+    stream.skip()
+    return manifest, f"sha256:{seen.hexdigest()}"
 
 
 class PayloadStream(io.RawIOBase):
-    """Chunks read as one stream, forward only. Unlike other raw streams, reads are short only at the end."""
+    """A payload, read forward only. Unlike other raw streams, reads are short only at the end.
 
-    def __init__(self, chunks: "Iterator[Buffer]") -> None:
+    Args:
+        opened: The file.
+        tell: Called with each chunk as it lies in the file.
+    """
+
+    def __init__(self, opened: Opened, tell: "Callable[[memoryview], object]" = bool) -> None:
         super().__init__()
-        self._chunks = chunks
-        self._rest = memoryview(b"")
+        self._opened, self._at = opened, 0
+        self._open_at = opened.opener(tell)
+        self._rest = memoryview(b"")  # of the chunk that was opened last
 
     def readable(self) -> bool:
         """Return True."""
         return True
+
+    @property
+    def left(self) -> int:
+        """Bytes that are still to come, by the length of the file."""
+        return self._opened.size - self._at
 
     def readinto(self, buffer: "Buffer", /) -> int:
         """Fill a buffer and return how many bytes there were for it."""
@@ -144,6 +156,12 @@ class PayloadStream(io.RawIOBase):
             at += len(taken)
         return at
 
+    def fill(self, buffers: Sequence[memoryview]) -> None:
+        """Fill several buffers, for which there is enough: as `readinto`, and quicker."""
+        self._opened.fill(self._at, buffers)
+        self._at += sum(map(len, buffers))
+        self._rest = memoryview(b"")
+
     def skip(self, limit: int = sys.maxsize) -> int:
         """Pass over bytes, all of them by default, and return how many there were."""
         count = 0
@@ -152,9 +170,10 @@ class PayloadStream(io.RawIOBase):
         return count
 
     def _take(self, limit: int) -> memoryview:
-        while not self._rest and limit and (chunk := next(self._chunks, None)) is not None:
-            self._rest = memoryview(chunk)
+        if not self._rest and limit and self._at < self._opened.size:
+            self._rest = self._open_at(self._at)
         taken, self._rest = self._rest[:limit], self._rest[limit:]
+        self._at += len(taken)
         return taken
 
 
@@ -177,6 +196,13 @@ class PartStream(io.RawIOBase):
         count = self._payload.readinto(memoryview(buffer).cast("B")[: self._left])
         self._left -= count
         return count
+
+    def fill(self, buffers: Sequence[memoryview]) -> None:
+        """Fill several buffers, for which there is enough: as `readinto`, and quicker."""
+        if self.closed or sum(map(len, buffers)) > self._left:
+            raise ValueError("This part has ended, or is shorter than that.")
+        self._payload.fill(buffers)
+        self._left -= sum(map(len, buffers))
 
     def readall(self) -> bytes:
         """Return the rest of the part."""

@@ -133,10 +133,8 @@ def header_of(entries: Iterable[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def read_tensors(stream: Readable, size: int) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
-    """Yield (name, dtype, shape, bytes) for each tensor of a safetensors stream, in the order of the file.
-
-    The header is checked whole before the first tensor is yielded. Nothing yielded is kept here.
+def read_entries(stream: Readable, size: int) -> list[Entry]:
+    """Return what the header of a safetensors stream says, checked whole; the tensors follow, in this order.
 
     Args:
         stream: Stands at the first byte.
@@ -153,7 +151,16 @@ def read_tensors(stream: Readable, size: int) -> Iterator[tuple[str, str, tuple[
     entries, end = entries_of(bytes(_read(stream, length)))
     if 8 + length + end != size:
         raise _malformed(f"its header describes {8 + length + end} bytes, it has {size}")
-    for entry in entries:
+    return entries
+
+
+def read_tensors(stream: Readable, size: int) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
+    """Yield (name, dtype, shape, bytes) for each tensor of a safetensors stream; nothing yielded is kept here.
+
+    Raises:
+        ValidationError: As `read_entries`.
+    """
+    for entry in read_entries(stream, size):
         yield entry.name, entry.dtype, entry.shape, _read(stream, entry.size)
 
 

@@ -16,6 +16,7 @@ from tensafe_nb.widgets.feed import rollouts
 from tensafe_nb.widgets.feed.annotations import Part
 from tensafe_nb.widgets.feed.curves import Curves, names_of
 from tensafe_nb.widgets.feed.feed import Source, feed_of
+from tensafe_nb.widgets.glossary import explained
 from tensafe_nb.widgets.live import what_if
 from tensafe_nb.widgets.live.commands import QUICK, Commands, Obeyed
 from tensafe_nb.widgets.still.snapshot import Bundle, StillOutputs
@@ -177,13 +178,15 @@ class LiveWidget(anywidget.AnyWidget):
                 self.send(self._ready.popleft())
             if not self.pages:
                 return None
-            if self._greeted:  # the badge comes before a long history
-                self._greeted = False
+            greeted, self._greeted = self._greeted, False
+            if greeted:  # the badge comes before a long history
                 self.send_status()
             later = self.send_parts()
             for content, buffers in self._outbox.messages(self._curves, self.shown):
                 self.send(content | self.stamp(), buffers)
             self.send_spans()
+            if greeted:
+                self.send({"t": "words", "words": explained()})
             return min((due for due in (later, self.send_status()) if due is not None), default=None)
         except Exception as error:
             logger.exception("a widget could not be brought up to date")

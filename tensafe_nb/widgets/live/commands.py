@@ -11,6 +11,7 @@ from tensafe_nb.futures import FutureHandle
 from tensafe_nb.protocol.results import SaveStateResult
 from tensafe_nb.runs.run import TrainingRun
 from tensafe_nb.widgets.feed.feed import Feed
+from tensafe_nb.widgets.live import neighbours
 
 QUICK = ("pause", "resume", "stop")  # set a flag: answered without a detour
 OF_A_CHECKPOINT = ("rollback", "branch", "export", "delete")
@@ -76,6 +77,8 @@ class Commands:
             return self.use_checkpoint(command, str(artifact_id))
         if command == "checkpoint":
             return self.save()
+        if command == "shutdown":
+            return Obeyed(neighbours.shut_down(content.get("id")))
         if command == "cancel":
             return Obeyed(f"{self._client.cancel_pending()} waiting operations were cancelled.")
         raise ValueError(f"This panel does not know {as_given(command)}.")

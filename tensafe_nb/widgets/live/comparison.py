@@ -74,7 +74,7 @@ class ComparisonChart(anywidget.AnyWidget):
         >>> ComparisonChart(comparison)
     """
 
-    _esm = esm("wire", "place", "page", "chart", "comparison")
+    _esm = esm("line", "wire", "place", "page", "chart", "comparison")
     _css = css("panel")
 
     title = traitlets.Unicode(help="What is compared, in a few words.").tag(sync=True)

@@ -65,7 +65,7 @@ class LossCurve(LoneCurve):
         >>> HBox([LossCurve(run), LossCurve(other_run, log_scale=True)])
     """
 
-    _esm = esm("wire", "place", "page", "chart", "download", "curves", "curve")
+    _esm = esm("line", "wire", "place", "page", "alone", "chart", "download", "curves", "curve")
 
     @property
     def curve(self) -> str:
@@ -86,7 +86,7 @@ class RewardHistory(LoneCurve):
         >>> VBox([history, inspector])
     """
 
-    _esm = esm("wire", "place", "page", "chart", "download", "curves", "rewards")
+    _esm = esm("line", "wire", "place", "page", "alone", "chart", "download", "curves", "rewards")
     all_curves = True
 
     def __init__(self, source: Source, **traits: Any) -> None:

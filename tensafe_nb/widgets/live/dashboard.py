@@ -8,11 +8,13 @@ import traitlets
 from tensafe_nb.errors import ValidationError, nearest
 from tensafe_nb.widgets.feed.annotations import Part
 from tensafe_nb.widgets.feed.feed import Source, feed_of
+from tensafe_nb.widgets.live import neighbours
 from tensafe_nb.widgets.live.base import CurveWidget, css, esm
 from tensafe_nb.widgets.still.snapshot import publish
 
 STATUS_SECONDS = 0.5  # between two messages about the same state
 HEARTBEAT = 5.0  # s, while anything is under way
+LOOK_SECONDS = 30.0  # between two looks at the other kernels of the notebook server
 SECTIONS = ("loss", "reward", "privacy", "samples", "checkpoints")
 
 
@@ -33,7 +35,9 @@ class Dashboard(CurveWidget):
         >>> HBox([tc.dashboard(), LossCurve(other_run)])
     """
 
-    _esm = esm("wire", "place", "page", "chart", "download", "curves", "table", "samples", "meter", "panel")
+    _esm = esm(
+        "line", "wire", "place", "page", "chart", "download", "curves", "table", "samples", "meter", "panel"
+    )
     _css = css("panel")
     _volatile: ClassVar = ("elapsed", "eta", "op_s", "silent")  # what the page counts on by itself
     parts: ClassVar[tuple[Part, ...]] = ("marks", "alarms", "privacy", "rows", "rollouts")
@@ -48,6 +52,8 @@ class Dashboard(CurveWidget):
         self._live_ids: list[str] = []
         self._told_at = float("-inf")
         self._branches: list[dict[str, str]] = []
+        self._crowding: dict[str, Any] | None = None
+        self._looked_at = float("-inf")
         super().__init__(source, sections=list(sections or ()), **traits)
 
     # showing
@@ -81,6 +87,8 @@ class Dashboard(CurveWidget):
         if turned or (changed and waited >= STATUS_SECONDS) or (status["active"] and waited >= HEARTBEAT):
             self._told, self._told_at, changed = lasting, now, False
             self.send({"t": "status"} | status)
+        if status["active"] and now - self._looked_at >= LOOK_SECONDS:
+            self._look_around()
         return STATUS_SECONDS if status["active"] or changed else None
 
     def stamp(self) -> dict[str, Any]:
@@ -90,6 +98,7 @@ class Dashboard(CurveWidget):
         super().greet(page)
         self._told_at = float("-inf")
         self._send_branches()
+        self._look_around()
 
     def status(self) -> dict[str, Any]:
         standing = self.feed.standing()
@@ -118,7 +127,24 @@ class Dashboard(CurveWidget):
             "line": standing.line,
             "line_reason": standing.line_reason,
             "replicas": standing.replicas,
+            "other": self._crowding,
         }
+
+    # other kernels
+
+    def _look_around(self) -> None:
+        """Look whether another kernel leaves too little memory for this one."""
+        self._looked_at = self.feed.flusher.now()
+
+        def look() -> None:
+            self._crowding = neighbours.crowding()
+
+        self._aside(look)
+
+    def _carry_out(self, number: int, command: str, content: dict[str, Any]) -> None:
+        super()._carry_out(number, command, content)
+        if command == "shutdown":
+            self._look_around()
 
     # branches
 

@@ -28,7 +28,7 @@ class CheckpointTable(Section):
         >>> CheckpointTable(tc)
     """
 
-    _esm = esm("wire", "place", "page", "table", "checkpoints")
+    _esm = esm("line", "wire", "place", "page", "alone", "table", "checkpoints")
     parts: ClassVar[tuple[Part, ...]] = ("rows",)
     topic: ClassVar[Topic] = "checkpoints"
 
@@ -46,7 +46,7 @@ class PrivacyMeter(Section):
         >>> PrivacyMeter(tc)
     """
 
-    _esm = esm("wire", "place", "page", "meter", "privacy")
+    _esm = esm("line", "wire", "place", "page", "alone", "meter", "privacy")
     parts: ClassVar[tuple[Part, ...]] = ("privacy",)
     topic: ClassVar[Topic] = "privacy"
 
@@ -63,6 +63,6 @@ class RolloutInspector(Section):
         >>> RolloutInspector(run, selected_step=12)
     """
 
-    _esm = esm("wire", "place", "page", "samples", "inspector")
+    _esm = esm("line", "wire", "place", "page", "alone", "samples", "inspector")
     parts: ClassVar[tuple[Part, ...]] = ("rollouts",)
     topic: ClassVar[Topic] = "samples"

@@ -1,5 +1,5 @@
 // CheckpointTable: the table alone.
-import { alone } from "./page.js";
+import { alone } from "./alone.js";
 import { Checkpoints } from "./table.js";
 
 export default alone((store) => new Checkpoints(store));

@@ -1,5 +1,5 @@
 // RolloutInspector: the samples alone.
-import { alone } from "./page.js";
+import { alone } from "./alone.js";
 import { Samples } from "./samples.js";
 
 export default alone((store, model) => new Samples(store, model));

@@ -91,6 +91,7 @@ class Meter {
     this.store = store;
     this.el = make("div", "tsnb-meter");
     this.text = make("span");
+    this.text.dataset.term = "ε";
     this.bar = make("div", "tsnb-gauge");
     this.bar.setAttribute("role", "meter");
     this.bar.setAttribute("aria-label", "share of the privacy budget that is spent");

@@ -1,6 +1,4 @@
-// What all parts of a page share: elements made of text, numbers in words, the frame of a widget that stands alone.
-import { connect } from "./wire.js";
-import { LAST_WORD, Place, asking } from "./place.js";
+// What all parts of a page share: elements made of text, numbers in words, the line that answers whoever clicked.
 
 const WAITING_MS = 1000;
 const WAITING = "waiting for the running cell; ■ frees it";
@@ -37,6 +35,14 @@ function make(tag, className = "", text = "") {
 // Sets a text where it is another: whoever reads along is not disturbed.
 function fill(node, text) {
   if (node.textContent !== text) node.textContent = text;
+}
+
+// Gives each label that the glossary has a line for that line, to be read where the mouse rests.
+function explain(root, { words = {} } = {}) {
+  for (const label of root.querySelectorAll(".tsnb-title, .tsnb-name, [data-term]")) {
+    const said = words[label.dataset.term ?? label.textContent];
+    if (said) label.title = said;
+  }
 }
 
 function makeSvg(tag, attributes, text = "") {
@@ -137,45 +143,4 @@ class Note {
   }
 }
 
-// The code of a widget that is one part: `build(store, model)` returns something with el, update and perhaps destroy.
-function alone(build) {
-  return () => {
-    let store;
-    return {
-      initialize({ model }) {
-        store = connect(model);
-      },
-      render({ model, el }) {
-        const [part, note] = [build(store, model), new Note(store)];
-        const root = make("section", "tsnb-panel tsnb-alone");
-        root.setAttribute("aria-label", model.get("title"));
-        root.dataset.lmSuppressShortcuts = "true";
-        root.append(note.el, part.el);
-        el.append(root);
-        const place = new Place(root, el);
-        const say = () => {
-          const doubt = store.cut ? LAST_WORD : store.status.curve ? place.outdated(store.status.hint) : store.tries > 1 ? asking(store, store.now()) : "";
-          root.dataset.doubt = store.cut ? "NO KERNEL" : "";
-          note.update("", doubt);
-        };
-        const update = () => {
-          root.dataset.points = store.points;
-          root.dataset.acked = store.acked;
-          say();
-          part.update();
-        };
-        store.listeners.add(update);
-        const timer = setInterval(say, 500);
-        update();
-        return () => {
-          clearInterval(timer);
-          place.destroy();
-          store.listeners.delete(update);
-          part.destroy?.();
-        };
-      },
-    };
-  };
-}
-
-export { Note, alone, fill, make, makeButton, makeSelect, makeSure, makeSvg, numberText, plainPieces, plainText, scaled, scrollable, signed, sizeText, watchWidth };
+export { Note, explain, fill, make, makeButton, makeSelect, makeSure, makeSvg, numberText, plainPieces, plainText, scaled, scrollable, signed, sizeText, watchWidth };

@@ -1,6 +1,6 @@
 // The panel: badge, buttons, alarms, charts, privacy, samples, checkpoints, and a line that says how fresh all this is.
 import { connect, settle } from "./wire.js";
-import { Note, make, makeButton, plainText } from "./page.js";
+import { Note, explain, make, makeButton, makeSure, plainText } from "./page.js";
 import { LAST_WORD, Place, asking, unfold } from "./place.js";
 import { Curves } from "./curves.js";
 import { Checkpoints } from "./table.js";
@@ -118,7 +118,7 @@ class Menu {
     this.list.replaceChildren(...rows.slice(0, 12).map((row) => makeButton(`step ${row.step}`, () => {
       this.open(false);
       this.button.focus();
-      this.store.command(this.command, row.id);
+      this.store.command(this.command, { id: row.id });
     }, row.id)));
   }
 }
@@ -162,6 +162,8 @@ class Panel {
     this.bar.setAttribute("aria-label", "steps done");
     this.bar.append(make("div"));
     this.note = new Note(this.store);
+    this.other = make("div", "tsnb-health");
+    this.other.dataset.level = "amber";
     this.health = make("div", "tsnb-health");
     this.health.setAttribute("role", "status");
     this.below = make("div", "tsnb-branches");
@@ -174,7 +176,7 @@ class Panel {
     head.append(this.badge, this.marks, this.facts, this.buttons);
     const foot = make("div", "tsnb-foot");
     foot.append(this.subject, this.replicas, this.fresh, this.voice);
-    this.root.append(head, this.bar, this.note.el, this.health, this.curves.el, this.meter.el, this.samples.el, this.checkpoints.el, foot);
+    this.root.append(head, this.bar, this.note.el, this.other, this.health, this.curves.el, this.meter.el, this.samples.el, this.checkpoints.el, foot);
     el.append(this.root, this.below);
   }
 
@@ -197,6 +199,7 @@ class Panel {
     this.showNote();
     this.showHealth();
     this.showBranches();
+    explain(this.root, store.parts.words);
     this.fresh.textContent = store.status.state ? freshness(store.status, silence, store.cut) : asking(store, store.now());
     this.replicas.textContent = store.status.replicas ?? "";
     this.root.dataset.stale = String(this.doubt === "STALE");
@@ -266,6 +269,17 @@ class Panel {
     const hints = [status.state === "STOPPED" && !failed ? status.reason : "", back, this.place.outdated(status.hint)];
     this.note.update(failures.filter(Boolean).join("\n"), hints.filter(Boolean).join("\n"));
     this.root.dataset.waiting = String(this.note.waiting);
+    this.showOther(status.other);
+  }
+
+  // A kernel that takes the memory of this one.
+  showOther(other) {
+    if (other?.id === this.crowdedBy) return;
+    this.crowdedBy = other?.id;
+    this.other.replaceChildren(...(other ? [
+      make("span", "", plainText(`! ${other.text} `)),
+      makeSure(`Shut down ${plainText(other.name)}`, "Its variables go: sure?", () => this.store.command("shutdown", { id: other.id })),
+    ] : []));
   }
 
   showHealth() {

@@ -1,5 +1,5 @@
 // PrivacyMeter: the account alone.
-import { alone } from "./page.js";
+import { alone } from "./alone.js";
 import { Meter } from "./meter.js";
 
 export default alone((store) => new Meter(store));

@@ -242,7 +242,7 @@ class Samples {
     line.append(rollout.turns ? this.talk(rollout, most) : this.answer(rollout, most));
     if (!this.beside) {
       const advantage = make("b", "tsnb-number", rollout.adv == null ? "" : `A ${signed(rollout.adv)}`);
-      advantage.title = "advantage: how much better than its group";
+      advantage.dataset.term = "A";
       line.append(advantage);
     }
     line.append(make("span", "tsnb-number", rollout.error ? "" : `reward ${briefly(rollout.reward)}`), make("span", "tsnb-where tsnb-details", plainText(details.filter(Boolean).join(" · "))));

@@ -40,7 +40,7 @@ class Checkpoints {
       cell.scope = "col";
       head.append(cell);
     }
-    table.append(make("caption", "", rows.length || saving ? "checkpoints" : "no checkpoint yet"));
+    table.append(make("caption", "tsnb-name", rows.length || saving ? "checkpoints" : "no checkpoint yet"));
     if (rows.length || saving) table.append(head);
     if (saving) {
       const cell = make("td", "", `${saving} waiting to be written`);
@@ -79,7 +79,7 @@ class Checkpoints {
 
   actions(row) {
     const group = make("span", "tsnb-buttons");
-    const does = (what) => () => this.store.command(what, row.id);
+    const does = (what) => () => this.store.command(what, { id: row.id });
     const of = (button) => {
       button.setAttribute("aria-description", `the checkpoint of step ${row.step}`);
       return button;

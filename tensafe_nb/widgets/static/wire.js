@@ -1,10 +1,8 @@
 // The page's half of the wire: a cache of the history that the kernel holds. Other half: widgets/wire.py.
 // Every message says at which point of a series it starts; whoever finds a gap says hello and is told everything.
+import { Line, PROTOCOL, tie } from "./line.js";
 
-const PROTOCOL = 1;
 const RETRY_MS = 2000;
-const FIRST_MS = 1000; // until a kernel that has not answered is asked again; then twice as long each time
-const LONGEST_MS = 30000;
 
 // JSON has no NaN: non-finite numbers travel by name.
 function parseNumber(value) {
@@ -116,25 +114,24 @@ class Series {
   }
 }
 
-// What a page knows. `send` posts to the kernel; whoever is in `listeners` is called after every message.
-class Store {
-  constructor(send, smoothing, now = () => performance.now(), later = (work, wait) => setTimeout(work, wait)) {
-    Object.assign(this, { send, smoothing, now, later, spans: {}, asked: -Infinity, tries: 0, again: null, answered: false, cut: false });
-    this.page = Math.random().toString(36).slice(2, 10);
+// What a page knows of a training.
+class Store extends Line {
+  constructor(send, smoothing, now, later) {
+    super(send, now, later);
+    this.smoothing = smoothing;
+    this.spans = {};
     this.series = new Map();
-    this.status = {};
-    this.error = this.refusal = this.said = null;
     this.parts = {}; // what the kernel tells besides curves and status, by its name
     this.rollouts = new Map(); // step → its rollouts
     this.heldOut = new Map(); // step → the answers to the held-out prompts
     this.held = []; // the steps at which there are such
     this.breaks = [];
-    this.pending = new Map(); // number of a command → when it was given
-    this.given = this.acked = 0;
     this.latency = null;
-    this.heardAt = now();
     this.heard = Date.now();
-    this.listeners = new Set();
+  }
+
+  get size() {
+    return this.points;
   }
 
   get points() {
@@ -159,36 +156,6 @@ class Store {
     this.send({ t: "hello", v: PROTOCOL, n: this.points });
   }
 
-  // Says hello, as this page, until the kernel answers: after 1, 2, 4 … 30 s. Begins anew when it has fallen silent.
-  greet() {
-    this.answered = false;
-    this.asked = this.now();
-    const wait = Math.min(FIRST_MS * 2 ** this.tries, LONGEST_MS);
-    this.tries++;
-    this.again = this.now() + wait;
-    try {
-      this.send({ t: "hello", v: PROTOCOL, n: this.points, mount: this.page });
-    } catch {
-      this.cut = true; // the line is closed: its kernel was restarted, or is gone
-    }
-    this.later(() => this.answered || this.greet(), wait);
-    this.tell();
-  }
-
-  command(what, id) {
-    this.given++;
-    this.pending.set(this.given, this.now());
-    this.error = this.refusal = this.said = null;
-    try {
-      this.send({ t: "do", do: what, n: this.given, id });
-    } catch {
-      this.pending.delete(this.given);
-      this.cut = true;
-      this.refusal = `${what}: this page has no line to the kernel any more. Run the cell again.`;
-    }
-    this.tell();
-  }
-
   show(step, held = false) {
     if (!(held ? this.heldOut : this.rollouts).has(step)) this.send({ t: "show", step, ...(held ? { held } : {}) });
   }
@@ -199,22 +166,15 @@ class Store {
     this.tell();
   }
 
-  receive(message, buffers = []) {
-    this.heardAt = this.now();
+  take(message, buffers) {
     this.heard = Date.now();
-    this.answered = true;
-    this.cut = false;
-    this.tries = 0;
     if (message.t === "delta") this.takeDelta(message);
     else if (message.t === "full") this.takeColumns(message, buffers);
     else if (message.t === "status") this.takeStatus(message);
-    else if (message.t === "ack") this.takeAnswer(message);
-    else if (message.t === "error") this.error = message.text;
     else if (message.t === "rollouts") this.takeRollouts(message);
     else this.parts[message.t] = message;
     if (message.t === "marks") this.takeBreaks(message.marks);
     if (message.t === "spans") this.takeSpans(message.spans);
-    this.tell();
   }
 
   takeRollouts(message) {
@@ -240,7 +200,7 @@ class Store {
 
   takeDelta(message) {
     for (const [name, [offset, steps, values]] of Object.entries(message.s)) {
-      this.take(name, offset, steps, values.map(parseNumber));
+      this.takePoints(name, offset, steps, values.map(parseNumber));
     }
     if (message.at) this.latency = Date.now() - message.at;
     if (message.step !== undefined) this.status = { ...this.status, step: message.step };
@@ -248,10 +208,10 @@ class Store {
 
   takeColumns(message, [steps, values]) {
     if (message.new) this.series.clear();
-    this.take(message.name, message.o, columnOf(Uint32Array, steps), columnOf(Float32Array, values));
+    this.takePoints(message.name, message.o, columnOf(Uint32Array, steps), columnOf(Float32Array, values));
   }
 
-  take(name, offset, steps, values) {
+  takePoints(name, offset, steps, values) {
     const series = this.get(name);
     if (offset === 0) series.clear();
     if (offset === series.n) series.append(steps, values);
@@ -261,17 +221,6 @@ class Store {
   takeStatus(message) {
     this.status = message;
     if (message.n > this.points) this.hello();
-  }
-
-  takeAnswer(message) {
-    this.pending.delete(message.n);
-    this.acked = message.n;
-    this.refusal = message.why;
-    this.said = message.said;
-  }
-
-  tell() {
-    for (const listener of this.listeners) listener(this);
   }
 }
 
@@ -283,15 +232,8 @@ function columnOf(Type, view) {
 // Ties a widget's model to a store, once per page; returns the store.
 function connect(model) {
   const store = new Store((content) => model.send(content), model.get("smoothing") ?? 0);
-  model.on("msg:custom", (message, buffers) => store.receive(message, buffers));
   model.on("change:smoothing", () => store.setSmoothing(model.get("smoothing")));
-  model.on("change", () => store.tell());
-  model.on("comm_live_update", () => {
-    store.cut = true; // until something is heard
-    store.tell();
-  });
-  store.greet();
-  return store;
+  return tie(model, store);
 }
 
 // Sets a public trait, here and in the kernel.

@@ -11,7 +11,7 @@ import pytest
 from tensafe_nb.cli import main as cli
 
 ROOT = Path(__file__).parents[3]
-NOTEBOOKS = {path.name: path.read_bytes() for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+NOTEBOOKS = {path.name: path.read_bytes() for path in (ROOT / "notebooks").iterdir() if path.is_file()}
 NEEDED = ("tensafe_nb", "notebooks", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
@@ -100,7 +100,9 @@ def test_the_wheel_holds_the_notebooks_and_every_file_of_the_package(
     wheel = build_wheel(tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel"))
     with ZipFile(wheel) as content:
         held = {name for name in content.namelist() if name.startswith("tensafe_nb/")}
-        notebooks = {Path(name).name: content.read(name) for name in held if name.endswith(".ipynb")}
+        notebooks = {
+            Path(name).name: content.read(name) for name in held if Path(name).parent.name == "notebooks"
+        }
     package = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "tensafe_nb").rglob("*")

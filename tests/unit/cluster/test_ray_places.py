@@ -3,6 +3,7 @@
 import argparse
 import os
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from tensafe_nb.cli.server import cluster_of
 from tensafe_nb.cluster import clusters, group, ray_places
 from tensafe_nb.cluster.group import Inbox
 from tensafe_nb.cluster.local_places import ShippedOnce, ThreadPlace
-from tensafe_nb.cluster.ray_places import RayDriver
+from tensafe_nb.cluster.ray_places import RayDriver, RayLink, RayPlace
 from tensafe_nb.events import Alarm, ReplicasChanged
 from tensafe_nb.store.home import Home
 from tests.unit.cluster.groups import CONFIG, Threads
@@ -38,6 +39,9 @@ while (frame := read_frame(requests)) is not None:
     if order == "start":
         tell(number, ("at", f"here, {arguments}"))
         tell(number, ("waiting", "it wants 4 CPU"))
+    elif order == "call" and len(arguments) == 2:
+        for n in range(arguments[1]):
+            tell(number, json.dumps([n, None]).encode())
     elif order == "call":
         call, method, blob = arguments
         if method == "die":
@@ -70,11 +74,14 @@ def test_what_a_driver_says_of_an_actor_comes_to_its_place_alone(
 ) -> None:
     driver = drivers("auto")
     one, other, once = queue.SimpleQueue[Any](), queue.SimpleQueue[Any](), ShippedOnce()
-    first, second = driver.start(2, 0, one, once), driver.start(1, 1, other, once)
+    first, second = RayPlace(driver, 2, 0, one, once), RayPlace(driver, 1, 1, other, once)
     assert one.get() == (first, ("waiting", "it wants 4 CPU"))
     second.send(7, "capture", (True,))
     assert [other.get(), other.get()][1] == (second, ("answer", 7, (True,)))
-    assert (first.name, second.name) == ("replica 1 (here, [2, 0])", "replica 2 (here, [1, 1])")
+    assert (first.name, second.name) == (
+        "replica 1 (here, ['replica', 2, 0])",
+        "replica 2 (here, ['replica', 1, 1])",
+    )
     second.interrupt()
     second.end()
     second.end()
@@ -84,24 +91,45 @@ def test_what_a_driver_says_of_an_actor_comes_to_its_place_alone(
     assert driver.idle
 
 
+def test_what_a_driver_says_of_a_process_that_scores_comes_as_that_of_one_here(
+    drivers: Callable[[str], RayDriver],
+) -> None:
+    driver, inbox = drivers("auto"), queue.SimpleQueue[Any]()
+    link = RayLink(driver, inbox)
+    link.load(0, b"")
+    assert inbox.get() == (link, [0, None])
+    assert link.lack == "it wants 4 CPU"
+    link.run(0, 3, [[1], [2]])
+    assert [inbox.get(), inbox.get()] == [(link, [0, None]), (link, [1, None])]
+    with pytest.raises(TypeError):  # what cannot be sent is known at once
+        link.run(0, 0, [[threading.Lock()]])
+    dies = RayPlace(driver, 1, 0, queue.SimpleQueue(), ShippedOnce())
+    dies.send(1, "die", ())
+    here, reason = inbox.get()
+    assert here is link and "the head is gone" in reason
+    link.kill()
+    with pytest.raises(tn.ClusterError, match="is gone"):
+        RayLink(driver, inbox)
+
+
 def test_a_driver_that_ends_takes_all_its_replicas_with_it_and_says_why(
     drivers: Callable[[str], RayDriver],
 ) -> None:
     driver = drivers("auto")
     inbox = queue.SimpleQueue[Any]()
-    places = [driver.start(1, 0, inbox, ShippedOnce()) for _ in range(2)]
+    places = [RayPlace(driver, 1, 0, inbox, ShippedOnce()) for _ in range(2)]
     places[0].send(1, "die", ())
     heard = [inbox.get() for _ in range(4)]
     lost = [(place, reason) for place, (kind, reason) in heard if kind == "lost"]
     assert [place for place, _ in lost] == places
     assert "status 3" in lost[0][1] and "the head is gone" in lost[0][1]
     with pytest.raises(tn.ClusterError, match="is gone"):
-        driver.start(1, 0, inbox, ShippedOnce())
+        RayPlace(driver, 1, 0, inbox, ShippedOnce())
 
 
 def test_a_cluster_that_is_not_there_is_named_with_what_to_do(drivers: Callable[[str], RayDriver]) -> None:
     inbox = queue.SimpleQueue[Any]()
-    drivers("full:1").start(1, 0, inbox, ShippedOnce())
+    RayPlace(drivers("full:1"), 1, 0, inbox, ShippedOnce())
     _, (kind, reason) = inbox.get()
     assert kind == "lost" and "'full:1': Connection refused. Start one with `ray start" in reason
 

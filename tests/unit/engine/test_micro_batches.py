@@ -48,6 +48,34 @@ def test_no_other_division_of_the_rows_costs_less(lengths: list[int], most: int,
             assert found <= cost(other, lengths, overhead)
 
 
+@given(LENGTHS, st.integers(0, 50), st.integers(0, 9))
+def test_packing_never_costs_more_and_packs_each_token_once(
+    lengths: list[int], overhead: int, block: int
+) -> None:
+    mask = padded(lengths)
+
+    def priced(divided: list[np.ndarray], packs: bool) -> int:
+        return sum(price(rows, packs) + overhead for rows in divided)
+
+    def price(rows: np.ndarray, packs: bool) -> int:
+        own = [lengths[row] for row in rows]
+        apart = sum(own) + block * len(set(own))
+        return min(apart, len(own) * max(own)) if packs else len(own) * max(own)
+
+    found = micro_batches.by_length(mask, 1_000, overhead, block)
+    assert sorted(np.concatenate(found)) == list(range(len(lengths)))
+    assert priced(found, True) <= priced(micro_batches.by_length(mask, 1_000, overhead), False)
+    packed = micro_batches.blocks_of(mask, block)
+    assert (packed is None) == (price(np.arange(len(lengths)), True) == len(lengths) * max(lengths))
+    if packed is not None:
+        order, blocks = packed
+        assert [length for count, length in blocks for _ in range(count)] == [lengths[row] for row in order]
+
+
+def test_rows_with_gaps_are_not_packed() -> None:
+    assert micro_batches.blocks_of(np.array([[1, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]), 0) is None
+
+
 def test_rows_of_like_length_come_together_and_one_piece_is_kept_where_pieces_cost_more() -> None:
     mask = padded([4, 40, 5, 39])
     assert [list(rows) for rows in micro_batches.by_length(mask, 1_000, overhead=10)] == [[0, 2], [1, 3]]
@@ -86,6 +114,8 @@ def shapes(engine: Engine, loss: str, batch: tn.BatchData) -> list[tuple[int, ..
 
 def test_a_ragged_batch_computes_little_padding_and_gives_the_same_loss_and_gradient(engine: Engine) -> None:
     batch, loss, found = ragged(), resolve_loss("token_ce"), []
+    assert shapes(engine, "token_ce", batch) == [(6, 60)], "its rows are packed"
+    engine.forward_pass.block = None
     assert shapes(engine, "token_ce", batch) == [(4, 9), (2, 60)]
     for overhead in (10**6, engine.forward_pass.overhead):
         engine.forward_pass.overhead = overhead

@@ -157,7 +157,7 @@ def test_a_function_of_the_logits_must_return_one_value_for_each_position() -> N
 
 
 def test_a_trained_head_takes_chunks_no_smaller_than_itself() -> None:
-    assert chunk_rows(49_152, 576, head_is_frozen=True) == CHUNK // 49_152 == 341
+    assert chunk_rows(49_152, 576, head_is_frozen=True) == CHUNK // 49_152 == 170
     assert chunk_rows(49_152, 576, head_is_frozen=False) == 576
     assert chunk_rows(10**9, 1, head_is_frozen=True) == 1
 

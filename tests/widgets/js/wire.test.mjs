@@ -87,7 +87,7 @@ test("a series grows beyond its first room", () => {
 test("commands are numbered, wait for their answer, and keep its reason", () => {
   const { store: page, sent } = store();
   page.command("pause");
-  assert.deepEqual(sent, [{ t: "do", do: "pause", n: 1, id: undefined }]);
+  assert.deepEqual(sent, [{ t: "do", do: "pause", n: 1 }]);
   assert.equal(page.pending.size, 1);
   page.receive({ t: "ack", n: 1, why: "The run has ended: FINISHED." });
   assert.equal(page.pending.size, 0);

@@ -68,7 +68,7 @@ def test_sampler_and_training_logprobs_agree(engine: Engine) -> None:
 
 def test_no_hidden_top_k_narrows_what_is_drawn() -> None:
     logits = torch.zeros(5000, 1000)
-    uniforms = torch.from_numpy(np.random.default_rng(0).random(5000))
+    uniforms = torch.from_numpy(np.random.default_rng(0).random((5000, 1)))
     tokens, logprobs, _, entropy = sampler.draw(logits, tn.SamplingConfig(), uniforms)
     assert len(tokens.unique()) > 900
     assert torch.allclose(entropy, torch.tensor(np.log(1000), dtype=torch.float32))
@@ -77,7 +77,7 @@ def test_no_hidden_top_k_narrows_what_is_drawn() -> None:
 
 def test_frequencies_follow_the_distribution_cut_by_top_k_and_top_p() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(20_000, 1)
-    uniforms = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    uniforms = torch.from_numpy(np.random.default_rng(0).random((20_000, 1)))
     for config, expected in [
         (tn.SamplingConfig(top_k=2), [0.625, 0.375, 0, 0]),
         (tn.SamplingConfig(top_p=0.6), [0.625, 0.375, 0, 0]),
@@ -95,7 +95,7 @@ def test_frequencies_follow_the_distribution_cut_by_top_k_and_top_p() -> None:
 
 def test_uniforms_look_uniform_and_independent_of_their_neighbours() -> None:
     rows = [sampler.Completion(0, (1,), seed) for seed in range(2000)]
-    columns = np.stack([sampler.uniforms_at(rows, position).numpy() for position in range(20)])
+    columns = np.stack([sampler.uniforms_at(rows, [position], 1)[:, 0].numpy() for position in range(20)])
     assert abs(columns.mean() - 0.5) < 0.01
     assert abs(columns.var() - 1 / 12) < 0.005
     assert abs(np.corrcoef(columns[:-1].ravel(), columns[1:].ravel())[0, 1]) < 0.02

@@ -19,7 +19,7 @@ from tensafe_nb.errors import (
     ValidationError,
 )
 from tensafe_nb.protocol.results import SaveStateResult
-from tensafe_nb.store.artifacts.artifacts import ArtifactStore
+from tensafe_nb.store.artifacts.artifacts import ArtifactStore, StoredArtifact
 from tensafe_nb.store.keys.keyring import Keys
 from tensafe_nb.store.sealed.envelope import CHUNK, canonical
 from tensafe_nb.store.sealed.payload import MAX_MANIFEST
@@ -79,16 +79,67 @@ def test_another_hash_in_the_file_name_is_refused(store: ArtifactStore, folder: 
         store.verify(saved.artifact_id)
 
 
-def test_what_is_altered_between_the_two_readings_is_refused_while_it_is_read(
+LARGE = {"trainer.json": b"{}", "bulk": bytes(range(256)) * (2 * CHUNK // 256), "end": b"end"}
+
+
+def test_what_is_altered_behind_the_first_chunk_is_refused_as_it_is_read_or_passed_over(
     store: ArtifactStore, folder: Path
 ) -> None:
-    saved = save(store, {"bulk": bytes(2 * CHUNK)})
+    saved = save(store, LARGE)
+    path = file_of(folder, saved)
+    flip(path, path.stat().st_size - CHUNK)
     with store.open(saved.artifact_id) as artifact:
-        with file_of(folder, saved).open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\0")
         with pytest.raises(DecryptionError):
-            contents(artifact)
+            artifact.check()
+        for read in (contents, filled, lambda artifact: list(artifact.parts())):
+            with pytest.raises(DecryptionError):
+                read(artifact)
+    with pytest.raises(DecryptionError):
+        store.verify(saved.artifact_id)
+
+
+def test_what_is_cut_off_at_the_end_of_a_chunk_is_refused_before_anything_is_read(
+    store: ArtifactStore, folder: Path
+) -> None:
+    saved = save(store, LARGE)
+    os.truncate(file_of(folder, saved), file_of(folder, saved).stat().st_size // 2 // CHUNK * CHUNK)
+    assert_refused(store, file_of(folder, saved))
+
+
+def test_what_is_altered_or_cut_off_while_it_is_open_is_refused(store: ArtifactStore, folder: Path) -> None:
+    for alter in (lambda path: flip_in_place(path, -1), lambda path: os.truncate(path, CHUNK)):
+        saved = save(store, LARGE)
+        with store.open(saved.artifact_id) as artifact:
+            alter(file_of(folder, saved))
+            for read in (contents, filled):
+                with pytest.raises(DecryptionError):
+                    read(artifact)
+
+
+def test_several_buffers_are_filled_with_what_reading_them_one_by_one_gives(store: ArtifactStore) -> None:
+    with store.open(save(store, LARGE).artifact_id) as artifact:
+        assert filled(artifact) == contents(artifact) == LARGE
+        for _, _, stream in artifact.parts():
+            with pytest.raises(ValueError, match="shorter"):
+                stream.fill([memoryview(bytearray(3 * CHUNK))])
+
+
+def flip_in_place(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(at, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+
+
+def filled(artifact: StoredArtifact) -> dict[str, bytes]:
+    """Each part in three buffers, the last of which is read beside them."""
+    found = {}
+    for name, size, stream in artifact.parts():
+        buffers = [memoryview(bytearray(size // 3)), memoryview(bytearray(size // 2))]
+        stream.fill(buffers)
+        found[name] = b"".join([*buffers, stream.read()])
+    return found
 
 
 def test_damaged_and_foreign_files_are_told_apart_from_the_rest(store: ArtifactStore, folder: Path) -> None:

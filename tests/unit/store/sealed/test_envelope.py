@@ -78,6 +78,9 @@ def refuses(data: bytes, keys: Keys) -> None:
     assert PAYLOAD.startswith(bytes(got)) and len(got) < len(PAYLOAD)
     with pytest.raises(DecryptionError):
         envelope.verify(io.BytesIO(data), keys)
+    with pytest.raises(DecryptionError):
+        found = envelope.open_sealed(io.BytesIO(data), keys)
+        found.fill(0, [memoryview(bytearray(max(found.size, 1)))])
 
 
 def structure_refused(data: bytes) -> None:
@@ -179,6 +182,18 @@ class TestWhatIsSealedComesBack:
         file = io.BytesIO()
         envelope.seal(file, FIELDS, reusing(), keys)
         assert opened(file.getvalue(), keys) == b"".join(bytes([value]) * CHUNK for value in range(5))
+
+    @given(st.integers(0, len(PAYLOAD)), st.lists(st.integers(0, 3 * CHUNK), max_size=5))
+    @settings(max_examples=40)
+    def test_buffers_of_any_size_are_filled_from_any_place(
+        self, shared: tuple[Keys, bytes], at: int, sizes: list[int]
+    ) -> None:
+        keys, data = shared
+        wanted, buffers = memoryview(PAYLOAD)[at:], []
+        for size in sizes:
+            buffers.append(memoryview(bytearray(min(size, len(wanted) - sum(map(len, buffers))))))
+        envelope.open_sealed(io.BytesIO(data), keys).fill(at, buffers)
+        assert b"".join(buffers) == wanted[: sum(map(len, buffers))]
 
     def test_chunks_can_be_read_again_from_the_beginning(self, shared: tuple[Keys, bytes]) -> None:
         keys, data = shared
