@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.engine import micro_batches
 from tensafe_nb.engine.accumulation import Tick
-from tensafe_nb.engine.models import inputs, llama_layers, products
+from tensafe_nb.engine.models import inputs, llama_layers
 from tensafe_nb.engine.models.load import GLOBAL_RANDOM, LoadedModel
 from tensafe_nb.engine.recomputation import layers_of, recomputed
 from tensafe_nb.losses import Loss, LossOutputs
@@ -196,13 +196,6 @@ class ForwardPass:
         return recomputed(self.forgets, draws=self.has_dropout, again=again)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        head = self.model.head
-        if (
-            type(head) is nn.Linear
-            and self._head_is_frozen
-            and hidden.dtype is head.weight.dtype is torch.float32
-        ):
-            return products.FrozenLinear.apply(hidden, head.weight, head.bias)  # type: ignore[no-any-return, no-untyped-call]
         with self.model.autocast():
             return self.model.head(hidden)
 

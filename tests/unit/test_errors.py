@@ -172,7 +172,7 @@ def test_tab_shows_what_there_is(cell: Cell, shell: InteractiveShell, jedi: bool
 
     assert {name for name in tn.__all__ if not name.startswith("_")} == completed("tn.")
     assert {"Dashboard", "LossCurve"} <= completed("tn.widgets.")
-    assert completed("service.create_training_client(gradient") == {"gradient_accumulation_steps="}
+    assert completed("service.create_training_client(gradient_a") == {"gradient_accumulation_steps="}
     assert completed("tc.sample('a', max_") >= {"max_new_tokens="}
     assert completed("tc.fit([], checkpoint") == {"checkpoint_every="}
 

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from tensafe_nb.engine.models import products
 
 
 class FusedLinear(lora.Linear):  # type: ignore[misc]
@@ -30,13 +29,10 @@ class FusedLinear(lora.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.active_adapters
-        if args or kwargs or self.in_parts or self.merged or len(names) != 1:
+        if args or kwargs or self.in_parts or self.disable_adapters or self.merged or len(names) != 1:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,), base = names, self.base_layer
         plain = type(base) is nn.Linear and not base.weight.requires_grad and not self.lora_variant
-        if self.disable_adapters:  # by the same product as with an adapter: one at zero then changes nothing
-            single = plain and x.dtype is base.weight.dtype is torch.float32
-            return products.FrozenLinear.apply(x, base.weight, base.bias) if single else super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
         if not plain or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
             return super().forward(x)  # type: ignore[no-any-return]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -61,7 +57,7 @@ class LoRAFunction(torch.autograd.Function):
         kind = weight.dtype  # x: (B, T, in), W: (out, in), A: (r, in), B: (out, r)
         rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
         low = (rows @ a.T).mul_(scaling)  # (B·T, r)
-        y = products.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
+        y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
         learns_a = ctx.needs_input_grad[3]  # only ∂A takes the rows: without it they need not be kept
         ctx.save_for_backward(rows if learns_a else None, low, a, b)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -75,11 +71,7 @@ class LoRAFunction(torch.autograd.Function):
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
             # ∂x = ∂y W + s ∂y B A, the update added in place by the second product
-            to_x = (
-                products.transposed(slopes, ctx.weight)
-                .addmm_(low_slopes, a)
-                .view(*gradient.shape[:-1], a.shape[1])
-            )
+            to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], a.shape[1])
         if ctx.sink is not None:
             hand_over_rows(ctx, len(gradient), slopes, low_slopes, rows, low)
             return to_x, *[None] * 6

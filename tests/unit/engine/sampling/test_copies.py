@@ -251,3 +251,11 @@ def test_winners_of_the_race_follow_the_distribution_and_hardly_change_with_it()
     assert (found - torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25])).abs().max() < 0.03
     others = tokens_of(0.12, 0.19, 0.28, 0.15, 0.26)  # 0.03 of it lies elsewhere
     assert 0 < (others != tokens).double().mean() < 0.09
+
+
+def test_few_numbers_of_rows_are_ever_multiplied_and_few_rows_in_vain() -> None:
+    taken = {rows: rows + copies.rows_more(rows) for rows in range(1, 513)}
+    assert len(set(taken.values())) == 32
+    assert all(1 <= whole / rows <= 1.25 for rows, whole in taken.items())
+    weight, rows = torch.randn(8, 4), torch.randn(11, 1, 4)
+    assert torch.allclose(copies._packed(weight, None)(rows), rows @ weight.T, atol=1e-5)
