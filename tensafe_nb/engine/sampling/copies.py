@@ -214,9 +214,8 @@ def _packed(weight: Tensor, bias: Tensor | None) -> Map:
 
     def product(h: Tensor) -> Tensor:
         more = rows_more(len(h))
-        y = torch.ops.mkldnn._linear_pointwise(
-            F.pad(h, (0, 0) * (h.dim() - 1) + (0, more)) if more else h, packed, bias, "none", [], ""
-        )
+        whole = F.pad(h, (0, 0) * (h.dim() - 1) + (0, more)) if more else h
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(whole, packed, bias, "none", [], "")
         return y[: len(h)]
 
     return product
@@ -227,7 +226,8 @@ def rows_more(rows: int) -> int:
 
     For each of them oneDNN makes a program of its own for each matrix, and keeps it: 0.6 MB and more.
     """
-    return -rows % 2 ** max(0, (rows - 1).bit_length() - 3)
+    step = 1 << max(0, (rows - 1).bit_length() - 3)
+    return -rows % step
 
 
 def _int8(weight: Tensor, bias: Tensor | None) -> Map:
