@@ -80,6 +80,9 @@ ROWS = {
     "cluster-call": "cluster:call",
     "cluster-sum": "cluster:gradients",
     "cluster-regroup": "cluster:regroup",
+    "ray-call": "on_ray:call",
+    "ray-sum": "on_ray:gradients",
+    "ray-regroup": "on_ray:regroup",
 }
 REAL = {
     "real-training": "real:all_labelled",

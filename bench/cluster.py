@@ -1,6 +1,7 @@
 """What replicas gain and cost: two against one process, one against none, a call, a sum of gradients, a loss."""
 
 import os
+import re
 import signal
 import tempfile
 import time
@@ -14,8 +15,8 @@ from typing import Any
 import tensafe_nb as tn
 from bench import workload
 from bench.harness import LARGER, Row, Taken, Target, as_it_says, paired
+from tensafe_nb.cluster.clusters import Cluster
 from tensafe_nb.cluster.group import EngineGroup
-from tensafe_nb.cluster.local_places import ProcessPlace
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.engines import InThisProcess
 from tensafe_nb.engine.accumulation import no_tick
@@ -63,7 +64,7 @@ def cpu_of(pid: int) -> float:
 
 def replicas_of(group: EngineGroup) -> list[int]:
     """Return the process ids of a group's replicas."""
-    return [place.pid for place in group._members if isinstance(place, ProcessPlace)]
+    return [int(re.findall(r"process (\d+)", place.name)[0]) for place in group._members]
 
 
 @contextmanager
@@ -131,9 +132,8 @@ def one() -> Row:
 
 
 @contextmanager
-def group_of_two(**config: Any) -> Iterator[EngineGroup]:
+def group_of_two(cluster: Cluster, **config: Any) -> Iterator[EngineGroup]:
     """Give a group without a service around it."""
-    cluster = tn.LocalCluster(engines=2, cpus=1)
     home = Home.of_environment()
     group = cluster.make(
         TrainingConfig(**SETTINGS | config), home, None, lambda event: None, no_tick, served=False
@@ -144,28 +144,37 @@ def group_of_two(**config: Any) -> Iterator[EngineGroup]:
         group.close()
 
 
-def call() -> Row:
-    """Issue 23: at most 5 ms."""
+def two_processes() -> Cluster:
+    return tn.LocalCluster(engines=2, cpus=1)
+
+
+def calls(cluster: Cluster) -> list[float]:
+    """Return the seconds of calls to all replicas of two."""
     seconds = []
-    with group_of_two(lora_config={"rank": workload.RANK}) as group:
+    with group_of_two(cluster, lora_config={"rank": workload.RANK}) as group:
         for _ in range(300):
             started = time.perf_counter()
             group.discard_gradients()
             seconds.append(time.perf_counter() - started)
+    return seconds[50:]
+
+
+def call() -> Row:
+    """Issue 23: at most 5 ms."""
     return Row(
         what="a call to all of two replicas, which have nothing to do, until both have answered",
         peer="",
-        taken=Taken(seconds[50:]),
+        taken=Taken(calls(two_processes())),
         target=Target("≤", 5e-3, "ours"),
     )
 
 
-def gradients() -> Row:
-    """Issue 23: at most 100 ms."""
+def sums(cluster: Cluster) -> tuple[Taken, int]:
+    """Take what a step with little to compute takes longer over two replicas; return the model's size, too."""
     loss, rows = resolve_loss("token_ce"), workload.full(2, 4)
     with tempfile.TemporaryDirectory() as folder:
         size = make_model(Path(folder), WIDTH_OF_20_MB, LAYERS_OF_20_MB)
-        with group_of_two(model_ref=folder) as group:
+        with group_of_two(cluster, model_ref=folder) as group:
             alone = InThisProcess().make(
                 group.config, Home.of_environment(), None, lambda event: None, no_tick, served=False
             )
@@ -179,13 +188,19 @@ def gradients() -> Row:
 
             turns = watched(step(group), replicas_of(group)), watched(step(alone), [])
             taken = paired(*turns, seconds=8, at_least=20, watch=as_it_says)
+    return Taken(longer(taken), cpu=taken.cpu and Taken(longer(taken.cpu))), size
+
+
+def gradients() -> Row:
+    """Issue 23: at most 100 ms."""
+    taken, size = sums(two_processes())
     return Row(
         what=f"to add up {4 * size / 1e6:.0f} MB of gradients of two replicas, and hand each the sum: what a "
         f"forward_backward of two rows of 4 tokens takes longer than in one process",
         peer="",
         precision="fp32",
         sizes=f"all weights of a Llama of {size / 1e6:.1f} million parameters",
-        taken=Taken(longer(taken), cpu=taken.cpu and Taken(longer(taken.cpu))),
+        taken=taken,
         target=Target("≤", 0.1, "ours"),
     )
 
@@ -195,10 +210,10 @@ def longer(taken: Taken) -> list[float]:
     return [ours - peer for ours, peer in zip(taken.ours, taken.peer, strict=True)]
 
 
-def regroup() -> Row:
-    """Issue 23: less than 1 s."""
+def regroups(cluster: Cluster) -> list[float]:
+    """Return the seconds until a group that has lost a replica has computed what was asked of it then."""
     loss, rows, seconds = resolve_loss("token_ce"), workload.full(4, 32), []
-    with group_of_two(lora_config={"rank": workload.RANK}) as group:
+    with group_of_two(cluster, lora_config={"rank": workload.RANK}) as group:
         for _ in range(4):
             group.forward_backward(rows, loss, no_tick)
             started = time.perf_counter()
@@ -208,11 +223,16 @@ def regroup() -> Row:
             while len(replicas_of(group)) < 2:
                 time.sleep(0.1)
                 group.streams()
+    return seconds
+
+
+def regroup() -> Row:
+    """Issue 23: less than 1 s."""
     return Row(
         what="from `kill -9` of one of two replicas to the result of the forward_backward that follows",
         peer="",
         precision="fp32",
         sizes=f"{workload.MODEL}, 4×32",
-        taken=Taken(seconds),
+        taken=Taken(regroups(two_processes())),
         target=Target("≤", 1.0, "ours"),
     )

@@ -30,6 +30,7 @@ SECTIONS = {
     "remote": "A remote server",
     "tinker": "The tinker SDK",
     "cluster": "Replicas in processes of one machine",
+    "on_ray": "Replicas on Ray",
     "real": "A real model",
     "chats": "Reading chats",
 }
