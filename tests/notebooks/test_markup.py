@@ -38,6 +38,7 @@ class Page(HTMLParser):
         self.shown += data.count("<img src=x")
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_markup_in_every_field_is_text_in_the_page_that_nbconvert_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
