@@ -401,7 +401,7 @@ def error_of_code(
     for cls in classes:  # grows while it is walked: every class below
         classes += cls.__subclasses__()
     known = SPECIAL.get(code, code)
-    cls = next((cls for cls in reversed(classes) if cls.code == known), TGTinkerError)
+    cls = next((cls for cls in classes if vars(cls).get("code") == known), TGTinkerError)
     return cls(message, code=code, details=details, request_id=request_id)
 
 

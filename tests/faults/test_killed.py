@@ -94,11 +94,10 @@ def test_a_kernel_that_died_attaches_from_another_machine_and_sees_everything(
             with tn.ServiceClient(server.url, server.token) as beside:  # another kernel of the same home
                 twin = beside.get_training_client(tc.training_client_id)
                 server.begin_again()
-                twin.forward_backward(batch)
-                twin.optim_step().result()
+                twin.forward(batch).result()  # no gradients, which a step of the run would take
             run.result()
             losses, step = tc.history["loss"].tolist(), tc.step
-            assert step == 10 == len(losses)
+            assert step == 9 == len(losses)
         monkeypatch.setenv("TENSAFE_HOME", str(tmp_path / "another machine"))
         server.begin_again()
         with tn.ServiceClient(server.url, server.token) as service:

@@ -12,7 +12,7 @@ from IPython.core.history import HistoryManager
 from IPython.core.interactiveshell import InteractiveShell
 
 import tensafe_nb as tn
-from tensafe_nb.errors import TGTinkerError, short_traceback
+from tensafe_nb.errors import TGTinkerError, error_of_code, short_traceback
 
 Cell = Callable[[str], str]
 LOSS = "def broken(outputs, batch):\n    nothing = 0\n    return 1 / nothing"
@@ -207,3 +207,11 @@ def test_an_attribute_that_is_not_there_is_told_what_it_is_called_here(
 def test_what_others_call_it_is_no_name_that_the_class_has_itself(cls: type) -> None:
     instead = vars(cls)["__getattr__"].instead
     assert instead and not set(instead) & set(dir(cls))
+
+
+def test_a_code_means_the_class_that_has_it_and_no_class_below() -> None:
+    class OfAnotherKind(tn.ValidationError):
+        """Has its code from its base."""
+
+    assert type(error_of_code("validation_error", "No.")) is tn.ValidationError
+    assert type(error_of_code(OfAnotherKind("").code, "No.")) is tn.ValidationError
