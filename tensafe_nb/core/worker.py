@@ -188,7 +188,7 @@ class Worker:
         self._gone: ClusterError | None = None  # why there is no engine any more
         self._queue = JobQueue()
         self._running: list[Job] = []  # one, or samples that are drawn together
-        self._visitors = 0  # who waits for the model, between two operations
+        self._visitors = 0  # who waits for the model or holds it, between two operations
         self._promises: weakref.WeakValueDictionary[str, Promise[Any]] = weakref.WeakValueDictionary()
         self._closing = False
         # One entry for each client at the other end of the line; a list, since appending and popping are atomic.
@@ -202,6 +202,7 @@ class Worker:
         self._origin, self._source = origin, None if origin is None else origin.source
         self._computing = threading.Lock()
         self._changing = threading.RLock()
+        self._undisturbed = threading.Condition(self._changing)  # nobody waits for the model any more
         self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
         self._submitting = threading.RLock()
         self._told = Told(bus)  # what operations tell
@@ -510,7 +511,7 @@ class Worker:
 
     @contextmanager
     def _between_operations(self) -> Iterator[None]:
-        """Hold the model between two operations; no sample joins those that run before this has had its turn."""
+        """Hold the model between two operations: before the next one, and before any sample joins those that run."""
         with self._changing:
             self._visitors += 1
         try:
@@ -519,6 +520,7 @@ class Worker:
         finally:
             with self._changing:
                 self._visitors -= 1
+                self._undisturbed.notify_all()
 
     @property
     def encrypted(self) -> EncryptedSide:
@@ -796,6 +798,8 @@ class Worker:
 
     def _run(self, job: Job) -> None:
         self.status, self._moved, self._repeating = ClientStatus.BUSY, True, False
+        with self._changing:
+            self._undisturbed.wait_for(lambda: not self._visitors)
         self._begin(job)
         kind = self._sample_kind(job)
         if kind is None:

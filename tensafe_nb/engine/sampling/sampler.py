@@ -308,7 +308,7 @@ class Together:
     ) -> None:
         self._model, self._kept, self._copied = model, kept, copied or KeptCopies(0)
         self._most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
-        self._calls: list[Call] = []
+        self.calls: list[Call] = []
         self._rows: list[tuple[Call, Completion]] = []  # those of the state, in its order
         self._state: Rows | None = None
         self._guessed: list[
@@ -329,7 +329,7 @@ class Together:
 
     def add(self, call: Call) -> None:
         """Let a call take part from the next token on."""
-        self._calls.append(call)
+        self.calls.append(call)
 
     def run(
         self,
@@ -345,7 +345,7 @@ class Together:
         while True:
             while (call := newcomer()) is not None:
                 self.add(call)
-            if not self._calls:
+            if not self.calls:
                 return
             for call in self.step():
                 ended(call)
@@ -353,18 +353,18 @@ class Together:
     @torch.no_grad()
     def step(self) -> list[Call]:
         """Draw a token for each row; return the calls that have ended."""
-        for call in self._calls:
+        for call in self.calls:
             call.look_up()
         self._leave()
-        if any(not call.ended for call in self._calls):
+        if any(not call.ended for call in self.calls):
             try:
                 self._go_on()
             except BaseException as error:  # noqa: BLE001  # nobody can say whose it was
-                for call in self._calls:
+                for call in self.calls:
                     call.fail(error)
             self._leave()
-        ended = [call for call in self._calls if call.ended]
-        self._calls = [call for call in self._calls if not call.ended]
+        ended = [call for call in self.calls if call.ended]
+        self.calls = [call for call in self.calls if not call.ended]
         return ended
 
     def _go_on(self) -> None:
@@ -400,7 +400,7 @@ class Together:
 
         A single row is not worth a pass through the model of its own, unless its call has none yet.
         """
-        calls = [call for call in self._calls if call.waiting and not call.ended]
+        calls = [call for call in self.calls if call.waiting and not call.ended]
         if not calls or (self._state is not None and not self._state.joinable):
             return []
         count, longest = len(self._rows), max((row.most for _, row in self._rows), default=0)
@@ -456,7 +456,7 @@ class Together:
 
     def _prepare(self, joining: int, room: int) -> Copies | None:
         """Return copies of the weights to go on with; without any, let the model compute with merged ones."""
-        waves = 1 + sum(len(call.waiting) for call in self._calls) // (joining + len(self._rows))
+        waves = 1 + sum(len(call.waiting) for call in self.calls) // (joining + len(self._rows))
         decoded, together = room * waves, joining + len(self._rows)
         copies = copies_of(self._model, decoded, together, self._copied.copies)
         if copies is not None or self._state is None:
