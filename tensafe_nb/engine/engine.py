@@ -26,7 +26,7 @@ from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.sampling import sampler
-from tensafe_nb.engine.sampling.copies import KeptCopies
+from tensafe_nb.engine.sampling.copies import KeptCopies, precision_of
 from tensafe_nb.engine.sampling.prefixes import Prefixes
 from tensafe_nb.engine.sampling.prompts import ReadPrompts, read_prompts
 from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
@@ -330,9 +330,13 @@ class Engine:
             tell: Called with each piece of a sequence as it is drawn.
 
         Raises:
-            ValidationError: An empty prompt, a token outside the vocabulary, or more tokens than fit the context.
+            ValidationError: An empty prompt, a token outside the vocabulary, more tokens than fit the context, or a
+                precision that cannot be had here.
         """
         ids, turns, streams = self.encode(prompts, config)
+        config = config.replace(
+            precision=precision_of(self.model, config.precision, len(ids) * config.num_samples)
+        )
         seed = config.seed
         if seed is None:
             self.samples_drawn += 1
@@ -340,8 +344,9 @@ class Engine:
         read = self.read(ids, config)
         known = kept = None
         if config.num_samples == 1 and None not in streams:  # conversations, which may go on
-            before, kept = self.prefixes, Prefixes(self.policy_version, self.model.device)
-            known = before if before is not None and before.version == self.policy_version else None
+            version = self.policy_version, config.precision
+            before, kept = self.prefixes, Prefixes(version, self.model.device)
+            known = before if before is not None and before.version == version else None
             self.prefixes = kept
         if self.copied is None or self.copied.version != self.policy_version:
             self.copied = KeptCopies(self.policy_version)
@@ -358,7 +363,7 @@ class Engine:
             kept=kept,
             copied=self.copied,
         )
-        return SampleResult(tuple(drawn), self.policy_version, *read)
+        return SampleResult(tuple(drawn), self.policy_version, *read, precision=config.precision)
 
     def read(self, ids: Sequence[Sequence[int]], config: SamplingConfig) -> ReadPrompts:
         """Return what the model says of prompts' own tokens, as far as `config` asks for it."""

@@ -66,11 +66,11 @@ class Prefixes:
     """Conversations that may go on, by their streams: which tokens were read of each, and where they lie.
 
     Args:
-        version: Of the weights that have read them.
+        version: Of the weights that have read them, and their precision.
         device: Where they lie, which bounds how many there are: those beyond that are read anew.
     """
 
-    def __init__(self, version: int, device: torch.device) -> None:
+    def __init__(self, version: tuple[int, str], device: torch.device) -> None:
         self.version = version
         self._left = MOST_BYTES * (1 if device.type == "cpu" else ON_ACCELERATORS)
         self._kept: dict[int | None, tuple[tuple[int, ...], Read, int]] = {}

@@ -195,7 +195,7 @@ def sample(
     at_once = max(1, most // (longest * samples))  # prompts
     starts = range(0, len(prompts), at_once)
     decoded, together = sampling.max_new_tokens * len(starts), min(len(prompts), at_once) * samples
-    copies = copies_of(model, decoded, together, copied.copies if copied else None)
+    copies = copies_of(model, decoded, together, copied.copies if copied else None, sampling.precision)
     if copied is not None and copies is not None:
         copied.copies = copies
     with merged(model, decoded, together) if copies is None else contextlib.nullcontext():
