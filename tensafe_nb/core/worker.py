@@ -781,13 +781,17 @@ class Worker:
             self._told.before = self._interrupted.told.copy()
         self._told.publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
         self._carry_out(job)
+        self._turn_over()
+        if self._keeper is not None and self._is_whole and self._keeper.is_due(whole=not self._accumulating):
+            self._keep()
+
+    def _turn_over(self) -> None:
+        """Be free for what comes next."""
         self._told.before.clear()
         with self._changing:
             self._running = None
-            if self._queue.depth == 0:
+            if self._queue.is_empty:
                 self.status = ClientStatus.READY
-        if self._keeper is not None and self._is_whole and self._keeper.is_due(whole=not self._accumulating):
-            self._keep()
 
     def _repeat(self, job: Job) -> None:
         """Bring about what an operation of an earlier process has left; nothing of it is told again."""
@@ -877,6 +881,7 @@ class Worker:
                     OperationFinished(future_id=job.future_id, operation=job.kind.verb, duration=duration)
                 )
             finally:  # whoever waits is told, whatever happens to the log
+                self._turn_over()  # before: behind it, this thread would keep the interpreter from whoever waits
                 job.promise.succeed(result)
 
     @property
