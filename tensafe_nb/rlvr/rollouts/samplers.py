@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import SamplingConfig
+from tensafe_nb.config import Precision, SamplingConfig
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
@@ -33,6 +33,7 @@ class PolicySampler:
         chat: "auto" sends texts as they are and warns, once, if the model has a chat template; "never" sends them
             without a warning; "always" makes each text the message of a user. Messages always go by the template.
         seed: Makes the rollouts repeatable; None takes the client's next seed.
+        precision: Of the weights that sample, as in `SamplingConfig`; an update corrects for what it changes.
 
     Example:
         >>> sampler = PolicySampler(tc, group_size=8, max_new_tokens=5)
@@ -55,6 +56,7 @@ class PolicySampler:
         fixed_length: bool = False,
         chat: Chat = "auto",
         seed: int | None = None,
+        precision: Precision = "exact",
     ) -> None:
         if chat not in get_args(Chat):
             raise ValidationError(
@@ -68,6 +70,8 @@ class PolicySampler:
             num_samples=group_size,
             stop=tuple(stop) if not isinstance(stop, str) else (stop,),
             ignore_end=fixed_length,
+            alone=True,
+            precision=precision,
         )
         if top_p < 1 or top_k > 0:
             warnings.warn(
@@ -157,7 +161,7 @@ def batch_of(
     for sequence in result.sequences:
         group, item = groups[sequence.prompt_index], items[sequence.prompt_index]
         group.rollouts.append(trajectory_of(item, sequence, result.policy_version))
-    return TrajectoryBatch(groups, sampling, private)
+    return TrajectoryBatch(groups, sampling.replace(precision=result.precision), private)
 
 
 def trajectory_of(item: PromptItem, sequence: SampledSequence, policy_version: int) -> Trajectory:
