@@ -24,7 +24,7 @@ from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling.copies import Copies, KeptCopies, copies_of
 from tensafe_nb.engine.sampling.decoding import LARGE, Decoder, Rows, rows_of
 from tensafe_nb.engine.sampling.merged import merged
-from tensafe_nb.engine.sampling.prefixes import SHARED_FROM, Prefixes, Read, common
+from tensafe_nb.engine.sampling.prefixes import PAYS_FROM, SHARED_FROM, Prefixes, Read, common
 from tensafe_nb.engine.sampling.prompts import ReadPrompts
 from tensafe_nb.protocol.results import SampledPiece, SampledSequence, SampleResult, TopLogprobs
 
@@ -469,7 +469,8 @@ class Together:
     def _beginnings(self, kept: Prefixes, prompts: Sequence[tuple[int, ...]]) -> Read | None:
         """Return what is known of how prompts begin; a long beginning that all of them share is read first, once."""
         shared = min(prompts)[: common(min(prompts), max(prompts))]
-        if len(prompts) > 1 and len(shared) >= SHARED_FROM and kept.known(shared) < len(shared) - 1:
+        pays = len(shared) >= SHARED_FROM and len(shared) * (len(prompts) - 1) >= PAYS_FROM
+        if pays and kept.known(shared) < len(shared) - 1:
             once = rows_of(self._model, [shared], [1], 0, kept.take([shared]))
             read = once.read(torch.tensor([0], device=self._model.device))
             if read is not None:
