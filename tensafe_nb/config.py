@@ -395,6 +395,9 @@ class SamplingConfig(Config):
         top_logprobs: Also return, for each sampled token, the most likely tokens of its place, so many.
         prompt_logprobs: Also return the log-probability of each token of the prompt, which is read once more for it.
         top_prompt_logprobs: Also return the most likely tokens of each place in the prompt, so many.
+        engine: What computes: "torch", with the weights that are trained, or "llama.cpp" on the processor, with a GGUF
+            file of the base and the adapter beside it, where llama-cpp-python is installed. Its `logprobs` are those of
+            the distribution that it draws from, which is not quite the trained one.
     """
 
     max_new_tokens: Positive = 64
@@ -409,6 +412,7 @@ class SamplingConfig(Config):
     top_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
     prompt_logprobs: bool = False
     top_prompt_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
+    engine: Literal["torch", "llama.cpp"] = "torch"
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod

@@ -225,6 +225,7 @@ class ServiceClient:
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         top_prompt_logprobs: int = 0,
+        engine: str = "torch",
     ) -> FutureHandle[SampleResult]:
         """Draw completions without a training client: from a checkpoint's weights, or from a model as it is.
 
@@ -247,6 +248,7 @@ class ServiceClient:
             top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
             prompt_logprobs: Also return the log-probability of each token of the prompts.
             top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
+            engine: "torch", or "llama.cpp" where llama-cpp-python is installed: see SamplingConfig.
 
         Raises:
             ArtifactNotFoundError: There is no such checkpoint.

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ from tensafe_nb.protocol.results import (
     SampleResult,
     StepEstimate,
 )
+
+if TYPE_CHECKING:
+    from tensafe_nb.engine.sampling.llama_cpp import Policy
 
 
 class TrainingStep(Protocol):
@@ -101,6 +104,7 @@ class Engine:
         samples_drawn: How many calls have taken their seed from the client's.
         prefixes: What was read of conversations that may go on, until anything else is computed.
         copied: Copies of the weights that sample, until anything else is computed.
+        llama_cpp: The model as llama.cpp has it, once that has sampled.
 
     Raises:
         ModelLoadError: The model cannot be loaded.
@@ -121,6 +125,7 @@ class Engine:
         self.samples_drawn = 0
         self.prefixes: Prefixes | None = None
         self.copied: KeptCopies | None = None
+        self.llama_cpp: Policy | None = None
         private = config.dp_config is not None and config.dp_config.enabled
         self.training_step: TrainingStep = (
             AwaitingAccount() if private else PlainStep(self.forward_pass, self.optimizer)
@@ -357,8 +362,24 @@ class Engine:
             known=known,
             kept=kept,
             copied=self.copied,
+            elsewhere=self.elsewhere(config),
         )
         return SampleResult(tuple(drawn), self.policy_version, *read)
+
+    def elsewhere(self, config: SamplingConfig) -> sampler.DecodesElsewhere | None:
+        """Return what decodes in place of the model, with its present weights; None where it does so itself.
+
+        Raises:
+            ValidationError: It cannot be handed over.
+        """
+        if config.engine == "torch":
+            return None
+        from tensafe_nb.engine.sampling.llama_cpp import Policy
+
+        if self.llama_cpp is None:
+            self.llama_cpp = Policy(self.model)
+        self.llama_cpp.push(self.policy_version)
+        return self.llama_cpp
 
     def read(self, ids: Sequence[Sequence[int]], config: SamplingConfig) -> ReadPrompts:
         """Return what the model says of prompts' own tokens, as far as `config` asks for it."""
@@ -473,6 +494,8 @@ class Engine:
             ValidationError: Tensors are missing, or have other shapes. Nothing has changed.
         """
         self.prefixes = self.copied = None
+        if self.llama_cpp is not None:
+            self.llama_cpp.version = None  # a version counts for the weights of one state
         parameters: dict[str, Tensor] = dict(self.model.own)
         check_tensors(parameters, state)
         facts = state.facts

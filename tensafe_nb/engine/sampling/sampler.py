@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,16 @@ LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
 Tell = Callable[[SampledPiece], None]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes whose character is not whole yet
+
+
+class DecodesElsewhere(Protocol):
+    """Says what comes next in place of a model of torch's, with its weights or about those."""
+
+    def rows(self, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int) -> Rows:
+        """Return prompts' rows, `samples` of each, that may grow by so many tokens."""
+
+    def most_rows(self, longest: int) -> int:
+        """Return how many rows of so many tokens are decoded together."""
 
 
 @dataclass(slots=True)
@@ -166,6 +176,7 @@ def sample(
     known: Prefixes | None = None,
     kept: Prefixes | None = None,
     copied: KeptCopies | None = None,
+    elsewhere: DecodesElsewhere | None = None,
 ) -> list[SampledSequence]:
     """Draw `num_samples` completions per prompt, prompt by prompt.
 
@@ -182,23 +193,31 @@ def sample(
         known: What was read already of prompts that go on; used if it is of all of them.
         kept: Takes what is read of the prompts and drawn for them, by their streams.
         copied: Brings and takes copies of the weights.
+        elsewhere: Decodes in place of the model, from nothing that was read before.
     """
     turns, before = turns or [TurnEnd()] * len(prompts), before or [0] * len(prompts)
     own: list[int | None] = list(streams) or [None] * len(prompts)
     rows = list(begun(prompts, sampling.num_samples, seed, turns, own, before))
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
+    together = most // longest if elsewhere is None else elsewhere.most_rows(longest)
     samples = 1
     if sampling.num_samples > 1 or known is None or not all(map(known.has_begun, own, prompts)):
         known = None
-        prompts, samples = read_once(prompts, sampling.num_samples, most // longest)
-    at_once = max(1, most // (longest * samples))  # prompts
+        prompts, samples = read_once(prompts, sampling.num_samples, together)
+        if elsewhere is not None and samples > together:
+            part = next(n for n in range(together, 0, -1) if samples % n == 0)
+            prompts, samples = [p for p in prompts for _ in range(samples // part)], part
+    at_once = max(1, together // samples)  # prompts
     starts = range(0, len(prompts), at_once)
     decoded, together = sampling.max_new_tokens * len(starts), min(len(prompts), at_once) * samples
-    copies = copies_of(model, decoded, together, copied.copies if copied else None)
+    copies = None
+    if elsewhere is None:
+        copies = copies_of(model, decoded, together, copied.copies if copied else None)
     if copied is not None and copies is not None:
         copied.copies = copies
-    with merged(model, decoded, together) if copies is None else contextlib.nullcontext():
+    own_weights = copies is None and elsewhere is None
+    with merged(model, decoded, together) if own_weights else contextlib.nullcontext():
         for number, start in enumerate(starts):
 
             def of_all(done: int, total: int, before: int = number) -> None:
@@ -215,6 +234,7 @@ def sample(
                 None if known is None else known.take(own[start : start + at_once]),
                 None if kept is None else partial(keep_rows, kept, own),
                 copies,
+                elsewhere,
             )
     return [row.finished(model) for row in rows]
 
@@ -230,10 +250,14 @@ def decode(
     before: Read | None = None,
     keep: Callable[[Sequence[Completion], Read], None] | None = None,
     copies: Copies | None = None,
+    elsewhere: DecodesElsewhere | None = None,
 ) -> None:
     """Fill in the rows of some prompts, `samples` of each, all of them token by token together."""
     active, most = list(rows), sampling.max_new_tokens
-    state = rows_of(model, prompts, samples, most, before, copies)
+    if elsewhere is None:
+        state = rows_of(model, prompts, samples, most, before, copies)
+    else:
+        state = elsewhere.rows(prompts, samples, most)
     if isinstance(state, Decoder) and state.guesses:
         decode_guessing(model, state, rows[0], sampling, tick, after_token)
         keep_ended(state, rows, keep)
