@@ -180,7 +180,6 @@ class Replica:
             self._emit(("piece", call, piece))
 
         told = tell if stream else None
-        elsewhere = self._engine.elsewhere(config)
         return sampler.sample(
             self._engine.model,
             prompts,
@@ -191,7 +190,7 @@ class Replica:
             told,
             streams,
             before,
-            elsewhere=elsewhere,
+            elsewhere=self._engine.elsewhere(config),
         )
 
     def estimate(self, batch_size: int | None, length: int | None) -> Any:

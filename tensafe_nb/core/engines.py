@@ -1,6 +1,6 @@
 """What the core asks of an engine, be it one of this process or a group of them elsewhere."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from tensafe_nb.config import SamplingConfig, StepConfig, TrainingConfig
@@ -67,6 +67,11 @@ class Trains(Protocol):
     def sample(
         self, prompts: Sequence[Prompt], config: SamplingConfig, tick: Tick, tell: sampler.Tell | None
     ) -> SampleResult: ...
+    def kind_of(self, config: SamplingConfig) -> Hashable | None: ...
+    def together(self, config: SamplingConfig) -> sampler.Together: ...
+    def call(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, tick: Tick, tell: sampler.Tell | None
+    ) -> sampler.Call: ...
     def read_adapter(self) -> ReadAdapterResult: ...
     def load_adapter(
         self, tensors: Mapping[str, Array], take_over: Callable[[], None]

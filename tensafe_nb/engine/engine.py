@@ -3,7 +3,7 @@
 import base64
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -102,7 +102,7 @@ class Engine:
         training_step: How it learns: a plain step, or a private one.
         reference: The policy that a KL penalty pulls towards.
         samples_drawn: How many calls have taken their seed from the client's.
-        prefixes: What was read of conversations that may go on, until anything else is computed.
+        prefixes: What was read, and may be the beginning of prompts to come, until anything else is computed.
         copied: Copies of the weights that sample, until anything else is computed.
         llama_cpp: The model as llama.cpp has it, once that has sampled.
 
@@ -337,43 +337,60 @@ class Engine:
         Raises:
             ValidationError: An empty prompt, a token outside the vocabulary, or more tokens than fit the context.
         """
+        with self.together(config) as together:
+            call = self.call(prompts, config, tick, tell)
+            together.add(call)
+            together.run()
+        return call.result()
+
+    def kind_of(self, config: SamplingConfig) -> Hashable | None:
+        """Return what is equal for those that can be drawn together; None where each is drawn by itself."""
+        return config.engine
+
+    def together(self, config: SamplingConfig) -> sampler.Together:
+        """Return what draws for several calls together, from the weights as they are; nothing else runs meanwhile.
+
+        Args:
+            config: Of one of them; see `kind_of`.
+        """
+        version = self.policy_version
+        if self.prefixes is None or self.prefixes.version != version:
+            self.prefixes = Prefixes(version, self.model.device)
+        if self.copied is None or self.copied.version != version:
+            self.copied = KeptCopies(version)
+        return sampler.Together(self.model, self.prefixes, self.copied, self.elsewhere(config))
+
+    def call(
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        tick: Tick = no_tick,
+        tell: sampler.Tell | None = None,
+    ) -> sampler.Call:
+        """Return what takes part in drawing together; without a seed, it takes the client's next one. See `sample`."""
         ids, turns, streams = self.encode(prompts, config)
         seed = config.seed
         if seed is None:
             self.samples_drawn += 1
             seed = seed_of_call(self.config.seed, self.samples_drawn)
-        read = self.read(ids, config)
-        known = kept = None
-        if config.num_samples == 1 and None not in streams:  # conversations, which may go on
-            before, kept = self.prefixes, Prefixes(self.policy_version, self.model.device)
-            known = before if before is not None and before.version == self.policy_version else None
-            self.prefixes = kept
-        if self.copied is None or self.copied.version != self.policy_version:
-            self.copied = KeptCopies(self.policy_version)
-        drawn = sampler.sample(
-            self.model,
-            ids,
-            config,
-            seed,
-            tick,
-            turns,
-            tell,
-            streams,
-            known=known,
-            kept=kept,
-            copied=self.copied,
-            elsewhere=self.elsewhere(config),
-        )
-        return SampleResult(tuple(drawn), self.policy_version, *read)
+        elsewhere = self.elsewhere(config)
+        if elsewhere is not None:
+            elsewhere()  # what cannot be handed over is refused here
+        call = sampler.call_of(self.model, ids, config, seed, tick, turns, tell, streams)
+        call.version, call.read = self.policy_version, self.read(ids, config)
+        return call
 
-    def elsewhere(self, config: SamplingConfig) -> sampler.DecodesElsewhere | None:
-        """Return what decodes in place of the model, with its present weights; None where it does so itself.
+    def elsewhere(self, config: SamplingConfig) -> Callable[[], sampler.DecodesElsewhere] | None:
+        """Return what brings those who decode in place of the model; None where it does so itself."""
+        return None if config.engine == "torch" else self._in_llama_cpp
+
+    def _in_llama_cpp(self) -> "Policy":
+        """Return the model in llama.cpp, with its present weights.
 
         Raises:
             ValidationError: It cannot be handed over.
+            ModelLoadError: llama.cpp does not read it.
         """
-        if config.engine == "torch":
-            return None
         from tensafe_nb.engine.sampling.llama_cpp import Policy
 
         if self.llama_cpp is None:

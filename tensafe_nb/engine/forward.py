@@ -49,7 +49,6 @@ class ForwardPass:
         has_dropout: Whether training draws random numbers.
         random: The states of the dropout streams, by kind of device.
         forgets: The layers that are computed again in the backward pass, with gradient checkpointing.
-        looks_ahead: Whether what comes behind a token changes what the model says at it.
         overhead: What a further micro-batch costs, in tokens.
         fused: Whether the layers are those of `llama_layers`.
         block: What a further length in a packed micro-batch costs, in tokens; None where rows are not packed.
@@ -63,10 +62,9 @@ class ForwardPass:
         if model.device.type == "cuda":
             self.random["cuda"] = torch.Generator(model.device).manual_seed(config.seed).get_state()
         self.forgets = layers_of(model, config.model_ref) if config.gradient_checkpointing else []
-        self.looks_ahead = inputs.looks_ahead(model)
         on_cpu, size = model.device.type == "cpu", sum(p.numel() for p in model.causal.parameters())
         self.overhead = micro_batches.overhead_in_tokens(size, accelerator=not on_cpu)
-        self.fused = on_cpu and not self.looks_ahead and llama_layers.fits(model)
+        self.fused = on_cpu and not model.looks_ahead and llama_layers.fits(model)
         private = config.dp_config is not None and config.dp_config.enabled  # whose rows have to stay apart
         self.block = micro_batches.block_in_tokens(size) if self.fused and not private else None
         head = model.causal.get_output_embeddings()
@@ -142,7 +140,7 @@ class ForwardPass:
         packed = None if self.block is None or whole_rows else self._packed(asked, given)
         # a causal model sees only this padding
         padded_in_front = packed is None and (given[:, 1:] > given[:, :-1]).any()
-        if padded_in_front or self.looks_ahead:
+        if padded_in_front or self.model.looks_ahead:
             asked["attention_mask"] = mask
         if padded_in_front:
             asked["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)

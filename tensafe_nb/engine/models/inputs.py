@@ -66,17 +66,6 @@ def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> l
     return ids
 
 
-def looks_ahead(model: LoadedModel) -> bool:
-    """Return whether what comes behind a token changes what a model says at it: then it has to know what is padding.
-
-    Found out by asking it, on three tokens.
-    """
-    ids = three_tokens(model)
-    other = ids.clone()
-    other[0, 2] = (other[0, 2] + 1) % model.vocab_size
-    return not torch.equal(logits_of(model, ids)[:, 0], logits_of(model, other)[:, 0])
-
-
 def counts_positions_from_zero(model: LoadedModel) -> bool:
     """Return whether a model may be told positions 0, 1, 2, … and then says what it says without being told."""
     ids = three_tokens(model)

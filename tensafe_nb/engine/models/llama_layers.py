@@ -7,7 +7,7 @@ taken only after it has been found to say what transformers says.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling.llama import SHAPED_LIKE_LLAMA, TOLERANCE
 
 Blocks = Sequence[tuple[int, int]]  # rows of the same length that follow each other: (how many, how long)
+_same: dict[Hashable, bool] = {}  # by what a model is made of: whether it then says what transformers says
 
 
 @contextlib.contextmanager
@@ -145,9 +146,8 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     return y
 
 
-@torch.no_grad()
 def fits(model: LoadedModel) -> bool:
-    """Whether a model's layers can work so: tried on two rows, as they are and packed, beside transformers' own."""
+    """Whether a model's layers can work so; tried once for each kind of model in a process."""
     from transformers.activations import ACT2FN
 
     body: Any = model.body if model.split else None
@@ -164,6 +164,17 @@ def fits(model: LoadedModel) -> bool:
             return False
         if type(layer.mlp.act_fn) is not type(ACT2FN["silu"]):
             return False
+    made_of = (type(module) for module in body.modules())
+    kind = (config.to_json_string(), model.compute_dtype, model.device.type, *made_of)
+    if kind not in _same:
+        _same[kind] = says_the_same(model)
+    return _same[kind]
+
+
+@torch.no_grad()
+def says_the_same(model: LoadedModel) -> bool:
+    """Try two rows, as they are and packed, beside transformers' own."""
+    body: Any = model.body
     ids = torch.arange(1, 6, device=model.device).unsqueeze(0) % model.vocab_size
     places = torch.tensor([[0, 1, 0, 1, 2]], device=model.device)
     with model.autocast():

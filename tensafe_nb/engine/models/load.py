@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTINS = ("builtin:sums", "builtin:tiny")
 # torch has one global random stream: who seeds it and draws from it takes turns
+ROUNDING = 1e-6  # of the largest logit, by which the rows of one batch may differ though they say the same
 GLOBAL_RANDOM = threading.Lock()
 
 
@@ -39,6 +40,8 @@ class LoadedModel:
         device: Where it lives.
         compute_dtype: float32, or bfloat16 for autocast.
         split: Whether head(body(x)) equals the model's own logits, so that logits can be had per position.
+        looks_ahead: Whether what comes behind a token changes what the model says at it: then it has to know what is
+            padding.
         value_head: A scalar head on the hidden states; None without one.
         lora: The adapter's configuration, which a folder may have brought; None when all weights are trained.
         continued: Whether the adapter was trained before, so that base and policy differ from the beginning.
@@ -53,6 +56,7 @@ class LoadedModel:
     device: torch.device
     compute_dtype: torch.dtype
     split: bool
+    looks_ahead: bool = False
     value_head: nn.Linear | None = None
     lora: LoRAConfig | None = None
     continued: bool = False
@@ -210,7 +214,7 @@ def load(
         if adapter is not None:
             adapters.fill_adapter(peft, weights, adapter.path)
     causal.eval()
-    split = is_split(causal, device, dtype, config.model_ref)
+    split, looks_ahead = found_of(causal, device, dtype, config.model_ref)
     saved = () if lora is None else lora.modules_to_save
     if grown and lora is not None:
         warn_of_frozen_rows(causal, grown)
@@ -221,6 +225,7 @@ def load(
         device,
         dtype,
         split,
+        looks_ahead,
         value_head_for(causal, device) if config.value_head else None,
         lora,
         continued=adapter is not None,
@@ -443,31 +448,39 @@ def warn_of_frozen_rows(causal: Any, grown: int) -> None:
 
 
 @torch.no_grad()
-def is_split(causal: Any, device: torch.device, dtype: torch.dtype, model_ref: str) -> bool:
-    """Look once, on three tokens, what is at hand; return whether its logits are plainly head(body(x)).
+def found_of(causal: Any, device: torch.device, dtype: torch.dtype, model_ref: str) -> tuple[bool, bool]:
+    """Look once, on three tokens, what is at hand: whether its logits are head(body(x)), and whether it looks ahead.
 
     Raises:
         ModelLoadError: The logits are no numbers.
     """
     half = dtype is not torch.float32
     ids = torch.tensor([[1, 2, 3], [1, 2, 0]], device=device)
+
+    def logits(rows: torch.Tensor) -> torch.Tensor:
+        return causal(input_ids=rows, use_cache=False).logits  # type: ignore[no-any-return]
+
     with torch.autocast(device.type, dtype, enabled=half):
-        own = causal(input_ids=ids, use_cache=False).logits
+        own = logits(ids)
         if not bool(own.isfinite().all()):
             reading.refuse_not_finite(model_ref, causal)
-        off = (own[0, :2] - own[1, :2]).abs().max()
-        if off > (0.05 if half else 1e-3) * own.abs().max():
+        off, largest = (own[0, :2] - own[1, :2]).abs().max(), own.abs().max()
+        if off > (0.05 if half else 1e-3) * largest:
             logger.warning(
                 "%r lets a token see the ones after it: a loss on next tokens shows it the answers. It is trained as "
                 "it is, padding masked; is_decoder=true in its config.json makes models of BERT's kind causal",
                 model_ref,
             )
+        # the rows of a batch may be rounded in different ways, those of two are not
+        looks_ahead = bool(off > ROUNDING * largest) and not torch.equal(
+            *(logits(row.unsqueeze(0))[:, :2] for row in ids)
+        )
         try:
             hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             split = causal.get_output_embeddings()(hidden)
         except (AttributeError, TypeError):
-            return False
-    return own.shape == split.shape and torch.equal(own, split)
+            return False, looks_ahead
+    return own.shape == split.shape and torch.equal(own, split), looks_ahead
 
 
 def refuse(error: Exception, model_ref: str) -> TGTinkerError:

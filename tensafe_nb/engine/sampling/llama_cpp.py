@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -158,7 +158,9 @@ class SharedBase:
     def _compare(self, model: LoadedModel) -> None:
         """Look once, on a few tokens from all over the vocabulary, whether it is the same base."""
         tokens = [n * model.vocab_size // (max(TRIED) + 2) for n in range(1, 1 + max(TRIED))]
-        rows = Sequences(self, None, [tokens[:length] for length in TRIED], 1, 1, model.vocab_size)
+        rows = Sequences(
+            self, None, [tokens[:length] for length in TRIED], [1] * len(TRIED), 1, model.vocab_size
+        )
         bare = contextlib.nullcontext() if model.peft is None else model.peft.disable_adapter()
         with torch.no_grad(), bare, model.autocast():
             logits = model.causal(torch.tensor([tokens]), use_cache=False).logits[0].float()
@@ -213,8 +215,8 @@ class Policy:
             self._adapter = None if adds_nothing(self._model) else Adapter(self.base, self._model)
             self.version = version
 
-    def rows(self, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int) -> "Sequences":
-        """Return prompts' rows, `samples` of each; see `Sequences`."""
+    def rows(self, prompts: Sequence[Sequence[int]], samples: Sequence[int], new_tokens: int) -> "Sequences":
+        """Return prompts' rows, so many of each; see `Sequences`."""
         return Sequences(self.base, self._adapter, prompts, samples, new_tokens, self._model.vocab_size)
 
     def most_rows(self, longest: int) -> int:
@@ -264,7 +266,7 @@ class Sequences:
         base: The model.
         adapter: What is added to it.
         prompts: Token ids, none empty.
-        samples: Rows of each prompt, one after the other.
+        samples: How many rows of each prompt, one after the other.
         new_tokens: How many a row may grow by.
         vocabulary: How many logits there are for a token.
 
@@ -272,39 +274,39 @@ class Sequences:
         logits: (R, V) of each row's next token.
     """
 
+    joinable = False
+
     def __init__(
         self,
         base: SharedBase,
         adapter: Adapter | None,
         prompts: Sequence[Sequence[int]],
-        samples: int,
+        samples: Sequence[int],
         new_tokens: int,
         vocabulary: int,
     ) -> None:
         self._llama, self._vocabulary = library(), vocabulary
         self._holds = base, adapter  # as long as its context computes with them
-        rows = len(prompts) * samples
-        self._context = self._open(base, rows, max(map(len, prompts)) + new_tokens)
-        self._close = weakref.finalize(self, self._llama.llama_free, self._context)
+        rows, longest = sum(samples), max(map(len, prompts)) + new_tokens
+        self._context = self._open(base, rows, longest)
+        weakref.finalize(self, self._llama.llama_free, self._context)
+        self._batch = self._llama.llama_batch_init(max(READ_AT_ONCE, rows), 0, 1)
+        weakref.finalize(self, self._llama.llama_batch_free, self._batch)
         if adapter is not None:
             pointers = (self._llama.llama_adapter_lora_p_ctypes * 1)(adapter.pointer)
             self._llama.llama_set_adapters_lora(self._context, pointers, 1, (ctypes.c_float * 1)(1.0))
         self._memory = self._llama.llama_get_memory(self._context)
-        self._batch = self._llama.llama_batch_init(max(READ_AT_ONCE, rows), 0, 1)
-        weakref.finalize(self, self._llama.llama_batch_free, self._batch)
-        self._tokens = np.ctypeslib.as_array(self._batch.token, (max(READ_AT_ONCE, rows),))
-        # prompts are the first sequences, their further rows come behind
+        # each prompt is a sequence; further rows of it are copies, and come behind those of all prompts
         further = iter(range(len(prompts), rows))
-        self._sequences = [
-            number
-            for prompt in range(len(prompts))
-            for number in chain((prompt,), (next(further) for _ in range(samples - 1)))
-        ]
-        self._lengths = [len(prompt) for prompt in prompts for _ in range(samples)]
-        self.logits = self._read(prompts).repeat_interleave(samples, 0)
-        for row, sequence in enumerate(self._sequences):
-            if row % samples:
-                self._llama.llama_memory_seq_cp(self._memory, row // samples, sequence, -1, -1)
+        self._sequences: list[int] = []
+        for number, count in enumerate(samples):
+            self._sequences += [number, *islice(further, count - 1)]
+        self._lengths = [len(prompt) for prompt, n in zip(prompts, samples, strict=True) for _ in range(n)]
+        self.logits = self._read(prompts).repeat_interleave(torch.tensor(samples), 0)
+        origins = [number for number, count in enumerate(samples) for _ in range(count)]
+        for origin, sequence in zip(origins, self._sequences, strict=True):
+            if sequence != origin:
+                self._llama.llama_memory_seq_cp(self._memory, origin, sequence, -1, -1)
 
     def _open(self, base: SharedBase, rows: int, longest: int) -> Any:
         parameters = self._llama.llama_context_default_params()
@@ -320,6 +322,10 @@ class Sequences:
                 f"shorter ones, in one call."
             )
         return context
+
+    def join(self, other: object) -> None:
+        """Take in nobody: there are as many sequences as there were rows in the beginning."""
+        raise NotImplementedError
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows only; their sequences move together, so that they are decoded in one go."""

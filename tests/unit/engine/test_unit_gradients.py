@@ -158,7 +158,7 @@ def test_every_architecture_is_trained_and_no_row_moves_more_than_c(
 )
 def test_a_model_that_looks_ahead_is_told_what_is_padding(model_of: Any, name: str, ahead: bool) -> None:
     engine = Engine(tn.TrainingConfig(model_ref=model_of(name), dtype="float32"))
-    assert engine.forward_pass.looks_ahead is ahead
+    assert engine.model.looks_ahead is ahead
     short, padded = rows_of(4), rows_of(4, 11)
     alone, beside = (
         engine.compute_logprobs(batch).logprobs[0, :3] for batch in (short, padded.take(np.arange(2)))

@@ -18,7 +18,7 @@ import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import export
 from tensafe_nb.engine.sampling import llama_cpp, sampler
-from tensafe_nb.engine.sampling.decoding import Rows, rows_of
+from tensafe_nb.engine.sampling.decoding import Decoder, Rows
 
 ASKED = tn.SamplingConfig(engine="llama.cpp")
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -160,28 +160,32 @@ def test_a_bases_file_is_read_by_transformers_as_the_model_it_was(
 
 
 class Beside:
-    """Decodes as the model does, somewhere else, few rows at a time."""
+    """Decodes as the model does, somewhere else, few rows at a time, and lets nobody join."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.model, self.asked = engine.model, list[tuple[int, int]]()
+    def __init__(self, model: Any) -> None:
+        self.model, self.asked = model, list[Sequence[int]]()
 
-    def rows(self, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int) -> Rows:
-        self.asked.append((len(prompts), samples))
-        return rows_of(self.model, prompts, samples, new_tokens)
+    def rows(self, prompts: Sequence[Sequence[int]], samples: Sequence[int], new_tokens: int) -> Rows:
+        self.asked.append(samples)
+        return Closed(self.model, prompts, samples, new_tokens)
 
     def most_rows(self, longest: int) -> int:
         return 4
 
 
+class Closed(Decoder):
+    joinable = False
+
+
 def test_rows_that_are_decoded_elsewhere_are_drawn_as_any(engine: Engine) -> None:
-    prompts, asked = [[5, 6, 7], [8, 9]], tn.SamplingConfig(max_new_tokens=6, num_samples=6, seed=3)
-    beside = Beside(engine)
+    prompts, asked = [[5, 6, 7], [8, 9]], tn.SamplingConfig(max_new_tokens=6, num_samples=5, ignore_end=True)
+    beside = Beside(engine.model)
     plain, other = (
-        sampler.sample(engine.model, prompts, asked, 3, lambda *_: None, elsewhere=where)
-        for where in (None, beside)
+        sampler.sample(engine.model, prompts, asked, 3, lambda *_: None, elsewhere=elsewhere)
+        for elsewhere in (None, lambda: beside)
     )
     assert [s.tokens for s in plain] == [s.tokens for s in other]
-    assert beside.asked == [(1, 3)] * 4
+    assert beside.asked == [[4], [1, 3], [2]]
 
 
 def test_a_file_that_is_handed_over_is_gone_then(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_b4_no_top_k_leaks_into_sampling(client):
     causal = LlamaForCausalLM(config).eval()
     torch.nn.init.zeros_(causal.lm_head.weight)  # every token equally likely
     causal.generation_config.top_k = 50
-    model = models.LoadedModel(causal, None, client.tokenizer, torch.device("cpu"), torch.float32, True)
+    model = models.LoadedModel(causal, None, client.tokenizer, torch.device("cpu"), torch.float32, split=True)
     drawn = sampling.sample(model, [[5]], SamplingConfig(max_new_tokens=1, num_samples=5000), 0, no_tick)
     assert len({sequence.tokens[0] for sequence in drawn}) > 900
 
