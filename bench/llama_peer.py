@@ -1,8 +1,8 @@
 """llama.cpp's side of sampling one row. A program of its own, run by `.venv-llama/bin/python` (`make llama-cpp`).
 
-Its arguments are a GGUF file, and that of an adapter, if there is to be one. It reads a line with token ids and how many
-more to draw, draws them from the whole distribution at temperature 1, and answers with seconds and CPU seconds; and so
-on until its standard input ends.
+Its arguments are a GGUF file, and that of an adapter, if there is to be one. It reads a line with token ids and how
+many more to draw, draws them from the whole distribution at temperature 1, and answers with seconds and CPU seconds;
+and so on until its standard input ends.
 """
 
 import json

@@ -502,7 +502,7 @@ class EngineGroup:
     def kind_of(self, config: SamplingConfig) -> None:
         """Each call is drawn by itself: it is divided among the replicas already."""
 
-    def together(self, config: SamplingConfig) -> sampler.Together:
+    def together(self, config: SamplingConfig | None = None) -> sampler.Together:
         """Refuse to: see `kind_of`."""
         raise NotImplementedError
 

@@ -347,11 +347,11 @@ class Engine:
         """Return what is equal for those that can be drawn together; None where each is drawn by itself."""
         return config.engine
 
-    def together(self, config: SamplingConfig) -> sampler.Together:
+    def together(self, config: SamplingConfig | None = None) -> sampler.Together:
         """Return what draws for several calls together, from the weights as they are; nothing else runs meanwhile.
 
         Args:
-            config: Of one of them; see `kind_of`.
+            config: Of one of them; see `kind_of`. None decodes with the model itself.
         """
         version = self.policy_version
         if self.prefixes is None or self.prefixes.version != version:
@@ -380,9 +380,9 @@ class Engine:
         call.version, call.read = self.policy_version, self.read(ids, config)
         return call
 
-    def elsewhere(self, config: SamplingConfig) -> Callable[[], sampler.DecodesElsewhere] | None:
+    def elsewhere(self, config: SamplingConfig | None) -> Callable[[], sampler.DecodesElsewhere] | None:
         """Return what brings those who decode in place of the model; None where it does so itself."""
-        return None if config.engine == "torch" else self._in_llama_cpp
+        return None if config is None or config.engine == "torch" else self._in_llama_cpp
 
     def _in_llama_cpp(self) -> "Policy":
         """Return the model in llama.cpp, with its present weights.
