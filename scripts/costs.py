@@ -1,7 +1,9 @@
-"""Where the time of a real model goes, by torch's profiler: `python -m scripts.costs FOLDER_OR_GGUF`.
+"""Where the time goes: of a real model, by torch's profiler, and of a private step, by its stages.
 
-A step of LoRA training (4 × 128 tokens, every position labelled) and decoding (16 rows), in float32 on one thread.
-Prints CPU milliseconds and shares of kinds of work, so that the next thing to make quicker can be seen.
+`python -m scripts.costs FOLDER_OR_GGUF`: a step of LoRA training (4 × 128 tokens, every position labelled) and decoding
+(16 rows), in float32 on one thread. `python -m scripts.costs --private`: private steps of builtin:tiny (8 × 64 tokens)
+beside the same without privacy, ledger left out. Prints CPU milliseconds and shares, so that the next thing to make
+quicker can be seen.
 """
 
 import argparse
@@ -15,21 +17,32 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import tensafe_nb as tn
+from tensafe_nb.engine.canaries import Unpaid
 from tensafe_nb.engine.engine import Engine
+from tensafe_nb.engine.private_step import PrivateStep
 from tensafe_nb.engine.sampling.copies import copies_of
 from tensafe_nb.engine.sampling.decoding import BLOCK, LARGE, Decoder
 from tensafe_nb.losses import resolve_loss
+from tensafe_nb.privacy.tickets import ticket
+from tensafe_nb.protocol.batch import TICKET
 
 ROWS, TOKENS = 4, 128
+PRIVATE_ROWS, PRIVATE_TOKENS, TURNS = 8, 64, 30
 DECODED, PROMPT, NEW_TOKENS = 16, 8, 64
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m scripts.costs", description=__doc__)
-    parser.add_argument("model_ref", help="a folder in transformers' format, or a GGUF file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("model_ref", nargs="?", help="a folder in transformers' format, or a GGUF file")
+    what.add_argument("--private", action="store_true", help="private steps of builtin:tiny")
     model_ref = parser.parse_args().model_ref
     torch.set_num_threads(1)
+    if model_ref is None:
+        _private(tn.LoRAConfig(rank=8, alpha=16), "LoRA r8")
+        _private(None, "all weights")
+        return
     lora = tn.LoRAConfig(rank=16, alpha=32)
     engine = Engine(tn.TrainingConfig(model_ref=model_ref, lora_config=lora, dtype="float32", device="cpu"))
     _show(f"a training step, {ROWS}×{TOKENS} tokens", _profiled(engine, _step(engine), 3))
@@ -40,6 +53,53 @@ def main() -> None:
         decoder = Decoder(engine.model, prompts, [1] * DECODED, NEW_TOKENS, None, copies)
         token = _profiled(engine, lambda: decoder.feed(decoder.logits.argmax(-1)), 20)
     _show(f"a token of {DECODED} rows, on copies of the weights, without the draw", token)
+
+
+def _private(lora: tn.LoRAConfig | None, trained: str) -> None:
+    dp = tn.DPConfig(dataset_size=10_000, target_epsilon=None)
+    fields = {"lora_config": lora, "dtype": "float32", "device": "cpu", "batch_size": PRIVATE_ROWS}
+    private, plain = (Engine(tn.TrainingConfig(**fields, dp_config=one)) for one in (dp, None))
+    private.train_privately(Unpaid(), "costs")
+    of = private.training_step
+    assert isinstance(of, PrivateStep)
+    stages = (
+        (of.gradients, "_of_many_units", "forward and backward pass"),
+        (of.sum, "add", "norms, and the sum of clipped gradients"),
+        (of.sum, "release", "noise, in float64"),
+    )
+    taken: dict[str, float] = defaultdict(float)
+    for owner, method, name in stages:
+        setattr(owner, method, _watched(getattr(owner, method), name, taken))
+    ids = np.random.default_rng(0).integers(3, private.model.vocab_size, (PRIVATE_ROWS, PRIVATE_TOKENS))
+    batch, loss = tn.BatchData(ids, labels=np.roll(ids, -1, 1)), resolve_loss("token_ce")
+    steps: list[float] = []
+    others: list[float] = []
+    for number in range(TURNS + 1):
+        marks = ticket("costs", 0, number, np.arange(PRIVATE_ROWS))
+        started = time.process_time()
+        private.forward_backward(batch.labelled_with(**{TICKET: marks}), loss), private.optim_step()
+        between = time.process_time()
+        plain.forward_backward(batch, loss), plain.optim_step()
+        steps.append(between - started), others.append(time.process_time() - between)
+        if not number:  # which way gradients are told apart was found out
+            taken.clear(), steps.clear(), others.clear()
+    whole, without = (float(np.median(some)) * 1e3 for some in (steps, others))
+    print(
+        f"\na private step, {trained}: {whole:.0f} ms of CPU time, {whole / without:.2f} times the step without"
+    )
+    for name, seconds in taken.items():
+        print(f"  {seconds / TURNS * 1e3:7.1f} ms  {name}")
+    print(f"  {without:7.1f} ms  the step without privacy")
+
+
+def _watched(action: Callable[..., Any], name: str, taken: dict[str, float]) -> Callable[..., Any]:
+    def watched(*args: Any) -> Any:
+        started = time.process_time()
+        found = action(*args)
+        taken[name] += time.process_time() - started
+        return found
+
+    return watched
 
 
 def _piece(engine: Engine) -> float:

@@ -147,12 +147,13 @@ class ForwardPass:
         elif position_ids is not None:
             asked["position_ids"] = position_ids
         layers: AbstractContextManager[None] = contextlib.nullcontext()
-        if self.fused and not whole_rows and not padded_in_front:
+        if self.fused and not padded_in_front:
             layers = llama_layers.in_place(self.model, packed and packed.blocks)
         with self.model.autocast(), dropout or contextlib.nullcontext(), layers, self._forgetting(dropout):
-            if self.model.split and not whole_rows:
-                hidden, logits = self.model.body(**asked).last_hidden_state, None  # (B, T, D)
+            if self.model.split:
+                hidden = self.model.body(**asked).last_hidden_state  # (B, T, D)
                 hidden = hidden if packed is None else packed.unpacked(hidden)
+                logits = self.model.head(hidden) if whole_rows else None  # (B, T, V)
             else:
                 answer = self.model.causal(**asked, output_hidden_states=True)
                 hidden, logits = answer.hidden_states[-1], answer.logits  # (B, T, D), (B, T, V)

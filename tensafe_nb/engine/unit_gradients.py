@@ -22,8 +22,8 @@ from tensafe_nb.errors import PrivacyUnitError
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import LossValue
 from tensafe_nb.losses.views import cut_out
-from tensafe_nb.privacy.dp_sgd import ClippedSum, sum_units
-from tensafe_nb.privacy.per_example import PerExampleGradients, way_for
+from tensafe_nb.privacy.dp_sgd import ClippedSum
+from tensafe_nb.privacy.per_example import BookKeeping, PerUnit, WrittenOut, way_for
 from tensafe_nb.privacy.row_dropout import OtherRandomness, RowDropout
 from tensafe_nb.protocol.batch import Array, BatchData
 
@@ -71,15 +71,20 @@ class UnitGradients:
         model = forward.model
         self._forward, self._parameters = forward, parameters
         self._way = way_for(model.causal, parameters)
-        if forward.forgets and self._way is not None and self._way.name != "book-keeping":
-            self._way = None  # Opacus counts a layer that is computed again as one that is used twice
-        trains_head = any(p.requires_grad for p in model.causal.get_output_embeddings().parameters())
-        # every trained layer has to see rows (B, T, …): not the (N, D) labelled positions of all of them
-        self._whole_rows = self._way is not None and (self._way.name != "book-keeping" or trains_head)
-        self._tells_positions = self._whole_rows and inputs.counts_positions_from_zero(model)
+        trained = set(map(id, parameters))
+
+        def trains(module: nn.Module) -> bool:
+            return any(id(p) in trained for p in module.parameters())
+
+        # a trained head has to see rows (B, T, …): not the (N, D) labelled positions of all of them
+        self._whole_rows = self._way is not None and trains(model.causal.get_output_embeddings())
+        tokens = model.causal.get_input_embeddings()
+        others = [m for m in model.causal.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+        self._tells_positions = any(map(trains, others)) and inputs.counts_positions_from_zero(model)
         self._tolerance = TOLERANCE[model.compute_dtype]
-        self._rows_at_a_time = max(1, MAX_GRADIENTS // sum(p.numel() for p in parameters))
-        self.chosen: dict[tuple[object, str], PerExampleGradients | None] = {}
+        # one row's gradient is there in any case, when rows are taken one at a time
+        self._room = max(MAX_GRADIENTS, sum(p.numel() for p in parameters))
+        self.chosen: dict[tuple[object, str], BookKeeping | None] = {}
         self.secrets: Callable[[BatchData], Array] = fresh_secrets
         self._secret_of_row: Array | None = None  # while dropout is on
         self._dice = np.random.default_rng()  # which rows are looked at by themselves: no seed foretells it
@@ -125,35 +130,40 @@ class UnitGradients:
 
     def _pieces(self, units: Sequence[Array], columns: int, *, one_by_one: bool) -> Iterator[list[Array]]:
         """Yield units together, as many as fit; a unit is never torn apart."""
-        # as many rows as a micro-batch holds, and as there is room to keep a gradient of each for
-        fitting = min(self._rows_at_a_time, max(1, self._forward.micro_batch_tokens // columns))
+        fitting = 1 if one_by_one else self._fitting(columns)
         piece: list[Array] = []
         for unit in units:
-            if piece and (one_by_one or sum(map(len, piece)) + len(unit) > fitting):
+            if piece and sum(map(len, piece)) + len(unit) > fitting:
                 yield piece
                 piece = []
             piece.append(unit)
         yield piece
+
+    def _fitting(self, columns: int) -> int:
+        """Return how many rows of so many tokens fit: a micro-batch, and what is kept of each."""
+        assert self._way is not None
+        rows = min(self._room // self._way.held(columns), self._forward.micro_batch_tokens // columns)
+        return max(1, rows)
 
     def _gradients_of(
         self,
         piece: Sequence[Array],
         batch: BatchData,
         loss: Loss,
-        way: PerExampleGradients | None,
+        way: BookKeeping | None,
         tally: Tally,
-    ) -> list[Tensor]:
-        """Return the gradients of some units, for each parameter (units, *shape)."""
-        if way is None or sum(map(len, piece)) > self._rows_at_a_time:
+    ) -> Sequence[PerUnit]:
+        """Return the gradients of some units, for each parameter."""
+        if way is None or sum(map(len, piece)) > self._fitting(batch.shape[1]):
             return self._of_one_unit(batch, piece[0], loss, tally)
         return self._of_many_units(batch, piece, loss, way, tally)
 
     def _of_many_units(
-        self, batch: BatchData, piece: Sequence[Array], loss: Loss, way: PerExampleGradients, tally: Tally
-    ) -> list[Tensor]:
-        """Return the gradients of some units, for each parameter (units, *shape), by one backward pass."""
+        self, batch: BatchData, piece: Sequence[Array], loss: Loss, way: BookKeeping, tally: Tally
+    ) -> list[PerUnit]:
+        """Return the gradients of some units, for each parameter, by one backward pass."""
         rows, foreign = np.concatenate(piece), not is_ours(loss)
-        with way.recording():
+        with way.recording(list(map(len, piece))):
             found = self._evaluated(batch, rows, loss, whole_rows=self._whole_rows)
             if found.values.ndim == 0 and len(rows) > 1:
                 raise PrivacyUnitError(
@@ -168,12 +178,12 @@ class UnitGradients:
             self._check_alone(rows, batch, found, loss)
         self._forget_gradients()
         tally.add(found.value, found.total)
-        numbers = np.repeat(np.arange(len(piece)), list(map(len, piece)))  # (rows,) of each row's unit
-        device = self._forward.model.device
-        return sum_units(way.collect(len(rows)), torch.from_numpy(numbers).to(device), len(piece))
+        return way.collect()
 
-    def _of_one_unit(self, batch: BatchData, unit: Array, loss: Loss, tally: Tally | None) -> list[Tensor]:
-        """Return one unit's gradients, for each parameter (1, *shape), by a backward pass for each of its rows."""
+    def _of_one_unit(
+        self, batch: BatchData, unit: Array, loss: Loss, tally: Tally | None
+    ) -> list[WrittenOut]:
+        """Return one unit's gradients, for each parameter, by a backward pass for each of its rows."""
         self._forget_gradients()
         for rows in np.split(unit, range(loss.declares.group, len(unit), loss.declares.group)):
             if self._secret_of_row is not None:  # whatever else is random: this unit's own, too
@@ -187,7 +197,7 @@ class UnitGradients:
                 tally.add(found.value, found.total)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         self._forget_gradients()
-        return [gradient.float().unsqueeze(0) for gradient in gradients]
+        return [WrittenOut(gradient.float().unsqueeze(0)) for gradient in gradients]
 
     def _evaluated(
         self, batch: BatchData, rows: Array, loss: Loss, *, one_unit: bool = False, whole_rows: bool = False
@@ -196,7 +206,7 @@ class UnitGradients:
         part = batch.take(rows)
         tensors = self._forward.tensors(part, batch)
         positions = None
-        if whole_rows and self._tells_positions:  # (B, T): a model numbers them once for all rows
+        if self._tells_positions:  # (B, T): a model numbers them once for all rows
             mask = tensors["attention_mask"]
             positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         dropout = None
@@ -226,7 +236,7 @@ class UnitGradients:
 
     # which way
 
-    def way_of(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> PerExampleGradients | None:
+    def way_of(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> BookKeeping | None:
         """Return the way to tell this loss's gradients apart: probed once, and then kept."""
         key = key_of(loss)
         if key in self.chosen:
@@ -250,7 +260,7 @@ class UnitGradients:
         self.chosen[key] = way
         return way
 
-    def _probed(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> PerExampleGradients | None:
+    def _probed(self, batch: BatchData, units: Sequence[Array], loss: Loss) -> BookKeeping | None:
         if not self._tells_rows_apart(batch, units, loss):
             return None
         return self._way if self._way is not None and self._agrees(self._way, batch, units, loss) else None
@@ -266,7 +276,7 @@ class UnitGradients:
             raise coupled(loss, alone, together)
         return True
 
-    def _agrees(self, way: PerExampleGradients, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:
+    def _agrees(self, way: BookKeeping, batch: BatchData, units: Sequence[Array], loss: Loss) -> bool:
         """Compare a way with one backward pass per unit; with dropout, whose masks must be the rows' own in both."""
         tally = Tally(loss.declares.prenormalised)
         with self._dropout_of(batch):
@@ -278,11 +288,19 @@ class UnitGradients:
                 logger.info("%s cannot tell this model's rows apart: %s", way.name, error)
                 self._forget_gradients()
                 return False
+        squares = torch.stack([gradient.squares() for gradient in found]).sum(0)  # (units,)
         for number, unit in enumerate(exact):  # ‖g − g*‖ ≤ tolerance · ‖g*‖, over all parameters together
-            off = torch.stack([(f[number] - e[0]).norm() for f, e in zip(found, unit, strict=True)]).norm()
-            size = torch.stack([e.norm() for e in unit]).norm()
-            if not off <= self._tolerance * size:
-                logger.warning("%s differs from one example at a time by %.2g of %.2g", way.name, off, size)
+            alone = torch.eye(len(exact), device=squares.device)[number]
+            off = [-gradient.values[0] for gradient in unit]
+            for total, gradient in zip(off, found, strict=True):
+                gradient.add_to(total, alone)
+            far, size = (
+                float(torch.stack([values.norm() for values in many]).norm())
+                for many in (off, [gradient.values for gradient in unit])
+            )
+            far = max(far, abs(float(squares[number].sqrt()) - size))  # what it is clipped by is its norm
+            if not far <= self._tolerance * size:
+                logger.warning("%s differs from one example at a time by %.2g of %.2g", way.name, far, size)
                 return False
         return True
 

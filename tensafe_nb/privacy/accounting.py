@@ -372,7 +372,13 @@ def epsilon_of_account(
         adjacency: "add_remove" of one unit (its zeroing-out, for worst-case steps), or "replace_one".
     """
     check_accountant(accountant_type)
-    steps = merged(history)
+    return _epsilon_of_account(merged(history), mu_squared, delta, accountant_type, adjacency)
+
+
+@lru_cache(maxsize=64)  # a step asks ten times about two accounts: as it was before, and as it is after it
+def _epsilon_of_account(
+    steps: tuple[Step, ...], mu_squared: float, delta: float, accountant_type: str, adjacency: Adjacency
+) -> Epsilon:
     if not steps and mu_squared:
         mu = SENSITIVITY[adjacency] * math.sqrt(mu_squared)
         return Epsilon(epsilon_gaussian(mu, delta), "gaussian")

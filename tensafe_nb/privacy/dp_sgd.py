@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensafe_nb.privacy.noise import NoiseSource
+from tensafe_nb.privacy.per_example import PerUnit
 
 EPSILON = 1e-6  # in the clip factor, as Opacus has it
 
@@ -65,22 +66,16 @@ class ClippedSum:
         self._sums: list[Tensor] | None = None
         self.norms = Norms()
 
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        """Clip and add the gradients of some units, for each parameter (units, *shape).
+    def add(self, gradients: Sequence[PerUnit]) -> None:
+        """Clip and add the gradients of some units, for each parameter.
 
         A unit with a value that is NaN or infinite counts as zero: to leave the step out for it would tell of it.
         """
-        sums = self._totals()
         factors = self._factors(gradients)  # (units,)
         counts = factors > 0
-        for total, gradient in zip(sums, gradients, strict=True):
-            if gradient.shape[0] == 1:
-                total.add_(torch.where(counts[0], gradient[0] * factors[0], 0))
-            else:
-                rows = gradient.flatten(1)  # (units, parameters)
-                if not bool(counts.all()):  # NaN · 0 is NaN
-                    rows = torch.where(counts.unsqueeze(1), rows, 0)
-                total.view(-1).addmv_(rows.t(), factors)
+        finite = bool(counts.all())
+        for total, gradient in zip(self._totals(), gradients, strict=True):
+            (gradient if finite else gradient.only(counts)).add_to(total, factors)
 
     def release(self, noise_multiplier: float, expected_units: float, noise: NoiseSource) -> list[Tensor]:
         """Return (sum + noise) / L for each parameter, and forget the sum; without units it is noise alone.
@@ -111,10 +106,10 @@ class ClippedSum:
             self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
         return self._sums
 
-    def _factors(self, gradients: Sequence[Tensor]) -> Tensor:
+    def _factors(self, gradients: Sequence[PerUnit]) -> Tensor:
         """Return (units,) what each unit's gradient is multiplied by; 0 for one that is not finite."""
         # (layers, units); ‖g_u‖² runs over all parameters together: a bound per layer would be another mechanism
-        squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients])
+        squares = torch.stack([gradient.squares() for gradient in gradients])
         norms = squares.sum(0).sqrt()
         finite = norms.isfinite()
         shown = torch.where(finite, norms, 0)
@@ -125,16 +120,3 @@ class ClippedSum:
             int((shown > self._limit).sum()),
         )
         return torch.where(finite, (self._limit / (norms + EPSILON)).clamp(max=1.0), 0)
-
-
-def sum_units(gradients: Sequence[Tensor], units: Tensor, count: int) -> list[Tensor]:
-    """Add up the gradients of the rows of each unit: (rows, *shape) → (count, *shape).
-
-    Args:
-        gradients: For each parameter, one gradient per row.
-        units: (rows,) the number of each row's unit, 0 to count - 1.
-        count: How many units.
-    """
-    if count == len(units):  # one row each; in order, since units are numbered as they come
-        return list(gradients)
-    return [g.new_zeros((count, *g.shape[1:])).index_add_(0, units, g) for g in gradients]

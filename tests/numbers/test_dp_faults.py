@@ -19,6 +19,7 @@ from tensafe_nb.engine.unit_gradients import Evaluated, UnitGradients
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy import noise
 from tensafe_nb.privacy.dp_sgd import ClippedSum
+from tensafe_nb.privacy.per_example import PerUnit, WrittenOut
 from tests.unit.engine.private import clipped_sum, examples, private_engine
 
 C = 0.5
@@ -36,7 +37,7 @@ def none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def double_counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice(self: ClippedSum, gradients: Sequence[Tensor]) -> None:
+    def twice(self: ClippedSum, gradients: Sequence[PerUnit]) -> None:
         add(self, gradients)
         add(self, gradients)
 
@@ -51,15 +52,15 @@ def noise_over_l(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_ones(self: ClippedSum, gradients: Sequence[Tensor]) -> Tensor:
+    def all_ones(self: ClippedSum, gradients: Sequence[PerUnit]) -> Tensor:
         return torch.ones_like(factors(self, gradients))
 
     monkeypatch.setattr(ClippedSum, "_factors", all_ones)
 
 
 def batch_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    def whole(self: ClippedSum, gradients: Sequence[Tensor]) -> None:
-        add(self, [gradient.sum(0, keepdim=True) for gradient in gradients])
+    def whole(self: ClippedSum, gradients: Sequence[PerUnit]) -> None:
+        add(self, [WrittenOut(one.written_out().sum(0, keepdim=True)) for one in gradients])
 
     monkeypatch.setattr(ClippedSum, "add", whole)
 

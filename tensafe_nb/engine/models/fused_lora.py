@@ -5,7 +5,6 @@ update, the sum) and, in bfloat16, convert its input to float32 and back. Here t
 matrix product itself, in both directions. PEFT makes the layers, saves and loads them: only `forward` is ours.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,29 +13,28 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tensafe_nb.privacy.per_example import GradientRecord
+
 
 class FusedLinear(lora.Linear):  # type: ignore[misc]
     """PEFT's adapted `nn.Linear`; what is not the plain case of one adapter without dropout is left to PEFT.
 
     Attributes:
-        sink: Takes (parameter, (rows, *shape) gradients of each row) in place of the parameter's gradient; None when
-            nobody asks for rows.
-        in_parts: Leave everything to PEFT's layer, whose parts somebody watches.
+        record: Takes what the gradients of its parameters are made of, in their place; None when nobody asks for units.
     """
 
-    sink: Callable[[nn.Parameter, Tensor], None] | None = None
-    in_parts = False
+    record: GradientRecord | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.active_adapters
-        if args or kwargs or self.in_parts or self.disable_adapters or self.merged or len(names) != 1:
+        if args or kwargs or self.disable_adapters or self.merged or len(names) != 1:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,), base = names, self.base_layer
         plain = type(base) is nn.Linear and not base.weight.requires_grad and not self.lora_variant
         if not plain or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
             return super().forward(x)  # type: ignore[no-any-return]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return LoRAFunction.apply(x, base.weight, base.bias, a, b, self.scaling[name], self.sink)  # type: ignore[no-any-return, no-untyped-call]
+        return LoRAFunction.apply(x, base.weight, base.bias, a, b, self.scaling[name], self.record)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -51,9 +49,9 @@ class LoRAFunction(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
-        sink: Callable[[Any, Tensor], None] | None,
+        record: GradientRecord | None,
     ) -> Tensor:
-        ctx.weight, ctx.scaling, ctx.sink, ctx.trained = weight, scaling, sink, (bias, a, b)
+        ctx.weight, ctx.scaling, ctx.record, ctx.trained = weight, scaling, record, (bias, a, b)
         kind = weight.dtype  # x: (B, T, in), W: (out, in), A: (r, in), B: (out, r)
         rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
         low = (rows @ a.T).mul_(scaling)  # (B·T, r)
@@ -72,8 +70,8 @@ class LoRAFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # ∂x = ∂y W + s ∂y B A, the update added in place by the second product
             to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], a.shape[1])
-        if ctx.sink is not None:
-            hand_over_rows(ctx, len(gradient), slopes, low_slopes, rows, low)
+        if ctx.record is not None:
+            hand_over(ctx, len(gradient), slopes, low_slopes, rows, low)
             return to_x, *[None] * 6
         if ctx.needs_input_grad[2]:
             to_bias = slopes.sum(0)
@@ -82,18 +80,17 @@ class LoRAFunction(torch.autograd.Function):
         return to_x, None, to_bias, to_a, (low.T @ slopes).T, None, None
 
 
-def hand_over_rows(
+def hand_over(
     ctx: Any, count: int, slopes: Tensor, low_slopes: Tensor, rows: Tensor | None, low: Tensor
 ) -> None:
-    """Give the sink the gradients of bias, A and B of each of a batch's rows (Bu et al. 2022, arXiv:2210.00038)."""
+    """Give the record what the gradients of bias, A and B of a batch's rows are made of."""
 
     def apart(flat: Tensor) -> Tensor:
         return flat.view(count, -1, flat.shape[-1])  # (B, T, …)
 
     bias, a, b = ctx.trained
     if bias is not None and bias.requires_grad:
-        ctx.sink(bias, apart(slopes).sum(1, dtype=torch.float32))
-    # a product for each row of the batch, (B, r, in) and (B, out, r), in place of one for all
+        ctx.record.rows(bias, apart(slopes).sum(1, dtype=torch.float32))
     if rows is not None:
-        ctx.sink(a, torch.bmm(apart(low_slopes).transpose(1, 2), apart(rows)).float())
-    ctx.sink(b, torch.bmm(apart(low).transpose(1, 2), apart(slopes)).transpose(1, 2).float())
+        ctx.record.factors(a, apart(low_slopes), apart(rows))
+    ctx.record.factors(b, apart(slopes), apart(low))

@@ -91,6 +91,8 @@ def attended(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks | None, a
 
 def normed(norm: Any, x: Tensor) -> Tensor:
     """Return what an RMS norm makes of (…, D)."""
+    if "forward" in norm.__dict__:  # somebody watches it
+        return norm(x)  # type: ignore[no-any-return]
     return RMSNorm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -3,7 +3,7 @@
 That is of conversations that go on, and of beginnings that prompts have in common.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,34 +80,35 @@ class Prefixes:
         self._reads: OrderedDict[int, tuple[Read, set[tuple[int, ...]]]] = OrderedDict()  # last used, last
 
     def keep(self, sequences: Sequence[tuple[int, ...]], read: Read) -> None:
-        """Keep rows of which these tokens were read, in place of what they go on from, as long as there is room."""
+        """Keep rows of which these tokens were read, in place of those that they go on from, while there is room."""
         if read.size > self._left + sum(other.size for other, _ in self._reads.values()):
             return
+        own: set[tuple[int, ...]] = set()
+        self._reads[id(read)], self._left = (read, own), self._left - read.size
         for row, tokens in enumerate(sequences):
             at = bisect_left(self._order, tokens)
-            if at and tokens[: len(self._order[at - 1])] == self._order[at - 1]:
-                self._drop(self._order[at - 1])
-            if tokens in self._places:
-                self._drop(tokens)
-            insort(self._order, tokens)
+            before, behind = self._order[max(at - 1, 0) : at], self._order[at : at + 1]
+            if behind and behind[0][: len(tokens)] == tokens:
+                continue  # it is the beginning of one that is kept
+            self._order.insert(at, tokens)
             self._places[tokens] = Place(read, row)
-        self._left -= read.size
-        self._reads[id(read)] = read, {tokens for tokens in sequences if self._places[tokens].read is read}
+            own.add(tokens)
+            if before and tokens[: len(before[0])] == before[0]:
+                self._drop(before[0])
+        if not own:
+            self._left += self._reads.pop(id(read))[0].size
         while self._left < 0:
-            oldest = next(iter(self._reads.values()))[1]
-            for tokens in list(oldest):
+            for tokens in list(next(iter(self._reads.values()))[1]):
                 self._drop(tokens)
 
     def _drop(self, tokens: tuple[int, ...]) -> None:
-        place = self._places.pop(tokens)
+        read = self._places.pop(tokens).read
         del self._order[bisect_left(self._order, tokens)]
-        _, others = self._reads.get(id(place.read), (None, None))
-        if others is None:  # of the read that is being kept
-            return
-        others.discard(tokens)
+        _, others = self._reads[id(read)]
+        others.remove(tokens)
         if not others:
-            del self._reads[id(place.read)]
-            self._left += place.read.size
+            del self._reads[id(read)]
+            self._left += read.size
 
     def known(self, prompt: tuple[int, ...]) -> int:
         """Return how many tokens at the beginning of a prompt were read, all but its last at most."""

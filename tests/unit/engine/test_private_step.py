@@ -104,7 +104,7 @@ def test_gradients_are_told_apart_in_one_pass_where_that_is_exact(random_model: 
     assert {way(shape, None) for shape in ("llama", "qwen2", "gemma2", "phi", "gpt2")} == {("book-keeping",)}
     assert way("opt", adapters) == ("book-keeping",)
     assert way("opt", None) == ("one at a time",), "its MLP sees one row of B·T tokens"
-    assert way("llama", False) == way("gpt2", False) == ("opacus hooks",)
+    assert {way(shape, False) for shape in ("llama", "qwen2", "phi", "gpt2")} == {("book-keeping",)}
 
 
 @pytest.mark.parametrize("lora", [None, False])

@@ -61,7 +61,7 @@ def test_the_clipped_sum_of_private_training_is_the_same_and_its_rows_are_told_a
     assert_close(summed(True), summed(False))
 
 
-def test_all_weights_are_trained_privately_one_row_at_a_time() -> None:
+def test_rows_of_all_weights_are_told_apart_too() -> None:
     engine, other = (
         private_engine(
             lora=False, model_ref="builtin:sums", gradient_checkpointing=again, dp={"max_grad_norm": 0.01}
@@ -70,7 +70,7 @@ def test_all_weights_are_trained_privately_one_row_at_a_time() -> None:
     )
     rows = batch_for({"model_ref": "builtin:sums"}).labelled_with(example_ids=np.arange(3))
     assert_close(clipped_sum(engine, rows), clipped_sum(other, rows))
-    assert engine.training_step.gradients.ways == ("one at a time",)  # type: ignore[union-attr]
+    assert engine.training_step.gradients.ways == ("book-keeping",)  # type: ignore[union-attr]
 
 
 def test_less_is_kept_and_the_estimate_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tensafe_nb as tn
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.fused_lora import FusedLinear
+from tensafe_nb.privacy.per_example import way_for
 from tests.close import assert_close
 
 
@@ -107,27 +108,17 @@ def test_the_engine_fuses_its_adapters() -> None:
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_a_sink_gets_each_rows_gradient_in_place_of_their_sum(bias: str) -> None:
-    model, x, seen = adapted(fused=True, bias=bias).float(), inputs(4, 5).float(), {}
-    layer = model.base_model.model[0]
+def test_a_record_gets_each_rows_gradient_in_place_of_their_sum(bias: str) -> None:
+    model, x = adapted(fused=True, bias=bias).float(), inputs(4, 5).float()
     trained = [p for p in model.parameters() if p.requires_grad]
     expected = [torch.autograd.grad(model(x[i : i + 1]).square().sum(), trained) for i in range(4)]
-    layer.sink = lambda parameter, gradients: seen.update({id(parameter): gradients})
-    model(x).square().sum().backward()
+    way = way_for(model, trained)
+    assert way is not None
+    with way.recording([1] * 4):
+        model(x).square().sum().backward()
     assert all(p.grad is None for p in trained)
-    for number, parameter in enumerate(trained):
-        rows = torch.stack([gradients[number] for gradients in expected])
-        assert_close(seen[id(parameter)], rows)
-
-
-def test_in_parts_it_is_pefts_layer_whose_parts_can_be_watched() -> None:
-    model, called = adapted(fused=True), []
-    layer = model.base_model.model[0]
-    layer.lora_A["default"].register_forward_hook(lambda *_: called.append(1))
-    model(inputs(2))
-    layer.in_parts = True
-    model(inputs(2))
-    assert called == [1]
+    for number, found in enumerate(way.collect()):
+        assert_close(found.written_out(), torch.stack([gradients[number] for gradients in expected]))
 
 
 def test_an_exported_adapter_says_nothing_of_it(tmp_path: Path) -> None:

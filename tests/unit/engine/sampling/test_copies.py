@@ -149,6 +149,23 @@ def test_a_conversation_goes_on_from_what_was_kept_of_guessed_tokens(engine: Eng
     assert_close(answers[0].logprobs, answers[1].logprobs, at_least=1)
 
 
+def test_others_join_a_row_that_guesses_and_leave_it_to_guess_again(engine: Engine) -> None:
+    asked = [tn.SamplingConfig(max_new_tokens=most, seed=4, ignore_end=True) for most in (40, 6, 9)]
+    engine.copied, calls = None, []
+    with engine.together() as together:
+        for prompt, config in zip(PROMPTS, asked, strict=True):
+            calls.append(engine.call([prompt], config))
+            together.add(calls[-1])
+            together.step()
+        while together.calls:
+            together.step()
+    assert calls[0].luck.made > sampler.Luck().made
+    for call, prompt, config in zip(calls, PROMPTS, asked, strict=True):
+        (ours,), ((plain,), _) = call.sequences(), drawn(engine, config, [prompt], plain=True)
+        assert ours.tokens == plain.tokens
+        assert_close(ours.raw_logprobs, plain.raw_logprobs, at_least=1)
+
+
 def test_sampled_logprobs_are_those_of_training_also_after_a_step(folder: str, batch: tn.BatchData) -> None:
     engine = engine_of(folder, optimizer=tn.OptimizerConfig(learning_rate=1e-2))
     config = tn.SamplingConfig(max_new_tokens=20, seed=3, ignore_end=True)
