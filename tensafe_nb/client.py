@@ -12,7 +12,15 @@ from typing import Any, Self, TypeAlias, TypeVar
 
 from tensafe_nb.chats.chat import ModelChat
 from tensafe_nb.checks import checked
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, StepConfig, TrainingConfig, joins, spells
+from tensafe_nb.config import (
+    MIN_TEMPERATURE,
+    SamplingConfig,
+    SamplingEngine,
+    StepConfig,
+    TrainingConfig,
+    joins,
+    spells,
+)
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
@@ -233,7 +241,7 @@ class TrainingClient:
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         top_prompt_logprobs: int = 0,
-        engine: str = "torch",
+        engine: SamplingEngine = "torch",
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
 
@@ -277,7 +285,7 @@ class TrainingClient:
         stop_tokens: Sequence[int] = (),
         seed: int | None = None,
         ignore_end: bool = False,
-        engine: str = "torch",
+        engine: SamplingEngine = "torch",
     ) -> Pieces:
         """Draw one completion, piece by piece, with `async for` or `for`; who leaves the loop ends the sampling.
 

@@ -22,6 +22,7 @@ R = TypeVar("R")
 Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]  # more of anything is a slip
 NonNegativeFloat = pydantic.NonNegativeFloat
+SamplingEngine = Literal["torch", "llama.cpp"]
 MOST_ENTRIES = 10_000  # of one field
 MOST_PROBLEMS = 20  # that one message tells
 MOST_TOP_LOGPROBS = 128  # of one place
@@ -412,7 +413,7 @@ class SamplingConfig(Config):
     top_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
     prompt_logprobs: bool = False
     top_prompt_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
-    engine: Literal["torch", "llama.cpp"] = "torch"
+    engine: SamplingEngine = "torch"
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from tensafe_nb.config import (
     LossConfig,
     OptimizerConfig,
     SamplingConfig,
+    SamplingEngine,
     TrainingConfig,
     joins,
     spells,
@@ -225,7 +226,7 @@ class ServiceClient:
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         top_prompt_logprobs: int = 0,
-        engine: str = "torch",
+        engine: SamplingEngine = "torch",
     ) -> FutureHandle[SampleResult]:
         """Draw completions without a training client: from a checkpoint's weights, or from a model as it is.
 

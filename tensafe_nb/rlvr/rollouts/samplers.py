@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import SamplingConfig
+from tensafe_nb.config import SamplingConfig, SamplingEngine
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
@@ -33,6 +33,7 @@ class PolicySampler:
         chat: "auto" sends texts as they are and warns, once, if the model has a chat template; "never" sends them
             without a warning; "always" makes each text the message of a user. Messages always go by the template.
         seed: Makes the rollouts repeatable; None takes the client's next seed.
+        engine: What computes, as in SamplingConfig. "llama.cpp" does not sample quite what is trained: `tis_cap`.
 
     Example:
         >>> sampler = PolicySampler(tc, group_size=8, max_new_tokens=5)
@@ -55,6 +56,7 @@ class PolicySampler:
         fixed_length: bool = False,
         chat: Chat = "auto",
         seed: int | None = None,
+        engine: SamplingEngine = "torch",
     ) -> None:
         if chat not in get_args(Chat):
             raise ValidationError(
@@ -68,6 +70,7 @@ class PolicySampler:
             num_samples=group_size,
             stop=tuple(stop) if not isinstance(stop, str) else (stop,),
             ignore_end=fixed_length,
+            engine=engine,
         )
         if top_p < 1 or top_k > 0:
             warnings.warn(
