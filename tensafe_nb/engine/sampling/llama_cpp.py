@@ -7,17 +7,16 @@ otherwise, and where the file is quantised, so are its products.
 
 import contextlib
 import ctypes
-import importlib.util
 import logging
 import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,9 @@ def check_installed() -> None:
     Raises:
         ValidationError: Says the line that installs it.
     """
-    found = version(PACKAGE) if importlib.util.find_spec("llama_cpp") else None
+    found = None
+    with contextlib.suppress(PackageNotFoundError):
+        found = version(PACKAGE)
     if found != VERSION:
         here = (
             "is not installed"
@@ -136,17 +137,17 @@ class SharedBase:
     """
 
     def __init__(self, model: LoadedModel) -> None:
-        self._llama, self.adapting = library(), Lock()
-        self._torch = model.base  # what it is known by must not be another's meanwhile
+        self._llama, self.adapting = library(), RLock()
+        self._known_by = whose(model)  # whose id must not be another's meanwhile
         gguf_architecture(model)
         if model.gguf_file is not None:
             self.pointer = self._load(model.gguf_file)
         else:
-            needed = sum(p.numel() for p in model.causal.parameters()) * 2
+            needed = sum(p.numel() for p in model.causal.parameters()) * 4  # two copies, while it is written
             there = memory.available(model.device)
             if there is not None and needed > there:
                 raise InsufficientMemoryError(
-                    f"engine='llama.cpp': a copy of the base in float16 takes {needed / 2**20:.0f} MiB, and "
+                    f"engine='llama.cpp': writing the base in float16 takes {needed / 2**20:.0f} MiB, and "
                     f"{there / 2**20:.0f} are available. Sample with engine='torch'."
                 )
             with handed_over("base") as file:
@@ -188,6 +189,11 @@ class SharedBase:
 BASES: MadeOnce[SharedBase] = MadeOnce()
 
 
+def whose(model: LoadedModel) -> Any:
+    """Return what is one for all models that share their frozen weights."""
+    return model.base or model.causal
+
+
 class Policy:
     """A client's base and adapter in llama.cpp.
 
@@ -205,7 +211,7 @@ class Policy:
 
     def __init__(self, model: LoadedModel) -> None:
         self._llama, self._model = library(), model
-        self.base = BASES.get(id(model.base or model.causal), lambda: SharedBase(model))
+        self.base = BASES.get((id(whose(model)), model.gguf_file), lambda: SharedBase(model))
         self.version: int | None = None
         self._adapter: Adapter | None = None
 
@@ -229,13 +235,14 @@ class Adapter:
 
     def __init__(self, base: SharedBase, model: LoadedModel) -> None:
         llama = library()
-        with handed_over("adapter") as file, base.adapting:
+        with handed_over("adapter") as file:
             write_gguf_adapter(model, file)
-            self.pointer = llama.llama_adapter_lora_init(base.pointer, os.fsencode(file))
+            with base.adapting:
+                self.pointer = llama.llama_adapter_lora_init(base.pointer, os.fsencode(file))
         if self.pointer is None:
             raise ModelLoadError(
                 "engine='llama.cpp': llama.cpp does not take the adapter, whose base it has otherwise than it is "
-                "trained. Sample with engine='torch'; the log says more (logging, level DEBUG)."
+                "trained; what it says of it is in the log. Sample with engine='torch'."
             )
         weakref.finalize(self, _free_adapter, base, self.pointer)
 

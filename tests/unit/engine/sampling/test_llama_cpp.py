@@ -4,8 +4,8 @@ What llama.cpp makes of them is tested with it: `make llama-cpp-parity`.
 """
 
 import contextlib
-import importlib.util
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_it_is_not_installed_the_call_says_the_line_that_installs_it_and_nothing_is_queued(
     tc: tn.TrainingClient, service: tn.ServiceClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else find(name))
+    def version(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(llama_cpp, "version", version)
     for ask in (tc.sample, tc.stream, lambda *a, **k: service.sample(*a, model_ref="builtin:tiny", **k)):
         with pytest.raises(
             tn.ValidationError, match=r"not installed.*pip install \"tensafe_nb\[llama-cpp\]\""
@@ -61,7 +63,6 @@ def test_where_it_is_not_installed_the_call_says_the_line_that_installs_it_and_n
 
 
 def test_another_version_of_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr(llama_cpp, "version", lambda _: "0.2.1")
     with pytest.raises(tn.ValidationError, match=f"in version 0.2.1.*for {llama_cpp.VERSION}"):
         llama_cpp.check_installed()
