@@ -294,3 +294,17 @@ def test_reinforcement_learning_corrects_for_what_differs_and_shows_it(folders: 
             metrics = algo.update(batch, tc).result().metrics
             assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.02)
             assert 0 < metrics["sampling/mismatch_kl"] < 1e-3
+
+
+def test_each_replica_of_a_cluster_samples_with_it(folders: Any) -> None:
+    with tn.ServiceClient(cluster=tn.LocalCluster(2)) as service:
+        tc = service.create_training_client(
+            model_ref=folders("llama"), lora_config=tn.LoRAConfig(rank=2), dtype="float32"
+        )
+        drawn = tc.sample([[5, 6], [7, 8, 9]], engine="llama.cpp", max_new_tokens=6, seed=4).result()
+    with tn.ServiceClient() as service:
+        tc = service.create_training_client(
+            model_ref=folders("llama"), lora_config=tn.LoRAConfig(rank=2), dtype="float32"
+        )
+        alone = tc.sample([[5, 6], [7, 8, 9]], engine="llama.cpp", max_new_tokens=6, seed=4).result()
+    assert [s.tokens for s in drawn.sequences] == [s.tokens for s in alone.sequences]
