@@ -14,6 +14,7 @@ from tensafe_nb.chats.chat import ModelChat
 from tensafe_nb.checks import checked
 from tensafe_nb.config import (
     MIN_TEMPERATURE,
+    Precision,
     SamplingConfig,
     SamplingEngine,
     StepConfig,
@@ -241,6 +242,8 @@ class TrainingClient:
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         top_prompt_logprobs: int = 0,
+        precision: Precision = "exact",
+        alone: bool = False,
         engine: SamplingEngine = "torch",
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
@@ -262,6 +265,8 @@ class TrainingClient:
             top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
             prompt_logprobs: Also return the log-probability of each token of the prompts.
             top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
+            precision: Of the weights that tokens are drawn with: "exact", "bfloat16", "int8" or "auto".
+            alone: Draw beside no other sample, so that logprobs, too, are the same to the last bit.
             engine: "torch", or "llama.cpp" where llama-cpp-python is installed: see SamplingConfig.
 
         Raises:

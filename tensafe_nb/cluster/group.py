@@ -499,10 +499,10 @@ class EngineGroup:
                 drawn[prompt, sample] = replace(sequence, prompt_index=prompt)
         return SampleResult(tuple(drawn[row] for row in sorted(drawn)), self.policy_version, *read)
 
-    def kind_of(self, config: SamplingConfig) -> None:
+    def kind_of(self, config: SamplingConfig, prompts: int) -> None:
         """Each call is drawn by itself: it is divided among the replicas already."""
 
-    def together(self, config: SamplingConfig | None = None) -> sampler.Together:
+    def together(self, kind: str) -> sampler.Together:
         """Refuse to: see `kind_of`."""
         raise NotImplementedError
 

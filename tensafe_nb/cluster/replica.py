@@ -190,7 +190,7 @@ class Replica:
             told,
             streams,
             before,
-            elsewhere=self._engine.elsewhere(config),
+            elsewhere=self._engine.elsewhere(config.engine),
         )
 
     def estimate(self, batch_size: int | None, length: int | None) -> Any:

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -810,12 +810,16 @@ class Worker:
             self._carry_out(job)
         else:
             self._sample_together(job, kind)
-        self._told.begin()
-        with self._changing:
-            if self._queue.depth == 0:
-                self.status = ClientStatus.READY
         if self._is_due(whole=not self._accumulating):
             self._keep()
+
+    def _turn_over(self, job: Job) -> None:
+        """Be free for what comes next, once a job has ended."""
+        with self._changing:
+            if job in self._running:
+                self._running.remove(job)
+            if not self._running and self._queue.is_empty:
+                self.status = ClientStatus.READY
 
     def _is_due(self, *, whole: bool) -> bool:
         return self._keeper is not None and self._is_whole and self._keeper.is_due(whole=whole)
@@ -825,13 +829,14 @@ class Worker:
         self._told.begin(None if self._interrupted is None else self._interrupted.told.get(job.future_id))
         self._told.publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
 
-    def _sample_kind(self, job: Job) -> Hashable | None:
+    def _sample_kind(self, job: Job) -> str | None:
         """Return what is equal for samples that are drawn together; None of what is carried out by itself."""
-        if not isinstance(job.operation, Sample) or job.refusal is not None or job.past is not None:
+        asked = job.operation
+        if not isinstance(asked, Sample) or job.refusal is not None or job.past is not None:
             return None
-        return cast(Executor, self._executor).engine.kind_of(job.operation.sampling)
+        return cast(Executor, self._executor).engine.kind_of(asked.sampling, len(asked.prompts))
 
-    def _sample_together(self, job: Job, kind: Hashable) -> None:
+    def _sample_together(self, job: Job, kind: str) -> None:
         """Draw what a sample asks, and together with it what samples behind it ask; each ends by itself.
 
         Nobody joins past an operation of another kind, nor when the client is to stop, to be kept, or to be looked at.
@@ -867,14 +872,13 @@ class Worker:
             else:
                 self._end(job, result, began)
 
-        asked = cast(Sample, job.operation).sampling
-        with self._computing, executor.engine.together(asked) as together:
+        with self._computing, executor.engine.together(kind) as together:
             first = call_of(job)
             if first is not None:
                 together.add(first)
             together.run(newcomer, ended)
 
-    def _next_sample(self, kind: Hashable) -> Job | None:
+    def _next_sample(self, kind: str) -> Job | None:
         """Take the next job if it is a sample that may join those that are being drawn."""
         if len(self._queue) == 0 or self._is_due(whole=False):
             return None
@@ -985,8 +989,7 @@ class Worker:
                 case _:
                     self._complete(job, outcome, time.perf_counter() - began)
         finally:
-            with self._changing:
-                self._running.remove(job)
+            self._turn_over(job)
 
     def _complete(self, job: Job, result: Any, duration: float) -> None:
         try:
@@ -997,6 +1000,9 @@ class Worker:
                 OperationFinished(future_id=job.future_id, operation=job.kind.verb, duration=duration)
             )
         finally:  # whoever waits is told, whatever happens to the log
+            self._turn_over(
+                job
+            )  # before: behind it, this thread would keep the interpreter from whoever waits
             job.promise.succeed(result)
 
     @property

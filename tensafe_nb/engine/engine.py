@@ -3,7 +3,7 @@
 import base64
 import contextlib
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +26,7 @@ from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.sampling import sampler
-from tensafe_nb.engine.sampling.copies import KeptCopies
+from tensafe_nb.engine.sampling.copies import KeptCopies, precision_of
 from tensafe_nb.engine.sampling.prefixes import Prefixes
 from tensafe_nb.engine.sampling.prompts import ReadPrompts, read_prompts
 from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
@@ -103,6 +103,7 @@ class Engine:
         reference: The policy that a KL penalty pulls towards.
         samples_drawn: How many calls have taken their seed from the client's.
         prefixes: What was read, and may be the beginning of prompts to come, until anything else is computed.
+        turns: What was read of conversations that are drawn by themselves, likewise.
         copied: Copies of the weights that sample, until anything else is computed.
         llama_cpp: The model as llama.cpp has it, once that has sampled.
 
@@ -124,6 +125,7 @@ class Engine:
             self.reference.freeze(0)  # where training begins is the base with its adapter, not the bare base
         self.samples_drawn = 0
         self.prefixes: Prefixes | None = None
+        self.turns: Prefixes | None = None
         self.copied: KeptCopies | None = None
         self.llama_cpp: Policy | None = None
         private = config.dp_config is not None and config.dp_config.enabled
@@ -193,7 +195,7 @@ class Engine:
             NonFiniteLossError: The loss or its gradient is NaN or infinite; says in which rows.
             PrivacyUnitError: Privately, rows that do not say whose they are, or a loss that mixes them.
         """
-        self.prefixes = self.copied = None
+        self.prefixes = self.turns = self.copied = None
         try:
             batch = self.with_reference(batch, loss, tick)
         except BaseException:
@@ -246,7 +248,7 @@ class Engine:
         pieces: Sequence[Array] | None = None,
     ) -> Tally:
         """Return what a loss adds up to over a batch, or over some pieces of it, with the logprobs (B, T) if asked."""
-        self.prefixes = self.copied = None
+        self.prefixes = self.turns = self.copied = None
         self.forward_pass.check(batch)
         batch = self.with_reference(batch, loss, tick, pieces)
         loss.check(batch)
@@ -276,7 +278,7 @@ class Engine:
             tick: Called between micro-batches.
             pieces: The row numbers of the micro-batches, where not the whole batch is meant: the rest stays 0.
         """
-        self.prefixes = self.copied = None
+        self.prefixes = self.turns = self.copied = None
         self.forward_pass.check(batch)
         logprobs, entropy = (np.zeros(batch.shape, dtype=np.float32) for _ in range(2))
         values = np.zeros(batch.shape, dtype=np.float32) if self.model.value_head and not reference else None
@@ -325,7 +327,7 @@ class Engine:
         tick: Tick = no_tick,
         tell: sampler.Tell | None = None,
     ) -> SampleResult:
-        """Draw completions.
+        """Draw completions, beside nobody else's; see `together`.
 
         Args:
             prompts: Each a text (tokenised as it is), chat messages (by the chat template), or token ids.
@@ -335,30 +337,49 @@ class Engine:
             tell: Called with each piece of a sequence as it is drawn.
 
         Raises:
-            ValidationError: An empty prompt, a token outside the vocabulary, or more tokens than fit the context.
+            ValidationError: An empty prompt, a token outside the vocabulary, more tokens than fit the context, or a
+                precision that cannot be had here.
         """
-        with self.together(config) as together:
-            call = self.call(prompts, config, tick, tell)
+        call = self.call(prompts, config, tick, tell)
+        version = self._read_by(call.precision)
+        known = turns = None
+        if call.goes_on:
+            known = self.turns if self.turns is not None and self.turns.version == version else None
+            self.turns = turns = Prefixes(version, self.model.device, whole=True)
+        kept = Prefixes(version, self.model.device)
+        elsewhere = self.elsewhere(call.precision)
+        with sampler.Together(
+            self.model, call.precision, kept, self._copied(), known, turns, elsewhere
+        ) as together:
             together.add(call)
             together.run()
         return call.result()
 
-    def kind_of(self, config: SamplingConfig) -> Hashable | None:
-        """Return what is equal for those that can be drawn together; None where each is drawn by itself."""
-        return config.engine
+    def kind_of(self, config: SamplingConfig, prompts: int) -> str | None:
+        """Return what is equal for calls that can be drawn together; None of one that is drawn by itself."""
+        if config.alone:
+            return None
+        if config.engine != "torch":
+            return config.engine
+        if config.precision == "auto":
+            return precision_of(self.model, config.precision, prompts * config.num_samples)
+        return config.precision
 
-    def together(self, config: SamplingConfig | None = None) -> sampler.Together:
-        """Return what draws for several calls together, from the weights as they are; nothing else runs meanwhile.
+    def together(self, kind: str) -> sampler.Together:
+        """Return what draws for several calls together, from the weights as they are; nothing else runs meanwhile."""
+        if self.prefixes is None or self.prefixes.version != self._read_by(kind):
+            self.prefixes = Prefixes(self._read_by(kind), self.model.device)
+        return sampler.Together(
+            self.model, kind, self.prefixes, self._copied(), elsewhere=self.elsewhere(kind)
+        )
 
-        Args:
-            config: Of one of them; see `kind_of`. None decodes with the model itself.
-        """
-        version = self.policy_version
-        if self.prefixes is None or self.prefixes.version != version:
-            self.prefixes = Prefixes(version, self.model.device)
-        if self.copied is None or self.copied.version != version:
-            self.copied = KeptCopies(version)
-        return sampler.Together(self.model, self.prefixes, self.copied, self.elsewhere(config))
+    def _copied(self) -> KeptCopies:
+        if self.copied is None or self.copied.version != self.policy_version:
+            self.copied = KeptCopies(self.policy_version)
+        return self.copied
+
+    def _read_by(self, precision: str) -> tuple[int, str]:
+        return self.policy_version, precision
 
     def call(
         self,
@@ -369,20 +390,22 @@ class Engine:
     ) -> sampler.Call:
         """Return what takes part in drawing together; without a seed, it takes the client's next one. See `sample`."""
         ids, turns, streams = self.encode(prompts, config)
+        if config.engine == "torch":
+            precision = precision_of(self.model, config.precision, len(ids) * config.num_samples)
+        else:
+            precision = config.engine
+            self._in_llama_cpp()  # what cannot be handed over is refused here
         seed = config.seed
         if seed is None:
             self.samples_drawn += 1
             seed = seed_of_call(self.config.seed, self.samples_drawn)
-        elsewhere = self.elsewhere(config)
-        if elsewhere is not None:
-            elsewhere()  # what cannot be handed over is refused here
         call = sampler.call_of(self.model, ids, config, seed, tick, turns, tell, streams)
-        call.version, call.read = self.policy_version, self.read(ids, config)
+        call.version, call.precision, call.read = self.policy_version, precision, self.read(ids, config)
         return call
 
-    def elsewhere(self, config: SamplingConfig | None) -> Callable[[], sampler.DecodesElsewhere] | None:
+    def elsewhere(self, kind: str) -> Callable[[], sampler.DecodesElsewhere] | None:
         """Return what brings those who decode in place of the model; None where it does so itself."""
-        return None if config is None or config.engine == "torch" else self._in_llama_cpp
+        return self._in_llama_cpp if kind == "llama.cpp" else None
 
     def _in_llama_cpp(self) -> "Policy":
         """Return the model in llama.cpp, with its present weights.
@@ -510,9 +533,7 @@ class Engine:
         Raises:
             ValidationError: Tensors are missing, or have other shapes. Nothing has changed.
         """
-        self.prefixes = self.copied = None
-        if self.llama_cpp is not None:
-            self.llama_cpp.version = None  # a version counts for the weights of one state
+        self.prefixes = self.turns = self.copied = None
         parameters: dict[str, Tensor] = dict(self.model.own)
         check_tensors(parameters, state)
         facts = state.facts

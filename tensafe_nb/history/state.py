@@ -260,12 +260,14 @@ class ClientState:
         """Take in the next event. What is not recorded changes nothing but `queue.progress` and `line`."""
         if isinstance(event, OperationEvent):
             self.queue.apply(event)
+            if not isinstance(event, UNRECORDED):
+                self.count(event)
+            return  # it changes nothing else, and three of them come with each operation
         if isinstance(event, LineChanged):
             self.line = None if event.state == LineState.OPEN else event
         if isinstance(event, UNRECORDED):
             return
-        self.seq = max(self.seq, event.seq)
-        self.counts[type(event)] += 1
+        self.count(event)
         before, self.step = self.step, self.step_after(event)  # first: where a run stands is told by both
         self.follow_runs(event, before)
         match event:
@@ -298,6 +300,11 @@ class ClientState:
                 (self.held_out if event.held_out else self.rollouts)[event.step] = event
             case MockTookPart():
                 self.mocked = True
+
+    def count(self, event: Event) -> None:
+        """Take note that there is one more."""
+        self.seq = max(self.seq, event.seq)
+        self.counts[type(event)] += 1
 
     def step_after(self, event: Event) -> int:
         """Return the client's optimiser step after an event; what loops measure is numbered by their own steps."""

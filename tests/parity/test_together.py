@@ -91,6 +91,17 @@ def test_training_waits_for_the_samples_before_it_and_nobody_joins_past_it(
     assert finished[:3] == [0, 1, 2]
 
 
+def test_who_wants_the_same_to_the_last_bit_is_drawn_alone(tc: tn.TrainingClient, gate: Gate) -> None:
+    held(tc, gate)
+    asked = {"max_new_tokens": 6, "seed": 5, "alone": True}
+    beside = [tc.sample("import ", max_new_tokens=9), tc.sample("def ", **asked), tc.sample("class ")]
+    gate.opened.set()
+    assert beside[1].result() == tc.sample("def ", **asked).result()
+    events = told(tc, *beside)
+    assert events.index((OperationFinished, 0)) < events.index((OperationStarted, 1))
+    assert events.index((OperationFinished, 1)) < events.index((OperationStarted, 2))
+
+
 def test_seeds_of_the_client_follow_the_order_of_submission(service: tn.ServiceClient, gate: Gate) -> None:
     one, other = (service.create_training_client(lora_config=tn.LoRAConfig(rank=2)) for _ in range(2))
     held(one, gate)

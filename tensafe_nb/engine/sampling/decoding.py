@@ -196,7 +196,7 @@ class Decoder:
         if copies is not None or llama.fits(model):
             self._steps = llama.Steps(model.body, self._cache, each, new_tokens)
             own = llama.as_they_are(model.body, partial(head, model))
-            self._weights = own if copies is None else copies.exact
+            self._weights = own if copies is None else copies.weights
         if max(samples) > 1:
             self.logits = self.logits.repeat_interleave(each.to(self.logits.device), 0)
             self._position = self._position.repeat_interleave(each, 0)

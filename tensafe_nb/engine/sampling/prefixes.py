@@ -68,12 +68,13 @@ class Prefixes:
     They are kept in lexical order, in which a prompt's neighbours are those that share most with it.
 
     Args:
-        version: Of the weights that have read them.
+        version: Of the weights that have read them, and their precision.
         device: Where they lie, which bounds how many there are: those that were used longest ago are let go.
+        whole: Prompts go on from whole sequences alone: then what is known of one depends on no other conversation.
     """
 
-    def __init__(self, version: int, device: torch.device) -> None:
-        self.version = version
+    def __init__(self, version: tuple[int, str], device: torch.device, *, whole: bool = False) -> None:
+        self.version, self._whole = version, whole
         self._left = MOST_BYTES * (1 if device.type == "cpu" else ON_ACCELERATORS)
         self._order: list[tuple[int, ...]] = []
         self._places: dict[tuple[int, ...], Place] = {}
@@ -88,12 +89,13 @@ class Prefixes:
         for row, tokens in enumerate(sequences):
             at = bisect_left(self._order, tokens)
             before, behind = self._order[max(at - 1, 0) : at], self._order[at : at + 1]
-            if behind and behind[0][: len(tokens)] == tokens:
-                continue  # it is the beginning of one that is kept
+            begins_another = bool(behind) and behind[0][: len(tokens)] == tokens
+            if tokens in self._places or (begins_another and not self._whole):
+                continue
             self._order.insert(at, tokens)
             self._places[tokens] = Place(read, row)
             own.add(tokens)
-            if before and tokens[: len(before[0])] == before[0]:
+            if before and tokens[: len(before[0])] == before[0] and not self._whole:
                 self._drop(before[0])
         if not own:
             self._left += self._reads.pop(id(read))[0].size
@@ -115,6 +117,13 @@ class Prefixes:
         return self._nearest(prompt)[0]
 
     def _nearest(self, prompt: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        if self._whole:
+            lengths = sorted(
+                {len(tokens) for tokens in self._order if len(tokens) < len(prompt)}, reverse=True
+            )
+            beginnings = (prompt[:length] for length in lengths)
+            tokens = next((tokens for tokens in beginnings if tokens in self._places), ())
+            return len(tokens), tokens
         at = bisect_left(self._order, prompt)
         found = [(common(tokens, prompt), tokens) for tokens in self._order[max(at - 1, 0) : at + 1]]
         length, tokens = max(found, default=(0, ()))
@@ -124,7 +133,7 @@ class Prefixes:
         """Return how prompts begin, as far as it was read; None where reading all of them takes hardly longer."""
         found = [self._nearest(prompt) for prompt in prompts]
         unread = max(len(prompt) - known for prompt, (known, _) in zip(prompts, found, strict=True))
-        if max(map(len, prompts)) - unread < SAVES_FROM:
+        if max(map(len, prompts)) - unread < SAVES_FROM or not all(tokens for _, tokens in found):
             return None
         places = [self._places[tokens] for _, tokens in found]
         for place in places:

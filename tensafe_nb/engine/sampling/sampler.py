@@ -184,7 +184,7 @@ def sample(
 ) -> list[SampledSequence]:
     """Draw completions of some prompts, beside nobody else; see `call_of`."""
     call = call_of(model, prompts, sampling, seed, tick, turns, tell, streams, before)
-    with Together(model, elsewhere=elsewhere) as together:
+    with Together(model, sampling.precision, elsewhere=elsewhere) as together:
         together.add(call)
         together.run()
     return call.sequences()
@@ -231,6 +231,7 @@ class Call:
         tell: Called with what there is of each sequence after each token, if asked for.
         streams: Of each prompt, the conversation that may go on from it, if it is one.
         version: Of the weights.
+        precision: Of the weights.
         read: What the model says of the prompts' own tokens, if that was asked for.
         failure: Why it ended before its end.
     """
@@ -242,6 +243,7 @@ class Call:
     tell: Tell | None = None
     streams: Sequence[int | None] = ()
     version: int = 0
+    precision: str = "exact"
     read: ReadPrompts = ((), ())
     failure: BaseException | None = None
     waiting: "deque[Completion]" = field(init=False)
@@ -268,11 +270,16 @@ class Call:
 
     def may_go_on(self, row: Completion) -> bool:
         """Whether a prompt to come may go on from where a row has ended: a conversation, if it was not cut."""
-        if self.sampling.num_samples > 1:
+        if self.sampling.num_samples > 1 or (self.sampling.alone and not self.goes_on):
             return False
         if self.streams[row.prompt_index] is not None:
             return row.finish_reason != "length"
         return len(row.prompt) + len(row.tokens) >= SHARED_FROM
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its prompts are conversations that may go on."""
+        return self.sampling.num_samples == 1 and None not in self.streams
 
     def attempt(self, act: Callable[[], object]) -> None:
         """Do something for this call alone; whatever is raised ends it, and no other."""
@@ -299,7 +306,7 @@ class Call:
 
     def result(self) -> SampleResult:
         """Return what was drawn, and what was read; see `sequences`."""
-        return SampleResult(tuple(self.sequences()), self.version, *self.read)
+        return SampleResult(tuple(self.sequences()), self.version, *self.read, precision=self.precision)
 
 
 class Together:
@@ -310,20 +317,27 @@ class Together:
 
     Args:
         model: In evaluation mode, used by nobody else until `close`.
+        precision: Of the weights to draw with; the same for all calls.
         kept: What was read before, and takes what is read; None keeps nothing.
         copied: Brings and takes copies of the weights.
+        known: Conversations as the call before has left them.
+        turns: Takes conversations, in place of `kept`.
         elsewhere: Brings what decodes in place of the model, from nothing that was read before.
     """
 
     def __init__(
         self,
         model: LoadedModel,
+        precision: str = "exact",
         kept: Prefixes | None = None,
         copied: KeptCopies | None = None,
+        known: Prefixes | None = None,
+        turns: Prefixes | None = None,
         elsewhere: Callable[[], DecodesElsewhere] | None = None,
     ) -> None:
-        self._model, self._kept, self._copied = model, kept, copied or KeptCopies(0)
-        self._elsewhere = elsewhere
+        self._model, self._precision, self._elsewhere = model, precision, elsewhere
+        self._kept, self._known, self._turns = kept, known, turns or kept
+        self._copied = copied or KeptCopies(0)
         self._most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
         self.calls: list[Call] = []
         self._rows: list[tuple[Call, Completion]] = []  # those of the state, in its order
@@ -460,7 +474,9 @@ class Together:
         samples = list(map(len, of_prompts.values()))
         if self._elsewhere is None:
             copies = self._prepare(len(newcomers), room)
-            before = None if self._kept is None else self._beginnings(self._kept, prompts)
+            before = None if self._known is None else self._known.take(prompts)
+            if before is None and self._kept is not None:
+                before = self._beginnings(self._kept, prompts)
             state = rows_of(self._model, prompts, samples, room, before, copies)
         else:
             state = self._elsewhere().rows(prompts, samples, room)
@@ -484,7 +500,7 @@ class Together:
         """Return copies of the weights to go on with; without any, let the model compute with merged ones."""
         waves = 1 + sum(len(call.waiting) for call in self.calls) // (joining + len(self._rows))
         decoded, together = room * waves, joining + len(self._rows)
-        copies = copies_of(self._model, decoded, together, self._copied.copies)
+        copies = copies_of(self._model, decoded, together, self._copied.copies, self._precision)
         if copies is not None or self._state is None:
             self._merging.close()
         if copies is not None:
@@ -555,12 +571,12 @@ class Together:
     def _keep_ended(self) -> None:
         """Keep what was read of the rows that have just ended, where something may go on from it."""
         ended = [n for n, (call, row) in enumerate(self._rows) if row.finish_reason and call.may_go_on(row)]
-        if self._kept is None or self._state is None or not ended:
+        if self._turns is None or self._state is None or not ended:
             return
         read = self._state.read(torch.tensor(ended, device=self._model.device))
         if read is not None:  # the token that was drawn last nobody has read
             rows = [self._rows[n][1] for n in ended]
-            self._kept.keep([(*row.prompt, *row.tokens[:-1]) for row in rows], read)
+            self._turns.keep([(*row.prompt, *row.tokens[:-1]) for row in rows], read)
 
 
 class Luck:

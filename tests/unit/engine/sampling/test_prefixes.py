@@ -54,7 +54,7 @@ def talk(
 
 
 def forget(engine: Engine) -> None:
-    engine.prefixes = None
+    engine.prefixes = engine.turns = None
 
 
 @pytest.mark.parametrize(
@@ -144,20 +144,24 @@ def asked(*rests: list[int], **fields: Any) -> tuple[list[list[int]], tn.Samplin
     return [[*BEGINNING, *rest] for rest in rests], config
 
 
+def drawn(engine: Engine, prompts: Any, config: tn.SamplingConfig) -> Any:
+    """Draw as it is done for those who may have others beside them."""
+    with engine.together("exact") as together:
+        together.add(call := engine.call(prompts, config))
+        together.run()
+    return call.sequences()
+
+
 def test_a_long_beginning_that_prompts_share_is_read_once_and_not_again(
     engine: Engine, read: list[tuple[int, ...]]
 ) -> None:
     prompts, config = asked([5], [6, 7, 8], [9, 10], num_samples=2)
-    together = engine.sample(prompts, config).sequences
+    together = drawn(engine, prompts, config)
     assert read == [(1, 40), (3, 3)]
     read.clear()
-    more, _ = asked([20], [21])
-    engine.sample(more, config)
+    drawn(engine, asked([20], [21])[0], config)
     assert read == [(2, 1)], "another call knows it"
-    forget(engine)
-    alone = [
-        one for prompt in prompts for one in (forget(engine), *engine.sample([prompt], config).sequences)[1:]
-    ]
+    alone = [one for prompt in prompts for one in engine.sample([prompt], config).sequences]
     assert [one.tokens for one in together] == [one.tokens for one in alone]
     for a, b in zip(together, alone, strict=True):
         assert_close(a.raw_logprobs, b.raw_logprobs, at_least=1)
@@ -167,20 +171,30 @@ def test_a_question_that_goes_on_from_an_answer_reads_what_is_new(
     engine: Engine, read: list[tuple[int, ...]]
 ) -> None:
     (prompt,), config = asked([5])
-    (said,) = engine.sample([prompt], config).sequences
-    (again,) = engine.sample([[*prompt, *said.tokens, 30, 31]], config).sequences
+    (said,) = drawn(engine, [prompt], config)
+    longer = [*prompt, *said.tokens, 30, 31]
+    (again,) = drawn(engine, [longer], config)
     assert read == [(1, 41), (1, 3)], "the last token that was said nobody has read"
-    forget(engine)
-    (anew,) = engine.sample([[*prompt, *said.tokens, 30, 31]], config).sequences
+    (anew,) = engine.sample([longer], config).sequences
     assert again.tokens == anew.tokens
     assert_close(again.raw_logprobs, anew.raw_logprobs, at_least=1)
+
+
+def test_what_is_drawn_alone_is_the_same_to_the_last_bit_whatever_was_read_before(
+    engine: Engine, read: list[tuple[int, ...]]
+) -> None:
+    prompts, config = asked([5], [6, 7], alone=True)
+    first = engine.sample(prompts, config)
+    drawn(engine, prompts, config.replace(alone=False))
+    assert engine.sample(prompts, config) == first
+    assert read == [(1, 40), (2, 2)] * 3, "what they share is read once all the same"
 
 
 def test_who_joins_others_goes_on_from_what_they_have_read(
     engine: Engine, read: list[tuple[int, ...]]
 ) -> None:
     prompts, config = asked([5], [6])
-    with engine.together() as together:
+    with engine.together("exact") as together:
         calls = [engine.call([prompt], config) for prompt in prompts]
         together.add(calls[0])
         together.step()
@@ -207,7 +221,7 @@ sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tup
 def test_of_each_prompt_as_much_is_known_as_any_that_was_kept_has_in_common_with_it(
     kept: list[list[tuple[int, ...]]], prompts: list[tuple[int, ...]]
 ) -> None:
-    known = prefixes.Prefixes(0, torch.device("cpu"))
+    known = prefixes.Prefixes((0, "exact"), torch.device("cpu"))
     for few in kept:
         known.keep(few, read_of(*map(len, few)))
     lengths = []
@@ -226,7 +240,7 @@ def test_of_each_prompt_as_much_is_known_as_any_that_was_kept_has_in_common_with
 
 def test_what_was_used_longest_ago_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefixes, "MOST_BYTES", 3 * read_of(8).size)
-    known = prefixes.Prefixes(0, torch.device("cpu"))
+    known = prefixes.Prefixes((0, "exact"), torch.device("cpu"))
     rows = [tuple(range(start, start + 8)) for start in (10, 20, 30, 40)]
     for row in rows[:3]:
         known.keep([row], read_of(8))

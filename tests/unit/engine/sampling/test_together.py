@@ -35,7 +35,7 @@ def joining(
 ) -> list[tn.engine.sampling.sampler.Call]:
     """Let calls join one after the other, `every` so many tokens; return them in the order of their ends."""
     waiting, steps, ended = list(enumerate(asked)), 0, []
-    with engine.together() as together:
+    with engine.together("exact") as together:
         while waiting or together.calls:
             if waiting and steps % every == 0:
                 number, (prompts, fields) = waiting.pop(0)
@@ -116,7 +116,7 @@ def test_what_ends_a_call_before_its_end_ends_no_other(
 
     if how == "read":
         monkeypatch.setattr(sampler, "rows_of", out_of_memory)
-    with engine.together() as together:
+    with engine.together("exact") as together:
         others = [engine.call([[5, 6, 7]], config()), engine.call([[9, 10]], config())]
         tick, tell = breaks_later if how == "tick" else no_tick, breaks if how == "tell" else None
         doomed = engine.call([[8]], config(), tick, tell)
@@ -136,7 +136,7 @@ def test_what_breaks_a_token_of_all_ends_all_and_the_next_are_drawn(
     def breaks(*_: Any) -> None:
         raise MemoryError("too much")
 
-    with engine.together() as together:
+    with engine.together("exact") as together:
         calls = [engine.call([[5, 6]], config()) for _ in range(2)]
         for call in calls:
             together.add(call)
@@ -168,7 +168,7 @@ def test_no_more_rows_are_inside_than_there_is_room_for_and_each_call_has_its_sh
     rows_inside(
         monkeypatch, lambda here: inside.append([[c for c, _ in here._rows].count(call) for call in calls])
     )
-    with engine.together() as together:
+    with engine.together("exact") as together:
         for prompt, samples in (([5], 20), ([6], 3)):
             calls.append(engine.call([[*prompt]], config(num_samples=samples, ignore_end=True)))
             together.add(calls[-1])
@@ -183,7 +183,7 @@ def test_no_more_rows_are_inside_than_there_is_room_for_and_each_call_has_its_sh
 def test_seeds_that_the_client_gives_out_follow_the_order_of_the_calls() -> None:
     one, other = (Engine(tn.TrainingConfig(device="cpu")) for _ in range(2))
     asked = config(seed=None)
-    with one.together() as together:
+    with one.together("exact") as together:
         calls = [one.call([[5, 6, number]], asked) for number in range(8, 12)]
         for call in reversed(calls):
             together.add(call)
