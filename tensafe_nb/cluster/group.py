@@ -506,7 +506,7 @@ class EngineGroup:
         """Refuse to: see `kind_of`."""
         raise NotImplementedError
 
-    def call(self, *_: Any) -> sampler.Call:
+    def call(self, *_: Any) -> sampler.SampleCall:
         """Refuse to: see `kind_of`."""
         raise NotImplementedError
 

@@ -178,13 +178,13 @@ class Executor:
         self._losses = [tuple(pair) for pair in decode(facts["losses"])]
         self.step, self.policy_version = self.engine.step, self.engine.policy_version
 
-    def call(self, job: Job, tick: Tick) -> sampler.Call:
+    def call(self, job: Job, tick: Tick) -> sampler.SampleCall:
         """Return what a sample asks, for `Together`."""
         asked = cast(Sample, job.operation)
         tell = job.promise.add_piece if asked.stream else None
         return self.engine.call(asked.prompts, asked.sampling, tick, tell)
 
-    def result(self, job: Job, call: sampler.Call) -> SampleResult:
+    def result(self, job: Job, call: sampler.SampleCall) -> SampleResult:
         """Return what was drawn for a job.
 
         Raises:

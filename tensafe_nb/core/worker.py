@@ -27,7 +27,7 @@ from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.low_rank import Factors
 from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.engine.sampling import llama_cpp
-from tensafe_nb.engine.sampling.sampler import Call
+from tensafe_nb.engine.sampling.sampler import SampleCall
 from tensafe_nb.errors import (
     ClientClosedError,
     ClusterError,
@@ -258,7 +258,7 @@ class Worker:
         return self.bus.history
 
     def subscribe(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:
-        """Call `subscriber(event)` on every event; see `EventBus.subscribe`."""
+        """SampleCall `subscriber(event)` on every event; see `EventBus.subscribe`."""
         return self.bus.subscribe(subscriber, after)
 
     def publish_all(self, events: Sequence[Event], before: Callable[[int], object]) -> int:
@@ -842,9 +842,11 @@ class Worker:
         Nobody joins past an operation of another kind, nor when the client is to stop, to be kept, or to be looked at.
         """
         executor = cast(Executor, self._executor)
-        samples: dict[Call, tuple[Job, float, int]] = {}  # with when they began, and seeds taken by then
+        samples: dict[
+            SampleCall, tuple[Job, float, int]
+        ] = {}  # with when they began, and seeds taken by then
 
-        def call_of(job: Job) -> Call | None:
+        def call_of(job: Job) -> SampleCall | None:
             began = time.perf_counter()
             try:
                 self._auditor.catch_up()
@@ -855,14 +857,14 @@ class Worker:
             samples[call] = job, began, executor.engine.samples_drawn
             return call
 
-        def newcomer() -> Call | None:
+        def newcomer() -> SampleCall | None:
             while (job := self._next_sample(kind)) is not None:
                 self._begin(job)
                 if (call := call_of(job)) is not None:
                     return call
             return None
 
-        def ended(call: Call) -> None:
+        def ended(call: SampleCall) -> None:
             job, began, drawn = samples.pop(call)
             try:
                 result = executor.result(job, call)

@@ -387,7 +387,7 @@ class Engine:
         config: SamplingConfig,
         tick: Tick = no_tick,
         tell: sampler.Tell | None = None,
-    ) -> sampler.Call:
+    ) -> sampler.SampleCall:
         """Return what takes part in drawing together; without a seed, it takes the client's next one. See `sample`."""
         ids, turns, streams = self.encode(prompts, config)
         if config.engine == "torch":

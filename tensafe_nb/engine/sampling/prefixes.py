@@ -55,7 +55,7 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class RowRead:
     """Where a sequence that was read lies: a row of a read, of which others may be kept as well."""
 
     read: Read
@@ -77,7 +77,7 @@ class Prefixes:
         self.version, self._whole = version, whole
         self._left = MOST_BYTES * (1 if device.type == "cpu" else ON_ACCELERATORS)
         self._order: list[tuple[int, ...]] = []
-        self._places: dict[tuple[int, ...], Place] = {}
+        self._places: dict[tuple[int, ...], RowRead] = {}
         self._reads: OrderedDict[int, tuple[Read, set[tuple[int, ...]]]] = OrderedDict()  # last used, last
 
     def keep(self, sequences: Sequence[tuple[int, ...]], read: Read) -> None:
@@ -93,7 +93,7 @@ class Prefixes:
             if tokens in self._places or (begins_another and not self._whole):
                 continue
             self._order.insert(at, tokens)
-            self._places[tokens] = Place(read, row)
+            self._places[tokens] = RowRead(read, row)
             own.add(tokens)
             if before and tokens[: len(before[0])] == before[0] and not self._whole:
                 self._drop(before[0])
@@ -141,7 +141,7 @@ class Prefixes:
         return beginnings(places, [known for known, _ in found])
 
 
-def beginnings(places: Sequence[Place], lengths: Sequence[int]) -> Read:
+def beginnings(places: Sequence[RowRead], lengths: Sequence[int]) -> Read:
     """Return the first tokens of sequences, so many of each, as one read: they stand last, nothing before them."""
     count, longest, device = len(places), max(lengths), places[0].read.mask.device
 

@@ -200,7 +200,7 @@ def call_of(
     tell: Tell | None = None,
     streams: Sequence[int | None] = (),
     before: Sequence[int] = (),
-) -> "Call":
+) -> "SampleCall":
     """Return the call that draws `num_samples` completions per prompt, prompt by prompt.
 
     Args:
@@ -216,11 +216,13 @@ def call_of(
     """
     turns, before = turns or [TurnEnd()] * len(prompts), before or [0] * len(prompts)
     own: list[int | None] = list(streams) or [None] * len(prompts)
-    return Call(model, list(begun(prompts, sampling, seed, turns, own, before)), sampling, tick, tell, own)
+    return SampleCall(
+        model, list(begun(prompts, sampling, seed, turns, own, before)), sampling, tick, tell, own
+    )
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class SampleCall:
     """Some prompts and how to draw for them: one of those whose rows are decoded together.
 
     Attributes:
@@ -339,8 +341,8 @@ class Together:
         self._kept, self._known, self._turns = kept, known, turns or kept
         self._copied = copied or KeptCopies(0)
         self._most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
-        self.calls: list[Call] = []
-        self._rows: list[tuple[Call, Completion]] = []  # those of the state, in its order
+        self.calls: list[SampleCall] = []
+        self._rows: list[tuple[SampleCall, Completion]] = []  # those of the state, in its order
         self._state: Rows | None = None
         self._guessed: list[
             int
@@ -358,14 +360,14 @@ class Together:
         self._state, self._rows = None, []
         self._merging.close()
 
-    def add(self, call: Call) -> None:
+    def add(self, call: SampleCall) -> None:
         """Let a call take part from the next token on."""
         self.calls.append(call)
 
     def run(
         self,
-        newcomer: Callable[[], Call | None] = lambda: None,
-        ended: Callable[[Call], object] = lambda _: None,
+        newcomer: Callable[[], SampleCall | None] = lambda: None,
+        ended: Callable[[SampleCall], object] = lambda _: None,
     ) -> None:
         """Draw until nobody takes part any more.
 
@@ -382,7 +384,7 @@ class Together:
                 ended(call)
 
     @torch.no_grad()
-    def step(self) -> list[Call]:
+    def step(self) -> list[SampleCall]:
         """Draw a token for each row; return the calls that have ended."""
         for call in self.calls:
             call.look_up()
@@ -426,7 +428,7 @@ class Together:
 
     # who joins
 
-    def _next_in(self) -> list[tuple[Call, Completion]]:
+    def _next_in(self) -> list[tuple[SampleCall, Completion]]:
         """Return the rows for which there is room: of the call that has fewest in it, row by row.
 
         A single row is not worth a pass through the model of its own, unless its call has none yet.
@@ -455,7 +457,7 @@ class Together:
             return rows <= self._elsewhere().most_rows(longest)
         return rows * longest <= self._most
 
-    def _let_in(self, newcomers: list[tuple[Call, Completion]]) -> None:
+    def _let_in(self, newcomers: list[tuple[SampleCall, Completion]]) -> None:
         """Read newcomers' prompts, and let their rows join; where that fails, call by call."""
         try:
             self._join(newcomers)
@@ -466,8 +468,8 @@ class Together:
             for call in calls if len(calls) > 1 else ():
                 call.attempt(partial(self._join, [each for each in newcomers if each[0] is call]))
 
-    def _join(self, newcomers: list[tuple[Call, Completion]]) -> None:
-        of_prompts: dict[tuple[int, ...], list[tuple[Call, Completion]]] = {}
+    def _join(self, newcomers: list[tuple[SampleCall, Completion]]) -> None:
+        of_prompts: dict[tuple[int, ...], list[tuple[SampleCall, Completion]]] = {}
         for call, row in newcomers:
             of_prompts.setdefault(row.prompt, []).append((call, row))
         prompts, room = list(of_prompts), max(call.sampling.max_new_tokens for call, _ in newcomers)
@@ -564,7 +566,7 @@ class Together:
         call.luck.add(index, len(guessed))
         state.forget(len(guessed) - index)
 
-    def _tell(self, call: Call) -> None:
+    def _tell(self, call: SampleCall) -> None:
         if call.tell is not None:
             call.attempt(partial(tell_news, self._model, call.sampling, call.rows, call.tell))
 
@@ -604,7 +606,7 @@ class Luck:
 
 
 def append(
-    rows: "Sequence[tuple[Call, Completion]]",
+    rows: "Sequence[tuple[SampleCall, Completion]]",
     drawn: Sequence[Tensor],
     logits: Tensor,
 ) -> None:

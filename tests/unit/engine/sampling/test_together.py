@@ -32,7 +32,7 @@ def config(**fields: Any) -> tn.SamplingConfig:
 
 def joining(
     engine: Engine, asked: Any, every: int, told: dict[int, list[Any]] | None = None
-) -> list[tn.engine.sampling.sampler.Call]:
+) -> list[tn.engine.sampling.sampler.SampleCall]:
     """Let calls join one after the other, `every` so many tokens; return them in the order of their ends."""
     waiting, steps, ended = list(enumerate(asked)), 0, []
     with engine.together("exact") as together:
@@ -164,7 +164,7 @@ def test_no_more_rows_are_inside_than_there_is_room_for_and_each_call_has_its_sh
 ) -> None:
     monkeypatch.setattr(sampler, "TOKENS_AT_ONCE", 60)
     inside: list[list[int]] = []
-    calls: list[sampler.Call] = []
+    calls: list[sampler.SampleCall] = []
     rows_inside(
         monkeypatch, lambda here: inside.append([[c for c, _ in here._rows].count(call) for call in calls])
     )
