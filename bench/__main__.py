@@ -95,6 +95,8 @@ REAL = {
     "real-sampling-one-row": "real:sampling_one_row",
     "real-sampling-requests": "real:sampling_requests",
     "real-sampling-llama-cpp": "real:sampling_llama_cpp",
+    "real-sampling-by-llama-cpp": "real:sampling_by_llama_cpp",
+    "real-sampling-base-by-llama-cpp": "real:sampling_a_base_by_llama_cpp",
     "real-rl-update": "real:rl_update",
     "real-memory": "real:step_memory",
     "real-memory-checkpointing": "real:step_memory_recomputed",
