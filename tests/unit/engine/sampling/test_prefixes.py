@@ -193,8 +193,9 @@ def test_what_is_drawn_alone_is_the_same_to_the_last_bit_whatever_was_read_befor
 
 
 def test_who_joins_others_goes_on_from_what_they_have_read(
-    engine: Engine, read: list[tuple[int, ...]]
+    engine: Engine, read: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sampler, "PAYS_FROM", 40)
     prompts, config = asked([5], [6])
     with engine.together("exact") as together:
         calls = [engine.call([prompt], config) for prompt in prompts]
