@@ -26,18 +26,18 @@ SIGMA, LIMIT = 1.0, 1.0
 
 def step_tiny() -> Row:
     """Issue 26: at most 1.12 of the time without."""
-    return _step("builtin:tiny", "all-linear", workload.MODEL, seconds=20)
+    return _step("builtin:tiny", "all-linear", workload.MODEL, seconds=8)
 
 
 def step_llama() -> Row:
     """Issue 26: at most 1.12 of the time without."""
     with random_llama() as folder:
-        return _step(folder, ATTENTION, LLAMA, seconds=25)
+        return _step(folder, ATTENTION, LLAMA, seconds=12)
 
 
 def step_all_weights() -> Row:
     """Issue 26: at most 2 times the time without."""
-    return _step("builtin:tiny", None, "builtin:tiny, all weights", seconds=30, limit=2.0)
+    return _step("builtin:tiny", None, "builtin:tiny, all weights", seconds=10, limit=2.0)
 
 
 def step_opacus() -> Row:
@@ -46,7 +46,7 @@ def step_opacus() -> Row:
         batch = workload.full(ROWS, TOKENS)
         ours = private_step(client(service, folder, ATTENTION, private=True), batch)
         by_opacus = opacus_step(folder, batch)
-        taken = paired(ours, by_opacus, seconds=25)
+        taken = paired(ours, by_opacus, seconds=12)
     return Row(
         what="private step through the client, the ledger's record included",
         peer="Opacus: PrivacyEngine.make_private (GradSampleModule, DPOptimizer), no ledger",

@@ -52,7 +52,7 @@ def worst_latency() -> Row:
 @cache
 def _latencies() -> Taken:
     batch = tn.BatchData(input_ids=[[1]], labels=[[1]])
-    with _client_that_does_nothing() as tc, ThreadPoolExecutor(1) as pool:
+    with client_that_does_nothing() as tc, ThreadPoolExecutor(1) as pool:
         return paired(
             lambda: tc.forward(batch).result(),
             lambda: pool.submit(lambda: None).result(),
@@ -63,7 +63,7 @@ def _latencies() -> Taken:
 
 
 @contextmanager
-def _client_that_does_nothing() -> Iterator[tn.TrainingClient]:
+def client_that_does_nothing() -> Iterator[tn.TrainingClient]:
     with patch.object(engines, "Engine", EngineThatDoesNothing), tn.ServiceClient() as service:
         tc = service.create_training_client()
         tc.ready().result()

@@ -35,7 +35,8 @@ class Promise(Generic[R]):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._finished = threading.Event()
+        self._unfinished = threading.Lock()  # until the end; whoever waits takes it, and hands it on
+        self._unfinished.acquire()
         self._callbacks: list[Callable[[], object]] = []
         self._watchers: list[Callable[[], None]] = []
         self.pieces: list[Any] = []  # of the value, as they come; of what is streamed
@@ -52,7 +53,7 @@ class Promise(Generic[R]):
 
     @property
     def done(self) -> bool:
-        return self._finished.is_set()
+        return self.ended_at is not None
 
     def start(self) -> bool:
         """PENDING → RUNNING; False if it was cancelled before."""
@@ -126,7 +127,8 @@ class Promise(Generic[R]):
             left = HEARTBEAT if deadline is None else min(HEARTBEAT, deadline - time.monotonic())
             if left <= 0:
                 return False
-            self._finished.wait(left)
+            if self._unfinished.acquire(timeout=left):
+                self._unfinished.release()
         return True
 
     def outcome(self) -> R:
@@ -172,7 +174,7 @@ class Promise(Generic[R]):
                 return False
             self.value, self.error = value, error
             self.state, self.ended_at = state, time.time()
-            self._finished.set()
+            self._unfinished.release()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             try:

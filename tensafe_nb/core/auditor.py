@@ -1,6 +1,7 @@
 """The auditor: puts every operation that ended, whichever way, on record in the audit log."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -66,9 +67,7 @@ class Auditor:
         entry: dict[str, Any] = {
             "operation": job.kind.verb,
             "training_client_id": self._training_client_id,
-            "request": ()
-            if self._private or job.operation is None
-            else tuple(request_buffers(job.operation)),
+            "request": () if self._private or job.operation is None else request_buffers(job.operation),
             "to_the_day": self._private,
             "produced": (outcome.artifact_id,) if isinstance(outcome, SaveStateResult) else (),
             "consumed": (outcome.loaded_artifact_id,) if isinstance(outcome, LoadStateResult) else (),
@@ -149,10 +148,19 @@ def request_buffers(operation: Operation[Any]) -> Iterator[Any]:
     yield operation.verb.encode()
     for field in dataclasses.fields(operation):  # type: ignore[arg-type]  # every operation is a dataclass
         name, value = field.name, getattr(operation, field.name)
-        if isinstance(value, BatchData):
+        if value is None or value is True or value is False:
+            yield _of_constant(name, value)
+        elif type(value) is dict and not value:
+            yield _of_constant(name, ())
+        elif isinstance(value, BatchData):
             arrays = {"input_ids": value.input_ids, "mask": value.attention_mask, "labels": value.labels}
             for key, array in (arrays | dict(value.extras)).items():
                 yield f"{key}{array.dtype.str}{array.shape}".encode()
                 yield np.ascontiguousarray(array).data.cast("B") if array.size else b""
         else:
             yield json.dumps([name, Description().of(value)]).encode()
+
+
+@functools.cache
+def _of_constant(name: str, value: bool | tuple[()] | None) -> bytes:
+    return json.dumps([name, {"$map": []} if value == () else value]).encode()

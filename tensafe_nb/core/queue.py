@@ -3,9 +3,10 @@
 A window is what accumulates between two optimiser steps.
 """
 
-import uuid
+import os
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ class Job:
 
     operation: Operation[Any] | None  # until it has ended
     kind: type[Operation[Any]]
-    future_id: str = field(default_factory=lambda: f"fut-{uuid.uuid4().hex[:12]}")
+    future_id: str = field(default_factory=lambda: f"fut-{os.urandom(6).hex()}")
     promise: Promise[Any] = field(default_factory=Promise)
     loss: Loss | None = None
     refusal: TGTinkerError | None = None  # it was refused at a server's door, and only takes its turn to fail
@@ -74,16 +75,19 @@ class JobQueue:
         self._jobs.append(job)
 
     def check_room(self) -> None:
-        if self.depth >= MAX_PENDING:
+        if len(self) >= MAX_PENDING and self.depth >= MAX_PENDING:
             raise QueueFullError(
                 f"{MAX_PENDING} operations of this training client are waiting already. Wait for some results "
                 f"before you submit more."
             )
 
-    def take(self) -> Job | None:
-        """Return the next job that is still wanted; cancelled ones leave their mark on the window."""
+    def take(self, fits: Callable[[Job], bool] = lambda job: True) -> Job | None:
+        """Return the next job that is still wanted, if it fits; cancelled ones leave their mark on the window."""
         while self._jobs:
-            job = self._jobs.popleft()
+            job = self._jobs[0]
+            if not (job.past is None and job.promise.done) and not fits(job):
+                return None
+            self._jobs.popleft()
             self.last = job.future_id
             if job.past is not None and job.past.started:
                 self._forgive(job)
@@ -107,6 +111,11 @@ class JobQueue:
     @property
     def depth(self) -> int:
         return sum(not job.promise.done for job in self._jobs)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether none waits; unlike `depth`, it looks no further than the first that does."""
+        return all(job.promise.done for job in self._jobs)
 
     def __len__(self) -> int:
         """How many jobs are in it, cancelled ones too; from any thread, without a lock, however many there are."""

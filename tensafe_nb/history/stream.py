@@ -2,7 +2,9 @@
 
 import asyncio
 import inspect
+import threading
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import TypeAlias
 
@@ -17,20 +19,31 @@ Subscribe: TypeAlias = Callable[[Subscriber, int | None], Callable[[], None]]
 
 async def stream(subscribe: Subscribe, after: int) -> AsyncIterator[Event]:
     """Iterate over events as they come, until the training client is closed; see `TrainingClient.events`."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Event] = asyncio.Queue()
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    queue: deque[Event] = deque()
+    asleep = threading.Event()  # the loop has not been told of what lies in the queue
+    asleep.set()
 
     def put(event: Event) -> None:
-        if not loop.is_closed():  # a notebook's loop may end before the training does
-            loop.call_soon_threadsafe(queue.put_nowait, event)
+        queue.append(event)
+        if asleep.is_set() and not loop.is_closed():  # a notebook's loop may end before the training does
+            asleep.clear()
+            loop.call_soon_threadsafe(wake)  # once for all that come until the loop gets to it
+
+    def wake() -> None:
+        asleep.set()
+        told.set()
 
     unsubscribe = subscribe(put, after)
     try:
         while True:
-            event = await queue.get()
-            yield event
-            if isinstance(event, StatusChanged) and event.status == ClientStatus.TERMINATED:
-                return
+            await told.wait()
+            told.clear()
+            while queue:
+                event = queue.popleft()
+                yield event
+                if isinstance(event, StatusChanged) and event.status == ClientStatus.TERMINATED:
+                    return
     finally:
         unsubscribe()
 

@@ -70,6 +70,7 @@ class Loss:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     declares: Declaration = field(default_factory=Declaration)
     spec: str | None = None  # the name or path it was resolved from, which can leave this process
+    _can_be_called: bool = field(default=False, init=False, compare=False)  # it was looked at before
 
     def bind(self, **kwargs: Any) -> "Loss":
         """Return the loss with further keywords; they override those bound before.
@@ -146,6 +147,8 @@ class Loss:
 
     def check_call(self) -> None:
         """Refuse keywords that are missing, or more than the function takes."""
+        if self._can_be_called:
+            return
         try:
             signature = signature_of(self.function)
         except ValueError:  # some functions written in C do not tell theirs
@@ -158,6 +161,7 @@ class Loss:
                 f"The loss {as_given(self.name)} cannot be called as {self.name}(outputs, batch{keywords}): {error}. "
                 f"Keywords are given by loss_kwargs or resolve_loss."
             ) from error
+        object.__setattr__(self, "_can_be_called", True)  # frozen: what it says stays true
 
     def _answer(self, returned: object) -> Mapping[str, Any]:
         answer = returned if isinstance(returned, Mapping) else {"loss": returned}

@@ -316,14 +316,16 @@ def against_sampler(
     old = batch.get("old_logprobs", tokens.logprobs).detach()
     difference = old - batch["sampler_logprobs"]
     ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    capped: dict[str, Tensor] = {}
     if tis_cap is not None:
         loss = loss * ratio.clamp(max=tis_cap)
+        capped["sampler_capped"] = ratio > tis_cap
     compared = {
         "sampler_difference": difference.abs(),
         "sampler_ratio": ratio,
         "mismatch_kl": k3(difference),
     }
-    return loss, compared
+    return loss, compared | capped
 
 
 def clipped_value_loss(outputs: LossOutputs, batch: Batch, value: Terms) -> tuple[Tensor, dict[str, Tensor]]:

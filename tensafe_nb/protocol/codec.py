@@ -53,6 +53,7 @@ OF_0_1 = {  # where the tags are now, version 0.1 wrote these class names
     "StatusChanged": "status_changed",
     "TrainingConfig": "training_config",
 }
+_AS_IT_IS = frozenset({str, int, bool, type(None)})
 _classes: dict[str, type] = {
     "sampling_config": SamplingConfig,
     "step_config": StepConfig,
@@ -108,16 +109,22 @@ def encode(value: Any, arrays: dict[str, NDArray[Any]] | None = None) -> Any:
         case Config():
             return {"$": _tags[type(value)]} | encode(value.model_dump())
     if type(value) in _tags:
-        fields = {
-            field.name: encode(getattr(value, field.name), arrays) for field in dataclasses.fields(value)
-        }
-        return {"$": _tags[type(value)]} | fields
+        record: dict[str, Any] = {"$": _tags[type(value)]}
+        for name in _field_names(type(value)):  # type: ignore[arg-type]  # a class can be hashed
+            found = getattr(value, name)
+            record[name] = found if type(found) in _AS_IT_IS else encode(found, arrays)
+        return record
     if callable(value):
         raise ValidationError(
             f"The Python function {as_given(name_of(value))} cannot leave this process. "
             f"Remotely, losses are given by registered name."
         )
     raise ValidationError(f"A {type(value).__name__} cannot be written as plain data.")
+
+
+@cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 def decode(data: Any, *kinds: type, arrays: Mapping[str, NDArray[Any]] | None = None) -> Any:

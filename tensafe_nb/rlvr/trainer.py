@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import Config, TrainingConfig
+from tensafe_nb.config import Config, Precision, TrainingConfig
 from tensafe_nb.data import OnBadRows, Rows
 from tensafe_nb.data.columns import PromptColumns
 from tensafe_nb.data.rows import check_on_bad_rows, parted
@@ -132,6 +132,8 @@ class RLVRTrainer:
             mend the function, or "fail", for scripts that nobody watches.
         on_bad_rows: "skip" leaves out prompts that cannot be read, or that leave no room for an answer, and says so; it
             waits for the model. "raise" refuses them: those that do not fit the model when the run begins.
+        precision: Of the weights that sample: "exact" (those that train), "bfloat16", "int8" or "auto", as in
+            `SamplingConfig`. Updates correct for the difference, and measure it; evaluation stays exact.
         seed: Fixes the order of prompts and every rollout.
 
     Example:
@@ -172,6 +174,7 @@ class RLVRTrainer:
         reward_cluster: Any = None,
         on_reward_errors: Literal["pause", "fail"] = "pause",
         on_bad_rows: OnBadRows = "raise",
+        precision: Precision = "exact",
         seed: int = 0,
     ) -> None:
         check_options(eval_prompts, held_out, eval_every, on_reward_errors, good_threshold, seed)
@@ -187,7 +190,13 @@ class RLVRTrainer:
         self.on_reward_errors = on_reward_errors
         self.algo = algorithm_of(algo)
         policy = self._policy_of(prompt_policy)
-        how: dict[str, Any] = {"stop": stop, "fixed_length": fixed_length, "chat": chat, "seed": seed}
+        how: dict[str, Any] = {
+            "stop": stop,
+            "fixed_length": fixed_length,
+            "chat": chat,
+            "seed": seed,
+            "precision": precision,
+        }
         judge = judge_of(reward, environment)
         self.reward: Reward | Environment
         self.sampler: PolicySampler | EnvironmentSampler
@@ -224,7 +233,7 @@ class RLVRTrainer:
         self.eval_every = eval_every
         self.held_out = None
         if eval_prompts is not None:
-            sampling = self.sampler.sampling.replace(num_samples=eval_samples, seed=seed)
+            sampling = self.sampler.sampling.replace(num_samples=eval_samples, seed=seed, precision="exact")
             self.held_out = HeldOut(
                 training_client,
                 eval_prompts,

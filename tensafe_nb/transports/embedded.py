@@ -232,6 +232,7 @@ class EmbeddedTransport:
             worker.hang_up()
         self.samplers.close()
         self._engines.close()
+        self._vault.audit.close()
 
 
 @atexit.register

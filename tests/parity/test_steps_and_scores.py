@@ -97,6 +97,22 @@ def test_a_sample_says_how_likely_its_prompts_and_the_other_tokens_were(service:
     assert [likeliest[0][0] for likeliest in greedy.top_logprobs] == list(greedy.tokens)
 
 
+def test_a_sample_says_in_which_precision_it_was_drawn(service: tn.ServiceClient) -> None:
+    tc = service.create_training_client(lora_config=LORA, device="cpu")
+    fields = {"max_new_tokens": 2, "seed": 1}
+    drawn = {
+        name: tc.sample(PROMPTS, precision=name, **fields).result() for name in ("exact", "int8", "auto")
+    }
+    assert {name: result.precision for name, result in drawn.items()} == {
+        "exact": "exact",
+        "int8": "int8",
+        "auto": "exact",  # of a small model nothing is gained
+    }
+    assert drawn["auto"].sequences == drawn["exact"].sequences != drawn["int8"].sequences
+    with pytest.raises(tn.ValidationError, match="precision"):
+        tc.sample(PROMPTS, precision="int3")  # type: ignore[arg-type]
+
+
 def test_stored_weights_are_sampled_without_a_training_client(service: tn.ServiceClient) -> None:
     tc = service.create_training_client(lora_config=LORA, optimizer={"learning_rate": 0.1})
     asked = {"max_new_tokens": 4, "seed": 3, "ignore_end": True, "prompt_logprobs": True}

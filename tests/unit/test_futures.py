@@ -201,3 +201,13 @@ def test_nested_asyncio_is_switched_on_with_its_caveat(monkeypatch: pytest.Monke
     with pytest.warns(UserWarning, match="panel buttons may be lost or delayed"):
         tn.enable_nested_asyncio()
     assert applied == [True]
+
+
+def test_all_who_wait_are_told_of_the_end(promise: Promise[Any]) -> None:
+    waiting = [threading.Thread(target=promise.wait) for _ in range(5)]
+    for thread in waiting:
+        thread.start()
+    promise.succeed(1)
+    for thread in waiting:
+        thread.join()
+    assert promise.wait(0) and promise.wait(None)

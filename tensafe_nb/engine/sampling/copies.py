@@ -1,16 +1,16 @@
 """Copies of a Llama-shaped model's weights, laid out as a processor multiplies them quickest.
 
 **Exact** ones hold the adapter merged in, W + BA, in float32, the matrices that read one input together, packed by
-oneDNN: a few rows take two thirds of the time. **Rough** ones hold the frozen W in int8 (a scale for each output), a
-quarter of the bytes, with the adapter beside them: what they say next is a guess, which the exact ones check. They are
-of frozen weights alone, so that they are made once, and kept for as long as those are.
+oneDNN: a few rows take two thirds of the time. **Fast** ones hold the frozen W in bfloat16 or int8, with the adapter
+beside them in float32. Where `SamplingConfig.precision` asks for them, tokens are drawn from what they say; else the
+int8 ones guess what comes next of a single row, and the exact ones check it. Of frozen weights they are made once, and
+kept for as long as those are: a step of training changes the adapter alone.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +18,29 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensafe_nb.engine.models import memory
-from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.models.load import LoadedModel, multiplies_bf16
 from tensafe_nb.engine.sampling import llama
 from tensafe_nb.engine.sampling.llama import Layer, Map, Weights
+from tensafe_nb.engine.sampling.products import (
+    Packing,
+    beside,
+    in_bfloat16,
+    in_float32,
+    in_int8,
+    sums_int8,
+    works,
+)
+from tensafe_nb.errors import ValidationError
 
 PAYS_FROM_TOKENS = 16  # fewer new tokens do not win back the time that the copies take
 GUESSES_PAY_FROM_TOKENS = 64  # of a single row, whose weights in int8 are made once
 PAYS_FROM_NUMBERS = 8_000_000  # of the layers: those of a small model are quick anyway
+FEW_ROWS = 4  # up to which int8 is the quickest: then bytes count, and beyond it arithmetic
 SHARE = 0.25  # of the available memory that the copies may take
-IN_INT8 = 0.25  # of the bytes in float32
-PACKED_FOR = 16  # rows, about; what is packed takes any number
-_rough = WeakTensorKeyDictionary()  # by the first of the weights that lie together: packed in int8
+BYTES = {"exact": 1.0, "bfloat16": 0.5, "int8": 0.25}  # in those of float32
+FAST: dict[str, tuple[Packing, float]] = {"bfloat16": (in_bfloat16, 0.1), "int8": (in_int8, 0.5)}
+Making: TypeAlias = Callable[[Sequence[Any]], Map]  # of matrices that read one input
+_frozen: dict[str, WeakTensorKeyDictionary] = {name: WeakTensorKeyDictionary() for name in FAST}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +48,14 @@ class Copies:
     """What to decode with.
 
     Attributes:
-        exact: Says what the model says, but for rounding.
-        rough: Says about the same in a fraction of the time; None where it would not pay.
+        weights: Tokens are drawn from what they say.
+        rough: Say about the same in a fraction of the time; None where it would not pay.
+        precision: Of `weights`: "exact" say what the model says, but for rounding; or "bfloat16", or "int8".
     """
 
-    exact: Weights
-    rough: Weights | None
+    weights: Weights
+    rough: Weights | None = None
+    precision: str = "exact"
 
 
 @dataclass(slots=True)
@@ -52,73 +66,118 @@ class KeptCopies:
     copies: Copies | None = None
 
 
-def copies_of(model: LoadedModel, new_tokens: int, rows: int, made: Copies | None = None) -> Copies | None:
-    """Return copies of a model's weights; None where they would not pay, not fit, or not be the same.
+def precision_of(model: LoadedModel, asked: str, rows: int) -> str:
+    """Return in which precision a model's tokens are drawn where one asks for this: "auto" takes the quickest.
+
+    Args:
+        model: In evaluation mode, used by nobody else meanwhile.
+        asked: As `SamplingConfig.precision`.
+        rows: Of how many completions.
+
+    Raises:
+        ValidationError: It is not possible here; says why.
+    """
+    if asked == "exact":
+        return asked
+    unlike = _unlike(model)
+    if asked != "auto":
+        hindrance = unlike or _hindrance(model, asked)
+        if hindrance:
+            raise ValidationError(
+                f"precision={asked!r} cannot be had here: {hindrance}. precision='auto' takes the fastest that can, "
+                f"and the result says which; 'exact' always can."
+            )
+        return asked
+    if unlike or sum(_weight(matrix).numel() for matrix in _matrices(model)) < PAYS_FROM_NUMBERS:
+        return "exact"
+    order = ("int8", "bfloat16") if rows <= FEW_ROWS else ("bfloat16", "int8")
+    return next((name for name in order if _is_quick(name) and not _hindrance(model, name)), "exact")
+
+
+def _is_quick(precision: str) -> bool:
+    """Whether a precision gains time; int8 in the arithmetic of plain AVX2 has not been measured."""
+    return precision != "int8" or sums_int8()
+
+
+def _hindrance(model: LoadedModel, precision: str) -> str:
+    """Return why the weights of a Llama-shaped model cannot be copied in a precision; nothing if they can."""
+    packing, within = FAST[precision]
+    if precision == "bfloat16" and not multiplies_bf16(model.device):
+        return "this processor has no products of bfloat16"
+    if not works(packing, within):
+        return f"this torch has no products of {precision}"
+    there = memory.available(model.device)
+    size = memory.size_of([_weight(matrix) for matrix in [*_matrices(model), model.head]]) * BYTES[precision]
+    made = _weight(_matrices(model)[0]) in _frozen[precision]
+    if not made and there is not None and size > SHARE * there:
+        return f"the copies would take {size / 2**20:.0f} MiB, more than a quarter of the memory that is available"
+    return ""
+
+
+def _unlike(model: LoadedModel) -> str:
+    """Return what keeps a model from being decoded with copies of its weights; nothing if they say what it says."""
+    if model.device.type != "cpu" or model.compute_dtype is not torch.float32:
+        return f"this model computes in {str(model.compute_dtype)[6:]} on {model.device.type}, not in float32 on a CPU"
+    if not model.split or type(model.body).__name__ not in llama.SHAPED_LIKE_LLAMA:
+        return f"a {type(model.causal).__name__} has not the shape of Llama"
+    if not all(map(_is_plain, [*_matrices(model), model.head])):
+        return "its matrices are not plain, or have another adapter than LoRA's in use"
+    if not llama.fits(model):
+        return "our decoding steps do not say what transformers says of it"
+    return ""
+
+
+def copies_of(
+    model: LoadedModel, new_tokens: int, rows: int, made: Copies | None = None, precision: str = "exact"
+) -> Copies | None:
+    """Return copies of a model's weights; None where exact ones would not pay, not fit, or not be the same.
 
     Args:
         model: In evaluation mode, used by nobody else meanwhile.
         new_tokens: How many it is going to decode, one after the other.
         rows: Of how many completions, together.
         made: Those that were made of the same weights before.
+        precision: In which tokens are to be drawn, as `precision_of` returns it.
     """
-    if made is not None and (made.rough is not None or rows > 1):
+    if made is not None and made.precision != precision:
+        made = None
+    if made is not None and (made.rough is not None or rows > 1 or precision != "exact"):
         return made
-    if (
-        new_tokens < PAYS_FROM_TOKENS
-        or model.device.type != "cpu"
-        or model.compute_dtype is not torch.float32
-    ):
+    if precision != "exact":
+        return Copies(_weights(model, partial(_fast, precision)), precision=precision)
+    if new_tokens < PAYS_FROM_TOKENS or _unlike(model) or not works(in_float32, 1e-4):
         return None
-    if not model.split or type(model.body).__name__ not in llama.SHAPED_LIKE_LLAMA:
-        return None
-    body: Any = model.body
-    matrices = [matrix for layer in body.layers for group in _groups(layer) for matrix in group]
-    if not all(map(_is_plain, [*matrices, model.head])) or not (works(_packed, 1e-4) and llama.fits(model)):
-        return None
-    weights = [_base(matrix).weight for matrix in matrices]
+    weights = [_weight(matrix) for matrix in _matrices(model)]
     if sum(weight.numel() for weight in weights) < PAYS_FROM_NUMBERS:
         return None
-    weights.append(_base(model.head).weight)
+    weights.append(_weight(model.head))
     there, size = memory.available(model.device), memory.size_of(weights)
     if there is None or (made is None and size > SHARE * there):
         return None
     guesses = rows == 1
     if guesses:  # by itself it is quicker by columns, see `merged`
-        enough = (
-            new_tokens >= GUESSES_PAY_FROM_TOKENS and size * (made is None) + size * IN_INT8 <= SHARE * there
-        )
-        parts = [part for matrix in [*matrices, model.head] for part in _base(matrix).parameters()]
-        frozen = not any(part.requires_grad for part in parts)
-        if not (enough and frozen and sums_int8() and works(_int8, 0.5)):
+        more = size * (made is None) + size * BYTES["int8"]
+        enough = new_tokens >= GUESSES_PAY_FROM_TOKENS and more <= SHARE * there
+        frozen = all(map(_is_frozen, [*_matrices(model), model.head]))
+        if not (enough and frozen and sums_int8() and works(*FAST["int8"])):
             return None
-    exact = _weights(model, _exact) if made is None else made.exact
-    return Copies(exact, _weights(model, _roughly) if guesses else None)
+    exact = _weights(model, _exact) if made is None else made.weights
+    return Copies(exact, _weights(model, partial(_fast, "int8")) if guesses else None)
 
 
-@cache
-def works(of: Callable[[Tensor, Tensor | None], Map], within: float) -> bool:
-    """Try once whether this torch and this processor multiply so, and it is what a matrix product says."""
-    weight, x = torch.linspace(-1, 1, 64 * 32).view(64, 32), torch.linspace(-1, 1, 96).view(3, 32)
-    try:
-        found = of(weight, None)(x)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return bool((found - x @ weight.T).abs().max() <= within)
-
-
-def _weights(model: LoadedModel, of: Any) -> Weights:
+def _weights(model: LoadedModel, of: Making) -> Weights:
     body: Any = model.body
-    norm = _norm if of is _roughly else _itself
+    norm = _itself if of is _exact else _norm
     return Weights([_layer(layer, of, norm) for layer in body.layers], norm(body.norm), of([model.head]))
 
 
-def _layer(layer: Any, of: Any, norm: Any) -> Layer:
+def _layer(layer: Any, of: Making, norm: Callable[[Any], Map]) -> Layer:
     qkv, out, gate_up, down = (of(group) for group in _groups(layer))
     activation = layer.mlp.act_fn
 
     def mlp(h: Tensor) -> Tensor:
         gate, up = gate_up(h).chunk(2, -1)
-        return down(activation(gate) * up)  # type: ignore[no-any-return]
+        return down(activation(gate) * up)
 
     return Layer(norm(layer.input_layernorm), qkv, out, norm(layer.post_attention_layernorm), mlp)
 
@@ -130,6 +189,12 @@ def _itself(norm: Any) -> Map:
 def _norm(norm: Any) -> Map:
     """Return a root mean square norm in one call."""
     return lambda x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _matrices(model: LoadedModel) -> list[Any]:
+    """Return the matrices of the layers."""
+    body: Any = model.body
+    return [matrix for layer in body.layers for group in _groups(layer) for matrix in group]
 
 
 def _groups(layer: Any) -> list[list[Any]]:
@@ -161,6 +226,14 @@ def _base(matrix: Any) -> Any:
     return matrix if type(matrix) is nn.Linear else matrix.get_base_layer()
 
 
+def _weight(matrix: Any) -> Tensor:
+    return _base(matrix).weight  # type: ignore[no-any-return]
+
+
+def _is_frozen(matrix: Any) -> bool:
+    return not any(part.requires_grad for part in _base(matrix).parameters())
+
+
 def _adapter(matrix: Any) -> tuple[Tensor, Tensor, float] | None:
     """Return A, B and the scale of a matrix's adapter."""
     if type(matrix) is nn.Linear:
@@ -176,27 +249,31 @@ def _exact(group: Sequence[Any]) -> Map:
         if adapter is not None:
             a, b, scale = adapter
             part.addmm_(b, a, alpha=scale)
-    return _packed(whole, _bias(group))
+    return in_float32(whole, _bias(group))
 
 
-def _roughly(group: Sequence[Any]) -> Map:
-    first = _base(group[0]).weight
-    if first not in _rough:
-        whole = torch.cat([_base(matrix).weight.detach() for matrix in group])
-        _rough[first] = _int8(whole, _bias(group))
-    frozen, adapters = _rough[first], [_adapter(matrix) for matrix in group]
+def _fast(precision: str, group: Sequence[Any]) -> Map:
+    """Return W in bfloat16 or int8, kept if it is frozen, with the adapter beside it."""
+    first, made = _weight(group[0]), _frozen[precision]
+    product: Map | None = made.get(first)  # type: ignore[no-untyped-call]
+    if product is None:
+        packing, _ = FAST[precision]
+        product = packing(torch.cat([_weight(matrix).detach() for matrix in group]), _bias(group))
+        if all(map(_is_frozen, group)):
+            made[first] = product
+    adapters = [_adapter(matrix) for matrix in group]
     found = [adapter for adapter in adapters if adapter is not None]
     if not found:
-        return frozen  # type: ignore[no-any-return]
+        return product
     a = torch.cat([a for a, _, _ in found])
-    b, row, column = a.new_zeros(sum(_base(m).out_features for m in group), len(a)), 0, 0
+    b, row, column = a.new_zeros(sum(len(_weight(matrix)) for matrix in group), len(a)), 0, 0
     for matrix, adapter in zip(group, adapters, strict=True):
         if adapter is not None:
             width = len(adapter[0])
-            b[row : row + _base(matrix).out_features, column : column + width] = adapter[1] * adapter[2]
+            b[row : row + len(_weight(matrix)), column : column + width] = adapter[1] * adapter[2]
             column += width
-        row += _base(matrix).out_features
-    return lambda h: frozen(h).view(-1).addmv_(b, a.mv(h.view(-1))).view(1, -1)  # of a single row
+        row += len(_weight(matrix))
+    return beside(product, a, b)
 
 
 def _bias(group: Sequence[Any]) -> Tensor | None:
@@ -207,41 +284,3 @@ def _bias(group: Sequence[Any]) -> Tensor | None:
     return torch.cat(
         [zero if bias is None else bias.detach() for bias, zero in zip(found, zeros, strict=True)]
     )
-
-
-def _packed(weight: Tensor, bias: Tensor | None) -> Map:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
-
-    def product(h: Tensor) -> Tensor:
-        more = rows_more(len(h))
-        whole = F.pad(h, (0, 0) * (h.dim() - 1) + (0, more)) if more else h
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(whole, packed, bias, "none", [], "")
-        return y[: len(h)]
-
-    return product
-
-
-def rows_more(rows: int) -> int:
-    """Return how many rows of zeros to multiply beside some, so that few numbers of rows ever occur.
-
-    For each of them oneDNN makes a program of its own for each matrix, and keeps it: 0.6 MB and more.
-    """
-    step = 1 << max(0, (rows - 1).bit_length() - 3)
-    return -rows % step
-
-
-def _int8(weight: Tensor, bias: Tensor | None) -> Map:
-    scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    whole = (weight / scales[:, None]).round_().to(torch.int8)
-    points = torch.zeros(len(weight), dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a later torch will do without: then there is no rough copy
-        quantised = torch._make_per_channel_quantized_tensor(whole, scales.double(), points, 0)
-    packed, narrow = torch.ops.quantized.linear_prepack(quantised, bias), not sums_int8()
-    return lambda h: torch.ops.quantized.linear_dynamic(h, packed, narrow)
-
-
-def sums_int8() -> bool:
-    """Whether a processor adds up products of int8 in 32 bits: in the 16 of plain AVX2, few guesses come true."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_vnni", False))

@@ -70,8 +70,8 @@ class Measurement:
     ) -> "Measurement":
         """Choose the sample, and learn its log-probabilities before the update.
 
-        They come from what was read for the update, or from the sampler if it drew from these very weights, uncut;
-        else they are asked for, which leaves half as many rows for the same price.
+        They come from what was read for the update, or from the sampler if it drew from these very weights, exact and
+        uncut; else they are asked for, which leaves half as many rows for the same price.
 
         Args:
             client: Whose policy is measured.
@@ -85,8 +85,8 @@ class Measurement:
         trajectories, sampling = list(batch), batch.sampling
         read = 0 if old is None else len(trajectories)
         version, current = None, client.policy_version
-        uncut = sampling.top_p == 1 and sampling.top_k == 0
-        if old is None and uncut and all(t.policy_version == current for t in trajectories):
+        its_own = sampling.top_p == 1 and sampling.top_k == 0 and sampling.is_exact
+        if old is None and its_own and all(t.policy_version == current for t in trajectories):
             old, version = sampler_logprobs(trajectories, mask.shape[1]), current
         budget = SHARE * (GRADIENT * rows.size * passes + read)  # in forward passes of a row
         sample = spread(batch, rows, max(1, int(budget) // (2 if old is None else 1)), number)

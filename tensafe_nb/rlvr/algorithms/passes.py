@@ -19,6 +19,7 @@ from tensafe_nb.rlvr.algorithms.result import UpdateResult, mock_notes, read_res
 from tensafe_nb.rlvr.policy import PolicyClient
 from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
 
+FAST_TIS_CAP = 2.0  # of rollouts that other weights drew than those that train (Yao et al. 2025: C = 2)
 SAME_PATH = 2e-4  # approx_kl of the very first minibatch: more, and scoring and training disagree
 TOO_FAR = 1.5  # times target_kl: no further pass begins (as in OpenAI's Spinning Up)
 
@@ -55,6 +56,8 @@ class Passes:
         scored = [] if measurement is None else measurement.after(self.client)
         # What is said of the batch is read now: rewards may be edited later.
         mean_reward, entropy, notes = self.batch.mean_reward, entropy_of(self.batch), mock_notes(self.batch)
+        if self.tis_cap != self.config.tis_cap:
+            notes += (f"sampled in {self.batch.sampling.drawn_in}, corrected by tis_cap={self.tis_cap:g}",)
         versions = [t.policy_version for t in self.batch if isinstance(t.policy_version, int)]
         known = self.explained_variance() | left_out(self.batch, self.config)
         count = len(self.gradients)
@@ -62,7 +65,7 @@ class Passes:
         def read(results: list[Any]) -> UpdateResult:
             done: list[OptimStepResult] = results[count : 2 * count]
             began = done[0].policy_version - 1
-            metrics, stale = staleness(versions, began, self.config.tis_cap)
+            metrics, stale = staleness(versions, began, self.tis_cap)
             return read_results(
                 results[:count],
                 done,
@@ -77,6 +80,13 @@ class Passes:
 
         waited: list[FutureHandle[Any]] = [*self.gradients, *self.steps, *scored]
         return combine(waited, read, operation="update", result_type=UpdateResult)
+
+    @property
+    def tis_cap(self) -> float | None:
+        """The cap of the importance ratio π_old / π_sampler: what was asked for, else one wherever it is not 1."""
+        if self.config.tis_cap is None and not self.batch.sampling.is_exact:
+            return FAST_TIS_CAP
+        return self.config.tis_cap
 
     def queue(self, rows: Array, value_only: bool) -> tuple[int, bool]:
         """Queue one pass after the other; return how many, and whether the policy had moved too far for a further."""
@@ -151,7 +161,8 @@ class Passes:
                 "temperature": self.batch.sampling.temperature,
                 "entropy_coef": self.config.entropy_coef,
             }
-            kwargs = shared | terms | value
+            capped = {} if self.tis_cap is None else {"tis_cap": self.tis_cap}
+            kwargs = shared | terms | capped | value
         gradient = self.client.forward_backward(data, loss_fn=name, loss_kwargs=kwargs)
         try:
             if self.config.reads_old and not self.gradients and not value_only:

@@ -22,6 +22,7 @@ SUMS = {  # a loss's sums, and the metrics that their per-token means are
     "value_clipped": "value/clip_ratio",
     "sampler_difference": "sampling/sampling_logp_difference/mean",
     "sampler_ratio": "sampling/importance_sampling_ratio/mean",
+    "sampler_capped": "sampling/importance_sampling_ratio/capped",
     "mismatch_kl": "sampling/mismatch_kl",
 }
 SMALLEST_RATIO = (

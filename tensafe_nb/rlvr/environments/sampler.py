@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self, get_args
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import SamplingConfig
+from tensafe_nb.config import Precision, SamplingConfig
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.environments.environment import EnvironmentSpec, resolve_environment
@@ -36,6 +36,7 @@ class EnvironmentSampler:
         timeout: Seconds the environment may take for each turn; None calls it here, without a limit.
         processes: In which it plays, as for `Scorer`; conversations are divided among all of them.
         cluster: Where these are, if not on this machine, as for `Scorer`.
+        precision: Of the weights that sample, as for `PolicySampler`.
 
     Example:
         >>> sampler = EnvironmentSampler(tc, guess, group_size=8, max_new_tokens=8)
@@ -59,6 +60,7 @@ class EnvironmentSampler:
         timeout: float | None = 5.0,
         processes: int | None = None,
         cluster: Any = None,
+        precision: Precision = "exact",
     ) -> None:
         if chat not in get_args(Chat):
             raise ValidationError(
@@ -71,6 +73,8 @@ class EnvironmentSampler:
             num_samples=group_size,
             stop=tuple(stop) if not isinstance(stop, str) else (stop,),
             ignore_end=fixed_length,
+            alone=True,
+            precision=precision,
         )
         self.chat, self.timeout = chat, timeout
         self._crew = crew_of("EnvironmentSampler: ", processes, cluster)

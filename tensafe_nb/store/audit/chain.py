@@ -45,7 +45,7 @@ class Tip:
     def record(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the record that comes next, complete."""
         record = {**fields, "seq": self.seq, "prev_hash": self.head}
-        record["record_hash"] = record_hash(record)
+        record["record_hash"] = hashlib.sha256(canonical(record)).hexdigest()
         record["mac"] = self._mac(record["record_hash"])
         return record
 

@@ -21,7 +21,7 @@ import json
 import os
 import threading
 import time
-import uuid
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from tensafe_nb.errors import (
 )
 from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification
 from tensafe_nb.store.audit import chain
-from tensafe_nb.store.audit.files import LogFiles, opened, read_key_file
+from tensafe_nb.store.audit.files import LogFiles, read_key_file
 from tensafe_nb.store.audit.key import SIZE, KeyPage, Secrets, unwrap_secret, wrap_secret
 from tensafe_nb.store.audit.verify import check, verify_file
 from tensafe_nb.store.disk import Files, disk_errors
@@ -70,6 +70,20 @@ def outcome_of(error: BaseException | None) -> dict[str, Any]:
     }
 
 
+_logs: "weakref.WeakSet[AuditLog]" = weakref.WeakSet()  # of this process
+
+
+def _start_anew() -> None:
+    """Let a forked child open the files for itself: through its parent's, the lock of one would be that of both."""
+    for log in list(_logs):
+        log._lock = threading.Lock()
+        log._files.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """The files as we last left them; while they are so, nothing is read again."""
@@ -97,12 +111,22 @@ class AuditLog:
 
     def __init__(self, folder: Path, keys: Keys, tenant: str = "local", files: Files | None = None) -> None:
         self.path = folder / "audit.jsonl"
-        self._files = files or Files()
+        self._files = LogFiles(self.path, files or Files())
         self._keys = keys
         self._tenant = tenant
         self._lock = threading.Lock()
         self._secrets: Secrets | None = None
         self._seen: _Seen | None = None
+        _logs.add(self)
+
+    def close(self) -> None:
+        """Close the files, which stay open from one record to the next; the next record opens them again."""
+        with self._lock:
+            self._files.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self._files.close()
 
     def append(
         self,
@@ -150,8 +174,8 @@ class AuditLog:
             KeyUnavailableError: The key that opens the log's own is not here.
             StorageError: The folder cannot be written; the records in it are intact.
         """
-        extra = dict(extra or {})
-        if taken := sorted(chain.FIELDS & extra.keys()):
+        extra = {} if extra is None else dict(extra)
+        if extra and (taken := sorted(chain.FIELDS & extra.keys())):
             raise ValidationError(f"extra cannot hold {', '.join(taken)}: a record has fields of that name.")
         if to_the_day:
             started_at = completed_at = completed_at // DAY * DAY
@@ -171,18 +195,18 @@ class AuditLog:
             "dp_metrics": None if dp_metrics is None else dict(dp_metrics),
             "ts": completed_at if to_the_day else time.time(),
         }
-        with self._lock, opened(self.path, self._files) as files:
-            tip = self._ready(files)
+        with self._lock, self._files:
+            tip = self._ready()
             fields["request_hash"], size = self._open.hash_request(request)
             fields["request_size_bytes"] = size if request_size_bytes is None else request_size_bytes
-            return self._write(files, tip, fields | extra, sync)
+            return self._write(tip, fields | extra, sync)
 
     def rewrap(self) -> AuditLogEntry | None:
         """Wrap the log's key under the primary key, after a rotation; None if it is, or if there is no log yet."""
         if not self.path.exists():
             return None
-        with self._lock, opened(self.path, self._files) as files:
-            tip = self._ready(files)
+        with self._lock, self._files:
+            tip = self._ready()
             old = self._open.stanzas
             if {stanza["kek_id"] for stanza in old} == {self._keys.primary_id()}:
                 return None
@@ -190,7 +214,7 @@ class AuditLog:
             secret = unwrap_secret(old, self._keys)
             self._secrets = Secrets.of(secret, wrap_secret(secret, self._keys))
             self._seen = None  # if writing fails, the old wrapping is what counts
-            return self._write_event(files, tip, "key", "rewrap_log_key")
+            return self._write_event(tip, "key", "rewrap_log_key")
 
     def key_ids(self) -> tuple[str, ...]:
         """Return the ids of the keys that open the log's own: with none of them here, it cannot be continued."""
@@ -222,8 +246,8 @@ class AuditLog:
             if behind is None:
                 return [], None
             raise self._broken(AuditLogError("it is gone"))
-        with self._lock, opened(self.path, self._files) as files:
-            end = self._ready(files)
+        with self._lock, self._files:
+            end = self._ready()
             tip = behind or chain.first_tip(unwrap_secret(self._open.stanzas, self._keys))
             if tip == end:
                 return [], tip
@@ -282,31 +306,31 @@ class AuditLog:
         assert self._secrets is not None
         return self._secrets
 
-    def _ready(self, files: LogFiles) -> chain.Tip:
+    def _ready(self) -> chain.Tip:
         """Return where the next record goes, having read, started or repaired what is there."""
-        raw, size = files.page(), files.size
+        raw, size = self._files.page(), self._files.size
         # every append of another process changes the page: its number, its nonce
         if self._seen and (raw, size) == (self._seen.page, self._seen.tip.size):
             return self._seen.tip
         try:
-            tip = self._resumed(files, raw, size) if raw or size else self._started(files)
+            tip = self._resumed(raw, size) if raw or size else self._started()
         except KeyUnavailableError:
             raise
         except (AuditLogError, DecryptionError) as error:
             raise self._broken(error) from error
         if tip.seq == 0:
-            self._write_event(files, tip, "genesis", "start_log")
+            self._write_event(tip, "genesis", "start_log")
         return self._seen.tip if self._seen else tip
 
-    def _started(self, files: LogFiles) -> chain.Tip:
+    def _started(self) -> chain.Tip:
         secret = os.urandom(SIZE)
         self._secrets = Secrets.of(secret, wrap_secret(secret, self._keys))
         tip = chain.first_tip(secret)
-        self._keep(files, tip, sync=True)
-        files.keep_names()
+        self._keep(tip, sync=True)
+        self._files.keep_names()
         return tip
 
-    def _resumed(self, files: LogFiles, raw: bytes, size: int) -> chain.Tip:
+    def _resumed(self, raw: bytes, size: int) -> chain.Tip:
         """Take in what a process that died wrote behind the last record that the key file counts."""
         tip = self._opened(raw)
         with self.path.open("rb") as log:
@@ -315,8 +339,8 @@ class AuditLog:
                 if line.endswith(b"\n"):
                     tip = _next(tip, line)
                 else:
-                    files.set_aside(line)
-        self._keep(files, tip, sync=False)
+                    self._files.set_aside(line)
+        self._keep(tip, sync=False)
         return tip
 
     def _opened(self, raw: bytes) -> chain.Tip:
@@ -327,7 +351,7 @@ class AuditLog:
             self._secrets = Secrets.of(unwrap_secret(page.stanzas, self._keys), page.stanzas)
         return page.opened(self._secrets)
 
-    def _write_event(self, files: LogFiles, tip: chain.Tip, kind: str, operation: str) -> AuditLogEntry:
+    def _write_event(self, tip: chain.Tip, kind: str, operation: str) -> AuditLogEntry:
         """Write a record of the log's own, which carries the log's wrapped key."""
         now = time.time()
         fields: dict[str, Any] = dict.fromkeys(
@@ -344,24 +368,24 @@ class AuditLog:
         fields |= {"artifact_ids_produced": [], "artifact_ids_consumed": []}
         fields["request_hash"], fields["request_size_bytes"] = self._open.hash_request(())
         fields["stanzas"] = list(self._open.stanzas)
-        return self._write(files, tip, fields, sync=True)
+        return self._write(tip, fields, sync=True)
 
-    def _write(self, files: LogFiles, tip: chain.Tip, fields: dict[str, Any], sync: bool) -> AuditLogEntry:
+    def _write(self, tip: chain.Tip, fields: dict[str, Any], sync: bool) -> AuditLogEntry:
         """Append, flush, then replace the key: a death in between leaves a record that the next append takes in."""
         fields |= {
-            "entry_id": f"log-{uuid.uuid4().hex[:16]}",
+            "entry_id": f"log-{os.urandom(8).hex()}",
             "tenant_id": self._tenant,
             "duration_ms": round((fields["completed_at"] - fields["started_at"]) * 1000, 3),
         }
         record = tip.record(fields)
         line = canonical(record) + b"\n"
-        files.append(line, sync)
-        self._keep(files, tip.moved(record, line), sync)
+        self._files.append(line, sync)
+        self._keep(tip.moved(record, line), sync)
         return chain.entry_of(record)
 
-    def _keep(self, files: LogFiles, tip: chain.Tip, sync: bool) -> None:
+    def _keep(self, tip: chain.Tip, sync: bool) -> None:
         page = bytes(KeyPage.of(tip, self._open))
-        files.keep(page, sync)
+        self._files.keep(page, sync)
         self._seen = _Seen(page, tip)
 
     def _broken(self, reason: Exception) -> AuditLogError:

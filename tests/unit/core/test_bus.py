@@ -4,6 +4,7 @@ import stat
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -12,7 +13,7 @@ from tensafe_nb.core.bus import EventBus
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import Event, LineChanged, Metrics, OperationStarted, Progress
 from tensafe_nb.history.log import RunHistory
-from tensafe_nb.history.stream import Subscriptions
+from tensafe_nb.history.stream import Subscriptions, stream
 from tensafe_nb.locks import is_being_written
 
 
@@ -151,3 +152,23 @@ def test_subscriptions_end_with_their_owner(bus: EventBus) -> None:
     del owner
     gc.collect()
     assert gone() is None and seen == [1]
+
+
+def test_a_loop_is_woken_once_for_events_that_come_together(bus: EventBus) -> None:
+    async def follow() -> tuple[list[int], int]:
+        events = stream(bus.subscribe, bus.history.last_seq)
+        first = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)  # it has subscribed
+        loop = asyncio.get_running_loop()
+        with patch.object(loop, "call_soon_threadsafe", wraps=loop.call_soon_threadsafe) as woken:
+            for _ in range(50):
+                bus.publish(metrics(1, loss=1.0))
+            seen = [(await first).seq] + [(await anext(events)).seq for _ in range(49)]
+            woken_before = woken.call_count
+            bus.publish(metrics(1, loss=1.0))
+            seen.append((await anext(events)).seq)
+        await events.aclose()
+        return seen, woken_before
+
+    seen, woken = asyncio.run(follow())
+    assert (woken, seen) == (1, sorted(seen)) and len(set(seen)) == 51

@@ -33,6 +33,7 @@ from tests.unit.rlvr.trainers import (
     checksum,
     events,
     rows,
+    stored,
     train,
     trainer_of,
 )
@@ -99,6 +100,24 @@ def test_a_run_publishes_one_row_per_step_with_everything_measured(client):
     assert values["completions/mean_length"] == 4
     assert values["completions/clipped_ratio"] == 0
     assert {"loss", "grad_norm", "param_delta_norm", "learning_rate"} <= set(client.history.names)
+
+
+def test_a_run_that_samples_in_fewer_bits_learns_from_them_and_is_evaluated_exactly(client, monkeypatch):
+    asked = []
+    sample = type(client).sample
+    monkeypatch.setattr(
+        type(client),
+        "sample",
+        lambda self, *args, **how: (asked.append(how["sampling"]), sample(self, *args, **how))[1],
+    )
+    train(client, steps=1, precision="int8", eval_prompts=SUMS[:2]).result()
+    assert {one.precision for one in asked if one.num_samples == 4} == {"int8"}
+    assert {one.precision for one in asked if one.num_samples == 1} == {"exact"}
+    (row,) = (row.values for row in rows(client) if "reward" in row.values)
+    assert 0 < row["sampling/mismatch_kl"] < 0.01
+    assert row["sampling/importance_sampling_ratio/capped"] == 0
+    assert [batch.sampling.precision for batch in stored(client)] == ["int8", "exact", "exact"], "evaluated"
+    assert not alarms_named("sampler_mismatch", client)
 
 
 def test_the_same_seed_gives_the_same_run():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models.load import ASSETS
-from tensafe_nb.engine.sampling import copies, sampler
+from tensafe_nb.engine.sampling import copies, products, sampler
 from tensafe_nb.engine.sampling.decoding import LARGE, Decoder
 from tensafe_nb.losses import resolve_loss
 from tests.close import assert_close
@@ -135,16 +135,35 @@ def test_a_conversation_goes_on_from_what_was_kept_of_guessed_tokens(engine: Eng
     stop = tn.SamplingConfig(max_new_tokens=20, seed=5, stop_tokens=[first.tokens[9]])
     answers = []
     for fresh in (False, True):
-        engine.prefixes = None
+        engine.turns = None
         turn = engine.sample([{"tokens": PROMPTS[0], "stream": 0}], stop).sequences[0]
         assert turn.finish_reason == "stop"
-        assert engine.prefixes is not None
+        assert engine.turns is not None
         longer = [*PROMPTS[0], *turn.tokens, 17, 18]
-        assert engine.prefixes.has_begun(0, longer)
-        engine.prefixes = None if fresh else engine.prefixes
+        assert (
+            engine.turns.known(tuple(longer)) == len(longer) - 3
+        )  # all but the token drawn last, and what is new
+        engine.turns = None if fresh else engine.turns
         answers.append(engine.sample([{"tokens": longer, "stream": 0}], config).sequences[0])
     assert answers[0].tokens == answers[1].tokens
     assert_close(answers[0].logprobs, answers[1].logprobs, at_least=1)
+
+
+def test_others_join_a_row_that_guesses_and_leave_it_to_guess_again(engine: Engine) -> None:
+    asked = [tn.SamplingConfig(max_new_tokens=most, seed=4, ignore_end=True) for most in (40, 6, 9)]
+    engine.copied, calls = None, []
+    with engine.together("exact") as together:
+        for prompt, config in zip(PROMPTS, asked, strict=True):
+            calls.append(engine.call([prompt], config))
+            together.add(calls[-1])
+            together.step()
+        while together.calls:
+            together.step()
+    assert calls[0].luck.made > sampler.Luck().made
+    for call, prompt, config in zip(calls, PROMPTS, asked, strict=True):
+        (ours,), ((plain,), _) = call.sequences(), drawn(engine, config, [prompt], plain=True)
+        assert ours.tokens == plain.tokens
+        assert_close(ours.raw_logprobs, plain.raw_logprobs, at_least=1)
 
 
 def test_sampled_logprobs_are_those_of_training_also_after_a_step(folder: str, batch: tn.BatchData) -> None:
@@ -167,7 +186,7 @@ def test_copies_are_kept_until_something_else_is_computed_and_int8_ones_of_froze
     engine.sample(PROMPTS[:1], config)
     assert engine.copied is not None
     first = engine.copied.copies
-    monkeypatch.setattr(copies, "_int8", None)  # nothing is quantised any more
+    monkeypatch.setitem(copies.FAST, "int8", (None, 0.5))  # nothing is quantised any more
     engine.sample(PROMPTS[:1], config)
     assert engine.copied.copies is first
     engine.forward_backward(batch, resolve_loss("token_ce"))
@@ -194,7 +213,7 @@ def test_there_are_none_where_they_would_not_pay_fit_or_be_the_same(
     assert found(trained) is None  # would be quantised anew for each call
     assert found(trained, rows=2) is not None
     for name, instead in {
-        "works": lambda of, _: of is copies._packed,  # a torch that no longer quantises
+        "works": lambda of, _: of is products.in_float32,  # a torch that no longer quantises
         "sums_int8": lambda: False,
         "GUESSES_PAY_FROM_TOKENS": 65,
     }.items():
@@ -206,23 +225,23 @@ def test_there_are_none_where_they_would_not_pay_fit_or_be_the_same(
     assert found() is None
 
 
-@pytest.mark.parametrize("name", ["_packed", "_int8"])
+@pytest.mark.parametrize("name", ["in_float32", "in_int8"])
 def test_what_this_torch_lacks_or_multiplies_otherwise_is_not_used(name: str) -> None:
     def lacking(weight: torch.Tensor, bias: Any) -> Any:
         raise AttributeError(name)
 
-    assert not copies.works(lacking, 1.0)
-    assert not copies.works(lambda weight, bias: lambda x: x @ weight.T + 1, 1e-4)
+    assert not products.works(lacking, 1.0)
+    assert not products.works(lambda weight, bias: lambda x: x @ weight.T + 1, 1e-4)
 
 
 def test_guesses_are_rough_and_know_the_adapter(engine: Engine) -> None:
     with torch.no_grad():
-        decoder = Decoder(engine.model, PROMPTS[:1], 1, 8, None, copies.copies_of(engine.model, 64, 1))
+        decoder = Decoder(engine.model, PROMPTS[:1], [1], 8, None, copies.copies_of(engine.model, 64, 1))
         guessed = decoder.guess(4)
         decoder.verify(1, [4])
         exact = decoder.logits
         with engine.model.peft.disable_adapter():
-            bare = Decoder(engine.model, [[*PROMPTS[0], 4]], 1, 8).logits
+            bare = Decoder(engine.model, [[*PROMPTS[0], 4]], [1], 8).logits
     off = [float((logits - exact).abs().mean()) for logits in (guessed, bare)]
     assert 0 < off[0] < off[1]
 
@@ -254,8 +273,8 @@ def test_winners_of_the_race_follow_the_distribution_and_hardly_change_with_it()
 
 
 def test_few_numbers_of_rows_are_ever_multiplied_and_few_rows_in_vain() -> None:
-    taken = {rows: rows + copies.rows_more(rows) for rows in range(1, 513)}
+    taken = {rows: rows + products.rows_more(rows) for rows in range(1, 513)}
     assert len(set(taken.values())) == 32
     assert all(1 <= whole / rows <= 1.25 for rows, whole in taken.items())
     weight, rows = torch.randn(8, 4), torch.randn(11, 1, 4)
-    assert torch.allclose(copies._packed(weight, None)(rows), rows @ weight.T, atol=1e-5)
+    assert torch.allclose(products.in_float32(weight, None)(rows), rows @ weight.T, atol=1e-5)

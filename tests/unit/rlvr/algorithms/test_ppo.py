@@ -273,6 +273,7 @@ def test_rollouts_of_another_sampler_are_compared_and_capped():
         trajectory.logprobs = [logprob - 0.7 for logprob in trajectory.logprobs]  # as if sampled elsewhere
     result = REINFORCE(REINFORCEConfig(tis_cap=1.5), mask_truncated=False).update(batch, client).result()
     assert result.metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.7, abs=1e-3)
+    assert result.metrics["sampling/importance_sampling_ratio/capped"] == 1, "all of them"
     plain, _ = trained(REINFORCE(mask_truncated=False))
     triples = zip(*(c.weights().values() for c in (client, plain, EngineClient())), strict=True)
     ratios = [((a - s).norm() / (b - s).norm()).item() for a, b, s in triples if (b - s).norm() > 0]
@@ -288,6 +289,30 @@ def test_the_smallest_and_the_largest_ratio_to_the_sampler_are_told():
     result = REINFORCE(mask_truncated=False).update(batch, client).result()
     ratio = {name: result.metrics[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "max")}
     assert ratio == pytest.approx({"min": np.exp(-0.5), "max": np.exp(0.7)}, rel=1e-3)
+
+
+@pytest.mark.parametrize("algo", [REINFORCE("rloo"), PPO("dapo", overlong=0)])
+def test_rollouts_in_fewer_bits_are_corrected_for_as_by_tis_and_the_difference_is_told(algo):
+    results, clients = [], []
+    for config in (algo.config, algo.config.replace(tis_cap=2.0)):
+        client = EngineClient(TINY.replace(optimizer=SGD))
+        batch = rollouts(client, precision="int8")
+        assert batch.sampling.precision == "int8"
+        results.append(type(algo)(config.replace(mask_truncated=False)).update(batch, client).result())
+        clients.append(client)
+    by_itself, asked_for = results
+    assert by_itself.notes == ("sampled in int8, corrected by tis_cap=2",)
+    assert asked_for.notes == ()
+    assert_same_weights(*clients)
+    assert clients[0].operations == ["sample", "logprobs", "forward_backward", "optim_step", "logprobs"], (
+        "the sampler's logprobs are not those of the policy before the update"
+    )
+    found = by_itself.metrics
+    assert 0 < found["sampling/mismatch_kl"] < 0.01
+    assert found["sampling/importance_sampling_ratio/capped"] == 0
+    assert (
+        found["sampling/importance_sampling_ratio/min"] < 1 < found["sampling/importance_sampling_ratio/max"]
+    )
 
 
 def test_state_comes_back():

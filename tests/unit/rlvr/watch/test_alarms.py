@@ -184,6 +184,16 @@ def test_a_sampler_that_disagrees_with_the_training_path_is_noticed(row, gap, le
     assert [(event.name, event.level) for event in found] == ([("sampler_mismatch", level)] if level else [])
 
 
+@pytest.mark.parametrize(("kl", "level"), [(0.005, None), (0.02, "red")])
+def test_rollouts_in_fewer_bits_may_differ_as_long_as_their_distribution_hardly_does(kl, level):
+    batch = batch_of(MIXED)
+    batch.sampling = batch.sampling.replace(precision="int8")
+    row = {"sampling/mismatch_kl": kl, "sampling/sampling_logp_difference/mean": 0.05}
+    found = Alarms().observe("r", 1, {**HEALTHY, **row}, batch)
+    assert [(event.name, event.level) for event in found] == ([("sampler_mismatch", level)] if level else [])
+    assert not found or "precision='exact'" in found[0].remedy
+
+
 @pytest.mark.parametrize(
     ("row", "level"),
     [

@@ -1,10 +1,13 @@
 """The audit log as it is written: what a record holds, by one writer or by several at once."""
 
 import hashlib
+import os
+import shutil
 import stat
 import subprocess
 import sys
 import threading
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from tensafe_nb.errors import (
     ValidationError,
 )
 from tensafe_nb.store.audit.log import AuditLog
+from tensafe_nb.store.disk import Files
 from tests.unit.store.audit.logs import RECORDS, again, key_file, made, put, quiet_keys, records
 
 # What is written
@@ -110,6 +114,7 @@ APPENDER = """
 import sys
 from pathlib import Path
 from tensafe_nb.store.audit.log import AuditLog
+from tensafe_nb.store.disk import Files
 from tensafe_nb.store.keys.keyring import Keys
 home = Path(sys.argv[1])
 log = AuditLog(home / "audit" / "local", Keys(home / "keys", "file", announce=lambda _: None))
@@ -163,3 +168,67 @@ def test_a_killed_process_leaves_a_log_with_every_record_it_was_told_of(
     assert log.verify().ok
     assert put(log).seq in (told[-1] + 1, told[-1] + 2)
     assert log.verify().ok
+
+
+# Files that stay open
+
+
+class Counted(Files):
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+
+    def unbuffered(self, path: Path, *, append: bool = False) -> FileIO:
+        self.opened.append(path.name)
+        return super().unbuffered(path, append=append)
+
+
+def test_the_files_are_opened_once_for_many_records_and_again_after_closing(log: AuditLog) -> None:
+    files = Counted()
+    own = AuditLog(log.path.parent, quiet_keys(log.path.parents[2] / "keys"), files=files)
+    for number in range(5):
+        put(own, number)
+    assert files.opened == ["audit.jsonl", "audit.key"]
+    own.close()
+    put(own)
+    assert files.opened == ["audit.jsonl", "audit.key"] * 2
+    assert log.verify().records == RECORDS + 6
+
+
+def test_what_is_put_in_the_place_of_open_files_is_what_goes_on(log: AuditLog, tmp_path: Path) -> None:
+    put(log)
+    copy = tmp_path / "copy"
+    shutil.copytree(log.path.parent, copy)
+    put(log, 1)
+    log.path.parent.rename(tmp_path / "elsewhere")
+    copy.rename(log.path.parent)  # the log as it was before the latest record
+    assert put(log, 2).seq == RECORDS + 1
+    assert log.verify().records == RECORDS + 2
+    key_file(log).replace(tmp_path / "key")
+    shutil.copy(tmp_path / "key", key_file(log))
+    assert put(log).seq == RECORDS + 2
+    assert log.verify().ok
+
+
+def test_a_forked_child_and_its_parent_keep_each_other_out(log: AuditLog) -> None:
+    put(log)
+    child = os.fork()
+    if child == 0:
+        try:
+            for number in range(60):
+                put(log, number)
+        finally:
+            os._exit(0)
+    for number in range(60):
+        put(log, number)
+    os.waitpid(child, 0)
+    found = log.verify()
+    assert (found.ok, found.records) == (True, RECORDS + 121)
+
+
+def test_a_log_that_is_let_go_leaves_no_file_open(log: AuditLog) -> None:
+    own = again(log)
+    put(own)
+    files = own._files
+    assert files._log.file is not None
+    del own
+    assert files._log.file is None
