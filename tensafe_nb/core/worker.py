@@ -802,8 +802,9 @@ class Worker:
 
     def _run(self, job: Job) -> None:
         self.status, self._moved, self._repeating = ClientStatus.BUSY, True, False
-        with self._changing:
-            self._undisturbed.wait_for(lambda: not self._visitors)
+        if self._visitors:
+            with self._changing:
+                self._undisturbed.wait_for(lambda: not self._visitors)
         self._begin(job)
         kind = self._sample_kind(job)
         if kind is None:
