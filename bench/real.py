@@ -37,6 +37,7 @@ from bench.harness import (
     paired,
     stopwatch,
 )
+from bench.sampling import asked_together
 from tensafe_nb.engine.models import load as models
 
 MODELS = ROOT / "build" / "models"
@@ -150,6 +151,12 @@ def sampling() -> Row:
 def sampling_one_row() -> Row:
     """Issue 26: at least 2.5 times the speed of `generate`."""
     return _sampling(1, Target("≥", 2.5))
+
+
+def sampling_requests() -> Row:
+    """Issue 26: sixteen who ask at the same time."""
+    with _client("float32") as tc:
+        return asked_together(tc, NAME, SECONDS)
 
 
 def rl_update() -> Row:

@@ -12,7 +12,15 @@ from typing import Any, Self, TypeAlias, TypeVar
 
 from tensafe_nb.chats.chat import ModelChat
 from tensafe_nb.checks import checked
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, StepConfig, TrainingConfig, joins, spells
+from tensafe_nb.config import (
+    MIN_TEMPERATURE,
+    Precision,
+    SamplingConfig,
+    StepConfig,
+    TrainingConfig,
+    joins,
+    spells,
+)
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
@@ -233,6 +241,8 @@ class TrainingClient:
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         top_prompt_logprobs: int = 0,
+        precision: Precision = "exact",
+        alone: bool = False,
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
 
@@ -253,6 +263,8 @@ class TrainingClient:
             top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
             prompt_logprobs: Also return the log-probability of each token of the prompts.
             top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
+            precision: Of the weights that tokens are drawn with: "exact", "bfloat16", "int8" or "auto".
+            alone: Draw beside no other sample, so that logprobs, too, are the same to the last bit.
 
         Raises:
             ValidationError: No prompt, or a field that does not fit.

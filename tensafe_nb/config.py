@@ -399,6 +399,8 @@ class SamplingConfig(Config):
         precision: Of the weights that tokens are drawn with: "exact", those that train; on a CPU also copies in
             "bfloat16" or "int8", with the adapter beside them, which draw from nearly the same distribution in less
             time; or "auto", the quickest of these that pays here, which the result names.
+        alone: Draw beside no other sample, and from nothing that was read for one: then logprobs, too, are the same to
+            the last bit whoever asks at the same time. Rollouts of runs are drawn so.
     """
 
     max_new_tokens: Positive = 64
@@ -414,6 +416,7 @@ class SamplingConfig(Config):
     prompt_logprobs: bool = False
     top_prompt_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
     precision: Precision = "exact"
+    alone: bool = False
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod

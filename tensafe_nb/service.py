@@ -15,6 +15,7 @@ from tensafe_nb.config import (
     LoRAConfig,
     LossConfig,
     OptimizerConfig,
+    Precision,
     SamplingConfig,
     TrainingConfig,
     joins,
@@ -225,6 +226,8 @@ class ServiceClient:
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         top_prompt_logprobs: int = 0,
+        precision: Precision = "exact",
+        alone: bool = False,
     ) -> FutureHandle[SampleResult]:
         """Draw completions without a training client: from a checkpoint's weights, or from a model as it is.
 
@@ -247,6 +250,8 @@ class ServiceClient:
             top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
             prompt_logprobs: Also return the log-probability of each token of the prompts.
             top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
+            precision: Of the weights that tokens are drawn with: "exact", "bfloat16", "int8" or "auto".
+            alone: Draw beside no other sample, so that logprobs, too, are the same to the last bit.
 
         Raises:
             ArtifactNotFoundError: There is no such checkpoint.

@@ -70,6 +70,7 @@ class PolicySampler:
             num_samples=group_size,
             stop=tuple(stop) if not isinstance(stop, str) else (stop,),
             ignore_end=fixed_length,
+            alone=True,
             precision=precision,
         )
         if top_p < 1 or top_k > 0:
