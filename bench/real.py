@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from bench.harness import (
     stopwatch,
 )
 from bench.sampling import asked_together
+from tensafe_nb.config import Precision
 from tensafe_nb.engine.models import load as models
 
 MODELS = ROOT / "build" / "models"
@@ -159,8 +160,28 @@ def sampling_requests() -> Row:
         return asked_together(tc, NAME, SECONDS)
 
 
+def sampling_bf16() -> Row:
+    """Issue 26: at least three times the speed of `generate`."""
+    return _sampling(PROMPTS, Target("≥", 3), "bfloat16")
+
+
+def sampling_one_row_int8() -> Row:
+    """Issue 26: at least 2.5 times the speed of `generate`."""
+    return _sampling(1, Target("≥", 2.5), "int8")
+
+
 def rl_update() -> Row:
     """Issue 22: at most 0.6 of the time."""
+    return _rl_update("exact", 0.6)
+
+
+def rl_update_auto() -> Row:
+    """Issue 26: at most 0.4 of the time."""
+    return _rl_update("auto", 0.4)
+
+
+def _rl_update(precision: Literal["exact", "auto"], limit: float) -> Row:
+    """Measure one pair of updates after one to warm up: a pair takes half a minute."""
     work = trl_peer.Work(
         model_ref=folder(),
         name="SmolLM2-135M-Instruct",
@@ -170,8 +191,9 @@ def rl_update() -> Row:
         tokens=64,
         updates=1,
         reward="share_of_vowels",
+        precision=precision,
     )
-    return rl.against_trl(work, loads=1, seconds=0, warmup=1, at_least=3)
+    return rl.against_trl(work, loads=1, seconds=0, warmup=1, at_least=2, limit=limit)
 
 
 def gguf_again() -> Row:
@@ -191,10 +213,20 @@ def gguf_again() -> Row:
 
 def sampling_llama_cpp() -> Row:
     """Issue 9: at least 0.3 of the speed of llama.cpp, whose weights are quantised."""
+    return _llama_cpp(Target("≥", 0.3), "exact")
+
+
+def sampling_int8_llama_cpp() -> Row:
+    """Issue 26: at least 0.6 of the speed of llama.cpp."""
+    return _llama_cpp(Target("≥", 0.6), "int8")
+
+
+def _llama_cpp(target: Target, precision: Precision) -> Row:
     file = gguf_file()
     if not LLAMA_PYTHON.exists():
         raise Skipped("llama.cpp is not here: run `make llama-cpp`, which builds it in some ten minutes")
-    (prompt,), settings = _prompts(1), tn.SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_end=True)
+    settings = tn.SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_end=True, precision=precision)
+    (prompt,) = _prompts(1)
     with _client("float32") as tc, beside(LLAMA_PYTHON, "-m", llama_peer.__name__, file) as llama:
         taken = paired(
             lambda: stopwatch(lambda: tc.sample([prompt], settings).result()),
@@ -206,20 +238,28 @@ def sampling_llama_cpp() -> Row:
     return Row(
         what=SAMPLING,
         peer="llama.cpp (`llama-cpp-python`) on the same GGUF file, without adapter",
-        precision="fp32; Q4_1",
+        precision=f"{_bits(precision)}; Q4_1",
         sizes=_sampled(1),
         taken=taken,
-        target=Target("≥", 0.3),
+        target=target,
     )
 
 
 _SHARE = f"hidden states of {ROWS}×{TOKENS}, SmolLM2's head of 49,152 tokens, frozen, 25 % labelled"
 
 
-def _sampling(rows: int, target: Target) -> Row:
+def _bits(precision: Precision) -> str:
+    return "fp32" if precision == "exact" else f"{precision}, with the adapter in fp32"
+
+
+def _sampling(rows: int, target: Target, precision: Precision = "exact") -> Row:
+    if precision == "bfloat16" and not models.multiplies_bf16(torch.device("cpu")):
+        raise Skipped(
+            "this processor does not multiply matrices in bf16; `precision='auto'` takes another one here"
+        )
     with _client("float32") as tc:
         prompts = _prompts(rows)
-        settings = tn.SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_end=True)
+        settings = tn.SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_end=True, precision=precision)
         peer, ids = _peft_model().eval(), torch.tensor(prompts)
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 0}
 
@@ -234,7 +274,7 @@ def _sampling(rows: int, target: Target) -> Row:
     return Row(
         what=SAMPLING,
         peer="`peft_model.generate(do_sample=True, top_k=0)`",
-        precision="fp32",
+        precision="fp32" if precision == "exact" else f"{_bits(precision)}; fp32",
         sizes=_sampled(rows),
         taken=taken,
         target=target,
