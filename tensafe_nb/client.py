@@ -16,6 +16,7 @@ from tensafe_nb.config import (
     MIN_TEMPERATURE,
     Precision,
     SamplingConfig,
+    SamplingEngine,
     StepConfig,
     TrainingConfig,
     joins,
@@ -243,6 +244,7 @@ class TrainingClient:
         top_prompt_logprobs: int = 0,
         precision: Precision = "exact",
         alone: bool = False,
+        engine: SamplingEngine = "torch",
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
 
@@ -265,9 +267,11 @@ class TrainingClient:
             top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
             precision: Of the weights that tokens are drawn with: "exact", "bfloat16", "int8" or "auto".
             alone: Draw beside no other sample, so that logprobs, too, are the same to the last bit.
+            engine: "torch", or "llama.cpp" where llama-cpp-python is installed: see SamplingConfig.
 
         Raises:
-            ValidationError: No prompt, or a field that does not fit.
+            ValidationError: No prompt, a field that does not fit, or an engine that is not there, or cannot sample what
+                is trained.
         """
         assert sampling is not None  # the keywords are in it
         return self._submit(Sample(prompts_to_sample(prompts, sampling), sampling, stream))
@@ -286,6 +290,7 @@ class TrainingClient:
         stop_tokens: Sequence[int] = (),
         seed: int | None = None,
         ignore_end: bool = False,
+        engine: SamplingEngine = "torch",
     ) -> Pieces:
         """Draw one completion, piece by piece, with `async for` or `for`; who leaves the loop ends the sampling.
 
@@ -303,6 +308,7 @@ class TrainingClient:
             stop_tokens: Tokens that end the completion, as the model's end token does.
             seed: Fixes the random stream; None takes the client's next one.
             ignore_end: Go on past end tokens.
+            engine: "torch", or "llama.cpp": see SamplingConfig.
 
         Returns:
             Pieces (`SampledPiece`): text of whole characters, tokens, their logprobs; the last one says why it ended.

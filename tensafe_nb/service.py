@@ -17,6 +17,7 @@ from tensafe_nb.config import (
     OptimizerConfig,
     Precision,
     SamplingConfig,
+    SamplingEngine,
     TrainingConfig,
     joins,
     spells,
@@ -228,6 +229,7 @@ class ServiceClient:
         top_prompt_logprobs: int = 0,
         precision: Precision = "exact",
         alone: bool = False,
+        engine: SamplingEngine = "torch",
     ) -> FutureHandle[SampleResult]:
         """Draw completions without a training client: from a checkpoint's weights, or from a model as it is.
 
@@ -252,6 +254,7 @@ class ServiceClient:
             top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
             precision: Of the weights that tokens are drawn with: "exact", "bfloat16", "int8" or "auto".
             alone: Draw beside no other sample, so that logprobs, too, are the same to the last bit.
+            engine: "torch", or "llama.cpp" where llama-cpp-python is installed: see SamplingConfig.
 
         Raises:
             ArtifactNotFoundError: There is no such checkpoint.

@@ -26,6 +26,7 @@ from tensafe_nb.engine.canaries import audit
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.low_rank import Factors
 from tensafe_nb.engine.models.memory import presentable
+from tensafe_nb.engine.sampling import llama_cpp
 from tensafe_nb.engine.sampling.sampler import SampleCall
 from tensafe_nb.errors import (
     ClientClosedError,
@@ -343,11 +344,14 @@ class Worker:
         Raises:
             ClientClosedError: The client is closed.
             QueueFullError: Too many wait already.
+            ValidationError: What it names is not there, or does not fit this client.
         """
         return self._enter(self.job_of(operation), future_id, before)
 
     def job_of(self, operation: Operation[Any]) -> Job:
         """Return the job of an operation; see `Job.of`."""
+        if isinstance(operation, Sample):
+            llama_cpp.check(operation.sampling, self.config)
         return Job.of(operation, self._default_loss)
 
     def refuse(

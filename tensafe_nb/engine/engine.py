@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ from tensafe_nb.protocol.results import (
     SampleResult,
     StepEstimate,
 )
+
+if TYPE_CHECKING:
+    from tensafe_nb.engine.sampling.llama_cpp import Policy
 
 
 class TrainingStep(Protocol):
@@ -102,6 +105,7 @@ class Engine:
         prefixes: What was read, and may be the beginning of prompts to come, until anything else is computed.
         turns: What was read of conversations that are drawn by themselves, likewise.
         copied: Copies of the weights that sample, until anything else is computed.
+        llama_cpp: The model as llama.cpp has it, once that has sampled.
 
     Raises:
         ModelLoadError: The model cannot be loaded.
@@ -123,6 +127,7 @@ class Engine:
         self.prefixes: Prefixes | None = None
         self.turns: Prefixes | None = None
         self.copied: KeptCopies | None = None
+        self.llama_cpp: Policy | None = None
         private = config.dp_config is not None and config.dp_config.enabled
         self.training_step: TrainingStep = (
             AwaitingAccount() if private else PlainStep(self.forward_pass, self.optimizer)
@@ -342,7 +347,10 @@ class Engine:
             known = self.turns if self.turns is not None and self.turns.version == version else None
             self.turns = turns = Prefixes(version, self.model.device, whole=True)
         kept = Prefixes(version, self.model.device)
-        with sampler.Together(self.model, call.precision, kept, self._copied(), known, turns) as together:
+        elsewhere = self.elsewhere(call.precision)
+        with sampler.Together(
+            self.model, call.precision, kept, self._copied(), known, turns, elsewhere
+        ) as together:
             together.add(call)
             together.run()
         return call.result()
@@ -351,6 +359,8 @@ class Engine:
         """Return what is equal for calls that can be drawn together; None of one that is drawn by itself."""
         if config.alone:
             return None
+        if config.engine != "torch":
+            return config.engine
         if config.precision == "auto":
             return precision_of(self.model, config.precision, prompts * config.num_samples)
         return config.precision
@@ -359,7 +369,9 @@ class Engine:
         """Return what draws for several calls together, from the weights as they are; nothing else runs meanwhile."""
         if self.prefixes is None or self.prefixes.version != self._read_by(kind):
             self.prefixes = Prefixes(self._read_by(kind), self.model.device)
-        return sampler.Together(self.model, kind, self.prefixes, self._copied())
+        return sampler.Together(
+            self.model, kind, self.prefixes, self._copied(), elsewhere=self.elsewhere(kind)
+        )
 
     def _copied(self) -> KeptCopies:
         if self.copied is None or self.copied.version != self.policy_version:
@@ -378,7 +390,11 @@ class Engine:
     ) -> sampler.SampleCall:
         """Return what takes part in drawing together; without a seed, it takes the client's next one. See `sample`."""
         ids, turns, streams = self.encode(prompts, config)
-        precision = precision_of(self.model, config.precision, len(ids) * config.num_samples)
+        if config.engine == "torch":
+            precision = precision_of(self.model, config.precision, len(ids) * config.num_samples)
+        else:
+            precision = config.engine
+            self._in_llama_cpp()  # what cannot be handed over is refused here
         seed = config.seed
         if seed is None:
             self.samples_drawn += 1
@@ -386,6 +402,24 @@ class Engine:
         call = sampler.call_of(self.model, ids, config, seed, tick, turns, tell, streams)
         call.version, call.precision, call.read = self.policy_version, precision, self.read(ids, config)
         return call
+
+    def elsewhere(self, kind: str) -> Callable[[], sampler.DecodesElsewhere] | None:
+        """Return what brings those who decode in place of the model; None where it does so itself."""
+        return self._in_llama_cpp if kind == "llama.cpp" else None
+
+    def _in_llama_cpp(self) -> "Policy":
+        """Return the model in llama.cpp, with its present weights.
+
+        Raises:
+            ValidationError: It cannot be handed over.
+            ModelLoadError: llama.cpp does not read it.
+        """
+        from tensafe_nb.engine.sampling.llama_cpp import Policy
+
+        if self.llama_cpp is None:
+            self.llama_cpp = Policy(self.model)
+        self.llama_cpp.push(self.policy_version)
+        return self.llama_cpp
 
     def read(self, ids: Sequence[Sequence[int]], config: SamplingConfig) -> ReadPrompts:
         """Return what the model says of prompts' own tokens, as far as `config` asks for it."""

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -40,6 +40,16 @@ LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
 Tell = Callable[[SampledPiece], None]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes whose character is not whole yet
+
+
+class DecodesElsewhere(Protocol):
+    """Says what comes next in place of a model of torch's, with its weights or about those."""
+
+    def rows(self, prompts: Sequence[Sequence[int]], samples: Sequence[int], new_tokens: int) -> Rows:
+        """Return prompts' rows, so many of each, that may grow by so many tokens."""
+
+    def most_rows(self, longest: int) -> int:
+        """Return how many rows of so many tokens are decoded together."""
 
 
 @dataclass(slots=True)
@@ -170,10 +180,11 @@ def sample(
     tell: Tell | None = None,
     streams: Sequence[int | None] = (),
     before: Sequence[int] = (),
+    elsewhere: Callable[[], DecodesElsewhere] | None = None,
 ) -> list[SampledSequence]:
     """Draw completions of some prompts, beside nobody else; see `call_of`."""
     call = call_of(model, prompts, sampling, seed, tick, turns, tell, streams, before)
-    with Together(model, sampling.precision) as together:
+    with Together(model, sampling.precision, elsewhere=elsewhere) as together:
         together.add(call)
         together.run()
     return call.sequences()
@@ -313,6 +324,7 @@ class Together:
         copied: Brings and takes copies of the weights.
         known: Conversations as the call before has left them.
         turns: Takes conversations, in place of `kept`.
+        elsewhere: Brings what decodes in place of the model, from nothing that was read before.
     """
 
     def __init__(
@@ -323,8 +335,9 @@ class Together:
         copied: KeptCopies | None = None,
         known: Prefixes | None = None,
         turns: Prefixes | None = None,
+        elsewhere: Callable[[], DecodesElsewhere] | None = None,
     ) -> None:
-        self._model, self._precision = model, precision
+        self._model, self._precision, self._elsewhere = model, precision, elsewhere
         self._kept, self._known, self._turns = kept, known, turns or kept
         self._copied = copied or KeptCopies(0)
         self._most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
@@ -431,13 +444,18 @@ class Together:
             call = min(calls, key=lambda call: inside[id(call)])
             row = call.waiting[0]
             longest = max(longest, row.most)
-            if count and (count + 1) * longest > self._most:
+            if count and not self._has_room(count + 1, longest):
                 break
             chosen.append((call, call.waiting.popleft()))
             inside[id(call)] += 1
             count += 1
             calls = [call for call in calls if call.waiting]
         return chosen
+
+    def _has_room(self, rows: int, longest: int) -> bool:
+        if self._elsewhere is not None:
+            return rows <= self._elsewhere().most_rows(longest)
+        return rows * longest <= self._most
 
     def _let_in(self, newcomers: list[tuple[SampleCall, Completion]]) -> None:
         """Read newcomers' prompts, and let their rows join; where that fails, call by call."""
@@ -455,11 +473,15 @@ class Together:
         for call, row in newcomers:
             of_prompts.setdefault(row.prompt, []).append((call, row))
         prompts, room = list(of_prompts), max(call.sampling.max_new_tokens for call, _ in newcomers)
-        copies = self._prepare(len(newcomers), room)
-        before = None if self._known is None else self._known.take(prompts)
-        if before is None and self._kept is not None:
-            before = self._beginnings(self._kept, prompts)
-        state = rows_of(self._model, prompts, list(map(len, of_prompts.values())), room, before, copies)
+        samples = list(map(len, of_prompts.values()))
+        if self._elsewhere is None:
+            copies = self._prepare(len(newcomers), room)
+            before = None if self._known is None else self._known.take(prompts)
+            if before is None and self._kept is not None:
+                before = self._beginnings(self._kept, prompts)
+            state = rows_of(self._model, prompts, samples, room, before, copies)
+        else:
+            state = self._elsewhere().rows(prompts, samples, room)
         if self._state is None:
             self._state = state
         else:

@@ -86,6 +86,7 @@ def test_the_policy_sampler_sends_every_sampling_parameter():
         "stop_tokens": (),
         "top_logprobs": 0,
         "top_prompt_logprobs": 0,
+        "engine": "torch",
     }
 
 
