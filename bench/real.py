@@ -187,7 +187,7 @@ def rl_update_auto() -> Row:
 
 
 def _rl_update(precision: Literal["exact", "auto"], limit: float) -> Row:
-    """Measure two pairs of updates after one to warm up: a pair takes half a minute."""
+    """Measure two pairs of updates, after one to warm up."""
     work = trl_peer.Work(
         model_ref=folder(),
         name="SmolLM2-135M-Instruct",
