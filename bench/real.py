@@ -45,7 +45,7 @@ MODELS = ROOT / "build" / "models"
 LLAMA_PYTHON = ROOT / ".venv-llama" / "bin" / "python"
 ROWS, TOKENS, RANK, ALPHA = 4, 128, 16, 32
 PROMPTS, NEW_TOKENS = 16, 64
-BATCHES, PAIRS, LONGEST = 3, 4, 192  # of docstrings: batches in a row, pairs of a batch, tokens of a pair
+BATCHES, PAIRS, LONGEST = 2, 4, 192  # of docstrings: batches in a row, pairs of a batch, tokens of a pair
 SECONDS, AT_LEAST = 20, 5
 NAME = f"SmolLM2-135M-Instruct LoRA r{RANK}"
 WITHOUT_LLAMA = "llama.cpp is not here: run `make llama-cpp`, which builds it in some ten minutes"
@@ -54,7 +54,7 @@ STEP = "forward_backward + optim_step through the client"
 
 
 def all_labelled() -> Row:
-    """Issue 9: at least 0.97 of the speed by hand."""
+    """Issue 26: at least 1.1 times the speed by hand."""
     batch = _full()
     with _client("float32") as tc:
         ours, by_hand = workload.step_through(tc, batch), training.by_hand(_peft_model(), batch)
@@ -66,12 +66,12 @@ def all_labelled() -> Row:
         precision="fp32",
         sizes=f"{NAME}, {ROWS}×{TOKENS}, every position labelled, fused AdamW",
         taken=taken,
-        target=Target("≥", 0.97),
+        target=Target("≥", 1.1),
     )
 
 
 def in_bf16() -> Row:
-    """Issue 9: at least 1.7 times the speed of fp32, on a processor that is made for it."""
+    """Issue 26: at least twice the speed of fp32, on a processor that is made for it."""
     if not models.multiplies_bf16(torch.device("cpu")):
         raise Skipped("this processor does not multiply matrices in bf16; `dtype='auto'` takes fp32 here")
     batch = _full()
@@ -84,12 +84,12 @@ def in_bf16() -> Row:
         precision="bf16 compute with fp32 adapters; fp32",
         sizes=f"{NAME}, {ROWS}×{TOKENS}, every position labelled, fused AdamW",
         taken=taken,
-        target=Target("≥", 1.7),
+        target=Target("≥", 2),
     )
 
 
 def docstring_pairs() -> Row:
-    """Issue 9: at least 1.3 times the speed of `Trainer`."""
+    """Issue 26: at least twice the speed of `Trainer`."""
     with _client("float32") as tc:
         batches = [_batch(part) for part in _docstrings(tc.tokenizer)]
 
@@ -97,7 +97,7 @@ def docstring_pairs() -> Row:
             losses = [(tc.forward_backward(batch), tc.optim_step())[0] for batch in batches]
             return tc.refresh().step + losses[-1].result().loss
 
-        taken = paired(ours, _trainer(batches), seconds=SECONDS, at_least=AT_LEAST, warmup=1)
+        taken = paired(ours, _trainer(batches), seconds=SECONDS, at_least=4, warmup=1)
     labelled = sum(int((batch.labels != -100).sum()) for batch in batches)
     share = labelled / sum(batch.labels.size for batch in batches)
     return Row(
@@ -106,7 +106,7 @@ def docstring_pairs() -> Row:
         precision="fp32",
         sizes=f"{NAME}, {PAIRS} pairs a batch, at most {LONGEST} tokens, {share:.0%} of the positions labelled",
         taken=taken,
-        target=Target("≥", 1.3),
+        target=Target("≥", 2),
     )
 
 
