@@ -11,7 +11,7 @@ TRL_READY := $(TRL)/.ready-$(TRL_VERSION)
 
 LLAMA := .venv-llama
 LLAMA_VERSION := 0.3.36
-LLAMA_READY := $(LLAMA)/.ready-$(LLAMA_VERSION)
+LLAMA_READY := $(LLAMA)/.ready-$(LLAMA_VERSION)-1
 
 SINKS := .venv-sinks
 SINKS_READY := $(SINKS)/.ready-1
@@ -48,7 +48,7 @@ ARGS ?=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
-.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity tinker-parity openai-parity sinks environments class hub places binder marimo lint fix bench bench-real llama-cpp docs clean
+.PHONY: demo lab models test faults test-browser chromium pictures screens soak gpu ranges trl-parity tinker-parity openai-parity sinks environments class hub places binder marimo lint fix bench bench-real llama-cpp llama-cpp-parity docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -128,8 +128,10 @@ $(CLASS_READY): $(READY)
 	$(CLASS)/bin/python -m pip install -qq nbgrader==0.9.6 otter-grader==7.0.0
 	touch $@
 
-$(LLAMA_READY):
-	$(PYTHON) -m venv --clear $(LLAMA)
+$(LLAMA_READY): $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(LLAMA)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(LLAMA)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-$(VENV).pth"
 	$(LLAMA)/bin/python -m pip install -qq llama-cpp-python==$(LLAMA_VERSION)
 	touch $@
 
@@ -224,7 +226,10 @@ bench: $(TRL_READY)  ## ratios against named peers, measured in one run; ARGS="-
 bench-real: $(READY)  ## the same with SmolLM2 (`make models`)
 	$(BIN)/python -m bench --real $(ARGS)
 
-llama-cpp: $(LLAMA_READY)  ## build llama.cpp, a peer of bench-real; some ten minutes, with a C++ compiler
+llama-cpp: $(LLAMA_READY)  ## build llama.cpp, in .venv-llama: a sampler, and a peer of bench-real; some ten minutes, with a C++ compiler
+
+llama-cpp-parity: $(LLAMA_READY) $(SMOLLM2)  ## llama.cpp as the sampler beside what is trained, in .venv-llama
+	$(LLAMA)/bin/python -m pytest -m soak tests/soak/test_llama_cpp.py -s
 
 docs: $(READY)  ## the pages, with the notebooks' outputs: minutes when one has to be run; leaves build/site/index.html
 	$(BIN)/python -m scripts.tutorial

@@ -1,7 +1,8 @@
 """llama.cpp's side of sampling one row. A program of its own, run by `.venv-llama/bin/python` (`make llama-cpp`).
 
-Its argument is a GGUF file. It reads a line with token ids and how many more to draw, draws them from the whole
-distribution at temperature 1, and answers with seconds and CPU seconds; and so on until its standard input ends.
+Its arguments are a GGUF file, and that of an adapter, if there is to be one. It reads a line with token ids and how
+many more to draw, draws them from the whole distribution at temperature 1, and answers with seconds and CPU seconds;
+and so on until its standard input ends.
 """
 
 import json
@@ -11,12 +12,16 @@ import time
 from itertools import islice
 from typing import Any
 
+ADAPTER_SCALE = 0.02  # of the B that both sides sample with
+
 
 def main() -> None:
     from llama_cpp import Llama
 
+    file, *adapter = sys.argv[1:]
     threads = int(os.environ["OMP_NUM_THREADS"])
-    model: Any = Llama(sys.argv[1], n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
+    more = {"lora_path": adapter[0]} if adapter else {}
+    model: Any = Llama(file, n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False, **more)
     for line in sys.stdin:
         prompt, new_tokens = json.loads(line)
         started = time.perf_counter(), time.process_time()

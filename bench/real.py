@@ -9,6 +9,7 @@ import json
 import os
 import re
 import string
+import tempfile
 import textwrap
 import types
 import warnings
@@ -37,21 +38,23 @@ from bench.harness import (
     paired,
     stopwatch,
 )
+from bench.sampling import asked_together
 from tensafe_nb.engine.models import load as models
 
 MODELS = ROOT / "build" / "models"
 LLAMA_PYTHON = ROOT / ".venv-llama" / "bin" / "python"
 ROWS, TOKENS, RANK, ALPHA = 4, 128, 16, 32
 PROMPTS, NEW_TOKENS = 16, 64
-BATCHES, PAIRS, LONGEST = 3, 4, 192  # of docstrings: batches in a row, pairs of a batch, tokens of a pair
+BATCHES, PAIRS, LONGEST = 2, 4, 192  # of docstrings: batches in a row, pairs of a batch, tokens of a pair
 SECONDS, AT_LEAST = 20, 5
 NAME = f"SmolLM2-135M-Instruct LoRA r{RANK}"
+WITHOUT_LLAMA = "llama.cpp is not here: run `make llama-cpp`, which builds it in some ten minutes"
 SAMPLING = "sampling with the adapter attached, through the client; logprobs come with it"
 STEP = "forward_backward + optim_step through the client"
 
 
 def all_labelled() -> Row:
-    """Issue 9: at least 0.97 of the speed by hand."""
+    """Issue 26: at least 1.1 times the speed by hand."""
     batch = _full()
     with _client("float32") as tc:
         ours, by_hand = workload.step_through(tc, batch), training.by_hand(_peft_model(), batch)
@@ -63,12 +66,12 @@ def all_labelled() -> Row:
         precision="fp32",
         sizes=f"{NAME}, {ROWS}×{TOKENS}, every position labelled, fused AdamW",
         taken=taken,
-        target=Target("≥", 0.97),
+        target=Target("≥", 1.1),
     )
 
 
 def in_bf16() -> Row:
-    """Issue 9: at least 1.7 times the speed of fp32, on a processor that is made for it."""
+    """Issue 26: at least twice the speed of fp32, on a processor that is made for it."""
     if not models.multiplies_bf16(torch.device("cpu")):
         raise Skipped("this processor does not multiply matrices in bf16; `dtype='auto'` takes fp32 here")
     batch = _full()
@@ -81,12 +84,12 @@ def in_bf16() -> Row:
         precision="bf16 compute with fp32 adapters; fp32",
         sizes=f"{NAME}, {ROWS}×{TOKENS}, every position labelled, fused AdamW",
         taken=taken,
-        target=Target("≥", 1.7),
+        target=Target("≥", 2),
     )
 
 
 def docstring_pairs() -> Row:
-    """Issue 9: at least 1.3 times the speed of `Trainer`."""
+    """Issue 26: at least twice the speed of `Trainer`."""
     with _client("float32") as tc:
         batches = [_batch(part) for part in _docstrings(tc.tokenizer)]
 
@@ -94,7 +97,7 @@ def docstring_pairs() -> Row:
             losses = [(tc.forward_backward(batch), tc.optim_step())[0] for batch in batches]
             return tc.refresh().step + losses[-1].result().loss
 
-        taken = paired(ours, _trainer(batches), seconds=SECONDS, at_least=AT_LEAST, warmup=1)
+        taken = paired(ours, _trainer(batches), seconds=SECONDS, at_least=4, warmup=1)
     labelled = sum(int((batch.labels != -100).sum()) for batch in batches)
     share = labelled / sum(batch.labels.size for batch in batches)
     return Row(
@@ -103,7 +106,7 @@ def docstring_pairs() -> Row:
         precision="fp32",
         sizes=f"{NAME}, {PAIRS} pairs a batch, at most {LONGEST} tokens, {share:.0%} of the positions labelled",
         taken=taken,
-        target=Target("≥", 1.3),
+        target=Target("≥", 2),
     )
 
 
@@ -152,6 +155,12 @@ def sampling_one_row() -> Row:
     return _sampling(1, Target("≥", 2.5))
 
 
+def sampling_requests() -> Row:
+    """Issue 26: sixteen who ask at the same time."""
+    with _client("float32") as tc:
+        return asked_together(tc, NAME, SECONDS)
+
+
 def rl_update() -> Row:
     """Issue 22: at most 0.6 of the time."""
     work = trl_peer.Work(
@@ -186,7 +195,7 @@ def sampling_llama_cpp() -> Row:
     """Issue 9: at least 0.3 of the speed of llama.cpp, whose weights are quantised."""
     file = gguf_file()
     if not LLAMA_PYTHON.exists():
-        raise Skipped("llama.cpp is not here: run `make llama-cpp`, which builds it in some ten minutes")
+        raise Skipped(WITHOUT_LLAMA)
     (prompt,), settings = _prompts(1), tn.SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_end=True)
     with _client("float32") as tc, beside(LLAMA_PYTHON, "-m", llama_peer.__name__, file) as llama:
         taken = paired(
@@ -206,7 +215,45 @@ def sampling_llama_cpp() -> Row:
     )
 
 
+def sampling_by_llama_cpp() -> Row:
+    """Issue 26: at least 0.95 of llama.cpp's own speed."""
+    return _by_llama_cpp(adapted=True)
+
+
+def sampling_a_base_by_llama_cpp() -> Row:
+    """Issue 26: at least 0.95 of llama.cpp's own speed."""
+    return _by_llama_cpp(adapted=False)
+
+
 _SHARE = f"hidden states of {ROWS}×{TOKENS}, SmolLM2's head of 49,152 tokens, frozen, 25 % labelled"
+
+
+def _by_llama_cpp(*, adapted: bool) -> Row:
+    """Let llama.cpp draw one row for both sides, in programs of their own: ours is a training client."""
+    file, (prompt,) = gguf_file(), _prompts(1)
+    if not LLAMA_PYTHON.exists():
+        raise Skipped(WITHOUT_LLAMA)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = [Path(folder) / "adapter.gguf"] if adapted else []
+        with beside(LLAMA_PYTHON, "-m", "bench.llama_ours", file, *adapter) as ours:
+            ours([prompt, NEW_TOKENS])  # once it has answered, the adapter is written
+            with beside(LLAMA_PYTHON, "-m", llama_peer.__name__, file, *adapter) as theirs:
+                taken = paired(
+                    lambda: tuple(ours([prompt, NEW_TOKENS])),
+                    lambda: tuple(theirs([prompt, NEW_TOKENS])),
+                    seconds=SECONDS,
+                    at_least=AT_LEAST,
+                    watch=as_it_says,
+                )
+    which = "the same adapter" if adapted else "no adapter (of the client, one that adds nothing yet)"
+    return Row(
+        what="sampling through the client with `engine='llama.cpp'`; logprobs and entropy come with it",
+        peer=f"llama.cpp (`llama-cpp-python`) by itself, on the same GGUF file with {which}",
+        precision="Q4_1",
+        sizes=_sampled(1),
+        taken=taken,
+        target=Target("≥", 0.95),
+    )
 
 
 def _sampling(rows: int, target: Target) -> Row:

@@ -1,4 +1,4 @@
-"""Many short samples of a small model, as reinforcement learning draws them."""
+"""Many short samples of a small model, as reinforcement learning draws them, and the requests of many."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,7 @@ from bench.harness import Row, Target, paired
 from tensafe_nb.engine.models.load import ASSETS
 
 PROMPTS, SAMPLES, TOKENS = 128, 8, 4
+REQUESTS, LENGTH = 16, 64
 
 
 def sums() -> Row:
@@ -26,6 +27,35 @@ def sums() -> Row:
         sizes=f"builtin:sums, {PROMPTS} prompts × {SAMPLES} samples × {TOKENS} tokens",
         taken=taken,
         target=Target("≥", 1.5),
+    )
+
+
+def requests() -> Row:
+    """Issue 26: sixteen who ask at the same time."""
+    with tn.ServiceClient() as service:
+        tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=16), dtype="float32", device="cpu")
+        return asked_together(tc, "builtin:tiny LoRA r16", seconds=8)
+
+
+def asked_together(tc: tn.TrainingClient, name: str, seconds: float) -> Row:
+    """Return the row of requests that are submitted at once, beside the same that wait for each other."""
+    prompts = [[(7 * row + 11 * place) % 200 + 100 for place in range(24)] for row in range(REQUESTS)]
+    sampling = tn.SamplingConfig(max_new_tokens=LENGTH, ignore_end=True)
+
+    def at_once() -> None:
+        for handle in [tc.sample([prompt], sampling) for prompt in prompts]:
+            handle.result()
+
+    def one_by_one() -> None:
+        for prompt in prompts:
+            tc.sample([prompt], sampling).result()
+
+    return Row(
+        what=f"{REQUESTS} requests to one client, submitted at once, until all are answered",
+        peer="the same requests, each submitted when the one before it is answered",
+        precision="fp32",
+        sizes=f"{name}, prompts of 24 tokens × {LENGTH} new tokens",
+        taken=paired(at_once, one_by_one, seconds=seconds, at_least=3, warmup=1),
     )
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     with torch.no_grad():
         prompts = np.random.default_rng(0).integers(3, engine.model.vocab_size, (DECODED, PROMPT)).tolist()
         copies = copies_of(engine.model, NEW_TOKENS, DECODED)
-        decoder = Decoder(engine.model, prompts, 1, NEW_TOKENS, None, copies)
+        decoder = Decoder(engine.model, prompts, [1] * DECODED, NEW_TOKENS, None, copies)
         token = _profiled(engine, lambda: decoder.feed(decoder.logits.argmax(-1)), 20)
     _show(f"a token of {DECODED} rows, on copies of the weights, without the draw", token)
 

@@ -12,7 +12,16 @@ from typing import Any, Self, TypeAlias, TypeVar
 
 from tensafe_nb.chats.chat import ModelChat
 from tensafe_nb.checks import checked
-from tensafe_nb.config import MIN_TEMPERATURE, SamplingConfig, StepConfig, TrainingConfig, joins, spells
+from tensafe_nb.config import (
+    MIN_TEMPERATURE,
+    Precision,
+    SamplingConfig,
+    SamplingEngine,
+    StepConfig,
+    TrainingConfig,
+    joins,
+    spells,
+)
 from tensafe_nb.data import Batches, OnBadRows, Rows, batches, read_prompts
 from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
@@ -233,6 +242,9 @@ class TrainingClient:
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         top_prompt_logprobs: int = 0,
+        precision: Precision = "exact",
+        alone: bool = False,
+        engine: SamplingEngine = "torch",
     ) -> FutureHandle[SampleResult]:
         """Draw completions.
 
@@ -253,9 +265,13 @@ class TrainingClient:
             top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
             prompt_logprobs: Also return the log-probability of each token of the prompts.
             top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
+            precision: Of the weights that tokens are drawn with: "exact", "bfloat16", "int8" or "auto".
+            alone: Draw beside no other sample, so that logprobs, too, are the same to the last bit.
+            engine: "torch", or "llama.cpp" where llama-cpp-python is installed: see SamplingConfig.
 
         Raises:
-            ValidationError: No prompt, or a field that does not fit.
+            ValidationError: No prompt, a field that does not fit, or an engine that is not there, or cannot sample what
+                is trained.
         """
         assert sampling is not None  # the keywords are in it
         return self._submit(Sample(prompts_to_sample(prompts, sampling), sampling, stream))
@@ -274,6 +290,7 @@ class TrainingClient:
         stop_tokens: Sequence[int] = (),
         seed: int | None = None,
         ignore_end: bool = False,
+        engine: SamplingEngine = "torch",
     ) -> Pieces:
         """Draw one completion, piece by piece, with `async for` or `for`; who leaves the loop ends the sampling.
 
@@ -291,6 +308,7 @@ class TrainingClient:
             stop_tokens: Tokens that end the completion, as the model's end token does.
             seed: Fixes the random stream; None takes the client's next one.
             ignore_end: Go on past end tokens.
+            engine: "torch", or "llama.cpp": see SamplingConfig.
 
         Returns:
             Pieces (`SampledPiece`): text of whole characters, tokens, their logprobs; the last one says why it ended.

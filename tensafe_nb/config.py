@@ -23,6 +23,7 @@ Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]  # more of anything is a slip
 NonNegativeFloat = pydantic.NonNegativeFloat
 Precision = Literal["exact", "bfloat16", "int8", "auto"]  # of the weights that sample
+SamplingEngine = Literal["torch", "llama.cpp"]
 MOST_ENTRIES = 10_000  # of one field
 MOST_PROBLEMS = 20  # that one message tells
 MOST_TOP_LOGPROBS = 128  # of one place
@@ -399,6 +400,11 @@ class SamplingConfig(Config):
         precision: Of the weights that tokens are drawn with: "exact", those that train; on a CPU also copies in
             "bfloat16" or "int8", with the adapter beside them, which draw from nearly the same distribution in less
             time; or "auto", the quickest of these that pays here, which the result names.
+        alone: Draw beside no other sample, and from nothing that was read for one: then logprobs, too, are the same to
+            the last bit whoever asks at the same time. Rollouts of runs are drawn so.
+        engine: What computes: "torch", with the weights that are trained, or "llama.cpp" on the processor, with a GGUF
+            file of the base and the adapter beside it, where llama-cpp-python is installed. Its `logprobs` are those of
+            the distribution that it draws from, which is not quite the trained one.
     """
 
     max_new_tokens: Positive = 64
@@ -414,6 +420,8 @@ class SamplingConfig(Config):
     prompt_logprobs: bool = False
     top_prompt_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
     precision: Precision = "exact"
+    alone: bool = False
+    engine: SamplingEngine = "torch"
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod
@@ -428,6 +436,25 @@ class SamplingConfig(Config):
                 "them"
             )
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _another_engine_has_a_precision_of_its_own(self) -> Self:
+        if self.engine != "torch" and self.precision != "exact":
+            raise ValueError(
+                f"precision={self.precision!r} is of engine='torch'; llama.cpp computes with the GGUF file's own: give "
+                f"one of them"
+            )
+        return self
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the weights that tokens are drawn with are those that train."""
+        return self.engine == "torch" and self.precision == "exact"
+
+    @property
+    def drawn_in(self) -> str:
+        """What tokens are drawn with, in a word: a precision of torch's, or another engine."""
+        return self.precision if self.engine == "torch" else self.engine
 
     @property
     def reads_prompts(self) -> bool:

@@ -15,7 +15,9 @@ from tensafe_nb.config import (
     LoRAConfig,
     LossConfig,
     OptimizerConfig,
+    Precision,
     SamplingConfig,
+    SamplingEngine,
     TrainingConfig,
     joins,
     spells,
@@ -225,6 +227,9 @@ class ServiceClient:
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         top_prompt_logprobs: int = 0,
+        precision: Precision = "exact",
+        alone: bool = False,
+        engine: SamplingEngine = "torch",
     ) -> FutureHandle[SampleResult]:
         """Draw completions without a training client: from a checkpoint's weights, or from a model as it is.
 
@@ -247,6 +252,9 @@ class ServiceClient:
             top_logprobs: Also return the most likely tokens at the place of each one drawn, so many.
             prompt_logprobs: Also return the log-probability of each token of the prompts.
             top_prompt_logprobs: Also return the most likely tokens of each place in the prompts, so many.
+            precision: Of the weights that tokens are drawn with: "exact", "bfloat16", "int8" or "auto".
+            alone: Draw beside no other sample, so that logprobs, too, are the same to the last bit.
+            engine: "torch", or "llama.cpp" where llama-cpp-python is installed: see SamplingConfig.
 
         Raises:
             ArtifactNotFoundError: There is no such checkpoint.

@@ -124,7 +124,7 @@ class ChatColumn:
         if position is None:
             return "reading"
         state = self.client.history.state
-        running, run = state.queue.running, state.latest_run
+        running, run = state.queue.first, state.latest_run
         behind = [f"{running.operation}, which is running"] if running else []
         behind += [f"{position} more" if behind else f"{position} operations"] if position else []
         words = f"waits for its turn behind {', and '.join(behind)}" if behind else "waits for its turn"

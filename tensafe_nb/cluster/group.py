@@ -499,6 +499,17 @@ class EngineGroup:
                 drawn[prompt, sample] = replace(sequence, prompt_index=prompt)
         return SampleResult(tuple(drawn[row] for row in sorted(drawn)), self.policy_version, *read)
 
+    def kind_of(self, config: SamplingConfig, prompts: int) -> None:
+        """Each call is drawn by itself: it is divided among the replicas already."""
+
+    def together(self, kind: str) -> sampler.Together:
+        """Refuse to: see `kind_of`."""
+        raise NotImplementedError
+
+    def call(self, *_: Any) -> sampler.SampleCall:
+        """Refuse to: see `kind_of`."""
+        raise NotImplementedError
+
     def read_adapter(self) -> ReadAdapterResult:
         """Return a copy of the adapter; see `Engine.read_adapter`."""
         self._admit()

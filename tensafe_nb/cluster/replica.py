@@ -180,7 +180,18 @@ class Replica:
             self._emit(("piece", call, piece))
 
         told = tell if stream else None
-        return sampler.sample(self._engine.model, prompts, config, seed, tick, turns, told, streams, before)
+        return sampler.sample(
+            self._engine.model,
+            prompts,
+            config,
+            seed,
+            tick,
+            turns,
+            told,
+            streams,
+            before,
+            elsewhere=self._engine.elsewhere(config.engine),
+        )
 
     def estimate(self, batch_size: int | None, length: int | None) -> Any:
         return self._engine.estimate(batch_size, length)

@@ -1,18 +1,20 @@
 """The executor: carries out each operation, on engine, store and privacy account, and publishes what came of it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from tensafe_nb.config import SamplingConfig, StepConfig
+from tensafe_nb.config import StepConfig
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.engines import Trains
 from tensafe_nb.core.past import Past, Told
 from tensafe_nb.core.privacy import Guarantee
 from tensafe_nb.core.queue import Job, JobQueue
 from tensafe_nb.engine.accumulation import Tick, mean_of, no_tick
+from tensafe_nb.engine.sampling import sampler
 from tensafe_nb.errors import DPBudgetExceededError
 from tensafe_nb.events import CheckpointSaved, Event, Metrics, StateLoaded
+from tensafe_nb.futures import Promise
 from tensafe_nb.losses import Loss
 from tensafe_nb.protocol.batch import Array
 from tensafe_nb.protocol.codec import decode, encode
@@ -35,7 +37,6 @@ from tensafe_nb.protocol.results import (
     LoadAdapterResult,
     LoadStateResult,
     OptimStepResult,
-    Prompt,
     Result,
     SampleResult,
     SaveStateResult,
@@ -43,6 +44,13 @@ from tensafe_nb.protocol.results import (
 )
 from tensafe_nb.store.artifacts.artifacts import ArtifactStore
 from tensafe_nb.store.vault import Vault
+
+
+def told_to_its_end(promise: Promise[Any], result: SampleResult, *, stream: bool) -> SampleResult:
+    """Return a result, whose pieces add up to it where they are streamed."""
+    for piece in missing_pieces(promise.pieces, result) if stream else ():
+        promise.add_piece(piece)
+    return result
 
 
 class Executor:
@@ -92,7 +100,8 @@ class Executor:
             case OptimStep(apply_dp_noise, step):
                 return self.optim_step(apply_dp_noise, step)
             case Sample(prompts, sampling, stream):
-                return self.sample(job, prompts, sampling, stream, tick)
+                sampled = engine.sample(prompts, sampling, tick, job.promise.add_piece if stream else None)
+                return told_to_its_end(job.promise, sampled, stream=stream)
             case ComputeLogprobs(batch, temperature, reference):
                 return engine.compute_logprobs(batch, temperature, reference, tick)
             case FreezeReference():
@@ -169,15 +178,19 @@ class Executor:
         self._losses = [tuple(pair) for pair in decode(facts["losses"])]
         self.step, self.policy_version = self.engine.step, self.engine.policy_version
 
-    def sample(
-        self, job: Job, prompts: Sequence[Prompt], sampling: SamplingConfig, stream: bool, tick: Tick
-    ) -> SampleResult:
-        """Draw completions; where they are streamed, tell of them as they grow, to whoever holds the handle."""
-        promise = job.promise
-        result = self.engine.sample(prompts, sampling, tick, promise.add_piece if stream else None)
-        for piece in missing_pieces(promise.pieces, result) if stream else ():
-            promise.add_piece(piece)
-        return result
+    def call(self, job: Job, tick: Tick) -> sampler.SampleCall:
+        """Return what a sample asks, for `Together`."""
+        asked = cast(Sample, job.operation)
+        tell = job.promise.add_piece if asked.stream else None
+        return self.engine.call(asked.prompts, asked.sampling, tick, tell)
+
+    def result(self, job: Job, call: sampler.SampleCall) -> SampleResult:
+        """Return what was drawn for a job.
+
+        Raises:
+            BaseException: What has ended its call.
+        """
+        return told_to_its_end(job.promise, call.result(), stream=call.tell is not None)
 
     def save_state(self, operation: SaveState, artifact_id: str | None) -> SaveStateResult:
         """Seal the state, with the open window: what was accumulated, and how it was broken.

@@ -39,8 +39,7 @@ class Resumed:
         info: How it stood, as far as that is known without its model.
         jobs: Its operations since `base`, in order, those that had ended with their `past`.
         base: The automatic checkpoint that they follow; None where they are all there were.
-        interrupted: The operation that ran as the process ended.
-        told: What the log holds of that operation, beside that it was queued.
+        told: Of each operation that ran as the process ended, what the log holds of it, beside that it was queued.
         draws: How many Poisson draws were made for it, and what a unit of the last one is.
         failure: Why it cannot be brought back.
     """
@@ -48,8 +47,7 @@ class Resumed:
     info: TrainingClientInfo
     jobs: "Sequence[Job]" = ()
     base: str | None = None
-    interrupted: str | None = None
-    told: "Counter[type[Event]]" = field(default_factory=Counter)
+    told: "Mapping[str, Counter[type[Event]]]" = field(default_factory=dict)
     draws: tuple[int, str] = (0, "")
     failure: TGTinkerError | None = None
 
@@ -110,6 +108,10 @@ class Told:
         self._bus = bus
         self.before: Counter[type[Event]] = Counter()
         self.silent = False
+
+    def begin(self, before: "Counter[type[Event]] | None" = None) -> None:
+        """Take note of what is on record of the operation that tells from now on."""
+        self.before = Counter(before)
 
     def publish(self, event: Event) -> None:
         """Publish an event, unless that was done before."""

@@ -6,6 +6,7 @@ A window is what accumulates between two optimiser steps.
 import os
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,10 +81,13 @@ class JobQueue:
                 f"before you submit more."
             )
 
-    def take(self) -> Job | None:
-        """Return the next job that is still wanted; cancelled ones leave their mark on the window."""
+    def take(self, fits: Callable[[Job], bool] = lambda job: True) -> Job | None:
+        """Return the next job that is still wanted, if it fits; cancelled ones leave their mark on the window."""
         while self._jobs:
-            job = self._jobs.popleft()
+            job = self._jobs[0]
+            if not (job.past is None and job.promise.done) and not fits(job):
+                return None
+            self._jobs.popleft()
             self.last = job.future_id
             if job.past is not None and job.past.started:
                 self._forgive(job)

@@ -21,6 +21,7 @@ from tensafe_nb.engine.accumulation import Tick
 from tensafe_nb.engine.models import adapter_folders
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.memory import presentable
+from tensafe_nb.engine.sampling import llama_cpp
 from tensafe_nb.errors import ClientClosedError, FutureCancelledError, TGTinkerError
 from tensafe_nb.futures import FutureHandle, Promise, handle_of
 from tensafe_nb.protocol.operations import Sample, SampleFrom
@@ -93,8 +94,10 @@ class Samplers:
         Raises:
             ClientClosedError: This was closed.
             ArtifactNotFoundError: There is no such artifact.
+            ValidationError: The engine that is to sample is not there, or cannot sample those weights.
         """
         weights = weights or self.weights(request.artifact_id, request.model_ref)
+        llama_cpp.check(request.sample.sampling, weights.config)
         promise: Promise[SampleResult] = Promise()
 
         def cancel() -> bool:

@@ -5,13 +5,13 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import dropwhile
 from queue import SimpleQueue
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.core.auditor import Auditor
@@ -26,6 +26,8 @@ from tensafe_nb.engine.canaries import audit
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.low_rank import Factors
 from tensafe_nb.engine.models.memory import presentable
+from tensafe_nb.engine.sampling import llama_cpp
+from tensafe_nb.engine.sampling.sampler import SampleCall
 from tensafe_nb.errors import (
     ClientClosedError,
     ClusterError,
@@ -62,6 +64,7 @@ from tensafe_nb.protocol.operations import (
     LoadState,
     Operation,
     OptimStep,
+    Sample,
     SaveState,
 )
 from tensafe_nb.protocol.results import (
@@ -75,6 +78,7 @@ from tensafe_nb.protocol.results import (
 from tensafe_nb.store.vault import Vault
 
 R = TypeVar("R")
+Streams: TypeAlias = Callable[[], Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +188,8 @@ class Worker:
         self._failure: TGTinkerError | None = None
         self._gone: ClusterError | None = None  # why there is no engine any more
         self._queue = JobQueue()
-        self._running: Job | None = None
+        self._running: list[Job] = []  # one, or samples that are drawn together
+        self._visitors = 0  # who waits for the model or holds it, between two operations
         self._promises: weakref.WeakValueDictionary[str, Promise[Any]] = weakref.WeakValueDictionary()
         self._closing = False
         # One entry for each client at the other end of the line; a list, since appending and popping are atomic.
@@ -198,6 +203,7 @@ class Worker:
         self._origin, self._source = origin, None if origin is None else origin.source
         self._computing = threading.Lock()
         self._changing = threading.RLock()
+        self._undisturbed = threading.Condition(self._changing)  # nobody waits for the model any more
         self._wakes: SimpleQueue[None] = SimpleQueue()  # one for each time that the thread has to look up
         self._submitting = threading.RLock()
         self._told = Told(bus)  # what operations tell
@@ -252,7 +258,7 @@ class Worker:
         return self.bus.history
 
     def subscribe(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:
-        """Call `subscriber(event)` on every event; see `EventBus.subscribe`."""
+        """SampleCall `subscriber(event)` on every event; see `EventBus.subscribe`."""
         return self.bus.subscribe(subscriber, after)
 
     def publish_all(self, events: Sequence[Event], before: Callable[[int], object]) -> int:
@@ -338,11 +344,14 @@ class Worker:
         Raises:
             ClientClosedError: The client is closed.
             QueueFullError: Too many wait already.
+            ValidationError: What it names is not there, or does not fit this client.
         """
         return self._enter(self.job_of(operation), future_id, before)
 
     def job_of(self, operation: Operation[Any]) -> Job:
         """Return the job of an operation; see `Job.of`."""
+        if isinstance(operation, Sample):
+            llama_cpp.check(operation.sampling, self.config)
         return Job.of(operation, self._default_loss)
 
     def refuse(
@@ -426,7 +435,7 @@ class Worker:
 
     def info(self) -> TrainingClientInfo:
         with self._changing:
-            depth = self._queue.depth + (self._running is not None)
+            depth = self._queue.depth + len(self._running)
         step, policy_version = self._progress
         return TrainingClientInfo(
             self.training_client_id,
@@ -481,7 +490,7 @@ class Worker:
             ClientClosedError: The client is closed.
         """
         self._bring_back()
-        with self._computing:
+        with self._between_operations():
             executor = self._executor
             if executor is None or self._closing:
                 raise ClientClosedError(
@@ -496,13 +505,26 @@ class Worker:
             ClientClosedError: The client is closed.
         """
         self._bring_back()
-        with self._computing:
+        with self._between_operations():
             executor = self._executor
             if executor is None or self._closing:
                 raise ClientClosedError(
                     f"The training client {self.training_client_id} is closed. Create a new one."
                 )
             return executor.policy_version, executor.engine.factors(layers, modules)
+
+    @contextmanager
+    def _between_operations(self) -> Iterator[None]:
+        """Hold the model between two operations: before the next one, and before any sample joins those that run."""
+        with self._changing:
+            self._visitors += 1
+        try:
+            with self._computing:
+                yield
+        finally:
+            with self._changing:
+                self._visitors -= 1
+                self._undisturbed.notify_all()
 
     @property
     def encrypted(self) -> EncryptedSide:
@@ -519,8 +541,8 @@ class Worker:
         with self._changing:
             self._closing = True
             pending = list(dropwhile(lambda job: job.kind is SaveState, self._queue.pending()))
-            if self._running is not None:
-                self._running.promise.cancel_requested = True
+            for job in self._running:
+                job.promise.cancel_requested = True
         self._wakes.put(None)
         for job in pending:
             if self._cancel(job) and job.kind is SaveState:
@@ -684,7 +706,7 @@ class Worker:
         if (relative.config.dtype, relative.config.device) != (self.config.dtype, self.config.device):
             return make(None)
         relative._loaded.wait()
-        with relative._computing:  # between two of its operations: within one, adapters may be switched off
+        with relative._between_operations():  # within one, adapters may be switched off
             executor = (
                 relative._executor
             )  # None where it was closed meanwhile: then the model is loaded again
@@ -729,7 +751,7 @@ class Worker:
         """Fail everything that runs, waits, or is still to come."""
         with self._changing:
             self._failure = failure
-            doomed = self._queue.pending() + ([self._running] if self._running else [])
+            doomed = self._queue.pending() + self._running
         self._loaded.fail(failure)
         self._back.fail(failure)
         with ExitStack() as all_of_them:  # one that cannot be put on record keeps no other from its end
@@ -746,10 +768,13 @@ class Worker:
                 if self._stopped and not self._saves_next():
                     return None
                 away = self._executor is None
+                job = None
                 if not (away or self._closing) or self._queue.depth:  # what has ended brings no model back
-                    self._running = self._queue.take()
-                if self._running is not None or self._closing:
-                    return self._running
+                    job = self._queue.take()
+                if job is not None:
+                    self._running.append(job)
+                if job is not None or self._closing:
+                    return job
             if away and self._wanted:
                 if not self._load():
                     return None
@@ -768,7 +793,7 @@ class Worker:
         if self._holders:
             return False
         with self._changing:
-            jobs = [*([self._running] if self._running is not None else []), *self._queue.pending()]
+            jobs = [*self._running, *self._queue.pending()]
             # A job that nobody waits for is carried out all the same, if a later one is still wanted.
             if self._holders or any(job.is_wanted for job in jobs):
                 return False
@@ -777,21 +802,95 @@ class Worker:
 
     def _run(self, job: Job) -> None:
         self.status, self._moved, self._repeating = ClientStatus.BUSY, True, False
-        if self._interrupted is not None and self._interrupted.interrupted == job.future_id:
-            self._told.before = self._interrupted.told.copy()
-        self._told.publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
-        self._carry_out(job)
-        self._turn_over()
-        if self._keeper is not None and self._is_whole and self._keeper.is_due(whole=not self._accumulating):
+        with self._changing:
+            self._undisturbed.wait_for(lambda: not self._visitors)
+        self._begin(job)
+        kind = self._sample_kind(job)
+        if kind is None:
+            self._carry_out(job)
+        else:
+            self._sample_together(job, kind)
+        if self._is_due(whole=not self._accumulating):
             self._keep()
 
-    def _turn_over(self) -> None:
-        """Be free for what comes next."""
-        self._told.before.clear()
+    def _turn_over(self, job: Job) -> None:
+        """Be free for what comes next, once a job has ended."""
         with self._changing:
-            self._running = None
-            if self._queue.is_empty:
+            if job in self._running:
+                self._running.remove(job)
+            if not self._running and self._queue.is_empty:
                 self.status = ClientStatus.READY
+
+    def _is_due(self, *, whole: bool) -> bool:
+        return self._keeper is not None and self._is_whole and self._keeper.is_due(whole=whole)
+
+    def _begin(self, job: Job) -> None:
+        """Tell that a job has its turn; what an earlier process has told of it is not told again."""
+        self._told.begin(None if self._interrupted is None else self._interrupted.told.get(job.future_id))
+        self._told.publish(OperationStarted(future_id=job.future_id, operation=job.kind.verb))
+
+    def _sample_kind(self, job: Job) -> str | None:
+        """Return what is equal for samples that are drawn together; None of what is carried out by itself."""
+        asked = job.operation
+        if not isinstance(asked, Sample) or job.refusal is not None or job.past is not None:
+            return None
+        return cast(Executor, self._executor).engine.kind_of(asked.sampling, len(asked.prompts))
+
+    def _sample_together(self, job: Job, kind: str) -> None:
+        """Draw what a sample asks, and together with it what samples behind it ask; each ends by itself.
+
+        Nobody joins past an operation of another kind, nor when the client is to stop, to be kept, or to be looked at.
+        """
+        executor = cast(Executor, self._executor)
+        samples: dict[
+            SampleCall, tuple[Job, float, int]
+        ] = {}  # with when they began, and seeds taken by then
+
+        def call_of(job: Job) -> SampleCall | None:
+            began = time.perf_counter()
+            try:
+                self._auditor.catch_up()
+                call = executor.call(job, self._tick(job))
+            except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
+                self._end(job, error, began, executor.engine.streams)
+                return None
+            samples[call] = job, began, executor.engine.samples_drawn
+            return call
+
+        def newcomer() -> SampleCall | None:
+            while (job := self._next_sample(kind)) is not None:
+                self._begin(job)
+                if (call := call_of(job)) is not None:
+                    return call
+            return None
+
+        def ended(call: SampleCall) -> None:
+            job, began, drawn = samples.pop(call)
+            try:
+                result = executor.result(job, call)
+            except BaseException as error:  # noqa: BLE001  # see above
+                # those that began meanwhile have taken seeds as well
+                self._end(job, error, began, lambda: {**executor.engine.streams(), "samples_drawn": drawn})
+            else:
+                self._end(job, result, began)
+
+        with self._computing, executor.engine.together(kind) as together:
+            first = call_of(job)
+            if first is not None:
+                together.add(first)
+            together.run(newcomer, ended)
+
+    def _next_sample(self, kind: str) -> Job | None:
+        """Take the next job if it is a sample that may join those that are being drawn."""
+        if len(self._queue) == 0 or self._is_due(whole=False):
+            return None
+        with self._changing:
+            if self._stopped or self._closing or self._visitors:
+                return None
+            job = self._queue.take(lambda job: self._sample_kind(job) == kind)
+            if job is not None:
+                self._running.append(job)
+        return job
 
     def _repeat(self, job: Job) -> None:
         """Bring about what an operation of an earlier process has left; nothing of it is told again."""
@@ -809,7 +908,7 @@ class Worker:
             self._told.silent = False
             job.let_go()
             with self._changing:
-                self._running = None
+                self._running.remove(job)
 
     # its state, kept for a process to come
 
@@ -852,37 +951,61 @@ class Worker:
             self._free()
 
     def _carry_out(self, job: Job) -> None:
-        """Execute a job and end its promise: on record first, then in the log, then for whoever waits."""
-        started, executing = time.perf_counter(), False
+        """Execute a job and end its promise."""
+        began, executor, executing = time.perf_counter(), self._executor, False
         try:
             self._auditor.catch_up()
             if job.refusal is not None:
                 raise job.refusal
             with self._computing:
                 executing = True
-                result = cast(Executor, self._executor).execute(job, self._tick(job))
-        except FutureCancelledError:
-            self._queue.mark_broken(job, "was cancelled", first=not self._accumulating)
-            try:
-                self._note_cancelled(job, executed=executing)
-            finally:
-                job.promise.cancel()
+                result = cast(Executor, executor).execute(job, self._tick(job))
         except BaseException as error:  # noqa: BLE001  # any failure is the future's, never the worker's
-            self._gone = error if isinstance(error, ClusterError) else None
-            self._queue.mark_broken(job, "failed", first=not self._accumulating)
-            self._fail(job, presentable(error), executed=executing)
+            self._end(
+                job, error, began, executor.engine.streams if executing and executor is not None else None
+            )
         else:
-            duration = time.perf_counter() - started
-            try:
-                self._auditor.record(job, result)
-                self._keep_end(job, result, duration)
-                job.let_go()
-                self.bus.publish(
-                    OperationFinished(future_id=job.future_id, operation=job.kind.verb, duration=duration)
-                )
-            finally:  # whoever waits is told, whatever happens to the log
-                self._turn_over()  # before: behind it, this thread would keep the interpreter from whoever waits
-                job.promise.succeed(result)
+            self._end(job, result, began)
+
+    def _end(self, job: Job, outcome: object, began: float, streams: Streams | None = None) -> None:
+        """End a job's promise: on record first, then in the log, then for whoever waits.
+
+        Args:
+            job: The job.
+            outcome: Its result, or what was raised.
+            began: When, by the performance counter.
+            streams: If it was carried out and did not complete, where the random streams stand behind it.
+        """
+        try:
+            match outcome:
+                case FutureCancelledError():
+                    self._queue.mark_broken(job, "was cancelled", first=not self._accumulating)
+                    try:
+                        self._note_cancelled(job, streams)
+                    finally:
+                        job.promise.cancel()
+                case BaseException():
+                    self._gone = outcome if isinstance(outcome, ClusterError) else None
+                    self._queue.mark_broken(job, "failed", first=not self._accumulating)
+                    self._fail(job, presentable(outcome), streams)
+                case _:
+                    self._complete(job, outcome, time.perf_counter() - began)
+        finally:
+            self._turn_over(job)
+
+    def _complete(self, job: Job, result: Any, duration: float) -> None:
+        try:
+            self._auditor.record(job, result)
+            self._keep_end(job, result, duration)
+            job.let_go()
+            self.bus.publish(
+                OperationFinished(future_id=job.future_id, operation=job.kind.verb, duration=duration)
+            )
+        finally:  # whoever waits is told, whatever happens to the log
+            self._turn_over(
+                job
+            )  # before: behind it, this thread would keep the interpreter from whoever waits
+            job.promise.succeed(result)
 
     @property
     def _accumulating(self) -> bool:
@@ -898,32 +1021,34 @@ class Worker:
 
         return tick
 
-    def _keep_end(self, job: Job, outcome: object, duration: float = 0.0, *, executed: bool = False) -> None:
+    def _keep_end(
+        self, job: Job, outcome: object, duration: float = 0.0, streams: Streams | None = None
+    ) -> None:
         """Keep how an operation ended, before anybody is told; of what must not be repeated, the state behind it."""
         keeper, executor, base = self._keeper, self._executor, None
         if keeper is None:
             return
-        streams = executor.engine.streams() if executed and executor is not None else None
         once = (LoadState, OptimStep, FreezeReference) if self._private else (LoadState,)
         try:
             if isinstance(outcome, job.kind.result) and job.kind in once and executor is not None:
                 base = executor.keep(keeper.states)
         except (TGTinkerError, OSError) as error:
             logger.error("no automatic checkpoint of %s: %s", self.training_client_id, error)
-        keeper.ended(job, outcome, duration=duration, streams=streams, base=base, info=self.info())
+        stand = None if streams is None else streams()
+        keeper.ended(job, outcome, duration=duration, streams=stand, base=base, info=self.info())
         if base is not None:
             self._base, self._moved = base, False
 
-    def _note_cancelled(self, job: Job, *, executed: bool = False) -> None:
+    def _note_cancelled(self, job: Job, streams: Streams | None = None) -> None:
         self._auditor.record(job, FutureCancelledError("cancelled"))
-        self._keep_end(job, None, executed=executed)
+        self._keep_end(job, None, streams=streams)
         job.let_go()
         self.bus.publish(OperationCancelled(future_id=job.future_id, operation=job.kind.verb))
 
-    def _fail(self, job: Job, error: BaseException, *, executed: bool = False) -> None:
+    def _fail(self, job: Job, error: BaseException, streams: Streams | None = None) -> None:
         try:
             self._auditor.record(job, error)
-            self._keep_end(job, error, executed=executed)
+            self._keep_end(job, error, streams=streams)
             job.let_go()
             code = error.code if isinstance(error, TGTinkerError) else type(error).__name__
             self.bus.publish(

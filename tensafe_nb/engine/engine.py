@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ from tensafe_nb.protocol.results import (
     SampleResult,
     StepEstimate,
 )
+
+if TYPE_CHECKING:
+    from tensafe_nb.engine.sampling.llama_cpp import Policy
 
 
 class TrainingStep(Protocol):
@@ -99,8 +102,10 @@ class Engine:
         training_step: How it learns: a plain step, or a private one.
         reference: The policy that a KL penalty pulls towards.
         samples_drawn: How many calls have taken their seed from the client's.
-        prefixes: What was read of conversations that may go on, until anything else is computed.
+        prefixes: What was read, and may be the beginning of prompts to come, until anything else is computed.
+        turns: What was read of conversations that are drawn by themselves, likewise.
         copied: Copies of the weights that sample, until anything else is computed.
+        llama_cpp: The model as llama.cpp has it, once that has sampled.
 
     Raises:
         ModelLoadError: The model cannot be loaded.
@@ -120,7 +125,9 @@ class Engine:
             self.reference.freeze(0)  # where training begins is the base with its adapter, not the bare base
         self.samples_drawn = 0
         self.prefixes: Prefixes | None = None
+        self.turns: Prefixes | None = None
         self.copied: KeptCopies | None = None
+        self.llama_cpp: Policy | None = None
         private = config.dp_config is not None and config.dp_config.enabled
         self.training_step: TrainingStep = (
             AwaitingAccount() if private else PlainStep(self.forward_pass, self.optimizer)
@@ -188,7 +195,7 @@ class Engine:
             NonFiniteLossError: The loss or its gradient is NaN or infinite; says in which rows.
             PrivacyUnitError: Privately, rows that do not say whose they are, or a loss that mixes them.
         """
-        self.prefixes = self.copied = None
+        self.prefixes = self.turns = self.copied = None
         try:
             batch = self.with_reference(batch, loss, tick)
         except BaseException:
@@ -241,7 +248,7 @@ class Engine:
         pieces: Sequence[Array] | None = None,
     ) -> Tally:
         """Return what a loss adds up to over a batch, or over some pieces of it, with the logprobs (B, T) if asked."""
-        self.prefixes = self.copied = None
+        self.prefixes = self.turns = self.copied = None
         self.forward_pass.check(batch)
         batch = self.with_reference(batch, loss, tick, pieces)
         loss.check(batch)
@@ -271,7 +278,7 @@ class Engine:
             tick: Called between micro-batches.
             pieces: The row numbers of the micro-batches, where not the whole batch is meant: the rest stays 0.
         """
-        self.prefixes = self.copied = None
+        self.prefixes = self.turns = self.copied = None
         self.forward_pass.check(batch)
         logprobs, entropy = (np.zeros(batch.shape, dtype=np.float32) for _ in range(2))
         values = np.zeros(batch.shape, dtype=np.float32) if self.model.value_head and not reference else None
@@ -320,7 +327,7 @@ class Engine:
         tick: Tick = no_tick,
         tell: sampler.Tell | None = None,
     ) -> SampleResult:
-        """Draw completions.
+        """Draw completions, beside nobody else's; see `together`.
 
         Args:
             prompts: Each a text (tokenised as it is), chat messages (by the chat template), or token ids.
@@ -333,37 +340,86 @@ class Engine:
             ValidationError: An empty prompt, a token outside the vocabulary, more tokens than fit the context, or a
                 precision that cannot be had here.
         """
-        ids, turns, streams = self.encode(prompts, config)
-        config = config.replace(
-            precision=precision_of(self.model, config.precision, len(ids) * config.num_samples)
+        call = self.call(prompts, config, tick, tell)
+        version = self._read_by(call.precision)
+        known = turns = None
+        if call.goes_on:
+            known = self.turns if self.turns is not None and self.turns.version == version else None
+            self.turns = turns = Prefixes(version, self.model.device, whole=True)
+        kept = Prefixes(version, self.model.device)
+        elsewhere = self.elsewhere(call.precision)
+        with sampler.Together(
+            self.model, call.precision, kept, self._copied(), known, turns, elsewhere
+        ) as together:
+            together.add(call)
+            together.run()
+        return call.result()
+
+    def kind_of(self, config: SamplingConfig, prompts: int) -> str | None:
+        """Return what is equal for calls that can be drawn together; None of one that is drawn by itself."""
+        if config.alone:
+            return None
+        if config.engine != "torch":
+            return config.engine
+        if config.precision == "auto":
+            return precision_of(self.model, config.precision, prompts * config.num_samples)
+        return config.precision
+
+    def together(self, kind: str) -> sampler.Together:
+        """Return what draws for several calls together, from the weights as they are; nothing else runs meanwhile."""
+        if self.prefixes is None or self.prefixes.version != self._read_by(kind):
+            self.prefixes = Prefixes(self._read_by(kind), self.model.device)
+        return sampler.Together(
+            self.model, kind, self.prefixes, self._copied(), elsewhere=self.elsewhere(kind)
         )
+
+    def _copied(self) -> KeptCopies:
+        if self.copied is None or self.copied.version != self.policy_version:
+            self.copied = KeptCopies(self.policy_version)
+        return self.copied
+
+    def _read_by(self, precision: str) -> tuple[int, str]:
+        return self.policy_version, precision
+
+    def call(
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        tick: Tick = no_tick,
+        tell: sampler.Tell | None = None,
+    ) -> sampler.SampleCall:
+        """Return what takes part in drawing together; without a seed, it takes the client's next one. See `sample`."""
+        ids, turns, streams = self.encode(prompts, config)
+        if config.engine == "torch":
+            precision = precision_of(self.model, config.precision, len(ids) * config.num_samples)
+        else:
+            precision = config.engine
+            self._in_llama_cpp()  # what cannot be handed over is refused here
         seed = config.seed
         if seed is None:
             self.samples_drawn += 1
             seed = seed_of_call(self.config.seed, self.samples_drawn)
-        read = self.read(ids, config)
-        known = kept = None
-        if config.num_samples == 1 and None not in streams:  # conversations, which may go on
-            version = self.policy_version, config.precision
-            before, kept = self.prefixes, Prefixes(version, self.model.device)
-            known = before if before is not None and before.version == version else None
-            self.prefixes = kept
-        if self.copied is None or self.copied.version != self.policy_version:
-            self.copied = KeptCopies(self.policy_version)
-        drawn = sampler.sample(
-            self.model,
-            ids,
-            config,
-            seed,
-            tick,
-            turns,
-            tell,
-            streams,
-            known=known,
-            kept=kept,
-            copied=self.copied,
-        )
-        return SampleResult(tuple(drawn), self.policy_version, *read, precision=config.precision)
+        call = sampler.call_of(self.model, ids, config, seed, tick, turns, tell, streams)
+        call.version, call.precision, call.read = self.policy_version, precision, self.read(ids, config)
+        return call
+
+    def elsewhere(self, kind: str) -> Callable[[], sampler.DecodesElsewhere] | None:
+        """Return what brings those who decode in place of the model; None where it does so itself."""
+        return self._in_llama_cpp if kind == "llama.cpp" else None
+
+    def _in_llama_cpp(self) -> "Policy":
+        """Return the model in llama.cpp, with its present weights.
+
+        Raises:
+            ValidationError: It cannot be handed over.
+            ModelLoadError: llama.cpp does not read it.
+        """
+        from tensafe_nb.engine.sampling.llama_cpp import Policy
+
+        if self.llama_cpp is None:
+            self.llama_cpp = Policy(self.model)
+        self.llama_cpp.push(self.policy_version)
+        return self.llama_cpp
 
     def read(self, ids: Sequence[Sequence[int]], config: SamplingConfig) -> ReadPrompts:
         """Return what the model says of prompts' own tokens, as far as `config` asks for it."""
@@ -477,7 +533,7 @@ class Engine:
         Raises:
             ValidationError: Tensors are missing, or have other shapes. Nothing has changed.
         """
-        self.prefixes = self.copied = None
+        self.prefixes = self.turns = self.copied = None
         parameters: dict[str, Tensor] = dict(self.model.own)
         check_tensors(parameters, state)
         facts = state.facts

@@ -54,12 +54,12 @@ class OperationQueue:
 
     Attributes:
         submitted: Their verbs, by future id, in the order in which they came.
-        running: The one that runs.
-        progress: How far it is, (done, total). Not recorded, so a log that is read back does not know it.
+        running: Those that run, by future id, in the order in which they began: one, or several samples.
+        progress: How far the first of them is, (done, total). Not recorded: a log that is read back does not know it.
     """
 
     submitted: dict[str, str] = field(default_factory=dict)
-    running: OperationStarted | None = None
+    running: dict[str, OperationStarted] = field(default_factory=dict)
     progress: tuple[int, int] | None = field(default=None, compare=False)
 
     @property
@@ -67,19 +67,24 @@ class OperationQueue:
         """The number of those that wait or run."""
         return len(self.submitted)
 
+    @property
+    def first(self) -> OperationStarted | None:
+        """The one that has run longest."""
+        return next(iter(self.running.values()), None)
+
     def apply(self, event: OperationEvent) -> None:
-        is_running = self.running is not None and self.running.future_id == event.future_id
+        is_first = self.first is not None and self.first.future_id == event.future_id
         match event:
             case Progress():
-                self.progress = (event.done, event.total) if is_running else self.progress
+                self.progress = (event.done, event.total) if is_first else self.progress
             case OperationQueued():
                 self.submitted[event.future_id] = event.operation
             case OperationStarted():
-                self.running, self.progress = event, None
+                self.running[event.future_id] = event
             case _:  # it has ended
                 self.submitted.pop(event.future_id, None)
-                if is_running:
-                    self.running = self.progress = None
+                self.running.pop(event.future_id, None)
+                self.progress = None if is_first else self.progress
 
 
 @dataclass(slots=True)

@@ -182,8 +182,9 @@ class SampleResult:
             the first, which nothing comes before. Empty where they were not asked for.
         top_prompt_logprobs: For each prompt, at each of its tokens, the most likely ones as (token, logprob), the
             likeliest first; none for the first. Empty where they were not asked for.
-        precision: Of the weights that tokens were drawn with: "exact" (those that train), "bfloat16" or "int8". All
-            logprobs of the sequences are those that these weights gave; `compute_logprobs` has the trained ones'.
+        precision: Of the weights that tokens were drawn with: "exact" (those that train), "bfloat16" or "int8", or
+            "llama.cpp", of that engine's. All logprobs of the sequences are those that these weights gave;
+            `compute_logprobs` has the trained ones'.
     """
 
     sequences: tuple[SampledSequence, ...]

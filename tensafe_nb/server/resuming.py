@@ -28,7 +28,6 @@ from tensafe_nb.events import (
     OperationFailed,
     OperationFinished,
     OperationQueued,
-    OperationStarted,
     PrivacySpent,
     StateLoaded,
 )
@@ -50,13 +49,7 @@ from tensafe_nb.transports.embedded import EmbeddedTransport
 
 logger = logging.getLogger(__name__)
 
-OF_AN_OPERATION = (
-    OperationStarted,
-    Metrics,
-    CheckpointSaved,
-    StateLoaded,
-    PrivacySpent,
-)  # told while it runs
+OF_AN_OPERATION = (Metrics, CheckpointSaved, StateLoaded, PrivacySpent)  # told while it runs
 
 
 def journals_of(home: Home, transport: EmbeddedTransport) -> Iterator[Journal]:
@@ -105,7 +98,7 @@ def resume(journal: Journal, home: Home, transport: EmbeddedTransport) -> Served
         loss = resolve_loss(config.loss.type, **config.loss.kwargs)
         jobs = [job_of(name, journal, loss) for name in journal.waiting]
         resumed = Resumed(
-            info_of(journal, bus, config, jobs), jobs, journal.base, *interrupted(bus), journal.draws
+            info_of(journal, bus, config, jobs), jobs, journal.base, interrupted(bus), journal.draws
         )
         worker = transport.resume(bus, config, source, journal, resumed)
     except TGTinkerError as error:  # it is there, and says why it cannot go on
@@ -120,14 +113,15 @@ def resume(journal: Journal, home: Home, transport: EmbeddedTransport) -> Served
     return client
 
 
-def interrupted(bus: EventBus) -> tuple[str | None, Counter[type[Event]]]:
-    """Return the operation that ran as the process ended, and what the log holds of it."""
-    running, told = bus.history.state.queue.running, Counter[type[Event]]()
-    if running is None:
-        return None, told
-    events = bus.history.events(running.seq - 1, OF_AN_OPERATION)
-    told.update(type(event) for event in events if is_core(event))
-    return running.future_id, told
+def interrupted(bus: EventBus) -> dict[str, Counter[type[Event]]]:
+    """Return the operations that ran as the process ended, and what the log holds of each: of samples, several ran."""
+    running = bus.history.state.queue.running
+    found = {name: Counter[type[Event]]((type(started),)) for name, started in running.items()}
+    if len(running) == 1:  # who runs alone has told all that was told since
+        ((name, started),) = running.items()
+        since = bus.history.events(started.seq, OF_AN_OPERATION)
+        found[name].update(type(event) for event in since if is_core(event))
+    return found
 
 
 def is_core(event: Event) -> bool:

@@ -135,7 +135,7 @@ class HttpChannel:
         self._changing = threading.RLock()
         self._waiting: dict[str, Promise[Any]] = {}  # of each future, in order
         self._streamed: set[str] = set()  # samples whose pieces are to come
-        self._running: str | None = None
+        self._running: set[str] = set()
         self._queued: set[str] = set()  # whoever queued them
         self._failures: OrderedDict[str, Promise[Any]] = OrderedDict()
         self._untold: set[str] = set()  # those of which the server does not know yet that somebody was told
@@ -251,7 +251,7 @@ class HttpChannel:
                 f"{verb}: the training client {self.training_client_id} is closed. Create a new one."
             )
         most = self.requests.limit("waiting_operations", 1_000)
-        if len(self._waiting) - (self._running in self._waiting) >= most:
+        if len(self._waiting.keys() - self._running) >= most:
             raise QueueFullError(
                 f"{most} operations of this training client are waiting already. Wait for some results "
                 f"before you submit more."
@@ -287,7 +287,7 @@ class HttpChannel:
 
     def _position(self, future_id: str) -> int | None:
         with self._changing:
-            waiting = [name for name in self._waiting if name != self._running]
+            waiting = [name for name in self._waiting if name not in self._running]
         return waiting.index(future_id) if future_id in waiting else None
 
     def ready(self) -> FutureHandle[TrainingClientInfo]:
@@ -562,9 +562,10 @@ class HttpChannel:
                 self._queued.add(future_id)
             case OperationFinished() | OperationFailed() | OperationCancelled():
                 self._queued.discard(event.future_id)
+                self._running.discard(event.future_id)
                 self._note_work(busy=bool(self._queued))
             case OperationStarted(future_id=future_id):
-                self._running = future_id
+                self._running.add(future_id)
                 self._note_work(busy=True)
                 if future_id in self._waiting:
                     self._waiting[future_id].start()

@@ -109,7 +109,9 @@ class EncryptedModel:
                 f"The base {config.model_ref!r} here is not the one that the adapter was trained on: its names, shapes "
                 f"or values differ. Give the right one: he.model(base=…)."
             )
-        rows_of(self.model, [[1, 2]], 1, 1)  # tries out how this model is sampled, while nobody is asked yet
+        rows_of(
+            self.model, [[1, 2]], [1], 1
+        )  # tries out how this model is sampled, while nobody is asked yet
         self._asking = Asking()
         for part in parts:
             for module in part.modules:

@@ -47,6 +47,7 @@ class LoadedModel:
         continued: Whether the adapter was trained before, so that base and policy differ from the beginning.
         own_embeddings: Whether the frozen embeddings are not those of the base: resized, or brought by the adapter.
         base: What its frozen tensors are shared with; None when they are its own.
+        gguf_file: The GGUF file that it was converted from, if it was.
     """
 
     causal: Any
@@ -61,6 +62,7 @@ class LoadedModel:
     continued: bool = False
     own_embeddings: bool = False
     base: Base | None = None
+    gguf_file: Path | None = None
 
     @property
     def body(self) -> Callable[..., Any]:
@@ -230,6 +232,7 @@ def load(
         own_embeddings=bool(grown)
         or not all(any(adapters.ends_in(name, each) for each in saved) for name in brought),
         base=base,
+        gguf_file=path if (path := Path(config.model_ref).expanduser()).suffix == ".gguf" else None,
     )
 
 

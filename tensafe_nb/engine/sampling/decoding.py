@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensafe_nb.engine.models.load import LoadedModel
@@ -26,6 +27,13 @@ class Rows(Protocol):
 
     logits: Tensor
 
+    @property
+    def joinable(self) -> bool:
+        """Whether others can join."""
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of others of the same model and kind, just read, behind one's own."""
+
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows only."""
 
@@ -39,7 +47,7 @@ class Rows(Protocol):
 def rows_of(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
-    samples: int,
+    samples: Sequence[int],
     new_tokens: int,
     before: Read | None = None,
     copies: Copies | None = None,
@@ -49,7 +57,7 @@ def rows_of(
     Args:
         model: In evaluation mode.
         prompts: Token ids, none empty.
-        samples: Rows of each.
+        samples: How many rows of each.
         new_tokens: How many a row may grow by.
         before: What of the prompts' beginnings was read already, with one sample each.
         copies: Of the weights, to decode with.
@@ -71,9 +79,10 @@ def cache_works(model: LoadedModel) -> bool:
     """Try once, on rows of different length, whether decoding with a cache says what reading them anew says."""
     tokens = torch.tensor([3, 2, 1, 2], device=model.device)
     found = []
-    for kind in (Recomputed, Decoder):
+    kinds: tuple[Any, ...] = (Recomputed, Decoder)
+    for kind in kinds:
         try:
-            rows = kind(model, [[1, 2, 3], [2]], 2, 2)
+            rows = kind(model, [[1, 2, 3], [2]], [2, 2], 2)
             rows.feed(tokens)
             rows.keep(torch.tensor([1, 2, 3], device=model.device))
             rows.feed(tokens[1:])
@@ -92,17 +101,26 @@ class Recomputed:
     Rows are padded on the right: what a causal model says of a token does not depend on what comes after it.
     """
 
+    joinable = True
+
     def __init__(
-        self, model: LoadedModel, prompts: Sequence[Sequence[int]], samples: int, new_tokens: int
+        self, model: LoadedModel, prompts: Sequence[Sequence[int]], samples: Sequence[int], new_tokens: int
     ) -> None:
         self._model = model
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ids = torch.zeros(len(prompts), int(lengths.max()) + new_tokens, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
-        self._ids = ids.repeat_interleave(samples, 0).to(model.device)
-        self._lengths = lengths.repeat_interleave(samples).to(model.device)
+        each = torch.tensor(samples)
+        self._ids = ids.repeat_interleave(each, 0).to(model.device)
+        self._lengths = lengths.repeat_interleave(each).to(model.device)
         self.logits = self._read()
+
+    def join(self, other: "Recomputed") -> None:
+        width = max(self._ids.shape[1], other._ids.shape[1])
+        padded = [F.pad(ids, (0, width - ids.shape[1])) for ids in (self._ids, other._ids)]
+        self._ids, self._lengths = torch.cat(padded), torch.cat([self._lengths, other._lengths])
+        self.logits = torch.cat([self.logits, other.logits])
 
     def keep(self, rows: Tensor) -> None:
         self._ids, self._lengths = self._ids[rows], self._lengths[rows]
@@ -131,7 +149,7 @@ class Decoder:
     Args:
         model: In evaluation mode, used by nobody else meanwhile.
         prompts: Token ids, none empty.
-        samples: Rows of each prompt, one after the other.
+        samples: How many rows of each prompt, one after the other.
         new_tokens: How many a row may grow by.
         before: What of the prompts' beginnings was read already, with one sample each.
         copies: Of the weights, to decode with.
@@ -144,7 +162,7 @@ class Decoder:
         self,
         model: LoadedModel,
         prompts: Sequence[Sequence[int]],
-        samples: int,
+        samples: Sequence[int],
         new_tokens: int,
         before: Read | None = None,
         copies: Copies | None = None,
@@ -174,22 +192,63 @@ class Decoder:
         self._position = positions[:, -1:]
         self._steps: llama.Steps | None = None
         self._copies = copies
+        each = torch.tensor(samples, device=model.device)
         if copies is not None or llama.fits(model):
-            self._steps = llama.Steps(model.body, self._cache, samples, new_tokens)
+            self._steps = llama.Steps(model.body, self._cache, each, new_tokens)
             own = llama.as_they_are(model.body, partial(head, model))
             self._weights = own if copies is None else copies.weights
-        if samples > 1:
-            self.logits = self.logits.repeat_interleave(samples, 0)
-            self._position = self._position.repeat_interleave(samples, 0)
-            self._mask = None if self._mask is None else self._mask.repeat_interleave(samples, 0)
-        if self._steps is None:
-            self._cache.batch_repeat_interleave(samples)
+        if max(samples) > 1:
+            self.logits = self.logits.repeat_interleave(each.to(self.logits.device), 0)
+            self._position = self._position.repeat_interleave(each, 0)
+            self._mask = None if self._mask is None else self._mask.repeat_interleave(each, 0)
+            if self._steps is None:
+                self._cache.batch_repeat_interleave(each)
+
+    @property
+    def joinable(self) -> bool:
+        """Whether the cache keeps all that was read: a sliding window forgets, and states are sums."""
+        from transformers.cache_utils import DynamicLayer
+
+        return self._steps is not None or all(type(layer) is DynamicLayer for layer in self._cache.layers)
+
+    def join(self, other: "Decoder") -> None:
+        """Take in the rows of others, just read, behind one's own; go on with the copies that those came with."""
+        masks = [rows._seen_so_far() for rows in (self, other)]
+        if self._steps is not None and other._steps is not None:
+            self._steps.join(other._steps)
+        else:
+            for own, new in zip(self._cache.layers, other._cache.layers, strict=True):
+                own.keys = llama.ending_together([own.keys, new.keys])
+                own.values = llama.ending_together([own.values, new.values])
+        # (R, T) as the keys of one head with a width of 1
+        mask = llama.ending_together([mask[:, None, :, None] for mask in masks])[:, 0, :, 0]
+        self._mask = None if bool(mask.all()) else mask
+        self._position = torch.cat([self._position, other._position])
+        self.logits = torch.cat([self.logits, other.logits])
+        if other._steps is not None:
+            self._copies, self._weights = other._copies, other._weights
+
+    def _seen_so_far(self) -> Tensor:
+        """Return (R, T), 1 where a place holds a token of its row."""
+        if self._mask is not None:
+            return self._mask
+        length = self._cache.get_seq_length() if self._steps is None else self._steps.length
+        return self._position.new_ones(len(self._position), length)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows only."""
-        (self._cache.batch_select_indices if self._steps is None else self._steps.keep)(rows)
         self._position = self._position[rows]
-        self._mask = None if self._mask is None else self._mask[rows]
+        mask, empty = None if self._mask is None else self._mask[rows], 0
+        if mask is not None and self.joinable:  # the first places may have been those of a longer row alone
+            empty = int(mask.any(0).int().argmax())
+            mask = mask[:, empty:]
+        if self._steps is not None:
+            self._steps.keep(rows, empty)
+        else:
+            self._cache.batch_select_indices(rows)
+            for layer in self._cache.layers if empty else ():
+                layer.keys, layer.values = layer.keys[:, :, empty:], layer.values[:, :, empty:]
+        self._mask = None if mask is None or bool(mask.all()) else mask
 
     def feed(self, tokens: Tensor) -> None:
         """Append one token (R,) to each row."""

@@ -69,24 +69,40 @@ class Steps:
     Args:
         body: The model without its head.
         cache: transformers' cache of the prompts, which is left as it is.
-        samples: Rows of each prompt.
+        samples: (P,) rows of each prompt.
         new_tokens: How many a row may grow by.
 
     Attributes:
         length: How many places of each row are taken; a smaller number forgets the last ones.
     """
 
-    def __init__(self, body: Any, cache: Any, samples: int, new_tokens: int) -> None:
+    def __init__(self, body: Any, cache: Any, samples: Tensor, new_tokens: int) -> None:
         self.length = cache.get_seq_length()
         self._body, self._scale = body, body.layers[0].self_attn.scaling
         self._keys = [_with_room(layer.keys, samples, new_tokens) for layer in cache.layers]
         self._values = [_with_room(layer.values, samples, new_tokens) for layer in cache.layers]
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows only."""
+    def keep(self, rows: Tensor, empty: int = 0) -> None:
+        """Go on with some of the rows only, and without the first places, which none of them uses."""
+        room = self._room
         for kept in (self._keys, self._values):
             for number, old in enumerate(kept):
-                kept[number] = _with_room(old[rows, :, : self.length], 1, old.shape[2] - self.length)
+                kept[number] = _with_room(old[rows, :, empty : self.length], None, room)
+        self.length -= empty
+
+    def join(self, other: "Steps") -> None:
+        """Take in the rows of others behind one's own: all of them end at the same place."""
+        length, room = max(self.length, other.length), max(self._room, other._room)
+        for kept, added in ((self._keys, other._keys), (self._values, other._values)):
+            for number, (own, new) in enumerate(zip(kept, added, strict=True)):
+                parts = [own[:, :, : self.length], new[:, :, : other.length]]
+                kept[number] = _with_room(ending_together(parts), None, room)
+        self.length = length
+
+    @property
+    def _room(self) -> int:
+        room: int = self._keys[0].shape[2] - self.length
+        return room
 
     def read(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return copies of the keys and values of some of the rows, layer by layer."""
@@ -173,7 +189,10 @@ def says_the_same(model: LoadedModel) -> bool:
         if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a sliding window, for one
             return False
         try:
-            ours = Steps(body, cache, 1, 1)(as_they_are(body, model.head), ids[:, 2:], positions[:, 2:], mask)
+            one_each = torch.ones(2, dtype=torch.long, device=model.device)
+            ours = Steps(body, cache, one_each, 1)(
+                as_they_are(body, model.head), ids[:, 2:], positions[:, 2:], mask
+            )
         except (AttributeError, TypeError, ValueError, RuntimeError):  # another version of transformers
             return False
         expected = read(slice(2, 3))
@@ -185,9 +204,21 @@ def cache_argument(module: Any) -> str:
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
-def _with_room(filled: Tensor, samples: int, new_tokens: int) -> Tensor:
-    """Return (rows × samples, groups, T + new_tokens, width), filled in at the first T places."""
-    rows, groups, length, width = filled.shape
-    room = filled.new_empty(rows * samples, groups, length + new_tokens, width)
-    room[:, :, :length] = filled.repeat_interleave(samples, 0)
+def _with_room(filled: Tensor, samples: Tensor | None, new_tokens: int) -> Tensor:
+    """Return (rows, groups, T + new_tokens, width), filled in at the first T places, each row so many times."""
+    each = filled if samples is None else filled.repeat_interleave(samples, 0)
+    rows, groups, length, width = each.shape
+    room = filled.new_empty(rows, groups, length + new_tokens, width)
+    room[:, :, :length] = each
     return room
+
+
+def ending_together(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the rows of several (R, groups, T, width) as those of one: what they hold stands last, nothing before."""
+    longest, first = max(tensor.shape[2] for tensor in tensors), tensors[0]
+    whole = first.new_zeros(sum(map(len, tensors)), first.shape[1], longest, first.shape[3])
+    row = 0
+    for tensor in tensors:
+        whole[row : row + len(tensor), :, longest - tensor.shape[2] :] = tensor
+        row += len(tensor)
+    return whole

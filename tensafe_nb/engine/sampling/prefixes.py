@@ -1,5 +1,10 @@
-"""What is kept of conversations between turns: keys and values, so that no token of them is read twice."""
+"""What is kept of what was read: keys and values, so that no token of it is read twice.
 
+That is of conversations that go on, and of beginnings that prompts have in common.
+"""
+
+from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +13,8 @@ from torch import Tensor
 
 MOST_BYTES = 1 << 29  # of keys and values
 ON_ACCELERATORS = 8  # times as many
+SHARED_FROM = 32  # tokens at the beginning of prompts, which are then read once for all of them, and kept
+SAVES_FROM = 4  # fewer tokens are as quick to read as to fetch
 Layers = list[tuple[Tensor, Tensor]]  # of each layer keys and values, (R, groups, T, width)
 
 
@@ -39,62 +46,122 @@ class Read:
         return cls(together, mask.gather(1, order))
 
 
-def joined(parts: Sequence[tuple[Read, Tensor, Tensor]]) -> Read:
-    """Return rows of several reads as one: each part is a read, which of its rows, and where in the whole they go."""
-    layers = [
-        (
-            at_the_end([layer[0] for layer in of_parts], parts),
-            at_the_end([layer[1] for layer in of_parts], parts),
-        )
-        for of_parts in zip(*(read.layers for read, _, _ in parts), strict=True)
-    ]
-    # (R, T) as the keys of one head with a width of 1
-    masks = at_the_end([read.mask[:, None, :, None] for read, _, _ in parts], parts)
-    return Read(layers, masks[:, 0, :, 0])
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at their beginning."""
+    least = min(len(one), len(other))
+    if one[:least] == other[:least]:
+        return least
+    return next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
-def at_the_end(tensors: Sequence[Tensor], parts: Sequence[tuple[Read, Tensor, Tensor]]) -> Tensor:
-    """Return (R, groups, T, width) of tensors that have fewer places: what they hold stands last, nothing before it."""
-    count, longest = sum(len(rows) for _, rows, _ in parts), max(tensor.shape[2] for tensor in tensors)
-    whole = tensors[0].new_zeros(count, tensors[0].shape[1], longest, tensors[0].shape[3])
-    for tensor, (_, rows, places) in zip(tensors, parts, strict=True):
-        whole[places, :, longest - tensor.shape[2] :] = tensor[rows]
-    return whole
+@dataclass(slots=True, eq=False)
+class RowRead:
+    """Where a sequence that was read lies: a row of a read, of which others may be kept as well."""
+
+    read: Read
+    row: int
 
 
 class Prefixes:
-    """Conversations that may go on, by their streams: which tokens were read of each, and where they lie.
+    """Sequences that were read, and may be the beginning of prompts to come.
+
+    They are kept in lexical order, in which a prompt's neighbours are those that share most with it.
 
     Args:
         version: Of the weights that have read them, and their precision.
-        device: Where they lie, which bounds how many there are: those beyond that are read anew.
+        device: Where they lie, which bounds how many there are: those that were used longest ago are let go.
+        whole: Prompts go on from whole sequences alone: then what is known of one depends on no other conversation.
     """
 
-    def __init__(self, version: tuple[int, str], device: torch.device) -> None:
-        self.version = version
+    def __init__(self, version: tuple[int, str], device: torch.device, *, whole: bool = False) -> None:
+        self.version, self._whole = version, whole
         self._left = MOST_BYTES * (1 if device.type == "cpu" else ON_ACCELERATORS)
-        self._kept: dict[int | None, tuple[tuple[int, ...], Read, int]] = {}
+        self._order: list[tuple[int, ...]] = []
+        self._places: dict[tuple[int, ...], RowRead] = {}
+        self._reads: OrderedDict[int, tuple[Read, set[tuple[int, ...]]]] = OrderedDict()  # last used, last
 
-    def keep(self, streams: Sequence[int | None], tokens: Sequence[tuple[int, ...]], read: Read) -> None:
-        """Keep rows of which these tokens were read, as long as there is room."""
-        self._left -= read.size
-        if self._left >= 0:
-            for row, (stream, of_row) in enumerate(zip(streams, tokens, strict=True)):
-                self._kept[stream] = of_row, read, row
+    def keep(self, sequences: Sequence[tuple[int, ...]], read: Read) -> None:
+        """Keep rows of which these tokens were read, in place of those that they go on from, while there is room."""
+        if read.size > self._left + sum(other.size for other, _ in self._reads.values()):
+            return
+        own: set[tuple[int, ...]] = set()
+        self._reads[id(read)], self._left = (read, own), self._left - read.size
+        for row, tokens in enumerate(sequences):
+            at = bisect_left(self._order, tokens)
+            before, behind = self._order[max(at - 1, 0) : at], self._order[at : at + 1]
+            begins_another = bool(behind) and behind[0][: len(tokens)] == tokens
+            if tokens in self._places or (begins_another and not self._whole):
+                continue
+            self._order.insert(at, tokens)
+            self._places[tokens] = RowRead(read, row)
+            own.add(tokens)
+            if before and tokens[: len(before[0])] == before[0] and not self._whole:
+                self._drop(before[0])
+        if not own:
+            self._left += self._reads.pop(id(read))[0].size
+        while self._left < 0:
+            for tokens in list(next(iter(self._reads.values()))[1]):
+                self._drop(tokens)
 
-    def has_begun(self, stream: int | None, prompt: Sequence[int]) -> bool:
-        """Whether what was kept under a stream is the beginning of a prompt, and not all of it."""
-        tokens, *_ = self._kept.get(stream, ((),))
-        return 0 < len(tokens) < len(prompt) and tokens == tuple(prompt[: len(tokens)])
+    def _drop(self, tokens: tuple[int, ...]) -> None:
+        read = self._places.pop(tokens).read
+        del self._order[bisect_left(self._order, tokens)]
+        _, others = self._reads[id(read)]
+        others.remove(tokens)
+        if not others:
+            del self._reads[id(read)]
+            self._left += read.size
 
-    def take(self, streams: Sequence[int | None]) -> Read:
-        """Return rows in this order."""
-        found = [self._kept[stream] for stream in streams]
-        reads = {id(read): read for _, read, _ in found}
-        device = found[0][1].mask.device
-        parts = []
-        for key, read in reads.items():
-            places = [place for place, (_, other, _) in enumerate(found) if id(other) == key]
-            rows = [found[place][2] for place in places]
-            parts.append((read, torch.tensor(rows, device=device), torch.tensor(places, device=device)))
-        return joined(parts)
+    def known(self, prompt: tuple[int, ...]) -> int:
+        """Return how many tokens at the beginning of a prompt were read, all but its last at most."""
+        return self._nearest(prompt)[0]
+
+    def _nearest(self, prompt: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        if self._whole:
+            lengths = sorted(
+                {len(tokens) for tokens in self._order if len(tokens) < len(prompt)}, reverse=True
+            )
+            beginnings = (prompt[:length] for length in lengths)
+            tokens = next((tokens for tokens in beginnings if tokens in self._places), ())
+            return len(tokens), tokens
+        at = bisect_left(self._order, prompt)
+        found = [(common(tokens, prompt), tokens) for tokens in self._order[max(at - 1, 0) : at + 1]]
+        length, tokens = max(found, default=(0, ()))
+        return min(length, len(prompt) - 1), tokens
+
+    def take(self, prompts: Sequence[tuple[int, ...]]) -> Read | None:
+        """Return how prompts begin, as far as it was read; None where reading all of them takes hardly longer."""
+        found = [self._nearest(prompt) for prompt in prompts]
+        unread = max(len(prompt) - known for prompt, (known, _) in zip(prompts, found, strict=True))
+        if max(map(len, prompts)) - unread < SAVES_FROM or not all(tokens for _, tokens in found):
+            return None
+        places = [self._places[tokens] for _, tokens in found]
+        for place in places:
+            self._reads.move_to_end(id(place.read))
+        return beginnings(places, [known for known, _ in found])
+
+
+def beginnings(places: Sequence[RowRead], lengths: Sequence[int]) -> Read:
+    """Return the first tokens of sequences, so many of each, as one read: they stand last, nothing before them."""
+    count, longest, device = len(places), max(lengths), places[0].read.mask.device
+
+    def room(of: Tensor) -> Tensor:
+        return of.new_zeros(count, of.shape[1], longest, of.shape[3])
+
+    whole = [(room(keys), room(values)) for keys, values in places[0].read.layers]
+    wanted = torch.tensor(lengths, device=device)
+    mask = torch.arange(longest, device=device) >= longest - wanted[:, None]
+    for read in {id(place.read): place.read for place in places}.values():
+        at = [number for number, place in enumerate(places) if place.read is read]
+        where, rows = (
+            torch.tensor(at, device=device),
+            torch.tensor([places[n].row for n in at], device=device),
+        )
+        begin = read.mask.shape[1] - read.mask.sum(1)[rows]  # all tokens of a row come last
+        from_here = begin + wanted[where] - longest
+        taken = (from_here[:, None] + torch.arange(longest, device=device)).clamp(0, read.mask.shape[1] - 1)
+        own = mask[where][:, None, :, None]
+        for layer, of_read in zip(whole, read.layers, strict=True):
+            for tensor, source in zip(layer, of_read, strict=True):
+                tensor[where] = source[rows].take_along_dim(taken[:, None, :, None], 2) * own
+    return Read(whole, mask.to(places[0].read.mask.dtype))

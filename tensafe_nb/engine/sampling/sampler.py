@@ -1,15 +1,17 @@
 """Our own decode loop: every row has its own random stream, logprobs come for free, any token can be the last.
 
+Calls take part together: see `Together`.
+
 Why not `generate`: it applies top_k=50 silently, returns no logprobs, and cannot be stopped between tokens.
 """
 
 import contextlib
 import hashlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -22,11 +24,15 @@ from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling.copies import Copies, KeptCopies, copies_of
 from tensafe_nb.engine.sampling.decoding import LARGE, Decoder, Rows, rows_of
 from tensafe_nb.engine.sampling.merged import merged
-from tensafe_nb.engine.sampling.prefixes import Prefixes, Read
-from tensafe_nb.protocol.results import SampledPiece, SampledSequence, TopLogprobs
+from tensafe_nb.engine.sampling.prefixes import SHARED_FROM, Prefixes, Read, common
+from tensafe_nb.engine.sampling.prompts import ReadPrompts
+from tensafe_nb.protocol.results import SampledPiece, SampledSequence, SampleResult, TopLogprobs
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
+FULL = (
+    0.75  # of those, from which on a call that has begun waits for more room before further rows of it join
+)
 RACERS = 256  # tokens of a block, in which a token of a large vocabulary is drawn
 MOST_GUESSES = 8  # of a single row, before they are looked at
 GUESS, LOOK = 0.25, 1.2  # the time of a guess, and of a look at some, in that of a token without
@@ -34,6 +40,16 @@ LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
 Tell = Callable[[SampledPiece], None]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes whose character is not whole yet
+
+
+class DecodesElsewhere(Protocol):
+    """Says what comes next in place of a model of torch's, with its weights or about those."""
+
+    def rows(self, prompts: Sequence[Sequence[int]], samples: Sequence[int], new_tokens: int) -> Rows:
+        """Return prompts' rows, so many of each, that may grow by so many tokens."""
+
+    def most_rows(self, longest: int) -> int:
+        """Return how many rows of so many tokens are decoded together."""
 
 
 @dataclass(slots=True)
@@ -44,6 +60,7 @@ class Completion:
     prompt: tuple[int, ...]
     seed: int
     turn: TurnEnd = field(default_factory=TurnEnd)
+    most: int = 0  # tokens, those of the prompt included
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
@@ -163,11 +180,28 @@ def sample(
     tell: Tell | None = None,
     streams: Sequence[int | None] = (),
     before: Sequence[int] = (),
-    known: Prefixes | None = None,
-    kept: Prefixes | None = None,
-    copied: KeptCopies | None = None,
+    elsewhere: Callable[[], DecodesElsewhere] | None = None,
 ) -> list[SampledSequence]:
-    """Draw `num_samples` completions per prompt, prompt by prompt.
+    """Draw completions of some prompts, beside nobody else; see `call_of`."""
+    call = call_of(model, prompts, sampling, seed, tick, turns, tell, streams, before)
+    with Together(model, sampling.precision, elsewhere=elsewhere) as together:
+        together.add(call)
+        together.run()
+    return call.sequences()
+
+
+def call_of(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    seed: int,
+    tick: Tick,
+    turns: Sequence[TurnEnd] = (),
+    tell: Tell | None = None,
+    streams: Sequence[int | None] = (),
+    before: Sequence[int] = (),
+) -> "SampleCall":
+    """Return the call that draws `num_samples` completions per prompt, prompt by prompt.
 
     Args:
         model: In evaluation mode.
@@ -179,123 +213,372 @@ def sample(
         tell: Called with what there is of each sequence after each token, if asked for.
         streams: Of a prompt, what takes the place of its number among equal ones in the choice of its random stream.
         before: Of a prompt, how many rows of it or of equal ones others draw that come first; none if empty.
-        known: What was read already of prompts that go on; used if it is of all of them.
-        kept: Takes what is read of the prompts and drawn for them, by their streams.
-        copied: Brings and takes copies of the weights.
     """
     turns, before = turns or [TurnEnd()] * len(prompts), before or [0] * len(prompts)
     own: list[int | None] = list(streams) or [None] * len(prompts)
-    rows = list(begun(prompts, sampling.num_samples, seed, turns, own, before))
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
-    most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
-    samples = 1
-    if sampling.num_samples > 1 or known is None or not all(map(known.has_begun, own, prompts)):
-        known = None
-        prompts, samples = read_once(prompts, sampling.num_samples, most // longest)
-    at_once = max(1, most // (longest * samples))  # prompts
-    starts = range(0, len(prompts), at_once)
-    decoded, together = sampling.max_new_tokens * len(starts), min(len(prompts), at_once) * samples
-    copies = copies_of(model, decoded, together, copied.copies if copied else None, sampling.precision)
-    if copied is not None and copies is not None:
-        copied.copies = copies
-    with merged(model, decoded, together) if copies is None else contextlib.nullcontext():
-        for number, start in enumerate(starts):
-
-            def of_all(done: int, total: int, before: int = number) -> None:
-                tick(before * total + done, len(starts) * total)
-
-            decode(
-                model,
-                prompts[start : start + at_once],
-                samples,
-                rows[start * samples : (start + at_once) * samples],
-                sampling,
-                of_all,
-                (lambda: None) if tell is None else partial(tell_news, model, sampling, rows, tell),
-                None if known is None else known.take(own[start : start + at_once]),
-                None if kept is None else partial(keep_rows, kept, own),
-                copies,
-            )
-    return [row.finished(model) for row in rows]
+    return SampleCall(
+        model, list(begun(prompts, sampling, seed, turns, own, before)), sampling, tick, tell, own
+    )
 
 
-def decode(
-    model: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    samples: int,
-    rows: list[Completion],
-    sampling: SamplingConfig,
-    tick: Tick,
-    after_token: Callable[[], None] = lambda: None,
-    before: Read | None = None,
-    keep: Callable[[Sequence[Completion], Read], None] | None = None,
-    copies: Copies | None = None,
-) -> None:
-    """Fill in the rows of some prompts, `samples` of each, all of them token by token together."""
-    active, most = list(rows), sampling.max_new_tokens
-    state = rows_of(model, prompts, samples, most, before, copies)
-    if isinstance(state, Decoder) and state.guesses:
-        decode_guessing(model, state, rows[0], sampling, tick, after_token)
-        keep_ended(state, rows, keep)
-        return
-    for position in range(most):
-        tick(position, most)
-        drawn = draw(state.logits, sampling, uniforms_at(active, [position], lanes_of(state.logits)))
-        append(model, sampling, active, drawn, state.logits)
-        after_token()
-        keep_ended(state, active, keep)
-        going = [index for index, row in enumerate(active) if row.finish_reason is None]
-        if not going:
-            break
-        tokens = drawn[0]
-        if len(going) < len(active):
-            active = [active[index] for index in going]
-            state.keep(torch.tensor(going, device=model.device))
-            tokens = tokens[torch.tensor(going, device=tokens.device)]
-        state.feed(tokens)
+@dataclass(slots=True, eq=False)
+class SampleCall:
+    """Some prompts and how to draw for them: one of those whose rows are decoded together.
 
-
-def decode_guessing(
-    model: LoadedModel,
-    state: Decoder,
-    row: Completion,
-    sampling: SamplingConfig,
-    tick: Tick,
-    after_token: Callable[[], None],
-) -> None:
-    """Fill in a single row: rough weights guess some tokens, the exact ones look at all of them at once.
-
-    Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192), in which draft and model draw with the same random
-    numbers: what is drawn at a position depends on its logits alone, so that a guess is kept where it is the very token
-    that would have been drawn, and the row is the one that decoding token by token gives.
+    Attributes:
+        model: In evaluation mode.
+        rows: Its completions, prompt by prompt.
+        sampling: How to draw; its own seed, if any, is the caller's business.
+        tick: Called with (tokens done, tokens at most, of a row on average) before each token; may raise to stop.
+        tell: Called with what there is of each sequence after each token, if asked for.
+        streams: Of each prompt, the conversation that may go on from it, if it is one.
+        version: Of the weights.
+        precision: Of the weights.
+        read: What the model says of the prompts' own tokens, if that was asked for.
+        failure: Why it ended before its end.
     """
-    most, luck = sampling.max_new_tokens, Luck()
-    guessed: list[int] = []
-    while True:
-        first = len(row.tokens)
-        ahead, lanes = range(first, first + len(guessed) + 1), lanes_of(state.logits)
-        drawn = draw(state.logits, sampling, uniforms_at([row], ahead, lanes))
-        for index, position in enumerate(ahead):
-            tick(position, most)
-            append(
-                model,
-                sampling,
-                [row],
-                [part[index : index + 1] for part in drawn],
-                state.logits[index : index + 1],
-            )
-            after_token()
-            if index == len(guessed) or row.finish_reason or row.tokens[-1] != guessed[index]:
-                break
-        luck.add(index, len(guessed))
-        state.forget(len(guessed) - index)
-        if row.finish_reason:
+
+    model: LoadedModel
+    rows: list[Completion]
+    sampling: SamplingConfig
+    tick: Tick
+    tell: Tell | None = None
+    streams: Sequence[int | None] = ()
+    version: int = 0
+    precision: str = "exact"
+    read: ReadPrompts = ((), ())
+    failure: BaseException | None = None
+    waiting: "deque[Completion]" = field(init=False)
+    done: int = 0  # tokens, counting a row that has ended as if it had them all
+    luck: "Luck" = field(default_factory=lambda: Luck())
+
+    def __post_init__(self) -> None:
+        self.waiting = deque(self.rows)
+
+    @property
+    def ended(self) -> bool:
+        return self.failure is not None or self.done == len(self.rows) * self.sampling.max_new_tokens
+
+    @property
+    def begun(self) -> int:
+        """How many of its rows have begun."""
+        return len(self.rows) - len(self.waiting)
+
+    def count(self, row: Completion) -> None:
+        """Count the token just drawn for one of its rows, and say whether the row ends with it."""
+        most = self.sampling.max_new_tokens
+        row.finish(self.model, self.sampling, last=len(row.tokens) == most)
+        self.done += 1 if row.finish_reason is None else 1 + most - len(row.tokens)
+
+    def may_go_on(self, row: Completion) -> bool:
+        """Whether a prompt to come may go on from where a row has ended: a conversation, if it was not cut."""
+        if self.sampling.num_samples > 1 or (self.sampling.alone and not self.goes_on):
+            return False
+        if self.streams[row.prompt_index] is not None:
+            return row.finish_reason != "length"
+        return len(row.prompt) + len(row.tokens) >= SHARED_FROM
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its prompts are conversations that may go on."""
+        return self.sampling.num_samples == 1 and None not in self.streams
+
+    def attempt(self, act: Callable[[], object]) -> None:
+        """Do something for this call alone; whatever is raised ends it, and no other."""
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001  # it is raised again by `sequences`
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        self.failure = self.failure or error
+
+    def look_up(self) -> None:
+        self.attempt(lambda: self.tick(self.done // len(self.rows), self.sampling.max_new_tokens))
+
+    def sequences(self) -> list[SampledSequence]:
+        """Return what was drawn.
+
+        Raises:
+            BaseException: What has ended it.
+        """
+        if self.failure is not None:
+            raise self.failure
+        return [row.finished(self.model) for row in self.rows]
+
+    def result(self) -> SampleResult:
+        """Return what was drawn, and what was read; see `sequences`."""
+        return SampleResult(tuple(self.sequences()), self.version, *self.read, precision=self.precision)
+
+
+class Together:
+    """Calls whose rows are decoded together, a token of all of them at a time; others join between two tokens.
+
+    Continuous batching (Yu et al. 2022, Orca): a row that ends leaves, and its place is free for one that waits. Each
+    row draws with its own settings and its own random numbers, so that its tokens do not depend on who is beside it.
+
+    Args:
+        model: In evaluation mode, used by nobody else until `close`.
+        precision: Of the weights to draw with; the same for all calls.
+        kept: What was read before, and takes what is read; None keeps nothing.
+        copied: Brings and takes copies of the weights.
+        known: Conversations as the call before has left them.
+        turns: Takes conversations, in place of `kept`.
+        elsewhere: Brings what decodes in place of the model, from nothing that was read before.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        precision: str = "exact",
+        kept: Prefixes | None = None,
+        copied: KeptCopies | None = None,
+        known: Prefixes | None = None,
+        turns: Prefixes | None = None,
+        elsewhere: Callable[[], DecodesElsewhere] | None = None,
+    ) -> None:
+        self._model, self._precision, self._elsewhere = model, precision, elsewhere
+        self._kept, self._known, self._turns = kept, known, turns or kept
+        self._copied = copied or KeptCopies(0)
+        self._most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
+        self.calls: list[SampleCall] = []
+        self._rows: list[tuple[SampleCall, Completion]] = []  # those of the state, in its order
+        self._state: Rows | None = None
+        self._guessed: list[
+            int
+        ] = []  # behind the last token of a single row; the state has logits after each
+        self._merging = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Put the model back as it was."""
+        self._state, self._rows = None, []
+        self._merging.close()
+
+    def add(self, call: SampleCall) -> None:
+        """Let a call take part from the next token on."""
+        self.calls.append(call)
+
+    def run(
+        self,
+        newcomer: Callable[[], SampleCall | None] = lambda: None,
+        ended: Callable[[SampleCall], object] = lambda _: None,
+    ) -> None:
+        """Draw until nobody takes part any more.
+
+        Args:
+            newcomer: Asked before each token for calls to join, until there is none.
+            ended: Told of each call that has ended, or failed.
+        """
+        while True:
+            while (call := newcomer()) is not None:
+                self.add(call)
+            if not self.calls:
+                return
+            for call in self.step():
+                ended(call)
+
+    @torch.no_grad()
+    def step(self) -> list[SampleCall]:
+        """Draw a token for each row; return the calls that have ended."""
+        for call in self.calls:
+            call.look_up()
+        self._leave()
+        if any(not call.ended for call in self.calls):
+            try:
+                self._go_on()
+            except BaseException as error:  # noqa: BLE001  # nobody can say whose it was
+                for call in self.calls:
+                    call.fail(error)
+            self._leave()
+        ended = [call for call in self.calls if call.ended]
+        self.calls = [call for call in self.calls if not call.ended]
+        return ended
+
+    def _go_on(self) -> None:
+        newcomers = self._next_in()
+        if self._state is not None:
+            self._feed(alone=not newcomers)
+        if newcomers:
+            self._let_in(newcomers)
+        state = self._state
+        if state is None:
             return
-        token, guessed = row.tokens[-1], []
-        for position in range(len(row.tokens), min(len(row.tokens) + luck.worth, most - 1)):
-            logits = state.guess(guessed[-1] if guessed else token)
-            guessed += draw(logits, sampling, uniforms_at([row], [position], lanes))[0].tolist()
-        state.verify(len(guessed), [token, *guessed])
+        if self._guessed and isinstance(state, Decoder):
+            self._draw_guessed(state)
+        else:
+            self._draw(state.logits)
+        self._keep_ended()
+
+    def _leave(self) -> None:
+        """Let go of rows that have ended, or whose call has."""
+        staying = [n for n, (call, row) in enumerate(self._rows) if not (row.finish_reason or call.ended)]
+        if len(staying) == len(self._rows):
+            return
+        self._rows = [self._rows[n] for n in staying]
+        if not staying:
+            self._state = None
+        elif self._state is not None:
+            self._state.keep(torch.tensor(staying, device=self._model.device))
+
+    # who joins
+
+    def _next_in(self) -> list[tuple[SampleCall, Completion]]:
+        """Return the rows for which there is room: of the call that has fewest in it, row by row.
+
+        A single row is not worth a pass through the model of its own, unless its call has none yet.
+        """
+        calls = [call for call in self.calls if call.waiting and not call.ended]
+        if not calls or (self._state is not None and not self._state.joinable):
+            return []
+        count, longest = len(self._rows), max((row.most for _, row in self._rows), default=0)
+        if count * longest > FULL * self._most and all(call.begun for call in calls):
+            return []
+        inside, chosen = Counter(id(call) for call, _ in self._rows), []
+        while calls:
+            call = min(calls, key=lambda call: inside[id(call)])
+            row = call.waiting[0]
+            longest = max(longest, row.most)
+            if count and not self._has_room(count + 1, longest):
+                break
+            chosen.append((call, call.waiting.popleft()))
+            inside[id(call)] += 1
+            count += 1
+            calls = [call for call in calls if call.waiting]
+        return chosen
+
+    def _has_room(self, rows: int, longest: int) -> bool:
+        if self._elsewhere is not None:
+            return rows <= self._elsewhere().most_rows(longest)
+        return rows * longest <= self._most
+
+    def _let_in(self, newcomers: list[tuple[SampleCall, Completion]]) -> None:
+        """Read newcomers' prompts, and let their rows join; where that fails, call by call."""
+        try:
+            self._join(newcomers)
+        except BaseException as error:  # noqa: BLE001  # a lack of memory, for one
+            calls = list(dict.fromkeys(call for call, _ in newcomers))
+            if len(calls) == 1:
+                calls[0].fail(error)
+            for call in calls if len(calls) > 1 else ():
+                call.attempt(partial(self._join, [each for each in newcomers if each[0] is call]))
+
+    def _join(self, newcomers: list[tuple[SampleCall, Completion]]) -> None:
+        of_prompts: dict[tuple[int, ...], list[tuple[SampleCall, Completion]]] = {}
+        for call, row in newcomers:
+            of_prompts.setdefault(row.prompt, []).append((call, row))
+        prompts, room = list(of_prompts), max(call.sampling.max_new_tokens for call, _ in newcomers)
+        samples = list(map(len, of_prompts.values()))
+        if self._elsewhere is None:
+            copies = self._prepare(len(newcomers), room)
+            before = None if self._known is None else self._known.take(prompts)
+            if before is None and self._kept is not None:
+                before = self._beginnings(self._kept, prompts)
+            state = rows_of(self._model, prompts, samples, room, before, copies)
+        else:
+            state = self._elsewhere().rows(prompts, samples, room)
+        if self._state is None:
+            self._state = state
+        else:
+            self._state.join(state)
+        self._rows += [each for rows in of_prompts.values() for each in rows]
+
+    def _beginnings(self, kept: Prefixes, prompts: Sequence[tuple[int, ...]]) -> Read | None:
+        """Return what is known of how prompts begin; a long beginning that all of them share is read first, once."""
+        shared = min(prompts)[: common(min(prompts), max(prompts))]
+        if len(prompts) > 1 and len(shared) >= SHARED_FROM and kept.known(shared) < len(shared) - 1:
+            once = rows_of(self._model, [shared], [1], 0, kept.take([shared]))
+            read = once.read(torch.tensor([0], device=self._model.device))
+            if read is not None:
+                kept.keep([shared], read)
+        return kept.take(prompts)
+
+    def _prepare(self, joining: int, room: int) -> Copies | None:
+        """Return copies of the weights to go on with; without any, let the model compute with merged ones."""
+        waves = 1 + sum(len(call.waiting) for call in self.calls) // (joining + len(self._rows))
+        decoded, together = room * waves, joining + len(self._rows)
+        copies = copies_of(self._model, decoded, together, self._copied.copies, self._precision)
+        if copies is not None or self._state is None:
+            self._merging.close()
+        if copies is not None:
+            self._copied.copies = copies
+        elif self._state is None:
+            self._merging.enter_context(merged(self._model, decoded, together))
+        return copies
+
+    # a token
+
+    def _feed(self, *, alone: bool) -> None:
+        """Let the model read the tokens drawn last; a single row's, with guesses of what comes next.
+
+        Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192), in which draft and model draw with the same
+        random numbers: what is drawn at a position depends on its logits alone, so that a guess is kept where it is the
+        very token that would have been drawn, and the row is the one that decoding token by token gives.
+        """
+        assert self._state is not None
+        state, (call, row) = self._state, self._rows[0]
+        if not (alone and isinstance(state, Decoder) and state.guesses):
+            state.feed(torch.tensor([row.tokens[-1] for _, row in self._rows]))
+            return
+        sampling, lanes = call.sampling, lanes_of(state.logits)
+        token, first = row.tokens[-1], len(row.tokens)
+        for position in range(first, min(first + call.luck.worth, sampling.max_new_tokens - 1)):
+            logits = state.guess(self._guessed[-1] if self._guessed else token)
+            self._guessed += draw(logits, sampling, uniforms_at([row], [position], lanes))[0].tolist()
+        state.verify(len(self._guessed), [token, *self._guessed])
+
+    def _draw(self, logits: Tensor) -> None:
+        """Draw a token for each row, at once for those that draw with the same settings."""
+        alike: dict[tuple[float, ...], list[int]] = {}
+        for number, (call, _) in enumerate(self._rows):
+            own = call.sampling
+            alike.setdefault((own.temperature, own.top_p, own.top_k), []).append(number)
+        lanes = lanes_of(logits)
+        for numbers in alike.values():
+            rows = [self._rows[number] for number in numbers]
+            where = torch.tensor(numbers, device=logits.device)
+            of_these = logits if len(alike) == 1 else logits[where]
+            uniforms = uniforms_at([row for _, row in rows], [len(row.tokens) for _, row in rows], lanes)
+            append(rows, draw(of_these, rows[0][0].sampling, uniforms), of_these)
+        for call in {id(call): call for call, _ in self._rows}.values():
+            self._tell(call)
+
+    def _draw_guessed(self, state: Decoder) -> None:
+        """Draw for a single row behind each guess, as long as the guesses are what is drawn."""
+        ((call, row),) = self._rows
+        guessed, self._guessed = self._guessed, []
+        places = range(len(row.tokens), len(row.tokens) + len(guessed) + 1)
+        uniforms = uniforms_at([row] * len(places), places, lanes_of(state.logits))
+        drawn = draw(state.logits, call.sampling, uniforms)
+        for index in range(len(places)):
+            if index:
+                call.look_up()
+            here = slice(index, index + 1)
+            append(self._rows, [part[here] for part in drawn], state.logits[here])
+            self._tell(call)
+            if call.ended or index == len(guessed) or row.tokens[-1] != guessed[index]:
+                break
+        call.luck.add(index, len(guessed))
+        state.forget(len(guessed) - index)
+
+    def _tell(self, call: SampleCall) -> None:
+        if call.tell is not None:
+            call.attempt(partial(tell_news, self._model, call.sampling, call.rows, call.tell))
+
+    def _keep_ended(self) -> None:
+        """Keep what was read of the rows that have just ended, where something may go on from it."""
+        ended = [n for n, (call, row) in enumerate(self._rows) if row.finish_reason and call.may_go_on(row)]
+        if self._turns is None or self._state is None or not ended:
+            return
+        read = self._state.read(torch.tensor(ended, device=self._model.device))
+        if read is not None:  # the token that was drawn last nobody has read
+            rows = [self._rows[n][1] for n in ended]
+            self._turns.keep([(*row.prompt, *row.tokens[:-1]) for row in rows], read)
 
 
 class Luck:
@@ -323,39 +606,24 @@ class Luck:
 
 
 def append(
-    model: LoadedModel,
-    sampling: SamplingConfig,
-    rows: Sequence[Completion],
+    rows: "Sequence[tuple[SampleCall, Completion]]",
     drawn: Sequence[Tensor],
     logits: Tensor,
 ) -> None:
     """Append to each row the token that was drawn for it from its logits, and say whether it ends with it."""
-    for row, token, logprob, raw_logprob, nats in zip(rows, *(part.tolist() for part in drawn), strict=True):
+    for (call, row), token, logprob, raw_logprob, nats in zip(
+        rows, *(part.tolist() for part in drawn), strict=True
+    ):
         row.tokens.append(token)
         row.logprobs.append(logprob)
         row.raw_logprobs.append(raw_logprob)
         row.entropy += nats
-        row.finish(model, sampling, last=len(row.tokens) == sampling.max_new_tokens)
-    if sampling.top_logprobs:
-        for row, likeliest in zip(rows, likeliest_of(logits, sampling.top_logprobs), strict=True):
-            row.top_logprobs.append(likeliest)
-
-
-def keep_ended(
-    state: Rows, rows: Sequence[Completion], keep: Callable[[Sequence[Completion], Read], None] | None
-) -> None:
-    """Keep what was read of the rows that have just ended; of what was cut nothing goes on."""
-    ended = [index for index, row in enumerate(rows) if row.finish_reason not in (None, "length")]
-    if keep is not None and ended:
-        read = state.read(torch.tensor(ended, device=state.logits.device))
-        if read is not None:
-            keep([rows[index] for index in ended], read)
-
-
-def keep_rows(kept: Prefixes, streams: Sequence[int | None], rows: Sequence[Completion], read: Read) -> None:
-    """Keep rows under their streams: the prompt and all that was drawn, but the last token, which nobody has read."""
-    tokens = [(*row.prompt, *row.tokens[:-1]) for row in rows]
-    kept.keep([streams[row.prompt_index] for row in rows], tokens, read)
+        call.count(row)
+    wanted = max(call.sampling.top_logprobs for call, _ in rows)
+    if wanted:
+        for (call, row), likeliest in zip(rows, likeliest_of(logits, wanted), strict=True):
+            if call.sampling.top_logprobs:
+                row.top_logprobs.append(likeliest[: call.sampling.top_logprobs])
 
 
 def tell_news(model: LoadedModel, sampling: SamplingConfig, rows: Sequence[Completion], tell: Tell) -> None:
@@ -442,27 +710,9 @@ def truncated(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return logits
 
 
-def read_once(
-    prompts: Sequence[Sequence[int]], samples: int, most: int
-) -> tuple[Sequence[Sequence[int]], int]:
-    """Return prompts without equal neighbours, and the rows of each: a prompt need be read once for all its rows.
-
-    Where they do not all come equally often, or one would have more than `most` rows, they stay as they are.
-    """
-    often = next((n for n, prompt in enumerate(prompts) if prompt != prompts[0]), len(prompts))
-    runs = [prompts[start : start + often] for start in range(0, len(prompts), often)]
-    if (
-        often * samples > most
-        or len(prompts) % often
-        or any(prompt != run[0] for run in runs for prompt in run)
-    ):
-        return prompts, samples
-    return [run[0] for run in runs], samples * often
-
-
 def begun(
     prompts: Sequence[Sequence[int]],
-    samples: int,
+    sampling: SamplingConfig,
     seed: int,
     turns: Sequence[TurnEnd],
     streams: Sequence[int | None],
@@ -472,22 +722,23 @@ def begun(
     seen: Counter[tuple[int, ...]] = Counter()
     each = zip(map(tuple, prompts), turns, streams, before, strict=True)
     for index, (prompt, turn, stream, first) in enumerate(each):
-        for number in range(first, first + samples):
+        for number in range(first, first + sampling.num_samples):
             own = repr((seed, prompt, first + seen[prompt] if stream is None else (stream, number))).encode()
             digest = hashlib.blake2b(own, digest_size=7).digest()
-            yield Completion(index, prompt, int.from_bytes(digest, "big"), turn)
+            most = len(prompt) + sampling.max_new_tokens
+            yield Completion(index, prompt, int.from_bytes(digest, "big"), turn, most)
             seen[prompt] += stream is None
 
 
 def uniforms_at(rows: Sequence[Completion], positions: Sequence[int], lanes: int) -> Tensor:
-    """Return uniforms in [0, 1), (rows × positions, lanes): SplitMix64 (Steele et al. 2014) of rows' seeds there."""
+    """Return uniforms in [0, 1), (R, lanes), of a position of each row: SplitMix64 (Steele et al. 2014) of its seed."""
     with np.errstate(over="ignore"):
         places: Any = np.arange(lanes, dtype=np.uint64)
         places = np.array(positions, dtype=np.uint64)[:, None] * np.uint64(lanes) + places
-        seeds = np.array([row.seed for row in rows], dtype=np.uint64)[:, None, None]
+        seeds = np.array([row.seed for row in rows], dtype=np.uint64)[:, None]
         state = seeds + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
     # the upper 53 bits, which a float64 holds exactly
-    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53).flatten(0, 1)
+    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)

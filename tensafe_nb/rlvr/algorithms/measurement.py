@@ -85,7 +85,7 @@ class Measurement:
         trajectories, sampling = list(batch), batch.sampling
         read = 0 if old is None else len(trajectories)
         version, current = None, client.policy_version
-        its_own = sampling.top_p == 1 and sampling.top_k == 0 and sampling.precision == "exact"
+        its_own = sampling.top_p == 1 and sampling.top_k == 0 and sampling.is_exact
         if old is None and its_own and all(t.policy_version == current for t in trajectories):
             old, version = sampler_logprobs(trajectories, mask.shape[1]), current
         budget = SHARE * (GRADIENT * rows.size * passes + read)  # in forward passes of a row

@@ -57,7 +57,7 @@ class Passes:
         # What is said of the batch is read now: rewards may be edited later.
         mean_reward, entropy, notes = self.batch.mean_reward, entropy_of(self.batch), mock_notes(self.batch)
         if self.tis_cap != self.config.tis_cap:
-            notes += (f"sampled in {self.batch.sampling.precision}, corrected by tis_cap={self.tis_cap:g}",)
+            notes += (f"sampled in {self.batch.sampling.drawn_in}, corrected by tis_cap={self.tis_cap:g}",)
         versions = [t.policy_version for t in self.batch if isinstance(t.policy_version, int)]
         known = self.explained_variance() | left_out(self.batch, self.config)
         count = len(self.gradients)
@@ -84,7 +84,7 @@ class Passes:
     @property
     def tis_cap(self) -> float | None:
         """The cap of the importance ratio π_old / π_sampler: what was asked for, else one wherever it is not 1."""
-        if self.config.tis_cap is None and self.batch.sampling.precision != "exact":
+        if self.config.tis_cap is None and not self.batch.sampling.is_exact:
             return FAST_TIS_CAP
         return self.config.tis_cap
 

@@ -73,6 +73,7 @@ class EnvironmentSampler:
             num_samples=group_size,
             stop=tuple(stop) if not isinstance(stop, str) else (stop,),
             ignore_end=fixed_length,
+            alone=True,
             precision=precision,
         )
         self.chat, self.timeout = chat, timeout

@@ -258,7 +258,7 @@ def sampler_mismatch(gap: float) -> Rule:
         kl = row.get("sampling/mismatch_kl", 0.0)
         difference = row.get("sampling/sampling_logp_difference/mean", 0.0)
         stale = row.get("staleness/max", 0.0) > 0  # which has a cause of its own
-        fast = batch.sampling.precision != "exact"  # then they differ, and the update corrects for it
+        fast = not batch.sampling.is_exact  # then they differ, and the update corrects for it
         if stale or (kl <= 0.01 and (fast or difference <= gap)):
             return None
         return Finding(

@@ -95,7 +95,7 @@ class Standing:
     @classmethod
     def read(cls, state: ClientState, run: RunSoFar | None, now: float) -> "Standing":
         """Read it from a state, for one of its runs, at a moment in Unix seconds."""
-        running, line = state.queue.running, state.line
+        running, line = state.queue.first, state.line
         return cls(
             client=str(state.status),
             state=str(state.status if run is None else run.state),

@@ -178,7 +178,7 @@ def test_progress_is_known_while_its_operation_runs_and_counts_as_no_event() -> 
     )
     assert (state.queue.progress, state.seq, state.status) == ((3, 8), 2, ClientStatus.INITIALIZING)
     state.apply(OperationFinished(future_id="a", operation="sample", duration=1.0, seq=5))
-    assert (state.queue.progress, state.queue.running, state.queue.depth) == (None, None, 0)
+    assert (state.queue.progress, state.queue.running, state.queue.depth) == (None, {}, 0)
 
 
 def test_a_line_that_broke_off_is_known_until_it_is_there_again_and_counts_as_no_event() -> None:

@@ -1,15 +1,18 @@
 """Layers with fewer passes, and rows packed behind each other, say and learn what transformers' own do one by one."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import llama_layers
-from tensafe_nb.engine.models.load import load
+from tensafe_nb.engine.models.load import ASSETS, load
 from tensafe_nb.losses import resolve_loss
 from tests.close import assert_close
 from tests.unit.engine.private import clipped_sum, examples, private_engine
@@ -108,3 +111,34 @@ def test_what_these_layers_do_not_do_is_left_to_transformers(change: dict[str, A
         setattr(model.causal.config, name, value)
     assert not llama_layers.fits(model)
     assert not any("forward" in layer.__dict__ for layer in model.causal.model.layers)
+
+
+def test_a_deep_model_in_bfloat16_is_taken_and_no_further_from_float32_than_transformers_own(
+    tmp_path: Path,
+) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=24, initializer_range=0.2, **shape)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "sums" / file, tmp_path)
+    exact, half = (
+        load(
+            tn.TrainingConfig(
+                model_ref=str(tmp_path),
+                lora_config=tn.LoRAConfig(target_modules=("q_proj",)),
+                dtype=dtype,
+                device="cpu",
+            )
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    assert llama_layers.fits(half)
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        expected = exact.body(input_ids=ids, use_cache=False).last_hidden_state
+        with half.autocast():
+            theirs = half.body(input_ids=ids, use_cache=False).last_hidden_state
+            with llama_layers.in_place(half, None):
+                ours = half.body(input_ids=ids, use_cache=False).last_hidden_state
+    assert float((ours - expected).norm()) <= 1.2 * float((theirs - expected).norm())

@@ -135,16 +135,35 @@ def test_a_conversation_goes_on_from_what_was_kept_of_guessed_tokens(engine: Eng
     stop = tn.SamplingConfig(max_new_tokens=20, seed=5, stop_tokens=[first.tokens[9]])
     answers = []
     for fresh in (False, True):
-        engine.prefixes = None
+        engine.turns = None
         turn = engine.sample([{"tokens": PROMPTS[0], "stream": 0}], stop).sequences[0]
         assert turn.finish_reason == "stop"
-        assert engine.prefixes is not None
+        assert engine.turns is not None
         longer = [*PROMPTS[0], *turn.tokens, 17, 18]
-        assert engine.prefixes.has_begun(0, longer)
-        engine.prefixes = None if fresh else engine.prefixes
+        assert (
+            engine.turns.known(tuple(longer)) == len(longer) - 3
+        )  # all but the token drawn last, and what is new
+        engine.turns = None if fresh else engine.turns
         answers.append(engine.sample([{"tokens": longer, "stream": 0}], config).sequences[0])
     assert answers[0].tokens == answers[1].tokens
     assert_close(answers[0].logprobs, answers[1].logprobs, at_least=1)
+
+
+def test_others_join_a_row_that_guesses_and_leave_it_to_guess_again(engine: Engine) -> None:
+    asked = [tn.SamplingConfig(max_new_tokens=most, seed=4, ignore_end=True) for most in (40, 6, 9)]
+    engine.copied, calls = None, []
+    with engine.together("exact") as together:
+        for prompt, config in zip(PROMPTS, asked, strict=True):
+            calls.append(engine.call([prompt], config))
+            together.add(calls[-1])
+            together.step()
+        while together.calls:
+            together.step()
+    assert calls[0].luck.made > sampler.Luck().made
+    for call, prompt, config in zip(calls, PROMPTS, asked, strict=True):
+        (ours,), ((plain,), _) = call.sequences(), drawn(engine, config, [prompt], plain=True)
+        assert ours.tokens == plain.tokens
+        assert_close(ours.raw_logprobs, plain.raw_logprobs, at_least=1)
 
 
 def test_sampled_logprobs_are_those_of_training_also_after_a_step(folder: str, batch: tn.BatchData) -> None:
@@ -217,12 +236,12 @@ def test_what_this_torch_lacks_or_multiplies_otherwise_is_not_used(name: str) ->
 
 def test_guesses_are_rough_and_know_the_adapter(engine: Engine) -> None:
     with torch.no_grad():
-        decoder = Decoder(engine.model, PROMPTS[:1], 1, 8, None, copies.copies_of(engine.model, 64, 1))
+        decoder = Decoder(engine.model, PROMPTS[:1], [1], 8, None, copies.copies_of(engine.model, 64, 1))
         guessed = decoder.guess(4)
         decoder.verify(1, [4])
         exact = decoder.logits
         with engine.model.peft.disable_adapter():
-            bare = Decoder(engine.model, [[*PROMPTS[0], 4]], 1, 8).logits
+            bare = Decoder(engine.model, [[*PROMPTS[0], 4]], [1], 8).logits
     off = [float((logits - exact).abs().mean()) for logits in (guessed, bare)]
     assert 0 < off[0] < off[1]
 

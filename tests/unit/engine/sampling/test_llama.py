@@ -12,7 +12,7 @@ import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.sampling import llama
-from tensafe_nb.engine.sampling.decoding import Decoder
+from tensafe_nb.engine.sampling.decoding import Decoder, Recomputed
 from tests.close import assert_close
 
 SHAPE: dict[str, Any] = {
@@ -52,17 +52,23 @@ def loaded(config: Any, dtype: torch.dtype = torch.float32) -> models.LoadedMode
 
 @torch.no_grad()
 def decoded(model: models.LoadedModel, *, samples: int, steps: int = 5) -> tuple[Decoder, torch.Tensor]:
-    """Return a decoder, and the logits of each step, with a row dropped on the way."""
-    decoder, found = Decoder(model, [[5, 6, 7], [8], [9, 10]], samples, steps), []
+    """Return a decoder, and the logits of each step: a row is dropped on the way, then the longest; others join."""
+    return rows_and_logits(Decoder, model, samples, steps)
+
+
+def rows_and_logits(kind: Any, model: models.LoadedModel, samples: int, steps: int = 5) -> tuple[Any, Any]:
+    rows, found = kind(model, [[5, 6, 7], [8], [9, 10]], [samples, samples, 2], steps), []
     for step in range(steps):
-        found.append(decoder.logits)
-        tokens = torch.arange(len(decoder.logits)) + 10 * step
-        if step == 2:
-            rows = torch.tensor([0, *range(2, len(tokens))])
-            decoder.keep(rows)
-            tokens = tokens[rows]
-        decoder.feed(tokens)
-    return decoder, torch.cat(found)
+        found.append(rows.logits)
+        tokens = torch.arange(len(rows.logits)) + 10 * step
+        if step in (2, 3):
+            going = torch.tensor([0, *range(2, len(tokens))] if step == 2 else range(samples, len(tokens)))
+            rows.keep(going)
+            tokens = tokens[going]
+        rows.feed(tokens)
+        if step != 2 and rows.joinable:
+            rows.join(kind(model, [[3], [4, 5, 6, 7, 8, 9, 10][: 3 + step]], [1, 2], 3))
+    return rows, torch.cat(found)
 
 
 def by_transformers(
@@ -93,8 +99,15 @@ def test_in_bfloat16_they_agree_to_its_rounding(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
 def test_other_architectures_are_left_to_transformers(name: str) -> None:
-    assert decoded(loaded(OTHERS[name]), samples=1)[0]._steps is None
+    model = loaded(OTHERS[name])
+    decoder, found = decoded(model, samples=2)
+    assert decoder._steps is None
+    anew, expected = rows_and_logits(Recomputed, model, 2)
+    assert not decoder.joinable or len(decoder.logits) == len(anew.logits)
+    if decoder.joinable:
+        assert_close(found, expected)
 
 
 def test_a_body_that_says_something_else_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +144,7 @@ def test_the_built_in_models_take_the_steps() -> None:
             tn.TrainingConfig(model_ref=ref, lora_config=tn.LoRAConfig(rank=2), device="cpu")
         ).model
         with torch.no_grad():
-            assert Decoder(model, [[3, 4]], 1, 1)._steps is not None
+            assert Decoder(model, [[3, 4]], [1], 1)._steps is not None
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])

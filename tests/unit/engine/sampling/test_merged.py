@@ -62,7 +62,7 @@ def test_the_layers_come_back_bit_for_bit_also_when_sampling_is_stopped(engine: 
 
     with pytest.raises(tn.FutureCancelledError):
         engine.sample([[5, 6, 7]], SAMPLING, stop)
-    assert inside == [torch.nn.Linear] * 4
+    assert inside[1:] == [torch.nn.Linear] * 3  # of the first token, nothing was read yet
     after = engine.model.causal.state_dict()
     assert list(after) == list(state)
     assert all(torch.equal(after[name], tensor) for name, tensor in state.items())

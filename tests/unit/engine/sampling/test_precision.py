@@ -116,9 +116,9 @@ def test_a_conversation_is_not_continued_from_what_another_precision_has_read(en
         prompt, sampling("exact", ignore_end=False, stop_tokens=list(range(3, 200)))
     ).sequences[0]
     longer = [{"tokens": [*PROMPTS[0], *drawn.tokens, 17], "stream": 0}]
-    assert engine.prefixes is not None and engine.prefixes.has_begun(0, longer[0]["tokens"])
+    assert engine.turns is not None and engine.turns.known(tuple(longer[0]["tokens"]))
     found = engine.sample(longer, sampling("int8")).sequences
-    engine.prefixes = None
+    engine.turns = None
     assert engine.sample(longer, sampling("int8")).sequences == found
 
 

@@ -95,7 +95,9 @@ def test_frequencies_follow_the_distribution_cut_by_top_k_and_top_p() -> None:
 
 def test_uniforms_look_uniform_and_independent_of_their_neighbours() -> None:
     rows = [sampler.Completion(0, (1,), seed) for seed in range(2000)]
-    columns = np.stack([sampler.uniforms_at(rows, [position], 1)[:, 0].numpy() for position in range(20)])
+    columns = np.stack(
+        [sampler.uniforms_at(rows, [position] * 2000, 1)[:, 0].numpy() for position in range(20)]
+    )
     assert abs(columns.mean() - 0.5) < 0.01
     assert abs(columns.var() - 1 / 12) < 0.005
     assert abs(np.corrcoef(columns[:-1].ravel(), columns[1:].ravel())[0, 1]) < 0.02
@@ -111,22 +113,12 @@ def test_a_stream_takes_the_place_of_a_prompts_number_among_equal_ones(engine: E
     assert len({*seeds(1, 2), *seeds(1, tokens=(5, 6))}) == 3
 
 
-def test_equal_neighbours_are_read_once_and_drawn_as_if_each_had_been_read(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = [{"tokens": (5, 6, 7 + number // 3), "stream": number} for number in range(6)]
+def test_equal_prompts_are_read_once_and_drawn_as_if_each_had_been_read(engine: Engine) -> None:
+    prompts = [{"tokens": (5, 6, 7 + number % 2), "stream": number} for number in range(6)]
     together = draw(engine, prompts, seed=1, max_new_tokens=4)
-    monkeypatch.setattr(sampler, "read_once", lambda prompts, samples, most: (prompts, samples))
-    apart = draw(engine, prompts, seed=1, max_new_tokens=4)
+    apart = [one for prompt in prompts for one in draw(engine, [prompt], seed=1, max_new_tokens=4)]
     assert [one.tokens for one in together] == [one.tokens for one in apart]
     assert_close([one.logprobs for one in together], [one.logprobs for one in apart])
-
-
-def test_what_is_read_once_has_no_more_rows_than_fit() -> None:
-    same, other = [[1], [1], [2], [2]], [[1], [1], [2]]
-    assert sampler.read_once(same, 2, most=4) == ([[1], [2]], 4)
-    assert sampler.read_once(same, 2, most=3) == (same, 2)
-    assert sampler.read_once(other, 2, most=100) == (other, 2)
 
 
 def test_several_samples_of_one_prompt_differ_and_are_counted(engine: Engine) -> None:
@@ -189,7 +181,7 @@ def test_a_piece_holds_back_what_may_become_a_stop_string_and_nothing_else(engin
 
 def test_a_tick_can_stop_between_tokens(engine: Engine) -> None:
     def tick(done: int, total: int) -> None:
-        if done == 3:
+        if done >= 3:
             raise tn.FutureCancelledError("enough")
 
     with pytest.raises(tn.FutureCancelledError):

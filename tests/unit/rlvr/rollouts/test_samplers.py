@@ -82,9 +82,11 @@ def test_the_policy_sampler_sends_every_sampling_parameter():
         "ignore_end": False,
         "prompt_logprobs": False,
         "precision": "exact",
+        "alone": True,
         "stop_tokens": (),
         "top_logprobs": 0,
         "top_prompt_logprobs": 0,
+        "engine": "torch",
     }
 
 
