@@ -1,31 +1,35 @@
 """Sampling without a training client: from the weights that a checkpoint holds, or from a model as it is.
 
 Engines share the frozen weights of their base, and checkpoints of adapters of one shape share an engine: the weights
-of whichever is asked for are put in. Each engine has a thread of its own, on which requests are served in the order
-they came: of many who sample at a time, none waits for more than what the others had asked for before.
+of whichever is asked for are put in. Each engine has a thread of its own. On it, requests of the same weights are drawn
+together, and those of other weights have their turn in the order in which the first of them came: nobody waits for more
+than what the others had asked for before.
 """
 
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tensafe_nb.config import LoRAConfig, OptimizerConfig, TrainingConfig
+from tensafe_nb.config import LoRAConfig, OptimizerConfig, SamplingConfig, TrainingConfig
 from tensafe_nb.core import checkpoints
 from tensafe_nb.core.auditor import request_buffers
 from tensafe_nb.core.engines import MakesEngines, Trains
+from tensafe_nb.core.executor import told_to_its_end
 from tensafe_nb.engine.accumulation import Tick
 from tensafe_nb.engine.models import adapter_folders
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.memory import presentable
 from tensafe_nb.engine.sampling import llama_cpp
+from tensafe_nb.engine.sampling.sampler import SampleCall
 from tensafe_nb.errors import ClientClosedError, FutureCancelledError, TGTinkerError
 from tensafe_nb.futures import FutureHandle, Promise, handle_of
 from tensafe_nb.protocol.operations import Sample, SampleFrom
-from tensafe_nb.protocol.results import FutureStatus, SampleResult, missing_pieces
+from tensafe_nb.protocol.results import FutureStatus, SampledPiece, SampleResult
 from tensafe_nb.store.audit.log import outcome_of
 from tensafe_nb.store.vault import Vault
 
@@ -172,6 +176,35 @@ class Samplers:
             host.close()
 
 
+@dataclass(slots=True, eq=False)
+class Request:
+    """What somebody has asked, and waits for.
+
+    Attributes:
+        sample: What to draw.
+        artifact_id: From whose weights.
+        promise: Of the result.
+        number: How many came before.
+        began: When it had its turn.
+    """
+
+    sample: Sample
+    artifact_id: str | None
+    promise: Promise[SampleResult]
+    number: int
+    began: float = 0.0
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How to draw; the engine's own streams begin anew with each checkpoint, so that it gets a seed here."""
+        config = self.sample.sampling
+        return config if config.seed is not None else config.replace(seed=secrets.randbits(48))
+
+    @property
+    def tell(self) -> Callable[[SampledPiece], None] | None:
+        return self.promise.add_piece if self.sample.stream else None
+
+
 class SamplerHost:
     """An engine into which stored weights are put, and the thread on which it samples.
 
@@ -186,23 +219,29 @@ class SamplerHost:
         self._engine: Trains | None = None
         self._holds: tuple[str | None, int] = (None, 0)  # whose weights, and their version
         self._introduction: Future[tuple[Any, int | None]] | None = None
-        self._used, self._waiting, self._closing = time.monotonic(), 0, False
+        self._lock, self._waiting = threading.Lock(), deque[Request]()
+        self._arrived = self._ended = 0
+        self._introducing = self._closing = False
+        self._used = time.monotonic()
 
     def submit(self, request: Sample, artifact_id: str | None, promise: Promise[SampleResult]) -> None:
         """Serve a request in its turn."""
-        self._waiting += 1
-        self._thread.submit(self._serve, request, artifact_id, promise)
+        with self._lock:
+            self._arrived += 1
+            self._waiting.append(Request(request, artifact_id, promise, self._arrived))
+        self._thread.submit(self._serve)
 
     def introduction(self) -> "Future[tuple[Any, int | None]]":
         """Return what comes to be the tokenizer and the context of its model: after the first time, at once."""
         known = self._introduction
         if known is None or (known.done() and known.exception() is not None):
+            self._introducing = True
             self._introduction = known = self._thread.submit(self._introduce)
         return known
 
     def is_idle(self, seconds: float) -> bool:
         """Whether nobody has used it for so long."""
-        return not self._waiting and time.monotonic() - self._used > seconds
+        return self._arrived == self._ended and time.monotonic() - self._used > seconds
 
     def end(self) -> None:
         """Let go of the engine, behind what it was asked for."""
@@ -222,6 +261,7 @@ class SamplerHost:
             if self._closing:
                 raise FutureCancelledError("closed while the model was being loaded")
 
+        self._introducing = False
         tick(0, 1)
         self._used = time.monotonic()
         engine = self._loaded(tick)
@@ -237,20 +277,102 @@ class SamplerHost:
         if engine is not None:
             engine.close()
 
-    def _serve(self, request: Sample, artifact_id: str | None, promise: Promise[SampleResult]) -> None:
-        began = time.time()
+    def _serve(self) -> None:
+        """Serve who has waited longest, and together with it those who ask for the same weights."""
+        first = self._next(lambda _: True)
+        if first is None or not self._begin(first):
+            return  # it was served together with others, or cancelled
         try:
-            if (self._closing and promise.cancel()) or not promise.start():
+            engine = self._loaded(self._tick(first))
+            if first.artifact_id is not None and self._holds[0] != first.artifact_id:
+                self._holds = first.artifact_id, self._samplers.put(engine, first.artifact_id)
+            kind = engine.kind_of(first.sample.sampling, len(first.sample.prompts))
+            if kind is not None:
+                self._serve_together(engine, first, kind)
                 return
+            asked = first.sample
+            result = engine.sample(asked.prompts, first.sampling, self._tick(first), first.tell)
+        except Exception as error:  # noqa: BLE001  # any failure is the future's, never the thread's
+            self._end(first, presentable(error))
+        else:
+            self._end(first, result)
+
+    def _serve_together(self, engine: Trains, first: Request, kind: str) -> None:
+        """Draw for a request and for those that may join it; each ends by itself."""
+        until, drawing = self._arrived, dict[SampleCall, Request]()
+
+        def fits(other: Request) -> bool:
+            same = other.artifact_id == first.artifact_id
+            return same and engine.kind_of(other.sample.sampling, len(other.sample.prompts)) == kind
+
+        def call_of(request: Request) -> SampleCall | None:
             try:
-                outcome: SampleResult | BaseException = self._draw(request, artifact_id, promise)
+                call = engine.call(
+                    request.sample.prompts, request.sampling, self._tick(request), request.tell
+                )
             except Exception as error:  # noqa: BLE001  # any failure is the future's, never the thread's
-                outcome = presentable(error)
-            self._samplers.record(request, artifact_id, began, outcome)
+                self._end(request, presentable(error))
+                return None
+            drawing[call] = request
+            return call
+
+        def newcomer() -> SampleCall | None:
+            while (request := self._next(fits, until)) is not None:
+                if self._begin(request) and (call := call_of(request)) is not None:
+                    return call
+            return None
+
+        def ended(call: SampleCall) -> None:
+            request = drawing.pop(call)
+            try:
+                result = call.result()
+            except Exception as error:  # noqa: BLE001  # any failure is the future's, never the thread's
+                self._end(request, presentable(error))
+            else:
+                self._end(request, result)
+
+        with engine.together(kind) as together:
+            if (call := call_of(first)) is not None:
+                together.add(call)
+            together.run(newcomer, ended)
+
+    def _next(self, fits: Callable[[Request], bool], until: int = 0) -> Request | None:
+        """Take the first who waits and fits: before all others, or one of those who had come until some time."""
+        with self._lock:
+            if self._introducing and until:
+                return None
+            for place, request in enumerate(self._waiting):
+                if (place == 0 or request.number <= until) and fits(request):
+                    del self._waiting[place]
+                    return request
+        return None
+
+    def _begin(self, request: Request) -> bool:
+        request.began = time.time()
+        if (self._closing and request.promise.cancel()) or not request.promise.start():
+            self._note_end()
+            return False
+        return True
+
+    def _tick(self, request: Request) -> Tick:
+        def tick(done: int, total: int) -> None:
+            if request.promise.cancel_requested or self._closing:
+                raise FutureCancelledError("cancelled while running")
+            request.promise.progress = done, total
+
+        return tick
+
+    def _end(self, request: Request, outcome: SampleResult | BaseException) -> None:
+        promise = request.promise
+        try:
+            if isinstance(outcome, SampleResult):
+                told = told_to_its_end(promise, outcome, stream=request.sample.stream)
+                outcome = replace(told, policy_version=self._holds[1])
+            self._samplers.record(request.sample, request.artifact_id, request.began, outcome)
         except TGTinkerError as error:  # what cannot be put on record is not handed out
             outcome = error
         finally:
-            self._waiting, self._used = self._waiting - 1, time.monotonic()
+            self._note_end()
         if isinstance(outcome, SampleResult):
             promise.succeed(outcome)
         elif isinstance(outcome, FutureCancelledError):
@@ -258,18 +380,5 @@ class SamplerHost:
         else:
             promise.fail(outcome)
 
-    def _draw(self, request: Sample, artifact_id: str | None, promise: Promise[SampleResult]) -> SampleResult:
-        def tick(done: int, total: int) -> None:
-            if promise.cancel_requested or self._closing:
-                raise FutureCancelledError("cancelled while running")
-            promise.progress = done, total
-
-        engine, sampling = self._loaded(tick), request.sampling
-        if artifact_id is not None and self._holds[0] != artifact_id:
-            self._holds = artifact_id, self._samplers.put(engine, artifact_id)
-        if sampling.seed is None:  # the engine's own streams begin anew with each checkpoint
-            sampling = sampling.replace(seed=secrets.randbits(48))
-        result = engine.sample(request.prompts, sampling, tick, promise.add_piece if request.stream else None)
-        for piece in missing_pieces(promise.pieces, result) if request.stream else ():
-            promise.add_piece(piece)
-        return replace(result, policy_version=self._holds[1])
+    def _note_end(self) -> None:
+        self._ended, self._used = self._ended + 1, time.monotonic()

@@ -163,3 +163,59 @@ def test_who_wants_to_look_at_the_model_gets_in_though_samples_keep_coming(tc: t
     assert len(waiting) < 200
     for handle in waiting:
         handle.cancel()
+
+
+@pytest.fixture
+def saved(service: tn.ServiceClient, tc: tn.TrainingClient, batch: tn.BatchData) -> list[str]:
+    """Two states of one adapter."""
+    first = tc.save_state(name="before")
+    tc.forward_backward(batch), tc.optim_step()
+    return [handle.result().artifact_id for handle in (first, tc.save_state(name="after"))]
+
+
+def test_requests_of_stored_weights_are_drawn_together_and_those_of_others_take_turns(
+    service: tn.ServiceClient, saved: list[str]
+) -> None:
+    def ask(which: int, **fields: Any) -> Any:
+        return service.sample(
+            "import ", artifact_id=saved[which], **{"max_new_tokens": 3, "seed": 2, **fields}
+        )
+
+    alone = [ask(which).result() for which in (0, 1)]
+    long = service.sample("def ", artifact_id=saved[0], **LONG)
+    joined = ask(0)
+    same(joined.result(), alone[0])
+    assert not long.done()
+    others, behind = [ask(1), ask(1, temperature=0.5)], ask(0)
+    bad = service.sample([1, 999_999], artifact_id=saved[1])
+    assert not others[0].done(), "other weights have to wait"
+    assert long.cancel()
+    same(behind.result(), alone[0])
+    same(others[0].result(), alone[1])
+    assert others[1].result().policy_version == alone[1].policy_version != alone[0].policy_version
+    with pytest.raises(tn.ValidationError, match="vocabulary"):
+        bad.result()
+    logged = service.get_audit_logs(operation="sample", limit=50)
+    assert len(logged) == 8 and sum(entry.success for entry in logged) == 6
+    assert service.verify_audit_log().ok
+
+
+@pytest.mark.transports("embedded")
+def test_other_weights_have_their_turn_in_the_order_in_which_the_first_of_them_was_asked_for(
+    service: tn.ServiceClient, saved: list[str]
+) -> None:
+    order: list[str] = []
+
+    def ask(name: str, which: int) -> Any:
+        handle = service.sample("import ", artifact_id=saved[which], max_new_tokens=2)
+        handle.add_done_callback(lambda _: order.append(name))
+        return handle
+
+    long = service.sample("def ", artifact_id=saved[0], **LONG)
+    eventually(lambda: long.progress is not None and long.progress[0] > 0)
+    waiting = [ask("b", 1), ask("a", 0), ask("b", 1), ask("a", 0)]
+    assert long.cancel()
+    for handle in waiting:
+        handle.result()
+    eventually(lambda: len(order) == 4)
+    assert order == ["b", "b", "a", "a"]

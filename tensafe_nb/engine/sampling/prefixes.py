@@ -13,7 +13,10 @@ from torch import Tensor
 
 MOST_BYTES = 1 << 29  # of keys and values
 ON_ACCELERATORS = 8  # times as many
-SHARED_FROM = 32  # tokens at the beginning of prompts, which are then read once for all of them, and kept
+SHARED_FROM = 32  # tokens: what is shorter is neither read once for several prompts nor kept for others
+PAYS_FROM = (
+    256  # tokens that prompts need not read, from which on reading their beginning first is the quicker
+)
 SAVES_FROM = 4  # fewer tokens are as quick to read as to fetch
 Layers = list[tuple[Tensor, Tensor]]  # of each layer keys and values, (R, groups, T, width)
 

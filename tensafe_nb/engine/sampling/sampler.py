@@ -24,7 +24,7 @@ from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling.copies import Copies, KeptCopies, copies_of
 from tensafe_nb.engine.sampling.decoding import LARGE, Decoder, Rows, rows_of
 from tensafe_nb.engine.sampling.merged import merged
-from tensafe_nb.engine.sampling.prefixes import SHARED_FROM, Prefixes, Read, common
+from tensafe_nb.engine.sampling.prefixes import PAYS_FROM, SHARED_FROM, Prefixes, Read, common
 from tensafe_nb.engine.sampling.prompts import ReadPrompts
 from tensafe_nb.protocol.results import SampledPiece, SampledSequence, SampleResult, TopLogprobs
 
@@ -480,6 +480,8 @@ class Together:
             if before is None and self._kept is not None:
                 before = self._beginnings(self._kept, prompts)
             state = rows_of(self._model, prompts, samples, room, before, copies)
+            if not newcomers[0][0].sampling.alone:
+                self._keep_long(prompts, samples, state)
         else:
             state = self._elsewhere().rows(prompts, samples, room)
         if self._state is None:
@@ -488,10 +490,20 @@ class Together:
             self._state.join(state)
         self._rows += [each for rows in of_prompts.values() for each in rows]
 
+    def _keep_long(self, prompts: Sequence[tuple[int, ...]], samples: Sequence[int], state: Rows) -> None:
+        """Keep long prompts as soon as they are read: others that begin so may come before an answer has ended."""
+        long = [n for n, prompt in enumerate(prompts) if len(prompt) >= PAYS_FROM]
+        if self._kept is None or not long:
+            return
+        read = state.read(torch.tensor([sum(samples[:n]) for n in long], device=self._model.device))
+        if read is not None:
+            self._kept.keep([prompts[n] for n in long], read)
+
     def _beginnings(self, kept: Prefixes, prompts: Sequence[tuple[int, ...]]) -> Read | None:
         """Return what is known of how prompts begin; a long beginning that all of them share is read first, once."""
         shared = min(prompts)[: common(min(prompts), max(prompts))]
-        if len(prompts) > 1 and len(shared) >= SHARED_FROM and kept.known(shared) < len(shared) - 1:
+        pays = len(shared) >= SHARED_FROM and len(shared) * (len(prompts) - 1) >= PAYS_FROM
+        if pays and kept.known(shared) < len(shared) - 1:
             once = rows_of(self._model, [shared], [1], 0, kept.take([shared]))
             read = once.read(torch.tensor([0], device=self._model.device))
             if read is not None:

@@ -153,8 +153,9 @@ def drawn(engine: Engine, prompts: Any, config: tn.SamplingConfig) -> Any:
 
 
 def test_a_long_beginning_that_prompts_share_is_read_once_and_not_again(
-    engine: Engine, read: list[tuple[int, ...]]
+    engine: Engine, read: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sampler, "PAYS_FROM", 80)
     prompts, config = asked([5], [6, 7, 8], [9, 10], num_samples=2)
     together = drawn(engine, prompts, config)
     assert read == [(1, 40), (3, 3)]
@@ -181,8 +182,9 @@ def test_a_question_that_goes_on_from_an_answer_reads_what_is_new(
 
 
 def test_what_is_drawn_alone_is_the_same_to_the_last_bit_whatever_was_read_before(
-    engine: Engine, read: list[tuple[int, ...]]
+    engine: Engine, read: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sampler, "PAYS_FROM", 40)
     prompts, config = asked([5], [6, 7], alone=True)
     first = engine.sample(prompts, config)
     drawn(engine, prompts, config.replace(alone=False))
@@ -191,8 +193,9 @@ def test_what_is_drawn_alone_is_the_same_to_the_last_bit_whatever_was_read_befor
 
 
 def test_who_joins_others_goes_on_from_what_they_have_read(
-    engine: Engine, read: list[tuple[int, ...]]
+    engine: Engine, read: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sampler, "PAYS_FROM", 40)
     prompts, config = asked([5], [6])
     with engine.together("exact") as together:
         calls = [engine.call([prompt], config) for prompt in prompts]
@@ -201,7 +204,7 @@ def test_who_joins_others_goes_on_from_what_they_have_read(
         for call in (calls[1], third := engine.call([[*BEGINNING, 50]], config)):
             together.add(call)
         together.run()
-    assert read == [(1, 41), (1, 40), (2, 1)]
+    assert read == [(1, 41), (2, 1)]
     forget(engine)
     alone = engine.sample([*prompts, [*BEGINNING, 50]], config).sequences
     assert [call.sequences()[0].tokens for call in (*calls, third)] == [one.tokens for one in alone]
