@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from bench.harness import (
     stopwatch,
 )
 from bench.sampling import asked_together
+from tensafe_nb.config import Precision
 from tensafe_nb.engine.models import load as models
 
 MODELS = ROOT / "build" / "models"
@@ -161,8 +162,32 @@ def sampling_requests() -> Row:
         return asked_together(tc, NAME, SECONDS)
 
 
+def sampling_bf16() -> Row:
+    """Issue 26: at least three times the speed of `generate`."""
+    if not models.multiplies_bf16(torch.device("cpu")):
+        raise Skipped(
+            "this processor does not multiply matrices in bf16; `precision='auto'` takes another one here"
+        )
+    return _sampling(PROMPTS, Target("≥", 3), "bfloat16")
+
+
+def sampling_one_row_int8() -> Row:
+    """Issue 26: at least 2.5 times the speed of `generate`."""
+    return _sampling(1, Target("≥", 2.5), "int8")
+
+
 def rl_update() -> Row:
     """Issue 22: at most 0.6 of the time."""
+    return _rl_update("exact", 0.6)
+
+
+def rl_update_auto() -> Row:
+    """Issue 26: at most 0.4 of the time."""
+    return _rl_update("auto", 0.4)
+
+
+def _rl_update(precision: Literal["exact", "auto"], limit: float) -> Row:
+    """Measure two pairs of updates, after one to warm up."""
     work = trl_peer.Work(
         model_ref=folder(),
         name="SmolLM2-135M-Instruct",
@@ -172,8 +197,9 @@ def rl_update() -> Row:
         tokens=64,
         updates=1,
         reward="share_of_vowels",
+        precision=precision,
     )
-    return rl.against_trl(work, loads=1, seconds=0, warmup=1, at_least=3)
+    return rl.against_trl(work, loads=1, seconds=0, warmup=1, at_least=2, limit=limit)
 
 
 def gguf_again() -> Row:
@@ -256,10 +282,10 @@ def _by_llama_cpp(*, adapted: bool) -> Row:
     )
 
 
-def _sampling(rows: int, target: Target) -> Row:
+def _sampling(rows: int, target: Target, precision: Precision = "exact") -> Row:
     with _client("float32") as tc:
         prompts = _prompts(rows)
-        settings = tn.SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_end=True)
+        settings = tn.SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_end=True, precision=precision)
         peer, ids = _peft_model().eval(), torch.tensor(prompts)
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 0}
 
@@ -274,7 +300,7 @@ def _sampling(rows: int, target: Target) -> Row:
     return Row(
         what=SAMPLING,
         peer="`peft_model.generate(do_sample=True, top_k=0)`",
-        precision="fp32",
+        precision="fp32" if precision == "exact" else f"{precision}, with the adapter in fp32; fp32",
         sizes=_sampled(rows),
         taken=taken,
         target=target,

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 DATA, SEED = 4096, 0
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = (
@@ -47,6 +47,7 @@ class Work:
         tokens: Of each completion.
         updates: In a row, before the other side has its turn.
         reward: One of `REWARDS`.
+        precision: In which ours samples; TRL has float32.
     """
 
     model_ref: str
@@ -57,6 +58,7 @@ class Work:
     tokens: int
     updates: int
     reward: str
+    precision: Literal["exact", "auto"] = "exact"
 
     @property
     def sizes(self) -> str:

@@ -451,6 +451,10 @@ class SamplingConfig(Config):
         """Whether the weights that tokens are drawn with are those that train."""
         return self.engine == "torch" and self.precision == "exact"
 
+    def as_drawn(self, precision: str) -> Self:
+        """Return this with the precision that a result names, which "auto" has chosen; other engines have their own."""
+        return self.replace(precision=precision) if self.engine == "torch" else self
+
     @property
     def drawn_in(self) -> str:
         """What tokens are drawn with, in a word: a precision of torch's, or another engine."""

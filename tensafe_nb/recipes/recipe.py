@@ -12,7 +12,7 @@ import pydantic
 
 from tensafe_nb.checks import checked
 from tensafe_nb.client import TrainingClient
-from tensafe_nb.config import Config, LossConfig, Positive, Precision, TrainingConfig
+from tensafe_nb.config import Config, LossConfig, Positive, Precision, SamplingEngine, TrainingConfig
 from tensafe_nb.data import Batches, OnBadRows, Rows
 from tensafe_nb.data.poisson import PoissonDraws
 from tensafe_nb.display import as_given
@@ -150,6 +150,7 @@ class RLVRConfig(Config):
         stop: Strings that end a completion.
         fixed_length: Every completion has `max_new_tokens`.
         precision: Of the weights that sample; as for `RLVRTrainer`.
+        engine: What computes the rollouts; as for `RLVRTrainer`.
         eval_samples: Sampled answers per held-out prompt.
         eval_pass_at: The k of `eval/pass@k`; as for `RLVRTrainer`.
         good_threshold: Score from which an answer counts as right; as for `RLVRTrainer`.
@@ -171,6 +172,7 @@ class RLVRConfig(Config):
     stop: tuple[str, ...] = ()
     fixed_length: bool = False
     precision: Precision = "exact"
+    engine: SamplingEngine = "torch"
     eval_samples: Positive = 1
     eval_pass_at: tuple[Positive, ...] | None = None
     good_threshold: float = 0.5

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import Config, Precision, TrainingConfig
+from tensafe_nb.config import Config, Precision, SamplingEngine, TrainingConfig
 from tensafe_nb.data import OnBadRows, Rows
 from tensafe_nb.data.columns import PromptColumns
 from tensafe_nb.data.rows import check_on_bad_rows, parted
@@ -134,6 +134,7 @@ class RLVRTrainer:
             waits for the model. "raise" refuses them: those that do not fit the model when the run begins.
         precision: Of the weights that sample: "exact" (those that train), "bfloat16", "int8" or "auto", as in
             `SamplingConfig`. Updates correct for the difference, and measure it; evaluation stays exact.
+        engine: What computes the rollouts: "torch" or "llama.cpp", as in `SamplingConfig`. Updates correct likewise.
         seed: Fixes the order of prompts and every rollout.
 
     Example:
@@ -175,6 +176,7 @@ class RLVRTrainer:
         on_reward_errors: Literal["pause", "fail"] = "pause",
         on_bad_rows: OnBadRows = "raise",
         precision: Precision = "exact",
+        engine: SamplingEngine = "torch",
         seed: int = 0,
     ) -> None:
         check_options(eval_prompts, held_out, eval_every, on_reward_errors, good_threshold, seed)
@@ -196,6 +198,7 @@ class RLVRTrainer:
             "chat": chat,
             "seed": seed,
             "precision": precision,
+            "engine": engine,
         }
         judge = judge_of(reward, environment)
         self.reward: Reward | Environment
@@ -233,7 +236,9 @@ class RLVRTrainer:
         self.eval_every = eval_every
         self.held_out = None
         if eval_prompts is not None:
-            sampling = self.sampler.sampling.replace(num_samples=eval_samples, seed=seed, precision="exact")
+            sampling = self.sampler.sampling.replace(
+                num_samples=eval_samples, seed=seed, precision="exact", engine="torch"
+            )
             self.held_out = HeldOut(
                 training_client,
                 eval_prompts,

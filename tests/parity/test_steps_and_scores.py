@@ -1,9 +1,12 @@
 """What a step and a sample can be asked for beyond the usual: settings, log-probabilities, stored weights."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.engine.sampling import llama_cpp
 from tests.close import assert_close
 
 BATCH = {"input_ids": [[5, 6, 7, 8], [9, 10, 11, 12]]}
@@ -95,6 +98,17 @@ def test_a_sample_says_how_likely_its_prompts_and_the_other_tokens_were(service:
             assert dict(likeliest).get(token, logprob) == pytest.approx(logprob, abs=1e-5)
     greedy = tc.sample(PROMPTS[:1], max_new_tokens=2, temperature=0, top_logprobs=1).result().sequences[0]
     assert [likeliest[0][0] for likeliest in greedy.top_logprobs] == list(greedy.tokens)
+
+
+def test_an_engine_that_is_not_where_the_model_is_is_refused_with_what_to_do(
+    service: tn.ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tc = service.create_training_client(lora_config=LORA)
+    monkeypatch.setattr(llama_cpp, "version", lambda _: "0.0")
+    for ask in (tc.sample, partial(service.sample, model_ref="builtin:tiny")):
+        with pytest.raises(tn.ValidationError, match=r"in version 0.0.*tensafe_nb\[llama-cpp\]"):
+            ask(PROMPTS, engine="llama.cpp").result()
+    assert len(tc.sample(PROMPTS, max_new_tokens=1).result().sequences) == len(PROMPTS)
 
 
 def test_a_sample_says_in_which_precision_it_was_drawn(service: tn.ServiceClient) -> None:

@@ -286,12 +286,14 @@ def test_reinforcement_learning_corrects_for_what_differs_and_shows_it(folders: 
             model_ref=folders("llama"), lora_config=tn.LoRAConfig(rank=4), dtype="float32"
         )
         rollouts = rlvr.PolicySampler(tc, 8, 6, engine="llama.cpp", seed=0, chat="never", fixed_length=True)
-        algo = rlvr.REINFORCE(rlvr.REINFORCEConfig(tis_cap=2.0))
+        algo = rlvr.REINFORCE()
         for _ in range(2):
             batch = rollouts.generate_trajectories(["a", "b"])
             for number, trajectory in enumerate(batch):
                 trajectory.reward = float(number % 2)
-            metrics = algo.update(batch, tc).result().metrics
+            updated = algo.update(batch, tc).result()
+            assert "sampled in llama.cpp, corrected by tis_cap=2" in updated.notes
+            metrics = updated.metrics
             assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.02)
             assert 0 < metrics["sampling/mismatch_kl"] < 1e-3
 
@@ -308,3 +310,24 @@ def test_each_replica_of_a_cluster_samples_with_it(folders: Any) -> None:
         )
         alone = tc.sample([[5, 6], [7, 8, 9]], engine="llama.cpp", max_new_tokens=6, seed=4).result()
     assert [s.tokens for s in drawn.sequences] == [s.tokens for s in alone.sequences]
+
+
+def test_a_run_of_rewards_samples_with_it_and_is_evaluated_without() -> None:
+    with tn.ServiceClient() as service:
+        tc = service.create_training_client(
+            model_ref="builtin:sums", lora_config=tn.LoRAConfig(rank=4), optimizer={"learning_rate": 1e-3}
+        )
+        sums = tn.datasets.sums(16, seed=0)
+        trainer = rlvr.RLVRTrainer(
+            tc,
+            sums,
+            "exact_match",
+            "grpo",
+            engine="llama.cpp",
+            prompts_per_step=4,
+            group_size=4,
+            max_new_tokens=4,
+            eval_prompts=sums[:4],
+        )
+        trainer.run(steps=2, show=False).result()
+        assert tc.history["sampling/importance_sampling_ratio/mean"][-1] == pytest.approx(1, abs=0.02)

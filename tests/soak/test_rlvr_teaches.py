@@ -24,7 +24,7 @@ ALGORITHMS = {
 HELDOUT = datasets.sums(977, seed=0, split="heldout")
 
 
-def trainer_of(service, seed, learning_rate, steps, algo):
+def trainer_of(service, seed, learning_rate, steps, algo, **options):
     optimizer = OptimizerConfig(
         learning_rate=learning_rate,
         betas=(0.9, 0.95),
@@ -49,6 +49,7 @@ def trainer_of(service, seed, learning_rate, steps, algo):
         eval_prompts=HELDOUT,
         eval_samples=8,
         seed=seed,
+        **options,
     )
 
 
@@ -57,9 +58,9 @@ def line(label, values):
     return f"{label:>16}" + "".join(f"   {name.removeprefix('eval/')} {values[name]:.3f}" for name in names)
 
 
-def trained(service, capsys, seed, learning_rate=3e-4, steps=STEPS, algo=None):
+def trained(service, capsys, seed, learning_rate=3e-4, steps=STEPS, algo=None, **options):
     """Return what was measured before and after, and the history; print the seconds in between."""
-    trainer = trainer_of(service, seed, learning_rate, steps, algo or REINFORCE(baseline="rloo"))
+    trainer = trainer_of(service, seed, learning_rate, steps, algo or REINFORCE(baseline="rloo"), **options)
     before = trainer.evaluate()
     start = time.perf_counter()
     trainer.run(steps=steps, show=False).result()
@@ -82,6 +83,23 @@ def test_rewards_alone_teach_the_model_to_add(service, capsys, name, seed):
     assert after["eval/greedy"] >= before["eval/greedy"] + 0.10
     assert after["eval/pass@8"] >= before["eval/pass@8"]
     assert history["param_delta_norm"].min() > 0
+
+
+@pytest.mark.timeout(600)
+def test_rollouts_in_fewer_bits_teach_as_much(service, capsys):
+    _, exact, _ = trained(service, capsys, seed=0, steps=STEPS // 2)
+    for precision in ("bfloat16", "int8"):
+        before, after, history = trained(service, capsys, seed=0, steps=STEPS // 2, precision=precision)
+        kl, capped = (
+            history[f"sampling/{name}"] for name in ("mismatch_kl", "importance_sampling_ratio/capped")
+        )
+        with capsys.disabled():
+            print(
+                f"\n{precision:>16}   KL to the policy that trains {kl.mean():.5f}, ratios cut {capped.mean():.2%}"
+            )
+        assert after["eval/reward"] >= before["eval/reward"] + 0.15
+        assert after["eval/reward"] >= exact["eval/reward"] - 0.04
+        assert 0 < kl.mean() < 0.01
 
 
 def test_without_a_learning_rate_nothing_is_learned(service, capsys):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # of the largest logit
 _caches: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by model, whether its cache is relied on
 LARGE, BLOCK = 16_384, 128  # tokens of a vocabulary that is multiplied in blocks, and of a block
+KEPT_BYTES = 24 << 20  # below what glibc takes as a reason (32 MiB)
 
 
 class Rows(Protocol):
@@ -62,6 +63,8 @@ def rows_of(
         before: What of the prompts' beginnings was read already, with one sample each.
         copies: Of the weights, to decode with.
     """
+    if model.device.type == "cpu" and model.vocab_size >= LARGE:
+        reuse_memory()
     if model.causal not in _caches:
         _caches[model.causal] = type(model.body).__name__ in llama.SHAPED_LIKE_LLAMA or cache_works(model)
         if not _caches[model.causal]:
@@ -73,6 +76,16 @@ def rows_of(
     if _caches[model.causal]:
         return Decoder(model, prompts, samples, new_tokens, before, copies)
     return Recomputed(model, prompts, samples, new_tokens)
+
+
+@cache
+def reuse_memory() -> None:
+    """Let the allocator keep what each token gets and frees: logits and probabilities, some MiB each.
+
+    glibc hands free memory back beyond twice the largest block it has seen freed (`M_MMAP_THRESHOLD`, which grows by
+    itself), and getting it anew, page by page, takes longer than filling it. Other allocators do not mind.
+    """
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)
 
 
 def cache_works(model: LoadedModel) -> bool:

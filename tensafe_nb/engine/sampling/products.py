@@ -77,7 +77,7 @@ def beside(product: Map, a: Tensor, b: Tensor) -> Map:
         y = product(h)
         if len(h) >= LEAST_ROWS:
             return y.addmm_(h @ into, out)
-        low = F.pad(h, (0, 0, 0, LEAST_ROWS - len(h))) @ into
+        low = torch.cat([h] * -(-LEAST_ROWS // len(h))) @ into
         return y.add_((low @ out)[: len(h)])
 
     return sum_

@@ -664,8 +664,9 @@ def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> tuple[Te
     plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
     logprobs = raw if plain else torch.log_softmax(truncated(logits / sampling.temperature, sampling), -1)
     probabilities = logprobs.exp()
-    # What was cut has p = 0, and 0 · −∞ is no number.
-    entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp(min=LOWEST))
+    # What was cut has p = 0, and 0 · −∞ is no number. In place: a tensor as large as these takes longer to get than to
+    # fill, since the system hands out its pages one by one.
+    entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp_(min=LOWEST))
     tokens = pick(probabilities, uniforms.to(logits.device))
     return tokens, _pick(logprobs, tokens), _pick(raw, tokens), entropy
 
@@ -682,7 +683,8 @@ def pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
         target = uniforms * cumulative[:, -1:]
         found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
         return found.clamp(max=probabilities.shape[-1] - 1)
-    whole = F.pad(probabilities, (0, -probabilities.shape[-1] % RACERS))
+    more = -probabilities.shape[-1] % RACERS
+    whole = F.pad(probabilities, (0, more)) if more else probabilities
     blocks = whole.view(len(whole), -1, RACERS)  # (R, B, b)
     waits = -uniforms.clamp(min=torch.finfo(torch.float64).tiny).log()
     won = (blocks.sum(-1) / waits[:, RACERS:]).argmax(-1)  # (R,)

@@ -196,7 +196,7 @@ def play(
         prompt = next((rollout.prompt for rollout in rollouts if rollout.prompt), "")
         groups.append(RolloutGroup(item.row_id, prompt, rollouts, item.row, version, seed))
     private = PRIVATE in client.capabilities
-    sampling = sampling.replace(precision=meeting.sampling.precision)
+    sampling = sampling.as_drawn(meeting.sampling.precision)
     return TrajectoryBatch(groups, sampling, private, environment.longest(sampling.max_new_tokens))
 
 
@@ -217,7 +217,7 @@ class Meeting:
         while live:
             sampled = wait(self.client.sample([game.prompt() for game in live], sampling=self.sampling))
             version = sampled.policy_version if version is None else version
-            self.sampling = self.sampling.replace(precision=sampled.precision)  # "auto" chooses once
+            self.sampling = self.sampling.as_drawn(sampled.precision)  # "auto" chooses once
             for game, said in zip(live, sampled.sequences, strict=True):
                 game.transcript.hear(said, self.scripts.tokenizer)
             said_by = zip(live, sampled.sequences, strict=True)

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self, get_args
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import Precision, SamplingConfig
+from tensafe_nb.config import Precision, SamplingConfig, SamplingEngine
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.environments.environment import EnvironmentSpec, resolve_environment
@@ -37,6 +37,7 @@ class EnvironmentSampler:
         processes: In which it plays, as for `Scorer`; conversations are divided among all of them.
         cluster: Where these are, if not on this machine, as for `Scorer`.
         precision: Of the weights that sample, as for `PolicySampler`.
+        engine: What computes, likewise.
 
     Example:
         >>> sampler = EnvironmentSampler(tc, guess, group_size=8, max_new_tokens=8)
@@ -61,6 +62,7 @@ class EnvironmentSampler:
         processes: int | None = None,
         cluster: Any = None,
         precision: Precision = "exact",
+        engine: SamplingEngine = "torch",
     ) -> None:
         if chat not in get_args(Chat):
             raise ValidationError(
@@ -75,6 +77,7 @@ class EnvironmentSampler:
             ignore_end=fixed_length,
             alone=True,
             precision=precision,
+            engine=engine,
         )
         self.chat, self.timeout = chat, timeout
         self._crew = crew_of("EnvironmentSampler: ", processes, cluster)

@@ -34,7 +34,7 @@ class PolicySampler:
             without a warning; "always" makes each text the message of a user. Messages always go by the template.
         seed: Makes the rollouts repeatable; None takes the client's next seed.
         precision: Of the weights that sample, as in `SamplingConfig`; an update corrects for what it changes.
-        engine: What computes, as in SamplingConfig. "llama.cpp" does not sample quite what is trained: `tis_cap`.
+        engine: What computes, as in `SamplingConfig`; likewise.
 
     Example:
         >>> sampler = PolicySampler(tc, group_size=8, max_new_tokens=5)
@@ -164,9 +164,7 @@ def batch_of(
     for sequence in result.sequences:
         group, item = groups[sequence.prompt_index], items[sequence.prompt_index]
         group.rollouts.append(trajectory_of(item, sequence, result.policy_version))
-    if sampling.engine == "torch":
-        sampling = sampling.replace(precision=result.precision)  # what "auto" has chosen
-    return TrajectoryBatch(groups, sampling, private)
+    return TrajectoryBatch(groups, sampling.as_drawn(result.precision), private)
 
 
 def trajectory_of(item: PromptItem, sequence: SampledSequence, policy_version: int) -> Trajectory:
