@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.events import OperationFinished, OperationStarted
 from tests.faults.killing import Killer, Nursery, killed_server
 from tests.faults.programs import Program, same
 from tests.parity.serving import eventually
@@ -48,6 +49,29 @@ def test_a_server_killed_in_the_middle_comes_to_the_same_bit_for_bit(
     nursery: Nursery, tmp_path: Path
 ) -> None:
     assert undergo(nursery, 1, 8, tmp_path / "server", most=3) == 3
+
+
+@pytest.mark.faults
+def test_samples_that_were_drawn_together_are_drawn_again_and_told_of_once(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    def asked(service: tn.ServiceClient) -> tuple[tn.TrainingClient, list[tn.FutureHandle[tn.SampleResult]]]:
+        tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
+        lengths = (300, 5, 400, 250)  # their seeds are the client's, in this order
+        return tc, [tc.sample("def ", max_new_tokens=most, ignore_end=True) for most in lengths]
+
+    with (
+        killed_server(nursery, tmp_path / "server") as server,
+        tn.ServiceClient(server.url, server.token) as service,
+        tn.ServiceClient() as embedded,
+    ):
+        tc, handles = asked(service)
+        handles[1].result()
+        server.begin_again()
+        for handle, other in zip(handles, asked(embedded)[1], strict=True):
+            assert handle.result().sequences[0].tokens == other.result().sequences[0].tokens
+        told = [type(event) for event in tc.history.events()]
+        assert [told.count(kind) for kind in (OperationStarted, OperationFinished)] == [4, 4]
 
 
 @pytest.mark.faults
