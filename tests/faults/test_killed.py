@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_server_killed_in_the_middle_comes_to_the_same_bit_for_bit(
 def test_samples_that_were_drawn_together_are_drawn_again_and_told_of_once(
     nursery: Nursery, tmp_path: Path
 ) -> None:
-    def asked(service: tn.ServiceClient) -> tuple[tn.TrainingClient, list[tn.FutureHandle[tn.SampleResult]]]:
+    def asked(service: tn.ServiceClient) -> tuple[tn.TrainingClient, list[Any]]:
         tc = service.create_training_client(lora_config=tn.LoRAConfig(rank=2))
         lengths = (300, 5, 400, 250)  # their seeds are the client's, in this order
         return tc, [tc.sample("def ", max_new_tokens=most, ignore_end=True) for most in lengths]
