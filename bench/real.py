@@ -218,11 +218,12 @@ def gguf_again() -> Row:
 
 
 def sampling_llama_cpp() -> Row:
-    """Issue 9: at least 0.3 of the speed of llama.cpp, whose weights are quantised."""
+    """Issue 26: at least 0.6 of the speed of llama.cpp, whose weights have fewer bits."""
     file = gguf_file()
     if not LLAMA_PYTHON.exists():
         raise Skipped(WITHOUT_LLAMA)
-    (prompt,), settings = _prompts(1), tn.SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_end=True)
+    (prompt,) = _prompts(1)
+    settings = tn.SamplingConfig(max_new_tokens=NEW_TOKENS, ignore_end=True, precision="int8")
     with _client("float32") as tc, beside(LLAMA_PYTHON, "-m", llama_peer.__name__, file) as llama:
         taken = paired(
             lambda: stopwatch(lambda: tc.sample([prompt], settings).result()),
@@ -234,10 +235,10 @@ def sampling_llama_cpp() -> Row:
     return Row(
         what=SAMPLING,
         peer="llama.cpp (`llama-cpp-python`) on the same GGUF file, without adapter",
-        precision="fp32; Q4_1",
+        precision="int8, adapter in fp32; Q4_1",
         sizes=_sampled(1),
         taken=taken,
-        target=Target("≥", 0.3),
+        target=Target("≥", 0.6),
     )
 
 

@@ -5,6 +5,7 @@ needs torch. The routes are in `server/`.
 """
 
 import asyncio
+import shutil
 import tarfile
 import time
 import uuid
@@ -231,8 +232,12 @@ def extract(archive: Path, folder: Path) -> None:
     """Unpack a tar archive of plain files into a new folder, whole or not at all."""
     draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     draft.mkdir(parents=True, mode=0o700)
-    with tarfile.open(archive) as tar:
-        tar.extractall(draft, filter="data")
-    if folder.exists():
-        folder.rmdir()
-    draft.replace(folder)
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(draft, filter="data")
+        if folder.exists():
+            folder.rmdir()
+        draft.replace(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise

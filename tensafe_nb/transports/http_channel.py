@@ -325,7 +325,11 @@ class HttpChannel:
             with TemporaryDirectory() as fetched:
                 tar = Path(fetched) / "tokenizer.tar"
                 tar.write_bytes(archive)
-                extract(tar, folder)
+                try:
+                    extract(tar, folder)
+                except OSError:
+                    if not folder.exists():  # or else somebody has put the same files there meanwhile
+                        raise
         return folder
 
     def subscribe(self, subscriber: Subscriber, after: int | None = None) -> Callable[[], None]:

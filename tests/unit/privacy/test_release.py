@@ -18,7 +18,6 @@ import tensafe_nb as tn
 from tensafe_nb.data import poisson as draws
 from tensafe_nb.protocol.batch import BatchData
 from tensafe_nb.store.artifacts import artifacts as artifacts_of
-from tensafe_nb.store.audit import log as audit_log
 from tensafe_nb.store.home import Home
 from tensafe_nb.store.vault import Vault
 from tensafe_nb.transports import embedded
@@ -31,11 +30,10 @@ ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10, 20)
 def injected(home: Path) -> Iterator[None]:
     """The same keys, noise, draws, names and clock in every run: what differs then differs because the data does."""
     with pytest.MonkeyPatch.context() as patch:
-        coins, ids, artifacts = np.random.default_rng(0), itertools.count(), itertools.count()
+        coins, artifacts = np.random.default_rng(0), itertools.count()
         patch.setenv("TENSAFE_HOME", str(home))
         patch.setattr(os, "urandom", lambda count: b"\7" * count)
         patch.setattr(time, "time", lambda: 1.8e9)
-        patch.setattr(audit_log, "uuid", SimpleNamespace(uuid4=lambda: uuid.UUID(int=next(ids))))
         patch.setattr(embedded, "uuid", SimpleNamespace(uuid4=lambda: uuid.UUID(int=5 << 64)))
         patch.setattr(
             artifacts_of, "secrets", SimpleNamespace(token_hex=lambda count: f"{next(artifacts):032x}")

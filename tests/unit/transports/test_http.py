@@ -16,7 +16,7 @@ import tensafe_nb as tn
 from tensafe_nb import client
 from tensafe_nb.events import Event, LineChanged, RunState
 from tensafe_nb.history.log import RunHistory
-from tensafe_nb.transports import http_channel
+from tensafe_nb.transports import http, http_channel
 from tests.parity.serving import Serving, eventually, serving_thread
 
 BATCH = tn.BatchData([[5, 6, 7, 8]])
@@ -114,6 +114,21 @@ def lines_of(tc: tn.TrainingClient) -> list[str]:
 
     tc.subscribe(hear)
     return told
+
+
+def test_a_tokenizer_that_two_fetch_at_a_time_is_there_for_both(
+    service: tn.ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract = http.extract
+
+    def after_another(archive: Path, folder: Path) -> None:
+        extract(archive, folder)
+        extract(archive, folder)
+
+    monkeypatch.setattr(http, "extract", after_another)
+    tc = service.create_training_client(model_ref="builtin:tiny")
+    assert tc.tokenizer.decode(tc.tokenizer("def f")["input_ids"]) == "def f"
+    assert len(list((tmp_path / "home" / "tokenizers").iterdir())) == 1
 
 
 def test_behind_a_proxy_that_holds_streams_back_items_are_asked_for(
