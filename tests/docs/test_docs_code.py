@@ -18,7 +18,7 @@ from tensafe_nb.cli import main as cli
 
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r'^```(\w*)(?: title="([\w.]+)")?\n(.*?)^```', flags=re.DOTALL | re.MULTILINE)
-LONG = ("cluster", "comparing")  # some 10 s each: `make soak` runs them
+LONG = ("cluster", "comparing", "small-programs")  # some 10 s each: `make soak` runs them
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
 
 

@@ -10,7 +10,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 ELSEWHERE = ("13_tinker_sdk",)  # needs the tinker SDK: `make tinker-parity` runs it
 # Some 20 s each, and `make test` has nine minutes for all there is: the others run in `make soak`.
-QUICK = ("01_quickstart", "05_rlvr")
+QUICK = ("01_quickstart",)
 START = (Path(__file__).parents[2] / "binder/start").read_text()
 SETTINGS = dict(re.findall(r"((?:OMP|MALLOC)_\w+)=(\d+)", START))  # measured as Binder runs it
 MEMORY = """\
