@@ -8,7 +8,7 @@ Why not `generate`: it applies top_k=50 silently, returns no logprobs, and canno
 import contextlib
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, Self
@@ -126,10 +126,10 @@ class Completion:
         recent = -4 * max(map(len, stops), default=0) - 4
         return str(tokenizer.decode(self.tokens[recent:], skip_special_tokens=False))
 
-    def finished(self, model: LoadedModel) -> SampledSequence:
+    def finished(self, text: str) -> SampledSequence:
         return SampledSequence(
             self.prompt_index,
-            self.shown(model),
+            text,
             self.prompt,
             tuple(self.tokens),
             tuple(self.logprobs),
@@ -140,12 +140,12 @@ class Completion:
             tuple(self.top_logprobs),
         )
 
-    def finish(self, model: LoadedModel, sampling: SamplingConfig, *, last: bool) -> None:
-        """Say why the completion ends with the token just drawn, if it does."""
+    def finish(self, model: LoadedModel, ends: Set[int], sampling: SamplingConfig, *, last: bool) -> None:
+        """Say why the completion ends with the token just drawn, if it does: `ends` are the model's end tokens."""
         if sampling.ignore_end:
             self.finish_reason = "fixed" if last else None
         elif (
-            self.tokens[-1] in model.end_tokens
+            self.tokens[-1] in ends
             or self.tokens[-1] in self.turn.tokens
             or self._cut(model.tokenizer, self.turn.texts)
         ):
@@ -249,11 +249,12 @@ class SampleCall:
     read: ReadPrompts = ((), ())
     failure: BaseException | None = None
     waiting: "deque[Completion]" = field(init=False)
+    ends: Set[int] = field(init=False)  # tokens that end a completion, asked for once
     done: int = 0  # tokens, counting a row that has ended as if it had them all
     luck: "Luck" = field(default_factory=lambda: Luck())
 
     def __post_init__(self) -> None:
-        self.waiting = deque(self.rows)
+        self.waiting, self.ends = deque(self.rows), self.model.end_tokens
 
     @property
     def ended(self) -> bool:
@@ -267,7 +268,7 @@ class SampleCall:
     def count(self, row: Completion) -> None:
         """Count the token just drawn for one of its rows, and say whether the row ends with it."""
         most = self.sampling.max_new_tokens
-        row.finish(self.model, self.sampling, last=len(row.tokens) == most)
+        row.finish(self.model, self.ends, self.sampling, last=len(row.tokens) == most)
         self.done += 1 if row.finish_reason is None else 1 + most - len(row.tokens)
 
     def may_go_on(self, row: Completion) -> bool:
@@ -304,7 +305,15 @@ class SampleCall:
         """
         if self.failure is not None:
             raise self.failure
-        return [row.finished(self.model) for row in self.rows]
+        texts: dict[tuple[TurnEnd, tuple[int, ...]], str] = {}  # equal completions of small models are many
+        sequences = []
+        for row in self.rows:
+            drawn = row.turn, tuple(row.tokens)
+            text = row.text if row.text is not None else texts.get(drawn)
+            if text is None:
+                text = texts[drawn] = row.shown(self.model)
+            sequences.append(row.finished(text))
+        return sequences
 
     def result(self) -> SampleResult:
         """Return what was drawn, and what was read; see `sequences`."""
@@ -417,7 +426,10 @@ class Together:
 
     def _leave(self) -> None:
         """Let go of rows that have ended, or whose call has."""
-        staying = [n for n, (call, row) in enumerate(self._rows) if not (row.finish_reason or call.ended)]
+        gone = {id(call) for call in self.calls if call.ended}
+        staying = [
+            n for n, (call, row) in enumerate(self._rows) if not (row.finish_reason or id(call) in gone)
+        ]
         if len(staying) == len(self._rows):
             return
         self._rows = [self._rows[n] for n in staying]
