@@ -105,7 +105,7 @@ def pairs(engines: int, width: int, layers: int, batch: tn.BatchData, seconds: f
 
 def two() -> Row:
     """Issue 23: at least 1.6, by CPU."""
-    parts = [pairs(2, WIDTH, LAYERS, workload.full(ROWS, TOKENS), 6) for _ in range(LOADS)]
+    parts = [pairs(2, WIDTH, LAYERS, workload.full(ROWS, TOKENS), 4) for _ in range(LOADS)]
     return Row(
         what="forward_backward + optim_step over two replicas; in brackets by the CPU seconds on the longest way: this "
         "process's and the slower replica's",
@@ -119,7 +119,7 @@ def two() -> Row:
 
 def one() -> Row:
     """Issue 23: at most 1.03."""
-    parts = [pairs(1, WIDTH, LAYERS, workload.full(ROWS, TOKENS), 6) for _ in range(LOADS)]
+    parts = [pairs(1, WIDTH, LAYERS, workload.full(ROWS, TOKENS), 4) for _ in range(LOADS)]
     return Row(
         what="the same over a group of one replica",
         peer="one process",

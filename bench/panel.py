@@ -138,7 +138,7 @@ def slow_down() -> Row:
         panel = Dashboard(shown)
         panel.send = lambda content, buffers=None: json.dumps(content)  # type: ignore[method-assign]
         panel.receive(panel, {"t": "hello", "v": 1, "n": 0, "mount": True}, None)
-        taken = paired(lambda: _train(shown, batch), lambda: _train(plain, batch), seconds=10, at_least=8)
+        taken = paired(lambda: _train(shown, batch), lambda: _train(plain, batch), seconds=5, at_least=5)
     return Row(
         what=f"{STEPS} steps with an open panel, whose messages are made and written as JSON",
         peer="the same client without a panel",

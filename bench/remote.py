@@ -160,7 +160,7 @@ def _pipelined(rows: int, tokens: int, limit: float) -> Row:
         ours, peer = (
             all_queued_first(workload.tiny_client(service), rows, tokens) for service in (remote, embedded)
         )
-        taken = paired(ours, peer, seconds=8, at_least=3, warmup=1)
+        taken = paired(ours, peer, seconds=5, at_least=2, warmup=1)
         for info in remote.list_training_clients():
             remote.get_training_client(info.training_client_id).close()
     return Row(
@@ -191,7 +191,7 @@ def journal() -> Row:
         ours, peer = (
             all_queued_first(workload.tiny_client(service), 8, 64) for service in (writes, does_not)
         )
-        taken = paired(ours, peer, seconds=8, at_least=3, warmup=1)
+        taken = paired(ours, peer, seconds=5, at_least=2, warmup=1)
         for service in (writes, does_not):
             for info in service.list_training_clients():
                 service.get_training_client(info.training_client_id).close()
@@ -307,7 +307,7 @@ def _many(*, empty: bool) -> list[tuple[float, float, list[float]]]:
         there, here = made(remote), [] if empty else made(embedded)
         run(there)
         found = []
-        for _ in range(3):
+        for _ in range(2):
             seconds, latencies = run(there)
             found.append((seconds, run(here)[0] if here else 0.0, latencies))
         [client.close() for client in (*there, *here)]

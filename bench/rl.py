@@ -15,7 +15,7 @@ from tensafe_nb.events import Event, Metrics, OperationFinished, RunState, RunSt
 from tensafe_nb.rlvr import PPO, EnvironmentSampler, RLVRTrainer
 
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
-LOADS = 3  # where its weights happen to lie in memory makes a model faster or slower: load it anew
+LOADS = 2  # where its weights happen to lie in memory makes a model faster or slower: load it anew
 TURN_ROWS, TURN_GROUP, TURN_TOKENS = 16, 8, 24  # of conversations; the context is 64
 STEPS, WARMUP = 80, 10  # of the run whose steps are taken apart
 SUMS = trl_peer.Work(
