@@ -160,7 +160,7 @@ def told_one_by_one(engine: Engine, text: str, **fields: Any) -> list[str]:
     row, pieces = sampler.Completion(0, (5,), 1), []
     for token in engine.tokenizer.encode(text, add_special_tokens=False):
         row.tokens.append(token), row.logprobs.append(-1.0), row.raw_logprobs.append(-1.0)
-        row.finish(engine.model, sampling, last=False)
+        row.finish(engine.model, engine.model.end_tokens, sampling, last=False)
         sampler.tell_news(engine.model, sampling, [row], pieces.append)
     assert sum((piece.tokens for piece in pieces), ()) == tuple(row.tokens[: row.told_tokens])
     return [piece.text for piece in pieces]
