@@ -16,7 +16,7 @@ from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
 
 LogitsFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 CHUNK = 2**23  # logits that are computed at a time: about 32 MiB in float32
-SLACK = 0.25  # of a chunk, by which one may be larger: for a few positions more, the head is not read once more
+SLACK = 0.25  # of a chunk, by which one may be larger: a few positions by themselves take the whole head
 
 
 class LossOutputs:
