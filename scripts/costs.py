@@ -29,7 +29,7 @@ from tensafe_nb.privacy.tickets import ticket
 from tensafe_nb.protocol.batch import TICKET
 
 ROWS, TOKENS = 4, 128
-PRIVATE_SHAPE, TURNS, FEW_TURNS = (8, 64), 30, 3
+PRIVATE_SHAPE, TURNS, FEW_TURNS = (8, 64), 30, 2
 DECODED, PROMPT, NEW_TOKENS = 16, 8, 64
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
 
