@@ -74,7 +74,9 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def meant_by(value: Any, checks: Mapping[str, Check], bound: Mapping[str, Any]) -> str:
-    """Say under which keyword a value fits that was given by its place, and does not fit there."""
+    """Say under which keyword a value fits that was given by its place, and does not fit there; None fits too many."""
+    if value is None:
+        return ""
     fitting = next(
         (name for name, check in checks.items() if name not in bound and check(value) is None), None
     )

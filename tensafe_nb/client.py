@@ -426,6 +426,7 @@ class TrainingClient:
         metadata = plain_metadata(metadata or {})
         return self._submit(SaveState(bool(include_optimizer), metadata, name, position))
 
+    @checked
     def load_state(
         self, artifact_id: str, *, for_run: str | None = None, include_optimizer: bool = True
     ) -> FutureHandle[LoadStateResult]:
@@ -440,7 +441,7 @@ class TrainingClient:
             ValidationError: No id. The handle fails with `ArtifactNotFoundError`, `DecryptionError`, or, for an
                 artifact of another model, adapter or optimiser, with a ValidationError that lists the differences.
         """
-        if not isinstance(artifact_id, str) or not artifact_id:
+        if not artifact_id:
             raise ValidationError(f"load_state takes an artifact's id or name, not {as_given(artifact_id)}.")
         return self._submit(LoadState(artifact_id, for_run, bool(include_optimizer)))
 

@@ -182,8 +182,12 @@ def test_other_base_weights_under_the_same_name_are_noticed(
 def test_an_unknown_artifact_is_named_and_bad_input_is_refused_in_the_call(tc: tn.TrainingClient) -> None:
     with pytest.raises(tn.errors.ArtifactNotFoundError, match="art-nope"):
         tc.load_state("art-nope").result()
-    with pytest.raises(tn.ValidationError, match="id or name"):
+    with pytest.raises(tn.ValidationError, match=r"load_state: artifact_id=None must be a text\.$"):
         tc.load_state(None)  # type: ignore[arg-type]
+    with pytest.raises(tn.ValidationError, match="id or name"):
+        tc.load_state("")
+    with pytest.raises(tn.ValidationError, match=r"include_optimizer=array.* must be True or False"):
+        tc.load_state("art-nope", include_optimizer=np.ones(2))  # type: ignore[arg-type]
     with pytest.raises(tn.ValidationError, match=r"metadata\['loss'\] is nan"):
         tc.save_state(metadata={"loss": float("nan")})
     with pytest.raises(tn.ValidationError, match=r"metadata\['model'\]"):

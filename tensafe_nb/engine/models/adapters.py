@@ -1,6 +1,5 @@
 """Adapters on a model: which layers a configuration means, LoRA put on them by PEFT, and a folder's weights in it."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from tensafe_nb.config import LoRAConfig
 from tensafe_nb.engine.models import adapter_folders, reading
 from tensafe_nb.engine.models.bases import FACTOR_A
+from tensafe_nb.engine.quiet import quiet
 from tensafe_nb.errors import ModelLoadError, ValidationError, nearest
 
 READ_PAST_LAYERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
@@ -29,8 +29,7 @@ def add_adapter(causal: Any, lora: LoRAConfig) -> Any:
     check_adapter(causal, lora)
     settings = peft_config_of(lora, causal)
     settings._register_custom_module({nn.Linear: FusedLinear})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
             adapted = peft.get_peft_model(causal, settings)
         except (ValueError, TypeError) as error:
@@ -127,8 +126,7 @@ def fill_adapter(adapted: Any, weights: dict[str, Tensor], path: Path) -> None:
             f"{adapter_folders.CONFIG} the model it was trained on?",
             details={"missing": missing, "unexpected": left, "mismatched": shapes},
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         peft.set_peft_model_state_dict(adapted, weights)
 
 

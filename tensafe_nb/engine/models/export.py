@@ -1,6 +1,5 @@
 """A model written for others: as a folder that plain PEFT and transformers load, or as GGUF files for llama.cpp."""
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tensafe_nb.engine.models import adapter_folders, reading
 from tensafe_nb.engine.models.bases import ADAPTER, plain_name
 from tensafe_nb.engine.models.load import LoadedModel, embeddings_of
+from tensafe_nb.engine.quiet import quiet
 from tensafe_nb.errors import ValidationError
 
 IN_GGUF = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -45,8 +45,7 @@ def merge(model: LoadedModel) -> Any:
     for module in embeddings_of(model.causal).values():
         if hasattr(module, "base_layer"):
             module.base_layer.weight = nn.Parameter(module.base_layer.weight.detach().clone())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tied weights, which are not any more
+    with quiet():  # of tied weights, which are not any more
         return model.peft.merge_and_unload()  # type: ignore[union-attr]
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tensafe_nb.config import LoRAConfig, TrainingConfig
 from tensafe_nb.engine.models import adapter_folders, adapters, gguf, reading
 from tensafe_nb.engine.models.bases import BASES, FACTOR_A, TOKENIZERS, Base, identity_of, plain_name, twin_of
+from tensafe_nb.engine.quiet import quiet
 from tensafe_nb.errors import ModelLoadError, TGTinkerError, nearest
 from tensafe_nb.store.home import Home
 
@@ -393,8 +393,7 @@ def resize_embeddings(causal: Any, tokenizer: Any, brought: int, config: Trainin
     rows = len(causal.get_input_embeddings().weight)
     wanted = brought or (max(rows, tokens_of(tokenizer)) if config.resize_embeddings else rows)
     if wanted != rows:
-        with own_random(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with own_random(), quiet():
             causal.resize_token_embeddings(wanted, mean_resizing=False)
         begin_as_the_mean(causal, rows)
     return max(0, wanted - rows)

@@ -4,7 +4,6 @@ Each takes float32 rows and gives float32 rows. Which of them there are depends 
 used only after a product of it has been found to be one.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import TypeAlias
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensafe_nb.engine.quiet import quiet
 from tensafe_nb.engine.sampling.llama import Map
 
 Packing: TypeAlias = Callable[[Tensor, Tensor | None], Map]  # of a weight (d_out, d_in) and its bias
@@ -48,8 +48,7 @@ def in_int8(weight: Tensor, bias: Tensor | None) -> Map:
     scales = (weight.abs().amax(1) / 127).clamp(min=SMALLEST)
     whole = (weight / scales[:, None]).round_().to(torch.int8)
     points = torch.zeros(len(weight), dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a later torch will do without: then there is no such product
+    with quiet():  # that a later torch will do without: then there is no such product
         quantised = torch._make_per_channel_quantized_tensor(whole, scales.double(), points, 0)
     narrow = not sums_int8()
     packed = torch.ops.quantized.linear_prepack(quantised, None)
