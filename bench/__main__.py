@@ -4,18 +4,20 @@ Imports no torch before its threads are settled: how many, and that waiting ones
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
 from bench import pages, report
 from bench.harness import ROOT, Row, Skipped
 
 BUILD = ROOT / "build"
+IMITATED = BUILD / "bench-avx2.json"
 ROWS = {
     "import": "startup:package",
     "import-clients": "startup:clients",
@@ -108,13 +110,19 @@ REAL = {
     "real-chats-five-turns": "chats:five_turns",
 }
 ALL = ROWS | REAL
-COMPUTED = {
+COMPUTED = (  # how rows begin whose ratios the processor's vectors decide
     "training",
     "sampling",
-    "rl",
-    "privacy",
-    "real",
-}  # modules whose rows depend on the processor's vectors
+    "rl-update",
+    "rl-environments",
+    "dp-step",
+    "dp-opacus",
+    "real-training",
+    "real-pairs",
+    "real-token-ce",
+    "real-sampling",
+    "real-rl",
+)
 IMITATION = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -143,20 +151,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if chosen.write:  # row by row: what is measured is kept, whatever happens to the next
                 pages.write(pages.merged(pages.load(), about, rows, ALL), ALL)
     print(f"\n{len(rows)} rows in {time.perf_counter() - started:.0f} s, {report.load_now()}")
-    print("\n".join(report.regressions(before, about, rows)))
-    written = BUILD / f"bench{'-real' * chosen.real}{'-avx2' * chosen.avx2}.json"
+    if not chosen.avx2:  # what is kept was not measured so
+        print("\n".join(report.regressions(before, about, rows)))
+    written = IMITATED if chosen.avx2 else BUILD / f"bench{'-real' * chosen.real}.json"
     written.parent.mkdir(exist_ok=True)
     written.write_text(report.as_json(about, rows), encoding="utf-8")
     print(f"\nwritten: {written.relative_to(ROOT)}")
     if chosen.write:
         print(f"written: {', '.join(pages.write(pages.load(), ALL))}")
     if chosen.both:
-        again(names, chosen.threads, about["capability"])
+        again(rows, chosen.threads, about["capability"])
 
 
-def again(names: Sequence[str], threads: int, capability: str) -> None:
+def again(rows: Mapping[str, Row | Skipped], threads: int, capability: str) -> None:
     """Measure what the processor's vectors decide once more, in a process that does as if it had AVX2 only."""
-    computed = [name for name in names if ALL[name].partition(":")[0] in COMPUTED]
+    computed = [name for name in rows if name.startswith(COMPUTED)]
     if not computed or not capability.startswith("AVX512"):
         print(
             f"\nnothing to measure again with AVX2: {'this processor has no more' if computed else 'no such row'}"
@@ -165,6 +174,8 @@ def again(names: Sequence[str], threads: int, capability: str) -> None:
     print("\nagain, as if the processor had AVX2 only:\n", flush=True)
     command = [sys.executable, "-m", "bench", *computed, "--avx2", f"--threads={threads}"]
     subprocess.run(command, check=True)
+    imitated = json.loads(IMITATED.read_text(encoding="utf-8"))["rows"]
+    print("\n".join(report.side_by_side(capability, rows, imitated)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import tensafe_nb as tn
@@ -12,8 +13,9 @@ from bench.harness import ROOT, Row, Skipped, Taken, Target
 from tests.faults import loopback
 
 
-def found(what: str) -> Any:
-    """Let a program measure that has a network of its own: Ray listens for other machines.
+@cache
+def found() -> dict[str, Any]:
+    """Let a program measure all that has a network of its own: Ray listens for other machines, and starts slowly.
 
     Raises:
         Skipped: This machine gives it none.
@@ -21,9 +23,10 @@ def found(what: str) -> Any:
     unshare = shutil.which("unshare")
     if unshare is None:
         raise Skipped("Ray is measured only where it gets a network of its own: unshare, of util-linux")
-    command = [unshare, "--map-root-user", "--net", sys.executable, "-m", "bench.on_ray", what]
+    command = [unshare, "--map-root-user", "--net", sys.executable, "-m", "bench.on_ray"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)
+    taken: dict[str, Any] = json.loads(done.stdout)
+    return taken
 
 
 def call() -> Row:
@@ -31,14 +34,14 @@ def call() -> Row:
     return Row(
         what="a call to all of two actors, which have nothing to do, until both have answered",
         peer="",
-        taken=Taken(found("calls")),
+        taken=Taken(found()["calls"]),
         target=Target("≤", 5e-3, "ours"),
     )
 
 
 def gradients() -> Row:
     """Issue 23: at most 100 ms."""
-    seconds, size = found("sums")
+    seconds, size = found()["sums"]
     return Row(
         what=f"to add up {4 * size / 1e6:.0f} MB of gradients of two actors, and hand each the sum: what a "
         f"forward_backward of two rows of 4 tokens takes longer than in one process",
@@ -57,19 +60,20 @@ def regroup() -> Row:
         peer="",
         precision="fp32",
         sizes=f"{workload.MODEL}, 4×32",
-        taken=Taken(found("regroups")),
+        taken=Taken(found()["regroups"]),
         target=Target("≤", 1.0, "ours"),
     )
 
 
-def main(what: str) -> None:
+def main() -> None:
     """Measure, and print the seconds."""
     loopback.bring_up()
     ray = tn.RayCluster("local", engines=2, cpus=1)
-    taken = getattr(cluster, what)(ray)
+    calls, (sums, size) = cluster.calls(ray), cluster.sums(ray)
+    taken = {"calls": calls, "sums": [sums.ours, size], "regroups": cluster.regroups(ray)}
     ray.close()
-    print(json.dumps([taken[0].ours, taken[1]] if what == "sums" else taken))
+    print(json.dumps(taken))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -110,7 +110,7 @@ def first_piece() -> Row:
         panel.receive(panel, {"t": "hello", "v": 1, "n": 0, "mount": "page"}, None)
         chat.say("abs(x, /)").result()
         taken = []
-        for number in range(60):
+        for number in range(40):
             chat.clear()
             while not told.empty():
                 told.get()
@@ -138,7 +138,7 @@ def slow_down() -> Row:
         panel = Dashboard(shown)
         panel.send = lambda content, buffers=None: json.dumps(content)  # type: ignore[method-assign]
         panel.receive(panel, {"t": "hello", "v": 1, "n": 0, "mount": True}, None)
-        taken = paired(lambda: _train(shown, batch), lambda: _train(plain, batch), seconds=5, at_least=5)
+        taken = paired(lambda: _train(shown, batch), lambda: _train(plain, batch), seconds=0, warmup=1)
     return Row(
         what=f"{STEPS} steps with an open panel, whose messages are made and written as JSON",
         peer="the same client without a panel",
@@ -196,7 +196,7 @@ def _static() -> tuple[list[float], list[float]]:
 
 def memory() -> Row:
     """Issue 7: at most 8 MB more over 10,000 updates."""
-    grown = [fresh_process("from bench.panel import grown; print(grown())") for _ in range(3)]
+    grown = [fresh_process("from bench.panel import grown; print(grown())") for _ in range(2)]
     return Row(
         what="resident memory that 10,000 updates of an open panel add to the kernel",
         peer="",

@@ -32,12 +32,12 @@ def step_tiny() -> Row:
 def step_llama() -> Row:
     """Issue 26: at most 1.12 of the time without."""
     with random_llama() as folder:
-        return _step(folder, ATTENTION, LLAMA, seconds=12)
+        return _step(folder, ATTENTION, LLAMA, seconds=8)
 
 
 def step_all_weights() -> Row:
     """Issue 26: at most 2 times the time without."""
-    return _step("builtin:tiny", None, "builtin:tiny, all weights", seconds=10, limit=2.0)
+    return _step("builtin:tiny", None, "builtin:tiny, all weights", seconds=7, limit=2.0)
 
 
 def step_opacus() -> Row:
@@ -46,7 +46,7 @@ def step_opacus() -> Row:
         batch = workload.full(ROWS, TOKENS)
         ours = private_step(client(service, folder, ATTENTION, private=True), batch)
         by_opacus = opacus_step(folder, batch)
-        taken = paired(ours, by_opacus, seconds=12)
+        taken = paired(ours, by_opacus, seconds=8)
     return Row(
         what="private step through the client, the ledger's record included",
         peer="Opacus: PrivacyEngine.make_private (GradSampleModule, DPOptimizer), no ledger",
@@ -59,8 +59,7 @@ def step_opacus() -> Row:
 def memory() -> Row:
     """Issue 8: at most 1.15 of the peak without."""
     with random_llama() as folder:
-        pairs = [[peak_in_its_own_process(folder, private) for private in (True, False)] for _ in range(2)]
-    ours, peer = zip(*pairs, strict=True)
+        ours, peer = ([peak_in_its_own_process(folder, private)] for private in (True, False))
     return Row(
         what="largest resident memory of a process that takes 5 private steps",
         peer="the same steps without privacy",

@@ -109,6 +109,24 @@ def _apart(one: tuple[float, float] | None, other: Sequence[float] | None) -> bo
     return one is None or other is None or one[1] < other[0] or other[1] < one[0]
 
 
+def side_by_side(
+    capability: str, rows: Mapping[str, Row | Skipped], imitated: Mapping[str, Any]
+) -> list[str]:
+    """Return a line for each row that was measured again, with both ratios, or both figures where it has no peer."""
+    found = [f"\nwhat AVX2 alone would give, beside {capability}:"]
+    for name, other in imitated.items():
+        row = rows[name]
+        if isinstance(row, Row):
+            sides = [
+                amount(one["ours"], row.unit) if one["ratio"] is None else f"{one['ratio']:.3g}"
+                for one in (plain(row), other)
+            ]
+            found.append(
+                f"{name:26} {sides[0]:>9}, with AVX2 {sides[1]}; {row.compares if row.peer else 'ours'}"
+            )
+    return found
+
+
 def lines(name: str, row: Row) -> str:
     """Return a row as it is shown in the terminal."""
     against = f"against {row.peer}" if row.peer else "against nothing"

@@ -82,7 +82,7 @@ def environments() -> Row:
             taken = paired(
                 lambda: turns.generate_trajectories(rows),
                 lambda: [tc.sample(prompts, single).result() for prompts in (first, second)],
-                seconds=10,
+                seconds=7,
             )
     return Row(
         what="conversations of two turns with an environment in its processes (CPU: without these)",

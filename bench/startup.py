@@ -73,7 +73,7 @@ def begun(model_ref: str, folder: str) -> Taken:
         lambda: fresh_process(CLIENT.format(model_ref=model_ref)),
         lambda: fresh_process(MODEL.format(folder=folder)),
         seconds=0,
-        at_least=3,
+        at_least=2,
         warmup=1,
         watch=as_it_says,
     )

@@ -1,5 +1,6 @@
 """Views of what the model says, computed when a loss reads them; large vocabularies are read a chunk at a time."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -14,7 +15,8 @@ from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.batch import IGNORE, Array, BatchData
 
 LogitsFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-CHUNK = 2**23  # logits that are computed at a time: 32 MiB in float32
+CHUNK = 2**23  # logits that are computed at a time: about 32 MiB in float32
+SLACK = 0.25  # of a chunk, by which one may be larger: a few positions by themselves take the whole head
 
 
 class LossOutputs:
@@ -28,7 +30,7 @@ class LossOutputs:
         labels: (B, T), -100 where nothing is labelled.
         attention_mask: (B, T).
         full_logits: (B, T, V), of a model whose logits cannot be had position by position.
-        chunk_rows: Positions whose logits `map_logits` computes at a time; None takes all at once.
+        chunk_rows: Positions, about, whose logits `map_logits` computes at a time; None takes all at once.
         head_is_frozen: The head has no weight that is trained.
         value_head: Turns hidden states (…, D) into values (…,); None for a model without one.
     """
@@ -145,9 +147,10 @@ class LossOutputs:
         Example:
             >>> entropy = outputs.map_logits(lambda logits, labels: Categorical(logits=logits).entropy())
         """
-        rows = self._chunk_rows
-        if self._given_logits is not None or rows is None or len(self._labels) <= rows:
+        count, most = len(self._labels), self._chunk_rows
+        if self._given_logits is not None or most is None or count <= most:
             return _one_each(function(self.logits, self._labels), self._labels)
+        rows = math.ceil(count / math.ceil(count / most - SLACK))  # chunks of the same size
 
         def values_of(hidden: Tensor, labels: Tensor) -> Tensor:
             return _one_each(function(_precise(self._head(hidden)), labels), labels)

@@ -341,12 +341,18 @@ def test_an_imitated_processor_is_named_so_and_never_kept(
 
 
 def test_rows_are_measured_again_only_where_vectors_decide_and_there_are_more_than_avx2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(command.subprocess, "run", lambda given, check: commands.append(given))
-    command.again(["queue-p99", "training"], 1, "AVX2")
-    command.again(["queue-p99"], 1, "AVX512 with avx512_bf16")
+    monkeypatch.setattr(command, "IMITATED", tmp_path / "imitated.json")
+    command.IMITATED.write_text(report.as_json(MACHINE, {"training": row(Taken([2.0], [3.0]))}))
+    rows = {name: row(Taken([1.0], [2.0])) for name in ("queue-p99", "rl-waiting", "training")}
+    command.again(rows, 1, "AVX2")
+    command.again({"queue-p99": rows["queue-p99"]}, 1, "AVX512 with avx512_bf16")
     assert capsys.readouterr().out.count("nothing to measure again") == 2
-    command.again(["queue-p99", "training"], 2, "AVX512")
+    command.again(rows, 2, "AVX512")
     assert [given[2:] for given in commands] == [["bench", "training", "--avx2", "--threads=2"]]
+    shown = capsys.readouterr().out
+    assert "what AVX2 alone would give, beside AVX512:" in shown
+    assert f"{'training':26}         2, with AVX2 1.5; peer ÷ ours" in shown

@@ -187,12 +187,10 @@ class Decoder:
             known = before.mask.sum(1).tolist()
             prompts = [prompt[length:] for prompt, length in zip(prompts, known, strict=True)]
         width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # padded on the left, so that all rows end together
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        mask = mask.to(model.device)
+        lengths = torch.tensor(list(map(len, prompts)))
+        # padded on the left, so that all rows end together
+        ids = torch.tensor([(*[0] * (width - len(prompt)), *prompt) for prompt in prompts])
+        mask = (torch.arange(width) >= width - lengths[:, None]).long().to(model.device)
         if before is not None:
             mask = torch.cat([before.mask, mask], 1)
         self._mask: Tensor | None = None if bool(mask.all()) else mask

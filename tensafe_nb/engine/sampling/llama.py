@@ -232,10 +232,14 @@ def nothing(body: Any, rows: int) -> Layers:
 
 def _with_room(filled: Tensor, samples: Tensor | None, new_tokens: int) -> Tensor:
     """Return (rows, groups, T + new_tokens, width), filled in at the first T places, each row so many times."""
-    each = filled if samples is None else filled.repeat_interleave(samples, 0)
-    rows, groups, length, width = each.shape
-    room = filled.new_empty(rows, groups, length + new_tokens, width)
-    room[:, :, :length] = each
+    rows, groups, length, width = filled.shape
+    room = filled.new_empty(
+        rows if samples is None else int(samples.sum()), groups, length + new_tokens, width
+    )
+    each = (
+        torch.arange(rows, device=filled.device).repeat_interleave(samples) if samples is not None else None
+    )
+    room[:, :, :length] = filled if each is None else filled[each]
     return room
 
 

@@ -156,6 +156,27 @@ def test_a_function_of_the_logits_must_return_one_value_for_each_position() -> N
         outputs.map_logits(lambda logits, labels: logits)
 
 
+@pytest.mark.parametrize(
+    ("positions", "sizes"),
+    [(10, [10]), (12, [12]), (13, [7, 6]), (22, [11, 11]), (23, [8, 8, 7]), (30, [10, 10, 10])],
+)
+def test_chunks_are_alike_and_at_most_a_quarter_larger_than_asked_for(
+    positions: int, sizes: list[int]
+) -> None:
+    asked: list[int] = []
+
+    def counted(logits: Tensor, labels: Tensor) -> Tensor:
+        asked.append(len(logits))
+        return logits.sum(1)
+
+    head = nn.Linear(2, 3).requires_grad_(False)
+    labels = torch.zeros(1, positions, dtype=torch.long)
+    hidden = torch.ones(1, positions, 2, requires_grad=True)
+    outputs = LossOutputs(hidden, head, labels, labels + 1, chunk_rows=10, head_is_frozen=True)
+    assert len(outputs.map_logits(counted)) == positions
+    assert asked == sizes
+
+
 def test_a_trained_head_takes_chunks_no_smaller_than_itself() -> None:
     assert chunk_rows(49_152, 576, head_is_frozen=True) == CHUNK // 49_152 == 170
     assert chunk_rows(49_152, 576, head_is_frozen=False) == 576
