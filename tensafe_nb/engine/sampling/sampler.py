@@ -582,7 +582,7 @@ class Together:
             copies = self._prepare(len(newcomers), room)
             before = None if self._known is None else self._known.take(prompts)
             if before is None and self._kept is not None:
-                before = self._beginnings(self._kept, prompts)
+                before = self._beginnings(self._kept, prompts, copies)
             state = rows_of(self._model, prompts, samples, room, before, copies)
             if not newcomers[0][0].sampling.alone:
                 self._keep_long(prompts, samples, state)
@@ -622,12 +622,14 @@ class Together:
         if read is not None:
             self._kept.keep([prompts[n] for n in long], read)
 
-    def _beginnings(self, kept: Prefixes, prompts: Sequence[tuple[int, ...]]) -> Read | None:
+    def _beginnings(
+        self, kept: Prefixes, prompts: Sequence[tuple[int, ...]], copies: Copies | None
+    ) -> Read | None:
         """Return what is known of how prompts begin; a long beginning that all of them share is read first, once."""
         shared = min(prompts)[: common(min(prompts), max(prompts))]
         pays = len(shared) >= SHARED_FROM and len(shared) * (len(prompts) - 1) >= PAYS_FROM
         if pays and kept.known(shared) < len(shared) - 1:
-            once = rows_of(self._model, [shared], [1], 0, kept.take([shared]))
+            once = rows_of(self._model, [shared], [1], 0, kept.take([shared]), copies)
             read = once.read(torch.tensor([0], device=self._model.device))
             if read is not None:
                 kept.keep([shared], read)
