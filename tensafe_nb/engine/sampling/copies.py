@@ -57,6 +57,11 @@ class Copies:
     rough: Weights | None = None
     precision: str = "exact"
 
+    @property
+    def read_prompts(self) -> bool:
+        """Whether prompts are read with them, too; with int8, what is said of answers would be off twice as far."""
+        return self.precision != "int8"
+
 
 @dataclass(slots=True)
 class KeptCopies:
