@@ -52,11 +52,13 @@ def pytest_runtest_protocol() -> Generator[None, Any, Any]:
     """
     global _tests_run
     result = yield
-    if _tests_run % TESTS_BETWEEN_WHOLE_COLLECTIONS == 0:
+    _tests_run += 1
+    if _tests_run % TESTS_BETWEEN_WHOLE_COLLECTIONS == 1:
         gc.unfreeze()  # what a module or a session shared, and has let go of, is in circles too
+    elif not any(gc.get_count()[1:]):
+        return result  # it left next to nothing
     gc.collect()
     gc.freeze()
-    _tests_run += 1
     return result
 
 
