@@ -639,7 +639,8 @@ class Together:
         """Return copies of the weights to go on with; without any, let the model compute with merged ones."""
         waves = 1 + sum(len(call.waiting) for call in self._taking_part()) // (joining + len(self._rows))
         decoded, together = room * waves, joining + len(self._rows)
-        copies = copies_of(self._model, decoded, together, self._copied.copies, self._precision)
+        alone = any(call.sampling.alone for call in self._taking_part())
+        copies = copies_of(self._model, decoded, together, self._copied.copies, self._precision, alone=alone)
         if copies is not None or self._state is None:
             self._merging.close()
         if copies is not None:
