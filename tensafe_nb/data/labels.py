@@ -5,6 +5,7 @@ is learnt of the text. Where an answer begins, the tokens before it are those th
 prompt: where a token of the whole text would reach over that border, prompt and answer are tokenised apart.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,14 +124,14 @@ class RowReader:
         return [text if isinstance(text, ValidationError) else next(good) for text in texts]
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Prompt, texts: "TextTokens | None" = None) -> list[int]:
     """Return the token ids of a text, of chat messages (opened for the assistant's answer), or of ids.
 
     A chat with tools is {"messages", "tools"}, as `data.read_prompts` makes it. A text has the tokenizer's own first
-    token and none of its last ones: what is drawn goes on from here.
+    token and none of its last ones: what is drawn goes on from here. Who asks often brings what tokenises `texts`.
     """
     if isinstance(prompt, str):
-        return TextTokens(tokenizer).prompt(prompt)
+        return (texts or TextTokens(tokenizer)).prompt(prompt)
     if isinstance(prompt, Mapping) and "tokens" in prompt:
         return list(prompt["tokens"])
     if isinstance(prompt, Mapping):
@@ -172,6 +173,17 @@ class TurnEnd:
         added = [token.findall(stop)[-1] for stop in stops if token.search(stop)]
         ids = tokenizer.convert_tokens_to_ids(added)
         return cls(frozenset(ids), tuple(stop.strip() for stop in stops if not token.search(stop)))
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return the token ids of each prompt; of texts, all at once. See `encode_prompt`."""
+    tokens = TextTokens(tokenizer)
+    texts = list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
+    known = dict(zip(texts, tokens.prompts(texts), strict=True))
+    return [
+        list(known[prompt]) if isinstance(prompt, str) else encode_prompt(tokenizer, prompt)
+        for prompt in prompts
+    ]
 
 
 def turn_ends(tokenizer: Any, prompts: Sequence[Prompt]) -> list[TurnEnd]:
@@ -293,7 +305,19 @@ class TextTokens:
 
     def prompt(self, text: str) -> list[int]:
         """Return the tokens of a text that sampling goes on from."""
-        ids, (first, _) = self.ids(text, "prompt"), self._habits
+        return self._begun(self.ids(text, "prompt"))
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each of some texts that sampling goes on from."""
+        if len(texts) > 1:
+            with contextlib.suppress(Exception):  # one by one, it says which text cannot be read
+                each = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+                return [self._begun(list(ids)) for ids in each]
+        return [self.prompt(text) for text in texts]
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Return tokens with those before them that the tokenizer puts before a text."""
+        first, _ = self._habits
         return ids if ids[: len(first)] == first else first + ids
 
     def encodings(self, texts: Sequence[SourceText]) -> list[Any]:

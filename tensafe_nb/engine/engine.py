@@ -429,10 +429,7 @@ class Engine:
         self, prompts: Sequence[Prompt], config: SamplingConfig
     ) -> tuple[list[list[int]], list[TurnEnd], list[int | None]]:
         """Return of prompts the token ids, checked, what ends an answer to each, and its own stream; see `sample`."""
-        ids = [
-            inputs.encode(prompt, index, config.max_new_tokens, self.model)
-            for index, prompt in enumerate(prompts)
-        ]
+        ids = inputs.encode(prompts, config.max_new_tokens, self.model)
         streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
         turns = turn_ends(self.model.tokenizer, prompts)
         if config.stop_tokens:

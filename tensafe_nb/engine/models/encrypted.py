@@ -134,7 +134,7 @@ class EncryptedModel:
         Raises:
             ValidationError: One is empty, outside the vocabulary, or too long.
         """
-        return [inputs.encode(prompt, n, new_tokens, self.model) for n, prompt in enumerate(prompts)]
+        return inputs.encode(prompts, new_tokens, self.model)
 
     @torch.no_grad()
     def logits(self, ids: Sequence[Sequence[int]], apply: Apply, tick: Tick) -> Iterator[Logits]:

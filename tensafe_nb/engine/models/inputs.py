@@ -1,12 +1,13 @@
 """The inputs of a model: checked against its vocabulary and context, and what its architecture does with them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tensafe_nb.data.labels import check_context, encode_prompt
+from tensafe_nb.data.labels import check_context, encode_prompts
 from tensafe_nb.display import as_given
 from tensafe_nb.engine.models.load import LoadedModel, too_few_rows
 from tensafe_nb.errors import ValidationError
@@ -48,22 +49,23 @@ def _advice(token: int, model: LoadedModel) -> str:
     return f"It is {as_given(added[token])}: {too_few_rows(max(added) + 1, model.vocab_size)}."
 
 
-def encode(prompt: Prompt, index: int, new_tokens: int, model: LoadedModel) -> list[int]:
-    """Return the token ids of prompt `index`, checked against vocabulary and context.
+def encode(prompts: Sequence[Prompt], new_tokens: int, model: LoadedModel) -> list[list[int]]:
+    """Return the token ids of prompts, checked against vocabulary and context.
 
     Raises:
-        ValidationError: Empty, outside the vocabulary, or too long together with what is to be drawn.
+        ValidationError: One is empty, outside the vocabulary, or too long together with what is to be drawn.
     """
-    ids = encode_prompt(model.tokenizer, prompt)
-    if not ids:
-        raise ValidationError(f"Prompt {index} is empty: give at least one token.")
-    if min(ids) < 0 or max(ids) >= model.vocab_size:
-        raise ValidationError(
-            f"Prompt {index} holds a token outside 0 to {model.vocab_size - 1}, the model's vocabulary. "
-            f"{_advice(next(i for i in ids if not 0 <= i < model.vocab_size), model)}"
-        )
-    check_context(f"Prompt {index}", len(ids), new_tokens, model.context)
-    return ids
+    encoded, vocabulary, context = encode_prompts(model.tokenizer, prompts), model.vocab_size, model.context
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise ValidationError(f"Prompt {index} is empty: give at least one token.")
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise ValidationError(
+                f"Prompt {index} holds a token outside 0 to {vocabulary - 1}, the model's vocabulary. "
+                f"{_advice(next(i for i in ids if not 0 <= i < vocabulary), model)}"
+            )
+        check_context(f"Prompt {index}", len(ids), new_tokens, context)
+    return encoded
 
 
 def counts_positions_from_zero(model: LoadedModel) -> bool:

@@ -7,6 +7,7 @@ Why not `generate`: it applies top_k=50 silently, returns no logprobs, and canno
 
 import contextlib
 import hashlib
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
@@ -23,10 +24,14 @@ from tensafe_nb.data.labels import TurnEnd
 from tensafe_nb.engine.models.load import LoadedModel
 from tensafe_nb.engine.sampling.copies import Copies, KeptCopies, copies_of
 from tensafe_nb.engine.sampling.decoding import LARGE, Decoder, Rows, rows_of
+from tensafe_nb.engine.sampling.drawn import FACTS, Array, Drawn, Piece
 from tensafe_nb.engine.sampling.merged import merged
 from tensafe_nb.engine.sampling.prefixes import PAYS_FROM, SHARED_FROM, Prefixes, Read, common
 from tensafe_nb.engine.sampling.prompts import ReadPrompts
+from tensafe_nb.errors import NonFiniteLossError
 from tensafe_nb.protocol.results import SampledPiece, SampledSequence, SampleResult, TopLogprobs
+
+logger = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
@@ -36,6 +41,11 @@ FULL = (
 RACERS = 256  # tokens of a block, in which a token of a large vocabulary is drawn
 MOST_GUESSES = 8  # of a single row, before they are looked at
 GUESS, LOOK = 0.25, 1.2  # the time of a guess, and of a look at some, in that of a token without
+ENTROPY = 3  # of what `draw` returns
+BROKEN = (
+    "What the model says of the next token is NaN or infinite: its weights are of no use any more. Go back to a "
+    "checkpoint with load_state(), or make a new training client, and take a lower learning rate."
+)
 LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
 Tell = Callable[[SampledPiece], None]
@@ -54,7 +64,7 @@ class DecodesElsewhere(Protocol):
 
 @dataclass(slots=True)
 class Completion:
-    """One completion in the making."""
+    """One completion in the making: `Drawn` has its tokens until it ends, or somebody follows it."""
 
     prompt_index: int
     prompt: tuple[int, ...]
@@ -71,6 +81,17 @@ class Completion:
     told: str = ""
     told_tokens: int = 0
     is_told: bool = False  # to its end
+
+    @property
+    def so_far(self) -> tuple[int, ...]:
+        """The prompt, and what goes on from it."""
+        return (*self.prompt, *self.tokens) if self.tokens else self.prompt
+
+    def add(self, piece: Piece) -> None:
+        """Get to know further tokens."""
+        self.tokens += piece.tokens
+        self.logprobs += piece.logprobs
+        self.raw_logprobs += piece.raw_logprobs
 
     def shown(self, model: LoadedModel) -> str:
         """Return the text without what begins, ends or fills up a sequence; other special tokens are shown."""
@@ -140,15 +161,11 @@ class Completion:
             tuple(self.top_logprobs),
         )
 
-    def finish(self, model: LoadedModel, ends: Set[int], sampling: SamplingConfig, *, last: bool) -> None:
-        """Say why the completion ends with the token just drawn, if it does: `ends` are the model's end tokens."""
+    def finish(self, model: LoadedModel, sampling: SamplingConfig, *, by_token: bool, last: bool) -> None:
+        """Say why the completion ends with the token just drawn, if it does: for one, as that token ends it."""
         if sampling.ignore_end:
             self.finish_reason = "fixed" if last else None
-        elif (
-            self.tokens[-1] in ends
-            or self.tokens[-1] in self.turn.tokens
-            or self._cut(model.tokenizer, self.turn.texts)
-        ):
+        elif by_token or self._cut(model.tokenizer, self.turn.texts):
             self.finish_reason = "stop"
         elif self._cut(model.tokenizer, sampling.stop):
             self.finish_reason = "stop_string"
@@ -157,7 +174,9 @@ class Completion:
 
     def _cut(self, tokenizer: Any, stops: Sequence[str]) -> bool:
         """Cut the text at the first of some strings, in which special tokens count as they are written."""
-        recent = self._recent(tokenizer, stops) if stops else ""
+        if not stops:
+            return False
+        recent = self._recent(tokenizer, stops)
         if not any(stop in recent for stop in stops):
             return False
         whole = tokenizer.decode(self.tokens, skip_special_tokens=False)
@@ -265,11 +284,19 @@ class SampleCall:
         """How many of its rows have begun."""
         return len(self.rows) - len(self.waiting)
 
-    def count(self, row: Completion) -> None:
-        """Count the token just drawn for one of its rows, and say whether the row ends with it."""
-        most = self.sampling.max_new_tokens
-        row.finish(self.model, self.ends, self.sampling, last=len(row.tokens) == most)
-        self.done += 1 if row.finish_reason is None else 1 + most - len(row.tokens)
+    def follows(self, row: Completion) -> bool:
+        """Whether somebody looks at a row after each token: who is told of it, or what may end it but a token."""
+        if self.tell is not None or self.sampling.top_logprobs:
+            return True
+        return not self.sampling.ignore_end and bool(self.sampling.stop or row.turn.texts)
+
+    def ends_of(self, row: Completion) -> tuple[int, ...]:
+        """Return the tokens that end a row."""
+        return () if self.sampling.ignore_end else tuple(self.ends | row.turn.tokens)
+
+    def take_back(self, rows: Sequence[Completion]) -> None:
+        """Let rows wait again, which have begun and are to go on."""
+        self.waiting.extendleft(reversed(rows))
 
     def may_go_on(self, row: Completion) -> bool:
         """Whether a prompt to come may go on from where a row has ended: a conversation, if it was not cut."""
@@ -305,10 +332,10 @@ class SampleCall:
         """
         if self.failure is not None:
             raise self.failure
-        texts: dict[tuple[TurnEnd, tuple[int, ...]], str] = {}  # equal completions of small models are many
+        texts: dict[tuple[Any, ...], str] = {}  # equal completions of small models are many
         sequences = []
         for row in self.rows:
-            drawn = row.turn, tuple(row.tokens)
+            drawn = row.turn.tokens, tuple(row.tokens)
             text = row.text if row.text is not None else texts.get(drawn)
             if text is None:
                 text = texts[drawn] = row.shown(self.model)
@@ -351,8 +378,13 @@ class Together:
         self._copied = copied or KeptCopies(0)
         self._most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
         self.calls: list[SampleCall] = []
-        self._rows: list[tuple[SampleCall, Completion]] = []  # those of the state, in its order
+        self._apart: list[
+            SampleCall
+        ] = []  # after a token of theirs has failed: the first of them draws alone
         self._state: Rows | None = None
+        self._drawn, self._rows = Drawn(), list[Completion]()  # of the state, in its order
+        self._owners: list[SampleCall] = []  # of the rows, by the number that `Drawn` knows
+        self._alike: list[tuple[SamplingConfig, Array | None]] = []  # how to draw, and for which rows
         self._guessed: list[
             int
         ] = []  # behind the last token of a single row; the state has logits after each
@@ -366,8 +398,12 @@ class Together:
 
     def close(self) -> None:
         """Put the model back as it was."""
-        self._state, self._rows = None, []
+        self._empty()
         self._merging.close()
+
+    def _empty(self) -> None:
+        self._state, self._guessed = None, []
+        self._drawn, self._rows, self._owners, self._alike = Drawn(), [], [], []
 
     def add(self, call: SampleCall) -> None:
         """Let a call take part from the next token on."""
@@ -402,8 +438,7 @@ class Together:
             try:
                 self._go_on()
             except BaseException as error:  # noqa: BLE001  # nobody can say whose it was
-                for call in self.calls:
-                    call.fail(error)
+                self._part(error)
             self._leave()
         ended = [call for call in self.calls if call.ended]
         self.calls = [call for call in self.calls if not call.ended]
@@ -424,19 +459,74 @@ class Together:
             self._draw(state.logits)
         self._keep_ended()
 
+    def _part(self, error: BaseException) -> None:
+        """Let calls go on one after the other, from where they were, as a token of all of them has failed.
+
+        Whoever is at fault fails again, by itself; and so does a single call at once.
+        """
+        inside = list(dict.fromkeys(self._owners))
+        if len(inside) < 2 or not isinstance(error, Exception):
+            for call in inside or self.calls:
+                call.fail(error)
+            return
+        logger.warning(
+            "a token of %d samples that were drawn together failed, and each of them goes on by itself: %s",
+            len(inside),
+            error,
+        )
+        everyone = np.arange(len(self._rows))
+        for row, piece in zip(self._rows, self._drawn.news(everyone), strict=True):
+            row.add(piece)
+        self._write_entropy(everyone)
+        for call in inside:
+            call.take_back([row for n, row in self._of(call) if not row.finish_reason])
+        self._empty()
+        self._apart = inside
+
+    def _taking_part(self) -> list[SampleCall]:
+        """Return the calls that draw: all of them, or the one whose turn it is to draw alone."""
+        self._apart = [call for call in self._apart if not call.ended]
+        return self._apart[:1] or [call for call in self.calls if not call.ended]
+
     def _leave(self) -> None:
         """Let go of rows that have ended, or whose call has."""
-        gone = {id(call) for call in self.calls if call.ended}
-        staying = [
-            n for n, (call, row) in enumerate(self._rows) if not (row.finish_reason or id(call) in gone)
-        ]
-        if len(staying) == len(self._rows):
+        gone = self._drawn.facts["ended"]
+        ended = [number for number, call in enumerate(self._owners) if call.ended]
+        if ended:
+            gone = gone | np.isin(self._drawn.facts["owner"], ended)
+        if not gone.any():
             return
-        self._rows = [self._rows[n] for n in staying]
-        if not staying:
-            self._state = None
-        elif self._state is not None:
-            self._state.keep(torch.tensor(staying, device=self._model.device))
+        staying = np.flatnonzero(~gone)
+        if not len(staying):
+            self._empty()
+            return
+        assert self._state is not None
+        self._state.keep(torch.from_numpy(staying).to(self._model.device))
+        self._drawn.keep(staying)
+        self._rows = [self._rows[n] for n in staying.tolist()]
+        owners, self._drawn.facts["owner"] = np.unique(self._drawn.facts["owner"], return_inverse=True)
+        self._owners = [self._owners[number] for number in owners]
+        self._look_whose()
+
+    def _look_whose(self) -> None:
+        """See which rows draw with the same settings, and are drawn at once."""
+        kinds: dict[tuple[float, ...], list[int]] = {}
+        for number, call in enumerate(self._owners):
+            own = call.sampling
+            kinds.setdefault((own.temperature, own.top_p, own.top_k), []).append(number)
+        owner = self._drawn.facts["owner"]
+        self._alike = [
+            (
+                self._owners[numbers[0]].sampling,
+                np.flatnonzero(np.isin(owner, numbers)) if len(kinds) > 1 else None,
+            )
+            for numbers in kinds.values()
+        ]
+
+    def _of(self, call: SampleCall) -> list[tuple[int, Completion]]:
+        """Return the rows of a call, with their places."""
+        places = np.flatnonzero(self._drawn.facts["owner"] == self._owners.index(call)).tolist()
+        return [(n, self._rows[n]) for n in places]
 
     # who joins
 
@@ -445,15 +535,16 @@ class Together:
 
         A single row is not worth a pass through the model of its own, unless its call has none yet.
         """
-        calls = [call for call in self.calls if call.waiting and not call.ended]
+        calls = [call for call in self._taking_part() if call.waiting]
         if not calls or (self._state is not None and not self._state.joinable):
             return []
-        count, longest = len(self._rows), max((row.most for _, row in self._rows), default=0)
+        facts, chosen = self._drawn.facts, list[tuple[SampleCall, Completion]]()
+        count, longest = len(facts), int(facts["longest"].max(initial=0))
         if count * longest > FULL * self._most and all(call.begun for call in calls):
             return []
-        inside, chosen = Counter(id(call) for call, _ in self._rows), []
+        inside = Counter(id(self._owners[number]) for number in facts["owner"].tolist())
         while calls:
-            call = min(calls, key=lambda call: inside[id(call)])
+            call = calls[0] if len(calls) == 1 else min(calls, key=lambda call: inside[id(call)])
             row = call.waiting[0]
             longest = max(longest, row.most)
             if count and not self._has_room(count + 1, longest):
@@ -461,7 +552,8 @@ class Together:
             chosen.append((call, call.waiting.popleft()))
             inside[id(call)] += 1
             count += 1
-            calls = [call for call in calls if call.waiting]
+            if not call.waiting:
+                calls = [call for call in calls if call.waiting]
         return chosen
 
     def _has_room(self, rows: int, longest: int) -> bool:
@@ -483,14 +575,14 @@ class Together:
     def _join(self, newcomers: list[tuple[SampleCall, Completion]]) -> None:
         of_prompts: dict[tuple[int, ...], list[tuple[SampleCall, Completion]]] = {}
         for call, row in newcomers:
-            of_prompts.setdefault(row.prompt, []).append((call, row))
-        prompts, room = list(of_prompts), max(call.sampling.max_new_tokens for call, _ in newcomers)
+            of_prompts.setdefault(row.so_far, []).append((call, row))
+        prompts, room = list(of_prompts), max(row.most - len(row.so_far) for _, row in newcomers)
         samples = list(map(len, of_prompts.values()))
         if self._elsewhere is None:
             copies = self._prepare(len(newcomers), room)
             before = None if self._known is None else self._known.take(prompts)
             if before is None and self._kept is not None:
-                before = self._beginnings(self._kept, prompts)
+                before = self._beginnings(self._kept, prompts, copies)
             state = rows_of(self._model, prompts, samples, room, before, copies)
             if not newcomers[0][0].sampling.alone:
                 self._keep_long(prompts, samples, state)
@@ -500,7 +592,26 @@ class Together:
             self._state = state
         else:
             self._state.join(state)
-        self._rows += [each for rows in of_prompts.values() for each in rows]
+        self._take_in([each for rows in of_prompts.values() for each in rows])
+
+    def _take_in(self, joining: Sequence[tuple[SampleCall, Completion]]) -> None:
+        """Make room for what is going to be drawn for rows that have joined."""
+        owners = {id(call): number for number, call in enumerate(self._owners)}
+        for call, _ in joining:
+            if id(call) not in owners:
+                owners[id(call)] = len(self._owners)
+                self._owners.append(call)
+        facts = np.zeros(len(joining), FACTS)
+        facts["owner"] = [owners[id(call)] for call, _ in joining]
+        facts["seed"] = [row.seed for _, row in joining]
+        facts["first"] = [len(row.tokens) for _, row in joining]
+        facts["limit"] = [call.sampling.max_new_tokens for call, _ in joining]
+        facts["longest"] = [row.most for _, row in joining]
+        facts["entropy"] = [row.entropy for _, row in joining]
+        facts["followed"] = [call.follows(row) for call, row in joining]
+        self._drawn.join(facts, [call.ends_of(row) for call, row in joining])
+        self._rows += [row for _, row in joining]
+        self._look_whose()
 
     def _keep_long(self, prompts: Sequence[tuple[int, ...]], samples: Sequence[int], state: Rows) -> None:
         """Keep long prompts as soon as they are read: others that begin so may come before an answer has ended."""
@@ -511,12 +622,14 @@ class Together:
         if read is not None:
             self._kept.keep([prompts[n] for n in long], read)
 
-    def _beginnings(self, kept: Prefixes, prompts: Sequence[tuple[int, ...]]) -> Read | None:
+    def _beginnings(
+        self, kept: Prefixes, prompts: Sequence[tuple[int, ...]], copies: Copies | None
+    ) -> Read | None:
         """Return what is known of how prompts begin; a long beginning that all of them share is read first, once."""
         shared = min(prompts)[: common(min(prompts), max(prompts))]
         pays = len(shared) >= SHARED_FROM and len(shared) * (len(prompts) - 1) >= PAYS_FROM
         if pays and kept.known(shared) < len(shared) - 1:
-            once = rows_of(self._model, [shared], [1], 0, kept.take([shared]))
+            once = rows_of(self._model, [shared], [1], 0, kept.take([shared]), copies)
             read = once.read(torch.tensor([0], device=self._model.device))
             if read is not None:
                 kept.keep([shared], read)
@@ -524,9 +637,10 @@ class Together:
 
     def _prepare(self, joining: int, room: int) -> Copies | None:
         """Return copies of the weights to go on with; without any, let the model compute with merged ones."""
-        waves = 1 + sum(len(call.waiting) for call in self.calls) // (joining + len(self._rows))
+        waves = 1 + sum(len(call.waiting) for call in self._taking_part()) // (joining + len(self._rows))
         decoded, together = room * waves, joining + len(self._rows)
-        copies = copies_of(self._model, decoded, together, self._copied.copies, self._precision)
+        alone = any(call.sampling.alone for call in self._taking_part())
+        copies = copies_of(self._model, decoded, together, self._copied.copies, self._precision, alone=alone)
         if copies is not None or self._state is None:
             self._merging.close()
         if copies is not None:
@@ -545,64 +659,109 @@ class Together:
         very token that would have been drawn, and the row is the one that decoding token by token gives.
         """
         assert self._state is not None
-        state, (call, row) = self._state, self._rows[0]
+        state = self._state
         if not (alone and isinstance(state, Decoder) and state.guesses):
-            state.feed(torch.tensor([row.tokens[-1] for _, row in self._rows]))
+            state.feed(self._drawn.last())
             return
-        sampling, lanes = call.sampling, lanes_of(state.logits)
-        token, first = row.tokens[-1], len(row.tokens)
-        for position in range(first, min(first + call.luck.worth, sampling.max_new_tokens - 1)):
+        call, facts, lanes = self._owners[0], self._drawn.facts, lanes_of(state.logits)
+        token, (first,) = int(self._drawn.last()[0]), self._drawn.positions.tolist()
+        for position in range(first, min(first + call.luck.worth, call.sampling.max_new_tokens - 1)):
             logits = state.guess(self._guessed[-1] if self._guessed else token)
-            self._guessed += draw(logits, sampling, uniforms_at([row], [position], lanes))[0].tolist()
+            uniforms = uniforms_at(facts["seed"], np.array([position]), lanes)
+            self._guessed += draw(logits, call.sampling, uniforms)[0].tolist()
         state.verify(len(self._guessed), [token, *self._guessed])
 
     def _draw(self, logits: Tensor) -> None:
         """Draw a token for each row, at once for those that draw with the same settings."""
-        alike: dict[tuple[float, ...], list[int]] = {}
-        for number, (call, _) in enumerate(self._rows):
-            own = call.sampling
-            alike.setdefault((own.temperature, own.top_p, own.top_k), []).append(number)
-        lanes = lanes_of(logits)
-        for numbers in alike.values():
-            rows = [self._rows[number] for number in numbers]
-            where = torch.tensor(numbers, device=logits.device)
-            of_these = logits if len(alike) == 1 else logits[where]
-            uniforms = uniforms_at([row for _, row in rows], [len(row.tokens) for _, row in rows], lanes)
-            append(rows, draw(of_these, rows[0][0].sampling, uniforms), of_these)
-        for call in {id(call): call for call, _ in self._rows}.values():
-            self._tell(call)
+        uniforms = uniforms_at(self._drawn.facts["seed"], self._drawn.positions, lanes_of(logits))
+        drawn: list[Array] = []
+        for sampling, places in self._alike:
+            if places is None:
+                drawn = [part.cpu().numpy() for part in draw(logits, sampling, uniforms)]
+                break
+            where = torch.from_numpy(places)
+            parts = draw(logits[where.to(logits.device)], sampling, uniforms[where])
+            found = [part.cpu().numpy() for part in parts]
+            drawn = drawn or [np.empty(len(logits), part.dtype) for part in found]
+            for whole, part in zip(drawn, found, strict=True):
+                whole[places] = part
+        self._add(drawn, logits)
 
     def _draw_guessed(self, state: Decoder) -> None:
         """Draw for a single row behind each guess, as long as the guesses are what is drawn."""
-        ((call, row),) = self._rows
+        (call,) = self._owners
         guessed, self._guessed = self._guessed, []
-        places = range(len(row.tokens), len(row.tokens) + len(guessed) + 1)
-        uniforms = uniforms_at([row] * len(places), places, lanes_of(state.logits))
-        drawn = draw(state.logits, call.sampling, uniforms)
+        places = self._drawn.positions + np.arange(len(guessed) + 1)
+        uniforms = uniforms_at(self._drawn.facts["seed"], places, lanes_of(state.logits))
+        drawn = [part.cpu().numpy() for part in draw(state.logits, call.sampling, uniforms)]
         for index in range(len(places)):
             if index:
                 call.look_up()
             here = slice(index, index + 1)
-            append(self._rows, [part[here] for part in drawn], state.logits[here])
-            self._tell(call)
-            if call.ended or index == len(guessed) or row.tokens[-1] != guessed[index]:
+            self._add([part[here] for part in drawn], state.logits[here])
+            if call.ended or index == len(guessed) or drawn[0][index] != guessed[index]:
                 break
         call.luck.add(index, len(guessed))
         state.forget(len(guessed) - index)
 
+    def _add(self, drawn: Sequence[Array], logits: Tensor) -> None:
+        """Append to each row the token that was drawn for it from its logits, and say whether it ends with it."""
+        facts = self._drawn.facts
+        broken = ~np.isfinite(drawn[ENTROPY])
+        for number in np.unique(facts["owner"][broken]).tolist() if broken.any() else ():
+            self._owners[number].fail(NonFiniteLossError(BROKEN))
+        likeliest = self._likeliest(logits)
+        by_token, last = self._drawn.add(drawn)
+        for call, rows in zip(self._owners, np.bincount(facts["owner"]).tolist(), strict=True):
+            call.done += rows
+        looked_at = np.flatnonzero(by_token | last | facts["followed"])
+        for n, piece in zip(looked_at.tolist(), self._drawn.news(looked_at), strict=True):
+            row, call = self._rows[n], self._owners[facts["owner"][n]]
+            row.add(piece)
+            if n in likeliest:
+                row.top_logprobs.append(likeliest[n][: call.sampling.top_logprobs])
+            try:
+                row.finish(self._model, call.sampling, by_token=bool(by_token[n]), last=bool(last[n]))
+            except Exception as error:  # noqa: BLE001  # its text cannot be decoded, for one
+                call.fail(error)
+            if row.finish_reason is not None:
+                facts["ended"][n] = True
+                call.done += call.sampling.max_new_tokens - len(row.tokens)
+        self._write_entropy(looked_at)
+        for call in self._owners:
+            self._tell(call)
+
+    def _write_entropy(self, places: Array) -> None:
+        for n, entropy in zip(places.tolist(), self._drawn.facts["entropy"][places].tolist(), strict=True):
+            self._rows[n].entropy = entropy
+
+    def _likeliest(self, logits: Tensor) -> dict[int, TopLogprobs]:
+        """Return the most likely tokens of those rows, by place, whose call asks for them."""
+        asking = [number for number, call in enumerate(self._owners) if call.sampling.top_logprobs]
+        if not asking:
+            return {}
+        places = np.flatnonzero(np.isin(self._drawn.facts["owner"], asking))
+        wanted = max(self._owners[number].sampling.top_logprobs for number in asking)
+        of_these = logits[torch.from_numpy(places).to(logits.device)]
+        return dict(zip(places.tolist(), likeliest_of(of_these, wanted), strict=True))
+
     def _tell(self, call: SampleCall) -> None:
-        if call.tell is not None:
+        if call.tell is not None and call.failure is None:
             call.attempt(partial(tell_news, self._model, call.sampling, call.rows, call.tell))
 
     def _keep_ended(self) -> None:
         """Keep what was read of the rows that have just ended, where something may go on from it."""
-        ended = [n for n, (call, row) in enumerate(self._rows) if row.finish_reason and call.may_go_on(row)]
-        if self._turns is None or self._state is None or not ended:
+        if self._turns is None or self._state is None:
             return
-        read = self._state.read(torch.tensor(ended, device=self._model.device))
+        facts = self._drawn.facts
+        ended = [
+            n
+            for n in np.flatnonzero(facts["ended"]).tolist()
+            if self._owners[facts["owner"][n]].may_go_on(self._rows[n])
+        ]
+        read = self._state.read(torch.tensor(ended, device=self._model.device)) if ended else None
         if read is not None:  # the token that was drawn last nobody has read
-            rows = [self._rows[n][1] for n in ended]
-            self._turns.keep([(*row.prompt, *row.tokens[:-1]) for row in rows], read)
+            self._turns.keep([self._rows[n].so_far[:-1] for n in ended], read)
 
 
 class Luck:
@@ -627,27 +786,6 @@ class Luck:
             range(MOST_GUESSES + 1),
             key=lambda n: sum(p**k for k in range(n + 1)) / (GUESS * n + (LOOK if n else 1)),
         )
-
-
-def append(
-    rows: "Sequence[tuple[SampleCall, Completion]]",
-    drawn: Sequence[Tensor],
-    logits: Tensor,
-) -> None:
-    """Append to each row the token that was drawn for it from its logits, and say whether it ends with it."""
-    for (call, row), token, logprob, raw_logprob, nats in zip(
-        rows, *(part.tolist() for part in drawn), strict=True
-    ):
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
-        row.raw_logprobs.append(raw_logprob)
-        row.entropy += nats
-        call.count(row)
-    wanted = max(call.sampling.top_logprobs for call, _ in rows)
-    if wanted:
-        for (call, row), likeliest in zip(rows, likeliest_of(logits, wanted), strict=True):
-            if call.sampling.top_logprobs:
-                row.top_logprobs.append(likeliest[: call.sampling.top_logprobs])
 
 
 def tell_news(model: LoadedModel, sampling: SamplingConfig, rows: Sequence[Completion], tell: Tell) -> None:
@@ -748,21 +886,21 @@ def begun(
     seen: Counter[tuple[int, ...]] = Counter()
     each = zip(map(tuple, prompts), turns, streams, before, strict=True)
     for index, (prompt, turn, stream, first) in enumerate(each):
-        for number in range(first, first + sampling.num_samples):
-            own = repr((seed, prompt, first + seen[prompt] if stream is None else (stream, number))).encode()
-            digest = hashlib.blake2b(own, digest_size=7).digest()
-            most = len(prompt) + sampling.max_new_tokens
-            yield Completion(index, prompt, int.from_bytes(digest, "big"), turn, most)
-            seen[prompt] += stream is None
+        most = len(prompt) + sampling.max_new_tokens
+        of_prompt = hashlib.blake2b(f"({seed}, {prompt}, ".encode(), digest_size=7)
+        equal = first + seen[prompt]
+        for number in range(sampling.num_samples):
+            own = of_prompt.copy()
+            own.update(f"{equal + number if stream is None else (stream, first + number)})".encode())
+            yield Completion(index, prompt, int.from_bytes(own.digest(), "big"), turn, most)
+        seen[prompt] += sampling.num_samples * (stream is None)
 
 
-def uniforms_at(rows: Sequence[Completion], positions: Sequence[int], lanes: int) -> Tensor:
-    """Return uniforms in [0, 1), (R, lanes), of a position of each row: SplitMix64 (Steele et al. 2014) of its seed."""
+def uniforms_at(seeds: Array, positions: Array, lanes: int) -> Tensor:
+    """Return uniforms in [0, 1), (R, lanes), of rows' positions: SplitMix64 (Steele et al. 2014) of their seeds."""
     with np.errstate(over="ignore"):
-        places: Any = np.arange(lanes, dtype=np.uint64)
-        places = np.array(positions, dtype=np.uint64)[:, None] * np.uint64(lanes) + places
-        seeds = np.array([row.seed for row in rows], dtype=np.uint64)[:, None]
-        state = seeds + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        places = positions.astype(np.uint64)[:, None] * np.uint64(lanes) + np.arange(lanes, dtype=np.uint64)
+        state: Array = seeds[:, None] + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.data import OnBadRows, read_prompt
 from tensafe_nb.data.columns import PromptColumns
-from tensafe_nb.data.labels import check_context, encode_prompt
+from tensafe_nb.data.labels import TextTokens, check_context, encode_prompt
 from tensafe_nb.data.layouts import refuse_media
 from tensafe_nb.data.messages import is_chat, template_options
 from tensafe_nb.data.rows import check_on_bad_rows, located, open_rows
@@ -185,9 +185,10 @@ def check_fit(
 def fitting(client: PolicyClient, sampling: SamplingConfig, chat: Chat) -> Callable[[PromptItem], None]:
     """Return a check of one prompt against tokenizer, template and context; waits for the model to be loaded."""
     tokenizer, context = client.tokenizer, getattr(client, "context", None)
+    texts = TextTokens(tokenizer)
 
     def fits(item: PromptItem) -> None:
-        length = len(encode_prompt(tokenizer, item.sent(chat)))
+        length = len(encode_prompt(tokenizer, item.sent(chat), texts))
         check_context("it", length, sampling.max_new_tokens, context)
 
     return fits

@@ -10,6 +10,7 @@ import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models.load import ASSETS
 from tensafe_nb.engine.sampling import sampler
+from tensafe_nb.engine.sampling.drawn import Piece
 from tests.close import assert_close
 from tests.conftest import ARCHITECTURES
 
@@ -94,9 +95,9 @@ def test_frequencies_follow_the_distribution_cut_by_top_k_and_top_p() -> None:
 
 
 def test_uniforms_look_uniform_and_independent_of_their_neighbours() -> None:
-    rows = [sampler.Completion(0, (1,), seed) for seed in range(2000)]
+    seeds = np.arange(2000, dtype=np.uint64)
     columns = np.stack(
-        [sampler.uniforms_at(rows, [position] * 2000, 1)[:, 0].numpy() for position in range(20)]
+        [sampler.uniforms_at(seeds, np.full(2000, position), 1)[:, 0].numpy() for position in range(20)]
     )
     assert abs(columns.mean() - 0.5) < 0.01
     assert abs(columns.var() - 1 / 12) < 0.005
@@ -159,8 +160,8 @@ def told_one_by_one(engine: Engine, text: str, **fields: Any) -> list[str]:
     sampling = tn.SamplingConfig(max_new_tokens=200, **fields)
     row, pieces = sampler.Completion(0, (5,), 1), []
     for token in engine.tokenizer.encode(text, add_special_tokens=False):
-        row.tokens.append(token), row.logprobs.append(-1.0), row.raw_logprobs.append(-1.0)
-        row.finish(engine.model, engine.model.end_tokens, sampling, last=False)
+        row.add(Piece([token], [-1.0], [-1.0]))
+        row.finish(engine.model, sampling, by_token=token in engine.model.end_tokens, last=False)
         sampler.tell_news(engine.model, sampling, [row], pieces.append)
     assert sum((piece.tokens for piece in pieces), ()) == tuple(row.tokens[: row.told_tokens])
     return [piece.text for piece in pieces]

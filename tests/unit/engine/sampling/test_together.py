@@ -1,5 +1,6 @@
 """Calls whose rows are decoded together: each gets what it gets alone, whoever joins, ends or fails beside it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -130,19 +131,54 @@ def test_what_ends_a_call_before_its_end_ends_no_other(
         same(call.sequences(), engine.sample([prompt], config()).sequences)
 
 
-def test_what_breaks_a_token_of_all_ends_all_and_the_next_are_drawn(
+def test_where_a_token_of_all_breaks_each_goes_on_by_itself_and_who_breaks_it_again_fails(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    original = sampler.draw
+
+    def breaks(logits: Any, sampling: tn.SamplingConfig, uniforms: Any) -> Any:
+        if sampling.temperature == 0.5:
+            raise MemoryError("too much")
+        return original(logits, sampling, uniforms)
+
+    asked = [
+        ([[5, 6], [7, 8, 9]], {"num_samples": 2, "ignore_end": True}),
+        ([[5, 6]], {"temperature": 0.5}),
+        ([[9, 10, 11]], {"top_logprobs": 2, "stop": ("e",), "max_new_tokens": 14}),
+    ]
+    with engine.together("exact") as together:
+        calls = [engine.call(prompts, config(**fields)) for prompts, fields in asked]
+        calls[2].tell = told.append
+        for call in calls:
+            together.add(call)
+        together.step()
+        monkeypatch.setattr(sampler, "draw", breaks)
+        together.run()
+    monkeypatch.undo()
+    with pytest.raises(MemoryError, match="too much"):
+        calls[1].result()
+    for number in (0, 2):
+        prompts, fields = asked[number]
+        same(calls[number].sequences(), engine.sample(prompts, config(**fields)).sequences)
+    assert sum((piece.tokens for piece in told), ()) == calls[2].sequences()[0].tokens
+
+
+def test_where_each_breaks_by_itself_all_fail_and_the_next_are_drawn(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(*_: Any) -> None:
         raise MemoryError("too much")
 
+    ended: list[Any] = []
     with engine.together("exact") as together:
         calls = [engine.call([[5, 6]], config()) for _ in range(2)]
         for call in calls:
             together.add(call)
         together.step()
         monkeypatch.setattr(sampler, "draw", breaks)
-        assert together.step() == calls
+        together.run(ended=ended.append)
+        assert ended == calls and all(isinstance(call.failure, MemoryError) for call in calls)
         monkeypatch.undo()
         together.add(after := engine.call([[5, 6]], config()))
         together.run()
@@ -166,7 +202,8 @@ def test_no_more_rows_are_inside_than_there_is_room_for_and_each_call_has_its_sh
     inside: list[list[int]] = []
     calls: list[sampler.SampleCall] = []
     rows_inside(
-        monkeypatch, lambda here: inside.append([[c for c, _ in here._rows].count(call) for call in calls])
+        monkeypatch,
+        lambda here: inside.append([sum(row in call.rows for row in here._rows) for call in calls]),
     )
     with engine.together("exact") as together:
         for prompt, samples in (([5], 20), ([6], 3)):
@@ -190,3 +227,17 @@ def test_seeds_that_the_client_gives_out_follow_the_order_of_the_calls() -> None
         together.run()
     for number, call in enumerate(calls):
         same(call.sequences(), other.sample([[5, 6, 8 + number]], asked).sequences)
+
+
+def test_weights_that_are_no_numbers_draw_no_sample(engine: Engine) -> None:
+    weight = engine.parameters[0]
+    before = weight.detach().clone()
+    told: list[Any] = []
+    try:
+        weight.detach().fill_(math.nan)
+        with pytest.raises(tn.NonFiniteLossError, match=r"NaN or infinite.*load_state\(\)"):
+            engine.sample([[5, 6, 7], [8]], config(), tell=told.append)
+    finally:
+        weight.detach().copy_(before)
+    assert told == []
+    assert engine.sample([[5, 6, 7]], config()).sequences[0].tokens
