@@ -1,9 +1,9 @@
 """The layers of a Llama-shaped model in training: transformers' modules, with fewer passes between them, rows packed.
 
 Norms, rotary positions and the product with the gate are one node of autograd's graph each, and keep less than the
-chain of operations does. Rows of different lengths may stand behind each other without padding, each attending to itself alone:
-block-diagonal attention (Krell et al. 2021, arXiv:2107.02027), a block at a time, so that no mask is made. A model is
-taken only after it has been found to say what transformers says.
+chain of operations does. Rows of different lengths may stand behind each other without padding, each attending to
+itself alone: block-diagonal attention (Krell et al. 2021, arXiv:2107.02027), a block at a time, so that no mask is
+made. A model is taken only after it has been found to say what transformers says.
 """
 
 import contextlib
