@@ -252,13 +252,14 @@ class PrivateStep:
         return rows, compute
 
     def peak_bytes(self, forward: float, whole: float, gradients: int, pieces: int) -> float:
-        """Return the most bytes that a step holds: the sum of clipped gradients stays; it and its noise are float64."""
-        return max(whole + (pieces > 1) * gradients, 5 * gradients)
+        """Return the most bytes that a step holds: the sum of clipped gradients stays, and its noise is float64."""
+        return max(whole + (pieces > 1) * gradients, 4 * gradients)
 
     def rehearse(self, gradients: list[Tensor]) -> None:
         """Do to tensors like the gradients what a step does to those."""
-        gaussian([gradient.double() for gradient in gradients], 1.0)
-        torch._foreach_div_(gradients, 1.0)
+        noised = gaussian([torch.empty_like(one, dtype=torch.float64) for one in gradients], 1.0)
+        torch._foreach_add_(noised, gradients)
+        torch._foreach_div_(noised, 1.0)
 
 
 class AwaitingAccount:

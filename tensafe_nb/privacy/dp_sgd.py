@@ -83,13 +83,17 @@ class ClippedSum:
         Computed in float64 and rounded once, into each parameter's type: what an optimiser, its moments included, gets
         to see.
         """
-        exact = [
-            (total.cpu() if total.device.type == "mps" else total).double()  # Apple's devices have no float64
+        sums = [
+            total.cpu() if total.device.type == "mps" else total  # Apple's devices have no float64
             for total in self._totals()
         ]
         self.clear()
-        if noise_multiplier:  # N(0, (σC)² I), once for the whole step
-            torch._foreach_add_(exact, noise(exact, noise_multiplier * self._limit))
+        if noise_multiplier:
+            like = [torch.empty_like(total, dtype=torch.float64) for total in sums]  # filled by nobody
+            exact = noise(like, noise_multiplier * self._limit)  # N(0, (σC)² I), once for the whole step
+            torch._foreach_add_(exact, sums)
+        else:
+            exact = [total.double() for total in sums]
         torch._foreach_div_(exact, expected_units)
         return [
             mean.to(p.dtype).to(p.device)  # rounded where float64 is, then moved

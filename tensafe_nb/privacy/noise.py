@@ -34,13 +34,14 @@ def gaussian(like: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
     count = sum(tensor.numel() for tensor in like)
     flat = torch.empty(count, dtype=torch.float64)
     # a fresh key each time, so that the nonce may be zero and no two draws share a keystream
-    fill_with_normals(flat, Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor())
-    parts = torch.split(flat.mul_(standard_deviation), [tensor.numel() for tensor in like])
+    stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
+    fill_with_normals(flat, stream, standard_deviation)
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
     return [part.reshape(t.shape).to(t.device, t.dtype) for part, t in zip(parts, like, strict=True)]
 
 
-def fill_with_normals(flat: Tensor, stream: CipherContext) -> None:
-    """Write values of N(0, 1) into float64 (count,): each half the sum of four, which are two Box-Muller pairs.
+def fill_with_normals(flat: Tensor, stream: CipherContext, deviation: float) -> None:
+    """Write N(0, deviation²) into float64 (count,): of each value half the sum of four, which are two Box-Muller pairs.
 
     One pair is √(-2 log u₁) · (cos 2πu₂, sin 2πu₂). Each value takes 32 bytes of keystream: u₁ and u₂ of two pairs.
     """
@@ -55,4 +56,4 @@ def fill_with_normals(flat: Tensor, stream: CipherContext) -> None:
         radius, angle = uniform[: 2 * count].mul_(2.0**-53), uniform[2 * count : 4 * count]
         radius.log_().mul_(-2.0).sqrt_()
         radius.mul_(angle.mul_(2 * math.pi * 2.0**-53).add_(math.pi / 4).sin_())
-        torch.add(*radius.view(2, count), out=piece).mul_(math.sqrt(0.5))
+        torch.add(*radius.view(2, count), out=piece).mul_(math.sqrt(0.5) * deviation)
