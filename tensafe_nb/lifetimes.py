@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,6 +21,8 @@ from tensafe_nb.errors import ClientClosedError
 
 OUTPUT = re.compile(r"_{1,3}|_\d+")  # the names under which IPython files outputs among the variables
 _collecting = threading.Lock()
+_pausing = threading.Lock()
+_pauses: list[bool] = []  # one for each thread that imports; whether the collector goes on behind them
 _named: set[int] = set()  # ids of what variables referred to after the latest cell
 
 
@@ -40,6 +42,27 @@ def collect() -> None:
             if witness() is None:
                 return
             time.sleep(0.01)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Import what makes many objects that stay, without the collector going through all of them again and again.
+
+    Behind it they count as old: what of them, or of anything else, becomes garbage is still found.
+    """
+    with _pausing:
+        _pauses.append(gc.isenabled() or any(_pauses))
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _pausing:
+            goes_on = _pauses.pop()
+            if goes_on and not _pauses:
+                if gc.get_freeze_count() == 0:  # else somebody has frozen what is to stay so
+                    gc.freeze()
+                    gc.unfreeze()  # into the oldest generation, without a look at anything
+                gc.enable()
 
 
 class Freed:
