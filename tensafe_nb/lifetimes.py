@@ -20,6 +20,7 @@ from typing import Any
 from tensafe_nb.errors import ClientClosedError
 
 OUTPUT = re.compile(r"_{1,3}|_\d+")  # the names under which IPython files outputs among the variables
+MANY = 10_000  # objects, that imports have made
 _collecting = threading.Lock()
 _pausing = threading.Lock()
 _pauses: list[bool] = []  # one for each thread that imports; whether the collector goes on behind them
@@ -59,7 +60,8 @@ def uncollected() -> Iterator[None]:
         with _pausing:
             goes_on = _pauses.pop()
             if goes_on and not _pauses:
-                if gc.get_freeze_count() == 0:  # else somebody has frozen what is to stay so
+                # few are soon looked through; and what somebody has frozen is to stay so
+                if gc.get_count()[0] > MANY and gc.get_freeze_count() == 0:
                     gc.freeze()
                     gc.unfreeze()  # into the oldest generation, without a look at anything
                 gc.enable()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tensafe_nb.lifetimes import Circle, uncollected
+from tensafe_nb.lifetimes import MANY, Circle, uncollected
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +47,14 @@ def test_who_has_switched_the_collector_off_finds_it_off() -> None:
     assert not gc.isenabled()
 
 
-def test_what_was_made_meanwhile_is_old_and_not_frozen() -> None:
+@pytest.mark.parametrize("made", [1, 2 * MANY])
+def test_what_was_made_meanwhile_is_old_if_it_is_much_and_not_frozen(made: int) -> None:
     gc.unfreeze()  # what the tests began with
     try:
         with uncollected():
-            circle = Circle()
+            circles = [Circle() for _ in range(made)]
         assert gc.get_freeze_count() == 0
-        assert any(one is circle for one in gc.get_objects(generation=2))
+        assert any(one is circles for one in gc.get_objects(generation=2)) == (made > MANY)
     finally:
         gc.freeze()
 
@@ -61,5 +62,5 @@ def test_what_was_made_meanwhile_is_old_and_not_frozen() -> None:
 def test_what_somebody_has_frozen_stays_frozen() -> None:
     gc.freeze()
     with uncollected():
-        pass
+        _ = [[] for _ in range(2 * MANY)]
     assert gc.get_freeze_count() > 0
