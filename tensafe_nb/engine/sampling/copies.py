@@ -276,19 +276,14 @@ def _fast(precision: str, group: Sequence[Any]) -> Map:
         product = packing(torch.cat([_weight(matrix).detach() for matrix in group]), _bias(group))
         if all(map(_is_frozen, group)):
             made[first] = product
-    adapters = [_adapter(matrix) for matrix in group]
-    found = [adapter for adapter in adapters if adapter is not None]
-    if not found:
-        return product
-    a = torch.cat([a for a, _, _ in found])
-    b, row, column = a.new_zeros(sum(len(_weight(matrix)) for matrix in group), len(a)), 0, 0
-    for matrix, adapter in zip(group, adapters, strict=True):
+    adapters, d_out = [], 0
+    for matrix in group:
+        adapter = _adapter(matrix)
         if adapter is not None:
-            width = len(adapter[0])
-            b[row : row + len(_weight(matrix)), column : column + width] = adapter[1] * adapter[2]
-            column += width
-        row += len(_weight(matrix))
-    return beside(product, a, b)
+            a, b, scale = adapter
+            adapters.append((d_out, a.clone(), b * scale))
+        d_out += len(_weight(matrix))
+    return beside(product, adapters, d_out) if adapters else product
 
 
 def _bias(group: Sequence[Any]) -> Tensor | None:

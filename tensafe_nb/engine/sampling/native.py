@@ -1,7 +1,8 @@
-"""A product of few rows in int8 that torch has no quick form of, compiled where the machine has a C compiler.
+"""Products of few rows that torch has no quick form of, compiled where the machine has a C compiler.
 
 torch quantises what it multiplies by one scale for all rows, and takes a dozen operations around its product to do it
-by row. `products.c` does both in one pass, with the same 15 bits. It is compiled once for each process, in a folder of
+by row. `products.c` does both in one pass, with the same 15 bits, and adds adapters whose matrices read one input
+without zeros between them. It is compiled once for each process, in a folder of
 its own that goes with the compiler's run: nothing is kept that somebody else could have written.
 """
 
@@ -11,8 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,10 @@ from tensafe_nb.engine.sampling.llama import Map
 
 logger = logging.getLogger(__name__)
 
+Adapter: TypeAlias = tuple[int, Tensor, Tensor]  # first output, A (rank, d_in), B (outputs, rank)
+Adding: TypeAlias = Callable[
+    [Tensor, Tensor], Tensor
+]  # of an input and a contiguous product, which it returns
 SOURCE = Path(__file__).with_name("products.c")
 COMPILERS = "cc", "gcc", "clang"
 OPTIONS = "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"
@@ -52,6 +59,10 @@ def library() -> ctypes.CDLL | None:
         *(pointer, number, number), *(pointer, number, pointer), *(pointer, number, ctypes.c_int)
     ]  # fmt: skip
     found.int8_product.restype = ctypes.c_int
+    found.add_adapter.argtypes = [
+        *(pointer, number, number), *(pointer, number), *(pointer, number), pointer, *(pointer, number)
+    ]  # fmt: skip
+    found.add_adapter.restype = None
     return found
 
 
@@ -88,3 +99,27 @@ def packed(whole: Tensor, scales: Tensor, bias: Tensor | None) -> Map | None:
         return (y if bias is None else y.add_(bias)).view(*h.shape[:-1], -1)
 
     return product
+
+
+def adding(adapters: Sequence[Adapter]) -> Adding | None:
+    """Return what adds adapters to a product, y += B A h; None where there is no compiler.
+
+    What is added to a row depends on that row alone, bit for bit.
+    """
+    compiled = library()
+    if compiled is None:
+        return None
+    laid_out = [(first, a.contiguous(), b.T.contiguous()) for first, a, b in adapters]
+    rank = max(len(a) for _, a, _ in laid_out)
+
+    def add(h: Tensor, y: Tensor) -> Tensor:
+        rows, whole = h.reshape(-1, h.shape[-1]).contiguous(), y.view(-1, y.shape[-1])
+        low, d_out = rows.new_empty(len(rows), rank), whole.shape[1]
+        for first, a, b in laid_out:
+            compiled.add_adapter(
+                *(rows.data_ptr(), len(rows), rows.shape[1]), *(a.data_ptr(), len(a)), *(b.data_ptr(), b.shape[1]),
+                low.data_ptr(), *(whole.data_ptr() + first * whole.element_size(), d_out),
+            )  # fmt: skip
+        return y
+
+    return add

@@ -1,4 +1,5 @@
 /* y = s W x for a few rows x: W in int8, x in two parts of 8 bits, sums in 32 bits, by AVX-512 VNNI.
+   y += B A x of adapters, in float32.
 
    Compiled on the user's machine where there is a compiler, see native.py. */
 
@@ -85,4 +86,48 @@ int int8_product(const float *x, long rows, long d_in, const uint8_t *weight, lo
     }
     free(parts), free(row);
     return 0;
+}
+
+/* Some products of a row with rows of A, each added up in the same order whoever is beside it. */
+static inline __attribute__((always_inline)) void dots(
+    const int count, const float *x, const float *a, long d_in, float *found) {
+    __m512 sums[count];
+    for (int i = 0; i < count; i++) sums[i] = _mm512_setzero_ps();
+    for (long k = 0; k < d_in; k += BLOCK) {
+        __mmask16 there = d_in - k < BLOCK ? (1 << (d_in - k)) - 1 : 0xffff;
+        __m512 of = _mm512_maskz_loadu_ps(there, x + k);
+        for (int i = 0; i < count; i++)
+            sums[i] = _mm512_fmadd_ps(of, _mm512_maskz_loadu_ps(there, a + i * d_in + k), sums[i]);
+    }
+    for (int i = 0; i < count; i++) found[i] = _mm512_reduce_add_ps(sums[i]);
+}
+
+/* y += B low of some rows. b: (rank, width). */
+static inline __attribute__((always_inline)) void add(
+    const int rows, const float *low, long rank, const float *b, long width, float *y, long d_out) {
+    for (long o = 0; o < width; o += BLOCK) {
+        __mmask16 there = width - o < BLOCK ? (1 << (width - o)) - 1 : 0xffff;
+        __m512 sums[rows];
+        for (int r = 0; r < rows; r++) sums[r] = _mm512_maskz_loadu_ps(there, y + r * d_out + o);
+        for (long k = 0; k < rank; k++) {
+            __m512 of = _mm512_maskz_loadu_ps(there, b + k * width + o);
+            for (int r = 0; r < rows; r++)
+                sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(low[r * rank + k]), of, sums[r]);
+        }
+        for (int r = 0; r < rows; r++) _mm512_mask_storeu_ps(y + r * d_out + o, there, sums[r]);
+    }
+}
+
+/* y: (rows, d_out), of which `width` numbers from where it points get theirs. x: (rows, d_in). a: (rank, d_in).
+   b: (rank, width). low: (rows, rank), room to work in. */
+void add_adapter(const float *x, long rows, long d_in, const float *a, long rank, const float *b, long width,
+                 float *low, float *y, long d_out) {
+    for (long r = 0; r < rows; r++) {
+        long k = 0;
+        for (; k + 4 <= rank; k += 4) dots(4, x + r * d_in, a + k * d_in, d_in, low + r * rank + k);
+        for (; k < rank; k++) dots(1, x + r * d_in, a + k * d_in, d_in, low + r * rank + k);
+    }
+    long r = 0;
+    for (; r + 4 <= rows; r += 4) add(4, low + r * rank, rank, b, width, y + r * d_out, d_out);
+    for (; r < rows; r++) add(1, low + r * rank, rank, b, width, y + r * d_out, d_out);
 }

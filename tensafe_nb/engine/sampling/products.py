@@ -4,7 +4,7 @@ Each takes float32 rows and gives float32 rows. Which of them there are depends 
 used only after a product of it has been found to be one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeAlias
 
@@ -73,9 +73,16 @@ def in_int8(weight: Tensor, bias: Tensor | None) -> Map:
     return product
 
 
-def beside(product: Map, a: Tensor, b: Tensor) -> Map:
-    """Add an adapter to a product: y + (h Aᵀ) Bᵀ, with A (rank, d_in) and B (d_out, rank)."""
-    into, out = a.T.contiguous(), b.T.contiguous()
+def beside(product: Map, adapters: Sequence[native.Adapter], d_out: int) -> Map:
+    """Add adapters to a product with so many outputs: y + (h Aᵀ) Bᵀ, each to its own."""
+    added = native.adding(adapters) if sums_int8() else None
+    if added is not None:
+        return lambda h: added(h, product(h).contiguous())
+    into = torch.cat([a for _, a, _ in adapters]).T.contiguous()
+    out, row = into.new_zeros(into.shape[1], d_out), 0
+    for first, a, b in adapters:
+        out[row : row + len(a), first : first + len(b)] = b.T
+        row += len(a)
 
     def sum_(h: Tensor) -> Tensor:
         y = product(h)

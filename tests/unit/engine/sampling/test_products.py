@@ -52,21 +52,30 @@ def test_a_row_in_int8_comes_with_more_than_eight_bits(
 def test_what_comes_of_a_row_is_the_same_bit_for_bit_among_any_others(way: Any) -> None:
     x, weight, bias = rows_and_weight(40)
     x[7] *= 1e4
-    a, b = weight[:3] / 9, bias.view(-1, 1).expand(-1, 3) / 9
+    a, b = weight[:3] / 9, bias[:17, None].expand(-1, 3) / 9
     if way is products.in_float32:
         return
-    product = products.beside(way(weight, bias), a, b)
+    product = products.beside(way(weight, bias), [(3, a, b)], len(weight))
     whole = product(x)
     for some in (x[:1], x[:2], x[:5], x[:33]):
         assert torch.equal(product(some), whole[: len(some)])
 
 
-def test_an_adapter_beside_a_weight_is_added_to_it(way: Any) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_adapters_beside_a_weight_are_added_to_their_own_outputs(
+    way: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     x, weight, bias = rows_and_weight()
-    a, b = weight[:2], bias.view(-1, 1).expand(-1, 2)
-    bare, adapted = way(weight, bias), products.beside(way(weight, bias), a, b)
+    one, other = (weight[:2], bias[:5, None].expand(-1, 2)), (weight[2:9], bias[:21, None].expand(-1, 7))
+    product = way(weight, bias)
+    adapted = products.beside(product, [(0, *one), (9, *other)], len(weight))
     for some in (x[:1], x):
-        assert_close(adapted(some) - bare(some), (some @ a.T @ b.T).numpy(), 1e-4)
+        expected = torch.zeros(len(some), len(weight))
+        for first, (a, b) in ((0, one), (9, other)):
+            expected[:, first : first + len(b)] += some @ a.T @ b.T
+        assert_close(adapted(some) - product(some), expected.numpy(), 1e-4)
 
 
 def test_a_prompts_many_rows_are_multiplied_piece_by_piece(way: Any) -> None:
