@@ -283,7 +283,7 @@ def _fast(precision: str, group: Sequence[Any]) -> Map:
             a, b, scale = adapter
             adapters.append((d_out, a.clone(), b * scale))
         d_out += len(_weight(matrix))
-    return beside(product, adapters, d_out) if adapters else product
+    return beside(product, adapters, d_out, few_rows=precision == "int8") if adapters else product
 
 
 def _bias(group: Sequence[Any]) -> Tensor | None:

@@ -73,9 +73,12 @@ def in_int8(weight: Tensor, bias: Tensor | None) -> Map:
     return product
 
 
-def beside(product: Map, adapters: Sequence[native.Adapter], d_out: int) -> Map:
-    """Add adapters to a product with so many outputs: y + (h Aᵀ) Bᵀ, each to its own."""
-    added = native.adding(adapters) if sums_int8() else None
+def beside(product: Map, adapters: Sequence[native.Adapter], d_out: int, *, few_rows: bool) -> Map:
+    """Add adapters to a product with so many outputs: y + (h Aᵀ) Bᵀ, each to its own.
+
+    For few rows where there is a compiler: then bytes count, and zeros are not read; torch is the quicker for many.
+    """
+    added = native.adding(adapters) if few_rows and sums_int8() else None
     if added is not None:
         return lambda h: added(h, product(h).contiguous())
     into = torch.cat([a for _, a, _ in adapters]).T.contiguous()

@@ -55,22 +55,19 @@ def test_what_comes_of_a_row_is_the_same_bit_for_bit_among_any_others(way: Any) 
     a, b = weight[:3] / 9, bias[:17, None].expand(-1, 3) / 9
     if way is products.in_float32:
         return
-    product = products.beside(way(weight, bias), [(3, a, b)], len(weight))
-    whole = product(x)
-    for some in (x[:1], x[:2], x[:5], x[:33]):
-        assert torch.equal(product(some), whole[: len(some)])
+    for few_rows in (True, False):
+        product = products.beside(way(weight, bias), [(3, a, b)], len(weight), few_rows=few_rows)
+        whole = product(x)
+        for some in (x[:1], x[:2], x[:5], x[:33]):
+            assert torch.equal(product(some), whole[: len(some)])
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_adapters_beside_a_weight_are_added_to_their_own_outputs(
-    way: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
-        monkeypatch.setattr(native, "library", lambda: None)
+@pytest.mark.parametrize("few_rows", [True, False])
+def test_adapters_beside_a_weight_are_added_to_their_own_outputs(way: Any, few_rows: bool) -> None:
     x, weight, bias = rows_and_weight()
     one, other = (weight[:2], bias[:5, None].expand(-1, 2)), (weight[2:9], bias[:21, None].expand(-1, 7))
     product = way(weight, bias)
-    adapted = products.beside(product, [(0, *one), (9, *other)], len(weight))
+    adapted = products.beside(product, [(0, *one), (9, *other)], len(weight), few_rows=few_rows)
     for some in (x[:1], x):
         expected = torch.zeros(len(some), len(weight))
         for first, (a, b) in ((0, one), (9, other)):
