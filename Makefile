@@ -45,6 +45,10 @@ COOKBOOK_VERSION := 0.6.1
 FAST := not soak and not browser and not faults
 TESTS ?=
 ARGS ?=
+# What no selection can reach is not imported; what is compiled is kept, for the next of a hundred processes.
+QUICK := --ignore=tests/browser --ignore=tests/soak
+marked = $(shell grep -rl --include='test_*.py' 'mark\.$(1)' tests)
+export PYTHONDONTWRITEBYTECODE :=
 # Each worker holds one torch thread and up to 1 GB: as many as there are cores, and no more than eight.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((cores > 8 ? 8 : cores)))
 
@@ -152,11 +156,11 @@ models: $(SMOLLM2)  ## fetch SmolLM2-135M-Instruct, 98 MB, for the tests and exa
 	@echo $(abspath $(SMOLLM2))
 
 test: lint  ## everything fast: on all cores, then by itself what measures time, memory or interrupts
-	$(BIN)/python -m pytest -m "$(FAST) and not alone" --numprocesses $(WORKERS) --dist worksteal $(TESTS)
-	$(BIN)/python -m pytest -m "$(FAST) and alone" $(TESTS) || [ $$? -eq 5 ]  # 5: there is none of these in TESTS
+	$(BIN)/python -m pytest $(QUICK) -m "$(FAST) and not alone" --numprocesses $(WORKERS) --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -m "$(FAST) and alone" $(or $(TESTS),$(call marked,alone)) || [ $$? -eq 5 ]  # 5: TESTS has none
 
 faults: $(READY)  ## servers that are killed, networks that fail: the short part of it
-	$(BIN)/python -m pytest tests -m "faults and not soak"
+	$(BIN)/python -m pytest $(call marked,faults) -m "faults and not soak"
 
 chromium:
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core)

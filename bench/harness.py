@@ -6,6 +6,7 @@ the other see much the same machine, so the median of their ratios is worth more
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -170,8 +171,13 @@ def paired(
 
 
 def fresh_process(code: str) -> Any:
-    """Run code in a new Python and return the JSON it prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    """Run code in a new Python and return the JSON it prints.
+
+    It keeps the byte code of what it imports, as every installation does, whatever this process was told: or it would
+    compile our sources each time, and the peer's never.
+    """
+    kept = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=kept)
     if done.returncode:
         raise RuntimeError(f"a measurement in a fresh process failed:\n{code}\n{done.stderr}")
     return json.loads(done.stdout)

@@ -4,7 +4,7 @@ TGTinkerError
 ├── ValidationError (ValueError)            something the caller gave does not fit; says what, where, what next
 │   └── PrivacyUnitError                    a batch or loss whose rows cannot be told apart: no privacy
 ├── ModelLoadError                          a model_ref that cannot be loaded; the client is in ERROR
-├── NonFiniteLossError                      a loss or gradient that is NaN or infinite; weights untouched
+├── NonFiniteLossError                      a loss, gradient or logit that is NaN or infinite; weights untouched
 ├── InsufficientMemoryError                 an operation that did not fit; the client lives on
 ├── ClusterError                            no replica of a training client is left, or none can be started
 ├── ClientClosedError                       an operation after close()
@@ -197,7 +197,7 @@ class ModelLoadError(TGTinkerError):
 
 
 class NonFiniteLossError(TGTinkerError):
-    """A loss or gradient was NaN or infinite; no weight has moved."""
+    """A loss, a gradient or what a model says of the next token was NaN or infinite; no weight has moved."""
 
     code = "non_finite_loss"
 

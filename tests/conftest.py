@@ -6,7 +6,6 @@ Nothing here is shared between processes: with pytest-xdist each worker has fold
 import gc
 import os
 import socket
-import sys
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import hypothesis
 import pytest
 
 import tensafe_nb as tn
+from tests.forking import Forker
 
 # Every run tries the same examples, however slow the machine is: pytest's own timeout is the only deadline there is.
 hypothesis.settings.register_profile(
@@ -38,22 +38,27 @@ hypothesis.settings.load_profile("tests")
 
 LOOPBACK = ("127.", "localhost", "::1", "/")
 
-_modules_seen = 0
+TESTS_BETWEEN_WHOLE_COLLECTIONS = 200
+
+_tests_run = 0
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown() -> Generator[None, Any, Any]:
-    """Take what imports have left behind out of the collector's sight, once a test has brought in many modules.
+def pytest_runtest_protocol() -> Generator[None, Any, Any]:
+    """Take what imports and tests have left behind out of the collector's sight.
 
     Whenever a client is closed, and before another one loads its model, circles are looked for. Among the million
     objects of torch, transformers and pytest that takes a quarter of a second; among those of a test, nothing.
     """
-    global _modules_seen
+    global _tests_run
     result = yield
-    if len(sys.modules) > _modules_seen + 50:
-        _modules_seen = len(sys.modules)
-        gc.collect()
-        gc.freeze()
+    _tests_run += 1
+    if _tests_run % TESTS_BETWEEN_WHOLE_COLLECTIONS == 1:
+        gc.unfreeze()  # what a module or a session shared, and has let go of, is in circles too
+    elif not any(gc.get_count()[1:]):
+        return result  # it left next to nothing
+    gc.collect()
+    gc.freeze()
     return result
 
 
@@ -91,6 +96,14 @@ def _no_leaked_thread() -> Iterator[None]:
         if thread.name.startswith("tsnb-"):
             thread.join(timeout=60)  # what ends by itself may take a moment; what leaks fails
     assert [t.name for t in threading.enumerate() if t.name.startswith("tsnb-")] == []
+
+
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker]:
+    """Runs scripts in processes of their own."""
+    forker = Forker({name: value for name, value in os.environ.items() if not name.startswith("TENSAFE_")})
+    yield forker
+    forker.close()
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
@@ -26,6 +28,7 @@ from tensafe_nb.cluster.group import Inbox
 from tensafe_nb.cluster.local_places import SECRETS, ShippedOnce, ended
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.errors import ClusterError
+from tensafe_nb.locks import hold
 from tensafe_nb.rlvr.scoring import links
 from tensafe_nb.rlvr.scoring.lasting import STARTER
 from tensafe_nb.rlvr.scoring.shipping import arrived
@@ -43,6 +46,8 @@ LOCAL_RAY = {
 }
 PATIENCE = 300.0  # seconds for an actor to find room, and a function to be loaded beside it
 LAST_WORDS = 2_000  # characters of what a driver has written
+FOLDERS = Path("/tmp")  # Ray keeps sockets in its own, whose names may be 107 characters long
+REMOVING = 20.0  # seconds in which the processes of a Ray that was killed have ended, and write no more
 
 
 class RayDriver:
@@ -61,8 +66,10 @@ class RayDriver:
         self.numbers = itertools.count(1)  # of actors
         self._heard: dict[int, Hears] = {}
         self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        # Ray keeps sockets there, whose names may be 107 characters long
-        self._folder = tempfile.mkdtemp(prefix="tsnb-ray-", dir="/tmp")
+        sweep()
+        self._folder = tempfile.mkdtemp(prefix="tsnb-ray-", dir=FOLDERS)
+        self._held = Path(self._folder, "held").open("x+b")  # noqa: SIM115  # until the folder is removed
+        hold(self._held)
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  # read once the process has ended
         left = {key: value for key, value in os.environ.items() if key not in SECRETS}
         if address == "local":
@@ -144,7 +151,8 @@ class RayDriver:
         self._words.seek(0)
         words = self._words.read().decode(errors="replace").strip().splitlines()
         self._words.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove(self._folder)
+        self._held.close()
         if not self._connected:
             self.gone = refusal(self.address, refused or f"nothing has answered it, and {how}")
         else:
@@ -170,6 +178,23 @@ class RayDriver:
         if self._process.returncode is None:  # else its number may be another's
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def remove(folder: str) -> None:
+    """Remove a driver's folder, in which Ray's processes may write for a while after it was killed."""
+    until = time.monotonic() + REMOVING
+    shutil.rmtree(folder, ignore_errors=True)
+    while Path(folder).exists() and time.monotonic() < until:
+        time.sleep(0.1)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Remove the folders of processes that ended while their driver was connecting: nobody was left to do it."""
+    for held in FOLDERS.glob("tsnb-ray-*/held"):
+        with contextlib.suppress(OSError), held.open("r+b") as file:
+            if hold(file):
+                shutil.rmtree(held.parent, ignore_errors=True)
 
 
 def refusal(address: str, reason: str) -> str:

@@ -156,7 +156,7 @@ def request_buffers(operation: Operation[Any]) -> Iterator[Any]:
             arrays = {"input_ids": value.input_ids, "mask": value.attention_mask, "labels": value.labels}
             for key, array in (arrays | dict(value.extras)).items():
                 yield f"{key}{array.dtype.str}{array.shape}".encode()
-                yield np.ascontiguousarray(array).data.cast("B") if array.size else b""
+                yield array.tobytes()
         else:
             yield json.dumps([name, Description().of(value)]).encode()
 

@@ -33,6 +33,7 @@ class Job:
     handle: "weakref.ref[FutureHandle[Any]] | None" = None  # a job never keeps what is given out for it
     artifact_id: str | None = None  # of what it saves, where that is settled before
     past: Past | None = None  # it ended in an earlier process, and leaves its mark on this one
+    unwritten: bool = False  # a full disk kept it out of the journal: no process to come will know of it
 
     @classmethod
     def of(cls, operation: Operation[Any], default_loss: Loss) -> "Job":
@@ -65,7 +66,7 @@ class JobQueue:
         self._jobs: deque[Job] = deque()
         self._broken: tuple[Job, str] | None = None
         self._forgivable = False  # what broke the window was the first in it: nothing had been accumulated
-        self.last: str | None = None  # the operation that had its turn last
+        self.last: str | None = None  # the operation that had its turn last, of those that the journal has
         self.inherited: str | None = None  # how the window of a loaded state was broken
         self.stale_gradients = False  # a window ended without its step: what it accumulated must go
 
@@ -88,7 +89,8 @@ class JobQueue:
             if not (job.past is None and job.promise.done) and not fits(job):
                 return None
             self._jobs.popleft()
-            self.last = job.future_id
+            if not job.unwritten:
+                self.last = job.future_id
             if job.past is not None and job.past.started:
                 self._forgive(job)
             if job.past is not None:

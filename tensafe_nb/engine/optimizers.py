@@ -13,6 +13,7 @@ from tensafe_nb.errors import NonFiniteLossError
 from tensafe_nb.protocol.results import OptimStepResult
 
 WATCHED = 4_000_000  # weights whose change is measured; of more, every k-th
+HUGE = 1e4  # learning rate, or rate times gradient, from which a step may leave what float32 can hold
 
 
 class Optimizer:
@@ -45,7 +46,7 @@ class Optimizer:
 
         Raises:
             ValidationError: This optimiser has no such setting. No weight has moved.
-            NonFiniteLossError: It is NaN or infinite. No weight has moved.
+            NonFiniteLossError: It is NaN or infinite, or the weights would be. No weight has moved.
         """
         config = step.applied_to(self.config)
         gradients = self.gradients()
@@ -58,11 +59,30 @@ class Optimizer:
         rate = learning_rate(config, self.step) if step.learning_rate is None else step.learning_rate
         for group in self.torch.param_groups:
             group |= options_of(config) | {"lr": rate}
+        put_back = self._as_it_was() if rate * max(1.0, grad_norm) > HUGE else None
         with measured_change(self.parameters) as change:
             self.torch.step()
+        if put_back is not None and not math.isfinite(change[0]):
+            put_back()
+            raise NonFiniteLossError(
+                f"optim_step(): with the learning rate {rate:g} the weights would change by {change[0]}. No weight has "
+                f"moved; take a lower rate."
+            )
         self.step += 1
         self.policy_version += 1
         return OptimStepResult(self.step, rate, grad_norm, self.policy_version, change[0])
+
+    def _as_it_was(self) -> Callable[[], None]:
+        """Return what puts weights and moments back as they are now."""
+        weights = [parameter.detach().clone() for parameter in self.parameters]
+        moments = {name: value.clone() for name, value in self.moments().items()}
+
+        def put_back() -> None:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.parameters), weights)
+            self.restore_moments(moments)
+
+        return put_back
 
     def clear(self) -> None:
         """Drop the gradients."""

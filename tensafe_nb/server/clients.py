@@ -289,6 +289,7 @@ class ServedClient:
                 self.journal.refused(place.for_journal, place.verb, job.future_id, error)
             except StorageError as full:  # after a restart its number counts as lost, and fails as well
                 logger.error("a refusal cannot be written down: %s", full)
+                job.unwritten = True
 
         with suppress(TGTinkerError):  # a closed client takes nothing more
             self.keep(self.channel.refuse(VERBS[place.verb], future_id, error, write))

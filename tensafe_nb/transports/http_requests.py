@@ -1,7 +1,9 @@
 """A server as one process sees it: its address, what it offers, and a thread of its own on which all requests run."""
 
 import asyncio
+import functools
 import os
+import ssl
 import threading
 import time
 import uuid
@@ -43,6 +45,12 @@ PASSING = {
     503,
     504,
 }  # what a proxy says while its server restarts, and a server that is asked too often
+
+
+@functools.cache
+def certificates() -> ssl.SSLContext:
+    """Return whom to trust; reading that takes a tenth of a second."""
+    return httpx.create_ssl_context()
 
 
 class LoopThread:
@@ -130,7 +138,7 @@ class Requests:
             "headers": {} if api_key is None else {"authorization": f"Bearer {api_key}"},
             "timeout": httpx.Timeout(ANSWER, connect=CONNECT),
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=CONNECTIONS),
-            "verify": httpx.create_ssl_context(),
+            "verify": certificates(),
         }
         self._http = httpx.AsyncClient(**self._options)
         self._lines: dict[str, httpx.AsyncClient] = {}  # by the paths of training clients

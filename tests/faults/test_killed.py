@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,6 @@ from tests.faults.programs import Program, same
 from tests.parity.serving import eventually
 
 OFTEN = {"MOST_OPERATIONS": 6, "SHARE": 0}  # automatic checkpoints in the middle of what little is done
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
 
 
 def undergo(nursery: Nursery, seed: int, steps: int, home: Path, most: int = 1_000) -> int:

@@ -96,20 +96,16 @@ class Assassin:
 @pytest.mark.soak
 @pytest.mark.timeout(2_400)
 def test_a_notebook_whose_server_is_killed_twice_behind_a_bad_network_ends_as_the_embedded_one(
-    tmp_path: Path,
+    nursery: Nursery, tmp_path: Path
 ) -> None:
-    nursery = Nursery()
-    try:
-        with (
-            killed_server(nursery, tmp_path / "server", bounds={"MOST_OPERATIONS": 10, "SHARE": 0}) as server,
-            BadNetwork(server.url, 20) as network,
-            Assassin(server, tmp_path / "far" / "home") as assassin,
-        ):
-            far = run(tmp_path / "far", TENSAFE_BASE_URL=network.url, TENSAFE_API_KEY=server.token)
-            assert assassin.kills == 2
-            print(json.dumps(network.befell), f"ready again within {max(server.seconds[1:]):.1f} s")
-    finally:
-        nursery.close()
+    with (
+        killed_server(nursery, tmp_path / "server", bounds={"MOST_OPERATIONS": 10, "SHARE": 0}) as server,
+        BadNetwork(server.url, 20) as network,
+        Assassin(server, tmp_path / "far" / "home") as assassin,
+    ):
+        far = run(tmp_path / "far", TENSAFE_BASE_URL=network.url, TENSAFE_API_KEY=server.token)
+        assert assassin.kills == 2
+        print(json.dumps(network.befell), f"ready again within {max(server.seconds[1:]):.1f} s")
     near = run(tmp_path / "near")
     for mine, its in zip(near, far, strict=True):
         assert mine == its

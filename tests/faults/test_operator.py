@@ -20,11 +20,9 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledServer]:
-    nursery = Nursery()
+def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledServer]:
     with killed_server(nursery, tmp_path_factory.mktemp("server"), bounds={"MOST_OPERATIONS": 5}) as server:
         yield server
-    nursery.close()
 
 
 @pytest.fixture

@@ -125,28 +125,24 @@ def test_an_interrupt_ends_the_wait_and_not_the_replicas_and_the_kernels_death_e
 
 @pytest.mark.soak
 def test_a_server_on_a_cluster_that_is_killed_takes_its_replica_along_and_comes_back_with_another(
-    tmp_path: Path,
+    nursery: Nursery, tmp_path: Path
 ) -> None:
-    nursery = Nursery()
-    try:
-        options = ["--cluster", "processes", "--engines", "1", "--engine-cpus", "1"]
-        with (
-            killed_server(nursery, tmp_path / "server", options=options) as server,
-            tn.ServiceClient(server.url, server.token) as service,
-            tn.ServiceClient() as embedded,
-        ):
-            two, one = (where.create_training_client(**CONFIG) for where in (service, embedded))
-            for step in range(2):
-                for tc in (one, two):
-                    tc.forward_backward(batch(step)).result()
-                if step == 1:  # with a window that is open
-                    pids = [child.pid for child in psutil.Process(server.process).children()]
-                    assert len(pids) == 1
-                    with seen_to_end(pids):
-                        server.kill()
-                    server.begin()
-                changed = [tc.optim_step().result().param_delta_norm for tc in (one, two)]
-                assert changed[1] == pytest.approx(changed[0], rel=1e-6)
-            two.close()
-    finally:
-        nursery.close()
+    options = ["--cluster", "processes", "--engines", "1", "--engine-cpus", "1"]
+    with (
+        killed_server(nursery, tmp_path / "server", options=options) as server,
+        tn.ServiceClient(server.url, server.token) as service,
+        tn.ServiceClient() as embedded,
+    ):
+        two, one = (where.create_training_client(**CONFIG) for where in (service, embedded))
+        for step in range(2):
+            for tc in (one, two):
+                tc.forward_backward(batch(step)).result()
+            if step == 1:  # with a window that is open
+                pids = [child.pid for child in psutil.Process(server.process).children()]
+                assert len(pids) == 1
+                with seen_to_end(pids):
+                    server.kill()
+                server.begin()
+            changed = [tc.optim_step().result().param_delta_norm for tc in (one, two)]
+            assert changed[1] == pytest.approx(changed[0], rel=1e-6)
+        two.close()

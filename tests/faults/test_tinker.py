@@ -1,6 +1,5 @@
 """The tinker protocol over a server that is killed: what was trained is there, and the model goes on where it was."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -12,13 +11,6 @@ from tests.faults.killing import Nursery, killed_server
 from tests.unit.server.tinker.sdk import Sdk, datum
 
 DATA = [datum(weights=np.ones(4))]
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
 
 
 def test_a_model_and_its_checkpoints_outlive_a_server_that_is_killed(

@@ -1,9 +1,8 @@
 """What a user does with a training client, on every transport there is."""
 
 import asyncio
-import subprocess
-import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 
 import tensafe_nb as tn
 from tensafe_nb.events import OperationCancelled, OperationFailed, OperationFinished, Progress
+from tests.forking import Forker
 from tests.parity.serving import Gate, eventually, registered
 
 
@@ -408,14 +408,14 @@ def test_contexts_close_sync_and_async(batch: tn.BatchData) -> None:
     assert asyncio.run(main()).status == "TERMINATED"
 
 
-def test_a_script_that_ends_in_mid_run_ends_quietly() -> None:
+def test_a_script_that_ends_in_mid_run_ends_quietly(forker: Forker, tmp_path: Path) -> None:
     code = """
 import itertools, tensafe_nb as tn
 tc = tn.ServiceClient().create_training_client()
 run = tc.fit(itertools.repeat(tn.BatchData([[5, 6, 7, 8]])), show=False)
 tc.forward({"input_ids": [[5, 6]]}).result()
 """
-    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    ended = forker.run(code, tmp_path)
     told, *more = ended.stderr.splitlines()
     assert (ended.returncode, more) == (
         0,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.cli import main as cli
 from tests.parity.serving import registered
 
 ROOT = Path(__file__).parents[2]
@@ -109,17 +110,19 @@ def test_a_thin_client_installs_everything_but_torch_and_what_stands_on_it() -> 
     assert left_out == {"torch", "peft", "opacus", "tenseal", "gguf", "cryptography"} and thin < set(needed)
 
 
-def test_a_server_for_others_needs_tokens_and_tokens_are_kept_by_commands(tmp_path: Path) -> None:
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "tensafe_nb.cli", *arguments]
-        return subprocess.run(line, capture_output=True, text=True, check=False)
+def test_a_server_for_others_needs_tokens_and_tokens_are_kept_by_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: str) -> str:
+        assert cli.main([*arguments, "--tokens", str(tmp_path / "tokens")]) == 0
+        return capsys.readouterr().out
 
-    refused = command("serve", "--host", "0.0.0.0", "--port", "0")
+    line = [sys.executable, "-m", "tensafe_nb.cli", "serve", "--host", "0.0.0.0", "--port", "0"]
+    refused = subprocess.run(line, capture_output=True, text=True, check=False)
     assert refused.returncode != 0 and "give --tokens FILE" in refused.stderr
-    file = ["--tokens", str(tmp_path / "tokens")]
-    token = command("tokens", "new", *file, "--tenant", "ada").stdout.strip()
+    token = said("tokens", "new", "--tenant", "ada").strip()
     assert token.startswith("tsnb_") and token not in (tmp_path / "tokens").read_text()
-    token_id, tenant, *_ = command("tokens", "list", *file).stdout.split()
+    token_id, tenant, *_ = said("tokens", "list").split()
     assert tenant == "ada"
-    assert "is revoked" in command("tokens", "revoke", token_id, *file).stdout
-    assert command("tokens", "list", *file).stdout == ""
+    assert "is revoked" in said("tokens", "revoke", token_id)
+    assert said("tokens", "list") == ""

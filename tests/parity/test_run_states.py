@@ -1,10 +1,9 @@
 """However a run ends, four accounts of it agree: its result, `list_runs()`, the panel, and the log on the disk."""
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import tensafe_nb as tn
 from tensafe_nb.events import Metrics, RunState, RunStep
 from tensafe_nb.widgets.feed.feed import feed_of
 from tensafe_nb.widgets.feed.recording import Recording
+from tests.forking import Forker
 
 BATCHES = [tn.BatchData([[5, 6, 7, n]]) for n in range(8, 18)]
 
@@ -238,8 +238,8 @@ tc.fit([tn.BatchData([[5, 6, 7, n]]) for n in range(8, 18)], show=False).result(
 """
 
 
-def test_a_killed_process_leaves_the_steps_that_were_taken() -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED], check=False, capture_output=True)
+def test_a_killed_process_leaves_the_steps_that_were_taken(forker: Forker, tmp_path: Path) -> None:
+    done = forker.run(KILLED, tmp_path)
     assert done.returncode == -9, done.stderr
     (record,) = tn.list_runs()
     recording = Recording(record, "RECORDED")

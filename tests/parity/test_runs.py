@@ -1,8 +1,6 @@
 """Runs: watched, awaited, paused, stepped, stopped, and read back after the process died."""
 
 import asyncio
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 
 import tensafe_nb as tn
 from tensafe_nb.events import RunState, RunStep
+from tests.forking import Forker
 
 
 def endless(batch: tn.BatchData) -> Iterator[tn.BatchData]:
@@ -158,7 +157,7 @@ def test_runs_are_listed_and_loaded_with_their_curves(tc: tn.TrainingClient, bat
         tn.load_run("tc-x/1")
 
 
-def test_the_history_of_a_process_that_was_killed_is_whole_and_marked_interrupted() -> None:
+def test_the_history_of_a_process_that_was_killed_is_whole_and_marked_interrupted(forker: Forker) -> None:
     code = """
 import os, signal, tensafe_nb as tn
 tc = tn.ServiceClient().create_training_client(optimizer={"learning_rate": 1e-2})
@@ -171,7 +170,7 @@ def killer():
     os.kill(os.getpid(), signal.SIGKILL)
 tc.fit(killer(), show=False).result()
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert forker.status_of(forker.begin(code)) == -9
     finished, interrupted = tn.list_runs()
     assert (finished.state, interrupted.state) == ("FINISHED", "INTERRUPTED")
     assert interrupted.step == 7

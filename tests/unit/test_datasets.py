@@ -1,14 +1,18 @@
 """The built-in data: nothing leaks between the splits, and the same call gives the same data."""
 
 import sys
+from functools import cache
 
 import pytest
 
 from tensafe_nb import datasets
 
-PAIRS = {"train": datasets.docstring_pairs("train"), "heldout": datasets.docstring_pairs("heldout")}
-TEXTS = datasets.pretraining_texts()
-COMPLETIONS = {split: {pair["completion"] for pair in pairs} for split, pairs in PAIRS.items()}
+SPLITS: tuple[datasets.Split, ...] = ("train", "heldout")
+TEXTS = cache(datasets.pretraining_texts)  # they take seconds
+
+
+def completions() -> set[str]:
+    return {pair["completion"] for split in SPLITS for pair in datasets.docstring_pairs(split)}
 
 
 def test_the_module_lists_share_no_module() -> None:
@@ -23,18 +27,18 @@ def test_every_listed_module_is_part_of_the_standard_library() -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_a_split_holds_pairs_of_its_own_modules_only(split: str) -> None:
     own = datasets.TRAIN_MODULES if split == "train" else datasets.HELDOUT_MODULES
-    found = {pair["prompt"].removeprefix("class ").split(".")[0] for pair in PAIRS[split]}
+    found = {pair["prompt"].removeprefix("class ").split(".")[0] for pair in datasets.docstring_pairs(split)}
     assert found <= set(own)
 
 
 def test_there_are_enough_pairs_to_train_and_to_measure() -> None:
-    assert 1500 <= len(PAIRS["train"]) <= 3000
-    assert 300 <= len(PAIRS["heldout"]) <= 700
+    assert 1500 <= len(datasets.docstring_pairs("train")) <= 3000
+    assert 300 <= len(datasets.docstring_pairs("heldout")) <= 700
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_a_pair_is_a_signature_line_and_one_line_of_prose(split: str) -> None:
-    for pair in PAIRS[split]:
+    for pair in datasets.docstring_pairs(split):
         assert set(pair) == {"prompt", "completion"}
         assert pair["prompt"].endswith("\n") and pair["prompt"].count("\n") == 1
         assert pair["completion"] == " ".join(pair["completion"].split())
@@ -43,7 +47,7 @@ def test_a_pair_is_a_signature_line_and_one_line_of_prose(split: str) -> None:
 
 def test_no_prompt_and_no_completion_occurs_twice() -> None:
     for key in ("prompt", "completion"):
-        texts = [pair[key] for pairs in PAIRS.values() for pair in pairs]
+        texts = [pair[key] for split in SPLITS for pair in datasets.docstring_pairs(split)]
         assert len(texts) == len(set(texts))
 
 
@@ -52,24 +56,25 @@ def test_a_well_known_docstring_is_held_out() -> None:
         "prompt": "heapq.merge(*iterables, key=None, reverse=False)\n",
         "completion": "Merge multiple sorted inputs into a single sorted output.",
     }
-    assert pair in PAIRS["heldout"]
+    assert pair in datasets.docstring_pairs("heldout")
 
 
 def test_pretraining_texts_contain_no_completion_of_either_split() -> None:
-    everything = "\0".join(" ".join(text.split()) for text in TEXTS)
-    sample = sorted(COMPLETIONS["train"] | COMPLETIONS["heldout"])[::5]
+    everything = "\0".join(" ".join(text.split()) for text in TEXTS())
+    sample = sorted(completions())[::5]
     assert not [completion for completion in sample if completion in everything]
 
 
 def test_pretraining_texts_are_plenty_and_different() -> None:
-    assert len(TEXTS) == len(set(TEXTS))
-    assert sum(map(len, TEXTS)) > 500_000
+    assert len(TEXTS()) == len(set(TEXTS()))
+    assert sum(map(len, TEXTS())) > 500_000
 
 
 def test_the_data_is_the_same_when_it_is_read_again() -> None:
+    train, heldout = (datasets.docstring_pairs(split) for split in SPLITS)
     datasets.documented_in.cache_clear()
-    again = datasets.pairs_of(datasets.HELDOUT_MODULES, taken=set(COMPLETIONS["train"]))
-    assert list(again) == [pair["completion"] for pair in PAIRS["heldout"]]
+    again = datasets.pairs_of(datasets.HELDOUT_MODULES, taken={pair["completion"] for pair in train})
+    assert list(again) == [pair["completion"] for pair in heldout]
 
 
 def test_reading_the_sources_imports_none_of_them() -> None:
@@ -78,8 +83,9 @@ def test_reading_the_sources_imports_none_of_them() -> None:
 
 
 def test_a_caller_may_change_what_it_got() -> None:
+    before = datasets.docstring_pairs("heldout")
     datasets.docstring_pairs("heldout")[0]["prompt"] = "changed"
-    assert datasets.docstring_pairs("heldout") == PAIRS["heldout"]
+    assert datasets.docstring_pairs("heldout") == before
 
 
 def test_the_sums_of_both_splits_are_all_pairs_of_two_digit_numbers() -> None:

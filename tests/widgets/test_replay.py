@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from tensafe_nb.widgets.feed import feed
 from tensafe_nb.widgets.feed.recording import Recording
 from tensafe_nb.widgets.live import dashboard
 from tensafe_nb.widgets.still import snapshot
+from tests.forking import Forker
 
 STEPS = 12
 AT_ONCE = 1e9
@@ -45,13 +44,10 @@ def recorded(tc: tn.TrainingClient, batch: tn.BatchData) -> tn.TrainingRun:
 
 
 @pytest.fixture(scope="module")
-def left_behind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def left_behind(forker: Forker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The home folder of a process that was killed."""
     folder = tmp_path_factory.mktemp("killed") / "home"
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED], env=os.environ | {"TENSAFE_HOME": str(folder)}, check=False
-    )
-    assert process.returncode == -signal.SIGKILL
+    assert forker.status_of(forker.begin(KILLED, TENSAFE_HOME=str(folder))) == -signal.SIGKILL
     return folder
 
 

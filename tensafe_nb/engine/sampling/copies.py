@@ -57,6 +57,11 @@ class Copies:
     rough: Weights | None = None
     precision: str = "exact"
 
+    @property
+    def read_prompts(self) -> bool:
+        """Whether prompts are read with them, too; with int8, what is said of answers would be off twice as far."""
+        return self.precision != "int8"
+
 
 @dataclass(slots=True)
 class KeptCopies:
@@ -133,7 +138,13 @@ def _unlike(model: LoadedModel) -> str:
 
 
 def copies_of(
-    model: LoadedModel, new_tokens: int, rows: int, made: Copies | None = None, precision: str = "exact"
+    model: LoadedModel,
+    new_tokens: int,
+    rows: int,
+    made: Copies | None = None,
+    precision: str = "exact",
+    *,
+    alone: bool = False,
 ) -> Copies | None:
     """Return copies of a model's weights; None where exact ones would not pay, not fit, or not be the same.
 
@@ -143,13 +154,14 @@ def copies_of(
         rows: Of how many completions, together.
         made: Those that were made of the same weights before.
         precision: In which tokens are to be drawn, as `precision_of` returns it.
+        alone: What is drawn may not depend on what others have drawn: choose as if nothing had been made before.
     """
     if made is not None and made.precision != precision:
         made = None
-    if made is not None and (made.rough is not None or rows > 1 or precision != "exact"):
-        return made
     if precision != "exact":
-        return Copies(_weights(model, partial(_fast, precision)), precision=precision)
+        return made or Copies(_weights(model, partial(_fast, precision)), precision=precision)
+    if made is not None and not alone and (made.rough is not None or rows > 1):
+        return made
     if new_tokens < PAYS_FROM_TOKENS or _unlike(model) or not works(in_float32, 1e-4):
         return None
     weights = [_weight(matrix) for matrix in _matrices(model)]
@@ -167,7 +179,10 @@ def copies_of(
         if not (enough and frozen and sums_int8() and works(*FAST["int8"])):
             return None
     exact = _weights(model, _exact) if made is None else made.weights
-    return Copies(exact, _weights(model, partial(_fast, "int8")) if guesses else None)
+    if not guesses:
+        return Copies(exact)
+    rough = None if made is None else made.rough
+    return Copies(exact, rough or _weights(model, partial(_fast, "int8")))
 
 
 def _weights(model: LoadedModel, of: Making) -> Weights:

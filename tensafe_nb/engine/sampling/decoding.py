@@ -165,7 +165,7 @@ class Decoder:
         samples: How many rows of each prompt, one after the other.
         new_tokens: How many a row may grow by.
         before: What of the prompts' beginnings was read already, with one sample each.
-        copies: Of the weights, to decode with.
+        copies: Of the weights, to decode with, and to read with but in int8; else transformers reads.
 
     Attributes:
         logits: (R, V) of each row's next token, in float32.
@@ -191,23 +191,32 @@ class Decoder:
         # padded on the left, so that all rows end together
         ids = torch.tensor([(*[0] * (width - len(prompt)), *prompt) for prompt in prompts])
         mask = (torch.arange(width) >= width - lengths[:, None]).long().to(model.device)
-        self._cache = DynamicCache(config=model.causal.config)
         if before is not None:
             mask = torch.cat([before.mask, mask], 1)
-            for number, (keys, values) in enumerate(before.layers):
-                self._cache.update(keys, values, number)
         self._mask: Tensor | None = None if bool(mask.all()) else mask
-        self._cache_argument = llama.cache_argument(model.body if model.split else model.causal)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-        self.logits = self._read(ids.to(model.device), positions)
-        self._position = positions[:, -1:]
+        ids, self._position = ids.to(model.device), positions[:, -1:]
         self._steps: llama.Steps | None = None
         self._copies = copies
         each = torch.tensor(samples, device=model.device)
-        if copies is not None or llama.fits(model):
-            self._steps = llama.Steps(model.body, self._cache, each, new_tokens)
-            own = llama.as_they_are(model.body, partial(head, model))
-            self._weights = own if copies is None else copies.weights
+        if copies is not None and copies.read_prompts:
+            self._weights, once = copies.weights, torch.ones_like(each)
+            known = llama.nothing(model.body, len(prompts)) if before is None else before.layers
+            self._steps = llama.Steps(model.body, known, once, width)
+            hidden = self._steps(self._weights, ids, positions, self._mask)[width - 1 :: width]
+            self.logits = self._weights.head(hidden)
+            self._steps = llama.Steps(model.body, self._steps.layers, each, new_tokens)
+        else:
+            self._cache = DynamicCache(config=model.causal.config)
+            for number, (keys, values) in enumerate(() if before is None else before.layers):
+                self._cache.update(keys, values, number)
+            self._cache_argument = llama.cache_argument(model.body if model.split else model.causal)
+            self.logits = self._read(ids, positions)
+            if copies is not None or llama.fits(model):
+                own = llama.as_they_are(model.body, partial(head, model))
+                self._weights = own if copies is None else copies.weights
+                known = [(layer.keys, layer.values) for layer in self._cache.layers]
+                self._steps = llama.Steps(model.body, known, each, new_tokens)
         if max(samples) > 1:
             self.logits = self.logits.repeat_interleave(each.to(self.logits.device), 0)
             self._position = self._position.repeat_interleave(each, 0)

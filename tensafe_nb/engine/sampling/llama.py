@@ -1,4 +1,4 @@
-"""Our own steps through a Llama-shaped body: a token or a few at a time, with little between the matrix products.
+"""Our own steps through a Llama-shaped body: prompts, then a token or a few, little between the products.
 
 transformers decodes any architecture, with a cache that is copied at every token and a mask, positions and options
 that every layer looks at again. Of the most usual shape (rotary positions, grouped heads, no sliding window) a step
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.sampling.prefixes import Layers
 
 SHAPED_LIKE_LLAMA = ("LlamaModel", "MistralModel", "Qwen2Model")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest hidden value
@@ -68,7 +69,7 @@ class Steps:
 
     Args:
         body: The model without its head.
-        cache: transformers' cache of the prompts, which is left as it is.
+        known: Of each layer keys and values of the prompts, (P, groups, T, width), which are left as they are.
         samples: (P,) rows of each prompt.
         new_tokens: How many a row may grow by.
 
@@ -76,11 +77,11 @@ class Steps:
         length: How many places of each row are taken; a smaller number forgets the last ones.
     """
 
-    def __init__(self, body: Any, cache: Any, samples: Tensor, new_tokens: int) -> None:
-        self.length = cache.get_seq_length()
+    def __init__(self, body: Any, known: Layers, samples: Tensor, new_tokens: int) -> None:
+        self.length = known[0][0].shape[2]
         self._body, self._scale = body, body.layers[0].self_attn.scaling
-        self._keys = [_with_room(layer.keys, samples, new_tokens) for layer in cache.layers]
-        self._values = [_with_room(layer.values, samples, new_tokens) for layer in cache.layers]
+        self._keys = [_with_room(keys, samples, new_tokens) for keys, _ in known]
+        self._values = [_with_room(values, samples, new_tokens) for _, values in known]
 
     def keep(self, rows: Tensor, empty: int = 0) -> None:
         """Go on with some of the rows only, and without the first places, which none of them uses."""
@@ -104,10 +105,15 @@ class Steps:
         room: int = self._keys[0].shape[2] - self.length
         return room
 
-    def read(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return copies of the keys and values of some of the rows, layer by layer."""
+    @property
+    def layers(self) -> Layers:
+        """Keys and values of all rows, layer by layer."""
         kept = zip(self._keys, self._values, strict=True)
-        return [(keys[rows, :, : self.length], values[rows, :, : self.length]) for keys, values in kept]
+        return [(keys[:, :, : self.length], values[:, :, : self.length]) for keys, values in kept]
+
+    def read(self, rows: Tensor) -> Layers:
+        """Return copies of the keys and values of some of the rows, layer by layer."""
+        return [(keys[rows], values[rows]) for keys, values in self.layers]
 
     def __call__(self, weights: Weights, tokens: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         """Append some tokens to each row.
@@ -128,18 +134,24 @@ class Steps:
         width, groups = cos.shape[-1], self._keys[0].shape[1]
         # rotate_half(x) · sin = roll(x) · (−sin, sin): the sign goes to the table, once for all layers
         sin = torch.cat([-sin[..., : width // 2], sin[..., width // 2 :]], -1)
-        seen: Tensor | None = None
+        seen = _seen(mask, new, end, x.device)
         for layer, keys, values in zip(weights.layers, self._keys, self._values, strict=True):
             heads = layer.qkv(layer.norm(x)).view(rows, new, -1, width)
             turned = heads[:, :, :-groups]
             turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)  # rotary positions
             keys[:, :, here:end] = turned[:, :, -groups:].transpose(1, 2)  # (R, groups, T, D/heads)
             values[:, :, here:end] = heads[:, :, -groups:].transpose(1, 2)
-            asking = turned[:, :, :-groups].transpose(1, 2).reshape(rows, groups, -1, width)
-            if seen is None and (new > 1 or mask is not None):
-                seen = _seen(mask, new, end, asking.shape[2] // new, x.device)
+            asking = turned[:, :, :-groups].transpose(1, 2)  # (R, heads, N, D/heads)
+            if new == 1:  # those of one group ask together
+                asking = asking.reshape(rows, groups, -1, width)
             found = F.scaled_dot_product_attention(
-                asking, keys[:, :, :end], values[:, :, :end], attn_mask=seen, scale=self._scale
+                asking,
+                keys[:, :, :end],
+                values[:, :, :end],
+                attn_mask=seen,
+                is_causal=new > 1 and seen is None,
+                scale=self._scale,
+                enable_gqa=new > 1,
             )
             found = found.view(rows, -1, new, width).transpose(1, 2).reshape(rows * new, -1)
             x = x + layer.out(found)
@@ -147,11 +159,17 @@ class Steps:
         return weights.norm(x)
 
 
-def _seen(mask: Tensor | None, new: int, end: int, together: int, device: torch.device) -> Tensor:
-    """Return (R or 1, 1, together · N, T): what each of the last N places sees, for heads that ask together."""
+def _seen(mask: Tensor | None, new: int, end: int, device: torch.device) -> Tensor | None:
+    """Return (R or 1, 1, N, T), what each of the last N places sees; None if it is all there are, or all before it."""
+    if mask is None and new in (1, end):
+        return None
+    there = torch.ones(1, end, dtype=torch.bool, device=device) if mask is None else mask.bool()
+    if new == 1:
+        return there[:, None, None, :]
     places = torch.arange(end, device=device)
-    seen = (places <= places[end - new :, None]).repeat(together, 1)[None, None]
-    return seen if mask is None else seen & mask.bool()[:, None, None, :]
+    last = places[end - new :, None]
+    # an empty place sees itself: of nothing at all there is no mean
+    return ((places <= last) & there[:, None, None, :]) | (places == last)
 
 
 def fits(model: LoadedModel) -> bool:
@@ -190,7 +208,7 @@ def says_the_same(model: LoadedModel) -> bool:
             return False
         try:
             one_each = torch.ones(2, dtype=torch.long, device=model.device)
-            ours = Steps(body, cache, one_each, 1)(
+            ours = Steps(body, [(layer.keys, layer.values) for layer in cache.layers], one_each, 1)(
                 as_they_are(body, model.head), ids[:, 2:], positions[:, 2:], mask
             )
         except (AttributeError, TypeError, ValueError, RuntimeError):  # another version of transformers
@@ -202,6 +220,14 @@ def says_the_same(model: LoadedModel) -> bool:
 def cache_argument(module: Any) -> str:
     """Return what a model's forward calls the cache it is given: transformers renamed it in 5.24."""
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def nothing(body: Any, rows: int) -> Layers:
+    """Return the keys and values of rows of which nothing was read."""
+    attention = body.layers[0].self_attn
+    weight = attention.k_proj.weight
+    empty = weight.new_empty(rows, weight.shape[0] // attention.head_dim, 0, attention.head_dim)
+    return [(empty, empty)] * len(body.layers)
 
 
 def _with_room(filled: Tensor, samples: Tensor | None, new_tokens: int) -> Tensor:

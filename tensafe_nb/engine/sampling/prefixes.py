@@ -41,6 +41,8 @@ class Read:
     @classmethod
     def of(cls, layers: Layers, mask: Tensor) -> "Read":
         """Take rows without the empty places between their tokens: all tokens of a row come last."""
+        if bool(mask.all()):
+            return cls(layers, mask)
         order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
         places = order[:, None, :, None]
         together = [

@@ -19,6 +19,7 @@ Packing: TypeAlias = Callable[[Tensor, Tensor | None], Map]  # of a weight (d_ou
 PACKED_FOR = 16  # rows, about; what is packed takes any number
 SMALLEST = torch.finfo(torch.float32).tiny
 SPAN = 1.01  # of what is multiplied in int8, which lies within ±1
+MOST_ROWS = 128  # of a product by oneDNN: what is longer, a prompt, is read piece by piece
 LEAST_ROWS = 4  # of a product by torch itself: with fewer it adds up in another order
 
 
@@ -112,6 +113,8 @@ def _packed(weight: Tensor, bias: Tensor | None) -> Map:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
 
     def product(h: Tensor) -> Tensor:
+        if len(h) > MOST_ROWS:
+            return torch.cat([product(part) for part in torch.split(h, MOST_ROWS)])
         more = rows_more(len(h))
         whole = F.pad(h, (0, 0) * (h.dim() - 1) + (0, more)) if more else h
         y: Tensor = torch.ops.mkldnn._linear_pointwise(whole, packed, bias, "none", [], "")

@@ -28,6 +28,7 @@ from tensafe_nb.engine.sampling.drawn import FACTS, Array, Drawn, Piece
 from tensafe_nb.engine.sampling.merged import merged
 from tensafe_nb.engine.sampling.prefixes import PAYS_FROM, SHARED_FROM, Prefixes, Read, common
 from tensafe_nb.engine.sampling.prompts import ReadPrompts
+from tensafe_nb.errors import NonFiniteLossError
 from tensafe_nb.protocol.results import SampledPiece, SampledSequence, SampleResult, TopLogprobs
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,11 @@ FULL = (
 RACERS = 256  # tokens of a block, in which a token of a large vocabulary is drawn
 MOST_GUESSES = 8  # of a single row, before they are looked at
 GUESS, LOOK = 0.25, 1.2  # the time of a guess, and of a look at some, in that of a token without
+ENTROPY = 3  # of what `draw` returns
+BROKEN = (
+    "What the model says of the next token is NaN or infinite: its weights are of no use any more. Go back to a "
+    "checkpoint with load_state(), or make a new training client, and take a lower learning rate."
+)
 LOWEST = -1e4  # log-probability below which nothing adds to an entropy
 Tick = Callable[[int, int], None]
 Tell = Callable[[SampledPiece], None]
@@ -576,7 +582,7 @@ class Together:
             copies = self._prepare(len(newcomers), room)
             before = None if self._known is None else self._known.take(prompts)
             if before is None and self._kept is not None:
-                before = self._beginnings(self._kept, prompts)
+                before = self._beginnings(self._kept, prompts, copies)
             state = rows_of(self._model, prompts, samples, room, before, copies)
             if not newcomers[0][0].sampling.alone:
                 self._keep_long(prompts, samples, state)
@@ -616,12 +622,14 @@ class Together:
         if read is not None:
             self._kept.keep([prompts[n] for n in long], read)
 
-    def _beginnings(self, kept: Prefixes, prompts: Sequence[tuple[int, ...]]) -> Read | None:
+    def _beginnings(
+        self, kept: Prefixes, prompts: Sequence[tuple[int, ...]], copies: Copies | None
+    ) -> Read | None:
         """Return what is known of how prompts begin; a long beginning that all of them share is read first, once."""
         shared = min(prompts)[: common(min(prompts), max(prompts))]
         pays = len(shared) >= SHARED_FROM and len(shared) * (len(prompts) - 1) >= PAYS_FROM
         if pays and kept.known(shared) < len(shared) - 1:
-            once = rows_of(self._model, [shared], [1], 0, kept.take([shared]))
+            once = rows_of(self._model, [shared], [1], 0, kept.take([shared]), copies)
             read = once.read(torch.tensor([0], device=self._model.device))
             if read is not None:
                 kept.keep([shared], read)
@@ -631,7 +639,8 @@ class Together:
         """Return copies of the weights to go on with; without any, let the model compute with merged ones."""
         waves = 1 + sum(len(call.waiting) for call in self._taking_part()) // (joining + len(self._rows))
         decoded, together = room * waves, joining + len(self._rows)
-        copies = copies_of(self._model, decoded, together, self._copied.copies, self._precision)
+        alone = any(call.sampling.alone for call in self._taking_part())
+        copies = copies_of(self._model, decoded, together, self._copied.copies, self._precision, alone=alone)
         if copies is not None or self._state is None:
             self._merging.close()
         if copies is not None:
@@ -698,6 +707,9 @@ class Together:
     def _add(self, drawn: Sequence[Array], logits: Tensor) -> None:
         """Append to each row the token that was drawn for it from its logits, and say whether it ends with it."""
         facts = self._drawn.facts
+        broken = ~np.isfinite(drawn[ENTROPY])
+        for number in np.unique(facts["owner"][broken]).tolist() if broken.any() else ():
+            self._owners[number].fail(NonFiniteLossError(BROKEN))
         likeliest = self._likeliest(logits)
         by_token, last = self._drawn.add(drawn)
         for call, rows in zip(self._owners, np.bincount(facts["owner"]).tolist(), strict=True):
@@ -734,7 +746,7 @@ class Together:
         return dict(zip(places.tolist(), likeliest_of(of_these, wanted), strict=True))
 
     def _tell(self, call: SampleCall) -> None:
-        if call.tell is not None:
+        if call.tell is not None and call.failure is None:
             call.attempt(partial(tell_news, self._model, call.sampling, call.rows, call.tell))
 
     def _keep_ended(self) -> None:

@@ -5,7 +5,6 @@ The request is `POST URL/chat/completions` of the OpenAI API, which vLLM, llama.
 
 import asyncio
 import email.utils
-import functools
 import hashlib
 import json
 import logging
@@ -13,7 +12,6 @@ import os
 import random
 import re
 import secrets
-import ssl
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -29,6 +27,7 @@ from tensafe_nb.display import as_given
 from tensafe_nb.errors import RewardError, StorageError, ValidationError
 from tensafe_nb.rlvr.rewards.builtin.answers import is_missing
 from tensafe_nb.store.disk import Files, make_folder, write_whole
+from tensafe_nb.transports.http_requests import certificates
 
 logger = logging.getLogger(__name__)
 
@@ -334,12 +333,6 @@ def request_options(given: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         raise ValidationError(f"judge: options={as_given(given)} can be no JSON.") from None
     return {name: value for name, value in chosen.items() if value is not None}
-
-
-@functools.cache
-def certificates() -> ssl.SSLContext:
-    """Return whom to trust; reading that takes a tenth of a second."""
-    return httpx.create_ssl_context()
 
 
 def endpoint_of(url: str) -> str:

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,9 @@ from tensafe_nb.store.sealed.envelope import canonical, parse_canonical
 
 ZEROS = "0" * 64
 BLOCK = 64 << 10
+UNKNOWN = os.urandom(32).hex()  # stands for what is not known yet; random, so that no field can hold it
 _SHOWN = tuple(f.name for f in dataclasses.fields(AuditLogEntry))
+_shown = itemgetter(*_SHOWN)
 FIELDS = frozenset(_SHOWN) | {"ts", "mac", "stanzas"}
 _FOREIGN = "it is not a record as this package writes them"
 
@@ -42,12 +45,20 @@ class Tip:
     head: str
     key: bytes | None = field(repr=False)
 
-    def record(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the record that comes next, complete."""
-        record = {**fields, "seq": self.seq, "prev_hash": self.head}
-        record["record_hash"] = hashlib.sha256(canonical(record)).hexdigest()
-        record["mac"] = self._mac(record["record_hash"])
-        return record
+    def record(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """Return the record that comes next, complete, and its line.
+
+        Its JSON is made once. What is hashed is the line without hash and MAC, which stand where the keys' order puts
+        them, each before another field.
+        """
+        known = {"seq": self.seq, "prev_hash": self.head, "record_hash": UNKNOWN, "mac": UNKNOWN}
+        record = {**fields, **known}
+        begin, rest = canonical(record).split(_member("mac", UNKNOWN))
+        middle, end = rest.split(_member("record_hash", UNKNOWN))
+        claimed = hashlib.sha256(begin + middle + end).hexdigest()
+        record["record_hash"], record["mac"] = claimed, self._mac(claimed)
+        mac, own = _member("mac", record["mac"]), _member("record_hash", claimed)
+        return record, b"".join((begin, mac, middle, own, end, b"\n"))
 
     def moved(self, record: Mapping[str, Any], line: bytes) -> "Tip":
         """Return the tip behind a record that is known to fit."""
@@ -83,6 +94,11 @@ class Tip:
 def first_tip(secret: bytes | None) -> Tip:
     """Return the tip of an empty log; `secret` is the one that k_0 derives from."""
     return Tip(0, 0, ZEROS, None if secret is None else derive(secret, "TSNB1/audit/first"))
+
+
+def _member(name: str, digits: str) -> bytes:
+    """Return a field of hexadecimal digits, as canonical JSON has it before another field."""
+    return f'"{name}":"{digits}",'.encode()
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
@@ -178,6 +194,5 @@ def newest_first(path: Path) -> Iterator[dict[str, Any]]:
 
 def entry_of(record: Mapping[str, Any]) -> AuditLogEntry:
     """Return what users see of a record."""
-    shown = {name: record[name] for name in _SHOWN}
-    ids = ("artifact_ids_produced", "artifact_ids_consumed")
-    return AuditLogEntry(**shown | {name: tuple(record[name]) for name in ids})
+    ids = {name: tuple(record[name]) for name in ("artifact_ids_produced", "artifact_ids_consumed")}
+    return AuditLogEntry(*_shown({**record, **ids}))

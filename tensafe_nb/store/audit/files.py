@@ -31,7 +31,7 @@ class LogFiles:
 
     def __init__(self, path: Path, files: Files) -> None:
         self._files = files
-        self.path, self.size = path, 0
+        self.path, self.size, self._page_size = path, 0, 0
         self._log = OpenFile(path)
         self._key = OpenFile(path.with_suffix(".key"))
 
@@ -82,17 +82,20 @@ class LogFiles:
     def page(self) -> bytes:
         """Return the key file's content; nothing where there was none."""
         self._key.now.seek(0)
-        return self._key.now.read(LONGEST_PAGE)
+        page = self._key.now.read(LONGEST_PAGE)
+        self._page_size = len(page)
+        return page
 
     def append(self, line: bytes, sync: bool) -> None:
         """Write a line at the log's end, or leave the log as it was."""
-        self._put(self._log.now, line, sync)
+        self._put(self._log.now, line, self.size, sync)
         self.size += len(line)
 
     def keep(self, page: bytes, sync: bool) -> None:
         """Overwrite the key file."""
         self._key.now.seek(0)
-        self._put(self._key.now, page, sync)
+        self._put(self._key.now, page, self._page_size, sync)
+        self._page_size = len(page)
 
     def keep_names(self) -> None:
         """Return when both files' names are on the disk."""
@@ -102,7 +105,7 @@ class LogFiles:
         """Move the log's last bytes to a file of their own."""
         aside = self.path.with_name(f"{self.path.name}.torn")
         with self._files.unbuffered(aside, append=True) as file:
-            self._put(file, unfinished + b"\n", sync=True)
+            self._put(file, unfinished + b"\n", os.fstat(file.fileno()).st_size, sync=True)
         # only now that they are on the disk elsewhere
         self.size -= len(unfinished)
         self._log.now.truncate(self.size)
@@ -113,9 +116,8 @@ class LogFiles:
             aside,
         )
 
-    def _put(self, file: FileIO, data: bytes, sync: bool) -> None:
+    def _put(self, file: FileIO, data: bytes, before: int, sync: bool) -> None:
         """Write all of it, or leave the file as long as it was."""
-        before = os.fstat(file.fileno()).st_size
         try:
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -71,10 +71,10 @@ class Secrets:
         """Return the keyed hash and the size of a request in pieces; each is framed by its length."""
         mac, size = self.keyed.copy(), 0
         for piece in pieces:
-            view = memoryview(piece)
-            mac.update(view.nbytes.to_bytes(8, "big"))  # or "ab", "c" would have the hash of "a", "bc"
-            mac.update(view if view.ndim == 1 and view.c_contiguous else view.tobytes())
-            size += view.nbytes
+            data = piece if type(piece) is bytes else memoryview(piece).tobytes()
+            mac.update(len(data).to_bytes(8, "big"))  # or "ab", "c" would have the hash of "a", "bc"
+            mac.update(data)
+            size += len(data)
         return mac.hexdigest(), size
 
 

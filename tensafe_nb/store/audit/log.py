@@ -42,7 +42,6 @@ from tensafe_nb.store.audit.key import SIZE, KeyPage, Secrets, unwrap_secret, wr
 from tensafe_nb.store.audit.verify import check, verify_file
 from tensafe_nb.store.disk import Files, disk_errors
 from tensafe_nb.store.keys.keyring import Keys
-from tensafe_nb.store.sealed.envelope import canonical
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -377,8 +376,7 @@ class AuditLog:
             "tenant_id": self._tenant,
             "duration_ms": round((fields["completed_at"] - fields["started_at"]) * 1000, 3),
         }
-        record = tip.record(fields)
-        line = canonical(record) + b"\n"
+        record, line = tip.record(fields)
         self._files.append(line, sync)
         self._keep(tip.moved(record, line), sync)
         return chain.entry_of(record)

@@ -5,6 +5,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,17 @@ def test_a_driver_that_ends_takes_all_its_replicas_with_it_and_says_why(
     assert "status 3" in lost[0][1] and "the head is gone" in lost[0][1]
     with pytest.raises(tn.ClusterError, match="is gone"):
         RayPlace(driver, 1, 0, inbox, ShippedOnce())
+
+
+def test_the_folder_of_a_process_that_ended_while_its_driver_was_connecting_is_removed_by_the_next(
+    drivers: Callable[[str], RayDriver], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ray_places, "FOLDERS", tmp_path)
+    left = tmp_path / "tsnb-ray-left"
+    (left / "session").mkdir(parents=True)
+    (left / "held").touch()
+    first, second = drivers("auto"), drivers("auto")
+    assert {first._folder, second._folder} == set(map(str, tmp_path.iterdir()))
 
 
 def test_a_cluster_that_is_not_there_is_named_with_what_to_do(drivers: Callable[[str], RayDriver]) -> None:

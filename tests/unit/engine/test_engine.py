@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensafe_nb as tn
+from tensafe_nb.config import StepConfig
 from tensafe_nb.engine import optimizers
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.losses import resolve_loss
@@ -263,6 +264,22 @@ def test_a_nan_loss_names_its_rows_and_leaves_the_weights(engine: Engine) -> Non
     with pytest.raises(tn.ValidationError, match=r"found no gradients"):
         engine.optim_step()
     assert all(map(torch.equal, before, engine.parameters))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+def test_a_step_out_of_what_numbers_hold_is_refused_and_nothing_of_it_stays(optimizer: str) -> None:
+    tried, never = (
+        engine_of(lora_config=tn.LoRAConfig(rank=4), optimizer=tn.OptimizerConfig(name=optimizer))
+        for _ in range(2)
+    )
+    for seed in range(3):
+        for engine in (tried, never):
+            engine.forward_backward(ragged(seed), TOKEN_CE)
+            engine.optim_step()
+        tried.forward_backward(ragged(9), TOKEN_CE)
+        with pytest.raises(tn.NonFiniteLossError, match=r"learning rate 1e\+30 .*No weight has moved"):
+            tried.optim_step(step=StepConfig(learning_rate=1e30))
+    assert all(map(torch.equal, tried.parameters, never.parameters))
 
 
 def test_a_window_of_weight_zero_moves_nothing(engine: Engine) -> None:

@@ -5,7 +5,6 @@ Many are tested at length elsewhere; here each has its shortest form, so that no
 
 import math
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from tensafe_nb.protocol.batch import TICKET
 from tensafe_nb.store import home as places
 from tensafe_nb.store.vault import Vault
 from tests.close import assert_close
+from tests.forking import Forker
 from tests.unit.engine.private import (
     CLIENT,
     TOKEN_CE,
@@ -322,14 +322,10 @@ tc.forward_backward(second), tc.optim_step().result()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_a_process_killed_between_ledger_and_step_has_paid_and_its_weights_are_the_old_ones() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DIES],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[3],
-    )
+def test_a_process_killed_between_ledger_and_step_has_paid_and_its_weights_are_the_old_ones(
+    forker: Forker, tmp_path: Path
+) -> None:
+    done = forker.run(DIES, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     with tn.ServiceClient() as service:
         tc = service.restore(done.stdout.strip())

@@ -1,18 +1,14 @@
-"""A script in a real terminal, and one that writes to a file: a bar there, plain lines here, a replay that says so.
-
-What is slow is to import torch. One process does it once, and forks a child for each place that the script runs in.
-"""
+"""A script in a real terminal, and one that writes to a file: a bar there, plain lines here, a replay that says so."""
 
 import os
 import pty
-import subprocess
-import sys
 import termios
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.forking import Forker
 
 END = b"\0"
 SCRIPT = """
@@ -34,48 +30,11 @@ with tn.ServiceClient() as service:
 """
 
 
-# reads the paths for output and errors, runs the script in a child that writes there, answers its exit status
-FORKING = """
-import gc, os, sys
-import matplotlib, peft, safetensors.torch, torch.optim, transformers.models.llama.modeling_llama, tqdm.auto
-import tensafe_nb.engine.engine, tensafe_nb.widgets, tensafe_nb.widgets.still.snapshot
-gc.freeze()  # a client looks for circles when it ends: among what is its own, not among all of torch
-for place in iter(sys.stdin.readline, ""):
-    child = os.fork()
-    if not child:
-        out, err = place.split()
-        for path, stream in ((os.devnull, 0), (out, 1), (err, 2)):
-            os.dup2(os.open(path, os.O_RDWR), stream)
-        exec(sys.argv[1], {"__name__": "__main__"})
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Forker:
-    """Runs the script in children of a process that has imported what it needs."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-c", FORKING, SCRIPT]
-        environment = {name: value for name, value in os.environ.items() if name != "TENSAFE_NB_RENDERER"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
-        )
-
-    def run(self, out: str, err: str) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{out} {err}\n")
-        status = self.process.stdout.readline()
-        assert status == "0\n", status
-
-
-@pytest.fixture(scope="module")
-def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
+def run(forker: Forker, out: str, err: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TENSAFE_HOME", str(tmp_path_factory.mktemp("home")))
-        forker = Forker()
-    yield forker
-    forker.process.communicate()
+        patch.delenv("TENSAFE_NB_RENDERER")
+        pid = forker.begin(SCRIPT, out=out, err=err)
+    assert forker.status_of(pid) == 0
 
 
 def in_a_terminal(forker: Forker, columns: int) -> str:
@@ -92,7 +51,7 @@ def in_a_terminal(forker: Forker, columns: int) -> str:
 
     reader = threading.Thread(target=read)
     reader.start()
-    forker.run(os.ttyname(theirs), os.ttyname(theirs))
+    run(forker, os.ttyname(theirs), os.ttyname(theirs))
     os.write(theirs, END)
     reader.join()
     os.close(theirs)
@@ -114,9 +73,7 @@ def test_in_a_file_there_are_plain_lines_and_freezing_prints_one_sentence(
     forker: Forker, tmp_path: Path
 ) -> None:
     out, err = tmp_path / "out", tmp_path / "err"
-    for file in (out, err):
-        file.touch()
-    forker.run(str(out), str(err))
+    run(forker, str(out), str(err))
     told = err.read_bytes().decode()
     lines = [line for line in told.splitlines() if " step " in line]
     assert "\r" not in told and "\x1b" not in told

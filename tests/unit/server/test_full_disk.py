@@ -13,10 +13,11 @@ import pytest
 import tensafe_nb as tn
 from tensafe_nb.errors import StorageError
 from tensafe_nb.events import RunDescribed
+from tensafe_nb.protocol.operations import ForwardBackward, OptimStep, SaveState
 from tensafe_nb.runs.description import keep, kept
 from tensafe_nb.store import disk
 from tests.parity.serving import Serving, core_of, eventually
-from tests.unit.server.conftest import error_of, new_client, outcome
+from tests.unit.server.conftest import error_of, new_client, outcome, submit
 from tests.unit.store.faults import FullDisk
 
 BATCH = tn.BatchData([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -94,6 +95,26 @@ def test_an_automatic_checkpoint_that_cannot_be_written_is_tried_again_and_stops
     eventually(lambda: client.channel.is_away)
     client.journal.sync()  # what it made superfluous goes with the next
     assert len(states.list()) == 1 and drafts(states._folder.path) == []
+
+
+def test_a_checkpoint_behind_what_a_full_disk_kept_out_of_the_journal_covers_all_before_it(
+    http: httpx.Client, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = new_client(http)
+    (client,) = [one for one in serving.service.live_clients() if one.channel.training_client_id in path]
+    submit(http, path, ForwardBackward(BATCH), 1), submit(http, path, OptimStep(), 2)
+    assert outcome(http, "fut-me-2").status_code == 200 and len(client.journal.waiting) == 2
+    monkeypatch.setattr("tensafe_nb.server.journal.MOST_OPERATIONS", 1)
+    monkeypatch.setattr("tensafe_nb.server.journal.SHARE", 0)
+    monkeypatch.setattr(client.journal, "_enter", refuse_in_our_words)
+    assert submit(http, path, SaveState(), 3).status_code == 507
+    assert outcome(http, "fut-me-3").status_code == 507
+    eventually(lambda: client.journal.base is not None)
+    assert not client.journal.waiting, "the step is in the checkpoint, and would be taken again"
+
+
+def refuse_in_our_words(*_: Any) -> Any:
+    raise StorageError("Could not write.")
 
 
 def refuse(*_: Any, **__: Any) -> Any:

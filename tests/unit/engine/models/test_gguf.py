@@ -1,11 +1,9 @@
 """GGUF files: the model and the tokenizer that went into them, converted once, and nothing left of a failure."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from tensafe_nb.engine.models import gguf
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.load import ASSETS
 from tensafe_nb.store.home import Home
+from tests.forking import Forker
 
 TEXT = 'def main():\n    return "two  words", 42\n'
 
@@ -143,23 +142,30 @@ def test_the_converted_folder_is_an_ordinary_one(tiny: Path, capfd: pytest.Captu
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def _convert_and_hang(path: str, told: Any) -> None:
-    def hang(*_: Any) -> None:
-        told.set()
-        time.sleep(600)
+CONVERTS_AND_HANGS = """
+import sys, time
+from pathlib import Path
+from tensafe_nb.engine.models import gguf
 
-    gguf.Files.replace = hang  # everything is written; only the name is missing
-    gguf.converted(Path(path))
+def hang(*_):
+    print("written", flush=True)
+    time.sleep(600)
+
+gguf.Files.replace = hang  # everything is written; only the name is missing
+gguf.converted(Path(sys.argv[1]))
+"""
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_whole(tiny: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    told = spawn.Event()
-    process = spawn.Process(target=_convert_and_hang, args=(str(tiny), told))
-    process.start()
-    assert told.wait()
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+def test_a_killed_conversion_leaves_nothing_that_looks_whole(
+    tiny: Path, forker: Forker, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    process = forker.begin(CONVERTS_AND_HANGS, str(tiny), out=str(told))
+    with told.open() as fifo:
+        assert fifo.readline() == "written\n"
+    os.kill(process, signal.SIGKILL)
+    assert forker.status_of(process) == -signal.SIGKILL
     (left,) = folders()
     assert left.endswith(gguf.DRAFT)
     folder = gguf.converted(tiny)

@@ -77,7 +77,7 @@ def drawn(
     engine.copied = None
     with pytest.MonkeyPatch.context() as patch:
         if plain:
-            patch.setattr(sampler, "copies_of", lambda *_: None)
+            patch.setattr(sampler, "copies_of", lambda *_, **__: None)
         sequences = engine.sample(prompts, config, tell=told.append).sequences
         assert plain or engine.copied.copies is not None
     return sequences, told
@@ -278,3 +278,21 @@ def test_few_numbers_of_rows_are_ever_multiplied_and_few_rows_in_vain() -> None:
     assert all(1 <= whole / rows <= 1.25 for rows, whole in taken.items())
     weight, rows = torch.randn(8, 4), torch.randn(11, 1, 4)
     assert torch.allclose(products.in_float32(weight, None)(rows), rows @ weight.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("others", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("most", [8, 20])
+def test_what_is_drawn_alone_depends_on_no_copies_that_others_have_left(
+    engine: Engine, rows: int, most: int, others: int
+) -> None:
+    def alone() -> list[tuple[float, ...]]:
+        config = tn.SamplingConfig(max_new_tokens=most, seed=3, ignore_end=True, alone=True, num_samples=rows)
+        return [sequence.logprobs for sequence in engine.sample(PROMPTS[:1], config).sequences]
+
+    engine.copied = None
+    before = alone()
+    engine.copied = None
+    engine.sample(PROMPTS[:1], tn.SamplingConfig(max_new_tokens=40, ignore_end=True, num_samples=others))
+    assert engine.copied is not None
+    assert alone() == before

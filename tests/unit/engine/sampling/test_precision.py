@@ -10,6 +10,7 @@ import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.sampling import copies
 from tensafe_nb.engine.sampling.copies import precision_of
+from tensafe_nb.engine.sampling.decoding import Decoder
 from tensafe_nb.losses import resolve_loss
 from tensafe_nb.protocol.results import SampleResult
 from tests.close import assert_close
@@ -85,6 +86,24 @@ def test_a_row_draws_the_same_bit_for_bit_among_any_others_of_its_length(
         assert row.tokens == other.tokens
         assert row.logprobs[1:] == other.logprobs[1:]
         assert_close(row.logprobs[0], other.logprobs[0])  # said by the exact weights, as they read the prompt
+
+
+def test_copies_read_the_prompts_too_but_those_in_int8(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "PAYS_FROM_NUMBERS", 1)
+    read: list[torch.Tensor] = []
+    by_transformers = Decoder._read
+    monkeypatch.setattr(
+        Decoder, "_read", lambda self, ids, at: (read.append(ids), by_transformers(self, ids, at))[1]
+    )
+    shared = list(range(3, 90))
+    prompts = [[*shared, *prompt] for prompt in ([5, 6], [7], [8, 9, 10], [11, 12], [13])]
+    for precision in ("exact", *FAST):
+        read.clear()
+        result = engine.sample(prompts, sampling(precision, max_new_tokens=20))
+        assert bool(read) == (precision == "int8")
+        assert off(engine, result) < (1e-4 if precision == "exact" else 0.03)
 
 
 def test_copies_of_frozen_weights_are_made_once_and_those_of_trained_ones_after_each_step(

@@ -59,3 +59,9 @@ def test_an_adapter_beside_a_weight_is_added_to_it(way: Any) -> None:
     bare, adapted = way(weight, bias), products.beside(way(weight, bias), a, b)
     for some in (x[:1], x):
         assert_close(adapted(some) - bare(some), (some @ a.T @ b.T).numpy(), 1e-4)
+
+
+def test_a_prompts_many_rows_are_multiplied_piece_by_piece(way: Any) -> None:
+    x, weight, bias = rows_and_weight(2 * products.MOST_ROWS + 3)
+    product = way(weight, bias)
+    assert_close(product(x), torch.cat([product(part) for part in x.split(50)]).numpy(), 1e-5)

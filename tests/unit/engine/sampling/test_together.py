@@ -1,5 +1,6 @@
 """Calls whose rows are decoded together: each gets what it gets alone, whoever joins, ends or fails beside it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -226,3 +227,17 @@ def test_seeds_that_the_client_gives_out_follow_the_order_of_the_calls() -> None
         together.run()
     for number, call in enumerate(calls):
         same(call.sequences(), other.sample([[5, 6, 8 + number]], asked).sequences)
+
+
+def test_weights_that_are_no_numbers_draw_no_sample(engine: Engine) -> None:
+    weight = engine.parameters[0]
+    before = weight.detach().clone()
+    told: list[Any] = []
+    try:
+        weight.detach().fill_(math.nan)
+        with pytest.raises(tn.NonFiniteLossError, match=r"NaN or infinite.*load_state\(\)"):
+            engine.sample([[5, 6, 7], [8]], config(), tell=told.append)
+    finally:
+        weight.detach().copy_(before)
+    assert told == []
+    assert engine.sample([[5, 6, 7]], config()).sequences[0].tokens

@@ -3,8 +3,6 @@
 import errno
 import math
 import os
-import subprocess
-import sys
 import threading
 from typing import Any
 
@@ -19,6 +17,7 @@ from tensafe_nb.errors import (
 )
 from tensafe_nb.privacy import accounting
 from tensafe_nb.store.audit.files import LogFiles
+from tests.forking import Forker
 from tests.unit.privacy.homes import ACCOUNT, DELTA, Home, step, turn
 from tests.unit.privacy.ledger.accounts import as_saved, epsilon_of, records_in
 
@@ -208,7 +207,7 @@ def test_two_forks_see_the_union(home: Home) -> None:
 
 
 @pytest.mark.parametrize("charge", [step(), turn(1, "a", "b")])
-def test_two_processes_charge_one_account(home: Home, charge: Any) -> None:
+def test_two_processes_charge_one_account(forker: Forker, home: Home, charge: Any) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -219,9 +218,8 @@ for _ in range(10):
     ledger.charge(charge)
 """
     home.keys.primary_id()  # two first uses at once would be a race of the key file's, not of the ledger's
-    command = [sys.executable, "-c", code, str(home.folder), charge.mode]
-    processes = [subprocess.Popen(command) for _ in range(2)]
-    assert [process.wait() for process in processes] == [0, 0]
+    processes = [forker.begin(code, str(home.folder), charge.mode) for _ in range(2)]
+    assert [forker.status_of(pid) for pid in processes] == [0, 0]
     spent = home.ledger("dataset:shared").state()
     assert spent.steps == 20
     if charge.mode == "poisson":

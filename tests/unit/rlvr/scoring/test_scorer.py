@@ -21,6 +21,7 @@ from tensafe_nb.rlvr.watch.preview import preview_reward
 from tests.unit.rlvr.functions import batch_of, length, make_awkward, rollouts
 
 SOON = 2.5  # seconds after which a call that hangs is given up: on a busy machine the others are done by then
+SOONER = 0.5  # where the others only have to be called, in this process
 
 
 def is_alive(pid):
@@ -232,7 +233,7 @@ def test_a_function_that_cannot_be_pickled_runs_in_a_thread_and_says_so():
     with pytest.warns(
         UserWarning, match=r"'locked' cannot be sent to another process .*lock.* cannot be ended"
     ):
-        scorer = Scorer(locked, timeout=SOON)
+        scorer = Scorer(locked, timeout=SOONER)
     trajectories = rollouts("ok", "hang")
     report = scorer.score(trajectories)
     assert (report.scored, report.timeouts) == (1, 1)
@@ -401,11 +402,11 @@ def test_coroutines_are_awaited_together_and_one_that_takes_too_long_is_cancelle
         return together.parties * len(response)
 
     trajectories = rollouts("ok", "hang", "raise")
-    with Scorer(judge, timeout=SOON) as scorer:
+    with Scorer(judge, timeout=SOONER) as scorer:
         report = scorer.score(trajectories)
         scorer.score(rollouts("again"))
     assert [t.reward for t in trajectories] == [2.0, None, None]
-    assert trajectories[1].reward_error == f"took longer than {SOON} s and was cancelled"
+    assert trajectories[1].reward_error == f"took longer than {SOONER} s and was cancelled"
     assert (
         trajectories[2].reward_error
         == 'ValueError: no verdict (line 9 of judge: raise ValueError("no verdict"))'
@@ -449,7 +450,7 @@ def test_a_coroutine_that_blocks_its_loop_is_left_behind():
         return 1.0
 
     trajectories = rollouts("block", "other")
-    with Scorer(blocks, timeout=SOON) as scorer:
+    with Scorer(blocks, timeout=SOONER) as scorer:
         report = scorer.score(trajectories)
         assert "it must await, not wait" in trajectories[0].reward_error
         assert report.timeouts == 2

@@ -376,9 +376,16 @@ def wandering(rng, rho, runs, updates):
     return 0.3 + 0.2 * values
 
 
-@pytest.mark.parametrize("updates", [20, 60, 250])
+KINDS = ("normal", "right or wrong", "few prompts", "rare", "heavy tails", "wandering")
+
+
 @pytest.mark.parametrize(
-    "kind", ["normal", "right or wrong", "few prompts", "rare", "heavy tails", "wandering"]
+    ("kind", "updates"),
+    [
+        pytest.param(kind, updates, marks=pytest.mark.soak if updates == 250 and kind in KINDS[:4] else ())
+        for kind in KINDS
+        for updates in (20, 60, 250)
+    ],
 )
 def test_at_most_one_in_a_hundred_runs_that_do_not_learn_is_said_to_have_fallen(kind, updates):
     rng = np.random.default_rng([updates, *kind.encode()])

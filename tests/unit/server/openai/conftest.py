@@ -31,5 +31,5 @@ def tc(service: tn.ServiceClient) -> Iterator[tn.TrainingClient]:
 @pytest.fixture
 def v1(serving: Serving, token: str) -> Iterator[httpx.Client]:
     headers = {"authorization": f"Bearer {token}"}
-    with httpx.Client(base_url=f"{serving.url}/v1", headers=headers, timeout=30) as http:
+    with httpx.Client(base_url=f"{serving.url}/v1", headers=headers, timeout=30, verify=False) as http:
         yield http

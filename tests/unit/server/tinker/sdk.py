@@ -35,7 +35,7 @@ class Sdk:
 
     def __init__(self, url: str, token: str) -> None:
         self.http = httpx.Client(
-            base_url=f"{url}/tinker/api/v1", headers={"x-api-key": f"tml-{token}"}, timeout=60
+            base_url=f"{url}/tinker/api/v1", headers={"x-api-key": f"tml-{token}"}, timeout=60, verify=False
         )
         self.session = self.post("create_session", tags=[], sdk_version="0.38.0")["session_id"]
         self.models, self.number, self.model_id = 0, 0, ""

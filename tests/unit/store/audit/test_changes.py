@@ -153,7 +153,7 @@ def test_a_whole_log_forged_with_a_known_secret_of_something_else_is_found(log: 
     tip, forged = chain.first_tip(leaked), []
     for record in records(log):
         record |= {"stanzas": list(stanzas)} if tip.seq == 0 else {}
-        forged.append(tip.record(record))
+        forged.append(tip.record(record)[0])
         tip = tip.moved(forged[-1], canonical(forged[-1]) + b"\n")
     write(log, forged)
     key_file(log).write_bytes(bytes(KeyPage.of(tip, Secrets.of(leaked, stanzas))))

@@ -16,8 +16,10 @@ import pytest
 from tensafe_nb.errors import (
     ValidationError,
 )
+from tensafe_nb.store.audit import chain
 from tensafe_nb.store.audit.log import AuditLog
 from tensafe_nb.store.disk import Files
+from tensafe_nb.store.sealed.envelope import canonical
 from tests.unit.store.audit.logs import RECORDS, again, key_file, made, put, quiet_keys, records
 
 # What is written
@@ -54,6 +56,16 @@ def test_an_errors_text_is_refused_where_its_class_belongs(log: AuditLog) -> Non
     with pytest.raises(ValidationError, match="name of a class"):
         put(log, error_class="token 17 is not in the vocabulary")
     assert log.verify().records == RECORDS
+
+
+def test_hash_and_mac_take_their_places_in_a_line_whatever_stands_around_them(log: AuditLog) -> None:
+    inside = {"mac": "0" * 64, "record_hash": ["mac", {"record_hash": '"mac":"'}]}
+    names = ("", "a", "mab", "mac ", "mac2", "maç", "record_hasg", "record_hash2", "zz", '"mac":"')
+    put(log, extra=dict.fromkeys(names, inside))
+    line = log.path.read_bytes().splitlines()[-1]
+    assert line == canonical(records(log)[-1])
+    assert (records(log)[-1]["mac2"], log.verify().records) == (inside, RECORDS + 1)
+    assert log.entries(limit=1)[0].record_hash == chain.record_hash(records(log)[-1])
 
 
 def test_more_fields_can_be_given_but_none_of_the_records_own(log: AuditLog) -> None:
