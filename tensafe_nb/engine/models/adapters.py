@@ -12,6 +12,7 @@ from tensafe_nb.engine.models import adapter_folders, reading
 from tensafe_nb.engine.models.bases import FACTOR_A
 from tensafe_nb.engine.quiet import quiet
 from tensafe_nb.errors import ModelLoadError, ValidationError, nearest
+from tensafe_nb.lifetimes import uncollected
 
 READ_PAST_LAYERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 """Architectures whose fast kernels take `out_proj.weight` itself, past a layer's adapter: PEFT refuses to adapt it."""
@@ -23,9 +24,10 @@ def add_adapter(causal: Any, lora: LoRAConfig) -> Any:
     Raises:
         ValidationError: It does not fit the model.
     """
-    import peft
+    with uncollected():
+        import peft
 
-    from tensafe_nb.engine.models.fused_lora import FusedLinear
+        from tensafe_nb.engine.models.fused_lora import FusedLinear
 
     check_adapter(causal, lora)
     settings = peft_config_of(lora, causal)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from tensafe_nb.config import covers
 from tensafe_nb.errors import ModelLoadError
+from tensafe_nb.lifetimes import uncollected
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str 
     Raises:
         ModelLoadError: It is of a kind that is not trained here, or anything is missing, left over or misshapen.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    with uncollected():
+        # the last brings in what `from_pretrained` would, whichever the model is
+        from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
     where = {} if revision is None else {"revision": revision}
     folder = Path(source) if Path(source).is_dir() else None
