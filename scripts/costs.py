@@ -2,14 +2,16 @@
 
 `python -m scripts.costs FOLDER_OR_GGUF`: a step of LoRA training (4 × 128 tokens, every position labelled) and decoding
 (16 rows), in float32 on one thread. `python -m scripts.costs --private`: private steps of builtin:tiny (8 × 64 tokens)
-beside the same without privacy, ledger left out. Prints CPU milliseconds and shares, so that the next thing to make
-quicker can be seen.
+beside the same without privacy, ledger left out; with a model, steps of all its weights (4 × 128 tokens), and their
+memory. Prints CPU milliseconds and shares, so that the next thing to make quicker can be seen.
 """
 
 import argparse
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,21 +29,28 @@ from tensafe_nb.privacy.tickets import ticket
 from tensafe_nb.protocol.batch import TICKET
 
 ROWS, TOKENS = 4, 128
-PRIVATE_ROWS, PRIVATE_TOKENS, TURNS = 8, 64, 30
+PRIVATE_SHAPE, TURNS, FEW_TURNS = (8, 64), 30, 2
 DECODED, PROMPT, NEW_TOKENS = 16, 8, 64
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m scripts.costs", description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("model_ref", nargs="?", help="a folder in transformers' format, or a GGUF file")
-    what.add_argument("--private", action="store_true", help="private steps of builtin:tiny")
-    model_ref = parser.parse_args().model_ref
+    parser.add_argument("model_ref", nargs="?", help="a folder in transformers' format, or a GGUF file")
+    parser.add_argument(
+        "--private", action="store_true", help="private steps: of builtin:tiny, or of all weights of a model"
+    )
+    asked = parser.parse_args()
+    model_ref = asked.model_ref
+    if model_ref is None and not asked.private:
+        parser.error("name a model, or --private")
     torch.set_num_threads(1)
-    if model_ref is None:
-        _private(tn.LoRAConfig(rank=8, alpha=16), "LoRA r8")
-        _private(None, "all weights")
+    if asked.private:
+        if model_ref is None:
+            _private("builtin:tiny", PRIVATE_SHAPE, TURNS, tn.LoRAConfig(rank=8, alpha=16))
+            _private("builtin:tiny", PRIVATE_SHAPE, TURNS, None)
+        else:
+            _private(model_ref, (ROWS, TOKENS), FEW_TURNS, None)
         return
     lora = tn.LoRAConfig(rank=16, alpha=32)
     engine = Engine(tn.TrainingConfig(model_ref=model_ref, lora_config=lora, dtype="float32", device="cpu"))
@@ -55,10 +64,10 @@ def main() -> None:
     _show(f"a token of {DECODED} rows, on copies of the weights, without the draw", token)
 
 
-def _private(lora: tn.LoRAConfig | None, trained: str) -> None:
-    dp = tn.DPConfig(dataset_size=10_000, target_epsilon=None)
-    fields = {"lora_config": lora, "dtype": "float32", "device": "cpu", "batch_size": PRIVATE_ROWS}
-    private, plain = (Engine(tn.TrainingConfig(**fields, dp_config=one)) for one in (dp, None))
+def _private(model_ref: str, shape: tuple[int, int], turns: int, lora: tn.LoRAConfig | None) -> None:
+    dp, before = tn.DPConfig(dataset_size=10_000, target_epsilon=None), _mib("VmRSS")
+    fields = {"model_ref": model_ref, "lora_config": lora, "dtype": "float32", "device": "cpu"}
+    private = Engine(tn.TrainingConfig(**fields, batch_size=shape[0], dp_config=dp))
     private.train_privately(Unpaid(), "costs")
     of = private.training_step
     assert isinstance(of, PrivateStep)
@@ -70,26 +79,43 @@ def _private(lora: tn.LoRAConfig | None, trained: str) -> None:
     taken: dict[str, float] = defaultdict(float)
     for owner, method, name in stages:
         setattr(owner, method, _watched(getattr(owner, method), name, taken))
-    ids = np.random.default_rng(0).integers(3, private.model.vocab_size, (PRIVATE_ROWS, PRIVATE_TOKENS))
+    ids = np.random.default_rng(0).integers(3, private.model.vocab_size, shape)
     batch, loss = tn.BatchData(ids, labels=np.roll(ids, -1, 1)), resolve_loss("token_ce")
-    steps: list[float] = []
-    others: list[float] = []
-    for number in range(TURNS + 1):
-        marks = ticket("costs", 0, number, np.arange(PRIVATE_ROWS))
+    draws = iter(range(2 + turns))
+
+    def privately() -> float:
         started = time.process_time()
+        marks = ticket("costs", 0, next(draws), np.arange(len(batch)))
         private.forward_backward(batch.labelled_with(**{TICKET: marks}), loss), private.optim_step()
-        between = time.process_time()
+        return time.process_time() - started
+
+    privately(), privately()  # which way gradients are told apart is found out, and moments are made
+    peak = _mib("VmHWM") - before
+    taken.clear()
+    plain = Engine(tn.TrainingConfig(**fields))
+
+    def openly() -> float:
+        started = time.process_time()
         plain.forward_backward(batch, loss), plain.optim_step()
-        steps.append(between - started), others.append(time.process_time() - between)
-        if not number:  # which way gradients are told apart was found out
-            taken.clear(), steps.clear(), others.clear()
+        return time.process_time() - started
+
+    openly()
+    steps, others = zip(*((privately(), openly()) for _ in range(turns)), strict=True)
     whole, without = (float(np.median(some)) * 1e3 for some in (steps, others))
-    print(
-        f"\na private step, {trained}: {whole:.0f} ms of CPU time, {whole / without:.2f} times the step without"
-    )
+    trained = "all weights" if lora is None else f"LoRA r{lora.rank}"
+    print(f"\na private step of {Path(model_ref).name}, {trained}, {shape[0]}×{shape[1]} tokens: ", end="")
+    print(f"{whole:.0f} ms of CPU time, {whole / without:.2f} times the step without")
     for name, seconds in taken.items():
-        print(f"  {seconds / TURNS * 1e3:7.1f} ms  {name}")
+        print(f"  {seconds / turns * 1e3:7.1f} ms  {name}")
     print(f"  {without:7.1f} ms  the step without privacy")
+    if model_ref != "builtin:tiny":
+        print(f"  {peak:7.0f} MiB  held at the peak, the model included")
+
+
+def _mib(name: str) -> float:
+    """Return what Linux says of this process's memory."""
+    (kib,) = re.findall(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(kib) / 1024
 
 
 def _watched(action: Callable[..., Any], name: str, taken: dict[str, float]) -> Callable[..., Any]:

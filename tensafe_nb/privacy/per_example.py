@@ -44,19 +44,22 @@ class PerUnit(Protocol):
 
 
 class WrittenOut(NamedTuple):
-    """Gradients as they are."""
+    """Gradients as they are, or column by column in memory."""
 
     values: Tensor  # (units, *shape)
 
     def squares(self) -> Tensor:
         # a sum by halves: torch's own norm of 3e7 numbers is off by a thousandth
-        return self.values.flatten(1).square().sum(1)
+        return self.values.square().sum(tuple(range(1, self.values.ndim)))
 
     def add_to(self, total: Tensor, factors: Tensor) -> None:
         if len(factors) == 1:
             total.add_(self.values[0] * factors[0])
-        else:
+        elif self.values.is_contiguous():
             total.view(-1).addmv_(self.values.flatten(1).t(), factors)
+        else:
+            columns = self.values.transpose(1, 2)  # (units, in, out)
+            total.add_((factors @ columns.flatten(1)).view(columns.shape[1:]).t())
 
     def only(self, counts: Tensor) -> "WrittenOut":
         return WrittenOut(_zero_where_not(counts, self.values))  # NaN · 0 is NaN
@@ -118,7 +121,7 @@ class Factored(NamedTuple):
             elif left.shape[2] <= right.shape[2]:
                 one = torch.bmm(left.transpose(1, 2), right)
             else:  # a product of a narrow matrix with a wide one takes a quarter of the time of the other way round
-                one = torch.bmm(right.transpose(1, 2), left).transpose(1, 2).contiguous()
+                one = torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
             found = one.float() if found is None else found.add_(one)
         assert found is not None
         return found

@@ -1,9 +1,9 @@
 """The layers of a Llama-shaped model in training: transformers' modules, with fewer passes between them, rows packed.
 
-Norms and rotary positions are one node of autograd's graph each, and keep one tensor where the chain of operations
-keeps several. Rows of different lengths may stand behind each other without padding, each attending to itself alone:
-block-diagonal attention (Krell et al. 2021, arXiv:2107.02027), a block at a time, so that no mask is made. A model is
-taken only after it has been found to say what transformers says.
+Norms, rotary positions and the product with the gate are one node of autograd's graph each, and keep less than the
+chain of operations does. Rows of different lengths may stand behind each other without padding, each attending to
+itself alone: block-diagonal attention (Krell et al. 2021, arXiv:2107.02027), a block at a time, so that no mask is
+made. A model is taken only after it has been found to say what transformers says.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def computed(layer: Any, blocks: Blocks | None, x: Tensor, **given: Any) -> Tens
     seen = attended(Rotary.apply(query, *turn), Rotary.apply(key, *turn), value, blocks, attention)  # type: ignore[no-untyped-call]
     x = x + attention.o_proj(seen)
     h = normed(layer.post_attention_layernorm, x)
-    return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))  # type: ignore[no-any-return]
+    return x + mlp.down_proj(Gated.apply(mlp.gate_proj(h), mlp.up_proj(h)))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks | None, attention: Any) -> Tensor:
@@ -146,6 +146,24 @@ class Rotary(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return turned(gradient, cos, sin, -1).to(ctx.kind), None, None
+
+
+class Gated(torch.autograd.Function):
+    """silu(a) · b (SwiGLU: Shazeer 2020, arXiv:2002.05202); keeps a and b, and computes silu(a) again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (a, b), (asks_a, asks_b) = ctx.saved_tensors, ctx.needs_input_grad
+        to_a = gradient * b if asks_a else None
+        if to_a is not None:
+            torch.ops.aten.silu_backward.grad_input(to_a, a, grad_input=to_a)
+        return to_a, F.silu(a).mul_(gradient) if asks_b else None
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

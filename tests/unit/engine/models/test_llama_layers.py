@@ -87,6 +87,20 @@ def test_private_rows_are_never_packed_and_clip_to_the_same_sum() -> None:
     assert_close(clipped_sum(ours, RAGGED), clipped_sum(other, RAGGED))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_gives_what_the_chain_gives_bit_for_bit_and_keeps_its_two_inputs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 5, dtype=dtype, requires_grad=True) for _ in range(2)]
+    gradient, kept = torch.randn(3, 5, dtype=dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: (kept.append(one), one)[1], lambda one: one):
+        ours = llama_layers.Gated.apply(*inputs)
+    assert [one.data_ptr() for one in kept] == [one.data_ptr() for one in inputs]
+    chain = torch.nn.functional.silu(inputs[0]) * inputs[1]
+    assert torch.equal(ours, chain)
+    expected = torch.autograd.grad(chain, inputs, gradient)
+    assert all(map(torch.equal, torch.autograd.grad(ours, inputs, gradient), expected))
+
+
 def test_in_bfloat16_the_layers_are_as_near_as_rounding_lets_them() -> None:
     fields = {"lora_config": {"rank": 4}, "dtype": "bfloat16"}
     (loss, gradients), (expected, others) = (
