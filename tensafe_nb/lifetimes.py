@@ -13,14 +13,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from tensafe_nb.errors import ClientClosedError
 
 OUTPUT = re.compile(r"_{1,3}|_\d+")  # the names under which IPython files outputs among the variables
+MANY = 10_000  # objects, that imports have made
 _collecting = threading.Lock()
+_pausing = threading.Lock()
+_pauses: list[bool] = []  # one for each thread that imports; whether the collector goes on behind them
 _named: set[int] = set()  # ids of what variables referred to after the latest cell
 
 
@@ -40,6 +43,28 @@ def collect() -> None:
             if witness() is None:
                 return
             time.sleep(0.01)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Import what makes many objects that stay, without the collector going through all of them again and again.
+
+    Behind it they count as old: what of them, or of anything else, becomes garbage is still found.
+    """
+    with _pausing:
+        _pauses.append(gc.isenabled() or any(_pauses))
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _pausing:
+            goes_on = _pauses.pop()
+            if goes_on and not _pauses:
+                # few are soon looked through; and what somebody has frozen is to stay so
+                if gc.get_count()[0] > MANY and gc.get_freeze_count() == 0:
+                    gc.freeze()
+                    gc.unfreeze()  # into the oldest generation, without a look at anything
+                gc.enable()
 
 
 class Freed:

@@ -34,7 +34,20 @@ class FusedLinear(lora.Linear):  # type: ignore[misc]
         if not plain or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
             return super().forward(x)  # type: ignore[no-any-return]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        if not torch.is_grad_enabled():  # a node that nobody asks takes as long as a small layer
+            return adapted(x, base.weight, base.bias, a, b, self.scaling[name])[0]
         return LoRAFunction.apply(x, base.weight, base.bias, a, b, self.scaling[name], self.record)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def adapted(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return x Wᵀ + c + s (x Aᵀ) Bᵀ, and what its gradient is made of: x, s x Aᵀ, A and B in the type of W."""
+    kind = weight.dtype  # x: (B, T, in), W: (out, in), A: (r, in), B: (out, r)
+    rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
+    low = (rows @ a.T).mul_(scaling)  # (B·T, r)
+    y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
+    return y.view(*x.shape[:-1], y.shape[-1]), (rows, low, a, b)
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -52,13 +65,10 @@ class LoRAFunction(torch.autograd.Function):
         record: GradientRecord | None,
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.record, ctx.trained = weight, scaling, record, (bias, a, b)
-        kind = weight.dtype  # x: (B, T, in), W: (out, in), A: (r, in), B: (out, r)
-        rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
-        low = (rows @ a.T).mul_(scaling)  # (B·T, r)
-        y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
+        y, (rows, low, a, b) = adapted(x, weight, bias, a, b, scaling)
         learns_a = ctx.needs_input_grad[3]  # only ∂A takes the rows: without it they need not be kept
         ctx.save_for_backward(rows if learns_a else None, low, a, b)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable

@@ -18,6 +18,7 @@ from tensafe_nb.engine.models import adapter_folders, adapters, gguf, reading
 from tensafe_nb.engine.models.bases import BASES, FACTOR_A, TOKENIZERS, Base, identity_of, plain_name, twin_of
 from tensafe_nb.engine.quiet import quiet
 from tensafe_nb.errors import ModelLoadError, TGTinkerError, nearest
+from tensafe_nb.lifetimes import uncollected
 from tensafe_nb.store.home import Home
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ def import_transformers() -> None:
     It puts another module in its own place once it has been imported: who imports it meanwhile on another thread, as
     `datasets` does, would be left with the first, which has nothing in it.
     """
-    import transformers  # noqa: F401
+    with uncollected():
+        import transformers  # noqa: F401
 
 
 def load(

@@ -121,8 +121,13 @@ def _hindrance(model: LoadedModel, precision: str) -> str:
 
 def _unlike(model: LoadedModel) -> str:
     """Return what keeps a model from being decoded with copies of its weights; nothing if they say what it says."""
-    if model.device.type != "cpu" or model.compute_dtype is not torch.float32:
-        return f"this model computes in {str(model.compute_dtype)[6:]} on {model.device.type}, not in float32 on a CPU"
+    if model.device.type != "cpu":
+        return f"this model computes on {model.device.type}, and the copies are for a CPU"
+    if model.compute_dtype is not torch.float32:
+        return (
+            f"this model computes in {model.precision}, and the copies take one that computes in float32 "
+            f'(create_training_client(…, dtype="float32"))'
+        )
     if not model.split or type(model.body).__name__ not in llama.SHAPED_LIKE_LLAMA:
         return f"a {type(model.causal).__name__} has not the shape of Llama"
     if not all(map(_is_plain, [*_matrices(model), model.head])):

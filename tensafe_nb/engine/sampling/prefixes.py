@@ -4,7 +4,7 @@ That is of conversations that go on, and of beginnings that prompts have in comm
 """
 
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,6 +83,7 @@ class Prefixes:
         self._left = MOST_BYTES * (1 if device.type == "cpu" else ON_ACCELERATORS)
         self._order: list[tuple[int, ...]] = []
         self._places: dict[tuple[int, ...], RowRead] = {}
+        self._lengths: Counter[int] = Counter()
         self._reads: OrderedDict[int, tuple[Read, set[tuple[int, ...]]]] = OrderedDict()  # last used, last
 
     def keep(self, sequences: Sequence[tuple[int, ...]], read: Read) -> None:
@@ -99,6 +100,7 @@ class Prefixes:
                 continue
             self._order.insert(at, tokens)
             self._places[tokens] = RowRead(read, row)
+            self._lengths[len(tokens)] += 1
             own.add(tokens)
             if before and tokens[: len(before[0])] == before[0] and not self._whole:
                 self._drop(before[0])
@@ -110,6 +112,7 @@ class Prefixes:
 
     def _drop(self, tokens: tuple[int, ...]) -> None:
         read = self._places.pop(tokens).read
+        self._lengths[len(tokens)] -= 1
         del self._order[bisect_left(self._order, tokens)]
         _, others = self._reads[id(read)]
         others.remove(tokens)
@@ -123,10 +126,8 @@ class Prefixes:
 
     def _nearest(self, prompt: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
         if self._whole:
-            lengths = sorted(
-                {len(tokens) for tokens in self._order if len(tokens) < len(prompt)}, reverse=True
-            )
-            beginnings = (prompt[:length] for length in lengths)
+            lengths = [length for length, count in self._lengths.items() if count and length < len(prompt)]
+            beginnings = (prompt[:length] for length in sorted(lengths, reverse=True))
             tokens = next((tokens for tokens in beginnings if tokens in self._places), ())
             return len(tokens), tokens
         at = bisect_left(self._order, prompt)

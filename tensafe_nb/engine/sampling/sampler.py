@@ -93,14 +93,13 @@ class Completion:
         self.logprobs += piece.logprobs
         self.raw_logprobs += piece.raw_logprobs
 
-    def shown(self, model: LoadedModel) -> str:
+    def shown(self, model: LoadedModel, framing: Set[int] | None = None) -> str:
         """Return the text without what begins, ends or fills up a sequence; other special tokens are shown."""
         if self.text is not None:
             return self.text
-        tokenizer = model.tokenizer
-        framing = {*model.end_tokens, *self.turn.tokens, tokenizer.bos_token_id, tokenizer.pad_token_id}
-        kept = [token for token in self.tokens if token not in framing]
-        return str(tokenizer.decode(kept, skip_special_tokens=False))
+        framing = framing_of(model) if framing is None else framing
+        kept = [token for token in self.tokens if token not in framing and token not in self.turn.tokens]
+        return str(model.tokenizer.decode(kept, skip_special_tokens=False))
 
     def piece(self, number: int, model: LoadedModel, stops: Sequence[str]) -> SampledPiece | None:
         """Return what was not told yet, if there is further text of it, or it has ended."""
@@ -186,6 +185,11 @@ class Completion:
             for framing in filter(None, (tokenizer.bos_token, tokenizer.pad_token)):
                 self.text = self.text.replace(framing, "")
         return bool(cuts)
+
+
+def framing_of(model: LoadedModel) -> Set[int]:
+    """Return the tokens that begin, end or fill up a sequence."""
+    return {*model.end_tokens, model.tokenizer.bos_token_id, model.tokenizer.pad_token_id}
 
 
 @torch.no_grad()
@@ -333,12 +337,12 @@ class SampleCall:
         if self.failure is not None:
             raise self.failure
         texts: dict[tuple[Any, ...], str] = {}  # equal completions of small models are many
-        sequences = []
+        sequences, framing = [], framing_of(self.model)
         for row in self.rows:
             drawn = row.turn.tokens, tuple(row.tokens)
             text = row.text if row.text is not None else texts.get(drawn)
             if text is None:
-                text = texts[drawn] = row.shown(self.model)
+                text = texts[drawn] = row.shown(self.model, framing)
             sequences.append(row.finished(text))
         return sequences
 

@@ -36,7 +36,7 @@ from tensafe_nb.rlvr.algorithms.presets import options_of, preset
 from tensafe_nb.rlvr.algorithms.readings import Readings, check_batch
 from tensafe_nb.rlvr.algorithms.result import UpdateResult, mock_notes
 from tensafe_nb.rlvr.policy import PRIVATE, PolicyClient
-from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch
+from tensafe_nb.rlvr.rollouts.trajectories import TrajectoryBatch, has_advantage
 
 C = TypeVar("C", bound=PolicyConfig)
 
@@ -121,7 +121,7 @@ class PolicyGradient(Generic[C]):
         rows = np.arange(len(batch))
         if not is_private:  # rows without a gradient only count in the normaliser
             always = config.entropy_coef > 0 or (config.kl_coef > 0 and config.kl_in == "loss")
-            rows = np.flatnonzero(mask.any(1) & (has_advantage(batch) | always | (method == "gae")))
+            rows = np.flatnonzero(mask.any(1) & (have_advantage(batch) | always | (method == "gae")))
         if not rows.size:
             return skipped_update(batch, training_client, config)
         job = Passes(config, batch, mask, readings, returns, training_client, self.updates, is_private)
@@ -270,16 +270,16 @@ def registered_advantages(name: str, rewards: Array, batch: TrajectoryBatch, mas
     return values
 
 
-def has_advantage(batch: TrajectoryBatch) -> Array:
+def have_advantage(batch: TrajectoryBatch) -> Array:
     """Return (N,) whether a rollout has an advantage other than 0."""
-    return np.array([bool(np.any(trajectory.advantage)) for trajectory in batch])
+    return np.array(list(map(has_advantage, batch)))
 
 
 def skipped_update(
     batch: TrajectoryBatch, client: PolicyClient, config: PolicyConfig
 ) -> FutureHandle[UpdateResult]:
     """Return the result of an update that took no step, since nothing in the batch teaches."""
-    cut = bool(has_advantage(batch).any())
+    cut = bool(have_advantage(batch).any())
     if cut:
         warnings.warn(
             f"Every rollout that could teach something was cut at max_new_tokens={batch.sampling.max_new_tokens}: no "

@@ -219,7 +219,7 @@ class Meeting:
             version = sampled.policy_version if version is None else version
             self.sampling = self.sampling.as_drawn(sampled.precision)  # "auto" chooses once
             for game, said in zip(live, sampled.sequences, strict=True):
-                game.transcript.hear(said, self.scripts.tokenizer)
+                game.transcript.hear(said)
             said_by = zip(live, sampled.sequences, strict=True)
             live = self.answer(live, [Cue(game.number, "said", said.text) for game, said in said_by])
         return version

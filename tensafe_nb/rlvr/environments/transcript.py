@@ -46,17 +46,25 @@ class Script(Protocol):
     def begin(self, told: Sequence[Message]) -> list[int]:
         """Return the tokens of what is told first."""
 
-    def go_on(self, said: SampledSequence, whole: str, told: Sequence[Message]) -> list[int]:
+    def go_on(self, said: SampledSequence, told: Sequence[Message]) -> list[int]:
         """Return the tokens of what is told next, behind those of what was said."""
 
 
 class TextScript:
-    """Texts as they are, one behind the other."""
+    """Texts as they are, one behind the other.
+
+    Args:
+        tokens: The model's tokenizer, asked for texts.
+        known: The tokens of what was told: first, and later on. The conversations of a group are told much the same.
+        refusal: Why nothing else can be told.
+    """
 
     options = None
 
-    def __init__(self, tokens: TextTokens, refusal: str = NO_TEMPLATE) -> None:
-        self._tokens, self._refusal = tokens, refusal
+    def __init__(
+        self, tokens: TextTokens, known: dict[tuple[str, bool], list[int]], refusal: str = NO_TEMPLATE
+    ) -> None:
+        self._tokens, self._known, self._refusal = tokens, known, refusal
 
     def messages(self, told: Told) -> list[Message]:
         if not isinstance(told, str):
@@ -64,10 +72,15 @@ class TextScript:
         return [{"role": "user", "content": told}]
 
     def begin(self, told: Sequence[Message]) -> list[int]:
-        return self._tokens.prompt(told[0]["content"])
+        return self._tokens_of(told[0]["content"], first=True)
 
-    def go_on(self, said: SampledSequence, whole: str, told: Sequence[Message]) -> list[int]:
-        return self._tokens.middle(told[0]["content"])
+    def go_on(self, said: SampledSequence, told: Sequence[Message]) -> list[int]:
+        return self._tokens_of(told[0]["content"], first=False)
+
+    def _tokens_of(self, text: str, *, first: bool) -> list[int]:
+        if (text, first) not in self._known:
+            self._known[text, first] = self._tokens.prompt(text) if first else self._tokens.middle(text)
+        return list(self._known[text, first])
 
 
 class ChatScript:
@@ -110,12 +123,15 @@ class ChatScript:
         tokens, self._text = self._opened[key]
         return list(tokens)
 
-    def go_on(self, said: SampledSequence, whole: str, told: Sequence[Message]) -> list[int]:
+    def go_on(self, said: SampledSequence, told: Sequence[Message]) -> list[int]:
         """Return the tokens between what was said and where the policy speaks next.
 
         Raises:
             UnfitTemplateError: The template shows what stood before, or what was said, otherwise than it was.
         """
+        # what the model saw, where that is more than the environment is told
+        cut = said.finish_reason in ("stop_string", "fixed")
+        whole = self._tokenizer.decode(list(said.tokens), skip_special_tokens=False) if cut else said.text
         self._messages += [{"role": "assistant", "content": whole}, *told]
         text = render(self._tokenizer, [dict(one) for one in self._messages], self._keywords, opened=True)
         core = whole.strip()
@@ -171,7 +187,7 @@ class Transcript:
     turns: list[TurnRecord] = field(default_factory=list)
     nats: float | None = 0.0
     finish_reason: str = "stop"
-    last: tuple[SampledSequence, str] | None = None  # what was said last, and all of it
+    last: SampledSequence | None = None  # what was said last
 
     @property
     def length(self) -> int:
@@ -194,7 +210,7 @@ class Transcript:
         if self.last is None:
             self.prompt = self.script.begin(messages)
         else:
-            tokens = self.script.go_on(*self.last, messages)
+            tokens = self.script.go_on(self.last, messages)
             self.tokens += tokens
             self.logprobs += [0.0] * len(tokens)
             self.raw_logprobs += [0.0] * len(tokens)
@@ -205,7 +221,7 @@ class Transcript:
             text = message["content"] or ""
             self.turns.append(TurnRecord(message["role"], text, stop if number else start, stop, meta=meta))
 
-    def hear(self, said: SampledSequence, tokenizer: Any) -> None:
+    def hear(self, said: SampledSequence) -> None:
         """Take in what the policy said."""
         start = len(self.tokens)
         self.tokens += said.tokens
@@ -215,11 +231,7 @@ class Transcript:
         if self.nats is not None:
             self.nats = None if said.entropy is None else self.nats + said.entropy * len(said.tokens)
         self.turns.append(TurnRecord("assistant", said.text, start, len(self.tokens), trained=True))
-        self.finish_reason = said.finish_reason
-        # what the model saw, where that is more than the environment is told
-        cut = said.finish_reason in ("stop_string", "fixed")
-        whole = tokenizer.decode(list(said.tokens), skip_special_tokens=False) if cut else said.text
-        self.last = said, whole
+        self.finish_reason, self.last = said.finish_reason, said
 
     def of_last_turn(self, reward: float | None, meta: Mapping[str, Any] | None) -> None:
         """Note what the environment says of what the policy said last."""
@@ -246,6 +258,7 @@ class Scripts:
         self.tokenizer, self._chat = tokenizer, chat
         self._tokens = TextTokens(tokenizer)
         self._opened: dict[str, tuple[list[int], str]] = {}
+        self._known: dict[tuple[str, bool], list[int]] = {}
 
     @cached_property
     def _template(self) -> Template | None:
@@ -261,5 +274,5 @@ class Scripts:
     def script(self, options: Mapping[str, Any]) -> Script:
         """Return the script of a conversation; `options` are the row's for the chat template."""
         if self._template is None:
-            return TextScript(self._tokens, NO_CHAT if self._chat == "never" else NO_TEMPLATE)
+            return TextScript(self._tokens, self._known, NO_CHAT if self._chat == "never" else NO_TEMPLATE)
         return ChatScript(self.tokenizer, self._tokens, self._template, options, self._opened)

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -223,7 +224,7 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
         return list(self)[index]
 
     def __iter__(self) -> Iterator[Trajectory]:
-        return (trajectory for group in self.groups for trajectory in group.rollouts)
+        return chain.from_iterable([group.rollouts for group in self.groups])
 
     def __len__(self) -> int:
         return sum(len(group.rollouts) for group in self.groups)
@@ -381,6 +382,12 @@ class TrajectoryBatch(Sequence[Trajectory], Tabular):
         return read_batch(Path(path))
 
 
+def has_advantage(trajectory: Trajectory) -> bool:
+    """Return whether a rollout has an advantage other than 0."""
+    advantage = trajectory.advantage
+    return any(advantage) if isinstance(advantage, list) else bool(advantage)
+
+
 def mean_advantage(trajectory: Trajectory) -> float | None:
     """Return the advantage of a rollout; where each token has its own, their mean over those that the loss looks at."""
     advantage = trajectory.advantage
@@ -429,10 +436,15 @@ def lines_of(batch: TrajectoryBatch) -> Iterator[str]:
         )
 
 
+WRITTEN: dict[type, list[str]] = {
+    kind: [each.name for each in fields(kind) if each.name not in ("rollouts", "turns")]
+    for kind in (RolloutGroup, Trajectory)
+}
+
+
 def _known_fields(item: RolloutGroup | Trajectory) -> dict[str, Any]:
     """Return the fields that are not None."""
-    names = [name for name in item.__slots__ if name not in ("rollouts", "turns")]
-    kept = {name: value for name in names if (value := getattr(item, name)) is not None}
+    kept = {name: value for name in WRITTEN[type(item)] if (value := getattr(item, name)) is not None}
     if isinstance(item, Trajectory) and item.turns is not None:
         kept["turns"] = [
             {name: value for name in turn.__slots__ if (value := getattr(turn, name)) is not None}

@@ -12,7 +12,13 @@ from typing import TypeAlias
 import numpy as np
 
 from tensafe_nb.config import TrainingConfig
-from tensafe_nb.rlvr.rollouts.trajectories import RolloutGroup, Trajectory, TrajectoryBatch, mean
+from tensafe_nb.rlvr.rollouts.trajectories import (
+    RolloutGroup,
+    Trajectory,
+    TrajectoryBatch,
+    has_advantage,
+    mean,
+)
 from tensafe_nb.rlvr.watch.metrics import Goal, Row, Signal, signal_of
 from tensafe_nb.runs.alarm_log import Finding
 
@@ -148,7 +154,7 @@ def no_learning(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | N
         return None  # which has an alarm of its own
     if not idle or not any(group.has_signal for group in batch.groups):
         return None
-    if _cut_are_masked(row) and all(t.truncated or not _has_advantage(t) for t in batch):
+    if _cut_are_masked(row) and all(t.truncated or not has_advantage(t) for t in batch):
         reason, remedy = (
             "every answer that could teach something was cut",
             "raise max_new_tokens, or pass mask_truncated=False to the algorithm",
@@ -168,7 +174,7 @@ def no_learning(memory: Memory, row: Row, batch: TrajectoryBatch) -> Finding | N
         "red",
         f"Rewards differ, but no weight has moved: {reason}.",
         f"{remedy[0].upper()}{remedy[1:]}.",
-        _where(batch, _has_advantage),
+        _where(batch, has_advantage),
     )
 
 
@@ -365,7 +371,7 @@ def not_finite(batch: TrajectoryBatch, error: Exception) -> Finding:
         "red",
         f"No step was taken, and no weight has moved: {error}",
         "Look at these rollouts for rewards that are huge; go back to the last checkpoint with a lower learning rate.",
-        _where(batch, _has_advantage),
+        _where(batch, has_advantage),
     )
 
 
@@ -392,8 +398,4 @@ def _where(batch: TrajectoryBatch, which: Callable[[Trajectory], bool]) -> tuple
 def _taught(group: RolloutGroup, goal: Goal | None = None) -> Signal | None:
     """Return the signal of a group; answers that all score the same teach as well where others' are their baseline."""
     signal = signal_of(group, goal)
-    return "mixed" if signal is not None and any(map(_has_advantage, group.rollouts)) else signal
-
-
-def _has_advantage(trajectory: Trajectory) -> bool:
-    return trajectory.advantage is not None and bool(np.any(trajectory.advantage))
+    return "mixed" if signal is not None and any(map(has_advantage, group.rollouts)) else signal

@@ -31,7 +31,7 @@ def conversation(tokenizer, told=TOLD, said=SAID, *, chat="auto", options=None, 
         ending = Template(tokenizer).edges({}).stop
     for question, answer in zip(told, said, strict=True):
         transcript.tell(question)
-        transcript.hear(sampled(tokenizer, answer, ending), tokenizer)
+        transcript.hear(sampled(tokenizer, answer, ending))
     return transcript
 
 
@@ -130,7 +130,7 @@ def test_a_stop_string_stays_in_the_transcript_and_the_template_still_ends_the_t
     transcript = Transcript(Scripts(tokenizer, "auto").script({}))
     transcript.tell(TOLD[0])
     cut = sampled(tokenizer, "yes", " town", reason="stop_string")
-    transcript.hear(cut, tokenizer)
+    transcript.hear(cut)
     transcript.tell(TOLD[1])
     assert "assistant\nyes town<|im_end|>\n<|im_start|>user\n" in tokenizer.decode(
         [*transcript.prompt, *transcript.tokens]
@@ -152,7 +152,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_what_it_makes_of
     tokenizer = tokenizer_with(getattr(templates, name))
     transcript = Transcript(Scripts(tokenizer, "auto").script({}))
     transcript.tell(TOLD[0])
-    transcript.hear(sampled(tokenizer, said, Template(tokenizer).edges({}).stop), tokenizer)
+    transcript.hear(sampled(tokenizer, said, Template(tokenizer).edges({}).stop))
     with pytest.raises(
         ValidationError, match=r"shows earlier turns otherwise .*tc\.tokenizer\.chat_template"
     ):
