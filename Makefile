@@ -159,8 +159,8 @@ test: lint  ## everything fast: on all cores, then by itself what measures time,
 	$(BIN)/python -m pytest $(QUICK) -m "$(FAST) and not alone" --numprocesses $(WORKERS) --dist worksteal $(TESTS)
 	$(BIN)/python -m pytest -m "$(FAST) and alone" $(or $(TESTS),$(call marked,alone)) || [ $$? -eq 5 ]  # 5: TESTS has none
 
-faults: $(READY)  ## servers that are killed, networks that fail: the short part of it
-	$(BIN)/python -m pytest $(call marked,faults) -m "faults and not soak"
+faults: $(READY)  ## servers that are killed, networks that fail: the short part of it; each file on one core, half of it is waiting
+	$(BIN)/python -m pytest $(call marked,faults) -m "faults and not soak" --numprocesses $(WORKERS) --dist loadfile
 
 chromium:
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core)

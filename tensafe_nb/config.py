@@ -25,6 +25,7 @@ NonNegativeFloat = pydantic.NonNegativeFloat
 Precision = Literal["exact", "bfloat16", "int8", "auto"]  # of the weights that sample
 SamplingEngine = Literal["torch", "llama.cpp"]
 MOST_ENTRIES = 10_000  # of one field
+LLAMA_ENDS = ("model.embed_tokens", "lm_head")  # the names of embedding and head in models of Llama's kind
 MOST_PROBLEMS = 20  # that one message tells
 MOST_TOP_LOGPROBS = 128  # of one place
 MIN_TEMPERATURE = 1e-4  # below, the logits leave the range of numbers; 0 means greedy
@@ -36,6 +37,9 @@ class Config(pydantic.BaseModel):
 
     NUMBER: ClassVar[str] = ""  # the field that a bare number in its place may have meant
     BESIDE: ClassVar[Mapping[str, Any]] = {}  # what is needed beside that, by way of example
+    ELSEWHERE: ClassVar[
+        Mapping[str, str]
+    ] = {}  # what other libraries call a field, where no spelling is near
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
@@ -178,9 +182,13 @@ def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[
             if isinstance(kind, type) and issubclass(kind, Config) and where in kind.model_fields
         ]
         belongs = f" It is a field of {inside[0]}: {inside[0]}={{{where!r}: …}}." if inside else ""
-        text = f"{config.__name__} has no field {where!r}.{belongs or nearest(where, config.model_fields)}"
+        meant = f" Did you mean {config.ELSEWHERE[where]!r}?" if where in config.ELSEWHERE else ""
+        text = f"{config.__name__} has no field {where!r}.{belongs or meant or nearest(where, config.model_fields)}"
     elif problem["type"] == "model_type":
         text = f"{config.__name__}.{instead_of(config, where, problem['input'])}"
+    elif problem["type"] == "tuple_type":
+        given = as_given(problem["input"])
+        text = f"{config.__name__}.{where}: a list is expected, such as [{given}], not {given}."
     else:
         reason = problem["msg"].removeprefix("Value error, ")
         field = f".{where}" if where else ""
@@ -242,6 +250,8 @@ class LoRAConfig(Config):
             B·A. Private training then has no product of two noisy factors.
     """
 
+    ELSEWHERE = {"r": "rank"}
+
     rank: int = pydantic.Field(default=16, gt=0, le=65_536)
     alpha: pydantic.PositiveFloat = 32
     dropout: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
@@ -272,6 +282,17 @@ class LoRAConfig(Config):
         return value
 
     @pydantic.model_validator(mode="after")
+    def _a_regular_expression_names_its_blocks_itself(self) -> Self:
+        is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if self.layers_to_transform is not None and is_expression:
+            raise ValueError(
+                f"layers_to_transform is for names of layers and for 'all-linear'; target_modules="
+                f"{as_given(self.target_modules)} is a regular expression, which has to name the blocks itself: "
+                f"r'.*\\.layers\\.(1|2)\\..*_proj'"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _a_module_is_adapted_or_trained_whole(self) -> Self:
         both = set(self.modules_to_save) & set(
             self.target_modules if isinstance(self.target_modules, tuple) else ()
@@ -281,6 +302,21 @@ class LoRAConfig(Config):
                 f"{sorted(both)} stands in target_modules and in modules_to_save: a module is adapted, or trained whole"
             )
         return self
+
+    @property
+    def adapted_ends(self) -> list[str]:
+        """Which of embedding and head are adapted, of models whose modules have the names that Llama's have."""
+
+        def named(names: tuple[str, ...] | str, end: str) -> bool:
+            if isinstance(names, str):
+                return re.fullmatch(names, end) is not None
+            return any(f".{end}".endswith(f".{name}") for name in names)
+
+        adapts, leaves_out = (
+            functools.partial(named, names) for names in (self.target_modules, self.exclude_modules)
+        )
+        every = self.layers_to_transform is None  # neither is in a block
+        return [end for end in LLAMA_ENDS if every and adapts(end) and not leaves_out(end)]
 
 
 ADAMS = ("adamw", "adam")  # the optimisers that have betas and eps
@@ -302,7 +338,7 @@ class OptimizerConfig(Config):
         total_steps: Length of the schedule; needed by "linear" and "cosine".
     """
 
-    NUMBER = "learning_rate"
+    NUMBER, ELSEWHERE = "learning_rate", {"lr": "learning_rate"}
 
     name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
     learning_rate: pydantic.PositiveFloat = 1e-4
@@ -407,6 +443,8 @@ class SamplingConfig(Config):
             the distribution that it draws from, which is not quite the trained one.
     """
 
+    ELSEWHERE = {"n": "num_samples", "num_return_sequences": "num_samples", "max_length": "max_new_tokens"}
+
     max_new_tokens: Positive = 64
     temperature: NonNegativeFloat = 1.0
     top_p: float = pydantic.Field(default=1.0, gt=0.0, le=1.0)
@@ -423,10 +461,19 @@ class SamplingConfig(Config):
     alone: bool = False
     engine: SamplingEngine = "torch"
 
-    @pydantic.field_validator("stop", mode="before")
+    @pydantic.field_validator("max_new_tokens", mode="before")
     @classmethod
-    def _one_stop_string_is_a_list_of_one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    def _a_completion_fits_some_context(cls, value: Any) -> Any:
+        if isinstance(value, int) and value >= 1 << 31:
+            raise ValueError(
+                "no model reads so many tokens: a prompt and its completion have to fit in the model's context together"
+            )
+        return value
+
+    @pydantic.field_validator("stop", "stop_tokens", mode="before")
+    @classmethod
+    def _none_stops_nothing_and_one_string_is_a_list_of_one(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, str) else value
 
     @pydantic.model_validator(mode="after")
     def _stop_strings_can_stop(self) -> Self:
@@ -599,6 +646,39 @@ class TrainingConfig(Config):
         """L of a private step: the privacy units it holds on average, as declared."""
         declared = self.dp_config.expected_batch_size if self.dp_config is not None else None
         return declared or self.batch_size * self.gradient_accumulation_steps
+
+
+def check_engine(sampling: SamplingConfig, config: TrainingConfig) -> None:
+    """Refuse a client whose training llama.cpp has no place for, as far as its configuration tells.
+
+    Raises:
+        ValidationError: The client trains something else than LoRA of the layers' matrices.
+    """
+    if sampling.engine != "llama.cpp":
+        return
+    lora = config.lora_config
+    if lora is None:
+        raise without_llama_cpp(
+            "this client trains all weights, which would have to be handed over whole after each step",
+            "train an adapter (lora_config=)",
+        )
+    others = {
+        "bias": lora.bias != "none",
+        "modules_to_save": lora.modules_to_save,
+        "target_parameters": lora.target_parameters,
+        "target_modules": lora.adapted_ends,
+    }
+    if found := [name for name, is_set in others.items() if is_set]:
+        ends = f" ({' and '.join(lora.adapted_ends)})" if found[0] == "target_modules" else ""
+        raise without_llama_cpp(
+            f"LoRAConfig.{found[0]}{ends} trains what an adapter of llama.cpp has no place for",
+            "leave it out",
+        )
+
+
+def without_llama_cpp(why: str, instead: str) -> ValidationError:
+    """Return the refusal of `engine="llama.cpp"`, with its reason and what else could be done."""
+    return ValidationError(f"engine='llama.cpp': {why}. Sample with engine='torch', or {instead}.")
 
 
 def covers(patterns: Iterable[str], name: str) -> bool:

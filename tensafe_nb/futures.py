@@ -33,13 +33,14 @@ R = TypeVar("R")
 class Promise(Generic[R]):
     """The producer's half: who does the work reports here. Every method may be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, streams: bool = False) -> None:
         self._lock = threading.Lock()
         self._unfinished = threading.Lock()  # until the end; whoever waits takes it, and hands it on
         self._unfinished.acquire()
         self._callbacks: list[Callable[[], object]] = []
         self._watchers: list[Callable[[], None]] = []
-        self.pieces: list[Any] = []  # of the value, as they come; of what is streamed
+        self.streams = streams  # whether pieces of the value are told
+        self.pieces: list[Any] = []  # those that have come
         self.state = FutureStatus.PENDING
         self.progress: tuple[int, int] | None = None
         self.cancel_requested = False
@@ -293,7 +294,15 @@ class FutureHandle(Generic[R]):
         """Iterate over a result's pieces as they come, with `for` or `async for`: of `sample(…, stream=True)`.
 
         They end when the result is there, and add up to it; where the operation failed, they end with its error.
+
+        Raises:
+            ValidationError: It was submitted without `stream=True`.
         """
+        if not self._promise.streams:
+            raise ValidationError(
+                f"pieces(): this {self.operation} is not told in pieces, and result() returns it whole. To read a "
+                f"sample as it is drawn: tc.sample(prompts, stream=True).pieces(), or tc.stream(prompt)."
+            )
         return Pieces(self, self._promise)
 
     def add_done_callback(self, callback: "Callable[[FutureHandle[R]], object]") -> None:

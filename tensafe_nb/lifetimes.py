@@ -124,8 +124,10 @@ def after_cell(_result: object = None) -> None:
 
 def in_notebook() -> bool:
     """Whether there is an output history; never imports IPython."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "user_ns")
+    get_shell = getattr(
+        sys.modules.get("IPython"), "get_ipython", None
+    )  # none yet while it is being imported
+    return get_shell is not None and hasattr(get_shell(), "user_ns")
 
 
 def _shell() -> Any:

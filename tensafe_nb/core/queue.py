@@ -14,7 +14,7 @@ from tensafe_nb.core.past import Past
 from tensafe_nb.errors import FutureFailedError, QueueFullError, TGTinkerError
 from tensafe_nb.futures import FutureHandle, Promise
 from tensafe_nb.losses import Loss, resolve_loss
-from tensafe_nb.protocol.operations import Forward, ForwardBackward, Operation, OptimStep
+from tensafe_nb.protocol.operations import Forward, ForwardBackward, Operation, OptimStep, Sample
 
 MAX_PENDING = 1_000
 
@@ -42,12 +42,12 @@ class Job:
         Raises:
             ValidationError: There is no such loss, or it does not fit its keywords or the batch.
         """
-        loss = None
+        loss, streams = None, isinstance(operation, Sample) and operation.stream
         if isinstance(operation, ForwardBackward | Forward):
             loss = default_loss if operation.loss_fn is None else resolve_loss(operation.loss_fn)
             loss = loss.bind(**operation.loss_kwargs)
             loss.check(operation.batch)
-        return cls(operation, type(operation), loss=loss)
+        return cls(operation, type(operation), promise=Promise(streams=streams), loss=loss)
 
     def let_go(self) -> None:
         """Let go of the operation with its batch, and of the loss: whoever keeps the handle keeps the result only."""

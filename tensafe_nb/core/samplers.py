@@ -102,7 +102,7 @@ class Samplers:
         """
         weights = weights or self.weights(request.artifact_id, request.model_ref)
         llama_cpp.check(request.sample.sampling, weights.config)
-        promise: Promise[SampleResult] = Promise()
+        promise: Promise[SampleResult] = Promise(streams=request.sample.stream)
 
         def cancel() -> bool:
             promise.cancel_requested = True

@@ -38,7 +38,11 @@ def read_prompts(prompts: Any) -> tuple[Prompt, ...]:
     if isinstance(prompts, Mapping) and KINDS & prompts.keys():
         return (_one_prompt(prompts, 0),)
     if isinstance(prompts, Mapping):
-        raise ValidationError("sample() was given one chat message: put it in a list, [message].")
+        if "role" in prompts or "content" in prompts:
+            raise ValidationError("sample() was given one chat message: put it in a list, [message].")
+        raise ValidationError(
+            f"sample(): a dict that is a prompt has 'prompt', 'messages' or 'tokens', and this is {as_given(prompts)}."
+        )
     if isinstance(prompts, os.PathLike):
         raise ValidationError(
             f"sample() reads no files: data.read_rows({as_given(str(prompts))}) does; give its prompts, "

@@ -433,6 +433,7 @@ class Engine:
         streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
         turns = turn_ends(self.model.tokenizer, prompts)
         if config.stop_tokens:
+            inputs.check_stop_tokens(config.stop_tokens, self.model)
             turns = [replace(turn, tokens=turn.tokens | set(config.stop_tokens)) for turn in turns]
         return ids, turns, streams
 

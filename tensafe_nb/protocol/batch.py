@@ -18,6 +18,12 @@ IGNORE = -100
 MOST_VALUES = 1 << 27  # of one entry: 1 GiB of token ids
 MOST_ROWS = 1 << 20
 NUMBERS = (int, float, bool, np.int64, np.int32, np.float32, np.float64)
+MOST_EXACT = 2.0**53  # below, a float holds every whole number
+KINDS: Mapping[str, Any] = {
+    "texts": str,
+    "bytes": bytes,
+    "numbers": (int, float, complex, np.number, np.bool_),
+}
 DEEPEST = 4  # dimensions; a batch has two, an extra seldom three
 TICKET = (
     "dp_ticket"  # (B, 7) of a Poisson draw: says which rows belong to it, so that none is lost or repeated
@@ -321,14 +327,65 @@ def array_of(value: ArrayLike, name: str, *, equal_rows: bool = False) -> Array:
     check_size(value, name, equal_rows)
     try:
         array = np.asarray(value).copy()
+        merged = array.dtype.kind in "OSTU" or (
+            array.dtype.kind == "f"
+            and not hasattr(value, "dtype")
+            and bool((np.abs(array) >= MOST_EXACT).any())
+        )
+        entries = np.asarray(value, dtype=object) if merged else array
     except Exception as error:  # a tensor that numpy cannot read; or whatever an object of the user's raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValidationError(f"BatchData.{name} cannot be read as one array of numbers: {reason}") from error
+    if merged and array.dtype.kind == "f":
+        check_exact(entries, array, name)
+    elif merged:
+        return of_one_kind(entries, name)
+    return array
+
+
+def of_one_kind(entries: Array, name: str) -> Array:
+    """Return objects as an array of texts, of bytes or of numbers; numpy alone would take 1 and "1" for one text.
+
+    Raises:
+        ValidationError: Names the first entry that is none, or of another kind than the first.
+    """
+    listed = entries.ravel().tolist()
+    first = next((what for what, kind in KINDS.items() if listed and isinstance(listed[0], kind)), None)
+    for number, entry in enumerate(listed):
+        if first is None or not isinstance(entry, KINDS[first]):
+            wanted = "numbers or texts" if first is None else f"{first}, like the entries before it"
+            raise ValidationError(
+                f"{place_of(number, entries, name)} is {as_given(entry)}: expected {wanted}."
+            )
+        if (isinstance(entry, str) and "\0" in entry) or (isinstance(entry, bytes) and b"\0" in entry):
+            raise ValidationError(
+                f"{place_of(number, entries, name)} is {as_given(entry)}: a text must not hold a NUL."
+            )
+    array = np.asarray(entries.tolist())
     if array.dtype.kind == "O":
+        number = next(n for n, entry in enumerate(listed) if np.asarray(entry).dtype.kind == "O")
         raise ValidationError(
-            f"BatchData.{name} cannot be read as one array of numbers: it holds mixed objects."
+            f"{place_of(number, entries, name)} is {as_given(listed[number])}: no array holds so large a number."
         )
     return array
+
+
+def check_exact(entries: Array, array: Array, name: str) -> None:
+    """Refuse whole numbers that are not what became of them among fractions, where two may be taken for one."""
+    for number, (entry, kept) in enumerate(
+        zip(entries.ravel().tolist(), array.ravel().tolist(), strict=True)
+    ):
+        if isinstance(entry, int) and entry != kept:
+            raise ValidationError(
+                f"{place_of(number, entries, name)} is {as_given(entry)}, which an array that also holds fractions, or "
+                f"numbers below 0, would round: give whole numbers of 64 bits, or texts."
+            )
+
+
+def place_of(number: int, entries: Array, name: str) -> str:
+    """Return how an entry is called that has this number among all."""
+    place = "".join(f"[{index}]" for index in np.unravel_index(number, entries.shape))
+    return f"BatchData.{name}{place}"
 
 
 def extra_of(value: ArrayLike, name: str, rows: int) -> Array:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from tensafe_nb.config import SamplingConfig
+from tensafe_nb.config import SamplingConfig, TrainingConfig
 from tensafe_nb.events import Event
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.protocol.batch import BatchData
@@ -24,6 +24,8 @@ class PolicyClient(Protocol):
 
     @property
     def training_client_id(self) -> str: ...
+    @property
+    def config(self) -> TrainingConfig: ...
     @property
     def step(self) -> int: ...
     @property

@@ -162,7 +162,7 @@ class RLVRTrainer:
         group_size: int = 8,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         fixed_length: bool = False,
         chat: Chat = "auto",
         eval_prompts: Rows | None = None,

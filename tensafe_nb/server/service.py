@@ -20,6 +20,7 @@ from tensafe_nb.errors import (
     TGTinkerError,
     TrainingClientNotFoundError,
     ValidationError,
+    nearest,
 )
 from tensafe_nb.futures import FutureHandle
 from tensafe_nb.history.log import RunHistory
@@ -341,24 +342,29 @@ class Service:
 
     def offered_models(self) -> list[str]:
         """Return the names of models that may be loaded; of a folder, those that lie directly in it."""
-        inside = (
+        there = (
             [] if self._models is None else [path.name for path in self._models.iterdir() if path.is_dir()]
         )
-        return ["builtin:tiny", "builtin:sums", *sorted(inside), *sorted(self._hub_models)]
+        inside = sorted(name for name in there if self._is_inside(name))
+        return ["builtin:tiny", "builtin:sums", *inside, *sorted(self._hub_models)]
+
+    def _is_inside(self, ref: str) -> bool:
+        """Whether it names something beneath the folder of models, and no link that leads out of it."""
+        if self._models is None:
+            return False
+        root = self._models.resolve()
+        with suppress(ValueError, OSError):  # no path at all
+            found = (root / ref).resolve()
+            beneath = not Path(ref).is_absolute() and found.is_relative_to(root) and found != root
+            return beneath and found.exists()
+        return False
 
     def _check_model(self, ref: str) -> None:
-        if ref.startswith("builtin:") or ref in self._hub_models:
+        if ref.startswith("builtin:") or ref in self._hub_models or self._is_inside(ref):
             return
-        if self._models is not None:
-            root = self._models.resolve()
-            with suppress(ValueError, OSError):  # no path at all
-                found = (root / ref).resolve()
-                inside = not Path(ref).is_absolute() and found.is_relative_to(root) and found != root
-                if inside and found.exists():
-                    return
         raise ValidationError(  # the same where it is not there, and where it is not offered
-            f"The model {ref!r} is not offered by this server. Ask whoever runs it (serve --models, --hub-model), or "
-            f"take a built-in one.",
+            f"The model {ref!r} is not offered by this server.{nearest(ref, self.offered_models())} Whoever runs it "
+            "offers others by serve --models and --hub-model.",
             details={"given": ref},
         )
 

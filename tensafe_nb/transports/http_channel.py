@@ -196,7 +196,8 @@ class HttpChannel:
                 f"{self.requests.limit('body_bytes', 0):,} at a time. Send it in parts."
             )
         future_id = future_id or f"fut-{uuid.uuid4().hex[:12]}"
-        promise: Promise[R] = Promise()
+        streams = isinstance(operation, Sample) and operation.stream
+        promise: Promise[R] = Promise(streams=streams)
         promise.owner = self._io.thread
         with self._changing:
             self._refuse_if_closed(operation.verb)
@@ -204,7 +205,7 @@ class HttpChannel:
             told = self._newly_told()
             submission = Submission(self._numbers, future_id, operation.verb, media_type, body, promise, told)
             self._waiting[future_id] = promise
-            if isinstance(operation, Sample) and operation.stream:
+            if streams:
                 self._streamed.add(future_id)
             self.unsent.add(future_id)
             self._io.soon(self._outgoing.put_nowait, submission)

@@ -42,14 +42,18 @@ def in_kernel() -> bool:
 
 def shell() -> Any:
     """Return IPython's shell, or None where there is none."""
-    ipython = sys.modules.get("IPython")
-    return None if ipython is None else ipython.get_ipython()
+    get_shell = getattr(
+        sys.modules.get("IPython"), "get_ipython", None
+    )  # none yet while it is being imported
+    return None if get_shell is None else get_shell()
 
 
 def in_marimo() -> bool:
     """Whether this is a marimo notebook with a page or an export; never imports marimo."""
-    marimo = sys.modules.get("marimo")
-    return marimo is not None and bool(marimo.running_in_notebook())
+    is_running = getattr(
+        sys.modules.get("marimo"), "running_in_notebook", None
+    )  # none yet while it is being imported
+    return is_running is not None and bool(is_running())
 
 
 def execution_count() -> int:

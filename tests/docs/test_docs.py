@@ -80,6 +80,12 @@ def test_the_commands_of_the_readme_are_in_the_makefile() -> None:
         assert f"\n{verb}:" in makefile, verb
 
 
+def test_the_table_of_how_tokens_are_drawn_has_every_field_with_its_default() -> None:
+    section = (ROOT / "docs/how-to/training.md").read_text().split("### What SamplingConfig takes\n")[1]
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", section.split("\n### ")[0], flags=re.MULTILINE)
+    assert rows == [(name, repr(field.default)) for name, field in tn.SamplingConfig.model_fields.items()]
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     assert f'version = "{tn.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## {tn.__version__}" in (ROOT / "CHANGELOG.md").read_text()

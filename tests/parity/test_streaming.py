@@ -64,12 +64,16 @@ def test_pieces_can_be_awaited_while_the_loop_does_other_things(tc: tn.TrainingC
     assert len(pieces) > 1 and turns > 1
 
 
-def test_pieces_end_with_the_error_of_an_operation_that_failed_and_without_stream_there_are_none(
+def test_pieces_end_with_the_error_of_an_operation_that_failed_and_without_stream_are_refused(
     tc: tn.TrainingClient,
 ) -> None:
     with pytest.raises(tn.ValidationError, match="vocabulary"):
         list(tc.sample([1, 2, 999_999], stream=True).pieces())
-    assert list(tc.sample("def ", max_new_tokens=2).pieces()) == []
+    for whole in (tc.sample("def ", max_new_tokens=2), tc.forward({"input_ids": [[5, 6]]})):
+        with pytest.raises(
+            tn.ValidationError, match=r"not told in pieces.*tc\.sample\(prompts, stream=True\)"
+        ):
+            whole.pieces()
     handle = tc.sample(["def "] * 8, stream=True, max_new_tokens=400, ignore_end=True)
     pieces = iter(handle.pieces())
     assert next(pieces).text

@@ -26,6 +26,11 @@ import tensafe_nb as tn
         (lambda: tn.TrainingConfig(dtype="float8"), r"TrainingConfig\.dtype.*'float8'"),
         (lambda: tn.SamplingConfig(temperature=-1), r"SamplingConfig\.temperature"),
         (lambda: tn.SamplingConfig(stop=("",)), r"a stop string must not be empty"),
+        (lambda: tn.SamplingConfig(stop_tokens=5), r"stop_tokens: a list is expected, such as \[5\], not 5"),
+        (lambda: tn.SamplingConfig(n=2), r"no field 'n'\. Did you mean 'num_samples'\?"),
+        (lambda: tn.LoRAConfig(r=2), r"no field 'r'\. Did you mean 'rank'\?"),
+        (lambda: tn.OptimizerConfig(lr=2), r"no field 'lr'\. Did you mean 'learning_rate'\?"),
+        (lambda: tn.SamplingConfig(max_new_tokens=10**30), r"max_new_tokens: no model reads so many tokens"),
     ],
 )
 def test_a_wrong_field_names_itself_and_what_fits(make, message: str) -> None:
@@ -41,8 +46,9 @@ def test_configurations_are_frozen_and_replaced() -> None:
     assert config.model_ref == "builtin:tiny"
 
 
-def test_one_stop_string_is_a_list_of_one() -> None:
+def test_one_stop_string_is_a_list_of_one_and_none_are_no_stops() -> None:
     assert tn.SamplingConfig(stop="\n").stop == ("\n",)
+    assert tn.SamplingConfig(stop=None, stop_tokens=None) == tn.SamplingConfig()
 
 
 @pytest.mark.parametrize(

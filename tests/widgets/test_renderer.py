@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import tensafe_nb as tn
-from tensafe_nb import widgets
+from tensafe_nb import lifetimes, widgets
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.protocol.results import RunStatus
 from tensafe_nb.widgets import renderer
@@ -52,6 +52,15 @@ def test_in_a_notebook_it_is_the_widget_unless_the_variable_says_otherwise(
     assert choose() is Renderer.WIDGET
     monkeypatch.setenv(renderer.VARIABLE, name.upper())
     assert choose() is name
+
+
+def test_where_another_thread_is_importing_ipython_there_is_no_notebook_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("IPython", "marimo"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # as it is before its code has run
+    assert not lifetimes.in_notebook() and renderer.shell() is None
+    assert not renderer.in_kernel() and not renderer.in_marimo()
 
 
 def test_a_renderer_that_does_not_exist_is_refused_with_the_names_of_those_that_do(

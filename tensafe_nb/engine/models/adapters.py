@@ -1,5 +1,6 @@
 """Adapters on a model: which layers a configuration means, LoRA put on them by PEFT, and a folder's weights in it."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ def check_adapter(causal: Any, lora: LoRAConfig) -> None:
             raise ValidationError(
                 f"LoRAConfig.modules_to_save: the model has no module named {saved!r}.{nearest(saved, known)}"
             )
+    check_blocks({block for name in layers if (block := block_of(name)) is not None}, lora)
+    if lora.layers_to_transform is not None and lora.target_modules == "all-linear" and experts_of(causal):
+        raise ValidationError(
+            "LoRAConfig(layers_to_transform=…): the experts of this model, which 'all-linear' means too, are adapted "
+            "in all blocks or in none. Name layers instead: target_modules=['q_proj', 'v_proj']."
+        )
     adapted = layers_of(lora, causal)
     if not adapted:
         hint = ""
@@ -83,6 +90,14 @@ def check_adapter(causal: Any, lora: LoRAConfig) -> None:
             f"random, so that nothing would be learnt. Leave it out of target_modules, or train it whole: "
             f"modules_to_save=[{tables[0].rpartition('.')[2]!r}]."
         )
+
+
+def check_blocks(there: set[int], lora: LoRAConfig) -> None:
+    """Refuse numbers of blocks that the model does not have: nothing would be adapted for them."""
+    lacking = sorted(set(lora.layers_to_transform or ()) - there)
+    if lacking:
+        has = f"its blocks are {min(there)} to {max(there)}" if there else "it has none with a number"
+        raise ValidationError(f"LoRAConfig.layers_to_transform: this model has no block {lacking[0]}; {has}.")
 
 
 def check_ranks(layers: Mapping[str, Any], lora: LoRAConfig) -> None:
@@ -146,10 +161,11 @@ def layers_of(lora: LoRAConfig, causal: Any) -> set[str]:
 
     settings = _maybe_include_all_linear_layers(peft_config_of(lora, causal), causal)
     layers = {name for name in adaptable_layers(causal) if check_target_module_exists(settings, name)}
-    experts = (name for name, p in causal.named_parameters() if p.ndim == 3 and ".experts." in name)
     every = lora.target_modules == "all-linear"
     return layers | {
-        name for name in experts if every or any(ends_in(name, each) for each in lora.target_parameters)
+        name
+        for name in experts_of(causal)
+        if every or any(ends_in(name, each) for each in lora.target_parameters)
     }
 
 
@@ -169,7 +185,10 @@ def peft_config_of(lora: LoRAConfig, causal: Any) -> Any:
     def listed(value: tuple[Any, ...] | str) -> list[Any] | str | None:
         return value if isinstance(value, str) else list(value) or None
 
-    exclude = listed(lora.exclude_modules)
+    exclude, targets = listed(lora.exclude_modules), listed(lora.target_modules)
+    blocks = None if lora.layers_to_transform is None else list(lora.layers_to_transform)
+    if blocks is not None and lora.target_modules == "all-linear":  # beside which PEFT takes no blocks
+        targets, blocks = [name for name in linear_layers(causal) if block_of(name) in blocks], None
     if lora.target_modules == "all-linear" and getattr(causal.config, "model_type", "") in READ_PAST_LAYERS:
         exclude = exclude or ["out_proj"]
     try:
@@ -177,7 +196,7 @@ def peft_config_of(lora: LoRAConfig, causal: Any) -> Any:
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=listed(lora.target_modules),
+            target_modules=targets,
             bias=lora.bias,
             task_type="CAUSAL_LM",
             modules_to_save=listed(lora.modules_to_save),
@@ -186,10 +205,30 @@ def peft_config_of(lora: LoRAConfig, causal: Any) -> Any:
             alpha_pattern=dict(lora.alpha_pattern),
             exclude_modules=exclude,
             target_parameters=listed(lora.target_parameters),
-            layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
+            layers_to_transform=blocks,
         )
     except (ValueError, TypeError) as error:
         raise ValidationError(f"LoRAConfig: {reading.first_line(error)}") from error
+
+
+def experts_of(causal: Any) -> list[str]:
+    """Return the names of the parameters that hold the matrices of all experts of a block."""
+    return [name for name, p in causal.named_parameters() if p.ndim == 3 and ".experts." in name]
+
+
+def linear_layers(causal: Any) -> list[str]:
+    """Return the names of the layers that "all-linear" means, by PEFT's own rule."""
+    import peft
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    every = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    return sorted(_maybe_include_all_linear_layers(every, causal).target_modules)
+
+
+def block_of(name: str) -> int | None:
+    """Return the number of the block that a layer is in, as PEFT reads it from its name; None of those in none."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return None if found is None else int(found[1])
 
 
 def train_in_float32(causal: Any) -> None:

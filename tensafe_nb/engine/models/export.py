@@ -122,7 +122,7 @@ def write_gguf_adapter(model: LoadedModel, path: Path) -> None:
     file.writer.add_type("adapter")
     file.writer.add_string("adapter.type", "lora")
     file.writer.add_float32("adapter.lora.alpha", 0.0)  # B brings the scales, one for each layer
-    for name, a, b in _factors_of_layers(model):
+    for name, a, b in factors_of_layers(model):
         known, placed = file.placed(f"{name}.weight", b)
         file.writer.add_tensor(f"{known}.lora_a", a.detach().float().cpu().contiguous().numpy())  # (r, in)
         file.writer.add_tensor(f"{known}.lora_b", placed.numpy())  # (out, r)
@@ -198,8 +198,12 @@ def _rotary(model: LoadedModel) -> tuple[float, Tensor]:
     return turns, torch.ones(width // 2) if kind == "default" else (plain / frequencies).float()
 
 
-def _factors_of_layers(model: LoadedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield of each adapted layer its name, A (r, in), and s B (out, r)."""
+def factors_of_layers(model: LoadedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield of each adapted layer its name, A (r, in), and s B (out, r).
+
+    Raises:
+        ValidationError: What is trained is more than LoRA of the layers' matrices.
+    """
     from peft.tuners.lora import Linear, LoraLayer
 
     for name, _ in model.trainable:

@@ -68,6 +68,20 @@ def encode(prompts: Sequence[Prompt], new_tokens: int, model: LoadedModel) -> li
     return encoded
 
 
+def check_stop_tokens(tokens: Sequence[int], model: LoadedModel) -> None:
+    """Refuse stop tokens outside the vocabulary.
+
+    Raises:
+        ValidationError: Says which, and how large the vocabulary is.
+    """
+    for token in tokens:
+        if token >= model.vocab_size:
+            raise ValidationError(
+                f"stop_tokens holds {as_given(token)}, which is never drawn: the model's vocabulary has "
+                f"{model.vocab_size:,} tokens, 0 to {model.vocab_size - 1}. {_advice(token, model)}"
+            )
+
+
 def counts_positions_from_zero(model: LoadedModel) -> bool:
     """Return whether a model may be told positions 0, 1, 2, … and then says what it says without being told."""
     ids = three_tokens(model)

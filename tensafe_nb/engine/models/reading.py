@@ -66,7 +66,7 @@ def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str 
     """
     with uncollected():
         # the last brings in what `from_pretrained` would, whichever the model is
-        from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel  # noqa: F401
+        from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
     where = {} if revision is None else {"revision": revision}
     folder = Path(source) if Path(source).is_dir() else None
@@ -91,7 +91,14 @@ def read(model_ref: str, source: str, ignore: Sequence[str] = (), revision: str 
     causal.name_or_path = causal.config._name_or_path = (
         source  # of which an exported adapter says that it is its base
     )
+    for module in causal.modules():
+        if isinstance(module, PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = _warn_of_nothing
     return causal
+
+
+def _warn_of_nothing(input_ids: Any, attention_mask: Any) -> None:
+    """Stand for a warning of padding without a mask: a batch says what is padding, and where it matters is a mask."""
 
 
 def tokenizer_of(model_ref: str, source: str, revision: str | None = None) -> Any:

@@ -121,8 +121,13 @@ def _hindrance(model: LoadedModel, precision: str) -> str:
 
 def _unlike(model: LoadedModel) -> str:
     """Return what keeps a model from being decoded with copies of its weights; nothing if they say what it says."""
-    if model.device.type != "cpu" or model.compute_dtype is not torch.float32:
-        return f"this model computes in {str(model.compute_dtype)[6:]} on {model.device.type}, not in float32 on a CPU"
+    if model.device.type != "cpu":
+        return f"this model computes on {model.device.type}, and the copies are for a CPU"
+    if model.compute_dtype is not torch.float32:
+        return (
+            f"this model computes in {model.precision}, and the copies take one that computes in float32 "
+            f'(create_training_client(…, dtype="float32"))'
+        )
     if not model.split or type(model.body).__name__ not in llama.SHAPED_LIKE_LLAMA:
         return f"a {type(model.causal).__name__} has not the shape of Llama"
     if not all(map(_is_plain, [*_matrices(model), model.head])):
@@ -276,19 +281,14 @@ def _fast(precision: str, group: Sequence[Any]) -> Map:
         product = packing(torch.cat([_weight(matrix).detach() for matrix in group]), _bias(group))
         if all(map(_is_frozen, group)):
             made[first] = product
-    adapters = [_adapter(matrix) for matrix in group]
-    found = [adapter for adapter in adapters if adapter is not None]
-    if not found:
-        return product
-    a = torch.cat([a for a, _, _ in found])
-    b, row, column = a.new_zeros(sum(len(_weight(matrix)) for matrix in group), len(a)), 0, 0
-    for matrix, adapter in zip(group, adapters, strict=True):
+    adapters, d_out = [], 0
+    for matrix in group:
+        adapter = _adapter(matrix)
         if adapter is not None:
-            width = len(adapter[0])
-            b[row : row + len(_weight(matrix)), column : column + width] = adapter[1] * adapter[2]
-            column += width
-        row += len(_weight(matrix))
-    return beside(product, a, b)
+            a, b, scale = adapter
+            adapters.append((d_out, a.clone(), b * scale))
+        d_out += len(_weight(matrix))
+    return beside(product, adapters, d_out, few_rows=precision == "int8") if adapters else product
 
 
 def _bias(group: Sequence[Any]) -> Tensor | None:

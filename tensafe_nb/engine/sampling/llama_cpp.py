@@ -23,12 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensafe_nb.config import SamplingConfig, TrainingConfig
+from tensafe_nb.config import SamplingConfig, TrainingConfig, check_engine, without_llama_cpp
 from tensafe_nb.engine.models import memory
 from tensafe_nb.engine.models.bases import MadeOnce
-from tensafe_nb.engine.models.export import adds_nothing, gguf_architecture, write_gguf, write_gguf_adapter
+from tensafe_nb.engine.models.export import (
+    adds_nothing,
+    factors_of_layers,
+    gguf_architecture,
+    write_gguf,
+    write_gguf_adapter,
+)
 from tensafe_nb.engine.models.load import LoadedModel, is_cpu
-from tensafe_nb.errors import InsufficientMemoryError, ModelLoadError, ValidationError
+from tensafe_nb.errors import InsufficientMemoryError, ModelLoadError
 
 logger = logging.getLogger(__name__)
 
@@ -50,24 +56,10 @@ def check(sampling: SamplingConfig, config: TrainingConfig) -> None:
     """
     if sampling.engine != NAME:
         return
+    check_engine(sampling, config)
     check_installed()
-    lora = config.lora_config
-    if lora is None:
-        raise _refused(
-            "this client trains all weights, which would have to be handed over whole after each step",
-            "train an adapter (lora_config=)",
-        )
-    others = {
-        "bias": lora.bias != "none",
-        "modules_to_save": lora.modules_to_save,
-        "target_parameters": lora.target_parameters,
-    }
-    if found := [name for name, is_set in others.items() if is_set]:
-        raise _refused(
-            f"LoRAConfig.{found[0]} trains what an adapter of llama.cpp has no place for", "leave it out"
-        )
     if not is_cpu(config.device):
-        raise _refused(
+        raise without_llama_cpp(
             "it samples on the processor, and this client's model is elsewhere", "take device='cpu'"
         )
 
@@ -87,15 +79,11 @@ def check_installed() -> None:
             if found is None
             else f"is here in version {found}, and this was built for {VERSION}"
         )
-        raise _refused(
+        raise without_llama_cpp(
             f"{PACKAGE} {here}",
             "install it where the model is, with a C++ compiler at hand (some ten minutes): "
             'pip install "tensafe_nb[llama-cpp]"',
         )
-
-
-def _refused(why: str, instead: str) -> ValidationError:
-    return ValidationError(f"engine='llama.cpp': {why}. Sample with engine='torch', or {instead}.")
 
 
 @cache
@@ -109,7 +97,7 @@ def library() -> Any:
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
-        raise _refused(f"{PACKAGE} cannot be loaded ({error})", "install it anew") from error
+        raise without_llama_cpp(f"{PACKAGE} cannot be loaded ({error})", "install it anew") from error
     llama_cpp.llama_log_set(_log(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
@@ -211,6 +199,7 @@ class Policy:
 
     def __init__(self, model: LoadedModel) -> None:
         self._llama, self._model = library(), model
+        list(factors_of_layers(model))  # refused now, and not only once a step has made B other than 0
         self.base = BASES.get((id(whose(model)), model.gguf_file), lambda: SharedBase(model))
         self.version: int | None = None
         self._adapter: Adapter | None = None

@@ -4,7 +4,7 @@ Each takes float32 rows and gives float32 rows. Which of them there are depends 
 used only after a product of it has been found to be one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeAlias
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensafe_nb.engine.quiet import quiet
+from tensafe_nb.engine.sampling import native
 from tensafe_nb.engine.sampling.llama import Map
 
 Packing: TypeAlias = Callable[[Tensor, Tensor | None], Map]  # of a weight (d_out, d_in) and its bias
@@ -43,10 +44,13 @@ def in_int8(weight: Tensor, bias: Tensor | None) -> Map:
     torch rounds what comes to 8 bits as well, by one scale for all rows of a product: single large values would drown
     the others. So each row is divided by its largest value and comes in two parts, 8 bits and the 7 after them, and a
     row of ±`SPAN` stands below, so that the scale is always the same. Sums of int8 are exact: a row's output depends on
-    that row alone, bit for bit.
+    that row alone, bit for bit. Where the machine has a C compiler, `native` has a product that does all of it.
     """
     scales = (weight.abs().amax(1) / 127).clamp(min=SMALLEST)
     whole = (weight / scales[:, None]).round_().to(torch.int8)
+    compiled = native.packed(whole, scales, bias) if sums_int8() else None
+    if compiled is not None:
+        return compiled
     points = torch.zeros(len(weight), dtype=torch.long)
     with quiet():  # that a later torch will do without: then there is no such product
         quantised = torch._make_per_channel_quantized_tensor(whole, scales.double(), points, 0)
@@ -69,9 +73,19 @@ def in_int8(weight: Tensor, bias: Tensor | None) -> Map:
     return product
 
 
-def beside(product: Map, a: Tensor, b: Tensor) -> Map:
-    """Add an adapter to a product: y + (h Aᵀ) Bᵀ, with A (rank, d_in) and B (d_out, rank)."""
-    into, out = a.T.contiguous(), b.T.contiguous()
+def beside(product: Map, adapters: Sequence[native.Adapter], d_out: int, *, few_rows: bool) -> Map:
+    """Add adapters to a product with so many outputs: y + (h Aᵀ) Bᵀ, each to its own.
+
+    For few rows where there is a compiler: then bytes count, and zeros are not read; torch is the quicker for many.
+    """
+    added = native.adding(adapters) if few_rows and sums_int8() else None
+    if added is not None:
+        return lambda h: added(h, product(h).contiguous())
+    into = torch.cat([a for _, a, _ in adapters]).T.contiguous()
+    out, row = into.new_zeros(into.shape[1], d_out), 0
+    for first, a, b in adapters:
+        out[row : row + len(a), first : first + len(b)] = b.T
+        row += len(a)
 
     def sum_(h: Tensor) -> Tensor:
         y = product(h)

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self, get_args
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import Precision, SamplingConfig, SamplingEngine
+from tensafe_nb.config import Precision, SamplingConfig, SamplingEngine, check_engine
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr.environments.environment import EnvironmentSpec, resolve_environment
@@ -54,7 +54,7 @@ class EnvironmentSampler:
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         fixed_length: bool = False,
         chat: Chat = "auto",
         seed: int | None = None,
@@ -73,12 +73,14 @@ class EnvironmentSampler:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             num_samples=group_size,
-            stop=tuple(stop) if not isinstance(stop, str) else (stop,),
+            stop=stop,  # type: ignore[arg-type]  # it takes a text and None too
             ignore_end=fixed_length,
             alone=True,
             precision=precision,
             engine=engine,
         )
+        if engine != "torch":
+            check_engine(self.sampling, training_client.config)
         self.chat, self.timeout = chat, timeout
         self._crew = crew_of("EnvironmentSampler: ", processes, cluster)
         self._client, self._seed = training_client, seed

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from tensafe_nb.checks import checked
-from tensafe_nb.config import Precision, SamplingConfig, SamplingEngine
+from tensafe_nb.config import Precision, SamplingConfig, SamplingEngine, check_engine
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.futures import FutureHandle, combine
@@ -53,7 +53,7 @@ class PolicySampler:
         *,
         top_p: float = 1.0,
         top_k: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         fixed_length: bool = False,
         chat: Chat = "auto",
         seed: int | None = None,
@@ -70,12 +70,14 @@ class PolicySampler:
             top_p=top_p,
             top_k=top_k,
             num_samples=group_size,
-            stop=tuple(stop) if not isinstance(stop, str) else (stop,),
+            stop=stop,  # type: ignore[arg-type]  # it takes a text and None too
             ignore_end=fixed_length,
             alone=True,
             precision=precision,
             engine=engine,
         )
+        if engine != "torch":
+            check_engine(self.sampling, training_client.config)
         if top_p < 1 or top_k > 0:
             warnings.warn(
                 "top_p < 1 or top_k > 0 samples from a cut distribution, the update trains the whole one: "

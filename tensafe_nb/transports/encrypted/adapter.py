@@ -324,7 +324,7 @@ class HEAdapterModel:
         top_p: float = 1.0,
         top_k: int = 0,
         num_samples: int = 1,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         seed: int | None = None,
         ignore_end: bool = False,
     ) -> FutureHandle[HESample]:

@@ -57,6 +57,8 @@ def test_one_prompt_is_told_from_many(given: Any, read: Any) -> None:
         ([[ASK, {"role": "user", "content": 4}]], r"Prompt 0: messages\[1\]'s content is the int 4"),
         ([[ASK, {"role": "user", "content": None}]], r"Prompt 0: messages\[1\] has no content"),
         (ASK, r"put it in a list, \[message\]"),
+        ({}, r"has 'prompt', 'messages' or 'tokens', and this is \{\}"),
+        ({"question": "hi"}, r"has 'prompt', 'messages' or 'tokens', and this is \{'question': 'hi'\}"),
         ([{"prompt": "hi", "answer": "ho"}], r"'answer' besides.*\[row\['prompt'\] for row in rows\]"),
         ([{"prompt": "hi", "tools": [TOOL]}], "for the chat template only"),
         (Path("prompts.jsonl"), r"data\.read_rows\('prompts\.jsonl'\)"),

@@ -230,6 +230,12 @@ def test_a_broken_model_folder_says_what_it_should_hold(tmp_path: Any) -> None:
         engine_of(model_ref=str(tmp_path))
 
 
+def test_a_stop_token_that_is_never_drawn_is_refused_with_the_size_of_the_vocabulary(engine: Engine) -> None:
+    for token in (2048, 10**30):
+        with pytest.raises(tn.ValidationError, match=f"stop_tokens holds {token}.*2,048 tokens, 0 to 2047"):
+            engine.sample([[5]], tn.SamplingConfig(max_new_tokens=1, stop_tokens=[7, token]))
+
+
 def test_a_token_outside_the_vocabulary_is_named(engine: Engine) -> None:
     size = engine.model.vocab_size
     with pytest.raises(tn.ValidationError, match=rf"input_ids\[1\]\[2\] is {size}: .*0 to {size - 1}"):

@@ -54,7 +54,9 @@ def test_rows_are_cut_out_without_the_columns_that_are_padding_in_all_of_them() 
             {"input_ids": [[1, 2], [3, 4]], "weights": [[1.0], [2.0, 3.0]]},
             r"weights cannot be read as one array",
         ),
-        ({"input_ids": [[1, 2]], "weights": [None]}, r"weights cannot be read as one array.*mixed objects"),
+        ({"input_ids": [[1, 2]], "weights": [None]}, r"weights\[0\] is None: expected numbers or texts"),
+        ({"input_ids": [[1, 2]], "weights": None}, r"weights is None: expected numbers or texts"),
+        ({"input_ids": [[1, 2]], "notes": [["a", 1]]}, r"notes\[0\]\[1\] is 1: expected texts"),
     ],
 )
 def test_a_batch_that_does_not_fit_says_what_where_and_what_next(
@@ -67,3 +69,30 @@ def test_a_batch_that_does_not_fit_says_what_where_and_what_next(
 def test_a_dict_without_input_ids_is_refused() -> None:
     with pytest.raises(tn.ValidationError, match="no 'input_ids'; it has \\['tokens'\\]"):
         BatchData.of({"tokens": [[1]]})
+
+
+@pytest.mark.parametrize("ids", [["a", "bc"], [3, 2**63 - 1], [2**63, 2**63 + 1], [0.5, 2.0]])
+def test_ids_in_objects_are_the_ids_of_a_list(ids: list[Any]) -> None:
+    pandas = pytest.importorskip("pandas")
+    listed = BatchData([[1, 2]] * 2, example_ids=ids)
+    for given in (pandas.Series(ids), pandas.Series(ids, dtype=object), np.array(ids, dtype=object)):
+        assert BatchData([[1, 2]] * 2, example_ids=given) == listed
+    assert listed.extras["example_ids"].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["a", None], r"\[1\] is None: expected texts, like the entries before it"),
+        ([1, "1"], r"\[1\] is '1': expected numbers"),
+        (["1", b"1"], r"\[1\] is b'1': expected texts"),
+        ([True, "True"], r"\[1\] is 'True': expected numbers"),
+        (["a", "a\0"], r"\[1\] is .*a text must not hold a NUL"),
+        ([b"a", b"a\0"], r"\[1\] is .*a text must not hold a NUL"),
+        ([1, 2**70], r"\[1\] is 1180591620717411303424: no array holds so large a number"),
+        ([2**53, 2**53 + 1, 0.5], r"\[1\] is 9007199254740993, which .* would round"),
+    ],
+)
+def test_ids_that_numpy_would_take_for_one_are_refused_by_their_place(ids: list[Any], message: str) -> None:
+    with pytest.raises(tn.ValidationError, match=f"BatchData.example_ids{message}"):
+        BatchData([[1, 2]] * len(ids), example_ids=ids)

@@ -1,6 +1,7 @@
 """What a server takes of who may enter: bodies of a bounded size, strictly read, models that are offered, no code."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,9 +166,11 @@ def test_a_model_is_one_that_is_offered_and_the_answer_tells_nothing_else(
     answer = http.post("/training_clients", json={"config": {"model_ref": ref}})
     assert error_of(answer) == (422, "validation_error")
     message = answer.json()["error"]["message"]
-    assert message.endswith(
-        "is not offered by this server. Ask whoever runs it (serve --models, --hub-model), or take a built-in one."
+    assert re.search(
+        r"is not offered by this server\. (Known: .*builtin:sums.*\.|Did you mean '.*'\?) Whoever runs it",
+        message,
     )
+    assert "link" not in message.split("this server.")[1], "a link that leads out is not offered"
     assert str(tmp_path) not in message
 
 

@@ -10,8 +10,10 @@ import transformers
 
 import tensafe_nb as tn
 from tensafe_nb.engine.models import load as models
+from tensafe_nb.engine.models.export import write_folder
 from tests.unit.engine.models.test_reading import CONFIGS, SHAPE, load, saved
 
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BATCH = {"input_ids": [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]}
 KINDS = {
     "adapted head": {"target_modules": ("lm_head", "q_proj")},
@@ -207,8 +209,8 @@ def test_a_rank_is_compared_with_the_layers_it_is_for(tmp_path: Path) -> None:
     [
         ({"modules_to_save": ("lm_haed",)}, r"no module named 'lm_haed'.*lm_head"),
         ({"target_modules": "q_proj"}, r"adapts no layer.*\['q_proj'\]"),
-        ({"target_modules": ("q_proj",), "layers_to_transform": (7,)}, r"adapts no layer"),
-        ({"layers_to_transform": (0,)}, r"layers_to_transform"),
+        ({"target_modules": ("q_proj",), "layers_to_transform": (7,)}, r"no block 7; its blocks are 0 to 1"),
+        ({"layers_to_transform": (0, 2)}, r"no block 2"),
         ({"target_modules": ("self_attn",)}, r"no layer named 'self_attn'"),
         ({"target_modules": ()}, r"is empty"),
     ],
@@ -216,6 +218,26 @@ def test_a_rank_is_compared_with_the_layers_it_is_for(tmp_path: Path) -> None:
 def test_an_adapter_that_names_nothing_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(tn.ValidationError, match=said):
         load(saved(tmp_path / "m", CONFIGS["llama"]()), lora_config=tn.LoRAConfig(rank=2, **fields))
+
+
+def test_every_linear_layer_of_some_blocks_is_adapted_and_comes_back_from_an_export(tmp_path: Path) -> None:
+    folder, some = saved(tmp_path / "m", CONFIGS["llama"]()), {"rank": 2, "layers_to_transform": [1]}
+    adapted = load(folder, lora_config=tn.LoRAConfig(**some))
+    names = [name for name, _ in adapted.trainable]
+    listed = load(folder, lora_config=tn.LoRAConfig(target_modules=LINEAR, **some))
+    assert names == [name for name, _ in listed.trainable] and all(".layers.1." in name for name in names)
+    write_folder(adapted, tmp_path / "out", merged=False)
+    back = load(tmp_path / "out", lora_config=tn.LoRAConfig(**some))
+    assert names == [name for name, _ in back.trainable]
+    assert all((p == q).all() for (_, p), (_, q) in zip(adapted.trainable, back.trainable, strict=True))
+
+
+def test_blocks_stand_beside_names_and_experts_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    with pytest.raises(tn.ValidationError, match=r"regular expression, which has to name the blocks itself"):
+        tn.LoRAConfig(target_modules=".*q_proj", layers_to_transform=[1])
+    experts = saved(tmp_path / "m", CONFIGS["mixtral"]())
+    with pytest.raises(tn.ValidationError, match=r"experts.*in all blocks or in none.*target_modules=\["):
+        load(experts, lora_config=tn.LoRAConfig(rank=2, layers_to_transform=[1]))
 
 
 def test_a_module_cannot_be_adapted_and_trained_whole() -> None:

@@ -12,9 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import tensafe_nb as tn
+from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import gguf
 from tensafe_nb.engine.models import load as models
 from tensafe_nb.engine.models.load import ASSETS
+from tensafe_nb.losses import resolve_loss
 from tests.unit.engine.models.test_gguf import write_gguf
 
 Weights = dict[str, torch.Tensor]
@@ -359,3 +361,18 @@ def test_an_old_checkpoint_with_buffers_that_transformers_knows_to_ignore_is_loa
         lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
     )
     load(folder)
+
+
+def test_what_a_batch_says_of_padding_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", said.append)
+    config = transformers.GPT2Config(
+        vocab_size=2048, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0
+    )
+    folder = saved(tmp_path / "m", config)
+    engine = Engine(tn.TrainingConfig(model_ref=str(folder), device="cpu", lora_config=tn.LoRAConfig(rank=2)))
+    engine.forward_backward(tn.BatchData([[0, 5, 6, 0]]), resolve_loss("token_ce"))
+    engine.sample([[0, 5, 6, 0]], tn.SamplingConfig(max_new_tokens=2))
+    assert not said

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import tensafe_nb as tn
+from tensafe_nb import rlvr
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import export
 from tensafe_nb.engine.sampling import llama_cpp, sampler
@@ -79,6 +80,8 @@ def test_the_version_is_the_one_that_the_extra_installs() -> None:
         ({"lora_config": None}, "trains all weights"),
         ({"lora_config": tn.LoRAConfig(bias="all")}, "LoRAConfig.bias"),
         ({"lora_config": tn.LoRAConfig(modules_to_save=("lm_head",))}, "modules_to_save"),
+        ({"lora_config": tn.LoRAConfig(target_modules=["q_proj", "embed_tokens"])}, "model.embed_tokens"),
+        ({"lora_config": tn.LoRAConfig(target_modules=".*(lm_head|q_proj)")}, "lm_head"),
         ({"lora_config": tn.LoRAConfig(), "device": "cuda"}, "on the processor"),
     ],
 )
@@ -89,6 +92,47 @@ def test_what_it_cannot_sample_is_refused_at_the_call(
     llama_cpp.check(tn.SamplingConfig(), config)
     with pytest.raises(tn.ValidationError, match=f"{reason}.*engine='torch'"):
         llama_cpp.check(ASKED, config)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        None,
+        tn.LoRAConfig(rank=2, modules_to_save=["lm_head"]),
+        tn.LoRAConfig(rank=2, target_modules=["embed_tokens"]),
+    ],
+)
+def test_what_draws_rollouts_is_refused_when_it_is_made(
+    lora: tn.LoRAConfig | None, service: tn.ServiceClient
+) -> None:
+    tc = service.create_training_client(lora_config=lora)
+    for make in (
+        lambda **engine: rlvr.RLVRTrainer(
+            tc, ["a"], lambda prompt, response: 1.0, prompts_per_step=1, **engine
+        ),
+        lambda **engine: rlvr.PolicySampler(tc, **engine),
+        lambda **engine: rlvr.EnvironmentSampler(tc, plays_nothing, **engine),
+    ):
+        make(engine="torch")
+        with pytest.raises(tn.ValidationError, match=r"engine='llama\.cpp'.*Sample with engine='torch'"):
+            make(engine="llama.cpp")
+
+
+@rlvr.environment
+def plays_nothing(row: dict[str, Any]) -> Any:
+    yield "?"
+    return 0.0
+
+
+def test_an_adapter_that_has_no_place_is_refused_before_the_first_step_too(
+    random_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "library", lambda: None)
+    lora = tn.LoRAConfig(rank=2, target_modules=["embed_tokens", "q_proj"])
+    fresh = Engine(tn.TrainingConfig(model_ref=random_model("llama"), device="cpu", lora_config=lora))
+    assert export.adds_nothing(fresh.model)
+    with pytest.raises(tn.ValidationError, match=r"the adapter of 'model\.embed_tokens'"):
+        llama_cpp.Policy(fresh.model)
 
 
 def test_there_are_two_engines() -> None:
