@@ -4,7 +4,6 @@ import base64
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tensafe_nb.config import UNCHANGED, SamplingConfig, StepConfig, TrainingConfig
-from tensafe_nb.data.labels import TurnEnd, turn_ends
+from tensafe_nb.data.labels import TurnEnd
 from tensafe_nb.display import as_given
 from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick, place
 from tensafe_nb.engine.estimate import estimate
@@ -429,13 +428,7 @@ class Engine:
         self, prompts: Sequence[Prompt], config: SamplingConfig
     ) -> tuple[list[list[int]], list[TurnEnd], list[int | None]]:
         """Return of prompts the token ids, checked, what ends an answer to each, and its own stream; see `sample`."""
-        ids = inputs.encode(prompts, config.max_new_tokens, self.model)
-        streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
-        turns = turn_ends(self.model.tokenizer, prompts)
-        if config.stop_tokens:
-            inputs.check_stop_tokens(config.stop_tokens, self.model)
-            turns = [replace(turn, tokens=turn.tokens | set(config.stop_tokens)) for turn in turns]
-        return ids, turns, streams
+        return inputs.to_draw(prompts, config, self.model)
 
     # adapter
 

@@ -123,6 +123,9 @@ def test_what_is_generated_is_what_the_client_samples(tc: tn.TrainingClient, he:
     drawn = {"max_new_tokens": 3, "temperature": 0.8, "seed": 5}
     found = he.model().generate(PROMPTS, **drawn).result()
     assert found.texts == tc.sample(PROMPTS, **drawn).result().texts
+    (_, second, _), *_ = (sequence.tokens for sequence in found.sequences)
+    ended = he.model().generate(PROMPTS[:1], **drawn, stop_tokens=[second]).result().sequences[0]
+    assert (len(ended.tokens), ended.finish_reason) == (2, "stop")
 
 
 def test_once_the_weights_move_on_calls_are_refused_until_refreshed_with_the_same_keys(

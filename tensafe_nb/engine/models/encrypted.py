@@ -6,7 +6,7 @@
 transformers' own model runs; only the chosen linear layers are wrapped. Modules that read one input ask once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tensafe_nb.config import SamplingConfig, TrainingConfig
-from tensafe_nb.data.labels import turn_ends
 from tensafe_nb.engine.accumulation import Tick
 from tensafe_nb.engine.models import inputs
 from tensafe_nb.engine.models.adapters import adaptable_layers, ends_in
@@ -169,8 +168,7 @@ class EncryptedModel:
         tick: Tick,
     ) -> list[SampledSequence]:
         """Draw completions, token by token; see `sampler.sample`."""
-        ids, turns = self.encoded(prompts, sampling.max_new_tokens), turn_ends(self.model.tokenizer, prompts)
-        streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
+        ids, turns, streams = inputs.to_draw(prompts, sampling, self.model)
         try:
             self._asking.apply = apply
             return sampler.sample(self.model, ids, sampling, seed, tick, turns, None, streams)

@@ -1,13 +1,15 @@
 """The inputs of a model: checked against its vocabulary and context, and what its architecture does with them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tensafe_nb.data.labels import check_context, encode_prompts
+from tensafe_nb.config import SamplingConfig
+from tensafe_nb.data.labels import TurnEnd, check_context, encode_prompts, turn_ends
 from tensafe_nb.display import as_given
 from tensafe_nb.engine.models.load import LoadedModel, too_few_rows
 from tensafe_nb.errors import ValidationError
@@ -66,6 +68,23 @@ def encode(prompts: Sequence[Prompt], new_tokens: int, model: LoadedModel) -> li
             )
         check_context(f"Prompt {index}", len(ids), new_tokens, context)
     return encoded
+
+
+def to_draw(
+    prompts: Sequence[Prompt], config: SamplingConfig, model: LoadedModel
+) -> tuple[list[list[int]], list[TurnEnd], list[int | None]]:
+    """Return of prompts the token ids, checked, what ends an answer to each, and its own stream of random numbers.
+
+    Raises:
+        ValidationError: A prompt does not fit the model, or a stop token is outside its vocabulary.
+    """
+    ids = encode(prompts, config.max_new_tokens, model)
+    streams = [prompt.get("stream") if isinstance(prompt, Mapping) else None for prompt in prompts]
+    turns = turn_ends(model.tokenizer, prompts)
+    if config.stop_tokens:
+        check_stop_tokens(config.stop_tokens, model)
+        turns = [replace(turn, tokens=turn.tokens | set(config.stop_tokens)) for turn in turns]
+    return ids, turns, streams
 
 
 def check_stop_tokens(tokens: Sequence[int], model: LoadedModel) -> None:
