@@ -124,9 +124,8 @@ def after_cell(_result: object = None) -> None:
 
 def in_notebook() -> bool:
     """Whether there is an output history; never imports IPython."""
-    get_shell = getattr(
-        sys.modules.get("IPython"), "get_ipython", None
-    )  # none yet while it is being imported
+    # it is not there while it is being imported
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
     return get_shell is not None and hasattr(get_shell(), "user_ns")
 
 

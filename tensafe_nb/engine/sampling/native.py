@@ -2,8 +2,8 @@
 
 torch quantises what it multiplies by one scale for all rows, and takes a dozen operations around its product to do it
 by row. `products.c` does both in one pass, with the same 15 bits, and adds adapters whose matrices read one input
-without zeros between them. It is compiled once for each process, in a folder of
-its own that goes with the compiler's run: nothing is kept that somebody else could have written.
+without zeros between them. It is compiled once for each process, in a folder of its own that goes with the compiler's
+run: nothing is kept that somebody else could have written.
 """
 
 import ctypes
@@ -26,9 +26,7 @@ from tensafe_nb.engine.sampling.llama import Map
 logger = logging.getLogger(__name__)
 
 Adapter: TypeAlias = tuple[int, Tensor, Tensor]  # first output, A (rank, d_in), B (outputs, rank)
-Adding: TypeAlias = Callable[
-    [Tensor, Tensor], Tensor
-]  # of an input and a contiguous product, which it returns
+Adding: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of an input and a product, which it returns
 SOURCE = Path(__file__).with_name("products.c")
 COMPILERS = "cc", "gcc", "clang"
 OPTIONS = "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"

@@ -35,9 +35,7 @@ logger = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 8_192  # prompts and completions decoded together, which bounds the cache; more take turns
 ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
-FULL = (
-    0.75  # of those, from which on a call that has begun waits for more room before further rows of it join
-)
+FULL = 0.75  # of those, from which on a call that has begun waits for more room before more of its rows join
 RACERS = 256  # tokens of a block, in which a token of a large vocabulary is drawn
 MOST_GUESSES = 8  # of a single row, before they are looked at
 GUESS, LOOK = 0.25, 1.2  # the time of a guess, and of a look at some, in that of a token without
@@ -382,16 +380,13 @@ class Together:
         self._copied = copied or KeptCopies(0)
         self._most = TOKENS_AT_ONCE * (1 if model.device.type == "cpu" else ON_ACCELERATORS)
         self.calls: list[SampleCall] = []
-        self._apart: list[
-            SampleCall
-        ] = []  # after a token of theirs has failed: the first of them draws alone
+        self._apart: list[SampleCall] = []  # a token of theirs has failed: the first of them draws alone
         self._state: Rows | None = None
         self._drawn, self._rows = Drawn(), list[Completion]()  # of the state, in its order
         self._owners: list[SampleCall] = []  # of the rows, by the number that `Drawn` knows
         self._alike: list[tuple[SamplingConfig, Array | None]] = []  # how to draw, and for which rows
-        self._guessed: list[
-            int
-        ] = []  # behind the last token of a single row; the state has logits after each
+        # behind the last token of a single row; the state has logits after each
+        self._guessed: list[int] = []
         self._merging = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
