@@ -5,15 +5,15 @@ Nothing here is shared between processes: with pytest-xdist each worker has fold
 
 import gc
 import os
+import signal
 import socket
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: two spinning threads on a busy machine cost more
+# before torch: two spinning threads on a busy machine cost more
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TENSAFE_NB_RENDERER", "text")
 
 import hypothesis
@@ -35,6 +35,9 @@ hypothesis.settings.register_profile(
     ],
 )
 hypothesis.settings.load_profile("tests")
+
+# A shell has it ignored in what it starts in the background, and some tests interrupt a cell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LOOPBACK = ("127.", "localhost", "::1", "/")
 
