@@ -32,6 +32,11 @@ def test_the_readme_shows_the_product_and_the_command_before_anything_else() -> 
     assert "OWNER" not in README and "badge" not in "".join(re.findall(r"!\[[^]]*\]\([^)]*\)", README))
 
 
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_holds_what_a_merge_has_left(page: Path) -> None:
+    assert not re.search(r"^(<{7}|>{7}) ", page.read_text(), flags=re.MULTILINE)
+
+
 def without_code(page: str) -> str:
     return re.sub(r"^```.*?^```|`[^`\n]*`", "", page, flags=re.DOTALL | re.MULTILINE)
 
