@@ -4,6 +4,7 @@ import re
 import pytest
 
 import tensafe_nb as tn
+from tensafe_nb.rlvr import PPOConfig
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,37 @@ import tensafe_nb as tn
         (lambda: tn.SamplingConfig(temperature=-1), r"SamplingConfig\.temperature"),
         (lambda: tn.SamplingConfig(stop=("",)), r"a stop string must not be empty"),
         (lambda: tn.SamplingConfig(stop_tokens=5), r"stop_tokens: a list is expected, such as \[5\], not 5"),
+        (
+            lambda: tn.LoRAConfig(target_modules=5),
+            r"LoRAConfig\.target_modules: a list or a text is expected, not 5\.$",
+        ),
+        (
+            lambda: tn.LoRAConfig(target_modules=["q_proj", 5]),
+            r"^LoRAConfig\.target_modules\.1: .*string \(got 5\)\.$",
+        ),
+        (
+            lambda: PPOConfig(clip_range="x"),
+            r"^PPOConfig\.clip_range: a number or a list is expected, not 'x'\.$",
+        ),
+        (
+            lambda: PPOConfig(clip_range=-1),
+            r"^PPOConfig\.clip_range: .*greater than or equal to 0 \(got -1\)\.$",
+        ),
+        (lambda: PPOConfig(clip_range=[0, -1]), r"^PPOConfig\.clip_range\.1: .*equal to 0 \(got -1\)\.$"),
+        (lambda: PPOConfig(clip_range=[1]), r"^PPOConfig\.clip_range: two values are expected, not \[1\]\.$"),
+        (
+            lambda: tn.OptimizerConfig(betas=[0.9]),
+            r"^OptimizerConfig\.betas: two values are expected, not \[0\.9\]\.$",
+        ),
+        (
+            lambda: tn.OptimizerConfig(betas=0.9),
+            r"betas: a list is expected, such as \[0\.9, 0\.9\], not 0\.9",
+        ),
+        (lambda: tn.LoRAConfig(layers_to_transform=3), r"a list is expected, such as \[3\], not 3"),
+        (
+            lambda: tn.TrainingConfig(lora_config={"exclude_modules": 5}),
+            r"^LoRAConfig\.exclude_modules: a list or a text is expected, not 5\.$",
+        ),
         (lambda: tn.SamplingConfig(n=2), r"no field 'n'\. Did you mean 'num_samples'\?"),
         (lambda: tn.LoRAConfig(r=2), r"no field 'r'\. Did you mean 'rank'\?"),
         (lambda: tn.OptimizerConfig(lr=2), r"no field 'lr'\. Did you mean 'learning_rate'\?"),
@@ -49,6 +81,8 @@ def test_configurations_are_frozen_and_replaced() -> None:
 def test_one_stop_string_is_a_list_of_one_and_none_are_no_stops() -> None:
     assert tn.SamplingConfig(stop="\n").stop == ("\n",)
     assert tn.SamplingConfig(stop=None, stop_tokens=None) == tn.SamplingConfig()
+    assert tn.LoRAConfig(modules_to_save="lm_head", target_parameters=None).modules_to_save == ("lm_head",)
+    assert tn.LoRAConfig(exclude_modules=None) == tn.LoRAConfig()
 
 
 @pytest.mark.parametrize(
