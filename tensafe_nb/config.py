@@ -8,6 +8,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -668,9 +669,21 @@ class TrainingConfig(Config):
     ignore_weights: TextList = ()
     resize_embeddings: bool = False
 
+    @pydantic.field_validator("model_ref", mode="before")
+    @classmethod
+    def _a_path_is_its_text_and_a_model_in_memory_is_none(cls, value: Any) -> Any:
+        if hasattr(value, "save_pretrained"):
+            raise ValueError(
+                "a model is read from a folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder), and "
+                "model_ref=folder"
+            )
+        return str(value) if isinstance(value, Path) else value
+
     @pydantic.field_validator("model_ref")
     @classmethod
     def _a_model_can_be_looked_for(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("name a model: a built-in, a folder, a .gguf file or a hub id")
         if len(value) > LONGEST_PATH or max(map(len, value.split("/"))) > LONGEST_NAME_OF_FILE:
             raise ValueError("no file, no folder and no hub id has so long a name")
         return value

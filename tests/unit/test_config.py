@@ -1,5 +1,6 @@
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,7 @@ from tensafe_nb.rlvr import PPOConfig
             lambda: tn.TrainingConfig(lora_config={"exclude_modules": 5}),
             r"^LoRAConfig\.exclude_modules: a list or a text is expected, not 5\.$",
         ),
+        (lambda: tn.TrainingConfig(model_ref=" "), r"TrainingConfig\.model_ref: name a model"),
         (lambda: tn.SamplingConfig(n=2), r"no field 'n'\. Did you mean 'num_samples'\?"),
         (lambda: tn.LoRAConfig(r=2), r"no field 'r'\. Did you mean 'rank'\?"),
         (lambda: tn.OptimizerConfig(lr=2), r"no field 'lr'\. Did you mean 'learning_rate'\?"),
@@ -76,6 +78,16 @@ def test_configurations_are_frozen_and_replaced() -> None:
         config.batch_size = 5
     assert config.replace(batch_size=2).batch_size == 2
     assert config.model_ref == "builtin:tiny"
+
+
+def test_a_model_is_named_by_a_path_too_and_one_in_memory_is_told_how_to_be_read(tmp_path: Path) -> None:
+    assert tn.TrainingConfig(model_ref=tmp_path).model_ref == str(tmp_path)
+
+    class Model:
+        def save_pretrained(self, folder: str) -> None: ...
+
+    with pytest.raises(tn.ValidationError, match=r"model\.save_pretrained\(folder\).* and model_ref=folder"):
+        tn.TrainingConfig(model_ref=Model())
 
 
 def test_one_stop_string_is_a_list_of_one_and_none_are_no_stops() -> None:
