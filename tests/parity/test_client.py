@@ -437,6 +437,16 @@ def test_a_subscriber_that_raises_harms_nobody(tc: tn.TrainingClient, batch: tn.
     assert tc.status == "READY"
 
 
+def test_a_subscriber_that_would_wait_for_ever_is_told_so(
+    tc: tn.TrainingClient, batch: tn.BatchData, caplog: pytest.LogCaptureFixture
+) -> None:
+    tc.subscribe(lambda event: tc.save_state().result())
+    tc.subscribe(lambda event: tc.close())
+    assert tc.forward_backward(batch).loss > 0
+    assert "Submit it here, and wait elsewhere" in caplog.text
+    assert "close() cannot be called in a subscriber" in caplog.text
+
+
 def test_a_queued_batch_does_not_change_with_the_callers_buffer(tc: tn.TrainingClient) -> None:
     buffer = np.array([[5, 6, 7, 8]])
     before = tc.forward(tn.BatchData(buffer)).loss

@@ -137,8 +137,8 @@ class AdapterFolder:
             )
         if is_pointer(self.path / name):
             raise ModelLoadError(
-                f"{str(self.path / name)!r} only says where the adapter is: the folder was cloned without its large files. "
-                f"Fetch them: git lfs pull."
+                f"{str(self.path / name)!r} only says where the adapter is: the folder was cloned without its large "
+                f"files. Fetch them: git lfs pull."
             )
         try:
             found: dict[str, Tensor] = peft.utils.load_peft_weights(str(self.path), device="cpu")
