@@ -1155,6 +1155,12 @@ class TrainingClient:
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         await asyncio.to_thread(self.close)
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise ValidationError(
+            "A TrainingClient belongs to this process and can be neither copied nor pickled. tc.fork() makes another, "
+            "tc.save_state() keeps what it has learnt, tc.config can be pickled."
+        )
+
     def __repr__(self) -> str:
         adapter = f"LoRA r{self.config.lora_config.rank}" if self.config.lora_config else "all weights"
         return (

@@ -82,6 +82,8 @@ class Config(pydantic.BaseModel):
         """Return the value of a field, refused before anything walks it if it is larger than a setting can be."""
         if isinstance(value, str | bytes | pydantic.BaseModel):
             return value
+        if type(value).__module__ in ("numpy", "torch") and getattr(value, "shape", None) == ():
+            return value.item() if hasattr(value, "item") else value  # a number
         if isinstance(value, Iterator):  # it may have no end
             value = tuple(itertools.islice(value, MOST_ENTRIES + 1))
         try:

@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
 from tensafe_nb.checks import checked
-from tensafe_nb.display import table
+from tensafe_nb.display import as_given, table
 from tensafe_nb.errors import (
     FutureCancelledError,
     FutureFailedError,
@@ -322,7 +322,15 @@ class FutureHandle(Generic[R]):
         return Pieces(self, self._promise)
 
     def add_done_callback(self, callback: "Callable[[FutureHandle[R]], object]") -> None:
-        """Call `callback(handle)` when it has ended, on the thread that ended it."""
+        """Call `callback(handle)` when it has ended, on the thread that ended it.
+
+        Raises:
+            ValidationError: It cannot be called.
+        """
+        if not callable(callback):
+            raise ValidationError(
+                f"add_done_callback takes a function of the handle, not {as_given(callback)}."
+            )
         self._promise.on_done(lambda: callback(self))
 
     def __await__(self) -> Generator[Any, None, R]:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -506,10 +507,10 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
         raise ValidationError(
             f"compare: seeds={as_given(seeds)} must be a number of seeds, 1 to {MOST_SEEDS}, or a list."
         )
-    if any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in found):
+    if any(isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0 for seed in found):
         raise ValidationError(f"compare: seeds={as_given(seeds)} must be whole numbers, 0 or more.")
     if len(set(found)) < len(found):
         raise ValidationError(
             f"compare: seeds={as_given(seeds)} has one twice: the same run again says nothing new."
         )
-    return found
+    return list(map(int, found))

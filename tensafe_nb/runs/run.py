@@ -320,6 +320,12 @@ class TrainingRun(Measured):
         yield from self._promise.wait_async().__await__()
         return self._promise.outcome()
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise ValidationError(
+            "A TrainingRun belongs to this process and can be neither copied nor pickled. Its run_id can: "
+            "load_run(run_id) reads what is kept of it."
+        )
+
     def __repr__(self) -> str:
         named = f" {visible(self.name)!r}" if self.name else ""
         planned = self.planned_steps or "?"

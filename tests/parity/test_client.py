@@ -1,6 +1,8 @@
 """What a user does with a training client, on every transport there is."""
 
 import asyncio
+import copy
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -306,6 +308,15 @@ def test_a_closed_client_refuses_and_closing_twice_is_fine(
         tc.forward_backward(batch)
     assert tc.status == "TERMINATED"
     assert service.list_training_clients() == []
+
+
+def test_what_belongs_to_this_process_is_neither_copied_nor_pickled(
+    tc: tn.TrainingClient, service: tn.ServiceClient, batch: tn.BatchData
+) -> None:
+    for ours in (tc, service, tc.fit([batch], steps=1, show=False)):
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(tn.ValidationError, match="neither copied nor pickled"):
+                copied(ours)
 
 
 def test_a_lack_of_memory_fails_the_operation_and_the_client_lives(

@@ -2,7 +2,9 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import tensafe_nb as tn
 from tensafe_nb.rlvr import PPOConfig
@@ -88,6 +90,11 @@ def test_a_model_is_named_by_a_path_too_and_one_in_memory_is_told_how_to_be_read
 
     with pytest.raises(tn.ValidationError, match=r"model\.save_pretrained\(folder\).* and model_ref=folder"):
         tn.TrainingConfig(model_ref=Model())
+
+
+def test_a_number_of_numpys_or_torchs_is_a_number() -> None:
+    for number in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        assert tn.SamplingConfig(temperature=number) == tn.SamplingConfig(temperature=0.5)
 
 
 def test_one_stop_string_is_a_list_of_one_and_none_are_no_stops() -> None:

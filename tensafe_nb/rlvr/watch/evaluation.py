@@ -14,6 +14,7 @@ from tensafe_nb.futures import FutureHandle, completed
 from tensafe_nb.rlvr.environments.play import RowItem, Wait
 from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.policy import PolicyClient
+from tensafe_nb.rlvr.rollouts.choosing import is_whole
 from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptItem, prompt_specs
 from tensafe_nb.rlvr.rollouts.samplers import submit_rollouts
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD, RolloutGroup, TrajectoryBatch, mean
@@ -140,9 +141,9 @@ def ks_of(given: Sequence[int] | None, samples: int) -> tuple[int, ...]:
     if given is None:
         # pass@1 of one sample is the mean reward.
         return () if samples == 1 else tuple(sorted({*(2**i for i in range(samples.bit_length())), samples}))
-    if not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= samples for k in given):
+    if not all(is_whole(k) and 1 <= k <= samples for k in given):
         raise ValidationError(
             f"eval_pass_at={as_given(given)}: each k is a whole number from 1 to eval_samples={samples}; raise "
             f"eval_samples to estimate a larger one."
         )
-    return tuple(given)
+    return tuple(map(int, given))
