@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from numbers import Integral
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin
@@ -228,6 +229,11 @@ def whole(value: Any) -> str | None:
     except (TypeError, ValueError):  # an array of one number is none
         return "a whole number"
     return None if abs(number) < LARGEST else f"a whole number below {LARGEST:.0e}"
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, numpy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def number(value: Any) -> str | None:

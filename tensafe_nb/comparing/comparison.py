@@ -7,12 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 from tensafe_nb import widgets
-from tensafe_nb.checks import checked
+from tensafe_nb.checks import checked, is_whole
 from tensafe_nb.comparing.arms import Arm, Vary, arms_of, name_parts
 from tensafe_nb.comparing.racing import Race
 from tensafe_nb.comparing.records import (
@@ -507,7 +506,7 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
         raise ValidationError(
             f"compare: seeds={as_given(seeds)} must be a number of seeds, 1 to {MOST_SEEDS}, or a list."
         )
-    if any(isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0 for seed in found):
+    if not all(is_whole(seed) and seed >= 0 for seed in found):
         raise ValidationError(f"compare: seeds={as_given(seeds)} must be whole numbers, 0 or more.")
     if len(set(found)) < len(found):
         raise ValidationError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tensafe_nb.checks import is_whole
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
@@ -14,7 +15,6 @@ from tensafe_nb.futures import FutureHandle, completed
 from tensafe_nb.rlvr.environments.play import RowItem, Wait
 from tensafe_nb.rlvr.environments.sampler import EnvironmentSampler
 from tensafe_nb.rlvr.policy import PolicyClient
-from tensafe_nb.rlvr.rollouts.choosing import is_whole
 from tensafe_nb.rlvr.rollouts.prompts import Chat, PromptItem, prompt_specs
 from tensafe_nb.rlvr.rollouts.samplers import submit_rollouts
 from tensafe_nb.rlvr.rollouts.trajectories import GOOD, RolloutGroup, TrajectoryBatch, mean
