@@ -372,7 +372,8 @@ class TrainingRun(Measured):
         """Return what a notebook's output history keeps of this run: how it ended, without its client."""
         if not self.done():
             return self  # its thread keeps it anyway
-        twin = copy.copy(self)
+        twin = object.__new__(TrainingRun)
+        vars(twin).update(vars(self))
         behind: Any = getattr(self._client, "_left_behind", lambda: self._client)()
         twin._client, twin._loop, twin._unsubscribe = behind, behind, lambda: None
         return twin
