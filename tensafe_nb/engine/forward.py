@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensafe_nb.config import TrainingConfig
 from tensafe_nb.engine import micro_batches
@@ -15,6 +15,7 @@ from tensafe_nb.engine.accumulation import Tick
 from tensafe_nb.engine.models import inputs, llama_layers
 from tensafe_nb.engine.models.load import GLOBAL_RANDOM, LoadedModel
 from tensafe_nb.engine.recomputation import layers_of, recomputed
+from tensafe_nb.engine.sampling import copies, native
 from tensafe_nb.losses import Loss, LossOutputs
 from tensafe_nb.losses.base import Declaration, LossValue
 from tensafe_nb.losses.views import chunk_rows
@@ -69,6 +70,7 @@ class ForwardPass:
         self.block = micro_batches.block_in_tokens(size) if self.fused and not private else None
         head = model.causal.get_output_embeddings()
         self._head_is_frozen = not any(p.requires_grad for p in head.parameters())
+        self._compiled = self._by_compiled_products()
 
     def check(self, batch: BatchData) -> None:
         """Refuse tokens outside the vocabulary and rows longer than the context."""
@@ -194,7 +196,24 @@ class ForwardPass:
         again = None if dropout is None else lambda: (contextlib.nullcontext(), dropout.again())
         return recomputed(self.forgets, draws=self.has_dropout, again=again)
 
+    def _by_compiled_products(self) -> bool:
+        """Let adapted layers multiply by the quicker products of `native`; return whether the head may, too."""
+        model = self.model
+        if not self.fused or not copies.is_likely(model):
+            return False
+        from tensafe_nb.engine.models.fused_lora import FusedLinear
+
+        for module in model.causal.modules():
+            if isinstance(module, FusedLinear):
+                module.compiled = True
+        return self._head_is_frozen and type(model.head) is nn.Linear
+
     def _head(self, hidden: Tensor) -> Tensor:
+        if self._compiled and native.trains(hidden.numel() // hidden.shape[-1]):
+            from tensafe_nb.engine.models.fused_lora import FrozenLinear
+
+            head: Any = self.model.head
+            return FrozenLinear.apply(hidden, head.weight, head.bias)  # type: ignore[no-any-return, no-untyped-call]
         with self.model.autocast():
             return self.model.head(hidden)
 

@@ -13,6 +13,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tensafe_nb.engine.sampling import native
 from tensafe_nb.privacy.per_example import GradientRecord
 
 
@@ -20,9 +21,11 @@ class FusedLinear(lora.Linear):  # type: ignore[misc]
     """PEFT's adapted `nn.Linear`; what is not the plain case of one adapter without dropout is left to PEFT.
 
     Attributes:
+        compiled: Whether products with the frozen weight are those of `native`, where it has quicker ones.
         record: Takes what the gradients of its parameters are made of, in their place; None when nobody asks for units.
     """
 
+    compiled = False
     record: GradientRecord | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -35,19 +38,46 @@ class FusedLinear(lora.Linear):  # type: ignore[misc]
             return super().forward(x)  # type: ignore[no-any-return]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if not torch.is_grad_enabled():  # a node that nobody asks takes as long as a small layer
-            return adapted(x, base.weight, base.bias, a, b, self.scaling[name])[0]
-        return LoRAFunction.apply(x, base.weight, base.bias, a, b, self.scaling[name], self.record)  # type: ignore[no-any-return, no-untyped-call]
+            return adapted(x, base.weight, base.bias, a, b, self.scaling[name], self.compiled)[0]
+        return LoRAFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x, base.weight, base.bias, a, b, self.scaling[name], self.record, self.compiled
+        )
 
 
 def adapted(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, compiled: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Return x Wᵀ + c + s (x Aᵀ) Bᵀ, and what its gradient is made of: x, s x Aᵀ, A and B in the type of W."""
     kind = weight.dtype  # x: (B, T, in), W: (out, in), A: (r, in), B: (out, r)
     rows, a, b = x.reshape(-1, x.shape[-1]).to(kind), a.to(kind), b.to(kind)
     low = (rows @ a.T).mul_(scaling)  # (B·T, r)
-    y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
+    if compiled and native.trains(len(rows)):
+        y = native.product((rows, weight), (low, b), transposed=True)
+        if bias is not None:
+            y += bias
+    else:
+        y = F.linear(rows, weight, None if bias is None else bias.to(kind)).addmm_(low, b.T)
     return y.view(*x.shape[:-1], y.shape[-1]), (rows, low, a, b)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x Wᵀ + c of a layer that is not trained, by the products of `native`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        y = native.product((x.reshape(-1, x.shape[-1]), weight), transposed=True)
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        slopes = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            native.product((slopes, ctx.weight), transposed=False).view(*gradient.shape[:-1], -1),
+            None,
+            None,
+        )
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -63,9 +93,11 @@ class LoRAFunction(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         record: GradientRecord | None,
+        compiled: bool,
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.record, ctx.trained = weight, scaling, record, (bias, a, b)
-        y, (rows, low, a, b) = adapted(x, weight, bias, a, b, scaling)
+        ctx.compiled = compiled
+        y, (rows, low, a, b) = adapted(x, weight, bias, a, b, scaling, compiled)
         learns_a = ctx.needs_input_grad[3]  # only ∂A takes the rows: without it they need not be kept
         ctx.save_for_backward(rows if learns_a else None, low, a, b)
         return y
@@ -79,15 +111,19 @@ class LoRAFunction(torch.autograd.Function):
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
             # ∂x = ∂y W + s ∂y B A, the update added in place by the second product
-            to_x = (slopes @ ctx.weight).addmm_(low_slopes, a).view(*gradient.shape[:-1], a.shape[1])
+            if ctx.compiled and native.trains(len(slopes)):
+                to_x = native.product((slopes, ctx.weight), (low_slopes, a), transposed=False)
+            else:
+                to_x = (slopes @ ctx.weight).addmm_(low_slopes, a)
+            to_x = to_x.view(*gradient.shape[:-1], a.shape[1])
         if ctx.record is not None:
             hand_over(ctx, len(gradient), slopes, low_slopes, rows, low)
-            return to_x, *[None] * 6
+            return to_x, *[None] * 7
         if ctx.needs_input_grad[2]:
             to_bias = slopes.sum(0)
         # ∂A = s (∂y B)ᵀ x and ∂B = s ∂yᵀ (x Aᵀ); s is in both factors already
         to_a = None if rows is None else low_slopes.T @ rows
-        return to_x, None, to_bias, to_a, (low.T @ slopes).T, None, None
+        return to_x, None, to_bias, to_a, (low.T @ slopes).T, None, None, None
 
 
 def hand_over(

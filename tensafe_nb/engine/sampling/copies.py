@@ -186,17 +186,16 @@ def copies_of(
     return Copies(exact, rough or _weights(model, partial(_fast, "int8")))
 
 
-def prepare(model: LoadedModel) -> None:
-    """Have the products compiled in the meantime, where a model looks as if it will be decoded with copies."""
+def is_likely(model: LoadedModel) -> bool:
+    """Whether a model looks as if it would be decoded with copies: large, of the shape, in float32 on a CPU."""
     body: Any = model.body
-    alike = model.split and type(body).__name__ in llama.SHAPED_LIKE_LLAMA
-    if (
-        alike
+    return (
+        model.split
+        and type(body).__name__ in llama.SHAPED_LIKE_LLAMA
         and model.device.type == "cpu"
         and model.compute_dtype is torch.float32
         and sum(parameter.numel() for parameter in body.parameters()) >= PAYS_FROM_NUMBERS
-    ):
-        native.begin()
+    )
 
 
 def pay(model: LoadedModel) -> bool:

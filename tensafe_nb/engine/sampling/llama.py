@@ -136,7 +136,7 @@ class Steps:
         # rotate_half(x) · sin = roll(x) · (−sin, sin): the sign goes to the table, once for all layers
         sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
         compiled = weights.compiled and native.attends(new, cos.shape[-1])
-        attend = (native.Attention if compiled else Attention)(cos, sin, mask, here, self._scale)
+        attend = (native.CompiledAttention if compiled else Attention)(cos, sin, mask, here, self._scale)
         for layer, keys, values in zip(weights.layers, self._keys, self._values, strict=True):
             x = x + layer.out(attend(layer.qkv(layer.norm(x)), keys, values))
             x = x + layer.mlp(layer.mlp_norm(x))

@@ -1,8 +1,9 @@
-"""What a token takes of a Llama-shaped model, compiled where the machine has a C compiler.
+"""What a token takes of a Llama-shaped model, compiled where the machine has a C compiler; and products in training.
 
 `products.c` multiplies a few rows with a matrix in float32, bfloat16 or int8, adapters included, and computes norms and
-attention without a dozen of torch's operations for each. It is compiled once for each process, in a folder of its own
-that goes with the compiler's run: nothing is kept that somebody else could have written.
+attention without a dozen of torch's operations for each; and many rows, as training does. It is compiled once for each
+process, in a folder of its own that goes with the compiler's run: nothing is kept that somebody else could have
+written.
 """
 
 import ctypes
@@ -34,6 +35,9 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in products.c
 UNIT = 4  # bytes: weights that are multiplied at once
 MOST_INPUTS = 65_535  # whose products in int8 are added up in 32 bits
 _compiling = threading.Lock()
+MANY_ROWS = (
+    32  # that training multiplies at once: with fewer, what it takes to lay out the weight does not pay
+)
 FEW_TOKENS = 8  # of a row, whose attention is computed here; torch is the quicker for a prompt
 
 
@@ -51,6 +55,10 @@ class _Matrix(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("rank", "count")),
         ("adapters", ctypes.c_void_p),
     )
+
+
+class _Factors(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_void_p), ("w", ctypes.c_void_p), ("d_in", ctypes.c_long))
 
 
 class _Places(ctypes.Structure):
@@ -94,6 +102,7 @@ def _compiled() -> ctypes.CDLL | None:
     found.multiply.argtypes = [pointer, pointer, number, pointer, ctypes.c_int]
     found.rms_norm.argtypes = [pointer, number, number, pointer, ctypes.c_float, pointer]
     found.attend.argtypes = [pointer] * 5
+    found.product.argtypes = [pointer, number, number, number, ctypes.c_int, pointer, ctypes.c_int]
     found.pack.restype = found.rms_norm.restype = None
     return found
 
@@ -184,7 +193,7 @@ class Norm:
         return y
 
 
-class Attention:
+class CompiledAttention:
     """As `llama.Attention`, for few tokens of each row; a token sees itself in any case."""
 
     def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None, here: int, scale: float) -> None:
@@ -209,6 +218,40 @@ class Attention:
         return found
 
 
+def trains(rows: int) -> bool:
+    """Whether training multiplies so many rows here."""
+    return rows >= MANY_ROWS and _is_quicker_than_mkl() and library() is not None
+
+
+@cache
+def _is_quicker_than_mkl() -> bool:
+    """Whether MKL, which torch takes, leaves a tenth of the processor unused: it does of AMD's with AVX-512."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    of_amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
+    return of_amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def product(*factors: tuple[Tensor, Tensor], transposed: bool) -> Tensor:
+    """Return the sum of x Wᵀ of many rows where `transposed`, else of x W, in float32, with each W as it lies.
+
+    Args:
+        factors: x (N, d_in) and W (d_out, d_in), or (d_in, d_out); all of one N and one d_out.
+        transposed: Which of them it is.
+    """
+    compiled = library()
+    assert compiled is not None
+    kept = [(x.contiguous(), w.contiguous()) for x, w in factors]
+    each = (_Factors * len(kept))(*[_Factors(x.data_ptr(), w.data_ptr(), x.shape[1]) for x, w in kept])
+    x, w = kept[0]
+    y = x.new_empty(len(x), w.shape[0 if transposed else 1])
+    _done(
+        compiled.product(
+            *(ctypes.byref(each), len(kept), *y.shape, transposed), y.data_ptr(), torch.get_num_threads()
+        )
+    )
+    return y
+
+
 def attends(tokens: int, width: int) -> bool:
     """Whether `Attention` is to be had, and the quicker, of so many tokens with heads of a width."""
     return tokens <= FEW_TOKENS and width % 16 == 0 and library() is not None
@@ -216,4 +259,4 @@ def attends(tokens: int, width: int) -> bool:
 
 def _done(lacks_memory: int) -> None:
     if lacks_memory:
-        raise MemoryError("there is none left to compute a token with")
+        raise MemoryError("there is none left for a product of matrices")

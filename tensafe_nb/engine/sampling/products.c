@@ -19,6 +19,7 @@
 #endif
 #define BLOCKS 3
 #define OUTPUTS (BLOCKS * LANES) /* that are computed together */
+#define DEPTH 1024               /* inputs that are laid out together: they stay in a core's cache */
 #define PART 128                 /* the second part of a number in 15 bits is so many times finer than the first */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -60,16 +61,48 @@ int understands(long kind) {
 
 int outputs(void) { return OUTPUTS; }
 
-/* Lay out (d_out, units) as a Matrix has it; the last tile ends with zeros. */
+/* Lay out the first `units` units of some rows, `stride` apart, in columns: (units, OUTPUTS), with zeros behind the last
+   row. */
+static void in_columns(const int32_t *rows, long count, long stride, long units, int32_t *columns) {
+    long k = 0;
+#ifdef __AVX512F__
+    __m512i to_first[4], to_second[4]; /* halves of halves of squares change places */
+    for (int step = 0; step < 4; step++) {
+        int32_t first[LANES], second[LANES];
+        for (int half = LANES / 2 >> step, lane = 0; lane < LANES; lane++) {
+            first[lane] = lane & half ? LANES + lane - half : lane;
+            second[lane] = lane & half ? LANES + lane : lane + half;
+        }
+        to_first[step] = _mm512_loadu_si512(first), to_second[step] = _mm512_loadu_si512(second);
+    }
+    for (; k + LANES <= units; k += LANES)
+        for (long b = 0; b < OUTPUTS; b += LANES) {
+            __m512i square[LANES];
+            for (int r = 0; r < LANES; r++)
+                square[r] = b + r < count ? _mm512_loadu_si512(rows + (b + r) * stride + k) : _mm512_setzero_si512();
+#pragma GCC unroll 4
+            for (int step = 0; step < 4; step++)
+#pragma GCC unroll 16
+                for (int r = 0; r < LANES; r++)
+                    if (!(r & LANES / 2 >> step)) {
+                        __m512i first = square[r], second = square[r + (LANES / 2 >> step)];
+                        square[r] = _mm512_permutex2var_epi32(first, to_first[step], second);
+                        square[r + (LANES / 2 >> step)] = _mm512_permutex2var_epi32(first, to_second[step], second);
+                    }
+            for (int r = 0; r < LANES; r++) _mm512_storeu_si512(columns + (k + r) * OUTPUTS + b, square[r]);
+        }
+#endif
+    for (long from = k; from < units; from += 16)
+        for (long r = 0; r < OUTPUTS; r++)
+            for (k = from; k < from + 16 && k < units; k++)
+                columns[k * OUTPUTS + r] = r < count ? rows[r * stride + k] : 0;
+}
+
+/* Lay out (d_out, units) as a Matrix has it. */
 void pack(const int32_t *weight, long d_out, long units, int32_t *packed, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long tile = 0; tile < d_out; tile += OUTPUTS)
-        for (long from = 0; from < units; from += 16) {
-            long to = from + 16 < units ? from + 16 : units;
-            for (long o = 0; o < OUTPUTS; o++)
-                for (long k = from; k < to; k++)
-                    packed[tile * units + k * OUTPUTS + o] = tile + o < d_out ? weight[(tile + o) * units + k] : 0;
-        }
+    for (long o = 0; o < d_out; o += OUTPUTS)
+        in_columns(weight + o * units, d_out - o, units, units, packed + o * units);
 }
 
 INLINE Floats repeated(float x) { return x - (Floats){}; }
@@ -150,31 +183,35 @@ static __attribute__((noinline)) void finish(
     }
 }
 
-/* Compute OUTPUTS outputs of some rows, whose number is known to the compiler. In int8 a row's two parts count as rows. */
-INLINE void tile(const int kind, const int rows, const Matrix *m, long o, const int32_t *x, const Scale *scale, float *y) {
-    Floats sums[ROWS][BLOCKS], found[ROWS][BLOCKS];
+/* Sum up OUTPUTS outputs of some rows, `stride` units apart, whose number is known to the compiler. */
+INLINE void tile(const int kind, const int rows, const int32_t *x, long stride, const Floats *w, long units,
+                 Floats (*found)[BLOCKS]) {
+    Floats sums[ROWS][BLOCKS];
     for (int r = 0; r < rows; r++)
         for (int b = 0; b < BLOCKS; b++) sums[r][b] = (Floats){};
-    const Floats *w = m->weight + o / LANES * m->units;
-    for (long k = 0; k < m->units; k++, w += BLOCKS) {
+    for (long k = 0; k < units; k++, w += BLOCKS) {
         Floats of[BLOCKS];
         for (int b = 0; b < BLOCKS; b++) of[b] = w[b];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
             for (int b = 0; b < BLOCKS; b++)
-                sums[r][b] = plus_product(kind, sums[r][b], x + r * m->units + k, of[b]);
+                sums[r][b] = plus_product(kind, sums[r][b], x + r * stride + k, of[b]);
     }
     for (int r = 0; r < rows; r++)
         for (int b = 0; b < BLOCKS; b++) found[r][b] = sums[r][b];
-    finish(m, kind == INT8 ? rows / 2 : rows, o, found, scale, y);
 }
 
+/* In int8 a row's two parts count as rows. */
 INLINE void rows_of(const int kind, const Matrix *m, long o, const int32_t *x, const Scale *scale, long rows, float *y) {
     const int each = kind == INT8 ? 2 : 1;
-    long r = 0, units = each * m->units;
-#define SOME(N)                                                                            \
-    for (; N <= ROWS && N % each == 0 && r + N / each <= rows; r += N / each)              \
-        tile(kind, N <= ROWS ? N : 1, m, o, x + r * units, scale + r, y + r * m->d_out);
+    const Floats *weight = m->weight + o / LANES * m->units;
+    Floats found[ROWS][BLOCKS];
+    long r = 0;
+#define SOME(N)                                                                                              \
+    for (; N <= ROWS && N % each == 0 && r + N / each <= rows; r += N / each) {                              \
+        tile(kind, N <= ROWS ? N : 1, x + r * each * m->units, m->units, weight, m->units, found);           \
+        finish(m, N / each, o, found, scale + r, y + r * m->d_out);                                          \
+    }
     SOME(8) SOME(4) SOME(2) SOME(1)
 #undef SOME
 }
@@ -262,6 +299,59 @@ int multiply(const Matrix *m, const float *x, long rows, float *y, int threads) 
     }
     if (m->kind != FLOAT32) free(units);
     free(scale), free(low);
+    return lacks;
+}
+
+/* Add the sums of some rows to y, or write them. */
+static __attribute__((noinline)) void put(
+    long rows, const Floats (*sums)[BLOCKS], int more, float *y, long d_out, long there) {
+    for (long r = 0; r < rows; r++, y += d_out) {
+        Floats found[BLOCKS] = {};
+        if (more) memcpy(found, y, 4 * there);
+        for (int b = 0; b < BLOCKS; b++) found[b] += sums[r][b];
+        memcpy(y, found, 4 * there);
+    }
+}
+
+typedef struct {
+    const float *x, *w;
+    long d_in;
+} Factors;
+
+/* y (rows, d_out) = x (rows, d_in) Wᵀ of W (d_out, d_in), or x W of W (d_in, d_out), and of further factors likewise,
+   summed up: of many rows, in float32, with W as it is. Some columns are laid out for all rows at a time. Return 0, or 1
+   where there is no memory. */
+int product(const Factors *factors, long count, long rows, long d_out, int by_rows, float *y, int threads) {
+    int lacks = 0;
+#pragma omp parallel num_threads(threads) reduction(| : lacks)
+    {
+        float *columns = aligned_alloc(64, 4 * DEPTH * OUTPUTS);
+        lacks = !columns;
+#pragma omp for schedule(static)
+        for (long o = 0; o < d_out; o += OUTPUTS)
+            for (const Factors *f = factors; columns && f < factors + count; f++)
+                for (long from = 0; from < f->d_in; from += DEPTH) {
+                    long depth = f->d_in - from < DEPTH ? f->d_in - from : DEPTH, r = 0;
+                    long there = d_out - o < OUTPUTS ? d_out - o : OUTPUTS;
+                    int more = from > 0 || f > factors;
+                    if (by_rows)
+                        in_columns((const int32_t *)f->w + o * f->d_in + from, there, f->d_in, depth, (int32_t *)columns);
+                    for (long k = 0; k < depth && !by_rows; k++) {
+                        memcpy(columns + k * OUTPUTS, f->w + (from + k) * d_out + o, 4 * there);
+                        memset(columns + k * OUTPUTS + there, 0, 4 * (OUTPUTS - there));
+                    }
+                    const int32_t *x = (const int32_t *)f->x + from;
+                    Floats found[ROWS][BLOCKS];
+#define SOME(N)                                                                                      \
+    for (; N <= ROWS && r + N <= rows; r += N) {                                                     \
+        tile(FLOAT32, N <= ROWS ? N : 1, x + r * f->d_in, f->d_in, (Floats *)columns, depth, found); \
+        put(N, found, more, y + r * d_out + o, d_out, there);                                        \
+    }
+                    SOME(8) SOME(4) SOME(2) SOME(1)
+#undef SOME
+                }
+        free(columns);
+    }
     return lacks;
 }
 

@@ -10,8 +10,11 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 import tensafe_nb as tn
+from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models import load as models
-from tensafe_nb.engine.models.fused_lora import FusedLinear
+from tensafe_nb.engine.models.fused_lora import FrozenLinear, FusedLinear
+from tensafe_nb.engine.sampling import copies, native
+from tensafe_nb.losses import resolve_loss
 from tensafe_nb.privacy.per_example import way_for
 from tests.close import assert_close
 
@@ -47,6 +50,62 @@ def test_outputs_and_all_gradients_equal_pefts(shape: tuple[int, ...], bias: str
     found, expected = (through(adapted(fused=fused, bias=bias), inputs(*shape)) for fused in (True, False))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+needs_compiler = pytest.mark.skipif(
+    native.library() is None, reason="no C compiler, or no processor with AVX2: the products are torch's"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_by_compiled_products_outputs_and_gradients_are_the_same(
+    bias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_is_quicker_than_mkl", lambda: True)
+    found = []
+    for compiled in (False, True):
+        model = adapted(fused=True, bias=bias).float()
+        model.base_model.model[0].compiled = compiled
+        found.append(through(model, inputs(5, native.MANY_ROWS).float()))
+    for theirs, ours in zip(*found, strict=True):
+        assert_close(ours.detach(), theirs.detach().numpy(), 1e-5)
+
+
+@needs_compiler
+def test_a_frozen_layer_by_compiled_products_is_the_same() -> None:
+    x, slopes = torch.randn(3, 40, 12), torch.randn(3, 40, 7)
+    layer = nn.Linear(12, 7).requires_grad_(False)
+    found = []
+    for of in (layer, lambda h: FrozenLinear.apply(h, layer.weight, layer.bias)):
+        h = x.clone().requires_grad_()
+        y = of(h)
+        found.append((y.detach(), *torch.autograd.grad(y, h, slopes)))
+    for theirs, ours in zip(*found, strict=True):
+        assert_close(ours, theirs.numpy(), 1e-5)
+
+
+@needs_compiler
+def test_a_large_model_trains_by_them_and_a_small_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(least: int) -> tuple[Engine, float, float]:
+        monkeypatch.setattr(copies, "PAYS_FROM_NUMBERS", least)
+        engine = Engine(tn.TrainingConfig(lora_config=tn.LoRAConfig(rank=4), dtype="float32", device="cpu"))
+        result = engine.forward_backward(tn.BatchData([range(3, 60)]), resolve_loss("token_ce"))
+        return engine, result.loss, result.grad_norm
+
+    monkeypatch.setattr(native, "_is_quicker_than_mkl", lambda: True)
+    made: list[int] = []
+    product = native.product
+    monkeypatch.setattr(native, "product", lambda *of, **how: made.append(1) or product(*of, **how))
+    small, *expected = trained(10**12)
+    assert not made and not any(layer.compiled for layer in fused(small))
+    large, *found = trained(1)
+    assert made and all(layer.compiled for layer in fused(large))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def fused(engine: Engine) -> list[FusedLinear]:
+    return [layer for layer in engine.model.causal.modules() if isinstance(layer, FusedLinear)]
 
 
 def test_gradients_are_those_of_the_formula() -> None:

@@ -150,14 +150,14 @@ def test_compiled_attention_finds_what_torchs_finds_and_of_a_row_what_it_finds_a
     projected = torch.randn(rows * new, (heads + 2 * groups) * width, generator=generator)
     before = [torch.randn(rows, groups, here + new + 2, width, generator=generator) for _ in range(2)]
     found = []
-    for kind in (llama.Attention, native.Attention):
+    for kind in (llama.Attention, native.CompiledAttention):
         kept = [tensor.clone() for tensor in before]
         attend = kind(cos, sin, mask if padded else None, here, width**-0.5)
         found.append([attend(projected, *kept), *kept])
     for expected, ours in zip(*found, strict=True):
         assert_close(ours, expected.numpy(), 1e-5)
     last = [tensor[-1:].clone() for tensor in before]
-    alone = native.Attention(cos[-1:], sin[-1:], None, here, width**-0.5)(projected[-new:], *last)
+    alone = native.CompiledAttention(cos[-1:], sin[-1:], None, here, width**-0.5)(projected[-new:], *last)
     if rows > 1:
         assert torch.equal(alone, found[1][0][-new:])
 
@@ -168,7 +168,7 @@ def test_attention_to_what_is_no_number_finds_none(library: Any) -> None:
     cos, kept = torch.ones(1, 1, 16), [torch.zeros(1, 1, 5, 16) for _ in range(2)]
     projected = torch.zeros(1, 48)
     kept[0][0, 0, 1, 2] = math.nan
-    assert native.Attention(cos, cos, None, 3, 1.0)(projected, *kept).isnan().all()
+    assert native.CompiledAttention(cos, cos, None, 3, 1.0)(projected, *kept).isnan().all()
 
 
 @pytest.mark.parametrize("compiler", [None, "false", "there-is-no-such-compiler"])
@@ -203,3 +203,26 @@ def test_what_is_compiled_is_compiled_once_and_while_a_model_is_loaded(
     begun.wait()
     assert native.library() == native.library() == "library"
     assert made == ["compiled"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "d_in", "d_out"), [(33, 5, 3), (40, 1100, 70), (65, 64, 2100), (7, 130, 48)]
+)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_many_rows_times_a_weight_as_it_lies_are_what_torch_finds_adapters_included(
+    library: Any, rows: int, d_in: int, d_out: int, transposed: bool
+) -> None:
+    if library is None:
+        return
+    generator = torch.Generator().manual_seed(rows)
+    x, low, w, b = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((rows, d_in), (rows, 4), (d_out, d_in), (d_out, 4))
+    )
+    expected, whole = x @ w.T, x @ w.T + low @ b.T
+    if not transposed:
+        w, b = w.T.contiguous(), b.T.contiguous()
+    assert_close(native.product((x, w), transposed=transposed), expected.numpy(), 1e-5)
+    found = native.product((x, w), (low, b), transposed=transposed)
+    assert_close(found, whole.numpy(), 1e-5)
+    assert torch.equal(native.product((x[:3], w), (low[:3], b), transposed=transposed), found[:3])
