@@ -73,7 +73,8 @@ class Auditor:
             "consumed": (outcome.loaded_artifact_id,) if isinstance(outcome, LoadStateResult) else (),
             "started_at": job.promise.started_at or now,
             "completed_at": now,
-        } | outcome_of(error)
+            **outcome_of(error),
+        }
         with self._lock:
             try:
                 self.catch_up()
@@ -146,8 +147,8 @@ class Description:
 def request_buffers(operation: Operation[Any]) -> Iterator[Any]:
     """Yield what was asked for, as bytes to hash: small fields as JSON, arrays as they lie in memory."""
     yield operation.verb.encode()
-    for field in dataclasses.fields(operation):  # type: ignore[arg-type]  # every operation is a dataclass
-        name, value = field.name, getattr(operation, field.name)
+    for name in _field_names(type(operation)):
+        value = getattr(operation, name)
         if value is None or value is True or value is False:
             yield _of_constant(name, value)
         elif type(value) is dict and not value:
@@ -155,10 +156,20 @@ def request_buffers(operation: Operation[Any]) -> Iterator[Any]:
         elif isinstance(value, BatchData):
             arrays = {"input_ids": value.input_ids, "mask": value.attention_mask, "labels": value.labels}
             for key, array in (arrays | dict(value.extras)).items():
-                yield f"{key}{array.dtype.str}{array.shape}".encode()
+                yield _of_layout(key, array.dtype.str, array.shape)
                 yield array.tobytes()
         else:
             yield json.dumps([name, Description().of(value)]).encode()
+
+
+@functools.cache
+def _field_names(kind: type[Operation[Any]]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]  # all are dataclasses
+
+
+@functools.lru_cache(256)
+def _of_layout(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    return f"{name}{dtype}{shape}".encode()
 
 
 @functools.cache

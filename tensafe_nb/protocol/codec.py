@@ -88,6 +88,14 @@ def encode(value: Any, arrays: dict[str, NDArray[Any]] | None = None) -> Any:
     Raises:
         ValidationError: The value holds a Python function, which cannot leave the process.
     """
+    kind = type(value)
+    if kind in _tags and not issubclass(kind, Config):  # first: three such records come with each operation
+        record: dict[str, Any] = {"$": _tags[kind]}
+        for name in _field_names(kind):
+            found = getattr(value, name)
+            as_it_is = type(found) in _AS_IT_IS or (type(found) is float and math.isfinite(found))
+            record[name] = found if as_it_is else encode(found, arrays)
+        return record
     match value:
         case None | bool() | str() | int():
             return value
@@ -108,12 +116,6 @@ def encode(value: Any, arrays: dict[str, NDArray[Any]] | None = None) -> Any:
             return [encode(item, arrays) for item in value]
         case Config():
             return {"$": _tags[type(value)]} | encode(value.model_dump())
-    if type(value) in _tags:
-        record: dict[str, Any] = {"$": _tags[type(value)]}
-        for name in _field_names(type(value)):  # type: ignore[arg-type]  # a class can be hashed
-            found = getattr(value, name)
-            record[name] = found if type(found) in _AS_IT_IS else encode(found, arrays)
-        return record
     if callable(value):
         raise ValidationError(
             f"The Python function {as_given(name_of(value))} cannot leave this process. "
