@@ -1,6 +1,5 @@
 """The auditor: puts every operation that ended, whichever way, on record in the audit log."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -17,6 +16,7 @@ from tensafe_nb import config
 from tensafe_nb.core.queue import Job
 from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.codec import field_names
 from tensafe_nb.protocol.operations import ForwardBackward, Operation, OptimStep
 from tensafe_nb.protocol.results import LoadStateResult, SaveStateResult
 from tensafe_nb.registry import name_of
@@ -147,7 +147,7 @@ class Description:
 def request_buffers(operation: Operation[Any]) -> Iterator[Any]:
     """Yield what was asked for, as bytes to hash: small fields as JSON, arrays as they lie in memory."""
     yield operation.verb.encode()
-    for name in _field_names(type(operation)):
+    for name in field_names(type(operation)):  # type: ignore[arg-type]  # a class can be hashed
         value = getattr(operation, name)
         if value is None or value is True or value is False:
             yield _of_constant(name, value)
@@ -160,11 +160,6 @@ def request_buffers(operation: Operation[Any]) -> Iterator[Any]:
                 yield array.tobytes()
         else:
             yield json.dumps([name, Description().of(value)]).encode()
-
-
-@functools.cache
-def _field_names(kind: type[Operation[Any]]) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]  # all are dataclasses
 
 
 @functools.lru_cache(256)
