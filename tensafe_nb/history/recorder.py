@@ -13,6 +13,7 @@ from typing import TextIO
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import UNRECORDED, Event
+from tensafe_nb.futures import telling
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.stream import Subscriber, check_subscriber, name_of_subscriber
 from tensafe_nb.locks import hold
@@ -66,7 +67,8 @@ class Recorder:
                 self.history.add(event)
             for subscriber in tuple(self._subscribers):
                 try:
-                    subscriber(event)
+                    with telling():
+                        subscriber(event)
                 except (
                     Exception
                 ):  # it would fail at every event to come, and be told of in whatever cell runs then
