@@ -104,9 +104,7 @@ class ClippedSum:
 
     def _whole(self) -> Tensor:
         if self._sum is None:
-            self._sum = torch.zeros(
-                sum(self._sizes), dtype=torch.float32, device=self._parameters[0].device
-            )
+            self._sum = torch.zeros(sum(self._sizes), dtype=torch.float32, device=self._parameters[0].device)
         return self._sum
 
     def _totals(self) -> list[Tensor]:

@@ -44,8 +44,8 @@ def gaussian(like: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
 def fill_with_normals(flat: Tensor, stream: CipherContext, deviation: float) -> None:
     """Write N(0, deviation²) into float64 (count,): of each value half the sum of four, which are two Box-Muller pairs.
 
-    One pair is √(-2 log u₁) · (cos 2πu₂, sin 2πu₂), and half its sum √(-log u₁) sin 2πu₃, where u₃ = u₂ + 1/8 is uniform
-    on the circle. Each value takes 32 bytes of keystream: u₁ and u₃ of two pairs.
+    One pair is √(-2 log u₁) · (cos 2πu₂, sin 2πu₂), and half its sum √(-log u₁) sin 2πu₃, where u₃ = u₂ + 1/8 is as
+    uniform on the circle as u₂. Each value takes 32 bytes of keystream: u₁ and u₃ of two pairs.
     """
     most = min(PIECE, len(flat))
     zeros, keystream = bytes(32 * most), bytearray(32 * most)  # what is encrypted, and the bare stream
