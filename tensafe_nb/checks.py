@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from numbers import Integral
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin
@@ -41,11 +42,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(function)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = {
-        name: check_of(resolved_annotation(function, parameter.annotation))
+    annotations = {
+        name: resolved_annotation(function, parameter.annotation)
         for name, parameter in signature.parameters.items()
         if parameter.kind in named
     }
+    found = {name: check_of(annotation) for name, annotation in annotations.items()}
+    numbers = {name for name, annotation in annotations.items() if is_of_numbers(annotation)}
     checks = {name: check for name, check in found.items() if check is not None}
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     places = [name for name, kind in kinds.items() if kind is named[0]]
@@ -68,9 +71,31 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 given = as_given(bound[name])
                 meant = "" if name in kwargs else meant_by(bound[name], checks, bound)
                 raise ValidationError(f"{called(function, args)}: {name}={given} must be {expected}.{meant}")
+            if name in numbers and name in bound and type(bound[name]).__module__ != "builtins":
+                args, kwargs = with_plain(name, bound[name], places, args, kwargs)
         return function(*args, **kwargs)  # whatever else is wrong with a signature is Python's to explain
 
     return call
+
+
+def is_of_numbers(annotation: Any) -> bool:
+    """Whether a parameter takes numbers."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return any(kind in (int, float) for kind in kinds)
+
+
+def with_plain(name: str, value: Any, places: Sequence[str], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return arguments with one of them, a number of numpy's or torch's, as Python's own."""
+    if whole(value) is None:
+        plain: Any = operator.index(value)
+    elif number(value) is None:
+        plain = float(value)
+    else:
+        return args, kwargs
+    if name in kwargs:
+        return args, {**kwargs, name: plain}
+    place = places.index(name)
+    return (*args[:place], plain, *args[place + 1 :]), kwargs
 
 
 def meant_by(value: Any, checks: Mapping[str, Check], bound: Mapping[str, Any]) -> str:
@@ -155,8 +180,12 @@ def any_of(parts: list[Check]) -> Check:
     """Return the check that is content where one of these is."""
 
     def check(value: Any) -> str | None:
-        wrong = [part(value) for part in parts]
-        return None if None in wrong else " or ".join(dict.fromkeys(text for text in wrong if text))
+        wrong: dict[str, None] = {}
+        for part in parts:
+            if (text := part(value)) is None:
+                return None
+            wrong[text] = None
+        return " or ".join(text for text in wrong if text)
 
     return check
 
@@ -204,6 +233,11 @@ def whole(value: Any) -> str | None:
     except (TypeError, ValueError):  # an array of one number is none
         return "a whole number"
     return None if abs(number) < LARGEST else f"a whole number below {LARGEST:.0e}"
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, numpy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def number(value: Any) -> str | None:

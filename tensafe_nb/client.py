@@ -27,7 +27,7 @@ from tensafe_nb.data.poisson import PoissonDraws, poisson_draws, sample_rate_of
 from tensafe_nb.display import as_given, settle, widgets
 from tensafe_nb.errors import ClientClosedError, FutureTimeoutError, ValidationError, near_misses, nearest
 from tensafe_nb.events import Event, RunDescribed, RunState
-from tensafe_nb.futures import FutureHandle, Outstanding, Pieces, promise_of
+from tensafe_nb.futures import FutureHandle, Outstanding, Pieces, is_telling, promise_of
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.sinks.forwarding import Forwarding, check_samples, reporter
 from tensafe_nb.history.sinks.sink import sink_of
@@ -1112,7 +1112,13 @@ class TrainingClient:
         Raises:
             TGTinkerError: The server could not be told, within the patience: there it lives on. Its own words say how
                 to close it later; everything at this end has ended.
+            ValidationError: A subscriber asks for it: the client would wait for it, and it for the client.
         """
+        if is_telling():
+            raise ValidationError(
+                "close() cannot be called in a subscriber: it would wait for what waits for the subscriber. Stop the "
+                "run there, run.stop(), and close once it has ended."
+            )
         self._end(self._channel.close)
 
     def leave(self) -> None:
@@ -1148,6 +1154,12 @@ class TrainingClient:
 
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         await asyncio.to_thread(self.close)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise ValidationError(
+            "A TrainingClient belongs to this process and can be neither copied nor pickled. tc.fork() makes another, "
+            "tc.save_state() keeps what it has learnt, tc.config can be pickled."
+        )
 
     def __repr__(self) -> str:
         adapter = f"LoRA r{self.config.lora_config.rank}" if self.config.lora_config else "all weights"

@@ -8,7 +8,20 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Annotated, Any, ClassVar, Literal, ParamSpec, Self, TypeVar, get_args
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    ParamSpec,
+    Self,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import pydantic
 
@@ -22,12 +35,21 @@ R = TypeVar("R")
 Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]  # more of anything is a slip
 NonNegativeFloat = pydantic.NonNegativeFloat
+NONE_IS_NONE = pydantic.BeforeValidator(lambda given: () if given is None else given)
+TextList = Annotated[  # None is none, and one text a list of one
+    tuple[str, ...],
+    pydantic.BeforeValidator(
+        lambda given: () if given is None else (given,) if isinstance(given, str) else given
+    ),
+]
+Keywords = Annotated[dict[str, Any], pydantic.BeforeValidator(lambda given: {} if given is None else given)]
 Precision = Literal["exact", "bfloat16", "int8", "auto"]  # of the weights that sample
 SamplingEngine = Literal["torch", "llama.cpp"]
 MOST_ENTRIES = 10_000  # of one field
 LLAMA_ENDS = ("model.embed_tokens", "lm_head")  # the names of embedding and head in models of Llama's kind
 MOST_PROBLEMS = 20  # that one message tells
 MOST_TOP_LOGPROBS = 128  # of one place
+KINDS = {"tuple": "a list", "string": "a text", "float": "a number"}  # pydantic's names of kinds, in ours
 MIN_TEMPERATURE = 1e-4  # below, the logits leave the range of numbers; 0 means greedy
 
 
@@ -48,7 +70,8 @@ class Config(pydantic.BaseModel):
         try:
             super().__init__(**{name: self._bounded(name, value) for name, value in values.items()})
         except pydantic.ValidationError as error:
-            problems = [found for problem in error.errors() for found in problems_of(type(self), problem)]
+            found = nearest_kinds(type(self), error.errors())
+            problems = [each for problem in found for each in problems_of(type(self), problem)]
             told = " ".join(text for _, text in problems[:MOST_PROBLEMS])
             more = len(problems) - MOST_PROBLEMS
             message = f"{told} And {more} more." if more > 0 else told
@@ -59,6 +82,8 @@ class Config(pydantic.BaseModel):
         """Return the value of a field, refused before anything walks it if it is larger than a setting can be."""
         if isinstance(value, str | bytes | pydantic.BaseModel):
             return value
+        if type(value).__module__ in ("numpy", "torch") and getattr(value, "shape", None) == ():
+            return value.item() if hasattr(value, "item") else value  # a number
         if isinstance(value, Iterator):  # it may have no end
             value = tuple(itertools.islice(value, MOST_ENTRIES + 1))
         try:
@@ -165,6 +190,33 @@ def spells(kind: type[Config], but: Sequence[str] = ()) -> Callable[[Callable[P,
     return decorate
 
 
+def nearest_kinds(config: type[Config], problems: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yield what pydantic found; of a field of several kinds, what a value lacks of the kind that it is nearest to.
+
+    Pydantic tells of each kind what is wrong, and names the kind like a key: "target_modules.tuple[str, ...].0".
+    """
+
+    def nearness(problem: Mapping[str, Any]) -> tuple[int, bool]:
+        return len(problem["loc"]), not problem["type"].endswith(("_type", "_parsing"))
+
+    for place, group in itertools.groupby(problems, lambda problem: problem["loc"][:1]):
+        found = list(group)
+        field = config.model_fields.get(str(*place)) if place else None
+        annotation = field.annotation if field else None
+        kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else set()
+        if len(kinds - {NoneType}) < 2 or 1 in (len(problem["loc"]) for problem in found):
+            yield from found
+            continue
+        best = max(found, key=nearness)
+        if nearness(best) == (2, False):
+            wanted = " or ".join(KINDS[problem["type"].partition("_")[0]] for problem in found)
+            yield {"loc": place, "type": "kind", "msg": wanted, "input": best["input"]}
+            continue
+        for problem in found:
+            if problem["loc"][:2] == best["loc"][:2]:
+                yield {**problem, "loc": (*place, *problem["loc"][2:])}
+
+
 def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
     """Return where and what, one by one, of a problem that pydantic found.
 
@@ -188,7 +240,14 @@ def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[
         text = f"{config.__name__}.{instead_of(config, where, problem['input'])}"
     elif problem["type"] == "tuple_type":
         given = as_given(problem["input"])
-        text = f"{config.__name__}.{where}: a list is expected, such as [{given}], not {given}."
+        is_pair = "..." not in str(config.model_fields[where].annotation)  # tuple[float, float]
+        some = f"{given}, {given}" if is_pair else given
+        text = f"{config.__name__}.{where}: a list is expected, such as [{some}], not {given}."
+    elif problem["type"] == "too_long" or (problem["type"] == "missing" and 1 in problem["loc"]):
+        name = problem["loc"][0]
+        text = f"{config.__name__}.{name}: two values are expected, not {as_given(problem['input'])}."
+    elif problem["type"] == "kind":
+        text = f"{config.__name__}.{where}: {problem['msg']} is expected, not {as_given(problem['input'])}."
     else:
         reason = problem["msg"].removeprefix("Value error, ")
         field = f".{where}" if where else ""
@@ -257,19 +316,14 @@ class LoRAConfig(Config):
     dropout: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: tuple[str, ...] | str = "all-linear"
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: TextList = ()
     use_rslora: bool = False
     rank_pattern: dict[str, Positive] = pydantic.Field(default_factory=dict)
     alpha_pattern: dict[str, pydantic.PositiveFloat] = pydantic.Field(default_factory=dict)
-    exclude_modules: tuple[str, ...] | str = ()
+    exclude_modules: Annotated[tuple[str, ...] | str, NONE_IS_NONE] = ()
     layers_to_transform: tuple[pydantic.NonNegativeInt, ...] | None = None
-    target_parameters: tuple[str, ...] = ()
+    target_parameters: TextList = ()
     freeze_a: bool = False
-
-    @pydantic.field_validator("modules_to_save", mode="before")
-    @classmethod
-    def _one_module_is_a_list_of_one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else () if value is None else value
 
     @pydantic.field_validator("target_modules", "exclude_modules")
     @classmethod
@@ -414,7 +468,7 @@ class LossConfig(Config):
     """
 
     type: str = "token_ce"
-    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+    kwargs: Keywords = pydantic.Field(default_factory=dict)
 
 
 class SamplingConfig(Config):
@@ -450,8 +504,8 @@ class SamplingConfig(Config):
     top_p: float = pydantic.Field(default=1.0, gt=0.0, le=1.0)
     top_k: pydantic.NonNegativeInt = 0
     num_samples: int = pydantic.Field(default=1, gt=0, le=65_536)
-    stop: tuple[str, ...] = ()
-    stop_tokens: tuple[pydantic.NonNegativeInt, ...] = ()
+    stop: TextList = ()
+    stop_tokens: Annotated[tuple[pydantic.NonNegativeInt, ...], NONE_IS_NONE] = ()
     seed: Seed | None = None
     ignore_end: bool = False
     top_logprobs: int = pydantic.Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
@@ -469,11 +523,6 @@ class SamplingConfig(Config):
                 "no model reads so many tokens: a prompt and its completion have to fit in the model's context together"
             )
         return value
-
-    @pydantic.field_validator("stop", "stop_tokens", mode="before")
-    @classmethod
-    def _none_stops_nothing_and_one_string_is_a_list_of_one(cls, value: Any) -> Any:
-        return () if value is None else (value,) if isinstance(value, str) else value
 
     @pydantic.model_validator(mode="after")
     def _stop_strings_can_stop(self) -> Self:
@@ -619,20 +668,27 @@ class TrainingConfig(Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     value_head: bool = False
     dp_config: DPConfig | None = None
-    ignore_weights: tuple[str, ...] = ()
+    ignore_weights: TextList = ()
     resize_embeddings: bool = False
+
+    @pydantic.field_validator("model_ref", mode="before")
+    @classmethod
+    def _a_path_is_its_text_and_a_model_in_memory_is_none(cls, value: Any) -> Any:
+        if hasattr(value, "save_pretrained"):
+            raise ValueError(
+                "a model is read from a folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder), and "
+                "model_ref=folder"
+            )
+        return str(value) if isinstance(value, Path) else value
 
     @pydantic.field_validator("model_ref")
     @classmethod
     def _a_model_can_be_looked_for(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("name a model: a built-in, a folder, a .gguf file or a hub id")
         if len(value) > LONGEST_PATH or max(map(len, value.split("/"))) > LONGEST_NAME_OF_FILE:
             raise ValueError("no file, no folder and no hub id has so long a name")
         return value
-
-    @pydantic.field_validator("ignore_weights", mode="before")
-    @classmethod
-    def _one_pattern_is_a_list_of_one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     @pydantic.field_validator("ignore_weights")
     @classmethod

@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
 from tensafe_nb.checks import checked
-from tensafe_nb.display import table
+from tensafe_nb.display import as_given, table
 from tensafe_nb.errors import (
     FutureCancelledError,
     FutureFailedError,
@@ -28,6 +28,22 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT = 0.1  # s; how often a wait looks up, so that an interrupted cell gets its prompt back
 R = TypeVar("R")
+_here = threading.local()  # of this thread: whether it is inside a subscriber
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """Mark this thread while it tells a subscriber something: the work goes on only once the subscriber returns."""
+    before, _here.telling = is_telling(), True
+    try:
+        yield
+    finally:
+        _here.telling = before
+
+
+def is_telling() -> bool:
+    """Whether this thread is inside a subscriber."""
+    return getattr(_here, "telling", False)
 
 
 class Promise(Generic[R]):
@@ -118,10 +134,10 @@ class Promise(Generic[R]):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block in slices, so that Ctrl-C is seen everywhere; True if it ended in time."""
-        if not self.done and threading.current_thread() is self.owner:
+        if not self.done and (is_telling() or threading.current_thread() is self.owner):
             raise ValidationError(
-                "This runs on the training client's own thread (a callback, a loss or a subscriber): waiting here for "
-                "another of its operations would wait for ever. Submit it here, and wait elsewhere."
+                "This runs where the training client waits for it (a callback, a loss or a subscriber): waiting here "
+                "for another of its operations would wait for ever. Submit it here, and wait elsewhere."
             )
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.done:
@@ -306,7 +322,15 @@ class FutureHandle(Generic[R]):
         return Pieces(self, self._promise)
 
     def add_done_callback(self, callback: "Callable[[FutureHandle[R]], object]") -> None:
-        """Call `callback(handle)` when it has ended, on the thread that ended it."""
+        """Call `callback(handle)` when it has ended, on the thread that ended it.
+
+        Raises:
+            ValidationError: It cannot be called.
+        """
+        if not callable(callback):
+            raise ValidationError(
+                f"add_done_callback takes a function of the handle, not {as_given(callback)}."
+            )
         self._promise.on_done(lambda: callback(self))
 
     def __await__(self) -> Generator[Any, None, R]:

@@ -437,6 +437,11 @@ class ServiceClient:
             },
         }
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise ValidationError(
+            "A ServiceClient belongs to this process and can be neither copied nor pickled: make one where you need it."
+        )
+
     def __repr__(self) -> str:
         return (
             f"<ServiceClient {self._core}, {len(self._transport.list_training_clients())} training clients>"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tensafe_nb import widgets
-from tensafe_nb.checks import checked
+from tensafe_nb.checks import checked, is_whole
 from tensafe_nb.comparing.arms import Arm, Vary, arms_of, name_parts
 from tensafe_nb.comparing.racing import Race
 from tensafe_nb.comparing.records import (
@@ -506,10 +506,10 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
         raise ValidationError(
             f"compare: seeds={as_given(seeds)} must be a number of seeds, 1 to {MOST_SEEDS}, or a list."
         )
-    if any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in found):
+    if not all(is_whole(seed) and seed >= 0 for seed in found):
         raise ValidationError(f"compare: seeds={as_given(seeds)} must be whole numbers, 0 or more.")
     if len(set(found)) < len(found):
         raise ValidationError(
             f"compare: seeds={as_given(seeds)} has one twice: the same run again says nothing new."
         )
-    return found
+    return list(map(int, found))

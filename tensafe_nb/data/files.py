@@ -85,6 +85,9 @@ def missing_file(path: Path) -> ValidationError:
             else f"[row for path in sorted(pathlib.Path({where!r}).glob('*.jsonl')) for row in data.read_rows(path)]"
         )
         return ValidationError(f"{where!r} is a folder. Give one of its files, or {line}.")
+    if "*" in Path(where).name and " " not in where:
+        rows = f"[row for path in sorted(glob.glob({where!r})) for row in data.read_rows(path)]"
+        return ValidationError(f"{where!r} is a pattern of files: {rows} reads those.")
     where = shortened(where)
     if "://" in where or ":/" in where:  # Path makes one slash of two
         return ValidationError(
@@ -125,14 +128,21 @@ def json_row(line: str) -> Any:
     """Return the row that a line holds, or what is wrong with it."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         comma = " This one ends in a comma: leave it out." if line.rstrip().endswith(",") else ""
         return ValidationError(
-            f"not JSON ({getattr(error, 'msg', 'nested too deeply')}). One JSON object per line is expected.{comma}"
+            f"not JSON ({what_is_wrong(error)}). One JSON object per line is expected.{comma}"
         )
     if not isinstance(row, str | Mapping):
         return ValidationError(f"a {type(row).__name__}: one JSON object per line is expected.")
     return row
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Return in a few words why a text could not be read as JSON."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return getattr(error, "msg", "a number of thousands of digits")  # which Python does not convert
 
 
 def json_rows(path: Path, text: str) -> Numbered:
@@ -142,7 +152,7 @@ def json_rows(path: Path, text: str) -> Numbered:
         return json_array(path, text, start + 1)
     try:
         whole, end = json.JSONDecoder().raw_decode(text, start)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return json_lines(text)
     if _skip(text, end) < len(text) or not isinstance(whole, Mapping):
         return json_lines(text)
@@ -183,10 +193,9 @@ def json_array(path: Path, text: str, at: int) -> Numbered:
         line, counted = line + text.count("\n", counted, at), at
         try:
             row, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             where = getattr(error, "lineno", line)
-            reason = getattr(error, "msg", "nested too deeply")
-            raise ValidationError(f"{path}, line {where}: not JSON ({reason}).") from error
+            raise ValidationError(f"{path}, line {where}: not JSON ({what_is_wrong(error)}).") from error
         yield line, row
         at = _skip(text, at)
         if text[at : at + 1] == ",":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tensafe_nb.config import StepConfig
 from tensafe_nb.engine.accumulation import Tally, Tick, Window, no_tick
 from tensafe_nb.engine.forward import ForwardPass
+from tensafe_nb.engine.models.reading import listed
 from tensafe_nb.engine.optimizers import Optimizer
 from tensafe_nb.errors import NonFiniteLossError, ValidationError
 from tensafe_nb.losses import Loss
@@ -74,9 +75,14 @@ class PlainStep:
         norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
         grad_norm = norm / divisor if divisor else 0.0
         if not math.isfinite(grad_norm):
+            weights = self._forward.model.causal.named_parameters()
+            bad = [name for name, weight in weights if not bool(weight.isfinite().all())]
+            advice = "Lower the learning rate, or look for a log or square root of 0 in the loss."
+            if bad:  # attention may have hidden it: a query of NaN comes to 0
+                advice = f"These weights hold NaN or infinity: {listed(bad)}. Is the model's file damaged?"
             raise NonFiniteLossError(
                 f"The gradient of the loss {loss.name!r} is {grad_norm}, though the loss is finite. No weight has "
-                f"moved. Lower the learning rate, or look for a log or square root of 0 in the loss."
+                f"moved. {advice}"
             )
         return grad_norm
 

@@ -85,7 +85,7 @@ class RunHistory(Measured):
                     f"Nothing is measured yet, and {as_given(name)} looks like a slip for {close[0]!r}. A metric of "
                     f"your own that is called so: history.series({as_given(name)})."
                 )
-        if name not in self and self._values:
+        if not isinstance(name, str) or (name not in self and self._values):
             raise ValidationError(f"Nothing has measured {as_given(name)}.{nearest(str(name), self.names)}")
         return self.series(name)[1]
 

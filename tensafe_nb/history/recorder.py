@@ -13,14 +13,15 @@ from typing import TextIO
 
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.events import UNRECORDED, Event
+from tensafe_nb.futures import telling
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.stream import Subscriber, check_subscriber, name_of_subscriber
 from tensafe_nb.locks import hold
-from tensafe_nb.protocol.codec import encode
+from tensafe_nb.protocol.codec import encode, writer_of
 
 logger = logging.getLogger(__name__)
 
-LINES = json.JSONEncoder(allow_nan=False)
+line_of = writer_of(json.JSONEncoder(allow_nan=False))
 MOST_UNWRITTEN = 10_000  # events that are remembered in case whoever writes them has ended
 
 
@@ -66,7 +67,8 @@ class Recorder:
                 self.history.add(event)
             for subscriber in tuple(self._subscribers):
                 try:
-                    subscriber(event)
+                    with telling():
+                        subscriber(event)
                 except (
                     Exception
                 ):  # it would fail at every event to come, and be told of in whatever cell runs then
@@ -95,10 +97,10 @@ class Recorder:
             written = RunHistory.load(self.history.path).last_seq
             for missing in self._unwritten:
                 if missing.seq > written:
-                    self._write(LINES.encode(encode(missing)) + "\n")
+                    self._write(line_of(encode(missing)) + "\n")
             self._unwritten.clear()
             return
-        self._write(LINES.encode(encode(event)) + "\n")
+        self._write(line_of(encode(event)) + "\n")
 
     def _write(self, line: str) -> None:
         """Write a line. What a full disk refuses stays in the file's buffer and is tried again with the next one."""

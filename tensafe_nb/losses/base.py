@@ -17,7 +17,7 @@ from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensafe_nb.checks import checked
 from tensafe_nb.display import as_given
@@ -149,6 +149,11 @@ class Loss:
         """Refuse keywords that are missing, or more than the function takes."""
         if self._can_be_called:
             return
+        if isinstance(self.function, nn.modules.loss._Loss):
+            raise ValidationError(
+                f"{type(self.function).__name__} is a loss of an input and a target; a loss here is a function of the "
+                f"model's outputs and the batch: lambda outputs, batch: loss(outputs.logits, batch['labels'])."
+            )
         try:
             signature = signature_of(self.function)
         except ValueError:  # some functions written in C do not tell theirs

@@ -12,7 +12,16 @@ import pydantic
 
 from tensafe_nb.checks import checked
 from tensafe_nb.client import TrainingClient
-from tensafe_nb.config import Config, LossConfig, Positive, Precision, SamplingEngine, TrainingConfig
+from tensafe_nb.config import (
+    Config,
+    Keywords,
+    LossConfig,
+    Positive,
+    Precision,
+    SamplingEngine,
+    TextList,
+    TrainingConfig,
+)
 from tensafe_nb.data import Batches, OnBadRows, Rows
 from tensafe_nb.data.poisson import PoissonDraws
 from tensafe_nb.display import as_given
@@ -74,7 +83,7 @@ class RewardConfig(Config):
     """
 
     type: str
-    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+    kwargs: Keywords = pydantic.Field(default_factory=dict)
 
 
 class EnvironmentConfig(Config):
@@ -88,7 +97,7 @@ class EnvironmentConfig(Config):
     """
 
     type: str
-    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+    kwargs: Keywords = pydantic.Field(default_factory=dict)
     max_turns: Positive | None = None
     max_tokens: Positive | None = None
 
@@ -110,7 +119,7 @@ class AlgoConfig(Config):
     """
 
     type: str = "reinforce"
-    kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
+    kwargs: Keywords = pydantic.Field(default_factory=dict)
 
     @pydantic.field_validator("type")
     @classmethod
@@ -169,7 +178,7 @@ class RLVRConfig(Config):
     group_size: Positive = 8
     max_new_tokens: Positive = 64
     temperature: pydantic.PositiveFloat = 1.0
-    stop: tuple[str, ...] = ()
+    stop: TextList = ()
     fixed_length: bool = False
     precision: Precision = "exact"
     engine: SamplingEngine = "torch"
@@ -181,6 +190,11 @@ class RLVRConfig(Config):
     @classmethod
     def _a_word_is_the_type(cls, value: Any) -> Any:
         return {"type": value} if isinstance(value, str) else value
+
+    @pydantic.field_validator("algo", mode="before")
+    @classmethod
+    def _none_is_the_default(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @pydantic.model_validator(mode="after")
     def _one_of_both_rewards(self) -> Self:

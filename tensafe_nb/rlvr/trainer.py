@@ -261,6 +261,7 @@ class RLVRTrainer:
         client = self.training_client.training_client_id
         return f"RLVRTrainer({client}, {self.reward.name!r}, {self.algo!r}, {self.sampler.sampling!r})"
 
+    @checked
     def run(
         self,
         *,

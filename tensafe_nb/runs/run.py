@@ -320,6 +320,12 @@ class TrainingRun(Measured):
         yield from self._promise.wait_async().__await__()
         return self._promise.outcome()
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise ValidationError(
+            "A TrainingRun belongs to this process and can be neither copied nor pickled. Its run_id can: "
+            "load_run(run_id) reads what is kept of it."
+        )
+
     def __repr__(self) -> str:
         named = f" {visible(self.name)!r}" if self.name else ""
         planned = self.planned_steps or "?"
@@ -366,7 +372,8 @@ class TrainingRun(Measured):
         """Return what a notebook's output history keeps of this run: how it ended, without its client."""
         if not self.done():
             return self  # its thread keeps it anyway
-        twin = copy.copy(self)
+        twin = object.__new__(TrainingRun)
+        vars(twin).update(vars(self))
         behind: Any = getattr(self._client, "_left_behind", lambda: self._client)()
         twin._client, twin._loop, twin._unsubscribe = behind, behind, lambda: None
         return twin

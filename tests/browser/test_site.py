@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
+from tests.browser.lab import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.soak
 
@@ -33,7 +35,7 @@ def test_the_search_of_a_page_that_was_opened_from_the_disk_finds_and_leads(
     page.goto((site / "how-to" / "training.html").as_uri())
     page.get_by_role("textbox", name="Search").fill("presets papers")
     first = page.locator(".md-search-result__link").first
-    expect(first).to_contain_text("Presets and papers")
+    expect(first).to_contain_text("Presets and papers", timeout=PATIENCE)  # the index is read first
     first.click()
     expect(page).to_have_url((site / "explanation" / "presets.html").as_uri())
     expect(page.get_by_role("heading", level=1)).to_contain_text("Presets and papers")

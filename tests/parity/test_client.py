@@ -1,6 +1,8 @@
 """What a user does with a training client, on every transport there is."""
 
 import asyncio
+import copy
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -308,6 +310,15 @@ def test_a_closed_client_refuses_and_closing_twice_is_fine(
     assert service.list_training_clients() == []
 
 
+def test_what_belongs_to_this_process_is_neither_copied_nor_pickled(
+    tc: tn.TrainingClient, service: tn.ServiceClient, batch: tn.BatchData
+) -> None:
+    for ours in (tc, service, tc.fit([batch], steps=1, show=False)):
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(tn.ValidationError, match="neither copied nor pickled"):
+                copied(ours)
+
+
 def test_a_lack_of_memory_fails_the_operation_and_the_client_lives(
     tc: tn.TrainingClient, batch: tn.BatchData
 ) -> None:
@@ -435,6 +446,16 @@ def test_a_subscriber_that_raises_harms_nobody(tc: tn.TrainingClient, batch: tn.
     tc.subscribe(lambda event: 1 / 0)
     assert tc.forward_backward(batch).loss > 0
     assert tc.status == "READY"
+
+
+def test_a_subscriber_that_would_wait_for_ever_is_told_so(
+    tc: tn.TrainingClient, batch: tn.BatchData, caplog: pytest.LogCaptureFixture
+) -> None:
+    tc.subscribe(lambda event: tc.save_state().result())
+    tc.subscribe(lambda event: tc.close())
+    assert tc.forward_backward(batch).loss > 0
+    assert "Submit it here, and wait elsewhere" in caplog.text
+    assert "close() cannot be called in a subscriber" in caplog.text
 
 
 def test_a_queued_batch_does_not_change_with_the_callers_buffer(tc: tn.TrainingClient) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
@@ -122,6 +123,16 @@ def test_what_fits_passes_as_it_is_and_a_wrong_signature_stays_pythons() -> None
         TypeError, match=r"plan\(\) got an unexpected keyword argument 'stepz'\. Did you mean 'steps'\?"
     ):
         plan(1, stepz=2)  # type: ignore[call-arg]
+
+
+def test_a_number_of_numpys_or_torchs_becomes_pythons_own() -> None:
+    @checked
+    def given(steps: int, rate: float | None = None, *, path: int | Path | None = None) -> tuple[Any, ...]:
+        return steps, rate, path
+
+    for found in (given(np.int64(3), np.float32(0.5)), given(rate=torch.tensor(0.5), steps=torch.tensor(3))):
+        assert found == (3, 0.5, None) and list(map(type, found[:2])) == [int, float]
+    assert given(1, path=Path("x"))[2] == Path("x")
 
 
 def test_a_wrong_signature_is_told_once() -> None:

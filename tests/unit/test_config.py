@@ -1,9 +1,13 @@
 import inspect
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import tensafe_nb as tn
+from tensafe_nb.rlvr import PPOConfig
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,38 @@ import tensafe_nb as tn
         (lambda: tn.SamplingConfig(temperature=-1), r"SamplingConfig\.temperature"),
         (lambda: tn.SamplingConfig(stop=("",)), r"a stop string must not be empty"),
         (lambda: tn.SamplingConfig(stop_tokens=5), r"stop_tokens: a list is expected, such as \[5\], not 5"),
+        (
+            lambda: tn.LoRAConfig(target_modules=5),
+            r"LoRAConfig\.target_modules: a list or a text is expected, not 5\.$",
+        ),
+        (
+            lambda: tn.LoRAConfig(target_modules=["q_proj", 5]),
+            r"^LoRAConfig\.target_modules\.1: .*string \(got 5\)\.$",
+        ),
+        (
+            lambda: PPOConfig(clip_range="x"),
+            r"^PPOConfig\.clip_range: a number or a list is expected, not 'x'\.$",
+        ),
+        (
+            lambda: PPOConfig(clip_range=-1),
+            r"^PPOConfig\.clip_range: .*greater than or equal to 0 \(got -1\)\.$",
+        ),
+        (lambda: PPOConfig(clip_range=[0, -1]), r"^PPOConfig\.clip_range\.1: .*equal to 0 \(got -1\)\.$"),
+        (lambda: PPOConfig(clip_range=[1]), r"^PPOConfig\.clip_range: two values are expected, not \[1\]\.$"),
+        (
+            lambda: tn.OptimizerConfig(betas=[0.9]),
+            r"^OptimizerConfig\.betas: two values are expected, not \[0\.9\]\.$",
+        ),
+        (
+            lambda: tn.OptimizerConfig(betas=0.9),
+            r"betas: a list is expected, such as \[0\.9, 0\.9\], not 0\.9",
+        ),
+        (lambda: tn.LoRAConfig(layers_to_transform=3), r"a list is expected, such as \[3\], not 3"),
+        (
+            lambda: tn.TrainingConfig(lora_config={"exclude_modules": 5}),
+            r"^LoRAConfig\.exclude_modules: a list or a text is expected, not 5\.$",
+        ),
+        (lambda: tn.TrainingConfig(model_ref=" "), r"TrainingConfig\.model_ref: name a model"),
         (lambda: tn.SamplingConfig(n=2), r"no field 'n'\. Did you mean 'num_samples'\?"),
         (lambda: tn.LoRAConfig(r=2), r"no field 'r'\. Did you mean 'rank'\?"),
         (lambda: tn.OptimizerConfig(lr=2), r"no field 'lr'\. Did you mean 'learning_rate'\?"),
@@ -46,9 +82,26 @@ def test_configurations_are_frozen_and_replaced() -> None:
     assert config.model_ref == "builtin:tiny"
 
 
+def test_a_model_is_named_by_a_path_too_and_one_in_memory_is_told_how_to_be_read(tmp_path: Path) -> None:
+    assert tn.TrainingConfig(model_ref=tmp_path).model_ref == str(tmp_path)
+
+    class Model:
+        def save_pretrained(self, folder: str) -> None: ...
+
+    with pytest.raises(tn.ValidationError, match=r"model\.save_pretrained\(folder\).* and model_ref=folder"):
+        tn.TrainingConfig(model_ref=Model())
+
+
+def test_a_number_of_numpys_or_torchs_is_a_number() -> None:
+    for number in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        assert tn.SamplingConfig(temperature=number) == tn.SamplingConfig(temperature=0.5)
+
+
 def test_one_stop_string_is_a_list_of_one_and_none_are_no_stops() -> None:
     assert tn.SamplingConfig(stop="\n").stop == ("\n",)
     assert tn.SamplingConfig(stop=None, stop_tokens=None) == tn.SamplingConfig()
+    assert tn.LoRAConfig(modules_to_save="lm_head", target_parameters=None).modules_to_save == ("lm_head",)
+    assert tn.LoRAConfig(exclude_modules=None) == tn.LoRAConfig()
 
 
 @pytest.mark.parametrize(

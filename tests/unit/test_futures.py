@@ -166,6 +166,11 @@ def test_a_callback_that_raises_harms_nobody(promise: Promise[Any], caplog: pyte
     assert "done-callback failed" in caplog.text
 
 
+def test_a_callback_that_cannot_be_called_is_refused(promise: Promise[Any]) -> None:
+    with pytest.raises(tn.ValidationError, match="takes a function of the handle, not 5"):
+        handle_of(promise).add_done_callback(5)  # type: ignore[arg-type]
+
+
 def test_several_handles_combine_into_one() -> None:
     promises: list[Promise[Any]] = [Promise(), Promise()]
     handles = [handle_of(p) for p in promises]

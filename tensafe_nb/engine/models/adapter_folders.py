@@ -13,13 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from tensafe_nb.config import LoRAConfig
-from tensafe_nb.engine.models.reading import first_line
+from tensafe_nb.engine.models.reading import TOKENIZERS, first_line, is_pointer
 from tensafe_nb.errors import ModelLoadError, ValidationError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 FIELDS = {  # PEFT's names and ours
     "r": "rank",
     "lora_alpha": "alpha",
@@ -135,6 +134,11 @@ class AdapterFolder:
             raise ModelLoadError(
                 f"The adapter in {str(self.path)!r} has no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]} is there. "
                 f"Save it again with save_pretrained."
+            )
+        if is_pointer(self.path / name):
+            raise ModelLoadError(
+                f"{str(self.path / name)!r} only says where the adapter is: the folder was cloned without its large "
+                f"files. Fetch them: git lfs pull."
             )
         try:
             found: dict[str, Tensor] = peft.utils.load_peft_weights(str(self.path), device="cpu")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensafe_nb.config import LoRAConfig
+from tensafe_nb.display import as_given
 from tensafe_nb.engine.models import adapter_folders, reading
 from tensafe_nb.engine.models.bases import FACTOR_A
 from tensafe_nb.engine.quiet import quiet
@@ -65,6 +66,13 @@ def check_adapter(causal: Any, lora: LoRAConfig) -> None:
             raise ValidationError(
                 f"LoRAConfig.modules_to_save: the model has no module named {saved!r}.{nearest(saved, known)}"
             )
+    parameters = [name for name, _ in causal.named_parameters()]
+    for target in lora.target_parameters:
+        if not any(ends_in(name, target) for name in parameters):
+            known = {name.partition(f".{block_of(name)}.")[2] or name for name in parameters}
+            raise ValidationError(
+                f"LoRAConfig.target_parameters: the model has no parameter named {target!r}.{nearest(target, known)}"
+            )
     check_blocks({block for name in layers if (block := block_of(name)) is not None}, lora)
     if lora.layers_to_transform is not None and lora.target_modules == "all-linear" and experts_of(causal):
         raise ValidationError(
@@ -74,7 +82,13 @@ def check_adapter(causal: Any, lora: LoRAConfig) -> None:
     adapted = layers_of(lora, causal)
     if not adapted:
         hint = ""
-        if isinstance(lora.target_modules, str):
+        if lora.target_modules == "all-linear":
+            hint = (
+                f" exclude_modules={as_given(lora.exclude_modules)} leaves out every one."
+                if lora.exclude_modules
+                else ""
+            )
+        elif isinstance(lora.target_modules, str):
             hint = (
                 f" A string is a regular expression for whole names; a layer's name goes into a list: "
                 f"[{lora.target_modules!r}]."
@@ -82,6 +96,7 @@ def check_adapter(causal: Any, lora: LoRAConfig) -> None:
         raise ValidationError(
             f"LoRAConfig(target_modules={lora.target_modules!r}) adapts no layer of this model.{hint}"
         )
+    check_patterns(adapted, lora)
     check_ranks({name: layers[name] for name in sorted(adapted & layers.keys())}, lora)
     tables = sorted(name for name in adapted & layers.keys() if isinstance(layers[name], nn.Embedding))
     if lora.freeze_a and tables:
@@ -98,6 +113,20 @@ def check_blocks(there: set[int], lora: LoRAConfig) -> None:
     if lacking:
         has = f"its blocks are {min(there)} to {max(there)}" if there else "it has none with a number"
         raise ValidationError(f"LoRAConfig.layers_to_transform: this model has no block {lacking[0]}; {has}.")
+
+
+def check_patterns(adapted: set[str], lora: LoRAConfig) -> None:
+    """Refuse ranks and alphas for layers that are not adapted: they would count for nothing."""
+    from peft.utils.other import get_pattern_key
+
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, field):
+            if not any(get_pattern_key([pattern], name) == pattern for name in adapted):
+                names = {name.rpartition(".")[2] for name in adapted}
+                raise ValidationError(
+                    f"LoRAConfig.{field}: no adapted layer is called {pattern!r}, or matches it as a regular "
+                    f"expression.{nearest(pattern, names)}"
+                )
 
 
 def check_ranks(layers: Mapping[str, Any], lora: LoRAConfig) -> None:

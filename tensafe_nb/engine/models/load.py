@@ -274,6 +274,9 @@ def locate(model_ref: str, home: Home | None) -> str:
         return str(ASSETS / model_ref.removeprefix("builtin:"))
     if model_ref.startswith("builtin:"):
         raise ModelLoadError(f"There is no built-in model {model_ref!r}.{nearest(model_ref, BUILTINS)}")
+    if "://" in model_ref:
+        hub_id = "/".join(model_ref.partition("://")[2].split("/")[1:3])
+        raise ModelLoadError(f"{model_ref!r} is an address. Give a model of the hub by its id: {hub_id!r}.")
     path = Path(model_ref).expanduser()
     if path.suffix == ".gguf":
         with reading.quiet_if(True):  # it has one bar of its own

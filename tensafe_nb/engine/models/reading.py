@@ -46,6 +46,7 @@ FOREIGN = (  # what transformers raises at files that are not what they should b
     ImportError,
     SafetensorError,
 )
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 LONGEST_POINTER = 1_024  # bytes of what Git LFS leaves in place of a large file
 MOST_PATTERNS = 3  # proposed for ignore_weights
 SHOWN = 5  # names in a message; all are in `details`
@@ -254,12 +255,10 @@ def refuse_incomplete(model_ref: str, folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     if "config.json" not in names:
         raise ModelLoadError(f"The folder {model_ref!r} holds no config.json. {_instead(folder, names)}")
-    large = sorted(folder / name for name in names if name.endswith((".safetensors", ".bin")))
-    pointers = [
-        file.name
-        for file in large
-        if file.stat().st_size <= LONGEST_POINTER and file.read_bytes().startswith(b"version https://git-lfs")
-    ]
+    large = sorted(
+        folder / name for name in names if name.endswith((".safetensors", ".bin")) or name in TOKENIZERS
+    )
+    pointers = [file.name for file in large if is_pointer(file)]
     if pointers:
         raise ModelLoadError(
             f"The folder {model_ref!r} was cloned without its large files: {listed(pointers)} only says where they "
@@ -285,6 +284,12 @@ def refuse_incomplete(model_ref: str, folder: Path) -> None:
         return
     if not any(name.startswith("pytorch_model") or name.endswith(".safetensors") for name in names):
         raise ModelLoadError(f"The folder {model_ref!r} holds no weights. {_instead(folder, names)}")
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of a large one."""
+    is_small = file.stat().st_size <= LONGEST_POINTER
+    return is_small and file.read_bytes().startswith(b"version https://git-lfs")
 
 
 def _instead(folder: Path, names: set[str]) -> str:
@@ -387,6 +392,13 @@ def explained(error: Exception, folder: Path | None) -> str:
         return (
             "some of its weights cannot be put together (experts that are missing, or of different shapes). Fetch or "
             "save the model again."
+        )
+    if "Unrecognized configuration class" in text:
+        return "it is no language model. Only models that continue a text are trained: those of AutoModelForCausalLM."
+    if "instantiate the backend tokenizer" in text:
+        return (
+            "it comes without a tokenizer. Put tokenizer.json and tokenizer_config.json beside it, from the model that "
+            "it was made from."
         )
     if folder is not None:
         advice = "Check that the folder holds config.json, model.safetensors and tokenizer.json."

@@ -211,7 +211,7 @@ def algorithm_of(spec: AlgorithmSpec | None) -> Algorithm:
             return PPO(options)
         case REINFORCEConfig():
             return REINFORCE(options)
-    if isinstance(options, type | PolicyConfig) or not hasattr(options, "update"):
+    if isinstance(options, type | PolicyConfig | Mapping) or not hasattr(options, "update"):
         raise ValidationError(
             f"RLVRTrainer: algo is an algorithm such as REINFORCE(), PPO(…), or a name such as 'grpo', not "
             f"{as_given(spec)}."

@@ -6,12 +6,12 @@ how many prompts were dealt: a run that is resumed, or forked, chooses as the fi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import pydantic
 
+from tensafe_nb.checks import is_whole
 from tensafe_nb.config import Config, Positive
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError, nearest
@@ -317,11 +317,6 @@ class DynamicSampling(Config):
     def keeps(self, rewards: Array, scores: Array) -> bool:
         """Whether the answers to a prompt differ."""
         return differ(rewards if self.on == "reward" else scores)
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, numpy's too."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def differ(values: Array) -> bool:

@@ -20,6 +20,7 @@ from typing import IO, Any, Protocol, TypeAlias, runtime_checkable
 
 import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 
+from tensafe_nb.rlvr.rewards.builtin.code import remove_left_behind
 from tensafe_nb.rlvr.scoring.lasting import STARTER
 from tensafe_nb.rlvr.scoring.shipping import shipped
 
@@ -120,7 +121,7 @@ class ProcessLink:
         inbox.put((self, None))
 
     def kill(self) -> None:
-        """End the process and what it started, and its thread."""
+        """End the process and what it started, and its thread, and remove what it could not."""
         if sys.platform == "win32":
             self._process.kill()
         elif self._process.poll() is None:
@@ -130,6 +131,7 @@ class ProcessLink:
         self._reader.join()
         with contextlib.suppress(OSError):  # what was not written yet has no reader now
             self._requests.close()
+        remove_left_behind()
 
     def write(self, body: bytes) -> None:
         """Send a request."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tensafe_nb.checks import is_whole
 from tensafe_nb.config import SamplingConfig
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import ValidationError
@@ -140,9 +141,9 @@ def ks_of(given: Sequence[int] | None, samples: int) -> tuple[int, ...]:
     if given is None:
         # pass@1 of one sample is the mean reward.
         return () if samples == 1 else tuple(sorted({*(2**i for i in range(samples.bit_length())), samples}))
-    if not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= samples for k in given):
+    if not all(is_whole(k) and 1 <= k <= samples for k in given):
         raise ValidationError(
             f"eval_pass_at={as_given(given)}: each k is a whole number from 1 to eval_samples={samples}; raise "
             f"eval_samples to estimate a larger one."
         )
-    return tuple(given)
+    return tuple(map(int, given))

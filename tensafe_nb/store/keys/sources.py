@@ -219,8 +219,10 @@ def ask_passphrase(*, confirm: bool) -> str:
     Raises:
         KeyUnavailableError: Nobody does, or the two answers differ.
     """
-    ipython = sys.modules.get("IPython")
-    in_notebook = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    get_shell = getattr(
+        sys.modules.get("IPython"), "get_ipython", None
+    )  # none yet while it is being imported
+    in_notebook = get_shell is not None and hasattr(get_shell(), "kernel")
     if not in_notebook and not (sys.stdin and sys.stdin.isatty()):
         raise _no_passphrase()
     try:

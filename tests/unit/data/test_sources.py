@@ -257,6 +257,12 @@ def test_a_loader_of_torch_is_refused_for_its_data_set() -> None:
         ),
         ("rows.jsonl", '{"text": "a"},\n{"text": "b"}', "line 1.: not JSON .*ends in a comma"),
         ("rows.json", '[{"text": "a"},\n{"text": }]', r"line 2: not JSON"),
+        (
+            "rows.json",
+            '[{"text": "a"},\n{"n": ' + 5000 * "9" + "}]",
+            r"line 2: not JSON .*thousands of digits",
+        ),
+        ("rows.jsonl", '{"n": ' + 5000 * "9" + "}", r"line 1.: not JSON .*thousands of digits"),
         ("rows.json", '[{"text": "a"}\n {"text": "b"}]', "line 2: not JSON .a comma"),
         ("rows.json", '[{"text": "a"}]\n{"text": "b"}', "stands behind the array"),
         ("rows.json", '[{"text": "a"}', "not JSON"),

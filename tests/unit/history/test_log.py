@@ -90,6 +90,12 @@ def test_a_slip_for_a_usual_metric_is_told_before_anything_is_measured(
     assert [column.size for column in history.series(name)] == [0, 0]
 
 
+@pytest.mark.parametrize("name", [5, slice(0, 1), ["loss"]])
+def test_what_is_no_name_of_a_metric_is_told_so(tmp_path: Path, name: object) -> None:
+    with pytest.raises(ValidationError, match="Nothing has measured"):
+        RunHistory(tmp_path / "events.jsonl")[name]  # type: ignore[index]
+
+
 @pytest.mark.parametrize("name", ["loss", "epsilon", "accuracy", "eval/los", "reward2"])
 def test_any_other_metric_is_empty_before_it_is_measured(tmp_path: Path, name: str) -> None:
     assert RunHistory(tmp_path / "events.jsonl")[name].size == 0

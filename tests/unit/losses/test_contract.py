@@ -108,6 +108,10 @@ def test_outputs_and_batch_are_not_keywords() -> None:
             r"cannot be called as <lambda>\(outputs, batch\): too many positional arguments",
         ),
         (
+            torch.nn.CrossEntropyLoss(),
+            r"CrossEntropyLoss is a loss of an input and a target.* loss\(outputs\.logits, batch\['labels'\]\)",
+        ),
+        (
             lambda outputs, batch, *, low: leaf(),
             r"missing a required (keyword-only )?argument: 'low'.*loss_kwargs",
         ),

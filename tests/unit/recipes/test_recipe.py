@@ -134,6 +134,18 @@ def test_one_word_stands_for_a_model_a_loss_a_reward_and_an_algorithm(recipe_fil
     assert (rlvr.reward.type, rlvr.algo.type) == ("exact_match", "reinforce")
 
 
+def test_null_is_the_default_where_python_takes_none_for_it(recipe_file: Any) -> None:
+    options = "algo: null, stop: null, eval_pass_at: null"
+    with_nulls = load_config(
+        recipe_file(
+            f"training: {{mode: rlvr}}\nrlvr: {{reward: {{type: exact_match, kwargs: null}}, {options}}}"
+        )
+    )
+    assert with_nulls == load_config(recipe_file("training: {mode: rlvr}\nrlvr: {reward: exact_match}"))
+    one_text = load_config(recipe_file('training: {mode: rlvr}\nrlvr: {reward: exact_match, stop: "#"}'))
+    assert one_text.rlvr.stop == ("#",)
+
+
 def test_a_file_names_columns_a_template_held_out_prompts_and_how_they_are_chosen(
     recipe_file: Any, service: tn.ServiceClient
 ) -> None:

@@ -187,6 +187,15 @@ def test_held_out_answers_are_measured_part_by_part_and_passed_by_the_true_one(c
 def test_the_ks_of_pass_at_k_are_checked_before_anything_runs(client):
     with pytest.raises(ValidationError, match="eval_samples=2"):
         RLVRTrainer(client, SUMS, "exact_match", eval_prompts=SUMS, eval_samples=2, eval_pass_at=[4], **SMALL)
+    RLVRTrainer(
+        client, SUMS, "exact_match", eval_prompts=SUMS, eval_samples=2, eval_pass_at=np.array([2]), **SMALL
+    )
+
+
+@pytest.mark.parametrize("steps", ["1", None, 1.5])
+def test_a_number_of_steps_that_is_none_is_refused(client, steps):
+    with pytest.raises(ValidationError, match=r"RLVRTrainer\.run: steps=.* must be a whole number"):
+        RLVRTrainer(client, SUMS, "exact_match", **SMALL).run(steps=steps, show=False)
 
 
 @pytest.mark.parametrize("threshold", [math.nan, "half"])
@@ -388,7 +397,7 @@ def test_several_rewards_can_be_given_as_a_list(client):
     assert {"rewards/exact_match/mean", "rewards/short/mean"} <= set(metrics)
 
 
-@pytest.mark.parametrize("algo", [3, REINFORCE])
+@pytest.mark.parametrize("algo", [3, REINFORCE, {"type": "grpo"}])
 def test_what_is_no_algorithm_is_refused_at_once(client, algo):
     with pytest.raises(ValidationError, match="algo is an algorithm such as REINFORCE"):
         RLVRTrainer(client, SUMS, "exact_match", algo, **SMALL)

@@ -6,22 +6,27 @@ SECURITY BOUNDARY: the code runs as you and can read what you can read. Score th
 let loose on your machine in a container or a virtual machine.
 """
 
+import contextlib
+import functools
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tensafe_nb.display import as_given
 from tensafe_nb.errors import RewardError, ValidationError
+from tensafe_nb.locks import hold
 from tensafe_nb.rlvr.rewards.builtin.answers import Builtin, Meta, column_of, fenced
 
 _RUNNER = Path(__file__).with_name("code_child.py")
+_FOLDERS = "tsnb-code-"
 _CANNOT_RUN = 3  # exit status of a runner that could not set its limits
 MOST_SAID = 100_000  # bytes of what it says
 
@@ -103,8 +108,9 @@ def said_by_child(job: dict[str, Any], timeout: float, who: str) -> str | None:
     # Of the environment, what Python needs to start, and nothing that could be a key of yours.
     kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
     kept |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    _once_in_a_process()
     with (
-        tempfile.TemporaryDirectory(prefix="tsnb-code-", ignore_cleanup_errors=True) as folder,
+        folder_of_its_own() as folder,
         tempfile.TemporaryFile() as stdin,
         tempfile.TemporaryFile() as verdict,
     ):
@@ -130,6 +136,34 @@ def said_by_child(job: dict[str, Any], timeout: float, who: str) -> str | None:
         verdict.seek(0)
         came, _, said = verdict.read(MOST_SAID).decode(errors="replace").partition(" ")
     return said if came == token else None
+
+
+@contextlib.contextmanager
+def folder_of_its_own() -> Iterator[str]:
+    """Yield an empty folder that is removed afterwards; if this process is killed before, by `remove_left_behind`."""
+    with (
+        tempfile.TemporaryDirectory(prefix=_FOLDERS, ignore_cleanup_errors=True) as outer,
+        Path(outer, "held").open("wb") as mark,
+    ):
+        with contextlib.suppress(OSError):  # no file system of locks: nobody else gets it either
+            hold(mark)
+        inner = Path(outer, "run")  # only there once its mark is held
+        inner.mkdir()
+        yield str(inner)
+
+
+def remove_left_behind() -> None:
+    """Remove the folders of processes that were killed: their marks are held by nobody."""
+    for outer in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
+        with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+            if outer.joinpath("run").is_dir():
+                with outer.joinpath("held").open("r+b") as mark:
+                    is_left = hold(mark)
+                if is_left:
+                    shutil.rmtree(outer, ignore_errors=True)
+
+
+_once_in_a_process = functools.cache(remove_left_behind)
 
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:

@@ -209,6 +209,14 @@ def test_a_base_that_is_not_there_is_named_with_where_to_write_it(tmp_path: Path
     assert "does not say what its base is" in str(refusal(tmp_path / "adapter"))
 
 
+def test_an_adapter_that_was_not_fetched_says_how(tmp_path: Path) -> None:
+    adapter(tmp_path / "adapter", saved(tmp_path / "base", CONFIGS["llama"]()))
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+    )
+    assert "Fetch them: git lfs pull" in str(refusal(tmp_path / "adapter"))
+
+
 def test_an_adapter_on_an_adapter_and_one_in_a_folder_of_another_model_are_refused(tmp_path: Path) -> None:
     base = saved(tmp_path / "base", CONFIGS["llama"]())
     adapter(tmp_path / "first", base)

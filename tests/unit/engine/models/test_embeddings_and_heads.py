@@ -213,6 +213,16 @@ def test_a_rank_is_compared_with_the_layers_it_is_for(tmp_path: Path) -> None:
         ({"layers_to_transform": (0, 2)}, r"no block 2"),
         ({"target_modules": ("self_attn",)}, r"no layer named 'self_attn'"),
         ({"target_modules": ()}, r"is empty"),
+        (
+            {"exclude_modules": r".*_proj"},
+            r"'all-linear'\) adapts no layer.* exclude_modules='\.\*_proj' leaves out",
+        ),
+        (
+            {"rank_pattern": {"q_prj": 4}},
+            r"rank_pattern: no adapted layer is called 'q_prj'.*Did you mean 'q_proj'",
+        ),
+        ({"target_modules": ("q_proj",), "alpha_pattern": {"k_proj": 4}}, r"alpha_pattern: no adapted layer"),
+        ({"target_parameters": ("experts.up",)}, r"no parameter named 'experts\.up'"),
     ],
 )
 def test_an_adapter_that_names_nothing_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:

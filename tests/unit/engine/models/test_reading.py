@@ -178,6 +178,36 @@ def test_a_missing_or_damaged_file_of_several_is_named(tmp_path: Path) -> None:
     assert f"files of weights: {shard.name}" in str(refusal(folder))
 
 
+def test_a_tokenizer_that_is_missing_or_was_not_fetched_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", CONFIGS["llama"]())
+    (folder / "tokenizer.json").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n"
+    )
+    assert "tokenizer.json only says where they are. Fetch them: git lfs pull" in str(refusal(folder))
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert "it comes without a tokenizer. Put tokenizer.json" in str(refusal(folder))
+
+
+def test_an_address_is_told_the_id_that_it_holds() -> None:
+    with pytest.raises(tn.ModelLoadError, match=r"Give a model of the hub by its id: 'maker/model'\."):
+        load("https://hub.example/maker/model/tree/main")
+
+
+def test_a_weight_that_attention_hides_is_named_once_a_gradient_finds_it(
+    service: tn.ServiceClient, tmp_path: Path
+) -> None:
+    folder = edited(
+        saved(tmp_path / "m", CONFIGS["llama"]()),
+        lambda w: {k: v * torch.nan if k.endswith("0.self_attn.q_proj.weight") else v for k, v in w.items()},
+    )
+    tc = service.create_training_client(model_ref=str(folder), dtype="float32")
+    with pytest.raises(
+        tn.NonFiniteLossError, match=r"hold NaN or infinity: model\.layers\.0\.self_attn\.q_proj"
+    ):
+        tc.forward_backward({"input_ids": [[5, 6, 7]]}).result()
+
+
 def test_a_shard_without_what_the_index_promises_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", CONFIGS["llama"](), max_shard_size="40KB")
     shard = sorted(folder.glob("*.safetensors"))[1]

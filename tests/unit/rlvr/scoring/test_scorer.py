@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 
@@ -96,6 +97,18 @@ def test_a_regular_expression_that_never_ends_is_ended_though_it_holds_the_inter
     with Scorer(resolve_reward("regex", pattern="(a+)+$", full=True), timeout=SOON, processes=1) as scorer:
         scorer.score(trajectories)
     assert [t.reward for t in trajectories] == [None, 1.0]
+
+
+def test_code_whose_scoring_process_is_killed_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    started = tmp_path / "started"
+    endless = resolve_reward("python_code", tests="pass", timeout=100.0)
+    trajectories = rollouts(f"open({str(started)!r}, 'w').close()\nwhile True: pass")
+    with Scorer(endless, timeout=SOONER, processes=1) as scorer:
+        scorer.score(trajectories)
+    assert trajectories[0].reward_error == f"took longer than {SOONER} s and was ended"
+    assert [path for path in tmp_path.iterdir() if path != started] == []
 
 
 def test_a_function_that_only_hangs_or_dies_is_given_up_before_all_have_had_their_turn():

@@ -2,7 +2,9 @@
 
 import getpass
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -224,6 +226,13 @@ class TestThePassphrase:
         assert not keys.can_open([stanza])
         (info,) = keys.infos()
         assert (info.key_id, info.source, info.primary) == (stanza["kek_id"], "passphrase", True)
+
+    def test_it_is_asked_for_while_another_thread_imports_ipython(
+        self, folder: Path, terminal: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))  # without get_ipython so far
+        terminal += ["correct horse", "correct horse"]
+        assert Keys(folder, "passphrase").wrap(SECRET)
 
     def test_where_nobody_is_there_to_answer_it_says_so(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,9 @@
 """The built-in rewards: their figures, their verdicts, and what they refuse."""
 
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from tensafe_nb.errors import ValidationError
 from tensafe_nb.rlvr import get_registered_rewards, resolve_reward
 from tensafe_nb.rlvr.rewards.builtin.answers import common_subsequence, edit_distance
+from tensafe_nb.rlvr.rewards.builtin.code import folder_of_its_own, remove_left_behind
 
 TEXTS = st.text("abc ", max_size=70)
 
@@ -272,6 +276,18 @@ def test_python_code_runs_the_last_block_against_its_tests():
 def test_code_that_does_not_pass_its_tests_scores_0(code, monkeypatch):
     monkeypatch.setenv("SECRET", "x")
     assert reward_of("python_code", code, tests="assert passed", timeout=0.5) == 0.0
+
+
+def test_a_folder_of_code_goes_once_the_process_that_made_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    being_made = tmp_path / "tsnb-code-new"
+    being_made.mkdir()
+    with folder_of_its_own() as folder:
+        Path(folder, "file").touch()
+        copy = shutil.copytree(Path(folder).parent, tmp_path / "tsnb-code-left")  # its mark is held by nobody
+        remove_left_behind()
+        assert Path(folder, "file").exists() and being_made.exists() and not copy.exists()
+    assert list(tmp_path.iterdir()) == [being_made]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux")
