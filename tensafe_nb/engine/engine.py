@@ -25,7 +25,7 @@ from tensafe_nb.engine.plain_step import PlainStep
 from tensafe_nb.engine.private_step import Account, AwaitingAccount, PrivateStep
 from tensafe_nb.engine.reference import Reference
 from tensafe_nb.engine.sampling import sampler
-from tensafe_nb.engine.sampling.copies import KeptCopies, precision_of
+from tensafe_nb.engine.sampling.copies import KeptCopies, precision_of, prepare
 from tensafe_nb.engine.sampling.prefixes import Prefixes
 from tensafe_nb.engine.sampling.prompts import ReadPrompts, read_prompts
 from tensafe_nb.engine.state import EngineState, check_tensors, fingerprint
@@ -113,6 +113,7 @@ class Engine:
 
     def __init__(self, config: TrainingConfig, model: LoadedModel | None = None) -> None:
         self.model = load(config) if model is None else model
+        prepare(self.model)
         # a folder brings its adapter, of which the configuration may say less, or nothing
         brought = self.model.lora
         self.config = config if brought is None else config.replace(lora_config=brought)

@@ -1,10 +1,10 @@
 """Copies of a Llama-shaped model's weights, laid out as a processor multiplies them quickest.
 
-**Exact** ones hold the adapter merged in, W + BA, in float32, the matrices that read one input together, packed by
-oneDNN: a few rows take two thirds of the time. **Fast** ones hold the frozen W in bfloat16 or int8, with the adapter
-beside them in float32. Where `SamplingConfig.precision` asks for them, tokens are drawn from what they say; else the
-int8 ones guess what comes next of a single row, and the exact ones check it. Of frozen weights they are made once, and
-kept for as long as those are: a step of training changes the adapter alone.
+**Exact** ones hold the adapter merged in, W + BA, in float32, the matrices that read one input together: a few rows
+take half of the time, or two thirds where there is no compiler. **Fast** ones hold the frozen W in bfloat16 or int8,
+with the adapter beside them in float32. Where `SamplingConfig.precision` asks for them, tokens are drawn from what they
+say; else the int8 ones guess what comes next of a single row, and the exact ones check it. Of frozen weights they are
+made once, and kept for as long as those are: a step of training changes the adapter alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensafe_nb.engine.models import memory
 from tensafe_nb.engine.models.load import LoadedModel, multiplies_bf16
-from tensafe_nb.engine.sampling import llama
+from tensafe_nb.engine.sampling import llama, native
 from tensafe_nb.engine.sampling.llama import Layer, Map, Weights
 from tensafe_nb.engine.sampling.products import (
     Packing,
@@ -93,7 +93,7 @@ def precision_of(model: LoadedModel, asked: str, rows: int) -> str:
                 f"and the result says which; 'exact' always can."
             )
         return asked
-    if unlike or sum(_weight(matrix).numel() for matrix in _matrices(model)) < PAYS_FROM_NUMBERS:
+    if unlike or not pay(model):
         return "exact"
     order = ("int8", "bfloat16") if rows <= FEW_ROWS else ("bfloat16", "int8")
     return next((name for name in order if _is_quick(name) and not _hindrance(model, name)), "exact")
@@ -162,22 +162,23 @@ def copies_of(
         return made or Copies(_weights(model, partial(_fast, precision)), precision=precision)
     if made is not None and not alone and (made.rough is not None or rows > 1):
         return made
-    if new_tokens < PAYS_FROM_TOKENS or _unlike(model) or not works(in_float32, 1e-4):
+    if new_tokens < PAYS_FROM_TOKENS or not pay(model) or not works(in_float32, 1e-4):
         return None
-    weights = [_weight(matrix) for matrix in _matrices(model)]
-    if sum(weight.numel() for weight in weights) < PAYS_FROM_NUMBERS:
-        return None
-    weights.append(_weight(model.head))
-    there, size = memory.available(model.device), memory.size_of(weights)
+    size = memory.size_of([_weight(matrix) for matrix in [*_matrices(model), model.head]])
+    there = memory.available(model.device)
     if there is None or (made is None and size > SHARE * there):
         return None
-    guesses = rows == 1
-    if guesses:  # by itself it is quicker by columns, see `merged`
-        more = size * (made is None) + size * BYTES["int8"]
-        enough = new_tokens >= GUESSES_PAY_FROM_TOKENS and more <= SHARE * there
-        frozen = all(map(_is_frozen, [*_matrices(model), model.head]))
-        if not (enough and frozen and sums_int8() and works(*FAST["int8"])):
-            return None
+    more = size * (made is None) + size * BYTES["int8"]
+    guesses = (
+        rows == 1
+        and new_tokens >= GUESSES_PAY_FROM_TOKENS
+        and more <= SHARE * there
+        and all(map(_is_frozen, [*_matrices(model), model.head]))
+        and sums_int8()
+        and works(*FAST["int8"])
+    )
+    if rows == 1 and not guesses and native.library() is None:
+        return None  # it is quicker by columns, see `merged`
     exact = _weights(model, _exact) if made is None else made.weights
     if not guesses:
         return Copies(exact)
@@ -185,10 +186,30 @@ def copies_of(
     return Copies(exact, rough or _weights(model, partial(_fast, "int8")))
 
 
+def prepare(model: LoadedModel) -> None:
+    """Have the products compiled in the meantime, where a model looks as if it will be decoded with copies."""
+    body: Any = model.body
+    alike = model.split and type(body).__name__ in llama.SHAPED_LIKE_LLAMA
+    if (
+        alike
+        and model.device.type == "cpu"
+        and model.compute_dtype is torch.float32
+        and sum(parameter.numel() for parameter in body.parameters()) >= PAYS_FROM_NUMBERS
+    ):
+        native.begin()
+
+
+def pay(model: LoadedModel) -> bool:
+    """Whether a model is of those that are decoded with copies, if there is the memory and enough to decode."""
+    return not _unlike(model) and sum(_weight(m).numel() for m in _matrices(model)) >= PAYS_FROM_NUMBERS
+
+
 def _weights(model: LoadedModel, of: Making) -> Weights:
     body: Any = model.body
-    norm = _itself if of is _exact else _norm
-    return Weights([_layer(layer, of, norm) for layer in body.layers], norm(body.norm), of([model.head]))
+    head = of([model.head])
+    compiled = isinstance(head, native.Product)
+    norm = _compiled_norm if compiled else _itself if of is _exact else _norm
+    return Weights([_layer(layer, of, norm) for layer in body.layers], norm(body.norm), head, compiled)
 
 
 def _layer(layer: Any, of: Making, norm: Callable[[Any], Map]) -> Layer:
@@ -204,6 +225,10 @@ def _layer(layer: Any, of: Making, norm: Callable[[Any], Map]) -> Layer:
 
 def _itself(norm: Any) -> Map:
     return norm  # type: ignore[no-any-return]
+
+
+def _compiled_norm(norm: Any) -> Map:
+    return native.Norm(norm.weight.detach(), norm.variance_epsilon)
 
 
 def _norm(norm: Any) -> Map:
@@ -288,7 +313,7 @@ def _fast(precision: str, group: Sequence[Any]) -> Map:
             a, b, scale = adapter
             adapters.append((d_out, a.clone(), b * scale))
         d_out += len(_weight(matrix))
-    return beside(product, adapters, d_out, few_rows=precision == "int8") if adapters else product
+    return beside(product, adapters, d_out) if adapters else product
 
 
 def _bias(group: Sequence[Any]) -> Tensor | None:

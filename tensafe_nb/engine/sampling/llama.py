@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensafe_nb.engine.models.load import LoadedModel
+from tensafe_nb.engine.sampling import native
 from tensafe_nb.engine.sampling.prefixes import Layers
 
 SHAPED_LIKE_LLAMA = ("LlamaModel", "MistralModel", "Qwen2Model")
@@ -38,11 +39,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What steps compute with: the layers, the last norm, and the head."""
+    """What steps compute with: the layers, the last norm, the head, and whether attention is compiled, too."""
 
     layers: Sequence[Layer]
     norm: Map
     head: Map
+    compiled: bool = False
 
 
 def as_they_are(body: Any, head: Map) -> Weights:
@@ -127,36 +129,63 @@ class Steps:
         Returns:
             (R · N, D) hidden states, normalised for the head.
         """
-        (rows, new), here = tokens.shape, self.length
-        self.length = end = here + new
+        new, here = tokens.shape[1], self.length
+        self.length = here + new
         x = self._body.embed_tokens(tokens.flatten())
-        cos, sin = (table.unsqueeze(2) for table in self._body.rotary_emb(x, position))
-        width, groups = cos.shape[-1], self._keys[0].shape[1]
+        cos, sin = self._body.rotary_emb(x, position)
         # rotate_half(x) · sin = roll(x) · (−sin, sin): the sign goes to the table, once for all layers
-        sin = torch.cat([-sin[..., : width // 2], sin[..., width // 2 :]], -1)
-        seen = _seen(mask, new, end, x.device)
+        sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
+        compiled = weights.compiled and native.attends(new, cos.shape[-1])
+        attend = (native.Attention if compiled else Attention)(cos, sin, mask, here, self._scale)
         for layer, keys, values in zip(weights.layers, self._keys, self._values, strict=True):
-            heads = layer.qkv(layer.norm(x)).view(rows, new, -1, width)
-            turned = heads[:, :, :-groups]
-            turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)  # rotary positions
-            keys[:, :, here:end] = turned[:, :, -groups:].transpose(1, 2)  # (R, groups, T, D/heads)
-            values[:, :, here:end] = heads[:, :, -groups:].transpose(1, 2)
-            asking = turned[:, :, :-groups].transpose(1, 2)  # (R, heads, N, D/heads)
-            if new == 1:  # those of one group ask together
-                asking = asking.reshape(rows, groups, -1, width)
-            found = F.scaled_dot_product_attention(
-                asking,
-                keys[:, :, :end],
-                values[:, :, :end],
-                attn_mask=seen,
-                is_causal=new > 1 and seen is None,
-                scale=self._scale,
-                enable_gqa=new > 1,
-            )
-            found = found.view(rows, -1, new, width).transpose(1, 2).reshape(rows * new, -1)
-            x = x + layer.out(found)
+            x = x + layer.out(attend(layer.qkv(layer.norm(x)), keys, values))
             x = x + layer.mlp(layer.mlp_norm(x))
         return weights.norm(x)
+
+
+class Attention:
+    """Some tokens that are appended to rows: their rotary positions, and what they see.
+
+    Args:
+        cos: (R, N, width), of N tokens in each of R rows.
+        sin: The same, with the signs of `rotate_half`.
+        mask: (R, T), the tokens included, where rows are padded.
+        here: Places that are taken before.
+        scale: Of what is in the softmax.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None, here: int, scale: float) -> None:
+        self._cos, self._sin, self._scale = cos.unsqueeze(2), sin.unsqueeze(2), scale
+        self._here, self._end = here, here + cos.shape[1]
+        self._seen = _seen(mask, cos.shape[1], self._end, cos.device)
+
+    def __call__(self, projected: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Write the tokens' keys and values; return (R · N, heads · width), what they find.
+
+        Args:
+            projected: (R · N, (heads + 2 · groups) · width), queries, keys and values.
+            keys: (R, groups, places, width), as `values`, with room for the tokens.
+            values: Of what was read.
+        """
+        (rows, new, _, width), groups = self._cos.shape, keys.shape[1]
+        heads = projected.view(rows, new, -1, width)
+        turned = heads[:, :, :-groups]
+        turned = torch.addcmul(turned * self._cos, turned.roll(width // 2, -1), self._sin)
+        keys[:, :, self._here : self._end] = turned[:, :, -groups:].transpose(1, 2)
+        values[:, :, self._here : self._end] = heads[:, :, -groups:].transpose(1, 2)
+        asking = turned[:, :, :-groups].transpose(1, 2)  # (R, heads, N, width)
+        if new == 1:  # those of one group ask together
+            asking = asking.reshape(rows, groups, -1, width)
+        found = F.scaled_dot_product_attention(
+            asking,
+            keys[:, :, : self._end],
+            values[:, :, : self._end],
+            attn_mask=self._seen,
+            is_causal=new > 1 and self._seen is None,
+            scale=self._scale,
+            enable_gqa=new > 1,
+        )
+        return found.view(rows, -1, new, width).transpose(1, 2).reshape(rows * new, -1)
 
 
 def _seen(mask: Tensor | None, new: int, end: int, device: torch.device) -> Tensor | None:

@@ -1,9 +1,8 @@
-"""Products of few rows that torch has no quick form of, compiled where the machine has a C compiler.
+"""What a token takes of a Llama-shaped model, compiled where the machine has a C compiler.
 
-torch quantises what it multiplies by one scale for all rows, and takes a dozen operations around its product to do it
-by row. `products.c` does both in one pass, with the same 15 bits, and adds adapters whose matrices read one input
-without zeros between them. It is compiled once for each process, in a folder of its own that goes with the compiler's
-run: nothing is kept that somebody else could have written.
+`products.c` multiplies a few rows with a matrix in float32, bfloat16 or int8, adapters included, and computes norms and
+attention without a dozen of torch's operations for each. It is compiled once for each process, in a folder of its own
+that goes with the compiler's run: nothing is kept that somebody else could have written.
 """
 
 import ctypes
@@ -12,112 +11,209 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensafe_nb.engine.sampling.llama import Map
-
 logger = logging.getLogger(__name__)
 
 Adapter: TypeAlias = tuple[int, Tensor, Tensor]  # first output, A (rank, d_in), B (outputs, rank)
-Adding: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of an input and a product, which it returns
 SOURCE = Path(__file__).with_name("products.c")
 COMPILERS = "cc", "gcc", "clang"
-OPTIONS = "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"
-SECONDS = 60  # that a compiler may take; a second is usual
-OUTPUTS = 64  # that are computed together
-MOST_INPUTS = 65_535  # whose products are added up in 32 bits
+OPTIONS = "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC"
+VECTORS = {"AVX512": (), "AVX2": ("-mno-avx512f",)}  # that torch computes with, and the options that say so
+SECONDS = 60  # that a compiler may take; a second or two are usual
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in products.c
+UNIT = 4  # bytes: weights that are multiplied at once
+MOST_INPUTS = 65_535  # whose products in int8 are added up in 32 bits
+_compiling = threading.Lock()
+FEW_TOKENS = 8  # of a row, whose attention is computed here; torch is the quicker for a prompt
+
+
+class _Adapter(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("first", "outputs", "rank")),
+        ("b", ctypes.c_void_p),
+    )
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("kind", "d_in", "d_out", "units")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "a")),
+        *((name, ctypes.c_long) for name in ("rank", "count")),
+        ("adapters", ctypes.c_void_p),
+    )
+
+
+class _Places(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("rows", "tokens", "heads", "groups", "width", "room", "here")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "mask")),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int),
+    )
+
+
+def begin() -> None:
+    """Compile on a thread of its own, so that nobody has to wait for it later."""
+    threading.Thread(target=library, name="tensafe-compiler", daemon=True).start()
+
+
+def library() -> ctypes.CDLL | None:
+    """Compile `products.c` once; None where there is no compiler, or it does not know the processor's instructions."""
+    with _compiling:
+        return _compiled()
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """Compile the products; None where there is no compiler, or it does not know the processor's instructions."""
+def _compiled() -> ctypes.CDLL | None:
+    options = VECTORS.get(torch.backends.cpu.get_cpu_capability())
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None or sys.platform != "linux":
+    if compiler is None or options is None or sys.platform != "linux":
         return None
-    with tempfile.TemporaryDirectory() as folder:  # 0700
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # 0700
         target = Path(folder) / "products.so"
         try:
-            command = [compiler, *OPTIONS, "-o", str(target), str(SOURCE), "-lm"]
+            command = [compiler, *OPTIONS, *options, "-o", str(target), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
             found = ctypes.CDLL(str(target))
         except (OSError, subprocess.SubprocessError) as error:
-            logger.info(
-                "int8 products are torch's, which take longer: %s did not compile ours: %s", compiler, error
-            )
+            logger.info("sampling takes longer without a compiler: %s did not compile: %s", compiler, error)
             return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    found.int8_product.argtypes = [
-        *(pointer, number, number), *(pointer, number, pointer), *(pointer, number, ctypes.c_int)
-    ]  # fmt: skip
-    found.int8_product.restype = ctypes.c_int
-    found.add_adapter.argtypes = [
-        *(pointer, number, number), *(pointer, number), *(pointer, number), pointer, *(pointer, number)
-    ]  # fmt: skip
-    found.add_adapter.restype = None
+    found.understands.argtypes = [number]
+    found.pack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
+    found.multiply.argtypes = [pointer, pointer, number, pointer, ctypes.c_int]
+    found.rms_norm.argtypes = [pointer, number, number, pointer, ctypes.c_float, pointer]
+    found.attend.argtypes = [pointer] * 5
+    found.pack.restype = found.rms_norm.restype = None
     return found
 
 
-def packed(whole: Tensor, scales: Tensor, bias: Tensor | None) -> Map | None:
-    """Pack a weight in int8 with a scale for each output; None where these products cannot be had.
+@dataclass(frozen=True, slots=True)
+class Product:
+    """y = W x + b, and what adapters add to it; a row's output depends on that row alone, bit for bit.
 
-    A row's output depends on that row alone, bit for bit, on any number of threads: sums of int8 are exact.
-
-    Args:
-        whole: (d_out, d_in), int8.
-        scales: (d_out,).
-        bias: (d_out,).
+    Attributes:
+        d_in: Inputs.
+        d_out: Outputs.
     """
-    (d_out, d_in), compiled = whole.shape, library()
-    if compiled is None or d_in > MOST_INPUTS:
-        return None
-    whole = F.pad(whole, (0, -d_in % 4, 0, -d_out % OUTPUTS))
-    outputs, width = whole.shape
-    blocks = (whole.view(torch.uint8) ^ 128).view(outputs // 16, 16, width // 4, 4)  # 128 more than each
-    weight = blocks.transpose(1, 2).contiguous()
-    factors = F.pad(scales, (0, outputs - d_out)).contiguous()
 
-    def product(h: Tensor) -> Tensor:
-        rows = h.reshape(-1, d_in).contiguous()
-        y = rows.new_empty(len(rows), outputs)
-        lacks_memory = compiled.int8_product(
-            *(rows.data_ptr(), len(rows), d_in), *(weight.data_ptr(), width, factors.data_ptr()),
-            *(y.data_ptr(), outputs, torch.get_num_threads()),
-        )  # fmt: skip
-        if lacks_memory:
-            raise MemoryError("there is none left for a product in int8")
-        if outputs > d_out:
-            y = y[:, :d_out].contiguous()
-        return (y if bias is None else y.add_(bias)).view(*h.shape[:-1], -1)
+    d_in: int
+    d_out: int
+    _matrix: _Matrix
+    _kept: tuple[Any, ...]  # what the matrix points to
 
-    return product
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Self | None:
+        """Pack a weight in float32, bfloat16 or int8; None where this cannot be multiplied here.
 
+        Args:
+            weight: (d_out, d_in).
+            bias: (d_out,).
+            scale: (d_out,) of a weight in int8.
+        """
+        (d_out, d_in), compiled, kind = weight.shape, library(), KINDS[weight.dtype]
+        if compiled is None or not compiled.understands(kind) or (scale is not None and d_in > MOST_INPUTS):
+            return None
+        whole = F.pad(weight, (0, -d_in % (UNIT // weight.element_size())))
+        if weight.dtype is torch.int8:
+            whole = whole.view(torch.uint8) ^ 128  # 128 more than each
+        units = whole.contiguous().view(torch.int32)
+        tiles = -(-d_out // compiled.outputs())
+        packed = units.new_empty(tiles, units.shape[1], compiled.outputs())
+        compiled.pack(*(units.data_ptr(), d_out, units.shape[1]), packed.data_ptr(), torch.get_num_threads())
+        own = [None if part is None else part.float().contiguous() for part in (scale, bias)]
+        pointers = [None if part is None else part.data_ptr() for part in own]
+        return cls(
+            d_in,
+            d_out,
+            _Matrix(kind, d_in, d_out, units.shape[1], packed.data_ptr(), *pointers),
+            (packed, *own),
+        )
 
-def adding(adapters: Sequence[Adapter]) -> Adding | None:
-    """Return what adds adapters to a product, y += B A h; None where there is no compiler.
-
-    What is added to a row depends on that row alone, bit for bit.
-    """
-    compiled = library()
-    if compiled is None:
-        return None
-    laid_out = [(first, a.contiguous(), b.T.contiguous()) for first, a, b in adapters]
-    rank = max(len(a) for _, a, _ in laid_out)
-
-    def add(h: Tensor, y: Tensor) -> Tensor:
-        rows, whole = h.reshape(-1, h.shape[-1]).contiguous(), y.view(-1, y.shape[-1])
-        low, d_out = rows.new_empty(len(rows), rank), whole.shape[1]
-        for first, a, b in laid_out:
-            compiled.add_adapter(
-                *(rows.data_ptr(), len(rows), rows.shape[1]), *(a.data_ptr(), len(a)), *(b.data_ptr(), b.shape[1]),
-                low.data_ptr(), *(whole.data_ptr() + first * whole.element_size(), d_out),
-            )  # fmt: skip
+    def __call__(self, h: Tensor) -> Tensor:
+        """Multiply (..., d_in), float32; return (..., d_out)."""
+        rows = h.reshape(-1, self.d_in).contiguous()
+        y = rows.new_empty(*h.shape[:-1], self.d_out)
+        compiled = library()
+        assert compiled is not None
+        _done(
+            compiled.multiply(
+                ctypes.byref(self._matrix), rows.data_ptr(), len(rows), y.data_ptr(), torch.get_num_threads()
+            )
+        )
         return y
 
-    return add
+    def beside(self, adapters: Sequence[Adapter]) -> Self:
+        """Return the same with adapters added, y + B A h, each to its own outputs."""
+        a = torch.cat([a for _, a, _ in adapters]).contiguous()
+        laid_out = [(first, b.T.contiguous()) for first, _, b in adapters]
+        own = [_Adapter(first, b.shape[1], len(b), b.data_ptr()) for first, b in laid_out]
+        each = (_Adapter * len(own))(*own)
+        m = self._matrix
+        matrix = _Matrix(
+            *(m.kind, m.d_in, m.d_out, m.units, m.weight, m.scale, m.bias),
+            *(a.data_ptr(), len(a), len(each), ctypes.addressof(each)),
+        )
+        return replace(self, _matrix=matrix, _kept=(self._kept, a, laid_out, each))
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A root mean square norm of (..., width) in float32."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        compiled, x = library(), x.contiguous()
+        assert compiled is not None
+        y, width = torch.empty_like(x), len(self.weight)
+        compiled.rms_norm(
+            *(x.data_ptr(), x.numel() // width, width), self.weight.data_ptr(), self.eps, y.data_ptr()
+        )
+        return y
+
+
+class Attention:
+    """As `llama.Attention`, for few tokens of each row; a token sees itself in any case."""
+
+    def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None, here: int, scale: float) -> None:
+        self._tables = cos.contiguous(), sin.contiguous(), None if mask is None else mask.bool().contiguous()
+        self._here, self._scale = here, scale
+        self._places: _Places | None = None
+
+    def __call__(self, projected: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As `llama.Attention`; keys and values are contiguous."""
+        compiled, (rows, tokens, width), groups = library(), self._tables[0].shape, keys.shape[1]
+        assert compiled is not None
+        heads = projected.shape[-1] // width - 2 * groups
+        if self._places is None:
+            self._places = _Places(
+                *(rows, tokens, heads, groups, width, keys.shape[2], self._here),
+                *(None if table is None else table.data_ptr() for table in self._tables),
+                *(self._scale, torch.get_num_threads()),
+            )
+        found = projected.new_empty(rows * tokens, heads * width)
+        arrays = projected, keys, values, found
+        _done(compiled.attend(ctypes.byref(self._places), *(array.data_ptr() for array in arrays)))
+        return found
+
+
+def attends(tokens: int, width: int) -> bool:
+    """Whether `Attention` is to be had, and the quicker, of so many tokens with heads of a width."""
+    return tokens <= FEW_TOKENS and width % 16 == 0 and library() is not None
+
+
+def _done(lacks_memory: int) -> None:
+    if lacks_memory:
+        raise MemoryError("there is none left to compute a token with")

@@ -25,15 +25,19 @@ LEAST_ROWS = 4  # of a product by torch itself: with fewer it adds up in another
 
 
 def in_float32(weight: Tensor, bias: Tensor | None) -> Map:
-    """Pack a weight by oneDNN as it is: a few rows take two thirds of the time."""
-    return _packed(weight, bias)
+    """Pack a weight as it is: a few rows take half of the time, or by oneDNN two thirds."""
+    return native.Product.of(weight, bias) or _packed(weight, bias)
 
 
 def in_bfloat16(weight: Tensor, bias: Tensor | None) -> Map:
-    """Pack a weight by oneDNN in bfloat16: half the bytes, twice the speed on processors that multiply bfloat16.
+    """Pack a weight in bfloat16: half the bytes, twice the speed on processors that multiply bfloat16.
 
-    Sums are taken in float32; weight, input and output are rounded. A row's output depends on that row alone.
+    Sums are taken in float32; weight, input and, by oneDNN, output are rounded. A row's output depends on that row
+    alone. oneDNN knows AMX, which multiplies many rows at once.
     """
+    compiled = None if has("amx_tile") else native.Product.of(weight.bfloat16(), bias)
+    if compiled is not None:
+        return compiled
     product = _packed(weight.bfloat16(), None if bias is None else bias.bfloat16())
     return lambda h: product(h.bfloat16()).float()
 
@@ -48,7 +52,7 @@ def in_int8(weight: Tensor, bias: Tensor | None) -> Map:
     """
     scales = (weight.abs().amax(1) / 127).clamp(min=SMALLEST)
     whole = (weight / scales[:, None]).round_().to(torch.int8)
-    compiled = native.packed(whole, scales, bias) if sums_int8() else None
+    compiled = native.Product.of(whole, bias, scales) if sums_int8() else None
     if compiled is not None:
         return compiled
     points = torch.zeros(len(weight), dtype=torch.long)
@@ -73,14 +77,10 @@ def in_int8(weight: Tensor, bias: Tensor | None) -> Map:
     return product
 
 
-def beside(product: Map, adapters: Sequence[native.Adapter], d_out: int, *, few_rows: bool) -> Map:
-    """Add adapters to a product with so many outputs: y + (h Aᵀ) Bᵀ, each to its own.
-
-    For few rows where there is a compiler: then bytes count, and zeros are not read; torch is the quicker for many.
-    """
-    added = native.adding(adapters) if few_rows and sums_int8() else None
-    if added is not None:
-        return lambda h: added(h, product(h).contiguous())
+def beside(product: Map, adapters: Sequence[native.Adapter], d_out: int) -> Map:
+    """Add adapters to a product with so many outputs: y + (h Aᵀ) Bᵀ, each to its own."""
+    if isinstance(product, native.Product):
+        return product.beside(adapters)
     into = torch.cat([a for _, a, _ in adapters]).T.contiguous()
     out, row = into.new_zeros(into.shape[1], d_out), 0
     for first, a, b in adapters:
@@ -119,8 +119,13 @@ def rows_more(rows: int) -> int:
 
 def sums_int8() -> bool:
     """Whether a processor adds up products of int8 in 32 bits; the 16 of plain AVX2 leave an input 7 of its 8 bits."""
+    return has("avx512_vnni")
+
+
+def has(instructions: str) -> bool:
+    """Whether the processor has some instructions, by torch's name for them."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_vnni", False))
+    return bool(capabilities.get(instructions, False))
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Map:

@@ -38,7 +38,7 @@ ON_ACCELERATORS = 32  # times as many: a CPU is no faster with more
 FULL = 0.75  # of those, from which on a call that has begun waits for more room before more of its rows join
 RACERS = 256  # tokens of a block, in which a token of a large vocabulary is drawn
 MOST_GUESSES = 8  # of a single row, before they are looked at
-GUESS, LOOK = 0.25, 1.2  # the time of a guess, and of a look at some, in that of a token without
+GUESS, LOOK = 0.4, 1.1  # the time of a guess, and of a look at some, in that of a token without
 ENTROPY = 3  # of what `draw` returns
 BROKEN = (
     "What the model says of the next token is NaN or infinite: its weights are of no use any more. Go back to a "

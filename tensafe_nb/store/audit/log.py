@@ -38,7 +38,7 @@ from tensafe_nb.errors import (
 from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification
 from tensafe_nb.store.audit import chain
 from tensafe_nb.store.audit.files import LogFiles, read_key_file
-from tensafe_nb.store.audit.key import SIZE, KeyPage, Secrets, unwrap_secret, wrap_secret
+from tensafe_nb.store.audit.key import SIZE, KeyPage, Secrets, key_page, unwrap_secret, wrap_secret
 from tensafe_nb.store.audit.verify import check, verify_file
 from tensafe_nb.store.disk import Files, disk_errors
 from tensafe_nb.store.keys.keyring import Keys
@@ -146,8 +146,8 @@ class AuditLog:
         extra: Mapping[str, Any] | None = None,
         sync: bool = False,
         to_the_day: bool = False,
-    ) -> AuditLogEntry:
-        """Write one record.
+    ) -> chain.Tip:
+        """Write one record, and return the log's end behind it, whose `head` is the record's hash.
 
         Args:
             kind: "op", "key", "artifact", "dp_charge", "dp_void", "dp_join", "import".
@@ -200,20 +200,21 @@ class AuditLog:
             fields["request_size_bytes"] = size if request_size_bytes is None else request_size_bytes
             return self._write(tip, fields | extra, sync)
 
-    def rewrap(self) -> AuditLogEntry | None:
-        """Wrap the log's key under the primary key, after a rotation; None if it is, or if there is no log yet."""
+    def rewrap(self) -> bool:
+        """Wrap the log's key under the primary key, after a rotation; False if it is, or if there is no log yet."""
         if not self.path.exists():
-            return None
+            return False
         with self._lock, self._files:
             tip = self._ready()
             old = self._open.stanzas
             if {stanza["kek_id"] for stanza in old} == {self._keys.primary_id()}:
-                return None
+                return False
             # the secret stays, and with it every record's key; only what wraps it changes
             secret = unwrap_secret(old, self._keys)
             self._secrets = Secrets.of(secret, wrap_secret(secret, self._keys))
             self._seen = None  # if writing fails, the old wrapping is what counts
-            return self._write_event(tip, "key", "rewrap_log_key")
+            self._write_event(tip, "key", "rewrap_log_key")
+            return True
 
     def key_ids(self) -> tuple[str, ...]:
         """Return the ids of the keys that open the log's own: with none of them here, it cannot be continued."""
@@ -350,7 +351,7 @@ class AuditLog:
             self._secrets = Secrets.of(unwrap_secret(page.stanzas, self._keys), page.stanzas)
         return page.opened(self._secrets)
 
-    def _write_event(self, tip: chain.Tip, kind: str, operation: str) -> AuditLogEntry:
+    def _write_event(self, tip: chain.Tip, kind: str, operation: str) -> None:
         """Write a record of the log's own, which carries the log's wrapped key."""
         now = time.time()
         fields: dict[str, Any] = dict.fromkeys(
@@ -367,9 +368,9 @@ class AuditLog:
         fields |= {"artifact_ids_produced": [], "artifact_ids_consumed": []}
         fields["request_hash"], fields["request_size_bytes"] = self._open.hash_request(())
         fields["stanzas"] = list(self._open.stanzas)
-        return self._write(tip, fields, sync=True)
+        self._write(tip, fields, sync=True)
 
-    def _write(self, tip: chain.Tip, fields: dict[str, Any], sync: bool) -> AuditLogEntry:
+    def _write(self, tip: chain.Tip, fields: dict[str, Any], sync: bool) -> chain.Tip:
         """Append, flush, then replace the key: a death in between leaves a record that the next append takes in."""
         fields |= {
             "entry_id": f"log-{os.urandom(8).hex()}",
@@ -378,11 +379,12 @@ class AuditLog:
         }
         record, line = tip.record(fields)
         self._files.append(line, sync)
-        self._keep(tip.moved(record, line), sync)
-        return chain.entry_of(record)
+        end = tip.moved(record, line)
+        self._keep(end, sync)
+        return end
 
     def _keep(self, tip: chain.Tip, sync: bool) -> None:
-        page = bytes(KeyPage.of(tip, self._open))
+        page = key_page(tip, self._open)
         self._files.keep(page, sync)
         self._seen = _Seen(page, tip)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tensafe_nb as tn
 from tensafe_nb.engine.engine import Engine
 from tensafe_nb.engine.models.load import ASSETS
-from tensafe_nb.engine.sampling import copies, products, sampler
+from tensafe_nb.engine.sampling import copies, native, products, sampler
 from tensafe_nb.engine.sampling.decoding import LARGE, Decoder
 from tensafe_nb.losses import resolve_loss
 from tests.close import assert_close
@@ -202,6 +202,8 @@ def test_there_are_none_where_they_would_not_pay_fit_or_be_the_same(
     def found(model: Any = engine.model, tokens: int = 64, rows: int = 1) -> copies.Copies | None:
         return copies.copies_of(model, tokens, rows)
 
+    compiled = native.library()
+    monkeypatch.setattr(native, "library", lambda: None)  # without it a single row is quicker by columns
     assert found() is not None
     assert found(tokens=copies.PAYS_FROM_TOKENS - 1) is None
     with engine.model.peft.disable_adapter():
@@ -221,6 +223,11 @@ def test_there_are_none_where_they_would_not_pay_fit_or_be_the_same(
             patch.setattr(copies, name, instead)
             assert found() is None
             assert found(rows=2) is not None
+            if compiled is not None:
+                patch.setattr(native, "library", lambda: compiled)
+                exact = found()
+                assert exact is not None
+                assert exact.rough is None
     monkeypatch.setattr(copies.memory, "available", lambda device: 1000)
     assert found() is None
 
