@@ -65,6 +65,7 @@ class ClippedSum:
     def clear(self) -> None:
         """Forget the sum: nothing of it was released."""
         self._sum: Tensor | None = None  # of all parameters, one behind the other
+        self._parts: list[Tensor] = []  # of it, each parameter's
         self.norms = Norms()
 
     def add(self, gradients: Sequence[PerUnit]) -> None:
@@ -105,10 +106,12 @@ class ClippedSum:
     def _whole(self) -> Tensor:
         if self._sum is None:
             self._sum = torch.zeros(sum(self._sizes), dtype=torch.float32, device=self._parameters[0].device)
+            self._parts = self._apart(self._sum)
         return self._sum
 
     def _totals(self) -> list[Tensor]:
-        return self._apart(self._whole())
+        self._whole()
+        return self._parts
 
     def _apart(self, whole: Tensor) -> list[Tensor]:
         """Return each parameter's part of what stands one behind the other."""

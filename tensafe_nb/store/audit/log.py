@@ -14,7 +14,8 @@ What verifying shows, and to whom:
 - Not shown: what was never logged, who acted, true time; and nothing, but by an anchor, against one who holds the
   key-encryption key, or who held k_i when record i was written: they can write the log anew from there.
 - A machine that loses power may lose the last records written without `sync`; if the key file was on the disk
-  before them, that looks like a cut, and the log is not continued.
+  before them, that looks like a cut, and the log is not continued. With `sync` the record is on the disk, and the key
+  file may come to be behind it there.
 """
 
 import json
@@ -22,6 +23,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["AuditLog", "outcome_of", "verify_file"]
 
 DAY = 86_400.0  # seconds
+OWN = 32  # lines that are kept of those just written, for who follows the log
 
 
 def outcome_of(error: BaseException | None) -> dict[str, Any]:
@@ -116,6 +119,7 @@ class AuditLog:
         self._lock = threading.Lock()
         self._secrets: Secrets | None = None
         self._seen: _Seen | None = None
+        self._own: deque[tuple[chain.Tip, bytes, chain.Tip]] = deque(maxlen=OWN)
         _logs.add(self)
 
     def close(self) -> None:
@@ -165,7 +169,7 @@ class AuditLog:
             error_class: Name of the error's class, never its text.
             dp_metrics: What a private step spent; fields that are for the operator's eyes are None.
             extra: More fields of the record, as plain data; they are readable by whoever reads the file.
-            sync: Wait until log and key are on the disk.
+            sync: Wait until the record is on the disk.
             to_the_day: Write down the day only: how long a private step took tells how many rows it drew.
 
         Raises:
@@ -232,7 +236,9 @@ class AuditLog:
         return None
 
     def follow(self, behind: chain.Tip | None = None) -> tuple[list[dict[str, Any]], chain.Tip | None]:
-        """Return the records behind a place, each checked against the chain with the key, and the place behind them.
+        """Return the records behind a place, and the place behind them.
+
+        Each is checked against the chain with the key, unless this object has just written it.
 
         Args:
             behind: A place that was returned before; None is the beginning.
@@ -249,10 +255,15 @@ class AuditLog:
         with self._lock, self._files:
             end = self._ready()
             tip = behind or chain.first_tip(unwrap_secret(self._open.stanzas, self._keys))
+            records: list[dict[str, Any]] = []
+            for before, line, after in self._own:  # what this object has chained itself, it need not check
+                if before == tip:
+                    records.append(json.loads(line))
+                    tip = after
             if tip == end:
-                return [], tip
+                return records, tip
             try:
-                return self._between(tip, end), end
+                return records + self._between(tip, end), end
             except AuditLogError as error:
                 raise self._broken(error) from error
 
@@ -380,7 +391,8 @@ class AuditLog:
         record, line = tip.record(fields)
         self._files.append(line, sync)
         end = tip.moved(record, line)
-        self._keep(end, sync)
+        self._keep(end, sync=False)  # a key file that is behind the log is made up for by the log
+        self._own.append((tip, line, end))
         return end
 
     def _keep(self, tip: chain.Tip, sync: bool) -> None:

@@ -100,7 +100,7 @@ def test_sync_puts_the_record_on_the_disk_before_the_key_moves_on(
     put(log)
     assert counted == []
     put(log, sync=True)
-    assert counted == [RECORDS + 1, RECORDS + 2]  # at the log's, and at the key file's
+    assert counted == [RECORDS + 1]  # at the log's: the key file may be behind
 
 
 def test_nothing_is_read_again_while_nobody_else_wrote(
