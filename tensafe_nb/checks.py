@@ -180,8 +180,12 @@ def any_of(parts: list[Check]) -> Check:
     """Return the check that is content where one of these is."""
 
     def check(value: Any) -> str | None:
-        wrong = [part(value) for part in parts]
-        return None if None in wrong else " or ".join(dict.fromkeys(text for text in wrong if text))
+        wrong: dict[str, None] = {}
+        for part in parts:
+            if (text := part(value)) is None:
+                return None
+            wrong[text] = None
+        return " or ".join(text for text in wrong if text)
 
     return check
 

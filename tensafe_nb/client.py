@@ -872,12 +872,13 @@ class TrainingClient:
         self._runs.append(run)
         try:
             run.claim()
-        except ValidationError:
-            self._runs.remove(run)
+            if show:
+                widgets().show_run(run)
+            return run.start()
+        except BaseException:  # an interrupt of the cell, or another client was first
+            if not run.give_up():
+                self._runs.remove(run)
             raise
-        if show:
-            widgets().show_run(run)
-        return run.start()
 
     def _make_way(self) -> None:
         """Refuse to train beside a run that another client drives; of one that has fallen silent, tell that it ended.

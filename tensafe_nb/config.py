@@ -250,8 +250,9 @@ def problems_of(config: type[Config], problem: Mapping[str, Any]) -> list[tuple[
         text = f"{config.__name__}.{where}: {problem['msg']} is expected, not {as_given(problem['input'])}."
     else:
         reason = problem["msg"].removeprefix("Value error, ")
-        field = f".{where}" if where else ""
-        text = f"{config.__name__}{field}: {reason} (got {as_given(problem['input'])})."
+        text = f"{config.__name__}.{where}: {reason} (got {as_given(problem['input'])})."
+        if not where:  # of several fields, which the reason names
+            text = f"{config.__name__}: {reason.rstrip('.')}."
     return [(problem["loc"], text)]
 
 

@@ -1,9 +1,9 @@
 """The events of a training client: its core numbers them, its log keeps them, and whoever watches is told."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -25,6 +25,14 @@ class Event:
 
     seq: int = 0
     time: float = 0.0
+
+    def numbered(self, seq: int, time: float) -> Self:
+        """Fill in number and time, which an event has once: one that was told before stays as it is, and is copied."""
+        if self.time:
+            return replace(self, seq=seq, time=time)
+        object.__setattr__(self, "seq", seq)
+        object.__setattr__(self, "time", time)
+        return self
 
 
 @tagged("operation_queued")

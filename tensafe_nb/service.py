@@ -187,7 +187,11 @@ class ServiceClient:
     def _adopt(self, channel: "Channel") -> "TrainingClient":
         from tensafe_nb.client import TrainingClient
 
-        return TrainingClient(channel, self._transport, self._clients)
+        try:
+            return TrainingClient(channel, self._transport, self._clients)
+        except BaseException:  # an interrupt of the cell: nobody else would let it go
+            channel.detach()
+            raise
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

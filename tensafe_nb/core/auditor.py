@@ -1,6 +1,5 @@
 """The auditor: puts every operation that ended, whichever way, on record in the audit log."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -17,6 +16,7 @@ from tensafe_nb import config
 from tensafe_nb.core.queue import Job
 from tensafe_nb.errors import TGTinkerError
 from tensafe_nb.protocol.batch import BatchData
+from tensafe_nb.protocol.codec import field_names
 from tensafe_nb.protocol.operations import ForwardBackward, Operation, OptimStep
 from tensafe_nb.protocol.results import LoadStateResult, SaveStateResult
 from tensafe_nb.registry import name_of
@@ -73,7 +73,8 @@ class Auditor:
             "consumed": (outcome.loaded_artifact_id,) if isinstance(outcome, LoadStateResult) else (),
             "started_at": job.promise.started_at or now,
             "completed_at": now,
-        } | outcome_of(error)
+            **outcome_of(error),
+        }
         with self._lock:
             try:
                 self.catch_up()
@@ -146,8 +147,8 @@ class Description:
 def request_buffers(operation: Operation[Any]) -> Iterator[Any]:
     """Yield what was asked for, as bytes to hash: small fields as JSON, arrays as they lie in memory."""
     yield operation.verb.encode()
-    for field in dataclasses.fields(operation):  # type: ignore[arg-type]  # every operation is a dataclass
-        name, value = field.name, getattr(operation, field.name)
+    for name in field_names(type(operation)):  # type: ignore[arg-type]  # a class can be hashed
+        value = getattr(operation, name)
         if value is None or value is True or value is False:
             yield _of_constant(name, value)
         elif type(value) is dict and not value:
@@ -155,10 +156,15 @@ def request_buffers(operation: Operation[Any]) -> Iterator[Any]:
         elif isinstance(value, BatchData):
             arrays = {"input_ids": value.input_ids, "mask": value.attention_mask, "labels": value.labels}
             for key, array in (arrays | dict(value.extras)).items():
-                yield f"{key}{array.dtype.str}{array.shape}".encode()
+                yield _of_layout(key, array.dtype.str, array.shape)
                 yield array.tobytes()
         else:
             yield json.dumps([name, Description().of(value)]).encode()
+
+
+@functools.lru_cache(256)
+def _of_layout(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    return f"{name}{dtype}{shape}".encode()
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tensafe_nb.events import UNRECORDED, Event
@@ -28,7 +27,7 @@ class EventBus(Recorder):
         """
         with self._lock:
             self._seq += not isinstance(event, UNRECORDED)
-            event = replace(event, seq=self._seq, time=time.time())
+            event = event.numbered(self._seq, time.time())
             self.record(event)
         return event
 

@@ -82,7 +82,7 @@ class TenantLedger:
             if self._broken is not None:
                 raise LedgerError(self._broken)
         try:
-            entry = self._log.append(
+            end = self._log.append(
                 kind=kind,
                 operation=kind,
                 training_client_id=training_client_id,
@@ -95,7 +95,7 @@ class TenantLedger:
             )
         except (AuditLogError, DecryptionError) as error:
             raise LedgerError(f"The privacy ledger takes no record. {error.message}") from error
-        return next(found for found in reversed(self.records()) if found.record_hash == entry.record_hash)
+        return next(found for found in reversed(self.records()) if found.record_hash == end.head)
 
     def held(self) -> AbstractContextManager[None]:
         """Keep other threads and processes from charging."""

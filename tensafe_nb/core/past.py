@@ -1,6 +1,5 @@
 """What a training client brings along from a process that has ended, and who keeps it for the next one."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,7 +46,7 @@ class Resumed:
     info: TrainingClientInfo
     jobs: "Sequence[Job]" = ()
     base: str | None = None
-    told: "Mapping[str, Counter[type[Event]]]" = field(default_factory=dict)
+    told: Mapping[str, Mapping[type[Event], int]] = field(default_factory=dict)
     draws: tuple[int, str] = (0, "")
     failure: TGTinkerError | None = None
 
@@ -106,18 +105,18 @@ class Told:
 
     def __init__(self, bus: EventBus) -> None:
         self._bus = bus
-        self.before: Counter[type[Event]] = Counter()
+        self.before: dict[type[Event], int] = {}
         self.silent = False
 
-    def begin(self, before: "Counter[type[Event]] | None" = None) -> None:
+    def begin(self, before: Mapping[type[Event], int] | None = None) -> None:
         """Take note of what is on record of the operation that tells from now on."""
-        self.before = Counter(before)
+        self.before = dict(before or {})
 
     def publish(self, event: Event) -> None:
         """Publish an event, unless that was done before."""
         if self.silent:
             return
-        if self.before[type(event)] > 0:
+        if self.before.get(type(event), 0) > 0:
             self.before[type(event)] -= 1
             return
         self._bus.publish(event)

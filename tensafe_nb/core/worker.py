@@ -977,20 +977,20 @@ class Worker:
             began: When, by the performance counter.
             streams: If it was carried out and did not complete, where the random streams stand behind it.
         """
+        if not isinstance(outcome, BaseException):
+            self._complete(job, outcome, time.perf_counter() - began)
+            return
         try:
-            match outcome:
-                case FutureCancelledError():
-                    self._queue.mark_broken(job, "was cancelled", first=not self._accumulating)
-                    try:
-                        self._note_cancelled(job, streams)
-                    finally:
-                        job.promise.cancel()
-                case BaseException():
-                    self._gone = outcome if isinstance(outcome, ClusterError) else None
-                    self._queue.mark_broken(job, "failed", first=not self._accumulating)
-                    self._fail(job, presentable(outcome), streams)
-                case _:
-                    self._complete(job, outcome, time.perf_counter() - began)
+            if isinstance(outcome, FutureCancelledError):
+                self._queue.mark_broken(job, "was cancelled", first=not self._accumulating)
+                try:
+                    self._note_cancelled(job, streams)
+                finally:
+                    job.promise.cancel()
+            else:
+                self._gone = outcome if isinstance(outcome, ClusterError) else None
+                self._queue.mark_broken(job, "failed", first=not self._accumulating)
+                self._fail(job, presentable(outcome), streams)
         finally:
             self._turn_over(job)
 

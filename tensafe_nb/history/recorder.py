@@ -17,11 +17,11 @@ from tensafe_nb.futures import telling
 from tensafe_nb.history.log import RunHistory
 from tensafe_nb.history.stream import Subscriber, check_subscriber, name_of_subscriber
 from tensafe_nb.locks import hold
-from tensafe_nb.protocol.codec import encode
+from tensafe_nb.protocol.codec import encode, writer_of
 
 logger = logging.getLogger(__name__)
 
-LINES = json.JSONEncoder(allow_nan=False)
+line_of = writer_of(json.JSONEncoder(allow_nan=False))
 MOST_UNWRITTEN = 10_000  # events that are remembered in case whoever writes them has ended
 
 
@@ -97,10 +97,10 @@ class Recorder:
             written = RunHistory.load(self.history.path).last_seq
             for missing in self._unwritten:
                 if missing.seq > written:
-                    self._write(LINES.encode(encode(missing)) + "\n")
+                    self._write(line_of(encode(missing)) + "\n")
             self._unwritten.clear()
             return
-        self._write(LINES.encode(encode(event)) + "\n")
+        self._write(line_of(encode(event)) + "\n")
 
     def _write(self, line: str) -> None:
         """Write a line. What a full disk refuses stays in the file's buffer and is tried again with the next one."""

@@ -73,7 +73,7 @@ class OperationQueue:
         return next(iter(self.running.values()), None)
 
     def apply(self, event: OperationEvent) -> None:
-        is_first = self.first is not None and self.first.future_id == event.future_id
+        is_first = next(iter(self.running), None) == event.future_id
         match event:
             case Progress():
                 self.progress = (event.done, event.total) if is_first else self.progress

@@ -53,17 +53,19 @@ class ClippedSum:
     """The sum of clipped gradients of one logical step.
 
     Args:
-        parameters: What is trained; a unit's norm runs over all of it.
+        parameters: What is trained, all of one type in one place; a unit's norm runs over all of it.
         max_grad_norm: C.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], max_grad_norm: float) -> None:
         self._parameters, self._limit = parameters, max_grad_norm
+        self._sizes = [parameter.numel() for parameter in parameters]
         self.clear()
 
     def clear(self) -> None:
         """Forget the sum: nothing of it was released."""
-        self._sums: list[Tensor] | None = None
+        self._sum: Tensor | None = None  # of all parameters, one behind the other
+        self._parts: list[Tensor] = []  # of it, each parameter's
         self.norms = Norms()
 
     def add(self, gradients: Sequence[PerUnit]) -> None:
@@ -83,32 +85,38 @@ class ClippedSum:
         Computed in float64 and rounded once, into each parameter's type: what an optimiser, its moments included, gets
         to see.
         """
-        sums = [
-            total.cpu() if total.device.type == "mps" else total  # Apple's devices have no float64
-            for total in self._totals()
-        ]
+        total, of = self._whole(), self._parameters[0]
+        if total.device.type == "mps":  # Apple's devices have no float64
+            total = total.cpu()
         self.clear()
         if noise_multiplier:
-            like = [torch.empty_like(total, dtype=torch.float64) for total in sums]  # filled by nobody
-            exact = noise(like, noise_multiplier * self._limit)  # N(0, (σC)² I), once for the whole step
-            torch._foreach_add_(exact, sums)
+            like = torch.empty_like(total, dtype=torch.float64)  # filled by nobody
+            (exact,) = noise([like], noise_multiplier * self._limit)  # N(0, (σC)² I), once for the whole step
+            exact.add_(total)
         else:
-            exact = [total.double() for total in sums]
-        torch._foreach_div_(exact, expected_units)
-        return [
-            mean.to(p.dtype).to(p.device)  # rounded where float64 is, then moved
-            for mean, p in zip(exact, self._parameters, strict=True)
-        ]
+            exact = total.double()
+        # rounded where float64 is, then moved
+        return self._apart(exact.div_(expected_units).to(of.dtype).to(of.device))
 
     @property
     def norm(self) -> float:
         """Norm of the sum, before noise."""
-        return 0.0 if self._sums is None else float(nn.utils.get_total_norm(self._sums))
+        return 0.0 if self._sum is None else float(nn.utils.get_total_norm(self._totals()))
+
+    def _whole(self) -> Tensor:
+        if self._sum is None:
+            self._sum = torch.zeros(sum(self._sizes), dtype=torch.float32, device=self._parameters[0].device)
+            self._parts = self._apart(self._sum)
+        return self._sum
 
     def _totals(self) -> list[Tensor]:
-        if self._sums is None:
-            self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
-        return self._sums
+        self._whole()
+        return self._parts
+
+    def _apart(self, whole: Tensor) -> list[Tensor]:
+        """Return each parameter's part of what stands one behind the other."""
+        parts = torch.split(whole, self._sizes)
+        return [part.view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]
 
     def _factors(self, gradients: Sequence[PerUnit]) -> Tensor:
         """Return (units,) what each unit's gradient is multiplied by; 0 for one that is not finite."""

@@ -402,6 +402,16 @@ class TrainingRun(Measured):
         self._thread.start()
         return self
 
+    def give_up(self) -> bool:
+        """End a run that nobody was given, since its beginning was interrupted; return whether it was one at all."""
+        if self._is_mine is False:
+            return False
+        self.stop()
+        if self._thread.ident is None:
+            self._loop.close()
+            self._end(RunStatus.STOPPED, None, reason="It was interrupted before it began.")
+        return True
+
     def wait(self, handle: FutureHandle[R]) -> R:
         """Wait for a result within a step, on the run's thread; `stop()` cancels what is waited for."""
         while True:
@@ -412,7 +422,7 @@ class TrainingRun(Measured):
 
     def join(self, timeout: float) -> None:
         """Wait until the thread is gone; a thread that is stuck in the user's code is left behind, with a warning."""
-        if threading.current_thread() is self._thread:
+        if threading.current_thread() is self._thread or self._thread.ident is None:
             return
         self._thread.join(timeout)
         if self._thread.is_alive():

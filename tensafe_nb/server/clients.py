@@ -233,6 +233,11 @@ class ServedClient:
         known = self._submitters.get(submitter)
         return known is None or number > known.next or (number == known.next and not known.held)
 
+    def is_turn_of(self, submitter: str, number: int) -> bool:
+        """Whether all submissions before it have had their turn."""
+        known = self._submitters.get(submitter)
+        return number <= (1 if known is None else known.next)
+
     async def submit(
         self,
         operation: Operation[Any],
@@ -391,11 +396,15 @@ class ServedClient:
         """
         if self.handle(future_id) is None:
             coming = self._arrivals.setdefault(future_id, asyncio.Event())
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(LONGEST_WAY):
                     await coming.wait()
+            except TimeoutError:
+                pass
+            finally:
+                if not coming.is_set():
+                    self._arrivals.pop(future_id, None)
         if future_id not in self._handles:
-            self._arrivals.pop(future_id, None)
             raise NotFoundError(
                 f"There is no operation {future_id!r} here, or its result is not kept any more."
             )

@@ -422,7 +422,8 @@ def add_futures(routes: APIRouter, service: Service) -> None:
     ) -> Response:
         """Return an operation's result; 202 where it is not there after `wait` seconds."""
         handle = tenant_of(service, request).handle(future_id)
-        if not await ended(handle, wait):
+        await service.or_drained(ended(handle, wait))
+        if not handle.done():
             return Json({"future_id": future_id, "status": str(handle.state)}, 202)
         outcome = outcome_of(handle)
         if "error" in outcome:

@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -255,7 +255,7 @@ class Service:
         self.quotas, self.dotted_losses = quotas, frozenset(losses)
         self.idle_after, self.exports = idle_after, exports
         self._tenants: dict[str, Tenant] = {}
-        self.figures, self.draining = Figures(), False
+        self.figures, self.draining, self._drained = Figures(), False, asyncio.Event()
 
     def tenant(self, name: str) -> Tenant:
         """Return a tenant, known or new."""
@@ -456,6 +456,15 @@ class Service:
         if self.draining:
             raise TGTinkerError("This server is about to stop and takes nothing new.", code="draining")
 
+    async def or_drained(self, wait: Coroutine[Any, Any, object]) -> None:
+        """Wait, but no longer than until the server has drained: what has not ended by then does not end here."""
+        waits = {asyncio.ensure_future(wait), asyncio.ensure_future(self._drained.wait())}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waits:
+                each.cancel()
+
     async def keep_house(self) -> None:
         """Put the journals on the disk, and away what nobody uses, about once a second, until the server stops."""
         while not self.draining:
@@ -484,3 +493,4 @@ class Service:
                 tenant.forget(client)
             await asyncio.to_thread(tenant.transport.close)
             tenant.answers.close()
+        self._drained.set()

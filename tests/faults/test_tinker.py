@@ -24,10 +24,7 @@ def test_a_model_and_its_checkpoints_outlive_a_server_that_is_killed(
         path = sdk.ask("save_weights", path="kept")["path"]
         sampler = sdk.sampler(1, model_path=path)
         (before, logprobs) = sdk.forward_backward(DATA, forward_only=True)
-        unread = sdk.send(DATA, number=sdk.next())
-        sdk.forward_backward(
-            DATA, forward_only=True
-        )  # it is answered in its turn: the one before it is written down
+        unread = sdk.send(DATA, number=sdk.next())  # whoever is answered is written down
         server.begin_again()
         assert "restarted" in sdk.wait(unread)["error"]
         assert sdk.http.get(f"samplers/{sampler}").status_code == 404

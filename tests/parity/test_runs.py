@@ -51,6 +51,25 @@ def test_steps_repeat_the_batches_and_accumulation_takes_several(
     assert finished == [*["forward_backward"] * 3, "optim_step"] * 4
 
 
+@pytest.mark.parametrize("where", ["claim", "start"])
+def test_a_run_that_is_interrupted_before_it_begins_has_ended_and_makes_way(
+    tc: tn.TrainingClient, batch: tn.BatchData, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: tn.TrainingRun) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tn.TrainingRun, where, interrupted)
+        tc.fit([batch], steps=2, show=False)
+    (given_up,) = tc.runs
+    assert (given_up.state, given_up.result(timeout=5).reason) == (
+        "STOPPED",
+        "It was interrupted before it began.",
+    )
+    assert tc.fit([batch], steps=2, show=False).result().steps == 2
+    tc.close()
+
+
 def test_a_generator_that_ends_ends_the_run(tc: tn.TrainingClient, batch: tn.BatchData) -> None:
     run = tc.fit((batch for _ in range(3)), steps=10, show=False)
     assert run.result().steps == 3

@@ -1,11 +1,13 @@
-"""The collector, while much is imported that stays."""
+"""The collector, while much is imported that stays, and what an interrupted cell leaves."""
 
 import gc
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+import tensafe_nb as tn
 from tensafe_nb.lifetimes import MANY, Circle, uncollected
 
 
@@ -64,3 +66,18 @@ def test_what_somebody_has_frozen_stays_frozen() -> None:
     with uncollected():
         _ = [[] for _ in range(2 * MANY)]
     assert gc.get_freeze_count() > 0
+
+
+def test_a_client_that_an_interrupted_cell_was_not_given_ends(
+    service: tn.ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tn.TrainingClient, "__init__", interrupted)
+        service.create_training_client(model_ref="builtin:sums")
+    for thread in threading.enumerate():
+        if thread.name.startswith("tsnb-worker"):
+            thread.join()
+    assert service.list_training_clients() == []

@@ -16,7 +16,8 @@ from tensafe_nb.engine.models import memory
 from tensafe_nb.engine.models.load import LoadedModel
 
 PAYS_FROM_TOKENS = 16  # fewer new tokens do not win back the time that the copies take
-PAYS_FROM_NUMBERS = 8_000_000  # of the adapted layers: those of a small model are quick anyway
+SMALL = 8_000_000  # numbers of the adapted layers, below which the calls take the time, not the copies
+SMALL_PAYS_FROM_TOKENS = 8
 SHARE = 0.25  # of the available memory that the copies may take
 
 
@@ -29,12 +30,12 @@ def merged(model: LoadedModel, new_tokens: int, rows: int) -> Iterator[None]:
         new_tokens: How many it is going to decode, one after the other.
         rows: Of how many completions, together.
     """
-    layers = adapted_layers(model) if new_tokens >= PAYS_FROM_TOKENS else {}
+    layers = adapted_layers(model) if new_tokens >= SMALL_PAYS_FROM_TOKENS else {}
     by_column = rows == 1 and model.device.type == "cpu"
     if layers and by_column:
         head: Any = model.head  # a plain layer, adapted or not
         layers |= {n: m for n, m in model.causal.named_modules() if m is head and type(m) is nn.Linear}
-    if not pays(model, layers):
+    if not (layers and pays(model, layers, new_tokens)):
         yield
         return
     try:
@@ -61,13 +62,13 @@ def adapted_layers(model: LoadedModel) -> dict[str, Any]:
     return layers if plain and active else {}
 
 
-def pays(model: LoadedModel, layers: dict[str, Any]) -> bool:
+def pays(model: LoadedModel, layers: dict[str, Any], new_tokens: int) -> bool:
     """Whether copies of some layers win back their time, and fit the memory."""
     weights = [_base_of(layer).weight for layer in layers.values()]
-    if sum(weight.numel() for weight in weights) < PAYS_FROM_NUMBERS:
-        return False
+    if sum(weight.numel() for weight in weights) < SMALL:
+        return True
     there = memory.available(model.device)
-    return there is not None and memory.size_of(weights) <= SHARE * there
+    return new_tokens >= PAYS_FROM_TOKENS and there is not None and memory.size_of(weights) <= SHARE * there
 
 
 def merged_copy(layer: Any, *, by_column: bool) -> nn.Linear:

@@ -107,6 +107,11 @@ class PolicyGradient(Generic[C]):
         """
         if not isinstance(batch, TrajectoryBatch):
             raise ValidationError(f"update: batch is a TrajectoryBatch, not {as_given(batch)}.")
+        if not hasattr(training_client, "policy_version"):
+            raise ValidationError(
+                f"update: training_client={as_given(training_client)} must be a training client: "
+                f"service.create_training_client(…) makes one."
+            )
         config, method = self.config, self.config.method(batch, training_client.capabilities)
         check_batch(config, batch, method)
         is_private = PRIVATE in training_client.capabilities

@@ -65,6 +65,8 @@ def check_batch(config: PolicyConfig, batch: TrajectoryBatch, method: str) -> No
     Raises:
         ValidationError: Says what to change.
     """
+    for trajectory, reward in zip(batch, batch.rewards, strict=True):  # tensors and the like become numbers
+        trajectory.reward = None if trajectory.reward is None else float(reward)
     if not np.isfinite(batch.rewards).any():
         raise ValidationError(
             "No trajectory of the batch has a reward: "

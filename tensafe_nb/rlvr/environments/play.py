@@ -264,6 +264,8 @@ class Meeting:
         budget, context = self.environment.max_tokens, getattr(self.client, "context", None)
         said.tell(answer.told)
         if said.last is None:
+            if not said.prompt:
+                raise ValidationError("what it tells first is empty: give at least one token")
             check_context("what the environment tells first", len(said.prompt), most, context)
         if (budget is not None and said.length and said.length + most > budget) or (
             context is not None and len(said.prompt) + len(said.tokens) + most > context

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -413,7 +414,20 @@ def bessel_std(values: Array) -> float:
 
 def _rewards_of(trajectories: Sequence[Trajectory]) -> Array:
     """Return (N,) rewards, NaN where unscored."""
-    return np.array([float("nan") if t.reward is None else t.reward for t in trajectories], dtype=np.float64)
+    return np.array([_reward_of(t, number) for number, t in enumerate(trajectories)], dtype=np.float64)
+
+
+def _reward_of(trajectory: Trajectory, number: int) -> float:
+    reward: Any = trajectory.reward
+    if reward is None:
+        return float("nan")
+    with contextlib.suppress(ValueError, RuntimeError):  # an array or a tensor of several
+        reward = reward.item() if hasattr(reward, "item") else reward
+        if isinstance(reward, Real):
+            return float(reward)
+    raise ValidationError(
+        f"The reward of rollout {number} is {as_given(trajectory.reward)}: one number is expected, or None."
+    )
 
 
 def _scored_rewards(trajectories: Sequence[Trajectory]) -> Array:

@@ -215,7 +215,14 @@ class Scorer:
             ClientClosedError: The scorer was closed, before or meanwhile.
             RewardError: No process could be started, or the function brought its process down while loading.
             ClusterError: The cluster is gone.
+            ValidationError: They are no rollouts.
         """
+        if not isinstance(trajectories, Sequence | TrajectoryBatch) or not all(
+            isinstance(one, Trajectory) for one in trajectories
+        ):
+            raise ValidationError(
+                f"score: trajectories are rollouts, of a sampler or of run.rollouts(), not {as_given(trajectories)}."
+            )
         if self._closed:
             raise ClientClosedError("The scorer is closed. Make a new Scorer to go on.")
         self.renew()

@@ -40,7 +40,7 @@ from tensafe_nb.server.tinker.requests import (
     SessionRequest,
     StepRequest,
 )
-from tensafe_nb.server.tinker.runs import DP, Content, Model, Tinker, failed, future_of, run_told
+from tensafe_nb.server.tinker.runs import DP, SUBMITTER, Content, Model, Tinker, failed, future_of, run_told
 from tensafe_nb.server.tinker.sampling import response_of, sample_of
 
 PREFIX = "/tinker/api/v1"
@@ -203,7 +203,7 @@ def add_training(routes: APIRouter, tinker_of: Ask) -> None:
             body = await asyncio.to_thread(output_of, result, rows[0] if rows else operation_of(asked)[1])
             return Content(PROTOBUF, body)
 
-        return queued(tinker, model, asked.seq_id, work)
+        return await queued(tinker, model, asked.seq_id, work)
 
     @routes.post("/optim_step")
     async def optim_step(request: Request) -> dict[str, Any]:
@@ -215,16 +215,17 @@ def add_training(routes: APIRouter, tinker_of: Ask) -> None:
             result = await tinker.result(model, asked.seq_id, "optim_step", lambda: step_of(asked, model))
             return {"metrics": metrics_of(result), "type": "optim_step"}
 
-        return queued(tinker, model, asked.seq_id, work)
+        return await queued(tinker, model, asked.seq_id, work)
 
 
-def queued(
+async def queued(
     tinker: Tinker, model: Model, number: int, work: Callable[[], Awaitable[Content | dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Begin the work of a model's request, and return the answer to it."""
-    if model.client.may_refuse("tinker", number):
+    """Begin the work of a model's request, and return the answer to it, once the request is written down."""
+    if model.client.may_refuse(SUBMITTER, number):
         tinker.tenant.check_queue()
     request_id = tinker.begin(future_of(model.model_id, number), lambda: told(work))
+    await tinker.written_down(model, number)
     return {"request_id": request_id, "model_id": model.model_id}
 
 
@@ -306,7 +307,7 @@ def add_weights(routes: APIRouter, tinker_of: Ask) -> None:
         """Save weights and optimiser."""
         tinker, asked = tinker_of(request), SaveRequest.read(await request.json())
         model = tinker.model(asked.model_id)
-        return queued(tinker, model, asked.seq_id, lambda: save(tinker, asked, model, "weights"))
+        return await queued(tinker, model, asked.seq_id, lambda: save(tinker, asked, model, "weights"))
 
     @routes.post("/save_weights_for_sampler")
     async def save_weights_for_sampler(request: Request) -> dict[str, Any]:
@@ -330,7 +331,7 @@ def add_weights(routes: APIRouter, tinker_of: Ask) -> None:
                 return snapshot()
             return save(tinker, asked, model, "sampler_weights")
 
-        return queued(tinker, model, asked.seq_id, work)
+        return await queued(tinker, model, asked.seq_id, work)
 
     @routes.post("/load_weights")
     async def load_weights(request: Request) -> dict[str, Any]:
@@ -365,7 +366,7 @@ def add_weights(routes: APIRouter, tinker_of: Ask) -> None:
             await tinker.result(model, int(asked.seq_id or 0), "load_state", read)
             return {"path": asked.path, "model_id": model.model_id, "type": "load_weights"}
 
-        return queued(tinker, model, int(asked.seq_id or 0), load)
+        return await queued(tinker, model, int(asked.seq_id or 0), load)
 
 
 def add_sampling(routes: APIRouter, tinker_of: Ask) -> None:

@@ -162,7 +162,7 @@ class Tinker:
                 f"There is no request {as_given(request_id)} here, or its result is not kept any more: the server was "
                 f"restarted. Go on from the last checkpoint."
             )
-        await asyncio.wait({task}, timeout=seconds)
+        await self.service.or_drained(asyncio.wait({task}, timeout=seconds))
         return task.result() if task.done() else None
 
     # sessions
@@ -291,6 +291,20 @@ class Tinker:
         if "error" in (outcome := outcome_of(handle)):
             raise TGTinkerError(outcome["error"]["message"], code=outcome["error"]["code"])
         return handle.result()
+
+    async def written_down(self, model: Model, number: int) -> None:
+        """Return when a request of a model is in the journal, or has ended; at once where others have to come first.
+
+        Who was answered may take it that a server that is killed then counts this request among those it had.
+        """
+        if not model.client.is_turn_of(SUBMITTER, number):
+            return
+        future_id = future_of(model.model_id, number)
+        arriving = asyncio.ensure_future(model.client.arrived(future_id))
+        await asyncio.wait({arriving, self._futures[future_id]}, return_when=asyncio.FIRST_COMPLETED)
+        with suppress(NotFoundError, asyncio.CancelledError):
+            arriving.cancel()
+            await arriving
 
     # samplers
 

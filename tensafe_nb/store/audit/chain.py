@@ -53,8 +53,8 @@ class Tip:
         """
         known = {"seq": self.seq, "prev_hash": self.head, "record_hash": UNKNOWN, "mac": UNKNOWN}
         record = {**fields, **known}
-        begin, rest = canonical(record).split(_member("mac", UNKNOWN))
-        middle, end = rest.split(_member("record_hash", UNKNOWN))
+        begin, rest = canonical(record).split(_NO_MAC)
+        middle, end = rest.split(_NO_HASH)
         claimed = hashlib.sha256(begin + middle + end).hexdigest()
         record["record_hash"], record["mac"] = claimed, self._mac(claimed)
         mac, own = _member("mac", record["mac"]), _member("record_hash", claimed)
@@ -99,6 +99,9 @@ def first_tip(secret: bytes | None) -> Tip:
 def _member(name: str, digits: str) -> bytes:
     """Return a field of hexadecimal digits, as canonical JSON has it before another field."""
     return f'"{name}":"{digits}",'.encode()
+
+
+_NO_MAC, _NO_HASH = _member("mac", UNKNOWN), _member("record_hash", UNKNOWN)
 
 
 def record_hash(record: Mapping[str, Any]) -> str:

@@ -136,7 +136,7 @@ class OpenFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._name = path, os.fspath(path)
         self.file: FileIO | None = None
         self._identity = (0, 0)  # device and inode
 
@@ -156,7 +156,7 @@ class OpenFile:
     def size_by_name(self) -> int | None:
         """Return the file's size; None where its name stands for another, or for none."""
         try:
-            found = self._path.stat()
+            found = os.stat(self._name)  # noqa: PTH116  # twice with each operation
         except FileNotFoundError:
             return None
         return found.st_size if (found.st_dev, found.st_ino) == self._identity else None

@@ -93,20 +93,6 @@ class KeyPage:
     _sealed: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, tip: Tip, secrets: Secrets) -> "KeyPage":
-        """Return the page for a tip."""
-        assert tip.key is not None
-        claim = Tip(tip.seq, tip.size, tip.head, None)
-        # canonical JSON by hand: what wraps the secret is the same in page after page
-        public = b'{"head":"%s","seq":%d,"size":%d,"stanzas":%s}' % (
-            tip.head.encode(), tip.seq, tip.size, secrets.wrapped,
-        )  # fmt: skip
-        # one page for every record, under one key for as long as the log lives: 96 random bits keep two nonces from
-        # being equal up to some 2³² records (NIST SP 800-38D, 8.3), where a counter would be set back with an old file
-        nonce = os.urandom(_NONCE)
-        return cls(claim, secrets.stanzas, public, nonce + secrets.seal.encrypt(nonce, tip.key, public))
-
-    @classmethod
     def parse(cls, raw: bytes) -> "KeyPage":
         """Read a key file.
 
@@ -123,7 +109,7 @@ class KeyPage:
             page = cls(Tip(seq, size, head, None), tuple(stanzas), public, bytes.fromhex(sealed.decode()))
         except (DecryptionError, ValueError, TypeError, KeyError) as error:
             raise AuditLogError(_ALTERED) from error
-        if bytes(page) != raw:
+        if _whole(public, page._sealed) != raw:
             raise AuditLogError(_ALTERED)
         return page
 
@@ -140,6 +126,20 @@ class KeyPage:
             raise AuditLogError(_ALTERED) from error
         return Tip(self.claim.seq, self.claim.size, self.claim.head, key)
 
-    def __bytes__(self) -> bytes:
-        text = self._public + b"\n" + self._sealed.hex().encode()
-        return text.ljust(PAGE - 1) + b"\n"
+
+def key_page(tip: Tip, secrets: Secrets) -> bytes:
+    """Return the content of the key file for a tip."""
+    assert tip.key is not None
+    # canonical JSON by hand: what wraps the secret is the same in page after page
+    public = b'{"head":"%s","seq":%d,"size":%d,"stanzas":%s}' % (
+        tip.head.encode(), tip.seq, tip.size, secrets.wrapped,
+    )  # fmt: skip
+    # one page for every record, under one key for as long as the log lives: 96 random bits keep two nonces from
+    # being equal up to some 2³² records (NIST SP 800-38D, 8.3), where a counter would be set back with an old file
+    nonce = os.urandom(_NONCE)
+    return _whole(public, nonce + secrets.seal.encrypt(nonce, tip.key, public))
+
+
+def _whole(public: bytes, sealed: bytes) -> bytes:
+    text = public + b"\n" + sealed.hex().encode()
+    return text.ljust(PAGE - 1) + b"\n"

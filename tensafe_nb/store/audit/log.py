@@ -14,7 +14,8 @@ What verifying shows, and to whom:
 - Not shown: what was never logged, who acted, true time; and nothing, but by an anchor, against one who holds the
   key-encryption key, or who held k_i when record i was written: they can write the log anew from there.
 - A machine that loses power may lose the last records written without `sync`; if the key file was on the disk
-  before them, that looks like a cut, and the log is not continued.
+  before them, that looks like a cut, and the log is not continued. With `sync` the record is on the disk, and the key
+  file may come to be behind it there.
 """
 
 import json
@@ -22,6 +23,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ from tensafe_nb.errors import (
 from tensafe_nb.protocol.results import AuditLogEntry, AuditVerification
 from tensafe_nb.store.audit import chain
 from tensafe_nb.store.audit.files import LogFiles, read_key_file
-from tensafe_nb.store.audit.key import SIZE, KeyPage, Secrets, unwrap_secret, wrap_secret
+from tensafe_nb.store.audit.key import SIZE, KeyPage, Secrets, key_page, unwrap_secret, wrap_secret
 from tensafe_nb.store.audit.verify import check, verify_file
 from tensafe_nb.store.disk import Files, disk_errors
 from tensafe_nb.store.keys.keyring import Keys
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["AuditLog", "outcome_of", "verify_file"]
 
 DAY = 86_400.0  # seconds
+OWN = 32  # lines that are kept of those just written, for who follows the log
 
 
 def outcome_of(error: BaseException | None) -> dict[str, Any]:
@@ -116,6 +119,7 @@ class AuditLog:
         self._lock = threading.Lock()
         self._secrets: Secrets | None = None
         self._seen: _Seen | None = None
+        self._own: deque[tuple[chain.Tip, bytes, chain.Tip]] = deque(maxlen=OWN)
         _logs.add(self)
 
     def close(self) -> None:
@@ -146,8 +150,8 @@ class AuditLog:
         extra: Mapping[str, Any] | None = None,
         sync: bool = False,
         to_the_day: bool = False,
-    ) -> AuditLogEntry:
-        """Write one record.
+    ) -> chain.Tip:
+        """Write one record, and return the log's end behind it, whose `head` is the record's hash.
 
         Args:
             kind: "op", "key", "artifact", "dp_charge", "dp_void", "dp_join", "import".
@@ -165,7 +169,7 @@ class AuditLog:
             error_class: Name of the error's class, never its text.
             dp_metrics: What a private step spent; fields that are for the operator's eyes are None.
             extra: More fields of the record, as plain data; they are readable by whoever reads the file.
-            sync: Wait until log and key are on the disk.
+            sync: Wait until the record is on the disk.
             to_the_day: Write down the day only: how long a private step took tells how many rows it drew.
 
         Raises:
@@ -200,20 +204,21 @@ class AuditLog:
             fields["request_size_bytes"] = size if request_size_bytes is None else request_size_bytes
             return self._write(tip, fields | extra, sync)
 
-    def rewrap(self) -> AuditLogEntry | None:
-        """Wrap the log's key under the primary key, after a rotation; None if it is, or if there is no log yet."""
+    def rewrap(self) -> bool:
+        """Wrap the log's key under the primary key, after a rotation; False if it is, or if there is no log yet."""
         if not self.path.exists():
-            return None
+            return False
         with self._lock, self._files:
             tip = self._ready()
             old = self._open.stanzas
             if {stanza["kek_id"] for stanza in old} == {self._keys.primary_id()}:
-                return None
+                return False
             # the secret stays, and with it every record's key; only what wraps it changes
             secret = unwrap_secret(old, self._keys)
             self._secrets = Secrets.of(secret, wrap_secret(secret, self._keys))
             self._seen = None  # if writing fails, the old wrapping is what counts
-            return self._write_event(tip, "key", "rewrap_log_key")
+            self._write_event(tip, "key", "rewrap_log_key")
+            return True
 
     def key_ids(self) -> tuple[str, ...]:
         """Return the ids of the keys that open the log's own: with none of them here, it cannot be continued."""
@@ -231,7 +236,9 @@ class AuditLog:
         return None
 
     def follow(self, behind: chain.Tip | None = None) -> tuple[list[dict[str, Any]], chain.Tip | None]:
-        """Return the records behind a place, each checked against the chain with the key, and the place behind them.
+        """Return the records behind a place, and the place behind them.
+
+        Each is checked against the chain with the key, unless this object has just written it.
 
         Args:
             behind: A place that was returned before; None is the beginning.
@@ -248,10 +255,15 @@ class AuditLog:
         with self._lock, self._files:
             end = self._ready()
             tip = behind or chain.first_tip(unwrap_secret(self._open.stanzas, self._keys))
+            records: list[dict[str, Any]] = []
+            for before, line, after in self._own:  # what this object has chained itself, it need not check
+                if before == tip:
+                    records.append(json.loads(line))
+                    tip = after
             if tip == end:
-                return [], tip
+                return records, tip
             try:
-                return self._between(tip, end), end
+                return records + self._between(tip, end), end
             except AuditLogError as error:
                 raise self._broken(error) from error
 
@@ -350,7 +362,7 @@ class AuditLog:
             self._secrets = Secrets.of(unwrap_secret(page.stanzas, self._keys), page.stanzas)
         return page.opened(self._secrets)
 
-    def _write_event(self, tip: chain.Tip, kind: str, operation: str) -> AuditLogEntry:
+    def _write_event(self, tip: chain.Tip, kind: str, operation: str) -> None:
         """Write a record of the log's own, which carries the log's wrapped key."""
         now = time.time()
         fields: dict[str, Any] = dict.fromkeys(
@@ -367,9 +379,9 @@ class AuditLog:
         fields |= {"artifact_ids_produced": [], "artifact_ids_consumed": []}
         fields["request_hash"], fields["request_size_bytes"] = self._open.hash_request(())
         fields["stanzas"] = list(self._open.stanzas)
-        return self._write(tip, fields, sync=True)
+        self._write(tip, fields, sync=True)
 
-    def _write(self, tip: chain.Tip, fields: dict[str, Any], sync: bool) -> AuditLogEntry:
+    def _write(self, tip: chain.Tip, fields: dict[str, Any], sync: bool) -> chain.Tip:
         """Append, flush, then replace the key: a death in between leaves a record that the next append takes in."""
         fields |= {
             "entry_id": f"log-{os.urandom(8).hex()}",
@@ -378,11 +390,13 @@ class AuditLog:
         }
         record, line = tip.record(fields)
         self._files.append(line, sync)
-        self._keep(tip.moved(record, line), sync)
-        return chain.entry_of(record)
+        end = tip.moved(record, line)
+        self._keep(end, sync=False)  # a key file that is behind the log is made up for by the log
+        self._own.append((tip, line, end))
+        return end
 
     def _keep(self, tip: chain.Tip, sync: bool) -> None:
-        page = bytes(KeyPage.of(tip, self._open))
+        page = key_page(tip, self._open)
         self._files.keep(page, sync)
         self._seen = _Seen(page, tip)
 

@@ -29,6 +29,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tensafe_nb.errors import ValidationError
+from tensafe_nb.protocol.codec import writer_of
 from tensafe_nb.store.disk import Buffer, fill, read_up_to, write_all
 from tensafe_nb.store.keys.keyring import Keys, check_stanzas, refused
 from tensafe_nb.store.keys.sources import derive
@@ -41,7 +42,9 @@ SLOT = 4096
 MAC = 32
 MAX_HEADER = 64 << 10
 READERS = 2  # threads that open the chunks of one large read
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_text_of = writer_of(
+    json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+)
 _OURS = ("suite", "chunk", "nonce_prefix")
 _NONCE_PREFIX = re.compile("[0-9a-f]{14}")
 
@@ -53,7 +56,7 @@ def canonical(value: Any) -> bytes:
         ValidationError: It is not JSON: NaN, an object of a class, a lone surrogate.
     """
     try:
-        return _CANONICAL.encode(value).encode()
+        return _text_of(value).encode()
     except (TypeError, ValueError, RecursionError) as err:
         raise ValidationError(f"This cannot be written as JSON: {err}.") from err
 

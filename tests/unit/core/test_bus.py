@@ -36,6 +36,16 @@ def test_events_are_numbered_in_order_and_persisted_readable_by_their_owner_only
     assert again["loss"].tolist() == bus.history["loss"].tolist() == [1.0, 0.5, 1 / 3]
 
 
+def test_what_one_log_has_numbered_another_numbers_anew(bus: EventBus, tmp_path: Path) -> None:
+    other = EventBus(tmp_path / "other" / "events.jsonl")
+    other.publish(metrics(0, loss=1.0))
+    told = [log.publish(event) for event in [metrics(1, loss=0.5)] for log in (bus, other, bus)]
+    assert [event.seq for event in told] == [1, 2, 2]
+    assert [event.seq for log in (bus, other) for event in log.history.events()] == [1, 2, 1, 2]
+    bus.close()
+    other.close()
+
+
 def test_progress_is_shown_and_not_persisted(bus: EventBus) -> None:
     seen: list[object] = []
     bus.subscribe(seen.append)

@@ -79,9 +79,11 @@ def test_gradients_and_moments_are_made_of_the_value_that_was_rounded_once(
     engine.train_privately(CountingAccount(), "tc-1")
     engine.training_step.noise = source
     engine.forward_backward(examples((5, 8), vocabulary=14), TOKEN_CE)
-    sums = [total.double() for total in engine.training_step.sum._totals()]
-    drawn = source(sums, 1.3 * 0.5)
-    exact = [((total + one) / 7).float() for total, one in zip(sums, drawn, strict=True)]
+    sums = engine.training_step.sum._totals()
+    whole = torch.cat([total.double().flatten() for total in sums])  # noise is drawn for all of it at once
+    means = ((whole + source([whole], 1.3 * 0.5)[0]) / 7).float()
+    parts = torch.split(means, [total.numel() for total in sums])
+    exact = [part.view(total.shape) for part, total in zip(parts, sums, strict=True)]
     engine.optim_step()
     for parameter, mean in zip(engine.parameters, exact, strict=True):
         moments = engine.optimizer.torch.state[parameter]

@@ -14,7 +14,7 @@ from tensafe_nb.events import Event, Metrics, OperationFailed, RunState
 from tensafe_nb.protocol import operations
 from tensafe_nb.protocol import results as types
 from tensafe_nb.protocol.batch import BatchData
-from tensafe_nb.protocol.codec import DEEPEST, OF_0_1, decode, encode, tags_of
+from tensafe_nb.protocol.codec import DEEPEST, OF_0_1, decode, encode, tags_of, writer_of
 from tensafe_nb.protocol.operations import VERBS, Operation
 
 
@@ -189,6 +189,28 @@ def test_a_reader_says_which_records_it_takes() -> None:
         tn.ValidationError, match="Expected a record 'metrics' or 'run_state', not 'optim_step'"
     ):
         decode(step, Metrics, RunState)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(), part, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("ours", [{}, {"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False}])
+@given(value=plain)
+def test_what_is_written_often_is_written_as_json_writes_it(ours: dict[str, Any], value: Any) -> None:
+    encoder = json.JSONEncoder(allow_nan=False, **ours)
+    assert writer_of(encoder)(value) == encoder.encode(value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), [float("inf")], object(), {"deep": {(): 1}}])
+def test_what_json_refuses_is_refused_when_written_often(value: Any) -> None:
+    encoder = json.JSONEncoder(allow_nan=False)
+    for write in (encoder.encode, writer_of(encoder)):
+        with pytest.raises((TypeError, ValueError)):
+            write(value)
 
 
 def test_no_class_name_is_written() -> None:

@@ -48,7 +48,7 @@ OPTIMIZERS = st.builds(
     schedule=st.sampled_from(["constant", "linear", "cosine"]),
     total_steps=st.integers(1, 10**6),
 )
-MODEL = {"model_ref": TEXTS, "seed": st.integers(0, 2**63 - 1), "optimizer": OPTIMIZERS}
+MODEL = {"model_ref": TEXTS.filter(str.strip), "seed": st.integers(0, 2**63 - 1), "optimizer": OPTIMIZERS}
 ADAPTERS = st.builds(tn.LoRAConfig, target_modules=st.just("all-linear") | st.lists(TEXTS, max_size=3))
 COUNTS = st.none() | st.integers(1, 10**6)
 SFT = st.builds(

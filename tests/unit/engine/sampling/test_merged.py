@@ -21,8 +21,8 @@ SAMPLING = tn.SamplingConfig(max_new_tokens=20, seed=3, ignore_end=True)
 
 
 @pytest.fixture(autouse=True)
-def _pays_for_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "PAYS_FROM_NUMBERS", 1)
+def _no_model_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "SMALL", 1)
 
 
 @pytest.fixture
@@ -89,12 +89,17 @@ def test_in_bf16_nothing_is_merged_as_a_small_adapter_would_be_rounded_away() ->
         assert type(layer_of(engine)) is adapted
 
 
-def test_the_built_in_models_are_too_small_for_it_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "PAYS_FROM_NUMBERS", 8_000_000)
-    engine = Engine(tn.TrainingConfig(device="cpu", lora_config=tn.LoRAConfig(rank=4)))
-    adapted = type(layer_of(engine))
-    with merged(engine.model, 10_000, 4):
+def test_for_a_small_model_fewer_tokens_pay_whatever_memory_there_is(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "SMALL", 8_000_000)
+    monkeypatch.setattr(merging.memory, "available", lambda device: None)
+    adapted, few = type(layer_of(engine)), merging.SMALL_PAYS_FROM_TOKENS
+    assert few < merging.PAYS_FROM_TOKENS
+    with merged(engine.model, few - 1, 4):
         assert type(layer_of(engine)) is adapted
+    with merged(engine.model, few, 4):
+        assert type(layer_of(engine)) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])

@@ -125,3 +125,14 @@ def test_the_log_is_followed_without_reading_it_again(home: Home) -> None:
     assert home.log.follow(tip) == ([], tip)
     home.again().ledger().charge(step(2))
     assert [record["seq"] for record in home.log.follow(tip)[0]] == [2]
+
+
+def test_what_a_process_has_chained_itself_is_followed_as_it_stands_in_the_file(home: Home) -> None:
+    home.ledger().charge(step(1))
+    _, tip = home.log.follow()
+    home.ledger().charge(step(2))
+    home.again().ledger().charge(step(3))  # another's, between its own
+    home.ledger().charge(step(4))
+    found, end = home.log.follow(tip)
+    assert [record["seq"] for record in found] == [2, 3, 4]
+    assert (found, end) == home.again().log.follow(tip)

@@ -236,6 +236,17 @@ def test_a_batch_without_rewards_is_refused_with_the_line_that_is_missing():
         update(batch_of([None, None]))
 
 
+def test_rewards_of_a_reward_model_are_read_as_numbers_and_anything_else_is_named():
+    batch = batch_of([np.array([1.0]), np.float32(0)])
+    update(batch)
+    assert [rollout.reward for rollout in batch] == [1.0, 0.0] and type(batch[0].reward) is float
+    for wrong in ("1", np.zeros(2)):
+        with pytest.raises(ValidationError, match=r"The reward of rollout 1 is .*: one number is expected"):
+            update(batch_of([0, wrong]))
+    with pytest.raises(ValidationError, match="training_client=None must be a training client"):
+        REINFORCE().update(batch_of([1, 0]), None)
+
+
 def test_greedy_rollouts_are_refused():
     with pytest.raises(ValidationError, match="temperature=1"):
         update(batch_of([1, 0], temperature=0))

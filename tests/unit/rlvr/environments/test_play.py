@@ -160,6 +160,13 @@ def test_what_a_generator_raises_is_told_with_its_line_and_the_rollout_stays_uns
         None,
         'ZeroDivisionError: division by zero (line 4 of falls: return 1 / row["zero"])',
     )
+
+    @environment
+    def says_nothing(row):
+        yield ""
+
+    (rollout,) = played(client, [{}], says_nothing, group_size=1)
+    assert "what it tells first is empty" in rollout.reward_error
     (rollout,) = played(client, [{}], never_begins, group_size=1)
     assert (rollout.tokens, rollout.turns) == ([], [])
     assert "KeyError: 'missing' (line 3" in rollout.reward_error

@@ -99,6 +99,12 @@ def test_a_regular_expression_that_never_ends_is_ended_though_it_holds_the_inter
     assert [t.reward for t in trajectories] == [None, 1.0]
 
 
+@pytest.mark.parametrize("given", [None, [1], "a text"])
+def test_what_is_no_list_of_rollouts_is_refused(given):
+    with Scorer(length) as scorer, pytest.raises(ValidationError, match="score: trajectories are rollouts"):
+        scorer.score(given)
+
+
 def test_code_whose_scoring_process_is_killed_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -1,8 +1,13 @@
 """The protocol of the tinker SDK, as its bytes are: `make tinker-parity` holds the SDK itself against it."""
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import httpx
 import numpy as np
 import pytest
 
@@ -88,6 +93,37 @@ def test_chunks_run_in_the_order_of_their_numbers_and_once(sdk: Sdk) -> None:
     sdk.number = 4
     assert sdk.step()["metrics"]["unclipped_grad_l2:mean"] == pytest.approx(norm, rel=1e-5)
     assert len(sums) == 2 and whole["loss:sum"] > 0
+
+
+def test_a_server_that_stops_keeps_nobody_waiting_for_what_will_not_end(tmp_path: Path) -> None:
+    with serving_thread(tmp_path / "tinker", routes.add_tinker, api_keys=True) as serving:
+        sdk = Sdk(serving.url, serving.tokens.mint("ada"))
+        sdk.make()
+        future = sdk.send([datum()], number=3)  # the first and the second never come
+        answers: list[httpx.Response] = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(sdk.http.post("retrieve_future", json={"request_id": future}))
+        )
+        with asked(routes.Tinker, "outcome") as arrived:
+            waiting.start()
+            arrived.wait()
+        serving.stop()
+        waiting.join()
+        sdk.http.close()
+    assert [answer.status_code for answer in answers] == [408]
+
+
+@contextmanager
+def asked(owner: type, name: str) -> Iterator[threading.Event]:
+    """Tell when a method is called."""
+    method, called = getattr(owner, name), threading.Event()
+
+    def tell(*args: Any) -> Any:
+        called.set()
+        return method(*args)
+
+    with patch.object(owner, name, tell):
+        yield called
 
 
 def test_an_error_of_the_user_is_an_answer_and_the_model_goes_on(sdk: Sdk) -> None:

@@ -31,7 +31,8 @@ def put(log: AuditLog, number: int = 0, **more: Any) -> AuditLogEntry:
         "started_at": 100.0 + number,
         "completed_at": 100.5 + number,
     }
-    return log.append(**given_fields | more)
+    log.append(**given_fields | more)
+    return log.entries(limit=1)[0]
 
 
 def made(folder: Path) -> AuditLog:

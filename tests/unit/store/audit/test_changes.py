@@ -17,7 +17,7 @@ from tensafe_nb.errors import (
 )
 from tensafe_nb.protocol.results import AuditLogEntry
 from tensafe_nb.store.audit import chain, verify
-from tensafe_nb.store.audit.key import KeyPage, Secrets
+from tensafe_nb.store.audit.key import Secrets, key_page
 from tensafe_nb.store.audit.log import AuditLog, verify_file
 from tensafe_nb.store.sealed.envelope import canonical
 from tests.unit.store.audit.logs import (
@@ -156,7 +156,7 @@ def test_a_whole_log_forged_with_a_known_secret_of_something_else_is_found(log: 
         forged.append(tip.record(record)[0])
         tip = tip.moved(forged[-1], canonical(forged[-1]) + b"\n")
     write(log, forged)
-    key_file(log).write_bytes(bytes(KeyPage.of(tip, Secrets.of(leaked, stanzas))))
+    key_file(log).write_bytes(key_page(tip, Secrets.of(leaked, stanzas)))
     assert not log.verify().ok
     with pytest.raises(AuditLogError):
         put(again(log))

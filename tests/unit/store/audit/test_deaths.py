@@ -11,7 +11,7 @@ from tensafe_nb.errors import (
     StorageError,
 )
 from tensafe_nb.store.audit import chain, files
-from tensafe_nb.store.audit.key import KeyPage, Secrets, unwrap_secret
+from tensafe_nb.store.audit.key import KeyPage, Secrets, key_page, unwrap_secret
 from tensafe_nb.store.audit.log import AuditLog
 from tests.unit.store.audit.logs import RECORDS, Died, again, die, key_file, made, put, quiet_keys
 
@@ -71,7 +71,7 @@ def test_a_torn_first_line_is_written_over_too(log: AuditLog, tmp_path: Path) ->
     stanzas = KeyPage.parse(key_file(log).read_bytes()).stanzas
     other_log.path.parent.mkdir()
     other_log.path.write_bytes(log.path.read_bytes()[:50])
-    key_file(other_log).write_bytes(bytes(KeyPage.of(chain.first_tip(secret), Secrets.of(secret, stanzas))))
+    key_file(other_log).write_bytes(key_page(chain.first_tip(secret), Secrets.of(secret, stanzas)))
     assert put(other_log).seq == 1
     assert other_log.verify().ok
 
@@ -100,7 +100,7 @@ def test_sync_puts_the_record_on_the_disk_before_the_key_moves_on(
     put(log)
     assert counted == []
     put(log, sync=True)
-    assert counted == [RECORDS + 1, RECORDS + 2]  # at the log's, and at the key file's
+    assert counted == [RECORDS + 1]  # at the log's: the key file may be behind
 
 
 def test_nothing_is_read_again_while_nobody_else_wrote(

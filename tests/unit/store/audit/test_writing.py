@@ -27,7 +27,7 @@ from tests.unit.store.audit.logs import RECORDS, again, key_file, made, put, qui
 
 def test_nothing_is_made_or_asked_before_the_first_append(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit", quiet_keys(tmp_path / "keys"))
-    assert (log.head(), log.entries(), log.key_ids(), log.rewrap()) == (None, [], (), None)
+    assert (log.head(), log.entries(), log.key_ids(), log.rewrap()) == (None, [], (), False)
     assert log.verify().ok
     assert list(tmp_path.iterdir()) == []
 
@@ -133,8 +133,8 @@ log = AuditLog(home / "audit" / "local", Keys(home / "keys", "file", announce=la
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(int(sys.argv[3])):
-    entry = log.append(operation="sample", training_client_id=sys.argv[2], started_at=1.0, completed_at=2.0)
-    print(entry.seq, flush=True)
+    end = log.append(operation="sample", training_client_id=sys.argv[2], started_at=1.0, completed_at=2.0)
+    print(end.seq - 1, flush=True)
 assert "torch" not in sys.modules
 """
 
