@@ -33,6 +33,7 @@ VECTORS = {"AVX512": (), "AVX2": ("-mno-avx512f",)}  # that torch computes with,
 SECONDS = 60  # that a compiler may take; a second or two are usual
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in products.c
 UNIT = 4  # bytes: weights that are multiplied at once
+HUGE = 2**21  # bytes of a huge page
 MOST_INPUTS = 65_535  # whose products in int8 are added up in 32 bits
 _compiling = threading.Lock()
 MANY_ROWS = (
@@ -98,7 +99,7 @@ def _compiled() -> ctypes.CDLL | None:
             return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     found.understands.argtypes = [number]
-    found.pack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
+    found.pack.argtypes = [pointer, number, number, pointer, number, ctypes.c_int]
     found.multiply.argtypes = [pointer, pointer, number, pointer, ctypes.c_int]
     found.rms_norm.argtypes = [pointer, number, number, pointer, ctypes.c_float, pointer]
     found.attend.argtypes = [pointer] * 5
@@ -137,9 +138,11 @@ class Product:
         if weight.dtype is torch.int8:
             whole = whole.view(torch.uint8) ^ 128  # 128 more than each
         units = whole.contiguous().view(torch.int32)
-        tiles = -(-d_out // compiled.outputs())
-        packed = units.new_empty(tiles, units.shape[1], compiled.outputs())
-        compiled.pack(*(units.data_ptr(), d_out, units.shape[1]), packed.data_ptr(), torch.get_num_threads())
+        outputs = compiled.outputs()
+        packed = _of_huge_pages(-(-d_out // outputs) * outputs * units.shape[1])
+        compiled.pack(
+            *(units.data_ptr(), d_out, units.shape[1]), packed.data_ptr(), HUGE, torch.get_num_threads()
+        )
         own = [None if part is None else part.float().contiguous() for part in (scale, bias)]
         pointers = [None if part is None else part.data_ptr() for part in own]
         return cls(
@@ -255,6 +258,14 @@ def product(*factors: tuple[Tensor, Tensor], transposed: bool) -> Tensor:
 def attends(tokens: int, width: int) -> bool:
     """Whether `Attention` is to be had, and the quicker, of so many tokens with heads of a width."""
     return tokens <= FEW_TOKENS and width % 16 == 0 and library() is not None
+
+
+def _of_huge_pages(units: int) -> Tensor:
+    """Return so many units that begin with a huge page, if they fill one."""
+    size = units * UNIT
+    room = torch.empty(units + HUGE // UNIT if size >= HUGE else units, dtype=torch.int32, device="cpu")
+    skipped = -room.data_ptr() % HUGE // UNIT if size >= HUGE else 0
+    return room[skipped : skipped + units]
 
 
 def _done(lacks_memory: int) -> None:

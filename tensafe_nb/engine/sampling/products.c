@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #ifdef __AVX512F__
 #define LANES 16 /* numbers of a vector */
@@ -98,8 +99,11 @@ static void in_columns(const int32_t *rows, long count, long stride, long units,
                 columns[k * OUTPUTS + r] = r < count ? rows[r * stride + k] : 0;
 }
 
-/* Lay out (d_out, units) as a Matrix has it. */
-void pack(const int32_t *weight, long d_out, long units, int32_t *packed, int threads) {
+/* Lay out (d_out, units) as a Matrix has it, in huge pages where `packed` begins with one: the system hands them out in
+   half of the time, and what is read in one stream asks for fewer addresses. */
+void pack(const int32_t *weight, long d_out, long units, int32_t *packed, long huge, int threads) {
+    long whole = (d_out + OUTPUTS - 1) / OUTPUTS * OUTPUTS * units * 4 / huge * huge;
+    if (whole && (uintptr_t)packed % huge == 0) madvise(packed, whole, MADV_HUGEPAGE); /* refused, it stays as it is */
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long o = 0; o < d_out; o += OUTPUTS)
         in_columns(weight + o * units, d_out - o, units, units, packed + o * units);
