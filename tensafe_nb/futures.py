@@ -178,6 +178,11 @@ class Promise(Generic[R]):
             forget()
             waiter.cancel()
 
+    def awaited(self) -> Generator[Any, None, R]:
+        """Wait and return the outcome, for `__await__`: what an interrupt has to show lies on this page alone."""
+        yield from self.wait_async().__await__()
+        return self.outcome()
+
     def _end(
         self,
         state: FutureStatus,
@@ -334,8 +339,7 @@ class FutureHandle(Generic[R]):
         self._promise.on_done(lambda: callback(self))
 
     def __await__(self) -> Generator[Any, None, R]:
-        yield from self._promise.wait_async().__await__()
-        return self._promise.outcome()
+        return self._promise.awaited()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._lent:

@@ -317,8 +317,7 @@ class TrainingRun(Measured):
         return self._promise.outcome()
 
     def __await__(self) -> Generator[Any, None, RunResult]:
-        yield from self._promise.wait_async().__await__()
-        return self._promise.outcome()
+        return self._promise.awaited()
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         raise ValidationError(

@@ -84,8 +84,7 @@ class Replay:
         return self._promise.outcome() if self.done() else self.record
 
     def __await__(self) -> Generator[Any, None, RunRecord]:
-        yield from self._promise.wait_async().__await__()
-        return self._promise.outcome()
+        return self._promise.awaited()
 
     def close(self) -> None:
         """Show what is left at once, and end."""
